@@ -1,0 +1,25 @@
+# make quickstart   environment, then the main job on the example pair: a few minutes on 2 cores
+# make test         environment, then the whole test suite
+# make env          environment only (.venv); instant when nothing changed
+# make lint         ruff and mypy
+
+PYTHON_ENV := .venv/bin
+QUICKSTART := runs/quickstart
+
+.PHONY: quickstart test lint env
+
+# A finished run gives way to a new one; an interrupted run is resumed by the same command.
+quickstart: env
+	@if [ -f $(QUICKSTART)/summary.json ]; then rm -rf $(QUICKSTART); fi
+	@$(PYTHON_ENV)/tropd distill examples/arithmetic/tropd.toml run.dir=$(QUICKSTART)
+
+test: env
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PYTHON_ENV)/python -m pytest $(TESTS)
+
+lint: env
+	@$(PYTHON_ENV)/ruff check .
+	@$(PYTHON_ENV)/ruff format --check .
+	@$(PYTHON_ENV)/mypy
+
+env:
+	@tools/setup_env.sh
