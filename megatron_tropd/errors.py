@@ -1,0 +1,13 @@
+"""The errors a caller may want to catch by name. Every message says: expected, found, what to do."""
+
+
+class ConfigError(ValueError):
+    """A setting is unknown, missing, of the wrong type, or does not fit another setting."""
+
+
+class InputError(ValueError):
+    """A file the user named (model, prompts, responses, run folder) is missing or unusable."""
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on (non-finite loss, dead engine, full disk); nothing was overwritten."""

@@ -1,0 +1,180 @@
+"""Config: TOML in, checked once, JSON out; every mistake has a message that names the key."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_tropd.config import (
+    Config,
+    LossConfig,
+    config_from_dict,
+    config_to_dict,
+    load_config,
+)
+from megatron_tropd.errors import ConfigError
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+TOMLS = sorted(
+    path
+    for folder in ("configs", "examples", "slurm", "benchmarks")
+    for path in (REPOSITORY / folder).rglob("*.toml")
+)
+SMALLEST = """
+[model]
+student = "student"
+teacher = "teacher"
+[rollout]
+prompts = "prompts.jsonl"
+max_new_tokens = 32
+[train]
+steps = 10
+[run]
+dir = "runs/x"
+"""
+
+
+@pytest.fixture
+def toml(tmp_path: Path) -> Path:
+    """The smallest config that is complete."""
+    path = tmp_path / "job" / "small.toml"
+    path.parent.mkdir()
+    path.write_text(SMALLEST)
+    return path
+
+
+@pytest.mark.parametrize("path", TOMLS, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_every_toml_of_the_repository_loads(path: Path):
+    config = load_config(path)
+    assert config_from_dict(json.loads(json.dumps(config_to_dict(config)))) == config
+
+
+def test_defaults_are_the_published_method(toml: Path):
+    config = load_config(toml)
+    assert config.loss == LossConfig(
+        region="bernoulli", outlier="forward_kl", top_k=64, tau=None, denominator="joint"
+    )
+    assert (config.guidance.beta, config.guidance.prefixed_per_prompt) == (0.001, 1)
+    assert (config.train.lr, config.train.lr_schedule) == (5e-6, "constant")
+    assert (config.rollout.prompts_per_step, config.rollout.samples_per_prompt) == (128, 4)
+    assert config.rollout.temperature == config.rollout.top_p == 1.0
+
+
+def test_every_setting_is_documented():
+    for section in dataclasses.fields(Config):
+        source = Path(load_config.__code__.co_filename).read_text()
+        body = source.split(f"class {section.type.__name__}:")[1].split("@dataclass")[0]
+        for field in dataclasses.fields(section.type):
+            after = body.split(f"\n    {field.name}:")[1].split("\n    ")
+            assert '"""' in after[1], f"{section.name}.{field.name} has no docstring"
+
+
+def test_paths_are_relative_to_the_file_and_overrides_to_the_shell(toml: Path, monkeypatch):
+    monkeypatch.chdir(toml.parent.parent)
+    config = load_config(toml, ["model.teacher=other/teacher"])
+    assert config.model.student == str(toml.parent / "student")
+    assert config.rollout.prompts == str(toml.parent / "prompts.jsonl")
+    assert config.model.teacher == str(toml.parent.parent / "other" / "teacher")
+    assert config.run.dir == "runs/x"
+
+
+@pytest.mark.parametrize(
+    ("override", "section", "name", "value"),
+    [
+        ("train.lr=1e-3", "train", "lr", 1e-3),
+        ("train.lr=1", "train", "lr", 1.0),
+        ("train.adam_betas=[0.8, 0.9]", "train", "adam_betas", (0.8, 0.9)),
+        ("loss.region=none", "loss", "region", "none"),
+        ('loss.region="none"', "loss", "region", "none"),
+        ("loss.tau=-2.5", "loss", "tau", -2.5),
+        ("run.tensorboard=false", "run", "tensorboard", False),
+        ("rollout.stop_token_ids=[5, 6]", "rollout", "stop_token_ids", (5, 6)),
+        ("run.wandb_project=name", "run", "wandb_project", "name"),
+    ],
+)
+def test_overrides(toml: Path, override: str, section: str, name: str, value: object):
+    found = getattr(getattr(load_config(toml, [override]), section), name)
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.leaning_rate=1", r"Unknown config key train\.leaning_rate\..*Known here"),
+        ("train.step=1", r"Did you mean train\.steps\?"),
+        ("trian.steps=1", r"Unknown config key trian\. Did you mean train\?"),
+        ("train.steps", r"must look like section\.key=value"),
+        ("steps=3", r"must look like section\.key=value"),
+        ("train.steps=ten", r"train\.steps must be int, found 'ten' \(str\)"),
+        ("train.steps=1.5", r"train\.steps must be int, found 1\.5"),
+        ("train.steps=true", r"train\.steps must be int, found True"),
+        ("run.tensorboard=1", r"run\.tensorboard must be bool, found 1"),
+        ("train.steps=0", r"train\.steps must be at least 1, found 0"),
+        ("train.adam_betas=[0.9]", r"train\.adam_betas must have 2 elements"),
+        ("train.adam_betas=0.9", r"train\.adam_betas must be a list"),
+        ("train.lr=0", r"train\.lr must be above 0"),
+        ("train.min_lr=1", r"train\.min_lr must be between"),
+        ("train.warmup_steps=11", r"train\.warmup_steps must be in"),
+        ("train.lr_schedule=step", r"train\.lr_schedule must be one of \['constant'"),
+        ("model.dtype=float16", r"model\.dtype must be one of"),
+        ("parallel.tensor=0", r"parallel\.tensor must be at least 1"),
+        ("parallel.sequence_parallel=true", r"needs parallel\.tensor of at least 2"),
+        ("parallel.data=3", r"= 512 must be divisible by parallel\.data = 3"),
+        ("rollout.num_engines=2", r"rollout\.num_engines must divide the world size 1"),
+        ("rollout.temperature=0", r"rollout\.temperature must be above 0"),
+        ("rollout.top_p=0", r"rollout\.top_p must be in"),
+        ("rollout.max_new_tokens=0", r"rollout\.max_new_tokens must be at least 1"),
+        ("guidance.prefixed_per_prompt=5", r"exceeds rollout\.samples_per_prompt = 4"),
+        ("guidance.beta=-1", r"guidance\.beta must be >= 0"),
+        ("loss.top_k=0", r"loss\.top_k must be at least 1"),
+        ("loss.region=threshold", r"needs loss\.tau"),
+        ("loss.outlier=clip", r"needs loss\.tau"),
+        ("run.keep_checkpoints=0", r"run\.keep_checkpoints must be at least 1"),
+        ("run.dir=''", r"run\.dir must name a folder"),
+        ("evaluation.num_problems=0", r"evaluation\.num_problems must be at least 1"),
+    ],
+)
+def test_bad_values(toml: Path, override: str, message: str):
+    with pytest.raises(ConfigError, match=message):
+        load_config(toml, [override])
+
+
+def test_plain_opd_needs_no_tau(toml: Path):
+    config = load_config(toml, ["loss.region=none", "loss.outlier=clip"])
+    assert config.loss.tau is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (SMALLEST.replace("steps = 10", ""), r"train\.steps is missing"),
+        (SMALLEST.replace('[run]\ndir = "runs/x"', ""), "Config key run is missing"),
+        (SMALLEST + "[extra]\n", "Unknown config key extra"),
+        (SMALLEST.replace("[train]", "[train"), "is not valid TOML"),
+        (
+            SMALLEST.replace("[train]\nsteps = 10", "").replace("[model]", "train = 3\n[model]"),
+            r"\[train\] must be a table, found 3",
+        ),
+    ],
+)
+def test_bad_files(toml: Path, text: str, message: str):
+    toml.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_config(toml)
+
+
+def test_missing_file(tmp_path: Path):
+    with pytest.raises(ConfigError, match="does not exist"):
+        load_config(tmp_path / "absent.toml")
+    with pytest.raises(ConfigError, match="is not valid TOML"):
+        load_config(tmp_path)
+
+
+def test_override_of_a_section_that_is_not_a_table(toml: Path):
+    toml.write_text(
+        SMALLEST.replace("[train]\nsteps = 10", "").replace("[model]", "train = 3\n[model]")
+    )
+    with pytest.raises(ConfigError, match=r"\[train\] must be a table"):
+        load_config(toml, ["train.lr=1e-3"])
