@@ -1,0 +1,87 @@
+"""Random numbers that depend on what they are for, never on which rank asks.
+
+Every draw of a run is a hash of (seed, purpose, step, ...). So the same mask, prompt order and
+samples come out under every parallel layout, after a resume, and whatever was drawn before.
+The hash is SplitMix64's finaliser folded over the key; it is fast and well mixed, not
+cryptographic.
+
+Source: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014.
+"""
+
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+_WORD = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+_MIX_1 = 0xBF58476D1CE4E5B9
+_MIX_2 = 0x94D049BB133111EB
+
+
+class Purpose(IntEnum):
+    """Second element of a key: keeps the draws of different uses apart.
+
+    The numbers are part of the result of a run; new ones are appended, none is ever reused.
+    """
+
+    MASK = 1
+    ROLLOUT = 2
+    PROMPT_ORDER = 3
+    PREFIX = 4
+    EVALUATION = 5
+    TEACHER_RESPONSE = 6
+
+
+def keyed_seed(*key: int) -> int:
+    """Hash integers to a seed, order and number of them included.
+
+    Args:
+        key: for example ``(seed, Purpose.ROLLOUT, step, prompt, sample)``; each is taken modulo
+            2**64.
+
+    Returns:
+        An integer in 0 <= seed < 2**63, as samplers want it.
+    """
+    return _hash(key) >> 1
+
+
+def keyed_uniform(
+    seed: int, step: int, trajectory: int, positions: ArrayLike
+) -> NDArray[np.float32]:
+    """Uniform numbers of the trust-region mask, one per position.
+
+    Args:
+        seed: ``train.seed``.
+        step: training step that asked for the trajectory.
+        trajectory: a key of the trajectory that no layout changes; for a prompt and a sample of
+            it, ``keyed_seed(prompt_index, sample_index)``.
+        positions: [...] non-negative integers, position within prefix + response.
+
+    Returns:
+        [...] float32 in [0, 1), multiples of 2**-24, same shape as ``positions``.
+    """
+    prefix = np.uint64((_hash((seed, Purpose.MASK, step, trajectory)) + _GOLDEN) & _WORD)
+    words = _mix_array(np.atleast_1d(positions).astype(np.uint64) ^ prefix)
+    # 24 bits are what float32 holds exactly, so rounding can never reach 1.0.
+    uniforms = (words >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
+    return uniforms.reshape(np.shape(positions))
+
+
+def _hash(key: tuple[int, ...]) -> int:
+    word = len(key)
+    for element in key:
+        word = _mix(((word + _GOLDEN) ^ int(element)) & _WORD)
+    return word
+
+
+def _mix(word: int) -> int:
+    word = ((word ^ (word >> 30)) * _MIX_1) & _WORD
+    word = ((word ^ (word >> 27)) * _MIX_2) & _WORD
+    return word ^ (word >> 31)
+
+
+def _mix_array(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(_MIX_1)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(_MIX_2)
+    return words ^ (words >> np.uint64(31))
