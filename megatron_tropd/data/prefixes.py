@@ -1,0 +1,130 @@
+"""Off-policy guidance: which samples start with a teacher prefix, and how long it is.
+
+Source: TrOPD, arXiv 2606.01249: trajectories are teacher prefix ++ student continuation, the
+longest prefix falls from the whole response to nothing by a half cosine over the training.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_tropd.config import GuidanceConfig, RolloutConfig
+from megatron_tropd.data.responses import TeacherResponse
+from megatron_tropd.data.types import Prompt
+from megatron_tropd.losses.draws import Purpose, keyed_seed
+from megatron_tropd.rollout.types import SampleRequest
+
+
+@dataclass(frozen=True)
+class PlannedSample:
+    """One trajectory to be: what the engine is asked, and where it comes from."""
+
+    prompt: Prompt
+    """The prompt."""
+    sample_index: int
+    """0-based among the samples of the prompt in this step."""
+    prefix_ids: tuple[int, ...]
+    """[F] teacher tokens after the prompt; empty for a fully on-policy sample."""
+    request: SampleRequest
+    """Prompt and prefix to continue, with the room left and the seed of this sample."""
+
+
+def alpha(step: int, steps: int) -> float:
+    """Half cosine (1 + cos(pi t / T)) / 2: 1 at step 0, 0 at step T.
+
+    Args:
+        step: t, 0-based.
+        steps: T, ``train.steps``.
+
+    Returns:
+        Longest allowed prefix as a share of the response, 0..1.
+    """
+    return (1.0 + math.cos(math.pi * step / steps)) / 2.0
+
+
+def prefix_length(
+    response: TeacherResponse,
+    *,
+    step: int,
+    steps: int,
+    max_new_tokens: int,
+    rule: Literal["longest", "uniform"] = "longest",
+    draw: float = 0.0,
+) -> int:
+    """Tokens of a teacher response that a trajectory starts with.
+
+    longest: floor(alpha(t) R); uniform: floor(draw x (that + 1)). R counts the response's tokens.
+    The closing stop token is never part of a prefix and at least one token is left to write.
+
+    Args:
+        response: what the teacher wrote for the prompt.
+        step: 0-based training step.
+        steps: ``train.steps``.
+        max_new_tokens: longest prefix and continuation together.
+        rule: ``guidance.prefix_length``.
+        draw: number in [0, 1), used by "uniform".
+
+    Returns:
+        Number of tokens, 0 or more.
+    """
+    length = len(response.token_ids)
+    usable = length - 1 if response.finish_reason == "stop" else length
+    longest = min(math.floor(alpha(step, steps) * length), usable, max_new_tokens - 1)
+    return math.floor(draw * (longest + 1)) if rule == "uniform" else longest
+
+
+def plan_requests(
+    prompts: Sequence[Prompt],
+    responses: Mapping[int, Sequence[TeacherResponse]] | None,
+    *,
+    step: int,
+    steps: int,
+    rollout: RolloutConfig,
+    guidance: GuidanceConfig,
+    seed: int,
+) -> list[PlannedSample]:
+    """Every sample of one step, prompt by prompt; the first of each prompt carry the prefixes.
+
+    Args:
+        prompts: the prompts of the step.
+        responses: teacher responses by ``Prompt.index``; None switches guidance off.
+        step: 0-based training step.
+        steps: ``train.steps``.
+        rollout: samples per prompt and their length.
+        guidance: which samples carry a prefix and how long it is.
+        seed: ``train.seed``; keys the sampling seeds and the prefix draws.
+
+    Returns:
+        ``len(prompts) x samples_per_prompt`` plans; those of a prompt are neighbours.
+    """
+    plans = []
+    for prompt in prompts:
+        for sample in range(rollout.samples_per_prompt):
+            prefix: tuple[int, ...] = ()
+            if responses is not None and sample < guidance.prefixed_per_prompt:
+                key = (seed, Purpose.PREFIX, step, prompt.index, sample)
+                options = responses[prompt.index]
+                response = options[keyed_seed(*key, 0) % len(options)]
+                length = prefix_length(
+                    response,
+                    step=step,
+                    steps=steps,
+                    max_new_tokens=rollout.max_new_tokens,
+                    rule=guidance.prefix_length,
+                    draw=keyed_seed(*key, 1) / 2**63,
+                )
+                prefix = response.token_ids[:length]
+            plans.append(_plan(prompt, sample, prefix, step, rollout.max_new_tokens, seed))
+    return plans
+
+
+def _plan(
+    prompt: Prompt, sample: int, prefix: tuple[int, ...], step: int, room: int, seed: int
+) -> PlannedSample:
+    request = SampleRequest(
+        token_ids=prompt.token_ids + prefix,
+        max_new_tokens=room - len(prefix),
+        seed=keyed_seed(seed, Purpose.ROLLOUT, step, prompt.index, sample),
+    )
+    return PlannedSample(prompt=prompt, sample_index=sample, prefix_ids=prefix, request=request)

@@ -1,0 +1,167 @@
+"""Tokenizers of HF folders: loading, identity, and the ids that end a response.
+
+Distillation compares two models token id by token id, so "the same tokenizer" is checked here
+and never assumed. Padded embedding tables may differ in size; meanings may not.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from megatron_tropd.errors import ConfigError, InputError
+
+_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+_MAX_NAMED = 5  # differing ids spelled out in an error
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """Tokenizer of an HF folder, from its files alone: no download, no remote code.
+
+    Args:
+        folder: HF folder with tokenizer.json or a SentencePiece tokenizer.model.
+
+    Returns:
+        The transformers tokenizer.
+
+    Raises:
+        InputError: the folder is missing, holds no tokenizer, or its files cannot be read.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"Expected an HF model folder at {folder}, found none. Check the path.")
+    if not any((folder / name).is_file() for name in _FILES):
+        raise InputError(
+            f"{folder} holds no tokenizer: expected one of {', '.join(_FILES)}. "
+            "Copy the tokenizer files of the model into it."
+        )
+    try:
+        return AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # the tokenizers library raises bare Exception on a broken file
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"The tokenizer in {folder} cannot be read ({type(error).__name__}: {reason}). "
+            "Copy the tokenizer files of the model again."
+        ) from error
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of what the ids mean: every id with its token, and the BOS and EOS ids.
+
+    Args:
+        tokenizer: any transformers tokenizer.
+
+    Returns:
+        16 hexadecimal digits; equal for a student and a teacher that may be distilled.
+    """
+    meaning = [sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))]
+    meaning.append([tokenizer.bos_token_id, tokenizer.eos_token_id])
+    return hashlib.sha256(json.dumps(meaning).encode()).hexdigest()[:16]
+
+
+def check_same_tokenizer(
+    student_folder: str | Path, teacher_folder: str | Path, *, chat_template: bool = False
+) -> PreTrainedTokenizerBase:
+    """Refuse a pair whose token ids mean different things.
+
+    Args:
+        student_folder: HF folder of the student.
+        teacher_folder: HF folder of the teacher.
+        chat_template: also compare the chat templates (where prompts are wrapped in one).
+
+    Returns:
+        The student's tokenizer, which is the one used from here on.
+
+    Raises:
+        InputError: a tokenizer cannot be read, or ids, BOS, EOS or the chat template differ;
+            the first differing ids are named.
+    """
+    student, teacher = load_tokenizer(student_folder), load_tokenizer(teacher_folder)
+    where = f"student {student_folder}, teacher {teacher_folder}"
+    differing = _differing_ids(student.get_vocab(), teacher.get_vocab())
+    if differing:
+        more = f" and {len(differing) - _MAX_NAMED} more" if len(differing) > _MAX_NAMED else ""
+        raise InputError(
+            f"Student and teacher must share one tokenizer, but {len(differing)} ids differ: "
+            f"{'; '.join(differing[:_MAX_NAMED])}{more} ({where}). "
+            "Choose a pair trained with the same tokenizer."
+        )
+    for name in ("bos_token_id", "eos_token_id"):
+        mine, theirs = getattr(student, name), getattr(teacher, name)
+        if mine != theirs:
+            raise InputError(
+                f"Student and teacher must agree on {name}, found {_spell(student, mine)} and "
+                f"{_spell(teacher, theirs)} ({where}). If that is only a setting, edit "
+                "tokenizer_config.json of one of them."
+            )
+    if chat_template and student.chat_template != teacher.chat_template:
+        raise InputError(
+            f"Prompts are wrapped in a chat template, but the templates differ ({where}). If the "
+            "teacher knows the student's format, give both folders the same chat template."
+        )
+    return student
+
+
+def stop_token_ids(folder: str | Path, extra: Iterable[int] = ()) -> tuple[int, ...]:
+    """Ids that end a response: the tokenizer's EOS, those of generation_config.json, and extra.
+
+    Args:
+        folder: HF folder of the model that samples.
+        extra: further ids (``rollout.stop_token_ids``).
+
+    Returns:
+        Sorted ids, each once.
+
+    Raises:
+        ConfigError: an extra id is not in the vocabulary.
+        InputError: there is no id that ends a response, or generation_config.json is broken.
+    """
+    tokenizer = load_tokenizer(folder)
+    extra = tuple(extra)
+    for token_id in extra:
+        if not 0 <= token_id < len(tokenizer):
+            raise ConfigError(
+                f"rollout.stop_token_ids must be ids in 0..{len(tokenizer) - 1}, found {token_id}."
+            )
+    ids = {*extra, *_generation_eos(Path(folder))}
+    if tokenizer.eos_token_id is not None:
+        ids.add(tokenizer.eos_token_id)
+    if not ids:
+        raise InputError(
+            f"Nothing ends a response: {folder} has neither an EOS token nor eos_token_id in "
+            "generation_config.json. Set rollout.stop_token_ids."
+        )
+    return tuple(sorted(ids))
+
+
+def _differing_ids(student: dict[str, int], teacher: dict[str, int]) -> list[str]:
+    mine = {token_id: token for token, token_id in student.items()}
+    theirs = {token_id: token for token, token_id in teacher.items()}
+    return [
+        f"id {i}: student {mine.get(i, 'nothing')!r}, teacher {theirs.get(i, 'nothing')!r}"
+        for i in sorted(mine.keys() | theirs.keys())
+        if mine.get(i) != theirs.get(i)
+    ]
+
+
+def _spell(tokenizer: PreTrainedTokenizerBase, token_id: int | None) -> str:
+    return "none" if token_id is None else f"{token_id} {tokenizer.decode([token_id])!r}"
+
+
+def _generation_eos(folder: Path) -> list[int]:
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return []
+    try:
+        settings: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is not readable JSON ({error}). Copy it again.") from None
+    eos = settings.get("eos_token_id")
+    if eos is None:
+        return []
+    return [eos] if isinstance(eos, int) else list(eos)

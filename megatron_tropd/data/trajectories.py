@@ -1,0 +1,97 @@
+"""Trajectories: made from plans and samples, written and read as JSON lines (record and replay)."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_tropd.data.prefixes import PlannedSample
+from megatron_tropd.data.prompts import read_json_lines
+from megatron_tropd.data.types import Trajectory
+from megatron_tropd.errors import InputError
+from megatron_tropd.rollout.types import Sample
+
+
+def assemble(
+    plans: Sequence[PlannedSample], samples: Sequence[Sample], *, step: int, weights_version: int
+) -> list[Trajectory]:
+    """Join what was asked with what the engine wrote.
+
+    Args:
+        plans: of :func:`megatron_tropd.data.prefixes.plan_requests`.
+        samples: the engine's answers, in the same order.
+        step: training step that asked.
+        weights_version: number of optimizer steps the sampling weights had seen.
+
+    Returns:
+        One trajectory per plan, in the same order.
+    """
+    return [
+        Trajectory(
+            step=step,
+            prompt_index=plan.prompt.index,
+            sample_index=plan.sample_index,
+            prompt_ids=plan.prompt.token_ids,
+            prefix_ids=plan.prefix_ids,
+            response_ids=sample.token_ids,
+            rollout_logprobs=sample.logprobs,
+            finish_reason=sample.finish_reason,
+            weights_version=weights_version,
+        )
+        for plan, sample in zip(plans, samples, strict=True)
+    ]
+
+
+def write_trajectories(path: str | Path, trajectories: Sequence[Trajectory]) -> None:
+    """Write one JSON object per trajectory; the file appears whole or not at all.
+
+    Args:
+        path: file to write; an older one is replaced.
+        trajectories: floats are written exactly.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "w") as file:
+        for trajectory in trajectories:
+            file.write(json.dumps(dataclasses.asdict(trajectory)) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def read_trajectories(path: str | Path) -> list[Trajectory]:
+    """Inverse of :func:`write_trajectories`.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Trajectories in the order of the file.
+
+    Raises:
+        InputError: the file is missing, or a line is not a trajectory (with the line number).
+    """
+    return [
+        _trajectory(record, f"{path}, line {number}")
+        for number, record in read_json_lines(path, "trajectories file")
+    ]
+
+
+def _trajectory(record: dict[str, Any], where: str) -> Trajectory:
+    names = {f.name for f in dataclasses.fields(Trajectory)}
+    if record.keys() != names:
+        raise InputError(
+            f"{where}: expected a trajectory with the keys {sorted(names)}, found "
+            f"{sorted(record)}. Use a file this program recorded."
+        )
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in record.items()}
+    trajectory = Trajectory(**values)
+    if len(trajectory.response_ids) != len(trajectory.rollout_logprobs):
+        raise InputError(
+            f"{where}: expected one rollout log-prob per response token, found "
+            f"{len(trajectory.rollout_logprobs)} for {len(trajectory.response_ids)} tokens."
+        )
+    return trajectory

@@ -1,0 +1,195 @@
+"""Packing: what a row holds, that nothing is lost, and that the layout changes nothing."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_tropd.data.packing import count_loss_tokens, pack
+from megatron_tropd.data.types import MicroBatch, Segment, Trajectory
+from megatron_tropd.errors import ConfigError
+from megatron_tropd.losses.draws import keyed_seed, keyed_uniform
+
+
+def _trajectory(prompt: int, sample: int, sizes: tuple[int, int, int], seed: int = 0) -> Trajectory:
+    rng = np.random.default_rng((seed, prompt, sample))
+    prompt_ids, prefix_ids, response_ids = (
+        tuple(rng.integers(3, 100, size).tolist()) for size in sizes
+    )
+    return Trajectory(
+        step=4,
+        prompt_index=prompt,
+        sample_index=sample,
+        prompt_ids=prompt_ids,
+        prefix_ids=prefix_ids,
+        response_ids=response_ids,
+        rollout_logprobs=tuple((-rng.random(sizes[2])).tolist()),
+        finish_reason="stop",
+        weights_version=4,
+    )
+
+
+def _trajectories() -> list[Trajectory]:
+    rng = np.random.default_rng(7)
+    sizes = [tuple(rng.integers((1, 0, 1), (6, 9, 12)).tolist()) for _ in range(24)]
+    return [_trajectory(i // 4, i % 4, size) for i, size in enumerate(sizes)]
+
+
+def _pack(trajectories: list[Trajectory], **overrides) -> list[MicroBatch]:
+    settings = {
+        "dp_rank": 0,
+        "dp_size": 1,
+        "tokens_per_micro_batch": 64,
+        "pad_multiple": 1,
+        "seed": 3,
+        "step": 4,
+    }
+    return pack(trajectories, **(settings | overrides))
+
+
+def _tokens_of(batches: list[MicroBatch]) -> set[tuple]:
+    """Every loss token as (row, position, label, segment, draw, log-prob, input token)."""
+    out = set()
+    for batch in batches:
+        for b, s in batch.loss_mask.nonzero().tolist():
+            out.add(
+                (
+                    batch.rows[b],
+                    batch.response_positions[b, s].item(),
+                    batch.labels[b, s].item(),
+                    batch.segments[b, s].item(),
+                    batch.uniforms[b, s].item(),
+                    batch.rollout_logprobs[b, s].item(),
+                    batch.tokens[b, s].item(),
+                )
+            )
+    return out
+
+
+def test_a_row_by_hand():
+    t = dataclasses.replace(
+        _trajectory(5, 1, (3, 2, 2)),
+        prompt_ids=(10, 11, 12),
+        prefix_ids=(20, 21),
+        response_ids=(30, 31),
+        rollout_logprobs=(-0.5, -0.25),
+    )
+    (batch,) = _pack([t], pad_multiple=4)
+    assert batch.tokens.tolist() == [[10, 11, 12, 20, 21, 30, 0, 0]]
+    assert batch.labels.tolist() == [[11, 12, 20, 21, 30, 31, 0, 0]]
+    assert batch.segments.tolist() == [[0, 0, 1, 1, 2, 2, 0, 0]]
+    assert batch.loss_mask.tolist() == [[False] * 2 + [True] * 4 + [False] * 2]
+    assert batch.position_ids.tolist() == [list(range(8))]
+    assert batch.response_positions.tolist() == [[0, 0, 0, 1, 2, 3, 0, 0]]
+    assert batch.rollout_logprobs.tolist() == [[0, 0, 0, 0, -0.5, -0.25, 0, 0]]
+    draws = keyed_uniform(3, 4, keyed_seed(5, 1), np.arange(4))
+    assert batch.uniforms[0, 2:6].tolist() == draws.tolist()
+    assert batch.rows == (0,)
+    assert (batch.tokens.dtype, batch.uniforms.dtype) == (torch.int64, torch.float32)
+
+
+def test_smallest_trajectory():
+    (batch,) = _pack([_trajectory(0, 0, (1, 0, 1))])
+    assert batch.tokens.shape == (1, 1)
+    assert batch.segments.tolist() == [[Segment.STUDENT]]
+
+
+def test_nothing_lost_and_budget_kept():
+    trajectories = _trajectories()
+    batches = _pack(trajectories)
+    assert sorted(row for batch in batches for row in batch.rows) == list(range(24))
+    assert all(batch.tokens.numel() <= 64 for batch in batches)
+    teacher, student = count_loss_tokens(trajectories)
+    found = torch.cat([batch.segments.flatten() for batch in batches])
+    assert (found == Segment.TEACHER).sum() == teacher
+    assert (found == Segment.STUDENT).sum() == student
+
+
+def test_sorting_keeps_padding_small():
+    batches = _pack(_trajectories(), tokens_per_micro_batch=100)
+    rows = sum(batch.tokens.numel() for batch in batches)
+    assert rows < 1.3 * sum(
+        len(t.prompt_ids + t.prefix_ids + t.response_ids) for t in _trajectories()
+    )
+    lengths = [batch.tokens.shape[1] for batch in batches]
+    assert lengths == sorted(lengths, reverse=True)
+
+
+@pytest.mark.parametrize("dp_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("budget", [25, 64, 10_000])
+@pytest.mark.parametrize("pad_multiple", [1, 4])
+def test_layout_changes_no_token(dp_size: int, budget: int, pad_multiple: int):
+    trajectories = _trajectories()
+    budget = -(-budget // 4) * 4
+    parts = [
+        _pack(
+            trajectories,
+            dp_rank=rank,
+            dp_size=dp_size,
+            tokens_per_micro_batch=budget,
+            pad_multiple=pad_multiple,
+        )
+        for rank in range(dp_size)
+    ]
+    assert {token for part in parts for token in _tokens_of(part)} == _tokens_of(
+        _pack(trajectories)
+    )
+    shapes = [[tuple(batch.tokens.shape) for batch in part] for part in parts]
+    assert all(shape == shapes[0] for shape in shapes)
+    assert sum(rows for rows, _ in shapes[0]) == len(trajectories) // dp_size
+    assert all(length % pad_multiple == 0 for _, length in shapes[0])
+
+
+def test_order_of_the_list_changes_no_draw():
+    trajectories = _trajectories()
+    draws = {}
+    for order in (trajectories, trajectories[::-1]):
+        for batch in _pack(order):
+            for b, row in enumerate(batch.rows):
+                key = (order[row].prompt_index, order[row].sample_index)
+                value = batch.uniforms[b][batch.loss_mask[b]].tolist()
+                assert draws.setdefault(key, value) == value
+    assert len(draws) == 24
+
+
+def test_draws_differ_by_step_seed_and_trajectory():
+    pair = [_trajectory(0, 0, (2, 0, 9)), _trajectory(0, 1, (2, 0, 9))]
+    draws = [
+        tuple(row.tolist())
+        for settings in ({}, {"seed": 4}, {"step": 5})
+        for batch in _pack(pair, **settings)
+        for row in batch.uniforms
+    ]
+    assert len(draws) == len(set(draws)) == 6
+
+
+def test_gradient_does_not_depend_on_the_packing():
+    """A sum over tokens of a weight per (token, label, draw), as any of our losses is."""
+    trajectories = _trajectories()
+    grads = []
+    for budget, dp_size in ((24, 1), (64, 2), (10_000, 1)):
+        table = torch.linspace(-1, 1, 100, dtype=torch.float64, requires_grad=True)
+        for rank in range(dp_size):
+            for batch in _pack(
+                trajectories, dp_rank=rank, dp_size=dp_size, tokens_per_micro_batch=budget
+            ):
+                mask = batch.loss_mask
+                weight = batch.uniforms[mask].double() * batch.segments[mask]
+                (weight * table[batch.tokens[mask]] * table[batch.labels[mask]]).sum().backward()
+        grads.append(table.grad)
+    for grad in grads[1:]:
+        torch.testing.assert_close(grad, grads[0], rtol=1e-12, atol=1e-12)
+
+
+def test_uneven_replicas_and_small_budget_are_refused():
+    trajectories = _trajectories()
+    with pytest.raises(ConfigError, match="24 trajectories cannot be dealt evenly to 5"):
+        _pack(trajectories, dp_size=5)
+    with pytest.raises(ConfigError, match="tokens_per_micro_batch = 4 is less than"):
+        _pack(trajectories, tokens_per_micro_batch=4)
+
+
+def test_empty_step():
+    assert _pack([]) == []
+    assert count_loss_tokens([]) == (0, 0)

@@ -1,0 +1,121 @@
+"""Teacher prefixes: the schedule, the lengths, and which samples carry one."""
+
+import math
+
+import pytest
+
+from megatron_tropd.config import GuidanceConfig, RolloutConfig
+from megatron_tropd.data.prefixes import alpha, plan_requests, prefix_length
+from megatron_tropd.data.responses import TeacherResponse
+from megatron_tropd.data.trajectories import assemble
+from megatron_tropd.data.types import Prompt
+from megatron_tropd.rollout.types import Sample
+
+
+def _response(length: int, reason: str = "stop", prompt: int = 0, sample: int = 0):
+    return TeacherResponse(prompt, sample, tuple(range(10, 10 + length)), reason)
+
+
+def _prompts(count: int = 3) -> list[Prompt]:
+    return [Prompt(i, f"p{i}", (1, 2, 3 + i), {}) for i in range(count)]
+
+
+def _plan(step: int = 0, responses=None, prompts=None, seed: int = 1, **guidance):
+    return plan_requests(
+        prompts or _prompts(),
+        responses,
+        step=step,
+        steps=10,
+        rollout=RolloutConfig(prompts="x", max_new_tokens=16, samples_per_prompt=4),
+        guidance=GuidanceConfig(**guidance),
+        seed=seed,
+    )
+
+
+def test_alpha_is_a_half_cosine():
+    assert alpha(0, 200) == 1.0
+    assert alpha(100, 200) == pytest.approx(0.5)
+    assert alpha(200, 200) == 0.0
+    assert alpha(50, 200) == pytest.approx((1 + math.sqrt(0.5)) / 2)
+    values = [alpha(step, 200) for step in range(201)]
+    assert values == sorted(values, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("length", "reason", "step", "room", "expected"),
+    [
+        (12, "stop", 0, 100, 11),  # never the stop token
+        (12, "length", 0, 100, 12),
+        (12, "stop", 5, 100, 6),
+        (13, "stop", 5, 100, 6),  # floor
+        (12, "length", 10, 100, 0),
+        (12, "length", 0, 8, 7),  # one token left to write
+        (12, "length", 0, 1, 0),
+        (1, "stop", 0, 100, 0),  # a response that is only the stop token
+    ],
+)
+def test_prefix_length(length: int, reason: str, step: int, room: int, expected: int):
+    found = prefix_length(_response(length, reason), step=step, steps=10, max_new_tokens=room)
+    assert found == expected
+
+
+def test_uniform_prefix_length_covers_its_range_evenly():
+    lengths = [
+        prefix_length(
+            _response(12), step=5, steps=10, max_new_tokens=99, rule="uniform", draw=i / 700
+        )
+        for i in range(700)
+    ]
+    assert {n: lengths.count(n) for n in range(7)} == dict.fromkeys(range(7), 100)
+
+
+def test_plan_without_guidance():
+    plans = _plan()
+    assert [(p.prompt.index, p.sample_index) for p in plans] == [
+        (i, j) for i in range(3) for j in range(4)
+    ]
+    assert all(p.prefix_ids == () and p.request.max_new_tokens == 16 for p in plans)
+    assert all(p.request.token_ids == p.prompt.token_ids for p in plans)
+    assert len({p.request.seed for p in plans}) == 12
+    assert not {p.request.seed for p in plans} & {p.request.seed for p in _plan(step=1)}
+    assert not {p.request.seed for p in plans} & {p.request.seed for p in _plan(seed=2)}
+
+
+def test_seeds_and_prefixes_do_not_depend_on_the_other_prompts():
+    responses = {i: (_response(9, prompt=i),) for i in range(3)}
+    whole = _plan(5, responses, prefix_length="uniform")
+    alone = _plan(5, responses, prompts=_prompts()[1:2], prefix_length="uniform")
+    assert alone == whole[4:8]
+
+
+@pytest.mark.parametrize("per_prompt", [0, 1, 3])
+def test_only_the_first_samples_carry_a_prefix(per_prompt: int):
+    responses = {i: (_response(9, prompt=i),) for i in range(3)}
+    for plan in _plan(5, responses, prefixed_per_prompt=per_prompt):
+        expected = (10, 11, 12, 13) if plan.sample_index < per_prompt else ()
+        assert plan.prefix_ids == expected
+        assert plan.request.token_ids == plan.prompt.token_ids + expected
+        assert plan.request.max_new_tokens == 16 - len(expected)
+
+
+def test_several_responses_are_all_used():
+    options = tuple(TeacherResponse(0, s, (100 + s,) * 9, "stop") for s in range(3))
+    used = {
+        _plan(0, {0: options}, prompts=_prompts(1), seed=seed)[0].prefix_ids[0]
+        for seed in range(20)
+    }
+    assert used == {100, 101, 102}
+
+
+def test_assemble_keeps_the_order_and_the_ids():
+    plans = _plan(5, {i: (_response(9, prompt=i),) for i in range(3)})
+    samples = [Sample((40 + i, 2), (-0.5, -1.0 * i), "stop") for i in range(12)]
+    trajectories = assemble(plans, samples, step=5, weights_version=5)
+    for i, (plan, trajectory) in enumerate(zip(plans, trajectories, strict=True)):
+        assert trajectory.prompt_ids + trajectory.prefix_ids == plan.request.token_ids
+        assert trajectory.response_ids == (40 + i, 2)
+        assert trajectory.rollout_logprobs == (-0.5, -1.0 * i)
+        assert (trajectory.prompt_index, trajectory.sample_index) == (i // 4, i % 4)
+        assert (trajectory.step, trajectory.weights_version) == (5, 5)
+    with pytest.raises(ValueError):
+        assemble(plans, samples[1:], step=5, weights_version=5)

@@ -1,0 +1,130 @@
+"""Prompts: the file, its errors, and the order of the steps."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny_models import write_tiny_tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from megatron_tropd.data.prompts import load_prompts, prompts_of_step
+from megatron_tropd.errors import ConfigError, InputError
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    write_tiny_tokenizer(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture
+def chat_tokenizer(tokenizer: PreTrainedTokenizerBase, monkeypatch) -> PreTrainedTokenizerBase:
+    monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE)
+    return tokenizer
+
+
+def _file(folder: Path, *lines: object) -> Path:
+    path = folder / "prompts.jsonl"
+    path.write_text("".join((x if isinstance(x, str) else json.dumps(x)) + "\n" for x in lines))
+    return path
+
+
+def test_plain_prompts(tmp_path: Path, tokenizer: PreTrainedTokenizerBase):
+    path = _file(tmp_path, {"prompt": "ab", "answer": "3"}, "", {"prompt": " é\n"})
+    first, second = load_prompts(path, tokenizer)
+    assert (first.index, second.index) == (0, 1)
+    assert (first.text, first.fields["answer"]) == ("ab", "3")
+    assert list(first.token_ids) == tokenizer.encode("ab")
+    assert tokenizer.decode(second.token_ids, skip_special_tokens=True) == " é\n"
+
+
+def test_chat_template(tmp_path: Path, chat_tokenizer: PreTrainedTokenizerBase):
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+    path = _file(tmp_path, {"messages": messages}, {"prompt": "ab"})
+    chat, plain = load_prompts(path, chat_tokenizer)
+    assert chat.text == "<s>[system]s[user]u[assistant]"
+    assert plain.text == "ab"
+    _, wrapped = load_prompts(path, chat_tokenizer, apply_chat_template=True)
+    assert wrapped.text == "<s>[user]ab[assistant]"
+    for prompt in (chat, wrapped):
+        assert prompt.token_ids.count(chat_tokenizer.bos_token_id) == 1
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ((), "is empty"),
+        (("", "  "), "is empty"),
+        (({"prompt": "a"}, "{not json"), "line 2: expected a JSON object"),
+        (({"prompt": "a"}, "", "[1]"), "line 3: expected a JSON object, found list"),
+        (({"text": "a"},), r"line 1: expected \"prompt\".*found keys \['text'\]"),
+        (({"prompt": 3},), r"line 1: expected \"prompt\" \(a string\)"),
+        (({"prompt": "a"}, {"prompt": " \n"}), "line 2: the prompt is empty"),
+        (({"prompt": "a" * 9},), "line 1: the prompt has 9 tokens, at most 8 fit"),
+        (
+            ({"prompt": "ab\ud800"},),
+            "line 1: the prompt holds half a surrogate pair at character 2",
+        ),
+        (({"messages": []},), 'line 1: "messages" must be a list'),
+        (({"messages": [{"content": "u"}]},), 'line 1: "messages" must be a list'),
+        (
+            ({"messages": [{"role": "user", "content": "u"}]},),
+            "line 1: needs a chat template, but the student's tokenizer has none",
+        ),
+    ],
+)
+def test_bad_files(tmp_path: Path, tokenizer, lines: tuple, message: str):
+    path = _file(tmp_path, *lines)
+    with pytest.raises(InputError, match=message):
+        load_prompts(path, tokenizer, max_prompt_tokens=8)
+
+
+def test_messages_the_template_refuses(tmp_path: Path, tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('roles must alternate') }}")
+    path = _file(tmp_path, {"prompt": "a"}, {"messages": [{"role": "user", "content": "u"}]})
+    with pytest.raises(InputError, match=r"line 2: the chat template refuses .*roles must alt"):
+        load_prompts(path, tokenizer)
+
+
+def test_unreadable_files(tmp_path: Path, tokenizer):
+    with pytest.raises(InputError, match=r"absent\.jsonl cannot be read: No such file"):
+        load_prompts(tmp_path / "absent.jsonl", tokenizer)
+    with pytest.raises(InputError, match="cannot be read: Is a directory"):
+        load_prompts(tmp_path, tokenizer)
+    path = tmp_path / "latin.jsonl"
+    path.write_bytes(b'{"prompt": "a"}\n{"prompt": "\xe9"}\n')
+    with pytest.raises(InputError, match=r"line 2: expected a JSON object, found .*utf-8"):
+        load_prompts(path, tokenizer)
+
+
+def test_steps_walk_through_epochs():
+    n, per_step = 23, 5
+    epochs = [
+        [i for step in range(4 * e, 4 * e + 4) for i in prompts_of_step(n, per_step, step, 1)]
+        for e in range(40)
+    ]
+    for epoch in epochs:
+        assert len(set(epoch)) == 20
+        assert set(epoch) < set(range(23))
+    assert set().union(*epochs) == set(range(23))
+    assert len({tuple(epoch) for epoch in epochs}) == 40
+    counts = [sum(epoch.count(i) for epoch in epochs) for i in range(23)]
+    assert min(counts) >= 25
+
+
+def test_order_is_keyed_and_stateless():
+    late = prompts_of_step(100, 8, 1234, 1)
+    assert [prompts_of_step(100, 8, s, 1) for s in (3, 1234, 0)][1] == late
+    assert prompts_of_step(100, 8, 1234, 2) != late
+    assert sorted(prompts_of_step(7, 7, 3, 1)) == list(range(7))
+
+
+def test_fewer_prompts_than_a_step_needs():
+    with pytest.raises(ConfigError, match="prompts_per_step = 8 exceeds the 7 prompts"):
+        prompts_of_step(7, 8, 0, 1)
