@@ -1,0 +1,114 @@
+"""A Hugging Face model folder, read lazily: the config, and any slice of any tensor."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from megatron_tropd.errors import InputError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+class HFFolder:
+    """config.json and the safetensors of a model folder. Opening it reads headers only.
+
+    Args:
+        path: a folder holding config.json and model.safetensors, or model.safetensors.index.json
+            and the files it names.
+
+    Raises:
+        InputError: something is missing, unreadable or truncated.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise InputError(
+                f"Model folder {self.path} does not exist. Give a folder holding config.json, "
+                "*.safetensors and the tokenizer."
+            )
+        self.config: dict[str, Any] = _read_json(self.path / "config.json")
+        self._file_of = self._index()
+        self._open: dict[str, Any] = {}
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Names of all tensors in the folder."""
+        return frozenset(self._file_of)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, from the header."""
+        return tuple(self._slice(name).get_shape())
+
+    def read(
+        self, name: str, *, dim: int = 0, start: int = 0, stop: int | None = None
+    ) -> torch.Tensor:
+        """Read ``tensor[start:stop]`` along ``dim`` (0 or 1), and only that part of the file."""
+        lazy = self._slice(name)
+        part = lazy[start:stop] if dim == 0 else lazy[:, start:stop]
+        return part
+
+    def _slice(self, name: str) -> Any:
+        if name not in self._file_of:
+            raise InputError(f"Tensor {name} is missing in model folder {self.path}.")
+        return self._file(self._file_of[name]).get_slice(name)
+
+    def _file(self, file_name: str) -> Any:
+        if file_name not in self._open:
+            self._open[file_name] = _open_safetensors(self.path / file_name)
+        return self._open[file_name]
+
+    def _index(self) -> dict[str, str]:
+        index = self.path / INDEX
+        if not index.exists():
+            if not (self.path / SINGLE).exists():
+                raise InputError(self._no_weights())
+            return dict.fromkeys(_open_safetensors(self.path / SINGLE).keys(), SINGLE)
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise InputError(f"{index} has no weight_map. Download or export the model again.")
+        for file_name in sorted(set(weight_map.values())):
+            held = set(_open_safetensors(self.path / file_name).keys())
+            lost = sorted(n for n, f in weight_map.items() if f == file_name and n not in held)
+            if lost:
+                raise InputError(
+                    f"{index} places {lost[0]} (and {len(lost) - 1} more) in {file_name}, which "
+                    "does not hold it. Download or export the model again."
+                )
+        return weight_map
+
+    def _no_weights(self) -> str:
+        others = sorted(p.name for p in self.path.glob("*.bin"))
+        hint = (
+            f"Found {others[0]}: convert it to safetensors (pickled weights are not read)."
+            if others
+            else "Download or export the model again."
+        )
+        return f"Model folder {self.path} holds neither {SINGLE} nor {INDEX}. {hint}"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing: {path.parent} is not a complete HF folder.") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path} must hold a JSON object, found {type(value).__name__}.")
+    return value
+
+
+def _open_safetensors(path: Path) -> Any:
+    try:
+        return safe_open(str(path), framework="pt")
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing: {path.parent} is not a complete HF folder.") from None
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"{path} is not a readable safetensors file (truncated download?): {error}"
+        ) from None

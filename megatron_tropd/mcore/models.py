@@ -1,0 +1,217 @@
+"""Megatron models from HF folders: the same function as transformers computes, sharded."""
+
+import copy
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
+from megatron_tropd.config import ParallelConfig
+from megatron_tropd.convert.families import ModelShape, model_shape, rope_inverse_frequencies
+from megatron_tropd.convert.hf_folder import HFFolder
+from megatron_tropd.errors import ConfigError
+from megatron_tropd.mcore import platform
+from megatron_tropd.mcore.parallel import Ranks
+from megatron_tropd.mcore.weights import load_weights
+
+_VOCAB_MULTIPLE = 64
+
+
+class RMSNorm(torch.nn.Module):
+    """Root-mean-square norm for layer specs without Transformer Engine.
+
+    Megatron's own falls back to torch's, which it refuses under sequence parallelism because
+    nobody marks the weight; here the weight carries the mark.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in x's type."""
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def resolve_dtype(name: Literal["auto", "float32", "bfloat16"]) -> torch.dtype:
+    """The compute type ``model.dtype`` stands for on this machine."""
+    if name == "auto":
+        return torch.bfloat16 if platform.has_cuda() else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def padded_vocab_size(*hf_configs: dict[str, Any], tensor: int) -> int:
+    """Rows of the embeddings of models that are trained together, so that their shards align.
+
+    The largest vocabulary, rounded up to a multiple of 64 and of ``tensor``: the same for every
+    power of two, so that checkpoints move between layouts.
+    """
+    largest = max(model_shape(config).vocab for config in hf_configs)
+    multiple = _VOCAB_MULTIPLE
+    while multiple % tensor:
+        multiple += _VOCAB_MULTIPLE
+    return -(-largest // multiple) * multiple
+
+
+def check_parallel(hf_config: dict[str, Any], parallel: ParallelConfig, *, who: str) -> None:
+    """Check that a model can be laid out.
+
+    Args:
+        hf_config: its config.json dictionary.
+        parallel: the layout.
+        who: how messages call the model: "student" or "teacher".
+
+    Raises:
+        ConfigError: a size does not divide.
+        InputError: the architecture is not supported.
+    """
+    shape = model_shape(hf_config)
+    tensor, pipeline = parallel.tensor, parallel.pipeline
+    for what, size in (
+        ("attention heads", shape.heads),
+        ("key/value heads", shape.kv_heads),
+        ("intermediate size", shape.ffn),
+    ):
+        if size % tensor:
+            raise ConfigError(
+                f"parallel.tensor = {tensor} must divide the {who}'s {what}, found {size}. "
+                "Choose another parallel.tensor."
+            )
+    if shape.layers % pipeline:
+        raise ConfigError(
+            f"parallel.pipeline = {pipeline} must divide the {who}'s layers, found {shape.layers}. "
+            "Choose another parallel.pipeline."
+        )
+
+
+def has_transformer_engine() -> bool:
+    """Whether Transformer Engine imports here; then its layers are used."""
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    return bool(HAVE_TE) and platform.has_cuda()
+
+
+def layer_spec(shape: ModelShape) -> ModuleSpec:
+    """Transformer Engine's layers where it imports, else Megatron's own with our norm."""
+    if has_transformer_engine():
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=shape.qk_norm)
+    spec = copy.deepcopy(
+        get_gpt_layer_local_spec(qk_layernorm=shape.qk_norm, normalization="RMSNorm")
+    )
+    spec.submodules.input_layernorm = RMSNorm
+    spec.submodules.pre_mlp_layernorm = RMSNorm
+    if shape.qk_norm:
+        attention = spec.submodules.self_attention.submodules
+        attention.q_layernorm = RMSNorm
+        attention.k_layernorm = RMSNorm
+    return spec
+
+
+def transformer_config(
+    shape: ModelShape, parallel: ParallelConfig, dtype: torch.dtype
+) -> TransformerConfig:
+    """Megatron's description of the model; losses are per token, lengths vary."""
+    cuda = platform.has_cuda()
+    return TransformerConfig(
+        num_layers=shape.layers,
+        hidden_size=shape.hidden,
+        ffn_hidden_size=shape.ffn,
+        num_attention_heads=shape.heads,
+        num_query_groups=shape.kv_heads,
+        kv_channels=shape.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.rms_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=shape.qkv_bias,
+        qk_layernorm=shape.qk_norm,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        sequence_parallel=parallel.sequence_parallel,
+        variable_seq_lengths=True,
+        # Dense models have no experts; variable_seq_lengths is refused with the default.
+        moe_token_dispatcher_type="alltoall",
+        calculate_per_token_loss=True,
+        deallocate_pipeline_outputs=True,
+        perform_initialization=False,
+        use_cpu_initialization=not cuda,
+        bias_activation_fusion=cuda,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+    )
+
+
+def build_model(
+    folder: HFFolder,
+    *,
+    ranks: Ranks,
+    parallel: ParallelConfig,
+    dtype: torch.dtype,
+    padded_vocab_size: int,
+    who: str = "model",
+) -> GPTModel:
+    """This rank's part of the model in ``folder``, weights loaded, on this rank's device.
+
+    Args:
+        folder: architecture and weights.
+        ranks: this rank's place.
+        parallel: the layout.
+        dtype: of parameters and activations.
+        padded_vocab_size: rows of the embeddings, from :func:`padded_vocab_size`.
+        who: how messages call the model.
+
+    Returns:
+        Megatron's GPTModel, not wrapped; ``forward(tokens, positions, None)`` gives this shard's
+        logits [batch, sequence, padded vocabulary / tensor] on the last stage.
+
+    Raises:
+        ConfigError: the layout does not divide the model.
+        InputError: unsupported architecture, missing or surplus tensors, wrong shapes.
+
+    Collectives: for tied embeddings, one all-reduce of the shard between first and last stage.
+    """
+    check_parallel(folder.config, parallel, who=who)
+    shape = model_shape(folder.config)
+    config = transformer_config(shape, parallel, dtype)
+    # GPTModel is announced as deprecated in favour of HybridModel, which lacks the hook that
+    # hands hidden states to a loss.
+    model = GPTModel(
+        config,
+        _block_spec(config, shape),
+        vocab_size=padded_vocab_size,
+        max_sequence_length=shape.max_positions,
+        pre_process=ranks.is_first_stage,
+        post_process=ranks.is_last_stage,
+        share_embeddings_and_output_weights=shape.tied,
+        position_embedding_type="rope",
+    )
+    model.rotary_pos_emb.inv_freq = rope_inverse_frequencies(folder.config).to(platform.device())
+    model.to(platform.device())
+    load_weights(model, folder, ranks=ranks, padded_vocab_size=padded_vocab_size)
+    return model
+
+
+def _block_spec(config: TransformerConfig, shape: ModelShape) -> Any:
+    spec = layer_spec(shape)
+    if has_transformer_engine():
+        return spec
+    layers = config.num_layers // config.pipeline_model_parallel_size
+    return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=RMSNorm)

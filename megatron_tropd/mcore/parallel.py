@@ -1,0 +1,136 @@
+"""The ranks of a run and the groups they form: Megatron's parallel state, read once."""
+
+import os
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+
+from megatron_tropd.config import ParallelConfig
+from megatron_tropd.errors import ConfigError
+from megatron_tropd.mcore import platform
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process' place in the run and the process groups it belongs to."""
+
+    rank: int
+    world_size: int
+    tp_rank: int
+    tp_size: int
+    pp_rank: int
+    pp_size: int
+    dp_rank: int
+    dp_size: int
+    tp_group: dist.ProcessGroup = field(repr=False)
+    """Ranks holding the other shards of the same layers."""
+    pp_group: dist.ProcessGroup = field(repr=False)
+    """Ranks holding the other stages of the same replica and shard."""
+    dp_group: dist.ProcessGroup = field(repr=False)
+    """Ranks holding the same weights for other data."""
+    mp_group: dist.ProcessGroup = field(repr=False)
+    """All tensor and pipeline ranks of this replica."""
+    embedding_group: dist.ProcessGroup | None = field(repr=False)
+    """First and last stage of this shard, which share tied embeddings; None elsewhere."""
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank holds the embedding."""
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank holds the output layer, hence the loss."""
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes the run's files."""
+        return self.rank == 0
+
+    def global_rank(self, *, tp_rank: int, pp_rank: int, dp_rank: int) -> int:
+        """The rank at a place of the layout (tensor ranks are neighbours, then data, pipeline)."""
+        return (pp_rank * self.dp_size + dp_rank) * self.tp_size + tp_rank
+
+    def place(self, rank: int) -> tuple[int, int, int]:
+        """(tp_rank, pp_rank, dp_rank) of a global rank; inverse of :meth:`global_rank`."""
+        rest, tp_rank = divmod(rank, self.tp_size)
+        pp_rank, dp_rank = divmod(rest, self.dp_size)
+        return tp_rank, pp_rank, dp_rank
+
+
+def initialize(parallel: ParallelConfig, seed: int) -> Ranks:
+    """Join the run: process group, Megatron's parallel state, random states.
+
+    Reads torchrun's environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT); without
+    RANK it is a run of one process. An existing default process group is used as it is.
+
+    Args:
+        parallel: sizes of the three axes.
+        seed: of Megatron's random states (they differ between tensor ranks and stages).
+
+    Returns:
+        this process' ranks and groups.
+
+    Raises:
+        ConfigError: the number of started processes is not tensor x pipeline x data.
+
+    Collectives: creation of the process groups, on all ranks.
+    """
+    from megatron.core import parallel_state, tensor_parallel
+
+    _join(parallel)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        create_gloo_process_groups=platform.has_cuda(),
+    )
+    ranks = Ranks(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=parallel.tensor,
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pp_size=parallel.pipeline,
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel.data,
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        pp_group=parallel_state.get_pipeline_model_parallel_group(),
+        dp_group=parallel_state.get_data_parallel_group(),
+        mp_group=parallel_state.get_model_parallel_group(),
+        embedding_group=parallel_state.get_embedding_group(check_initialized=False),
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed + 100 * ranks.pp_rank)
+    return ranks
+
+
+def shutdown() -> None:
+    """Leave the run: Megatron's parallel state and every process group are destroyed."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _join(parallel: ParallelConfig) -> None:
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if dist.is_initialized():
+        world_size = dist.get_world_size()
+    if world_size != parallel.world_size:
+        raise ConfigError(
+            f"parallel.tensor x pipeline x data = {parallel.tensor} x {parallel.pipeline} x "
+            f"{parallel.data} = {parallel.world_size} needs as many processes, found {world_size}. "
+            "Change parallel.* or the number of processes started."
+        )
+    if platform.has_cuda():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if dist.is_initialized():
+        return
+    if "RANK" in os.environ:
+        dist.init_process_group(platform.distributed_backend())
+    else:
+        dist.init_process_group(
+            platform.distributed_backend(), store=dist.HashStore(), rank=0, world_size=1
+        )

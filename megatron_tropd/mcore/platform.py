@@ -1,0 +1,226 @@
+"""What it takes to run Megatron-Core on a machine without a GPU, all in one place.
+
+Megatron-Core 0.19 writes ``device="cuda"`` into its code, keeps its random states in CUDA
+generators and asks gradients for the type name ``torch.cuda.FloatTensor``. Without CUDA,
+:func:`prepare_platform` points these at the CPU; models, schedules, DDP, optimizers and
+dist_checkpointing then run on gloo unchanged. With CUDA it changes nothing.
+
+Importing ``megatron_tropd.mcore`` calls it, before anything of Megatron is imported.
+"""
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.utils._device
+
+_CPU = torch.device("cpu")
+_FACTORIES = (
+    "arange",
+    "as_tensor",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "eye",
+    "full",
+    "full_like",
+    "linspace",
+    "ones",
+    "ones_like",
+    "rand",
+    "randint",
+    "randn",
+    "randperm",
+    "tensor",
+    "zeros",
+    "zeros_like",
+)
+_prepared = False
+
+
+def has_cuda() -> bool:
+    """Whether this process computes on a CUDA device."""
+    return torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    """The device of this process' models: its CUDA device, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else _CPU
+
+
+def distributed_backend() -> str:
+    """Name of the collective backend that fits :func:`device`: nccl or gloo."""
+    return "nccl" if has_cuda() else "gloo"
+
+
+def is_prepared() -> bool:
+    """Whether the CPU differences are in place in this process."""
+    return _prepared
+
+
+def prepare_platform() -> None:
+    """Let Megatron-Core run on this machine. Changes nothing with CUDA, or when called again."""
+    global _prepared
+    if _prepared or has_cuda():
+        return
+    torch.compile = _compile_nothing
+    _patch_factories()
+    _patch_tensors()
+    _patch_streams()
+    _patch_random_states()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|TransformerEngine).*")
+        _patch_megatron()
+    _prepared = True
+
+
+def _compile_nothing(model: Any = None, **kwargs: Any) -> Any:
+    """Stands for ``torch.compile``, which needs a C++ compiler and 5 s for its import alone."""
+    return (lambda function: function) if model is None else model
+
+
+def _is_cuda(value: Any) -> bool:
+    if isinstance(value, torch.device):
+        return value.type == "cuda"
+    return isinstance(value, str) and value.startswith("cuda")
+
+
+def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(factory)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = _CPU
+        return factory(*args, **kwargs)
+
+    return call
+
+
+def _patch_factories() -> None:
+    # ``with torch.device(...)`` knows the factories by identity, from a list made at first use.
+    torch.utils._device._device_constructors()
+    for name in _FACTORIES:
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+
+
+def _patch_tensors() -> None:
+    original_to, original_type = torch.Tensor.to, torch.Tensor.type
+
+    @functools.wraps(original_to)
+    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if args and _is_cuda(args[0]):
+            args = (_CPU, *args[1:])
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = _CPU
+        return original_to(self, *args, **kwargs)
+
+    # The optimizers accept gradients and parameters by this name only.
+    @functools.wraps(original_type)
+    def type_name(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if dtype is not None:
+            return original_type(self, dtype, *args, **kwargs)
+        return original_type(self).replace("torch.", "torch.cuda.", 1)
+
+    def cuda(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self
+
+    torch.Tensor.to = to  # type: ignore[method-assign, assignment]
+    torch.Tensor.type = type_name  # type: ignore[method-assign, assignment]
+    torch.Tensor.cuda = cuda  # type: ignore[method-assign]
+    torch.nn.Module.cuda = cuda  # type: ignore[method-assign]
+
+
+class _Stream:
+    """Stands for ``torch.cuda.Stream``: work on the CPU is done when the call returns."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def _nothing(self, *args: Any, **kwargs: Any) -> None:
+        return None
+
+    wait_stream = wait_event = synchronize = _nothing
+
+    def record_event(self, event: Any = None) -> Any:
+        return event or _Event()
+
+    def query(self) -> bool:
+        return True
+
+    @staticmethod
+    def priority_range() -> tuple[int, int]:
+        return 0, 0
+
+
+class _Event:
+    """Stands for ``torch.cuda.Event``."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def _nothing(self, *args: Any, **kwargs: Any) -> None:
+        return None
+
+    record = wait = synchronize = _nothing
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, end: "_Event") -> float:
+        return 0.0
+
+
+def _nothing() -> Callable[..., None]:
+    return lambda *args, **kwargs: None
+
+
+def _patch_streams() -> None:
+    stream = _Stream()
+    replacements = {
+        "Stream": _Stream,
+        "Event": _Event,
+        "stream": lambda stream: contextlib.nullcontext(stream),
+        "current_stream": lambda device=None: stream,
+        "default_stream": lambda device=None: stream,
+        "set_stream": _nothing(),
+        "synchronize": _nothing(),
+        "set_device": _nothing(),
+        "empty_cache": _nothing(),
+        "current_device": lambda: _CPU,
+    }
+    for name, value in replacements.items():
+        setattr(torch.cuda, name, value)
+    torch.cuda.nvtx.range_push = _nothing()
+    torch.cuda.nvtx.range_pop = _nothing()
+    torch.Tensor.record_stream = _nothing()  # type: ignore[assignment]
+
+
+def _get_state(device: Any = None, **_: Any) -> torch.Tensor:
+    return torch.default_generator.get_state()
+
+
+def _set_state(new_state: torch.Tensor, device: Any = None, **_: Any) -> None:
+    torch.default_generator.set_state(new_state)
+
+
+def _patch_random_states() -> None:
+    for module in (torch.cuda, torch.cuda.random):
+        module.get_rng_state = _get_state
+        module.set_rng_state = _set_state
+        module.manual_seed = torch.default_generator.manual_seed
+        module.manual_seed_all = torch.default_generator.manual_seed
+
+
+def _patch_megatron() -> None:
+    from megatron.core.tensor_parallel import random
+
+    def get_state(device: Any = None, clone: bool = False, graph_safe: bool = False) -> Any:
+        return _get_state()
+
+    def set_state(new_state: Any, device: Any = -1, graph_safe: bool = False) -> None:
+        _set_state(new_state)
+
+    random._get_cuda_rng_state = get_state
+    random._set_cuda_rng_state = set_state

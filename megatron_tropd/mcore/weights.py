@@ -1,0 +1,383 @@
+"""Weights between HF folders and Megatron models: each rank reads its part; exports stream.
+
+An export walks the parameters in buckets. The tensor-parallel ranks of the stage that owns a
+bucket gather it, the result travels to the receivers, and only they make HF tensors of it: no rank
+ever holds the whole model twice.
+"""
+
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_tropd.convert.families import Entry, model_shape, plan
+from megatron_tropd.convert.hf_folder import INDEX, SINGLE, HFFolder
+from megatron_tropd.errors import InputError, TrainingError
+from megatron_tropd.mcore.parallel import Ranks
+
+_BUCKET_BYTES = 256 * 2**20
+_IGNORED = ("rotary_emb.inv_freq",)
+_UNFUSED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+
+
+def load_weights(
+    model: torch.nn.Module, folder: HFFolder, *, ranks: Ranks, padded_vocab_size: int
+) -> None:
+    """Fill this rank's parameters from the folder, reading only this rank's slices.
+
+    Args:
+        model: an unwrapped GPTModel.
+        folder: where to read.
+        ranks: this rank's place.
+        padded_vocab_size: rows of the model's padded embedding.
+
+    Raises:
+        InputError: a tensor is missing, surplus, or of another shape than config.json says.
+    """
+    entries = plan(folder.config, padded_vocab_size)
+    check_tensors(folder)
+    parameters = dict(model.named_parameters())
+    for entry, parameter in _stage_parameters(entries, parameters, folder.config, ranks):
+        shard = entry.operation.read(folder, ranks.tp_rank, ranks.tp_size)
+        with torch.no_grad():
+            parameter.copy_(shard)
+
+
+def check_tensors(folder: HFFolder) -> None:
+    """Account for every tensor of a folder, from the headers.
+
+    Raises:
+        InputError: a tensor is missing, surplus, or of another shape than config.json says.
+    """
+    expected: dict[str, tuple[int, ...]] = {}
+    for entry in plan(folder.config):
+        expected |= entry.operation.hf_shapes()
+    surplus_is_fine = {"lm_head.weight"} if model_shape(folder.config).tied else set()
+    missing = sorted(expected.keys() - folder.names)
+    surplus = sorted(
+        name
+        for name in folder.names - expected.keys() - surplus_is_fine
+        if not name.endswith(_IGNORED)
+    )
+    for what, names in (("misses", missing), ("has unexpected", surplus)):
+        if names:
+            raise InputError(
+                f"Model folder {folder.path} {what} {len(names)} tensors, the first "
+                f"{', '.join(names[:3])}. Its config.json and weights do not belong together."
+            )
+    for name, shape in expected.items():
+        if folder.shape(name) != shape:
+            raise InputError(
+                f"Tensor {name} of {folder.path} must have shape {list(shape)} by config.json, "
+                f"found {list(folder.shape(name))}."
+            )
+
+
+def export_weights(
+    model: torch.nn.Module,
+    hf_config: dict[str, Any],
+    ranks: Ranks,
+    *,
+    padded_vocab_size: int,
+    dtype: torch.dtype | None = None,
+    receivers: Sequence[int] = (0,),
+    explicit_lm_head: bool = False,
+    bucket_bytes: int = _BUCKET_BYTES,
+) -> Iterator[tuple[str, Tensor | None]]:
+    """Walk the model as HF tensors. Every rank must exhaust the iterator.
+
+    Args:
+        model: an unwrapped GPTModel.
+        hf_config: its config.json dictionary.
+        ranks: this rank's place.
+        padded_vocab_size: rows of its padded embedding.
+        dtype: of the tensors; None: the parameters'.
+        receivers: global ranks that get the tensors; the others get None.
+        explicit_lm_head: also yield ``lm_head.weight`` of a tied model.
+        bucket_bytes: gathered at once.
+
+    Yields:
+        (HF name, the whole tensor on this rank's device, or None), in the same order everywhere.
+
+    Collectives: per bucket one gather in the tensor-parallel group (all-gather where several of its
+    places receive) and one send to each receiver on another stage; buckets never cross stages.
+    """
+    entries = plan(hf_config, padded_vocab_size)
+    own = {
+        entry.name: parameter
+        for entry, parameter in _stage_parameters(
+            entries, dict(model.named_parameters()), hf_config, ranks
+        )
+    }
+    dtype = dtype or next(model.parameters()).dtype
+    mine = [r for r in receivers if ranks.place(r)[2] == ranks.dp_rank]
+    receives = ranks.rank in mine
+    tied = model_shape(hf_config).tied
+    layers = model_shape(hf_config).layers
+    for bucket in _buckets(entries, layers, ranks, dtype.itemsize, bucket_bytes):
+        shards = _collect(bucket, own, ranks, mine, dtype) if mine else None
+        for entry in bucket.entries:
+            tensors: dict[str, Tensor | None] = dict.fromkeys(entry.operation.hf_shapes())
+            if receives and shards is not None:
+                tensors |= entry.operation.merge(shards[entry.name])
+            yield from tensors.items()
+            if explicit_lm_head and tied and entry.name.startswith("embedding."):
+                yield "lm_head.weight", tensors["model.embed_tokens.weight"]
+
+
+def save_hf(
+    model: torch.nn.Module,
+    source: HFFolder,
+    out: str | Path,
+    ranks: Ranks,
+    *,
+    padded_vocab_size: int,
+    dtype: torch.dtype | None = None,
+    max_file_bytes: int = 5 * 10**9,
+) -> None:
+    """Write the model as a complete HF folder: config, tokenizer, weights. Collective.
+
+    The folder appears under its name only when everything is in it; an older one is replaced.
+
+    Args:
+        model: an unwrapped GPTModel.
+        source: the folder it was built from; everything but its weights is copied.
+        out: the folder to write. On rank 0's file system.
+        ranks: this rank's place.
+        padded_vocab_size: rows of the model's padded embedding.
+        dtype: of the saved weights; None: the parameters'.
+        max_file_bytes: larger models are split into files of at most this size.
+
+    Raises:
+        TrainingError: writing failed, on every rank; an older folder is still there.
+
+    Collectives: those of :func:`export_weights`, one broadcast of the outcome on all ranks.
+    """
+    dtype = dtype or next(model.parameters()).dtype
+    stream = export_weights(
+        model, source.config, ranks, padded_vocab_size=padded_vocab_size, dtype=dtype
+    )
+    failure: list[str | None] = [None]
+    if ranks.is_main:
+        try:
+            _write_folder(stream, source, Path(out), dtype, max_file_bytes)
+        except OSError as error:
+            failure = [str(error)]
+    for _ in stream:
+        pass
+    if ranks.world_size > 1:
+        dist.broadcast_object_list(failure, src=0)
+    if failure[0] is not None:
+        raise TrainingError(f"The export to {out} could not be written: {failure[0]}")
+
+
+@dataclass(frozen=True)
+class _Bucket:
+    stage: int
+    entries: list[Entry]
+
+
+def _stage_of(entry: Entry, layers: int, pp_size: int) -> int:
+    if entry.layer is not None:
+        return entry.layer // (layers // pp_size)
+    return 0 if entry.name.startswith("embedding.") else pp_size - 1
+
+
+def _buckets(
+    entries: list[Entry], layers: int, ranks: Ranks, itemsize: int, limit: int
+) -> Iterator[_Bucket]:
+    for stage, group in itertools.groupby(
+        entries, lambda entry: _stage_of(entry, layers, ranks.pp_size)
+    ):
+        bucket: list[Entry] = []
+        held = 0
+        for entry in group:
+            size = prod(entry.operation.shard_shape(ranks.tp_size)) * itemsize * ranks.tp_size
+            if bucket and held + size > limit:
+                yield _Bucket(stage, bucket)
+                bucket, held = [], 0
+            bucket.append(entry)
+            held += size
+        yield _Bucket(stage, bucket)
+
+
+def _stage_parameters(
+    entries: list[Entry],
+    parameters: dict[str, torch.nn.Parameter],
+    hf_config: dict[str, Any],
+    ranks: Ranks,
+) -> list[tuple[Entry, torch.nn.Parameter]]:
+    """Pair this stage's entries with its parameters; each parameter must be met once."""
+    layers = model_shape(hf_config).layers
+    first_layer = ranks.pp_rank * layers // ranks.pp_size
+    pairs = [
+        (entry, _parameter(entry, parameters, first_layer))
+        for entry in entries
+        if _stage_of(entry, layers, ranks.pp_size) == ranks.pp_rank
+    ]
+    if "output_layer.weight" in parameters and model_shape(hf_config).tied:
+        # The last stage's own copy of a tied embedding.
+        pairs.append((entries[0], parameters["output_layer.weight"]))
+    met = {id(parameter) for _, parameter in pairs}
+    forgotten = [name for name, parameter in parameters.items() if id(parameter) not in met]
+    if forgotten:
+        raise InputError(f"No HF tensor fills the parameters {', '.join(forgotten[:3])}.")
+    return pairs
+
+
+def _parameter(
+    entry: Entry, parameters: dict[str, torch.nn.Parameter], first_layer: int
+) -> torch.nn.Parameter:
+    if entry.layer is None:
+        return parameters[entry.name]
+    prefix, rest = f"decoder.layers.{entry.layer - first_layer}", entry.name.split(".", 3)[3]
+    name = f"{prefix}.{rest}"
+    return parameters[name] if name in parameters else parameters[f"{prefix}.{_UNFUSED_NORMS[rest]}"]
+
+
+def _collect(
+    bucket: _Bucket,
+    own: dict[str, torch.nn.Parameter],
+    ranks: Ranks,
+    receivers: list[int],
+    dtype: torch.dtype,
+) -> dict[str, list[Tensor]] | None:
+    """Bring a bucket to the receivers of this replica: entry name -> shards; None elsewhere."""
+    shapes = [entry.operation.shard_shape(ranks.tp_size) for entry in bucket.entries]
+    flat_shards = None
+    if bucket.stage == ranks.pp_rank:
+        local = torch.cat([own[e.name].detach().flatten().to(dtype) for e in bucket.entries])
+        flat_shards = _gather(local, ranks, {ranks.place(r)[0] for r in receivers})
+    flat_shards = _forward(bucket, flat_shards, shapes, ranks, receivers, dtype)
+    if flat_shards is None or ranks.rank not in receivers:
+        return None
+    pieces = [flat.split([prod(shape) for shape in shapes]) for flat in flat_shards]
+    return {
+        entry.name: [piece[i].view(shape) for piece in pieces]
+        for i, (entry, shape) in enumerate(zip(bucket.entries, shapes, strict=True))
+    }
+
+
+def _gather(local: Tensor, ranks: Ranks, places: set[int]) -> Tensor | None:
+    """[tp_size, n] on the tensor-parallel ranks in ``places``, None on the others."""
+    if ranks.tp_size == 1:
+        return local.unsqueeze(0)
+    if len(places) > 1:
+        gathered = local.new_empty(ranks.tp_size, local.numel())
+        dist.all_gather_into_tensor(gathered.view(-1), local, group=ranks.tp_group)
+        return gathered if ranks.tp_rank in places else None
+    place = next(iter(places))
+    gathered = local.new_empty(ranks.tp_size, local.numel()) if ranks.tp_rank == place else None
+    destination = dist.get_global_rank(ranks.tp_group, place)
+    dist.gather(
+        local,
+        None if gathered is None else list(gathered.unbind(0)),
+        dst=destination,
+        group=ranks.tp_group,
+    )
+    return gathered
+
+
+def _forward(
+    bucket: _Bucket,
+    gathered: Tensor | None,
+    shapes: list[tuple[int, ...]],
+    ranks: Ranks,
+    receivers: list[int],
+    dtype: torch.dtype,
+) -> Tensor | None:
+    """Send a gathered bucket from its stage to the receivers on other stages."""
+    for receiver in receivers:
+        tp_rank, pp_rank, dp_rank = ranks.place(receiver)
+        if pp_rank == bucket.stage:
+            continue
+        sender = ranks.global_rank(tp_rank=tp_rank, pp_rank=bucket.stage, dp_rank=dp_rank)
+        if ranks.rank == sender and gathered is not None:
+            dist.send(gathered, receiver)
+        elif ranks.rank == receiver:
+            size = sum(prod(shape) for shape in shapes)
+            device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+            gathered = torch.empty(ranks.tp_size, size, dtype=dtype, device=device)
+            dist.recv(gathered, sender)
+    return gathered
+
+
+def _write_folder(
+    stream: Iterator[tuple[str, Tensor | None]],
+    source: HFFolder,
+    out: Path,
+    dtype: torch.dtype,
+    max_file_bytes: int,
+) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.parent / f".{out.name}.partial-{os.getpid()}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        _copy_companions(source.path, partial)
+        config = source.config | {"dtype": str(dtype).removeprefix("torch.")}
+        config.pop("torch_dtype", None)
+        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        files = _assign_files(source.config, dtype, max_file_bytes)
+        _write_tensors(stream, partial, files)
+        _replace(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _copy_companions(source: Path, out: Path) -> None:
+    weights = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
+    for path in source.iterdir():
+        if path.is_file() and not path.name.endswith(weights) and path.name != "config.json":
+            shutil.copyfile(path, out / path.name)
+
+
+def _assign_files(hf_config: dict[str, Any], dtype: torch.dtype, limit: int) -> dict[str, str]:
+    """HF name -> file name, in the order of the export, so that files fill one after another."""
+    numbers: dict[str, int] = {}
+    number, held = 1, 0
+    for entry in plan(hf_config):
+        for name, shape in entry.operation.hf_shapes().items():
+            size = prod(shape) * dtype.itemsize
+            if held and held + size > limit:
+                number, held = number + 1, 0
+            numbers[name] = number
+            held += size
+    if number == 1:
+        return dict.fromkeys(numbers, SINGLE)
+    return {name: f"model-{n:05d}-of-{number:05d}.safetensors" for name, n in numbers.items()}
+
+
+def _write_tensors(
+    stream: Iterator[tuple[str, Tensor | None]], folder: Path, files: dict[str, str]
+) -> None:
+    size = 0
+    received = ((files[name], name, tensor) for name, tensor in stream if tensor is not None)
+    for file_name, group in itertools.groupby(received, lambda item: item[0]):
+        tensors = {name: tensor.cpu().contiguous() for _, name, tensor in group}
+        size += sum(tensor.nbytes for tensor in tensors.values())
+        save_file(tensors, str(folder / file_name), metadata={"format": "pt"})
+    if set(files.values()) != {SINGLE}:
+        index = {"metadata": {"total_size": size}, "weight_map": files}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _replace(partial: Path, out: Path) -> None:
+    old = out.parent / f".{out.name}.old-{os.getpid()}"
+    if out.exists():
+        os.replace(out, old)
+    os.replace(partial, out)
+    shutil.rmtree(old, ignore_errors=True)
