@@ -1,0 +1,446 @@
+"""The trainer's handle of a rollout engine: vLLM in a child process, reached through a pipe.
+
+vLLM lives in a process of its own so that torchrun's environment, Megatron's process groups and
+the CPU platform switches never meet it, and so that its death is an error and not a hang. Inside
+that process nothing runs concurrently, which makes sampling repeatable bit for bit.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from megatron_tropd.errors import ConfigError, InputError, TrainingError
+from megatron_tropd.rollout.types import EngineSettings, Sample, SampleRequest, Sampling
+
+_LOG_LINES_QUOTED = 15
+_CLOSE_SECONDS = 5.0
+# Source: CPUAttentionBackend.get_supported_head_sizes of vLLM 0.32.
+_CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+_DISTRIBUTED_NAMES = frozenset(
+    [
+        *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK"),
+        *("GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_NAME", "ROLE_WORLD_SIZE"),
+        *("MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS"),
+        # Expandable segments and vLLM's sleep mode exclude each other.
+        *("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"),
+    ]
+)
+
+
+class RolloutEngine:
+    """One vLLM engine in a child process.
+
+    The constructor returns while the engine is still starting; :meth:`wait_ready` (or the first
+    call) waits for it. The log of the child is kept in ``log_file``.
+    """
+
+    def __init__(
+        self,
+        model_folder: str | Path,
+        *,
+        max_model_len: int,
+        log_file: str | Path,
+        dtype: str = "float32",
+        memory: float = 1.0,
+        tensor_parallel: int = 1,
+        threads: int | None = None,
+        max_num_seqs: int = 256,
+        prefix_caching: bool = True,
+    ) -> None:
+        """Start the child process.
+
+        Args:
+            model_folder: HF folder of the first weights.
+            max_model_len: longest prompt + response in tokens; at most the model's context.
+            log_file: what the child prints is appended here.
+            dtype: "float32" or "bfloat16".
+            memory: share of each GPU's memory; without CUDA, GiB of KV cache.
+            tensor_parallel: GPUs of the engine, from this rank's device on; 1 without CUDA.
+            threads: CPU threads of the engine; None: as many as this process may use.
+            max_num_seqs: sequences decoded together.
+            prefix_caching: share the KV cache of equal beginnings within one call.
+
+        Raises:
+            InputError: the folder has no readable weights, its context is too short, or its heads
+                have a size vLLM cannot run on CPU.
+            ConfigError: tensor_parallel > 1 without CUDA.
+        """
+        cuda = torch.cuda.is_available()
+        if tensor_parallel > 1 and not cuda:
+            raise ConfigError(
+                f"rollout.engine_tensor_parallel must be 1 without CUDA, found {tensor_parallel}."
+            )
+        self._folder = Path(model_folder)
+        self._expected = expected_tensors(self._folder)
+        self._max_model_len = max_model_len
+        check_model(self._folder, max_model_len, cuda=cuda)
+        self._settings = EngineSettings(
+            model_folder=str(self._folder),
+            dtype=dtype,
+            max_model_len=max_model_len,
+            memory=memory,
+            tensor_parallel=tensor_parallel,
+            max_num_seqs=max_num_seqs,
+            prefix_caching=prefix_caching,
+            cuda=cuda,
+        )
+        self._log_file = Path(log_file)
+        self._waiting_for = "start"
+        self._asleep = False
+        devices = _visible_devices(os.environ, tensor_parallel) if cuda else None
+        threads = threads or len(os.sched_getaffinity(0))
+        self._start(engine_environment(os.environ, threads=threads, cuda_devices=devices))
+
+    def _start(self, environment: dict[str, str]) -> None:
+        ours, theirs = socket.socketpair()
+        self._log_file.parent.mkdir(parents=True, exist_ok=True)
+        with theirs, self._log_file.open("ab") as log:
+            self._process = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", f"{__package__}.worker"),
+                    *(str(theirs.fileno()), str(os.getpid())),
+                ],
+                env=environment,
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        self._connection = Connection(ours.detach())
+        self._send("start", self._settings)
+
+    @property
+    def pid(self) -> int:
+        """Process id of the child."""
+        return self._process.pid
+
+    def wait_ready(self) -> None:
+        """Wait until the engine has loaded its model.
+
+        Raises:
+            TrainingError: the engine failed to start; quotes its log.
+        """
+        if self._waiting_for == "start":
+            self._receive()
+
+    def generate(self, requests: Sequence[SampleRequest], sampling: Sampling) -> list[Sample]:
+        """Continue every request with the current weights.
+
+        Args:
+            requests: token ids, length and seed of each; none is fine.
+            sampling: temperature, top-p and stop ids of all of them.
+
+        Returns:
+            One :class:`Sample` per request, in order. Equal weights, requests and sampling give
+            equal bits, also in another process.
+
+        Raises:
+            InputError: a request is empty or does not fit ``max_model_len``.
+            TrainingError: the engine died; quotes its log.
+        """
+        self.start_generate(requests, sampling)
+        return self.finish_generate()
+
+    def start_generate(self, requests: Sequence[SampleRequest], sampling: Sampling) -> None:
+        """Like :meth:`generate` without waiting; fetch with :meth:`finish_generate`."""
+        for index, request in enumerate(requests):
+            self._check_request(index, request)
+        self.wait_ready()
+        self.wake()
+        self._send("generate", list(requests), sampling)
+
+    def finish_generate(self) -> list[Sample]:
+        """The samples of the last :meth:`start_generate`."""
+        assert self._waiting_for == "generate", "finish_generate without start_generate"
+        return self._receive()
+
+    def load_weights(self, folder: str | Path) -> None:
+        """Replace the weights by those of ``folder``; cached prefixes are forgotten.
+
+        Args:
+            folder: ``*.safetensors`` with HF names, every tensor of the first folder, and
+                ``lm_head.weight`` also where the model is tied: vLLM keeps the old output layer
+                without it and only warns.
+
+        Raises:
+            InputError: tensors are missing, unknown or of another shape; nothing was loaded.
+            TrainingError: the engine died; quotes its log.
+        """
+        check_complete(self._expected, tensor_shapes(Path(folder)), Path(folder))
+        self.wait_ready()
+        self.wake()
+        self._send("load_weights", str(folder))
+        self._receive()
+
+    def sleep(self) -> None:
+        """Give the GPU memory back while the trainer works. Nothing to do without CUDA."""
+        if self._settings.cuda and not self._asleep:
+            self.wait_ready()
+            self._send("sleep")
+            self._receive()
+            self._asleep = True
+
+    def wake(self) -> None:
+        """Undo :meth:`sleep`; generating and loading do so by themselves."""
+        if self._asleep:
+            self._send("wake")
+            self._receive()
+            self._asleep = False
+
+    def close(self) -> None:
+        """End the child process; harmless when it has ended already."""
+        self._connection.close()
+        if self._waiting_for:
+            self._process.kill()
+        try:
+            self._process.wait(_CLOSE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _check_request(self, index: int, request: SampleRequest) -> None:
+        length = len(request.token_ids)
+        if not length or request.max_new_tokens < 1:
+            raise InputError(
+                f"Request {index} has {length} prompt tokens and asks for "
+                f"{request.max_new_tokens} new ones; both must be at least 1."
+            )
+        if length + request.max_new_tokens > self._max_model_len:
+            raise InputError(
+                f"Request {index} needs {length} + {request.max_new_tokens} tokens, the engine "
+                f"was built for {self._max_model_len}. Shorten the prompt or the response."
+            )
+
+    def _send(self, command: str, *arguments: Any) -> None:
+        try:
+            self._connection.send((command, *arguments))
+        except OSError:
+            raise self._death() from None
+        self._waiting_for = command
+
+    def _receive(self) -> Any:
+        try:
+            status, value = self._connection.recv()
+        except (EOFError, OSError):
+            raise self._death() from None
+        self._waiting_for = ""
+        if status == "error":
+            raise TrainingError(f"The rollout engine failed: {value}\n{self._log_tail()}")
+        return value
+
+    def _death(self) -> TrainingError:
+        try:
+            code = self._process.wait(_CLOSE_SECONDS)
+        except subprocess.TimeoutExpired:
+            code = None
+        ended = f"with signal {-code}" if code is not None and code < 0 else f"with code {code}"
+        return TrainingError(
+            f"The rollout engine (process {self._process.pid}) ended {ended} during "
+            f"{self._waiting_for or 'idling'!r}. Start the same command again to resume.\n"
+            + self._log_tail()
+        )
+
+    def _log_tail(self) -> str:
+        lines = self._log_file.read_text(errors="replace").splitlines()[-_LOG_LINES_QUOTED:]
+        return f"Last lines of {self._log_file}:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def engine_environment(
+    base: Mapping[str, str], *, threads: int, cuda_devices: str | None
+) -> dict[str, str]:
+    """Environment of the child: the parent's without its place in the distributed job.
+
+    Args:
+        base: the parent's environment.
+        threads: CPU threads of the engine.
+        cuda_devices: CUDA_VISIBLE_DEVICES of the child; None: no CUDA.
+
+    Returns:
+        A new dictionary.
+    """
+    kept = {
+        name: value
+        for name, value in base.items()
+        if name not in _DISTRIBUTED_NAMES and not name.startswith("TORCHELASTIC_")
+    }
+    ours = {
+        "OMP_NUM_THREADS": str(threads),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_HOST_IP": "127.0.0.1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+    }
+    if cuda_devices is None:
+        # Dynamo would compile the log-prob kernel at the first batch, which also needs a compiler.
+        ours |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCHDYNAMO_DISABLE": "1"}
+    else:
+        ours["CUDA_VISIBLE_DEVICES"] = cuda_devices
+    return kept | ours
+
+
+def _visible_devices(environment: Mapping[str, str], count: int) -> str:
+    first = torch.cuda.current_device()
+    available = torch.cuda.device_count()
+    if first + count > available:
+        raise ConfigError(
+            f"An engine of {count} GPUs from device {first} on needs {first + count} devices on "
+            f"this node, found {available}. Lower rollout.engine_tensor_parallel."
+        )
+    listed = environment.get("CUDA_VISIBLE_DEVICES")
+    names = listed.split(",") if listed else [str(i) for i in range(available)]
+    return ",".join(names[first : first + count])
+
+
+def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor in a folder's safetensors, from their headers.
+
+    Args:
+        folder: holds one or more ``*.safetensors``.
+
+    Returns:
+        Shape by name.
+
+    Raises:
+        InputError: there is none, or one is damaged.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+                    shapes[name] = tuple(file.get_slice(name).get_shape())
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path} is not a readable safetensors file: {error}.") from None
+    if not shapes:
+        raise InputError(
+            f"{folder} holds no *.safetensors. Give an HF folder saved as safetensors."
+        )
+    return shapes
+
+
+def expected_tensors(model_folder: Path) -> dict[str, tuple[int, ...]]:
+    """What every weight update must bring: the folder's tensors and an explicit output layer.
+
+    Args:
+        model_folder: HF folder of the first weights.
+
+    Returns:
+        Shape by HF name, ``lm_head.weight`` always among them.
+
+    Raises:
+        InputError: the folder has no readable weights.
+    """
+    shapes = tensor_shapes(model_folder)
+    embedding = shapes.get("model.embed_tokens.weight")
+    if embedding is not None:
+        shapes.setdefault("lm_head.weight", embedding)
+    return shapes
+
+
+def check_complete(
+    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], folder: Path
+) -> None:
+    """Refuse a weight update that is not exactly what the model needs.
+
+    Args:
+        expected: from :func:`expected_tensors`.
+        found: from :func:`tensor_shapes`.
+        folder: for the message.
+
+    Raises:
+        InputError: names missing, unknown and misshapen tensors.
+    """
+    missing = sorted(expected.keys() - found.keys())
+    unknown = sorted(found.keys() - expected.keys())
+    shapes = [
+        f"{name} is {list(found[name])}, expected {list(expected[name])}"
+        for name in sorted(expected.keys() & found.keys())
+        if tuple(found[name]) != tuple(expected[name])
+    ]
+    problems = [
+        f"{label} {len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for label, names in (("missing", missing), ("unknown", unknown), ("misshapen", shapes))
+        if names
+    ]
+    if problems:
+        raise InputError(
+            f"Weights in {folder} do not fit the engine's model: {'; '.join(problems)}. "
+            "Nothing was loaded; export every tensor under its HF name."
+        )
+
+
+def context_length(folder: str | Path) -> int:
+    """Longest sequence a model takes.
+
+    Args:
+        folder: HF folder.
+
+    Returns:
+        Tokens.
+
+    Raises:
+        InputError: config.json is missing or damaged.
+    """
+    return int(_model_config(Path(folder))["max_position_embeddings"])
+
+
+def check_model(folder: Path, max_model_len: int, *, cuda: bool) -> None:
+    """Refuse what vLLM would refuse later and less clearly.
+
+    Args:
+        folder: HF folder.
+        max_model_len: longest prompt + response in tokens.
+        cuda: whether the engine runs on CUDA.
+
+    Raises:
+        InputError: config.json is missing or damaged, the context is too short, or the heads have
+            a size vLLM cannot run on CPU.
+    """
+    config = _model_config(folder)
+    context = config["max_position_embeddings"]
+    if max_model_len > context:
+        raise InputError(
+            f"Model {folder} has a context of {context} tokens, prompt and response need "
+            f"{max_model_len}. Lower rollout.max_new_tokens or use shorter prompts."
+        )
+    size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    if not cuda and size not in _CPU_HEAD_SIZES:
+        raise InputError(
+            f"Model {folder} has attention heads of size {size}; vLLM on CPU runs sizes "
+            f"{list(_CPU_HEAD_SIZES)}. Use a model with one of these, or a machine with CUDA."
+        )
+
+
+def _model_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is not readable JSON: {error}.") from None
+    needed = ("max_position_embeddings", "hidden_size", "num_attention_heads")
+    missing = [name for name in needed if name not in config]
+    if missing:
+        raise InputError(f"{path} has no {', '.join(missing)}: not the config of a decoder model.")
+    return config

@@ -1,0 +1,125 @@
+"""The engines of a run: which rank owns one, and how all ranks use them together."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch.distributed as dist
+
+from megatron_tropd.errors import TrainingError
+from megatron_tropd.rollout.engine import RolloutEngine
+from megatron_tropd.rollout.types import Sample, SampleRequest, Sampling
+
+
+class EnginePool:
+    """One engine on the first rank of each of ``num_engines`` equal blocks of the world.
+
+    Every method is collective: all ranks call it with the same arguments, and a failure of one
+    engine is raised on all of them.
+    """
+
+    def __init__(
+        self,
+        *,
+        rank: int,
+        world_size: int,
+        num_engines: int,
+        make_engine: Callable[[int], RolloutEngine],
+    ) -> None:
+        """Start this rank's engine, if it owns one.
+
+        Args:
+            rank: of this process.
+            world_size: divisible by ``num_engines``.
+            num_engines: how many engines the world has.
+            make_engine: called with the engine's number on the rank that owns it.
+        """
+        block = world_size // num_engines
+        self.owners = tuple(range(0, world_size, block))
+        self._number = rank // block if rank in self.owners else None
+        self._engine: RolloutEngine | None = None
+        self._together(lambda: self._make(make_engine))
+
+    @property
+    def owns_engine(self) -> bool:
+        """Whether this rank has an engine."""
+        return self._number is not None
+
+    def generate(self, requests: Sequence[SampleRequest], sampling: Sampling) -> list[Sample]:
+        """Continue every request, spread evenly over the engines.
+
+        Args:
+            requests: the same list on every rank.
+            sampling: shared settings.
+
+        Returns:
+            One sample per request, in order, on every rank.
+
+        Collectives: one gather of the samples as objects.
+        """
+        engines = len(self.owners)
+
+        def mine() -> list[Sample]:
+            engine = self._engine
+            if engine is None:
+                return []
+            engine.wake()
+            try:
+                return engine.generate(requests[self._number :: engines], sampling)
+            finally:
+                engine.sleep()
+
+        parts = self._together(mine)
+        samples: list[Any] = [None] * len(requests)
+        for number, owner in enumerate(self.owners):
+            samples[number::engines] = parts[owner]
+        return samples
+
+    def load_weights(self, folder: Path | None) -> None:
+        """Give every engine the weights its rank wrote to ``folder`` (None on other ranks)."""
+
+        def mine() -> None:
+            if self._engine is not None and folder is not None:
+                self._engine.load_weights(folder)
+
+        self._together(mine)
+
+    def close(self) -> None:
+        """End this rank's engine; not collective, harmless twice."""
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _make(self, make_engine: Callable[[int], RolloutEngine]) -> None:
+        if self._number is not None:
+            self._engine = make_engine(self._number)
+
+    def _together(self, action: Callable[[], Any]) -> list[Any]:
+        """Run ``action`` everywhere; raise the first error on every rank, or return all results."""
+        outcome: tuple[Any, Exception | None]
+        try:
+            outcome = (action(), None)
+        except Exception as error:  # whatever it is, the other ranks must hear of it
+            outcome = (None, error)
+        outcomes: list[Any] = [None] * dist.get_world_size()
+        # As text: not every exception survives pickling.
+        dist.all_gather_object(outcomes, (outcome[0], outcome[1] and str(outcome[1])))
+        if outcome[1] is not None:
+            raise outcome[1]
+        for _, error in outcomes:
+            if error is not None:
+                raise TrainingError(error)
+        return [result for result, _ in outcomes]
+

@@ -1,0 +1,187 @@
+"""The engine's side of the pipe: one vLLM ``LLM`` inside a process of its own.
+
+Started by :class:`megatron_tropd.rollout.engine.RolloutEngine` as
+``python -m megatron_tropd.rollout.worker FD PARENT_PID``. Messages are ``(command, *arguments)``;
+each gets one reply, ``("ok", value)`` or ``("error", text)``. The process ends when the pipe
+closes or its parent is gone.
+"""
+
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from typing import Any
+
+from megatron_tropd.rollout.types import EngineSettings, Sample, SampleRequest, Sampling
+
+_PARENT_POLL_SECONDS = 0.5
+_GIB = 2**30
+_CPU_BLOCK = 128  # tokens of a KV block, vLLM's choice on CPU
+_CHATTY_LOGGERS = ("vllm.renderers.base", "vllm.v1.core.block_pool")
+
+
+def build_llm(settings: EngineSettings) -> Any:
+    """The vLLM engine, scheduler and model in this process.
+
+    Args:
+        settings: from the parent.
+
+    Returns:
+        ``vllm.LLM``.
+    """
+    if settings.cuda:
+        device: dict[str, Any] = {
+            "gpu_memory_utilization": settings.memory,
+            "enable_sleep_mode": True,
+        }
+    else:
+        device = {
+            "kv_cache_memory_bytes": _cpu_cache_bytes(settings),
+            "enforce_eager": True,
+            # A prompt cut in two rewinds its generator, which a CPU generator cannot do.
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(4096, settings.max_model_len, settings.max_num_seqs),
+        }
+    from vllm import LLM
+
+    for name in _CHATTY_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    return LLM(
+        settings.model_folder,
+        dtype=settings.dtype,
+        max_model_len=settings.max_model_len,
+        max_num_seqs=settings.max_num_seqs,
+        tensor_parallel_size=settings.tensor_parallel,
+        enable_prefix_caching=settings.prefix_caching,
+        skip_tokenizer_init=True,
+        generation_config="vllm",
+        logprobs_mode="raw_logprobs",
+        load_format="safetensors",
+        trust_remote_code=False,
+        disable_log_stats=True,
+        seed=0,
+        **device,
+    )
+
+
+def _cpu_cache_bytes(settings: EngineSettings) -> int:
+    """KV cache for every sequence at full length, within ``settings.memory`` GiB."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(settings.model_folder, local_files_only=True)
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    element = 4 if settings.dtype == "float32" else 2
+    per_token = 2 * config.num_hidden_layers * kv_heads * size * element
+    blocks = -(-settings.max_model_len // _CPU_BLOCK) * settings.max_num_seqs + 1
+    # The cache is zeroed at start-up, so memory nobody can use costs seconds.
+    return min(int(settings.memory * _GIB), blocks * _CPU_BLOCK * per_token)
+
+
+def generate(llm: Any, requests: Sequence[SampleRequest], sampling: Sampling) -> list[Sample]:
+    """Continue every request; a function of weights, requests and sampling alone.
+
+    Args:
+        llm: the engine.
+        requests: what to continue, each with a seed of its own.
+        sampling: shared settings.
+
+    Returns:
+        One sample per request, in order.
+    """
+    # What is cached decides how prompts are chunked, and with it the last bits.
+    llm.reset_prefix_cache()
+    prompts = [{"prompt_token_ids": list(request.token_ids)} for request in requests]
+    params = [_sampling_params(request, sampling) for request in requests]
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    return [_sample(output.outputs[0]) for output in outputs]
+
+
+def _sampling_params(request: SampleRequest, sampling: Sampling) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        seed=request.seed,
+        max_tokens=request.max_new_tokens,
+        stop_token_ids=list(sampling.stop_token_ids),
+        ignore_eos=True,
+        logprobs=0,
+        flat_logprobs=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def _sample(completion: Any) -> Sample:
+    flat = completion.logprobs
+    return Sample(
+        token_ids=tuple(completion.token_ids),
+        logprobs=tuple(flat.logprobs[start] for start in flat.start_indices),
+        finish_reason=completion.finish_reason,
+    )
+
+
+def load_weights(llm: Any, folder: str) -> None:
+    """Replace the weights in place by those of a folder of safetensors with HF names.
+
+    Args:
+        llm: the engine.
+        folder: complete, ``lm_head.weight`` included for tied models (checked by the parent).
+    """
+    llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
+    llm.reset_prefix_cache()
+
+
+def _serve(connection: Connection) -> None:
+    _, settings = connection.recv()
+    llm = build_llm(settings)
+    connection.send(("ok", None))
+    commands = {
+        "generate": lambda *arguments: generate(llm, *arguments),
+        "load_weights": lambda folder: load_weights(llm, folder),
+        "sleep": lambda: llm.sleep(level=1),
+        "wake": lambda: llm.wake_up(),
+    }
+    while True:
+        command, *arguments = connection.recv()
+        connection.send(("ok", commands[command](*arguments)))
+
+
+def _watch_parent(parent_pid: int) -> None:
+    while os.getppid() == parent_pid:
+        time.sleep(_PARENT_POLL_SECONDS)
+    os._exit(1)
+
+
+def main() -> None:
+    """Serve the parent until it closes the pipe or dies."""
+    connection, parent_pid = Connection(int(sys.argv[1])), int(sys.argv[2])
+    # Ctrl-C and a job's SIGTERM reach the whole process group: the parent decides when we end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_watch_parent, args=(parent_pid,), daemon=True).start()
+    code = 1
+    try:
+        _serve(connection)
+    except EOFError:
+        code = 0
+    except Exception as error:
+        traceback.print_exc()
+        connection.send(("error", f"{type(error).__name__}: {error}"))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # No teardown: vLLM's can hang, and everything here dies with the process.
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main()

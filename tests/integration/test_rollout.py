@@ -1,0 +1,296 @@
+"""The rollout engine: real vLLM in a child process, on tiny random models and real ones."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from megatron_tropd.data.prompts import load_prompts
+from megatron_tropd.data.responses import load_responses
+from megatron_tropd.data.tokenizers import load_tokenizer
+from megatron_tropd.errors import InputError, TrainingError
+from megatron_tropd.rollout.engine import RolloutEngine, check_model
+from megatron_tropd.rollout.types import Sample, SampleRequest, Sampling
+from megatron_tropd.rollout.weight_sync import WeightMailbox
+from tools import teacher_responses
+
+pytestmark = pytest.mark.timeout(600)
+REQUESTS = [
+    SampleRequest(tuple(3 + (5 * i + j) % 90 for j in range(1 + i % 7)), 40, 10**17 * i + 7)
+    for i in range(12)
+]
+SAMPLING = Sampling(stop_token_ids=(2, 50))
+
+
+def start(folder: Path, log_folder: Path) -> RolloutEngine:
+    """An engine for sequences of up to 128 tokens on one thread."""
+    return RolloutEngine(
+        folder, max_model_len=128, log_file=log_folder / "engine.log", memory=0.25, threads=1
+    )
+
+
+def reference_logprobs(folder: Path, requests: list[SampleRequest], samples: list[Sample]):
+    """Per request, transformers' log-probs of the sampled tokens."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for request, sample in zip(requests, samples, strict=True):
+        ids = torch.tensor([request.token_ids + sample.token_ids])
+        with torch.no_grad():
+            logprobs = model(ids).logits[0, :-1].log_softmax(-1)
+        of_tokens = logprobs.gather(1, ids[0, 1:, None])[:, 0]
+        yield of_tokens[len(request.token_ids) - 1 :]
+
+
+def largest_gap(folder: Path, requests: list[SampleRequest], samples: list[Sample]) -> float:
+    """Largest difference between the engine's and transformers' log-probs."""
+    wanted = reference_logprobs(folder, requests, samples)
+    return max(
+        (torch.tensor(sample.logprobs) - logprobs).abs().max().item()
+        for sample, logprobs in zip(samples, wanted, strict=True)
+    )
+
+
+def updated_weights(folder: Path, seed: int) -> dict[str, torch.Tensor]:
+    """The folder's tensors, changed at random, ``lm_head.weight`` explicit."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {
+        name: tensor + 0.05 * torch.randn(tensor.shape, generator=generator)
+        for name, tensor in load_file(folder / "model.safetensors").items()
+    }
+    tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"])
+    return tensors
+
+
+def save_as_model(folder: Path, like: Path, tensors: dict[str, torch.Tensor]) -> Path:
+    """An HF folder with the config of ``like`` and other tensors."""
+    folder.mkdir()
+    (folder / "config.json").write_bytes((like / "config.json").read_bytes())
+    copies = {name: tensor.clone() for name, tensor in tensors.items()}
+    save_file(copies, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RolloutEngine]:
+    """One engine for the tests that leave it as they found it."""
+    with start(tiny_qwen3, tmp_path_factory.mktemp("engine")) as engine:
+        engine.wait_ready()
+        yield engine
+
+
+def test_samples_are_repeatable_and_end_where_told(engine: RolloutEngine, tiny_qwen3: Path) -> None:
+    samples = engine.generate(REQUESTS, SAMPLING)
+    assert engine.generate(REQUESTS, SAMPLING) == samples
+    assert {sample.finish_reason for sample in samples} == {"stop", "length"}
+    for sample in samples:
+        stopped = sample.token_ids[-1] in SAMPLING.stop_token_ids
+        assert sample.finish_reason == ("stop" if stopped else "length")
+        assert not set(sample.token_ids[:-1]) & set(SAMPLING.stop_token_ids)
+        assert stopped or len(sample.token_ids) == 40
+        assert len(sample.logprobs) == len(sample.token_ids)
+    assert largest_gap(tiny_qwen3, REQUESTS, samples) < 1e-4
+
+
+def test_eos_is_a_token_like_others_unless_listed(engine: RolloutEngine) -> None:
+    many = [SampleRequest((5, 6), 100, seed) for seed in range(40)]
+    samples = engine.generate(many, Sampling())
+    assert {sample.finish_reason for sample in samples} == {"length"}
+    assert any(2 in sample.token_ids for sample in samples)
+
+
+def test_a_sample_depends_on_its_own_seed_only(engine: RolloutEngine) -> None:
+    same = [SampleRequest((5, 6, 7), 20, seed) for seed in (1, 2, 2**63 - 1, 1)]
+    samples = engine.generate(same, SAMPLING)
+    assert samples[0].token_ids == samples[3].token_ids
+    assert len({sample.token_ids for sample in samples}) == 3
+    alone = engine.generate([same[1]], SAMPLING)[0]
+    assert alone.token_ids == samples[1].token_ids
+
+
+def test_logprobs_are_of_the_whole_distribution_at_temperature_1(
+    engine: RolloutEngine, tiny_qwen3: Path
+) -> None:
+    for sampling in (Sampling(temperature=0.0), Sampling(temperature=0.5, top_p=0.7)):
+        samples = engine.generate(REQUESTS, sampling)
+        assert largest_gap(tiny_qwen3, REQUESTS, samples) < 1e-4
+    greedy = engine.generate(REQUESTS[:2], Sampling(temperature=0.0))
+    other_seeds = [dataclasses.replace(request, seed=99) for request in REQUESTS[:2]]
+    assert engine.generate(other_seeds, Sampling(temperature=0.0)) == greedy
+
+
+def test_continuing_a_prefix_continues_the_greedy_text(engine: RolloutEngine) -> None:
+    greedy = Sampling(temperature=0.0)
+    whole = engine.generate([SampleRequest((5, 6, 7), 30, 0)], greedy)[0]
+    prefixed = SampleRequest((5, 6, 7, *whole.token_ids[:13]), 17, 0)
+    assert engine.generate([prefixed], greedy)[0].token_ids == whole.token_ids[13:]
+
+
+def test_no_requests_give_no_samples(engine: RolloutEngine) -> None:
+    assert engine.generate([], SAMPLING) == []
+
+
+def test_requests_that_do_not_fit_are_refused(engine: RolloutEngine) -> None:
+    with pytest.raises(InputError, match=r"Request 1 needs 100 \+ 29 tokens.*built for 128"):
+        engine.generate([SampleRequest((5,), 3, 0), SampleRequest((5,) * 100, 29, 0)], SAMPLING)
+    with pytest.raises(InputError, match="at least 1"):
+        engine.generate([SampleRequest((), 3, 0)], SAMPLING)
+    assert len(engine.generate([SampleRequest((5,) * 100, 28, 0)], SAMPLING)) == 1
+
+
+def test_incomplete_weights_are_refused_and_change_nothing(
+    engine: RolloutEngine, tiny_qwen3: Path
+) -> None:
+    before = engine.generate(REQUESTS, SAMPLING)
+    complete = updated_weights(tiny_qwen3, seed=1)
+    without_head = {k: v for k, v in complete.items() if k != "lm_head.weight"}
+    misshapen = complete | {"model.norm.weight": torch.zeros(3)}
+    unknown = complete | {"model.layers.9.mlp.up_proj.weight": torch.zeros(3)}
+    cases = (
+        (without_head, r"missing 1 \(lm_head.weight\)"),
+        (misshapen, r"misshapen 1 \(model.norm.weight is \[3\], expected \[64\]\)"),
+        (unknown, r"unknown 1 \(model.layers.9.mlp.up_proj.weight\)"),
+    )
+    for tensors, message in cases:
+        with WeightMailbox() as mailbox, pytest.raises(InputError, match=message):
+            engine.load_weights(mailbox.write(tensors.items()))
+    assert engine.generate(REQUESTS, SAMPLING) == before
+
+
+def check_updates(engine: RolloutEngine, folder: Path, scratch: Path) -> Path:
+    """New weights twice, then the first ones again; returns the folder of the new ones."""
+    new = updated_weights(folder, seed=2)
+    changed = save_as_model(scratch / "changed", folder, new)
+    with WeightMailbox(bucket_bytes=30_000) as mailbox:
+        first = engine.generate(REQUESTS, SAMPLING)
+        assert largest_gap(folder, REQUESTS, first) < 1e-4
+        for _ in range(2):
+            engine.load_weights(mailbox.write(new.items()))
+            second = engine.generate(REQUESTS, SAMPLING)
+            assert largest_gap(changed, REQUESTS, second) < 1e-4
+        back = load_file(folder / "model.safetensors")
+        back.setdefault("lm_head.weight", back["model.embed_tokens.weight"])
+        engine.load_weights(mailbox.write(back.items()))
+        assert engine.generate(REQUESTS, SAMPLING) == first
+    return changed
+
+
+def test_new_weights_take_effect(engine: RolloutEngine, tiny_qwen3: Path, tmp_path: Path) -> None:
+    check_updates(engine, tiny_qwen3, tmp_path)
+
+
+def test_new_weights_take_effect_in_an_untied_model(tiny_llama: Path, tmp_path: Path) -> None:
+    with start(tiny_llama, tmp_path) as engine:
+        check_updates(engine, tiny_llama, tmp_path)
+
+
+def test_a_restart_repeats_bit_for_bit_and_a_death_is_an_error_that_quotes_the_log(
+    tiny_qwen2: Path, tmp_path: Path
+) -> None:
+    with start(tiny_qwen2, tmp_path) as engine, WeightMailbox() as mailbox:
+        changed = check_updates(engine, tiny_qwen2, tmp_path)
+        engine.load_weights(mailbox.write(updated_weights(tiny_qwen2, seed=2).items()))
+        samples = engine.generate(REQUESTS, SAMPLING)
+    engine = start(changed, tmp_path)
+    assert engine.generate(REQUESTS, SAMPLING) == samples
+    os.kill(engine.pid, signal.SIGKILL)
+    with pytest.raises(TrainingError, match=r"(?s)signal 9.*Last lines of .*engine.log"):
+        engine.generate(REQUESTS, SAMPLING)
+    engine.close()
+    engine.close()
+
+
+def test_ctrl_c_and_sigterm_leave_the_engine_to_its_parent(
+    engine: RolloutEngine,
+) -> None:
+    os.kill(engine.pid, signal.SIGINT)
+    os.kill(engine.pid, signal.SIGTERM)
+    time.sleep(0.3)
+    assert len(engine.generate(REQUESTS, SAMPLING)) == len(REQUESTS)
+
+
+ORPHAN = """
+import sys, time
+from pathlib import Path
+from megatron_tropd.rollout.engine import RolloutEngine
+from megatron_tropd.rollout.weight_sync import WeightMailbox
+from tools import teacher_responses
+engine = RolloutEngine(sys.argv[1], max_model_len=64, log_file=sys.argv[2] + "/engine.log")
+mailbox = WeightMailbox(Path(sys.argv[2]))
+print(engine.pid, flush=True)
+time.sleep(600)
+"""
+
+
+def test_nothing_is_left_behind_by_a_killed_run(tiny_llama: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", ORPHAN, str(tiny_llama), str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        engine_pid = int(run.stdout.readline())
+        run.kill()
+    for _ in range(200):
+        if not is_running(engine_pid):
+            break
+        time.sleep(0.1)
+    assert not is_running(engine_pid)
+    assert len(list(tmp_path.glob("tropd-weights-*"))) == 1
+    with WeightMailbox(tmp_path) as mailbox:
+        assert list(tmp_path.glob("tropd-weights-*")) == [mailbox.folder]
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process is alive; one that only waits to be reaped is not."""
+    status = Path(f"/proc/{pid}/stat")
+    return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def test_teacher_responses_tool_writes_what_training_reads(
+    tiny_qwen2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out" / "responses.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"{i}+1="}) + "\n" for i in range(5)))
+    arguments = ["--teacher", tiny_qwen2, "--prompts", prompts, "--out", out, "--samples", 2]
+    arguments += ["--max-new-tokens", 12, "--threads", 1]
+    for added in (10, 0):
+        teacher_responses.main(list(map(str, arguments)))
+        assert f"{added} responses added" in capsys.readouterr().out
+    tokenizer = load_tokenizer(tiny_qwen2)
+    responses = load_responses(out, load_prompts(prompts, tokenizer), tokenizer)
+    assert [len(responses[i]) for i in range(5)] == [2] * 5
+    assert len({r.token_ids for found in responses.values() for r in found}) == 10
+    with pytest.raises(InputError, match="max_new_tokens: 12 in the file, 13 asked for"):
+        teacher_responses.main([*map(str, arguments[:-3]), "13"])
+
+
+def test_head_sizes_vllm_refuses_on_cpu_are_named(tiny_model: Callable[..., Path]) -> None:
+    folder = tiny_model("llama", head_dim=16)
+    with pytest.raises(InputError, match=r"heads of size 16; vLLM on CPU runs sizes \[32"):
+        check_model(folder, 128, cuda=False)
+    check_model(folder, 128, cuda=True)
+
+
+def test_folders_without_weights_or_context_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"holds no \*\.safetensors"):
+        start(tmp_path, tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"\x10\0\0\0")
+    with pytest.raises(InputError, match="not a readable safetensors file"):
+        start(tmp_path, tmp_path)
+    with pytest.raises(InputError, match=r"context of 256 tokens.* need 300"):
+        RolloutEngine(tiny_llama, max_model_len=300, log_file=tmp_path / "log")
+
+
+@pytest.mark.parametrize("name", ["stories260K-hd32", "babyllama-tok105-hd32"])
+def test_real_models_agree_with_transformers(name: str, shared_data: Path, tmp_path: Path) -> None:
+    folder = shared_data / "models" / name
+    requests = [SampleRequest((1, 10 + i, 20 + i), 60, i) for i in range(8)]
+    with start(folder, tmp_path) as engine:
+        samples = engine.generate(requests, Sampling(stop_token_ids=(2,)))
+    assert largest_gap(folder, requests, samples) < 1e-3
