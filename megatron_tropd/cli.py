@@ -1,0 +1,204 @@
+"""The ``tropd`` command. Every subcommand imports what it needs when it runs."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from megatron_tropd.config import Config, config_to_dict, load_config
+from megatron_tropd.errors import ConfigError, InputError, TrainingError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand.
+
+    Args:
+        argv: arguments without the program name; None: those of the process.
+
+    Returns:
+        0; 1 after a failure (message on stderr); 2 after unusable arguments or settings;
+        130 or 143 after Ctrl-C or SIGTERM.
+    """
+    arguments = _parser().parse_args(argv)
+    command: Callable[[argparse.Namespace], int] = arguments.command
+    try:
+        return command(arguments)
+    except (ConfigError, InputError) as error:
+        print(f"tropd: {error}", file=sys.stderr)
+        return 2
+    except TrainingError as error:
+        print(f"tropd: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tropd", description="Trust Region On-Policy Distillation on Megatron-Core and vLLM."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    distill = commands.add_parser("distill", help="train a student from a TOML file")
+    distill.add_argument("config", type=Path, help="TOML file")
+    distill.add_argument("overrides", nargs="*", metavar="section.key=value")
+    distill.add_argument(
+        "--dry-run", action="store_true", help="check everything, print the settings, stop"
+    )
+    distill.set_defaults(command=_distill)
+    report = commands.add_parser("report", help="write the HTML report of a run")
+    report.add_argument("run", type=Path, help="run folder")
+    report.set_defaults(command=_report)
+    evaluate = commands.add_parser("evaluate", help="accuracy of a model on a task file")
+    evaluate.add_argument("model", type=Path, help="HF folder, or run folder (its student)")
+    evaluate.add_argument("problems", type=Path, help='JSON lines with "prompt" and "answer"')
+    evaluate.add_argument("--max-new-tokens", type=int, default=None, help="longest answer")
+    evaluate.add_argument("--num-problems", type=int, default=None, help="only the first ones")
+    evaluate.add_argument("--chat-template", action="store_true", help="wrap prompts in it")
+    evaluate.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    evaluate.add_argument("--json", action="store_true", help="print one JSON object")
+    evaluate.set_defaults(command=_evaluate)
+    doctor = commands.add_parser("doctor", help="what is installed and what would be used")
+    doctor.set_defaults(command=_doctor)
+    return parser
+
+
+def _distill(arguments: argparse.Namespace) -> int:
+    from megatron_tropd.inputs import load_inputs
+    from megatron_tropd.launch import is_rank
+    from megatron_tropd.run_folder import RunFolder, started_at
+
+    started_at()
+    config = load_config(arguments.config, arguments.overrides)
+    if is_rank() and not arguments.dry_run:
+        return _distill_as_rank(config)
+    complete = RunFolder(Path(config.run.dir)).read_summary()
+    if complete is None or arguments.dry_run:
+        inputs = load_inputs(config)
+    if arguments.dry_run:
+        print(json.dumps(config_to_dict(config), indent=2))
+        print(_plan(config, inputs))
+        return 0
+    return _run(config)
+
+
+def _run(config: Config) -> int:
+    from megatron_tropd.launch import first_error, launch
+    from megatron_tropd.run_folder import open_run
+
+    folder = open_run(config)
+    summary = folder.read_summary()
+    if summary is None:
+        code = launch(config.parallel.world_size, folder)
+        error = first_error(folder.logs)
+        if error:
+            raise TrainingError(f"{error}\nLogs: {folder.logs}")
+        if code:
+            _say_stopped(code, folder.logs)
+            return code
+        summary = folder.read_summary()
+    from megatron_tropd.report.html import write_report
+    from megatron_tropd.report.summary import summary_table
+
+    report = write_report(folder.root)
+    print(summary_table(summary or {}))
+    print(f"Student (HF folder): {folder.student}\nReport:              {report}")
+    return 0
+
+
+def _say_stopped(code: int, logs: Path) -> None:
+    if code in (130, 143):
+        print("tropd: stopped; the same command resumes.", file=sys.stderr)
+    else:
+        print(f"tropd: a rank ended with code {code}. Logs: {logs}", file=sys.stderr)
+
+
+def _distill_as_rank(config: Config) -> int:
+    """torchrun or srun started us: this process is a rank; rank 0 opens the folder."""
+    import os
+    import time
+
+    from megatron_tropd.run_folder import RunFolder, open_run
+    from megatron_tropd.worker import run_rank
+
+    world = int(os.environ["WORLD_SIZE"])
+    if world != config.parallel.world_size:
+        raise ConfigError(
+            f"The launcher started {world} ranks, the config asks for tensor x pipeline x data = "
+            f"{config.parallel.world_size}. Change parallel.* or the number of ranks."
+        )
+    folder = RunFolder(Path(config.run.dir).resolve())
+    if os.environ["RANK"] == "0":
+        open_run(config)
+    deadline = time.monotonic() + 60
+    while not folder.config.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    code = run_rank(folder)
+    if os.environ["RANK"] == "0" and folder.read_summary():
+        from megatron_tropd.report.html import write_report
+
+        write_report(folder.root)
+    return code
+
+
+def _plan(config: Config, inputs: object) -> str:
+    from megatron_tropd.inputs import Inputs
+
+    assert isinstance(inputs, Inputs)
+    samples = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
+    p = config.parallel
+    guidance = f"{len(inputs.responses)} prompts have one" if inputs.responses else "off"
+    return "\n".join(
+        [
+            f"ranks:      {p.world_size} (TP {p.tensor} x PP {p.pipeline} x DP {p.data})",
+            f"student:    {inputs.student.describe()}",
+            f"teacher:    {inputs.teacher.describe()}",
+            f"vocabulary: {inputs.vocab_size} shared columns",
+            f"prompts:    {len(inputs.prompts)}, {config.rollout.prompts_per_step} a step x "
+            f"{config.rollout.samples_per_prompt} samples = {samples} trajectories",
+            f"teacher responses: {guidance}",
+            f"held-out:   {len(inputs.problems)} problems",
+            f"steps:      {config.train.steps}",
+            f"run folder: {Path(config.run.dir).resolve()}",
+            "dry run: nothing was written.",
+        ]
+    )
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from megatron_tropd.report.html import write_report
+
+    print(write_report(arguments.run))
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from megatron_tropd.evaluation import evaluate_folder
+
+    result = evaluate_folder(
+        arguments.model,
+        arguments.problems,
+        max_new_tokens=arguments.max_new_tokens,
+        num_problems=arguments.num_problems,
+        apply_chat_template=arguments.chat_template,
+        dtype=arguments.dtype,
+    )
+    if arguments.json:
+        print(json.dumps(result))
+    else:
+        print(
+            f"accuracy {100 * result['accuracy']:.1f} % "
+            f"(95 % interval {100 * result['ci_low']:.1f} .. {100 * result['ci_high']:.1f} %), "
+            f"{result['correct']} of {result['total']}"
+        )
+    return 0
+
+
+def _doctor(_: argparse.Namespace) -> int:
+    from megatron_tropd import doctor
+
+    return doctor.main([])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

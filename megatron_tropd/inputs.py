@@ -1,0 +1,126 @@
+"""Everything a run reads, checked before anything is started or written."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_tropd.config import Config
+from megatron_tropd.convert.hf_folder import HFFolder
+from megatron_tropd.data.prompts import load_prompts
+from megatron_tropd.data.responses import TeacherResponse, load_responses
+from megatron_tropd.data.tokenizers import check_same_tokenizer, stop_token_ids
+from megatron_tropd.data.types import Prompt
+from megatron_tropd.errors import ConfigError
+from megatron_tropd.losses import HiddenStatesSignal, check_signal
+from megatron_tropd.mcore.models import check_parallel
+from megatron_tropd.mcore.weights import check_tensors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The pair's folders, the tokenizer and all texts of a run."""
+
+    student: HFFolder
+    teacher: HFFolder
+    tokenizer: "PreTrainedTokenizerBase"
+    vocab_size: int
+    """Columns that are real in both models; what lies above is padding."""
+    context: int
+    """Longest sequence both models take."""
+    stop_token_ids: tuple[int, ...]
+    prompts: list[Prompt]
+    responses: dict[int, tuple[TeacherResponse, ...]] | None
+    problems: list[Prompt]
+    """Held-out problems, at most evaluation.num_problems; empty without evaluation."""
+    max_model_len: int
+    """Longest sequence the rollout engine will see."""
+
+
+def load_inputs(config: Config) -> Inputs:
+    """Read and check models' headers, tokenizers, prompts, responses and problems.
+
+    Raises:
+        InputError: a file is missing or unusable; names file and line.
+        ConfigError: a setting does not fit the models or the texts.
+    """
+    student, teacher = HFFolder(config.model.student), HFFolder(config.model.teacher)
+    for who, folder in (("student", student), ("teacher", teacher)):
+        check_parallel(folder.config, config.parallel, who=who)
+        check_tensors(folder)
+    tokenizer = check_same_tokenizer(
+        config.model.student,
+        config.model.teacher,
+        chat_template=config.rollout.apply_chat_template,
+    )
+    vocab_size = min(student.config["vocab_size"], teacher.config["vocab_size"])
+    check_signal(config.loss, HiddenStatesSignal, vocab_size=vocab_size)
+    context = min(
+        student.config["max_position_embeddings"], teacher.config["max_position_embeddings"]
+    )
+    prompts = _prompts(config, config.rollout.prompts, tokenizer, context)
+    if len(prompts) < config.rollout.prompts_per_step:
+        raise ConfigError(
+            f"rollout.prompts_per_step = {config.rollout.prompts_per_step} exceeds the "
+            f"{len(prompts)} prompts of {config.rollout.prompts}. Lower it or add prompts."
+        )
+    responses = (
+        load_responses(config.guidance.responses, prompts, tokenizer)
+        if config.guidance.responses
+        else None
+    )
+    problems = _problems(config, tokenizer, context)
+    answer = config.evaluation.max_new_tokens or config.rollout.max_new_tokens
+    return Inputs(
+        student=student,
+        teacher=teacher,
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        context=context,
+        stop_token_ids=stop_token_ids(config.model.student, config.rollout.stop_token_ids),
+        prompts=prompts,
+        responses=responses,
+        problems=problems,
+        max_model_len=max(
+            _longest(prompts) + config.rollout.max_new_tokens, _longest(problems) + answer
+        ),
+    )
+
+
+def _prompts(
+    config: Config, path: str, tokenizer: "PreTrainedTokenizerBase", context: int, room: int = 0
+) -> list[Prompt]:
+    room = room or config.rollout.max_new_tokens
+    if room >= context:
+        raise ConfigError(
+            f"rollout.max_new_tokens = {room} leaves no room for a prompt in the models' context "
+            f"of {context} tokens. Lower it."
+        )
+    return load_prompts(
+        path,
+        tokenizer,
+        apply_chat_template=config.rollout.apply_chat_template,
+        max_prompt_tokens=context - room,
+    )
+
+
+def _problems(config: Config, tokenizer: "PreTrainedTokenizerBase", context: int) -> list[Prompt]:
+    path = config.evaluation.problems
+    if path is None:
+        return []
+    room = config.evaluation.max_new_tokens or config.rollout.max_new_tokens
+    problems = _prompts(config, path, tokenizer, context, room)
+    if config.evaluation.task == "exact_match":
+        for problem in problems:
+            if "answer" not in problem.fields:
+                raise ConfigError(
+                    f"{Path(path)}: problem {problem.index + 1} has no \"answer\", which "
+                    "evaluation.task = \"exact_match\" needs. Add it or use \"reverse_kl\"."
+                )
+    return problems[: config.evaluation.num_problems]
+
+
+def _longest(prompts: list[Prompt]) -> int:
+    return max((len(p.token_ids) for p in prompts), default=0)

@@ -1,0 +1,371 @@
+"""What a rank holds during a run: models, engine, data, logs; and the phases around the step."""
+
+import math
+import os
+import resource
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Self
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from megatron_tropd.config import Config, config_to_dict
+from megatron_tropd.data.types import Trajectory
+from megatron_tropd.errors import TrainingError
+from megatron_tropd.evaluation import Evaluator
+from megatron_tropd.inputs import load_inputs
+from megatron_tropd.losses import TeacherSignal
+from megatron_tropd.mcore import models, parallel, platform, weights
+from megatron_tropd.mcore.checkpoint import Checkpoints
+from megatron_tropd.mcore.step import Student, Teacher
+from megatron_tropd.objective import StepObjective, example_rows, gather_examples
+from megatron_tropd.report.metrics import MetricsLog
+from megatron_tropd.rollout.engine import RolloutEngine
+from megatron_tropd.rollout.pool import EnginePool
+from megatron_tropd.rollout.types import Sampling
+from megatron_tropd.rollout.weight_sync import WeightMailbox
+from megatron_tropd.run_folder import RunFolder, started_at, write_json
+
+if TYPE_CHECKING:
+    from megatron_tropd.worker import StopFlag
+
+
+class Clock:
+    """Seconds of each phase of a step."""
+
+    def __init__(self) -> None:
+        """Start the first step."""
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._start = time.perf_counter()
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Add the time of the block to ``phase``."""
+        start = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self._seconds[phase] += time.perf_counter() - start
+
+    def lap(self) -> dict[str, float]:
+        """Seconds since the last lap, by phase and in total; starts the next."""
+        now = time.perf_counter()
+        lap = {f"seconds_{phase}": seconds for phase, seconds in self._seconds.items()}
+        lap["seconds_total"] = now - self._start
+        self._seconds.clear()
+        self._start = now
+        return lap
+
+
+class Job:
+    """One rank of a run. A context manager: leaving it ends engines and process groups."""
+
+    def __init__(self, folder: RunFolder, *, console: IO[str], stop: "StopFlag") -> None:
+        """Load everything; nothing is trained yet.
+
+        Args:
+            folder: an opened run folder.
+            console: where rank 0 shows progress.
+            stop: set when the run was asked to stop.
+        """
+        self.folder = folder
+        self.config: Config = folder.read_config()
+        self.console = console
+        self._stop = stop
+        self.step = 0
+        self.weights_version = 0
+        self.seconds_before = 0.0
+        self.clock = Clock()
+        self._exit = ExitStack()
+
+    def __enter__(self) -> Self:
+        with ExitStack() as undo:
+            self._exit = undo
+            self._start()
+            self._exit = undo.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._exit.close()
+
+    def _start(self) -> None:
+        config, exits = self.config, self._exit
+        platform.prepare_platform()
+        self.ranks = parallel.initialize(config.parallel, seed=config.train.seed)
+        exits.callback(parallel.shutdown)
+        self.device = platform.device()
+        self.dtype = models.resolve_dtype(config.model.dtype)
+        self.inputs = load_inputs(config)
+        self.sampling = Sampling(
+            temperature=config.rollout.temperature,
+            top_p=config.rollout.top_p,
+            stop_token_ids=self.inputs.stop_token_ids,
+        )
+        self.is_main = self.ranks.is_main
+        self.checkpoints = Checkpoints(
+            self.folder.checkpoints,
+            keep=config.run.keep_checkpoints,
+            ranks=self.ranks,
+            distributed_optimizer=config.parallel.distributed_optimizer,
+        )
+        self.evaluator = Evaluator(self)
+        self.engines = exits.enter_context(self.start_engines(config.model.student, "student"))
+        self._mailbox = (
+            exits.enter_context(WeightMailbox()) if self.engines.owns_engine else None
+        )
+        self._build_models()
+        self.log_file = (
+            MetricsLog(
+                self.folder.root,
+                tensorboard=config.run.tensorboard,
+                wandb_project=config.run.wandb_project,
+                config=config_to_dict(config),
+            )
+            if self.is_main
+            else None
+        )
+        if self.log_file is not None:
+            exits.callback(self.log_file.close)
+
+    def _build_models(self) -> None:
+        config, inputs = self.config, self.inputs
+        self._padded_vocab_size = models.padded_vocab_size(
+            inputs.student.config, inputs.teacher.config, tensor=config.parallel.tensor
+        )
+        build = {
+            "ranks": self.ranks,
+            "parallel": config.parallel,
+            "dtype": self.dtype,
+            "padded_vocab_size": self._padded_vocab_size,
+        }
+        self.student = Student(
+            models.build_model(inputs.student, who="student", **build),
+            train=config.train,
+            parallel=config.parallel,
+            ranks=self.ranks,
+            dtype=self.dtype,
+        )
+        self.teacher = Teacher(
+            models.build_model(inputs.teacher, who="teacher", **build),
+            ranks=self.ranks,
+            vocab_size=inputs.vocab_size,
+        )
+
+    def start_engines(self, model_folder: str, name: str) -> EnginePool:
+        """Engines that serve ``model_folder``; returns while they are still starting."""
+        rollout, local = self.config.rollout, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        engines_here = max(1, rollout.num_engines * local // self.ranks.world_size)
+
+        def make(number: int) -> RolloutEngine:
+            return RolloutEngine(
+                model_folder,
+                dtype=str(self.dtype).removeprefix("torch."),
+                max_model_len=self.inputs.max_model_len,
+                memory=rollout.engine_memory,
+                tensor_parallel=rollout.engine_tensor_parallel,
+                threads=max(1, len(os.sched_getaffinity(0)) // engines_here),
+                log_file=self.folder.logs / f"engine_{name}_{number:03d}.log",
+            )
+
+        return EnginePool(
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+            num_engines=rollout.num_engines,
+            make_engine=make,
+        )
+
+    def resume(self) -> None:
+        """Take up the newest complete checkpoint, or the HF weights; fill the engines."""
+        steps = self.checkpoints.steps()
+        if steps:
+            extra = self.checkpoints.load(self.student, steps[-1])
+            self.step, self.seconds_before = extra["step"], extra["seconds"]
+        if self.log_file is not None:
+            # Before the first step nothing but the teacher's evaluation can be kept.
+            self.log_file.truncate_after(self.step if steps else -1)
+        self.sync_weights(self.step)
+        self._bar = tqdm(
+            total=self.config.train.steps,
+            initial=self.step,
+            desc="distil",
+            unit="step",
+            file=self.console,
+            disable=not self.is_main,
+            dynamic_ncols=True,
+        )
+        self._exit.callback(self._bar.close)
+        self.clock.lap()
+
+    def sync_weights(self, version: int) -> None:
+        """Stream the student's weights, seen ``version`` steps, as HF tensors to every engine."""
+        tensors = weights.export_weights(
+            self.student.model,
+            self.inputs.student.config,
+            self.ranks,
+            padded_vocab_size=self._padded_vocab_size,
+            receivers=self.engines.owners,
+            explicit_lm_head=True,
+        )
+        if self._mailbox is None:
+            for _ in tensors:  # collective: every rank takes part in the gathers
+                pass
+            self.engines.load_weights(None)
+        else:
+            self.engines.load_weights(self._mailbox.write(tensors))
+        self.weights_version = version
+
+    def objective(
+        self, signals: list[TeacherSignal], counts: tuple[int, int]
+    ) -> StepObjective:
+        """The loss function of this step."""
+        rollout, run = self.config.rollout, self.config.run
+        rows: list[int] = []
+        if self.examples_due():
+            samples = rollout.prompts_per_step * rollout.samples_per_prompt
+            rows = example_rows(samples, rollout.samples_per_prompt, run.num_trajectories)
+        return StepObjective(
+            signals,
+            config=self.config.loss,
+            beta=self.config.guidance.beta,
+            vocab_size=self.inputs.vocab_size,
+            group=self.ranks.tp_group,
+            counts=counts,
+            counted=self.ranks.is_last_stage and self.ranks.tp_rank == 0,
+            device=self.device,
+            example_rows=rows,
+        )
+
+    def check_finite(self, bad_row: int | None, trajectories: list[Trajectory]) -> None:
+        """Stop before the optimizer if a loss is not finite; nothing is overwritten."""
+        if bad_row is None:
+            return
+        t = trajectories[bad_row]
+        raise TrainingError(
+            f"The loss is not finite in step {self.step + 1}, trajectory {bad_row} (prompt "
+            f"{t.prompt_index}, sample {t.sample_index}, {len(t.prefix_ids)} teacher and "
+            f"{len(t.response_ids)} student tokens). The weights were not updated. "
+            f"{self._last_checkpoint()} Lower train.lr or inspect that prompt, then resume."
+        )
+
+    def _last_checkpoint(self) -> str:
+        steps = self.checkpoints.steps()
+        where = self.folder.checkpoints
+        return f"Last good checkpoint: {where}/step_{steps[-1]:06d}." if steps else "No checkpoint."
+
+    def examples_due(self) -> bool:
+        """Whether this step dumps example trajectories: the first, the last, every n-th."""
+        every = self.config.run.trajectories_every
+        return bool(every) and (
+            self.step % every == 0 or self.step == self.config.train.steps - 1
+        )
+
+    def keep_examples(self, objective: StepObjective, trajectories: list[Trajectory]) -> None:
+        """Write the example trajectories of this step, tokens with their per-token values."""
+        if not self.examples_due():
+            return
+        examples = gather_examples(objective.examples)
+        if not self.is_main:
+            return
+        path = self.folder.trajectories / f"step_{self.step:06d}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        with path.open("w") as file:
+            for row, values in sorted(examples.items()):
+                file.write(self.evaluator.example_line(trajectories[row], values))
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        """Write the metrics of the step that just ended and move the progress bar."""
+        lap = self.clock.lap()
+        tokens = metrics["tokens_student"] + metrics["tokens_teacher"]
+        record = {
+            "step": self.step + 1,
+            **metrics,
+            "tokens_per_second": tokens / lap["seconds_total"],
+            **lap,
+            "peak_memory_gib": peak_memory_gib(),
+        }
+        if self.log_file is not None:
+            self.log_file.write(record)
+        if not math.isfinite(metrics["grad_norm"]):
+            raise TrainingError(
+                f"The gradient norm is {metrics['grad_norm']} in step {self.step + 1}. "
+                f"{self._last_checkpoint()} Lower train.lr, then resume."
+            )
+        self._bar.set_postfix(self._shown(record), refresh=False)
+        self._bar.update()
+
+    def _shown(self, record: dict[str, Any]) -> dict[str, str]:
+        shown = {"kl": record["reverse_kl"], "outliers": record["outlier_share"]}
+        text = {name: f"{value:.3f}" for name, value in shown.items() if value is not None}
+        return text | self.evaluator.shown | {"tok/s": f"{record['tokens_per_second']:.0f}"}
+
+    def due(self, every: int) -> bool:
+        """Whether something done every ``every`` steps comes after this step (the last: later)."""
+        return bool(every) and self.step % every == 0 and self.step < self.config.train.steps
+
+    def stopping(self) -> bool:
+        """Whether any rank was asked to stop. Collectives: one all-reduce of [1]."""
+        flag = torch.tensor([int(self._stop.requested)], device=self.device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag)
+
+    def evaluate(self) -> None:
+        """Measure the student (and once the teacher) on the held-out problems."""
+        with self.clock("evaluation"):
+            self.evaluator.run()
+
+    def save(self) -> None:
+        """Write a checkpoint of the steps done so far."""
+        with self.clock("checkpoint"):
+            extra = {"step": self.step, "seconds": self.elapsed()}
+            self.checkpoints.save(self.student, step=self.step, extra=extra)
+
+    def elapsed(self) -> float:
+        """Seconds of the job over all its resumptions."""
+        return self.seconds_before + time.time() - started_at()
+
+    def finish(self) -> None:
+        """Last evaluation, last checkpoint, HF export, summary."""
+        self.evaluate()
+        self.save()
+        self.export_student(self.folder.student)
+        if self.is_main:
+            write_json(self.folder.summary, self._summary())
+        dist.barrier()
+
+    def export_student(self, out: Path) -> None:
+        """Write the student as an HF folder on rank 0; collective."""
+        weights.save_hf(
+            self.student.model,
+            self.inputs.student,
+            out,
+            self.ranks,
+            padded_vocab_size=self._padded_vocab_size,
+        )
+
+    def _summary(self) -> dict[str, Any]:
+        parallel_config = self.config.parallel
+        return {
+            **self.evaluator.summary(),
+            "seconds": round(self.elapsed(), 1),
+            "steps": self.step,
+            "world_size": self.ranks.world_size,
+            "tensor_parallel": parallel_config.tensor,
+            "pipeline_parallel": parallel_config.pipeline,
+            "data_parallel": parallel_config.data,
+            "seed": self.config.train.seed,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "loss": f"{self.config.loss.region}/{self.config.loss.outlier}",
+            "student": str(self.folder.student),
+        }
+
+
+def peak_memory_gib() -> float:
+    """Peak device memory of this rank; without CUDA its peak resident memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

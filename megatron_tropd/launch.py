@@ -1,0 +1,128 @@
+"""Start one process per rank on this machine and never leave one behind.
+
+Under torchrun or srun (``RANK`` and ``WORLD_SIZE`` set) nothing is started: the calling process is
+a rank already. Locally each rank is a child in a session of its own, so that Ctrl-C reaches only
+this process, which passes it on as SIGTERM: the ranks finish their step, save and leave.
+"""
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from megatron_tropd.run_folder import RunFolder
+
+GRACE_SECONDS = 300.0
+"""Between a signal and SIGKILL: one step and one checkpoint must fit."""
+FAILURE_GRACE_SECONDS = 5.0
+"""Between the death of one rank and SIGKILL for the others, which wait for it in a collective."""
+
+
+def is_rank(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether torchrun, srun or our own launcher already made this process a rank."""
+    return "RANK" in environment and "WORLD_SIZE" in environment
+
+
+def launch(world_size: int, folder: RunFolder) -> int:
+    """Run ``world_size`` ranks of the run in ``folder`` and wait for them.
+
+    Args:
+        world_size: number of processes.
+        folder: an opened run folder; the ranks read its ``config.json`` and log below it.
+
+    Returns:
+        0, or the exit code to pass on: 130 and 143 after Ctrl-C and SIGTERM, else that of the
+        first rank that failed.
+    """
+    received: list[int] = []
+    previous = {
+        s: signal.signal(s, lambda number, _: received.append(number))
+        for s in (signal.SIGINT, signal.SIGTERM)
+    }
+    ranks = _start(world_size, folder)
+    try:
+        return _supervise(ranks, received)
+    finally:
+        _kill(ranks)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _start(world_size: int, folder: RunFolder) -> list[subprocess.Popen]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    threads = max(1, len(os.sched_getaffinity(0)) // world_size)
+    shared = {
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
+        # Megatron's overlap of communication relies on the order of CUDA launches.
+        "CUDA_DEVICE_MAX_CONNECTIONS": os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "1"),
+    }
+    command = [sys.executable, "-m", "megatron_tropd.worker", str(folder.root)]
+    return [
+        subprocess.Popen(
+            command,
+            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            start_new_session=True,
+            preexec_fn=_die_with_parent,
+        )
+        for rank in range(world_size)
+    ]
+
+
+def _supervise(ranks: Sequence[subprocess.Popen], received: list[int]) -> int:
+    deadline = None
+    forwarded = 0
+    while True:
+        codes = [rank.poll() for rank in ranks]
+        if all(code is not None for code in codes):
+            break
+        failed = [code for code in codes if code not in (None, 0)]
+        if failed and deadline is None:
+            deadline = time.monotonic() + FAILURE_GRACE_SECONDS
+        if len(received) > forwarded:
+            forwarded = len(received)
+            if forwarded > 1:
+                break
+            deadline = time.monotonic() + GRACE_SECONDS
+            for rank in ranks:
+                rank.terminate()
+        if deadline is not None and time.monotonic() > deadline:
+            break
+        time.sleep(0.05)
+    _kill(ranks)
+    if received:
+        return 128 + received[0]
+    return next((abs(rank.returncode) for rank in ranks if rank.returncode), 0)
+
+
+def _kill(ranks: Sequence[subprocess.Popen]) -> None:
+    for rank in ranks:
+        try:
+            # The whole session: a rank's engine goes with it.
+            os.killpg(rank.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    for rank in ranks:
+        rank.wait()
+
+
+def _die_with_parent() -> None:
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+def first_error(folder: Path) -> str | None:
+    """The message the first failing rank left in ``folder``, if any."""
+    errors = sorted(folder.glob("rank_*.error"), key=lambda path: path.stat().st_mtime_ns)
+    return errors[0].read_text().strip() if errors else None

@@ -1,0 +1,316 @@
+"""One optimizer step of the student, one scoring pass of the teacher: Megatron's schedules.
+
+The output layer is entered through ``output_processor``: only positions that carry loss reach the
+vocabulary, so prompts and padding cost no logits. T = loss tokens of a micro-batch,
+v = this rank's vocabulary shard, H = hidden size.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    vocab_parallel_cross_entropy,
+)
+from megatron.core.transformer.module import Float16Module
+from torch import Tensor
+
+from megatron_tropd.config import ParallelConfig, TrainConfig
+from megatron_tropd.data.types import MicroBatch
+from megatron_tropd.losses import HiddenStatesSignal
+from megatron_tropd.mcore import platform
+from megatron_tropd.mcore.parallel import Ranks
+
+LossFn = Callable[[Tensor, MicroBatch, int], tuple[Tensor, dict[str, Tensor]]]
+"""(logits [T, v], micro-batch, its index) -> (summed loss, sums to report)."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step leaves behind on this rank."""
+
+    reports: list[dict[str, Tensor]]
+    """One per micro-batch on the last stage, empty elsewhere."""
+    grad_norm: float
+    """Global norm before clipping, equal on all ranks."""
+    lr: float
+    """Learning rate this step used."""
+
+
+class Student:
+    """A trainable Megatron model with its DDP wrapper, optimizer and learning-rate schedule."""
+
+    def __init__(
+        self,
+        model: GPTModel,
+        *,
+        train: TrainConfig,
+        parallel: ParallelConfig,
+        ranks: Ranks,
+        dtype: torch.dtype,
+    ) -> None:
+        """Wrap ``model`` for training. ``dtype`` bfloat16 keeps fp32 main weights and gradients."""
+        self.model = model
+        self.ranks = ranks
+        self.chunk = _wrap(model, parallel=parallel, dtype=dtype)
+        self.optimizer = get_megatron_optimizer(
+            _optimizer_config(train, parallel, dtype),
+            [self.chunk],
+            # Side groups for host tensors; without CUDA the groups are gloo already.
+            use_gloo_process_groups=platform.has_cuda(),
+        )
+        self.scheduler = _scheduler(self.optimizer, train)
+        config = model.config
+        config.calculate_per_token_loss = True
+        config.finalize_model_grads_func = finalize_model_grads
+        config.no_sync_func = self.chunk.no_sync
+        config.grad_scale_func = self.optimizer.scale_loss
+
+    def forward_backward(
+        self, micro_batches: Sequence[MicroBatch], loss_fn: LossFn
+    ) -> list[dict[str, Tensor]]:
+        """Gradients of sum(loss) / global number of loss tokens, into the main gradients.
+
+        Args:
+            micro_batches: of this data-parallel rank, the same list on all its stages.
+            loss_fn: called at the last stage with the logits of the loss tokens.
+
+        Returns:
+            The reports of ``loss_fn`` (last stage; empty elsewhere).
+
+        Collectives: those of Megatron's schedule and ``finalize_model_grads``.
+        """
+        self.chunk.train()
+        self.chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        return run_schedule(
+            self.chunk,
+            micro_batches,
+            forward_step=partial(_student_forward, loss_fn=loss_fn),
+            forward_only=False,
+        )
+
+    def update(self) -> tuple[float, float]:
+        """Clip, step, advance the schedule. Returns (grad norm before clipping, rate used)."""
+        lr = self.optimizer.param_groups[0]["lr"]
+        _, grad_norm, _ = self.optimizer.step()
+        self.scheduler.step(increment=1)
+        return float(grad_norm or 0.0), float(lr)
+
+    def train_step(self, micro_batches: Sequence[MicroBatch], loss_fn: LossFn) -> StepResult:
+        """:meth:`forward_backward` and :meth:`update` together."""
+        reports = self.forward_backward(micro_batches, loss_fn)
+        grad_norm, lr = self.update()
+        return StepResult(reports, grad_norm, lr)
+
+
+class Teacher:
+    """A frozen Megatron model on the student's ranks; gives hidden states, never logits."""
+
+    def __init__(self, model: GPTModel, *, ranks: Ranks, vocab_size: int) -> None:
+        """``vocab_size``: columns that are real in both models."""
+        model.eval().requires_grad_(False)
+        self.model = model
+        self.ranks = ranks
+        self.vocab_size = vocab_size
+
+    @torch.no_grad()
+    def score(self, micro_batches: Sequence[MicroBatch]) -> list[HiddenStatesSignal]:
+        """The teacher's signal for the loss tokens of each micro-batch.
+
+        Args:
+            micro_batches: the student's.
+
+        Returns:
+            One signal per micro-batch on the last stage, an empty list elsewhere.
+
+        Collectives: forward only, those of the schedule; the hidden states of a
+        sequence-parallel model are gathered over the tensor-parallel group.
+        """
+        hidden = run_schedule(
+            self.model, micro_batches, forward_step=_teacher_forward, forward_only=True
+        )
+        if not self.ranks.is_last_stage:
+            return []
+        weight = output_weight(self.model)
+        return [HiddenStatesSignal(h, weight, self.vocab_size) for h in hidden]
+
+
+def output_weight(model: GPTModel) -> Tensor:
+    """[v, H] this rank's shard of the output layer (the embedding's, when tied)."""
+    if model.share_embeddings_and_output_weights:
+        return model.shared_embedding_or_output_weight()
+    return model.output_layer.weight
+
+
+def cross_entropy(logits_Tv: Tensor, batch: MicroBatch, _: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Next-token cross entropy of the loss tokens, a :data:`LossFn` for supervised training.
+
+    Args:
+        logits_Tv: [T, v] this rank's shard.
+        batch: gives the labels.
+
+    Returns:
+        The sum over T and ``{"loss": sum, "tokens": T}``.
+
+    Collectives: 3 all-reduces of [T] (Megatron's vocabulary-parallel cross entropy).
+    """
+    labels_T = batch.labels[batch.loss_mask]
+    # Megatron overwrites fp32 logits; nobody reads these again.
+    loss = vocab_parallel_cross_entropy(logits_Tv.float().unsqueeze(1), labels_T.unsqueeze(1)).sum()
+    count = torch.tensor(float(labels_T.numel()), device=loss.device)
+    return loss, {"loss": loss.detach(), "tokens": count}
+
+
+def run_schedule(
+    model: torch.nn.Module,
+    micro_batches: Sequence[MicroBatch],
+    *,
+    forward_step: Callable[..., Any],
+    forward_only: bool,
+) -> list[Any]:
+    """Send micro-batches of differing lengths through Megatron's pipeline schedule.
+
+    Args:
+        model: the (wrapped) model chunk of this stage.
+        micro_batches: at least one; equally many on every stage.
+        forward_step: Megatron's ``forward_step_func``.
+        forward_only: no backward; ``forward_step``'s function then returns what to collect.
+
+    Returns:
+        What the loss function gave per micro-batch (last stage; empty elsewhere).
+    """
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(enumerate(micro_batches)),
+        model=model,
+        num_microbatches=len(micro_batches),
+        # Ignored: shapes travel with each micro-batch (variable_seq_lengths).
+        seq_length=micro_batches[0].tokens.shape[1],
+        micro_batch_size=micro_batches[0].tokens.shape[0],
+        forward_only=forward_only,
+        collect_non_loss_data=forward_only,
+    )
+
+
+def _student_forward(
+    iterator: Iterator[tuple[int, MicroBatch]], model: torch.nn.Module, *, loss_fn: LossFn
+) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]]:
+    index, batch = next(iterator)
+    logits = _call(model, batch, _logits_of_loss_tokens)
+
+    def loss(logits_Tv: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        loss_sum, report = loss_fn(logits_Tv, batch, index)
+        return loss_sum, batch.loss_mask.sum().to(torch.int), report
+
+    return logits, loss
+
+
+def _teacher_forward(
+    iterator: Iterator[tuple[int, MicroBatch]], model: torch.nn.Module
+) -> tuple[Tensor, Callable[..., Tensor]]:
+    _, batch = next(iterator)
+    hidden = _call(model, batch, _hidden_of_loss_tokens)
+    return hidden, lambda hidden_TH, non_loss_data=True: hidden_TH
+
+
+def _call(model: torch.nn.Module, batch: MicroBatch, processor: Callable[..., Tensor]) -> Tensor:
+    extra = {"fp32_output": False} if isinstance(_inside_ddp(model), Float16Module) else {}
+    return model(
+        input_ids=batch.tokens,
+        position_ids=batch.position_ids,
+        attention_mask=None,
+        output_processor=processor,
+        output_processor_context=batch.loss_mask,
+        **extra,
+    )
+
+
+def _inside_ddp(model: torch.nn.Module) -> torch.nn.Module:
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def _hidden_of_loss_tokens(
+    *, hidden_states: Tensor, context: Tensor, config: Any, **_: Any
+) -> Tensor:
+    """[S(/tp), B, H] -> [T, H], rows in [B, S] order; gradients of the shards are summed."""
+    if config.sequence_parallel:
+        hidden_states = gather_from_sequence_parallel_region(
+            hidden_states, tensor_parallel_output_grad=True
+        )
+    else:
+        hidden_states = copy_to_tensor_model_parallel_region(hidden_states)
+    return hidden_states.transpose(0, 1)[context]
+
+
+def _logits_of_loss_tokens(
+    *, output_layer: Any, output_weight: Tensor | None, **context: Any
+) -> Tensor:
+    hidden_TH = _hidden_of_loss_tokens(**context)
+    return F.linear(hidden_TH, output_layer.weight if output_weight is None else output_weight)
+
+
+def _wrap(
+    model: GPTModel, *, parallel: ParallelConfig, dtype: torch.dtype
+) -> DistributedDataParallel:
+    module = Float16Module(model.config, model) if dtype == torch.bfloat16 else model
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=False,
+        use_distributed_optimizer=parallel.distributed_optimizer,
+        average_in_collective=False,
+    )
+    chunk = DistributedDataParallel(config=model.config, ddp_config=ddp_config, module=module)
+    chunk.broadcast_params()
+    return chunk
+
+
+def _optimizer_config(
+    train: TrainConfig, parallel: ParallelConfig, dtype: torch.dtype
+) -> OptimizerConfig:
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=train.lr,
+        min_lr=train.min_lr,
+        weight_decay=train.weight_decay,
+        adam_beta1=train.adam_betas[0],
+        adam_beta2=train.adam_betas[1],
+        adam_eps=train.adam_eps,
+        clip_grad=train.clip_grad,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+        use_distributed_optimizer=parallel.distributed_optimizer,
+    )
+
+
+def _scheduler(optimizer: Any, train: TrainConfig) -> OptimizerParamScheduler:
+    # Megatron's scheduler wants warm-up strictly shorter than the decay.
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=train.lr,
+        min_lr=train.min_lr,
+        lr_warmup_steps=train.warmup_steps,
+        lr_decay_steps=max(train.steps, train.warmup_steps + 1),
+        lr_decay_style=train.lr_schedule,
+        start_wd=train.weight_decay,
+        end_wd=train.weight_decay,
+        wd_incr_steps=train.steps,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=False,
+    )

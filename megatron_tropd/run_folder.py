@@ -1,0 +1,123 @@
+"""A run is a folder: where each thing lies, and whether a command may continue what is there."""
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_tropd.config import Config, config_from_dict, config_to_dict
+from megatron_tropd.errors import ConfigError, InputError
+
+FREE_SECTIONS = ("run", "parallel")
+"""Sections that may change when a run resumes: they alter no number but timings and round-off."""
+FIXED_KEYS = ("parallel.distributed_optimizer",)
+"""Exceptions: the two kinds of optimizer save their states in different forms."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of one run."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        """Resolved settings, JSON."""
+        return self.root / "config.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object per step."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def evaluations(self) -> Path:
+        """One JSON object per evaluation."""
+        return self.root / "evaluations.jsonl"
+
+    @property
+    def trajectories(self) -> Path:
+        """Example trajectories with per-token values."""
+        return self.root / "trajectories"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Megatron checkpoints."""
+        return self.root / "checkpoints"
+
+    @property
+    def student(self) -> Path:
+        """HF export of the trained student."""
+        return self.root / "student_hf"
+
+    @property
+    def logs(self) -> Path:
+        """What ranks and engines printed."""
+        return self.root / "logs"
+
+    @property
+    def summary(self) -> Path:
+        """The result; exists only when the run is complete."""
+        return self.root / "summary.json"
+
+    def read_summary(self) -> dict[str, Any] | None:
+        """The summary of a complete run, else None."""
+        return json.loads(self.summary.read_text()) if self.summary.exists() else None
+
+    def read_config(self) -> Config:
+        """The settings the run was started with."""
+        if not self.config.exists():
+            raise InputError(
+                f"{self.root} is not a run folder: {self.config} is missing. Give the folder that "
+                "`tropd distill` wrote (run.dir)."
+            )
+        return config_from_dict(json.loads(self.config.read_text()))
+
+
+def open_run(config: Config) -> RunFolder:
+    """Make the run folder, or check that this command may continue what is in it.
+
+    Raises:
+        ConfigError: the folder holds a run with other settings; they are named.
+    """
+    folder = RunFolder(Path(config.run.dir).resolve())
+    if folder.config.exists():
+        _check_same(json.loads(folder.config.read_text()), config_to_dict(config), folder.root)
+    folder.logs.mkdir(parents=True, exist_ok=True)
+    for stale in folder.logs.glob("rank_*.error"):
+        stale.unlink()
+    write_json(folder.config, config_to_dict(config))
+    return folder
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON so that a reader sees the old file or the whole new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w") as file:
+        json.dump(content, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def started_at() -> float:
+    """Unix time at which the user's command began (set by the launcher for its ranks)."""
+    return float(os.environ.setdefault("TROPD_STARTED", repr(time.time())))
+
+
+def _check_same(old: dict[str, Any], new: dict[str, Any], root: Path) -> None:
+    changed = [
+        f"{section}.{key}: was {old.get(section, {}).get(key)!r}, now {value!r}"
+        for section, table in new.items()
+        for key, value in table.items()
+        if section not in FREE_SECTIONS or f"{section}.{key}" in FIXED_KEYS
+        if old.get(section, {}).get(key) != value
+    ]
+    if changed:
+        raise ConfigError(
+            f"{root} holds a run with other settings ({'; '.join(changed)}). Give the old settings "
+            "to resume it, or another run.dir."
+        )

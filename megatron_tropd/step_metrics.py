@@ -1,0 +1,174 @@
+"""From per-token values of the loss to the numbers of one step (METRICS of docs/metrics.md).
+
+Each last-stage rank adds up its micro-batches into one vector; one SUM, one MAX and one MIN
+all-reduce make the global numbers. T = loss tokens of a micro-batch.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_tropd.data.types import MicroBatch, Segment, Trajectory
+
+STUDENT_MEANS = {
+    "outlier_share": "outlier",
+    "tv": "tv",
+    "acceptance": "trust",
+    "k1": "k1",
+    "reverse_kl": "reverse_kl",
+    "forward_kl": "forward_kl",
+    "student_entropy": "student_entropy",
+    "teacher_entropy": "teacher_entropy",
+    "topk_mass_teacher": "topk_mass_teacher",
+    "topk_mass_student": "topk_mass_student",
+}
+"""Metric -> per-token value of the loss; means over student tokens."""
+
+_SCALARS = (
+    "loss",
+    "tokens_teacher",
+    "tokens_student",
+    *STUDENT_MEANS,
+    "engine_gap_mean",
+    "engine_ratio_mean",
+)
+POSITION_BUCKETS = 18
+"""Response positions 0-7, 8-15, 16-31, 32-63, ... up to 2**20."""
+_NO_ROW = 2**62
+
+
+def bucket_of(position: int) -> int:
+    """Bucket of a response position: 0 for 0-7, then one per doubling."""
+    return max(0, int(position).bit_length() - 3)
+
+
+@dataclass
+class StepSums:
+    """Sums over this rank's loss tokens, to be reduced over the world."""
+
+    sums: Tensor
+    """float64 [scalars + 2 x buckets]: scalars, acceptance by position, counts by position."""
+    gap_max: Tensor
+    """float64 [1] largest |trainer - engine| log-prob."""
+    bad_row: Tensor
+    """int64 [1] first trajectory with a non-finite loss; 2**62 if none."""
+
+    @classmethod
+    def zeros(cls, device: torch.device) -> "StepSums":
+        """Nothing counted yet."""
+        size = len(_SCALARS) + 2 * POSITION_BUCKETS
+        return cls(
+            torch.zeros(size, dtype=torch.float64, device=device),
+            torch.zeros(1, dtype=torch.float64, device=device),
+            torch.full((1,), _NO_ROW, dtype=torch.int64, device=device),
+        )
+
+    def add(self, loss_T: Tensor, values: dict[str, Tensor], batch: MicroBatch) -> None:
+        """Count one micro-batch.
+
+        Args:
+            loss_T: [T] weighted loss per token.
+            values: [T] each, from the loss.
+            batch: whose ``loss_mask`` selects the T tokens.
+        """
+        mask = batch.loss_mask
+        student_T = batch.segments[mask] == Segment.STUDENT
+        gap_T = (values["student_logprob"] - batch.rollout_logprobs[mask])[student_T].double()
+        absent = torch.full_like(loss_T, math.nan)
+        scalars = {
+            "loss": loss_T.double().sum(),
+            "tokens_teacher": (~student_T).double().sum(),
+            "tokens_student": student_T.double().sum(),
+            "engine_gap_mean": gap_T.abs().sum(),
+            "engine_ratio_mean": gap_T.exp().sum(),
+        }
+        for metric, key in STUDENT_MEANS.items():
+            scalars[metric] = values.get(key, absent)[student_T].double().sum()
+        buckets_T = _buckets(batch.response_positions[mask][student_T])
+        by_position = torch.zeros_like(self.sums[len(_SCALARS) :]).view(2, POSITION_BUCKETS)
+        by_position[0].index_add_(0, buckets_T, values["trust"][student_T].double())
+        by_position[1].index_add_(0, buckets_T, torch.ones_like(gap_T))
+        self.sums += torch.cat(
+            [torch.stack([scalars[name] for name in _SCALARS]), by_position.flatten()]
+        )
+        if gap_T.numel():
+            self.gap_max = torch.maximum(self.gap_max, gap_T.abs().max()[None])
+        self._find_bad_row(loss_T, batch)
+
+    def _find_bad_row(self, loss_T: Tensor, batch: MicroBatch) -> None:
+        bad_T = ~torch.isfinite(loss_T)
+        if bool(bad_T.any()):
+            rows_T = batch.loss_mask.nonzero()[:, 0][bad_T]
+            first = min(batch.rows[int(row)] for row in rows_T)
+            self.bad_row = torch.minimum(self.bad_row, torch.full_like(self.bad_row, first))
+
+    def reduce(self) -> "StepSums":
+        """Sums of the whole world, equal on every rank.
+
+        Collectives: all-reduces of [scalars + 2 x buckets], [1] and [1].
+        """
+        dist.all_reduce(self.sums)
+        dist.all_reduce(self.gap_max, dist.ReduceOp.MAX)
+        dist.all_reduce(self.bad_row, dist.ReduceOp.MIN)
+        return self
+
+    @property
+    def first_bad_row(self) -> int | None:
+        """Index of the first trajectory whose loss is not finite."""
+        row = int(self.bad_row)
+        return None if row == _NO_ROW else row
+
+    def metrics(self) -> dict[str, Any]:
+        """Means and counts of the step (after :meth:`reduce`); null where nothing was counted."""
+        scalars = dict(zip(_SCALARS, self.sums[: len(_SCALARS)].tolist(), strict=True))
+        teacher, student = scalars.pop("tokens_teacher"), scalars.pop("tokens_student")
+        loss = scalars.pop("loss")
+        means = {name: _ratio(value, student) for name, value in scalars.items()}
+        accepted, counts = self.sums[len(_SCALARS) :].view(2, POSITION_BUCKETS).tolist()
+        filled = [i for i, count in enumerate(counts) if count]
+        by_position = [_ratio(a, c) for a, c in zip(accepted, counts, strict=True)]
+        return {
+            "loss": _ratio(loss, teacher + student),
+            "tokens_student": int(student),
+            "tokens_teacher": int(teacher),
+            **means,
+            "engine_gap_max": float(self.gap_max),
+            "acceptance_by_position": by_position[: max(filled, default=-1) + 1],
+        }
+
+
+def trajectory_metrics(trajectories: Sequence[Trajectory], *, step: int) -> dict[str, float]:
+    """What the token ids alone tell: lengths, cut-off share, repetition, prefixes, staleness."""
+    lengths = [len(t.prefix_ids) + len(t.response_ids) for t in trajectories]
+    total = max(sum(lengths), 1)
+    count = len(trajectories)
+    return {
+        "response_length": sum(lengths) / count,
+        "truncated_share": sum(t.finish_reason == "length" for t in trajectories) / count,
+        "repetition_share": sum(repetition(t.response_ids) for t in trajectories) / count,
+        "prefix_share": sum(len(t.prefix_ids) for t in trajectories) / total,
+        "prefix_longest": float(max(len(t.prefix_ids) for t in trajectories)),
+        "staleness": sum(step - t.weights_version for t in trajectories) / count,
+    }
+
+
+def repetition(token_ids: Sequence[int], n: int = 4) -> float:
+    """Share of the n-grams of a response that already stood in it."""
+    grams = Counter(tuple(token_ids[i : i + n]) for i in range(len(token_ids) - n + 1))
+    total = sum(grams.values())
+    return 1 - len(grams) / total if total else 0.0
+
+
+def _buckets(positions_T: Tensor) -> Tensor:
+    edges = 2 ** torch.arange(3, POSITION_BUCKETS + 2, device=positions_T.device)
+    return torch.bucketize(positions_T, edges, right=True)
+
+
+def _ratio(value: float, count: float) -> float | None:
+    return None if not count or math.isnan(value) else value / count

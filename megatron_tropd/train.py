@@ -1,0 +1,118 @@
+"""The training loop: rollout, teacher, student, weights back to the engine. Runs on every rank."""
+
+from typing import IO, TYPE_CHECKING
+
+from megatron_tropd.data.packing import count_loss_tokens, pack
+from megatron_tropd.data.prefixes import alpha, plan_requests
+from megatron_tropd.data.prompts import prompts_of_step
+from megatron_tropd.data.trajectories import assemble
+from megatron_tropd.data.types import Trajectory
+from megatron_tropd.job import Job
+from megatron_tropd.run_folder import RunFolder
+from megatron_tropd.step_metrics import trajectory_metrics
+
+if TYPE_CHECKING:
+    from megatron_tropd.worker import StopFlag
+
+
+def train(folder: RunFolder, *, console: IO[str], stop: "StopFlag") -> None:
+    """Train the student of the run in ``folder`` to its last step, or until ``stop``.
+
+    Args:
+        folder: an opened run folder.
+        console: where rank 0 shows progress.
+        stop: looked at after every step; a requested stop saves a checkpoint and returns.
+
+    Raises:
+        ConfigError, InputError: the run cannot start.
+        TrainingError: it cannot go on; the last complete checkpoint is intact.
+    """
+    with Job(folder, console=console, stop=stop) as job:
+        steps = job.config.train.steps
+        job.resume()
+        if job.step == 0:
+            job.evaluate()
+        while job.step < steps and not job.stopping():
+            train_step(job)
+            if job.due(job.config.evaluation.every):
+                job.evaluate()
+            if job.due(job.config.run.checkpoint_every):
+                job.save()
+        if job.step == steps:
+            job.finish()
+        elif job.step:
+            job.save()
+
+
+def train_step(job: Job) -> None:
+    """One optimizer step, from prompts to new weights in the engine."""
+    step, clock = job.step, job.clock
+    with clock("rollout"):
+        trajectories = rollout(job)
+    metrics = learn(job, trajectories)
+    with clock("sync"):
+        job.sync_weights(step + 1)
+    metrics |= {
+        "prefix_alpha": alpha(step, job.config.train.steps) if job.inputs.responses else 0.0,
+        **trajectory_metrics(trajectories, step=step),
+    }
+    job.log(metrics)
+    job.step += 1
+
+
+def rollout(job: Job) -> list[Trajectory]:
+    """Sample the trajectories of this step with the engine's current weights."""
+    config, step = job.config, job.step
+    indices = prompts_of_step(
+        len(job.inputs.prompts), config.rollout.prompts_per_step, step, config.train.seed
+    )
+    plans = plan_requests(
+        [job.inputs.prompts[i] for i in indices],
+        job.inputs.responses,
+        step=step,
+        steps=config.train.steps,
+        rollout=config.rollout,
+        guidance=config.guidance,
+        seed=config.train.seed,
+    )
+    samples = job.engines.generate([plan.request for plan in plans], job.sampling)
+    return assemble(plans, samples, step=step, weights_version=job.weights_version)
+
+
+def learn(job: Job, trajectories: list[Trajectory]) -> dict[str, object]:
+    """Score with the teacher, differentiate the loss, update the student.
+
+    Args:
+        job: the run.
+        trajectories: the same list on every rank.
+
+    Returns:
+        The metrics of the step, equal on every rank.
+
+    Raises:
+        TrainingError: the loss or the gradient is not finite; the weights are unchanged.
+    """
+    config, ranks, clock = job.config, job.ranks, job.clock
+    batches = [
+        batch.to(job.device)
+        for batch in pack(
+            trajectories,
+            dp_rank=ranks.dp_rank,
+            dp_size=ranks.dp_size,
+            tokens_per_micro_batch=config.train.tokens_per_micro_batch,
+            pad_multiple=ranks.tp_size if config.parallel.sequence_parallel else 1,
+            seed=config.train.seed,
+            step=job.step,
+        )
+    ]
+    with clock("teacher"):
+        signals = job.teacher.score(batches)
+    with clock("student"):
+        objective = job.objective(signals, count_loss_tokens(trajectories))
+        job.student.forward_backward(batches, objective)
+        sums = objective.sums.reduce()
+    job.check_finite(sums.first_bad_row, trajectories)
+    with clock("optimizer"):
+        grad_norm, lr = job.student.update()
+    job.keep_examples(objective, trajectories)
+    return {**sums.metrics(), "grad_norm": grad_norm, "lr": lr}
