@@ -1,0 +1,190 @@
+"""One self-contained HTML page per run: no network, no library, light and dark.
+
+Python gathers and thins the numbers; ``page.js`` draws them as SVG; ``page.css`` says how they
+look. All text of the run reaches the page as data, never as markup.
+"""
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from importlib import resources
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from megatron_tropd.report.records import RunRecords, finite, read_run
+from megatron_tropd.report.summary import gap_closed
+
+REPORT = "report.html"
+MAX_POINTS = 600
+"""Points of a curve; longer runs are averaged over equal stretches of steps."""
+MAX_DUMPS = 9
+"""Trajectory dumps on the page: the first, the last, and evenly spaced ones between them."""
+MAX_TOKENS = 1500
+"""Tokens shown of one trajectory."""
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+<title>megatron_tropd report</title>
+<style>
+{css}
+</style>
+</head>
+<body>
+<main id="page"><noscript>This report draws its curves with JavaScript.</noscript></main>
+<script type="application/json" id="data">{data}</script>
+<script>
+{script}
+</script>
+</body>
+</html>
+"""
+
+
+def write_report(run_dir: str | Path) -> Path:
+    """Write ``report.html`` into a run folder, finished or not.
+
+    Args:
+        run_dir: the folder of a run.
+
+    Returns:
+        Path of the page. It replaces an older one at once, never half-written.
+
+    Raises:
+        InputError: not a run folder, or one of its files is not readable.
+    """
+    records = read_run(run_dir)
+    page = render(page_data(records))
+    path = records.folder / REPORT
+    partial = path.with_name(f"{REPORT}.{os.getpid()}.partial")
+    partial.write_text(page, encoding="utf-8")
+    partial.replace(path)
+    return path
+
+
+def render(data: dict[str, Any]) -> str:
+    """The page as text, with ``data`` (of :func:`page_data`) embedded."""
+    folder = resources.files("megatron_tropd.report")
+    # "<" never appears inside the data, so no text of the run can end the script element.
+    text = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    return _PAGE.format(
+        css=folder.joinpath("page.css").read_text(encoding="utf-8"),
+        script=folder.joinpath("page.js").read_text(encoding="utf-8"),
+        data=text,
+    )
+
+
+def page_data(records: RunRecords) -> dict[str, Any]:
+    """What the page shows, thinned to a size a browser likes.
+
+    Args:
+        records: a run folder as read.
+
+    Returns:
+        JSON-ready dictionary; non-finite numbers are None.
+    """
+    metrics = thin(records.metrics, MAX_POINTS)
+    steps = sorted(records.trajectories)
+    return finite(
+        {
+            "name": records.folder.resolve().name,
+            "method": method_name(records.config.get("loss", {})),
+            "config": records.config,
+            "summary": records.summary,
+            "gap_closed": gap_closed(records.summary),
+            "columns": {
+                name: _rounded([row.get(name) for row in metrics]) for name in _names(metrics)
+            },
+            "buckets": bucket_labels(max(map(_num_buckets, metrics), default=0)),
+            "evaluations": records.evaluations,
+            "dumps": [
+                {"step": step, "items": [_shorten(item) for item in records.trajectories[step]]}
+                for step in _spread(steps, MAX_DUMPS)
+            ],
+        }
+    )
+
+
+def method_name(loss: dict[str, Any]) -> str:
+    """Short name of a loss configuration, as the report's title calls it."""
+    region, outlier = loss.get("region", "bernoulli"), loss.get("outlier", "forward_kl")
+    if region == "none":
+        return "OPD (no trust region)"
+    if outlier == "forward_kl":
+        outlier = f"top-{loss.get('top_k', 64)} forward KL"
+    kind = "TrOPD" if region == "bernoulli" else f"Static region, tau {loss.get('tau')}"
+    return f"{kind}, outliers: {outlier}"
+
+
+def bucket_labels(count: int) -> list[str]:
+    """Names of the position buckets of ``acceptance_by_position``: 0-7, 8-15, 16-31, 32-63, ..."""
+    edges = [0, *(8 * 2**i for i in range(count))]
+    return [f"{low}-{high - 1}" for low, high in pairwise(edges)]
+
+
+def thin(metrics: Sequence[dict[str, Any]], most: int) -> list[dict[str, Any]]:
+    """Average stretches of consecutive steps so that at most ``most`` records remain.
+
+    Each keeps the last ``step`` of its stretch; None does not take part in a mean.
+    """
+    stride = math.ceil(len(metrics) / most) if metrics else 1
+    if stride <= 1:
+        return list(metrics)
+    return [_mean(metrics[i : i + stride]) for i in range(0, len(metrics), stride)]
+
+
+def _mean(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    averaged: dict[str, Any] = {}
+    for name in _names(rows):
+        values = [row[name] for row in rows if row.get(name) is not None]
+        if name == "step":
+            averaged[name] = values[-1]
+        elif values and isinstance(values[0], list):
+            width = max(map(len, values))
+            columns = [[v[i] for v in values if i < len(v)] for i in range(width)]
+            averaged[name] = [_mean_of(column) for column in columns]
+        else:
+            averaged[name] = _mean_of(values)
+    return averaged
+
+
+def _mean_of(values: Sequence[Any]) -> float | None:
+    numbers = [v for v in values if isinstance(v, int | float)]
+    return sum(numbers) / len(numbers) if numbers else None
+
+
+def _names(rows: Sequence[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in row))
+
+
+def _num_buckets(row: dict[str, Any]) -> int:
+    """Buckets up to the last that was reached."""
+    shares = row.get("acceptance_by_position") or []
+    return max((i + 1 for i, share in enumerate(shares) if share is not None), default=0)
+
+
+def _spread(steps: Sequence[int], most: int) -> list[int]:
+    if len(steps) <= most:
+        return list(steps)
+    return [steps[round(i * (len(steps) - 1) / (most - 1))] for i in range(most)]
+
+
+def _shorten(item: dict[str, Any]) -> dict[str, Any]:
+    short = {
+        name: value[:MAX_TOKENS] if isinstance(value, list) else value
+        for name, value in item.items()
+    }
+    short["cut"] = max(0, len(item.get("tokens", [])) - MAX_TOKENS)
+    return {name: _rounded(value) for name, value in short.items()}
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    return [_rounded(item) for item in value] if isinstance(value, list) else value

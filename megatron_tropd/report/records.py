@@ -1,0 +1,103 @@
+"""Reading a run folder: what the training loop wrote, as plain records.
+
+Needs only the standard library, so a report can be made where nothing is installed.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_tropd.errors import InputError
+
+
+@dataclass(frozen=True)
+class RunRecords:
+    """Everything a report shows."""
+
+    folder: Path
+    """The run folder."""
+    config: dict[str, Any]
+    """``config.json``: the resolved settings, by section."""
+    metrics: list[dict[str, Any]]
+    """``metrics.jsonl``: one flat record a step, ascending."""
+    evaluations: list[dict[str, Any]]
+    """``evaluations.jsonl``: step, model, accuracy, confidence interval, total."""
+    summary: dict[str, Any]
+    """``summary.json``; empty while the run is unfinished."""
+    trajectories: dict[int, list[dict[str, Any]]]
+    """Step -> example trajectories with per-token values."""
+
+
+def read_run(folder: str | Path) -> RunRecords:
+    """Read a run folder, finished or not.
+
+    Args:
+        folder: the ``run.dir`` of a run.
+
+    Returns:
+        Its records; parts that were not written yet are empty.
+
+    Raises:
+        InputError: no such folder, no ``config.json`` in it, or a file that is not JSON.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise InputError(
+            f"{folder} is not a run folder: expected config.json in it, found none. "
+            "Give the run.dir of a run that `tropd distill` has started."
+        )
+    return RunRecords(
+        folder=folder,
+        config=_read_json(folder / "config.json"),
+        metrics=read_lines(folder / "metrics.jsonl"),
+        evaluations=read_lines(folder / "evaluations.jsonl"),
+        summary=_read_json(folder / "summary.json"),
+        trajectories={
+            int(path.stem.removeprefix("step_")): read_lines(path)
+            for path in sorted((folder / "trajectories").glob("step_*.jsonl"))
+        },
+    )
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Records of a JSON-lines file; none if it is absent, a torn last line is left out.
+
+    Raises:
+        InputError: a complete line is not a JSON object (file and line number named).
+    """
+    if not path.is_file():
+        return []
+    records = []
+    # A line without its newline was cut off while it was written.
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], start=1):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(
+                f"{path}, line {number}: expected a JSON object, found {line[:60]!r} ({error}). "
+                "Mend or remove that line."
+            ) from None
+        if not isinstance(record, dict):
+            raise InputError(f"{path}, line {number}: expected a JSON object, found {line[:60]!r}.")
+        records.append(record)
+    return records
+
+
+def finite(value: Any) -> Any:
+    """``value`` with nan and infinities replaced by None: JSON has neither."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {name: finite(item) for name, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path} is not valid JSON ({error}). Mend or remove it.") from None

@@ -1,0 +1,65 @@
+"""The table a run ends with on the terminal."""
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def summary_table(summary: Mapping[str, Any]) -> str:
+    """Format ``summary.json`` as a small table of aligned columns.
+
+    Args:
+        summary: ``student_before``, ``student_after``, ``teacher`` (exact match, 0..1) or the same
+            with the suffix ``_reverse_kl`` (nats per token); ``seconds``, ``steps``,
+            ``world_size``, ``tensor_parallel``, ``pipeline_parallel``. Absent ones are left out.
+
+    Returns:
+        Lines joined by newlines, without a final newline.
+    """
+    rows = _result_rows(summary) + _job_rows(summary)
+    if not rows:
+        return "(nothing measured)"
+    left = max(len(name) for name, _ in rows)
+    right = max(len(value) for _, value in rows)
+    rule = "─" * (left + right + 3)
+    return "\n".join([rule, *(f"{name:<{left}}   {value:>{right}}" for name, value in rows), rule])
+
+
+def gap_closed(summary: Mapping[str, Any]) -> float | None:
+    """(after - before) / (teacher - before) of the accuracies, None where it has no meaning."""
+    before, after, teacher = (
+        summary.get(name) for name in ("student_before", "student_after", "teacher")
+    )
+    if before is None or after is None or teacher is None or teacher <= before:
+        return None
+    return (after - before) / (teacher - before)
+
+
+def _result_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    rows = []
+    for name, label in (
+        ("student_before", "student before"),
+        ("student_after", "student after"),
+        ("teacher", "teacher"),
+    ):
+        if summary.get(name) is not None:
+            rows.append((f"{label}, exact match", f"{100 * summary[name]:.1f} %"))
+    if (closed := gap_closed(summary)) is not None:
+        rows.append(("gap to the teacher closed", f"{100 * closed:.0f} %"))
+    for name, label in (("student_before", "student before"), ("student_after", "student after")):
+        if summary.get(f"{name}_reverse_kl") is not None:
+            value = summary[f"{name}_reverse_kl"]
+            rows.append((f"{label}, reverse KL", f"{value:.3f} nats/token"))
+    return rows
+
+
+def _job_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    rows = []
+    if summary.get("steps") is not None:
+        rows.append(("steps", f"{summary['steps']}"))
+    if summary.get("seconds") is not None:
+        minutes, seconds = divmod(round(summary["seconds"]), 60)
+        rows.append(("time", f"{minutes} min {seconds:02d} s"))
+    if summary.get("world_size") is not None:
+        tensor, pipeline = summary.get("tensor_parallel", 1), summary.get("pipeline_parallel", 1)
+        rows.append(("ranks", f"{summary['world_size']} (TP {tensor}, PP {pipeline})"))
+    return rows
