@@ -5,6 +5,7 @@ layer); where a model keeps its norms apart, ``megatron_tropd.mcore.weights`` tr
 """
 
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -97,6 +98,19 @@ def model_shape(hf_config: dict[str, Any]) -> ModelShape:
     )
 
 
+def describe(hf_config: dict[str, Any]) -> str:
+    """One line for a person: family, sizes, number of parameters."""
+    shape = model_shape(hf_config)
+    sizes = (
+        prod(tensor) for entry in plan(hf_config) for tensor in entry.operation.hf_shapes().values()
+    )
+    return (
+        f"{shape.family}, {sum(sizes):,} parameters, {shape.layers} layers, hidden {shape.hidden}, "
+        f"heads {shape.heads}/{shape.kv_heads} x {shape.head_dim}, "
+        f"{'tied' if shape.tied else 'untied'}, vocabulary {shape.vocab}"
+    )
+
+
 def rope_inverse_frequencies(hf_config: dict[str, Any]) -> torch.Tensor:
     """[head_dim / 2] float32 on the CPU: rotary frequencies, scaling included."""
     config = _transformers_config(hf_config)
@@ -142,8 +156,8 @@ def _layer(shape: ModelShape, layer: int) -> list[Entry]:
     hidden, query_rows = shape.hidden, shape.heads * shape.head_dim
 
     def qkv(kind: str, columns: tuple[int, ...]) -> FusedQKV:
-        names = [f"{attention}.{letter}_proj.{kind}" for letter in "qkv"]
-        return FusedQKV(*names, shape.heads, shape.kv_heads, shape.head_dim, columns)
+        query, key, value = (f"{attention}.{letter}_proj.{kind}" for letter in "qkv")
+        return FusedQKV(query, key, value, shape.heads, shape.kv_heads, shape.head_dim, columns)
 
     operations: dict[str, Operation] = {
         "self_attention.linear_qkv.layer_norm_weight": Replicated(

@@ -14,11 +14,11 @@ from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from megatron_tropd.config import ParallelConfig
+from megatron_tropd.convert.checks import check_parallel
 from megatron_tropd.convert.families import ModelShape, model_shape, rope_inverse_frequencies
 from megatron_tropd.convert.hf_folder import HFFolder
-from megatron_tropd.errors import ConfigError
 from megatron_tropd.mcore import platform
-from megatron_tropd.mcore.parallel import Ranks
+from megatron_tropd.mcore.parallel import Ranks, stage_sizes
 from megatron_tropd.mcore.weights import load_weights
 
 _VOCAB_MULTIPLE = 64
@@ -62,37 +62,6 @@ def padded_vocab_size(*hf_configs: dict[str, Any], tensor: int) -> int:
     while multiple % tensor:
         multiple += _VOCAB_MULTIPLE
     return -(-largest // multiple) * multiple
-
-
-def check_parallel(hf_config: dict[str, Any], parallel: ParallelConfig, *, who: str) -> None:
-    """Check that a model can be laid out.
-
-    Args:
-        hf_config: its config.json dictionary.
-        parallel: the layout.
-        who: how messages call the model: "student" or "teacher".
-
-    Raises:
-        ConfigError: a size does not divide.
-        InputError: the architecture is not supported.
-    """
-    shape = model_shape(hf_config)
-    tensor, pipeline = parallel.tensor, parallel.pipeline
-    for what, size in (
-        ("attention heads", shape.heads),
-        ("key/value heads", shape.kv_heads),
-        ("intermediate size", shape.ffn),
-    ):
-        if size % tensor:
-            raise ConfigError(
-                f"parallel.tensor = {tensor} must divide the {who}'s {what}, found {size}. "
-                "Choose another parallel.tensor."
-            )
-    if shape.layers % pipeline:
-        raise ConfigError(
-            f"parallel.pipeline = {pipeline} must divide the {who}'s layers, found {shape.layers}. "
-            "Choose another parallel.pipeline."
-        )
 
 
 def has_transformer_engine() -> bool:
@@ -144,6 +113,7 @@ def transformer_config(
         bf16=dtype == torch.bfloat16,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        pipeline_model_parallel_layout=_uneven_layout(shape.layers, parallel.pipeline),
         sequence_parallel=parallel.sequence_parallel,
         variable_seq_lengths=True,
         # Dense models have no experts; variable_seq_lengths is refused with the default.
@@ -195,7 +165,7 @@ def build_model(
     # hands hidden states to a loss.
     model = GPTModel(
         config,
-        _block_spec(config, shape),
+        _block_spec(shape, stage_sizes(shape.layers, ranks.pp_size)[ranks.pp_rank]),
         vocab_size=padded_vocab_size,
         max_sequence_length=shape.max_positions,
         pre_process=ranks.is_first_stage,
@@ -209,9 +179,18 @@ def build_model(
     return model
 
 
-def _block_spec(config: TransformerConfig, shape: ModelShape) -> Any:
+def _block_spec(shape: ModelShape, layers: int) -> Any:
     spec = layer_spec(shape)
     if has_transformer_engine():
         return spec
-    layers = config.num_layers // config.pipeline_model_parallel_size
     return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=RMSNorm)
+
+
+def _uneven_layout(layers: int, pipeline: int) -> list[list[str]] | None:
+    """Megatron's description of stages of unequal size; None where they are equal."""
+    if layers % pipeline == 0:
+        return None
+    stages = [["decoder"] * size for size in stage_sizes(layers, pipeline)]
+    stages[0].insert(0, "embedding")
+    stages[-1].append("loss")
+    return stages

@@ -62,9 +62,14 @@ def is_prepared() -> bool:
 
 
 def prepare_platform() -> None:
-    """Let Megatron-Core run on this machine. Changes nothing with CUDA, or when called again."""
+    """Let Megatron-Core run on this machine. Calling it again changes nothing.
+
+    With CUDA only :func:`_accept_torch_adam` may apply, where neither Transformer Engine nor Apex
+    brings an optimizer.
+    """
     global _prepared
     if _prepared or has_cuda():
+        _accept_torch_adam()
         return
     torch.compile = _compile_nothing
     _patch_factories()
@@ -72,8 +77,9 @@ def prepare_platform() -> None:
     _patch_streams()
     _patch_random_states()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|TransformerEngine).*")
+        warnings.filterwarnings("ignore", message=".*Apex is not installed.*")
         _patch_megatron()
+    _accept_torch_adam()
     _prepared = True
 
 
@@ -194,7 +200,7 @@ def _patch_streams() -> None:
         setattr(torch.cuda, name, value)
     torch.cuda.nvtx.range_push = _nothing()
     torch.cuda.nvtx.range_pop = _nothing()
-    torch.Tensor.record_stream = _nothing()  # type: ignore[assignment]
+    torch.Tensor.record_stream = _nothing()  # type: ignore[method-assign]
 
 
 def _get_state(device: Any = None, **_: Any) -> torch.Tensor:
@@ -206,11 +212,15 @@ def _set_state(new_state: torch.Tensor, device: Any = None, **_: Any) -> None:
 
 
 def _patch_random_states() -> None:
+    replacements: dict[str, Callable[..., Any]] = {
+        "get_rng_state": _get_state,
+        "set_rng_state": _set_state,
+        "manual_seed": torch.default_generator.manual_seed,
+        "manual_seed_all": torch.default_generator.manual_seed,
+    }
     for module in (torch.cuda, torch.cuda.random):
-        module.get_rng_state = _get_state
-        module.set_rng_state = _set_state
-        module.manual_seed = torch.default_generator.manual_seed
-        module.manual_seed_all = torch.default_generator.manual_seed
+        for name, value in replacements.items():
+            setattr(module, name, value)
 
 
 def _patch_megatron() -> None:
@@ -224,3 +234,50 @@ def _patch_megatron() -> None:
 
     random._get_cuda_rng_state = get_state
     random._set_cuda_rng_state = set_state
+
+
+def _accept_torch_adam() -> None:
+    """Let the distributed optimizer load its checkpoints into torch's Adam.
+
+    torch keeps a step count per parameter, from its first step on. Megatron asks a new optimizer
+    for it, saves it per group, looks for it per parameter when loading, and gives all parameters
+    one tensor, which each then advances.
+    """
+    from megatron.core.optimizer import distrib_optimizer
+
+    optimizer = distrib_optimizer.DistributedOptimizer
+    set_states, load = optimizer._set_main_param_and_optimizer_states, optimizer.load_state_dict
+    state_dict = optimizer.state_dict
+    if distrib_optimizer.HAVE_APEX_OR_TE or hasattr(load, "__wrapped__"):
+        return
+
+    @functools.wraps(set_states)
+    def set_states_without_step(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
+        # The loader skips what is no tensor.
+        set_states(self, model_param, {"step": None, **tensors})
+
+    @functools.wraps(load)
+    def load_with_own_steps(self: Any, state_dict: dict[str, Any]) -> None:
+        load(self, state_dict)
+        for state in self.optimizer.state.values():
+            state["step"] = state["step"].clone()
+
+    @functools.wraps(state_dict)
+    def state_dict_even_if_new(self: Any) -> dict[str, Any]:
+        _fill_adam_states(self.optimizer)
+        return state_dict(self)
+
+    optimizer._set_main_param_and_optimizer_states = set_states_without_step
+    optimizer.load_state_dict = load_with_own_steps
+    optimizer.state_dict = state_dict_even_if_new
+
+
+def _fill_adam_states(adam: torch.optim.Optimizer) -> None:
+    for group in adam.param_groups:
+        for parameter in group["params"]:
+            if not adam.state[parameter]:
+                adam.state[parameter] = {
+                    "step": torch.tensor(0.0),
+                    "exp_avg": torch.zeros_like(parameter.data),
+                    "exp_avg_sq": torch.zeros_like(parameter.data),
+                }

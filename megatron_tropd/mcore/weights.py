@@ -17,16 +17,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_tropd.convert.families import Entry, model_shape, plan
+from megatron_tropd.convert.checks import check_tensors
+from megatron_tropd.convert.families import Entry, ModelShape, model_shape, plan
 from megatron_tropd.convert.hf_folder import INDEX, SINGLE, HFFolder
 from megatron_tropd.errors import InputError, TrainingError
-from megatron_tropd.mcore.parallel import Ranks
+from megatron_tropd.mcore import platform
+from megatron_tropd.mcore.parallel import Ranks, stage_sizes
 
 _BUCKET_BYTES = 256 * 2**20
-_IGNORED = ("rotary_emb.inv_freq",)
 _UNFUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
@@ -50,40 +52,11 @@ def load_weights(
     entries = plan(folder.config, padded_vocab_size)
     check_tensors(folder)
     parameters = dict(model.named_parameters())
-    for entry, parameter in _stage_parameters(entries, parameters, folder.config, ranks):
+    shape = model_shape(folder.config)
+    for entry, parameter in _stage_parameters(entries, parameters, shape, ranks):
         shard = entry.operation.read(folder, ranks.tp_rank, ranks.tp_size)
         with torch.no_grad():
             parameter.copy_(shard)
-
-
-def check_tensors(folder: HFFolder) -> None:
-    """Account for every tensor of a folder, from the headers.
-
-    Raises:
-        InputError: a tensor is missing, surplus, or of another shape than config.json says.
-    """
-    expected: dict[str, tuple[int, ...]] = {}
-    for entry in plan(folder.config):
-        expected |= entry.operation.hf_shapes()
-    surplus_is_fine = {"lm_head.weight"} if model_shape(folder.config).tied else set()
-    missing = sorted(expected.keys() - folder.names)
-    surplus = sorted(
-        name
-        for name in folder.names - expected.keys() - surplus_is_fine
-        if not name.endswith(_IGNORED)
-    )
-    for what, names in (("misses", missing), ("has unexpected", surplus)):
-        if names:
-            raise InputError(
-                f"Model folder {folder.path} {what} {len(names)} tensors, the first "
-                f"{', '.join(names[:3])}. Its config.json and weights do not belong together."
-            )
-    for name, shape in expected.items():
-        if folder.shape(name) != shape:
-            raise InputError(
-                f"Tensor {name} of {folder.path} must have shape {list(shape)} by config.json, "
-                f"found {list(folder.shape(name))}."
-            )
 
 
 def export_weights(
@@ -115,26 +88,23 @@ def export_weights(
     Collectives: per bucket one gather in the tensor-parallel group (all-gather where several of its
     places receive) and one send to each receiver on another stage; buckets never cross stages.
     """
-    entries = plan(hf_config, padded_vocab_size)
+    entries, model_is = plan(hf_config, padded_vocab_size), model_shape(hf_config)
+    parameters = dict(model.named_parameters())
     own = {
         entry.name: parameter
-        for entry, parameter in _stage_parameters(
-            entries, dict(model.named_parameters()), hf_config, ranks
-        )
+        for entry, parameter in _stage_parameters(entries, parameters, model_is, ranks)
     }
     dtype = dtype or next(model.parameters()).dtype
     mine = [r for r in receivers if ranks.place(r)[2] == ranks.dp_rank]
     receives = ranks.rank in mine
-    tied = model_shape(hf_config).tied
-    layers = model_shape(hf_config).layers
-    for bucket in _buckets(entries, layers, ranks, dtype.itemsize, bucket_bytes):
+    for bucket in _buckets(entries, model_is.layers, ranks, dtype.itemsize, bucket_bytes):
         shards = _collect(bucket, own, ranks, mine, dtype) if mine else None
         for entry in bucket.entries:
             tensors: dict[str, Tensor | None] = dict.fromkeys(entry.operation.hf_shapes())
             if receives and shards is not None:
                 tensors |= entry.operation.merge(shards[entry.name])
             yield from tensors.items()
-            if explicit_lm_head and tied and entry.name.startswith("embedding."):
+            if explicit_lm_head and model_is.tied and entry.name.startswith("embedding."):
                 yield "lm_head.weight", tensors["model.embed_tokens.weight"]
 
 
@@ -174,7 +144,7 @@ def save_hf(
     if ranks.is_main:
         try:
             _write_folder(stream, source, Path(out), dtype, max_file_bytes)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             failure = [str(error)]
     for _ in stream:
         pass
@@ -192,7 +162,8 @@ class _Bucket:
 
 def _stage_of(entry: Entry, layers: int, pp_size: int) -> int:
     if entry.layer is not None:
-        return entry.layer // (layers // pp_size)
+        ends = itertools.accumulate(stage_sizes(layers, pp_size))
+        return next(stage for stage, end in enumerate(ends) if entry.layer < end)
     return 0 if entry.name.startswith("embedding.") else pp_size - 1
 
 
@@ -217,18 +188,17 @@ def _buckets(
 def _stage_parameters(
     entries: list[Entry],
     parameters: dict[str, torch.nn.Parameter],
-    hf_config: dict[str, Any],
+    shape: ModelShape,
     ranks: Ranks,
 ) -> list[tuple[Entry, torch.nn.Parameter]]:
     """Pair this stage's entries with its parameters; each parameter must be met once."""
-    layers = model_shape(hf_config).layers
-    first_layer = ranks.pp_rank * layers // ranks.pp_size
+    first_layer = sum(stage_sizes(shape.layers, ranks.pp_size)[: ranks.pp_rank])
     pairs = [
         (entry, _parameter(entry, parameters, first_layer))
         for entry in entries
-        if _stage_of(entry, layers, ranks.pp_size) == ranks.pp_rank
+        if _stage_of(entry, shape.layers, ranks.pp_size) == ranks.pp_rank
     ]
-    if "output_layer.weight" in parameters and model_shape(hf_config).tied:
+    if "output_layer.weight" in parameters and shape.tied:
         # The last stage's own copy of a tied embedding.
         pairs.append((entries[0], parameters["output_layer.weight"]))
     met = {id(parameter) for _, parameter in pairs}
@@ -245,7 +215,9 @@ def _parameter(
         return parameters[entry.name]
     prefix, rest = f"decoder.layers.{entry.layer - first_layer}", entry.name.split(".", 3)[3]
     name = f"{prefix}.{rest}"
-    return parameters[name] if name in parameters else parameters[f"{prefix}.{_UNFUSED_NORMS[rest]}"]
+    return (
+        parameters[name] if name in parameters else parameters[f"{prefix}.{_UNFUSED_NORMS[rest]}"]
+    )
 
 
 def _collect(
@@ -276,11 +248,13 @@ def _gather(local: Tensor, ranks: Ranks, places: set[int]) -> Tensor | None:
     if ranks.tp_size == 1:
         return local.unsqueeze(0)
     if len(places) > 1:
-        gathered = local.new_empty(ranks.tp_size, local.numel())
-        dist.all_gather_into_tensor(gathered.view(-1), local, group=ranks.tp_group)
-        return gathered if ranks.tp_rank in places else None
+        everything = local.new_empty(ranks.tp_size, local.numel())
+        dist.all_gather_into_tensor(everything.view(-1), local, group=ranks.tp_group)
+        return everything if ranks.tp_rank in places else None
     place = next(iter(places))
-    gathered = local.new_empty(ranks.tp_size, local.numel()) if ranks.tp_rank == place else None
+    gathered: Tensor | None = None
+    if ranks.tp_rank == place:
+        gathered = local.new_empty(ranks.tp_size, local.numel())
     destination = dist.get_global_rank(ranks.tp_group, place)
     dist.gather(
         local,
@@ -309,8 +283,7 @@ def _forward(
             dist.send(gathered, receiver)
         elif ranks.rank == receiver:
             size = sum(prod(shape) for shape in shapes)
-            device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
-            gathered = torch.empty(ranks.tp_size, size, dtype=dtype, device=device)
+            gathered = torch.empty(ranks.tp_size, size, dtype=dtype, device=platform.device())
             dist.recv(gathered, sender)
     return gathered
 

@@ -1,0 +1,71 @@
+"""Whether a model folder is whole and can be laid out as asked, from its headers alone."""
+
+from typing import Any
+
+from megatron_tropd.config import ParallelConfig
+from megatron_tropd.convert.families import model_shape, plan
+from megatron_tropd.convert.hf_folder import HFFolder
+from megatron_tropd.errors import ConfigError, InputError
+
+_IGNORED = ("rotary_emb.inv_freq",)
+
+
+def check_parallel(hf_config: dict[str, Any], parallel: ParallelConfig, *, who: str) -> None:
+    """Check that a model can be laid out.
+
+    Args:
+        hf_config: its config.json dictionary.
+        parallel: the layout.
+        who: how messages call the model: "student" or "teacher".
+
+    Raises:
+        ConfigError: a size does not divide.
+        InputError: the architecture is not supported.
+    """
+    shape = model_shape(hf_config)
+    tensor, pipeline = parallel.tensor, parallel.pipeline
+    for what, size in (
+        ("attention heads", shape.heads),
+        ("key/value heads", shape.kv_heads),
+        ("intermediate size", shape.ffn),
+    ):
+        if size % tensor:
+            raise ConfigError(
+                f"parallel.tensor = {tensor} must divide the {who}'s {what}, found {size}. "
+                "Choose another parallel.tensor."
+            )
+    if (shape.layers % pipeline and not parallel.uneven_stages) or shape.layers < pipeline:
+        raise ConfigError(
+            f"parallel.pipeline = {pipeline} must divide the {who}'s layers, found {shape.layers}. "
+            "Choose another parallel.pipeline or set parallel.uneven_stages = true."
+        )
+
+
+def check_tensors(folder: HFFolder) -> None:
+    """Account for every tensor of a folder, from the headers.
+
+    Raises:
+        InputError: a tensor is missing, surplus, or of another shape than config.json says.
+    """
+    expected: dict[str, tuple[int, ...]] = {}
+    for entry in plan(folder.config):
+        expected |= entry.operation.hf_shapes()
+    surplus_is_fine = {"lm_head.weight"} if model_shape(folder.config).tied else set()
+    missing = sorted(expected.keys() - folder.names)
+    surplus = sorted(
+        name
+        for name in folder.names - expected.keys() - surplus_is_fine
+        if not name.endswith(_IGNORED)
+    )
+    for what, names in (("misses", missing), ("has unexpected", surplus)):
+        if names:
+            raise InputError(
+                f"Model folder {folder.path} {what} {len(names)} tensors, the first "
+                f"{', '.join(names[:3])}. Its config.json and weights do not belong together."
+            )
+    for name, shape in expected.items():
+        if folder.shape(name) != shape:
+            raise InputError(
+                f"Tensor {name} of {folder.path} must have shape {list(shape)} by config.json, "
+                f"found {list(folder.shape(name))}."
+            )

@@ -1,0 +1,121 @@
+"""Depth pruning: an HF folder without some of its layers, as the student of its own teacher."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_tropd.convert.hf_folder import INDEX, SINGLE, HFFolder
+from megatron_tropd.errors import InputError
+
+_LAYER = re.compile(r"^model\.layers\.(\d+)\.")
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
+
+
+def drop_layers(
+    model: str | Path, out: str | Path, layers: Sequence[int], *, max_file_bytes: int = 2**31
+) -> None:
+    """Write an HF folder that lacks ``layers``; the others keep their weights and their order.
+
+    The folder appears whole or not at all. Holds one output file in memory at a time.
+
+    Args:
+        model: HF folder, safetensors, layers named ``model.layers.<n>.``.
+        out: folder to write, which must not exist.
+        layers: numbers of the layers to leave out, from 0.
+        max_file_bytes: size from which on a weight file is closed and the next one begun.
+
+    Raises:
+        InputError: the model is not usable, ``out`` exists, or ``layers`` are not some, but not
+            all, of the model's.
+    """
+    source, out = HFFolder(model), Path(out)
+    if out.exists():
+        raise InputError(f"{out} exists already. Remove it or name another folder.")
+    kept = _kept_layers(source, layers)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.parent / f".{out.name}.partial-{os.getpid()}"
+    partial.mkdir()
+    try:
+        for path in source.path.iterdir():
+            if path.is_file() and not path.name.endswith(_WEIGHTS):
+                shutil.copyfile(path, partial / path.name)
+        config = json.dumps(_pruned_config(source.config, kept), indent=2)
+        (partial / "config.json").write_text(config + "\n")
+        _write_files(_kept_tensors(source, kept), partial, max_file_bytes)
+        partial.replace(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _kept_layers(source: HFFolder, layers: Sequence[int]) -> list[int]:
+    """Old numbers of the layers that stay, in order."""
+    count = source.config.get("num_hidden_layers")
+    if not isinstance(count, int):
+        raise InputError(f"{source.path / 'config.json'} has no num_hidden_layers.")
+    unknown = sorted(set(layers) - set(range(count)))
+    if unknown:
+        raise InputError(
+            f"{source.path} has the layers 0..{count - 1}, found {unknown[0]} among those to drop."
+        )
+    kept = [layer for layer in range(count) if layer not in layers]
+    if not kept or len(kept) == count:
+        raise InputError(
+            f"Expected some, but not all, of the {count} layers to drop, found {sorted(layers)}."
+        )
+    return kept
+
+
+def _pruned_config(config: dict[str, Any], kept: Sequence[int]) -> dict[str, Any]:
+    pruned = config | {"num_hidden_layers": len(kept)}
+    if config.get("layer_types"):
+        pruned["layer_types"] = [config["layer_types"][layer] for layer in kept]
+    if "max_window_layers" in config:  # the first so many layers attend to everything
+        pruned["max_window_layers"] = sum(layer < config["max_window_layers"] for layer in kept)
+    return pruned
+
+
+def _kept_tensors(source: HFFolder, kept: Sequence[int]) -> Iterator[tuple[str, Tensor]]:
+    number = {old: new for new, old in enumerate(kept)}
+    for name in sorted(source.names):
+        match = _LAYER.match(name)
+        if match is None:
+            yield name, source.read(name)
+        elif (old := int(match[1])) in number:
+            yield f"model.layers.{number[old]}.{name[match.end() :]}", source.read(name)
+
+
+def _write_files(tensors: Iterator[tuple[str, Tensor]], folder: Path, limit: int) -> None:
+    """model.safetensors, or numbered files and their index."""
+    files: list[list[str]] = []
+    held: dict[str, Tensor] = {}
+    total = 0
+
+    def close() -> None:
+        save_file(held, str(folder / f"part-{len(files)}"), metadata={"format": "pt"})
+        files.append(list(held))
+        held.clear()
+
+    for name, tensor in tensors:
+        held[name] = tensor
+        total += tensor.nbytes
+        if sum(t.nbytes for t in held.values()) >= limit:
+            close()
+    if held:
+        close()
+    if len(files) == 1:
+        (folder / "part-0").rename(folder / SINGLE)
+        return
+    weight_map: dict[str, str] = {}
+    for n, names in enumerate(files):
+        file_name = f"model-{n + 1:05d}-of-{len(files):05d}.safetensors"
+        (folder / f"part-{n}").rename(folder / file_name)
+        weight_map |= dict.fromkeys(names, file_name)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")

@@ -1,0 +1,165 @@
+"""Megatron models compute what transformers computes, and export what was loaded."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM
+
+from megatron_tropd.config import ParallelConfig
+from megatron_tropd.convert.hf_folder import HFFolder
+from megatron_tropd.errors import TrainingError
+from tests.ranks import run_with_env
+
+TOLERANCE = 1e-4
+LAYOUTS = {
+    "tp1": ParallelConfig(),
+    "tp2": ParallelConfig(tensor=2, uneven_stages=True),
+    "pp2": ParallelConfig(pipeline=2, uneven_stages=True),
+    "tp2-pp2-sp": ParallelConfig(tensor=2, pipeline=2, sequence_parallel=True, uneven_stages=True),
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+TINY = (
+    ("llama", {}),
+    ("llama", {"rope_parameters": LLAMA3_ROPE, "num_hidden_layers": 3}),
+    ("qwen2", {"head_dim": 16}),
+    ("qwen2", {"tie_word_embeddings": True, "head_dim": 16}),
+    ("qwen3", {"tie_word_embeddings": True}),
+)
+REAL = ("stories260K", "babyllama-tok105", "stories260K-hd32", "babyllama-tok105-hd32")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tiny_logits_and_export(
+    layout: str, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    folders = [tiny_model(family, **overrides) for family, overrides in TINY]
+    _check(LAYOUTS[layout], folders, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_real_logits_and_export(layout: str, shared_data: Path, tmp_path: Path) -> None:
+    _check(LAYOUTS[layout], [shared_data / "models" / name for name in REAL], tmp_path)
+
+
+def test_comparison_can_fail(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    """A model whose rotary frequencies differ is told apart, so equality means something."""
+    folder = tmp_path / "other"
+    shutil.copytree(tiny_model("llama"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    expected = _reference(folder)[1]
+    config["rope_parameters"]["rope_theta"] = 5000.0
+    (folder / "config.json").write_text(json.dumps(config))
+    assert (_reference(folder)[1] - expected).abs().max() > 10 * TOLERANCE
+
+
+def _check(parallel: ParallelConfig, folders: list[Path], scratch: Path) -> None:
+    cases = [(folder, *_reference(folder)) for folder in folders]
+    run_with_env(parallel.world_size, _on_rank, parallel, cases, scratch)
+
+
+def _reference(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, model.config.vocab_size, (2, 48), generator=generator)
+    with torch.no_grad():
+        return ids, model(ids).logits
+
+
+def _on_rank(parallel: ParallelConfig, cases: list, scratch: Path) -> None:
+    from megatron_tropd.mcore import models
+    from megatron_tropd.mcore import parallel as mcore_parallel
+
+    ranks = mcore_parallel.initialize(parallel, seed=1)
+    for index, (path, ids, expected) in enumerate(cases):
+        folder = HFFolder(path)
+        rows = models.padded_vocab_size(folder.config, tensor=parallel.tensor)
+        model = models.build_model(
+            folder, ranks=ranks, parallel=parallel, dtype=torch.float32, padded_vocab_size=rows
+        ).eval()
+        logits = _gathered_logits(model, ids, ranks)
+        if logits is not None:
+            difference = (logits[..., : expected.shape[-1]] - expected).abs().max().item()
+            assert difference < TOLERANCE, (str(path), difference)
+        _check_export(model, folder, ranks, rows, scratch / str(index))
+    mcore_parallel.shutdown()
+
+
+def _gathered_logits(model, ids, ranks) -> torch.Tensor | None:
+    """[B, S, padded V] on the last stage, through the pipeline schedule."""
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    positions = torch.arange(ids.shape[1]).expand_as(ids)
+
+    def forward(iterator, chunk):
+        output = chunk(input_ids=ids, position_ids=positions, attention_mask=None)
+        return output, lambda logits, non_loss_data=True: logits
+
+    with torch.no_grad():
+        found = get_forward_backward_func()(
+            forward_step_func=forward,
+            data_iterator=iter([0]),
+            model=model,
+            num_microbatches=1,
+            seq_length=ids.shape[1],
+            micro_batch_size=ids.shape[0],
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+    if not ranks.is_last_stage:
+        return None
+    shards = [torch.empty_like(found[0]) for _ in range(ranks.tp_size)]
+    dist.all_gather(shards, found[0].contiguous(), group=ranks.tp_group)
+    return torch.cat(shards, dim=-1)
+
+
+def _check_export(model, folder: HFFolder, ranks, rows: int, out: Path) -> None:
+    """Streamed to the first and the last rank, and written as a folder: bit for bit the input."""
+    from megatron_tropd.mcore.weights import export_weights, save_hf
+
+    receivers = {0, ranks.world_size - 1}
+    for bucket_bytes in (1, 2**28):
+        stream = export_weights(
+            model,
+            folder.config,
+            ranks,
+            padded_vocab_size=rows,
+            receivers=sorted(receivers),
+            explicit_lm_head=True,
+            bucket_bytes=bucket_bytes,
+        )
+        received = dict(stream)
+        assert set(received) == folder.names | {"lm_head.weight"}
+        if ranks.rank in receivers:
+            for name in folder.names:
+                assert torch.equal(received[name], folder.read(name)), name
+            if "lm_head.weight" not in folder.names:
+                embedding = folder.read("model.embed_tokens.weight")
+                assert torch.equal(received["lm_head.weight"], embedding)
+        else:
+            assert all(tensor is None for tensor in received.values())
+    save_hf(model, folder, out, ranks, padded_vocab_size=rows, max_file_bytes=100_000)
+    if ranks.is_main:
+        written = HFFolder(out)
+        assert len(list(out.glob("*.safetensors"))) > 1
+        assert written.names == folder.names
+        assert all(torch.equal(written.read(n), folder.read(n)) for n in folder.names)
+        assert (out / "tokenizer_config.json").exists()
+        AutoModelForCausalLM.from_pretrained(out)
+        assert not list(out.parent.glob(".*partial*"))
+    # A write that fails is an error on every rank, and nobody is left waiting.
+    with pytest.raises(TrainingError, match="could not be written"):
+        save_hf(model, folder, folder.path / "config.json" / "out", ranks, padded_vocab_size=rows)

@@ -1,0 +1,150 @@
+"""The CPU differences: in place without CUDA, absent with it; and what stands on them."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_tropd.config import ParallelConfig
+from megatron_tropd.convert.hf_folder import HFFolder
+from megatron_tropd.errors import ConfigError, InputError
+
+FINGERPRINT = """
+import torch
+import megatron.core.tensor_parallel.random as random
+
+def fingerprint():
+    places = [torch, torch.cuda, torch.cuda.random, torch.cuda.nvtx, torch.Tensor,
+              torch.nn.Module, random]
+    return {(i, k): id(v) for i, p in enumerate(places) for k, v in vars(p).items()
+            if not k.startswith("__")}
+
+before = fingerprint()
+"""
+
+
+def run(script: str) -> None:
+    """Run a script in a fresh interpreter; it must succeed."""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_gpu_run_never_touches_the_patches() -> None:
+    run(
+        "import torch\ntorch.cuda.is_available = lambda: True\n"
+        + FINGERPRINT
+        + """
+import megatron_tropd.mcore.platform as platform
+platform.prepare_platform()
+assert not platform.is_prepared()
+assert platform.distributed_backend() == "nccl"
+changed = {k for k, v in fingerprint().items() if before.get(k) != v}
+assert not changed, changed
+"""
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the patches are for machines without CUDA")
+def test_without_cuda_the_patches_are_in_place_once() -> None:
+    run(
+        FINGERPRINT
+        + """
+import megatron_tropd.mcore.platform as platform
+assert platform.is_prepared()
+after = fingerprint()
+assert after != before
+platform.prepare_platform()
+assert fingerprint() == after
+assert platform.distributed_backend() == "gloo" and platform.device().type == "cpu"
+
+x = torch.zeros(2, device="cuda").cuda()
+assert x.device.type == "cpu" and x.type() == "torch.cuda.FloatTensor"
+assert x.to("cuda:0").device.type == "cpu" and x.to(torch.float64).dtype == torch.float64
+assert x.type(torch.int32).dtype == torch.int32
+assert torch.ones(1, device=torch.cuda.current_device()).device.type == "cpu"
+assert isinstance(torch.cuda.Stream, type)
+with torch.cuda.stream(torch.cuda.Stream()):
+    torch.cuda.current_stream().wait_stream(torch.cuda.Stream())
+    torch.cuda.Event().record()
+with torch.device("meta"):  # transformers builds models so
+    assert torch.empty(3).device.type == "meta"
+
+torch.cuda.manual_seed(5)
+state = torch.cuda.get_rng_state()
+first = torch.rand(3)
+torch.cuda.set_rng_state(state)
+assert torch.equal(torch.rand(3), first)
+"""
+    )
+
+
+def test_padded_vocabularies_agree_between_layouts() -> None:
+    from megatron_tropd.mcore.models import padded_vocab_size
+
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    small, large = config | {"vocab_size": 105}, config | {"vocab_size": 259}
+    assert padded_vocab_size(small, tensor=1) == 128
+    assert {padded_vocab_size(small, large, tensor=t) for t in (1, 2, 4, 8)} == {320}
+    assert padded_vocab_size(small, large, tensor=3) == 384
+
+
+def test_layouts_that_do_not_divide_are_refused(tiny_model: Callable[..., Path]) -> None:
+    from megatron_tropd.mcore.models import check_parallel
+
+    config = HFFolder(tiny_model("llama", num_hidden_layers=3)).config
+    check_parallel(config, ParallelConfig(tensor=2, pipeline=3), who="student")
+    check_parallel(config, ParallelConfig(pipeline=2, uneven_stages=True), who="student")
+    for layout, named in (
+        (ParallelConfig(tensor=4), "teacher's key/value heads, found 2"),
+        (ParallelConfig(tensor=3), "teacher's attention heads, found 4"),
+        (ParallelConfig(pipeline=2), "teacher's layers, found 3"),
+        (ParallelConfig(pipeline=4, uneven_stages=True), "teacher's layers, found 3"),
+    ):
+        with pytest.raises(ConfigError, match=named):
+            check_parallel(config, layout, who="teacher")
+
+
+def test_the_number_of_processes_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_tropd.mcore import parallel
+
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(ConfigError, match="needs as many processes, found 1"):
+        parallel.initialize(ParallelConfig(tensor=2), seed=1)
+
+
+def test_places_and_ranks_are_inverse() -> None:
+    from megatron_tropd.mcore.parallel import Ranks, stage_sizes
+
+    ranks = Ranks(0, 12, 0, 2, 0, 3, 0, 2, None, None, None, None, None)  # type: ignore[arg-type]
+    for rank in range(12):
+        tp_rank, pp_rank, dp_rank = ranks.place(rank)
+        assert ranks.global_rank(tp_rank=tp_rank, pp_rank=pp_rank, dp_rank=dp_rank) == rank
+    assert stage_sizes(5, 2) == [3, 2]
+    assert stage_sizes(4, 2) == [2, 2]
+
+
+@pytest.mark.parametrize("damage", ["missing", "surplus", "shape"])
+def test_every_tensor_is_accounted_for(
+    damage: str, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    from megatron_tropd.mcore.weights import check_tensors
+
+    source = tiny_model("llama")
+    tensors = load_file(str(source / "model.safetensors"))
+    name = "model.layers.1.mlp.up_proj.weight"
+    if damage == "missing":
+        del tensors[name]
+    elif damage == "surplus":
+        name = "model.layers.2.mlp.up_proj.weight"
+        tensors[name] = torch.zeros(3)
+    else:
+        tensors[name] = tensors[name][:-1].clone()
+    save_file(tensors, str(tmp_path / "model.safetensors"))
+    (tmp_path / "config.json").write_text((source / "config.json").read_text())
+    with pytest.raises(InputError, match=name):
+        check_tensors(HFFolder(tmp_path))
+    check_tensors(HFFolder(source))
