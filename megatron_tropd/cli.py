@@ -20,7 +20,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         0; 1 after a failure (message on stderr); 2 after unusable arguments or settings;
         130 or 143 after Ctrl-C or SIGTERM.
     """
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    # argparse wants all positionals together; overrides may also stand after an option.
+    if any(word.startswith("-") for word in rest) or not hasattr(arguments, "overrides"):
+        parser.parse_args(argv)
+    else:
+        arguments.overrides += rest
     command: Callable[[argparse.Namespace], int] = arguments.command
     try:
         return command(arguments)
@@ -142,6 +148,7 @@ def _distill_as_rank(config: Config) -> int:
 
 
 def _plan(config: Config, inputs: object) -> str:
+    from megatron_tropd.convert.families import describe
     from megatron_tropd.inputs import Inputs
 
     assert isinstance(inputs, Inputs)
@@ -151,8 +158,8 @@ def _plan(config: Config, inputs: object) -> str:
     return "\n".join(
         [
             f"ranks:      {p.world_size} (TP {p.tensor} x PP {p.pipeline} x DP {p.data})",
-            f"student:    {inputs.student.describe()}",
-            f"teacher:    {inputs.teacher.describe()}",
+            f"student:    {describe(inputs.student.config)}",
+            f"teacher:    {describe(inputs.teacher.config)}",
             f"vocabulary: {inputs.vocab_size} shared columns",
             f"prompts:    {len(inputs.prompts)}, {config.rollout.prompts_per_step} a step x "
             f"{config.rollout.samples_per_prompt} samples = {samples} trajectories",

@@ -48,6 +48,8 @@ class ParallelConfig:
     """Pipeline stages of student and teacher."""
     data: int = 1
     """Data-parallel replicas of the student."""
+    uneven_stages: bool = False
+    """Accept layers that pipeline does not divide: the first stages take one more."""
     sequence_parallel: bool = False
     """Shard activations between the tensor-parallel regions along the sequence."""
     distributed_optimizer: bool = False
@@ -145,9 +147,7 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         _require(self.top_k >= 1, f"loss.top_k must be at least 1, found {self.top_k}.")
-        needs_tau = self.region == "threshold" or (
-            self.region != "none" and self.outlier == "clip"
-        )
+        needs_tau = self.region == "threshold" or (self.region != "none" and self.outlier == "clip")
         _require(
             self.tau is not None or not needs_tau,
             f"loss.region = {self.region!r} with loss.outlier = {self.outlier!r} needs loss.tau, "
@@ -197,7 +197,7 @@ class EvaluationConfig:
     """What is measured on held-out problems, before, during and after the run."""
 
     problems: str | None = field(default=None, metadata=PATH)
-    """JSON lines of held-out problems: {"prompt", "answer"} for exact_match. None: no evaluation."""
+    """JSON lines of held-out problems, {"prompt", "answer"} for exact_match. None: none."""
     task: Literal["exact_match", "reverse_kl"] = "exact_match"
     """exact_match: greedy answers graded; reverse_kl: exact KL(student || teacher) per token on
     fresh student samples, measured with transformers."""
@@ -290,7 +290,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     try:
         tables = tomllib.loads(path.read_text())
     except FileNotFoundError:
-        raise ConfigError(f"Config file {path} does not exist. Give the path of a TOML file.") from None
+        raise ConfigError(
+            f"Config file {path} does not exist. Give the path of a TOML file."
+        ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
         raise ConfigError(f"Config file {path} is not valid TOML: {error}") from None
     _anchor_paths(tables, path.resolve().parent)

@@ -1,4 +1,4 @@
-"""The errors a caller may want to catch by name. Every message says: expected, found, what to do."""
+"""Errors a caller may want to catch by name. Messages say expected, found and what to do."""
 
 
 class ConfigError(ValueError):

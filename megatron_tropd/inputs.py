@@ -5,15 +5,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_tropd.config import Config
+from megatron_tropd.convert.checks import check_parallel, check_tensors
 from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.data.prompts import load_prompts
 from megatron_tropd.data.responses import TeacherResponse, load_responses
 from megatron_tropd.data.tokenizers import check_same_tokenizer, stop_token_ids
 from megatron_tropd.data.types import Prompt
-from megatron_tropd.errors import ConfigError
+from megatron_tropd.errors import ConfigError, InputError
 from megatron_tropd.losses import HiddenStatesSignal, check_signal
-from megatron_tropd.mcore.models import check_parallel
-from megatron_tropd.mcore.weights import check_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,6 +55,12 @@ def load_inputs(config: Config) -> Inputs:
         chat_template=config.rollout.apply_chat_template,
     )
     vocab_size = min(student.config["vocab_size"], teacher.config["vocab_size"])
+    if len(tokenizer) > vocab_size:
+        raise InputError(
+            f"The tokenizer has {len(tokenizer)} ids, but student and teacher share only "
+            f"{vocab_size} vocabulary columns. A tokenizer file does not belong to its model, or "
+            "its class added a token (name a pad_token in tokenizer_config.json)."
+        )
     check_signal(config.loss, HiddenStatesSignal, vocab_size=vocab_size)
     context = min(
         student.config["max_position_embeddings"], teacher.config["max_position_embeddings"]
@@ -116,8 +121,8 @@ def _problems(config: Config, tokenizer: "PreTrainedTokenizerBase", context: int
         for problem in problems:
             if "answer" not in problem.fields:
                 raise ConfigError(
-                    f"{Path(path)}: problem {problem.index + 1} has no \"answer\", which "
-                    "evaluation.task = \"exact_match\" needs. Add it or use \"reverse_kl\"."
+                    f'{Path(path)}: problem {problem.index + 1} has no "answer", which '
+                    'evaluation.task = "exact_match" needs. Add it or use "reverse_kl".'
                 )
     return problems[: config.evaluation.num_problems]
 
