@@ -10,18 +10,15 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
-def test_data_folder() -> Path:
+def _data_folder() -> Path:
     """Folder of the optional real models and data sets; it may be absent."""
     return Path(os.environ.get("TROPD_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
-
-
-test_data_folder.__test__ = False
 
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The real data; the test is skipped where it is absent."""
-    folder = test_data_folder()
+    folder = _data_folder()
     if not folder.is_dir():
         pytest.skip(f"no test data at {folder}; set TROPD_TEST_DATA to a folder that has it")
     return folder

@@ -182,10 +182,9 @@ def pack_top_k(columns_Tv: Tensor, k: int, *, start: int) -> Tensor:
     """
     num = columns_Tv.shape[-1]
     # + 0.0 makes -0.0 equal to 0.0, as it is for comparisons.
-    bits_Tv = (columns_Tv + 0.0).view(torch.int32)
-    ordered_Tv = torch.where(bits_Tv < 0, bits_Tv ^ 0x7FFFFFFF, bits_Tv).long()
+    ordered_Tv = _flip_negative((columns_Tv + 0.0).view(torch.int32))
     ids_v = torch.arange(start, start + num, device=columns_Tv.device)
-    keys_Tv = (ordered_Tv << _ID_BITS) | (_ID_MASK - ids_v)
+    keys_Tv = ordered_Tv.long().bitwise_left_shift_(_ID_BITS).bitwise_or_(_ID_MASK - ids_v)
     keys_TK = keys_Tv.topk(min(k, num), dim=-1).values
     return torch.nn.functional.pad(keys_TK, (0, k - keys_TK.shape[-1]), value=_LOWEST_KEY)
 
@@ -199,7 +198,9 @@ def merge_top_k(keys_RTK: Tensor) -> Tensor:
     Returns:
         [T, k] int64, descending.
     """
-    k = keys_RTK.shape[-1]
+    num_ranks, _, k = keys_RTK.shape
+    if num_ranks == 1:
+        return keys_RTK[0]
     return keys_RTK.transpose(0, 1).flatten(1, 2).topk(k, dim=-1).values
 
 
@@ -213,9 +214,13 @@ def unpack_top_k(keys_TK: Tensor) -> tuple[Tensor, Tensor]:
         ([T, k] float32 logits, [T, k] int64 global ids).
     """
     ids_TK = _ID_MASK - (keys_TK & _ID_MASK)
-    ordered_TK = (keys_TK >> _ID_BITS).to(torch.int32)
-    bits_TK = torch.where(ordered_TK < 0, ordered_TK ^ 0x7FFFFFFF, ordered_TK)
+    bits_TK = _flip_negative((keys_TK >> _ID_BITS).to(torch.int32))
     return bits_TK.view(torch.float32), ids_TK
+
+
+def _flip_negative(bits: Tensor) -> Tensor:
+    """[...] int32 float bits <-> integers in the order of the floats; its own inverse."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 def real_columns(

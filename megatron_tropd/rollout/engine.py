@@ -293,8 +293,13 @@ def engine_environment(
         "TRANSFORMERS_OFFLINE": "1",
     }
     if cuda_devices is None:
-        # Dynamo would compile the log-prob kernel at the first batch, which also needs a compiler.
-        ours |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCHDYNAMO_DISABLE": "1"}
+        ours |= {
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            # Threads that spin while they wait starve each other on a busy machine.
+            "OMP_WAIT_POLICY": "PASSIVE",
+            # Dynamo would compile the log-prob kernel at the first batch and needs a compiler.
+            "TORCHDYNAMO_DISABLE": "1",
+        }
     else:
         ours["CUDA_VISIBLE_DEVICES"] = cuda_devices
     return kept | ours

@@ -64,7 +64,6 @@ class EnginePool:
             engine = self._engine
             if engine is None:
                 return []
-            engine.wake()
             try:
                 return engine.generate(requests[self._number :: engines], sampling)
             finally:
@@ -84,6 +83,11 @@ class EnginePool:
                 self._engine.load_weights(folder)
 
         self._together(mine)
+
+    def sleep(self) -> None:
+        """Give device memory back until the next call; not collective."""
+        if self._engine is not None:
+            self._engine.sleep()
 
     def close(self) -> None:
         """End this rank's engine; not collective, harmless twice."""
@@ -118,8 +122,7 @@ class EnginePool:
         dist.all_gather_object(outcomes, (outcome[0], outcome[1] and str(outcome[1])))
         if outcome[1] is not None:
             raise outcome[1]
-        for _, error in outcomes:
-            if error is not None:
-                raise TrainingError(error)
+        messages = [message for _, message in outcomes if message is not None]
+        if messages:
+            raise TrainingError(messages[0])
         return [result for result, _ in outcomes]
-

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -145,7 +145,7 @@ def _serve(connection: Connection) -> None:
     _, settings = connection.recv()
     llm = build_llm(settings)
     connection.send(("ok", None))
-    commands = {
+    commands: dict[str, Callable[..., Any]] = {
         "generate": lambda *arguments: generate(llm, *arguments),
         "load_weights": lambda folder: load_weights(llm, folder),
         "sleep": lambda: llm.sleep(level=1),

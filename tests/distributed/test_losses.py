@@ -80,6 +80,13 @@ def _cases():
     excluded = base["teacher"].clone()
     excluded[::2, 1:30:2] = -torch.inf
     cases["teacher never writes some"] = base | {"config": TROPD, "teacher": excluded}
+    cases["top-k wider than the teacher's support"] = base | {
+        "config": TROPD | {"top_k": 37},
+        "teacher": excluded,
+    }
+    whole = base["teacher"].clone()
+    whole[::2, 20:30] = -torch.inf  # all columns of the third of four ranks
+    cases["teacher never writes a whole shard"] = base | {"config": TROPD, "teacher": whole}
     mutual = base["student"].clone()
     mutual[::2, 1:30:4] = -torch.inf
     ids = base["ids"].clone()

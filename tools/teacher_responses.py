@@ -1,0 +1,122 @@
+"""Write a teacher's responses to a prompts file, for off-policy guidance.
+
+    python tools/teacher_responses.py --teacher DIR --prompts FILE --out FILE --max-new-tokens 128
+
+JSON lines. Interrupted, the same command goes on where it stopped.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from megatron_tropd.data.prompts import load_prompts
+from megatron_tropd.data.tokenizers import load_tokenizer, stop_token_ids
+from megatron_tropd.errors import ConfigError, InputError, TrainingError
+from megatron_tropd.rollout.engine import RolloutEngine, context_length
+from megatron_tropd.rollout.types import Sampling
+from megatron_tropd.tasks.teacher_responses import model_identity, write_responses
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line.
+
+    Args:
+        arguments: without the program's name; None: those of the process.
+
+    Returns:
+        The parsed values.
+    """
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add = parser.add_argument
+    add("--teacher", required=True, type=Path, help="HF folder of the teacher")
+    add("--prompts", required=True, type=Path, help="JSON lines with a prompt each")
+    add("--out", required=True, type=Path, help="JSON lines to write or continue")
+    add("--max-new-tokens", required=True, type=int, help="longest response")
+    add("--samples", type=int, default=1, help="responses per prompt (default 1)")
+    add("--temperature", type=float, default=1.0, help="0 is greedy (default 1)")
+    add("--top-p", type=float, default=1.0, help="nucleus (default 1: off)")
+    add("--seed", type=int, default=1234, help="keys the samples (default 1234)")
+    add("--stop-token-ids", type=int, nargs="*", default=[], help="further ids that end one")
+    add("--apply-chat-template", action="store_true", help="wrap prompts in the chat template")
+    add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of the teacher")
+    add("--tensor-parallel", type=int, default=1, help="GPUs of the engine (default 1)")
+    add("--memory", type=float, help="share of the GPU's memory, without CUDA GiB of KV cache")
+    add("--threads", type=int, help="CPU threads (default: all)")
+    add("--resume", action=argparse.BooleanOptionalAction, default=True, help="continue --out")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Write the file.
+
+    Args:
+        arguments: without the program's name; None: those of the process.
+
+    Raises:
+        InputError: a model, prompt or response file is missing or unusable.
+    """
+    options = parse_arguments(arguments)
+    cuda = torch.cuda.is_available()
+    tokenizer = load_tokenizer(options.teacher)
+    prompts = load_prompts(
+        options.prompts,
+        tokenizer,
+        apply_chat_template=options.apply_chat_template,
+        max_prompt_tokens=context_length(options.teacher) - options.max_new_tokens,
+    )
+    longest = max(len(prompt.token_ids) for prompt in prompts)
+    automatic = "bfloat16" if cuda else "float32"
+    engines: list[RolloutEngine] = []
+
+    def start() -> RolloutEngine:
+        engines.append(
+            RolloutEngine(
+                options.teacher,
+                max_model_len=longest + options.max_new_tokens,
+                log_file=options.out.with_name(options.out.name + ".engine.log"),
+                dtype=automatic if options.dtype == "auto" else options.dtype,
+                memory=options.memory or (0.9 if cuda else 1.0),
+                tensor_parallel=options.tensor_parallel,
+                threads=options.threads,
+            )
+        )
+        return engines[0]
+
+    with tqdm(desc="responses", unit="response") as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        try:
+            added = write_responses(
+                start,
+                prompts,
+                tokenizer,
+                options.out,
+                sampling=Sampling(
+                    temperature=options.temperature,
+                    top_p=options.top_p,
+                    stop_token_ids=stop_token_ids(options.teacher, options.stop_token_ids),
+                ),
+                max_new_tokens=options.max_new_tokens,
+                samples=options.samples,
+                seed=options.seed,
+                teacher=model_identity(options.teacher),
+                resume=options.resume,
+                progress=progress,
+            )
+        finally:
+            for engine in engines:
+                engine.close()
+    print(f"{added} responses added to {options.out}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ConfigError, InputError, TrainingError) as error:
+        sys.exit(f"error: {error}")
