@@ -122,7 +122,24 @@ def _evaluation(step: int, model: str, accuracy: float, total: int = 500) -> dic
         "accuracy": accuracy,
         "ci_low": accuracy - half,
         "ci_high": accuracy + half,
+        "correct": round(accuracy * total),
         "total": total,
+        "examples": [_answer(index, accuracy) for index in range(20)],
+    }
+
+
+def _answer(index: int, accuracy: float) -> dict[str, Any]:
+    start, add, times = 17 + 9 * index, 30 + index, 2 + index % 5
+    total = start + add
+    wrong = (index * 0.37) % 1 > accuracy
+    said = total + 10 if wrong else total
+    return {
+        "prompt_index": index,
+        "prompt": f"start {start}, add {add}, times {times}:",
+        "response": f"{start}+{add}={said}, {said}*{times}={said * times}. answer {said * times}",
+        "answer": str(total * times),
+        "correct": not wrong,
+        "finish_reason": "stop",
     }
 
 

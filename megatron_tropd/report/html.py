@@ -23,6 +23,10 @@ MAX_DUMPS = 9
 """Trajectory dumps on the page: the first, the last, and evenly spaced ones between them."""
 MAX_TOKENS = 1500
 """Tokens shown of one trajectory."""
+MAX_ANSWERS = 8
+"""Held-out answers shown: those of the first problems in the file, so that none is picked."""
+MAX_CHARACTERS = 4000
+"""Characters shown of one answer."""
 
 _PAGE = """<!doctype html>
 <html lang="en">
@@ -102,7 +106,8 @@ def page_data(records: RunRecords) -> dict[str, Any]:
                 name: _rounded([row.get(name) for row in metrics]) for name in _names(metrics)
             },
             "buckets": bucket_labels(max(map(_num_buckets, metrics), default=0)),
-            "evaluations": records.evaluations,
+            "evaluations": [_without_examples(record) for record in records.evaluations],
+            "answers": held_out_answers(records.evaluations),
             "dumps": [
                 {"step": step, "items": [_shorten(item) for item in records.trajectories[step]]}
                 for step in _spread(steps, MAX_DUMPS)
@@ -126,6 +131,34 @@ def bucket_labels(count: int) -> list[str]:
     """Names of the position buckets of ``acceptance_by_position``: 0-7, 8-15, 16-31, 32-63, ..."""
     edges = [0, *(8 * 2**i for i in range(count))]
     return [f"{low}-{high - 1}" for low, high in pairwise(edges)]
+
+
+def held_out_answers(evaluations: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same problems before and after.
+
+    Args:
+        evaluations: records whose ``examples`` hold prompt_index, prompt, answer, response,
+            correct.
+
+    Returns:
+        For each problem prompt, answer and, where there is one, the ``response`` and ``correct``
+        of ``before`` and ``after`` (first and last of the student) and ``teacher``.
+    """
+    student = [record for record in evaluations if record.get("model") == "student"]
+    teacher = [record for record in evaluations if record.get("model") == "teacher"]
+    columns = {"before": student[:1], "after": student[1:][-1:], "teacher": teacher[-1:]}
+    problems: dict[int, dict[str, Any]] = {}
+    for name, records in columns.items():
+        for example in (e for record in records for e in record.get("examples", ())):
+            shown = {"prompt": example["prompt"], "answer": example["answer"]}
+            problem = problems.setdefault(example["prompt_index"], shown)
+            response = example["response"][:MAX_CHARACTERS]
+            problem[name] = {"response": response, "correct": example["correct"]}
+    return [problems[index] for index in sorted(problems)[:MAX_ANSWERS]]
+
+
+def _without_examples(record: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in record.items() if name != "examples"}
 
 
 def thin(metrics: Sequence[dict[str, Any]], most: int) -> list[dict[str, Any]]:

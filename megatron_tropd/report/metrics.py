@@ -127,7 +127,7 @@ def _start_wandb(project: str, folder: Path, config: Mapping[str, Any] | None) -
     except ImportError:
         raise ConfigError(
             f"run.wandb_project = {project!r} needs the wandb package, which is not installed. "
-            "Install the extra megatron-tropd[wandb] or leave run.wandb_project out."
+            "Install it (.venv/bin/uv pip install '.[wandb]') or leave run.wandb_project out."
         ) from None
     # The id is kept in the folder, so that a resumed run goes on in the same W&B run.
     id_file = folder / "wandb_id"

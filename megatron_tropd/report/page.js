@@ -31,6 +31,9 @@ const mean = (values) => {
   const numbers = values.filter(isNumber);
   return numbers.length ? numbers.reduce((a, b) => a + b, 0) / numbers.length : null;
 };
+const median = (values) => values.filter(isNumber).sort((a, b) => a - b).at(Math.floor(values.filter(isNumber).length / 2)) ?? null;
+// Thinned columns hold means: weigh each with the steps it stands for.
+const totalOf = (name) => column(name).reduce((sum, value, i) => sum + (isNumber(value) ? value * (STEPS[i] - (i ? STEPS[i - 1] : 0)) : 0), 0);
 // Mean over a tenth of the run at one of its ends: single steps are noisy.
 const endMean = (name, end) => {
   const values = column(name), width = Math.max(1, Math.round(values.length / 10));
@@ -51,17 +54,22 @@ function short(value) {
 }
 function duration(seconds) {
   if (!isNumber(seconds)) return "–";
-  if (seconds < 60) return `${seconds.toFixed(seconds < 10 ? 1 : 0)} s`;
-  const hours = Math.floor(seconds / 3600), minutes = Math.floor(seconds % 3600 / 60);
-  return hours ? `${hours} h ${minutes} min` : `${minutes} min ${Math.round(seconds % 60)} s`;
+  if (seconds < 0.0995) return `${(1000 * seconds).toFixed(seconds < 0.01 ? 1 : 0)} ms`;
+  const whole = Math.round(seconds);
+  if (whole < 60) return `${seconds.toFixed(seconds < 1 ? 2 : seconds < 10 ? 1 : 0)} s`;
+  const hours = Math.floor(whole / 3600), minutes = Math.floor(whole % 3600 / 60);
+  return hours ? `${hours} h ${minutes} min` : `${minutes} min ${whole % 60} s`;
 }
 
-// Draw now and whenever the width changes, not when drawing itself changes the height.
+// Draw when the page is there and whenever the width changes, not when drawing changes the height.
+const firstDraws = [];
 function onWidth(holder, draw) {
   let drawn = 0;
-  new ResizeObserver(() => requestAnimationFrame(() => {
+  const check = () => {
     if (holder.clientWidth && holder.clientWidth !== drawn) { drawn = holder.clientWidth; draw(drawn); }
-  })).observe(holder);
+  };
+  firstDraws.push(check);
+  new ResizeObserver(() => requestAnimationFrame(check)).observe(holder);
 }
 
 // ---------------------------------------------------------------- tooltip
@@ -330,12 +338,11 @@ function tiles() {
   const box = el("div", { class: "tiles" });
   const tile = (label, value, unit = "") => value !== "–" && box.append(el("div", { class: "tile" }, el("div", { class: "label" }, label), el("div", { class: "value" }, value, el("small", {}, unit && ` ${unit}`))));
   const change = (name, format) => has(name) ? `${format(endMean(name, "first"))} → ${format(endMean(name, "last"))}` : "–";
-  const total = (name) => column(name).filter(isNumber).reduce((a, b) => a + b, 0);
   tile("Steps", STEPS.length ? String(STEPS.at(-1)) : "–");
-  tile("Time", duration(DATA.summary.seconds ?? (has("seconds_total") ? total("seconds_total") : null)));
+  tile("Time", duration(DATA.summary.seconds ?? (has("seconds_total") ? totalOf("seconds_total") : null)));
   tile("Reverse KL, nats", change("reverse_kl", (v) => v.toFixed(2)));
   tile("Outliers, %", change("outlier_share", (v) => (100 * v).toFixed(v < .1 ? 1 : 0)));
-  tile("Throughput", has("tokens_per_second") ? short(mean(column("tokens_per_second"))) : "–", "tokens/s");
+  tile("Throughput", has("tokens_per_second") ? short(median(column("tokens_per_second"))) : "–", "tokens/s");
   tile("Peak memory", has("peak_memory_gib") ? Math.max(...column("peak_memory_gib").filter(isNumber)).toFixed(1) : "–", "GiB");
   return box;
 }
@@ -363,11 +370,11 @@ function learning() {
       curve("reverse_kl", "reverse KL", "trusted"), curve("forward_kl", "forward KL", "teacher"), curve("k1", "K1 estimate", "gray", { dash: true, raw: false, y: smooth(column("k1")) })] }),
     chart({ title: "Outlier share against total variation", note: "The drawn share must follow its expectation, TV", zero: true, format: percent, tick: (v) => percent(v, 0), series: [
       curve("outlier_share", "outliers drawn", "outlier"), curve("tv", "TV", "trusted", { raw: false, dash: true })] }),
-    chart({ title: "Teacher prefix", note: "Longest prefix allowed, and mean response, in tokens", zero: true, series: [
+    chart({ title: "Teacher prefix", note: "Longest of the step, and mean response, in tokens", zero: true, series: [
       curve("prefix_longest", "longest prefix", "teacher", { raw: false, fill: true }), curve("response_length", "response length", "gray")] }),
     chart({ title: "Gradient norm", note: "Before clipping", log: true, series: [curve("grad_norm", "norm", "violet")] }),
     chart({ title: "Entropy", note: "On student tokens, nats a token", zero: true, series: [curve("student_entropy", "student", "trusted"), curve("teacher_entropy", "teacher", "teacher")] }),
-    chart({ title: "Endings", note: "Responses cut off at the limit, and repeating", zero: true, format: percent, tick: (v) => percent(v, 0), series: [curve("truncated_share", "cut off", "outlier"), curve("repetition_share", "repeating", "violet")] }),
+    chart({ title: "Endings and repetition", note: "Responses cut off at the limit; 4-grams that stood before", zero: true, format: percent, tick: (v) => percent(v, 0), series: [curve("truncated_share", "cut off", "outlier"), curve("repetition_share", "repeated", "violet")] }),
     chart({ title: "Engine against trainer", note: "Difference of log-probabilities of the same tokens, nats", log: true, series: [curve("engine_gap_mean", "mean", "trusted"), curve("engine_gap_max", "largest", "outlier")] }),
     chart({ title: "Mass of the teacher's top-k", note: "Probability on the teacher's k likeliest tokens", format: (v) => isNumber(v) ? v.toFixed(3) : "–", series: [curve("topk_mass_teacher", "teacher", "teacher", { raw: false }), curve("topk_mass_student", "student", "trusted", { raw: false })] }),
   ].filter(Boolean);
@@ -463,16 +470,15 @@ function drawProfile(holder, before, after, width) {
 
 // ---------------------------------------------------------------- time
 
-const PHASES = [["rollout", "trusted"], ["teacher", "teacher"], ["student", "outlier"], ["optimizer", "violet"], ["sync", "gold"], ["evaluation", "gray"], ["checkpoint", "faint"]];
+const PHASES = [["rollout", "trusted"], ["teacher", "teacher"], ["student", "outlier"], ["optimizer", "violet"], ["sync", "gold"]];
+const BESIDES = ["evaluation", "checkpoint"];  // not part of every step
 
 function phases() {
   const named = PHASES.filter(([name]) => has(`seconds_${name}`)).map(([name, color]) => ({ name, color: `var(--${color})`, values: column(`seconds_${name}`) }));
-  if (!named.length) return [];
-  if (has("seconds_total")) {
-    const rest = column("seconds_total").map((t, i) => isNumber(t) ? Math.max(0, t - named.reduce((sum, p) => sum + (p.values[i] || 0), 0)) : null);
-    named.push({ name: "other", color: "var(--line)", values: rest });
-  }
-  return named;
+  if (!named.length || !has("seconds_total")) return named;
+  const known = [...named.map((p) => p.values), ...BESIDES.map((name) => column(`seconds_${name}`))];
+  const rest = column("seconds_total").map((t, i) => isNumber(t) ? Math.max(0, t - known.reduce((sum, values) => sum + (values[i] || 0), 0)) : null);
+  return [...named, { name: "other", color: "var(--gray)", values: rest }];
 }
 
 function timing() {
@@ -481,11 +487,13 @@ function timing() {
   const means = parts.map((p) => mean(p.values) || 0), total = means.reduce((a, b) => a + b, 0) || 1;
   const holder = el("div");
   onWidth(holder, (width) => drawStack(holder, parts, width));
-  const stack = el("div", { class: "card chart" }, el("h3", {}, "Seconds of each step"), el("div", { class: "note" }, "Stacked phases"), holder);
+  const stack = el("div", { class: "card chart" }, el("h3", {}, "Seconds of each step"), el("div", { class: "note" }, "Stacked phases, without evaluations and checkpoints"), holder);
   const bar = el("div", { class: "shares" }, ...parts.map((p, i) => el("div", { style: `background:${p.color};flex:${means[i] / total}` })));
   const rows = el("div", { class: "rows" });
   parts.forEach((p, i) => rows.append(el("i", { style: `background:${p.color}` }), el("span", {}, p.name), el("span", { class: "num" }, duration(means[i])), el("span", { class: "dim" }, percent(means[i] / total))));
-  const share = el("div", { class: "card chart" }, el("h3", {}, "Mean step"), el("div", { class: "note" }, duration(total)), bar, rows);
+  const besides = BESIDES.filter((name) => has(`seconds_${name}`)).map((name) => `${name}s ${duration(totalOf(`seconds_${name}`))}`);
+  const share = el("div", { class: "card chart" }, el("h3", {}, "Mean step"), el("div", { class: "note" }, duration(total)), bar, rows,
+    besides.length ? el("p", { class: "note besides" }, `Besides, between steps: ${besides.join(", ")}`) : null);
   return section("Where the time goes", "Wall-clock time of the phases of a step on the first rank.", el("div", { class: "grid two" }, stack, share));
 }
 
@@ -540,10 +548,10 @@ function trajectories() {
     shades.append(button);
   }
   const key = (kind, name) => el("span", { class: `tok ${kind}`, style: "--a:.35;padding:1px 7px" }, name);
-  const controls = el("div", { class: "controls" }, chooser("left", "Before"), chooser("right", "After"), el("span", {}, "Shade by ", shades),
+  const controls = el("div", { class: "controls" }, chooser("left", "Left"), chooser("right", "Right"), el("span", {}, "Shade by ", shades),
     el("span", { class: "keys" }, key("trusted", "trusted"), key("outlier", "outlier"), key("teacher", "teacher prefix")));
   refresh();
-  return section("Trajectories", "Colour is the region of a token; strength is how far student and teacher are apart there. Hover or tap a token for its numbers.", controls, list);
+  return section("Training trajectories", "Colour is the region of a token; strength is how far student and teacher are apart there. Hover or tap a token for its numbers.", controls, list);
 }
 
 // The same prompt side by side where both dumps have it, else in order.
@@ -598,6 +606,31 @@ function tokenSpan(item, token, i, shade) {
   return span;
 }
 
+// ---------------------------------------------------------------- held-out answers
+
+function answers() {
+  if (!DATA.answers.length) return null;
+  const cards = DATA.answers.map((problem) => {
+    const columns = [["before", "Student before"], ["after", "Student after"], ["teacher", "Teacher"]].filter(([name]) => problem[name]);
+    return el("div", { class: "card example" },
+      el("div", { class: "prompt" }, problem.prompt),
+      el("div", { class: `sides n${columns.length}` }, ...columns.map(([name, label]) => answer(problem[name], label, problem.teacher))),
+      el("div", { class: "reference" }, "Reference answer ", el("b", {}, String(problem.answer))));
+  });
+  return section("Held-out answers, before and after", "The first problems of the held-out file, answered greedily. Underlined: where a wrong answer leaves the teacher's text.", ...cards);
+}
+
+function answer(item, label, teacher) {
+  let same = item.response.length;
+  if (!item.correct && teacher && teacher !== item) {
+    same = 0;
+    while (same < item.response.length && item.response[same] === teacher.response[same]) same++;
+  }
+  return el("div", { class: "side" },
+    el("div", { class: "caption" }, el("b", {}, label), el("span", { class: item.correct ? "yes" : "no" }, item.correct ? "✓ correct" : "✗ wrong")),
+    el("div", { class: "answer" }, item.response.slice(0, same), el("span", { class: "off" }, item.response.slice(same))));
+}
+
 // ---------------------------------------------------------------- settings
 
 function settings() {
@@ -612,6 +645,7 @@ function settings() {
 }
 
 document.getElementById("page").replaceChildren(...[
-  ...head(), result(), learning(), trustRegion(), timing(), trajectories(), settings(),
+  ...head(), result(), learning(), trustRegion(), timing(), answers(), trajectories(), settings(),
   el("footer", {}, "Made by tropd report from config.json, metrics.jsonl, evaluations.jsonl, summary.json and trajectories/ of this folder."),
 ].filter(Boolean));
+firstDraws.forEach((draw) => draw());

