@@ -212,7 +212,7 @@ def check_transformer_engine() -> Check:
             name,
             Status.NOTE,
             f"{version} does not import ({error}): Megatron-Core's own layers are used",
-            "Build it for this torch: pip install 'megatron-tropd[te]' --no-build-isolation",
+            "Build it for this torch: .venv/bin/uv pip install --no-build-isolation '.[te]'",
         )
     advice = "Megatron-Core would use it and needs CUDA then: uninstall transformer-engine."
     return Check(name, Status.FAIL, f"{version} in an environment without CUDA", advice)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.data.prompts import load_prompts
 from megatron_tropd.data.tokenizers import load_tokenizer, stop_token_ids
-from megatron_tropd.data.types import Prompt, Trajectory
+from megatron_tropd.data.types import Trajectory
 from megatron_tropd.errors import InputError
 from megatron_tropd.losses.draws import Purpose, keyed_seed
 from megatron_tropd.report.records import read_lines
@@ -48,6 +48,8 @@ class Evaluator:
             self._measure_reverse_kl()
             return
         if job.step == 0:
+            # Two engines share the device for a moment: the student's gives its memory back.
+            job.engines.sleep()
             with job.start_engines(job.config.model.teacher, "teacher") as engines:
                 self._measure_accuracy(engines, "teacher")
         self._measure_accuracy(job.engines, "student")
@@ -146,9 +148,7 @@ class Evaluator:
 
     def _write(self, model: str, record: dict[str, Any]) -> None:
         if self._job.log_file is not None:
-            self._job.log_file.write_evaluation(
-                {"step": self._job.step, "model": model, **record}
-            )
+            self._job.log_file.write_evaluation({"step": self._job.step, "model": model, **record})
 
 
 def spell(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:

@@ -5,8 +5,9 @@ import os
 import resource
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Self
 
@@ -115,9 +116,7 @@ class Job:
         )
         self.evaluator = Evaluator(self)
         self.engines = exits.enter_context(self.start_engines(config.model.student, "student"))
-        self._mailbox = (
-            exits.enter_context(WeightMailbox()) if self.engines.owns_engine else None
-        )
+        self._mailbox = exits.enter_context(WeightMailbox()) if self.engines.owns_engine else None
         self._build_models()
         self.log_file = (
             MetricsLog(
@@ -137,21 +136,22 @@ class Job:
         self._padded_vocab_size = models.padded_vocab_size(
             inputs.student.config, inputs.teacher.config, tensor=config.parallel.tensor
         )
-        build = {
-            "ranks": self.ranks,
-            "parallel": config.parallel,
-            "dtype": self.dtype,
-            "padded_vocab_size": self._padded_vocab_size,
-        }
+        build = partial(
+            models.build_model,
+            ranks=self.ranks,
+            parallel=config.parallel,
+            dtype=self.dtype,
+            padded_vocab_size=self._padded_vocab_size,
+        )
         self.student = Student(
-            models.build_model(inputs.student, who="student", **build),
+            build(inputs.student, who="student"),
             train=config.train,
             parallel=config.parallel,
             ranks=self.ranks,
             dtype=self.dtype,
         )
         self.teacher = Teacher(
-            models.build_model(inputs.teacher, who="teacher", **build),
+            build(inputs.teacher, who="teacher"),
             ranks=self.ranks,
             vocab_size=inputs.vocab_size,
         )
@@ -217,11 +217,10 @@ class Job:
             self.engines.load_weights(None)
         else:
             self.engines.load_weights(self._mailbox.write(tensors))
+            self._mailbox.clear()
         self.weights_version = version
 
-    def objective(
-        self, signals: list[TeacherSignal], counts: tuple[int, int]
-    ) -> StepObjective:
+    def objective(self, signals: Sequence[TeacherSignal], counts: tuple[int, int]) -> StepObjective:
         """The loss function of this step."""
         rollout, run = self.config.rollout, self.config.run
         rows: list[int] = []
@@ -260,9 +259,7 @@ class Job:
     def examples_due(self) -> bool:
         """Whether this step dumps example trajectories: the first, the last, every n-th."""
         every = self.config.run.trajectories_every
-        return bool(every) and (
-            self.step % every == 0 or self.step == self.config.train.steps - 1
-        )
+        return bool(every) and (self.step % every == 0 or self.step == self.config.train.steps - 1)
 
     def keep_examples(self, objective: StepObjective, trajectories: list[Trajectory]) -> None:
         """Write the example trajectories of this step, tokens with their per-token values."""

@@ -64,6 +64,8 @@ def _start(world_size: int, folder: RunFolder) -> list[subprocess.Popen]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
+        # Ranks and engines take turns on the same cores: idle threads must not spin on them.
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
         # Megatron's overlap of communication relies on the order of CUDA launches.
         "CUDA_DEVICE_MAX_CONNECTIONS": os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "1"),
     }

@@ -1,6 +1,7 @@
 """The loss as Megatron's schedule calls it: one micro-batch at a time, at the last stage."""
 
 from collections.abc import Collection, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from megatron_tropd.config import LossConfig
 from megatron_tropd.data.types import MicroBatch, Segment
-from megatron_tropd.losses import LossOutput, LossTargets, TeacherSignal, tropd_loss
+from megatron_tropd.losses import LossTargets, TeacherSignal, tropd_loss
 from megatron_tropd.step_metrics import StepSums
 
 EXAMPLE_VALUES = {"outlier": "outlier", "trust": "trust", "tv": "tv", "k1": "k1"}
@@ -50,8 +51,14 @@ class StepObjective:
             example_rows: trajectories whose per-token values are kept in :attr:`examples`.
         """
         self._signals = signals
-        self._loss = {"config": config, "beta": beta, "vocab_size": vocab_size, "group": group}
-        self._weights = segment_weights(config, counts)
+        self._loss = partial(
+            tropd_loss,
+            config=config,
+            beta=beta,
+            vocab_size=vocab_size,
+            group=group,
+            segment_weights=segment_weights(config, counts),
+        )
         self._counted = counted
         self._example_rows = frozenset(example_rows)
         self.sums = StepSums.zeros(device)
@@ -67,9 +74,7 @@ class StepObjective:
             is_teacher_T=batch.segments[mask] == Segment.TEACHER,
             uniforms_T=batch.uniforms[mask],
         )
-        output: LossOutput = tropd_loss(
-            logits_Tv, targets, self._signals[index], segment_weights=self._weights, **self._loss
-        )
+        output = self._loss(logits_Tv, targets, self._signals[index])
         if self._counted:
             self.sums.add(output.loss_T.detach(), output.values, batch)
             self._keep(output.values, batch)

@@ -60,9 +60,7 @@ def recorded_trajectories(step: int, count: int = 8) -> list[Trajectory]:
     return trajectories
 
 
-def _train_all(
-    student: str, teacher: str, runs: list[tuple[str, str]], out: str
-) -> None:
+def _train_all(student: str, teacher: str, runs: list[tuple[str, str]], out: str) -> None:
     """Every (layout, dtype) of one world size in one spawn: a spawn costs more than a run."""
     import torch.distributed as dist
     from megatron.core import parallel_state

@@ -1,0 +1,302 @@
+"""`tropd distill` as a user runs it: real models, real engine, two ranks; and what can go wrong.
+
+One uninterrupted run is the yardstick. Other runs are killed, stopped, starved of disk or of their
+engine, and resumed by the same command: their metrics must be those of the yardstick, bit for bit.
+"""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+pytestmark = pytest.mark.slow
+
+STEPS = 6
+TIMINGS = ("seconds_", "tokens_per_second", "peak_memory")
+TROPD = [sys.executable, "-m", "megatron_tropd.cli"]
+
+
+@pytest.fixture(scope="module")
+def pair(tiny_model) -> tuple[Path, Path]:
+    """A tied Llama student and an untied, wider Qwen3 teacher."""
+    student = tiny_model("llama", tie_word_embeddings=True)
+    return student, tiny_model("qwen3", hidden_size=96, num_hidden_layers=4, seed=5)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory, pair) -> Path:
+    """TOML of a short run with guidance, evaluation, checkpoints and dumps."""
+    folder = tmp_path_factory.mktemp("job")
+    lines = [json.dumps({"prompt": f"{i} + {i} =", "answer": str(2 * i)}) for i in range(12)]
+    for name in ("prompts.jsonl", "heldout.jsonl"):
+        (folder / name).write_text("\n".join(lines) + "\n")
+    subprocess.run(
+        [
+            *(sys.executable, "tools/teacher_responses.py", "--teacher", str(pair[1])),
+            *("--prompts", str(folder / "prompts.jsonl")),
+            *("--out", str(folder / "responses.jsonl"), "--max-new-tokens", "16"),
+        ],
+        check=True,
+        cwd=Path(__file__).resolve().parents[2],
+    )
+    toml = folder / "tropd.toml"
+    toml.write_text(f"""
+        [model]
+        student = "{pair[0]}"
+        teacher = "{pair[1]}"
+        [parallel]
+        tensor = 2
+        [rollout]
+        prompts = "prompts.jsonl"
+        max_new_tokens = 16
+        prompts_per_step = 4
+        samples_per_prompt = 2
+        engine_memory = 0.25
+        [guidance]
+        responses = "responses.jsonl"
+        beta = 0.1
+        [loss]
+        top_k = 16
+        [train]
+        steps = {STEPS}
+        lr = 1e-3
+        [evaluation]
+        problems = "heldout.jsonl"
+        every = 3
+        [run]
+        dir = "unset"
+        checkpoint_every = 2
+        trajectories_every = 3
+    """)
+    return toml
+
+
+class Run:
+    """A run in the background, from the same command each time."""
+
+    def __init__(self, config: Path, folder: Path, *overrides: str, limit: int | None = None):
+        self.folder = folder
+
+        def starve() -> None:
+            if limit is not None:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+        self.process = subprocess.Popen(
+            [*TROPD, "distill", str(config), f"run.dir={folder}", *overrides],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=starve,
+            start_new_session=True,
+        )
+
+    def finish(self) -> tuple[int, str]:
+        """(exit code, everything printed)."""
+        out, err = self.process.communicate(timeout=240)
+        return self.process.returncode, out + err
+
+    def wait_for(self, condition: Callable[[], Any], what: str) -> Any:
+        """Poll often: a save lasts a tenth of a second."""
+        deadline = time.monotonic() + 240
+        while not (found := condition()):
+            assert self.process.poll() is None, f"ended before {what}: {self.finish()}"
+            assert time.monotonic() < deadline, f"no {what} in time"
+            time.sleep(0.002)
+        return found
+
+    def steps_logged(self) -> int:
+        metrics = self.folder / "metrics.jsonl"
+        return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+
+    def processes(self) -> list[int]:
+        """Every process of this run, found by the run folder or engine it serves."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                try:
+                    command = (entry / "cmdline").read_bytes().decode(errors="replace")
+                    environment = (entry / "environ").read_bytes().decode(errors="replace")
+                    state = (entry / "stat").read_text().rpartition(") ")[2][0]
+                except OSError:
+                    continue
+                mine = str(self.folder) in command or f"TROPD_TEST={self.folder}" in environment
+                if mine and state != "Z":
+                    found.append(int(entry.name))
+        return found
+
+    def engine(self) -> int | None:
+        for pid in self.processes():
+            if "rollout.worker" in Path(f"/proc/{pid}/cmdline").read_text():
+                return pid
+        return None
+
+
+@pytest.fixture
+def start(config, tmp_path, monkeypatch) -> Callable[..., Run]:
+    """``start(*overrides)``: a run in this test's folder; nothing of it may be left at the end."""
+    folder = tmp_path / "run"
+    monkeypatch.setenv("TROPD_TEST", str(folder))
+    started: list[Run] = []
+
+    def make(*overrides: str, **options: Any) -> Run:
+        started.append(Run(config, folder, *overrides, **options))
+        return started[-1]
+
+    yield make
+    for run in started:
+        if run.process.poll() is None:
+            run.process.kill()
+    deadline = time.monotonic() + 10
+    while any(run.processes() for run in started) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    left = [pid for run in started for pid in run.processes()]
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left, "processes were left behind"
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    return [
+        {k: v for k, v in json.loads(line).items() if not k.startswith(TIMINGS)}
+        for line in path.read_text().splitlines()
+    ]
+
+
+@pytest.fixture(scope="module")
+def yardstick(config, tmp_path_factory) -> Path:
+    """Folder of the uninterrupted run."""
+    folder = tmp_path_factory.mktemp("yardstick") / "run"
+    run = Run(config, folder)
+    code, text = run.finish()
+    assert code == 0, text
+    assert "student after" in text and str(folder / "report.html") in text
+    return folder
+
+
+def _assert_same_run(folder: Path, yardstick: Path) -> None:
+    for name in ("metrics.jsonl", "evaluations.jsonl"):
+        assert _records(folder / name) == _records(yardstick / name), name
+    ours, theirs = (load_file(f / "student_hf" / "model.safetensors") for f in (folder, yardstick))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_run_leaves_a_complete_folder(yardstick):
+    summary = json.loads((yardstick / "summary.json").read_text())
+    assert {"student_before", "student_after", "teacher", "seconds"} <= summary.keys()
+    assert (summary["steps"], summary["world_size"], summary["tensor_parallel"]) == (STEPS, 2, 2)
+    metrics = _records(yardstick / "metrics.jsonl")
+    assert [record["step"] for record in metrics] == list(range(1, STEPS + 1))
+    assert max(record["engine_gap_mean"] for record in metrics) < 1e-3
+    assert metrics[0]["prefix_share"] > 0 == metrics[-1]["staleness"]
+    kept = sorted(p.name for p in (yardstick / "checkpoints").iterdir())
+    assert kept == ["step_000004", "step_000006"]
+    evaluated = [(r["step"], r["model"]) for r in _records(yardstick / "evaluations.jsonl")]
+    assert evaluated == [(0, "teacher"), (0, "student"), (3, "student"), (6, "student")]
+    assert {p.name for p in (yardstick / "trajectories").iterdir()} == {
+        f"step_{step:06d}.jsonl" for step in (0, 3, 5)
+    }
+
+
+def test_the_exported_student_loads_in_transformers(yardstick, pair):
+    folder = yardstick / "student_hf"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert AutoTokenizer.from_pretrained(folder).encode("1 + 1 =")
+    before = load_file(pair[0] / "model.safetensors")["model.embed_tokens.weight"]
+    assert not torch.equal(model.model.embed_tokens.weight, before), "it has been trained"
+
+
+def test_the_same_command_on_a_complete_run_changes_nothing(config, yardstick):
+    before = (yardstick / "metrics.jsonl").read_bytes()
+    code, text = Run(config, yardstick).finish()
+    assert code == 0 and "student after" in text
+    assert (yardstick / "metrics.jsonl").read_bytes() == before
+
+
+def test_other_settings_in_the_same_folder_are_refused(config, yardstick):
+    code, text = Run(config, yardstick, "train.lr=0.5").finish()
+    assert code == 2 and "train.lr: was 0.001, now 0.5" in text
+
+
+def test_killed_between_saves_and_during_one_it_continues_bit_for_bit(start, yardstick):
+    run = start()
+    run.wait_for(lambda: run.steps_logged() >= 3, "step 3")
+    run.process.kill()
+    run.process.wait()
+    run = start()
+    saving = run.folder / "checkpoints" / ".step_000004.tmp"
+    run.wait_for(saving.exists, "the save of step 4")
+    run.process.kill()
+    run.process.wait()
+    assert not (run.folder / "checkpoints" / "step_000004").exists()
+    code, text = start().finish()
+    assert code == 0, text
+    _assert_same_run(run.folder, yardstick)
+
+
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_the_run_continues_bit_for_bit(start, yardstick, number, expected):
+    run = start()
+    run.wait_for(lambda: run.steps_logged() >= 1, "step 1")
+    run.process.send_signal(number)
+    code, text = run.finish()
+    assert code == expected and "the same command resumes" in text
+    saved = [p.name for p in (run.folder / "checkpoints").iterdir()]
+    assert saved and not any(name.startswith(".") for name in saved)
+    code, text = start().finish()
+    assert code == 0, text
+    _assert_same_run(run.folder, yardstick)
+
+
+def test_a_dead_engine_ends_the_run_with_a_reason(start, yardstick):
+    run = start()
+    run.wait_for(lambda: run.steps_logged() >= 2, "step 2")
+    os.kill(run.engine(), signal.SIGKILL)
+    code, text = run.finish()
+    assert code == 1
+    assert "rollout engine" in text and "signal 9" in text and "resume" in text
+    code, text = start().finish()
+    assert code == 0, text
+    _assert_same_run(run.folder, yardstick)
+
+
+def test_a_full_disk_leaves_the_older_checkpoint(start, yardstick):
+    run = start()
+    run.wait_for((run.folder / "checkpoints" / "step_000002").exists, "the save of step 2")
+    run.process.send_signal(signal.SIGTERM)
+    run.finish()
+    first = max((run.folder / "checkpoints").iterdir())
+    # Room for logs and for the weights on their way to the engine, not for a checkpoint.
+    size = max(p.stat().st_size for p in first.glob("*.distcp"))
+    code, text = start(limit=size * 2 // 3).finish()
+    assert code == 1
+    assert "could not be written" in text and "is intact" in text and "Free there" in text
+    assert [p.name for p in (run.folder / "checkpoints").iterdir() if p.name[0] == "."] == []
+    code, text = start().finish()
+    assert code == 0, text
+    _assert_same_run(run.folder, yardstick)
+
+
+def test_a_loss_that_is_not_finite_names_step_trajectory_and_checkpoint(start, pair, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(pair[1], broken)
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"].fill_(float("nan"))
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    run = start(f"model.teacher={broken}", "evaluation.num_problems=1")
+    code, text = run.finish()
+    assert code == 1
+    assert "not finite in step 1" in text and "prompt" in text and "No checkpoint" in text
+    assert not (run.folder / "checkpoints").exists() and not run.steps_logged()
