@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import run_with_env
+from transformers import AutoModelForCausalLM
 
 from megatron_tropd.config import LossConfig, ParallelConfig, TrainConfig
 from megatron_tropd.data.packing import count_loss_tokens, pack
-from megatron_tropd.data.types import Trajectory
+from megatron_tropd.data.types import Segment, Trajectory
 
 STEPS = 10
 LAYOUTS = {
@@ -167,6 +168,37 @@ def histories(tmp_path_factory, pair) -> dict[tuple[str, str], torch.Tensor]:
 def test_losses_and_grad_norms_do_not_depend_on_the_layout(layout, histories):
     one_rank = histories["tp1", "float32"]
     torch.testing.assert_close(histories[layout, "float32"], one_rank, rtol=1e-4, atol=1e-6)
+
+
+def test_first_gradient_is_that_of_transformers_autograd(pair, histories):
+    """The published formula, written as loops over transformers' float64 log-probs."""
+    student, teacher = (AutoModelForCausalLM.from_pretrained(f, dtype=torch.float64) for f in pair)
+    trajectories = recorded_trajectories(0)
+    (batch,) = pack(
+        trajectories, dp_rank=0, dp_size=1, tokens_per_micro_batch=10_000, seed=7, step=0
+    )
+    log_q = student(batch.tokens).logits[..., :259].log_softmax(-1)
+    with torch.no_grad():
+        log_p = teacher(batch.tokens).logits[..., :259].log_softmax(-1)
+    counts = dict(
+        zip((Segment.TEACHER, Segment.STUDENT), count_loss_tokens(trajectories), strict=True)
+    )
+    loss = torch.zeros((), dtype=torch.float64)
+    for place in batch.loss_mask.nonzero():
+        b, s = place.tolist()
+        x, segment = batch.labels[b, s], Segment(int(batch.segments[b, s]))
+        reward = (log_p[b, s, x] - log_q[b, s, x]).detach()
+        if segment == Segment.TEACHER:
+            term = -0.5 * log_q[b, s, x]
+        elif batch.uniforms[b, s] < reward.exp().clamp(max=1):
+            term = -reward * log_q[b, s, x]
+        else:
+            top, ids = log_p[b, s].topk(LOSS.top_k)
+            term = (top.exp() * (top - log_q[b, s, ids])).sum()
+        loss = loss + term / counts[segment]
+    loss.backward()
+    norm = torch.sqrt(sum((p.grad**2).sum() for p in student.parameters()))
+    torch.testing.assert_close(histories["tp1", "float32"][0, 1], norm, rtol=1e-5, atol=0)
 
 
 def test_training_brings_the_student_closer_to_the_teacher(histories):
