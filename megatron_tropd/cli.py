@@ -89,6 +89,13 @@ def _distill(arguments: argparse.Namespace) -> int:
 
 
 def _run(config: Config) -> int:
+    from megatron_tropd.run_folder import hold
+
+    with hold(Path(config.run.dir).resolve()):
+        return _run_alone(config)
+
+
+def _run_alone(config: Config) -> int:
     from megatron_tropd.launch import first_error, launch
     from megatron_tropd.run_folder import open_run
 
@@ -136,10 +143,15 @@ def _distill_as_rank(config: Config) -> int:
     folder = RunFolder(Path(config.run.dir).resolve())
     if os.environ["RANK"] == "0":
         open_run(config)
-    deadline = time.monotonic() + 60
-    while not folder.config.exists() and time.monotonic() < deadline:
+    # A run that resumes with another layout has the old settings there until rank 0 was.
+    ours, deadline = config_to_dict(config), time.monotonic() + 60
+    while time.monotonic() < deadline and not (
+        folder.config.exists() and json.loads(folder.config.read_text()) == ours
+    ):
         time.sleep(0.1)
-    code = run_rank(folder)
+    if folder.read_summary():
+        return 0
+    code = run_rank(folder, announce=True)
     if os.environ["RANK"] == "0" and folder.read_summary():
         from megatron_tropd.report.html import write_report
 

@@ -76,6 +76,7 @@ def load_inputs(config: Config) -> Inputs:
         if config.guidance.responses
         else None
     )
+    _check_micro_batch(config, _longest(prompts) + config.rollout.max_new_tokens)
     problems = _problems(config, tokenizer, context)
     answer = config.evaluation.max_new_tokens or config.rollout.max_new_tokens
     return Inputs(
@@ -125,6 +126,18 @@ def _problems(config: Config, tokenizer: "PreTrainedTokenizerBase", context: int
                     'evaluation.task = "exact_match" needs. Add it or use "reverse_kl".'
                 )
     return problems[: config.evaluation.num_problems]
+
+
+def _check_micro_batch(config: Config, longest: int) -> None:
+    parallel, room = config.parallel, config.train.tokens_per_micro_batch
+    multiple = parallel.tensor if parallel.sequence_parallel else 1
+    needed = -(-(longest - 1) // multiple) * multiple
+    if needed > room:
+        raise ConfigError(
+            f"train.tokens_per_micro_batch = {room} is less than the longest possible trajectory: "
+            f"prompt and rollout.max_new_tokens make {needed} positions. Raise it or lower "
+            "rollout.max_new_tokens."
+        )
 
 
 def _longest(prompts: list[Prompt]) -> int:

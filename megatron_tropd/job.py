@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Self
 
 import torch
@@ -91,14 +92,19 @@ class Job:
             self._exit = undo.pop_all()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._exit.close()
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._exit.__exit__(kind, error, trace)
 
     def _start(self) -> None:
         config, exits = self.config, self._exit
         platform.prepare_platform()
         self.ranks = parallel.initialize(config.parallel, seed=config.train.seed)
-        exits.callback(parallel.shutdown)
+        exits.push(_leave_groups)
         self.device = platform.device()
         self.dtype = models.resolve_dtype(config.model.dtype)
         self.inputs = load_inputs(config)
@@ -117,6 +123,9 @@ class Job:
         self.evaluator = Evaluator(self)
         self.engines = exits.enter_context(self.start_engines(config.model.student, "student"))
         self._mailbox = exits.enter_context(WeightMailbox()) if self.engines.owns_engine else None
+        if platform.has_cuda():
+            # vLLM measures the device's free memory while it starts: nobody else may allocate.
+            self.engines.sleep()
         self._build_models()
         self.log_file = (
             MetricsLog(
@@ -187,7 +196,11 @@ class Job:
             self.step, self.seconds_before = extra["step"], extra["seconds"]
         if self.log_file is not None:
             # Before the first step nothing but the teacher's evaluation can be kept.
-            self.log_file.truncate_after(self.step if steps else -1)
+            # The last evaluation comes before the last save and is made again with the summary.
+            at_the_end = self.step == self.config.train.steps
+            self.log_file.truncate_after(
+                self.step if steps else -1, evaluations=self.step - 1 if at_the_end else None
+            )
         self.sync_weights(self.step)
         self._bar = tqdm(
             total=self.config.train.steps,
@@ -211,6 +224,9 @@ class Job:
             receivers=self.engines.owners,
             explicit_lm_head=True,
         )
+        if platform.has_cuda():
+            # What torch keeps for later is memory the waking engine needs.
+            torch.cuda.empty_cache()
         if self._mailbox is None:
             for _ in tensors:  # collective: every rank takes part in the gathers
                 pass
@@ -359,6 +375,13 @@ class Job:
             "loss": f"{self.config.loss.region}/{self.config.loss.outlier}",
             "student": str(self.folder.student),
         }
+
+
+def _leave_groups(kind: type[BaseException] | None, *_: object) -> None:
+    # After an error other ranks may wait for us in a collective. The end of this process frees
+    # them; freed earlier, they would report the lost connection before we report its cause.
+    if kind is None:
+        parallel.shutdown()
 
 
 def peak_memory_gib() -> float:

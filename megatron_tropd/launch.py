@@ -84,18 +84,20 @@ def _start(world_size: int, folder: RunFolder) -> list[subprocess.Popen]:
 def _supervise(ranks: Sequence[subprocess.Popen], received: list[int]) -> int:
     deadline = None
     forwarded = 0
+    failing = False
     while True:
         codes = [rank.poll() for rank in ranks]
         if all(code is not None for code in codes):
             break
-        failed = [code for code in codes if code not in (None, 0)]
-        if failed and deadline is None:
+        if not failing and any(codes):
+            failing = True
             deadline = time.monotonic() + FAILURE_GRACE_SECONDS
         if len(received) > forwarded:
             forwarded = len(received)
             if forwarded > 1:
                 break
-            deadline = time.monotonic() + GRACE_SECONDS
+            if not failing:
+                deadline = time.monotonic() + GRACE_SECONDS
             for rank in ranks:
                 rank.terminate()
         if deadline is not None and time.monotonic() > deadline:

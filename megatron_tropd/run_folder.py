@@ -1,8 +1,11 @@
 """A run is a folder: where each thing lies, and whether a command may continue what is there."""
 
+import fcntl
 import json
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,6 +93,25 @@ def open_run(config: Config) -> RunFolder:
         stale.unlink()
     write_json(folder.config, config_to_dict(config))
     return folder
+
+
+@contextmanager
+def hold(root: Path) -> Iterator[None]:
+    """Keep a run folder to this command for as long as the block lasts, however it ends.
+
+    Raises:
+        ConfigError: another command is running in it.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"Another command is running in {root}. Wait for it, stop it, or give another "
+                "run.dir."
+            ) from None
+        yield
 
 
 def write_json(path: Path, content: Any) -> None:

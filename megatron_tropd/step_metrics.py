@@ -43,11 +43,6 @@ POSITION_BUCKETS = 18
 _NO_ROW = 2**62
 
 
-def bucket_of(position: int) -> int:
-    """Bucket of a response position: 0 for 0-7, then one per doubling."""
-    return max(0, int(position).bit_length() - 3)
-
-
 @dataclass
 class StepSums:
     """Sums over this rank's loss tokens, to be reduced over the world."""
@@ -99,10 +94,11 @@ class StepSums:
         )
         if gap_T.numel():
             self.gap_max = torch.maximum(self.gap_max, gap_T.abs().max()[None])
-        self._find_bad_row(loss_T, batch)
+        # A masked token has loss 0 whatever the models say.
+        broken_T = values.get("k1", loss_T).isnan()
+        self._find_bad_row(broken_T | ~torch.isfinite(loss_T), batch)
 
-    def _find_bad_row(self, loss_T: Tensor, batch: MicroBatch) -> None:
-        bad_T = ~torch.isfinite(loss_T)
+    def _find_bad_row(self, bad_T: Tensor, batch: MicroBatch) -> None:
         if bool(bad_T.any()):
             rows_T = batch.loss_mask.nonzero()[:, 0][bad_T]
             first = min(batch.rows[int(row)] for row in rows_T)

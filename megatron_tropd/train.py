@@ -90,7 +90,7 @@ def learn(job: Job, trajectories: list[Trajectory]) -> dict[str, object]:
         The metrics of the step, equal on every rank.
 
     Raises:
-        TrainingError: the loss or the gradient is not finite; the weights are unchanged.
+        TrainingError: the loss is not finite; the weights are unchanged.
     """
     config, ranks, clock = job.config, job.ranks, job.clock
     batches = [

@@ -1,11 +1,12 @@
 """One rank: its output goes to a log, its errors to a file the launcher reads, its signals wait."""
 
+import contextlib
 import os
 import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import IO
+from typing import IO, NoReturn
 
 from megatron_tropd.errors import ConfigError, InputError, TrainingError
 from megatron_tropd.run_folder import RunFolder
@@ -24,25 +25,35 @@ class StopFlag:
         self.requested = True
 
 
-def run_rank(folder: RunFolder) -> int:
-    """Train as the rank the environment names. Returns the exit code."""
+def run_rank(folder: RunFolder, *, announce: bool = False) -> int:
+    """Train as the rank the environment names; after an error the process ends here.
+
+    Args:
+        folder: an opened run folder.
+        announce: print an error on the terminal too (where our own launcher does not).
+
+    Returns:
+        0.
+    """
     rank = int(os.environ["RANK"])
-    console = _redirect_output(folder.logs / f"rank_{rank:03d}.log")
+    log = folder.logs / f"rank_{rank:03d}.log"
+    console = _redirect_output(log)
     stop = StopFlag()
     try:
         from megatron_tropd.train import train
 
         train(folder, console=console, stop=stop)
+        return 0
     except (ConfigError, InputError, TrainingError) as error:
         traceback.print_exc()
-        _leave_error(folder, rank, str(error))
-        _exit_now(1)
+        message = str(error)
     except Exception as error:
         traceback.print_exc()
-        log = folder.logs / f"rank_{rank:03d}.log"
-        _leave_error(folder, rank, f"{type(error).__name__}: {error}\nTraceback: {log}")
-        _exit_now(1)
-    return 0
+        message = f"{type(error).__name__}: {error}\nTraceback: {log}"
+    if announce:
+        print(f"tropd: rank {rank}: {message}", file=console)
+    _leave_error(folder, rank, message)
+    _exit_now(1)
 
 
 def _redirect_output(log: Path) -> IO[str]:
@@ -58,10 +69,11 @@ def _redirect_output(log: Path) -> IO[str]:
 
 
 def _leave_error(folder: RunFolder, rank: int, message: str) -> None:
-    (folder.logs / f"rank_{rank:03d}.error").write_text(message + "\n")
+    with contextlib.suppress(OSError):  # a full disk must not keep the process from ending
+        (folder.logs / f"rank_{rank:03d}.error").write_text(message + "\n")
 
 
-def _exit_now(code: int) -> None:
+def _exit_now(code: int) -> NoReturn:
     # Other ranks may sit in a collective with us: a tidy shutdown would wait for them.
     sys.stdout.flush()
     sys.stderr.flush()

@@ -97,7 +97,9 @@ install() {
         arguments+=(--overrides constraints/overrides.txt)
     fi
     "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check "uv==$UV_VERSION"
-    UV_HTTP_TIMEOUT=${UV_HTTP_TIMEOUT:-300} "$VENV/bin/uv" pip install \
+    # Compiled once here: every rank and engine is a process that imports thousands of modules, and
+    # where PYTHONDONTWRITEBYTECODE is set each would compile them anew.
+    UV_HTTP_TIMEOUT=${UV_HTTP_TIMEOUT:-300} "$VENV/bin/uv" pip install --compile-bytecode \
         --python "$VENV/bin/python" "${arguments[@]}"
 }
 

@@ -56,7 +56,8 @@ class Checkpoints:
             TrainingError: the folder could not be written; older checkpoints are untouched.
         """
         final = self.folder / f"step_{step:06d}"
-        if step in self.steps():
+        # Rank 0 decides: on a network file system others may not see the newest name yet.
+        if _gather(step in self.steps())[0]:
             return final
         unfinished = self.folder / f".{final.name}.tmp"
         self._on_first_rank(lambda: _fresh(unfinished), unfinished)
@@ -174,6 +175,8 @@ class Checkpoints:
             doomed = self.folder / f".step_{step:06d}.old"
             (self.folder / f"step_{step:06d}").rename(doomed)
             shutil.rmtree(doomed, ignore_errors=True)
+        for left_over in self.folder.glob(".step_*"):
+            shutil.rmtree(left_over, ignore_errors=True)
 
 
 def complete_steps(folder: Path) -> list[int]:

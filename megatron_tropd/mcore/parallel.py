@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass, field
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -9,6 +10,9 @@ import torch.distributed as dist
 from megatron_tropd.config import ParallelConfig
 from megatron_tropd.errors import ConfigError
 from megatron_tropd.mcore import platform
+
+_TIMEOUT = timedelta(hours=2)
+"""Ranks without an engine wait this long for a rollout, or for an evaluation on rank 0."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +139,7 @@ def _join(parallel: ParallelConfig) -> None:
     if dist.is_initialized():
         return
     if "RANK" in os.environ:
-        dist.init_process_group(platform.distributed_backend())
+        dist.init_process_group(platform.distributed_backend(), timeout=_TIMEOUT)
     else:
         dist.init_process_group(
             platform.distributed_backend(), store=dist.HashStore(), rank=0, world_size=1

@@ -46,15 +46,20 @@ class MetricsLog:
         self._writer: Any = None
         self._wandb = _start_wandb(wandb_project, self._folder, config) if wandb_project else None
 
-    def truncate_after(self, step: int) -> None:
+    def truncate_after(self, step: int, *, evaluations: int | None = None) -> None:
         """Forget everything later than ``step``: records, torn last lines, trajectory dumps.
 
         Call it when resuming from a checkpoint of ``step``, before the first write.
+
+        Args:
+            step: last step kept.
+            evaluations: last step whose evaluation is kept; None: ``step``.
         """
-        for name in (METRICS, EVALUATIONS):
+        limits = {METRICS: step, EVALUATIONS: step if evaluations is None else evaluations}
+        for name, last in limits.items():
             path = self._folder / name
             if path.is_file():
-                kept = [record for record in read_lines(path) if record["step"] <= step]
+                kept = [record for record in read_lines(path) if record["step"] <= last]
                 _replace(path, "".join(_line(record) for record in kept))
         for path in (self._folder / "trajectories").glob("step_*.jsonl"):
             if int(path.stem.removeprefix("step_")) > step:

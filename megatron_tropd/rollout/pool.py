@@ -15,8 +15,8 @@ from megatron_tropd.rollout.types import Sample, SampleRequest, Sampling
 class EnginePool:
     """One engine on the first rank of each of ``num_engines`` equal blocks of the world.
 
-    Every method is collective: all ranks call it with the same arguments, and a failure of one
-    engine is raised on all of them.
+    Every method but :meth:`close` is collective: all ranks call it with the same arguments, and a
+    failure of one engine is raised on all of them.
     """
 
     def __init__(
@@ -85,9 +85,13 @@ class EnginePool:
         self._together(mine)
 
     def sleep(self) -> None:
-        """Give device memory back until the next call; not collective."""
-        if self._engine is not None:
-            self._engine.sleep()
+        """Give every engine's device memory back until the next call."""
+
+        def mine() -> None:
+            if self._engine is not None:
+                self._engine.sleep()
+
+        self._together(mine)
 
     def close(self) -> None:
         """End this rank's engine; not collective, harmless twice."""

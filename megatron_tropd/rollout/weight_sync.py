@@ -41,10 +41,13 @@ class WeightMailbox:
         root = root or _shared_memory()
         remove_stale(root)
         self._bucket_bytes = bucket_bytes
-        self.folder = root / f"{_PREFIX}{uuid.uuid4().hex}"
-        self.folder.mkdir(mode=0o700)
-        self._lock = (self.folder / _LOCK).open("w")
+        name = f"{_PREFIX}{uuid.uuid4().hex}"
+        # Locked under a name nobody looks for: another process may be clearing up.
+        hidden = root / f".{name}"
+        hidden.mkdir(mode=0o700)
+        self._lock = (hidden / _LOCK).open("w")
         fcntl.flock(self._lock, fcntl.LOCK_EX)
+        self.folder = hidden.rename(root / name)
         self._version = 0
 
     def write(self, tensors: Iterable[tuple[str, Tensor | None]]) -> Path:
@@ -100,9 +103,13 @@ def remove_stale(root: Path) -> None:
         root: the folder mailboxes are made in.
     """
     for folder in root.glob(f"{_PREFIX}*"):
-        if not os.access(folder, os.W_OK) or not (folder / _LOCK).is_file():
+        if not os.access(folder, os.W_OK):
             continue
-        with (folder / _LOCK).open("a") as lock:
+        try:
+            lock = (folder / _LOCK).open("r")
+        except FileNotFoundError:  # its owner is removing it
+            continue
+        with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

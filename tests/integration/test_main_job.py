@@ -218,6 +218,20 @@ def test_the_exported_student_loads_in_transformers(yardstick, pair):
     assert not torch.equal(model.model.embed_tokens.weight, before), "it has been trained"
 
 
+def test_evaluate_and_report_take_the_run_folder(config, yardstick):
+    problems = str(config.parent / "heldout.jsonl")
+    evaluate = [*TROPD, "evaluate", str(yardstick), problems, "--json"]
+    done = subprocess.run(evaluate, capture_output=True, text=True, check=True)
+    result = json.loads(done.stdout)
+    assert result["total"] == 12 and 0 <= result["ci_low"] <= result["accuracy"]
+    summary = json.loads((yardstick / "summary.json").read_text())
+    assert result["accuracy"] == summary["student_after"]
+    subprocess.run([*TROPD, "report", str(yardstick)], check=True, capture_output=True)
+    page = (yardstick / "report.html").read_text()
+    assert "createElementNS" in page
+    assert "http://" not in page.replace("http://www.w3.org", "") and "https://" not in page
+
+
 def test_the_same_command_on_a_complete_run_changes_nothing(config, yardstick):
     before = (yardstick / "metrics.jsonl").read_bytes()
     code, text = Run(config, yardstick).finish()

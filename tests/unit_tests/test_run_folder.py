@@ -1,0 +1,93 @@
+"""A run folder: made once, continued by the same settings only, never half-written."""
+
+import dataclasses
+import json
+
+import pytest
+
+from megatron_tropd.config import (
+    Config,
+    ModelConfig,
+    ParallelConfig,
+    RolloutConfig,
+    RunConfig,
+    TrainConfig,
+)
+from megatron_tropd.errors import ConfigError, InputError
+from megatron_tropd.launch import first_error, is_rank
+from megatron_tropd.run_folder import RunFolder, hold, open_run, write_json
+
+
+@pytest.fixture
+def config(tmp_path) -> Config:
+    return Config(
+        model=ModelConfig(student="s", teacher="t"),
+        rollout=RolloutConfig(prompts="p", max_new_tokens=8),
+        train=TrainConfig(steps=4),
+        run=RunConfig(dir=str(tmp_path / "run")),
+    )
+
+
+def test_the_folder_keeps_the_resolved_settings(config):
+    folder = open_run(config)
+    assert folder.read_config() == config
+    assert json.loads(folder.config.read_text())["train"]["steps"] == 4
+    assert folder.read_summary() is None
+
+
+def test_the_same_settings_continue_and_old_errors_go(config):
+    folder = open_run(config)
+    (folder.logs / "rank_001.error").write_text("broken\n")
+    assert first_error(folder.logs) == "broken"
+    open_run(config)
+    assert first_error(folder.logs) is None
+
+
+def test_other_settings_are_refused_by_name(config):
+    open_run(config)
+    other = dataclasses.replace(config, train=TrainConfig(steps=5))
+    with pytest.raises(ConfigError, match=r"train.steps: was 4, now 5.*another run.dir"):
+        open_run(other)
+
+
+def test_layout_and_bookkeeping_may_change(config):
+    open_run(config)
+    other = dataclasses.replace(
+        config,
+        parallel=ParallelConfig(tensor=2, pipeline=2),
+        run=dataclasses.replace(config.run, keep_checkpoints=5),
+    )
+    assert open_run(other).read_config() == other
+
+
+def test_the_kind_of_optimizer_may_not(config):
+    open_run(config)
+    other = dataclasses.replace(config, parallel=ParallelConfig(distributed_optimizer=True))
+    with pytest.raises(ConfigError, match=r"parallel.distributed_optimizer"):
+        open_run(other)
+
+
+def test_two_commands_do_not_share_a_folder(tmp_path):
+    root = tmp_path / "run"
+    with hold(root), pytest.raises(ConfigError, match="Another command is running"), hold(root):
+        pass
+    with hold(root):
+        pass
+
+
+def test_a_folder_that_is_no_run_is_named(tmp_path):
+    with pytest.raises(InputError, match="is not a run folder"):
+        RunFolder(tmp_path).read_config()
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_ranks_are_known_by_their_environment():
+    assert is_rank({"RANK": "0", "WORLD_SIZE": "2"})
+    assert not is_rank({"RANK": "0"}) and not is_rank({})

@@ -1,0 +1,174 @@
+"""Metrics of a step: sums that do not depend on the split, and the right denominators."""
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_tropd.config import LossConfig
+from megatron_tropd.data.packing import pack
+from megatron_tropd.data.types import MicroBatch, Segment, Trajectory
+from megatron_tropd.objective import example_rows, segment_weights
+from megatron_tropd.step_metrics import (
+    POSITION_BUCKETS,
+    STUDENT_MEANS,
+    StepSums,
+    repetition,
+    trajectory_metrics,
+)
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def one_rank(tmp_path):
+    """A world of one, so that ``reduce`` has a group."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def trajectory(index: int, prefix: int, response: int, **changes) -> Trajectory:
+    values = {
+        "step": 3,
+        "prompt_index": index,
+        "sample_index": 0,
+        "prompt_ids": (5, 6, 7),
+        "prefix_ids": tuple(range(10, 10 + prefix)),
+        "response_ids": tuple(range(20, 20 + response)),
+        "rollout_logprobs": (-0.5,) * response,
+        "finish_reason": "stop",
+        "weights_version": 3,
+    }
+    return Trajectory(**(values | changes))
+
+
+def batches(trajectories: list[Trajectory], tokens: int) -> list[MicroBatch]:
+    return pack(trajectories, dp_rank=0, dp_size=1, tokens_per_micro_batch=tokens, seed=1, step=3)
+
+
+def values_of(batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Numbers that name their token: the label, so that sums can be checked by hand."""
+    labels_T = batch.labels[batch.loss_mask].float()
+    names = {*STUDENT_MEANS.values(), "student_logprob", "teacher_logprob", "term"}
+    values = {name: labels_T / 100 for name in names}
+    values["student_logprob"] = torch.full_like(labels_T, -0.5)
+    return labels_T, values
+
+
+def test_means_are_over_student_tokens_and_the_loss_over_all():
+    trajectories = [trajectory(0, prefix=2, response=3), trajectory(1, prefix=0, response=2)]
+    sums = StepSums.zeros(CPU)
+    for batch in batches(trajectories, 1000):
+        loss_T, values = values_of(batch)
+        sums.add(loss_T, values, batch)
+    metrics = sums.reduce().metrics()
+    student = [20, 21, 22, 20, 21]
+    assert metrics["tokens_student"] == 5 and metrics["tokens_teacher"] == 2
+    assert metrics["loss"] == pytest.approx((sum(student) + 10 + 11) / 7)
+    for name in STUDENT_MEANS:
+        assert metrics[name] == pytest.approx(sum(student) / 5 / 100), name
+    assert metrics["engine_gap_mean"] == metrics["engine_gap_max"] == 0
+    assert metrics["engine_ratio_mean"] == 1
+
+
+def test_the_split_into_micro_batches_changes_nothing():
+    trajectories = [trajectory(i, prefix=i % 3, response=2 + i) for i in range(7)]
+    results = []
+    for tokens in (16, 40, 1000):
+        sums = StepSums.zeros(CPU)
+        for batch in batches(trajectories, tokens):
+            loss_T, values = values_of(batch)
+            sums.add(loss_T, values, batch)
+        results.append(sums.reduce().metrics())
+    positions = [result.pop("acceptance_by_position") for result in results]
+    for other, by_position in zip(results[1:], positions[1:], strict=True):
+        assert other == pytest.approx(results[0])
+        assert by_position == pytest.approx(positions[0])
+
+
+def test_the_gap_to_the_engine_is_measured_on_student_tokens_only():
+    (batch,) = batches([trajectory(0, prefix=2, response=2)], 1000)
+    loss_T, values = values_of(batch)
+    teacher_T = batch.segments[batch.loss_mask] == Segment.TEACHER
+    values["student_logprob"] = torch.where(teacher_T, -9.0, torch.tensor(-0.25))
+    sums = StepSums.zeros(CPU)
+    sums.add(loss_T, values, batch)
+    metrics = sums.reduce().metrics()
+    assert metrics["engine_gap_mean"] == metrics["engine_gap_max"] == 0.25
+    assert metrics["engine_ratio_mean"] == pytest.approx(math.exp(0.25))
+
+
+def test_the_first_trajectory_with_a_loss_that_is_not_finite_is_found():
+    trajectories = [trajectory(i, prefix=0, response=2 + i) for i in range(4)]
+    sums = StepSums.zeros(CPU)
+    for batch in batches(trajectories, 16):
+        loss_T, values = values_of(batch)
+        rows_T = torch.tensor([batch.rows[int(b)] for b in batch.loss_mask.nonzero()[:, 0]])
+        loss_T = torch.where((rows_T == 2) | (rows_T == 3), math.nan, loss_T)
+        sums.add(loss_T, values, batch)
+    assert sums.reduce().first_bad_row == 2
+    assert StepSums.zeros(CPU).reduce().first_bad_row is None
+
+
+def test_values_a_signal_does_not_give_are_null():
+    (batch,) = batches([trajectory(0, prefix=0, response=2)], 1000)
+    loss_T, values = values_of(batch)
+    del values["tv"]
+    sums = StepSums.zeros(CPU)
+    sums.add(loss_T, values, batch)
+    metrics = sums.reduce().metrics()
+    assert metrics["tv"] is None and metrics["reverse_kl"] is not None
+
+
+def test_nothing_counted_is_null_and_not_an_error():
+    metrics = StepSums.zeros(CPU).reduce().metrics()
+    assert metrics["loss"] is None and metrics["tokens_student"] == 0
+    assert metrics["acceptance_by_position"] == []
+
+
+def test_position_buckets_double():
+    (batch,) = batches([trajectory(0, prefix=0, response=65)], 1000)
+    loss_T, values = values_of(batch)
+    for first in (8, 16, 32, 64):
+        values["trust"] = (batch.response_positions[batch.loss_mask] >= first).float()
+        sums = StepSums.zeros(CPU)
+        sums.add(loss_T, values, batch)
+        below = first.bit_length() - 3
+        expected = [0.0] * below + [1.0] * (5 - below)
+        assert sums.reduce().metrics()["acceptance_by_position"] == expected
+    assert 2**20 >> (POSITION_BUCKETS + 2) == 1, "the last bucket ends at 2**20"
+
+
+def test_what_the_token_ids_alone_tell():
+    trajectories = [
+        trajectory(0, prefix=4, response=4, weights_version=2),
+        trajectory(1, prefix=0, response=8, finish_reason="length"),
+    ]
+    metrics = trajectory_metrics(trajectories, step=3)
+    assert metrics["response_length"] == 8
+    assert metrics["truncated_share"] == 0.5
+    assert metrics["prefix_share"] == 0.25 and metrics["prefix_longest"] == 4
+    assert metrics["staleness"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("ids", "share"),
+    [([1, 2, 3], 0.0), ([1, 2, 3, 4, 5], 0.0), ([1] * 8, 0.8), ([1, 2, 3, 4] * 2, 0.2)],
+)
+def test_repetition_is_the_share_of_four_grams_seen_before(ids, share):
+    assert repetition(ids) == pytest.approx(share)
+
+
+def test_segment_weights_turn_the_joint_denominator_into_the_separate_one():
+    assert segment_weights(LossConfig(), (3, 9)) == (1.0, 1.0)
+    teacher, student = segment_weights(LossConfig(denominator="separate"), (3, 9))
+    # Megatron divides by 12: a sum over 3 teacher tokens times 4 / 12 is their mean.
+    assert (teacher, student) == (4.0, 12 / 9)
+    assert segment_weights(LossConfig(denominator="separate"), (0, 9)) == (1.0, 1.0)
+
+
+def test_examples_are_spread_over_prompts_and_samples():
+    assert example_rows(64, 4, 6) == [0, 5, 10, 15, 16, 21]
+    assert example_rows(8, 4, 6) == [0, 5]
