@@ -18,6 +18,7 @@ from megatron_tropd.convert.checks import check_parallel
 from megatron_tropd.convert.families import ModelShape, model_shape, rope_inverse_frequencies
 from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.mcore import platform
+from megatron_tropd.mcore.attention import FusedAttention
 from megatron_tropd.mcore.parallel import Ranks, stage_sizes
 from megatron_tropd.mcore.weights import load_weights
 
@@ -72,7 +73,8 @@ def has_transformer_engine() -> bool:
 
 
 def layer_spec(shape: ModelShape) -> ModuleSpec:
-    """Transformer Engine's layers where it imports, else Megatron's own with our norm."""
+    """Transformer Engine's layers where it imports, else Megatron's own with our norm and
+    attention."""
     if has_transformer_engine():
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=shape.qk_norm)
     spec = copy.deepcopy(
@@ -80,8 +82,9 @@ def layer_spec(shape: ModelShape) -> ModuleSpec:
     )
     spec.submodules.input_layernorm = RMSNorm
     spec.submodules.pre_mlp_layernorm = RMSNorm
+    attention = spec.submodules.self_attention.submodules
+    attention.core_attention = FusedAttention
     if shape.qk_norm:
-        attention = spec.submodules.self_attention.submodules
         attention.q_layernorm = RMSNorm
         attention.k_layernorm = RMSNorm
     return spec

@@ -1,0 +1,53 @@
+"""Core attention for layer specs without Transformer Engine: torch's fused kernels."""
+
+from typing import Any
+
+import torch.nn.functional as F
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from torch import Tensor
+
+
+class FusedAttention(DotProductAttention):
+    """Megatron's core attention, causal, by ``scaled_dot_product_attention``.
+
+    Megatron's own writes the scores of all heads, [b, n, s, s], several times over. What torch's
+    kernels do not cover (masks, windows, dropout, cached keys) is left to it.
+    """
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        """[s, b, n, d] queries and [s, b, g, d] keys and values -> [s, b, n d]."""
+        if not self._covered(query, key, attention_mask, args, kwargs):
+            return super().forward(query, key, value, attention_mask, *args, **kwargs)
+        copies = self.num_attention_heads_per_partition // self.num_query_groups_per_partition
+        if copies > 1:
+            key, value = (tensor.repeat_interleave(copies, dim=2) for tensor in (key, value))
+        context = F.scaled_dot_product_attention(
+            query.permute(1, 2, 0, 3),
+            key.permute(1, 2, 0, 3),
+            value.permute(1, 2, 0, 3),
+            is_causal=True,
+            scale=self.softmax_scale,
+        )
+        return context.permute(2, 0, 1, 3).flatten(2)
+
+    def _covered(
+        self, query: Tensor, key: Tensor, mask: Tensor | None, args: tuple, kwargs: dict
+    ) -> bool:
+        extras = [*args[1:], *(v for name, v in kwargs.items() if name != "attn_mask_type")]
+        return (
+            mask is None
+            and all(extra is None for extra in extras)
+            and query.shape[0] == key.shape[0]
+            and self.attn_mask_type.name == "causal"
+            and self.scale_mask_softmax.window_size is None
+            and self.softmax_offset is None
+            and not (self.training and self.attention_dropout.p)
+        )
