@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_tropd.errors import ConfigError
+from megatron_tropd.loss_config import LossConfig
 
 PATH = {"path": True}  # metadata of the fields that name an input file or folder
 
@@ -121,38 +122,15 @@ class GuidanceConfig:
     """How many of a prompt's samples carry a teacher prefix."""
     prefix_length: Literal["longest", "uniform"] = "longest"
     """longest: floor(alpha(t) x response length); uniform: a keyed draw between 0 and that."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """alpha(t), the share of the response a prefix may have: half a cosine from 1 to 0 over the
+    steps, or always 1 (GKD's off-policy share: the teacher's response, then the student)."""
     beta: float = 0.001
     """Weight of -log q(x) on teacher tokens."""
 
     def __post_init__(self) -> None:
         _require(self.prefixed_per_prompt >= 0, "guidance.prefixed_per_prompt must be >= 0.")
         _require(self.beta >= 0, f"guidance.beta must be >= 0, found {self.beta}.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class LossConfig:
-    """Which loss (docs/losses.md). The defaults are TrOPD as published."""
-
-    region: Literal["bernoulli", "threshold", "none"] = "bernoulli"
-    """Who decides that a token is trusted: the draw M ~ Bernoulli(min(p/q, 1)), the static test
-    log p/q > tau, or nobody (plain OPD)."""
-    outlier: Literal["forward_kl", "mask", "clip"] = "forward_kl"
-    """What an untrusted token gets: top-k forward KL, nothing, or the reward max(log p/q, tau)."""
-    top_k: int = 64
-    """Support of the forward KL: the teacher's k most likely tokens."""
-    tau: float | None = None
-    """Floor of the log-ratio for region = threshold and outlier = clip. Unpublished: no default."""
-    denominator: Literal["joint", "separate"] = "joint"
-    """joint: every term over all loss tokens; separate: each segment over its own count."""
-
-    def __post_init__(self) -> None:
-        _require(self.top_k >= 1, f"loss.top_k must be at least 1, found {self.top_k}.")
-        needs_tau = self.region == "threshold" or (self.region != "none" and self.outlier == "clip")
-        _require(
-            self.tau is not None or not needs_tau,
-            f"loss.region = {self.region!r} with loss.outlier = {self.outlier!r} needs loss.tau, "
-            "a log-ratio in nats such as -2.5 (the paper does not publish its value).",
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,7 +226,7 @@ class Config:
     run: RunConfig
     parallel: ParallelConfig = ParallelConfig()
     guidance: GuidanceConfig = GuidanceConfig()
-    loss: LossConfig = LossConfig()
+    loss: LossConfig = field(default_factory=LossConfig)
     evaluation: EvaluationConfig = EvaluationConfig()
 
     def __post_init__(self) -> None:
@@ -262,6 +240,13 @@ class Config:
             self.guidance.prefixed_per_prompt <= self.rollout.samples_per_prompt,
             f"guidance.prefixed_per_prompt = {self.guidance.prefixed_per_prompt} exceeds "
             f"rollout.samples_per_prompt = {self.rollout.samples_per_prompt}.",
+        )
+        exact_probabilities = self.rollout.temperature == 1 and self.rollout.top_p == 1
+        _require(
+            self.loss.importance == "none" or exact_probabilities,
+            f"loss.importance = {self.loss.importance!r} needs rollout.temperature = 1 and "
+            f"rollout.top_p = 1, found {self.rollout.temperature} and {self.rollout.top_p}: the "
+            "engine reports probabilities at temperature 1 over the whole vocabulary. Change one.",
         )
         samples = self.rollout.prompts_per_step * self.rollout.samples_per_prompt
         _require(

@@ -62,6 +62,11 @@ def load_inputs(config: Config) -> Inputs:
             "its class added a token (name a pad_token in tokenizer_config.json)."
         )
     check_signal(config.loss, HiddenStatesSignal, vocab_size=vocab_size)
+    if unknown := [i for i in config.loss.mask_first_ids if not 0 <= i < vocab_size]:
+        raise ConfigError(
+            f"loss.mask_first_ids must be below the vocabulary of {vocab_size} tokens, found "
+            f"{unknown}: they would never occur. Look the ids up in the student's tokenizer."
+        )
     context = min(
         student.config["max_position_embeddings"], teacher.config["max_position_embeddings"]
     )

@@ -16,15 +16,18 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from megatron_tropd.config import Config, config_to_dict
-from megatron_tropd.data.types import Trajectory
+from megatron_tropd.choices import BatchChoices, choose, loss_name, loss_of_step
+from megatron_tropd.config import Config, LossConfig, config_to_dict
+from megatron_tropd.data.packing import LossCounts
+from megatron_tropd.data.prefixes import alpha
+from megatron_tropd.data.types import MicroBatch, Trajectory
 from megatron_tropd.errors import TrainingError
 from megatron_tropd.evaluation import Evaluator
 from megatron_tropd.inputs import load_inputs
 from megatron_tropd.losses import TeacherSignal
 from megatron_tropd.mcore import models, parallel, platform, weights
 from megatron_tropd.mcore.checkpoint import Checkpoints
-from megatron_tropd.mcore.step import Student, Teacher
+from megatron_tropd.mcore.step import Student, Teacher, output_weight
 from megatron_tropd.objective import StepObjective, example_rows, gather_examples
 from megatron_tropd.report.metrics import MetricsLog
 from megatron_tropd.rollout.engine import RolloutEngine
@@ -236,24 +239,74 @@ class Job:
             self._mailbox.clear()
         self.weights_version = version
 
-    def objective(self, signals: Sequence[TeacherSignal], counts: tuple[int, int]) -> StepObjective:
-        """The loss function of this step."""
+    def objective(
+        self,
+        batches: Sequence[MicroBatch],
+        signals: Sequence[TeacherSignal],
+        trajectories: Sequence[Trajectory],
+        counts: LossCounts,
+    ) -> StepObjective:
+        """The loss function of this step; may run the student forward.
+
+        Args:
+            batches: of this rank.
+            signals: the teacher's, one per micro-batch (last stage).
+            trajectories: of the whole step.
+            counts: its loss tokens.
+
+        Collectives: none, but for a loss that looks at the whole batch: those of
+        ``Student.score`` and ``choices.choose``.
+        """
         rollout, run = self.config.rollout, self.config.run
+        loss = loss_of_step(self.config.loss, self.step)
+        if not counts.teacher + counts.student:
+            print(f"step {self.step + 1}: every token is masked, so there is no loss", flush=True)
         rows: list[int] = []
         if self.examples_due():
             samples = rollout.prompts_per_step * rollout.samples_per_prompt
             rows = example_rows(samples, rollout.samples_per_prompt, run.num_trajectories)
         return StepObjective(
             signals,
-            config=self.config.loss,
+            config=loss,
             beta=self.config.guidance.beta,
             vocab_size=self.inputs.vocab_size,
             group=self.ranks.tp_group,
             counts=counts,
             counted=self.ranks.is_last_stage and self.ranks.tp_rank == 0,
             device=self.device,
+            choices=self._choices(batches, signals, trajectories, loss),
             example_rows=rows,
         )
+
+    def _choices(
+        self,
+        batches: Sequence[MicroBatch],
+        signals: Sequence[TeacherSignal],
+        trajectories: Sequence[Trajectory],
+        loss: LossConfig,
+    ) -> BatchChoices | None:
+        if not loss.needs_student_pass:
+            return None
+        hidden = self.student.score(batches)
+        if not self.ranks.is_last_stage:
+            return None
+        return choose(
+            batches,
+            trajectories,
+            signals,
+            hidden,
+            output_weight(self.student.model),
+            config=loss,
+            vocab_size=self.inputs.vocab_size,
+            tp_group=self.ranks.tp_group,
+            dp_group=self.ranks.dp_group,
+        )
+
+    def prefix_alpha(self) -> float:
+        """Longest teacher prefix of this step as a share of the response; 0 without guidance."""
+        if self.inputs.responses is None:
+            return 0.0
+        return alpha(self.step, self.config.train.steps, self.config.guidance.schedule)
 
     def check_finite(self, bad_row: int | None, trajectories: list[Trajectory]) -> None:
         """Stop before the optimizer if a loss is not finite; nothing is overwritten."""
@@ -372,7 +425,7 @@ class Job:
             "data_parallel": parallel_config.data,
             "seed": self.config.train.seed,
             "dtype": str(self.dtype).removeprefix("torch."),
-            "loss": f"{self.config.loss.region}/{self.config.loss.outlier}",
+            "loss": loss_name(self.config.loss),
             "student": str(self.folder.student),
         }
 

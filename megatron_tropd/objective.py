@@ -8,9 +8,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_tropd.choices import BatchChoices, targets_of
 from megatron_tropd.config import LossConfig
+from megatron_tropd.data.packing import LossCounts
 from megatron_tropd.data.types import MicroBatch, Segment
-from megatron_tropd.losses import LossTargets, TeacherSignal, tropd_loss
+from megatron_tropd.losses import TeacherSignal, tropd_loss_from_hidden
+from megatron_tropd.losses.selection import num_selected
 from megatron_tropd.step_metrics import StepSums
 
 EXAMPLE_VALUES = {"outlier": "outlier", "trust": "trust", "tv": "tv", "k1": "k1"}
@@ -20,8 +23,8 @@ EXAMPLE_VALUES = {"outlier": "outlier", "trust": "trust", "tv": "tv", "k1": "k1"
 class StepObjective:
     """Loss function of one step; collects what the step reports.
 
-    Called with the logits of each micro-batch's loss tokens it returns their summed loss, which
-    Megatron divides by the number of loss tokens of the global batch.
+    Called with the hidden states of each micro-batch's loss tokens and the output layer it returns
+    their summed loss, which Megatron divides by the number of loss tokens of the global batch.
     """
 
     def __init__(
@@ -32,87 +35,116 @@ class StepObjective:
         beta: float,
         vocab_size: int,
         group: dist.ProcessGroup,
-        counts: tuple[int, int],
+        counts: LossCounts,
         counted: bool,
         device: torch.device,
+        choices: BatchChoices | None = None,
         example_rows: Collection[int] = (),
     ) -> None:
         """One objective per step.
 
         Args:
             signals: the teacher's, one per micro-batch (last stage).
-            config: which loss.
+            config: the loss of this step (``choices.loss_of_step``).
             beta: weight of teacher tokens.
             vocab_size: real columns.
             group: tensor-parallel group.
-            counts: (teacher, student) loss tokens of the global batch.
+            counts: loss tokens of the global batch.
             counted: whether this rank's sums count (one of each tensor-parallel group).
             device: of the sums.
+            choices: of ``choices.choose``, where the loss needs it (last stage).
             example_rows: trajectories whose per-token values are kept in :attr:`examples`.
         """
         self._signals = signals
         self._loss = partial(
-            tropd_loss,
+            tropd_loss_from_hidden,
             config=config,
             beta=beta,
             vocab_size=vocab_size,
             group=group,
-            segment_weights=segment_weights(config, counts),
+            reduce_hidden_grad=False,  # the model sums it, with its own kind of parallelism
         )
+        self._choices = choices or BatchChoices()
+        self._weights = segment_weights(config, counts)
         self._counted = counted
         self._example_rows = frozenset(example_rows)
         self.sums = StepSums.zeros(device)
-        self.examples: dict[int, dict[str, list[float]]] = {}
+        self.examples: dict[int, dict[str, list[float | None]]] = {}
 
     def __call__(
-        self, logits_Tv: Tensor, batch: MicroBatch, index: int
+        self, hidden_TH: Tensor, output_weight_vH: Tensor, batch: MicroBatch, index: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Summed loss of one micro-batch and an empty report (see :attr:`sums`)."""
-        mask = batch.loss_mask
-        targets = LossTargets(
-            ids_T=batch.labels[mask],
-            is_teacher_T=batch.segments[mask] == Segment.TEACHER,
-            uniforms_T=batch.uniforms[mask],
+        weights_T = self._weights_of(batch, index)
+        made = self._choices.rewards
+        rewards_T = None if made is None else made[index]
+        output = self._loss(
+            hidden_TH,
+            output_weight_vH,
+            targets_of(batch, weights_T=weights_T, rewards_T=rewards_T),
+            self._signals[index],
+            main_grad=unrounded_gradient(output_weight_vH),
         )
-        output = self._loss(logits_Tv, targets, self._signals[index])
         if self._counted:
-            self.sums.add(output.loss_T.detach(), output.values, batch)
-            self._keep(output.values, batch)
-        return output.loss_T.sum(), {}
+            values = output.values | {"selected": (weights_T != 0).float()}
+            self.sums.add(values["loss"], values, batch)
+            self._keep(values, batch)
+        return output.loss, {}
+
+    def _weights_of(self, batch: MicroBatch, index: int) -> Tensor:
+        """[T] float32 factor of each loss token."""
+        teacher, student = self._weights
+        is_teacher_T = batch.segments[batch.loss_mask] == Segment.TEACHER
+        weights_T = torch.where(is_teacher_T, teacher, student).float()
+        selected = self._choices.selected
+        return weights_T if selected is None else weights_T * selected[index]
 
     def _keep(self, values: dict[str, Tensor], batch: MicroBatch) -> None:
-        wanted = self._example_rows.intersection(batch.rows)
-        if not wanted:
-            return
-        row_T = batch.loss_mask.nonzero()[:, 0]
-        for b, row in enumerate(batch.rows):
-            if row in wanted:
-                mine_T = row_T == b
-                self.examples[row] = {
-                    name: values[key][mine_T].tolist()
-                    for name, key in EXAMPLE_VALUES.items()
-                    if key in values
-                }
+        for b in [b for b, row in enumerate(batch.rows) if row in self._example_rows]:
+            written_S = batch.segments[b] != Segment.PROMPT
+            carries_loss = batch.loss_mask[b][written_S].tolist()
+            mine_T = batch.loss_mask.nonzero()[:, 0] == b
+            self.examples[batch.rows[b]] = {
+                name: _spread(values[key][mine_T].tolist(), carries_loss)
+                for name, key in EXAMPLE_VALUES.items()
+                if key in values
+            }
 
 
-def segment_weights(config: LossConfig, counts: tuple[int, int]) -> tuple[float, float]:
-    """Factors on (teacher, student) tokens that turn the joint denominator into the asked one.
+def unrounded_gradient(weight: Tensor) -> Tensor | None:
+    """Megatron's float32 gradient buffer of a parameter in lower precision, else None."""
+    main_grad: Tensor | None = getattr(weight, "main_grad", None)
+    return None if main_grad is None or main_grad.dtype == weight.dtype else main_grad
 
-    Megatron divides by N = teacher + student tokens. ``joint`` keeps that; ``separate`` gives each
-    segment the mean over its own count, so its factor is N / count.
+
+def segment_weights(config: LossConfig, counts: LossCounts) -> tuple[float, float]:
+    """Factors on (teacher, trained student) tokens that turn Megatron's denominator into ours.
+
+    Megatron divides by N, all loss tokens. Ours is the number of tokens that are trained, known
+    before the step: teacher tokens and the selected student tokens, together (``joint``) or each
+    segment by itself (``separate``).
 
     Args:
-        config: ``denominator``.
-        counts: (teacher, student) loss tokens of the global batch.
+        config: ``denominator`` and ``select``.
+        counts: loss tokens of the global batch.
 
     Returns:
         (teacher, student) factors; 1 for an empty segment.
     """
+    total, trained = counts.teacher + counts.student, counts.student
+    if config.select == "student_entropy":
+        trained = num_selected(config.select_share, counts.student)
     if config.denominator == "joint":
-        return 1.0, 1.0
-    total = sum(counts)
-    teacher, student = (total / count if count else 1.0 for count in counts)
+        joint = total / max(counts.teacher + trained, 1) if total else 1.0
+        return joint, joint
+    teacher, student = (total / count if count else 1.0 for count in (counts.teacher, trained))
     return teacher, student
+
+
+def _spread(values: list[float], carries_loss: list[bool]) -> list[float | None]:
+    """One entry per written token, None where it carries no loss."""
+    given = iter(values)
+    return [next(given) if carries else None for carries in carries_loss]
 
 
 def example_rows(num_samples: int, samples_per_prompt: int, wanted: int) -> list[int]:

@@ -27,8 +27,11 @@ STUDENT_MEANS = {
     "teacher_entropy": "teacher_entropy",
     "topk_mass_teacher": "topk_mass_teacher",
     "topk_mass_student": "topk_mass_student",
+    "selected_share": "selected",
+    "importance_mean": "importance",
+    "dropped_share": "dropped",
 }
-"""Metric -> per-token value of the loss; means over student tokens."""
+"""Metric -> per-token value of the loss; means over student tokens that carry loss."""
 
 _SCALARS = (
     "loss",

@@ -3,7 +3,7 @@
 from typing import IO, TYPE_CHECKING
 
 from megatron_tropd.data.packing import count_loss_tokens, pack
-from megatron_tropd.data.prefixes import alpha, plan_requests
+from megatron_tropd.data.prefixes import plan_requests
 from megatron_tropd.data.prompts import prompts_of_step
 from megatron_tropd.data.trajectories import assemble
 from megatron_tropd.data.types import Trajectory
@@ -53,7 +53,7 @@ def train_step(job: Job) -> None:
     with clock("sync"):
         job.sync_weights(step + 1)
     metrics |= {
-        "prefix_alpha": alpha(step, job.config.train.steps) if job.inputs.responses else 0.0,
+        "prefix_alpha": job.prefix_alpha(),
         **trajectory_metrics(trajectories, step=step),
     }
     job.log(metrics)
@@ -103,16 +103,23 @@ def learn(job: Job, trajectories: list[Trajectory]) -> dict[str, object]:
             pad_multiple=ranks.tp_size if config.parallel.sequence_parallel else 1,
             seed=config.train.seed,
             step=job.step,
+            loss=config.loss,
         )
     ]
+    counts = count_loss_tokens(trajectories, config.loss)
     with clock("teacher"):
         signals = job.teacher.score(batches)
     with clock("student"):
-        objective = job.objective(signals, count_loss_tokens(trajectories))
+        objective = job.objective(batches, signals, trajectories, counts)
         job.student.forward_backward(batches, objective)
         sums = objective.sums.reduce()
     job.check_finite(sums.first_bad_row, trajectories)
     with clock("optimizer"):
         grad_norm, lr = job.student.update()
     job.keep_examples(objective, trajectories)
-    return {**sums.metrics(), "grad_norm": grad_norm, "lr": lr}
+    return {
+        **sums.metrics(),
+        "masked_tokens": counts.masked,
+        "grad_norm": grad_norm,
+        "lr": lr,
+    }

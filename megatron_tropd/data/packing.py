@@ -6,13 +6,29 @@ the loss, a sum over tokens divided by a global count, does not see the grouping
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from megatron_tropd.config import LossConfig
 from megatron_tropd.data.types import MicroBatch, Segment, Trajectory
 from megatron_tropd.errors import ConfigError
 from megatron_tropd.losses.draws import keyed_seed, keyed_uniform
+
+_NO_MASK = LossConfig()
+
+
+class LossCounts(NamedTuple):
+    """Tokens of a step by what the loss makes of them."""
+
+    teacher: int
+    """Teacher tokens that take part in the loss."""
+    student: int
+    """Student tokens that take part in the loss."""
+    masked: int
+    """Teacher's and student's tokens that are left out of it."""
 
 
 def pack(
@@ -24,6 +40,7 @@ def pack(
     pad_multiple: int = 1,
     seed: int,
     step: int,
+    loss: LossConfig = _NO_MASK,
 ) -> list[MicroBatch]:
     """This data-parallel rank's share of a step, longest rows first.
 
@@ -38,6 +55,7 @@ def pack(
         pad_multiple: S is a multiple of it (sequence parallelism: the tensor-parallel size).
         seed: ``train.seed``; keys the mask draws.
         step: training step; keys the mask draws.
+        loss: says which tokens are masked.
 
     Returns:
         Micro-batches, ``rows`` indexing ``trajectories``.
@@ -62,22 +80,53 @@ def pack(
         length = lengths[order[start]]
         stop = start + dp_size * (tokens_per_micro_batch // length)
         rows = order[start:stop][dp_rank::dp_size]
-        batches.append(_micro_batch(trajectories, rows, length, seed, step))
+        batches.append(_micro_batch(trajectories, rows, length, seed, step, loss))
         start = stop
     return batches
 
 
-def count_loss_tokens(trajectories: Sequence[Trajectory]) -> tuple[int, int]:
+def count_loss_tokens(
+    trajectories: Sequence[Trajectory], loss: LossConfig = _NO_MASK
+) -> LossCounts:
     """Tokens that take part in the loss, known before the forward pass.
 
     Args:
         trajectories: all trajectories of the step.
+        loss: says which tokens are masked.
 
     Returns:
-        (teacher tokens, student tokens).
+        The counts; a masked token is in none of the other two.
     """
-    teacher = sum(len(t.prefix_ids) for t in trajectories)
-    return teacher, sum(len(t.response_ids) for t in trajectories)
+    teacher = student = masked = 0
+    for t in trajectories:
+        kept_N = ~masked_tokens(t, loss)
+        teacher += int(kept_N[: len(t.prefix_ids)].sum())
+        student += int(kept_N[len(t.prefix_ids) :].sum())
+        masked += int((~kept_N).sum())
+    return LossCounts(teacher, student, masked)
+
+
+def masked_tokens(trajectory: Trajectory, loss: LossConfig) -> NDArray[np.bool_]:
+    """Which tokens after the prompt are left out of the loss.
+
+    ``mask_first_ids`` leaves out the first occurrence of each of its ids, whoever wrote it;
+    ``mask_truncated`` a whole response that was cut off, its teacher prefix included.
+
+    Args:
+        trajectory: prefix and response make N tokens.
+        loss: the two settings.
+
+    Returns:
+        [N] true where there is no loss.
+    """
+    whole_ids = trajectory.prefix_ids + trajectory.response_ids
+    masked_N = np.zeros(len(whole_ids), np.bool_)
+    if loss.mask_truncated and trajectory.finish_reason == "length":
+        masked_N[:] = True
+    for token_id in loss.mask_first_ids:
+        if token_id in whole_ids:
+            masked_N[whole_ids.index(token_id)] = True
+    return masked_N
 
 
 def _num_tokens(trajectory: Trajectory) -> int:
@@ -90,13 +139,19 @@ def _padded_length(trajectory: Trajectory, multiple: int) -> int:
 
 
 def _micro_batch(
-    trajectories: Sequence[Trajectory], rows: Sequence[int], length: int, seed: int, step: int
+    trajectories: Sequence[Trajectory],
+    rows: Sequence[int],
+    length: int,
+    seed: int,
+    step: int,
+    loss: LossConfig,
 ) -> MicroBatch:
     shape_BS = (len(rows), length)
     ids = {name: np.zeros(shape_BS, np.int64) for name in ("tokens", "labels", "positions")}
     segments = np.full(shape_BS, int(Segment.PROMPT), np.int64)
     logprobs = np.zeros(shape_BS, np.float32)
     uniforms = np.zeros(shape_BS, np.float32)
+    masked = np.zeros(shape_BS, np.bool_)
     for b, row in enumerate(rows):
         t = trajectories[row]
         whole_N = np.array(t.prompt_ids + t.prefix_ids + t.response_ids, np.int64)
@@ -108,6 +163,7 @@ def _micro_batch(
         ids["positions"][b, first:last] = np.arange(last - first)
         segments[b, first:middle] = Segment.TEACHER
         segments[b, middle:last] = Segment.STUDENT
+        masked[b, first:last] = masked_tokens(t, loss)
         logprobs[b, middle:last] = t.rollout_logprobs
         key = keyed_seed(t.prompt_index, t.sample_index)
         uniforms[b, first:last] = keyed_uniform(seed, step, key, np.arange(last - first))
@@ -119,5 +175,6 @@ def _micro_batch(
         response_positions=torch.from_numpy(ids["positions"]),
         rollout_logprobs=torch.from_numpy(logprobs),
         uniforms=torch.from_numpy(uniforms),
+        masked=torch.from_numpy(masked),
         rows=tuple(rows),
     )

@@ -1,7 +1,8 @@
 """Off-policy guidance: which samples start with a teacher prefix, and how long it is.
 
 Source: TrOPD, arXiv 2606.01249: trajectories are teacher prefix ++ student continuation, the
-longest prefix falls from the whole response to nothing by a half cosine over the training.
+longest prefix falls from the whole response to nothing by a half cosine over the training. A
+constant schedule is GKD's share of the teacher's own sequences, arXiv 2306.13649.
 """
 
 import math
@@ -30,16 +31,19 @@ class PlannedSample:
     """Prompt and prefix to continue, with the room left and the seed of this sample."""
 
 
-def alpha(step: int, steps: int) -> float:
-    """Half cosine (1 + cos(pi t / T)) / 2: 1 at step 0, 0 at step T.
+def alpha(step: int, steps: int, schedule: Literal["cosine", "constant"] = "cosine") -> float:
+    """Half cosine (1 + cos(pi t / T)) / 2: 1 at step 0, 0 at step T; or always 1.
 
     Args:
         step: t, 0-based.
         steps: T, ``train.steps``.
+        schedule: ``guidance.schedule``; constant is always 1.
 
     Returns:
         Longest allowed prefix as a share of the response, 0..1.
     """
+    if schedule == "constant":
+        return 1.0
     return (1.0 + math.cos(math.pi * step / steps)) / 2.0
 
 
@@ -50,6 +54,7 @@ def prefix_length(
     steps: int,
     max_new_tokens: int,
     rule: Literal["longest", "uniform"] = "longest",
+    schedule: Literal["cosine", "constant"] = "cosine",
     draw: float = 0.0,
 ) -> int:
     """Tokens of a teacher response that a trajectory starts with.
@@ -63,6 +68,7 @@ def prefix_length(
         steps: ``train.steps``.
         max_new_tokens: longest prefix and continuation together.
         rule: ``guidance.prefix_length``.
+        schedule: ``guidance.schedule``, which gives alpha.
         draw: number in [0, 1), used by "uniform".
 
     Returns:
@@ -70,7 +76,7 @@ def prefix_length(
     """
     length = len(response.token_ids)
     usable = length - 1 if response.finish_reason == "stop" else length
-    longest = min(math.floor(alpha(step, steps) * length), usable, max_new_tokens - 1)
+    longest = min(math.floor(alpha(step, steps, schedule) * length), usable, max_new_tokens - 1)
     return math.floor(draw * (longest + 1)) if rule == "uniform" else longest
 
 
@@ -112,6 +118,7 @@ def plan_requests(
                     steps=steps,
                     max_new_tokens=rollout.max_new_tokens,
                     rule=guidance.prefix_length,
+                    schedule=guidance.schedule,
                     draw=keyed_seed(*key, 1) / 2**63,
                 )
                 prefix = response.token_ids[:length]

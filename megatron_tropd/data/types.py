@@ -77,13 +77,16 @@ class MicroBatch:
     """[B, S] float32 the engine's log q(label); 0 where the student did not write the label."""
     uniforms: Tensor
     """[B, S] float32 in [0, 1), keyed by (seed, step, trajectory, position): the mask draws."""
+    masked: Tensor
+    """[B, S] bool, true where a teacher's or student's label is left out of the loss
+    (``loss.mask_first_ids``, ``loss.mask_truncated``)."""
     rows: tuple[int, ...]
     """[B] index of each row's trajectory in the list that was packed."""
 
     @property
     def loss_mask(self) -> Tensor:
         """[B, S] bool, true where the label takes part in the loss."""
-        return self.segments != Segment.PROMPT
+        return (self.segments != Segment.PROMPT) & ~self.masked
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same batch with its tensors on ``device``."""

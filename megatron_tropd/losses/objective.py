@@ -1,65 +1,45 @@
-r"""Trust Region On-Policy Distillation and plain on-policy distillation, one float per token.
+r"""The distillation losses, from logits or from hidden states.
 
-Nothing here reduces over tokens, knows about micro-batches or imports Megatron: the caller sums
-and divides by the number of loss tokens of the whole step.
+Nothing here knows about micro-batches or imports Megatron: the caller divides by the number of
+loss tokens of the whole step.
 
-Shape suffixes: T = tokens, V = whole vocabulary, v = this rank's shard, K = top-k.
-p = teacher, q = student, x = the token in the trajectory.
+Shape suffixes: T = tokens, V = whole vocabulary, v = this rank's shard, H = hidden, K = top-k,
+R = ranks of the group. p = teacher, q = student, x = the token in the trajectory.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_tropd.config import LossConfig
-from megatron_tropd.errors import ConfigError
+from megatron_tropd.loss_config import LossConfig
+from megatron_tropd.losses import products
 from megatron_tropd.losses import vocab_parallel as vp
-from megatron_tropd.losses.signals import FullSignal, TeacherSignal, TopKSignal, check_signal
-from megatron_tropd.losses.statistics import TokenStatistics, chunk_rows, token_statistics
+from megatron_tropd.losses.align import align_logits
+from megatron_tropd.losses.checks import (
+    check_inputs,
+    check_products,
+    other_bounds,
+    shard_of_signal,
+    width_of_top_k,
+)
+from megatron_tropd.losses.chunks import Chunk, Pair, for_each_chunk, gradient_chunks
+from megatron_tropd.losses.sharded_rows import gather_rows, sum_gradient
+from megatron_tropd.losses.signals import (
+    FullSignal,
+    HiddenStatesSignal,
+    LogitsSignal,
+    TeacherSignal,
+    check_signal,
+)
+from megatron_tropd.losses.statistics import TokenStatistics
+from megatron_tropd.losses.targets import LossOutput, LossTargets, SummedLoss
+from megatron_tropd.losses.terms import Term, dense_spec, term_of_tokens, trust
 
-
-@dataclass(frozen=True)
-class LossTargets:
-    """What is known of each token before the student is asked."""
-
-    ids_T: Tensor
-    """[T] int64 the token in the trajectory, below the vocabulary size."""
-    is_teacher_T: Tensor
-    """[T] bool, true where the teacher wrote it (prefix), false where the student sampled it."""
-    uniforms_T: Tensor
-    """[T] float32 in [0, 1): the keyed draws of the Bernoulli region (``draws.keyed_uniform``)."""
-
-
-@dataclass(frozen=True)
-class LossOutput:
-    """A loss and what it saw, the same on every rank of the group."""
-
-    loss_T: Tensor
-    """[T] float32, differentiable with respect to the student's logits: segment weight x term."""
-    values: dict[str, Tensor]
-    """[T] float32 each, detached, nats where they have a unit.
-
-    Always: ``student_logprob`` log q(x), ``teacher_logprob`` log p(x), ``trust`` min(p/q, 1) at x,
-    ``outlier`` 1 where a student token fell outside the region (0 on teacher tokens), ``term``
-    the value of the loss term before the segment weight, ``k1`` log q(x) - log p(x).
-    With a full signal: ``tv``, ``reverse_kl``, ``forward_kl``, ``student_entropy``,
-    ``teacher_entropy`` over the whole vocabulary. With a top-k: ``topk_mass_teacher``,
-    ``topk_mass_student``.
-    """
-
-
-@dataclass(frozen=True)
-class _Terms:
-    """Loss = value, with the gradient of ``a log q(x) - f sum_K p log q`` (a, f constant)."""
-
-    value_T: Tensor
-    outlier_T: Tensor
-    sampled_weight_T: Tensor
-    """a: what multiplies log q(x)."""
-    forward_kl_weight_T: Tensor
-    """f: what multiplies the top-k forward KL."""
+_METRICS_TOP_K = 64
 
 
 def tropd_loss(
@@ -68,41 +48,40 @@ def tropd_loss(
     signal: TeacherSignal,
     *,
     config: LossConfig,
-    beta: float,
     vocab_size: int,
     group: dist.ProcessGroup | None,
-    segment_weights: tuple[float, float] = (1.0, 1.0),
-    chunk: int | None = None,
+    beta: float = 0.001,
+    bounds: Sequence[int] | None = None,
+    metrics: bool = True,
+    memory_mib: int | None = None,
 ) -> LossOutput:
-    r"""TrOPD loss of every token, unreduced; ``region = "none"`` is plain on-policy distillation.
+    r"""Loss of every token from logits, unreduced; ``config`` says which (docs/losses.md).
 
-    A student token is trusted, M = 1, with probability min(p(x)/q(x), 1) (``bernoulli``), when
-    log p(x)/q(x) > tau (``threshold``), or always (``none``). With sg the stop-gradient:
+    With the defaults a student token is trusted, M = 1, with probability m = min(p(x)/q(x), 1):
 
     .. math::
         \ell = \begin{cases}
           -\mathrm{sg}(\log p(x) - \log q(x)) \, \log q(x) & M = 1 \\
-          \sum_{v \in \mathrm{TopK}(p)} p(v) (\log p(v) - \log q(v)) & M = 0, \text{forward\_kl} \\
-          0 & M = 0, \text{mask} \\
-          -\mathrm{sg}(\max(\log p(x) - \log q(x), \tau)) \, \log q(x) & M = 0, \text{clip} \\
+          \sum_{v \in \mathrm{TopK}(p)} p(v) (\log p(v) - \log q(v)) & M = 0 \\
           -\beta \log q(x) & \text{teacher tokens}
         \end{cases}
 
-    The gradient is that of the formula. The *value* of the terms with a stop-gradient is
-    reported without the factor log q(x): -(log p(x) - log q(x)) where M = 1 and
-    -max(log p(x) - log q(x), tau) where clipped, so that the mean estimates a divergence.
+    The gradient is that of the formula. Terms with a stop-gradient report their *value* without
+    the factor log q(x), so that the mean estimates a divergence.
 
     Args:
         student_logits_Tv: [T, v] any float dtype, this rank's shard. Not modified. Gradient
             flows here only, in the same dtype; padded columns get 0.
         targets: the tokens, the same on every rank of ``group``.
-        signal: the teacher at the same T positions, sharded like the student where it is sharded.
+        signal: the teacher at the same T positions. Logits sharded at other bounds are re-sharded
+            here (a copy of their size); see ``align``.
         config: which loss.
-        beta: weight of teacher tokens.
         vocab_size: real columns of the whole vocabulary; further ones are padding.
         group: the ranks the vocabulary is sharded over; None where it is not.
-        segment_weights: factors of the loss on (teacher, student) tokens.
-        chunk: rows handled at a time; None: as many as keep temporaries within about 64 MiB.
+        beta: weight of teacher tokens.
+        bounds: R + 1 column ids where the ranks' shards start and end; None: equal widths.
+        metrics: also report the divergences, entropies and top-k masses the loss does not need.
+        memory_mib: budget of the chunk buffers; None: 64 MiB on CPU, 2 GiB on GPUs.
 
     Returns:
         The loss and detached values, identical on every rank of ``group``.
@@ -110,104 +89,314 @@ def tropd_loss(
     Raises:
         ConfigError: the signal does not provide what the loss needs, or top-k exceeds the
             vocabulary.
-        ValueError: shapes, vocabulary sizes or token ids do not fit together.
+        ValueError: shapes, dtypes, vocabulary sizes or token ids do not fit together.
 
-    Collectives: forward, per chunk of t rows, 1 all-gather of at most [t, K + 2] int64 and 1
-    all-reduce (SUM) of at most [t, K + 7] float32; backward none.
+    Collectives: forward, per chunk of t rows, 1 all-gather of at most [t, 3 K + 10] 32-bit words
+    and, for sums that need both normalisers, 1 all-reduce (SUM) of at most [t, 5] float32; 1
+    all-to-all where the bounds differ; backward none.
 
     Source: Trust Region On-Policy Distillation, arXiv 2606.01249.
     """
-    check_signal(config, signal, vocab_size=vocab_size)
-    _check_inputs(student_logits_Tv, targets, signal, config, vocab_size)
-    k = min(config.top_k, vocab_size)
+    student = LogitsSignal(student_logits_Tv.detach(), vocab_size, _tuple(bounds))
+    shard = shard_of_signal(student, group, "student")
+    signal = _aligned(signal, shard)
+    pair = _pair(student, targets, signal, config, shard, metrics, memory_mib)
     with torch.no_grad():
-        statistics = token_statistics(
-            student_logits_Tv,
-            targets.ids_T,
-            signal,
-            k=k,
-            vocab_size=vocab_size,
-            group=group,
-            chunk=chunk,
-        )
-        terms = _terms(statistics, targets, config, beta)
-        weight_T = torch.where(targets.is_teacher_T, *segment_weights)
-    start, real = vp.local_columns(student_logits_Tv.shape[-1], vocab_size=vocab_size, group=group)
-    loss_T = _LossOfLogits.apply(
-        student_logits_Tv,
-        weight_T * terms.value_T,
-        weight_T * terms.sampled_weight_T,
-        weight_T * terms.forward_kl_weight_T,
-        targets.ids_T,
-        statistics.topk_ids_TK,
-        statistics.topk_teacher_logprobs_TK.exp(),
-        statistics.student_normaliser_T2,
-        (start, real),
-        chunk_rows(student_logits_Tv.shape[-1], chunk),
+        statistics = _collect(pair)
+        term = term_of_tokens(statistics, targets, config, beta)
+        weighted = _weighted(term, targets)
+    loss_T = _LossOfLogits.apply(student_logits_Tv, weighted, statistics, pair)
+    return LossOutput(loss_T, _values(statistics, term, weighted))
+
+
+def tropd_loss_from_hidden(
+    hidden_TH: Tensor,
+    output_weight_vH: Tensor,
+    targets: LossTargets,
+    signal: TeacherSignal,
+    *,
+    config: LossConfig,
+    vocab_size: int,
+    group: dist.ProcessGroup | None,
+    beta: float = 0.001,
+    bounds: Sequence[int] | None = None,
+    metrics: bool = True,
+    memory_mib: int | None = None,
+    sequence_parallel: bool = False,
+    reduce_hidden_grad: bool = True,
+    main_grad: Tensor | None = None,
+) -> SummedLoss:
+    """Summed loss from the student's last hidden states and output layer, no [T, v] buffer.
+
+    The loss of :func:`tropd_loss` with logits = hidden @ weight^T, a chunk of tokens at a time. The
+    gradients are made in the forward pass, while a chunk's logits are there, which is why the
+    weights of the tokens have to be in ``targets`` (``weights_T``), not in what is done with the
+    result. Working memory: the chunk buffers, the two gradients, and per-token values.
+
+    Args:
+        hidden_TH: [T, H] after the final norm, any float dtype, the same on every rank of
+            ``group``; with ``sequence_parallel`` this rank's [T / R, H] rows. Not modified.
+        output_weight_vH: [v, H] this rank's rows of the output layer, the same dtype (the
+            embedding's, where tied). Not modified.
+        targets: all T tokens, the same on every rank of ``group``.
+        signal: the teacher at the same T positions, sharded at the same bounds.
+        config: which loss.
+        vocab_size: real rows of the whole output layer; further ones are padding.
+        group: the ranks the vocabulary is sharded over; None where it is not.
+        beta: weight of teacher tokens.
+        bounds: R + 1 row ids where the ranks' shards start and end; None: equal widths.
+        metrics: also report the divergences, entropies and top-k masses the loss does not need.
+        memory_mib: budget of the chunk buffers; None: 64 MiB on CPU, 2 GiB on GPUs.
+        sequence_parallel: gather the rows first; scatter the summed gradient.
+        reduce_hidden_grad: sum the gradient of the hidden states over the ranks. False where the
+            caller does (Megatron's ``copy_to_tensor_model_parallel_region``).
+        main_grad: [v, H] float32; backward adds the weight's gradient here, unrounded, instead of
+            returning it to autograd.
+
+    Returns:
+        The summed loss and detached values, identical on every rank of ``group``. Backward works
+        once: the gradients are handed out, not kept.
+
+    Raises:
+        ConfigError: the signal does not provide what the loss needs, or top-k exceeds the
+            vocabulary.
+        ValueError: shapes, dtypes, bounds, vocabulary sizes or token ids do not fit together.
+
+    Collectives: forward, per chunk of t rows, 1 all-gather of at most [t, 3 K + 10] 32-bit words
+    and, for sums that need both normalisers, 1 all-reduce (SUM) of at most [t, 5] float32; with
+    ``sequence_parallel`` 1 all-gather of the rows. Backward: 1 all-reduce (SUM) of [T, H], a
+    reduce-scatter with ``sequence_parallel``, none without ``reduce_hidden_grad``.
+
+    Source: as :func:`tropd_loss`.
+    """
+    if sequence_parallel:
+        hidden_TH = gather_rows(hidden_TH, group)
+    elif reduce_hidden_grad:
+        hidden_TH = sum_gradient(hidden_TH, group)
+    student = HiddenStatesSignal(
+        hidden_TH.detach(), output_weight_vH.detach(), vocab_size, _tuple(bounds)
     )
-    return LossOutput(loss_T, _values(statistics, terms))
+    shard = shard_of_signal(student, group, "student")
+    check_products(student, signal, shard, main_grad)
+    pair = _pair(student, targets, signal, config, shard, metrics, memory_mib)
+    maker = _GradientMaker(pair, targets, config, beta, main_grad)
+    loss = _LossOfHidden.apply(hidden_TH, output_weight_vH, maker)
+    return SummedLoss(loss, maker.values())
 
 
-def _terms(
-    statistics: TokenStatistics, targets: LossTargets, config: LossConfig, beta: float
-) -> _Terms:
-    """Value of each token's term and what multiplies its log-probs in the gradient."""
-    is_teacher_T = targets.is_teacher_T
-    log_ratio_T = statistics.teacher_logprob_T - statistics.student_logprob_T
-    outlier_T = ~is_teacher_T & ~_trusted(log_ratio_T, targets.uniforms_T, config)
+def token_statistics(
+    student_logits_Tv: Tensor,
+    targets: LossTargets,
+    signal: TeacherSignal,
+    *,
+    config: LossConfig,
+    vocab_size: int,
+    group: dist.ProcessGroup | None,
+    bounds: Sequence[int] | None = None,
+    memory_mib: int | None = None,
+) -> TokenStatistics:
+    """What :func:`tropd_loss` would see, without a gradient; arguments and errors as there."""
+    student = LogitsSignal(student_logits_Tv.detach(), vocab_size, _tuple(bounds))
+    shard = shard_of_signal(student, group, "student")
+    pair = _pair(student, targets, _aligned(signal, shard), config, shard, True, memory_mib)
+    with torch.no_grad():
+        return _collect(pair)
 
-    reward_T, forward_kl_T = log_ratio_T, torch.zeros_like(log_ratio_T)
-    forward_kl_weight_T = torch.zeros_like(log_ratio_T)
-    if config.outlier == "clip" and config.tau is not None:
-        reward_T = torch.where(outlier_T, log_ratio_T.clamp(min=config.tau), reward_T)
-    else:
-        reward_T = torch.where(outlier_T, 0.0, reward_T)
-    if config.outlier == "forward_kl" and config.region != "none":
-        forward_kl_T = torch.where(outlier_T, _top_k_forward_kl(statistics), 0.0)
-        forward_kl_weight_T = outlier_T.float()
 
-    teacher_value_T = -beta * statistics.student_logprob_T
-    return _Terms(
-        value_T=torch.where(is_teacher_T, teacher_value_T, forward_kl_T - reward_T),
-        outlier_T=outlier_T,
-        sampled_weight_T=torch.where(is_teacher_T, -beta, -reward_T),
-        forward_kl_weight_T=forward_kl_weight_T,
+def token_statistics_from_hidden(
+    hidden_TH: Tensor,
+    output_weight_vH: Tensor,
+    targets: LossTargets,
+    signal: TeacherSignal,
+    *,
+    config: LossConfig,
+    vocab_size: int,
+    group: dist.ProcessGroup | None,
+    bounds: Sequence[int] | None = None,
+    memory_mib: int | None = None,
+) -> TokenStatistics:
+    """What :func:`tropd_loss_from_hidden` would see, without a gradient; arguments as there."""
+    student = HiddenStatesSignal(
+        hidden_TH.detach(), output_weight_vH.detach(), vocab_size, _tuple(bounds)
+    )
+    shard = shard_of_signal(student, group, "student")
+    check_products(student, signal, shard)
+    pair = _pair(student, targets, signal, config, shard, True, memory_mib)
+    with torch.no_grad():
+        return _collect(pair)
+
+
+def _collect(pair: Pair) -> TokenStatistics:
+    parts: list[TokenStatistics] = []
+    for_each_chunk(pair, lambda chunk: parts.append(chunk.statistics))
+    return TokenStatistics.concatenate(parts)
+
+
+class _LossOfLogits(torch.autograd.Function):
+    """Given values forward, the closed-form gradient back, a chunk of rows at a time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, student_logits_Tv: Tensor, term: Term, statistics: TokenStatistics, pair: Pair
+    ) -> Tensor:
+        # For the version check: the gradient reads the logits again.
+        ctx.save_for_backward(student_logits_Tv)
+        ctx.term, ctx.statistics, ctx.pair = term, statistics, pair
+        return term.value_T.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_T,) = grads
+        (logits_Tv,) = ctx.saved_tensors
+        pair: Pair = ctx.pair
+        term = ctx.term.scaled(grad_T)
+        grad_Tv = torch.zeros_like(logits_Tv)
+        for chunk in gradient_chunks(pair, ctx.statistics):
+            rows = chunk.rows
+            chunk.write_gradient(
+                pair.ids_T[rows], term.rows(rows), pair.spec, pair.shard, chunk.student_tv
+            )
+            grad_Tv[rows, : pair.shard.real] = chunk.student_tv
+        return grad_Tv, None, None, None
+
+
+class _GradientMaker:
+    """Loss and gradients of hidden states and weight, chunk by chunk."""
+
+    def __init__(
+        self,
+        pair: Pair,
+        targets: LossTargets,
+        config: LossConfig,
+        beta: float,
+        main_grad: Tensor | None,
+    ) -> None:
+        self.main_grad = main_grad
+        self._wanted = torch.is_grad_enabled()
+        self.hidden_grad_TH: Tensor | None = None
+        self.weight_grad_vH: Tensor | None = None
+        self._pair, self._targets, self._config, self._beta = pair, targets, config, beta
+        self._values: list[dict[str, Tensor]] = []
+
+    def run(self, *, hidden: bool, weight: bool) -> Tensor:
+        """Sum of the loss; makes the gradients asked for."""
+        student = self._pair.student
+        assert isinstance(student, HiddenStatesSignal)
+        if hidden and self._wanted:
+            self.hidden_grad_TH = torch.empty_like(student.hidden_TH)
+        if weight and self._wanted:
+            self.weight_grad_vH = torch.empty_like(student.output_weight_vH, dtype=torch.float32)
+            self.weight_grad_vH[self._pair.shard.real :] = 0.0
+        for_each_chunk(self._pair, self._use)
+        return self.values()["loss"].sum()
+
+    def values(self) -> dict[str, Tensor]:
+        """``SummedLoss.values``."""
+        names = self._values[0]
+        return {name: torch.cat([values[name] for values in self._values]) for name in names}
+
+    def _use(self, chunk: Chunk) -> None:
+        pair, rows = self._pair, chunk.rows
+        targets = _rows(self._targets, rows)
+        term = term_of_tokens(chunk.statistics, targets, self._config, self._beta)
+        weighted = _weighted(term, targets)
+        self._values.append(_values(chunk.statistics, term, weighted))
+        if self.hidden_grad_TH is None and self.weight_grad_vH is None:
+            return
+        student, grad_tv = pair.student, chunk.student_tv
+        assert isinstance(student, HiddenStatesSignal)
+        chunk.write_gradient(targets.ids_T, weighted, pair.spec, pair.shard, grad_tv)
+        weight_vH = student.output_weight_vH[: pair.shard.real]
+        if self.hidden_grad_TH is not None:
+            products.write_hidden_grad(grad_tv, weight_vH, self.hidden_grad_TH[rows])
+        if self.weight_grad_vH is not None:
+            total_vH = self.weight_grad_vH[: pair.shard.real]
+            hidden_tH = student.hidden_TH[rows]
+            products.add_weight_grad(grad_tv, hidden_tH, total_vH, first=rows.start == 0)
+
+
+class _LossOfHidden(torch.autograd.Function):
+    """Everything forward; backward hands out the gradients that are there."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_TH: Tensor, weight_vH: Tensor, maker: _GradientMaker) -> Tensor:
+        needs_hidden, needs_weight, _ = ctx.needs_input_grad
+        loss = maker.run(hidden=needs_hidden, weight=needs_weight)
+        ctx.maker, ctx.weight_dtype = maker, weight_vH.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        maker: _GradientMaker = ctx.maker
+        hidden_TH, maker.hidden_grad_TH = maker.hidden_grad_TH, None
+        weight_vH, maker.weight_grad_vH = maker.weight_grad_vH, None
+        if hidden_TH is None and weight_vH is None:
+            raise RuntimeError(
+                "Expected one backward pass through tropd_loss_from_hidden, found a second. Call "
+                "the loss again: its gradients are handed out, not kept."
+            )
+        if hidden_TH is not None:
+            hidden_TH = hidden_TH.mul_(grad)
+        if weight_vH is not None:
+            weight_vH = weight_vH.mul_(grad)
+            if maker.main_grad is not None:
+                maker.main_grad.add_(weight_vH)
+                weight_vH = None
+            else:
+                weight_vH = weight_vH.to(ctx.weight_dtype)
+        return hidden_TH, weight_vH, None
+
+
+def _pair(
+    student: FullSignal,
+    targets: LossTargets,
+    signal: TeacherSignal,
+    config: LossConfig,
+    shard: vp.Shard,
+    metrics: bool,
+    memory_mib: int | None,
+) -> Pair:
+    check_signal(config, signal, vocab_size=student.vocab_size)
+    check_inputs(student, targets, signal, config)
+    full = isinstance(signal, FullSignal)
+    k = config.support
+    if metrics and not k:
+        wanted = min(_METRICS_TOP_K, student.vocab_size)
+        k = wanted if full else min(wanted, width_of_top_k(signal))
+    return Pair(
+        student=student,
+        teacher=signal,
+        ids_T=targets.ids_T,
+        k=k,
+        spec=dense_spec(config, metrics=metrics, full=full),
+        shard=shard,
+        device=targets.ids_T.device,
+        memory_mib=memory_mib,
     )
 
 
-def _trusted(log_ratio_T: Tensor, uniforms_T: Tensor, config: LossConfig) -> Tensor:
-    """[T] bool: the token lies inside the trust region."""
-    if config.region == "none":
-        return torch.ones_like(log_ratio_T, dtype=torch.bool)
-    if config.region == "threshold":
-        assert config.tau is not None
-        return log_ratio_T > config.tau
-    return uniforms_T < _trust(log_ratio_T)
+def _weighted(term: Term, targets: LossTargets) -> Term:
+    return term if targets.weights_T is None else term.scaled(targets.weights_T.float())
 
 
-def _trust(log_ratio_T: Tensor) -> Tensor:
-    """[T] min(p/q, 1): the acceptance probability of speculative decoding."""
-    return log_ratio_T.clamp(max=0.0).exp()
+def _rows(targets: LossTargets, rows: slice) -> LossTargets:
+    given = {name: value for name, value in vars(targets).items() if value is not None}
+    return replace(targets, **{name: value[rows] for name, value in given.items()})
 
 
-def _top_k_forward_kl(statistics: TokenStatistics) -> Tensor:
-    """[T] sum over the teacher's top-k of p (log p - log q); probabilities not renormalised."""
-    log_p_TK = statistics.topk_teacher_logprobs_TK
-    p_TK = log_p_TK.exp()
-    terms_TK = p_TK * (log_p_TK - statistics.topk_student_logprobs_TK)
-    return torch.where(p_TK > 0, terms_TK, 0.0).sum(dim=-1)
-
-
-def _values(statistics: TokenStatistics, terms: _Terms) -> dict[str, Tensor]:
+def _values(statistics: TokenStatistics, term: Term, weighted: Term) -> dict[str, Tensor]:
     """``LossOutput.values``."""
-    log_ratio_T = statistics.teacher_logprob_T - statistics.student_logprob_T
     values = {
+        "loss": weighted.value_T,
+        "term": term.value_T,
         "student_logprob": statistics.student_logprob_T,
         "teacher_logprob": statistics.teacher_logprob_T,
-        "trust": _trust(log_ratio_T),
-        "outlier": terms.outlier_T.float(),
-        "term": terms.value_T,
-        "k1": -log_ratio_T,
+        "trust": trust(statistics.log_ratio_T),
+        "k1": -statistics.log_ratio_T,
+        "outlier": term.outlier_T,
+        "importance": term.importance_T,
+        "dropped": term.dropped_T.float(),
         **statistics.divergences(),
     }
     if statistics.topk_ids_TK.shape[-1] > 0:
@@ -216,87 +405,19 @@ def _values(statistics: TokenStatistics, terms: _Terms) -> dict[str, Tensor]:
     return values
 
 
-class _LossOfLogits(torch.autograd.Function):
-    """Given values forward, the closed-form gradient of ``a log q(x) - f sum_K p log q`` back.
-
-    d log q(x) / d z_j = 1[j = x] - q_j, hence
-    d / d z_j = a 1[j = x] - f p_j 1[j in K] - (a - f sum_K p) q_j.
-    """
-
-    @staticmethod
-    def forward(
-        ctx,
-        student_logits_Tv: Tensor,
-        value_T: Tensor,
-        sampled_weight_T: Tensor,
-        forward_kl_weight_T: Tensor,
-        ids_T: Tensor,
-        topk_ids_TK: Tensor,
-        topk_p_TK: Tensor,
-        student_normaliser_T2: Tensor,
-        columns: tuple[int, int],
-        chunk: int,
-    ) -> Tensor:
-        ctx.columns, ctx.chunk = columns, chunk
-        pushed_ids_TK = torch.cat([ids_T.unsqueeze(-1), topk_ids_TK], dim=-1)
-        pushes_TK = torch.cat(
-            [sampled_weight_T.unsqueeze(-1), -forward_kl_weight_T.unsqueeze(-1) * topk_p_TK], dim=-1
-        )
-        ctx.save_for_backward(student_logits_Tv, student_normaliser_T2, pushed_ids_TK, pushes_TK)
-        return value_T
-
-    @staticmethod
-    def backward(ctx, *grads: Tensor):
-        (grad_T,) = grads
-        logits_Tv, normaliser_T2, ids_TK, pushes_TK = ctx.saved_tensors
-        start, real = ctx.columns
-        grad_Tv = torch.zeros_like(logits_Tv)
-        for begin in range(0, logits_Tv.shape[0] if real else 0, ctx.chunk):
-            rows = slice(begin, begin + ctx.chunk)
-            scaled_TK = pushes_TK[rows] * grad_T[rows].unsqueeze(-1)
-            log_q_Tv = vp.normalise(logits_Tv[rows, :real].float(), normaliser_T2[rows])
-            part_Tv = log_q_Tv.exp_().mul_(-scaled_TK.sum(dim=-1, keepdim=True))
-            local_TK, mine_TK = vp.local_ids(ids_TK[rows], start=start, columns=real)
-            part_Tv.scatter_add_(-1, local_TK, torch.where(mine_TK, scaled_TK, 0.0))
-            grad_Tv[rows, :real] = part_Tv
-        return grad_Tv, *[None] * 9
+def _tuple(bounds: Sequence[int] | None) -> tuple[int, ...] | None:
+    return None if bounds is None else tuple(bounds)
 
 
-def _check_inputs(
-    student_logits_Tv: Tensor,
-    targets: LossTargets,
-    signal: TeacherSignal,
-    config: LossConfig,
-    vocab_size: int,
-) -> None:
-    num = student_logits_Tv.shape[0]
-    found = {
-        "targets.ids_T": targets.ids_T.shape[0],
-        "targets.is_teacher_T": targets.is_teacher_T.shape[0],
-        "targets.uniforms_T": targets.uniforms_T.shape[0],
-        "the teacher signal": signal.num_tokens,
-    }
-    if wrong := {name: count for name, count in found.items() if count != num}:
-        raise ValueError(
-            f"Expected {num} tokens everywhere, as in the student's logits, found {wrong}. "
-            "Cut all of them from the same micro-batch."
-        )
-    if isinstance(signal, FullSignal) and signal.vocab_size != vocab_size:
-        raise ConfigError(
-            f"Expected a teacher with the student's vocabulary of {vocab_size} tokens, found "
-            f"{signal.vocab_size}. Give both the size of the tokenizer they share."
-        )
-    needs_topk = config.region != "none" and config.outlier == "forward_kl"
-    if isinstance(signal, TopKSignal) and needs_topk:
-        width = signal.topk_ids_TK.shape[-1]
-        if width < config.top_k:
-            raise ConfigError(
-                f"loss.top_k = {config.top_k} needs as many teacher ids per token, found {width}. "
-                f"Ask the teacher for {config.top_k} or set loss.top_k to {width}."
-            )
-    if num and not 0 <= int(targets.ids_T.min()) <= int(targets.ids_T.max()) < vocab_size:
-        raise ValueError(
-            f"Expected token ids in 0..{vocab_size - 1}, found "
-            f"{int(targets.ids_T.min())}..{int(targets.ids_T.max())}. Check the tokenizer of the "
-            "trajectories against the model."
-        )
+def _aligned(signal: TeacherSignal, shard: vp.Shard) -> TeacherSignal:
+    """The teacher's logits on the student's columns."""
+    if not isinstance(signal, FullSignal):
+        return signal
+    teacher = shard_of_signal(signal, shard.group, "teacher")
+    if teacher.bounds == shard.bounds:
+        return signal
+    if not isinstance(signal, LogitsSignal):
+        raise other_bounds(teacher, shard)
+    columns_Tv = signal.logits_Tv[:, : teacher.real]
+    aligned_Tv = align_logits(columns_Tv, have=teacher.bounds, want=shard.bounds, group=shard.group)
+    return LogitsSignal(aligned_Tv, signal.vocab_size, shard.bounds)

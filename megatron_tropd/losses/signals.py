@@ -6,15 +6,18 @@ compared once at start-up (:func:`check_signal`), so a mismatch never costs a st
 Shape suffixes: T = tokens, V = whole vocabulary, v = this rank's shard, K = top-k, H = hidden.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol, runtime_checkable
 
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_tropd.config import LossConfig
 from megatron_tropd.errors import ConfigError
+from megatron_tropd.loss_config import LossConfig
+from megatron_tropd.losses import products
 from megatron_tropd.losses import vocab_parallel as vp
+from megatron_tropd.losses.dense import sum_names
 
 SAMPLED = "sampled"
 """log p of the token in the trajectory."""
@@ -45,8 +48,18 @@ class FullSignal(TeacherSignal, Protocol):
         """Real columns; the same for student and teacher."""
         ...
 
-    def logits(self, rows: slice) -> Tensor:
-        """[t, v] float32 this rank's shard of the teacher's logits at those tokens."""
+    @property
+    def width(self) -> int:
+        """v, columns of this rank's shard, padding included."""
+        ...
+
+    @property
+    def bounds(self) -> tuple[int, ...] | None:
+        """R + 1 column ids where the ranks' shards start and end; None: shards of equal width."""
+        ...
+
+    def write_logits(self, rows: slice, out_tv: Tensor) -> None:
+        """Write the first columns of the shard at those tokens into ``out_tv``, float32."""
         ...
 
 
@@ -57,9 +70,11 @@ class HiddenStatesSignal:
     hidden_TH: Tensor
     """[T, H] after the final norm, whole on every rank of the group."""
     output_weight_vH: Tensor
-    """[v, H] this rank's rows of the output layer, padded like the student's."""
+    """[v, H] this rank's rows of the output layer."""
     vocab_size: int
     """Real rows of the whole output layer."""
+    bounds: tuple[int, ...] | None = None
+    """As for :class:`FullSignal`."""
     provides: ClassVar[frozenset[str]] = frozenset({SAMPLED, TOP_K, FULL})
 
     @property
@@ -67,16 +82,20 @@ class HiddenStatesSignal:
         """T."""
         return self.hidden_TH.shape[0]
 
-    def logits(self, rows: slice) -> Tensor:
-        """Teacher logits of some tokens.
+    @property
+    def width(self) -> int:
+        """v."""
+        return self.output_weight_vH.shape[0]
+
+    def write_logits(self, rows: slice, out_tv: Tensor) -> None:
+        """Multiply hidden states and output layer for some tokens.
 
         Args:
             rows: which of the T tokens.
-
-        Returns:
-            [t, v] float32, multiplied in the dtype of the teacher.
+            out_tv: [t, real columns] float32, overwritten.
         """
-        return (self.hidden_TH[rows] @ self.output_weight_vH.t()).float()
+        weight_vH = self.output_weight_vH[: out_tv.shape[1]]
+        products.write_logits(self.hidden_TH[rows], weight_vH, out_tv)
 
 
 @dataclass(frozen=True)
@@ -84,9 +103,11 @@ class LogitsSignal:
     """A teacher whose logits are already there."""
 
     logits_Tv: Tensor
-    """[T, v] any float dtype, this rank's shard, padded like the student's."""
+    """[T, v] any float dtype, this rank's shard."""
     vocab_size: int
     """Real columns of the whole vocabulary."""
+    bounds: tuple[int, ...] | None = None
+    """As for :class:`FullSignal`."""
     provides: ClassVar[frozenset[str]] = frozenset({SAMPLED, TOP_K, FULL})
 
     @property
@@ -94,16 +115,19 @@ class LogitsSignal:
         """T."""
         return self.logits_Tv.shape[0]
 
-    def logits(self, rows: slice) -> Tensor:
-        """Teacher logits of some tokens.
+    @property
+    def width(self) -> int:
+        """v."""
+        return self.logits_Tv.shape[1]
+
+    def write_logits(self, rows: slice, out_tv: Tensor) -> None:
+        """Copy the logits of some tokens.
 
         Args:
             rows: which of the T tokens.
-
-        Returns:
-            [t, v] float32.
+            out_tv: [t, real columns] float32, overwritten.
         """
-        return self.logits_Tv[rows].float()
+        out_tv.copy_(self.logits_Tv[rows, : out_tv.shape[1]])
 
 
 @dataclass(frozen=True)
@@ -125,7 +149,13 @@ class TopKSignal:
 
 
 def top_k_signal(
-    logits_Tv: Tensor, ids_T: Tensor, k: int, *, vocab_size: int, group: dist.ProcessGroup | None
+    logits_Tv: Tensor,
+    ids_T: Tensor,
+    k: int,
+    *,
+    vocab_size: int,
+    group: dist.ProcessGroup | None,
+    bounds: Sequence[int] | None = None,
 ) -> TopKSignal:
     """Reduce teacher logits to what other ranks need to know.
 
@@ -135,6 +165,7 @@ def top_k_signal(
         k: size of the support.
         vocab_size: real columns of the whole vocabulary.
         group: the ranks the vocabulary is sharded over.
+        bounds: R + 1 column ids of the shards; None: shards of equal width.
 
     Returns:
         The signal, the same on every rank of ``group``.
@@ -145,11 +176,10 @@ def top_k_signal(
     Collectives: 2 all-gathers of [T, 2] float32 and [T, k] int64, 1 all-reduce (SUM) of [T]
     float32.
     """
-    normaliser_T2 = vp.normaliser(logits_Tv, vocab_size=vocab_size, group=group)
-    topk_TK, topk_ids_TK = vp.top_k(logits_Tv, k, vocab_size=vocab_size, group=group)
-    sampled_T1 = vp.gather_columns(
-        logits_Tv, ids_T.unsqueeze(-1), vocab_size=vocab_size, group=group
-    )
+    shard = vp.shard_of(logits_Tv.shape[-1], vocab_size=vocab_size, group=group, bounds=bounds)
+    normaliser_T2 = vp.normaliser(logits_Tv, shard)
+    topk_TK, topk_ids_TK = vp.top_k(logits_Tv, k, vocab_size=vocab_size, shard=shard)
+    sampled_T1 = vp.gather_columns(logits_Tv, ids_T.unsqueeze(-1), shard)
     return TopKSignal(
         sampled_logprobs_T=vp.normalise(sampled_T1, normaliser_T2).squeeze(-1),
         topk_ids_TK=topk_ids_TK,
@@ -166,8 +196,31 @@ def required_signal(config: LossConfig) -> frozenset[str]:
     Returns:
         Subset of {"sampled", "top_k", "full"}.
     """
-    uses_topk = config.region != "none" and config.outlier == "forward_kl"
-    return frozenset({SAMPLED, TOP_K}) if uses_topk else frozenset({SAMPLED})
+    needs = {SAMPLED}
+    if config.support:
+        needs.add(TOP_K)
+    if needed_sums(config):
+        needs.add(FULL)
+    return frozenset(needs)
+
+
+def needed_sums(config: LossConfig) -> tuple[str, ...]:
+    """Sums over the whole vocabulary that a loss is made of, in the order of ``dense.SUMS``."""
+    if config.objective != "policy_gradient":
+        return {
+            "forward_kl": ("forward_kl",),
+            "reverse_kl": ("reverse_kl",),
+            "jsd": ("reward", "teacher_to_mixture"),
+            "local_support": (),
+        }[config.objective]
+    sums = []
+    if config.region == "exact":
+        sums += ["tv", "reward"]
+    if config.uses_forward_kl and config.top_k == 0:
+        sums.append("forward_kl")
+    if config.entropy_forward_kl is not None:
+        sums.append("teacher_entropy")
+    return sum_names(sums)
 
 
 def check_signal(
@@ -184,16 +237,18 @@ def check_signal(
         ConfigError: the loss needs something the signal does not provide, or its top-k exceeds
             the vocabulary.
     """
-    needed = required_signal(config)
     name = signal.__name__ if isinstance(signal, type) else type(signal).__name__
-    loss = f"loss.region = {config.region!r} with loss.outlier = {config.outlier!r}"
-    if missing := needed - signal.provides:
+    loss = (
+        f"loss.objective = {config.objective!r} with region = {config.region!r}, outlier = "
+        f"{config.outlier!r}"
+    )
+    if missing := required_signal(config) - signal.provides:
         raise ConfigError(
             f"{loss} needs {sorted(missing)} of the teacher, but {name} provides only "
             f"{sorted(signal.provides)}. Choose another loss or another teacher signal."
         )
-    if TOP_K in needed and config.top_k > vocab_size:
+    if config.support > vocab_size:
         raise ConfigError(
             f"{loss} needs loss.top_k <= the vocabulary of {vocab_size} tokens, found "
-            f"{config.top_k}. Set loss.top_k to at most {vocab_size}."
+            f"{config.top_k}. Set loss.top_k to at most {vocab_size}, or to 0 for all of it."
         )

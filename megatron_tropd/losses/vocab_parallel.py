@@ -1,14 +1,18 @@
-"""Statistics of distributions whose vocabulary is sharded evenly over a process group.
+"""Statistics of distributions whose vocabulary is sharded over a process group.
 
-Rank r of the group holds columns [r * v, (r + 1) * v). Columns from ``vocab_size`` on are padding
-and never take part in anything. ``group = None`` means that one rank holds every column. The
-functions up to :func:`unpack_top_k` are local building blocks, so that a caller can pack the
-results of several into one collective; the rest are complete. None is differentiable: the losses
-supply their own backward.
+Rank r of the group holds columns [r * v, (r + 1) * v), or those that ``bounds`` names. Columns from
+``vocab_size`` on are padding and never take part in anything. ``group = None`` means that one rank
+holds every column. The functions up to :func:`unpack_top_k` are local building blocks, so that a
+caller can pack the results of several into one collective; the rest are complete. None is
+differentiable: the losses supply their own backward.
 
 Shape suffixes: T = tokens, V = whole vocabulary, v = this rank's shard, K = top-k,
 R = ranks of the group.
 """
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 import torch.distributed as dist
@@ -19,69 +23,141 @@ _ID_BITS = 32
 _ID_MASK = (1 << _ID_BITS) - 1
 
 
-def local_columns(
-    width: int, *, vocab_size: int, group: dist.ProcessGroup | None
-) -> tuple[int, int]:
-    """Where this rank's shard starts and how many of its columns are real.
+@dataclass(frozen=True)
+class Shard:
+    """Which columns of the vocabulary this rank holds."""
+
+    start: int
+    """Global id of the first column."""
+    real: int
+    """Real columns; 0 for a shard that is all padding."""
+    group: dist.ProcessGroup | None
+    """The ranks that hold the others; None: there are none."""
+    bounds: tuple[int, ...]
+    """R + 1 column ids: rank r holds the real columns bounds[r] to bounds[r + 1]."""
+
+    @property
+    def stop(self) -> int:
+        """Global id after the last real column."""
+        return self.start + self.real
+
+
+def shard_of(
+    width: int,
+    *,
+    vocab_size: int,
+    group: dist.ProcessGroup | None,
+    bounds: Sequence[int] | None = None,
+) -> Shard:
+    """This rank's part of the vocabulary.
 
     Args:
         width: v, columns of the shard, padding included.
         vocab_size: real columns of the whole vocabulary.
         group: the ranks the vocabulary is sharded over.
+        bounds: R + 1 column ids; rank r holds columns bounds[r] to bounds[r + 1]. None: shards of
+            equal width.
 
     Returns:
-        (first column id, real columns); the second is 0 for a shard that is all padding.
+        The shard.
 
     Raises:
-        ValueError: the shards together have fewer columns than the vocabulary.
+        ValueError: the shards together have fewer columns than the vocabulary, or ``bounds`` does
+            not describe them.
     """
-    size = 1 if group is None else group.size()
-    start = 0 if group is None else group.rank() * width
-    if size * width < vocab_size:
+    size, rank = (1, 0) if group is None else (group.size(), group.rank())
+    if bounds is None:
+        bounds = range(0, (size + 1) * width, width) if width else (0,) * (size + 1)
+    ascending = all(a <= b for a, b in pairwise(bounds))
+    if len(bounds) != size + 1 or bounds[0] != 0 or not ascending:
         raise ValueError(
-            f"Expected shards that hold all {vocab_size} columns of the vocabulary, found {size} "
-            f"of {width} columns. Pass the group that shards the logits, or None for whole ones."
+            f"Expected bounds of {size} shards, {size + 1} ascending column ids that start at 0, "
+            f"found {list(bounds)}."
         )
-    return start, min(max(vocab_size - start, 0), width)
+    if bounds[rank + 1] - bounds[rank] != width:
+        raise ValueError(
+            f"Expected a shard of {bounds[rank + 1] - bounds[rank]} columns on rank {rank} (bounds "
+            f"{list(bounds)}), found {width}. Give the bounds of these very tensors."
+        )
+    if bounds[-1] < vocab_size:
+        raise ValueError(
+            f"Expected shards that hold all {vocab_size} columns of the vocabulary, found "
+            f"{bounds[-1]} in {size}. Pass the group that shards the logits, or None for whole "
+            "ones."
+        )
+    real = tuple(min(bound, vocab_size) for bound in bounds)
+    return Shard(bounds[rank], real[rank + 1] - real[rank], group, real)
+
+
+def equal_bounds(vocab_size: int, ranks: int) -> list[int]:
+    """Bounds of shards as equal as can be, without padding: the first ones get one more."""
+    share, more = divmod(vocab_size, ranks)
+    return [0, *accumulate(share + (rank < more) for rank in range(ranks))]
+
+
+class AllGather:
+    """The tensor of every rank, stacked, as a collective that runs while others compute."""
+
+    def __init__(self, values: Tensor, *, group: dist.ProcessGroup | None) -> None:
+        """Start it.
+
+        Args:
+            values: [...] same shape on every rank.
+            group: the ranks.
+
+        Collectives: 1 all-gather of ``values``; none without a group or for an empty tensor.
+        """
+        self._work = None
+        if group is None or group.size() == 1 or values.numel() == 0:
+            size = 1 if group is None else group.size()
+            self._parts = values.unsqueeze(0).expand(size, *values.shape)
+            return
+        self._values = values.contiguous()  # has to outlive the collective
+        self._parts = values.new_empty((group.size(), *values.shape))
+        self._work = dist.all_gather(
+            list(self._parts.unbind(0)), self._values, group=group, async_op=True
+        )
+
+    def wait(self) -> Tensor:
+        """[R, ...]"""
+        if self._work is not None:
+            self._work.wait()
+        return self._parts
+
+
+class AllReduceSum:
+    """The sum over the ranks, as a collective that runs while others compute."""
+
+    def __init__(self, values: Tensor, *, group: dist.ProcessGroup | None) -> None:
+        """Start it.
+
+        Args:
+            values: [...] same shape on every rank. Not modified.
+            group: the ranks.
+
+        Collectives: 1 all-reduce (SUM) of ``values``; none without a group or for an empty tensor.
+        """
+        self._work, self._total = None, values
+        if group is None or group.size() == 1 or values.numel() == 0:
+            return
+        self._total = values.clone(memory_format=torch.contiguous_format)
+        self._work = dist.all_reduce(self._total, group=group, async_op=True)
+
+    def wait(self) -> Tensor:
+        """[...] the same on every rank."""
+        if self._work is not None:
+            self._work.wait()
+        return self._total
 
 
 def all_gather(values: Tensor, *, group: dist.ProcessGroup | None) -> Tensor:
-    """The tensor of every rank, stacked.
-
-    Args:
-        values: [...] same shape on every rank.
-        group: the ranks.
-
-    Returns:
-        [R, ...]
-
-    Collectives: 1 all-gather of ``values``; none without a group or for an empty tensor.
-    """
-    if group is None or group.size() == 1 or values.numel() == 0:
-        size = 1 if group is None else group.size()
-        return values.unsqueeze(0).expand(size, *values.shape)
-    parts = values.new_empty((group.size(), *values.shape))
-    dist.all_gather(list(parts.unbind(0)), values.contiguous(), group=group)
-    return parts
+    """[R, ...] the tensor of every rank. Collectives: see :class:`AllGather`."""
+    return AllGather(values, group=group).wait()
 
 
 def all_reduce_sum(values: Tensor, *, group: dist.ProcessGroup | None) -> Tensor:
-    """Sum over the ranks.
-
-    Args:
-        values: [...] same shape on every rank. Not modified.
-        group: the ranks.
-
-    Returns:
-        [...] the same on every rank.
-
-    Collectives: 1 all-reduce (SUM) of ``values``; none without a group or for an empty tensor.
-    """
-    if group is None or group.size() == 1 or values.numel() == 0:
-        return values
-    total = values.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total, group=group)
-    return total
+    """[...] the sum over the ranks. Collectives: see :class:`AllReduceSum`."""
+    return AllReduceSum(values, group=group).wait()
 
 
 def max_and_sum_exp(columns_Tv: Tensor) -> Tensor:
@@ -181,27 +257,47 @@ def pack_top_k(columns_Tv: Tensor, k: int, *, start: int) -> Tensor:
         [T, k] int64, descending; filled with the lowest key where v < k.
     """
     num = columns_Tv.shape[-1]
+    if num > k > 0:
+        columns_TK = _top_columns(columns_Tv, k)
+        values_TK = columns_Tv.gather(-1, columns_TK)
+    else:
+        values_TK, columns_TK = columns_Tv, torch.arange(num, device=columns_Tv.device)
     # + 0.0 makes -0.0 equal to 0.0, as it is for comparisons.
-    ordered_Tv = _flip_negative((columns_Tv + 0.0).view(torch.int32))
-    ids_v = torch.arange(start, start + num, device=columns_Tv.device)
-    keys_Tv = ordered_Tv.long().bitwise_left_shift_(_ID_BITS).bitwise_or_(_ID_MASK - ids_v)
-    keys_TK = keys_Tv.topk(min(k, num), dim=-1).values
+    ordered_TK = _flip_negative((values_TK + 0.0).view(torch.int32)).long()
+    keys_TK = (ordered_TK << _ID_BITS) | (_ID_MASK - start - columns_TK)
+    keys_TK = keys_TK.sort(dim=-1, descending=True).values
     return torch.nn.functional.pad(keys_TK, (0, k - keys_TK.shape[-1]), value=_LOWEST_KEY)
 
 
-def merge_top_k(keys_RTK: Tensor) -> Tensor:
-    """The k largest keys of all shards.
+def _top_columns(columns_Tv: Tensor, k: int) -> Tensor:
+    """[T, k] columns of the k < v largest, in any order; of equal ones the lowest columns."""
+    values_TK, columns_TK = columns_Tv.topk(k + 1, dim=-1)
+    # Only where the next one is as large as the last one was there a choice.
+    crowded_T = (values_TK[:, k] == values_TK[:, k - 1]).nonzero()[:, 0]
+    columns_TK = columns_TK[:, :k]
+    if crowded_T.numel() == 0:
+        return columns_TK
+    # A stable sort keeps equal logits in the order of their columns.
+    lowest_TK = columns_Tv[crowded_T].sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    return columns_TK.index_copy(0, crowded_T, lowest_TK)
+
+
+def merge_top_k(keys_RTK: Tensor, values_RTK: Tensor) -> tuple[Tensor, Tensor]:
+    """The k largest keys of all shards, and what came with them.
 
     Args:
         keys_RTK: [R, T, k] int64 from :func:`pack_top_k` of each rank.
+        values_RTK: [R, T, k] any dtype, one value per key.
 
     Returns:
-        [T, k] int64, descending.
+        ([T, k] int64 keys, descending; [T, k] their values).
     """
     num_ranks, _, k = keys_RTK.shape
-    if num_ranks == 1:
-        return keys_RTK[0]
-    return keys_RTK.transpose(0, 1).flatten(1, 2).topk(k, dim=-1).values
+    if num_ranks == 1 or k == 0:
+        return keys_RTK[0], values_RTK[0]
+    merged = keys_RTK.transpose(0, 1).flatten(1, 2).topk(k, dim=-1)
+    values = values_RTK.transpose(0, 1).flatten(1, 2).gather(-1, merged.indices)
+    return merged.values, values
 
 
 def unpack_top_k(keys_TK: Tensor) -> tuple[Tensor, Tensor]:
@@ -223,71 +319,61 @@ def _flip_negative(bits: Tensor) -> Tensor:
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
-def real_columns(
-    logits_Tv: Tensor, *, vocab_size: int, group: dist.ProcessGroup | None
-) -> tuple[Tensor, int]:
+def real_columns(logits_Tv: Tensor, shard: Shard) -> Tensor:
     """This rank's logits without padding, in float32.
 
     Args:
         logits_Tv: [T, v] any float dtype. Not modified.
-        vocab_size: real columns of the whole vocabulary.
-        group: the ranks the vocabulary is sharded over.
+        shard: where they lie in the vocabulary.
 
     Returns:
-        ([T, real columns] float32, detached, a view where nothing had to be converted;
-        global id of the first column).
+        [T, real columns] float32, detached, a view where nothing had to be converted.
     """
-    start, real = local_columns(logits_Tv.shape[-1], vocab_size=vocab_size, group=group)
-    return logits_Tv.detach()[:, :real].float(), start
+    return logits_Tv.detach()[:, : shard.real].float()
 
 
-def normaliser(logits_Tv: Tensor, *, vocab_size: int, group: dist.ProcessGroup | None) -> Tensor:
+def normaliser(logits_Tv: Tensor, shard: Shard) -> Tensor:
     """What :func:`normalise` subtracts to turn logits into log-probabilities.
 
     Args:
         logits_Tv: [T, v] any float dtype, this rank's shard. Not modified.
-        vocab_size: real columns of the whole vocabulary.
-        group: the ranks the vocabulary is sharded over.
+        shard: where they lie in the vocabulary.
 
     Returns:
         [T, 2] float32, the same on every rank.
 
     Collectives: 1 all-gather of [T, 2] float32.
     """
-    columns_Tv, _ = real_columns(logits_Tv, vocab_size=vocab_size, group=group)
-    return combine_normalisers(all_gather(max_and_sum_exp(columns_Tv), group=group))
+    stats_T2 = max_and_sum_exp(real_columns(logits_Tv, shard))
+    return combine_normalisers(all_gather(stats_T2, group=shard.group))
 
 
-def gather_columns(
-    logits_Tv: Tensor, ids_TK: Tensor, *, vocab_size: int, group: dist.ProcessGroup | None
-) -> Tensor:
+def gather_columns(logits_Tv: Tensor, ids_TK: Tensor, shard: Shard) -> Tensor:
     """Logits at given global ids.
 
     Args:
         logits_Tv: [T, v] any float dtype, this rank's shard. Not modified.
-        ids_TK: [T, K] int64 global ids below ``vocab_size``, the same on every rank.
-        vocab_size: real columns of the whole vocabulary.
-        group: the ranks the vocabulary is sharded over.
+        ids_TK: [T, K] int64 global ids below the vocabulary size, the same on every rank.
+        shard: where the logits lie in the vocabulary.
 
     Returns:
         [T, K] float32, the same on every rank.
 
     Collectives: 1 all-reduce (SUM) of [T, K] float32.
     """
-    columns_Tv, start = real_columns(logits_Tv, vocab_size=vocab_size, group=group)
-    return all_reduce_sum(pick_columns(columns_Tv, ids_TK, start=start), group=group)
+    columns_Tv = real_columns(logits_Tv, shard)
+    picked_TK = pick_columns(columns_Tv, ids_TK, start=shard.start)
+    return all_reduce_sum(picked_TK, group=shard.group)
 
 
-def top_k(
-    logits_Tv: Tensor, k: int, *, vocab_size: int, group: dist.ProcessGroup | None
-) -> tuple[Tensor, Tensor]:
+def top_k(logits_Tv: Tensor, k: int, *, vocab_size: int, shard: Shard) -> tuple[Tensor, Tensor]:
     """The k largest logits of the whole vocabulary, exact; ties go to the lower id.
 
     Args:
         logits_Tv: [T, v] any float dtype, this rank's shard. Not modified.
         k: 1 <= k <= ``vocab_size``.
         vocab_size: real columns of the whole vocabulary.
-        group: the ranks the vocabulary is sharded over.
+        shard: where the logits lie in it.
 
     Returns:
         ([T, k] float32 logits descending, [T, k] int64 global ids), the same on every rank and
@@ -300,6 +386,6 @@ def top_k(
     """
     if not 1 <= k <= vocab_size:
         raise ValueError(f"Expected 1 <= k <= {vocab_size} (the vocabulary), found k = {k}.")
-    columns_Tv, start = real_columns(logits_Tv, vocab_size=vocab_size, group=group)
-    keys_TK = pack_top_k(columns_Tv, k, start=start)
-    return unpack_top_k(merge_top_k(all_gather(keys_TK, group=group)))
+    keys_TK = pack_top_k(real_columns(logits_Tv, shard), k, start=shard.start)
+    keys_RTK = all_gather(keys_TK, group=shard.group)
+    return unpack_top_k(merge_top_k(keys_RTK, keys_RTK)[0])

@@ -1,8 +1,8 @@
 """One optimizer step of the student, one scoring pass of the teacher: Megatron's schedules.
 
-The output layer is entered through ``output_processor``: only positions that carry loss reach the
-vocabulary, so prompts and padding cost no logits. T = loss tokens of a micro-batch,
-v = this rank's vocabulary shard, H = hidden size.
+The output layer is never run: through ``output_processor`` the model gives the hidden states of
+the positions that carry loss, and the loss gets them with the output layer's weight. T = loss
+tokens of a micro-batch, v = this rank's vocabulary shard, H = hidden size.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -35,8 +35,10 @@ from megatron_tropd.losses import HiddenStatesSignal
 from megatron_tropd.mcore import platform
 from megatron_tropd.mcore.parallel import Ranks
 
-LossFn = Callable[[Tensor, MicroBatch, int], tuple[Tensor, dict[str, Tensor]]]
-"""(logits [T, v], micro-batch, its index) -> (summed loss, sums to report)."""
+LossFn = Callable[[Tensor, Tensor, MicroBatch, int], tuple[Tensor, dict[str, Tensor]]]
+"""(hidden states [T, H], output weight [v, H], micro-batch, its index) -> (summed loss, sums to
+report). The hidden states are whole on every tensor-parallel rank, and the gradient a rank gives
+them is summed over those; the weight's may instead be added to its ``main_grad``."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class Student:
 
         Args:
             micro_batches: of this data-parallel rank, the same list on all its stages.
-            loss_fn: called at the last stage with the logits of the loss tokens.
+            loss_fn: called at the last stage with the hidden states of the loss tokens.
 
         Returns:
             The reports of ``loss_fn`` (last stage; empty elsewhere).
@@ -97,11 +99,29 @@ class Student:
         self.chunk.train()
         self.chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
+        weight_vH = output_weight(self.model) if self.ranks.is_last_stage else None
         return run_schedule(
             self.chunk,
             micro_batches,
-            forward_step=partial(_student_forward, loss_fn=loss_fn),
+            forward_step=partial(_student_forward, loss_fn=loss_fn, weight_vH=weight_vH),
             forward_only=False,
+        )
+
+    @torch.no_grad()
+    def score(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+        """Hidden states of the loss tokens with the weights of now, no gradient, no dropout.
+
+        Args:
+            micro_batches: those of the step to come.
+
+        Returns:
+            [T, H] per micro-batch on the last stage, an empty list elsewhere.
+
+        Collectives: as :meth:`Teacher.score`.
+        """
+        self.model.eval()
+        return run_schedule(
+            self.model, micro_batches, forward_step=_forward_only, forward_only=True
         )
 
     def update(self) -> tuple[float, float]:
@@ -142,7 +162,7 @@ class Teacher:
         sequence-parallel model are gathered over the tensor-parallel group.
         """
         hidden = run_schedule(
-            self.model, micro_batches, forward_step=_teacher_forward, forward_only=True
+            self.model, micro_batches, forward_step=_forward_only, forward_only=True
         )
         if not self.ranks.is_last_stage:
             return []
@@ -157,11 +177,14 @@ def output_weight(model: GPTModel) -> Tensor:
     return model.output_layer.weight
 
 
-def cross_entropy(logits_Tv: Tensor, batch: MicroBatch, _: int) -> tuple[Tensor, dict[str, Tensor]]:
+def cross_entropy(
+    hidden_TH: Tensor, weight_vH: Tensor, batch: MicroBatch, _: int
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Next-token cross entropy of the loss tokens, a :data:`LossFn` for supervised training.
 
     Args:
-        logits_Tv: [T, v] this rank's shard.
+        hidden_TH: [T, H] of the loss tokens.
+        weight_vH: [v, H] this rank's shard of the output layer.
         batch: gives the labels.
 
     Returns:
@@ -170,6 +193,7 @@ def cross_entropy(logits_Tv: Tensor, batch: MicroBatch, _: int) -> tuple[Tensor,
     Collectives: 3 all-reduces of [T] (Megatron's vocabulary-parallel cross entropy).
     """
     labels_T = batch.labels[batch.loss_mask]
+    logits_Tv = F.linear(hidden_TH, weight_vH)
     # Megatron overwrites fp32 logits; nobody reads these again.
     loss = vocab_parallel_cross_entropy(logits_Tv.float().unsqueeze(1), labels_T.unsqueeze(1)).sum()
     count = torch.tensor(float(labels_T.numel()), device=loss.device)
@@ -208,33 +232,55 @@ def run_schedule(
 
 
 def _student_forward(
-    iterator: Iterator[tuple[int, MicroBatch]], model: torch.nn.Module, *, loss_fn: LossFn
+    iterator: Iterator[tuple[int, MicroBatch]],
+    model: DistributedDataParallel,
+    *,
+    loss_fn: LossFn,
+    weight_vH: Tensor | None,
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]]:
     index, batch = next(iterator)
-    logits = _call(model, batch, _logits_of_loss_tokens)
 
-    def loss(logits_Tv: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        loss_sum, report = loss_fn(logits_Tv, batch, index)
+    def loss(hidden_TH: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        assert weight_vH is not None, "only the last stage has a loss"
+        loss_sum, report = loss_fn(hidden_TH, weight_vH, batch, index)
+        if model.ddp_config.overlap_grad_reduce:
+            loss_sum = _SomeGradient.apply(loss_sum, weight_vH)
         return loss_sum, batch.loss_mask.sum().to(torch.int), report
 
-    return logits, loss
+    return _call(model, batch), loss
 
 
-def _teacher_forward(
+class _SomeGradient(torch.autograd.Function):
+    """The loss as it is, and a gradient of zeros for the output weight.
+
+    A loss that adds to ``main_grad`` leaves autograd nothing, and a DDP that overlaps its
+    reduction takes a parameter without a gradient for a mistake.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, weight_vH: Tensor) -> Tensor:
+        ctx.save_for_backward(weight_vH)
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        return grads[0], torch.zeros_like(*ctx.saved_tensors)
+
+
+def _forward_only(
     iterator: Iterator[tuple[int, MicroBatch]], model: torch.nn.Module
 ) -> tuple[Tensor, Callable[..., Tensor]]:
     _, batch = next(iterator)
-    hidden = _call(model, batch, _hidden_of_loss_tokens)
-    return hidden, lambda hidden_TH, non_loss_data=True: hidden_TH
+    return _call(model, batch), lambda hidden_TH, non_loss_data=True: hidden_TH
 
 
-def _call(model: torch.nn.Module, batch: MicroBatch, processor: Callable[..., Tensor]) -> Tensor:
+def _call(model: torch.nn.Module, batch: MicroBatch) -> Tensor:
     extra = {"fp32_output": False} if isinstance(_inside_ddp(model), Float16Module) else {}
     return model(
         input_ids=batch.tokens,
         position_ids=batch.position_ids,
         attention_mask=None,
-        output_processor=processor,
+        output_processor=_hidden_of_loss_tokens,
         output_processor_context=batch.loss_mask,
         **extra,
     )
@@ -255,13 +301,6 @@ def _hidden_of_loss_tokens(
     else:
         hidden_states = copy_to_tensor_model_parallel_region(hidden_states)
     return hidden_states.transpose(0, 1)[context]
-
-
-def _logits_of_loss_tokens(
-    *, output_layer: Any, output_weight: Tensor | None, **context: Any
-) -> Tensor:
-    hidden_TH = _hidden_of_loss_tokens(**context)
-    return F.linear(hidden_TH, output_layer.weight if output_weight is None else output_weight)
 
 
 def _wrap(

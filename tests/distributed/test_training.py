@@ -3,10 +3,14 @@
 A wrong factor in the gradient of one layout (tensor-parallel size, number of micro-batches,
 replicas, a norm's gradient not summed under sequence parallelism) leaves the first loss right and
 shows in the gradient norm of the first step and in every loss after it. Student and teacher differ
-in family, width, depth and tying, and padding differs: 259 columns on two ranks.
+in family, width, depth and tying, and padding differs: 259 columns on two ranks. Beside TrOPD there
+are two methods that look at the whole batch first, whose tokens and prompts lie on several ranks;
+one of them has steps whose tokens are nearly all masked: some ranks and micro-batches have none.
 """
 
+import dataclasses
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -17,6 +21,7 @@ from transformers import AutoModelForCausalLM
 from megatron_tropd.config import LossConfig, ParallelConfig, TrainConfig
 from megatron_tropd.data.packing import count_loss_tokens, pack
 from megatron_tropd.data.types import Segment, Trajectory
+from megatron_tropd.loss_config import preset
 
 STEPS = 10
 LAYOUTS = {
@@ -28,10 +33,21 @@ LAYOUTS = {
     "dp2_distributed_optimizer": ParallelConfig(data=2, distributed_optimizer=True),
     "tp2_sequence_parallel": ParallelConfig(tensor=2, sequence_parallel=True),
 }
+Run = tuple[str, str, str]
+"""Layout, dtype, method."""
 TRAIN = TrainConfig(
     steps=STEPS, lr=1e-2, warmup_steps=1, lr_schedule="cosine", tokens_per_micro_batch=128
 )
-LOSS = LossConfig(denominator="separate")
+METHODS = {
+    "tropd": LossConfig(denominator="separate"),
+    "top_d": preset("top_d"),
+    # The static threshold in the first steps, clipping and selection from the fourth on.
+    "reopold": preset(
+        "reopold", switch_step=3, mask_truncated=True, mask_first_ids=tuple(range(100, 120))
+    ),
+}
+ONE_LEFT, NOTHING_LEFT = 5, 6
+"""Steps of reopold in which one trajectory, and none, carries loss."""
 
 
 def recorded_trajectories(step: int, count: int = 8) -> list[Trajectory]:
@@ -61,23 +77,40 @@ def recorded_trajectories(step: int, count: int = 8) -> list[Trajectory]:
     return trajectories
 
 
-def _train_all(student: str, teacher: str, runs: list[tuple[str, str]], out: str) -> None:
-    """Every (layout, dtype) of one world size in one spawn: a spawn costs more than a run."""
+def trajectories_of(method: str, step: int) -> list[Trajectory]:
+    """The recorded ones; for reopold there are steps in which they were cut off."""
+    trajectories = recorded_trajectories(step)
+    if method != "reopold" or step not in (ONE_LEFT, NOTHING_LEFT):
+        return trajectories
+    cut = [dataclasses.replace(t, finish_reason="length") for t in trajectories]
+    return [trajectories[0], *cut[1:]] if step == ONE_LEFT else cut
+
+
+def _train_all(student: str, teacher: str, runs: list[Run], out: str) -> None:
+    """Every run of one world size in one spawn: a spawn costs more than a run."""
     import torch.distributed as dist
     from megatron.core import parallel_state
 
     dist.init_process_group("gloo")
-    for layout, dtype in runs:
-        history = _train(student, teacher, LAYOUTS[layout], dtype)
+    for run in runs:
+        layout, dtype, method = run
+        history = _train(student, teacher, LAYOUTS[layout], dtype, method)
         parallel_state.destroy_model_parallel()
         if dist.get_rank() == 0:
-            Path(out, f"{layout}-{dtype}.json").write_text(json.dumps(history))
+            Path(out, _file(run)).write_text(json.dumps(history))
 
 
-def _train(student: str, teacher: str, layout: ParallelConfig, dtype: str) -> list[list[float]]:
+def _file(run: Run) -> str:
+    return "-".join(run) + ".json"
+
+
+def _train(
+    student: str, teacher: str, layout: ParallelConfig, dtype: str, method: str
+) -> list[list[float]]:
+    from megatron_tropd.choices import choose, loss_of_step
     from megatron_tropd.convert.hf_folder import HFFolder
     from megatron_tropd.mcore import models, parallel
-    from megatron_tropd.mcore.step import Student, Teacher
+    from megatron_tropd.mcore.step import Student, Teacher, output_weight
     from megatron_tropd.objective import StepObjective
 
     ranks = parallel.initialize(layout, seed=1)
@@ -101,7 +134,8 @@ def _train(student: str, teacher: str, layout: ParallelConfig, dtype: str) -> li
     scorer = Teacher(models.build_model(folders[1], **build), ranks=ranks, vocab_size=259)
     history = []
     for step in range(STEPS):
-        trajectories = recorded_trajectories(step)
+        trajectories = trajectories_of(method, step)
+        loss = loss_of_step(METHODS[method], step)
         batches = pack(
             trajectories,
             dp_rank=ranks.dp_rank,
@@ -110,20 +144,39 @@ def _train(student: str, teacher: str, layout: ParallelConfig, dtype: str) -> li
             pad_multiple=ranks.tp_size,
             seed=7,
             step=step,
+            loss=loss,
         )
+        signals, choices = scorer.score(batches), None
+        if loss.needs_student_pass:
+            hidden = learner.score(batches)
+            if ranks.is_last_stage:
+                choices = choose(
+                    batches,
+                    trajectories,
+                    signals,
+                    hidden,
+                    output_weight(learner.model),
+                    config=loss,
+                    vocab_size=259,
+                    tp_group=ranks.tp_group,
+                    dp_group=ranks.dp_group,
+                )
         objective = StepObjective(
-            scorer.score(batches),
-            config=LOSS,
+            signals,
+            config=loss,
             beta=0.5,
             vocab_size=259,
             group=ranks.tp_group,
-            counts=count_loss_tokens(trajectories),
+            counts=count_loss_tokens(trajectories, loss),
             counted=ranks.is_last_stage and ranks.tp_rank == 0,
             device=torch.device("cpu"),
+            choices=choices,
         )
         result = learner.train_step(batches, objective)
         metrics = objective.sums.reduce().metrics()
-        history.append([metrics["loss"], result.grad_norm, metrics["tv"], metrics["reverse_kl"]])
+        assert objective.sums.first_bad_row is None
+        shown = [metrics[name] for name in ("loss", "tv", "reverse_kl", "selected_share")]
+        history.append([result.grad_norm, *(math.nan if x is None else x for x in shown)])
     return history
 
 
@@ -134,40 +187,57 @@ def pair(tiny_model) -> tuple[Path, Path]:
     return student, tiny_model("qwen3", hidden_size=96, num_hidden_layers=4, seed=5)
 
 
+IN_BFLOAT16 = ["tp1", "tp2_sequence_parallel", "dp2_distributed_optimizer"]
 RUNS = {
-    1: [("tp1", "float32"), ("tp1", "bfloat16")],
-    2: [
-        ("tp2", "float32"),
-        ("pp2", "float32"),
-        ("dp2", "float32"),
-        ("dp2_distributed_optimizer", "float32"),
-        ("tp2_sequence_parallel", "float32"),
-        ("tp2_sequence_parallel", "bfloat16"),
-        ("dp2_distributed_optimizer", "bfloat16"),
-    ],
-    4: [("tp2_pp2", "float32")],
+    size: [
+        *((name, "float32", method) for name in layouts for method in METHODS),
+        *((name, "bfloat16", "tropd") for name in layouts if name in IN_BFLOAT16),
+    ]
+    for size in (1, 2, 4)
+    if (layouts := [name for name, layout in LAYOUTS.items() if layout.world_size == size])
 }
 
 
 @pytest.fixture(scope="module")
-def histories(tmp_path_factory, pair) -> dict[tuple[str, str], torch.Tensor]:
-    """(layout, dtype) -> [steps, 4] loss, gradient norm, TV, reverse KL of every step."""
+def histories(tmp_path_factory, pair) -> dict[Run, torch.Tensor]:
+    """Run -> [steps, 5] gradient norm, loss, TV, reverse KL and selected share of every step."""
     folder = tmp_path_factory.mktemp("histories")
     for world_size, runs in RUNS.items():
         run_with_env(world_size, _train_all, str(pair[0]), str(pair[1]), runs, str(folder))
     return {
-        run: torch.tensor(
-            json.loads((folder / f"{run[0]}-{run[1]}.json").read_text()), dtype=torch.float64
-        )
+        run: torch.tensor(json.loads((folder / _file(run)).read_text()), dtype=torch.float64)
         for runs in RUNS.values()
         for run in runs
     }
 
 
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "tp1"])
-def test_losses_and_grad_norms_do_not_depend_on_the_layout(layout, histories):
-    one_rank = histories["tp1", "float32"]
-    torch.testing.assert_close(histories[layout, "float32"], one_rank, rtol=1e-4, atol=1e-6)
+def test_losses_and_grad_norms_do_not_depend_on_the_layout(layout, method, histories):
+    # The losses of the other methods are means of large terms of both signs, and small.
+    torch.testing.assert_close(
+        histories[layout, "float32", method],
+        histories["tp1", "float32", method],
+        rtol=1e-4,
+        atol=1e-6 if method == "tropd" else 1e-5,
+        equal_nan=True,
+    )
+
+
+def test_the_methods_do_what_they_say_to_the_batch(histories):
+    selected = {m: histories["tp1", "float32", m][:, 4] for m in METHODS}
+    assert (selected["tropd"] == 1).all() and (selected["top_d"] == 1).all()
+    first, second = selected["reopold"][:3], selected["reopold"][3:]
+    assert (first == 1).all()
+    second = second[~second.isnan()]
+    assert ((second >= 0.2) & (second < 0.25)).all() and len(second) == STEPS - 4
+
+
+def test_a_step_without_loss_tokens_gives_no_gradient_and_no_nan(histories):
+    norms, losses = histories["tp1", "float32", "reopold"][:, :2].T
+    nothing = torch.arange(STEPS) == NOTHING_LEFT
+    assert norms[nothing] == 0 and (norms[~nothing] > 0).all()
+    assert (losses.isnan() == nothing).all()
 
 
 def test_first_gradient_is_that_of_transformers_autograd(pair, histories):
@@ -180,9 +250,8 @@ def test_first_gradient_is_that_of_transformers_autograd(pair, histories):
     log_q = student(batch.tokens).logits[..., :259].log_softmax(-1)
     with torch.no_grad():
         log_p = teacher(batch.tokens).logits[..., :259].log_softmax(-1)
-    counts = dict(
-        zip((Segment.TEACHER, Segment.STUDENT), count_loss_tokens(trajectories), strict=True)
-    )
+    found = count_loss_tokens(trajectories)
+    counts = {Segment.TEACHER: found.teacher, Segment.STUDENT: found.student}
     loss = torch.zeros((), dtype=torch.float64)
     for place in batch.loss_mask.nonzero():
         b, s = place.tolist()
@@ -193,22 +262,25 @@ def test_first_gradient_is_that_of_transformers_autograd(pair, histories):
         elif batch.uniforms[b, s] < reward.exp().clamp(max=1):
             term = -reward * log_q[b, s, x]
         else:
-            top, ids = log_p[b, s].topk(LOSS.top_k)
+            top, ids = log_p[b, s].topk(METHODS["tropd"].top_k)
             term = (top.exp() * (top - log_q[b, s, ids])).sum()
         loss = loss + term / counts[segment]
     loss.backward()
     norm = torch.sqrt(sum((p.grad**2).sum() for p in student.parameters()))
-    torch.testing.assert_close(histories["tp1", "float32"][0, 1], norm, rtol=1e-5, atol=0)
+    torch.testing.assert_close(histories["tp1", "float32", "tropd"][0, 0], norm, rtol=1e-5, atol=0)
 
 
 def test_training_brings_the_student_closer_to_the_teacher(histories):
-    reverse_kl = histories["tp1", "float32"][:, 3]
+    reverse_kl = histories["tp1", "float32", "tropd"][:, 3]
     assert reverse_kl[-3:].mean() < 0.95 * reverse_kl[:1].mean()
 
 
-@pytest.mark.parametrize("layout", ["tp1", "tp2_sequence_parallel", "dp2_distributed_optimizer"])
+@pytest.mark.parametrize("layout", IN_BFLOAT16)
 def test_bfloat16_with_fp32_main_gradients_follows_float32(layout, histories):
     # bfloat16 keeps 8 bits: the mask draws of a few tokens flip, the means stay close.
     torch.testing.assert_close(
-        histories[layout, "bfloat16"], histories["tp1", "float32"], rtol=0.15, atol=0.05
+        histories[layout, "bfloat16", "tropd"],
+        histories["tp1", "float32", "tropd"],
+        rtol=0.15,
+        atol=0.05,
     )

@@ -1,6 +1,7 @@
 """Config: TOML in, checked once, JSON out; every mistake has a message that names the key."""
 
 import dataclasses
+import inspect
 import json
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from megatron_tropd.config import (
     load_config,
 )
 from megatron_tropd.errors import ConfigError
+from megatron_tropd.loss_config import PRESETS, preset
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TOMLS = sorted(
@@ -63,7 +65,7 @@ def test_defaults_are_the_published_method(toml: Path):
 
 def test_every_setting_is_documented():
     for section in dataclasses.fields(Config):
-        source = Path(load_config.__code__.co_filename).read_text()
+        source = Path(inspect.getfile(section.type)).read_text()
         body = source.split(f"class {section.type.__name__}:")[1].split("@dataclass")[0]
         for field in dataclasses.fields(section.type):
             after = body.split(f"\n    {field.name}:")[1].split("\n    ")
@@ -90,6 +92,8 @@ def test_paths_are_relative_to_the_file_and_overrides_to_the_shell(toml: Path, m
         ("loss.tau=-2.5", "loss", "tau", -2.5),
         ("run.tensorboard=false", "run", "tensorboard", False),
         ("rollout.stop_token_ids=[5, 6]", "rollout", "stop_token_ids", (5, 6)),
+        ("guidance.schedule=constant", "guidance", "schedule", "constant"),
+        ("loss.mask_first_ids=[5]", "loss", "mask_first_ids", (5,)),
         ("run.wandb_project=name", "run", "wandb_project", "name"),
     ],
 )
@@ -128,7 +132,8 @@ def test_overrides(toml: Path, override: str, section: str, name: str, value: ob
         ("rollout.max_new_tokens=0", r"rollout\.max_new_tokens must be at least 1"),
         ("guidance.prefixed_per_prompt=5", r"exceeds rollout\.samples_per_prompt = 4"),
         ("guidance.beta=-1", r"guidance\.beta must be >= 0"),
-        ("loss.top_k=0", r"loss\.top_k must be at least 1"),
+        ("guidance.schedule=linear", r"guidance\.schedule must be one of \['cosine', 'constant'\]"),
+        ("loss.top_k=-1", r"loss\.top_k must be >= 0"),
         ("loss.region=threshold", r"needs loss\.tau"),
         ("loss.outlier=clip", r"needs loss\.tau"),
         ("run.keep_checkpoints=0", r"run\.keep_checkpoints must be at least 1"),
@@ -178,3 +183,36 @@ def test_override_of_a_section_that_is_not_a_table(toml: Path):
     )
     with pytest.raises(ConfigError, match=r"\[train\] must be a table"):
         load_config(toml, ["train.lr=1e-3"])
+
+
+METHODS = sorted((REPOSITORY / "configs" / "methods").glob("*.toml"))
+
+
+def test_every_preset_has_a_config():
+    assert {path.stem for path in METHODS} == set(PRESETS)
+
+
+@pytest.mark.parametrize("path", METHODS, ids=lambda path: path.stem)
+def test_a_method_config_is_its_preset_on_the_arithmetic_pair(path: Path):
+    config = load_config(path)
+    assert config.loss == preset(path.stem)
+    assert config.run.dir == f"runs/methods/{path.stem}"
+    example = load_config(REPOSITORY / "examples" / "arithmetic" / "tropd.toml")
+    for section in ("model", "parallel", "train", "evaluation"):
+        found, expected = (getattr(c, section) for c in (config, example))
+        assert _resolved(found) == _resolved(expected), section
+    is_gkd, is_guided = path.stem.startswith("gkd"), path.stem.startswith(("gkd", "tropd"))
+    assert (config.guidance.responses is not None) == is_guided
+    assert config.guidance.schedule == ("constant" if is_gkd else "cosine")
+    half = config.rollout.samples_per_prompt // 2
+    assert config.guidance.prefixed_per_prompt == (half if is_gkd else 1)
+    assert config.rollout.top_p == (0.9 if path.stem == "local_support" else 1.0)
+
+
+def _resolved(section: object) -> dict[str, object]:
+    """The section with its files as one path each, however they were written."""
+    return {
+        f.name: Path(value).resolve() if f.metadata.get("path") else value
+        for f in dataclasses.fields(section)
+        if (value := getattr(section, f.name)) is not None
+    }

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_tropd.data.packing import count_loss_tokens, pack
+from megatron_tropd.config import LossConfig
+from megatron_tropd.data.packing import count_loss_tokens, masked_tokens, pack
 from megatron_tropd.data.types import MicroBatch, Segment, Trajectory
 from megatron_tropd.errors import ConfigError
 from megatron_tropd.losses.draws import keyed_seed, keyed_uniform
@@ -100,7 +101,8 @@ def test_nothing_lost_and_budget_kept():
     batches = _pack(trajectories)
     assert sorted(row for batch in batches for row in batch.rows) == list(range(24))
     assert all(batch.tokens.numel() <= 64 for batch in batches)
-    teacher, student = count_loss_tokens(trajectories)
+    teacher, student, masked = count_loss_tokens(trajectories)
+    assert masked == 0
     found = torch.cat([batch.segments.flatten() for batch in batches])
     assert (found == Segment.TEACHER).sum() == teacher
     assert (found == Segment.STUDENT).sum() == student
@@ -192,4 +194,56 @@ def test_uneven_replicas_and_small_budget_are_refused():
 
 def test_empty_step():
     assert _pack([]) == []
-    assert count_loss_tokens([]) == (0, 0)
+    assert count_loss_tokens([]) == (0, 0, 0)
+
+
+FIRST_IDS = LossConfig(mask_first_ids=(20, 31, 99))
+
+
+def _by_hand(finish_reason: str = "stop") -> Trajectory:
+    return dataclasses.replace(
+        _trajectory(5, 1, (3, 2, 4)),
+        prompt_ids=(10, 20, 31),
+        prefix_ids=(20, 21),
+        response_ids=(30, 31, 20, 31),
+        rollout_logprobs=(-0.5, -0.25, -0.1, -0.2),
+        finish_reason=finish_reason,
+    )
+
+
+def test_the_first_occurrence_of_an_id_in_a_response_is_masked_whoever_wrote_it():
+    masked = masked_tokens(_by_hand(), FIRST_IDS)
+    # The prompt's 20 and 31 are none of the response's; 99 does not occur.
+    assert masked.tolist() == [True, False, False, True, False, False]
+    (batch,) = _pack([_by_hand()], loss=FIRST_IDS, pad_multiple=10)
+    assert batch.segments.tolist() == [[0, 0, 1, 1, 2, 2, 2, 2, 0, 0]]
+    assert batch.masked.tolist() == [[False] * 2 + masked.tolist() + [False] * 2]
+    assert batch.labels[batch.loss_mask].tolist() == [21, 30, 20, 31]
+    assert count_loss_tokens([_by_hand()], FIRST_IDS) == (1, 3, 2)
+
+
+def test_a_response_that_was_cut_off_is_masked_with_its_prefix():
+    loss = LossConfig(mask_truncated=True)
+    pair = [_by_hand("length"), _by_hand("stop")]
+    (batch,) = _pack(pair, loss=loss)
+    assert batch.loss_mask.sum(dim=1).tolist() == [0, 6]
+    assert count_loss_tokens(pair, loss) == (2, 4, 6)
+    assert count_loss_tokens(pair) == (4, 8, 0)
+
+
+@pytest.mark.parametrize("dp_size", [1, 2, 3])
+def test_counts_agree_with_the_masks_of_all_ranks(dp_size: int):
+    loss = LossConfig(mask_first_ids=tuple(range(3, 20)), mask_truncated=True)
+    trajectories = [
+        dataclasses.replace(t, finish_reason="length" if i % 5 == 0 else "stop")
+        for i, t in enumerate(_trajectories())
+    ]
+    found = torch.zeros(3, dtype=torch.int64)
+    for rank in range(dp_size):
+        for batch in _pack(trajectories, dp_rank=rank, dp_size=dp_size, loss=loss):
+            assert not (batch.masked & (batch.segments == Segment.PROMPT)).any()
+            kept = batch.segments[batch.loss_mask]
+            sums = [(kept == Segment.TEACHER).sum(), (kept == Segment.STUDENT).sum()]
+            found += torch.stack([*sums, batch.masked.sum()])
+    assert tuple(found.tolist()) == count_loss_tokens(trajectories, loss)
+    assert found.min() > 0

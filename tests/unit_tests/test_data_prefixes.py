@@ -41,6 +41,15 @@ def test_alpha_is_a_half_cosine():
     assert values == sorted(values, reverse=True)
 
 
+def test_a_constant_schedule_keeps_the_whole_response():
+    assert {alpha(step, 200, "constant") for step in (0, 100, 200)} == {1.0}
+    responses = {i: (_response(9, prompt=i),) for i in range(3)}
+    for step in (0, 9):
+        plans = _plan(step, responses, schedule="constant", prefixed_per_prompt=2)
+        lengths = [len(plan.prefix_ids) for plan in plans]
+        assert lengths == [8, 8, 0, 0] * 3, "all but the stop token"
+
+
 @pytest.mark.parametrize(
     ("length", "reason", "step", "room", "expected"),
     [

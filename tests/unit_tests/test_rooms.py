@@ -18,8 +18,9 @@ PACKAGE = Path(__file__).resolve().parents[2] / "megatron_tropd"
 # plain records: whoever may not enter the room may still take those.
 ARROWS: dict[str, set[str]] = {
     "errors": set(),
-    "config": set(),
-    "losses": {"config"},
+    "loss_config": set(),
+    "config": {"loss_config"},
+    "losses": {"loss_config"},
     "data": {"config", "losses", "rollout.types"},
     "convert": {"config"},
     "mcore": {"config", "convert", "data.types", "losses"},
@@ -29,7 +30,8 @@ ARROWS: dict[str, set[str]] = {
     "integrations": {"config", "losses", "mcore"},
 }
 OUTSIDE = {"megatron": {"mcore", "integrations", "doctor"}, "vllm": {"rollout", "doctor"}}
-LIGHT = {"errors", "config"}  # rooms that need the standard library alone
+KERNELS = PACKAGE / "losses" / "dense_triton.py"  # the one file that may import triton
+LIGHT = {"errors", "loss_config", "config"}  # rooms that need the standard library alone
 
 
 def _room(path: Path) -> str:
@@ -53,6 +55,10 @@ def _outside(source: str) -> set[str]:
     return {name.split(".")[0] for name in _imports(source)} & OUTSIDE.keys()
 
 
+def _imports_triton(source: str) -> bool:
+    return any(name.split(".")[0] == "triton" for name in _imports(source))
+
+
 def _rooms_entered(source: str) -> set[str]:
     """The rooms a file imports, records apart: {"losses", "data.types"}."""
     entered = set()
@@ -72,6 +78,8 @@ def test_source_keeps_to_its_room(path: Path):
     room, source = _room(path), path.read_text()
     for package in _outside(source):
         assert room in OUTSIDE[package], f"{room} may not import {package}"
+    if path != KERNELS:
+        assert not _imports_triton(source), f"only {KERNELS.name} may import triton"
     if room in ARROWS:
         allowed = ARROWS[room] | {room, "errors", f"{room}.types"}
         allowed |= {f"{r}.types" for r in ARROWS[room]}
@@ -119,7 +127,12 @@ def test_imports_bring_nothing_forbidden():
     assert "vllm" not in loaded[1]
 
 
+def test_losses_are_imported_without_triton():
+    assert _loaded([["megatron_tropd.losses"]], ["triton"]) == [[]]
+
+
 def test_these_tests_can_fail():
+    assert _imports_triton(KERNELS.read_text()) and not _imports_triton("import tritonclient\n")
     source = "def f():\n    import vllm\n    from megatron.core import parallel_state\n"
     assert _outside(source) == {"vllm", "megatron"}
     assert _outside("import megatron_tropd.config\n") == set()

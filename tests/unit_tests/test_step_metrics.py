@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_tropd.config import LossConfig
-from megatron_tropd.data.packing import pack
+from megatron_tropd.data.packing import LossCounts, pack
 from megatron_tropd.data.types import MicroBatch, Segment, Trajectory
 from megatron_tropd.objective import example_rows, segment_weights
 from megatron_tropd.step_metrics import (
@@ -44,8 +44,18 @@ def trajectory(index: int, prefix: int, response: int, **changes) -> Trajectory:
     return Trajectory(**(values | changes))
 
 
-def batches(trajectories: list[Trajectory], tokens: int) -> list[MicroBatch]:
-    return pack(trajectories, dp_rank=0, dp_size=1, tokens_per_micro_batch=tokens, seed=1, step=3)
+def batches(
+    trajectories: list[Trajectory], tokens: int, loss: LossConfig | None = None
+) -> list[MicroBatch]:
+    return pack(
+        trajectories,
+        dp_rank=0,
+        dp_size=1,
+        tokens_per_micro_batch=tokens,
+        seed=1,
+        step=3,
+        loss=loss or LossConfig(),
+    )
 
 
 def values_of(batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -71,6 +81,36 @@ def test_means_are_over_student_tokens_and_the_loss_over_all():
         assert metrics[name] == pytest.approx(sum(student) / 5 / 100), name
     assert metrics["engine_gap_mean"] == metrics["engine_gap_max"] == 0
     assert metrics["engine_ratio_mean"] == 1
+
+
+def test_masked_tokens_are_in_no_number():
+    loss = LossConfig(mask_first_ids=(10, 21), mask_truncated=True)
+    trajectories = [
+        trajectory(0, prefix=2, response=3),
+        trajectory(1, prefix=1, response=40, finish_reason="length"),
+    ]
+    sums = StepSums.zeros(CPU)
+    for batch in batches(trajectories, 1000, loss):
+        loss_T, values = values_of(batch)
+        sums.add(loss_T, values, batch)
+    metrics = sums.reduce().metrics()
+    assert metrics["tokens_student"] == 2 and metrics["tokens_teacher"] == 1
+    assert metrics["loss"] == pytest.approx((20 + 22 + 11) / 3)
+    assert metrics["k1"] == pytest.approx((20 + 22) / 2 / 100)
+
+
+def test_a_step_without_loss_tokens_gives_nulls_and_no_error():
+    sums = StepSums.zeros(CPU)
+    for batch in batches(
+        [trajectory(0, prefix=2, response=3, finish_reason="length")],
+        1000,
+        LossConfig(mask_truncated=True),
+    ):
+        loss_T, values = values_of(batch)
+        assert len(loss_T) == 0
+        sums.add(loss_T, values, batch)
+    metrics = sums.reduce().metrics()
+    assert metrics["loss"] is None and metrics["k1"] is None and metrics["tokens_student"] == 0
 
 
 def test_the_split_into_micro_batches_changes_nothing():
@@ -162,11 +202,25 @@ def test_repetition_is_the_share_of_four_grams_seen_before(ids, share):
 
 
 def test_segment_weights_turn_the_joint_denominator_into_the_separate_one():
-    assert segment_weights(LossConfig(), (3, 9)) == (1.0, 1.0)
-    teacher, student = segment_weights(LossConfig(denominator="separate"), (3, 9))
+    counts, separate = (
+        LossCounts(teacher=3, student=9, masked=5),
+        LossConfig(denominator="separate"),
+    )
+    assert segment_weights(LossConfig(), counts) == (1.0, 1.0)
     # Megatron divides by 12: a sum over 3 teacher tokens times 4 / 12 is their mean.
-    assert (teacher, student) == (4.0, 12 / 9)
-    assert segment_weights(LossConfig(denominator="separate"), (0, 9)) == (1.0, 1.0)
+    assert segment_weights(separate, counts) == (4.0, 12 / 9)
+    assert segment_weights(separate, LossCounts(0, 9, 0)) == (1.0, 1.0)
+    assert segment_weights(separate, LossCounts(0, 0, 4)) == (1.0, 1.0)
+
+
+def test_a_selection_is_divided_by_the_tokens_it_keeps():
+    settings = {"region": "none", "select": "student_entropy", "select_share": 0.25}
+    counts = LossCounts(teacher=2, student=10, masked=0)
+    # 3 of the 10 student tokens are trained, with 2 teacher tokens: 12 / 5 undoes N = 12.
+    assert segment_weights(LossConfig(**settings), counts) == (12 / 5, 12 / 5)
+    separate = LossConfig(denominator="separate", **settings)
+    assert segment_weights(separate, counts) == (12 / 2, 12 / 3)
+    assert segment_weights(LossConfig(**settings), LossCounts(0, 0, 7)) == (1.0, 1.0)
 
 
 def test_examples_are_spread_over_prompts_and_samples():

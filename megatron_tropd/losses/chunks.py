@@ -1,0 +1,202 @@
+"""Tokens a chunk at a time: logits of both models in buffers that every chunk reuses.
+
+Shape suffixes: T = all tokens, t = tokens of a chunk, v = real columns of this rank's shard,
+K = top-k.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_tropd.losses import vocab_parallel as vp
+from megatron_tropd.losses.dense import DenseSpec, RowCoefficients, Scratch
+from megatron_tropd.losses.passes import Passes, needs_scratch, passes_for
+from megatron_tropd.losses.signals import FullSignal, TeacherSignal, TopKSignal
+from megatron_tropd.losses.statistics import TokenStatistics, Waiting, compare, look_up
+from megatron_tropd.losses.terms import Term
+from megatron_tropd.losses.vocab_parallel import Shard
+
+# Measured on CPU: from about a hundred rows on, the products of a chunk run at full speed, and
+# reading the output layer once per chunk costs nothing. A GPU needs thousands.
+_MEMORY_MIB = {"cpu": 64}
+_MEMORY_MIB_ELSEWHERE = 2048
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Student and teacher at T tokens, and what is to be known of them."""
+
+    student: FullSignal
+    """Where the student's logits come from; the same interface as a teacher's."""
+    teacher: TeacherSignal
+    ids_T: Tensor
+    """[T] int64 the token in the trajectory."""
+    k: int
+    """Size of the teacher's top-k; 0: none."""
+    spec: DenseSpec
+    shard: Shard
+    device: torch.device
+    memory_mib: int | None = None
+    """Budget of the chunk buffers; None: 64 MiB on CPU, 2 GiB on GPUs."""
+
+    @property
+    def full(self) -> bool:
+        """Whether the teacher's logits are at hand."""
+        return isinstance(self.teacher, FullSignal)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Logits and statistics of some rows; the buffers belong to the next chunk afterwards."""
+
+    rows: slice
+    student_tv: Tensor
+    """[t, v] float32 buffer of the student's logits; free to take the gradient."""
+    passes: Passes
+    statistics: TokenStatistics
+
+    def write_gradient(
+        self, ids_t: Tensor, term: Term, spec: DenseSpec, shard: Shard, out_tv: Tensor
+    ) -> None:
+        """Gradient of the summed term with respect to the student's logits.
+
+        Args:
+            ids_t: [t] the tokens.
+            term: their loss.
+            spec: which reward.
+            shard: where the columns lie.
+            out_tv: [t, v] float32, overwritten; may be ``student_tv``.
+        """
+        statistics = self.statistics
+        coefficients = RowCoefficients(
+            student_T=-term.mass(statistics, spec), reward_T=term.reward_T, teacher_T=term.teacher_T
+        )
+        needs_teacher = spec.reward is not None or spec.teacher
+        norm_T2 = statistics.teacher_normaliser_T2 if needs_teacher else None
+        self.passes.write_gradient(statistics.student_normaliser_T2, norm_T2, coefficients, out_tv)
+        if shard.real:
+            ids_tK = torch.cat([ids_t.unsqueeze(-1), statistics.topk_ids_TK], dim=-1)
+            pushes_tK = torch.cat([term.sampled_T.unsqueeze(-1), term.topk_TK], dim=-1)
+            local_tK, mine_tK = vp.local_ids(ids_tK, start=shard.start, columns=shard.real)
+            out_tv.scatter_add_(-1, local_tK, torch.where(mine_tK, pushes_tK, 0.0))
+
+
+def for_each_chunk(pair: Pair, use: Callable[[Chunk], None]) -> None:
+    """Logits and statistics of every chunk, in order.
+
+    Where it helps (:func:`overlaps`) two chunks are under way: while the collectives of one run,
+    the products of the other are computed.
+
+    Args:
+        pair: the models and tokens.
+        use: called with each chunk; may overwrite its logits.
+
+    Collectives: per chunk of t rows, those of ``statistics.compare`` or ``look_up``.
+    """
+    overlap = overlaps(pair)
+    buffers = _Buffers(pair, count=2 if overlap else 1)
+    previous: Iterator[None] = iter(())
+    for number, rows in enumerate(buffers.chunks(len(pair.ids_T))):
+        current = _steps(pair, rows, buffers, number, use)
+        if not overlap:
+            _finish(current)
+            continue
+        next(current, None)  # logits, first collective under way
+        _finish(previous)  # second collective over, gradient
+        next(current, None)  # row sums, second collective under way
+        previous = current
+    _finish(previous)
+
+
+def overlaps(pair: Pair) -> bool:
+    """Whether two chunks share the budget so that collectives hide behind products.
+
+    Not on a CPU: half the rows a chunk cost more there than the collectives, measured at TP 2 over
+    gloo.
+    """
+    group = pair.shard.group
+    return group is not None and group.size() > 1 and pair.device.type != "cpu"
+
+
+def _finish(steps: Iterator[None]) -> None:
+    for _ in steps:
+        pass
+
+
+def gradient_chunks(pair: Pair, statistics: TokenStatistics) -> Iterator[Chunk]:
+    """The chunks again, for a gradient made later. No collectives.
+
+    Args:
+        pair: as in the first pass.
+        statistics: what came of it, for all T tokens.
+    """
+    buffers = _Buffers(pair, count=1)
+    for rows in buffers.chunks(len(pair.ids_T)):
+        student_tv, _, passes = buffers.fill(pair, rows, 0)
+        passes.prepare()
+        yield Chunk(rows, student_tv, passes, statistics.rows(rows))
+
+
+def _steps(
+    pair: Pair, rows: slice, buffers: "_Buffers", number: int, use: Callable[[Chunk], None]
+) -> Iterator[None]:
+    student_tv, teacher_tv, passes = buffers.fill(pair, rows, number)
+    ids_t = pair.ids_T[rows]
+    waiting: Waiting
+    if teacher_tv is not None:
+        waiting = compare(student_tv, teacher_tv, passes, ids_t, pair.k, pair.shard)
+    else:
+        assert isinstance(pair.teacher, TopKSignal)
+        waiting = look_up(student_tv, passes, ids_t, pair.teacher, rows, pair.k, pair.shard)
+    statistics = yield from waiting
+    use(Chunk(rows, student_tv, passes, statistics))
+
+
+class _Buffers:
+    """Logits of one chunk, or of two where one is computed while the other waits."""
+
+    def __init__(self, pair: Pair, *, count: int) -> None:
+        columns, models = pair.shard.real, 2 if pair.full else 1
+        num, budget = len(pair.ids_T), _budget(pair)
+        self._scratch = Scratch(columns, pair.device, budget=budget)
+        if needs_scratch(pair.device):
+            budget -= self._scratch.bytes
+        self._rows = min(max(num, 1), _chunk_rows(budget, 4 * count * models * columns))
+        if self._rows >= num:
+            count = 1
+        shape = (count, models, self._rows, columns)
+        self._logits = torch.empty(shape, dtype=torch.float32, device=pair.device)
+
+    def chunks(self, num: int) -> Iterator[slice]:
+        """Rows of each chunk; one empty chunk where there are none, so that shapes come out."""
+        for begin in range(0, max(num, 1), self._rows):
+            yield slice(begin, min(begin + self._rows, num))
+
+    def fill(self, pair: Pair, rows: slice, number: int) -> tuple[Tensor, Tensor | None, Passes]:
+        """Logits of both models at some rows, and the passes over them."""
+        buffer = self._logits[number % len(self._logits), :, : rows.stop - rows.start]
+        student_tv, teacher_tv = buffer[0], None
+        pair.student.write_logits(rows, student_tv)
+        if isinstance(pair.teacher, FullSignal):
+            teacher_tv = buffer[1]
+            pair.teacher.write_logits(rows, teacher_tv)
+        return student_tv, teacher_tv, passes_for(student_tv, teacher_tv, pair.spec, self._scratch)
+
+
+def _budget(pair: Pair) -> int:
+    """Bytes of the buffers."""
+    if pair.memory_mib is None:
+        return _MEMORY_MIB.get(pair.device.type, _MEMORY_MIB_ELSEWHERE) * 2**20
+    if pair.memory_mib < 1:
+        raise ValueError(
+            f"Expected memory_mib of at least 1, found {pair.memory_mib}. None chooses it."
+        )
+    return pair.memory_mib * 2**20
+
+
+def _chunk_rows(budget: int, bytes_of_row: int) -> int:
+    """Rows of a chunk, from sizes alone: the same run gives the same chunks and the same bits."""
+    rows = budget // max(bytes_of_row, 1)
+    return max(1, rows // 16 * 16 if rows > 16 else rows)

@@ -1,0 +1,287 @@
+r"""The three passes over a chunk's logits that cost something, in plain torch.
+
+With q = softmax(student), p = softmax(teacher) and r = log p - log q, a loss over the whole
+vocabulary is a sum of row sums (:func:`row_sums`), and its gradient has the form
+
+.. math:: \partial \ell / \partial z_j = c_j - q_j \sum_v c_v, \qquad
+   c_v = a \, w_v + f \, p_v + \text{a few columns}
+
+with w one of the pointwise rewards of :data:`Reward` (:func:`write_gradient`). Nothing here knows
+about ranks; the sums are this shard's. Rows are handled a few at a time, so that temporaries stay
+in the cache: one buffer of a few rows for each, none of [T, v].
+
+Shape suffixes: T = tokens of the chunk, v = real columns of this rank's shard.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Reward = Literal["trust", "trust_clip", "log_ratio", "mixture"]
+"""w_v: min(p,q) r | min(p,q) r + (q - min(p,q)) max(r, tau) | q r | q log((b p + (1-b) q) / q)."""
+
+SUMS = (
+    "tv",
+    "reverse_kl",
+    "forward_kl",
+    "student_entropy",
+    "teacher_entropy",
+    "reward",
+    "teacher_to_mixture",
+)
+"""Row sums: TV(p, q), KL(q||p), KL(p||q), H(q), H(p), sum of w, KL(p || b p + (1-b) q)."""
+
+# About the size of a core's cache; a GPU wants large launches instead.
+_SLICE_BYTES = {"cpu": 2**20}
+_SLICE_BYTES_ELSEWHERE = 2**26
+_BUFFERS = 7
+
+
+@dataclass(frozen=True)
+class DenseSpec:
+    """What to sum over the vocabulary, and which reward the gradient has."""
+
+    sums: tuple[str, ...] = ()
+    """Subset of :data:`SUMS`."""
+    reward: Reward | None = None
+    """w of the gradient and of the sum "reward"."""
+    tau: float = 0.0
+    """Floor of trust_clip."""
+    mix: float = 0.5
+    """b of mixture."""
+    teacher: bool = False
+    """Whether p takes part in the gradient."""
+
+
+@dataclass(frozen=True)
+class RowCoefficients:
+    """Per-token factors of the gradient; see the module's formula."""
+
+    student_T: Tensor
+    """[T] float32: minus the sum of all c_v; multiplies q."""
+    reward_T: Tensor
+    """[T] float32: a; multiplies w."""
+    teacher_T: Tensor
+    """[T] float32: f; multiplies p."""
+
+
+class Scratch:
+    """Buffers of a few rows, made once per call, and only where a pass asks for them."""
+
+    def __init__(self, columns: int, device: torch.device, *, budget: int | None = None) -> None:
+        """Buffers of ``columns`` float32 and as many rows as fill a cache.
+
+        Args:
+            columns: v.
+            device: of the logits.
+            budget: bytes of everything; the buffers take a quarter at most, but one row.
+        """
+        size = _SLICE_BYTES.get(device.type, _SLICE_BYTES_ELSEWHERE)
+        if budget is not None:
+            size = min(size, budget // (4 * _BUFFERS))
+        self.rows = max(1, size // (4 * max(columns, 1)))
+        self.bytes = 4 * _BUFFERS * self.rows * columns
+        self._columns, self._device = columns, device
+
+    @cached_property
+    def buffers(self) -> Tensor:
+        """[7, rows, columns] float32."""
+        return torch.empty(_BUFFERS, self.rows, self._columns, device=self._device)
+
+    def slices(self, num: int) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
+        """Rows of a chunk, a few at a time, and buffers of as many rows."""
+        for begin in range(0, num, self.rows):
+            end = min(begin + self.rows, num)
+            yield slice(begin, end), self.buffers[:, : end - begin].unbind(0)
+
+
+def max_and_sum_exp(logits_Tv: Tensor, scratch: Scratch) -> Tensor:
+    """Largest logit and sum of exp(logit - largest) of each row.
+
+    Args:
+        logits_Tv: [T, v] float32; v may be 0. Not modified.
+        scratch: for v columns.
+
+    Returns:
+        [T, 2] float32; (-inf, 0) where there is no column or all are -inf.
+    """
+    stats_T2 = logits_Tv.new_zeros(logits_Tv.shape[0], 2)
+    if logits_Tv.shape[1] == 0:
+        stats_T2[:, 0] = -torch.inf
+        return stats_T2
+    for rows, (shifted, *_) in scratch.slices(logits_Tv.shape[0]):
+        max_T1 = logits_Tv[rows].amax(dim=-1, keepdim=True)
+        # -inf - -inf would be nan; any finite shift gives the right sum, 0.
+        shift_T1 = torch.where(max_T1 == -torch.inf, 0.0, max_T1)
+        torch.sub(logits_Tv[rows], shift_T1, out=shifted)
+        stats_T2[rows, 0] = max_T1[:, 0]
+        torch.sum(shifted.exp_(), dim=-1, out=stats_T2[rows, 1])
+    return stats_T2
+
+
+def row_sums(
+    student_Tv: Tensor,
+    teacher_Tv: Tensor,
+    student_norm_T2: Tensor,
+    teacher_norm_T2: Tensor,
+    spec: DenseSpec,
+    scratch: Scratch,
+) -> Tensor:
+    """This shard's part of the sums that ``spec`` asks for.
+
+    Args:
+        student_Tv: [T, v] float32 logits. Not modified.
+        teacher_Tv: [T, v] float32 logits. Not modified.
+        student_norm_T2: [T, 2] float32 whole-vocabulary (max, log of the sum of exponentials).
+        teacher_norm_T2: [T, 2] the teacher's.
+        spec: which.
+        scratch: for v columns.
+
+    Returns:
+        [T, len(spec.sums)] float32.
+    """
+    sums_TD = student_Tv.new_zeros(student_Tv.shape[0], len(spec.sums))
+    if student_Tv.shape[1] == 0 or not spec.sums:
+        return sums_TD
+    for rows, buffers in scratch.slices(student_Tv.shape[0]):
+        both = _Both(student_Tv[rows], teacher_Tv[rows], student_norm_T2[rows], *buffers)
+        both.normalise(teacher_norm_T2[rows])
+        for column, name in enumerate(spec.sums):
+            sums_TD[rows, column] = both.total(name, spec)
+    return sums_TD
+
+
+def write_gradient(
+    student_Tv: Tensor,
+    teacher_Tv: Tensor | None,
+    student_norm_T2: Tensor,
+    teacher_norm_T2: Tensor | None,
+    coefficients: RowCoefficients,
+    spec: DenseSpec,
+    scratch: Scratch,
+    out_Tv: Tensor,
+) -> None:
+    """The dense part of the gradient: student x q + reward x w + teacher x p.
+
+    Args:
+        student_Tv: [T, v] float32 logits.
+        teacher_Tv: [T, v] float32 logits; None where neither w nor p takes part.
+        student_norm_T2: [T, 2] as for :func:`row_sums`.
+        teacher_norm_T2: [T, 2] the teacher's, or None.
+        coefficients: the factors.
+        spec: which w.
+        scratch: for v columns.
+        out_Tv: [T, v] float32, overwritten; may be ``student_Tv`` itself.
+    """
+    for rows, buffers in scratch.slices(student_Tv.shape[0] if student_Tv.shape[1] else 0):
+        teacher = student_Tv if teacher_Tv is None else teacher_Tv
+        both = _Both(student_Tv[rows], teacher[rows], student_norm_T2[rows], *buffers)
+        factor_T1 = coefficients.student_T[rows, None]
+        if teacher_norm_T2 is None or not (spec.reward or spec.teacher):
+            torch.mul(both.student_only(), factor_T1, out=out_Tv[rows])
+            continue
+        both.normalise(teacher_norm_T2[rows])
+        part = both.reward(spec) if spec.reward else None
+        total = torch.mul(both.q, factor_T1, out=out_Tv[rows])
+        if spec.teacher:
+            total.addcmul_(both.p, coefficients.teacher_T[rows, None])
+        if part is not None:
+            both.add_product(total, part, coefficients.reward_T[rows, None])
+
+
+class _Both:
+    """Log-probs and probabilities of a few rows of both models, in borrowed buffers."""
+
+    def __init__(
+        self, student: Tensor, teacher: Tensor, student_norm: Tensor, *buffers: Tensor
+    ) -> None:
+        self._student, self._teacher, self._student_norm = student, teacher, student_norm
+        self.log_q, self.q, self.log_p, self.p, self.ratio, self._spare, self._log_mix = buffers
+        self._has_mixture = False
+
+    def student_only(self) -> Tensor:
+        """q, where the teacher does not matter."""
+        _normalise(self._student, self._student_norm, out=self.log_q)
+        return torch.exp(self.log_q, out=self.q)
+
+    def normalise(self, teacher_norm: Tensor) -> None:
+        """Fill log q, q, log p, p and r = log p - log q."""
+        self.student_only()
+        _normalise(self._teacher, teacher_norm, out=self.log_p)
+        torch.exp(self.log_p, out=self.p)
+        torch.sub(self.log_p, self.log_q, out=self.ratio)
+        # Columns that a model excludes are rare; only they need the branch 0 x inf = 0. A sum is
+        # finite only if all its terms are; asking a GPU would cost more than the branch.
+        self._excluded = not self.ratio.is_cpu or not bool(self.ratio.sum().isfinite())
+
+    def total(self, name: str, spec: DenseSpec) -> Tensor:
+        """[rows] one of :data:`SUMS`."""
+        if name == "tv":
+            return torch.sub(self.q, self._overlap(), out=self._spare).sum(dim=-1)
+        if name == "reverse_kl":
+            return -self._product(self.q, self.ratio).sum(dim=-1)
+        if name == "forward_kl":
+            return self._product(self.p, self.ratio).sum(dim=-1)
+        if name == "student_entropy":
+            return -self._product(self.q, self.log_q).sum(dim=-1)
+        if name == "teacher_entropy":
+            return -self._product(self.p, self.log_p).sum(dim=-1)
+        if name == "teacher_to_mixture":
+            torch.sub(self.log_p, self._log_mixture(spec.mix), out=self._spare)
+            return self._product(self.p, self._spare).sum(dim=-1)
+        return self.reward(spec).sum(dim=-1)
+
+    def reward(self, spec: DenseSpec) -> Tensor:
+        """[rows, v] w of :data:`Reward`, in a buffer that the next call overwrites."""
+        if spec.reward == "log_ratio":
+            return self._product(self.q, self.ratio)
+        if spec.reward == "mixture":
+            torch.sub(self._log_mixture(spec.mix), self.log_q, out=self._spare)
+            return self._product(self.q, self._spare)
+        inside = self._product(self._overlap(), self.ratio)
+        if spec.reward == "trust":
+            return inside
+        assert spec.reward == "trust_clip"
+        outside = (self.q - self.p).clamp_(min=0.0)
+        return inside + self._mask_zero(outside, outside * self.ratio.clamp(min=spec.tau))
+
+    def add_product(self, total: Tensor, part: Tensor, factor: Tensor) -> None:
+        """total += part x factor, where a factor of 0 silences an infinite part."""
+        if self._excluded:
+            part = self._mask_zero(factor, part)
+        total.addcmul_(part, factor)
+
+    def _overlap(self) -> Tensor:
+        return torch.minimum(self.p, self.q, out=self._spare)
+
+    def _log_mixture(self, mix: float) -> Tensor:
+        if not self._has_mixture:
+            torch.mul(self.p, mix, out=self._log_mix).add_(self.q, alpha=1 - mix)
+            # Where both underflow, any finite logarithm will do: its weight is 0.
+            self._log_mix.clamp_(min=2e-38).log_()
+            self._has_mixture = True
+        return self._log_mix
+
+    def _product(self, weights: Tensor, values: Tensor) -> Tensor:
+        """weights x values in the spare buffer, 0 where the weight is."""
+        if not self._excluded:
+            return torch.mul(weights, values, out=self._spare)
+        return self._spare.copy_(self._mask_zero(weights, weights * values))
+
+    @staticmethod
+    def _mask_zero(weights: Tensor, products: Tensor) -> Tensor:
+        return torch.where(weights == 0, 0.0, products)
+
+
+def _normalise(logits: Tensor, norm: Tensor, *, out: Tensor) -> None:
+    # Two subtractions: max + log_sum would round to the precision of the largest logit.
+    torch.sub(logits, norm[:, :1], out=out).sub_(norm[:, 1:])
+
+
+def sum_names(names: Sequence[str]) -> tuple[str, ...]:
+    """The given sums without repetition, in the order of :data:`SUMS`."""
+    return tuple(name for name in SUMS if name in names)

@@ -1,0 +1,380 @@
+"""Does the test-suite notice a wrong loss? Each mutation here plants one known mistake.
+
+    python tests/mutate_losses.py             all mutations, ten minutes or so
+    python tests/mutate_losses.py sign floor  those whose name contains one of the words
+
+Package and tests are copied to a temporary folder, the mistake is written into the copy, and the
+tests of the losses run on it: those of one rank, or for mistakes that one rank cannot make those of
+several. Exit code 1 if a mistake goes unnoticed, or if the tests fail without one.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+LOSSES = "megatron_tropd/losses"
+ONE_RANK = (
+    "tests/distributed/test_losses.py::test_losses_tp1",
+    "tests/unit_tests/test_objective.py",
+)
+SEVERAL_RANKS = ("tests/distributed/test_losses.py::test_losses_tp2_and_tp4",)
+TIMEOUT_S = 600
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One mistake."""
+
+    name: str
+    file: str
+    """Below ``LOSSES``."""
+    old: str
+    """Text that occurs once in the file."""
+    new: str
+    several_ranks: bool = False
+    """Whether one rank alone computes the same with it."""
+
+
+MUTATIONS = (
+    # Formulas.
+    Mutation(
+        "draw turned round",
+        "terms.py",
+        "return (~(uniforms_T >= trust(log_ratio_T))).float()",
+        "return (uniforms_T >= trust(log_ratio_T)).float()",
+    ),
+    Mutation(
+        "trust may exceed 1",
+        "terms.py",
+        "return log_ratio_T.clamp(max=0.0).exp()",
+        "return log_ratio_T.exp()",
+    ),
+    Mutation(
+        "missing factor: reward not weighted by the trust",
+        "terms.py",
+        "inside_T = _times(trusted_T, torch.where(infinite_T, 0.0, reward_T))",
+        "inside_T = torch.where(infinite_T, 0.0, reward_T)",
+    ),
+    Mutation(
+        "sign of the threshold",
+        "terms.py",
+        "return (~(log_ratio_T <= config.reward_floor)).float()",
+        "return (~(log_ratio_T <= -config.reward_floor)).float()",
+    ),
+    Mutation(
+        "sign of the forward KL's gradient",
+        "terms.py",
+        "term = _term(statistics, value_T=value_T, topk_TK=-p_TK)",
+        "term = _term(statistics, value_T=value_T, topk_TK=p_TK)",
+    ),
+    Mutation(
+        "renormalisation: forward KL renormalised on the top-k",
+        "terms.py",
+        "p_TK = statistics.topk_teacher_logprobs_TK.exp()",
+        "p_TK = statistics.topk_teacher_logprobs_TK.softmax(dim=-1)",
+    ),
+    Mutation(
+        "renormalisation: local support without the student's",
+        "terms.py",
+        "log_q_TK = statistics.topk_student_logprobs_TK.log_softmax(dim=-1)",
+        "log_q_TK = statistics.topk_student_logprobs_TK",
+    ),
+    Mutation(
+        "wrong stop-gradient: local support's weights held constant",
+        "terms.py",
+        "topk_TK=_times(q_TK, ratio_TK - value_T.unsqueeze(-1)),",
+        "topk_TK=q_TK,",
+    ),
+    Mutation(
+        "detach lost: the reward is differentiated",
+        "terms.py",
+        "term = _term(statistics, value_T=-inside_T, sampled_T=-inside_T)",
+        "term = _term(\n        statistics, value_T=-inside_T, "
+        "sampled_T=-inside_T + statistics.student_logprob_T\n    )",
+    ),
+    Mutation(
+        "wrong stop-gradient: score function everywhere",
+        "terms.py",
+        "coefficient_T = torch.full_like(value_T, -beta)",
+        "coefficient_T = value_T",
+    ),
+    Mutation(
+        "sign of the score function",
+        "terms.py",
+        "coefficient_T = value_T  # -sg",
+        "coefficient_T = -value_T  # -sg",
+    ),
+    Mutation(
+        "missing factor: total variation",
+        "terms.py",
+        "forward_kl_outlier(statistics, config, tv_T)",
+        "forward_kl_outlier(statistics, config, torch.ones_like(tv_T))",
+    ),
+    Mutation(
+        "softmax part of the gradient forgets the top-k",
+        "terms.py",
+        "total_T = self.sampled_T + self.topk_TK.sum(dim=-1) + self.teacher_T",
+        "total_T = self.sampled_T + self.teacher_T",
+    ),
+    Mutation(
+        "weights of the JSD exchanged",
+        "terms.py",
+        "reward_T=torch.full_like(value_T, share - 1)",
+        "reward_T=torch.full_like(value_T, -share)",
+    ),
+    Mutation(
+        "entropy turned round",
+        "terms.py",
+        'uncertain_T = statistics.sum_of("teacher_entropy") > config.entropy_forward_kl',
+        'uncertain_T = statistics.sum_of("teacher_entropy") < config.entropy_forward_kl',
+    ),
+    Mutation(
+        "PPO clips one side only",
+        "terms.py",
+        "clipped_T = ((reward_T > 0) & (rho_T > high)) | ((reward_T < 0) & (rho_T < low))",
+        "clipped_T = (reward_T > 0) & (rho_T > high)",
+    ),
+    Mutation(
+        "rho not truncated",
+        "terms.py",
+        "term.scaled(rho_T.clamp(max=config.importance_high))",
+        "term.scaled(rho_T)",
+    ),
+    Mutation(
+        "band open below",
+        "terms.py",
+        "inside_T = (rho_T >= config.importance_low) & (rho_T <= config.importance_high)",
+        "inside_T = rho_T <= config.importance_high",
+    ),
+    Mutation(
+        "zero times infinity",
+        "terms.py",
+        "value_T=_times(factor_T, self.value_T),",
+        "value_T=factor_T * self.value_T,",
+    ),
+    Mutation(
+        "missing factor: beta in the value",
+        "terms.py",
+        "value_T = -beta * statistics.student_logprob_T",
+        "value_T = -statistics.student_logprob_T",
+    ),
+    Mutation(
+        "floor of the other rule",
+        "../loss_config.py",
+        "return math.log(self.floor) / (1 - self.floor)",
+        "return math.log(self.floor)",
+    ),
+    # Passes over the vocabulary.
+    Mutation(
+        "fp16 sum",
+        "dense_inplace.py",
+        "columns = [student_max, student.sum(dim=-1),",
+        "columns = [student_max, student.half().sum(dim=-1).float(),",
+    ),
+    Mutation(
+        "overlap is the maximum",
+        "dense.py",
+        "return torch.minimum(self.p, self.q, out=self._spare)",
+        "return torch.maximum(self.p, self.q, out=self._spare)",
+    ),
+    Mutation(
+        "floor lost in the exact clip",
+        "dense_inplace.py",
+        "return inside.add_(outside.mul_(ratio.clamp_(min=spec.tau)))",
+        "return inside.add_(outside.mul_(ratio))",
+    ),
+    Mutation(
+        "mixture of the other share",
+        "dense_inplace.py",
+        "return self._weighted_log_share(self.q, self.p, spec.mix)",
+        "return self._weighted_log_share(self.q, self.p, 1 - spec.mix)",
+    ),
+    Mutation(
+        "ties of the top-k as they come",
+        "vocab_parallel.py",
+        "    if crowded_T.numel() == 0:",
+        "    if crowded_T.numel() >= 0:",
+    ),
+    Mutation(
+        "padded columns take part",
+        "vocab_parallel.py",
+        "real = tuple(min(bound, vocab_size) for bound in bounds)",
+        "real = tuple(bounds)",
+    ),
+    # Chunks, gradients, sums.
+    Mutation(
+        "every chunk gets the first one's statistics",
+        "chunks.py",
+        "statistics.rows(rows))",
+        "statistics.rows(slice(0, rows.stop - rows.start)))",
+    ),
+    Mutation(
+        "the caller's logits are overwritten",
+        "objective.py",
+        "grad_Tv = torch.zeros_like(logits_Tv)",
+        "grad_Tv = logits_Tv.detach().zero_()",
+    ),
+    Mutation(
+        "missing factor: upstream gradient of the output layer",
+        "objective.py",
+        "weight_vH = weight_vH.mul_(grad)",
+        "weight_vH = weight_vH",
+    ),
+    Mutation(
+        "mean of means",
+        "objective.py",
+        'return self.values()["loss"].sum()',
+        'return self.values()["loss"].mean()',
+    ),
+    Mutation(
+        "main_grad is overwritten",
+        "objective.py",
+        "maker.main_grad.add_(weight_vH)",
+        "maker.main_grad.copy_(weight_vH)",
+    ),
+    Mutation(
+        "output layer's gradient in half precision",
+        "products.py",
+        "total_vH.addmm_(grad_Tv.t(), hidden_TH.float())",
+        "total_vH.addmm_(grad_Tv.t().bfloat16().float(), hidden_TH.float())",
+    ),
+    # Ranks.
+    Mutation(
+        "shifted shard",
+        "vocab_parallel.py",
+        "local_TK = ids_TK - start",
+        "local_TK = ids_TK - start - int(start > 0)",
+        several_ranks=True,
+    ),
+    Mutation(
+        "missing reduction: sums over the vocabulary",
+        "statistics.py",
+        "vp.AllReduceSum(passes.second(student_norm_T2, teacher_norm_T2), group=shard.group)",
+        "vp.AllReduceSum(passes.second(student_norm_T2, teacher_norm_T2), group=None)",
+        several_ranks=True,
+    ),
+    Mutation(
+        "normalisers added without their maxima",
+        "vocab_parallel.py",
+        "log_sum_T = (sum_RT * (max_RT - max_T).exp()).sum(dim=0).log()",
+        "log_sum_T = sum_RT.sum(dim=0).log()",
+        several_ranks=True,
+    ),
+    Mutation(
+        "moments of the ranks not summed",
+        "dense_inplace.py",
+        "columns.append(sign * torch.where(factor == 0, 0.0, part).sum(dim=0))",
+        "columns.append(sign * torch.where(factor == 0, 0.0, part)[0])",
+        several_ranks=True,
+    ),
+    Mutation(
+        "missing reduction: gradient of the hidden states",
+        "sharded_rows.py",
+        "dist.all_reduce(total_TH, group=ctx.group)",
+        "pass",
+        several_ranks=True,
+    ),
+    Mutation(
+        "mean over the ranks: gradient of sequence-parallel rows",
+        "sharded_rows.py",
+        "dist.reduce_scatter_tensor(mine_tH, grad_TH, group=ctx.group)",
+        "dist.reduce_scatter_tensor(mine_tH, grad_TH / ctx.group.size(), group=ctx.group)",
+        several_ranks=True,
+    ),
+    Mutation(
+        "top-k values of the wrong rank",
+        "vocab_parallel.py",
+        "values = values_RTK.transpose(0, 1).flatten(1, 2).gather(-1, merged.indices)",
+        "values = values_RTK[0].gather(-1, merged.indices % k)",
+        several_ranks=True,
+    ),
+    Mutation(
+        "re-sharded columns in the wrong place",
+        "align.py",
+        "aligned[columns.start - wanted.start : columns.stop - wanted.start] = rows",
+        "aligned[: len(rows)] = rows",
+        several_ranks=True,
+    ),
+)
+
+
+def source(mutation: Mutation, root: Path = REPOSITORY) -> Path:
+    """The file it changes."""
+    return (root / LOSSES / mutation.file).resolve()
+
+
+def places(mutation: Mutation) -> int:
+    """How often its text occurs; anything but 1 means that the code has moved on."""
+    return source(mutation).read_text().count(mutation.old)
+
+
+def copy_to(folder: Path) -> None:
+    """Package and tests, without what the losses do not need."""
+    ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
+    for name in ("megatron_tropd", "tests"):
+        shutil.copytree(REPOSITORY / name, folder / name, ignore=ignore)
+    shutil.copy(REPOSITORY / "pyproject.toml", folder)
+
+
+def tests_fail(folder: Path, tests: tuple[str, ...]) -> tuple[bool, str]:
+    """Whether the tests fail there, and the line that says how."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+    # The test of this very list would notice every mutation.
+    command += ["-k", "not every_mutation", *tests]
+    environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+    try:
+        done = subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S
+        )
+    except subprocess.TimeoutExpired:
+        return True, "timed out"
+    if done.returncode not in (0, 1):
+        raise SystemExit(f"pytest could not run:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+    found = [line for line in done.stdout.splitlines() if line.startswith("E  ")]
+    reasons = [line[1:].strip() for line in found if "Error: " in line]
+    return done.returncode == 1, (reasons or found or [""])[0][:120]
+
+
+def survives(mutation: Mutation) -> bool:
+    """Run the tests on a copy with the mistake in it, and say what came of it."""
+    tests = SEVERAL_RANKS if mutation.several_ranks else ONE_RANK
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        copy_to(folder)
+        path = source(mutation, folder)
+        path.write_text(path.read_text().replace(mutation.old, mutation.new))
+        caught, how = tests_fail(folder, tests)
+    verdict = "caught  " if caught else "SURVIVED"
+    print(f"{verdict} {time.monotonic() - begin:4.0f} s  {mutation.name}: {how}", flush=True)
+    return not caught
+
+
+def main(words: list[str]) -> int:
+    """Exit code."""
+    chosen = [m for m in MUTATIONS if not words or any(word in m.name for word in words)]
+    moved = [mutation.name for mutation in chosen if places(mutation) != 1]
+    if moved or not chosen:
+        print(f"Expected text to change exactly once, found otherwise for {moved or words}.")
+        return 1
+    with tempfile.TemporaryDirectory() as name:
+        copy_to(Path(name))
+        suites = dict.fromkeys(SEVERAL_RANKS if m.several_ranks else ONE_RANK for m in chosen)
+        for tests in suites:
+            failed, how = tests_fail(Path(name), tests)
+            if failed:
+                print(f"The tests fail without a mutation, so they would catch anything: {how}")
+                return 1
+    alive = [mutation.name for mutation in chosen if survives(mutation)]
+    print(f"{len(chosen) - len(alive)} of {len(chosen)} caught; survived: {alive or 'none'}")
+    return 1 if alive else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,234 @@
+"""Which loss a step has, and that selection and rewards of the whole batch reach its gradient.
+
+The reference is dense, in float64, in loops, and knows nothing of micro-batches.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_tropd.choices import BatchChoices, choose, loss_name, loss_of_step
+from megatron_tropd.config import LossConfig
+from megatron_tropd.data.packing import count_loss_tokens, pack
+from megatron_tropd.data.types import MicroBatch, Segment, Trajectory
+from megatron_tropd.loss_config import PRESETS, preset
+from megatron_tropd.losses import HiddenStatesSignal
+from megatron_tropd.objective import StepObjective
+
+VOCAB, HIDDEN, BETA = 41, 8, 0.5
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def one_rank(tmp_path):
+    """A world of one, so that there are groups."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_loss_that_is_a_preset_has_its_name(name):
+    assert loss_name(preset(name)) == name
+
+
+def test_any_other_loss_is_named_by_its_parts():
+    assert (
+        loss_name(LossConfig(region="expected", top_k=5)) == "policy_gradient/expected/forward_kl"
+    )
+    assert loss_name(preset("gkd_jsd", jsd_beta=0.2)) == "jsd/bernoulli/forward_kl"
+
+
+def test_the_phases_of_a_loss_that_switches():
+    loss = preset("reopold", switch_step=5)
+    first, second = loss_of_step(loss, 4), loss_of_step(loss, 5)
+    assert first == preset("reopold", switch_step=None) and not first.needs_student_pass
+    assert (second.outlier, second.select, second.region) == (
+        "clip",
+        "student_entropy",
+        "threshold",
+    )
+    assert second.reward_floor == loss.reward_floor and second.needs_student_pass
+    for name in PRESETS:
+        if name != "reopold":
+            assert loss_of_step(preset(name), 7) == preset(name)
+
+
+def _trajectories() -> list[Trajectory]:
+    generator = torch.Generator().manual_seed(2)
+
+    def ids(low: int, high: int) -> tuple[int, ...]:
+        size = int(torch.randint(low, high, (1,), generator=generator))
+        return tuple(torch.randint(3, VOCAB, (size,), generator=generator).tolist())
+
+    made = []
+    for i in range(8):
+        response = ids(2, 9)
+        made.append(
+            Trajectory(
+                step=0,
+                prompt_index=30 + i // 4,
+                sample_index=i % 4,
+                prompt_ids=ids(1, 4),
+                prefix_ids=ids(2, 4) if i % 4 == 0 else (),
+                response_ids=response,
+                rollout_logprobs=(-3.0,) * len(response),
+                finish_reason="length" if i == 5 else "stop",
+                weights_version=0,
+            )
+        )
+    return made
+
+
+class _Models:
+    """Hidden states as a function of the input token, and two output layers."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(3)
+        student, teacher, self.weight, self.teacher_weight = (
+            torch.randn(VOCAB, HIDDEN, generator=generator) for _ in range(4)
+        )
+        self.student, self.teacher = student, teacher
+
+    def hidden(self, batch: MicroBatch) -> torch.Tensor:
+        return self.student[batch.tokens[batch.loss_mask]]
+
+    def signal(self, batch: MicroBatch) -> HiddenStatesSignal:
+        hidden = self.teacher[batch.tokens[batch.loss_mask]]
+        return HiddenStatesSignal(hidden, self.teacher_weight, VOCAB)
+
+
+def _weight_gradient(loss: LossConfig, tokens: int) -> tuple[torch.Tensor, BatchChoices]:
+    """Gradient of the output layer as training gets it, over several micro-batches."""
+    models, trajectories = _Models(), _trajectories()
+    batches = pack(
+        trajectories,
+        dp_rank=0,
+        dp_size=1,
+        tokens_per_micro_batch=tokens,
+        seed=1,
+        step=0,
+        loss=loss,
+    )
+    signals = [models.signal(batch) for batch in batches]
+    choices = choose(
+        batches,
+        trajectories,
+        signals,
+        [models.hidden(batch) for batch in batches],
+        models.weight,
+        config=loss,
+        vocab_size=VOCAB,
+        tp_group=dist.group.WORLD,
+        dp_group=dist.group.WORLD,
+    )
+    counts = count_loss_tokens(trajectories, loss)
+    objective = StepObjective(
+        signals,
+        config=loss,
+        beta=BETA,
+        vocab_size=VOCAB,
+        group=dist.group.WORLD,
+        counts=counts,
+        counted=True,
+        device=CPU,
+        choices=choices,
+    )
+    weight = models.weight.clone().requires_grad_()
+    for index, batch in enumerate(batches):
+        summed, _ = objective(models.hidden(batch), weight, batch, index)
+        summed.backward()
+    return weight.grad / (counts.teacher + counts.student), choices
+
+
+@dataclasses.dataclass
+class _Token:
+    """One token that carries loss: log-probs, who wrote it, where."""
+
+    log_q: torch.Tensor
+    log_p: torch.Tensor
+    label: int
+    prompt: int
+    row: int
+    is_teacher: bool
+
+
+def _reference_tokens(weight: torch.Tensor, loss: LossConfig) -> list[_Token]:
+    models, tokens = _Models(), []
+    (batch,) = pack(
+        _trajectories(),
+        dp_rank=0,
+        dp_size=1,
+        tokens_per_micro_batch=10_000,
+        seed=1,
+        step=0,
+        loss=loss,
+    )
+    for b, s in batch.loss_mask.nonzero().tolist():
+        x = batch.tokens[b, s]
+        tokens.append(
+            _Token(
+                (weight @ models.student[x].double()).log_softmax(-1),
+                (models.teacher_weight.double() @ models.teacher[x].double()).log_softmax(-1),
+                int(batch.labels[b, s]),
+                _trajectories()[batch.rows[b]].prompt_index,
+                batch.rows[b],
+                int(batch.segments[b, s]) == Segment.TEACHER,
+            )
+        )
+    return tokens
+
+
+@pytest.mark.parametrize("denominator", ["joint", "separate"])
+def test_the_gradient_of_entropy_opd(denominator):
+    loss = preset("entropy_opd", select_share=0.3, denominator=denominator, mask_truncated=True)
+    weight = _Models().weight.double().requires_grad_()
+    tokens = _reference_tokens(weight, loss)
+    student = [t for t in tokens if not t.is_teacher]
+    teacher = [t for t in tokens if t.is_teacher]
+    by_entropy = sorted(student, key=lambda t: float((t.log_q.exp() * t.log_q).sum().detach()))
+    kept = by_entropy[: -(-3 * len(student) // 10)]
+    terms = sum(-(t.log_p - t.log_q)[t.label].detach() * t.log_q[t.label] for t in kept)
+    prefix = sum(-BETA * t.log_q[t.label] for t in teacher)
+    if denominator == "joint":
+        expected = (terms + prefix) / (len(kept) + len(teacher))
+    else:
+        expected = terms / len(kept) + prefix / len(teacher)
+    expected.backward()
+    for size in (24, 10_000):
+        gradient, choices = _weight_gradient(loss, size)
+        chosen = sum(int(part.sum()) for part in choices.selected)
+        assert chosen == len(kept) + len(teacher) and choices.rewards is None
+        torch.testing.assert_close(gradient.double(), weight.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_the_gradient_of_top_d():
+    # rho lies far from 1 (rollout log-probs are invented), so PPO's clip is left out here.
+    loss = preset("top_d", importance="none", mask_first_ids=(7, 8, 9))
+    weight = _Models().weight.double().requires_grad_()
+    tokens = _reference_tokens(weight, loss)
+    share = loss.proximal_alpha
+    rewards = {}
+    for i, t in enumerate(tokens):
+        if not t.is_teacher:
+            ratio = (t.log_p - t.log_q)[t.label].detach().exp()
+            rewards[i] = torch.log(share * ratio + 1 - share)
+    far = {}
+    for i, reward in rewards.items():
+        later = [r for j, r in rewards.items() if j > i and tokens[j].row == tokens[i].row]
+        far[i] = reward + (sum(later) / len(later) if later else 0)
+    expected = torch.zeros((), dtype=torch.float64)
+    for i, t in enumerate(tokens):
+        if t.is_teacher:
+            expected = expected - BETA * t.log_q[t.label]
+            continue
+        group = torch.stack([far[j] for j in far if tokens[j].prompt == t.prompt])
+        standard = (far[i] - group.mean()) / (group.std(correction=0) + 1e-6)
+        expected = expected - standard * t.log_q[t.label]
+    (expected / len(tokens)).backward()
+    for size in (24, 10_000):
+        gradient, choices = _weight_gradient(loss, size)
+        assert choices.selected is None
+        torch.testing.assert_close(gradient.double(), weight.grad, rtol=1e-4, atol=1e-6)
