@@ -1,0 +1,352 @@
+r"""The three passes of :mod:`~megatron_tropd.losses.dense` as Triton kernels, for GPUs.
+
+Same functions, same arguments, same formulas; what differs is that every logit is read once per
+pass, float32 arithmetic happens in registers, and nothing of the size of the logits is allocated.
+``scratch`` is accepted and not used.
+
+A program takes a piece of one row, ``_PIECE`` columns, a block of them at a time, with one running
+sum per lane; lanes are added up when the piece is done, and the pieces of a row after that. So a
+row of any length fits, and few rows still keep a GPU busy: 16 rows of 151,936 columns are 160
+programs. With one program per row they would be 16, on a GPU of more than a hundred processors.
+
+Which numbers are added in which order follows from the shapes and the constants below: nothing is
+timed to choose them (Triton's autotuner) and nothing is added atomically, or a restarted run would
+give other bits.
+
+Shape suffixes: T = tokens of the chunk, v = real columns of this rank's shard, P = pieces of a row,
+D = row sums.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megatron_tropd.losses.dense import SUMS, DenseSpec, RowCoefficients, Scratch
+
+# Eight float32 of a tensor for each thread: two loads of 16 bytes, and room for seven sums.
+_BLOCK = 2048
+_BLOCK_PER_WARP = 256
+_LEAST_BLOCK = 128
+# A multiple of the block. Larger: fewer partial sums, but fewer programs where rows are few.
+_PIECE = 16384
+
+
+def max_and_sum_exp(logits_Tv: Tensor, scratch: Scratch) -> Tensor:
+    """Largest logit and sum of exp(logit - largest) of each row, in one pass.
+
+    Args:
+        logits_Tv: [T, v] float32, any strides; v may be 0. Not modified.
+        scratch: not used.
+
+    Returns:
+        [T, 2] float32; (-inf, 0) where there is no column or all are -inf.
+
+    Memory traffic: 4 T v bytes.
+    """
+    num, columns = logits_Tv.shape
+    if num == 0 or columns == 0:
+        return logits_Tv.new_tensor([-torch.inf, 0.0], dtype=torch.float32).repeat(num, 1)
+    pieces = triton.cdiv(columns, _PIECE)
+    parts_TP2 = logits_Tv.new_empty(num, pieces, 2, dtype=torch.float32)
+    _launch(_max_and_sum_exp_kernel, logits_Tv, logits_Tv, *logits_Tv.stride(), parts_TP2)
+    if pieces == 1:
+        return parts_TP2[:, 0]
+    stats_T2 = logits_Tv.new_empty(num, 2, dtype=torch.float32)
+    with torch.cuda.device_of(logits_Tv):
+        _combine_kernel[(num,)](
+            parts_TP2, stats_T2, pieces, PIECES=triton.next_power_of_2(pieces), num_warps=1
+        )
+    return stats_T2
+
+
+def row_sums(
+    student_Tv: Tensor,
+    teacher_Tv: Tensor,
+    student_norm_T2: Tensor,
+    teacher_norm_T2: Tensor,
+    spec: DenseSpec,
+    scratch: Scratch,
+) -> Tensor:
+    """This shard's part of the sums that ``spec`` asks for, all in one pass.
+
+    Args:
+        student_Tv: [T, v] float32 logits, any strides. Not modified.
+        teacher_Tv: [T, v] float32 logits, any strides. Not modified.
+        student_norm_T2: [T, 2] float32 whole-vocabulary (max, log of the sum of exponentials).
+        teacher_norm_T2: [T, 2] the teacher's.
+        spec: which.
+        scratch: not used.
+
+    Returns:
+        [T, len(spec.sums)] float32.
+
+    Memory traffic: 8 T v bytes.
+    """
+    assert set(spec.sums) <= set(SUMS) and (spec.reward or "reward" not in spec.sums)
+    num, columns = student_Tv.shape
+    if num == 0 or columns == 0 or not spec.sums:
+        return student_Tv.new_zeros(num, len(spec.sums), dtype=torch.float32)
+    pieces = triton.cdiv(columns, _PIECE)
+    parts_TPD = student_Tv.new_empty(num, pieces, len(spec.sums), dtype=torch.float32)
+    slots = {name: spec.sums.index(name) if name in spec.sums else -1 for name in SUMS}
+    _launch(
+        _row_sums_kernel,
+        student_Tv,
+        *(student_Tv, *student_Tv.stride(), student_norm_T2.contiguous()),
+        *(teacher_Tv, *teacher_Tv.stride(), teacher_norm_T2.contiguous()),
+        *(float(spec.tau), float(spec.mix), float(1 - spec.mix)),
+        parts_TPD,
+        NUM=len(spec.sums),
+        REWARD=spec.reward or "",
+        **{f"{name.upper()}_AT": slot for name, slot in slots.items()},
+    )
+    return parts_TPD[:, 0] if pieces == 1 else parts_TPD.sum(dim=1)
+
+
+def write_gradient(
+    student_Tv: Tensor,
+    teacher_Tv: Tensor | None,
+    student_norm_T2: Tensor,
+    teacher_norm_T2: Tensor | None,
+    coefficients: RowCoefficients,
+    spec: DenseSpec,
+    scratch: Scratch,
+    out_Tv: Tensor,
+) -> None:
+    """The dense part of the gradient, student x q + reward x w + teacher x p, in one pass.
+
+    Args:
+        student_Tv: [T, v] float32 logits, any strides.
+        teacher_Tv: [T, v] float32 logits, any strides; None where neither w nor p takes part.
+        student_norm_T2: [T, 2] as for :func:`row_sums`.
+        teacher_norm_T2: [T, 2] the teacher's, or None.
+        coefficients: the factors.
+        spec: which w.
+        scratch: not used.
+        out_Tv: [T, v] float32, any strides, overwritten; may be ``student_Tv`` itself.
+
+    Memory traffic: 12 T v bytes, 8 T v where the teacher takes no part.
+    """
+    if student_Tv.numel() == 0:
+        return
+    with_teacher = teacher_norm_T2 is not None and bool(spec.reward or spec.teacher)
+    if not with_teacher or teacher_Tv is None:
+        teacher_Tv = student_Tv
+    if not with_teacher or teacher_norm_T2 is None:
+        teacher_norm_T2 = student_norm_T2
+    _launch(
+        _gradient_kernel,
+        student_Tv,
+        *(student_Tv, *student_Tv.stride(), student_norm_T2.contiguous()),
+        *(teacher_Tv, *teacher_Tv.stride(), teacher_norm_T2.contiguous()),
+        *(float(spec.tau), float(spec.mix), float(1 - spec.mix)),
+        coefficients.student_T.contiguous(),
+        coefficients.reward_T.contiguous(),
+        coefficients.teacher_T.contiguous(),
+        *(out_Tv, *out_Tv.stride()),
+        REWARD=(spec.reward or "") if with_teacher else "",
+        TEACHER=spec.teacher and with_teacher,
+    )
+
+
+def _launch(kernel: Any, logits_Tv: Tensor, *arguments: Any, **flags: Any) -> None:
+    """Run a kernel with one program for every piece of every row."""
+    num, columns = logits_Tv.shape
+    pieces = triton.cdiv(columns, _PIECE)
+    block = min(_BLOCK, max(_LEAST_BLOCK, triton.next_power_of_2(columns)))
+    warps = max(1, block // _BLOCK_PER_WARP)
+    # Triton launches on the current device, which need not be the tensors'.
+    with torch.cuda.device_of(logits_Tv):
+        kernel[(num * pieces,)](
+            *arguments, columns, pieces, PIECE=_PIECE, BLOCK=block, num_warps=warps, **flags
+        )
+
+
+_ALL_NAN = tl.constexpr(tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _max_and_sum_exp_kernel(
+    logits, row_stride, column_stride, parts, columns, pieces,
+    PIECE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row, first, stop = _piece_of_row(columns, pieces, PIECE)
+    logits += row * row_stride
+    largest = tl.full([BLOCK], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(first, stop, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        value = _load(logits, at, column_stride, columns)
+        # Of a lane that has seen -inf only, -inf - -inf would be nan.
+        rise = tl.where(value == float("-inf"), float("-inf"), value - largest)
+        # The smaller of the two exponentials; the other one is 1.
+        smaller = tl.exp(-tl.abs(rise))
+        total = tl.where(rise > 0.0, total * smaller + 1.0, total + smaller)
+        largest = tl.maximum(largest, value, propagate_nan=_ALL_NAN)
+    _store_max_and_sum_exp(parts + 2 * tl.program_id(0).to(tl.int64), largest, total)
+
+
+@triton.jit
+def _combine_kernel(parts, stats, pieces, PIECES: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, PIECES)
+    pair = parts + 2 * (row * pieces + at)
+    largest = tl.load(pair, mask=at < pieces, other=float("-inf"))
+    total = tl.load(pair + 1, mask=at < pieces, other=0.0)
+    _store_max_and_sum_exp(stats + 2 * row, largest, total)
+
+
+@triton.jit
+def _row_sums_kernel(
+    student, student_row, student_column, student_norm,
+    teacher, teacher_row, teacher_column, teacher_norm,
+    tau, mix, rest, parts, columns, pieces,
+    PIECE: tl.constexpr, BLOCK: tl.constexpr, NUM: tl.constexpr, REWARD: tl.constexpr,
+    TV_AT: tl.constexpr, REVERSE_KL_AT: tl.constexpr, FORWARD_KL_AT: tl.constexpr,
+    STUDENT_ENTROPY_AT: tl.constexpr, TEACHER_ENTROPY_AT: tl.constexpr,
+    REWARD_AT: tl.constexpr, TEACHER_TO_MIXTURE_AT: tl.constexpr,
+):  # fmt: skip
+    row, first, stop = _piece_of_row(columns, pieces, PIECE)
+    student, student_max, student_log_sum = _start_row(student, student_norm, row, student_row)
+    teacher, teacher_max, teacher_log_sum = _start_row(teacher, teacher_norm, row, teacher_row)
+    tv = tl.zeros([BLOCK], tl.float32)
+    reverse_kl = tl.zeros([BLOCK], tl.float32)
+    forward_kl = tl.zeros([BLOCK], tl.float32)
+    student_entropy = tl.zeros([BLOCK], tl.float32)
+    teacher_entropy = tl.zeros([BLOCK], tl.float32)
+    reward = tl.zeros([BLOCK], tl.float32)
+    teacher_to_mixture = tl.zeros([BLOCK], tl.float32)
+    for start in range(first, stop, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        # Two subtractions: max + log_sum would round to the precision of the largest logit.
+        log_q = _load(student, at, student_column, columns) - student_max - student_log_sum
+        log_p = _load(teacher, at, teacher_column, columns) - teacher_max - teacher_log_sum
+        # Past the last column the logits are -inf, so that every term is 0.
+        q, p = tl.exp(log_q), tl.exp(log_p)
+        if TV_AT >= 0:
+            tv += q - tl.minimum(p, q, propagate_nan=_ALL_NAN)
+        if REVERSE_KL_AT >= 0:
+            reverse_kl -= _times(q, log_p - log_q)
+        if FORWARD_KL_AT >= 0:
+            forward_kl += _times(p, log_p - log_q)
+        if STUDENT_ENTROPY_AT >= 0:
+            student_entropy -= _times(q, log_q)
+        if TEACHER_ENTROPY_AT >= 0:
+            teacher_entropy -= _times(p, log_p)
+        if REWARD_AT >= 0:
+            reward += _reward(log_q, log_p, tau, mix, rest, REWARD)
+        if TEACHER_TO_MIXTURE_AT >= 0:
+            teacher_to_mixture += _times(p, log_p - _log_mixture(q, p, mix, rest))
+    parts += NUM * tl.program_id(0).to(tl.int64)
+    _store_sum(parts, TV_AT, tv)
+    _store_sum(parts, REVERSE_KL_AT, reverse_kl)
+    _store_sum(parts, FORWARD_KL_AT, forward_kl)
+    _store_sum(parts, STUDENT_ENTROPY_AT, student_entropy)
+    _store_sum(parts, TEACHER_ENTROPY_AT, teacher_entropy)
+    _store_sum(parts, REWARD_AT, reward)
+    _store_sum(parts, TEACHER_TO_MIXTURE_AT, teacher_to_mixture)
+
+
+@triton.jit
+def _gradient_kernel(
+    student, student_row, student_column, student_norm,
+    teacher, teacher_row, teacher_column, teacher_norm,
+    tau, mix, rest, student_factors, reward_factors, teacher_factors,
+    out, out_row, out_column, columns, pieces,
+    PIECE: tl.constexpr, BLOCK: tl.constexpr, REWARD: tl.constexpr, TEACHER: tl.constexpr,
+):  # fmt: skip
+    row, first, stop = _piece_of_row(columns, pieces, PIECE)
+    student, student_max, student_log_sum = _start_row(student, student_norm, row, student_row)
+    teacher, teacher_max, teacher_log_sum = _start_row(teacher, teacher_norm, row, teacher_row)
+    out += row * out_row
+    student_factor = tl.load(student_factors + row)
+    reward_factor = tl.load(reward_factors + row)
+    teacher_factor = tl.load(teacher_factors + row)
+    for start in range(first, stop, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        log_q = _load(student, at, student_column, columns) - student_max - student_log_sum
+        grad = student_factor * tl.exp(log_q)
+        if TEACHER or REWARD != "":
+            log_p = _load(teacher, at, teacher_column, columns) - teacher_max - teacher_log_sum
+            if TEACHER:
+                grad += teacher_factor * tl.exp(log_p)
+            if REWARD != "":
+                # A factor of 0 silences an infinite reward.
+                grad += _times(reward_factor, _reward(log_q, log_p, tau, mix, rest, REWARD))
+        tl.store(out + at.to(tl.int64) * out_column, grad, mask=at < columns)
+
+
+@triton.jit
+def _piece_of_row(columns, pieces, PIECE: tl.constexpr):
+    """Row of this program, first column of its piece, and the column after its last."""
+    program = tl.program_id(0)
+    first = (program % pieces) * PIECE
+    # int64: a row times its stride exceeds int32 from 2^31 logits on, 14,135 rows of 151,936.
+    return (program // pieces).to(tl.int64), first, tl.minimum(first + PIECE, columns)
+
+
+@triton.jit
+def _start_row(logits, norm, row, row_stride):
+    """Where a row begins, and its normaliser: the largest logit, the log of the sum."""
+    return logits + row * row_stride, tl.load(norm + 2 * row), tl.load(norm + 2 * row + 1)
+
+
+@triton.jit
+def _load(row, at, column_stride, columns):
+    """A block of a row, -inf past its end."""
+    # The row's end, not the piece's, which a block never crosses: of it the compiler knows what
+    # it is a multiple of, hence how many columns it may load at once.
+    place = row + at.to(tl.int64) * column_stride
+    return tl.load(place, mask=at < columns, other=float("-inf")).to(tl.float32)
+
+
+@triton.jit
+def _times(weights, values):
+    """weights x values, 0 where the weight is; 0 x inf would be nan."""
+    return tl.where(weights == 0.0, 0.0, weights * values)
+
+
+@triton.jit
+def _log_mixture(q, p, mix, rest):
+    # Not the log of 0: where both underflow, or the GPU takes a subnormal number for 0.
+    mixture = tl.maximum(mix * p + rest * q, 1.1754944e-38, propagate_nan=_ALL_NAN)
+    return tl.log(mixture)
+
+
+@triton.jit
+def _reward(log_q, log_p, tau, mix, rest, REWARD: tl.constexpr):
+    """w of a block: see ``dense.Reward``."""
+    q, p, ratio = tl.exp(log_q), tl.exp(log_p), log_p - log_q
+    if REWARD == "log_ratio":
+        reward = _times(q, ratio)
+    elif REWARD == "mixture":
+        reward = _times(q, _log_mixture(q, p, mix, rest) - log_q)
+    else:
+        tl.static_assert(REWARD == "trust" or REWARD == "trust_clip")
+        inside = tl.minimum(p, q, propagate_nan=_ALL_NAN)
+        reward = _times(inside, ratio)
+        if REWARD == "trust_clip":
+            reward += _times(q - inside, tl.maximum(ratio, tau, propagate_nan=_ALL_NAN))
+    return reward
+
+
+@triton.jit
+def _store_sum(parts, AT: tl.constexpr, lanes):
+    """Add the lanes up, where the sum is asked for at all."""
+    if AT >= 0:
+        tl.store(parts + AT, tl.sum(lanes, axis=0))
+
+
+@triton.jit
+def _store_max_and_sum_exp(pair, largest, total):
+    """Largest of all lanes, and the sum of their exponentials relative to that one."""
+    # tl.max passes over nan.
+    any_nan = tl.max((largest != largest).to(tl.int32), axis=0) > 0
+    largest_of_all = tl.where(any_nan, float("nan"), tl.max(largest, axis=0))
+    # -inf - -inf would be nan; any finite shift gives the right sum, 0.
+    shift = tl.where(largest_of_all == float("-inf"), 0.0, largest_of_all)
+    tl.store(pair, largest_of_all)
+    tl.store(pair + 1, tl.sum(total * tl.exp(largest - shift), axis=0))
