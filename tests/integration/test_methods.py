@@ -1,0 +1,167 @@
+"""Every method of configs/methods trains for real: Megatron-Core, vLLM, the shipped pair of models.
+
+One process and one engine serve all of them: each method gets a fresh student and its own settings,
+takes two steps as a run does (rollout, teacher, student, weights to the engine), then a few more on
+one batch, on which what it is meant to lower must fall.
+"""
+
+import contextlib
+import io
+import json
+import math
+import os
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_with_env
+
+from megatron_tropd.config import load_config
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+METHODS = sorted((REPOSITORY / "configs" / "methods").glob("*.toml"))
+PAIR = REPOSITORY / "examples" / "arithmetic"
+STEPS, REPEATS = 2, 5
+NOTHING_LEFT = "nothing_left"
+"""A run beside the methods: responses are cut off, and such responses are masked."""
+
+pytestmark = pytest.mark.slow
+
+
+def _overrides(path: Path, texts: Path, run: Path) -> list[str]:
+    """The method's own file, but for sizes: one rank, a small batch, no evaluation."""
+    settings = {
+        "parallel.tensor": 1,
+        "rollout.num_engines": 1,
+        "rollout.prompts": texts / "prompts.jsonl",
+        "rollout.max_new_tokens": 24,
+        "rollout.prompts_per_step": 4,
+        "train.steps": STEPS + REPEATS,
+        "train.lr": 2e-4,
+        "train.lr_schedule": "constant",
+        "train.warmup_steps": 0,
+        "run.dir": run,
+        "run.trajectories_every": 0,
+        "run.tensorboard": "false",
+    }
+    text = path.read_text()
+    if "responses" in text:
+        settings["guidance.responses"] = texts / "responses.jsonl"
+    if "switch_step" in text:
+        settings["loss.switch_step"] = 1  # one step of each phase
+    return [f"{name}={value}" for name, value in settings.items()]
+
+
+def _config(path: Path, texts: Path, run: Path):
+    config = load_config(path, _overrides(path, texts, run))
+    return replace(config, evaluation=replace(config.evaluation, problems=None))
+
+
+def _train_all(texts: str, out: str) -> None:
+    from megatron_tropd.job import Job
+    from megatron_tropd.run_folder import open_run
+
+    class Never:
+        requested = False
+
+    run = Path(out, "run")
+    configs = {path.stem: _config(path, Path(texts), run) for path in METHODS}
+    opd = configs["opd"]
+    configs[NOTHING_LEFT] = replace(opd, loss=replace(opd.loss, mask_truncated=True))
+    folder = open_run(next(iter(configs.values())))
+    results = {}
+    with open(os.devnull, "w") as nowhere, Job(folder, console=nowhere, stop=Never()) as job:
+        job.resume()
+        for name, config in configs.items():
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
+                results[name] = _train(job, config)
+            results[name]["log"] = printed.getvalue()
+    Path(out, "results.json").write_text(json.dumps(results))
+
+
+def _train(job: Any, config: Any) -> dict[str, Any]:
+    """Train with other settings in the same job: new models, the engine gets their weights."""
+    from megatron_tropd.inputs import load_inputs
+    from megatron_tropd.train import learn, rollout, train_step
+
+    job.config, job.step = config, 0
+    job.inputs = load_inputs(config)
+    job.sampling = replace(job.sampling, top_p=config.rollout.top_p)
+    job._build_models()
+    job.sync_weights(0)
+    before = [p.detach().clone() for p in job.student.model.parameters()]
+    for _ in range(STEPS):
+        train_step(job)
+    lines = job.folder.metrics.read_text().splitlines()[-STEPS:]
+    after = list(job.student.model.parameters())
+    trajectories = rollout(job)
+    return {
+        "steps": [json.loads(line) for line in lines],
+        "changed": [not torch.equal(old, new) for old, new in zip(before, after, strict=True)],
+        "repeated": [learn(job, trajectories) for _ in range(REPEATS)],
+    }
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> dict[str, Any]:
+    """Method -> what it logged in its steps and on the repeated batch."""
+    texts, out = tmp_path_factory.mktemp("texts"), tmp_path_factory.mktemp("methods")
+    for name, lines in (("prompts.jsonl", 16), ("responses.jsonl", 17)):
+        with (PAIR / name).open() as file:
+            (texts / name).write_text("".join(islice(file, lines)))
+    run_with_env(1, _train_all, str(texts), str(out))
+    return json.loads((out / "results.json").read_text())
+
+
+@pytest.mark.parametrize("method", [path.stem for path in METHODS])
+def test_a_method_trains(method, results):
+    found = results[method]
+    assert all(found["changed"]), "every parameter"
+    for record in found["steps"] + found["repeated"]:
+        assert math.isfinite(record["loss"]) and 0 < record["grad_norm"] < math.inf
+    for record in found["steps"]:
+        # The engine samples from the weights of the step before.
+        assert record["engine_gap_mean"] < 1e-5 and record["staleness"] == 0
+        assert (record["tokens_teacher"] > 0) == method.startswith(("tropd", "gkd"))
+    first, last = found["repeated"][0], found["repeated"][-1]
+    assert last["k1"] < 0.95 * first["k1"], "all of them pull the student's tokens to the teacher"
+
+
+@pytest.mark.parametrize(
+    ("method", "metric"),
+    [
+        ("gkd_forward_kl", "forward_kl"),
+        ("gkd_reverse_kl", "reverse_kl"),
+        ("gkd_jsd", "loss"),
+        ("minillm_single_step", "reverse_kl"),
+        ("local_support", "loss"),
+        ("tropd_exact", "forward_kl"),
+        ("tropd_exact_full", "reverse_kl"),
+    ],
+)
+def test_on_a_repeated_batch_a_divergence_falls(method, metric, results):
+    values = [record[metric] for record in results[method]["repeated"]]
+    assert values[-1] < 0.7 * values[0]
+    if not method.startswith("tropd"):  # which lowers no divergence of its own at every step
+        assert values == sorted(values, reverse=True)
+
+
+def test_selection_and_phases_come_when_they_should(results):
+    shares = {m: [r["selected_share"] for r in results[m]["steps"]] for m in results}
+    assert shares["opd"] == shares["top_d"] == [1.0, 1.0]
+    assert shares["entropy_opd"] == pytest.approx([0.2, 0.2], abs=0.01)
+    assert shares["reopold"] == pytest.approx([1.0, 0.2], abs=0.01)
+    assert results["eopd"]["steps"][0]["importance_mean"] == pytest.approx(1.0, abs=1e-4)
+
+
+def test_a_run_whose_tokens_are_all_masked_goes_on_and_changes_nothing(results):
+    found = results[NOTHING_LEFT]
+    assert not any(found["changed"])
+    for record in found["steps"]:
+        assert record["loss"] is None and record["grad_norm"] == 0
+        assert record["tokens_student"] == record["tokens_teacher"] == 0
+        assert record["masked_tokens"] == 16 * 24
+    assert f"step {STEPS}: every token is masked" in found["log"]
