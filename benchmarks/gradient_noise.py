@@ -18,7 +18,7 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -162,9 +162,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         tokens.append(len(batch.targets))
         with torch.no_grad():
             teacher_hidden_TH = batch.hidden(teacher)
-        make: Callable[..., Tensor] = lambda config, redraw, batch=batch, hidden=teacher_hidden_TH: (
-            gradient(student, hidden, teacher, batch, config, redraw)
-        )
+        make = partial(gradient, student, teacher_hidden_TH, teacher, batch)
         for name, config in METHODS.items():
             gradients[name]["batches"].append(make(config, None))
             if number == 0:
