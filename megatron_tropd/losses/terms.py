@@ -299,8 +299,7 @@ def _importance(statistics: TokenStatistics, targets: LossTargets, config: LossC
     """[T] rho = q(x) / (probability that sampled x); 1 where it is not asked for."""
     if config.importance == "none" or targets.rollout_logprobs_T is None:
         return torch.ones_like(statistics.student_logprob_T)
-    rho_T = (statistics.student_logprob_T - targets.rollout_logprobs_T).exp()
-    return torch.where(targets.is_teacher_T, 1.0, rho_T)
+    return (statistics.student_logprob_T - targets.rollout_logprobs_T).exp()
 
 
 def _ppo_clipped(term: Term, reward_T: Tensor, rho_T: Tensor, config: LossConfig) -> Term:

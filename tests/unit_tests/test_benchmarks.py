@@ -59,7 +59,7 @@ def test_aims_compare_the_right_way(step: ModuleType):
 
 def test_config_of_our_side_loads(step: ModuleType, tmp_path: Path):
     path = tmp_path / "step.toml"
-    path.write_text(step.our_config(step.parse_arguments([]), tmp_path / "run", 2))
+    path.write_text(step.our_config(step.parse_arguments([]), tmp_path / "run", 2, 1))
     config = load_config(path)
     assert config.parallel.tensor == config.rollout.num_engines == 2
     assert config.train.adam_betas == (0.9, 0.95) and config.model.dtype == "float32"
