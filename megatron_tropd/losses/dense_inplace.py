@@ -47,6 +47,9 @@ class InPlacePasses:
         self.moments = tuple(name for name in spec.sums if name in MOMENTS)
         self.sums = tuple(name for name in spec.sums if name not in MOMENTS)
         self._keeps_ratio = spec.reward == "log_ratio"
+        # Where the gradient does without p, the second pass leaves w in the teacher's place.
+        self._may_keep_reward = "reward" in spec.sums and not spec.teacher
+        self._keeps_reward = False
         self._maxima = student_Tv.new_zeros(student_Tv.shape[0], 2)
 
     def first(self) -> Tensor:
@@ -101,11 +104,19 @@ class InPlacePasses:
         sums = self._student.new_zeros(self._student.shape[0], len(self.sums))
         if not self.sums or self._student.shape[1] == 0:
             return sums
+        assert self._teacher is not None
         factors = self._factors(student_norm_T2, teacher_norm_T2)
         for rows, buffers in self._scratch.slices(len(sums)):
             both = self._both(rows, factors, buffers)
             for column, name in enumerate(self.sums):
-                sums[rows, column] = both.total(name, self._spec)
+                if name != "reward":
+                    sums[rows, column] = both.total(name, self._spec)
+                    continue
+                reward = both.reward(self._spec)
+                sums[rows, column] = reward.sum(dim=-1)
+                if self._may_keep_reward:
+                    self._teacher[rows] = reward
+        self._keeps_reward = self._may_keep_reward
         return sums
 
     def write_gradient(
@@ -127,15 +138,15 @@ class InPlacePasses:
         if columns == 0:
             return
         factors = self._factors(student_norm_T2, teacher_norm_T2)
-        spec = self._spec
+        spec, kept = self._spec, self._student if self._teacher is None else self._teacher
         for rows, buffers in self._scratch.slices(num):
             factor = coefficients.student_T[rows, None]
-            if spec.reward is None:
+            if spec.reward is None or self._keeps_reward:
                 out = torch.mul(self._student[rows], factors[0][rows] * factor, out=out_Tv[rows])
-                if spec.teacher:
-                    assert self._teacher is not None
-                    weight = factors[1][rows] * coefficients.teacher_T[rows, None]
-                    out.addcmul_(self._teacher[rows], weight)
+                if self._keeps_reward:
+                    out.addcmul_(kept[rows], coefficients.reward_T[rows, None])
+                elif spec.teacher:
+                    out.addcmul_(kept[rows], factors[1][rows] * coefficients.teacher_T[rows, None])
                 continue
             both = self._both(rows, factors, buffers)
             part = both.reward(spec)
@@ -188,12 +199,10 @@ class _Rows:
         return self._p
 
     def total(self, name: str, spec: DenseSpec) -> Tensor:
-        """[rows] "tv", "reward" or "teacher_to_mixture"."""
+        """[rows] "tv" or "teacher_to_mixture"."""
         if name == "tv":
             return torch.sub(self.q, self._overlap(), out=self._spare).sum(dim=-1)
-        if name == "teacher_to_mixture":
-            return -self._weighted_log_share(self.p, self.q, 1 - spec.mix).sum(dim=-1)
-        return self.reward(spec).sum(dim=-1)
+        return -self._weighted_log_share(self.p, self.q, 1 - spec.mix).sum(dim=-1)
 
     def reward(self, spec: DenseSpec) -> Tensor:
         """[rows, v] w of ``dense.Reward``, in a buffer that the next call overwrites."""
