@@ -81,7 +81,7 @@ def tropd_loss(
         beta: weight of teacher tokens.
         bounds: R + 1 column ids where the ranks' shards start and end; None: equal widths.
         metrics: also report the divergences, entropies and top-k masses the loss does not need.
-        memory_mib: budget of the chunk buffers; None: 64 MiB on CPU, 2 GiB on GPUs.
+        memory_mib: budget of the chunk buffers; None: 72 MiB on CPU, 2 GiB on GPUs.
 
     Returns:
         The loss and detached values, identical on every rank of ``group``.
@@ -146,7 +146,7 @@ def tropd_loss_from_hidden(
         beta: weight of teacher tokens.
         bounds: R + 1 row ids where the ranks' shards start and end; None: equal widths.
         metrics: also report the divergences, entropies and top-k masses the loss does not need.
-        memory_mib: budget of the chunk buffers; None: 64 MiB on CPU, 2 GiB on GPUs.
+        memory_mib: budget of the chunk buffers; None: 72 MiB on CPU, 2 GiB on GPUs.
         sequence_parallel: gather the rows first; scatter the summed gradient.
         reduce_hidden_grad: sum the gradient of the hidden states over the ranks. False where the
             caller does (Megatron's ``copy_to_tensor_model_parallel_region``).
