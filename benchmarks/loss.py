@@ -27,11 +27,9 @@ Peers come from the registry into an environment made here from ``requirements-l
 """
 
 import argparse
-import hashlib
 import json
 import os
 import re
-import shutil
 import statistics
 import subprocess
 import sys
@@ -46,7 +44,7 @@ from typing import Any
 
 from loss_cases import PRODUCTS, Case, all_cases
 from loss_peers import PACKAGES
-from step import commit, describe_hardware, shown_path
+from step import commit, describe_hardware, peer_environment, shown_path
 
 RESULTS = Path(__file__).with_name("results")
 REQUIREMENTS = Path(__file__).with_name("requirements-loss-peers.txt")
@@ -139,7 +137,7 @@ def main(arguments: list[str] | None = None) -> None:
     name, hardware = describe_hardware()
     interpreters = {"ours": sys.executable}
     if options.peers:
-        interpreters["peers"] = str(peers_environment())
+        interpreters["peers"] = str(peer_environment("loss-peers", REQUIREMENTS))
     rows = measure(options, interpreters)
     if options.json:
         print(json.dumps(rows, indent=2))
@@ -167,27 +165,6 @@ def main(arguments: list[str] | None = None) -> None:
 def say(text: str) -> None:
     """Progress, where it does not mix with the result."""
     print(text, file=sys.stderr, flush=True)
-
-
-def peers_environment() -> Path:
-    """Make the environment of the peers, or take the one made before from the same requirements.
-
-    Returns:
-        Its Python.
-    """
-    key = hashlib.sha256(REQUIREMENTS.read_bytes() + sys.version.encode()).hexdigest()[:12]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    environment = cache / "megatron-tropd" / f"loss-peers-{key}"
-    python, stamp = environment / "bin" / "python", environment / "complete"
-    if not stamp.exists():
-        uv = shutil.which("uv", path=str(Path(sys.executable).parent)) or shutil.which("uv")
-        if uv is None:
-            raise SystemExit("uv makes the peers' environment and was not found: pip install uv.")
-        say(f"Making the peers' environment in {environment}")
-        subprocess.run([uv, "venv", "-q", "--clear", "-p", sys.executable, environment], check=True)
-        subprocess.run([uv, "pip", "install", "-q", "-p", python, "-r", REQUIREMENTS], check=True)
-        stamp.touch()
-    return python
 
 
 def sizes(options: argparse.Namespace) -> list[Size]:

@@ -125,7 +125,7 @@ def measure(
             options, here, data=options.data_parallel
         )
     if options.trl:
-        python, job = trl_environment(), trl_job(options)
+        python, job = peer_environment("trl", REQUIREMENTS), trl_job(options)
         rows["TRL"] = lambda here: run_trl(python, job, here, result)
     if options.tensor_parallel > 1:
         rows[f"ours, TP {options.tensor_parallel}"] = lambda here: run_ours(
@@ -200,23 +200,27 @@ def our_config(options: argparse.Namespace, run: Path, tensor: int, data: int) -
     )
 
 
-def trl_environment() -> Path:
-    """Make the environment of TRL, or take the one made before from the same requirements.
+def peer_environment(name: str, requirements: Path) -> Path:
+    """Make an environment of its own for peers, or take the one made from the same requirements.
+
+    Args:
+        name: of the environment in the cache.
+        requirements: what it holds.
 
     Returns:
         Its Python.
     """
-    key = hashlib.sha256(REQUIREMENTS.read_bytes() + sys.version.encode()).hexdigest()[:12]
+    key = hashlib.sha256(requirements.read_bytes() + sys.version.encode()).hexdigest()[:12]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    environment = cache / "megatron-tropd" / f"trl-{key}"
+    environment = cache / "megatron-tropd" / f"{name}-{key}"
     python, stamp = environment / "bin" / "python", environment / "complete"
     if not stamp.exists():
         uv = shutil.which("uv", path=str(Path(sys.executable).parent)) or shutil.which("uv")
         if uv is None:
-            raise SystemExit("uv makes TRL's environment and was not found: pip install uv.")
-        print(f"Making TRL's environment in {environment}", flush=True)
+            raise SystemExit("uv makes the peers' environment and was not found: pip install uv.")
+        print(f"Making the environment {environment}", file=sys.stderr, flush=True)
         subprocess.run([uv, "venv", "-q", "--clear", "-p", sys.executable, environment], check=True)
-        subprocess.run([uv, "pip", "install", "-q", "-p", python, "-r", REQUIREMENTS], check=True)
+        subprocess.run([uv, "pip", "install", "-q", "-p", python, "-r", requirements], check=True)
         stamp.touch()
     return python
 

@@ -181,7 +181,7 @@ def _check_worker(group: dist.ProcessGroup) -> None:
 
     worker.gradient_error(case, group, torch.float32)
     peak, counts = worker.measure_call(row, inputs)
-    assert peak < 4 * 2**20  # the first use of the meters does not count
+    assert peak < 32 * 2**20  # what the process itself does meanwhile is in it
     assert counts == {"forward": {"allgather": 2}, "backward": {"allreduce": 1}}
 
     assert worker.gradient_error(case, group, torch.float32) < 1e-5
