@@ -207,10 +207,14 @@ def main(arguments: list[str] | None = None) -> None:
     rows = measure(options)
     slug, hardware = describe_hardware()
     output = options.output or REPOSITORY / f"benchmarks/results/gradient-noise-{slug}.json"
-    given = [f"{name}={value}" for name, value in vars(options).items() if name != "output"]
+    given = {
+        name: shown_path(value) if isinstance(value, Path) else value
+        for name, value in vars(options).items()
+        if name != "output"
+    }
     result = {
         "command": "python benchmarks/gradient_noise.py",
-        "options": [shown_path(item) if "/" in item else item for item in given],
+        "options": [f"{name}={value}" for name, value in given.items()],
         "commit": commit(),
         "hardware": hardware,
         "versions": {name: version(name) for name in our_packages()},

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -47,4 +48,5 @@ def test_committed_result_shows_what_exactness_removes(benchmark):
     draws = {name: row["draws"]["noise_to_signal"] for name, row in rows.items()}
     assert draws["TrOPD, bernoulli"] > draws["TrOPD, expected"] > draws["TrOPD, exact"] == 0
     assert draws["OPD"] > draws["reverse KL (OPD, exact)"] == 0
+    assert not re.search(r'["\s=]/\w', path.read_text())  # no absolute path
     assert "| OPD |" in benchmark.table(list(rows.values()))
