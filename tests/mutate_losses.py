@@ -186,14 +186,27 @@ MUTATIONS = (
     Mutation(
         "floor lost in the exact clip",
         "dense_inplace.py",
-        "return inside.add_(outside.mul_(ratio.clamp_(min=spec.tau)))",
-        "return inside.add_(outside.mul_(ratio))",
+        "floored = torch.clamp(self.ratio, min=spec.tau, out=self._other)",
+        "floored = torch.clamp(self.ratio, min=-torch.inf, out=self._other)",
     ),
     Mutation(
         "mixture of the other share",
         "dense_inplace.py",
-        "return self._weighted_log_share(self.q, self.p, spec.mix)",
-        "return self._weighted_log_share(self.q, self.p, 1 - spec.mix)",
+        "torch.mul(self.share, mix, out=self._spare).add_(1 - mix).log_()",
+        "torch.mul(self.share, 1 - mix, out=self._spare).add_(mix).log_()",
+    ),
+    Mutation(
+        "the teacher is lost where the student's exponential is 0",
+        "dense_inplace.py",
+        "raised = student.clamp(min=_LOWEST)",
+        "raised = student.clamp(min=-1e4)",
+    ),
+    Mutation(
+        "the teacher is lost where the student's whole shard is far below",
+        "dense_inplace.py",
+        "log_q = _log_factor(self._maxima[:, 0], student_norm_T2).clamp(min=lowest)",
+        "log_q = _log_factor(self._maxima[:, 0], student_norm_T2)",
+        several_ranks=True,
     ),
     Mutation(
         "ties of the top-k as they come",

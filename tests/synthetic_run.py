@@ -91,6 +91,10 @@ def _metrics(step: int, steps: int, draw: random.Random) -> dict[str, Any]:
         "teacher_entropy": noisy(0.25 + 0.3 * decay, 0.04),
         "topk_mass_teacher": 0.9995,
         "topk_mass_student": 0.985 + 0.014 * done,
+        "selected_share": 1.0,
+        "importance_mean": 1.0,
+        "dropped_share": 0.0,
+        "masked_tokens": 0,
         "prefix_share": 0.2 * alpha,
         "prefix_alpha": alpha,
         "prefix_longest": int(60 * alpha),
@@ -173,7 +177,8 @@ def _trajectory(step: int, steps: int, index: int, draw: random.Random) -> dict[
     working = f"{start}+{add}={first}, {first}-{take}={second}, {second}*{times}={second * times}."
     tokens = [*_pieces(f"{working} answer {second * times}"), "</s>"]
     prefix = int(0.45 * len(tokens) * (1 + math.cos(math.pi * step / steps)) / 2)
-    segment, outlier, trust, tv, k1 = [], [], [], [], []
+    segment: list[str] = []
+    outlier, trust, tv, k1 = ([] for _ in range(4))  # of numbers, None where there is no loss
     for position in range(len(tokens)):
         segment.append("teacher" if index == 0 and position < prefix else "student")
         hard = (0.5 if wrong and position >= 16 else 0.12) * math.exp(-1.5 * step / steps)
@@ -184,6 +189,9 @@ def _trajectory(step: int, steps: int, index: int, draw: random.Random) -> dict[
         )
         tv.append(distance)
         k1.append(-math.log(trust[-1]))
+    if index == 1:  # its first token is left out of the loss
+        for values in (outlier, trust, tv, k1):
+            values[0] = None
     return {
         "step": step,
         "prompt": f"start {start}, add {add}, take {take}, times {times}:",

@@ -576,11 +576,12 @@ function example(a, b, stepA, stepB, shade) {
 
 function side(item, step, shade, withPrompt) {
   const students = item.segment.map((s, i) => (s === "student" ? i : -1)).filter((i) => i >= 0);
-  const outliers = students.filter((i) => item.outlier[i]).length;
+  const outliers = students.filter((i) => item.outlier[i]).length, masked = students.filter((i) => isMasked(item, i)).length;
   const caption = el("div", { class: "caption" }, el("b", {}, `Step ${step}`));
   if (item.correct === true) caption.append(el("span", { class: "yes" }, "✓ correct"));
   if (item.correct === false) caption.append(el("span", { class: "no" }, "✗ wrong"));
-  caption.append(el("span", {}, `${outliers} of ${students.length} tokens outliers`));
+  caption.append(el("span", {}, `${outliers} of ${students.length - masked} tokens outliers`));
+  if (masked) caption.append(el("span", {}, `masked ${masked}`));
   if (item.segment.length > students.length) caption.append(el("span", {}, `prefix ${item.segment.length - students.length}`));
   const text = el("div", { class: "tokens" });
   item.tokens.forEach((token, i) => text.append(tokenSpan(item, token, i, shade)));
@@ -588,17 +589,22 @@ function side(item, step, shade, withPrompt) {
   return el("div", { class: "side" }, caption, withPrompt ? el("div", { class: "prompt" }, item.prompt || "") : null, text);
 }
 
+// A token left out of the loss has no values.
+function isMasked(item, i) {
+  return item.segment[i] !== "teacher" && ["outlier", "trust", "tv", "k1"].every((name) => !isNumber((item[name] || [])[i]));
+}
+
 function tokenSpan(item, token, i, shade) {
-  const region = item.segment[i] === "teacher" ? "teacher" : item.outlier[i] ? "outlier" : "trusted";
+  const region = isMasked(item, i) ? "masked" : item.segment[i] === "teacher" ? "teacher" : item.outlier[i] ? "outlier" : "trusted";
   const amount = SHADES[shade](item, i);
-  const floor = { teacher: .18, outlier: .25, trusted: .05 }[region], strength = isNumber(amount) ? clamp(amount, 0, 1) : 0;
+  const floor = { teacher: .18, outlier: .25, trusted: .05, masked: 0 }[region], strength = isNumber(amount) ? clamp(amount, 0, 1) : 0;
   const special = /^<[^<>]*>$/.test(token) ? " special" : "";
   const shown = token.replaceAll("▁", " ").replaceAll("\n", "↵\n");
   const span = el("span", { class: `tok ${region}${special}`, style: `--a:${(floor + (.72 - floor) * Math.sqrt(strength)).toFixed(3)}` }, shown || "∅");
   const number = (name, digits) => isNumber((item[name] || [])[i]) ? item[name][i].toFixed(digits) : "–";
-  const color = `var(--${region})`;
+  const color = region === "masked" ? "var(--gray)" : `var(--${region})`;
   const show = (event) => showTip(event, `${JSON.stringify(token)} · position ${i}`, [
-    [color, "region", region === "teacher" ? "teacher prefix" : region], [null, "trust min(p/q, 1)", number("trust", 3)],
+    [color, "region", { teacher: "teacher prefix", masked: "left out of the loss" }[region] || region], [null, "trust min(p/q, 1)", number("trust", 3)],
     [null, "total variation", number("tv", 3)], [null, "log q − log p", number("k1", 3)]]);
   span.addEventListener("pointermove", show);
   span.addEventListener("click", show);
