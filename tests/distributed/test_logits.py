@@ -1,5 +1,6 @@
 """Megatron models compute what transformers computes, and export what was loaded."""
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 from megatron_tropd.config import ParallelConfig
+from megatron_tropd.convert.families import model_shape
 from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.errors import TrainingError
 from tests.ranks import run_with_env
@@ -21,6 +23,9 @@ LAYOUTS = {
     "tp2": ParallelConfig(tensor=2, uneven_stages=True),
     "pp2": ParallelConfig(pipeline=2, uneven_stages=True),
     "tp2-pp2-sp": ParallelConfig(tensor=2, pipeline=2, sequence_parallel=True, uneven_stages=True),
+    "ep2": ParallelConfig(data=2, expert=2),
+    "tp2-ep2": ParallelConfig(tensor=2, data=2, expert=2),
+    "pp2-ep2": ParallelConfig(pipeline=2, data=2, expert=2, uneven_stages=True),
 }
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -30,12 +35,22 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
-TINY = (
+WINDOW_FROM_LAYER_1 = {"use_sliding_window": True, "max_window_layers": 1}
+DENSE = (
     ("llama", {}),
     ("llama", {"rope_parameters": LLAMA3_ROPE, "num_hidden_layers": 3}),
     ("qwen2", {"head_dim": 16}),
     ("qwen2", {"tie_word_embeddings": True, "head_dim": 16}),
+    ("qwen2", {"head_dim": 16, "sliding_window": 7} | WINDOW_FROM_LAYER_1),
     ("qwen3", {"tie_word_embeddings": True}),
+    ("mistral", {"num_key_value_heads": 4}),
+    ("mistral", {"sliding_window": None}),
+)
+MIXTURES = (
+    ("mixtral", {}),
+    ("mixtral", {"sliding_window": 9, "num_hidden_layers": 3}),
+    ("qwen3_moe", {}),
+    ("qwen3_moe", {"norm_topk_prob": False, "tie_word_embeddings": True}),
 )
 REAL = ("stories260K", "babyllama-tok105", "stories260K-hd32", "babyllama-tok105-hd32")
 
@@ -45,12 +60,13 @@ REAL = ("stories260K", "babyllama-tok105", "stories260K-hd32", "babyllama-tok105
 def test_tiny_logits_and_export(
     layout: str, tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
-    folders = [tiny_model(family, **overrides) for family, overrides in TINY]
-    _check(LAYOUTS[layout], folders, tmp_path)
+    parallel = LAYOUTS[layout]
+    cases = MIXTURES if parallel.expert > 1 else DENSE + MIXTURES
+    _check(parallel, [tiny_model(family, **overrides) for family, overrides in cases], tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if "ep" not in name])
 def test_real_logits_and_export(layout: str, shared_data: Path, tmp_path: Path) -> None:
     _check(LAYOUTS[layout], [shared_data / "models" / name for name in REAL], tmp_path)
 
@@ -85,10 +101,14 @@ def _on_rank(parallel: ParallelConfig, cases: list, scratch: Path) -> None:
 
     ranks = mcore_parallel.initialize(parallel, seed=1)
     for index, (path, ids, expected) in enumerate(cases):
-        folder = HFFolder(path)
+        folder, layout = HFFolder(path), parallel
+        if model_shape(folder.config).experts and parallel.tensor > 1:
+            layout = dataclasses.replace(parallel, sequence_parallel=True)
+        # Every replica has tokens of its own.
+        ids, expected = (whole.chunk(ranks.dp_size)[ranks.dp_rank] for whole in (ids, expected))
         rows = models.padded_vocab_size(folder.config, tensor=parallel.tensor)
         model = models.build_model(
-            folder, ranks=ranks, parallel=parallel, dtype=torch.float32, padded_vocab_size=rows
+            folder, ranks=ranks, parallel=layout, dtype=torch.float32, padded_vocab_size=rows
         ).eval()
         logits = _gathered_logits(model, ids, ranks)
         if logits is not None:
