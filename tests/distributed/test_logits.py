@@ -18,6 +18,7 @@ from megatron_tropd.errors import TrainingError
 from tests.ranks import run_with_env
 
 TOLERANCE = 1e-4
+PROMPT = 48
 LAYOUTS = {
     "tp1": ParallelConfig(),
     "tp2": ParallelConfig(tensor=2, uneven_stages=True),
@@ -67,8 +68,10 @@ def test_tiny_logits_and_export(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if "ep" not in name])
-def test_real_logits_and_export(layout: str, shared_data: Path, tmp_path: Path) -> None:
-    _check(LAYOUTS[layout], [shared_data / "models" / name for name in REAL], tmp_path)
+def test_real_logits_greedy_continuations_and_export(
+    layout: str, shared_data: Path, tmp_path: Path
+) -> None:
+    _check(LAYOUTS[layout], [shared_data / "models" / name for name in REAL], tmp_path, greedy=64)
 
 
 def test_comparison_can_fail(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
@@ -82,16 +85,20 @@ def test_comparison_can_fail(tiny_model: Callable[..., Path], tmp_path: Path) ->
     assert (_reference(folder)[1] - expected).abs().max() > 10 * TOLERANCE
 
 
-def _check(parallel: ParallelConfig, folders: list[Path], scratch: Path) -> None:
-    cases = [(folder, *_reference(folder)) for folder in folders]
+def _check(parallel: ParallelConfig, folders: list[Path], scratch: Path, greedy: int = 0) -> None:
+    cases = [(folder, *_reference(folder, greedy)) for folder in folders]
     run_with_env(parallel.world_size, _on_rank, parallel, cases, scratch)
 
 
-def _reference(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+def _reference(folder: Path, greedy: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random ids, followed by ``greedy`` ids of transformers' own choice, and their logits."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, model.config.vocab_size, (2, 48), generator=generator)
+    ids = torch.randint(3, model.config.vocab_size, (2, PROMPT), generator=generator)
     with torch.no_grad():
+        if greedy:
+            model.generation_config.eos_token_id = None
+            ids = model.generate(ids, do_sample=False, max_new_tokens=greedy)
         return ids, model(ids).logits
 
 
@@ -114,6 +121,9 @@ def _on_rank(parallel: ParallelConfig, cases: list, scratch: Path) -> None:
         if logits is not None:
             difference = (logits[..., : expected.shape[-1]] - expected).abs().max().item()
             assert difference < TOLERANCE, (str(path), difference)
+            # What transformers appended is what this model would have, token by token.
+            chosen = logits[:, PROMPT - 1 : -1, : expected.shape[-1]].argmax(-1)
+            assert torch.equal(chosen, ids[:, PROMPT:]), path
         _check_export(model, folder, ranks, rows, scratch / str(index))
     mcore_parallel.shutdown()
 
