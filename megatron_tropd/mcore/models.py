@@ -188,8 +188,19 @@ def build_model(
     )
     model.rotary_pos_emb.inv_freq = rope_inverse_frequencies(folder.config).to(platform.device())
     model.to(platform.device())
+    _mark_experts(model)
     load_weights(model, folder, ranks=ranks, padded_vocab_size=padded_vocab_size)
     return model
+
+
+def _mark_experts(model: GPTModel) -> None:
+    """Give experts an optimizer of their own under expert parallelism of one rank too.
+
+    Megatron does so above one; a checkpoint then moves between the two.
+    """
+    for name, parameter in model.named_parameters():
+        if ".mlp.experts." in name:
+            parameter.allreduce = False
 
 
 def _window_settings(shape: ModelShape) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 from megatron_tropd.config import ParallelConfig
-from megatron_tropd.convert.families import model_shape
+from megatron_tropd.convert.families import model_shape, plan
 from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.errors import TrainingError
 from tests.ranks import run_with_env
@@ -117,6 +118,8 @@ def _on_rank(parallel: ParallelConfig, cases: list, scratch: Path) -> None:
         model = models.build_model(
             folder, ranks=ranks, parallel=layout, dtype=torch.float32, padded_vocab_size=rows
         ).eval()
+        if ranks.world_size == 1:
+            _check_names(model, folder)
         logits = _gathered_logits(model, ids, ranks)
         if logits is not None:
             difference = (logits[..., : expected.shape[-1]] - expected).abs().max().item()
@@ -126,6 +129,16 @@ def _on_rank(parallel: ParallelConfig, cases: list, scratch: Path) -> None:
             assert torch.equal(chosen, ids[:, PROMPT:]), path
         _check_export(model, folder, ranks, rows, scratch / str(index))
     mcore_parallel.shutdown()
+
+
+def _check_names(model, folder: HFFolder) -> None:
+    """The names of the plan are those under which Megatron saves the model."""
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+    saved = model.sharded_state_dict().values()
+    expected = {part.key for part in saved if not isinstance(part, ShardedObject)}
+    names = {re.sub(r"layers\.\d+", "layers", entry.name) for entry in plan(folder.config)}
+    assert names == expected
 
 
 def _gathered_logits(model, ids, ranks) -> torch.Tensor | None:
