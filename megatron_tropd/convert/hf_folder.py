@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import _TYPES
 
 from megatron_tropd.errors import InputError
 
+_DTYPES: dict[str, Any] = dict(_TYPES)
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
@@ -31,7 +33,7 @@ class HFFolder:
                 f"Model folder {self.path} does not exist. Give a folder holding config.json, "
                 "*.safetensors and the tokenizer."
             )
-        self.config: dict[str, Any] = _read_json(self.path / "config.json")
+        self.config: dict[str, Any] = read_json(self.path / "config.json")
         self._file_of = self._index()
         self._open: dict[str, Any] = {}
 
@@ -39,6 +41,20 @@ class HFFolder:
     def names(self) -> frozenset[str]:
         """Names of all tensors in the folder."""
         return frozenset(self._file_of)
+
+    @property
+    def companions(self) -> Path:
+        """Folder of config.json, tokenizer, chat template and generation config."""
+        return self.path
+
+    @property
+    def files(self) -> list[str]:
+        """Names of the weight files."""
+        return sorted(set(self._file_of.values()))
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Type of a tensor, from the header."""
+        return _DTYPES[self._slice(name).get_dtype()]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the header."""
@@ -68,7 +84,7 @@ class HFFolder:
             if not (self.path / SINGLE).exists():
                 raise InputError(self._no_weights())
             return dict.fromkeys(_open_safetensors(self.path / SINGLE).keys(), SINGLE)
-        weight_map = _read_json(index).get("weight_map")
+        weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise InputError(f"{index} has no weight_map. Download or export the model again.")
         for file_name in sorted(set(weight_map.values())):
@@ -91,7 +107,12 @@ class HFFolder:
         return f"Model folder {self.path} holds neither {SINGLE} nor {INDEX}. {hint}"
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of a model folder.
+
+    Raises:
+        InputError: the file is missing or holds something else.
+    """
     try:
         value = json.loads(path.read_text())
     except FileNotFoundError:
