@@ -279,6 +279,7 @@ def _architecture(shape: ModelShape) -> dict[str, Any]:
         "squared_relu": False,
         "normalization": "RMSNorm",
         "norm_epsilon": shape.rms_eps,
+        "layernorm_epsilon": shape.rms_eps,  # what Megatron 0.19 calls it
         "apply_layernorm_1p": False,
         "apply_query_key_layer_scaling": False,
         "attention_dropout": 0.0,

@@ -366,30 +366,34 @@ def _stored_crc(view: Any) -> int | None:
     return records[0].CRC or None if len(records) == 1 else None
 
 
+_CHECKPOINT = "torch.distributed.checkpoint."
+_SHARDED = "torch.distributed._shard.sharded_tensor.metadata"
+_MEGATRON = "megatron.core.dist_checkpointing.strategies.torch"
+_PLAIN = {
+    f"{_CHECKPOINT}metadata": """Metadata MetadataIndex TensorStorageMetadata TensorProperties
+        BytesStorageMetadata ChunkStorageMetadata StorageMeta _MEM_FORMAT_ENCODING""",
+    # Megatron keeps the plans of its ranks there too.
+    f"{_CHECKPOINT}planner": "SavePlan WriteItem WriteItemType TensorWriteData BytesIOWriteData",
+    f"{_CHECKPOINT}filesystem": "_StorageInfo _StoragePrefix",
+    _SHARDED: "TensorProperties MEM_FORMAT_ENCODING",
+    "torch.serialization": "_get_layout",
+    "torch": "Size",
+    "pathlib": "PosixPath",
+    "pathlib._local": "PosixPath",
+    "collections": "OrderedDict defaultdict",
+}
+"""Module -> classes (and one function) that only hold data."""
+_OLD = {"MCoreMetadata": Metadata, "MCoreSavePlan": SavePlan}
+
+
 class _PlainUnpickler(pickle.Unpickler):
     """Accepts what a ``.metadata`` file is made of and nothing else."""
 
-    _CLASSES = frozenset(
-        [
-            *(("torch.distributed.checkpoint.metadata", name) for name in (
-                "Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata",
-                "ChunkStorageMetadata", "TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING",
-            )),
-            ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-            ("torch.distributed._shard.sharded_tensor.metadata", "TensorProperties"),
-            ("torch.distributed._shard.sharded_tensor.metadata", "MEM_FORMAT_ENCODING"),
-            ("torch.serialization", "_get_layout"),
-            ("torch", "Size"),
-            ("pathlib", "PosixPath"),
-            ("pathlib._local", "PosixPath"),
-            ("collections", "OrderedDict"),
-            ("collections", "defaultdict"),
-        ]
-    )  # fmt: skip
-
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in self._CLASSES:
+        if name in _PLAIN.get(module, "").split():
             return super().find_class(module, name)
+        if module == _MEGATRON and name in _OLD:
+            return _OLD[name]
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         raise pickle.UnpicklingError(f"it names {module}.{name}, which is not data")
