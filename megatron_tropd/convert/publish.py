@@ -30,9 +30,8 @@ def publishing(out: Path, *, force: bool) -> Iterator[Path]:
         InputError: ``out`` exists and ``force`` is not given, or another process writes it.
     """
     out = out.absolute()
-    check_free(out, force=force)
+    claim(out, force=force)
     out.parent.mkdir(parents=True, exist_ok=True)
-    _clean_up(out)
     partial = _hidden(out, "partial")
     partial.mkdir()
     lock = os.open(partial, os.O_RDONLY)
@@ -46,12 +45,13 @@ def publishing(out: Path, *, force: bool) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def check_free(out: Path, *, force: bool) -> None:
-    """Refuse to write over something.
+def claim(out: Path, *, force: bool) -> None:
+    """Clean up what killed writers of ``out`` left, and refuse to write over something.
 
     Raises:
-        InputError: ``out`` exists and ``force`` is not given, or is no folder.
+        InputError: ``out`` exists and ``force`` is not given, is no folder, or is being written.
     """
+    _clean_up(out.absolute())
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise InputError(f"{out} exists and is not a folder. Name another one.")
     if out.is_dir() and any(out.iterdir()) and not force:

@@ -14,7 +14,7 @@ from megatron_tropd.convert.companions import CHECKSUMS, copy_companions, set_co
 from megatron_tropd.convert.families import Entry
 from megatron_tropd.convert.hf_folder import read_json
 from megatron_tropd.convert.megatron_folder import MegatronFolder
-from megatron_tropd.convert.publish import check_free, publishing
+from megatron_tropd.convert.publish import claim, publishing
 from megatron_tropd.convert.safetensors_writer import SafetensorsWriter, Spec
 from megatron_tropd.convert.to_megatron import Progress
 from megatron_tropd.errors import InputError
@@ -50,7 +50,7 @@ def megatron_to_hf(job: ToHF, progress: Progress = lambda name, size: None) -> N
         InputError: the checkpoint cannot be converted or is damaged, or the output exists.
         OSError: the output could not be written; nothing of it is left.
     """
-    check_free(job.hf, force=job.force)
+    claim(job.hf, force=job.force)
     source = MegatronFolder(job.megatron, job.hf_config)
     specs = hf_specs(source, job.dtype)
     records = _records(source.companions)

@@ -32,7 +32,7 @@ from megatron_tropd.convert.companions import (
 from megatron_tropd.convert.families import Entry, ModelShape, model_shape, plan
 from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.convert.layout import Layout, layout
-from megatron_tropd.convert.publish import check_free, publishing
+from megatron_tropd.convert.publish import claim, publishing
 from megatron_tropd.convert.torch_dist import Part, write_checkpoint
 from megatron_tropd.errors import InputError
 
@@ -74,7 +74,7 @@ def hf_to_megatron(job: ToMegatron, progress: Progress = lambda name, size: None
         InputError, ConfigError: the model cannot be converted, or the output exists.
         OSError: the output could not be written; nothing of it is left.
     """
-    check_free(job.megatron, force=job.force)
+    claim(job.megatron, force=job.force)
     source = HFFolder(job.hf)
     redundant = check_source(source, job)
     padded = padded_vocab(source.config, job.tensor_parallel)

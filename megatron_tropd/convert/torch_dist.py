@@ -99,11 +99,19 @@ def write_checkpoint(
             )
     except CheckpointException as error:
         # No Exception, and it hides what happened in a dictionary.
-        raise next(iter(error.failures.values()))[0] from None
+        raise _cause(next(iter(error.failures.values()))[0]) from None
     with (folder / COMMON).open("wb") as file:
         torch.save(dict(common), file)
     backend = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
     (folder / BACKEND).write_text(json.dumps(backend))
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The full disk behind what torch says of it ("unexpected pos")."""
+    context: BaseException | None = error
+    while context is not None and not isinstance(context, OSError):
+        context = context.__context__
+    return context or error
 
 
 class _Stopped(Exception):
