@@ -174,10 +174,11 @@ def _plan(config: Config, inputs: object) -> str:
     assert isinstance(inputs, Inputs)
     samples = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
     p = config.parallel
+    shared = f", experts over {p.expert}" if p.expert > 1 else ""
     guidance = f"{len(inputs.responses)} prompts have one" if inputs.responses else "off"
     return "\n".join(
         [
-            f"ranks:      {p.world_size} (TP {p.tensor} x PP {p.pipeline} x DP {p.data})",
+            f"ranks:      {p.world_size} (TP {p.tensor} x PP {p.pipeline} x DP {p.data}{shared})",
             f"student:    {describe(inputs.student.config)}",
             f"teacher:    {describe(inputs.teacher.config)}",
             f"vocabulary: {inputs.vocab_size} shared columns",

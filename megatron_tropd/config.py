@@ -50,6 +50,8 @@ class ParallelConfig:
     """Pipeline stages of student and teacher."""
     data: int = 1
     """Data-parallel replicas of the student."""
+    expert: int = 1
+    """Ranks that share the experts of a mixture, taken from the replicas; divides data."""
     uneven_stages: bool = False
     """Accept layers that pipeline does not divide: the first stages take one more."""
     sequence_parallel: bool = False
@@ -58,9 +60,14 @@ class ParallelConfig:
     """Shard optimizer states over the data-parallel ranks."""
 
     def __post_init__(self) -> None:
-        for name in ("tensor", "pipeline", "data"):
+        for name in ("tensor", "pipeline", "data", "expert"):
             value = getattr(self, name)
             _require(value >= 1, f"parallel.{name} must be at least 1, found {value}.")
+        _require(
+            self.data % self.expert == 0,
+            f"parallel.expert = {self.expert} must divide parallel.data, found {self.data}: the "
+            "replicas share the experts. Change one of the two.",
+        )
         _require(
             self.tensor > 1 or not self.sequence_parallel,
             "parallel.sequence_parallel = true needs parallel.tensor of at least 2, found 1. "

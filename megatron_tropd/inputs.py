@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from megatron_tropd.config import Config
 from megatron_tropd.convert.checks import check_parallel, check_tensors
+from megatron_tropd.convert.families import model_shape
 from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.convert.megatron_folder import MegatronFolder, open_model
 from megatron_tropd.data.prompts import load_prompts
@@ -51,6 +52,7 @@ def load_inputs(config: Config) -> Inputs:
         check_parallel(folder.config, config.parallel, who=who)
         if isinstance(folder, HFFolder):  # the other kind is checked when it is opened
             check_tensors(folder)
+    _check_experts(config, student, teacher)
     tokenizer = check_same_tokenizer(
         student.companions,
         teacher.companions,
@@ -133,6 +135,15 @@ def _problems(config: Config, tokenizer: "PreTrainedTokenizerBase", context: int
                     'evaluation.task = "exact_match" needs. Add it or use "reverse_kl".'
                 )
     return problems[: config.evaluation.num_problems]
+
+
+def _check_experts(config: Config, *models: HFFolder | MegatronFolder) -> None:
+    found = [model_shape(model.config).experts for model in models]
+    if config.parallel.expert > 1 and not any(found):
+        raise ConfigError(
+            f"parallel.expert = {config.parallel.expert} needs a mixture of experts, but student "
+            "and teacher are dense. Set parallel.expert = 1."
+        )
 
 
 def _check_micro_batch(config: Config, longest: int) -> None:

@@ -8,18 +8,38 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 FAMILIES = {
     "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "mixtral": (MixtralConfig, MixtralForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
 }
+OWN_SETTINGS = {
+    "mistral": {"sliding_window": 10},
+    "mixtral": {"num_local_experts": 6, "num_experts_per_tok": 2},
+    "qwen3_moe": {
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 40,
+        "norm_topk_prob": True,
+    },
+}
+"""Of a family, beside those that all share."""
 VOCAB_SIZE = 259
 """256 bytes after <unk>, <s> and </s>: no tensor-parallel size above 1 divides it."""
 BOS, EOS = 1, 2
@@ -65,6 +85,7 @@ def write_tiny_model(folder: Path, family: str, *, seed: int = 0, **overrides: A
         "bos_token_id": BOS,
         "eos_token_id": EOS,
         "initializer_range": 0.15,
+        **OWN_SETTINGS.get(family, {}),
     }
     torch.manual_seed(seed)
     model = model_class(config_class(**(settings | overrides)))

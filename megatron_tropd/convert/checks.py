@@ -27,7 +27,7 @@ def check_parallel(hf_config: dict[str, Any], parallel: ParallelConfig, *, who: 
     for what, size in (
         ("attention heads", shape.heads),
         ("key/value heads", shape.kv_heads),
-        ("intermediate size", shape.ffn),
+        ("intermediate size", shape.experts.ffn if shape.experts else shape.ffn),
     ):
         if size % tensor:
             raise ConfigError(
@@ -39,6 +39,8 @@ def check_parallel(hf_config: dict[str, Any], parallel: ParallelConfig, *, who: 
             f"parallel.pipeline = {pipeline} must divide the {who}'s layers, found {shape.layers}. "
             "Choose another parallel.pipeline or set parallel.uneven_stages = true."
         )
+    if shape.experts is not None:
+        _check_experts(shape.experts.count, parallel, who)
 
 
 def check_tensors(folder: HFFolder) -> None:
@@ -69,3 +71,17 @@ def check_tensors(folder: HFFolder) -> None:
                 f"Tensor {name} of {folder.path} must have shape {list(shape)} by config.json, "
                 f"found {list(folder.shape(name))}."
             )
+
+
+def _check_experts(count: int, parallel: ParallelConfig, who: str) -> None:
+    if count % parallel.expert:
+        raise ConfigError(
+            f"parallel.expert = {parallel.expert} must divide the {who}'s experts, found {count}. "
+            "Choose another parallel.expert."
+        )
+    # Without it every tensor-parallel rank would send the same tokens to the experts.
+    if parallel.tensor > 1 and not parallel.sequence_parallel:
+        raise ConfigError(
+            f"The {who} is a mixture of experts: parallel.tensor = {parallel.tensor} needs "
+            "parallel.sequence_parallel = true, found false."
+        )

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from torch import Tensor
@@ -11,7 +12,7 @@ class FusedAttention(DotProductAttention):
     """Megatron's core attention, causal, by ``scaled_dot_product_attention``.
 
     Megatron's own writes the scores of all heads, [b, n, s, s], several times over. What torch's
-    kernels do not cover (masks, windows, dropout, cached keys) is left to it.
+    kernels do not cover (masks given, dropout, cached keys) is left to it.
     """
 
     def forward(
@@ -29,14 +30,24 @@ class FusedAttention(DotProductAttention):
         copies = self.num_attention_heads_per_partition // self.num_query_groups_per_partition
         if copies > 1:
             key, value = (tensor.repeat_interleave(copies, dim=2) for tensor in (key, value))
+        visible = self._inside_window(query)
         context = F.scaled_dot_product_attention(
             query.permute(1, 2, 0, 3),
             key.permute(1, 2, 0, 3),
             value.permute(1, 2, 0, 3),
-            is_causal=True,
+            attn_mask=visible,
+            is_causal=visible is None,
             scale=self.softmax_scale,
         )
         return context.permute(2, 0, 1, 3).flatten(2)
+
+    def _inside_window(self, query: Tensor) -> Tensor | None:
+        """[s, s] bool, true where a layer with a window looks; None where it sees everything."""
+        window, length = self.scale_mask_softmax.window_size, query.shape[0]
+        if window is None or length <= window[0] + 1:
+            return None
+        everything = torch.ones(length, length, dtype=torch.bool, device=query.device)
+        return everything.tril(window[1]).triu(-window[0])
 
     def _covered(
         self, query: Tensor, key: Tensor, mask: Tensor | None, args: tuple, kwargs: dict
@@ -47,7 +58,6 @@ class FusedAttention(DotProductAttention):
             and all(extra is None for extra in extras)
             and query.shape[0] == key.shape[0]
             and self.attn_mask_type.name == "causal"
-            and self.scale_mask_softmax.window_size is None
             and self.softmax_offset is None
             and not (self.training and self.attention_dropout.p)
         )

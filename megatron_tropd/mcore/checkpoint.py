@@ -3,7 +3,7 @@
 A checkpoint is written into ``.step_000123.tmp`` and renamed to ``step_000123`` once every rank
 has written and the files are on disk: a name without the dot is always complete. Weights,
 optimizer, learning-rate schedule, RNG states and the caller's ``extra`` (data position) load under
-any TP x PP x DP.
+any TP x PP x DP x EP.
 """
 
 import os
@@ -126,7 +126,7 @@ class Checkpoints:
         return metadata
 
     def _layout(self) -> list[int]:
-        return [self.ranks.tp_size, self.ranks.pp_size, self.ranks.dp_size]
+        return [self.ranks.tp_size, self.ranks.pp_size, self.ranks.dp_size, self.ranks.ep_size]
 
     def _rng(self) -> ShardedObject:
         """One object per rank: RNG states belong to a layout and load only under the same one."""

@@ -77,11 +77,21 @@ def has_transformer_engine() -> bool:
 def layer_spec(shape: ModelShape) -> ModuleSpec:
     """Transformer Engine's layers where it imports, else Megatron's own with our norm and
     attention."""
+    experts = shape.experts.count if shape.experts else None
     if has_transformer_engine():
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=shape.qk_norm)
+        return get_gpt_layer_with_transformer_engine_spec(
+            qk_layernorm=shape.qk_norm,
+            num_experts=experts,
+            moe_grouped_gemm=experts is not None,
+        )
     spec = copy.deepcopy(
-        get_gpt_layer_local_spec(qk_layernorm=shape.qk_norm, normalization="RMSNorm")
+        get_gpt_layer_local_spec(
+            qk_layernorm=shape.qk_norm, normalization="RMSNorm", num_experts=experts
+        )
     )
+    if experts is not None:
+        # Megatron names this norm after a dense MLP that is not there; TE's layers do not.
+        del spec.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     spec.submodules.input_layernorm = RMSNorm
     spec.submodules.pre_mlp_layernorm = RMSNorm
     attention = spec.submodules.self_attention.submodules
@@ -121,8 +131,6 @@ def transformer_config(
         pipeline_model_parallel_layout=_uneven_layout(shape.layers, parallel.pipeline),
         sequence_parallel=parallel.sequence_parallel,
         variable_seq_lengths=True,
-        # Dense models have no experts; variable_seq_lengths is refused with the default.
-        moe_token_dispatcher_type="alltoall",
         calculate_per_token_loss=True,
         deallocate_pipeline_outputs=True,
         perform_initialization=False,
@@ -131,6 +139,8 @@ def transformer_config(
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
+        **_window_settings(shape),
+        **_expert_settings(shape, parallel),
     )
 
 
@@ -182,11 +192,52 @@ def build_model(
     )
     model.rotary_pos_emb.inv_freq = rope_inverse_frequencies(folder.config).to(platform.device())
     model.to(platform.device())
+    _mark_experts(model)
     if isinstance(folder, MegatronFolder):
         load_checkpoint(model, folder)
     else:
         load_weights(model, folder, ranks=ranks, padded_vocab_size=padded_vocab_size)
     return model
+
+
+def _mark_experts(model: GPTModel) -> None:
+    """Give experts an optimizer of their own under expert parallelism of one rank too.
+
+    Megatron does so above one; a checkpoint then moves between the two.
+    """
+    for name, parameter in model.named_parameters():
+        if ".mlp.experts." in name:
+            parameter.allreduce = False
+
+
+def _window_settings(shape: ModelShape) -> dict[str, Any]:
+    widest = max((window for window in shape.windows if window is not None), default=None)
+    if widest is None:
+        return {}
+    # Megatron counts the positions before the token, and lists which layers have a window.
+    has_window = [int(window is not None) for window in shape.windows]
+    return {"window_size": (widest - 1, 0), "window_attn_skip_freq": has_window}
+
+
+def _expert_settings(shape: ModelShape, parallel: ParallelConfig) -> dict[str, Any]:
+    # variable_seq_lengths is refused with the default dispatcher, dense model or not.
+    settings: dict[str, Any] = {"moe_token_dispatcher_type": "alltoall"}
+    experts = shape.experts
+    if experts is None:
+        return settings
+    return settings | {
+        "num_moe_experts": experts.count,
+        "moe_router_topk": experts.per_token,
+        "moe_ffn_hidden_size": experts.ffn,
+        "moe_router_pre_softmax": not experts.normalized,
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        # bfloat16 logits tie often, and a tie is broken one way here, another in the engine.
+        "moe_router_dtype": "fp32",
+        "moe_grouped_gemm": has_transformer_engine(),
+        "expert_model_parallel_size": parallel.expert,
+        "expert_tensor_parallel_size": parallel.tensor,
+    }
 
 
 def _block_spec(shape: ModelShape, layers: int) -> Any:

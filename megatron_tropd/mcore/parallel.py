@@ -37,6 +37,13 @@ class Ranks:
     """All tensor and pipeline ranks of this replica."""
     embedding_group: dist.ProcessGroup | None = field(repr=False)
     """First and last stage of this shard, which share tied embeddings; None elsewhere."""
+    ep_size: int = 1
+    """Neighbouring replicas that share the experts; 1: each has them all."""
+
+    @property
+    def ep_rank(self) -> int:
+        """Which part of the experts this rank holds."""
+        return self.dp_rank % self.ep_size
 
     @property
     def is_first_stage(self) -> bool:
@@ -77,7 +84,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> Ranks:
     RANK it is a run of one process. An existing default process group is used as it is.
 
     Args:
-        parallel: sizes of the three axes.
+        parallel: sizes of the axes.
         seed: of Megatron's random states (they differ between tensor ranks and stages).
 
     Returns:
@@ -94,6 +101,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> Ranks:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        expert_model_parallel_size=parallel.expert,
         create_gloo_process_groups=platform.has_cuda(),
     )
     ranks = Ranks(
@@ -110,6 +118,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> Ranks:
         dp_group=parallel_state.get_data_parallel_group(),
         mp_group=parallel_state.get_model_parallel_group(),
         embedding_group=parallel_state.get_embedding_group(check_initialized=False),
+        ep_size=parallel.expert,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed + 100 * ranks.pp_rank)
     return ranks

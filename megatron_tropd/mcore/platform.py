@@ -223,8 +223,52 @@ def _patch_random_states() -> None:
             setattr(module, name, value)
 
 
+def _sizes_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """Megatron leaves tensors that are on the CPU as they are; all-to-all wants no tensor."""
+    return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
+
+
+def _lengthened(tensor: torch.Tensor, rows: int) -> torch.Tensor:
+    return torch.cat([tensor, tensor.new_zeros(rows - len(tensor), *tensor.shape[1:])])
+
+
+def _gather_padded(gather: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """gloo gathers equal parts only: those of unequal length (experts' tokens) are padded."""
+
+    @functools.wraps(gather)
+    def call(
+        input_: torch.Tensor, group: Any, output_split_sizes: Any = None, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        if output_split_sizes is None or not max(output_split_sizes):
+            return gather(input_, group, None, *args, **kwargs)
+        longest = int(max(output_split_sizes))
+        parts = gather(_lengthened(input_, longest), group).split(longest)
+        return torch.cat([p[:size] for p, size in zip(parts, output_split_sizes, strict=True)])
+
+    return call
+
+
+def _reduce_scatter_padded(
+    reduce_scatter: Callable[..., torch.Tensor],
+) -> Callable[..., torch.Tensor]:
+    """The transpose of :func:`_gather_padded`."""
+
+    @functools.wraps(reduce_scatter)
+    def call(
+        input_: torch.Tensor, group: Any, input_split_sizes: Any = None, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        if input_split_sizes is None or not max(input_split_sizes):
+            return reduce_scatter(input_, group, None, *args, **kwargs)
+        sizes = [int(size) for size in input_split_sizes]
+        padded = torch.cat([_lengthened(part, max(sizes)) for part in input_.split(sizes)])
+        return reduce_scatter(padded, group)[: sizes[group.rank()]]
+
+    return call
+
+
 def _patch_megatron() -> None:
-    from megatron.core.tensor_parallel import random
+    from megatron.core.tensor_parallel import mappings, random
+    from megatron.core.transformer.moe import token_dispatcher
 
     def get_state(device: Any = None, clone: bool = False, graph_safe: bool = False) -> Any:
         return _get_state()
@@ -234,6 +278,11 @@ def _patch_megatron() -> None:
 
     random._get_cuda_rng_state = get_state
     random._set_cuda_rng_state = set_state
+    token_dispatcher.maybe_move_tensor_to_cpu = _sizes_to_cpu
+    mappings._gather_along_first_dim = _gather_padded(mappings._gather_along_first_dim)
+    mappings._reduce_scatter_along_first_dim = _reduce_scatter_padded(
+        mappings._reduce_scatter_along_first_dim
+    )
 
 
 def _accept_torch_adam() -> None:

@@ -1,8 +1,8 @@
 """Weights between HF folders and Megatron models: each rank reads its part; exports stream.
 
-An export walks the parameters in buckets. The tensor-parallel ranks of the stage that owns a
-bucket gather it, the result travels to the receivers, and only they make HF tensors of it: no rank
-ever holds the whole model twice.
+An export walks the parameters in buckets. The tensor-parallel ranks that own a bucket (of its stage
+and, for experts, of the replica that has them) gather it, the result travels to the receivers, and
+only they make HF tensors of it: no rank ever holds the whole model twice.
 """
 
 import itertools
@@ -35,6 +35,7 @@ _UNFUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
+_EXPERTS = "mlp.experts.experts."
 
 
 def load_weights(
@@ -55,7 +56,7 @@ def load_weights(
     check_tensors(folder)
     parameters = dict(model.named_parameters())
     shape = model_shape(folder.config)
-    for entry, parameter in _stage_parameters(entries, parameters, shape, ranks):
+    for entry, parameter in _own_parameters(entries, parameters, shape, ranks):
         shard = entry.operation.read(folder, ranks.tp_rank, ranks.tp_size)
         with torch.no_grad():
             parameter.copy_(shard)
@@ -88,23 +89,22 @@ def export_weights(
         (HF name, the whole tensor on this rank's device, or None), in the same order everywhere.
 
     Collectives: per bucket one gather in the tensor-parallel group (all-gather where several of its
-    places receive) and one send to each receiver on another stage; buckets never cross stages.
+    places receive) and one send to each receiver on another stage or, for experts, on another of
+    the replicas that share them; buckets cross neither stages nor those.
     """
     entries, model_is = plan(hf_config, padded_vocab_size), model_shape(hf_config)
     parameters = dict(model.named_parameters())
     own = {
-        entry.name: parameter
-        for entry, parameter in _stage_parameters(entries, parameters, model_is, ranks)
+        entry: parameter
+        for entry, parameter in _own_parameters(entries, parameters, model_is, ranks)
     }
     dtype = dtype or next(model.parameters()).dtype
-    mine = [r for r in receivers if ranks.place(r)[2] == ranks.dp_rank]
-    receives = ranks.rank in mine
-    for bucket in _buckets(entries, model_is.layers, ranks, dtype.itemsize, bucket_bytes):
-        shards = _collect(bucket, own, ranks, mine, dtype) if mine else None
+    for bucket in _buckets(entries, model_is, ranks, dtype.itemsize, bucket_bytes):
+        shards = _collect(bucket, own, ranks, receivers, dtype)
         for entry in bucket.entries:
             tensors: dict[str, Tensor | None] = dict.fromkeys(entry.operation.hf_shapes())
-            if receives and shards is not None:
-                tensors |= entry.operation.merge(shards[entry.name])
+            if shards is not None:
+                tensors |= entry.operation.merge(shards[entry])
             yield from tensors.items()
             if explicit_lm_head and model_is.tied and entry.name.startswith("embedding."):
                 yield "lm_head.weight", tensors["model.embed_tokens.weight"]
@@ -158,8 +158,19 @@ def save_hf(
 
 @dataclass(frozen=True)
 class _Bucket:
+    """Entries that lie on the same ranks."""
+
     stage: int
+    ep_rank: int | None
+    """Which part of the experts; None: what every replica holds."""
     entries: list[Entry]
+
+    def sender(self, receiver: int, ranks: Ranks) -> int:
+        """The rank that has the bucket for ``receiver``: its own replica's, or a neighbour's."""
+        tp_rank, _, dp_rank = ranks.place(receiver)
+        if self.ep_rank is not None:
+            dp_rank += self.ep_rank - dp_rank % ranks.ep_size
+        return ranks.global_rank(tp_rank=tp_rank, pp_rank=self.stage, dp_rank=dp_rank)
 
 
 def _stage_of(entry: Entry, layers: int, pp_size: int) -> int:
@@ -169,36 +180,44 @@ def _stage_of(entry: Entry, layers: int, pp_size: int) -> int:
     return 0 if entry.name.startswith("embedding.") else pp_size - 1
 
 
+def _home(entry: Entry, shape: ModelShape, ranks: Ranks) -> tuple[int, int | None]:
+    """(stage, part of the experts or None) of the ranks that hold an entry."""
+    stage = _stage_of(entry, shape.layers, ranks.pp_size)
+    if entry.expert is None or shape.experts is None or ranks.ep_size == 1:
+        return stage, None
+    return stage, entry.expert * ranks.ep_size // shape.experts.count
+
+
 def _buckets(
-    entries: list[Entry], layers: int, ranks: Ranks, itemsize: int, limit: int
+    entries: list[Entry], shape: ModelShape, ranks: Ranks, itemsize: int, limit: int
 ) -> Iterator[_Bucket]:
-    for stage, group in itertools.groupby(
-        entries, lambda entry: _stage_of(entry, layers, ranks.pp_size)
-    ):
+    for home, group in itertools.groupby(entries, lambda entry: _home(entry, shape, ranks)):
         bucket: list[Entry] = []
         held = 0
         for entry in group:
             size = prod(entry.operation.shard_shape(ranks.tp_size)) * itemsize * ranks.tp_size
             if bucket and held + size > limit:
-                yield _Bucket(stage, bucket)
+                yield _Bucket(*home, bucket)
                 bucket, held = [], 0
             bucket.append(entry)
             held += size
-        yield _Bucket(stage, bucket)
+        yield _Bucket(*home, bucket)
 
 
-def _stage_parameters(
+def _own_parameters(
     entries: list[Entry],
     parameters: dict[str, torch.nn.Parameter],
     shape: ModelShape,
     ranks: Ranks,
 ) -> list[tuple[Entry, torch.nn.Parameter]]:
-    """Pair this stage's entries with its parameters; each parameter must be met once."""
+    """Pair this rank's entries with its parameters; each parameter must be met once."""
     first_layer = sum(stage_sizes(shape.layers, ranks.pp_size)[: ranks.pp_rank])
+    first_expert = ranks.ep_rank * shape.experts.count // ranks.ep_size if shape.experts else 0
+    homes = [(ranks.pp_rank, None), (ranks.pp_rank, ranks.ep_rank)]
     pairs = [
-        (entry, _parameter(entry, parameters, first_layer))
+        (entry, _parameter(entry, parameters, first_layer, first_expert))
         for entry in entries
-        if _stage_of(entry, shape.layers, ranks.pp_size) == ranks.pp_rank
+        if _home(entry, shape, ranks) in homes
     ]
     if "output_layer.weight" in parameters and shape.tied:
         # The last stage's own copy of a tied embedding.
@@ -211,36 +230,49 @@ def _stage_parameters(
 
 
 def _parameter(
-    entry: Entry, parameters: dict[str, torch.nn.Parameter], first_layer: int
+    entry: Entry,
+    parameters: dict[str, torch.nn.Parameter],
+    first_layer: int,
+    first_expert: int,
 ) -> torch.nn.Parameter:
     if entry.layer is None:
         return parameters[entry.name]
     prefix, rest = f"decoder.layers.{entry.layer - first_layer}", entry.name.split(".", 3)[3]
-    name = f"{prefix}.{rest}"
-    return (
-        parameters[name] if name in parameters else parameters[f"{prefix}.{_UNFUSED_NORMS[rest]}"]
-    )
+    names = [rest, _UNFUSED_NORMS.get(rest, rest)]
+    if entry.expert is not None:
+        expert, weight = entry.expert - first_expert, rest.removeprefix(_EXPERTS)
+        # Megatron's own experts are modules; Transformer Engine's are weights of one.
+        names = [f"mlp.experts.local_experts.{expert}.{weight}", f"mlp.experts.{weight}{expert}"]
+    name = next(name for name in names if f"{prefix}.{name}" in parameters)
+    return parameters[f"{prefix}.{name}"]
 
 
 def _collect(
     bucket: _Bucket,
-    own: dict[str, torch.nn.Parameter],
+    own: dict[Entry, torch.nn.Parameter],
     ranks: Ranks,
-    receivers: list[int],
+    receivers: Sequence[int],
     dtype: torch.dtype,
-) -> dict[str, list[Tensor]] | None:
-    """Bring a bucket to the receivers of this replica: entry name -> shards; None elsewhere."""
+) -> dict[Entry, list[Tensor]] | None:
+    """Bring a bucket to its receivers: entry -> shards; None on the other ranks."""
     shapes = [entry.operation.shard_shape(ranks.tp_size) for entry in bucket.entries]
-    flat_shards = None
-    if bucket.stage == ranks.pp_rank:
-        local = torch.cat([own[e.name].detach().flatten().to(dtype) for e in bucket.entries])
-        flat_shards = _gather(local, ranks, {ranks.place(r)[0] for r in receivers})
-    flat_shards = _forward(bucket, flat_shards, shapes, ranks, receivers, dtype)
-    if flat_shards is None or ranks.rank not in receivers:
+    # Receivers that get the bucket from this rank's tensor-parallel group.
+    places = {
+        ranks.place(sender)[0]
+        for receiver in receivers
+        if ranks.place(sender := bucket.sender(receiver, ranks))[1:]
+        == (ranks.pp_rank, ranks.dp_rank)
+    }
+    gathered = None
+    if places:
+        local = torch.cat([own[e].detach().flatten().to(dtype) for e in bucket.entries])
+        gathered = _gather(local, ranks, places)
+    flat_shards = _deliver(bucket, gathered, sum(map(prod, shapes)), ranks, receivers, dtype)
+    if flat_shards is None:
         return None
     pieces = [flat.split([prod(shape) for shape in shapes]) for flat in flat_shards]
     return {
-        entry.name: [piece[i].view(shape) for piece in pieces]
+        entry: [piece[i].view(shape) for piece in pieces]
         for i, (entry, shape) in enumerate(zip(bucket.entries, shapes, strict=True))
     }
 
@@ -267,27 +299,26 @@ def _gather(local: Tensor, ranks: Ranks, places: set[int]) -> Tensor | None:
     return gathered
 
 
-def _forward(
+def _deliver(
     bucket: _Bucket,
     gathered: Tensor | None,
-    shapes: list[tuple[int, ...]],
+    size: int,
     ranks: Ranks,
-    receivers: list[int],
+    receivers: Sequence[int],
     dtype: torch.dtype,
 ) -> Tensor | None:
-    """Send a gathered bucket from its stage to the receivers on other stages."""
+    """[tp_size, size] on the receivers, sent where another rank has it; None elsewhere."""
+    received = None
     for receiver in receivers:
-        tp_rank, pp_rank, dp_rank = ranks.place(receiver)
-        if pp_rank == bucket.stage:
-            continue
-        sender = ranks.global_rank(tp_rank=tp_rank, pp_rank=bucket.stage, dp_rank=dp_rank)
-        if ranks.rank == sender and gathered is not None:
+        sender = bucket.sender(receiver, ranks)
+        if ranks.rank == sender == receiver:
+            received = gathered
+        elif ranks.rank == sender and gathered is not None:
             dist.send(gathered, receiver)
         elif ranks.rank == receiver:
-            size = sum(prod(shape) for shape in shapes)
-            gathered = torch.empty(ranks.tp_size, size, dtype=dtype, device=platform.device())
-            dist.recv(gathered, sender)
-    return gathered
+            received = torch.empty(ranks.tp_size, size, dtype=dtype, device=platform.device())
+            dist.recv(received, sender)
+    return received
 
 
 def _write_folder(

@@ -137,8 +137,23 @@ def load_weights(llm: Any, folder: str) -> None:
         llm: the engine.
         folder: complete, ``lm_head.weight`` included for tied models (checked by the parent).
     """
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        llm.apply_model(_forget_packed_experts)
     llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
     llm.reset_prefix_cache()
+
+
+def _forget_packed_experts(model: Any) -> None:
+    """Let vLLM 0.32 pack the experts of new weights for its CPU kernels, as it did the first ones.
+
+    With the kernel in place a reload keeps them as they are: wrong samples, no error.
+    """
+    for module in model.modules():
+        method: Any = getattr(module, "quant_method", None)
+        if hasattr(method, "moe_kernel"):
+            method.moe_kernel = None
 
 
 def _serve(connection: Connection) -> None:

@@ -1,6 +1,8 @@
 """Megatron models compute what transformers computes, and export what was loaded."""
 
+import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,16 +13,21 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 from megatron_tropd.config import ParallelConfig
+from megatron_tropd.convert.families import model_shape, plan
 from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.errors import TrainingError
 from tests.ranks import run_with_env
 
 TOLERANCE = 1e-4
+PROMPT = 48
 LAYOUTS = {
     "tp1": ParallelConfig(),
     "tp2": ParallelConfig(tensor=2, uneven_stages=True),
     "pp2": ParallelConfig(pipeline=2, uneven_stages=True),
     "tp2-pp2-sp": ParallelConfig(tensor=2, pipeline=2, sequence_parallel=True, uneven_stages=True),
+    "ep2": ParallelConfig(data=2, expert=2),
+    "tp2-ep2": ParallelConfig(tensor=2, data=2, expert=2),
+    "pp2-ep2": ParallelConfig(pipeline=2, data=2, expert=2, uneven_stages=True),
 }
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -30,12 +37,22 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
-TINY = (
+WINDOW_FROM_LAYER_1 = {"use_sliding_window": True, "max_window_layers": 1}
+DENSE = (
     ("llama", {}),
     ("llama", {"rope_parameters": LLAMA3_ROPE, "num_hidden_layers": 3}),
     ("qwen2", {"head_dim": 16}),
     ("qwen2", {"tie_word_embeddings": True, "head_dim": 16}),
+    ("qwen2", {"head_dim": 16, "sliding_window": 7} | WINDOW_FROM_LAYER_1),
     ("qwen3", {"tie_word_embeddings": True}),
+    ("mistral", {"num_key_value_heads": 4}),
+    ("mistral", {"sliding_window": None}),
+)
+MIXTURES = (
+    ("mixtral", {}),
+    ("mixtral", {"sliding_window": 9, "num_hidden_layers": 3}),
+    ("qwen3_moe", {}),
+    ("qwen3_moe", {"norm_topk_prob": False, "tie_word_embeddings": True}),
 )
 REAL = ("stories260K", "babyllama-tok105", "stories260K-hd32", "babyllama-tok105-hd32")
 
@@ -45,14 +62,17 @@ REAL = ("stories260K", "babyllama-tok105", "stories260K-hd32", "babyllama-tok105
 def test_tiny_logits_and_export(
     layout: str, tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
-    folders = [tiny_model(family, **overrides) for family, overrides in TINY]
-    _check(LAYOUTS[layout], folders, tmp_path)
+    parallel = LAYOUTS[layout]
+    cases = MIXTURES if parallel.expert > 1 else DENSE + MIXTURES
+    _check(parallel, [tiny_model(family, **overrides) for family, overrides in cases], tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_real_logits_and_export(layout: str, shared_data: Path, tmp_path: Path) -> None:
-    _check(LAYOUTS[layout], [shared_data / "models" / name for name in REAL], tmp_path)
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if "ep" not in name])
+def test_real_logits_greedy_continuations_and_export(
+    layout: str, shared_data: Path, tmp_path: Path
+) -> None:
+    _check(LAYOUTS[layout], [shared_data / "models" / name for name in REAL], tmp_path, greedy=64)
 
 
 def test_comparison_can_fail(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
@@ -66,16 +86,20 @@ def test_comparison_can_fail(tiny_model: Callable[..., Path], tmp_path: Path) ->
     assert (_reference(folder)[1] - expected).abs().max() > 10 * TOLERANCE
 
 
-def _check(parallel: ParallelConfig, folders: list[Path], scratch: Path) -> None:
-    cases = [(folder, *_reference(folder)) for folder in folders]
+def _check(parallel: ParallelConfig, folders: list[Path], scratch: Path, greedy: int = 0) -> None:
+    cases = [(folder, *_reference(folder, greedy)) for folder in folders]
     run_with_env(parallel.world_size, _on_rank, parallel, cases, scratch)
 
 
-def _reference(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+def _reference(folder: Path, greedy: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random ids, followed by ``greedy`` ids of transformers' own choice, and their logits."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, model.config.vocab_size, (2, 48), generator=generator)
+    ids = torch.randint(3, model.config.vocab_size, (2, PROMPT), generator=generator)
     with torch.no_grad():
+        if greedy:
+            model.generation_config.eos_token_id = None
+            ids = model.generate(ids, do_sample=False, max_new_tokens=greedy)
         return ids, model(ids).logits
 
 
@@ -85,17 +109,36 @@ def _on_rank(parallel: ParallelConfig, cases: list, scratch: Path) -> None:
 
     ranks = mcore_parallel.initialize(parallel, seed=1)
     for index, (path, ids, expected) in enumerate(cases):
-        folder = HFFolder(path)
+        folder, layout = HFFolder(path), parallel
+        if model_shape(folder.config).experts and parallel.tensor > 1:
+            layout = dataclasses.replace(parallel, sequence_parallel=True)
+        # Every replica has tokens of its own.
+        ids, expected = (whole.chunk(ranks.dp_size)[ranks.dp_rank] for whole in (ids, expected))
         rows = models.padded_vocab_size(folder.config, tensor=parallel.tensor)
         model = models.build_model(
-            folder, ranks=ranks, parallel=parallel, dtype=torch.float32, padded_vocab_size=rows
+            folder, ranks=ranks, parallel=layout, dtype=torch.float32, padded_vocab_size=rows
         ).eval()
+        if ranks.world_size == 1:
+            _check_names(model, folder)
         logits = _gathered_logits(model, ids, ranks)
         if logits is not None:
             difference = (logits[..., : expected.shape[-1]] - expected).abs().max().item()
             assert difference < TOLERANCE, (str(path), difference)
+            # What transformers appended is what this model would have, token by token.
+            chosen = logits[:, PROMPT - 1 : -1, : expected.shape[-1]].argmax(-1)
+            assert torch.equal(chosen, ids[:, PROMPT:]), path
         _check_export(model, folder, ranks, rows, scratch / str(index))
     mcore_parallel.shutdown()
+
+
+def _check_names(model, folder: HFFolder) -> None:
+    """The names of the plan are those under which Megatron saves the model."""
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+    saved = model.sharded_state_dict().values()
+    expected = {part.key for part in saved if not isinstance(part, ShardedObject)}
+    names = {re.sub(r"layers\.\d+", "layers", entry.name) for entry in plan(folder.config)}
+    assert names == expected
 
 
 def _gathered_logits(model, ids, ranks) -> torch.Tensor | None:

@@ -187,9 +187,13 @@ def test_new_weights_take_effect(engine: RolloutEngine, tiny_qwen3: Path, tmp_pa
     check_updates(engine, tiny_qwen3, tmp_path)
 
 
-def test_new_weights_take_effect_in_an_untied_model(tiny_llama: Path, tmp_path: Path) -> None:
-    with start(tiny_llama, tmp_path) as engine:
-        check_updates(engine, tiny_llama, tmp_path)
+@pytest.mark.parametrize("family", ["llama", "mistral", "mixtral", "qwen3_moe"])
+def test_new_weights_take_effect_in_an_untied_model(
+    family: str, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = tiny_model(family)
+    with start(folder, tmp_path) as engine:
+        check_updates(engine, folder, tmp_path)
 
 
 def test_a_restart_repeats_bit_for_bit_and_a_death_is_an_error_that_quotes_the_log(

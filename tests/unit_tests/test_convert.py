@@ -3,13 +3,22 @@
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_tropd.convert.families import model_shape, plan, rope_inverse_frequencies
+from megatron_tropd.config import ParallelConfig
+from megatron_tropd.convert.checks import check_parallel
+from megatron_tropd.convert.families import (
+    FAMILIES,
+    describe,
+    model_shape,
+    plan,
+    rope_inverse_frequencies,
+)
 from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.convert.ops import (
     FusedQKV,
@@ -19,7 +28,7 @@ from megatron_tropd.convert.ops import (
     Sharded,
     VocabularyRows,
 )
-from megatron_tropd.errors import InputError
+from megatron_tropd.errors import ConfigError, InputError
 
 LLAMA = {
     "model_type": "llama",
@@ -99,7 +108,7 @@ def test_a_rank_reads_only_its_part() -> None:
         assert source.elements == sum(torch.zeros(s).numel() for s in shapes.values())
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tied", [False, True])
 def test_plan_accounts_for_every_tensor(
     family: str, tied: bool, tiny_model: Callable[..., Path]
@@ -157,6 +166,9 @@ def test_old_and_new_rope_keys_mean_the_same() -> None:
         ({"attention_bias": True}, "attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config.*bfloat16"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
     ],
 )
 def test_unsupported_models_are_named(change: dict, named: str) -> None:
@@ -164,11 +176,82 @@ def test_unsupported_models_are_named(change: dict, named: str) -> None:
         model_shape(LLAMA | change)
 
 
-def test_sliding_window_is_refused() -> None:
-    config = LLAMA | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
-    config |= {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 0}
-    with pytest.raises(InputError, match="layer_types"):
-        model_shape(config)
+MIXTURE = {
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 20,
+    "norm_topk_prob": True,
+}
+ARCHITECTURES = {
+    name: {"model_type": name, "architectures": [FAMILIES[name].architecture]} for name in FAMILIES
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "named"),
+    [
+        ("qwen2", {"layer_types": ["full_attention", "chunked_attention"]}, "chunked_attention"),
+        ("qwen3", {"attention_bias": True}, "attention_bias"),
+        ("mistral", {"layer_types": ["full_attention", "sliding_attention"]}, "full_attention"),
+        ("mixtral", {"num_experts_per_tok": 1}, "expected 2 to 8"),
+        ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise"),
+        ("qwen3_moe", {"mlp_only_layers": [1]}, r"mlp_only_layers = \[1\], expected \[\]"),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step"),
+        ("qwen3_moe", {"shared_expert_intermediate_size": 64}, "shared_expert"),
+        ("qwen3_moe", {"num_experts_per_tok": 9}, "expected 2 to 8"),
+    ],
+)
+def test_unsupported_features_of_a_family_are_named(family: str, change: dict, named: str) -> None:
+    config = LLAMA | MIXTURE | ARCHITECTURES[family]
+    model_shape(config)
+    with pytest.raises(InputError, match=named):
+        model_shape(config | change)
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "windows"),
+    [
+        ("llama", {"sliding_window": 32}, (None, None)),
+        ("mistral", {"sliding_window": 32}, (32, 32)),
+        ("mistral", {"sliding_window": None}, (None, None)),
+        ("mixtral", {"sliding_window": 32}, (32, 32)),
+        ("qwen2", {"sliding_window": 32}, (None, None)),
+        ("qwen2", {"sliding_window": 32, "use_sliding_window": True}, (None, 32)),
+        ("qwen3", {"sliding_window": 32, "use_sliding_window": True}, (None, 32)),
+        ("qwen3_moe", {"sliding_window": 32, "use_sliding_window": True}, (32, 32)),
+    ],
+)
+def test_windows_are_those_of_transformers(family: str, change: dict, windows: tuple) -> None:
+    config = LLAMA | MIXTURE | ARCHITECTURES[family] | {"max_window_layers": 1} | change
+    assert model_shape(config).windows == windows
+
+
+def test_experts_have_one_entry_each_under_the_name_megatron_stacks_them() -> None:
+    config = LLAMA | MIXTURE | ARCHITECTURES["qwen3_moe"]
+    found = [e for e in plan(config) if e.layer == 1 and e.expert is not None]
+    assert [e.expert for e in found] == [n for n in range(8) for _ in "12"]
+    assert {e.name for e in found} == {
+        f"decoder.layers.1.mlp.experts.experts.linear_fc{n}.weight" for n in (1, 2)
+    }
+    assert list(found[2].operation.hf_shapes()) == [
+        "model.layers.1.mlp.experts.1.gate_proj.weight",
+        "model.layers.1.mlp.experts.1.up_proj.weight",
+    ]
+    assert "2 of 8 experts" in describe(config)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "named"),
+    [
+        (ParallelConfig(data=3, expert=3), "experts, found 8"),
+        (ParallelConfig(tensor=2), "sequence_parallel"),
+        (ParallelConfig(tensor=4, sequence_parallel=True), None),
+    ],
+)
+def test_layouts_of_mixtures_are_checked(parallel: ParallelConfig, named: str | None) -> None:
+    config = LLAMA | MIXTURE | ARCHITECTURES["qwen3_moe"]
+    with pytest.raises(ConfigError, match=named) if named else nullcontext():
+        check_parallel(config, parallel, who="student")
 
 
 def test_unreadable_folders_say_what_is_wrong(tiny_llama: Path, tmp_path: Path) -> None:

@@ -1,0 +1,152 @@
+"""What a family states about itself, and what the rest of the package learns from it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from megatron_tropd.convert.ops import Operation
+from megatron_tropd.errors import InputError
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The mixture of experts that every layer has for an MLP."""
+
+    count: int
+    per_token: int
+    """Experts a token is sent to."""
+    ffn: int
+    """Intermediate size of one expert."""
+    normalized: bool
+    """Whether the weights of the chosen experts sum to 1; else they are the softmax's over all."""
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes and switches of one model, with every default of its config.json filled in."""
+
+    family: str
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    """Intermediate size of a dense MLP; a mixture's is in ``experts``."""
+    vocab: int
+    max_positions: int
+    rms_eps: float
+    tied: bool
+    qkv_bias: bool
+    qk_norm: bool
+    windows: tuple[int | None, ...] = ()
+    """Per layer, how many positions a token attends to, itself included; None: all before it."""
+    experts: Experts | None = None
+    """None: dense."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One Megatron parameter: its checkpoint name, its layer, and how to make it.
+
+    The name of an expert's parameter is the same for all experts of a layer, as Megatron's
+    checkpoints stack them: ``decoder.layers.3.mlp.experts.experts.linear_fc1.weight``.
+    """
+
+    name: str
+    operation: Operation
+    layer: int | None = None
+    """0-based layer; None outside the layers."""
+    expert: int | None = None
+    """0-based expert of that layer, over all expert-parallel ranks; None outside experts."""
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """A field of config.json that must have one of a few values, where it is present."""
+
+    field: str
+    """Dots lead into dictionaries."""
+    allowed: tuple[Any, ...]
+    remedy: str = "Choose a model without it."
+
+    def check(self, config: PretrainedConfig) -> None:
+        """Raises InputError where ``config`` has another value."""
+        value: Any = config
+        for name in self.field.split("."):
+            value = value.get(name) if isinstance(value, dict) else getattr(value, name, None)
+        if value is not None and value not in self.allowed:
+            expected = " or ".join(map(repr, self.allowed)) or "none"
+            raise InputError(
+                f"This {config.model_type} model has {self.field} = {value!r}, expected "
+                f"{expected}. {self.remedy}"
+            )
+
+
+COMMON_REQUIREMENTS = (
+    Requirement("hidden_act", ("silu",)),
+    Requirement("rope_parameters.rope_type", ("default", "linear", "llama3")),
+    Requirement("rope_parameters.partial_rotary_factor", (1.0,)),
+    Requirement("partial_rotary_factor", (1.0,)),
+    Requirement("quantization_config", (), "Convert the model to bfloat16 first."),
+)
+"""What no family supports."""
+
+
+def full_attention(config: PretrainedConfig) -> tuple[int | None, ...]:
+    """No layer has a window."""
+    return _uniform(config, None)
+
+
+def window_everywhere(config: PretrainedConfig) -> tuple[int | None, ...]:
+    """``sliding_window`` is the window of every layer."""
+    return _uniform(config, config.sliding_window)
+
+
+def window_by_layer(config: PretrainedConfig) -> tuple[int | None, ...]:
+    """``layer_types`` says which layers have the window ``sliding_window``."""
+    windows = {"full_attention": None, "sliding_attention": config.sliding_window}
+    unknown = sorted(set(config.layer_types) - windows.keys())
+    if unknown:
+        raise _layer_types_error(config, unknown, list(windows))
+    return tuple(windows[kind] for kind in config.layer_types)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One file of this package: how a model type is recognised, read and refused."""
+
+    model_type: str
+    """Its name in config.json."""
+    architecture: str
+    """The transformers class; others of the same model type (classifiers) are refused."""
+    layer: Callable[[ModelShape, str], list[Entry]]
+    """(shape, HF prefix of a layer) -> its entries, names relative to the layer."""
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    windows: Callable[[PretrainedConfig], tuple[int | None, ...]] = full_attention
+    """Reads :attr:`ModelShape.windows`."""
+    experts: Callable[[PretrainedConfig], Experts] | None = None
+    """Reads :attr:`ModelShape.experts`; None: the family is dense."""
+    requirements: tuple[Requirement, ...] = ()
+    """Beside :data:`COMMON_REQUIREMENTS`."""
+
+
+def _uniform(config: PretrainedConfig, window: int | None) -> tuple[int | None, ...]:
+    # transformers ignores layer_types here, other readers of the folder may not.
+    expected = "full_attention" if window is None else "sliding_attention"
+    others = sorted(set(getattr(config, "layer_types", None) or [expected]) - {expected})
+    if others:
+        raise _layer_types_error(config, others, [expected])
+    return (window,) * config.num_hidden_layers
+
+
+def _layer_types_error(
+    config: PretrainedConfig, found: list[str], expected: list[str]
+) -> InputError:
+    return InputError(
+        f"This {config.model_type} model has layer_types {', '.join(found)}, expected only "
+        f"{' or '.join(expected)}. Choose a model without them."
+    )

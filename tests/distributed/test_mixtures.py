@@ -1,0 +1,169 @@
+"""Mixtures of experts: transformers' routing, the same training and checkpoints in every layout.
+
+A Qwen3-MoE student learns from a Mixtral teacher: with expert parallelism the tokens of one replica
+are computed by another, for both models at once.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run_with_env
+from test_checkpoint import _checkpoints, _some_steps, _student
+from test_training import STEPS, _train
+from transformers import AutoModelForCausalLM
+
+from megatron_tropd.config import ParallelConfig
+from megatron_tropd.convert.families import plan
+from megatron_tropd.convert.hf_folder import HFFolder
+
+EXPERT = {"data": 2, "expert": 2}
+LAYOUTS = {
+    "tp1": ParallelConfig(),
+    "tp2": ParallelConfig(tensor=2, sequence_parallel=True),
+    "pp2": ParallelConfig(pipeline=2),
+    "dp2_distributed_optimizer": ParallelConfig(data=2, distributed_optimizer=True),
+    "ep2": ParallelConfig(**EXPERT),
+    "ep2_distributed_optimizer": ParallelConfig(**EXPERT, distributed_optimizer=True),
+    "tp2_ep2": ParallelConfig(tensor=2, sequence_parallel=True, **EXPERT),
+    "pp2_ep2": ParallelConfig(pipeline=2, **EXPERT),
+    "ep2_dp4": ParallelConfig(data=4, expert=2, distributed_optimizer=True),
+}
+BFLOAT16 = "ep2_distributed_optimizer"
+OTHERS = [name for name in LAYOUTS if name != "tp1"]
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_experts_and_their_weights_are_those_of_transformers(
+    family: str, normalized: bool, tiny_model: Callable[..., Path]
+) -> None:
+    if family == "mixtral" and not normalized:
+        pytest.skip("Mixtral's weights always sum to 1")
+    overrides = {} if family == "mixtral" else {"norm_topk_prob": normalized}
+    run_with_env(1, _compare_routing, tiny_model(family, **overrides), normalized)
+
+
+def _compare_routing(folder: Path, normalized: bool) -> None:
+    learner, _ = _student(str(folder), ParallelConfig())
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    found: dict[str, list[torch.Tensor]] = {"ours": [], "theirs": []}
+
+    def keep_theirs(module, inputs, output) -> None:
+        logits, weights, chosen = output
+        found["theirs"].append(torch.zeros_like(logits).scatter(1, chosen, weights))
+
+    for layer in learner.model.decoder.layers:
+        layer.mlp.router.register_forward_hook(lambda m, i, out: found["ours"].append(out[0]))
+    for layer in theirs.model.layers:
+        layer.mlp.gate.register_forward_hook(keep_theirs)
+    ids = torch.randint(3, 259, (1, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        learner.model.eval()(ids, torch.arange(40)[None], None)
+        theirs(ids)
+    ours, expected = torch.stack(found["ours"]), torch.stack(found["theirs"])
+    assert ours.shape == expected.shape
+    assert torch.equal(ours > 0, expected > 0)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+    assert torch.allclose(ours.sum(-1), torch.ones(())) == normalized
+
+
+@pytest.mark.parametrize(
+    "name", ["mlp.experts.local_experts.1.linear_fc2.weight", "mlp.experts.linear_fc2.weight1"]
+)
+def test_experts_are_found_in_both_of_megatrons_modules(name: str, tiny_model) -> None:
+    """Transformer Engine's grouped experts are weights of one module; it cannot run here."""
+    from megatron_tropd.mcore.weights import _parameter
+
+    entries = plan(HFFolder(tiny_model("qwen3_moe", num_hidden_layers=3)).config)
+    (entry,) = (e for e in entries if (e.layer, e.expert) == (2, 4) and "linear_fc2" in e.name)
+    parameters = {f"decoder.layers.1.{name}": torch.nn.Parameter(torch.zeros(()))}
+    found = _parameter(entry, parameters, first_layer=1, first_expert=3)
+    assert found is next(iter(parameters.values()))
+
+
+@pytest.fixture(scope="module")
+def pair(tiny_model: Callable[..., Path]) -> tuple[Path, Path]:
+    """A Qwen3-MoE student and a Mixtral teacher, six experts each."""
+    return tiny_model("qwen3_moe", norm_topk_prob=False), tiny_model("mixtral", seed=5)
+
+
+def _train_all(pair: tuple[Path, Path], names: list[str], out: Path) -> None:
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    dist.init_process_group("gloo")
+    runs = [(name, "float32") for name in names]
+    for name, dtype in runs + [(name, "bfloat16") for name in names if name == BFLOAT16]:
+        history = _train(str(pair[0]), str(pair[1]), LAYOUTS[name], dtype, "tropd")
+        parallel_state.destroy_model_parallel()
+        if dist.get_rank() == 0:
+            (out / f"{name}-{dtype}").write_text(json.dumps(history))
+
+
+@pytest.fixture(scope="module")
+def histories(tmp_path_factory, pair) -> dict[str, torch.Tensor]:
+    """Layout and type -> [steps, 5], as test_training has them."""
+    out = tmp_path_factory.mktemp("histories")
+    for world_size in (1, 2, 4):
+        names = [name for name, layout in LAYOUTS.items() if layout.world_size == world_size]
+        run_with_env(world_size, _train_all, pair, names, out)
+    return {file.name: torch.tensor(json.loads(file.read_text())) for file in out.iterdir()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", OTHERS)
+def test_distilling_a_mixture_does_not_depend_on_the_layout(layout: str, histories) -> None:
+    found = histories[f"{layout}-float32"]
+    assert found.shape == (STEPS, 5)
+    torch.testing.assert_close(found, histories["tp1-float32"], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_mixture_in_bfloat16_follows_float32(histories) -> None:
+    found = histories[f"{BFLOAT16}-bfloat16"]
+    torch.testing.assert_close(found, histories["tp1-float32"], rtol=0.15, atol=0.05)
+
+
+@pytest.mark.slow
+def test_distilling_a_mixture_brings_it_closer_to_the_teacher(histories) -> None:
+    reverse_kl = histories["tp1-float32"][:, 3]
+    assert reverse_kl[-3:].mean() < 0.97 * reverse_kl[0]
+
+
+def _save_and_move(folder: str, out: Path, distributed_optimizer: bool) -> None:
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    dist.init_process_group("gloo")
+    option = {"distributed_optimizer": distributed_optimizer}
+    layouts = [ParallelConfig(**EXPERT, **option), ParallelConfig(data=2, **option)]
+    if not distributed_optimizer:
+        layouts += [LAYOUTS["tp2"], LAYOUTS["pp2"]]
+    norms = {}
+    for n, writer in enumerate(layouts[:2]):
+        learner, ranks = _student(folder, writer)
+        _some_steps(learner, ranks, 0, 2)
+        _checkpoints(out / str(n), ranks, writer).save(learner, step=2, extra={})
+        norms[f"{n} uninterrupted"] = _some_steps(learner, ranks, 2, 4)
+        parallel_state.destroy_model_parallel()
+        for reader in layouts:
+            learner, ranks = _student(folder, reader)
+            _checkpoints(out / str(n), ranks, reader).load(learner, 2)
+            norms[f"{n} {reader}"] = _some_steps(learner, ranks, 2, 4)
+            parallel_state.destroy_model_parallel()
+    if dist.get_rank() == 0:
+        expected = torch.tensor(norms["0 uninterrupted"])
+        for name, found in norms.items():
+            torch.testing.assert_close(torch.tensor(found), expected, rtol=1e-4, atol=0, msg=name)
+        assert norms[f"0 {layouts[0]}"] == norms["0 uninterrupted"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("distributed_optimizer", [False, True])
+def test_checkpoints_of_a_mixture_move_between_layouts(
+    distributed_optimizer: bool, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    run_with_env(2, _save_and_move, str(tiny_model("qwen3_moe")), tmp_path, distributed_optimizer)
