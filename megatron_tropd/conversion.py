@@ -74,7 +74,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     )
     add("--dry-run", action="store_true", help="print the complete plan, read no weights, stop")
     add("--force", action="store_true", help="replace an existing output once the new is complete")
-    add("--workers", type=_positive, default=2, help="threads, each with a tensor in memory")
+    add("--workers", type=_positive, default=2, help="threads (default 2)")
     add("--verify", action="store_true", help="then compare every tensor, and logits of prompts")
     add("--prompt", action="append", help="prompt for --verify; may be repeated")
 

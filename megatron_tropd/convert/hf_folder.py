@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import _TYPES
+from safetensors import safe_open
 
+from megatron_tropd.convert.safetensors_file import SafetensorsFile, Stored
 from megatron_tropd.errors import InputError
 
-_DTYPES: dict[str, Any] = dict(_TYPES)
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
@@ -34,8 +33,9 @@ class HFFolder:
                 "*.safetensors and the tokenizer."
             )
         self.config: dict[str, Any] = read_json(self.path / "config.json")
+        self._open: dict[str, SafetensorsFile] = {}
+        self._mapped: dict[str, Any] = {}
         self._file_of = self._index()
-        self._open: dict[str, Any] = {}
 
     @property
     def names(self) -> frozenset[str]:
@@ -54,41 +54,46 @@ class HFFolder:
 
     def dtype(self, name: str) -> torch.dtype:
         """Type of a tensor, from the header."""
-        return _DTYPES[self._slice(name).get_dtype()]
+        return self._stored(name).dtype
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the header."""
-        return tuple(self._slice(name).get_shape())
+        return self._stored(name).shape
 
     def read(
         self, name: str, *, dim: int = 0, start: int = 0, stop: int | None = None
     ) -> torch.Tensor:
         """Read ``tensor[start:stop]`` along ``dim`` (0 or 1), and only that part of the file."""
-        lazy = self._slice(name)
-        part = lazy[start:stop] if dim == 0 else lazy[:, start:stop]
-        return part
+        shape, file_name = self._stored(name).shape, self._file_of[name]
+        if dim == 0:
+            return self._open[file_name].read(name, start, stop)
+        if range(shape[dim])[start:stop] == range(shape[dim]):
+            return self._open[file_name].read(name)
+        if file_name not in self._mapped:
+            self._mapped[file_name] = safe_open(str(self.path / file_name), framework="pt")
+        return self._mapped[file_name].get_slice(name)[:, start:stop]
 
-    def _slice(self, name: str) -> Any:
+    def _stored(self, name: str) -> Stored:
         if name not in self._file_of:
             raise InputError(f"Tensor {name} is missing in model folder {self.path}.")
-        return self._file(self._file_of[name]).get_slice(name)
+        return self._open[self._file_of[name]].tensors[name]
 
-    def _file(self, file_name: str) -> Any:
+    def _header(self, file_name: str) -> dict[str, Stored]:
         if file_name not in self._open:
             self._open[file_name] = _open_safetensors(self.path / file_name)
-        return self._open[file_name]
+        return self._open[file_name].tensors
 
     def _index(self) -> dict[str, str]:
         index = self.path / INDEX
         if not index.exists():
             if not (self.path / SINGLE).exists():
                 raise InputError(self._no_weights())
-            return dict.fromkeys(_open_safetensors(self.path / SINGLE).keys(), SINGLE)
+            return dict.fromkeys(self._header(SINGLE), SINGLE)
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise InputError(f"{index} has no weight_map. Download or export the model again.")
         for file_name in sorted(set(weight_map.values())):
-            held = set(_open_safetensors(self.path / file_name).keys())
+            held = self._header(file_name).keys()
             lost = sorted(n for n, f in weight_map.items() if f == file_name and n not in held)
             if lost:
                 raise InputError(
@@ -124,12 +129,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _open_safetensors(path: Path) -> Any:
+def _open_safetensors(path: Path) -> SafetensorsFile:
     try:
-        return safe_open(str(path), framework="pt")
+        return SafetensorsFile(path)
     except FileNotFoundError:
         raise InputError(f"{path} is missing: {path.parent} is not a complete HF folder.") from None
-    except (SafetensorError, OSError) as error:
+    except (ValueError, KeyError, TypeError, OSError) as error:
         raise InputError(
             f"{path} is not a readable safetensors file (truncated download?): {error}"
         ) from None

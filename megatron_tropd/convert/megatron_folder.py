@@ -1,6 +1,7 @@
 """A Megatron checkpoint as a model folder: its config, its tensors under their HF names."""
 
 import json
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,10 @@ class MegatronFolder:
     def dtype(self, entry: Entry) -> torch.dtype:
         """Type in which an entry is stored."""
         return self.reader.dtype(self._places[_identity(entry)][0])
+
+    def nbytes(self, entry: Entry) -> int:
+        """Bytes of an entry as stored."""
+        return prod(entry.operation.shard_shape(1)) * self.dtype(entry).itemsize
 
     def read(self, entry: Entry) -> dict[str, Tensor]:
         """The HF tensors of an entry.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_tropd.convert.accounting import check_types, checksum
+from megatron_tropd.convert.budget import Budget
 from megatron_tropd.convert.companions import CHECKSUMS, copy_companions, set_config_dtype
 from megatron_tropd.convert.families import Entry
 from megatron_tropd.convert.hf_folder import read_json
@@ -36,7 +37,7 @@ class ToHF:
     """HF folder of architecture and tokenizer, for checkpoints that carry none."""
     force: bool = False
     workers: int = 2
-    """Threads, each with one tensor in memory."""
+    """Threads; together they hold at most two of the largest tensors, twice."""
 
 
 def megatron_to_hf(job: ToHF, progress: Progress = lambda name, size: None) -> None:
@@ -66,13 +67,15 @@ def megatron_to_hf(job: ToHF, progress: Progress = lambda name, size: None) -> N
         if len(dtypes) == 1:
             set_config_dtype(folder, dtypes.pop())
         with SafetensorsWriter(folder, specs, job.max_shard_bytes) as writer:
+            budget = Budget(max(map(source.nbytes, source.entries)))
 
             def convert(entry: Entry) -> None:
-                for name, tensor in _hf_tensors(source, entry, extra):
-                    _compare(name, tensor, records)
-                    tensor = tensor.to(specs[name].dtype)
-                    writer.write(name, tensor)
-                    progress(name, tensor.nbytes)
+                with budget.holding(source.nbytes(entry)):
+                    for name, tensor in _hf_tensors(source, entry, extra):
+                        _compare(name, tensor, records)
+                        tensor = tensor.to(specs[name].dtype)
+                        writer.write(name, tensor)
+                        progress(name, tensor.nbytes)
 
             _in_threads(convert, source.entries, job.workers)
             writer.finish()

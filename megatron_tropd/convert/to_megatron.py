@@ -60,7 +60,7 @@ class ToMegatron:
     check_downloads: bool = True
     """Hash weight files whose download left their SHA-256 beside them."""
     workers: int = 2
-    """Threads, each with one tensor in memory."""
+    """Threads; together they hold at most two of the largest tensors, twice."""
 
 
 def hf_to_megatron(job: ToMegatron, progress: Progress = lambda name, size: None) -> None:

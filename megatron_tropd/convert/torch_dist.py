@@ -21,6 +21,7 @@ from argparse import Namespace
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from megatron_tropd.convert.budget import Budget
 from megatron_tropd.errors import InputError
 
 METADATA, COMMON, BACKEND = ".metadata", "common.pt", "metadata.json"
@@ -82,7 +84,7 @@ def write_checkpoint(
         parts: chunks; together they cover their tensors.
         objects: unique names of sharded objects, each written as None.
         common: what is not sharded; plain values.
-        workers: threads, each with a file of its own and one chunk in memory.
+        workers: threads, each with a file of its own; together they hold two largest chunks.
 
     Raises:
         OSError, RuntimeError: writing failed; what is there is incomplete.
@@ -114,10 +116,6 @@ def _cause(error: BaseException) -> BaseException:
     return context or error
 
 
-class _Stopped(Exception):
-    """Another thread has failed."""
-
-
 class _Planner(SavePlanner):
     """Names the chunks first, and makes each one only when the writer asks for it."""
 
@@ -130,8 +128,6 @@ class _Planner(SavePlanner):
         buffer = io.BytesIO()
         torch.save([None], buffer)
         self._nothing = buffer.getvalue()
-        self.stopped = False
-        """Set when a thread failed: the others need not go on."""
 
     def set_up_planner(
         self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False
@@ -148,8 +144,6 @@ class _Planner(SavePlanner):
         return new_plan
 
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
-        if self.stopped:
-            raise _Stopped
         if write_item.type == WriteItemType.BYTE_IO:
             return io.BytesIO(self._nothing)
         tensor = self._make[write_item.index]()
@@ -174,34 +168,64 @@ def _write_item(part: Part) -> WriteItem:
 
 
 class _Writer(checkpoint.FileSystemWriter):
-    """torch's writer, but an error in any thread ends it, and it names no folder or save."""
+    """torch's writer, but it forgets what it has written, an error in any thread ends it, and it
+    names no folder or save."""
 
-    def _write_data(self, planner: SavePlanner, file_queue: queue.Queue) -> Any:
-        results: queue.Queue = queue.Queue()
-        arguments = (
-            *(self.fs.create_stream, file_queue, results, planner, self.transforms),
-            *(0, self.sync_files, self.thread_count, self.serialization_format),
-        )
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
         assert isinstance(planner, _Planner)
-
-        def work() -> None:
-            try:
-                filesystem._write_files_from_queue(*arguments)
-            except BaseException:
-                planner.stopped = True
-                raise
-
+        prefix = plan.storage_data.prefix
+        items: queue.Queue = queue.Queue()
+        for item in plan.items:
+            items.put(item)
+        largest = max(map(_nbytes, plan.items))
+        write = partial(self._write_file, items, planner, Budget(largest))
         with ThreadPoolExecutor(self.thread_count) as pool:
-            jobs = [pool.submit(work) for _ in range(self.thread_count)]
+            jobs = [pool.submit(write, f"{prefix}{n}.distcp") for n in range(self.thread_count)]
         failures = [error for job in jobs if (error := job.exception())]
         if failures:
-            raise next((e for e in failures if not isinstance(e, _Stopped)), failures[0])
+            raise failures[0]
         done: torch.futures.Future = torch.futures.Future()
-        done.set_result([result for batch in list(results.queue) for result in batch])
+        done.set_result([result for job in jobs for result in job.result()])
         return done
+
+    def _write_file(
+        self, items: queue.Queue, planner: "_Planner", budget: Budget, name: str
+    ) -> list[Any]:
+        """Write what is left of ``items`` to one file; an error empties them for all threads."""
+        results = []
+        try:
+            with Path(self.path, name).open("wb") as stream:
+                while (item := _next(items)) is not None:
+                    with budget.holding(_nbytes(item)):
+                        results.append(self._write_item(stream, planner, item, name))
+                stream.flush()
+                os.fsync(stream.fileno())
+        except BaseException:
+            while _next(items) is not None:
+                pass
+            raise
+        return results
+
+    def _write_item(self, stream: Any, planner: "_Planner", item: WriteItem, name: str) -> Any:
+        data = planner.resolve_data(item)
+        form = self.serialization_format
+        return filesystem._write_item(self.transforms, stream, data, item, name, form)
 
     def storage_meta(self) -> StorageMeta:
         return StorageMeta()
+
+
+def _next(items: queue.Queue) -> WriteItem | None:
+    try:
+        item: WriteItem = items.get_nowait()
+    except queue.Empty:
+        return None
+    return item
+
+
+def _nbytes(item: WriteItem) -> int:
+    data = item.tensor_data
+    return prod(data.chunk.sizes) * data.properties.dtype.itemsize if data else 1
 
 
 class TorchDistReader:

@@ -430,6 +430,27 @@ def test_te_layers_find_every_key(tiny_model: Callable[..., Path]):
     }
 
 
+def test_te_layers_of_a_mixture_find_every_key(tiny_model: Callable[..., Path]):
+    """TEGroupedMLP stacks experts after layers, its norm stands apart; the local name is a copy."""
+    config = HFFolder(tiny_model("qwen3_moe")).config
+    stored = layout(config, 384)
+    experts = "decoder.layers.mlp.experts.experts"
+    expected = {
+        f"{experts}.{linear}._extra_state/shard_{n}.{e}_2.6"
+        for linear in ("linear_fc1", "linear_fc2")
+        for n in (0, 1)
+        for e in range(6)
+    }
+    expected |= {f"decoder.layers.pre_mlp_layernorm._extra_state/shard_{n}_2" for n in (0, 1)}
+    assert expected <= set(stored.objects)
+    shapes = stored.shapes()
+    assert shapes[f"{experts}.linear_fc1.weight"] == (2, 6, 80, 64)
+    assert shapes["decoder.layers.mlp.router.weight"] == (2, 6, 64)
+    local = "decoder.layers.mlp.linear_fc1.layer_norm_weight"
+    assert stored.copies == {local: "decoder.layers.pre_mlp_layernorm.weight"}
+    assert not any("mlp.linear_fc1" in name for name in shapes)
+
+
 # Interruption.
 
 KILLER = """
