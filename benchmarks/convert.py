@@ -154,7 +154,9 @@ def _same_files(one: Path, other: Path) -> bool:
 def _child(arguments: argparse.Namespace, phase: str) -> dict[str, float]:
     command = [sys.executable, __file__, "--scratch", str(arguments.scratch), "--phase", phase]
     command += ["--limit-gb", str(arguments.limit_gb), "--workers", str(arguments.workers)]
-    run = subprocess.run(command, capture_output=True, text=True)
+    # As the commands set it, before torch is imported.
+    environment = os.environ | {"THP_MEM_ALLOC_ENABLE": "1"}
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
     if run.returncode:
         raise SystemExit(f"{phase} failed:\n{run.stderr}")
     result: dict[str, float] = json.loads(run.stdout.splitlines()[-1])

@@ -10,10 +10,11 @@ import torch
 from megatron_tropd.convert.accounting import account
 from megatron_tropd.convert.companions import CONFIG, config_dtype
 from megatron_tropd.convert.families import Entry, describe, plan
-from megatron_tropd.convert.hf_folder import INDEX, HFFolder, read_json
+from megatron_tropd.convert.hf_folder import INDEX, read_json
 from megatron_tropd.convert.layout import Layout, Place, layout
 from megatron_tropd.convert.megatron_folder import MegatronFolder
 from megatron_tropd.convert.ops import FusedQKV, GateUp, Operation, Sharded, VocabularyRows
+from megatron_tropd.convert.pickled_folder import open_source
 from megatron_tropd.convert.safetensors_writer import Spec
 from megatron_tropd.convert.to_hf import ToHF, hf_specs
 from megatron_tropd.convert.to_megatron import ToMegatron, check_source, padded_vocab
@@ -92,7 +93,7 @@ def _source(config: dict[str, Any], job: ToMegatron) -> tuple[list[str], Mapping
     index = job.hf / INDEX
     weights = read_json(index).get("weight_map", {}) if index.is_file() else {}
     if not weights or all((job.hf / name).exists() for name in weights.values()):
-        folder = HFFolder(job.hf)
+        folder = open_source(job.hf, allow_pickle=job.allow_pickle)
         check_source(folder, job)
         expected = [name for entry in plan(config) for name in entry.operation.hf_shapes()]
         return [], {name: job.dtype or folder.dtype(name) for name in expected}

@@ -32,6 +32,7 @@ from megatron_tropd.convert.companions import (
 from megatron_tropd.convert.families import Entry, ModelShape, model_shape, plan
 from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.convert.layout import Layout, layout
+from megatron_tropd.convert.pickled_folder import PickledFolder, open_source
 from megatron_tropd.convert.publish import claim, publishing
 from megatron_tropd.convert.torch_dist import Part, write_checkpoint
 from megatron_tropd.errors import InputError
@@ -57,6 +58,8 @@ class ToMegatron:
     pipeline_parallel: int = 1
     """Only noted, for Megatron's --use-mp-args-from-checkpoint-args."""
     force: bool = False
+    allow_pickle: bool = False
+    """Read pytorch_model.bin where there are no safetensors; tensors only, no code runs."""
     check_downloads: bool = True
     """Hash weight files whose download left their SHA-256 beside them."""
     workers: int = 2
@@ -75,7 +78,7 @@ def hf_to_megatron(job: ToMegatron, progress: Progress = lambda name, size: None
         OSError: the output could not be written; nothing of it is left.
     """
     claim(job.megatron, force=job.force)
-    source = HFFolder(job.hf)
+    source = open_source(job.hf, allow_pickle=job.allow_pickle)
     redundant = check_source(source, job)
     padded = padded_vocab(source.config, job.tensor_parallel)
     where = layout(source.config, padded)
@@ -98,7 +101,7 @@ def hf_to_megatron(job: ToMegatron, progress: Progress = lambda name, size: None
         (folder / TRACKER).write_text("release")
 
 
-def check_source(source: HFFolder, job: ToMegatron) -> list[str]:
+def check_source(source: HFFolder | PickledFolder, job: ToMegatron) -> list[str]:
     """Everything that can be wrong before a byte is written, from headers (and known digests).
 
     Returns:
@@ -136,7 +139,7 @@ def padded_vocab(hf_config: dict[str, Any], tensor_parallel: int) -> int:
 class _Checked:
     """Reads whole HF tensors, converts them if asked, and keeps their checksums."""
 
-    def __init__(self, source: HFFolder, dtype: torch.dtype | None) -> None:
+    def __init__(self, source: HFFolder | PickledFolder, dtype: torch.dtype | None) -> None:
         self.source = source
         self.dtype = dtype
         self.records: dict[str, dict[str, Any]] = {}
@@ -211,7 +214,7 @@ def _check_tied(reading: _Checked, redundant: list[str]) -> None:
 
 
 def _write_companions(
-    source: HFFolder, folder: Path, reading: _Checked, dtype: torch.dtype | None
+    source: HFFolder | PickledFolder, folder: Path, reading: _Checked, dtype: torch.dtype | None
 ) -> None:
     folder.mkdir()
     copy_companions(source.path, folder)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import resource
 import shutil
 import signal
@@ -26,6 +27,16 @@ from tests.tiny_models import FAMILIES
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 REAL = ("stories260K", "babyllama-tok105", "stories260K-hd32", "babyllama-tok105-hd32")
+
+
+class Attack:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -213,6 +224,29 @@ def test_commands(llama: Path, tmp_path: Path, capsys):
         main_to_hf([*back, "--max-shard-size", "0"])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [[], ["--dtype", "bfloat16"]])
+def test_verify(dtype: list[str], llama: Path, tmp_path: Path):
+    """In processes of their own, as a user runs it; a wrong tensor is found."""
+    hf, megatron, back = str(llama), str(tmp_path / "m"), str(tmp_path / "hf")
+    run = [sys.executable, "-m", "megatron_tropd.cli", "convert"]
+    there = ["to-megatron", "--hf", hf, "--megatron", megatron, "--verify", *dtype]
+    said = subprocess.run([*run, *there], capture_output=True, text=True, cwd=REPOSITORY)
+    assert said.returncode == 0, said.stderr
+    assert "21 of 21 tensors are equal bit for bit" in said.stdout
+    assert "logits differ by at most" in said.stdout and "verify: passed" in said.stdout
+    if dtype:
+        return
+    other = tensors(llama)
+    other["model.norm.weight"][0] += 1
+    save_file(other, llama / "model.safetensors", metadata={"format": "pt"})
+    shutil.copytree(llama, back)
+    from megatron_tropd.mcore.verify import verify
+
+    result = verify(Path(back), Path(megatron), prompts=[[1, 2, 3]])
+    assert not result.passed and result.differing == ["model.norm.weight"]
+
+
 # What is refused before anything is written.
 
 
@@ -276,6 +310,21 @@ def test_damaged_and_missing_files(llama: Path, tmp_path: Path):
     refuse(tmp_path / "split", tmp_path / "out" / "m", "not a readable safetensors")
     shard.unlink()
     refuse(tmp_path / "split", tmp_path / "out" / "m", "missing")
+
+
+def test_pickled_weights_only_when_asked(llama: Path, tmp_path: Path):
+    source = tmp_path / "pickled"
+    shutil.copytree(llama, source)
+    content = tensors(source)
+    (source / "model.safetensors").unlink()
+    torch.save(content, source / "pytorch_model.bin")
+    refuse(source, tmp_path / "out" / "m", "convert it to safetensors")
+    hf_to_megatron(ToMegatron(source, tmp_path / "m", allow_pickle=True))
+    megatron_to_hf(ToHF(tmp_path / "m", tmp_path / "hf"))
+    assert_same_weights(llama, tmp_path / "hf")
+    torch.save({"a": Attack(tmp_path / "executed")}, source / "pytorch_model.bin")
+    refuse(source, tmp_path / "out" / "m", "not a readable file of tensors", allow_pickle=True)
+    assert not (tmp_path / "executed").exists()
 
 
 @pytest.mark.parametrize("where", ["cache", "folder"])
@@ -351,19 +400,13 @@ def test_truncated_and_missing_files_of_a_checkpoint(megatron: Path, tmp_path: P
 
 def test_a_checkpoint_executes_nothing(megatron: Path, tmp_path: Path):
     """Both pickles of a checkpoint, as an attacker would write them."""
-    import pickle
-
-    class Attack:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "executed"),)
-
     metadata = megatron / "release" / ".metadata"
     whole = metadata.read_bytes()
-    metadata.write_bytes(pickle.dumps(Attack()))
+    metadata.write_bytes(pickle.dumps(Attack(tmp_path / "executed")))
     with pytest.raises(InputError, match="mkdir, which is not data"):
         MegatronFolder(megatron)
     metadata.write_bytes(whole)
-    torch.save({"args": Attack()}, megatron / "release" / "common.pt")
+    torch.save({"args": Attack(tmp_path / "executed")}, megatron / "release" / "common.pt")
     with pytest.raises(InputError, match="plain data"):
         MegatronFolder(megatron).reader.common()
     assert not (tmp_path / "executed").exists()
