@@ -14,6 +14,9 @@ from megatron_tropd.convert.families import Entry, model_shape
 from megatron_tropd.convert.safetensors_writer import tensor_bytes
 from megatron_tropd.errors import InputError
 
+CHECKSUMS = "tensors.json"
+"""File beside the tensors of a converted checkpoint: type, shape and CRC-32 of every HF tensor."""
+
 _IGNORED = ("rotary_emb.inv_freq",)
 _QUANTISED = re.compile(
     r"\.(weight_scale(_inv|_2)?|input_scale|weight_packed|weight_shape|weight_zero_point|qweight|"

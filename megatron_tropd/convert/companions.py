@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 SUBFOLDER = "hf"
-"""Folder inside a Megatron checkpoint that holds them, and the checksums of the tensors."""
-CHECKSUMS = "tensors.json"
+"""Folder inside a Megatron folder that holds them."""
 CONFIG = "config.json"
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".index.json")
@@ -30,7 +29,7 @@ def copy_companions(source: Path, out: Path) -> list[str]:
     names = [
         path.name
         for path in sorted(source.iterdir())
-        if path.is_file() and not path.name.startswith(".") and path.name != CHECKSUMS
+        if path.is_file() and not path.name.startswith(".")
         if not path.name.endswith(_WEIGHTS + _CODE)
     ]
     for name in names:

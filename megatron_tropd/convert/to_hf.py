@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_tropd.convert.accounting import check_types, checksum
+from megatron_tropd.convert.accounting import CHECKSUMS, check_types, checksum
 from megatron_tropd.convert.budget import Budget
-from megatron_tropd.convert.companions import CHECKSUMS, copy_companions, set_config_dtype
+from megatron_tropd.convert.companions import copy_companions, set_config_dtype
 from megatron_tropd.convert.families import Entry
 from megatron_tropd.convert.hf_folder import read_json
 from megatron_tropd.convert.megatron_folder import MegatronFolder
@@ -54,7 +54,7 @@ def megatron_to_hf(job: ToHF, progress: Progress = lambda name, size: None) -> N
     claim(job.hf, force=job.force)
     source = MegatronFolder(job.megatron, job.hf_config)
     specs = hf_specs(source, job.dtype)
-    records = _records(source.companions)
+    records = _records(source.checkpoint)
     extra = {
         name: original
         for name, original in _TIED.items()
@@ -107,9 +107,9 @@ def _hf_tensors(
             yield again, tensor
 
 
-def _records(companions: Path) -> dict[str, Any]:
+def _records(checkpoint: Path) -> dict[str, Any]:
     """Checksums of the HF tensors, where the checkpoint was made by a conversion."""
-    path = companions / CHECKSUMS
+    path = checkpoint / CHECKSUMS
     return read_json(path).get("tensors", {}) if path.is_file() else {}
 
 

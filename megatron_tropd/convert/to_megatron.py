@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_tropd.config import ParallelConfig
 from megatron_tropd.convert.accounting import (
+    CHECKSUMS,
     account,
     check_digests,
     check_shapes,
@@ -24,7 +25,6 @@ from megatron_tropd.convert.accounting import (
 )
 from megatron_tropd.convert.checks import check_parallel
 from megatron_tropd.convert.companions import (
-    CHECKSUMS,
     SUBFOLDER,
     copy_companions,
     set_config_dtype,
@@ -97,7 +97,8 @@ def hf_to_megatron(job: ToMegatron, progress: Progress = lambda name, size: None
         write_checkpoint(
             folder / RELEASE, parts, where.objects, common, workers=max(1, job.workers)
         )
-        _write_companions(source, folder / SUBFOLDER, reading, job.dtype)
+        _write_companions(source, folder / SUBFOLDER, job.dtype)
+        _write_checksums(folder / RELEASE, reading)
         (folder / TRACKER).write_text("release")
 
 
@@ -214,12 +215,15 @@ def _check_tied(reading: _Checked, redundant: list[str]) -> None:
 
 
 def _write_companions(
-    source: HFFolder | PickledFolder, folder: Path, reading: _Checked, dtype: torch.dtype | None
+    source: HFFolder | PickledFolder, folder: Path, dtype: torch.dtype | None
 ) -> None:
     folder.mkdir()
     copy_companions(source.path, folder)
     if dtype is not None:
         set_config_dtype(folder, dtype)
+
+
+def _write_checksums(folder: Path, reading: _Checked) -> None:
     content = {"format": 1, "tensors": dict(sorted(reading.records.items()))}
     (folder / CHECKSUMS).write_text(json.dumps(content, indent=1) + "\n")
 

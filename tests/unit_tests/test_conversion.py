@@ -376,9 +376,9 @@ def test_a_flipped_byte_in_a_checkpoint(megatron: Path, llama: Path, tmp_path: P
 
 def test_a_weight_that_changed_consistently(megatron: Path, llama: Path, tmp_path: Path):
     """A checkpoint whose tensors are whole but not those that were converted."""
-    records = json.loads((megatron / "hf" / "tensors.json").read_text())
+    records = json.loads((megatron / "release" / "tensors.json").read_text())
     records["tensors"]["model.norm.weight"]["crc32"] = "00000000"
-    (megatron / "hf" / "tensors.json").write_text(json.dumps(records))
+    (megatron / "release" / "tensors.json").write_text(json.dumps(records))
     with pytest.raises(InputError, match=r"model\.norm\.weight is not what was converted"):
         megatron_to_hf(ToHF(megatron, tmp_path / "hf"))
 
