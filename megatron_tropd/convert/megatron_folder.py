@@ -76,6 +76,14 @@ class MegatronFolder:
         """Bytes of an entry as stored."""
         return prod(entry.operation.shard_shape(1)) * self.dtype(entry).itemsize
 
+    def check_data(self, *, part: int = 0, parts: int = 1) -> None:
+        """Compare the checksums of the model's tensors, or of a share of them.
+
+        Raises:
+            InputError: a file is damaged.
+        """
+        self.reader.check({key for key, _ in self._places.values()}, part=part, parts=parts)
+
     def read(self, entry: Entry) -> dict[str, Tensor]:
         """The HF tensors of an entry.
 

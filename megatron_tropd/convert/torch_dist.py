@@ -18,7 +18,7 @@ import warnings
 import zipfile
 import zlib
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -292,6 +292,17 @@ class TorchDistReader:
         for item in items:
             _narrow(whole, item.dest_offsets, item.lengths).copy_(self._chunk(item))
         return whole.reshape(rest)
+
+    def check(self, names: Iterable[str], *, part: int = 0, parts: int = 1) -> None:
+        """Read every ``parts``-th chunk of some tensors and compare its checksum.
+
+        Raises:
+            InputError: a file is damaged.
+        """
+        chunks = [(name, chunk) for name in sorted(names) for chunk in self._tensors[name].chunks]
+        for name, chunk in chunks[part::parts]:
+            for item in create_read_items_for_chunk_list(name, self._tensors[name], [chunk]):
+                self._chunk(item)
 
     def common(self) -> dict[str, Any]:
         """What is stored unsharded (arguments, iteration); plain values only."""

@@ -4,6 +4,7 @@ from argparse import Namespace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -19,7 +20,7 @@ def load_checkpoint(model: torch.nn.Module, folder: MegatronFolder) -> None:
         folder: the checkpoint; opening it has checked its names and shapes.
 
     Raises:
-        InputError: a file of it cannot be read.
+        InputError: a file of it is damaged or cannot be read; raised by the rank that notices.
 
     Collectives: those of ``dist_checkpointing.load``, on all ranks.
     """
@@ -28,6 +29,8 @@ def load_checkpoint(model: torch.nn.Module, folder: MegatronFolder) -> None:
         "non_homogeneous_layers": folder.per_layer,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
+    # Megatron's reader compares no checksums. Its files are then in the page cache.
+    folder.check_data(part=dist.get_rank(), parts=dist.get_world_size())
     wanted = {"model": model.sharded_state_dict(metadata=metadata)}  # type: ignore[operator]
     try:
         # Megatron reads common.pt with torch's list of harmless classes.

@@ -372,6 +372,13 @@ def test_a_flipped_byte_in_a_checkpoint(megatron: Path, llama: Path, tmp_path: P
     with pytest.raises(InputError, match=r"damaged.*linear_fc2\.weight.*checksum is wrong"):
         megatron_to_hf(ToHF(megatron, tmp_path / "hf"))
     assert not (tmp_path / "hf").exists() and not list(tmp_path.glob(".hf*"))
+    folder, noticed = MegatronFolder(megatron), 0
+    for part in range(2):  # the trainer's ranks share the work
+        try:
+            folder.check_data(part=part, parts=2)
+        except InputError:
+            noticed += 1
+    assert noticed == 1
 
 
 def test_a_weight_that_changed_consistently(megatron: Path, llama: Path, tmp_path: Path):
