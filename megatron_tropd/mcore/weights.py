@@ -256,13 +256,9 @@ def _collect(
 ) -> dict[Entry, list[Tensor]] | None:
     """Bring a bucket to its receivers: entry -> shards; None on the other ranks."""
     shapes = [entry.operation.shard_shape(ranks.tp_size) for entry in bucket.entries]
-    # Receivers that get the bucket from this rank's tensor-parallel group.
-    places = {
-        ranks.place(sender)[0]
-        for receiver in receivers
-        if ranks.place(sender := bucket.sender(receiver, ranks))[1:]
-        == (ranks.pp_rank, ranks.dp_rank)
-    }
+    senders = map(ranks.place, (bucket.sender(receiver, ranks) for receiver in receivers))
+    mine = (ranks.pp_rank, ranks.dp_rank)
+    places = {tp_rank for tp_rank, pp_rank, dp_rank in senders if (pp_rank, dp_rank) == mine}
     gathered = None
     if places:
         local = torch.cat([own[e].detach().flatten().to(dtype) for e in bucket.entries])

@@ -28,6 +28,7 @@ LAYOUTS = {
     "ep2": ParallelConfig(data=2, expert=2),
     "tp2-ep2": ParallelConfig(tensor=2, data=2, expert=2),
     "pp2-ep2": ParallelConfig(pipeline=2, data=2, expert=2, uneven_stages=True),
+    "dp4-ep2": ParallelConfig(data=4, expert=2),
 }
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -75,14 +76,24 @@ def test_real_logits_greedy_continuations_and_export(
     _check(LAYOUTS[layout], [shared_data / "models" / name for name in REAL], tmp_path, greedy=64)
 
 
-def test_comparison_can_fail(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
-    """A model whose rotary frequencies differ is told apart, so equality means something."""
+@pytest.mark.parametrize(
+    ("family", "change"),
+    [
+        ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}}),
+        ("mistral", {"sliding_window": None}),
+        ("mistral", {"sliding_window": 11}),
+        ("qwen3_moe", {"norm_topk_prob": False}),
+    ],
+)
+def test_comparison_can_fail(
+    family: str, change: dict, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A model that differs by one setting is told apart, so equality means something."""
     folder = tmp_path / "other"
-    shutil.copytree(tiny_model("llama"), folder)
+    shutil.copytree(tiny_model(family), folder)
     config = json.loads((folder / "config.json").read_text())
     expected = _reference(folder)[1]
-    config["rope_parameters"]["rope_theta"] = 5000.0
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config | change))
     assert (_reference(folder)[1] - expected).abs().max() > 10 * TOLERANCE
 
 
@@ -109,15 +120,16 @@ def _on_rank(parallel: ParallelConfig, cases: list, scratch: Path) -> None:
 
     ranks = mcore_parallel.initialize(parallel, seed=1)
     for index, (path, ids, expected) in enumerate(cases):
-        folder, layout = HFFolder(path), parallel
+        folder, layout = _Recording(path), parallel
         if model_shape(folder.config).experts and parallel.tensor > 1:
             layout = dataclasses.replace(parallel, sequence_parallel=True)
-        # Every replica has tokens of its own.
-        ids, expected = (whole.chunk(ranks.dp_size)[ranks.dp_rank] for whole in (ids, expected))
+        if ranks.dp_size > 1:  # replicas that share experts have tokens of their own
+            ids, expected = (whole[[ranks.dp_rank % 2]] for whole in (ids, expected))
         rows = models.padded_vocab_size(folder.config, tensor=parallel.tensor)
         model = models.build_model(
             folder, ranks=ranks, parallel=layout, dtype=torch.float32, padded_vocab_size=rows
         ).eval()
+        _check_experts_read(folder, ranks)
         if ranks.world_size == 1:
             _check_names(model, folder)
         logits = _gathered_logits(model, ids, ranks)
@@ -129,6 +141,27 @@ def _on_rank(parallel: ParallelConfig, cases: list, scratch: Path) -> None:
             assert torch.equal(chosen, ids[:, PROMPT:]), path
         _check_export(model, folder, ranks, rows, scratch / str(index))
     mcore_parallel.shutdown()
+
+
+class _Recording(HFFolder):
+    """Knows which tensors were read."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.names_read: set[str] = set()
+
+    def read(self, name: str, **part: int) -> torch.Tensor:
+        self.names_read.add(name)
+        return super().read(name, **part)
+
+
+def _check_experts_read(folder: _Recording, ranks) -> None:
+    """A rank reads the experts that it holds and no other."""
+    experts = model_shape(folder.config).experts
+    if experts is not None:
+        size = experts.count // ranks.ep_size
+        found = {int(n) for name in folder.names_read for n in re.findall(r"experts\.(\d+)", name)}
+        assert found == set(range(ranks.ep_rank * size, (ranks.ep_rank + 1) * size))
 
 
 def _check_names(model, folder: HFFolder) -> None:

@@ -188,6 +188,22 @@ def yardstick(config, tmp_path_factory) -> Path:
     return folder
 
 
+def test_a_mixture_is_sampled_as_it_is_trained(start, tiny_model):
+    """Experts shared by two replicas, each with an engine: the engines follow every update."""
+    run = start(
+        f"model.student={tiny_model('qwen3_moe', norm_topk_prob=False)}",
+        f"model.teacher={tiny_model('mixtral', seed=5)}",
+        *("parallel.tensor=1", "parallel.data=2", "parallel.expert=2", "rollout.num_engines=2"),
+        *("train.steps=3", "train.lr=1e-2", "evaluation.every=0"),
+    )
+    code, text = run.finish()
+    assert code == 0, text
+    metrics = _records(run.folder / "metrics.jsonl")
+    assert len(metrics) == 3
+    assert all(record["engine_gap_max"] < 1e-4 for record in metrics)
+    AutoModelForCausalLM.from_pretrained(run.folder / "student_hf")
+
+
 def _assert_same_run(folder: Path, yardstick: Path) -> None:
     for name in ("metrics.jsonl", "evaluations.jsonl"):
         assert _records(folder / name) == _records(yardstick / name), name

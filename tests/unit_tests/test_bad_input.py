@@ -87,6 +87,7 @@ def test_a_good_config_says_what_would_run(dry_run):
         (["rollout.num_engines=2"], ["must divide the world size 1"]),
         (["rollout.prompts_per_step=9"], ["exceeds the 8 prompts"]),
         (["parallel.data=3"], ["must be divisible by parallel.data = 3"]),
+        (["parallel.data=2", "parallel.expert=2"], ["needs a mixture of experts", "dense"]),
         (["loss.top_k=260"], ["loss.top_k <= the vocabulary of 259", "found 260"]),
         (["loss.outlier=clip"], ["needs loss.tau"]),
         (["loss.mask_first_ids=[259]"], ["loss.mask_first_ids", "259 tokens", "[259]"]),

@@ -122,6 +122,19 @@ def test_plan_accounts_for_every_tensor(
     assert expected == {name: folder.shape(name) for name in folder.names}
 
 
+@pytest.mark.parametrize("tp_size", [1, 2])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_parameter_of_a_family_makes_its_tensors_again(
+    family: str, tp_size: int, tiny_model: Callable[..., Path]
+) -> None:
+    folder = HFFolder(tiny_model(family))
+    for entry in plan(folder.config, padded_vocab=320):
+        shards = [entry.operation.read(folder, rank, tp_size) for rank in range(tp_size)]
+        assert {tuple(shard.shape) for shard in shards} == {entry.operation.shard_shape(tp_size)}
+        for name, tensor in entry.operation.merge(shards).items():
+            assert torch.equal(tensor, folder.read(name)), name
+
+
 def test_plan_matches_the_index_of_a_published_model(shared_data: Path) -> None:
     folder = shared_data / "hf-meta" / "Qwen3-1.7B"
     config = json.loads((folder / "config.json").read_text())

@@ -77,3 +77,10 @@ def test_every_metric_of_the_report_is_described():
     described = (REPOSITORY / "docs" / "metrics.md").read_text()
     for name in set(re.findall(r'curve\("(\w+)"', page)):
         assert f"`{name}`" in described, f"docs/metrics.md does not describe {name}"
+
+
+def test_the_family_file_shown_is_the_real_one():
+    (shown,) = re.findall(
+        r"```python\n(.*?)```", (REPOSITORY / "docs/extending.md").read_text(), re.DOTALL
+    )
+    assert shown == (REPOSITORY / "megatron_tropd/convert/families/qwen3.py").read_text()

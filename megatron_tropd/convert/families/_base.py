@@ -87,6 +87,8 @@ class Requirement:
 
 COMMON_REQUIREMENTS = (
     Requirement("hidden_act", ("silu",)),
+    Requirement("attention_bias", (False,)),
+    Requirement("mlp_bias", (False,)),
     Requirement("rope_parameters.rope_type", ("default", "linear", "llama3")),
     Requirement("rope_parameters.partial_rotary_factor", (1.0,)),
     Requirement("partial_rotary_factor", (1.0,)),

@@ -1,6 +1,6 @@
 """Llama 2 and 3.x (rotary scaling included), and models of their architecture."""
 
-from megatron_tropd.convert.families._base import Entry, Family, ModelShape, Requirement
+from megatron_tropd.convert.families._base import Entry, Family, ModelShape
 from megatron_tropd.convert.families._blocks import attention, gated_mlp
 
 
@@ -13,5 +13,4 @@ FAMILY = Family(
     model_type="llama",
     architecture="LlamaForCausalLM",
     layer=layer,
-    requirements=(Requirement("attention_bias", (False,)), Requirement("mlp_bias", (False,))),
 )

@@ -1,12 +1,6 @@
 """Qwen3, dense: no biases, a norm on the heads of queries and keys."""
 
-from megatron_tropd.convert.families._base import (
-    Entry,
-    Family,
-    ModelShape,
-    Requirement,
-    window_by_layer,
-)
+from megatron_tropd.convert.families._base import Entry, Family, ModelShape, window_by_layer
 from megatron_tropd.convert.families._blocks import attention, gated_mlp, qk_norms
 
 
@@ -21,5 +15,4 @@ FAMILY = Family(
     layer=layer,
     qk_norm=True,
     windows=window_by_layer,
-    requirements=(Requirement("attention_bias", (False,)),),
 )

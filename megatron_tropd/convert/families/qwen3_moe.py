@@ -37,7 +37,6 @@ FAMILY = Family(
     windows=window_everywhere,
     experts=experts,
     requirements=(
-        Requirement("attention_bias", (False,)),
         Requirement("mlp_only_layers", ([],), "Every layer must have experts."),
         Requirement("decoder_sparse_step", (1,), "Every layer must have experts."),
         Requirement("shared_expert_intermediate_size", (0,)),
