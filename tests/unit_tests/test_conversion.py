@@ -245,6 +245,7 @@ def test_verify(dtype: list[str], llama: Path, tmp_path: Path):
 
     result = verify(Path(back), Path(megatron), prompts=[[1, 2, 3]])
     assert not result.passed and result.differing == ["model.norm.weight"]
+    assert result.max_difference > 0.01, "the logits show it too"
 
 
 # What is refused before anything is written.
