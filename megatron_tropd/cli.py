@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_tropd.config import Config, config_to_dict, load_config
+from megatron_tropd.conversion import add_to_hf, add_to_megatron
 from megatron_tropd.errors import ConfigError, InputError, TrainingError
 
 
@@ -64,9 +65,16 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
     evaluate.set_defaults(command=_evaluate)
+    _add_convert(commands.add_parser("convert", help="HF folder <-> Megatron checkpoint"))
     doctor = commands.add_parser("doctor", help="what is installed and what would be used")
     doctor.set_defaults(command=_doctor)
     return parser
+
+
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    directions = parser.add_subparsers(required=True, metavar="DIRECTION")
+    add_to_megatron(directions.add_parser("to-megatron", help="HF folder to Megatron checkpoint"))
+    add_to_hf(directions.add_parser("to-hf", help="Megatron checkpoint to HF folder"))
 
 
 def _distill(arguments: argparse.Namespace) -> int:

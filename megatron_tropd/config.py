@@ -29,12 +29,13 @@ def _require(condition: bool, message: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The pair: two HF folders (config.json, *.safetensors, tokenizer)."""
+    """The pair: two model folders, each an HF folder (config.json, *.safetensors, tokenizer) or a
+    Megatron checkpoint made by ``tropd convert``."""
 
     student: str = field(metadata=PATH)
-    """HF folder of the student: architecture and first weights."""
+    """Folder of the student: architecture and first weights."""
     teacher: str = field(metadata=PATH)
-    """HF folder of the teacher. Frozen. Same tokenizer as the student (checked)."""
+    """Folder of the teacher. Frozen. Same tokenizer as the student (checked)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute type of both models. auto: bfloat16 with CUDA, float32 without."""
 

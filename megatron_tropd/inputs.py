@@ -8,6 +8,7 @@ from megatron_tropd.config import Config
 from megatron_tropd.convert.checks import check_parallel, check_tensors
 from megatron_tropd.convert.families import model_shape
 from megatron_tropd.convert.hf_folder import HFFolder
+from megatron_tropd.convert.megatron_folder import MegatronFolder, open_model
 from megatron_tropd.data.prompts import load_prompts
 from megatron_tropd.data.responses import TeacherResponse, load_responses
 from megatron_tropd.data.tokenizers import check_same_tokenizer, stop_token_ids
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 class Inputs:
     """The pair's folders, the tokenizer and all texts of a run."""
 
-    student: HFFolder
-    teacher: HFFolder
+    student: HFFolder | MegatronFolder
+    teacher: HFFolder | MegatronFolder
     tokenizer: "PreTrainedTokenizerBase"
     vocab_size: int
     """Columns that are real in both models; what lies above is padding."""
@@ -46,14 +47,15 @@ def load_inputs(config: Config) -> Inputs:
         InputError: a file is missing or unusable; names file and line.
         ConfigError: a setting does not fit the models or the texts.
     """
-    student, teacher = HFFolder(config.model.student), HFFolder(config.model.teacher)
+    student, teacher = open_model(config.model.student), open_model(config.model.teacher)
     for who, folder in (("student", student), ("teacher", teacher)):
         check_parallel(folder.config, config.parallel, who=who)
-        check_tensors(folder)
+        if isinstance(folder, HFFolder):  # the other kind is checked when it is opened
+            check_tensors(folder)
     _check_experts(config, student, teacher)
     tokenizer = check_same_tokenizer(
-        config.model.student,
-        config.model.teacher,
+        student.companions,
+        teacher.companions,
         chat_template=config.rollout.apply_chat_template,
     )
     vocab_size = min(student.config["vocab_size"], teacher.config["vocab_size"])
@@ -92,7 +94,7 @@ def load_inputs(config: Config) -> Inputs:
         tokenizer=tokenizer,
         vocab_size=vocab_size,
         context=context,
-        stop_token_ids=stop_token_ids(config.model.student, config.rollout.stop_token_ids),
+        stop_token_ids=stop_token_ids(student.companions, config.rollout.stop_token_ids),
         prompts=prompts,
         responses=responses,
         problems=problems,
@@ -135,7 +137,7 @@ def _problems(config: Config, tokenizer: "PreTrainedTokenizerBase", context: int
     return problems[: config.evaluation.num_problems]
 
 
-def _check_experts(config: Config, *models: HFFolder) -> None:
+def _check_experts(config: Config, *models: HFFolder | MegatronFolder) -> None:
     found = [model_shape(model.config).experts for model in models]
     if config.parallel.expert > 1 and not any(found):
         raise ConfigError(

@@ -18,6 +18,8 @@ from tqdm import tqdm
 
 from megatron_tropd.choices import BatchChoices, choose, loss_name, loss_of_step
 from megatron_tropd.config import Config, LossConfig, config_to_dict
+from megatron_tropd.convert.megatron_folder import MegatronFolder
+from megatron_tropd.convert.to_hf import ToHF, megatron_to_hf
 from megatron_tropd.data.packing import LossCounts
 from megatron_tropd.data.prefixes import alpha
 from megatron_tropd.data.types import MicroBatch, Trajectory
@@ -124,7 +126,10 @@ class Job:
             distributed_optimizer=config.parallel.distributed_optimizer,
         )
         self.evaluator = Evaluator(self)
-        self.engines = exits.enter_context(self.start_engines(config.model.student, "student"))
+        self.hf_folders = self._hf_folders()
+        self.engines = exits.enter_context(
+            self.start_engines(self.hf_folders["student"], "student")
+        )
         self._mailbox = exits.enter_context(WeightMailbox()) if self.engines.owns_engine else None
         if platform.has_cuda():
             # vLLM measures the device's free memory while it starts: nobody else may allocate.
@@ -168,7 +173,22 @@ class Job:
             vocab_size=inputs.vocab_size,
         )
 
-    def start_engines(self, model_folder: str, name: str) -> EnginePool:
+    def _hf_folders(self) -> dict[str, Path]:
+        """What engines start from: the pair's HF folders, made of Megatron checkpoints if need be.
+
+        Collective. An existing one is from the start of this run, and complete.
+        """
+        folders = {"student": self.inputs.student, "teacher": self.inputs.teacher}
+        paths = {who: folder.path for who, folder in folders.items()}
+        for who, folder in folders.items():
+            if isinstance(folder, MegatronFolder):
+                paths[who] = self.folder.root / "initial_hf" / who
+                if self.is_main and not paths[who].exists():
+                    megatron_to_hf(ToHF(folder.path, paths[who]))
+        dist.barrier()
+        return paths
+
+    def start_engines(self, model_folder: Path, name: str) -> EnginePool:
         """Engines that serve ``model_folder``; returns while they are still starting."""
         rollout, local = self.config.rollout, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         engines_here = max(1, rollout.num_engines * local // self.ranks.world_size)

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
+from megatron_tropd.convert.safetensors_file import SafetensorsFile, Stored
 from megatron_tropd.errors import InputError
 
 INDEX = "model.safetensors.index.json"
@@ -31,48 +32,68 @@ class HFFolder:
                 f"Model folder {self.path} does not exist. Give a folder holding config.json, "
                 "*.safetensors and the tokenizer."
             )
-        self.config: dict[str, Any] = _read_json(self.path / "config.json")
+        self.config: dict[str, Any] = read_json(self.path / "config.json")
+        self._open: dict[str, SafetensorsFile] = {}
+        self._mapped: dict[str, Any] = {}
         self._file_of = self._index()
-        self._open: dict[str, Any] = {}
 
     @property
     def names(self) -> frozenset[str]:
         """Names of all tensors in the folder."""
         return frozenset(self._file_of)
 
+    @property
+    def companions(self) -> Path:
+        """Folder of config.json, tokenizer, chat template and generation config."""
+        return self.path
+
+    @property
+    def files(self) -> list[str]:
+        """Names of the weight files."""
+        return sorted(set(self._file_of.values()))
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Type of a tensor, from the header."""
+        return self._stored(name).dtype
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the header."""
-        return tuple(self._slice(name).get_shape())
+        return self._stored(name).shape
 
     def read(
         self, name: str, *, dim: int = 0, start: int = 0, stop: int | None = None
     ) -> torch.Tensor:
         """Read ``tensor[start:stop]`` along ``dim`` (0 or 1), and only that part of the file."""
-        lazy = self._slice(name)
-        part = lazy[start:stop] if dim == 0 else lazy[:, start:stop]
-        return part
+        shape, file_name = self._stored(name).shape, self._file_of[name]
+        if dim == 0:
+            return self._open[file_name].read(name, start, stop)
+        if range(shape[dim])[start:stop] == range(shape[dim]):
+            return self._open[file_name].read(name)
+        if file_name not in self._mapped:
+            self._mapped[file_name] = safe_open(str(self.path / file_name), framework="pt")
+        return self._mapped[file_name].get_slice(name)[:, start:stop]
 
-    def _slice(self, name: str) -> Any:
+    def _stored(self, name: str) -> Stored:
         if name not in self._file_of:
             raise InputError(f"Tensor {name} is missing in model folder {self.path}.")
-        return self._file(self._file_of[name]).get_slice(name)
+        return self._open[self._file_of[name]].tensors[name]
 
-    def _file(self, file_name: str) -> Any:
+    def _header(self, file_name: str) -> dict[str, Stored]:
         if file_name not in self._open:
             self._open[file_name] = _open_safetensors(self.path / file_name)
-        return self._open[file_name]
+        return self._open[file_name].tensors
 
     def _index(self) -> dict[str, str]:
         index = self.path / INDEX
         if not index.exists():
             if not (self.path / SINGLE).exists():
                 raise InputError(self._no_weights())
-            return dict.fromkeys(_open_safetensors(self.path / SINGLE).keys(), SINGLE)
-        weight_map = _read_json(index).get("weight_map")
+            return dict.fromkeys(self._header(SINGLE), SINGLE)
+        weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise InputError(f"{index} has no weight_map. Download or export the model again.")
         for file_name in sorted(set(weight_map.values())):
-            held = set(_open_safetensors(self.path / file_name).keys())
+            held = self._header(file_name).keys()
             lost = sorted(n for n, f in weight_map.items() if f == file_name and n not in held)
             if lost:
                 raise InputError(
@@ -91,7 +112,12 @@ class HFFolder:
         return f"Model folder {self.path} holds neither {SINGLE} nor {INDEX}. {hint}"
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of a model folder.
+
+    Raises:
+        InputError: the file is missing or holds something else.
+    """
     try:
         value = json.loads(path.read_text())
     except FileNotFoundError:
@@ -103,12 +129,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _open_safetensors(path: Path) -> Any:
+def _open_safetensors(path: Path) -> SafetensorsFile:
     try:
-        return safe_open(str(path), framework="pt")
+        return SafetensorsFile(path)
     except FileNotFoundError:
         raise InputError(f"{path} is missing: {path.parent} is not a complete HF folder.") from None
-    except (SafetensorError, OSError) as error:
+    except (ValueError, KeyError, TypeError, OSError) as error:
         raise InputError(
             f"{path} is not a readable safetensors file (truncated download?): {error}"
         ) from None

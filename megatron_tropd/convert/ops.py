@@ -103,6 +103,8 @@ class VocabularyRows(Operation):
         size = self.padded_rows // tp_size
         start, stop = (min(edge * size, self.shape[0]) for edge in (tp_rank, tp_rank + 1))
         rows = source.read(self.name, start=start, stop=stop)
+        if rows.shape[0] == size:
+            return rows
         return torch.nn.functional.pad(rows, (0, 0, 0, size - rows.shape[0]))
 
     def merge(self, shards: list[Tensor]) -> dict[str, Tensor]:

@@ -17,8 +17,10 @@ from megatron_tropd.config import ParallelConfig
 from megatron_tropd.convert.checks import check_parallel
 from megatron_tropd.convert.families import ModelShape, model_shape, rope_inverse_frequencies
 from megatron_tropd.convert.hf_folder import HFFolder
+from megatron_tropd.convert.megatron_folder import MegatronFolder
 from megatron_tropd.mcore import platform
 from megatron_tropd.mcore.attention import FusedAttention
+from megatron_tropd.mcore.load import load_checkpoint
 from megatron_tropd.mcore.parallel import Ranks, stage_sizes
 from megatron_tropd.mcore.weights import load_weights
 
@@ -143,7 +145,7 @@ def transformer_config(
 
 
 def build_model(
-    folder: HFFolder,
+    folder: HFFolder | MegatronFolder,
     *,
     ranks: Ranks,
     parallel: ParallelConfig,
@@ -153,8 +155,10 @@ def build_model(
 ) -> GPTModel:
     """This rank's part of the model in ``folder``, weights loaded, on this rank's device.
 
+    Collective.
+
     Args:
-        folder: architecture and weights.
+        folder: architecture and weights, of either kind.
         ranks: this rank's place.
         parallel: the layout.
         dtype: of parameters and activations.
@@ -189,7 +193,10 @@ def build_model(
     model.rotary_pos_emb.inv_freq = rope_inverse_frequencies(folder.config).to(platform.device())
     model.to(platform.device())
     _mark_experts(model)
-    load_weights(model, folder, ranks=ranks, padded_vocab_size=padded_vocab_size)
+    if isinstance(folder, MegatronFolder):
+        load_checkpoint(model, folder)
+    else:
+        load_weights(model, folder, ranks=ranks, padded_vocab_size=padded_vocab_size)
     return model
 
 

@@ -22,8 +22,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_tropd.convert.checks import check_tensors
+from megatron_tropd.convert.companions import copy_companions
 from megatron_tropd.convert.families import Entry, ModelShape, model_shape, plan
 from megatron_tropd.convert.hf_folder import INDEX, SINGLE, HFFolder
+from megatron_tropd.convert.megatron_folder import MegatronFolder
 from megatron_tropd.errors import InputError, TrainingError
 from megatron_tropd.mcore import platform
 from megatron_tropd.mcore.parallel import Ranks, stage_sizes
@@ -110,7 +112,7 @@ def export_weights(
 
 def save_hf(
     model: torch.nn.Module,
-    source: HFFolder,
+    source: HFFolder | MegatronFolder,
     out: str | Path,
     ranks: Ranks,
     *,
@@ -317,7 +319,7 @@ def _deliver(
 
 def _write_folder(
     stream: Iterator[tuple[str, Tensor | None]],
-    source: HFFolder,
+    source: HFFolder | MegatronFolder,
     out: Path,
     dtype: torch.dtype,
     max_file_bytes: int,
@@ -327,7 +329,7 @@ def _write_folder(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
-        _copy_companions(source.path, partial)
+        copy_companions(source.companions, partial)
         config = source.config | {"dtype": str(dtype).removeprefix("torch.")}
         config.pop("torch_dtype", None)
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -336,13 +338,6 @@ def _write_folder(
         _replace(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _copy_companions(source: Path, out: Path) -> None:
-    weights = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
-    for path in source.iterdir():
-        if path.is_file() and not path.name.endswith(weights) and path.name != "config.json":
-            shutil.copyfile(path, out / path.name)
 
 
 def _assign_files(hf_config: dict[str, Any], dtype: torch.dtype, limit: int) -> dict[str, str]:

@@ -21,6 +21,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_tropd.convert.to_hf import ToHF, megatron_to_hf
+from megatron_tropd.convert.to_megatron import ToMegatron, hf_to_megatron
+
 pytestmark = pytest.mark.slow
 
 STEPS = 6
@@ -224,6 +227,24 @@ def test_a_run_leaves_a_complete_folder(yardstick):
     assert {p.name for p in (yardstick / "trajectories").iterdir()} == {
         f"step_{step:06d}.jsonl" for step in (0, 3, 5)
     }
+
+
+def test_a_run_from_megatron_checkpoints(start, pair, yardstick, tmp_path):
+    """The same numbers as from the HF folders; the run's own checkpoint converts to its export."""
+    folders = dict(zip(("student", "teacher"), pair, strict=True))
+    for who, source in folders.items():
+        hf_to_megatron(ToMegatron(source, tmp_path / who))
+    run = start(*(f"model.{who}={tmp_path / who}" for who in folders))
+    code, text = run.finish()
+    assert code == 0, text
+    _assert_same_run(run.folder, yardstick)
+    megatron_to_hf(ToHF(run.folder / "checkpoints" / "step_000006", tmp_path / "again"))
+    one, other = (
+        load_file(f / "model.safetensors") for f in (tmp_path / "again", run.folder / "student_hf")
+    )
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert not (run.folder / "student_hf" / "tensors.json").exists()
 
 
 def test_the_exported_student_loads_in_transformers(yardstick, pair):

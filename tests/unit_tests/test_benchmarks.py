@@ -106,3 +106,20 @@ def test_committed_result_is_complete(step: ModuleType, path: Path):
     assert result["ratio_to_trl"]["ours, TP 1"] == pytest.approx(ratio, abs=1e-2)
     assert result["aims"] == step.aims(result)
     assert not re.search(r'["\s]/\w', path.read_text())  # no absolute path
+
+
+def test_the_conversion_result_is_what_the_text_says():
+    """At least 8 GB in less than 2 GB of private memory, and files that came back equal."""
+    (path,) = (BENCHMARKS / "results").glob("convert-*.json")
+    result = json.loads(path.read_text())
+    assert result["checkpoint_bytes"] >= 8e9
+    assert result["limit_of_private_memory_bytes"] <= 2e9
+    for phases in result["rounds"]:
+        for phase in ("to_megatron", "to_hf"):
+            assert phases[phase]["data_gb"] <= 2
+    assert result["files_equal_after_there_and_back"]
+    best = result["best_seconds"]
+    assert result["time_in_copies"]["to_hf"] == pytest.approx(
+        best["to_hf"] / best["copy"], abs=0.01
+    )
+    assert not re.search(r'["\s]/\w', path.read_text())  # no absolute path

@@ -1,0 +1,172 @@
+"""Every tensor on both sides is accounted for, or the conversion does not begin."""
+
+import hashlib
+import re
+import zlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_tropd.convert.families import Entry, model_shape
+from megatron_tropd.convert.safetensors_writer import tensor_bytes
+from megatron_tropd.errors import InputError
+
+CHECKSUMS = "tensors.json"
+"""File beside the tensors of a converted checkpoint: type, shape and CRC-32 of every HF tensor."""
+
+_IGNORED = ("rotary_emb.inv_freq",)
+_QUANTISED = re.compile(
+    r"\.(weight_scale(_inv|_2)?|input_scale|weight_packed|weight_shape|weight_zero_point|qweight|"
+    r"qzeros|scales|g_idx|SCB|weight_format|absmax|quant_map|quant_state\..*|nested_.*|"
+    r"blocks|.*_(blocks|scales|bias_scale))$"
+)
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_SHOWN = 20
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def expected_tensors(entries: Iterable[Entry]) -> dict[str, tuple[int, ...]]:
+    """HF name -> shape of everything a plan consumes."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for entry in entries:
+        shapes |= entry.operation.hf_shapes()
+    return shapes
+
+
+def account(
+    hf_config: dict[str, Any], entries: Iterable[Entry], names: Iterable[str], where: str
+) -> list[str]:
+    """Compare the names a plan needs with those a folder holds.
+
+    Args:
+        hf_config: the config.json dictionary.
+        entries: the plan.
+        names: HF names in the folder or its index.
+        where: how messages call it.
+
+    Returns:
+        Names that are there, needed by nobody, and known to be redundant: a tied output layer.
+
+    Raises:
+        InputError: the checkpoint is quantised, or tensors are missing or left over; lists them.
+    """
+    check_not_quantised(hf_config, names, where)
+    expected, found = expected_tensors(entries).keys(), set(names)
+    redundant = {"lm_head.weight"} if model_shape(hf_config).tied else set()
+    missing = sorted(expected - found)
+    surplus = sorted(n for n in found - expected - redundant if not n.endswith(_IGNORED))
+    problems = [
+        f"{what} {len(some)} tensors: {listed(some)}"
+        for what, some in (("misses", missing), ("has unexpected", surplus))
+        if some
+    ]
+    if problems:
+        raise InputError(
+            f"{where} {'; it '.join(problems)}. Its config.json and weights do not belong together."
+        )
+    return sorted(redundant & found)
+
+
+def check_not_quantised(hf_config: dict[str, Any], names: Iterable[str], where: str) -> None:
+    """Refuse quantised weights, by their config or by the tensors that only they have.
+
+    Raises:
+        InputError: names the method, or the tensors.
+    """
+    advice = "Convert it to bfloat16 first: quantised checkpoints are not supported."
+    settings = hf_config.get("quantization_config")
+    if settings:
+        method = settings.get("quant_method", "?") if isinstance(settings, dict) else settings
+        raise InputError(f"{where} is quantised (quantization_config, method {method!r}). {advice}")
+    telling = sorted(name for name in names if _QUANTISED.search(name))
+    if telling:
+        raise InputError(f"{where} holds tensors of quantised weights: {listed(telling)}. {advice}")
+
+
+def check_types(types: Mapping[str, torch.dtype], where: str) -> None:
+    """Refuse weights that are not floating point.
+
+    Raises:
+        InputError: names the tensors and their types.
+    """
+    strange = [f"{name} ({dtype})" for name, dtype in types.items() if dtype not in _FLOATS]
+    if strange:
+        raise InputError(
+            f"{where} holds weights that are no 16-, 32- or 64-bit floats: {listed(strange)}. "
+            "Quantised checkpoints are not supported: convert it to bfloat16 first."
+        )
+
+
+def check_shapes(
+    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], where: str
+) -> None:
+    """Compare shapes.
+
+    Raises:
+        InputError: lists the tensors that differ.
+    """
+    wrong = [
+        f"{name} must be {list(shape)}, found {list(found[name])}"
+        for name, shape in expected.items()
+        if tuple(found[name]) != shape
+    ]
+    if wrong:
+        raise InputError(
+            f"{where} holds {len(wrong)} tensors of another shape than config.json says: "
+            f"{listed(wrong)}."
+        )
+
+
+def listed(names: list[str]) -> str:
+    """The names, the first twenty of them if there are more."""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+def checksum(tensor: Tensor) -> str:
+    """CRC-32 of a tensor's bytes, 8 hexadecimal digits: tells damage, not intent."""
+    return f"{zlib.crc32(tensor_bytes(tensor)):08x}"
+
+
+def known_digests(folder: Path, files: Iterable[str]) -> dict[str, str]:
+    """SHA-256 of weight files where the download left it beside them.
+
+    The Hub's cache names a file by its digest, and a download into a folder keeps it in
+    ``.cache/huggingface/download/<file>.metadata``.
+
+    Args:
+        folder: HF folder.
+        files: names of its weight files.
+
+    Returns:
+        file -> 64 hexadecimal digits; files without a known digest are absent.
+    """
+    known = {}
+    for name in files:
+        blob = (folder / name).resolve()
+        record = folder / ".cache" / "huggingface" / "download" / f"{name}.metadata"
+        lines = record.read_text().split() if record.is_file() else []
+        candidates = [blob.name if blob.parent.name == "blobs" else "", *lines[1:2]]
+        digest = next((c for c in candidates if _SHA256.fullmatch(c)), None)
+        if digest:
+            known[name] = digest
+    return known
+
+
+def check_digests(folder: Path, digests: Mapping[str, str]) -> None:
+    """Hash files and compare.
+
+    Raises:
+        InputError: a file is not what was downloaded.
+    """
+    for name, digest in digests.items():
+        with (folder / name).open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != digest:
+            raise InputError(
+                f"{folder / name} is damaged: its download recorded SHA-256 {digest[:12]}..., "
+                f"the file has {found[:12]}.... Download it again."
+            )

@@ -1,0 +1,81 @@
+"""pytorch_model.bin folders, for those who ask: only tensors are unpickled, no code runs.
+
+torch's ``weights_only`` loading refuses everything but tensors and plain containers. The files are
+mapped, so that only what is read is in memory.
+"""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_tropd.convert.companions import CONFIG
+from megatron_tropd.convert.hf_folder import INDEX, SINGLE, HFFolder, read_json
+from megatron_tropd.errors import InputError
+
+_SINGLE, _INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+
+
+class PickledFolder:
+    """Reads like an :class:`HFFolder`.
+
+    Args:
+        path: a folder holding config.json and pytorch_model.bin, or its index and files.
+
+    Raises:
+        InputError: something is missing or is not a file of tensors.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config: dict[str, Any] = read_json(self.path / CONFIG)
+        index = self.path / _INDEX
+        weights = read_json(index).get("weight_map", {}) if index.is_file() else {}
+        self.files = sorted(set(weights.values())) or [_SINGLE]
+        self._tensors: dict[str, Tensor] = {}
+        for name in self.files:
+            self._tensors |= _load(self.path / name)
+        lost = sorted(set(weights) - set(self._tensors))
+        if lost:
+            raise InputError(
+                f"{index} lists {lost[0]} (and {len(lost) - 1} more), which no file has."
+            )
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Names of all tensors in the folder."""
+        return frozenset(self._tensors)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Type of a tensor."""
+        return self._tensors[name].dtype
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        return tuple(self._tensors[name].shape)
+
+    def read(self, name: str, *, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
+        """Read ``tensor[start:stop]`` along ``dim`` (0 or 1)."""
+        tensor = self._tensors[name]
+        return tensor[start:stop] if dim == 0 else tensor[:, start:stop]
+
+
+def open_source(path: Path, *, allow_pickle: bool) -> HFFolder | PickledFolder:
+    """A safetensors folder, or where it has none and the user asked for it, a pickled one."""
+    has_safetensors = (path / SINGLE).exists() or (path / INDEX).exists()
+    return PickledFolder(path) if allow_pickle and not has_safetensors else HFFolder(path)
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing: {path.parent} is not a complete HF folder.") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{path} is not a readable file of tensors: {reason}") from None
+    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
+        raise InputError(f"{path} must hold a dictionary of tensors.")
+    return content

@@ -1,0 +1,167 @@
+"""What a conversion would do, tensor by tensor, from configs, indices and headers alone."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+
+from megatron_tropd.convert.accounting import account
+from megatron_tropd.convert.companions import CONFIG, config_dtype
+from megatron_tropd.convert.families import Entry, describe, plan
+from megatron_tropd.convert.hf_folder import INDEX, read_json
+from megatron_tropd.convert.layout import Layout, Place, layout
+from megatron_tropd.convert.megatron_folder import MegatronFolder
+from megatron_tropd.convert.ops import FusedQKV, GateUp, Operation, Sharded, VocabularyRows
+from megatron_tropd.convert.pickled_folder import open_source
+from megatron_tropd.convert.safetensors_writer import Spec
+from megatron_tropd.convert.to_hf import ToHF, hf_specs
+from megatron_tropd.convert.to_megatron import ToMegatron, check_source, padded_vocab
+from megatron_tropd.errors import InputError
+
+
+@dataclass(frozen=True)
+class Line:
+    """One HF tensor of a plan."""
+
+    hf: str
+    hf_shape: tuple[int, ...]
+    nbytes: int
+    operation: str
+    megatron: str
+    megatron_shape: tuple[int, ...]
+    position: tuple[int, ...]
+    """Of the part in the leading dimensions of the Megatron tensor."""
+
+
+@dataclass(frozen=True)
+class Preview:
+    """A complete plan."""
+
+    model: str
+    lines: list[Line]
+    notes: list[str]
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all HF tensors."""
+        return sum(line.nbytes for line in self.lines)
+
+    def text(self) -> str:
+        """The plan for a person: a line per HF tensor, then the sums."""
+        keys = {line.megatron for line in self.lines}
+        sums = (
+            f"{len(self.lines)} HF tensors, {self.total_bytes:,} bytes <-> {len(keys)} Megatron "
+            "tensors"
+        )
+        return "\n".join([self.model, *map(_spell, self.lines), sums, *self.notes])
+
+
+def preview_to_megatron(job: ToMegatron) -> Preview:
+    """Plan HF -> Megatron. Needs config.json, and an index or weight files; reads no weights.
+
+    Raises:
+        InputError, ConfigError: the model cannot be converted.
+    """
+    config = read_json(job.hf / CONFIG)
+    notes, dtypes = _source(config, job)
+    where = layout(config, padded_vocab(config, job.tensor_parallel))
+    notes.append(
+        f"vocabulary padded to {where.padded_vocab} rows; {len(where.objects)} empty extra states"
+    )
+    return Preview(describe(config), _lines(where, dtypes), [*notes, _DRY])
+
+
+def preview_to_hf(job: ToHF) -> Preview:
+    """Plan Megatron -> HF, from the metadata of the checkpoint.
+
+    Raises:
+        InputError: the checkpoint cannot be converted.
+    """
+    source = MegatronFolder(job.megatron, job.hf_config)
+    specs: Mapping[str, Spec] = hf_specs(source, job.dtype)
+    dtypes = {name: spec.dtype for name, spec in specs.items()}
+    return Preview(describe(source.config), _lines(source.layout, dtypes), [_DRY])
+
+
+_DRY = "dry run: no weights were read, nothing was written."
+
+
+def _source(config: dict[str, Any], job: ToMegatron) -> tuple[list[str], Mapping[str, torch.dtype]]:
+    """(notes, types) of an HF folder: from its headers, or from its index if that is all."""
+    index = job.hf / INDEX
+    weights = read_json(index).get("weight_map", {}) if index.is_file() else {}
+    if not weights or all((job.hf / name).exists() for name in weights.values()):
+        folder = open_source(job.hf, allow_pickle=job.allow_pickle)
+        check_source(folder, job)
+        expected = [name for entry in plan(config) for name in entry.operation.hf_shapes()]
+        return [], {name: job.dtype or folder.dtype(name) for name in expected}
+    entries = [] if config.get("quantization_config") else plan(config)
+    account(config, entries, weights, str(index))
+    name = config_dtype(config) or "float32"
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise InputError(f"{job.hf / CONFIG} has dtype {name!r}, which torch does not know.")
+    shapes = [shape for entry in entries for shape in entry.operation.hf_shapes().values()]
+    notes = [_compare_size(read_json(index), sum(map(prod, shapes)) * dtype.itemsize, weights)]
+    types = {name: job.dtype or dtype for e in entries for name in e.operation.hf_shapes()}
+    return notes, types
+
+
+def _compare_size(index: dict[str, Any], planned: int, weights: Mapping[str, str]) -> str:
+    said = index.get("metadata", {}).get("total_size")
+    counted = f"{INDEX} lists {len(weights)} tensors"
+    if said is None:
+        return f"{counted} and no total size"
+    agrees = "as planned" if said == planned else f"planned from the dtype in {CONFIG}: {planned:,}"
+    return f"{counted}, {said:,} bytes: {agrees}"
+
+
+def _lines(where: Layout, dtypes: Mapping[str, torch.dtype]) -> list[Line]:
+    shapes = where.shapes()
+    return [
+        _line(name, shape, dtypes[name], entry, place, shapes[place.key])
+        for entry, place in where.pairs()
+        for name, shape in entry.operation.hf_shapes().items()
+    ]
+
+
+def _line(
+    name: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    entry: Entry,
+    place: Place,
+    stored: tuple[int, ...],
+) -> Line:
+    return Line(
+        hf=name,
+        hf_shape=shape,
+        nbytes=prod(shape) * dtype.itemsize,
+        operation=_describe(entry.operation),
+        megatron=place.key,
+        megatron_shape=stored,
+        position=place.lead,
+    )
+
+
+def _describe(operation: Operation) -> str:
+    match operation:
+        case FusedQKV():
+            return "interleave q, k, v by KV head"
+        case GateUp():
+            return "gate above up"
+        case VocabularyRows():
+            return "pad rows"
+        case Sharded():
+            return "copy (column shards)"
+    return "copy"
+
+
+def _spell(line: Line) -> str:
+    position = f"[{', '.join(map(str, line.position))}]" if line.position else ""
+    return (
+        f"{line.hf} {list(line.hf_shape)} | {line.operation} | "
+        f"{line.megatron}{position} of {list(line.megatron_shape)}"
+    )

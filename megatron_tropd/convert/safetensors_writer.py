@@ -1,0 +1,142 @@
+"""Safetensors written tensor by tensor: the headers come from the plan, the bytes in any order."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from safetensors.torch import _TYPES
+from torch import Tensor
+
+from megatron_tropd.convert.hf_folder import INDEX, SINGLE
+from megatron_tropd.errors import InputError
+
+_NAMES = {dtype: name for name, dtype in _TYPES.items()}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a safetensors header says of a tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+class SafetensorsWriter:
+    """model.safetensors, or numbered files and their index, of tensors known beforehand.
+
+    Every tensor has its place from the start: they may be written in any order and from any
+    thread, and none is kept.
+
+    Args:
+        folder: existing folder.
+        specs: name -> type and shape, in the order of the files.
+        max_file_bytes: the tensors of a file together take at most this, single ones aside.
+    """
+
+    def __init__(self, folder: Path, specs: Mapping[str, Spec], max_file_bytes: int) -> None:
+        self._specs = dict(specs)
+        self._missing = set(specs)
+        self._files: list[int] = []
+        self._places: dict[str, tuple[int, int]] = {}
+        groups = _groups(self._specs, max_file_bytes)
+        names = [_file_name(n, len(groups)) for n in range(len(groups))]
+        for name, group in zip(names, groups, strict=True):
+            self._begin(folder / name, group)
+        if len(groups) > 1:
+            _write_index(folder / INDEX, self._specs, dict(zip(names, groups, strict=True)))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: object, where: TracebackType | None
+    ) -> None:
+        for descriptor in self._files:
+            os.close(descriptor)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Put a tensor into its place.
+
+        Raises:
+            InputError: it is not of the type and shape announced.
+            OSError: the disk is full, or the like.
+        """
+        spec = self._specs[name]
+        if (tensor.dtype, tuple(tensor.shape)) != (spec.dtype, spec.shape):
+            raise InputError(
+                f"{name} must be {spec.dtype} {list(spec.shape)}, found {tensor.dtype} "
+                f"{list(tensor.shape)}."
+            )
+        descriptor, offset = self._places[name]
+        data = tensor_bytes(tensor)
+        while data.nbytes:
+            written = os.pwrite(descriptor, data, offset)
+            data, offset = data[written:], offset + written
+        self._missing.discard(name)
+
+    def finish(self) -> None:
+        """Check that every tensor came, and put the files on disk."""
+        assert not self._missing, f"never written: {sorted(self._missing)[:3]}"
+        for descriptor in self._files:
+            os.fsync(descriptor)
+
+    def _begin(self, path: Path, names: list[str]) -> None:
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name in names:
+            spec, start = self._specs[name], end
+            end += spec.nbytes
+            header[name] = {
+                "dtype": _NAMES[spec.dtype],
+                "shape": list(spec.shape),
+                "data_offsets": [start, end],
+            }
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        self._files.append(descriptor)
+        start = os.pwrite(descriptor, len(text).to_bytes(8, "little") + text, 0)
+        os.truncate(descriptor, start + end)
+        for name in names:
+            self._places[name] = (descriptor, start + header[name]["data_offsets"][0])
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor in memory order, without a copy where it is contiguous."""
+    flat = tensor.detach().contiguous().flatten().view(torch.uint8)
+    return memoryview(flat.numpy())
+
+
+def _groups(specs: Mapping[str, Spec], limit: int) -> list[list[str]]:
+    groups: list[list[str]] = [[]]
+    held = 0
+    for name, spec in specs.items():
+        if groups[-1] and held + spec.nbytes > limit:
+            groups.append([])
+            held = 0
+        groups[-1].append(name)
+        held += spec.nbytes
+    return groups
+
+
+def _file_name(number: int, count: int) -> str:
+    return SINGLE if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+
+
+def _write_index(path: Path, specs: Mapping[str, Spec], files: Mapping[str, list[str]]) -> None:
+    index = {
+        "metadata": {"total_size": sum(spec.nbytes for spec in specs.values())},
+        "weight_map": {name: file for file, names in files.items() for name in names},
+    }
+    path.write_text(json.dumps(index, indent=2) + "\n")

@@ -1,0 +1,138 @@
+"""Megatron ``torch_dist`` checkpoint to HF folder, bit for bit, one tensor at a time."""
+
+from collections.abc import Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_tropd.convert.accounting import CHECKSUMS, check_types, checksum
+from megatron_tropd.convert.budget import Budget
+from megatron_tropd.convert.companions import copy_companions, set_config_dtype
+from megatron_tropd.convert.families import Entry
+from megatron_tropd.convert.hf_folder import read_json
+from megatron_tropd.convert.megatron_folder import MegatronFolder
+from megatron_tropd.convert.publish import claim, publishing
+from megatron_tropd.convert.safetensors_writer import SafetensorsWriter, Spec
+from megatron_tropd.convert.to_megatron import Progress
+from megatron_tropd.errors import InputError
+
+_TIED = {"lm_head.weight": "model.embed_tokens.weight"}
+
+
+@dataclass(frozen=True)
+class ToHF:
+    """How a Megatron checkpoint becomes an HF folder."""
+
+    megatron: Path
+    hf: Path
+    dtype: torch.dtype | None = None
+    """Type of the written weights; None: as they are stored, bit for bit."""
+    max_shard_bytes: int = 5 * 10**9
+    """Larger models are split into files of at most this size."""
+    hf_config: Path | None = None
+    """HF folder of architecture and tokenizer, for checkpoints that carry none."""
+    force: bool = False
+    workers: int = 2
+    """Threads; together they hold at most two of the largest tensors, twice."""
+
+
+def megatron_to_hf(job: ToHF, progress: Progress = lambda name, size: None) -> None:
+    """Convert; the output appears whole or not at all.
+
+    Args:
+        job: what to do.
+        progress: told of every HF tensor written.
+
+    Raises:
+        InputError: the checkpoint cannot be converted or is damaged, or the output exists.
+        OSError: the output could not be written; nothing of it is left.
+    """
+    claim(job.hf, force=job.force)
+    source = MegatronFolder(job.megatron, job.hf_config)
+    specs = hf_specs(source, job.dtype)
+    records = _records(source.checkpoint)
+    extra = {
+        name: original
+        for name, original in _TIED.items()
+        if name in records and name not in specs and original in specs
+    }
+    specs |= {name: specs[original] for name, original in extra.items()}
+    with publishing(job.hf, force=job.force) as folder:
+        copy_companions(source.companions, folder)
+        dtypes = {spec.dtype for spec in specs.values()}
+        if len(dtypes) == 1:
+            set_config_dtype(folder, dtypes.pop())
+        with SafetensorsWriter(folder, specs, job.max_shard_bytes) as writer:
+            budget = Budget(max(map(source.nbytes, source.entries)))
+
+            def convert(entry: Entry) -> None:
+                with budget.holding(source.nbytes(entry)):
+                    for name, tensor in _hf_tensors(source, entry, extra):
+                        _compare(name, tensor, records)
+                        tensor = tensor.to(specs[name].dtype)
+                        writer.write(name, tensor)
+                        progress(name, tensor.nbytes)
+
+            _in_threads(convert, source.entries, job.workers)
+            writer.finish()
+
+
+def hf_specs(source: MegatronFolder, dtype: torch.dtype | None) -> dict[str, Spec]:
+    """Type and shape of every HF tensor, in the order of the layers.
+
+    Raises:
+        InputError: weights that are not floating point.
+    """
+    types = {entry.name: source.dtype(entry) for entry in source.entries}
+    check_types(types, f"Megatron checkpoint {source.checkpoint}")
+    return {
+        name: Spec(dtype or types[entry.name], shape)
+        for entry in source.entries
+        for name, shape in entry.operation.hf_shapes().items()
+    }
+
+
+def _hf_tensors(
+    source: MegatronFolder, entry: Entry, extra: Mapping[str, str]
+) -> Iterator[tuple[str, Tensor]]:
+    tensors = source.read(entry)
+    for name in list(tensors):
+        tensor = tensors.pop(name)
+        yield name, tensor
+        for again in (new for new, original in extra.items() if original == name):
+            yield again, tensor
+
+
+def _records(checkpoint: Path) -> dict[str, Any]:
+    """Checksums of the HF tensors, where the checkpoint was made by a conversion."""
+    path = checkpoint / CHECKSUMS
+    return read_json(path).get("tensors", {}) if path.is_file() else {}
+
+
+def _compare(name: str, tensor: Tensor, records: Mapping[str, Any]) -> None:
+    record = records.get(name)
+    if record is None or record["dtype"] != str(tensor.dtype).removeprefix("torch."):
+        return
+    if checksum(tensor) != record["crc32"]:
+        raise InputError(
+            f"{name} is not what was converted: its checksum differs from the one in {CHECKSUMS}. "
+            "The checkpoint is damaged; convert it again."
+        )
+
+
+def _in_threads(work: Any, items: list[Entry], workers: int) -> None:
+    """Run ``work`` on every item, a few at a time; the first error ends it."""
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        running: set[Future] = set()
+        for item in items:
+            if len(running) >= workers:
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                for job in done:
+                    job.result()
+            running.add(pool.submit(work, item))
+        for job in running:
+            job.result()

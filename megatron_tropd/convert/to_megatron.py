@@ -1,0 +1,305 @@
+"""HF folder to Megatron ``torch_dist`` checkpoint, bit for bit, one tensor at a time."""
+
+import json
+import threading
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_tropd.config import ParallelConfig
+from megatron_tropd.convert.accounting import (
+    CHECKSUMS,
+    account,
+    check_digests,
+    check_shapes,
+    check_types,
+    checksum,
+    expected_tensors,
+    known_digests,
+)
+from megatron_tropd.convert.checks import check_parallel
+from megatron_tropd.convert.companions import (
+    SUBFOLDER,
+    copy_companions,
+    set_config_dtype,
+)
+from megatron_tropd.convert.families import Entry, ModelShape, model_shape, plan
+from megatron_tropd.convert.hf_folder import HFFolder
+from megatron_tropd.convert.layout import Layout, layout
+from megatron_tropd.convert.pickled_folder import PickledFolder, open_source
+from megatron_tropd.convert.publish import claim, publishing
+from megatron_tropd.convert.torch_dist import Part, write_checkpoint
+from megatron_tropd.errors import InputError
+
+RELEASE = "release"
+TRACKER = "latest_checkpointed_iteration.txt"
+_VOCAB_MULTIPLE = 128  # Megatron's --make-vocab-size-divisible-by
+
+Progress = Callable[[str, int], None]
+"""Called with the name of a finished tensor and its bytes; from any thread."""
+
+
+@dataclass(frozen=True)
+class ToMegatron:
+    """How an HF folder becomes a Megatron checkpoint."""
+
+    hf: Path
+    megatron: Path
+    dtype: torch.dtype | None = None
+    """Type of the stored weights; None: as they are, bit for bit."""
+    tensor_parallel: int = 1
+    """Only pads the vocabulary (to 128 x this) and is noted: the checkpoint loads at any size."""
+    pipeline_parallel: int = 1
+    """Only noted, for Megatron's --use-mp-args-from-checkpoint-args."""
+    force: bool = False
+    allow_pickle: bool = False
+    """Read pytorch_model.bin where there are no safetensors; tensors only, no code runs."""
+    check_downloads: bool = True
+    """Hash weight files whose download left their SHA-256 beside them."""
+    workers: int = 2
+    """Threads; together they hold at most two of the largest tensors, twice."""
+
+
+def hf_to_megatron(job: ToMegatron, progress: Progress = lambda name, size: None) -> None:
+    """Convert; the output appears whole or not at all.
+
+    Args:
+        job: what to do.
+        progress: told of every Megatron tensor written.
+
+    Raises:
+        InputError, ConfigError: the model cannot be converted, or the output exists.
+        OSError: the output could not be written; nothing of it is left.
+    """
+    claim(job.megatron, force=job.force)
+    source = open_source(job.hf, allow_pickle=job.allow_pickle)
+    redundant = check_source(source, job)
+    padded = padded_vocab(source.config, job.tensor_parallel)
+    where = layout(source.config, padded)
+    reading = _Checked(source, job.dtype)
+    if redundant:
+        _check_tied(reading, redundant)
+    parts = _parts(where, reading, progress)
+    with publishing(job.megatron, force=job.force) as folder:
+        (folder / RELEASE).mkdir()
+        common = {
+            "args": _arguments(source.config, padded, job, parts[0].dtype),
+            "checkpoint_version": 3.0,
+            "iteration": 0,
+            "content_metadata": {"singleton_local_shards": False},
+        }
+        write_checkpoint(
+            folder / RELEASE, parts, where.objects, common, workers=max(1, job.workers)
+        )
+        _write_companions(source, folder / SUBFOLDER, job.dtype)
+        _write_checksums(folder / RELEASE, reading)
+        (folder / TRACKER).write_text("release")
+
+
+def check_source(source: HFFolder | PickledFolder, job: ToMegatron) -> list[str]:
+    """Everything that can be wrong before a byte is written, from headers (and known digests).
+
+    Returns:
+        Redundant tensors of the folder: the output layer of a tied model.
+
+    Raises:
+        InputError, ConfigError: says what does not fit.
+    """
+    where = f"Model folder {source.path}"
+    parallel = ParallelConfig(
+        tensor=job.tensor_parallel,
+        pipeline=job.pipeline_parallel,
+        sequence_parallel=job.tensor_parallel > 1,
+    )
+    entries = plan(source.config) if not source.config.get("quantization_config") else []
+    redundant = account(source.config, entries, source.names, where)
+    check_parallel(source.config, parallel, who="model")
+    expected = expected_tensors(entries)
+    check_shapes(expected, {name: source.shape(name) for name in expected}, where)
+    types = {name: source.dtype(name) for name in expected}
+    check_types(types, where)
+    if job.dtype is None:
+        _check_one_type(entries, types, where)
+    if job.check_downloads:
+        check_digests(source.path, known_digests(source.path, source.files))
+    return redundant
+
+
+def padded_vocab(hf_config: dict[str, Any], tensor_parallel: int) -> int:
+    """Rows of the stored embeddings: what Megatron pads the vocabulary to."""
+    multiple = _VOCAB_MULTIPLE * tensor_parallel
+    return -(-model_shape(hf_config).vocab // multiple) * multiple
+
+
+class _Checked:
+    """Reads whole HF tensors, converts them if asked, and keeps their checksums."""
+
+    def __init__(self, source: HFFolder | PickledFolder, dtype: torch.dtype | None) -> None:
+        self.source = source
+        self.dtype = dtype
+        self.records: dict[str, dict[str, Any]] = {}
+        self._lock = threading.Lock()
+
+    def read(self, name: str, *, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
+        tensor = self.source.read(name, dim=dim, start=start, stop=stop)
+        assert tuple(tensor.shape) == self.source.shape(name), "whole tensors are read"
+        tensor = tensor if self.dtype is None else tensor.to(self.dtype)
+        record = {
+            "dtype": str(tensor.dtype).removeprefix("torch."),
+            "shape": list(tensor.shape),
+            "crc32": checksum(tensor),
+        }
+        with self._lock:
+            self.records[name] = record
+        return tensor
+
+    def stored_dtype(self, entry: Entry) -> torch.dtype:
+        """Type in which an entry is stored."""
+        return self.dtype or self.source.dtype(next(iter(entry.operation.hf_shapes())))
+
+
+def _parts(where: Layout, reading: _Checked, progress: Progress) -> list[Part]:
+    shapes, copied = where.shapes(), {old: new for new, old in where.copies.items()}
+
+    def make(entry: Entry, key: str) -> Tensor:
+        tensor = entry.operation.read(reading, 0, 1).contiguous()
+        progress(key, tensor.nbytes)
+        return tensor
+
+    parts = []
+    for entry, place in where.pairs():
+        for key in [place.key, *([copied[place.key]] if place.key in copied else [])]:
+            parts.append(
+                Part(
+                    key=key,
+                    size=shapes[place.key],
+                    lead=place.lead,
+                    dtype=reading.stored_dtype(entry),
+                    make=partial(make, entry, key),
+                )
+            )
+    return parts
+
+
+def _check_one_type(entries: list[Entry], types: dict[str, torch.dtype], where: str) -> None:
+    """Megatron stores equal layers as one tensor: they must have one type."""
+    first: dict[str, tuple[str, torch.dtype]] = {}
+    for entry in entries:
+        kind = entry.name if entry.layer is None else entry.name.split(".", 3)[3]
+        for name in entry.operation.hf_shapes():
+            other, dtype = first.setdefault(kind, (name, types[name]))
+            if types[name] != dtype:
+                raise InputError(
+                    f"{where} holds {other} as {dtype} and {name} as {types[name]}, which Megatron "
+                    "stores in one tensor. Give --dtype to convert them to one type."
+                )
+
+
+def _check_tied(reading: _Checked, redundant: list[str]) -> None:
+    """A tied model may carry its output layer too, if it really is the embedding."""
+    for name in redundant:
+        reading.read("model.embed_tokens.weight")
+        reading.read(name)
+        one, other = reading.records["model.embed_tokens.weight"], reading.records[name]
+        if one != other:
+            raise InputError(
+                f"config.json says tie_word_embeddings = true, but {name} differs from "
+                "model.embed_tokens.weight. Set it to false if the model is not tied."
+            )
+
+
+def _write_companions(
+    source: HFFolder | PickledFolder, folder: Path, dtype: torch.dtype | None
+) -> None:
+    folder.mkdir()
+    copy_companions(source.path, folder)
+    if dtype is not None:
+        set_config_dtype(folder, dtype)
+
+
+def _write_checksums(folder: Path, reading: _Checked) -> None:
+    content = {"format": 1, "tensors": dict(sorted(reading.records.items()))}
+    (folder / CHECKSUMS).write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _arguments(
+    hf_config: dict[str, Any], padded: int, job: ToMegatron, dtype: torch.dtype
+) -> Namespace:
+    """The settings Megatron takes from a checkpoint (--use-checkpoint-args)."""
+    shape = model_shape(hf_config)
+    rope = hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
+    base = rope.get("rope_theta", hf_config.get("rope_theta", 10000.0))
+    return Namespace(
+        **_architecture(shape),
+        rotary_base=int(base) if float(base).is_integer() else base,
+        use_rope_scaling=rope.get("rope_type") == "llama3",
+        rope_scaling_factor=rope.get("factor", 8.0),
+        padded_vocab_size=padded,
+        vocab_size=shape.vocab,
+        make_vocab_size_divisible_by=_VOCAB_MULTIPLE,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        tensor_model_parallel_size=job.tensor_parallel,
+        pipeline_model_parallel_size=job.pipeline_parallel,
+        expert_model_parallel_size=1,
+        virtual_pipeline_model_parallel_size=None,
+        data_parallel_size=1,
+        world_size=job.tensor_parallel * job.pipeline_parallel,
+        ckpt_format="torch_dist",
+        no_save_optim=True,
+        no_save_rng=True,
+        consumed_train_samples=0,
+        skipped_train_samples=0,
+        consumed_valid_samples=0,
+        tokenizer_type="HuggingFaceTokenizer",
+    )
+
+
+def _architecture(shape: ModelShape) -> dict[str, Any]:
+    experts = getattr(shape, "experts", None)
+    settings: dict[str, Any] = {
+        "num_layers": shape.layers,
+        "hidden_size": shape.hidden,
+        "ffn_hidden_size": shape.ffn,
+        "num_attention_heads": shape.heads,
+        "num_query_groups": shape.kv_heads,
+        "group_query_attention": shape.kv_heads != shape.heads,
+        "kv_channels": shape.head_dim,
+        "max_position_embeddings": shape.max_positions,
+        "seq_length": shape.max_positions,
+        "position_embedding_type": "rope",
+        "add_position_embedding": True,  # Megatron's default; without effect beside rope
+        "use_rotary_position_embeddings": True,
+        "rotary_percent": 1.0,
+        "rotary_interleaved": False,
+        "add_bias_linear": False,
+        "add_qkv_bias": shape.qkv_bias,
+        "qk_layernorm": shape.qk_norm,
+        "swiglu": True,
+        "squared_relu": False,
+        "normalization": "RMSNorm",
+        "norm_epsilon": shape.rms_eps,
+        "layernorm_epsilon": shape.rms_eps,  # what Megatron 0.19 calls it
+        "apply_layernorm_1p": False,
+        "apply_query_key_layer_scaling": False,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "untie_embeddings_and_output_weights": not shape.tied,
+    }
+    if experts:
+        settings |= {
+            "num_experts": experts.count,
+            "moe_ffn_hidden_size": experts.ffn,
+            "moe_router_topk": experts.per_token,
+            "moe_router_pre_softmax": not experts.normalized,
+            "moe_router_score_function": "softmax",
+            "moe_layer_freq": 1,
+        }
+    return settings

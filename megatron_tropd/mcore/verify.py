@@ -1,0 +1,141 @@
+"""Whether an HF folder and a Megatron checkpoint are the same model: tensors, then logits."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from megatron_tropd.config import ParallelConfig
+from megatron_tropd.convert.hf_folder import HFFolder
+from megatron_tropd.convert.megatron_folder import MegatronFolder
+from megatron_tropd.mcore import models, parallel, platform
+
+TOLERANCE = 1e-3
+"""Largest accepted difference of logits, as a share of the largest logit."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was compared and how it came out."""
+
+    tensors: int
+    differing: list[str]
+    """HF names whose bits differ."""
+    max_difference: float
+    """Of the logits, over all prompts; absolute."""
+    mean_difference: float
+    largest_logit: float
+
+    @property
+    def passed(self) -> bool:
+        """Every tensor equal bit for bit, and logits within round-off."""
+        close = self.max_difference <= TOLERANCE * self.largest_logit
+        return not self.differing and math.isfinite(self.max_difference) and close
+
+    def text(self) -> str:
+        """For a person."""
+        names = f": {', '.join(self.differing[:5])}" if self.differing else ""
+        return (
+            f"verify: {self.tensors - len(self.differing)} of {self.tensors} tensors are equal bit "
+            f"for bit{names}\n"
+            f"verify: logits differ by at most {self.max_difference:.2e}, on average "
+            f"{self.mean_difference:.2e} (largest logit {self.largest_logit:.1f}, float32)\n"
+            f"verify: {'passed' if self.passed else 'FAILED'}"
+        )
+
+
+def verify(
+    hf: Path,
+    megatron: Path,
+    *,
+    prompts: Sequence[Sequence[int]],
+    hf_config: Path | None = None,
+) -> Verification:
+    """Compare both folders; loads both models whole, in float32.
+
+    Args:
+        hf: HF folder.
+        megatron: Megatron checkpoint.
+        prompts: token ids, each at least one.
+        hf_config: HF folder of the architecture, for a checkpoint that carries none.
+
+    Returns:
+        What differs. Where the types differ, the weights of the wider one are rounded first.
+
+    Raises:
+        InputError: a folder is not whole.
+    """
+    source, checkpoint = HFFolder(hf), MegatronFolder(megatron, hf_config)
+    names, differing = _compare_tensors(source, checkpoint)
+    narrow = _narrower(source.dtype(names[0]), checkpoint.dtype(checkpoint.entries[0]))
+    with torch.no_grad():
+        expected = _transformers_logits(hf, prompts, narrow)
+        found = _megatron_logits(checkpoint, prompts, narrow)
+    vocab = expected[0].shape[-1]
+    gaps = torch.cat(
+        [(e - f[:, :vocab]).abs().flatten() for e, f in zip(expected, found, strict=True)]
+    )
+    return Verification(
+        tensors=len(names),
+        differing=differing,
+        max_difference=gaps.max().item(),
+        mean_difference=gaps.mean().item(),
+        largest_logit=max(e.abs().max().item() for e in expected),
+    )
+
+
+def _compare_tensors(source: HFFolder, checkpoint: MegatronFolder) -> tuple[list[str], list[str]]:
+    names, differing = [], []
+    for entry in checkpoint.entries:
+        for name, stored in checkpoint.read(entry).items():
+            names.append(name)
+            if not _same(source.read(name), stored):
+                differing.append(name)
+    return names, differing
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    dtype = _narrower(one.dtype, other.dtype)
+    one, other = (t.to(dtype).contiguous().view(torch.uint8) for t in (one, other))
+    return torch.equal(one, other)
+
+
+def _narrower(one: torch.dtype, other: torch.dtype) -> torch.dtype:
+    return one if one.itemsize <= other.itemsize else other
+
+
+def _transformers_logits(
+    hf: Path, prompts: Sequence[Sequence[int]], dtype: torch.dtype
+) -> list[Tensor]:
+    model = AutoModelForCausalLM.from_pretrained(
+        str(hf), dtype=dtype, local_files_only=True, trust_remote_code=False
+    )
+    model = model.float().eval().to(platform.device())
+    return [model(torch.tensor([ids], device=platform.device())).logits[0] for ids in prompts]
+
+
+def _megatron_logits(
+    checkpoint: MegatronFolder, prompts: Sequence[Sequence[int]], dtype: torch.dtype
+) -> list[Tensor]:
+    layout = ParallelConfig()
+    ranks = parallel.initialize(layout, seed=1)
+    try:
+        padded = models.padded_vocab_size(checkpoint.config, tensor=1)
+        model = models.build_model(
+            checkpoint, ranks=ranks, parallel=layout, dtype=torch.float32, padded_vocab_size=padded
+        ).eval()
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(dtype))
+        return [_forward(model, ids) for ids in prompts]
+    finally:
+        parallel.shutdown()
+
+
+def _forward(model: torch.nn.Module, ids: Sequence[int]) -> Tensor:
+    tokens = torch.tensor([ids], device=platform.device())
+    positions = torch.arange(len(ids), device=platform.device()).unsqueeze(0)
+    return model(tokens, positions, None)[0].float()
