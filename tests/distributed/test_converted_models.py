@@ -32,6 +32,7 @@ MIXTURE = {
 MODELS = {
     "llama": ({"num_hidden_layers": 4, "num_key_value_heads": 4}, DENSE),
     "qwen2": ({"tie_word_embeddings": True, "num_hidden_layers": 4}, DENSE),
+    "qwen3": ({"num_hidden_layers": 4}, DENSE),
     "mistral": ({"num_hidden_layers": 4}, DENSE),
     "qwen3_moe": ({"num_hidden_layers": 2}, MIXTURE),
     "mixtral": ({"num_hidden_layers": 2}, MIXTURE),
