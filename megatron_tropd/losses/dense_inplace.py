@@ -253,7 +253,7 @@ class _Rows:
     def total(self, name: str, spec: DenseSpec) -> Tensor:
         """[rows] "tv" or "teacher_to_mixture"."""
         if name == "tv":
-            inside = torch.clamp(self.share, max=1.0, out=self._spare)
+            inside = torch.clamp(self.share, max=1.0, out=self._other)
             return inside.sub_(1.0).mul_(self.q).sum(dim=-1).neg_()
         over_mixture = torch.sub(self.ratio, self._log_mixture(spec.mix), out=self._other)
         return over_mixture.mul_(self.share).mul_(self.q).sum(dim=-1)
