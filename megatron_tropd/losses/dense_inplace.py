@@ -2,8 +2,9 @@ r"""The dense passes on a CPU: each exponential is taken once and kept where its
 
 The same sums and gradients as ``dense`` (formulas and names there), in fewer operations. The first
 pass turns the student's logits z into exp(z - a), a the largest of this shard, and the teacher's
-into the same, or into the difference of the two models' shifted logits where the reward is the
-log-ratio itself. The sums that are linear in log-probs then need nothing more: with
+into the same; or, where min(p, q) or a reward is asked for, into the difference of the two models'
+shifted logits, of which p / q is one exponential, and log p/q needs no logarithm. The sums that are
+linear in log-probs then need nothing more: with
 :math:`E = \sum_v e^{z_v - a}` and :math:`M = \sum_v e^{z_v - a} d_v` of a shard, what the whole
 vocabulary's normaliser adds to d is a constant of the row, so they are combined from
 (a, E, M) of every rank (:func:`combine`). Only min(p, q) and the mixture need a second pass.
@@ -19,9 +20,13 @@ from megatron_tropd.losses.dense import DenseSpec, RowCoefficients, Scratch
 MOMENTS = ("reverse_kl", "forward_kl", "student_entropy", "teacher_entropy")
 """Sums of ``dense.SUMS`` that the first pass gives."""
 
-# Keeps quotients and logarithms of probabilities that underflowed finite. They are multiplied by
-# the probability itself, so what they are does not matter.
-_TINY = 2e-38
+# A student's logits further below the largest of their row than this are raised to it, and so is a
+# shard's largest below the whole row's: what becomes of q, 1e-26 or 1e-11 of a shard's largest,
+# changes no sum, and the ratio to it brings p back. The product of both, 1e-37, is not denormal,
+# and one over it is finite.
+_LOWEST, _LOWEST_SHARD = -60.0, -25.0
+# A log-probability that is none.
+_NOTHING = -1e4
 
 
 class InPlacePasses:
@@ -46,10 +51,11 @@ class InPlacePasses:
         )
         self.moments = tuple(name for name in spec.sums if name in MOMENTS)
         self.sums = tuple(name for name in spec.sums if name not in MOMENTS)
-        self._keeps_ratio = spec.reward == "log_ratio"
-        # Where the gradient does without p, the second pass leaves w in the teacher's place.
+        self._keeps_ratio = spec.reward is not None or bool(self.sums)
+        # Where the gradient does without p, the second pass leaves w in the ratio's place.
         self._may_keep_reward = "reward" in spec.sums and not spec.teacher
         self._keeps_reward = False
+        self._is_normalised = False
         self._maxima = student_Tv.new_zeros(student_Tv.shape[0], 2)
 
     def first(self) -> Tensor:
@@ -74,26 +80,52 @@ class InPlacePasses:
             return torch.stack([student_max, student.exp_().sum(dim=-1)], dim=-1)
         teacher = self._teacher[rows]
         teacher_max = _shift(teacher)
-        shifted_q, shifted_p, ratio, spare, spare_p, *_ = buffers
-        if self.moments or self._keeps_ratio:
-            torch.sub(teacher, student, out=ratio)
-            # A sum is finite only if all its terms are: no column excluded by either model.
-            excluded = not bool(ratio.sum().isfinite())
+        shifted_q, shifted_p, ratio, spare, exp_p, *_ = buffers
+        # False for nan as well.
+        ordinary = bool(student.amin() > _LOWEST) and bool(teacher.amin() > _LOWEST)
+        if "student_entropy" in self.moments:
             shifted_q.copy_(student)
+        if "teacher_entropy" in self.moments:
             shifted_p.copy_(teacher)
+        if self._keeps_ratio:
+            torch.exp(teacher, out=exp_p)
+            keep = None if ordinary else self._guarded(student, teacher)
+            ratio = torch.sub(teacher, student, out=teacher)
+        else:
+            keep = None
+            if self.moments:
+                torch.sub(teacher, student, out=ratio)
+            exp_p = teacher.exp_()
         student.exp_()
-        exp_p = teacher.exp_() if not self._keeps_ratio else torch.exp(teacher, out=spare_p)
         columns = [student_max, student.sum(dim=-1), teacher_max, exp_p.sum(dim=-1)]
         for name in self.moments:
             weights = student if name in ("reverse_kl", "student_entropy") else exp_p
             values = {"student_entropy": shifted_q, "teacher_entropy": shifted_p}.get(name, ratio)
             product = torch.mul(weights, values, out=spare)
-            if excluded:
+            if not ordinary:
                 product = torch.where(weights == 0, 0.0, product)
             columns.append(product.sum(dim=-1))
-        if self._keeps_ratio:
-            teacher.copy_(torch.where(student == 0, 0.0, ratio) if excluded else ratio)
+        if keep is not None:
+            student.copy_(keep[0])
+            teacher.copy_(keep[1])
         return torch.stack(columns, dim=-1)
+
+    def _guarded(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        """exp(z - a) and a ratio to keep where logits are far below the largest, or excluded.
+
+        A student's logit too small for its exponential is raised, and the ratio lowered with it:
+        p = q exp(ratio) comes out although q would have been lost.
+        """
+        if self._spec.reward == "log_ratio":  # this reward is infinite where p is 0 and q is not
+            exp_q = student.exp()
+            return exp_q, torch.where(exp_q == 0, 0.0, teacher - student)
+        excluded = (student == -torch.inf) & (teacher == -torch.inf)
+        raised = student.clamp(min=_LOWEST)
+        ratio = teacher.clamp(min=2 * _LOWEST) - raised
+        return (
+            torch.where(excluded, 0.0, raised.exp_()),
+            torch.where(excluded, 0.0, ratio),
+        )
 
     def prepare(self) -> None:
         """Instead of the first two passes, where their results are known."""
@@ -111,12 +143,12 @@ class InPlacePasses:
             for column, name in enumerate(self.sums):
                 if name != "reward":
                     sums[rows, column] = both.total(name, self._spec)
-                    continue
-                reward = both.reward(self._spec)
-                sums[rows, column] = reward.sum(dim=-1)
-                if self._may_keep_reward:
-                    self._teacher[rows] = reward
+            if "reward" in self.sums:  # last: it may take the ratio's place
+                out = self._teacher[rows] if self._may_keep_reward else buffers[1]
+                reward = both.write_reward(self._spec, out)
+                sums[rows, self.sums.index("reward")] = reward.sum(dim=-1)
         self._keeps_reward = self._may_keep_reward
+        self._is_normalised = True
         return sums
 
     def write_gradient(
@@ -138,104 +170,114 @@ class InPlacePasses:
         if columns == 0:
             return
         factors = self._factors(student_norm_T2, teacher_norm_T2)
-        spec, kept = self._spec, self._student if self._teacher is None else self._teacher
+        if self._keeps_reward or not self._keeps_ratio:
+            self._write_from_kept(factors, coefficients, out_Tv)
+            return
         for rows, buffers in self._scratch.slices(num):
-            factor = coefficients.student_T[rows, None]
-            if spec.reward is None or self._keeps_reward:
-                out = torch.mul(self._student[rows], factors[0][rows] * factor, out=out_Tv[rows])
-                if self._keeps_reward:
-                    out.addcmul_(kept[rows], coefficients.reward_T[rows, None])
-                elif spec.teacher:
-                    out.addcmul_(kept[rows], factors[1][rows] * coefficients.teacher_T[rows, None])
-                continue
             both = self._both(rows, factors, buffers)
-            part = both.reward(spec)
-            out = torch.mul(both.q, factor, out=out_Tv[rows])
-            if spec.teacher:
-                out.addcmul_(both.p, coefficients.teacher_T[rows, None])
-            weight = coefficients.reward_T[rows, None]
-            if self._keeps_ratio:  # the only reward that can be infinite
-                part = torch.where(weight == 0, 0.0, part)
-            out.addcmul_(part, weight)
+            if self._spec.reward is None:
+                part = buffers[1].zero_()
+            else:
+                part = both.write_reward(self._spec, buffers[1])
+                weight = coefficients.reward_T[rows, None]
+                if self._spec.reward == "log_ratio":  # the only reward that can be infinite
+                    part = torch.where(weight == 0, 0.0, part)
+                part.mul_(weight)
+            if self._spec.teacher:
+                part.addcmul_(both.p, coefficients.teacher_T[rows, None])
+            torch.addcmul(part, both.q, coefficients.student_T[rows, None], out=out_Tv[rows])
+
+    def _write_from_kept(
+        self, factors: tuple[Tensor, Tensor, Tensor], coefficients: RowCoefficients, out_Tv: Tensor
+    ) -> None:
+        """The gradient where the teacher's place holds w, or its exponentials."""
+        kept = self._student if self._teacher is None else self._teacher
+        for rows, _ in self._scratch.slices(len(out_Tv)):
+            factor = coefficients.student_T[rows, None]
+            if not self._is_normalised:
+                factor = factor * factors[0][rows]
+            out = torch.mul(self._student[rows], factor, out=out_Tv[rows])
+            if self._keeps_reward:
+                out.addcmul_(kept[rows], coefficients.reward_T[rows, None])
+            elif self._spec.teacher:
+                out.addcmul_(kept[rows], factors[1][rows] * coefficients.teacher_T[rows, None])
 
     def _factors(
         self, student_norm_T2: Tensor, teacher_norm_T2: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """[T, 1] each: exp(z - a) -> q, the same for p, and what r is above the kept difference."""
-        log_q = _log_factor(self._maxima[:, 0], student_norm_T2)
-        q = torch.where(self._maxima[:, 0] == -torch.inf, 0.0, log_q.exp())
+        lowest = _LOWEST_SHARD if self._keeps_ratio else -torch.inf
+        log_q = _log_factor(self._maxima[:, 0], student_norm_T2).clamp(min=lowest)
+        log_q = torch.where(self._maxima[:, 0] == -torch.inf, lowest, log_q)
         if teacher_norm_T2 is None:
-            return q[:, None], q[:, None], q[:, None]
-        log_p = _log_factor(self._maxima[:, 1], teacher_norm_T2)
-        p = torch.where(self._maxima[:, 1] == -torch.inf, 0.0, log_p.exp())
-        return q[:, None], p[:, None], (log_p - log_q)[:, None]
+            log_p = log_q
+        else:
+            log_p = _log_factor(self._maxima[:, 1], teacher_norm_T2).clamp(min=_NOTHING)
+            log_p = torch.where(self._maxima[:, 1] == -torch.inf, _NOTHING, log_p)
+        return log_q.exp()[:, None], log_p.exp()[:, None], (log_p - log_q)[:, None]
 
     def _both(
         self, rows: slice, factors: tuple[Tensor, Tensor, Tensor], buffers: tuple[Tensor, ...]
     ) -> "_Rows":
         assert self._teacher is not None
-        q, p, ratio = (factor[rows] for factor in factors)
-        kept = self._teacher[rows]
-        return _Rows(
-            q=torch.mul(self._student[rows], q, out=buffers[0]),
-            p=None if self._keeps_ratio else torch.mul(kept, p, out=buffers[1]),
-            ratio=torch.add(kept, ratio, out=buffers[2]) if self._keeps_ratio else None,
-            spare=buffers[3],
-            other=buffers[4],
-        )
+        student, ratio = self._student[rows], self._teacher[rows]
+        if not self._is_normalised:
+            student.mul_(factors[0][rows])
+            ratio.add_(factors[2][rows])
+        return _Rows(student, ratio, share=buffers[0], spare=buffers[2], other=buffers[3])
 
 
 class _Rows:
-    """q and either p or r of a few rows, in borrowed buffers."""
+    """q and r of a few rows, and what follows from them, in borrowed buffers."""
 
     def __init__(
-        self, *, q: Tensor, p: Tensor | None, ratio: Tensor | None, spare: Tensor, other: Tensor
+        self, q: Tensor, ratio: Tensor, *, share: Tensor, spare: Tensor, other: Tensor
     ) -> None:
-        self.q, self._p, self._ratio, self._spare, self._other = q, p, ratio, spare, other
+        self.q, self.ratio = q, ratio
+        self._share, self._spare, self._other = share, spare, other
+        self._has_share = self._has_log_mixture = False
+
+    @property
+    def share(self) -> Tensor:
+        """p / q."""
+        if not self._has_share:
+            torch.exp(self.ratio, out=self._share)
+            self._has_share = True
+        return self._share
 
     @property
     def p(self) -> Tensor:
-        assert self._p is not None
-        return self._p
+        """In the spare buffer; last of all."""
+        return torch.mul(self.q, self.share, out=self._spare)
 
     def total(self, name: str, spec: DenseSpec) -> Tensor:
         """[rows] "tv" or "teacher_to_mixture"."""
         if name == "tv":
-            return torch.sub(self.q, self._overlap(), out=self._spare).sum(dim=-1)
-        return -self._weighted_log_share(self.p, self.q, 1 - spec.mix).sum(dim=-1)
+            inside = torch.clamp(self.share, max=1.0, out=self._spare)
+            return inside.sub_(1.0).mul_(self.q).sum(dim=-1).neg_()
+        over_mixture = torch.sub(self.ratio, self._log_mixture(spec.mix), out=self._other)
+        return over_mixture.mul_(self.share).mul_(self.q).sum(dim=-1)
 
-    def reward(self, spec: DenseSpec) -> Tensor:
-        """[rows, v] w of ``dense.Reward``, in a buffer that the next call overwrites."""
+    def write_reward(self, spec: DenseSpec, out: Tensor) -> Tensor:
+        """[rows, v] w of ``dense.Reward`` into ``out``, which may be the ratio's place."""
         if spec.reward == "log_ratio":
-            assert self._ratio is not None
-            return torch.mul(self.q, self._ratio, out=self._spare)
+            return torch.mul(self.q, self.ratio, out=out)
         if spec.reward == "mixture":
-            return self._weighted_log_share(self.q, self.p, spec.mix)
-        ratio = self._log_ratio()
-        inside = self._overlap().mul_(ratio)
+            return torch.mul(self._log_mixture(spec.mix), self.q, out=out)
+        inside = torch.clamp(self.share, max=1.0, out=self._spare)
         if spec.reward == "trust":
-            return inside
-        outside = (self.q - self.p).clamp_(min=0.0)
-        return inside.add_(outside.mul_(ratio.clamp_(min=spec.tau)))
+            return torch.mul(self.ratio, inside.mul_(self.q), out=out)
+        floored = torch.clamp(self.ratio, min=spec.tau, out=self._other)
+        # min(p, q) r + (q - min(p, q)) max(r, tau), over q
+        torch.sub(self.ratio, floored, out=out)
+        return out.mul_(inside).add_(floored).mul_(self.q)
 
-    def _overlap(self) -> Tensor:
-        """min(p, q)."""
-        if self._p is not None:
-            return torch.minimum(self._p, self.q, out=self._spare)
-        assert self._ratio is not None
-        return torch.clamp(self._ratio, max=0.0, out=self._spare).exp_().mul_(self.q)
-
-    def _log_ratio(self) -> Tensor:
-        """log p/q, right wherever neither has underflowed."""
-        torch.add(self.q, _TINY, out=self._spare)
-        torch.add(self.p, _TINY, out=self._other)
-        return self._other.div_(self._spare).log_()
-
-    def _weighted_log_share(self, of: Tensor, other: Tensor, share: float) -> Tensor:
-        """of x log((share other + (1 - share) of) / of)."""
-        torch.add(of, _TINY, out=self._spare)
-        torch.div(other, self._spare, out=self._spare)
-        return self._spare.mul_(share).add_(1 - share).log_().mul_(of)
+    def _log_mixture(self, mix: float) -> Tensor:
+        """log((b p + (1 - b) q) / q), in the spare buffer."""
+        if not self._has_log_mixture:
+            torch.mul(self.share, mix, out=self._spare).add_(1 - mix).log_()
+            self._has_log_mixture = True
+        return self._spare
 
 
 def combine(
