@@ -88,7 +88,7 @@ def prepare_platform() -> None:
 
 
 def prepare_training() -> None:
-    """Let ``megatron.training.pretrain`` run on this machine; give it ``--distributed-backend gloo``.
+    """Let ``megatron.training.pretrain`` run here, with ``--distributed-backend gloo``.
 
     Without CUDA only; call it before ``megatron.training`` is imported. Calling it again changes
     nothing.
