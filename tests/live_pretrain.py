@@ -1,0 +1,86 @@
+"""Megatron's own ``pretrain`` on live rollouts; the script that test_live_rollouts.py starts.
+
+    torchrun ... -m megatron_tropd.integrations.on_cpu tests/live_pretrain.py MEGATRON ARGUMENTS
+
+With LIVE (a JSON object: student, prompts, out, and optionally responses and fail) in the
+environment. Every last stage writes what it saw to ``out``.
+"""
+
+import json
+import os
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.enums import ModelType
+from megatron.training import argument_utils, arguments, pretrain
+
+from examples.megatron_lm.pretrain_gpt import model_provider
+from megatron_tropd.config import GuidanceConfig, RolloutConfig
+from megatron_tropd.integrations.live_batches import LiveBatches
+from megatron_tropd.integrations.live_rollouts import LiveRollouts, LiveSettings
+
+LIVE = json.loads(os.environ["LIVE"])
+OUT = Path(LIVE["out"])
+
+
+def loss_func(batch, step, losses):
+    """Cross entropy of the rollouts; records how far Megatron and the engine disagree."""
+    student = (batch["loss_weights"] > 0) & ~batch["teacher_written"]
+    record = {
+        "step": step,
+        "gap": (losses.detach() + batch["rollout_logprobs"])[student].abs().max().item(),
+        "student": int(student.sum()),
+        "teacher": int(batch["teacher_written"].sum()),
+        "ids": batch["sample_id"].tolist(),
+        "labels": batch["labels"].sum(dim=1).tolist(),
+    }
+    with (OUT / f"rank_{dist.get_rank()}.jsonl").open("a") as file:
+        file.write(json.dumps(record) + "\n")
+    weights = batch["loss_weights"]
+    loss, count = (losses * weights).sum(), weights.sum()
+    return loss, count.to(torch.int), {"lm loss": torch.stack([loss.detach(), count])}
+
+
+def forward_step(data_iterator, model, *, live):
+    """A step function like any other, that fails when it is told to."""
+    if live.step == LIVE.get("fail"):
+        raise RuntimeError("told to fail")
+    batch = next(data_iterator)
+    losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    if not parallel_state.is_pipeline_last_stage():
+        return losses, None
+    return losses, partial(loss_func, batch, live.step - 1)
+
+
+def main() -> None:
+    """Train on live rollouts."""
+    args = arguments.parse_and_validate_args(args_defaults={})
+    settings = LiveSettings(
+        student=Path(LIVE["student"]),
+        rollout=RolloutConfig(
+            prompts=LIVE["prompts"],
+            max_new_tokens=12,
+            prompts_per_step=2,
+            samples_per_prompt=4,
+            engine_memory=0.25,
+            num_engines=LIVE.get("engines", 1),
+        ),
+        guidance=GuidanceConfig(responses=LIVE.get("responses")),
+        log_folder=OUT,
+    )
+    with LiveRollouts(settings) as rollouts:
+        live = LiveBatches(rollouts)
+        pretrain(
+            cfg_container=argument_utils.pretrain_cfg_container_from_args(args),
+            train_valid_test_dataset_provider=live.datasets_provider,
+            model_provider=live.watch_model(model_provider),
+            model_type=ModelType.encoder_or_decoder,
+            forward_step_func=live.watch_steps(partial(forward_step, live=live)),
+        )
+
+
+if __name__ == "__main__":
+    main()
