@@ -12,7 +12,7 @@ response token, is optional. Shape suffixes: P = prompt, R = response, S = seque
 """
 
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -111,7 +111,7 @@ def _row(values: NDArray[Any], start: int, length: int) -> Tensor:
 
 
 class RecordedTrajectories(Dataset[dict[str, Tensor]]):
-    """Recorded trajectories, one per item, in the order of the file.
+    """Recorded trajectories, one per item, in the order of the file or files.
 
     A map-style dataset for ``torch.utils.data`` and for Megatron's ``single`` and ``cyclic``
     loaders, whose samplers choose the order. Every line is checked when the dataset is made; only
@@ -130,64 +130,76 @@ class RecordedTrajectories(Dataset[dict[str, Tensor]]):
         """Read the file once, checking every line.
 
         Args:
-            path: JSON lines of tools/rollouts.py.
+            path: JSON lines of tools/rollouts.py; or a folder of such files (``*.jsonl``), one for
+                each round, read one after another in the order of their names.
             seq_length: S, positions of an item; a trajectory of N tokens needs N - 1.
             vocab_size: ids must be below it.
             longer: what becomes of longer trajectories; "truncate" cuts their end.
             tokenizer: the student's; given, it must be the one of the file.
 
         Raises:
-            InputError: the file is missing, empty, no recorded trajectories, of another tokenizer,
+            InputError: a file is missing, empty, no recorded trajectories, of another tokenizer,
                 or a line is broken, does not fit the vocabulary or the sequence length; with the
-                line number.
+                line number. The rounds of a folder are not in order.
         """
         self.path, self.seq_length = Path(path), seq_length
         self._vocab_size = vocab_size
         self._longer = longer
         self.num_truncated = 0
         """Trajectories longer than ``seq_length``, with ``longer="truncate"``."""
-        self._offsets, self._lines = array("q"), array("q")
-        self._index(tokenizer)
+        self._files = sorted(self.path.glob("*.jsonl")) if self.path.is_dir() else [self.path]
+        self._file_of, self._offsets, self._lines = array("q"), array("q"), array("q")
+        if not self._files:
+            raise InputError(f"The folder {path} holds no *.jsonl. Write some: tools/rollouts.py.")
+        headers = [self._index(number, tokenizer) for number in range(len(self._files))]
+        _check_order(headers, self.path)
 
     def __len__(self) -> int:
-        """Trajectories in the file."""
+        """Trajectories in all files."""
         return len(self._offsets)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Item ``index`` of the file, as :func:`training_item` makes it.
+        """Item ``index``, as :func:`training_item` makes it.
 
         Raises:
             IndexError: there is no such item.
-            InputError: the file changed since the dataset was made.
+            InputError: its file changed since the dataset was made.
         """
+        path = self._files[self._file_of[index]]
         # Opened each time: handles cannot be shared between the loader's worker processes.
-        with self.path.open("rb") as file:
+        with path.open("rb") as file:
             file.seek(self._offsets[index])
             line = file.readline()
-        where = f"{self.path}, line {self._lines[index]}"
+        where = f"{path}, line {self._lines[index]}"
         trajectory = _recorded(parse_json_line(line, where), self._vocab_size, where)
         return training_item(trajectory, self.seq_length)
 
-    def _index(self, tokenizer: "PreTrainedTokenizerBase | None") -> None:
-        if self.path.suffix == ".parquet":
+    def _index(
+        self, number_of_file: int, tokenizer: "PreTrainedTokenizerBase | None"
+    ) -> dict[str, Any]:
+        """Check one file and remember where its trajectories are; its header."""
+        path, before = self._files[number_of_file], len(self)
+        if path.suffix == ".parquet":
             raise InputError(
-                f"{self.path} is a parquet file; expected JSON lines. Convert it (pandas: "
+                f"{path} is a parquet file; expected JSON lines. Convert it (pandas: "
                 "read_parquet, then to_json with orient='records', lines=True) and put the header "
                 f'{{"format": "{FORMAT}"}} on the first line.'
             )
-        header_seen = False
-        for number, offset, line in _lines_of(self.path):
-            where = f"{self.path}, line {number}"
+        header: dict[str, Any] = {}
+        for number, offset, line in _lines_of(path):
+            where = f"{path}, line {number}"
             value = parse_json_line(line, where)
-            if not header_seen:
+            if not header:
                 _check_header(value, where, tokenizer)
-                header_seen = True
+                header = value
                 continue
             self._check_length(_recorded(value, self._vocab_size, where), where)
+            self._file_of.append(number_of_file)
             self._offsets.append(offset)
             self._lines.append(number)
-        if not self._offsets:
-            raise InputError(f"{self.path} holds no trajectory. Write some with tools/rollouts.py.")
+        if len(self) == before:
+            raise InputError(f"{path} holds no trajectory. Write some with tools/rollouts.py.")
+        return header
 
     def _check_length(self, trajectory: Recorded, where: str) -> None:
         prompt, response = len(trajectory.prompt_P), len(trajectory.response_R)
@@ -239,6 +251,16 @@ def _check_header(
         raise InputError(
             f"{where}: expected the tokenizer {fingerprint(tokenizer)}, found "
             f"{header.get('tokenizer')}. Write the file with this student."
+        )
+
+
+def _check_order(headers: Sequence[Mapping[str, Any]], path: Path) -> None:
+    rounds = [(header.get("settings") or {}).get("round") for header in headers]
+    known = [number for number in rounds if number is not None]
+    if known != sorted(set(known)):
+        raise InputError(
+            f"The files in {path} are, by name, of the rounds {known}; expected each round once, "
+            "in order. Name them with leading zeros, such as round-007.jsonl."
         )
 
 

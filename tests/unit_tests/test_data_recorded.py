@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.data import ConcatDataset, DataLoader, default_collate
+from torch.utils.data import DataLoader
 
 from megatron_tropd.data.packing import pack
 from megatron_tropd.data.recorded import (
@@ -220,12 +220,19 @@ def test_megatrons_samplers_choose_the_order(tmp_path: Path, workers: int) -> No
     assert pickle.loads(pickle.dumps(data))[3]["tokens"].tolist() == data[3]["tokens"].tolist()
 
 
-def test_rounds_follow_each_other_in_a_concatenation(tmp_path: Path) -> None:
+def write_round(path: Path, number: int) -> Path:
+    header = HEADER | {"settings": {"round": number}}
+    return write(path, [header, *many(4)[1:]])
+
+
+def test_a_folder_is_its_rounds_one_after_another(tmp_path: Path) -> None:
     """What Megatron consumed in earlier rounds leads to the beginning of the newest file."""
     from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
 
-    files = [write(tmp_path / f"round-{k}.jsonl", many(4)) for k in range(2)]
-    data = ConcatDataset([open_file(path) for path in files])
+    for number in (9, 10):
+        write_round(tmp_path / f"round-{number:02d}.jsonl", number)
+    data = open_file(tmp_path)
+    assert len(data) == 8
     sampler = MegatronPretrainingSampler(
         total_samples=len(data),
         consumed_samples=4,
@@ -233,5 +240,15 @@ def test_rounds_follow_each_other_in_a_concatenation(tmp_path: Path) -> None:
         data_parallel_rank=0,
         data_parallel_size=1,
     )
+    assert list(sampler) == [[4, 5], [6, 7]]
     assert first_ids(DataLoader(data, batch_sampler=sampler)) == [[0, 1], [2, 3]]
-    assert default_collate([data[0], data[7]])["sample_id"].shape == (2,)
+    (tmp_path / "round-10.jsonl").rename(tmp_path / "round-010.jsonl")
+    with pytest.raises(InputError, match=r"of the rounds \[10, 9\]; expected each round once"):
+        open_file(tmp_path)
+    with (tmp_path / "round-09.jsonl").open("a") as file:
+        file.write(json.dumps(LINE | {"prompt_ids": [200]}) + "\n")
+    with pytest.raises(InputError, match=r"round-09\.jsonl, line 6: prompt_ids must be in"):
+        open_file(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"holds no \*\.jsonl"):
+        open_file(tmp_path / "empty")
