@@ -2,8 +2,9 @@
 
     torchrun ... -m megatron_tropd.integrations.on_cpu tests/live_pretrain.py MEGATRON ARGUMENTS
 
-With LIVE (a JSON object: student, prompts, out, and optionally responses and fail) in the
-environment. Every last stage writes what it saw to ``out``.
+With LIVE (a JSON object: student, prompts, out, and optionally responses, engines, fail, distil) in
+the environment. Every last stage writes what it saw to ``out``; with distil, where the plug-in
+trains, the weights and the rollouts of every step are written.
 """
 
 import json
@@ -15,12 +16,16 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.enums import ModelType
-from megatron.training import argument_utils, arguments, pretrain
+from megatron.training import argument_utils, arguments, get_args, pretrain
 
 from examples.megatron_lm.pretrain_gpt import model_provider
 from megatron_tropd.config import GuidanceConfig, RolloutConfig
+from megatron_tropd.convert.hf_folder import HFFolder
+from megatron_tropd.integrations import megatron_lm as tropd
 from megatron_tropd.integrations.live_batches import LiveBatches
 from megatron_tropd.integrations.live_rollouts import LiveRollouts, LiveSettings
+from megatron_tropd.mcore.parallel import current_ranks
+from megatron_tropd.mcore.weights import save_hf
 
 LIVE = json.loads(os.environ["LIVE"])
 OUT = Path(LIVE["out"])
@@ -55,10 +60,9 @@ def forward_step(data_iterator, model, *, live):
     return losses, partial(loss_func, batch, live.step - 1)
 
 
-def main() -> None:
-    """Train on live rollouts."""
-    args = arguments.parse_and_validate_args(args_defaults={})
-    settings = LiveSettings(
+def settings() -> LiveSettings:
+    """What is sampled."""
+    return LiveSettings(
         student=Path(LIVE["student"]),
         rollout=RolloutConfig(
             prompts=LIVE["prompts"],
@@ -71,13 +75,50 @@ def main() -> None:
         guidance=GuidanceConfig(responses=LIVE.get("responses")),
         log_folder=OUT,
     )
-    with LiveRollouts(settings) as rollouts:
+
+
+def recording(rollouts):
+    """Rollouts for the plug-in that also leave weights and items of every step in ``out``."""
+
+    def call(model, iteration):
+        items = rollouts(model, iteration)
+        hf = HFFolder(LIVE["student"])
+        padded = get_args().padded_vocab_size
+        save_hf(model, hf, OUT / f"step_{iteration}", current_ranks(), padded_vocab_size=padded)
+        if dist.get_rank() == 0:
+            torch.save(items, OUT / f"items_{iteration}.pt")
+        return items
+
+    return call
+
+
+def no_datasets(num_samples):
+    """Training data that nobody reads."""
+    return iter(()), None, None
+
+
+def main() -> None:
+    """Train on live rollouts, as a step function of one's own does or as the plug-in does."""
+    args = arguments.parse_and_validate_args(tropd.add_arguments, args_defaults={})
+    run = partial(
+        pretrain,
+        cfg_container=argument_utils.pretrain_cfg_container_from_args(args),
+        model_type=ModelType.encoder_or_decoder,
+    )
+    with LiveRollouts(settings()) as rollouts:
+        if LIVE.get("distil"):
+            no_datasets.is_distributed = True
+            with tropd.distillation(recording(rollouts)):
+                run(
+                    train_valid_test_dataset_provider=no_datasets,
+                    model_provider=model_provider,
+                    forward_step_func=tropd.distilling(forward_step),
+                )
+            return
         live = LiveBatches(rollouts)
-        pretrain(
-            cfg_container=argument_utils.pretrain_cfg_container_from_args(args),
+        run(
             train_valid_test_dataset_provider=live.datasets_provider,
             model_provider=live.watch_model(model_provider),
-            model_type=ModelType.encoder_or_decoder,
             forward_step_func=live.watch_steps(partial(forward_step, live=live)),
         )
 

@@ -6,6 +6,7 @@ rollouts are those of Megatron's forward pass, in every step, though the learnin
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -15,6 +16,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from megatron_tropd.config import RolloutConfig
 from megatron_tropd.data.prompts import load_prompts
@@ -154,6 +157,32 @@ def test_an_error_in_the_loop_ends_the_engines(run_folder: dict) -> None:
     run = pretrain(run_folder | {"fail": 2, "engines": 2}, LAYOUTS["tp2"])
     assert run.returncode != 0 and "told to fail" in run.stderr
     assert {record["step"] for record in records(run_folder, 0)} == {0}
+
+
+def test_the_plug_in_distils_on_live_rollouts(
+    run_folder: dict, tiny_model: Callable[..., Path]
+) -> None:
+    teacher = tiny_model("llama", vocab_size=VOCAB, num_hidden_layers=4)
+    run = pretrain(
+        run_folder | {"distil": True},
+        f"{LAYOUTS['pp2']} --tropd-teacher-load {teacher} --tropd-method tropd --log-interval 1",
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert len(re.findall(r"tropd loss: \d", run.stdout)) == 3
+    seen = set()
+    for step in range(3):
+        folder = Path(run_folder["out"])
+        items = torch.load(folder / f"items_{step}.pt")
+        assert len(items) == 8
+        model = AutoModelForCausalLM.from_pretrained(folder / f"step_{step}", dtype=torch.float32)
+        for item in items:
+            with torch.no_grad():
+                logprobs = model(item["tokens"][None]).logits[0].log_softmax(-1)
+            of_labels = logprobs.gather(1, item["labels"][:, None])[:, 0]
+            student = (item["loss_weights"] > 0) & ~item["teacher_written"]
+            assert (of_labels - item["rollout_logprobs"])[student].abs().max() < 1e-4
+            seen.add(tuple(item["labels"].tolist()))
+    assert len(seen) == 24
 
 
 def settings(folder: Path) -> LiveSettings:
