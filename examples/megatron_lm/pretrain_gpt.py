@@ -95,14 +95,17 @@ def datasets_provider(num_samples: list[int]) -> tuple[Any, Any, Any]:
 datasets_provider.is_distributed = True  # every rank reads its own data
 
 
-def main() -> None:
-    """Parse the command line and train."""
-    defaults: dict[str, Any] = {"tokenizer_type": "GPT2BPETokenizer"}
-    if hasattr(arguments, "parse_and_validate_args"):
-        args = arguments.parse_and_validate_args(args_defaults=defaults)
-        settings = {"cfg_container": argument_utils.pretrain_cfg_container_from_args(args)}
-    else:  # megatron-core 0.17 parses in pretrain
-        settings = {"args_defaults": defaults}
+def command_line() -> dict[str, Any]:
+    """Parse the options; what ``pretrain`` of this version wants to know of them."""
+    defaults = {"tokenizer_type": "HuggingFaceTokenizer"}
+    if not hasattr(arguments, "parse_and_validate_args"):  # megatron-core 0.17 parses in pretrain
+        return {"args_defaults": defaults}
+    args = arguments.parse_and_validate_args(args_defaults=defaults)
+    return {"cfg_container": argument_utils.pretrain_cfg_container_from_args(args)}
+
+
+def train(**settings: Any) -> None:
+    """Run Megatron's loop."""
     pretrain(
         train_valid_test_dataset_provider=datasets_provider,
         model_provider=model_provider,
@@ -113,4 +116,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    train(**command_line())

@@ -1,7 +1,7 @@
 """Pretrain a GPT with Megatron's training loop, or distil a teacher into it.
 
 Megatron's wheels carry the loop (``megatron.training.pretrain``) but no script that calls it; this
-one does, with megatron-core 0.17, 0.18 and 0.19. Options are Megatron's and ours (--tropd-*).
+one does, with megatron-core 0.17, 0.18 and 0.19. Options are Megatron's and --tropd-*.
 """
 
 from functools import partial
@@ -99,23 +99,26 @@ def datasets_provider(num_samples: list[int]) -> tuple[Any, Any, Any]:
 datasets_provider.is_distributed = True  # every rank reads its own data
 
 
-def main() -> None:
-    """Parse the command line and train."""
-    defaults: dict[str, Any] = {"tokenizer_type": "GPT2BPETokenizer"}
-    if hasattr(arguments, "parse_and_validate_args"):
-        args = arguments.parse_and_validate_args(tropd.add_arguments, args_defaults=defaults)
-        settings = {"cfg_container": argument_utils.pretrain_cfg_container_from_args(args)}
-    else:  # megatron-core 0.17 parses in pretrain
-        settings = {"args_defaults": defaults, "extra_args_provider": tropd.add_arguments}
-    with tropd.distillation():
-        pretrain(
-            train_valid_test_dataset_provider=datasets_provider,
-            model_provider=model_provider,
-            model_type=ModelType.encoder_or_decoder,
-            forward_step_func=tropd.distilling(forward_step),
-            **settings,
-        )
+def command_line() -> dict[str, Any]:
+    """Parse the options; what ``pretrain`` of this version wants to know of them."""
+    defaults = {"tokenizer_type": "HuggingFaceTokenizer"}
+    if not hasattr(arguments, "parse_and_validate_args"):  # megatron-core 0.17 parses in pretrain
+        return {"args_defaults": defaults, "extra_args_provider": tropd.add_arguments}
+    args = arguments.parse_and_validate_args(tropd.add_arguments, args_defaults=defaults)
+    return {"cfg_container": argument_utils.pretrain_cfg_container_from_args(args)}
+
+
+@tropd.distillation()
+def train(**settings: Any) -> None:
+    """Run Megatron's loop."""
+    pretrain(
+        train_valid_test_dataset_provider=datasets_provider,
+        model_provider=model_provider,
+        model_type=ModelType.encoder_or_decoder,
+        forward_step_func=tropd.distilling(forward_step),
+        **settings,
+    )
 
 
 if __name__ == "__main__":
-    main()
+    train(**command_line())

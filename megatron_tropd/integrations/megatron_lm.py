@@ -179,6 +179,8 @@ class StepLoss:
     seed: int
     iteration: int
     """0-based; with the seed and the sample, key of the mask draws."""
+    check_finite: bool
+    """Whether to have Megatron look for NaN and Inf in each micro-batch's loss."""
 
 
 @dataclass(frozen=True)
@@ -243,7 +245,8 @@ def loss_of_states(scored: Scored, model: torch.nn.Module, hidden_TH: Tensor) ->
     loss = output.loss
     if torch.is_grad_enabled() and model.ddp_config.overlap_grad_reduce:  # type: ignore[union-attr]
         loss = SomeGradient.apply(loss, weight_vH)
-    _check_finite(loss)
+    if settings.check_finite:
+        _check_finite(loss)
     num_tokens = torch.tensor(len(hidden_TH), dtype=torch.int, device=loss.device)
     return loss, num_tokens, report_of(output.values, settings)
 
@@ -402,6 +405,7 @@ class _Plugin:
             metrics=args.tropd_metrics,
             seed=args.seed,
             iteration=args.curr_iteration,
+            check_finite=args.check_for_nan_in_loss_and_grad,
         )
 
     def _fresh_items(self, model: Any, iteration: int) -> Sequence[Mapping[str, Tensor]]:
@@ -521,10 +525,7 @@ def _unrounded_gradient(weight: Tensor) -> Tensor | None:
 def _check_finite(loss: Tensor) -> None:
     """Megatron's own check of each micro-batch's loss (--check-for-nan-in-loss-and-grad)."""
     from megatron.core.rerun_state_machine import get_rerun_state_machine
-    from megatron.training import get_args
 
-    if not get_args().check_for_nan_in_loss_and_grad:
-        return
     for found, name in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
         get_rerun_state_machine().validate_result(
             result=loss,

@@ -3,6 +3,7 @@
 Nothing here imports ``megatron.training``; arguments are Megatron's parsed namespace.
 """
 
+import re
 from argparse import Namespace
 from dataclasses import replace
 from importlib.util import find_spec
@@ -220,7 +221,7 @@ def check_lone_arguments(args: Namespace) -> None:
     given = [
         name
         for name, value in sorted(vars(args).items())
-        if name.startswith("tropd_") and value not in (None, False)
+        if name.startswith("tropd_") and value is not None and value is not False
     ]
     if given:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
@@ -238,4 +239,4 @@ def _in_options(error: Exception) -> str:
     text = str(error)
     for ours, theirs in _OPTIONS.items():
         text = text.replace(ours, theirs)
-    return text
+    return re.sub(r"--tropd-\w+", lambda option: option[0].replace("_", "-"), text)
