@@ -250,13 +250,7 @@ class Job:
         if platform.has_cuda():
             # What torch keeps for later is memory the waking engine needs.
             torch.cuda.empty_cache()
-        if self._mailbox is None:
-            for _ in tensors:  # collective: every rank takes part in the gathers
-                pass
-            self.engines.load_weights(None)
-        else:
-            self.engines.load_weights(self._mailbox.write(tensors))
-            self._mailbox.clear()
+        self.engines.load_tensors(tensors, self._mailbox)
         self.weights_version = version
 
     def objective(

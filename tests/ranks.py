@@ -36,10 +36,14 @@ def run_with_env(world_size: int, fn: Callable[..., None], *args: Any) -> None:
         fn: module-level function (it is pickled by name).
         args: picklable arguments.
     """
+    mp.spawn(_with_env, (world_size, free_port(), fn, args), nprocs=world_size, join=True)
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_with_env, (world_size, port, fn, args), nprocs=world_size, join=True)
+        return int(probe.getsockname()[1])
 
 
 def _with_group(rank: int, world_size: int, store: str, fn: Callable[..., None], args: Any) -> None:

@@ -34,22 +34,32 @@ def read_json_lines(path: str | Path, what: str) -> Iterator[tuple[int, dict[str
         with open(path, "rb") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    yield number, _parse(line, path, number)
+                    yield number, parse_json_line(line, f"{path}, line {number}")
     except OSError as error:
         raise InputError(
             f"The {what} {path} cannot be read: {error.strerror}. Check the path."
         ) from None
 
 
-def _parse(line: bytes, path: str | Path, number: int) -> dict[str, Any]:
+def parse_json_line(line: bytes, where: str) -> dict[str, Any]:
+    """The object in one line of a JSON-lines file.
+
+    Args:
+        line: UTF-8.
+        where: file and line number, for errors.
+
+    Returns:
+        The object.
+
+    Raises:
+        InputError: the line is not a JSON object.
+    """
     try:
         value = json.loads(line)
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both ValueErrors
-        raise InputError(f"{path}, line {number}: expected a JSON object, found {error}.") from None
+        raise InputError(f"{where}: expected a JSON object, found {error}.") from None
     if not isinstance(value, dict):
-        raise InputError(
-            f"{path}, line {number}: expected a JSON object, found {type(value).__name__}."
-        )
+        raise InputError(f"{where}: expected a JSON object, found {type(value).__name__}.")
     return value
 
 

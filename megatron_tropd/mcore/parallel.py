@@ -104,24 +104,34 @@ def initialize(parallel: ParallelConfig, seed: int) -> Ranks:
         expert_model_parallel_size=parallel.expert,
         create_gloo_process_groups=platform.has_cuda(),
     )
-    ranks = Ranks(
+    ranks = current_ranks()
+    tensor_parallel.model_parallel_cuda_manual_seed(seed + 100 * ranks.pp_rank)
+    return ranks
+
+
+def current_ranks() -> Ranks:
+    """This process' place in Megatron's parallel state, which somebody has set up.
+
+    Without context parallelism, and in Megatron's default order of the axes.
+    """
+    from megatron.core import parallel_state
+
+    return Ranks(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
-        tp_size=parallel.tensor,
+        tp_size=parallel_state.get_tensor_model_parallel_world_size(),
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
-        pp_size=parallel.pipeline,
+        pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
         dp_rank=parallel_state.get_data_parallel_rank(),
-        dp_size=parallel.data,
+        dp_size=parallel_state.get_data_parallel_world_size(),
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(),
         mp_group=parallel_state.get_model_parallel_group(),
         embedding_group=parallel_state.get_embedding_group(check_initialized=False),
-        ep_size=parallel.expert,
+        ep_size=parallel_state.get_expert_model_parallel_world_size(),
     )
-    tensor_parallel.model_parallel_cuda_manual_seed(seed + 100 * ranks.pp_rank)
-    return ranks
 
 
 def shutdown() -> None:

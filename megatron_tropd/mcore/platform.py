@@ -5,11 +5,14 @@ generators and asks gradients for the type name ``torch.cuda.FloatTensor``. With
 :func:`prepare_platform` points these at the CPU; models, schedules, DDP, optimizers and
 dist_checkpointing then run on gloo unchanged. With CUDA it changes nothing.
 
-Importing ``megatron_tropd.mcore`` calls it, before anything of Megatron is imported.
+Importing ``megatron_tropd.mcore`` calls it, before anything of Megatron is imported. Megatron's own
+training loop needs more, :func:`prepare_training`.
 """
 
 import contextlib
+import dataclasses
 import functools
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -39,6 +42,7 @@ _FACTORIES = (
     "zeros_like",
 )
 _prepared = False
+_training_prepared = False
 
 
 def has_cuda() -> bool:
@@ -81,6 +85,25 @@ def prepare_platform() -> None:
         _patch_megatron()
     _accept_torch_adam()
     _prepared = True
+
+
+def prepare_training() -> None:
+    """Let ``megatron.training.pretrain`` run here, with ``--distributed-backend gloo``.
+
+    Without CUDA only; call it before ``megatron.training`` is imported. Calling it again changes
+    nothing.
+    """
+    global _training_prepared
+    prepare_platform()
+    if _training_prepared or has_cuda():
+        return
+    _patch_device_queries()
+    _patch_norms()
+    from megatron.core.datasets import utils as dataset_utils
+
+    # The wheel has the compiled helpers, not the Makefile that this looks for.
+    dataset_utils.compile_helpers = lambda: None
+    _training_prepared = True
 
 
 def _compile_nothing(model: Any = None, **kwargs: Any) -> Any:
@@ -330,3 +353,44 @@ def _fill_adam_states(adam: torch.optim.Optimizer) -> None:
                     "exp_avg": torch.zeros_like(parameter.data),
                     "exp_avg_sq": torch.zeros_like(parameter.data),
                 }
+
+
+def _for_training(query: Callable[..., Any], answer: Any) -> Callable[..., Any]:
+    """``answer`` to those who ask from Megatron's training loop, the truth to everybody else."""
+
+    @functools.wraps(query)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        asker = sys._getframe(1).f_globals.get("__name__", "")
+        return answer if asker.startswith("megatron.training") else query(*args, **kwargs)
+
+    return call
+
+
+def _patch_device_queries() -> None:
+    """The loop refuses to start without CUDA, and asks for the architecture."""
+    answers = {"is_available": True, "device_count": 1, "get_device_capability": (10, 0)}
+    for name, answer in answers.items():
+        setattr(torch.cuda, name, _for_training(getattr(torch.cuda, name), answer))
+    from megatron.training import arguments
+
+    arguments.get_device_arch_version = lambda: 10
+
+
+def _patch_norms() -> None:
+    """torch's norms under sequence parallelism: Megatron refuses them as nobody marks the weights.
+
+    Marked, ``finalize_model_grads`` sums their gradients over the tensor-parallel ranks.
+    """
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    build = WrappedTorchNorm.__new__
+
+    def build_marked(cls: type, config: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        norm: torch.nn.Module = build(
+            cls, dataclasses.replace(config, sequence_parallel=False), *args, **kwargs
+        )
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        return norm
+
+    WrappedTorchNorm.__new__ = build_marked

@@ -21,11 +21,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel import (
-    copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
-    vocab_parallel_cross_entropy,
-)
+from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
@@ -33,7 +29,18 @@ from megatron_tropd.config import ParallelConfig, TrainConfig
 from megatron_tropd.data.types import MicroBatch
 from megatron_tropd.losses import HiddenStatesSignal
 from megatron_tropd.mcore import platform
+from megatron_tropd.mcore.hidden import Rows, SomeGradient, loss_token_states, output_weight
 from megatron_tropd.mcore.parallel import Ranks
+
+__all__ = [
+    "LossFn",
+    "StepResult",
+    "Student",
+    "Teacher",
+    "cross_entropy",
+    "output_weight",
+    "run_schedule",
+]
 
 LossFn = Callable[[Tensor, Tensor, MicroBatch, int], tuple[Tensor, dict[str, Tensor]]]
 """(hidden states [T, H], output weight [v, H], micro-batch, its index) -> (summed loss, sums to
@@ -141,15 +148,31 @@ class Student:
 class Teacher:
     """A frozen Megatron model on the student's ranks; gives hidden states, never logits."""
 
-    def __init__(self, model: GPTModel, *, ranks: Ranks, vocab_size: int) -> None:
-        """``vocab_size``: columns that are real in both models."""
+    def __init__(
+        self,
+        model: GPTModel,
+        *,
+        ranks: Ranks,
+        vocab_size: int,
+        weight_vH: Tensor | None = None,
+    ) -> None:
+        """Freeze ``model``.
+
+        Args:
+            model: not wrapped.
+            ranks: this rank's place.
+            vocab_size: columns that are real in both models.
+            weight_vH: [v, H] output layer on the student's columns, where the model's own is
+                sharded otherwise (last stage).
+        """
         model.eval().requires_grad_(False)
         self.model = model
         self.ranks = ranks
         self.vocab_size = vocab_size
+        self.weight_vH = weight_vH
 
     @torch.no_grad()
-    def score(self, micro_batches: Sequence[MicroBatch]) -> list[HiddenStatesSignal]:
+    def score(self, micro_batches: Sequence[Rows]) -> list[HiddenStatesSignal]:
         """The teacher's signal for the loss tokens of each micro-batch.
 
         Args:
@@ -166,15 +189,9 @@ class Teacher:
         )
         if not self.ranks.is_last_stage:
             return []
-        weight = output_weight(self.model)
-        return [HiddenStatesSignal(h, weight, self.vocab_size) for h in hidden]
-
-
-def output_weight(model: GPTModel) -> Tensor:
-    """[v, H] this rank's shard of the output layer (the embedding's, when tied)."""
-    if model.share_embeddings_and_output_weights:
-        return model.shared_embedding_or_output_weight()
-    return model.output_layer.weight
+        if self.weight_vH is None:
+            self.weight_vH = output_weight(self.model)
+        return [HiddenStatesSignal(h, self.weight_vH, self.vocab_size) for h in hidden]
 
 
 def cross_entropy(
@@ -202,7 +219,7 @@ def cross_entropy(
 
 def run_schedule(
     model: torch.nn.Module,
-    micro_batches: Sequence[MicroBatch],
+    micro_batches: Sequence[Rows],
     *,
     forward_step: Callable[..., Any],
     forward_only: bool,
@@ -244,63 +261,18 @@ def _student_forward(
         assert weight_vH is not None, "only the last stage has a loss"
         loss_sum, report = loss_fn(hidden_TH, weight_vH, batch, index)
         if model.ddp_config.overlap_grad_reduce:
-            loss_sum = _SomeGradient.apply(loss_sum, weight_vH)
+            loss_sum = SomeGradient.apply(loss_sum, weight_vH)
         return loss_sum, batch.loss_mask.sum().to(torch.int), report
 
-    return _call(model, batch), loss
-
-
-class _SomeGradient(torch.autograd.Function):
-    """The loss as it is, and a gradient of zeros for the output weight.
-
-    A loss that adds to ``main_grad`` leaves autograd nothing, and a DDP that overlaps its
-    reduction takes a parameter without a gradient for a mistake.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, loss: Tensor, weight_vH: Tensor) -> Tensor:
-        ctx.save_for_backward(weight_vH)
-        return loss.view_as(loss)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        return grads[0], torch.zeros_like(*ctx.saved_tensors)
+    return loss_token_states(model, batch), loss
 
 
 def _forward_only(
-    iterator: Iterator[tuple[int, MicroBatch]], model: torch.nn.Module
+    iterator: Iterator[tuple[int, Rows]], model: torch.nn.Module
 ) -> tuple[Tensor, Callable[..., Tensor]]:
     _, batch = next(iterator)
-    return _call(model, batch), lambda hidden_TH, non_loss_data=True: hidden_TH
-
-
-def _call(model: torch.nn.Module, batch: MicroBatch) -> Tensor:
-    extra = {"fp32_output": False} if isinstance(_inside_ddp(model), Float16Module) else {}
-    return model(
-        input_ids=batch.tokens,
-        position_ids=batch.position_ids,
-        attention_mask=None,
-        output_processor=_hidden_of_loss_tokens,
-        output_processor_context=batch.loss_mask,
-        **extra,
-    )
-
-
-def _inside_ddp(model: torch.nn.Module) -> torch.nn.Module:
-    return model.module if isinstance(model, DistributedDataParallel) else model
-
-
-def _hidden_of_loss_tokens(
-    *, hidden_states: Tensor, context: Tensor, config: Any, **_: Any
-) -> Tensor:
-    """[S(/tp), B, H] -> [T, H], rows in [B, S] order; gradients of the shards are summed."""
-    if config.sequence_parallel:
-        hidden_states = gather_from_sequence_parallel_region(
-            hidden_states, tensor_parallel_output_grad=True
-        )
-    else:
-        hidden_states = copy_to_tensor_model_parallel_region(hidden_states)
-    return hidden_states.transpose(0, 1)[context]
+    mask = getattr(batch, "attention_mask", None)
+    return loss_token_states(model, batch, mask), lambda hidden_TH, non_loss_data=True: hidden_TH
 
 
 def _wrap(

@@ -1,15 +1,17 @@
 """The engines of a run: which rank owns one, and how all ranks use them together."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_tropd.errors import TrainingError
 from megatron_tropd.rollout.engine import RolloutEngine
 from megatron_tropd.rollout.types import Sample, SampleRequest, Sampling
+from megatron_tropd.rollout.weight_sync import WeightMailbox
 
 
 class EnginePool:
@@ -83,6 +85,24 @@ class EnginePool:
                 self._engine.load_weights(folder)
 
         self._together(mine)
+
+    def load_tensors(
+        self, tensors: Iterable[tuple[str, Tensor | None]], mailbox: WeightMailbox | None
+    ) -> None:
+        """Give every engine the weights that come out of ``tensors``.
+
+        Args:
+            tensors: HF names and tensors, ``None`` on ranks without an engine; exhausted on every
+                rank, since making them is collective.
+            mailbox: where a rank with an engine hands them over; None on the others.
+        """
+        if mailbox is None:
+            for _ in tensors:
+                pass
+            self.load_weights(None)
+        else:
+            self.load_weights(mailbox.write(tensors))
+            mailbox.clear()
 
     def sleep(self) -> None:
         """Give every engine's device memory back until the next call."""

@@ -3,19 +3,15 @@
 The format is that of :mod:`megatron_tropd.data.responses`.
 """
 
-import fcntl
 import hashlib
-import json
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from itertools import batched
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_tropd.data.responses import TeacherResponse, header_record, response_record
+from megatron_tropd.data.resumable import ResumableLines
 from megatron_tropd.data.types import Prompt
-from megatron_tropd.errors import InputError
 from megatron_tropd.losses.draws import Purpose, keyed_seed
 from megatron_tropd.rollout.types import Sample, SampleRequest, Sampling
 from megatron_tropd.tasks.exact_match import Engine
@@ -74,13 +70,10 @@ def write_responses(
         "max_new_tokens": max_new_tokens,
         "seed": seed,
     }
-    path = Path(path)
-    if path.exists() and not resume:
-        raise InputError(f"{path} exists. Continue it (resume), remove it, or name another file.")
-    with _open_alone(path) as file:
-        done = _take_up(file, path, header_record(tokenizer, settings))
+    header = header_record(tokenizer, settings)
+    with ResumableLines(path, header, key=("prompt_index", "sample"), resume=resume) as file:
         wanted = [(p, s) for p in prompts for s in range(samples)]
-        missing = [(p, s) for p, s in wanted if (p.index, s) not in done]
+        missing = [(p, s) for p, s in wanted if (p.index, s) not in file.done]
         if not missing:
             return 0
         server = engine()
@@ -94,11 +87,15 @@ def write_responses(
                 for prompt, sample in batch
             ]
             written = server.generate(requests, sampling)
-            for (prompt, number), request, sample in zip(batch, requests, written, strict=True):
-                _append(file, _record(prompt, number, sample, tokenizer, request.seed))
-            _flush(file)
-            done |= {(prompt.index, number) for prompt, number in batch}
-            progress(len(done), len(wanted))
+            file.append(
+                [
+                    _record(prompt, number, sample, tokenizer, request.seed)
+                    for (prompt, number), request, sample in zip(
+                        batch, requests, written, strict=True
+                    )
+                ]
+            )
+            progress(len(file.done), len(wanted))
     return len(missing)
 
 
@@ -127,69 +124,3 @@ def _record(
     response = TeacherResponse(prompt.index, number, sample.token_ids, sample.finish_reason)
     text = tokenizer.decode(list(sample.token_ids), skip_special_tokens=True)
     return response_record(prompt, response, text=text, seed=seed)
-
-
-@contextmanager
-def _open_alone(path: Path) -> Iterator[IO[bytes]]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"Another process is writing {path}. Wait for it or name another file."
-            ) from None
-        yield file
-
-
-def _take_up(file: IO[bytes], path: Path, header: dict[str, Any]) -> set[tuple[int, int]]:
-    """Drop a torn last line, check the header (or write it); the responses already there."""
-    file.seek(0)
-    lines = file.read().split(b"\n")
-    if lines[-1]:
-        file.truncate(file.tell() - len(lines[-1]))
-    complete = lines[:-1]
-    if not complete:
-        _append(file, header)
-        _flush(file)
-        return set()
-    _check_header(_parse(complete[0], path, 1), header, path)
-    records = [_parse(line, path, number) for number, line in enumerate(complete[1:], start=2)]
-    return {(record.get("prompt_index", -1), record.get("sample", -1)) for record in records}
-
-
-def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:
-    try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise InputError(
-            f"{path}, line {number}: expected a JSON object, found {error}. Cut the file off "
-            "before that line to continue it."
-        ) from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}, line {number}: expected a JSON object, found {value!r:.60}.")
-    return value
-
-
-def _check_header(found: dict[str, Any], expected: dict[str, Any], path: Path) -> None:
-    mine = {**expected, **expected["settings"]}
-    theirs = {**found, **(found.get("settings") or {})}
-    differing = [
-        f"{name}: {theirs.get(name)!r} in the file, {mine[name]!r} asked for"
-        for name in mine
-        if name != "settings" and theirs.get(name) != mine[name]
-    ]
-    if differing:
-        raise InputError(
-            f"{path} was made with other settings ({'; '.join(differing)}). Name another file, or "
-            "use the same settings to continue it."
-        )
-
-
-def _append(file: IO[bytes], record: dict[str, Any]) -> None:
-    file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
-
-
-def _flush(file: IO[bytes]) -> None:
-    file.flush()
-    os.fsync(file.fileno())

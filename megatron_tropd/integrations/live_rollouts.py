@@ -1,0 +1,296 @@
+"""Live rollouts for Megatron's training loop: every global batch is sampled by the student of now.
+
+:class:`LiveRollouts` pushes the student's weights into our engines and samples the next prompts. It
+is what ``megatron_lm.distillation(rollouts=...)`` takes; :mod:`.live_batches` makes a data iterator
+of it for training loops with a step function of their own.
+"""
+
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from megatron_tropd.config import GuidanceConfig, RolloutConfig
+from megatron_tropd.convert.hf_folder import HFFolder
+from megatron_tropd.data.prefixes import plan_requests
+from megatron_tropd.data.prompts import load_prompts, prompts_of_step
+from megatron_tropd.data.recorded import recorded, training_item
+from megatron_tropd.data.responses import load_responses
+from megatron_tropd.data.tokenizers import load_tokenizer, stop_token_ids
+from megatron_tropd.data.trajectories import assemble
+from megatron_tropd.data.types import Trajectory
+from megatron_tropd.errors import ConfigError
+from megatron_tropd.mcore import platform
+from megatron_tropd.mcore.parallel import current_ranks
+from megatron_tropd.mcore.weights import export_weights
+from megatron_tropd.rollout.engine import RolloutEngine
+from megatron_tropd.rollout.pool import EnginePool
+from megatron_tropd.rollout.types import Sampling
+from megatron_tropd.rollout.weight_sync import WeightMailbox
+
+
+@dataclass(frozen=True)
+class LiveSettings:
+    """What is sampled, and by whom."""
+
+    student: Path
+    """HF folder of the architecture that is trained: config, tokenizer, and weights the engine
+    starts with (it gets the trained ones before it samples)."""
+    rollout: RolloutConfig
+    """Prompts, samples and engines; prompts_per_step x samples_per_prompt is the global batch."""
+    log_folder: Path
+    """Where the engines' logs go."""
+    guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
+    """Teacher prefixes; none without ``guidance.responses``."""
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """What rollouts must know of the training loop."""
+
+    seq_length: int
+    """S, positions of a row."""
+    padded_vocab_size: int
+    """Rows of the model's embedding, over all tensor-parallel ranks."""
+    seed: int
+    """Keys prompts and samples."""
+    steps: int
+    """Of the whole training: teacher prefixes fall to nothing over them."""
+
+
+class LiveRollouts:
+    """Samples of the student of now, on all ranks.
+
+    A context manager: leaving it, also by an error, ends the engines and removes what is left in
+    shared memory. Not with context parallelism, virtual pipeline stages or
+    ``--overlap-param-gather``, with which weights are not complete between two steps.
+    """
+
+    def __init__(self, settings: LiveSettings) -> None:
+        """Remember the settings; nothing is started yet.
+
+        Args:
+            settings: what to sample.
+        """
+        self.settings = settings
+        self._started = False
+        self._exit = ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the engine of this rank; not collective, harmless twice."""
+        self._exit.close()
+
+    def __call__(self, model: torch.nn.Module, iteration: int) -> list[dict[str, Tensor]]:
+        """The global batch of one iteration of ``pretrain``; the first call starts the engines.
+
+        Args:
+            model: this rank's GPTModel, not wrapped.
+            iteration: 0-based.
+
+        Returns:
+            Items of :func:`megatron_tropd.data.recorded.training_item`, the same on every rank.
+
+        Raises:
+            As :meth:`start` and :meth:`sample`; ConfigError: Megatron's arguments exclude live
+            rollouts.
+
+        Collectives: those of :meth:`start` and :meth:`sample`.
+        """
+        if not self._started:
+            self.start_for_pretrain(model)
+        trajectories = self.sample(model, iteration)
+        return [training_item(recorded(t), self._loop.seq_length) for t in trajectories]
+
+    def start_for_pretrain(self, model: torch.nn.Module) -> Any:
+        """:meth:`start` with what Megatron's arguments say; returns them."""
+        from megatron.training import get_args
+
+        args = get_args()
+        check_arguments(args, self.settings.rollout)
+        loop = LoopSettings(
+            seq_length=args.seq_length,
+            padded_vocab_size=args.padded_vocab_size,
+            seed=args.seed,
+            steps=args.train_iters,
+        )
+        self.start(loop, dtype=next(model.parameters()).dtype)
+        return args
+
+    def start(self, loop: LoopSettings, *, dtype: torch.dtype) -> None:
+        """Start the engines. Collective; Megatron's parallel state is set up.
+
+        Args:
+            loop: the training loop.
+            dtype: of the model's parameters.
+
+        Raises:
+            InputError: the student's folder, the prompts or the responses are unusable.
+            ConfigError: prompts, engines or layout do not fit.
+            TrainingError: an engine did not start.
+
+        Collectives: gathers of the outcome on all ranks.
+        """
+        self._loop, self._ranks = loop, current_ranks()
+        self._read_texts()
+        self._check()
+        self._engines = self._exit.enter_context(self._start_engines(dtype))
+        self._mailbox = (
+            self._exit.enter_context(WeightMailbox()) if self._engines.owns_engine else None
+        )
+        # Models are on the devices already; what is free now stays free.
+        self._engines.sleep()
+        self._started = True
+
+    def sample(self, model: torch.nn.Module, step: int) -> list[Trajectory]:
+        """Sample the global batch of a step with the weights of now.
+
+        Collective, on every rank and outside of the pipeline's schedule.
+
+        Args:
+            model: this rank's GPTModel, not wrapped.
+            step: 0-based; keys prompts and samples, so that a resumed run goes on alike.
+
+        Returns:
+            ``prompts_per_step x samples_per_prompt`` trajectories, the same on every rank.
+
+        Raises:
+            TrainingError: an engine died, or there is no room for the weights.
+
+        Collectives: those of ``export_weights``, gathers of outcome and samples on all ranks.
+        """
+        self._push_weights(model)
+        settings, loop = self.settings, self._loop
+        indices = prompts_of_step(
+            len(self._prompts), settings.rollout.prompts_per_step, step, loop.seed
+        )
+        plans = plan_requests(
+            [self._prompts[i] for i in indices],
+            self._responses,
+            step=step,
+            steps=loop.steps,
+            rollout=settings.rollout,
+            guidance=settings.guidance,
+            seed=loop.seed,
+        )
+        samples = self._engines.generate([plan.request for plan in plans], self._sampling)
+        return assemble(plans, samples, step=step, weights_version=step)
+
+    def _read_texts(self) -> None:
+        folder, rollout = self.settings.student, self.settings.rollout
+        self._folder, tokenizer = HFFolder(folder), load_tokenizer(folder)
+        room = self._loop.seq_length + 1 - rollout.max_new_tokens
+        if room < 1:
+            raise ConfigError(
+                f"rollout.max_new_tokens = {rollout.max_new_tokens} leaves no room for a prompt in "
+                f"a sequence length of {self._loop.seq_length}. Lower it."
+            )
+        self._prompts = load_prompts(
+            rollout.prompts,
+            tokenizer,
+            apply_chat_template=rollout.apply_chat_template,
+            max_prompt_tokens=room,
+        )
+        responses = self.settings.guidance.responses
+        self._responses = load_responses(responses, self._prompts, tokenizer) if responses else None
+        self._sampling = Sampling(
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            stop_token_ids=stop_token_ids(folder, rollout.stop_token_ids),
+        )
+
+    def _check(self) -> None:
+        rollout, ranks = self.settings.rollout, self._ranks
+        if rollout.prompts_per_step > len(self._prompts):
+            raise ConfigError(
+                f"rollout.prompts_per_step = {rollout.prompts_per_step} exceeds the "
+                f"{len(self._prompts)} prompts of {rollout.prompts}. Lower it or add prompts."
+            )
+        if ranks.tp_size * ranks.pp_size * ranks.dp_size != ranks.world_size:
+            raise ConfigError(
+                f"Live rollouts need tensor x pipeline x data = {ranks.world_size} ranks, found "
+                f"{ranks.tp_size} x {ranks.pp_size} x {ranks.dp_size}. Switch context parallelism "
+                "off."
+            )
+        if ranks.world_size % rollout.num_engines:
+            raise ConfigError(
+                f"rollout.num_engines must divide the {ranks.world_size} ranks, found "
+                f"{rollout.num_engines}."
+            )
+
+    def _start_engines(self, dtype: torch.dtype) -> EnginePool:
+        rollout, ranks = self.settings.rollout, self._ranks
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        engines_here = max(1, rollout.num_engines * local // ranks.world_size)
+        longest = max(len(prompt.token_ids) for prompt in self._prompts)
+
+        def make(number: int) -> RolloutEngine:
+            return RolloutEngine(
+                self.settings.student,
+                dtype=str(dtype).removeprefix("torch."),
+                max_model_len=longest + rollout.max_new_tokens,
+                memory=rollout.engine_memory,
+                tensor_parallel=rollout.engine_tensor_parallel,
+                threads=max(1, len(os.sched_getaffinity(0)) // engines_here),
+                log_file=self.settings.log_folder / f"engine_{number:03d}.log",
+            )
+
+        return EnginePool(
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            num_engines=rollout.num_engines,
+            make_engine=make,
+        )
+
+    def _push_weights(self, model: torch.nn.Module) -> None:
+        tensors = export_weights(
+            model,
+            self._folder.config,
+            self._ranks,
+            padded_vocab_size=self._loop.padded_vocab_size,
+            receivers=self._engines.owners,
+            explicit_lm_head=True,
+        )
+        if platform.has_cuda():
+            # What torch keeps for later is memory the waking engine needs.
+            torch.cuda.empty_cache()
+        self._engines.load_tensors(tensors, self._mailbox)
+
+
+def check_arguments(
+    args: Any, rollout: RolloutConfig, more: Sequence[tuple[bool, str]] = ()
+) -> None:
+    """Refuse arguments of Megatron that exclude live rollouts.
+
+    Args:
+        args: Megatron's, validated.
+        rollout: says how large a global batch is.
+        more: further (whether it is wrong, what is needed).
+
+    Raises:
+        ConfigError: names all that have to change.
+    """
+    batch = rollout.prompts_per_step * rollout.samples_per_prompt
+    chunks = getattr(args, "virtual_pipeline_model_parallel_size", None) or 1
+    problems = [
+        *more,
+        (args.global_batch_size != batch, f"--global-batch-size {batch} (prompts x samples)"),
+        (args.rampup_batch_size is not None, "no --rampup-batch-size"),
+        (args.overlap_param_gather, "no --overlap-param-gather"),
+        (args.context_parallel_size != 1, "--context-parallel-size 1"),
+        (chunks != 1, "no virtual pipeline stages"),
+        (args.train_iters is None, "--train-iters"),
+    ]
+    missing = [text for wrong, text in problems if wrong]
+    if missing:
+        raise ConfigError(f"Live rollouts need {'; '.join(missing)}. Change Megatron's arguments.")

@@ -1,0 +1,536 @@
+"""Distillation in a script on Megatron's own training loop (examples/megatron_lm).
+
+    parser gets add_arguments, pretrain gets distilling(forward_step), inside distillation()
+
+The teacher's pass goes through Megatron's pipeline schedule, which cannot be entered from within a
+``forward_step``: while the first stage would send the teacher's activations, the next already waits
+for the student's. The one place where every stage of a pipeline stands at the same point, knows the
+data iterator and has sent nothing yet is the call of the schedule, for training and evaluation
+alike. So while :func:`distillation` is entered, the loop gets a schedule that first draws the
+global batch, has the teacher score it, and then runs the student's schedule on the scored
+micro-batches. Everything else of the loop is Megatron's.
+
+T = loss tokens of a micro-batch, B = rows, S = sequence length, v = vocabulary shard, H = hidden.
+"""
+
+from argparse import Action, ArgumentParser, Namespace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from typing import get_args as choices_of
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from megatron_tropd.convert.hf_folder import HFFolder
+from megatron_tropd.convert.megatron_folder import MegatronFolder
+from megatron_tropd.errors import ConfigError
+from megatron_tropd.integrations import startup
+from megatron_tropd.integrations.global_batch import Batch, draw, share
+from megatron_tropd.loss_config import PRESETS, Importance, LossConfig
+from megatron_tropd.losses import (
+    HiddenStatesSignal,
+    LossTargets,
+    align_output_weight,
+    equal_bounds,
+    keyed_uniform,
+    tropd_loss_from_hidden,
+)
+
+Report = dict[str, Tensor]
+"""Name in Megatron's log -> [2] float32: sum over this rank's tokens and their number."""
+LossTriple = tuple[Tensor, Tensor, Report]
+"""What Megatron's schedules take: summed loss, number of tokens, report."""
+ForwardStep = Callable[..., tuple[Tensor, Callable[..., Any]]]
+"""Megatron's ``forward_step_func``."""
+Rollouts = Callable[[torch.nn.Module, int], Sequence[Mapping[str, Tensor]]]
+"""(this stage's student, unwrapped; iteration, 0-based) -> the global batch, one item per sample
+(``data.recorded.training_item``), the same list on every rank. Called on all ranks, between
+steps."""
+_METRICS = ("tv", "reverse_kl", "forward_kl", "student_entropy", "teacher_entropy")
+
+
+def add_arguments(parser: ArgumentParser) -> ArgumentParser:
+    """Add the ``--tropd-*`` group: pass this as Megatron's ``extra_args_provider``.
+
+    Args:
+        parser: Megatron's.
+
+    Returns:
+        The same parser. Without any of the arguments a script trains as if it had not been called.
+    """
+    group = parser.add_argument_group("tropd", "distillation from a frozen teacher")
+    add = group.add_argument
+    add(
+        "--tropd-teacher-load",
+        metavar="FOLDER",
+        action=_WithPerTokenLoss,
+        help="the teacher: HF folder or Megatron checkpoint (torch_dist); turns distillation on, "
+        "and with it --calculate-per-token-loss",
+    )
+    add(
+        "--tropd-teacher-hf-config",
+        metavar="FOLDER",
+        help="HF folder of the teacher's architecture, for a Megatron checkpoint without one",
+    )
+    add(
+        "--tropd-trajectories",
+        metavar="FILE",
+        help="recorded trajectories (tools/rollouts.py) to train on in place of --data-path",
+    )
+    add("--tropd-method", choices=list(PRESETS), help="the loss (docs/losses.md)")
+    _add_loss_settings(group)
+    add(
+        "--tropd-metrics",
+        action="store_true",
+        help="also log total variation, both divergences and both entropies",
+    )
+    return parser
+
+
+def _add_loss_settings(group: Any) -> None:
+    add = group.add_argument
+    add("--tropd-top-k", type=int, help="support of the forward KL; 0: the whole vocabulary")
+    add("--tropd-tau", type=float, help="floor of the log-ratio, in nats")
+    add("--tropd-jsd-beta", type=float, help="weight of the teacher in the mixture of jsd")
+    add("--tropd-importance", choices=choices_of(Importance), help="correction of stale samples")
+    add("--tropd-beta", type=float, help="weight of teacher-written tokens (default 0.001)")
+
+
+class _WithPerTokenLoss(Action):
+    """Stores the value; Megatron's schedules then divide by the tokens of the global batch."""
+
+    def __call__(self, parser: Any, namespace: Namespace, values: Any, option: Any = None) -> None:
+        setattr(namespace, self.dest, values)
+        namespace.calculate_per_token_loss = True
+
+
+@contextmanager
+def distillation(rollouts: Rollouts | None = None) -> Iterator[None]:
+    """While entered, ``megatron.training.pretrain`` distils if ``--tropd-teacher-load`` was given.
+
+    Without that argument nothing is changed. Enter it after Megatron has parsed its arguments
+    where ``pretrain`` does not parse them itself: then they are checked here, before models are
+    built.
+
+    Args:
+        rollouts: makes the training data of every step; Megatron's training data is then not read.
+
+    Raises:
+        ConfigError: unsupported version or arguments, or ones that do not fit the teacher.
+        InputError: the teacher's folder cannot be used.
+    """
+    startup.check_version()
+    from megatron.training import global_vars, training
+
+    plugin = _Plugin(training.get_forward_backward_func, rollouts)
+    if global_vars._GLOBAL_ARGS is not None:
+        plugin.check(global_vars.get_args())
+    training.get_forward_backward_func = plugin.get_forward_backward_func
+    try:
+        yield
+    finally:
+        training.get_forward_backward_func = plugin.original
+
+
+def distilling(forward_step: ForwardStep) -> ForwardStep:
+    """A ``forward_step_func`` for ``pretrain``.
+
+    Args:
+        forward_step: the script's own, used where no teacher was asked for.
+
+    Returns:
+        The function; while distilling it runs the student without its output layer and returns
+        the hidden states and :func:`loss_of_states`.
+    """
+
+    def step(data_iterator: Any, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(data_iterator, _ScoredBatches):
+            return forward_states(data_iterator.take(), model)
+        from megatron.training import get_args
+
+        if getattr(get_args(), "tropd_teacher_load", None) is not None:
+            raise ConfigError(
+                "--tropd-teacher-load was given, but pretrain runs outside of "
+                "megatron_lm.distillation(). Call it inside: with distillation(): pretrain(...)."
+            )
+        return forward_step(data_iterator, model, *args, **kwargs)
+
+    return step
+
+
+@dataclass(frozen=True)
+class StepLoss:
+    """The loss of one step."""
+
+    config: LossConfig
+    beta: float
+    """Weight of teacher-written tokens."""
+    vocab_size: int
+    """Real columns."""
+    group: dist.ProcessGroup
+    """Tensor-parallel group."""
+    metrics: bool
+    """Whether to report what the loss does not need."""
+    seed: int
+    iteration: int
+    """0-based; with the seed and the sample, key of the mask draws."""
+    check_finite: bool
+    """Whether to have Megatron look for NaN and Inf in each micro-batch's loss."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A micro-batch with what the teacher thinks of it."""
+
+    batch: Batch
+    signal: HiddenStatesSignal | None
+    """Of the T loss tokens; None on all stages but the last."""
+    loss: StepLoss
+
+
+def forward_states(scored: Scored, model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+    """Megatron's ``forward_step`` of a scored micro-batch.
+
+    Args:
+        scored: the micro-batch.
+        model: this stage of the student, as Megatron wrapped it.
+
+    Returns:
+        (hidden states [T, H] on the last stage, the stage's output elsewhere; the loss function).
+    """
+    from megatron_tropd.mcore.hidden import loss_token_states
+
+    batch = scored.batch
+    return loss_token_states(model, batch, batch.attention_mask), partial(
+        loss_of_states, scored, model
+    )
+
+
+def loss_of_states(scored: Scored, model: torch.nn.Module, hidden_TH: Tensor) -> LossTriple:
+    """Megatron's loss function: summed loss, number of loss tokens, report.
+
+    Args:
+        scored: the micro-batch.
+        model: the last stage of the student, as Megatron wrapped it.
+        hidden_TH: [T, H] whole on every tensor-parallel rank.
+
+    Returns:
+        [] float32 sum of weight x loss, [] int32 T, and the sums Megatron divides for its log.
+
+    Collectives: those of :func:`tropd_loss_from_hidden` on the tensor-parallel group.
+    """
+    from megatron_tropd.mcore.hidden import SomeGradient, output_weight, unwrap
+
+    assert scored.signal is not None, "only the last stage has a loss"
+    settings = scored.loss
+    weight_vH = output_weight(unwrap(model))
+    output = tropd_loss_from_hidden(
+        hidden_TH,
+        weight_vH,
+        targets_of(scored),
+        scored.signal,
+        config=settings.config,
+        vocab_size=settings.vocab_size,
+        group=settings.group,
+        beta=settings.beta,
+        metrics=settings.metrics,
+        reduce_hidden_grad=False,  # the model sums it, with its own kind of parallelism
+        main_grad=_unrounded_gradient(weight_vH),
+    )
+    loss = output.loss
+    if torch.is_grad_enabled() and model.ddp_config.overlap_grad_reduce:  # type: ignore[union-attr]
+        loss = SomeGradient.apply(loss, weight_vH)
+    if settings.check_finite:
+        _check_finite(loss)
+    num_tokens = torch.tensor(len(hidden_TH), dtype=torch.int, device=loss.device)
+    return loss, num_tokens, report_of(output.values, settings)
+
+
+def targets_of(scored: Scored) -> LossTargets:
+    """The loss tokens of a micro-batch as the loss takes them."""
+    batch, settings = scored.batch, scored.loss
+    mask = batch.loss_mask
+    uniforms = torch.zeros_like(batch.loss_weights)
+    if settings.config.region == "bernoulli":
+        positions = torch.arange(mask.shape[1]).numpy()
+        for row, sample in enumerate(batch.sample_ids.tolist()):
+            drawn = keyed_uniform(settings.seed, settings.iteration, sample, positions)
+            uniforms[row] = torch.from_numpy(drawn)
+    return LossTargets(
+        ids_T=batch.labels[mask],
+        is_teacher_T=batch.teacher_written[mask],
+        uniforms_T=uniforms[mask],
+        weights_T=batch.loss_weights[mask],
+        rollout_logprobs_T=batch.rollout_logprobs[mask] if batch.sampled else None,
+    )
+
+
+def report_of(values: dict[str, Tensor], settings: StepLoss) -> Report:
+    """Sums and token counts for Megatron's log, TensorBoard and W&B.
+
+    Args:
+        values: [T] each, of the loss.
+        settings: of the step.
+
+    Returns:
+        ``tropd loss``, ``lm loss`` (-log q of the label), ``k1`` (log q - log p), the share of
+        outliers for trust-region losses, and the metrics that were asked for.
+    """
+    shown = {"tropd loss": values["loss"], "lm loss": -values["student_logprob"]}
+    shown["k1"] = values["k1"]
+    if settings.config.objective == "policy_gradient" and settings.config.region != "none":
+        shown["outlier"] = values["outlier"]
+    if settings.metrics:
+        shown |= {name.replace("_", " "): values[name] for name in _METRICS}
+    return {
+        name: torch.stack([value_T.sum(), value_T.new_tensor(float(len(value_T)))])
+        for name, value_T in shown.items()
+    }
+
+
+class _ScoredBatches:
+    """The scored micro-batches of a step, in place of Megatron's data iterator."""
+
+    def __init__(self, scored: Sequence[Scored]) -> None:
+        self._scored = iter(scored)
+
+    def take(self) -> Scored:
+        return next(self._scored)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        raise ConfigError(
+            "While distilling, micro-batches carry the teacher's scores, which pretrain's "
+            "forward_step_func does not know. Pass megatron_lm.distilling(forward_step)."
+        )
+
+
+class _Plugin:
+    """The schedule that Megatron's loop gets while distilling."""
+
+    def __init__(self, original: Callable[..., Any], rollouts: Rollouts | None) -> None:
+        self.original = original
+        self._rollouts = rollouts
+        self._folder: HFFolder | MegatronFolder | None = None
+        self._config = LossConfig()
+        self._teacher: Any = None
+        self._fresh: tuple[int, Sequence[Mapping[str, Tensor]]] | None = None
+
+    def check(self, args: Namespace) -> None:
+        """Check arguments and the teacher's folder, once."""
+        if not hasattr(args, "tropd_teacher_load"):
+            raise ConfigError(
+                "Expected the --tropd-* arguments in Megatron's parser, found none. Give Megatron "
+                "megatron_lm.add_arguments as extra_args_provider."
+            )
+        if args.tropd_teacher_load is None:
+            startup.check_lone_arguments(args)
+            return
+        if self._folder is None:
+            startup.check_arguments(args)
+            self._config = startup.loss_config(args)
+            self._folder = startup.open_teacher(args, _vocab_size())
+
+    def get_forward_backward_func(self, *args: Any, **kwargs: Any) -> Callable[..., Any]:
+        """Megatron's schedule, preceded by the teacher's pass where there is a teacher."""
+        from megatron.training import get_args
+
+        schedule = self.original(*args, **kwargs)
+        settings = get_args()
+        self.check(settings)
+        if settings.tropd_teacher_load is None:
+            return schedule
+        if self._teacher is None:
+            assert self._folder is not None
+            self._teacher = build_teacher(self._folder, settings, _vocab_size())
+        return partial(self._scored_schedule, schedule)
+
+    def _scored_schedule(
+        self,
+        schedule: Callable[..., Any],
+        *,
+        data_iterator: Any,
+        model: Any,
+        num_microbatches: int,
+        seq_length: int,
+        micro_batch_size: int,
+        forward_only: bool = False,
+        **others: Any,
+    ) -> Any:
+        from megatron.training import get_args
+
+        from megatron_tropd.mcore import platform
+
+        args = get_args()
+        how: dict[str, Any] = dict(
+            shape=(micro_batch_size, seq_length),
+            masked=bool(getattr(args, "reset_attention_mask", False)),
+            group=self._teacher.ranks.tp_group,
+            device=platform.device(),
+        )
+        if self._rollouts is None or forward_only:
+            iterator = data_iterator[0] if isinstance(data_iterator, list) else data_iterator
+            batches = draw(iterator, num_microbatches, **how)
+        else:
+            items = self._fresh_items(model, args.curr_iteration)
+            mine = self._own_share(items, num_microbatches, micro_batch_size)
+            batches = share(mine, num_microbatches, **how)
+        self._check_batches(batches)
+        signals = self._teacher.score(batches) or [None] * len(batches)
+        loss = self._step_loss(args)
+        scored = [Scored(b, s, loss) for b, s in zip(batches, signals, strict=True)]
+        return schedule(
+            data_iterator=_ScoredBatches(scored),
+            model=model,
+            num_microbatches=num_microbatches,
+            seq_length=seq_length,
+            micro_batch_size=micro_batch_size,
+            forward_only=forward_only,
+            **others,
+        )
+
+    def _step_loss(self, args: Namespace) -> StepLoss:
+        return StepLoss(
+            config=self._config,
+            beta=0.001 if args.tropd_beta is None else args.tropd_beta,
+            vocab_size=self._teacher.vocab_size,
+            group=self._teacher.ranks.tp_group,
+            metrics=args.tropd_metrics,
+            seed=args.seed,
+            iteration=args.curr_iteration,
+            check_finite=args.check_for_nan_in_loss_and_grad,
+        )
+
+    def _fresh_items(self, model: Any, iteration: int) -> Sequence[Mapping[str, Tensor]]:
+        """The items of an iteration; a repeated one (Megatron's reruns) gets the same again."""
+        from megatron_tropd.mcore.hidden import unwrap
+
+        assert self._rollouts is not None
+        if self._fresh is None or self._fresh[0] != iteration:
+            student = unwrap(model[0] if isinstance(model, list) else model)
+            self._fresh = iteration, self._rollouts(student, iteration)
+        return self._fresh[1]
+
+    def _own_share(
+        self, items: Sequence[Mapping[str, Tensor]], count: int, rows: int
+    ) -> list[dict[str, Tensor]]:
+        """This replica's micro-batches, samples in the order in which Megatron deals them."""
+        ranks = self._teacher.ranks
+        expected = count * rows * ranks.dp_size
+        if len(items) != expected:
+            raise ConfigError(
+                f"Expected {expected} items per step of the rollouts (--global-batch-size), found "
+                f"{len(items)}. Sample as many."
+            )
+        starts = [(n * ranks.dp_size + ranks.dp_rank) * rows for n in range(count)]
+        return [default_collate(list(items[start : start + rows])) for start in starts]
+
+    def _check_batches(self, batches: Sequence[Batch]) -> None:
+        config = self._config
+        sampled = config.objective == "policy_gradient" and config.region != "exact"
+        needs = sampled or config.importance != "none"
+        ranks = self._teacher.ranks
+        if needs and (ranks.is_first_stage or ranks.is_last_stage) and not batches[0].sampled:
+            raise ConfigError(
+                "This --tropd-method trains on tokens that the student sampled, but the dataset "
+                "has given text. Use recorded trajectories, or a method for given text "
+                "(gkd_forward_kl, gkd_reverse_kl, gkd_jsd, tropd_exact)."
+            )
+
+
+def recorded_trajectories(args: Namespace) -> Any:
+    """The dataset of ``--tropd-trajectories``, for a script's datasets provider.
+
+    Args:
+        args: Megatron's.
+
+    Returns:
+        A map-style dataset of :data:`~megatron_tropd.integrations.global_batch.TRAJECTORY` items.
+
+    Raises:
+        InputError: the file does not fit the sequence length, vocabulary or tokenizer.
+    """
+    from megatron_tropd.data.recorded import RecordedTrajectories
+
+    return RecordedTrajectories(
+        args.tropd_trajectories,
+        seq_length=args.seq_length,
+        vocab_size=_vocab_size(),
+        tokenizer=startup.student_tokenizer(args),
+    )
+
+
+def build_teacher(folder: HFFolder | MegatronFolder, args: Namespace, vocab_size: int) -> Any:
+    """The frozen teacher, in the student's layout; collective.
+
+    Args:
+        folder: of ``startup.open_teacher``.
+        args: Megatron's.
+        vocab_size: ids of the student's tokenizer.
+
+    Returns:
+        A ``mcore.step.Teacher``, known to no optimizer, DDP or checkpoint. Its output layer lies on
+        the student's columns.
+
+    Collectives: those of ``build_model``; where the two are padded otherwise, 1 all-to-all.
+    """
+    from megatron_tropd.mcore import models, parallel, platform
+    from megatron_tropd.mcore.hidden import output_weight
+    from megatron_tropd.mcore.step import Teacher
+
+    ranks = parallel.current_ranks()
+    padded = models.padded_vocab_size(folder.config, tensor=ranks.tp_size)
+    # Megatron's random states belong to the student.
+    devices = [torch.cuda.current_device()] if platform.has_cuda() else []
+    with torch.random.fork_rng(devices):
+        model = models.build_model(
+            folder,
+            ranks=ranks,
+            parallel=startup.layout_of(args),
+            dtype=args.params_dtype,
+            padded_vocab_size=padded,
+            who="teacher",
+        )
+    weight_vH = output_weight(model).detach() if ranks.is_last_stage else None
+    if weight_vH is not None and padded != args.padded_vocab_size:
+        weight_vH = align_output_weight(
+            weight_vH,
+            have=equal_bounds(padded, ranks.tp_size),
+            want=equal_bounds(args.padded_vocab_size, ranks.tp_size),
+            group=ranks.tp_group,
+        )
+    return Teacher(model, ranks=ranks, vocab_size=vocab_size, weight_vH=weight_vH)
+
+
+def _vocab_size() -> int:
+    """Ids of the student's tokenizer; the rows above them are padding in both models."""
+    from megatron.training import get_tokenizer
+
+    return int(get_tokenizer().vocab_size)
+
+
+def _unrounded_gradient(weight: Tensor) -> Tensor | None:
+    """Megatron's float32 gradient buffer of a parameter in lower precision, else None."""
+    main_grad: Tensor | None = getattr(weight, "main_grad", None)
+    return None if main_grad is None or main_grad.dtype == weight.dtype else main_grad
+
+
+def _check_finite(loss: Tensor) -> None:
+    """Megatron's own check of each micro-batch's loss (--check-for-nan-in-loss-and-grad)."""
+    from megatron.core.rerun_state_machine import get_rerun_state_machine
+
+    for found, name in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
+        get_rerun_state_machine().validate_result(
+            result=loss,
+            rejection_func=found,
+            message=f"found {name} in the distillation loss",
+            tolerance=0.0,
+            fatal=True,
+        )

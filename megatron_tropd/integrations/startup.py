@@ -1,0 +1,242 @@
+"""What the plug-in refuses before the first step: versions, arguments, a teacher that does not fit.
+
+Nothing here imports ``megatron.training``; arguments are Megatron's parsed namespace.
+"""
+
+import re
+from argparse import Namespace
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from megatron_tropd.config import ParallelConfig
+from megatron_tropd.convert.checks import check_parallel, check_tensors
+from megatron_tropd.convert.families import model_shape
+from megatron_tropd.convert.hf_folder import HFFolder
+from megatron_tropd.convert.megatron_folder import MegatronFolder, is_megatron_folder
+from megatron_tropd.data.tokenizers import check_same_tokenizer, load_tokenizer
+from megatron_tropd.errors import ConfigError
+from megatron_tropd.loss_config import LossConfig, preset
+from megatron_tropd.losses import HiddenStatesSignal, check_signal
+
+SUPPORTED = ("0.17", "0.18", "0.19")
+"""Versions of megatron-core whose training loop was run with the plug-in."""
+_OPTIONS = {
+    "parallel.tensor ": "--tensor-model-parallel-size ",
+    "parallel.tensor.": "--tensor-model-parallel-size.",
+    "parallel.pipeline": "--pipeline-model-parallel-size",
+    "parallel.expert": "--expert-model-parallel-size",
+    "parallel.sequence_parallel = true": "--sequence-parallel",
+    "loss.": "--tropd-",
+}
+"""The trainer's names of settings -> Megatron's options."""
+
+
+def check_version() -> None:
+    """Refuse a megatron-core that lacks what the plug-in stands on.
+
+    Raises:
+        ConfigError: names the version and what is missing.
+    """
+    import megatron.core as core
+
+    version = str(core.__version__)
+    missing = _missing()
+    if missing:
+        raise ConfigError(
+            f"Expected megatron-core {SUPPORTED[0]} to {SUPPORTED[-1]}, found {version}, which "
+            f"lacks {', '.join(missing)}. Install another version; megatron_tropd.losses alone "
+            "needs none of this."
+        )
+
+
+def _missing() -> list[str]:
+    from megatron.core.models.gpt import GPTModel
+
+    missing = [] if hasattr(GPTModel, "_postprocess") else ["GPTModel._postprocess"]
+    if find_spec("megatron.training") is None:
+        return [*missing, "megatron.training (its training loop)"]
+    from megatron.training import training
+
+    for name in ("pretrain", "get_forward_backward_func"):
+        if not hasattr(training, name):
+            missing.append(f"megatron.training.training.{name}")
+    return missing
+
+
+def loss_config(args: Namespace) -> LossConfig:
+    """The loss that the ``--tropd-*`` arguments describe.
+
+    Raises:
+        ConfigError: they do not fit together, or the loss looks at the whole batch first.
+    """
+    if args.tropd_method is None:
+        raise ConfigError(
+            "--tropd-teacher-load needs --tropd-method, a preset such as tropd or gkd_reverse_kl "
+            "(docs/losses.md), found none."
+        )
+    changes = {
+        name: value
+        for name in ("top_k", "tau", "jsd_beta", "importance")
+        if (value := getattr(args, f"tropd_{name}")) is not None
+    }
+    try:
+        config = preset(args.tropd_method, **changes)
+    except ConfigError as error:
+        raise ConfigError(_in_options(error)) from None
+    if config.needs_student_pass:
+        raise ConfigError(
+            f"--tropd-method {args.tropd_method} chooses tokens or rewards by the whole batch, "
+            "which takes a pass of the student before each step; the plug-in has none. Use the "
+            "trainer (tropd distill) or another method."
+        )
+    return config
+
+
+def check_arguments(args: Namespace) -> None:
+    """Refuse what the plug-in was not made for.
+
+    Args:
+        args: Megatron's, validated.
+
+    Raises:
+        ConfigError: names the option and what to change.
+    """
+    for found, option, why in (
+        (_set(args, "context_parallel_size", 1), "--context-parallel-size", "sequences are whole"),
+        (
+            _set(args, "virtual_pipeline_model_parallel_size"),
+            "an interleaved pipeline (--num-layers-per-virtual-pipeline-stage, "
+            "--num-virtual-stages-per-pipeline-rank)",
+            "the teacher has one chunk per stage",
+        ),
+        (_set(args, "mtp_num_layers"), "--mtp-num-layers", "there is one loss per token"),
+        (_set(args, "fp16"), "--fp16", "use --bf16 or 32 bits"),
+        (_set(args, "use_torch_fsdp2"), "--use-torch-fsdp2", "use Megatron's DDP"),
+        (_set(args, "use_megatron_fsdp"), "--use-megatron-fsdp", "use Megatron's DDP"),
+        (_set(args, "hybrid_layer_pattern"), "--hybrid-layer-pattern", "use a GPTModel"),
+        (_set(args, "perform_rl_step"), "--perform-rl-step", "it has data of its own"),
+        (_set(args, "use_tp_pp_dp_mapping"), "--use-tp-pp-dp-mapping", "use the default order"),
+        (
+            getattr(args, "cuda_graph_impl", "none") == "full_iteration"
+            or "full_iteration" in str(getattr(args, "cuda_graph_scope", "")),
+            "CUDA graphs of full iterations",
+            "lengths differ between steps",
+        ),
+    ):
+        if found:
+            raise ConfigError(f"--tropd-method does not go with {option}: {why}. Drop it.")
+    if not args.calculate_per_token_loss:
+        raise ConfigError(
+            "--tropd-method needs --calculate-per-token-loss: micro-batches differ in their "
+            "number of loss tokens. Add it."
+        )
+    loss_config(args)
+
+
+def layout_of(args: Namespace) -> ParallelConfig:
+    """The layout of student and teacher."""
+    return ParallelConfig(
+        tensor=args.tensor_model_parallel_size,
+        pipeline=args.pipeline_model_parallel_size,
+        data=args.data_parallel_size,
+        expert=args.expert_model_parallel_size,
+        uneven_stages=True,
+        sequence_parallel=args.sequence_parallel,
+        distributed_optimizer=args.use_distributed_optimizer,
+    )
+
+
+def open_teacher(args: Namespace, vocab_size: int) -> HFFolder | MegatronFolder:
+    """Open ``--tropd-teacher-load`` and check that it can teach this student.
+
+    Args:
+        args: Megatron's.
+        vocab_size: ids of the student's tokenizer.
+
+    Returns:
+        The folder; its tensors are accounted for.
+
+    Raises:
+        InputError: it is no model folder, not whole, or has another tokenizer.
+        ConfigError: its layers, heads or vocabulary do not fit.
+    """
+    path, hf = args.tropd_teacher_load, args.tropd_teacher_hf_config
+    folder = MegatronFolder(path, hf) if is_megatron_folder(path) else HFFolder(path)
+    if isinstance(folder, HFFolder):
+        check_tensors(folder)
+    try:
+        layout = layout_of(args)
+        if model_shape(folder.config).experts is None and layout.expert > 1:
+            layout = replace(layout, expert=1)
+        check_parallel(folder.config, layout, who="teacher")
+        check_signal(loss_config(args), HiddenStatesSignal, vocab_size=vocab_size)
+    except ConfigError as error:
+        raise ConfigError(_in_options(error)) from None
+    if folder.config["vocab_size"] < vocab_size:
+        raise ConfigError(
+            f"Expected a teacher with at least the {vocab_size} ids of the student's tokenizer, "
+            f"found vocab_size = {folder.config['vocab_size']} in {folder.companions}. Choose a "
+            "teacher with the same tokenizer."
+        )
+    context = folder.config["max_position_embeddings"]
+    if args.seq_length > context:
+        raise ConfigError(
+            f"Expected --seq-length of at most the teacher's context of {context} tokens, found "
+            f"{args.seq_length}. Lower it."
+        )
+    _check_tokenizer(args, folder)
+    return folder
+
+
+def _check_tokenizer(args: Namespace, folder: HFFolder | MegatronFolder) -> None:
+    """Ids mean the same in both; only Hugging Face tokenizers can be compared."""
+    student = _tokenizer_folder(args)
+    if student is not None:
+        check_same_tokenizer(student, folder.companions)
+    elif args.rank == 0:
+        print(
+            f"tropd: ids of --tokenizer-type {args.tokenizer_type} cannot be compared "
+            f"with those of {folder.companions}; only their number was. Make sure that they are "
+            "the same tokenizer.",
+            flush=True,
+        )
+
+
+def student_tokenizer(args: Namespace) -> Any:
+    """The student's transformers tokenizer; None where it has one of another kind."""
+    folder = _tokenizer_folder(args)
+    return None if folder is None else load_tokenizer(folder)
+
+
+def _tokenizer_folder(args: Namespace) -> str | None:
+    folder = args.tokenizer_model
+    known = args.tokenizer_type == "HuggingFaceTokenizer" and folder and Path(folder).is_dir()
+    return folder if known else None
+
+
+def check_lone_arguments(args: Namespace) -> None:
+    """Refuse ``--tropd-*`` arguments without a teacher; raises ConfigError."""
+    given = [
+        name
+        for name, value in sorted(vars(args).items())
+        if name.startswith("tropd_") and value is not None and value is not False
+    ]
+    if given:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ConfigError(
+            f"{options} given without --tropd-teacher-load: expected the teacher's HF folder or "
+            "Megatron checkpoint. Add it, or drop them for plain training."
+        )
+
+
+def _set(args: Namespace, name: str, off: Any = None) -> bool:
+    return getattr(args, name, off) not in (off, None, False, 0)
+
+
+def _in_options(error: Exception) -> str:
+    text = str(error)
+    for ours, theirs in _OPTIONS.items():
+        text = text.replace(ours, theirs)
+    return re.sub(r"--tropd-\w+", lambda option: option[0].replace("_", "-"), text)

@@ -1,0 +1,490 @@
+"""The plug-in through the real ``megatron.training.pretrain``, from the example scripts.
+
+Student and teacher differ in family, width, depth and tying, and their padded vocabularies differ
+on two ranks. What every layout draws is recorded; our own trainer then gets the same batches.
+"""
+
+import json
+import os
+import re
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from megatron_lm import (
+    MICRO_BATCHES,
+    PLAIN,
+    ROWS,
+    SEQUENCE,
+    TROPD,
+    Run,
+    command_line,
+    error_of,
+    history,
+    run_all,
+)
+from ranks import free_port, run_with_env
+
+from megatron_tropd.convert.megatron_folder import MegatronFolder
+from megatron_tropd.convert.to_megatron import ToMegatron, hf_to_megatron
+
+pytestmark = pytest.mark.slow
+
+STEPS = 20
+LAYOUTS = {
+    "tp2": (2, "--tensor-model-parallel-size 2"),
+    "pp2": (2, "--pipeline-model-parallel-size 2"),
+    "tp2_sequence_parallel": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
+    "dp2_overlapped": (
+        2,
+        "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather "
+        "--ddp-bucket-size 3000",
+    ),
+    "tp2_pp2": (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"),
+}
+RESUMED = ("tp2", "pp2", "tp2_pp2")
+METHODS = {"text": "gkd_jsd", "trajectories": "tropd"}
+"""What the items are -> the method they are trained with."""
+BETA = 0.5
+
+
+def _write_text(prefix: Path) -> None:
+    """Documents of random ids as Megatron's indexed dataset."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    generator = torch.Generator().manual_seed(3)
+    for length in torch.randint(20, 90, (300,), generator=generator).tolist():
+        builder.add_item(torch.randint(3, 259, (length,), generator=generator))
+        builder.end_document()
+    builder.finalize(f"{prefix}.idx")
+
+
+class Trajectories(torch.utils.data.Dataset):
+    """Items of the recorded kind: prompts, teacher prefixes, student tokens, padding."""
+
+    def __len__(self) -> int:
+        return 1000
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(index)
+        prompt, prefix, length = (
+            int(torch.randint(low, high, (), generator=generator))
+            for low, high in ((2, 7), (0, 6), (18, SEQUENCE + 1))
+        )
+        place = torch.arange(SEQUENCE)
+        ids = torch.randint(3, 259, (SEQUENCE + 1,), generator=generator)
+        written = (place >= prompt) & (place < length)
+        return {
+            "tokens": ids[:-1],
+            "labels": ids[1:],
+            "position_ids": place,
+            "loss_weights": written.float(),
+            "teacher_written": written & (place < prompt + prefix),
+            "rollout_logprobs": torch.full((SEQUENCE,), -5.0) * written,
+            "sample_id": torch.tensor(index + 10),
+        }
+
+
+def _live(student: torch.nn.Module, iteration: int) -> list[dict[str, torch.Tensor]]:
+    """The items that the loader would deal in this iteration, made between the steps."""
+    assert any(p.requires_grad for p in student.parameters()) and not hasattr(student, "module")
+    size, items = ROWS * MICRO_BATCHES, Trajectories()
+    return [items[iteration * size + i] for i in range(size)]
+
+
+def _watch(out: Path, live: bool = False) -> Callable[[], None]:
+    """Serve :class:`Trajectories` where asked; write down what rank 0 draws."""
+    import torch.distributed as dist
+
+    from megatron_tropd.integrations import megatron_lm
+
+    draw, dataset = megatron_lm.draw, megatron_lm.recorded_trajectories
+    distillation = megatron_lm.distillation
+    drawn: list[Any] = []
+    if live:
+        megatron_lm.distillation = partial(distillation, rollouts=_live)
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        drawn.append(draw(*args, **kwargs))
+        return drawn[-1]
+
+    megatron_lm.draw = watched
+    megatron_lm.recorded_trajectories = lambda args: Trajectories()
+
+    def after() -> None:
+        megatron_lm.draw, megatron_lm.recorded_trajectories = draw, dataset
+        megatron_lm.distillation = distillation
+        if dist.get_rank() == 0:
+            torch.save([[vars(batch) for batch in step] for step in drawn], out)
+
+    return after
+
+
+class Setting:
+    """Folders of the module's runs and what a distilling command line shares."""
+
+    def __init__(self, root: Path, student: Path, teacher: Path) -> None:
+        self.root, self.student, self.teacher = root, student, teacher
+        self.logs = root / "logs"
+        self.logs.mkdir()
+        hf_to_megatron(ToMegatron(student, root / "student", tensor_parallel=2))
+        _write_text(root / "text")
+
+    def data(self, kind: str) -> str:
+        text = f"--data-path {self.root / 'text'} --data-cache-path {self.root / 'cache'}"
+        return text if kind == "text" else "--tropd-trajectories here"
+
+    def arguments(
+        self, kind: str = "text", *, method: str | None = None, steps: int = STEPS
+    ) -> str:
+        return (
+            f"{self.data(kind)} --tropd-teacher-load {self.teacher} --tropd-beta {BETA} "
+            f"--tropd-method {method or METHODS[kind]} --train-iters {steps} "
+            f"--pretrained-checkpoint {self.root / 'student'}"
+        )
+
+    def run(self, name: str, arguments: str, **others: Any) -> Run:
+        others.setdefault("before", partial(_watch, self.root / f"{name}.drawn"))
+        return Run(name, arguments, **others)
+
+    def save(self, name: str) -> Path:
+        return self.root / f"save-{name}"
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory, tiny_model: Callable[..., Path]) -> Setting:
+    """A tied Llama of width 64 and an untied Qwen3 teacher of width 96 and 4 layers."""
+    student = tiny_model("llama", tie_word_embeddings=True)
+    teacher = tiny_model("qwen3", hidden_size=96, num_hidden_layers=4, seed=5)
+    return Setting(tmp_path_factory.mktemp("megatron_lm"), student, teacher)
+
+
+def _layout_runs(setting: Setting, layout: str) -> list[Run]:
+    options = LAYOUTS[layout][1]
+    runs = []
+    for kind in METHODS:
+        name = f"{layout}-{kind}"
+        saved = f"--save {setting.save(name)} --save-interval 10" if layout in RESUMED else ""
+        runs.append(setting.run(name, f"{setting.arguments(kind)} {options} {saved}"))
+    if layout in RESUMED:
+        whole = f"{layout}-text"
+        runs.append(
+            setting.run(
+                f"{whole}-resumed",
+                f"{setting.arguments('text')} {options} --load {setting.save(whole)} "
+                f"--ckpt-step 10 --save {setting.save(whole)}-resumed",
+            )
+        )
+    if layout == "dp2_overlapped":
+        live = partial(_watch, setting.root / "live.drawn", live=True)
+        on_text = setting.arguments("text", method="tropd", steps=5)
+        runs.append(setting.run("live", f"{on_text} {options}", before=live))
+    return runs
+
+
+def _refused_runs(setting: Setting) -> list[Run]:
+    base = setting.arguments()
+    without_teacher = f"{setting.data('text')} --train-iters 2 --tropd-method tropd"
+    return [
+        setting.run("lone", without_teacher),
+        setting.run("sampled_on_text", setting.arguments(method="tropd")),
+        setting.run("no_method", re.sub("--tropd-method [a-z_]+", "", base)),
+        setting.run("context_parallel", f"{base} --context-parallel-size 2"),
+        setting.run(
+            "interleaved",
+            f"{base} --pipeline-model-parallel-size 2 --num-layers 4 "
+            "--num-virtual-stages-per-pipeline-rank 2",
+        ),
+        setting.run("bigger_vocabulary", base.replace("--tropd", "--vocab-size 300 --tropd", 1)),
+    ]
+
+
+@pytest.fixture(scope="module")
+def logs(setting: Setting) -> dict[str, str]:
+    """Name of a run -> its log."""
+    found = {}
+    for world_size in (2, 4):
+        layouts = [name for name, (size, _) in LAYOUTS.items() if size == world_size]
+        runs = [run for layout in layouts for run in _layout_runs(setting, layout)]
+        if world_size == 2:
+            runs += _refused_runs(setting)
+        found |= run_all(world_size, runs, setting.logs)
+    return found
+
+
+@pytest.fixture(scope="module")
+def own(setting: Setting, logs: dict[str, str]) -> dict[str, torch.Tensor]:
+    """Kind of items -> [steps, 2] loss and gradient norm of our own trainer on one rank."""
+    run_with_env(1, _own_trainer, setting)
+    read = json.loads((setting.root / "own.json").read_text())
+    return {kind: torch.tensor(values, dtype=torch.float64) for kind, values in read.items()}
+
+
+def _own_trainer(setting: Setting) -> None:
+    histories = {kind: _train(setting, kind) for kind in METHODS}
+    (setting.root / "own.json").write_text(json.dumps(histories))
+
+
+def _train(setting: Setting, kind: str) -> list[list[float]]:
+    from megatron.core import parallel_state
+
+    from megatron_tropd.config import ParallelConfig, TrainConfig
+    from megatron_tropd.convert.hf_folder import HFFolder
+    from megatron_tropd.data.packing import LossCounts
+    from megatron_tropd.data.types import Segment
+    from megatron_tropd.loss_config import preset
+    from megatron_tropd.mcore import models, parallel
+    from megatron_tropd.mcore.step import Student, Teacher
+    from megatron_tropd.objective import StepObjective
+
+    layout, dtype = ParallelConfig(), torch.float32
+    ranks = parallel.initialize(layout, seed=1)
+    build = dict(ranks=ranks, parallel=layout, dtype=dtype, padded_vocab_size=320)
+    student = models.build_model(HFFolder(setting.student), **build)
+    learner = Student(
+        student,
+        train=TrainConfig(steps=STEPS, lr=1e-2),
+        parallel=layout,
+        ranks=ranks,
+        dtype=dtype,
+    )
+    teacher = models.build_model(HFFolder(setting.teacher), **build)
+    scorer = Teacher(teacher, ranks=ranks, vocab_size=259)
+    rows = []
+    for step, drawn in enumerate(torch.load(setting.root / f"tp2-{kind}.drawn")):
+        batches = [_micro_batch(batch, step) for batch in drawn]
+        segments = torch.stack([batch.segments for batch in batches])
+        counts = LossCounts(
+            int((segments == Segment.TEACHER).sum()), int((segments == Segment.STUDENT).sum()), 0
+        )
+        objective = StepObjective(
+            scorer.score(batches),
+            config=preset(METHODS[kind]),
+            beta=BETA,
+            vocab_size=259,
+            group=ranks.tp_group,
+            counts=counts,
+            counted=True,
+            device=torch.device("cpu"),
+        )
+        result = learner.train_step(batches, objective)
+        rows.append([objective.sums.reduce().metrics()["loss"], result.grad_norm])
+    parallel_state.destroy_model_parallel()
+    return rows
+
+
+def _micro_batch(batch: dict[str, Any], step: int) -> Any:
+    from megatron_tropd.data.types import MicroBatch, Segment
+    from megatron_tropd.losses import keyed_uniform
+
+    trained = batch["loss_weights"] != 0
+    writers = torch.where(batch["teacher_written"], Segment.TEACHER, Segment.STUDENT)
+    uniforms = [
+        keyed_uniform(1234, step, sample, np.arange(SEQUENCE))
+        for sample in batch["sample_ids"].tolist()
+    ]
+    return MicroBatch(
+        tokens=batch["tokens"],
+        labels=batch["labels"],
+        segments=torch.where(trained, writers, Segment.PROMPT),
+        position_ids=batch["position_ids"],
+        response_positions=torch.zeros_like(batch["tokens"]),
+        rollout_logprobs=batch["rollout_logprobs"],
+        uniforms=torch.from_numpy(np.stack(uniforms)),
+        masked=torch.zeros_like(trained),
+        rows=tuple(range(ROWS)),
+    )
+
+
+@pytest.mark.parametrize("kind", METHODS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_megatron_lm_trains_as_our_own_trainer(layout, kind, logs, own):
+    log = logs[f"{layout}-{kind}"]
+    expected = own[kind]
+    torch.testing.assert_close(history(log, "tropd loss"), expected[:, 0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(history(log, "grad norm"), expected[:, 1], rtol=1e-3, atol=6e-4)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_megatron_lm_loss_falls(layout, logs):
+    loss = history(logs[f"{layout}-text"], "tropd loss")
+    assert len(loss) == STEPS and loss[-5:].mean() < 0.8 * loss[0]
+
+
+def test_megatron_lm_draws_the_same_batches_in_every_layout(setting, logs):
+    for kind in METHODS:
+        drawn = {
+            layout: torch.load(setting.root / f"{layout}-{kind}.drawn")
+            for layout in LAYOUTS
+            if not layout.startswith("dp2")
+        }
+        first = drawn["tp2"]
+        assert len(first) == STEPS and len(first[0]) == MICRO_BATCHES
+        for other in drawn.values():
+            for mine, theirs in zip(first, other, strict=True):
+                for a, b in zip(mine, theirs, strict=True):
+                    assert all(torch.equal(a[k], b[k]) for k in a if torch.is_tensor(a[k]))
+
+
+@pytest.mark.parametrize("layout", RESUMED)
+def test_megatron_lm_resumes_as_if_nothing_had_happened(layout, setting, logs):
+    whole, resumed = logs[f"{layout}-text"], logs[f"{layout}-text-resumed"]
+    expected, found = history(whole, "tropd loss")[10:], history(resumed, "tropd loss")
+    assert torch.equal(expected[2:], found[2:])
+    torch.testing.assert_close(expected, found, rtol=0, atol=3e-7)
+    assert torch.equal(history(whole, "grad norm")[10:], history(resumed, "grad norm"))
+    one, other = (
+        MegatronFolder(setting.save(f"{layout}-text{end}"), setting.student)
+        for end in ("", "-resumed")
+    )
+    for entry in one.entries:
+        mine, theirs = one.read(entry), other.read(entry)
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_megatron_lm_checkpoint_holds_the_student_only(setting, logs):
+    # Opening accounts for every tensor; the optimizer has as many moments as there are weights.
+    folder = MegatronFolder(setting.save("tp2-text"), setting.student)
+    names = folder.reader.names
+    weights = {n for n in names if not n.startswith("optimizer.")}
+    moments = {n for n in names if n.startswith("optimizer.state.exp_avg.")}
+    assert len(moments) == len(weights)
+    assert not any("teacher" in n for n in names)
+
+
+def test_megatron_lm_takes_live_rollouts_between_steps(logs):
+    recorded = logs["dp2_overlapped-trajectories"]
+    for name in ("tropd loss", "grad norm"):
+        assert torch.equal(history(logs["live"], name), history(recorded, name)[:5])
+
+
+def _plain_run(setting: Setting, name: str, script: Path, first: str = "") -> MegatronFolder:
+    """Ten steps of plain pretraining in a process of its own; ``first`` comes before all else."""
+    arguments = f"{setting.data('text')} --train-iters 10 --save {setting.save(name)}"
+    code = f"""
+{first}
+import queue, runpy, sys
+from megatron_tropd.mcore import platform
+platform.prepare_training()
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+filesystem_async._results_queue = queue.Queue()
+sys.argv = {command_line(script, arguments)!r}
+runpy.run_path(sys.argv[0], run_name="__main__")
+print("plug-in imported:", "megatron_tropd.integrations.megatron_lm" in sys.modules)
+"""
+    environment = os.environ | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert f"plug-in imported: {bool(first) or script == TROPD}" in done.stdout
+    return MegatronFolder(setting.save(name), setting.student)
+
+
+def test_megatron_lm_changes_nothing_where_it_was_not_asked_to_distil(setting):
+    plain = _plain_run(setting, "plain", PLAIN)
+    imported = "import megatron_tropd.integrations.megatron_lm"
+    others = [
+        _plain_run(setting, "imported", PLAIN, imported),
+        _plain_run(setting, "without-arguments", TROPD),
+    ]
+    for other in others:
+        for name in sorted(plain.reader.names):
+            mine, theirs = plain.reader.read(name), other.reader.read(name)
+            assert torch.equal(mine, theirs), name
+
+
+def _one_hot_teacher(student: str, out: str) -> None:
+    """Gradients of Megatron's cross entropy and of the forward KL from the labels themselves."""
+    import torch.distributed as dist
+
+    from megatron_tropd.config import ParallelConfig, TrainConfig
+    from megatron_tropd.convert.hf_folder import HFFolder
+    from megatron_tropd.integrations import megatron_lm
+    from megatron_tropd.integrations.global_batch import Batch
+    from megatron_tropd.loss_config import preset
+    from megatron_tropd.losses import HiddenStatesSignal
+    from megatron_tropd.mcore import models, parallel, platform
+    from megatron_tropd.mcore.step import Student
+
+    platform.prepare_training()
+    loss_func = runpy.run_path(str(PLAIN))["loss_func"]
+    layout, vocab = ParallelConfig(tensor=2, sequence_parallel=True), 384
+    ranks = parallel.initialize(layout, seed=1)
+    model = models.build_model(
+        HFFolder(Path(student)),
+        ranks=ranks,
+        parallel=layout,
+        dtype=torch.float32,
+        padded_vocab_size=vocab,
+    )
+    chunk = Student(
+        model, train=TrainConfig(steps=1), parallel=layout, ranks=ranks, dtype=torch.float32
+    ).chunk
+    generator = torch.Generator().manual_seed(1)
+    tokens, labels = torch.randint(0, 259, (2, ROWS, SEQUENCE), generator=generator)
+    weights = (torch.rand(ROWS, SEQUENCE, generator=generator) < 0.7).float()
+    positions = torch.arange(SEQUENCE).expand(ROWS, -1)
+    nothing = torch.zeros(ROWS, SEQUENCE)
+
+    losses = chunk(tokens, positions, None, labels=labels)
+    expected, num_tokens, _ = loss_func(weights, losses)
+    expected.backward()
+    mine = {name: p.main_grad.clone() for name, p in model.named_parameters()}
+    chunk.zero_grad_buffer()
+
+    # Logits of 200 at the label and 0 elsewhere: exactly one-hot in float32.
+    one_hot_TV = 200 * torch.nn.functional.one_hot(labels[weights != 0], vocab).float()
+    half = vocab // 2
+    identity_vV = torch.eye(vocab)[ranks.tp_rank * half : (ranks.tp_rank + 1) * half]
+    # Megatron's cross entropy counts padding columns as real ones.
+    settings = megatron_lm.StepLoss(
+        preset("gkd_forward_kl"), 1.0, vocab, ranks.tp_group, False, 1, 0, False
+    )
+    batch = Batch(
+        tokens, labels, positions, weights, nothing.bool(), nothing, torch.zeros(ROWS), None, False
+    )
+    signal = HiddenStatesSignal(one_hot_TV, identity_vV.contiguous(), vocab)
+    states, loss_of = megatron_lm.forward_states(megatron_lm.Scored(batch, signal, settings), chunk)
+    loss, count, report = loss_of(states)
+    loss.backward()
+    assert count == num_tokens
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(report["lm loss"][0], expected.detach())
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.main_grad, mine[name], rtol=1e-4, atol=1e-5)
+    norm = torch.stack([g.norm() for g in mine.values()]).norm()
+    assert norm > 1 and len(mine) == 14
+    if dist.get_rank() == 0:
+        Path(out).write_text("checked")
+
+
+def test_megatron_lm_with_a_one_hot_teacher_is_megatrons_cross_entropy(setting):
+    out = setting.root / "one-hot"
+    run_with_env(2, _one_hot_teacher, str(setting.student), str(out))
+    assert out.read_text() == "checked"
+
+
+REFUSED = {
+    "lone": "--tropd-method given without --tropd-teacher-load",
+    "sampled_on_text": "the dataset has given text",
+    "no_method": "--tropd-teacher-load needs --tropd-method",
+    "context_parallel": "--context-parallel-size",
+    "interleaved": "interleaved pipeline",
+    "bigger_vocabulary": "at least the 300 ids of the student's tokenizer",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_megatron_lm_refuses_before_the_first_step(name, logs):
+    assert "iteration        1/" not in logs[name]
+    assert REFUSED[name] in error_of(logs[name])

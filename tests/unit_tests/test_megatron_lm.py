@@ -1,0 +1,261 @@
+"""What the plug-in for Megatron's training loop does and refuses, without running the loop."""
+
+import argparse
+import difflib
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_tropd.errors import ConfigError, InputError
+from megatron_tropd.integrations import global_batch, megatron_lm, startup
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "megatron_lm"
+
+
+def arguments(*options: str, **others: object) -> Namespace:
+    """What Megatron's parser would leave of a command line."""
+    parser = megatron_lm.add_arguments(argparse.ArgumentParser())
+    parser.add_argument("--calculate-per-token-loss", action="store_true")
+    args = parser.parse_args(options)
+    settings = {
+        "tensor_model_parallel_size": 1,
+        "pipeline_model_parallel_size": 1,
+        "data_parallel_size": 1,
+        "expert_model_parallel_size": 1,
+        "context_parallel_size": 1,
+        "virtual_pipeline_model_parallel_size": None,
+        "sequence_parallel": False,
+        "use_distributed_optimizer": False,
+        "tokenizer_type": "NullTokenizer",
+        "tokenizer_model": None,
+        "seq_length": 64,
+        "rank": 0,
+    }
+    for name, value in (settings | others).items():
+        setattr(args, name, value)
+    return args
+
+
+def teach(folder: Path, *options: str, **others: object) -> Namespace:
+    """Arguments with a teacher and a method."""
+    return arguments(
+        "--tropd-teacher-load", str(folder), "--tropd-method", "gkd_jsd", *options, **others
+    )
+
+
+def test_megatron_lm_example_differs_from_the_plain_script_by_less_than_30_lines() -> None:
+    scripts = [
+        (EXAMPLE / name).read_text().splitlines()
+        for name in ("pretrain_gpt.py", "pretrain_gpt_tropd.py")
+    ]
+    lines = difflib.unified_diff(*scripts, "pretrain_gpt.py", "pretrain_gpt_tropd.py", "", "", n=1)
+    diff = [line.rstrip() for line in lines]
+    changed = [line for line in diff[2:] if line[:1] in "+-"]
+    assert 5 < len(changed) < 30
+    readme = [line.rstrip() for line in (EXAMPLE / "README.md").read_text().splitlines()]
+    shown = "\n".join(readme).split("```diff\n")[1].split("\n```")[0]
+    assert shown.splitlines() == diff, "the README shows another diff"
+
+
+def test_megatron_lm_teacher_turns_on_the_per_token_loss() -> None:
+    assert not arguments().calculate_per_token_loss
+    assert arguments("--tropd-teacher-load", "x").calculate_per_token_loss
+
+
+def test_megatron_lm_settings_have_the_names_of_the_config() -> None:
+    args = arguments(
+        *["--tropd-teacher-load", "x", "--tropd-method", "tropd_clip", "--tropd-tau", "-1.5"],
+        *["--tropd-importance", "truncated", "--tropd-top-k", "8"],
+    )
+    config = startup.loss_config(args)
+    assert (config.outlier, config.tau, config.importance) == ("clip", -1.5, "truncated")
+    assert config.top_k == 8
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ("--tropd-method top_d", "takes a pass of the student before each step"),
+        ("--tropd-method gkd_jsd --tropd-jsd-beta 1.0", "--tropd-jsd-beta must be strictly"),
+        ("--tropd-method tropd --tropd-top-k 600", "vocabulary of 259 tokens, found 600"),
+    ],
+)
+def test_megatron_lm_refuses_losses(options: str, named: str, tiny_model) -> None:
+    folder = tiny_model("qwen3")
+    with pytest.raises(ConfigError, match=named):
+        args = arguments("--tropd-teacher-load", str(folder), *options.split())
+        startup.check_arguments(args)
+        startup.open_teacher(args, 259)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"context_parallel_size": 2}, "--context-parallel-size"),
+        ({"virtual_pipeline_model_parallel_size": 2}, "an interleaved pipeline"),
+        ({"mtp_num_layers": 1}, "--mtp-num-layers"),
+        ({"fp16": True}, "--fp16"),
+        ({"use_megatron_fsdp": True}, "--use-megatron-fsdp"),
+        ({"use_torch_fsdp2": True}, "--use-torch-fsdp2"),
+        ({"hybrid_layer_pattern": "M*M-"}, "--hybrid-layer-pattern"),
+        ({"cuda_graph_impl": "full_iteration"}, "CUDA graphs"),
+        ({"calculate_per_token_loss": False}, "--calculate-per-token-loss"),
+    ],
+)
+def test_megatron_lm_refuses_what_it_was_not_made_for(settings, named, tiny_model) -> None:
+    folder = tiny_model("qwen3")
+    startup.check_arguments(teach(folder))
+    with pytest.raises(ConfigError, match=named):
+        startup.check_arguments(teach(folder, **settings))
+
+
+def test_megatron_lm_refuses_teachers_that_do_not_fit(tiny_model, tmp_path: Path) -> None:
+    folder = tiny_model("qwen3")
+    assert startup.open_teacher(teach(folder), 259).config["vocab_size"] == 259
+    for settings, vocab, named in (
+        ({}, 260, "at least the 260 ids"),
+        ({"tensor_model_parallel_size": 4}, 259, "--tensor-model-parallel-size = 4 must divide"),
+        ({"pipeline_model_parallel_size": 3}, 259, "--pipeline-model-parallel-size = 3"),
+        ({"seq_length": 1024}, 259, "the teacher's context of 256 tokens, found 1024"),
+    ):
+        with pytest.raises(ConfigError, match=named):
+            startup.open_teacher(teach(folder, **settings), vocab)
+    with pytest.raises(InputError, match="config"):
+        startup.open_teacher(teach(tmp_path), 259)
+
+
+def test_megatron_lm_compares_tokenizers(tiny_model, tmp_path: Path, capsys) -> None:
+    teacher = tiny_model("qwen3")
+    same = tiny_model("llama")
+    hf = {"tokenizer_type": "HuggingFaceTokenizer"}
+    startup.open_teacher(teach(teacher, tokenizer_model=str(same), **hf), 259)
+    assert "cannot be compared" not in capsys.readouterr().out
+    for file in same.glob("*token*"):
+        text = file.read_text()
+        (tmp_path / file.name).write_text(text.replace('"a"', '"%"').replace('"b"', '"a"'))
+    with pytest.raises(InputError, match="must share one tokenizer"):
+        startup.open_teacher(teach(teacher, tokenizer_model=str(tmp_path), **hf), 259)
+    startup.open_teacher(teach(teacher), 259)
+    assert "ids of --tokenizer-type NullTokenizer cannot be compared" in capsys.readouterr().out
+
+
+def test_megatron_lm_refuses_arguments_without_a_teacher() -> None:
+    startup.check_lone_arguments(arguments())
+    with pytest.raises(ConfigError, match="--tropd-metrics, --tropd-top-k given without"):
+        startup.check_lone_arguments(arguments("--tropd-top-k", "0", "--tropd-metrics"))
+
+
+def test_megatron_lm_names_the_version_and_what_is_missing(monkeypatch) -> None:
+    import megatron.core
+
+    startup.check_version()
+    monkeypatch.setattr(megatron.core, "__version__", "0.16.1")
+    monkeypatch.setattr(startup, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"found 0\.16\.1, which lacks megatron\.training"):
+        startup.check_version()
+
+
+def test_megatron_lm_refuses_a_forward_step_that_does_not_distil() -> None:
+    with pytest.raises(ConfigError, match="Pass megatron_lm"):
+        next(megatron_lm._ScoredBatches([]))
+
+
+def test_megatron_lm_refuses_to_train_plainly_with_a_teacher(monkeypatch) -> None:
+    import megatron.training
+
+    step = megatron_lm.distilling(lambda iterator, model: "plain")
+    monkeypatch.setattr(megatron.training, "get_args", lambda: arguments())
+    assert step(None, None) == "plain"
+    monkeypatch.setattr(megatron.training, "get_args", lambda: teach(Path("x")))
+    with pytest.raises(ConfigError, match="outside of megatron_lm"):
+        step(None, None)
+
+
+@pytest.fixture(scope="module")
+def group(tmp_path_factory):
+    """A group of one rank."""
+    store = tmp_path_factory.mktemp("store") / "store"
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=0, world_size=1
+    )
+    yield torch.distributed.group.WORLD
+    torch.distributed.destroy_process_group()
+
+
+def _items(**changes: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+    ids = torch.arange(8).view(2, 4)
+    return [
+        {"tokens": ids, "labels": ids + 1, "position_ids": ids, "loss_mask": torch.ones(2, 4)}
+        | changes
+    ]
+
+
+def _draw(items, group, **settings):
+    how = {"shape": (2, 4), "masked": False, "group": group, "device": torch.device("cpu")}
+    return global_batch.draw(iter(items), len(items), **(how | settings))
+
+
+def test_megatron_lm_takes_text_with_its_mask(group) -> None:
+    mask = torch.zeros(2, 1, 4, 4, dtype=torch.bool).triu(1)
+    items = _items(loss_mask=torch.eye(2, 4), attention_mask=mask)
+    (batch,) = _draw(items, group)
+    assert not batch.sampled and batch.attention_mask is None
+    assert torch.equal(batch.loss_mask, torch.eye(2, 4).bool())
+    (batch,) = _draw(items, group, masked=True)
+    assert torch.equal(batch.attention_mask, mask)
+    assert not _draw([], group)
+
+
+@pytest.mark.parametrize(
+    ("items", "settings", "named"),
+    [
+        ([{"text": torch.ones(2, 5)}], {}, "tokens, labels, loss_mask, position_ids missing"),
+        (_items(loss_weights=torch.ones(2, 4)), {}, "teacher_written, rollout_logprobs, sample_id"),
+        (_items(), {"shape": (2, 6)}, r"micro-batches of \[2, 6\] tokens .* found \[2, 4\]"),
+        (_items(), {"masked": True}, "attention_mask in every item"),
+    ],
+)
+def test_megatron_lm_refuses_other_items(items, settings, named, group) -> None:
+    with pytest.raises(InputError, match=named):
+        _draw(items, group, **settings)
+
+
+def test_megatron_lm_deals_live_samples_as_megatron_does() -> None:
+    plugin = megatron_lm._Plugin(print, None)
+    plugin._teacher = Namespace(ranks=Namespace(dp_size=2, dp_rank=1))
+    items = [{"sample_id": torch.tensor(i)} for i in range(8)]
+    mine = plugin._own_share(items, 2, 2)
+    assert [batch["sample_id"].tolist() for batch in mine] == [[2, 3], [6, 7]]
+    with pytest.raises(ConfigError, match="Expected 8 items per step"):
+        plugin._own_share(items[:5], 2, 2)
+
+
+IMPORT = """
+import torch
+torch.cuda.is_available = lambda: True  # as on a machine with a GPU
+import megatron.core.optimizer.distrib_optimizer as optimizer
+import megatron.core.pipeline_parallel.schedules as schedules
+from megatron.core.models.gpt import GPTModel
+from megatron.core import parallel_state
+
+def fingerprint():
+    places = [torch, torch.cuda, torch.Tensor, torch.nn.Module, optimizer, schedules, GPTModel,
+              optimizer.DistributedOptimizer, parallel_state]
+    return {(i, k): id(v) for i, p in enumerate(places) for k, v in vars(p).items()
+            if not k.startswith("__")}
+
+before = fingerprint()
+import megatron_tropd.integrations.megatron_lm
+after = fingerprint()
+changed = {k for k, v in before.items() if after.get(k) != v}
+assert not changed, changed
+"""
+
+
+def test_megatron_lm_import_changes_nothing() -> None:
+    done = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]

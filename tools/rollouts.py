@@ -1,0 +1,171 @@
+"""Record samples of a student, for training that is driven from outside.
+
+    python tools/rollouts.py --student DIR --prompts FILE --out FILE --max-new-tokens 128
+
+JSON lines, read by megatron_tropd.data.recorded. The student is a Hugging Face folder; one trained
+with Megatron is converted by tools/megatron_to_hf.py first. Interrupted, the same command goes on
+where it stopped.
+"""
+
+import argparse
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from megatron_tropd.config import GuidanceConfig, RolloutConfig
+from megatron_tropd.data.prompts import load_prompts
+from megatron_tropd.data.responses import load_responses
+from megatron_tropd.data.tokenizers import load_tokenizer, stop_token_ids
+from megatron_tropd.errors import ConfigError, InputError, TrainingError
+from megatron_tropd.rollout.engine import RolloutEngine, context_length
+from megatron_tropd.rollout.types import Sampling
+from megatron_tropd.tasks.rollouts import Round, weights_identity, write_rollouts
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line.
+
+    Args:
+        arguments: without the program's name; None: those of the process.
+
+    Returns:
+        The parsed values.
+    """
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add = parser.add_argument
+    add("--student", required=True, type=Path, help="HF folder of the student")
+    add("--prompts", required=True, type=Path, help="JSON lines with a prompt each")
+    add("--out", required=True, type=Path, help="JSON lines to write or continue")
+    add("--max-new-tokens", required=True, type=int, help="longest response, prefix included")
+    add("--samples", type=int, default=4, help="samples per prompt (default 4)")
+    add("--prompts-per-round", type=int, help="prompts of a round (default: all)")
+    add("--round", type=int, default=0, help="0-based; other rounds draw others (default 0)")
+    add("--rounds", type=int, help="rounds in all; teacher prefixes shorten over them")
+    add("--temperature", type=float, default=1.0, help="default 1")
+    add("--top-p", type=float, default=1.0, help="nucleus (default 1: off)")
+    add("--seed", type=int, default=1234, help="keys the samples (default 1234)")
+    add("--stop-token-ids", type=int, nargs="*", default=[], help="further ids that end one")
+    add("--apply-chat-template", action="store_true", help="wrap prompts in the chat template")
+    add("--responses", type=Path, help="of tools/teacher_responses.py, to cut prefixes from")
+    add("--prefixed-per-prompt", type=int, default=1, help="samples with a prefix (default 1)")
+    add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of the student")
+    add("--tensor-parallel", type=int, default=1, help="GPUs of the engine (default 1)")
+    add("--memory", type=float, help="share of the GPU's memory, without CUDA GiB of KV cache")
+    add("--threads", type=int, help="CPU threads (default: all)")
+    add("--resume", action=argparse.BooleanOptionalAction, default=True, help="continue --out")
+    return parser.parse_args(arguments)
+
+
+def describe_round(options: argparse.Namespace, num_prompts: int) -> Round:
+    """The round that the options ask for.
+
+    Args:
+        options: of :func:`parse_arguments`.
+        num_prompts: in the prompts file.
+
+    Returns:
+        The round.
+
+    Raises:
+        ConfigError: an option is out of its range.
+    """
+    if options.responses and not options.rounds:
+        raise ConfigError("--responses needs --rounds: teacher prefixes shorten over the rounds.")
+    rollout = RolloutConfig(
+        prompts=str(options.prompts),
+        max_new_tokens=options.max_new_tokens,
+        prompts_per_step=options.prompts_per_round or num_prompts,
+        samples_per_prompt=options.samples,
+        temperature=options.temperature,
+        top_p=options.top_p,
+    )
+    return Round(
+        rollout=rollout,
+        guidance=GuidanceConfig(prefixed_per_prompt=options.prefixed_per_prompt),
+        number=options.round,
+        rounds=options.rounds or options.round + 1,
+        seed=options.seed,
+    )
+
+
+def make_engine(options: argparse.Namespace, max_model_len: int) -> RolloutEngine:
+    """An engine that serves the student.
+
+    Args:
+        options: of :func:`parse_arguments`.
+        max_model_len: longest prompt and response.
+
+    Returns:
+        The engine, still starting.
+    """
+    cuda = torch.cuda.is_available()
+    automatic = "bfloat16" if cuda else "float32"
+    return RolloutEngine(
+        options.student,
+        max_model_len=max_model_len,
+        log_file=options.out.with_name(options.out.name + ".engine.log"),
+        dtype=automatic if options.dtype == "auto" else options.dtype,
+        memory=options.memory or (0.9 if cuda else 1.0),
+        tensor_parallel=options.tensor_parallel,
+        threads=options.threads,
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Write the file.
+
+    Args:
+        arguments: without the program's name; None: those of the process.
+
+    Raises:
+        InputError: a model, prompts, responses or rollouts file is missing or unusable.
+        ConfigError: an option is out of its range.
+    """
+    options = parse_arguments(arguments)
+    tokenizer, context = load_tokenizer(options.student), context_length(options.student)
+    if not 0 < options.max_new_tokens < context:
+        raise ConfigError(
+            f"--max-new-tokens must be in 1..{context - 1} for the student's context of {context} "
+            f"tokens, found {options.max_new_tokens}."
+        )
+    prompts = load_prompts(
+        options.prompts,
+        tokenizer,
+        apply_chat_template=options.apply_chat_template,
+        max_prompt_tokens=context - options.max_new_tokens,
+    )
+    which = describe_round(options, len(prompts))
+    responses = load_responses(options.responses, prompts, tokenizer) if options.responses else None
+    longest = max(len(prompt.token_ids) for prompt in prompts) + options.max_new_tokens
+    with ExitStack() as exits, tqdm(desc="rollouts", unit="rollout") as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        added = write_rollouts(
+            lambda: exits.enter_context(make_engine(options, longest)),
+            which.plan(prompts, responses),
+            tokenizer,
+            options.out,
+            which=which,
+            sampling=Sampling(
+                temperature=options.temperature,
+                top_p=options.top_p,
+                stop_token_ids=stop_token_ids(options.student, options.stop_token_ids),
+            ),
+            weights=weights_identity(options.student),
+            resume=options.resume,
+            progress=progress,
+        )
+    print(f"{added} rollouts added to {options.out}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ConfigError, InputError, TrainingError) as error:
+        sys.exit(f"error: {error}")
