@@ -51,8 +51,9 @@ def megatron_to_hf(job: ToHF, progress: Progress = lambda name, size: None) -> N
         InputError: the checkpoint cannot be converted or is damaged, or the output exists.
         OSError: the output could not be written; nothing of it is left.
     """
-    claim(job.hf, force=job.force)
+    claim(job.hf, force=job.force, inputs=[job.megatron])
     source = MegatronFolder(job.megatron, job.hf_config)
+    claim(job.hf, force=job.force, inputs=[source.companions])
     specs = hf_specs(source, job.dtype)
     records = _records(source.checkpoint)
     extra = {

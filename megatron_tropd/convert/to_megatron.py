@@ -77,7 +77,7 @@ def hf_to_megatron(job: ToMegatron, progress: Progress = lambda name, size: None
         InputError, ConfigError: the model cannot be converted, or the output exists.
         OSError: the output could not be written; nothing of it is left.
     """
-    claim(job.megatron, force=job.force)
+    claim(job.megatron, force=job.force, inputs=[job.hf])
     source = open_source(job.hf, allow_pickle=job.allow_pickle)
     redundant = check_source(source, job)
     padded = padded_vocab(source.config, job.tensor_parallel)

@@ -609,3 +609,37 @@ def test_two_at_once(llama: Path, tmp_path: Path):
             hf_to_megatron(ToMegatron(llama, tmp_path / "m"))
         assert not (tmp_path / "m").exists()
     assert (tmp_path / "m").is_dir()
+
+
+@pytest.mark.parametrize("out", ["llama", "."])
+def test_the_input_is_never_replaced(out: str, llama: Path, tmp_path: Path, capsys):
+    """--force on the input itself, or on a folder that holds it."""
+    hf_to_megatron(ToMegatron(llama, llama / "m"))
+    place = str(llama if out == "llama" else tmp_path)
+    commands = (
+        (main_to_megatron, ["--hf", str(llama), "--megatron", place]),
+        (main_to_hf, ["--megatron", str(llama / "m"), "--hf", place]),
+        (main_to_hf, ["--megatron", str(llama / "m"), "--hf", str(llama / "m" / "hf")]),
+    )
+    for run, arguments in commands:
+        assert run([*arguments, "--force"]) == 2
+        assert "must not be or hold the input" in capsys.readouterr().err
+    assert (llama / "model.safetensors").exists() and MegatronFolder(llama / "m")
+
+
+def test_an_output_that_appears_meanwhile_is_kept(llama: Path, tmp_path: Path):
+    out = tmp_path / "m"
+
+    def somebody_else(name: str, size: int) -> None:
+        out.mkdir(exist_ok=True)
+        (out / "precious").write_text("work")
+
+    with pytest.raises(InputError, match="appeared while it was being made"):
+        hf_to_megatron(ToMegatron(llama, out), somebody_else)
+    assert (out / "precious").read_text() == "work" and not list(tmp_path.glob(".m*"))
+
+
+def test_left_overs_of_a_name_with_brackets_are_found(llama: Path, tmp_path: Path):
+    (tmp_path / ".m[1].partial-1").mkdir()
+    hf_to_megatron(ToMegatron(llama, tmp_path / "m[1]"))
+    assert not list(tmp_path.glob(".m*"))
