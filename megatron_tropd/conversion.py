@@ -184,7 +184,7 @@ def _with_progress(work: Callable[[Callable[[str, int], None]], None], total: in
 
 
 def _guarded(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
-    """Users' mistakes and full disks are one line, not a traceback."""
+    """Users' mistakes, full disks and Ctrl-C are one line, not a traceback."""
 
     def guarded(arguments: argparse.Namespace) -> int:
         # Large pages: where a page fault is dear, conversion is two to four times as fast. torch
@@ -198,6 +198,9 @@ def _guarded(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Nam
         except OSError as error:
             print(f"error: the output could not be written: {error}", file=sys.stderr)
             return 1
+        except KeyboardInterrupt:
+            print("interrupted: what was being written is removed", file=sys.stderr)
+            return 130
 
     return guarded
 

@@ -524,6 +524,26 @@ kill_at(eval(owner), name, int(call))
 run = {"there": main_to_megatron, "back": main_to_hf}[sys.argv[4]]
 raise SystemExit(run(sys.argv[5:]))
 """
+INTERRUPTER = """
+import os, signal, sys, time
+from megatron_tropd import conversion
+from megatron_tropd.convert import to_hf, to_megatron
+
+calls = []
+def count(checksum):
+    def replacement(tensor):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.05)
+        return checksum(tensor)
+    return replacement
+owner = {"there": to_megatron, "back": to_hf}[sys.argv[1]]
+owner.checksum = count(owner.checksum)
+code = getattr(conversion, sys.argv[2])(sys.argv[3:])
+print(len(calls))
+raise SystemExit(code)
+"""
 PHASES = {
     "first tensor": ("to_megatron._Checked", "read", 1, "there"),
     "middle": ("to_megatron._Checked", "read", 9, "there"),
@@ -643,3 +663,21 @@ def test_left_overs_of_a_name_with_brackets_are_found(llama: Path, tmp_path: Pat
     (tmp_path / ".m[1].partial-1").mkdir()
     hf_to_megatron(ToMegatron(llama, tmp_path / "m[1]"))
     assert not list(tmp_path.glob(".m*"))
+
+
+@pytest.mark.parametrize("direction", ["there", "back"])
+def test_interrupted(direction: str, llama: Path, tmp_path: Path):
+    """Ctrl-C ends a conversion after the tensors in hand, and says so."""
+    if direction == "back":
+        hf_to_megatron(ToMegatron(llama, tmp_path / "m"))
+    out, given = ("m", "--hf") if direction == "there" else ("hf", "--megatron")
+    source = llama if direction == "there" else tmp_path / "m"
+    main = "main_to_megatron" if direction == "there" else "main_to_hf"
+    other = "--megatron" if direction == "there" else "--hf"
+    arguments = [given, str(source), other, str(tmp_path / out), "--workers", "1"]
+    script = [sys.executable, "-c", INTERRUPTER, direction, main, *arguments]
+    stopped = subprocess.run(script, cwd=REPOSITORY, capture_output=True, text=True)
+    assert stopped.returncode == 130, stopped.stderr
+    assert "interrupted" in stopped.stderr and "Traceback" not in stopped.stderr
+    assert int(stopped.stdout) < 15, "of 21 tensors and more"
+    assert not (tmp_path / out).exists() and not list(tmp_path.glob(f".{out}.*"))
