@@ -168,5 +168,6 @@ def check_digests(folder: Path, digests: Mapping[str, str]) -> None:
         if found != digest:
             raise InputError(
                 f"{folder / name} is damaged: its download recorded SHA-256 {digest[:12]}..., "
-                f"the file has {found[:12]}.... Download it again."
+                f"the file has {found[:12]}.... Download it again, or give "
+                "--skip-download-digests if it was changed on purpose."
             )

@@ -56,11 +56,7 @@ def megatron_to_hf(job: ToHF, progress: Progress = lambda name, size: None) -> N
     claim(job.hf, force=job.force, inputs=[source.companions])
     specs = hf_specs(source, job.dtype)
     records = _records(source.checkpoint)
-    extra = {
-        name: original
-        for name, original in _TIED.items()
-        if name in records and name not in specs and original in specs
-    }
+    extra = tied_copies(source, specs)
     specs |= {name: specs[original] for name, original in extra.items()}
     with publishing(job.hf, force=job.force) as folder:
         copy_companions(source.companions, folder)
@@ -94,6 +90,16 @@ def hf_specs(source: MegatronFolder, dtype: torch.dtype | None) -> dict[str, Spe
         name: Spec(dtype or types[entry.name], shape)
         for entry in source.entries
         for name, shape in entry.operation.hf_shapes().items()
+    }
+
+
+def tied_copies(source: MegatronFolder, specs: Mapping[str, Spec]) -> dict[str, str]:
+    """Output layers that the converted folder held though they were tied: name -> original."""
+    records = _records(source.checkpoint)
+    return {
+        name: original
+        for name, original in _TIED.items()
+        if name in records and name not in specs and original in specs
     }
 
 

@@ -152,13 +152,20 @@ def test_mixed_types_need_a_decision(llama: Path, tmp_path: Path):
         hf_to_megatron(ToMegatron(llama, tmp_path / "mixed"))
 
 
-def test_a_tied_model_may_carry_its_output_layer(tiny_model: Callable[..., Path], tmp_path: Path):
+def test_a_tied_model_may_carry_its_output_layer(
+    tiny_model: Callable[..., Path], tmp_path: Path, capsys
+):
     source = tmp_path / "tied"
     shutil.copytree(tiny_model("qwen3", tie_word_embeddings=True), source)
     content = tensors(source)
     content["lm_head.weight"] = content["model.embed_tokens.weight"].clone()
     save_file(content, source / "model.safetensors")
     assert_same_weights(source, there_and_back(source, tmp_path))
+    arguments = ["--hf", str(source), "--megatron", str(tmp_path / "megatron"), "--dry-run"]
+    assert main_to_megatron(arguments) == 0
+    assert "lm_head.weight | compared with the embedding" in capsys.readouterr().out
+    assert main_to_hf(arguments) == 0
+    assert "lm_head.weight | copy of model.embed_tokens.weight" in capsys.readouterr().out
     content["lm_head.weight"][3, 3] += 1
     save_file(content, source / "model.safetensors")
     with pytest.raises(InputError, match="tie_word_embeddings"):
@@ -282,6 +289,30 @@ def test_left_over_and_missing_tensors_are_listed(llama: Path, tmp_path: Path):
     save_file(content, llama / "model.safetensors")
     names = r"misses 1 tensors: model\.norm\.weight; it has unexpected 1 tensors: model\.extra"
     refuse(llama, tmp_path / "out" / "m", names)
+
+
+def test_tensors_that_the_index_leaves_out_count(llama: Path, tmp_path: Path):
+    content = tensors(llama)
+    listed = dict.fromkeys(content, "model.safetensors")
+    (llama / "model.safetensors.index.json").write_text(json.dumps({"weight_map": listed}))
+    content["model.layers.0.self_attn.surprise.weight"] = torch.ones(3)
+    save_file(content, llama / "model.safetensors")
+    refuse(llama, tmp_path / "out" / "m", r"unexpected 1 tensors: model\.layers\.0\.self_attn\.sur")
+
+
+@pytest.mark.parametrize("file", [3, "/etc/model.safetensors", "../model.safetensors"])
+def test_an_index_names_files_of_its_folder(file: object, llama: Path, tmp_path: Path):
+    index = {"weight_map": dict.fromkeys(tensors(llama), file)}
+    (llama / "model.safetensors.index.json").write_text(json.dumps(index))
+    refuse(llama, tmp_path / "out" / "m", "must name files of its own folder")
+
+
+@pytest.mark.parametrize("metadata", [None, {}, {"total_size": "7"}, [7]])
+def test_dry_run_of_an_index_without_a_size(metadata: object, llama: Path, capsys):
+    index = {"metadata": metadata, "weight_map": dict.fromkeys(tensors(llama), "absent")}
+    (llama / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert main_to_megatron(["--hf", str(llama), "--megatron", "nowhere", "--dry-run"]) == 0
+    assert "lists 21 tensors and no total size" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("suffix", ["weight_scale_inv", "qweight", "weight_packed", "SCB"])
