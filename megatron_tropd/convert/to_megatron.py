@@ -29,7 +29,7 @@ from megatron_tropd.convert.companions import (
     copy_companions,
     set_config_dtype,
 )
-from megatron_tropd.convert.families import Entry, ModelShape, model_shape, plan
+from megatron_tropd.convert.families import Entry, ModelShape, model_shape, plan, rope_parameters
 from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.convert.layout import Layout, layout
 from megatron_tropd.convert.pickled_folder import PickledFolder, open_source
@@ -233,13 +233,15 @@ def _arguments(
 ) -> Namespace:
     """The settings Megatron takes from a checkpoint (--use-checkpoint-args)."""
     shape = model_shape(hf_config)
-    rope = hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
-    base = rope.get("rope_theta", hf_config.get("rope_theta", 10000.0))
+    rope = rope_parameters(hf_config)
+    base, factor = rope["rope_theta"], rope.get("factor", 8.0)
+    linear = rope["rope_type"] == "linear"
     return Namespace(
         **_architecture(shape),
         rotary_base=int(base) if float(base).is_integer() else base,
-        use_rope_scaling=rope.get("rope_type") == "llama3",
-        rope_scaling_factor=rope.get("factor", 8.0),
+        use_rope_scaling=rope["rope_type"] == "llama3",
+        rope_scaling_factor=factor,
+        rotary_seq_len_interpolation_factor=factor if linear else None,
         padded_vocab_size=padded,
         vocab_size=shape.vocab,
         make_vocab_size_divisible_by=_VOCAB_MULTIPLE,
@@ -263,7 +265,7 @@ def _arguments(
 
 
 def _architecture(shape: ModelShape) -> dict[str, Any]:
-    experts = getattr(shape, "experts", None)
+    experts = shape.experts
     settings: dict[str, Any] = {
         "num_layers": shape.layers,
         "hidden_size": shape.hidden,

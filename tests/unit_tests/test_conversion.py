@@ -477,6 +477,37 @@ def test_the_stored_arguments(megatron: Path):
     assert args.swiglu and args.normalization == "RMSNorm" and args.rotary_base == 10000
 
 
+def _arguments(llama: Path, out: Path, **change):
+    config = json.loads((llama / "config.json").read_text())
+    for key in ("rope_parameters", "rope_theta"):
+        config.pop(key, None)
+    (llama / "config.json").write_text(json.dumps(config | change))
+    hf_to_megatron(ToMegatron(llama, out))
+    return TorchDistReader(out / "release").common()["args"]
+
+
+@pytest.mark.parametrize("key", ["type", "rope_type"])
+def test_linear_scaling_is_in_the_arguments(key: str, llama: Path, tmp_path: Path):
+    args = _arguments(llama, tmp_path / "m", rope_scaling={key: "linear", "factor": 4.0})
+    assert args.rotary_seq_len_interpolation_factor == 4 and not args.use_rope_scaling
+
+
+def test_the_rotary_base_is_the_familys_default(tiny_model: Callable[..., Path], tmp_path: Path):
+    shutil.copytree(tiny_model("mixtral"), tmp_path / "hf")
+    assert _arguments(tmp_path / "hf", tmp_path / "m").rotary_base == 1_000_000
+
+
+def test_a_run_whose_student_is_gone(megatron: Path, tmp_path: Path):
+    step = tmp_path / "run" / "checkpoints" / "step_000003"
+    shutil.copytree(megatron / "release", step)
+    (tmp_path / "run" / "config.json").write_text('{"model": {"student": "gone"}}')
+    with pytest.raises(InputError, match=r"started from gone.*--hf-config"):
+        MegatronFolder(step)
+    (tmp_path / "run" / "config.json").write_text("{")
+    with pytest.raises(InputError, match="cannot be read as JSON"):
+        MegatronFolder(step)
+
+
 # Which names are written.
 
 
