@@ -255,6 +255,38 @@ def test_verify(dtype: list[str], llama: Path, tmp_path: Path):
     assert result.max_difference > 0.01, "the logits show it too"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["float16", "bfloat16", "pickled"])
+def test_verify_of_other_types(source: str, llama: Path, tmp_path: Path):
+    """Half precision to the other half, whose bits differ; weights that were pickled."""
+    options = ["--allow-pickle"]
+    if source == "pickled":
+        torch.save(tensors(llama), llama / "pytorch_model.bin")
+        (llama / "model.safetensors").unlink()
+    else:
+        llama = retyped(llama, tmp_path / "half", getattr(torch, source))
+        options = ["--dtype", "bfloat16" if source == "float16" else "float16"]
+    hf, megatron, back = str(llama), str(tmp_path / "m"), str(tmp_path / "back")
+    commands = [["to-megatron", "--hf", hf, "--megatron", megatron, *options]]
+    if source != "pickled":
+        commands += [["to-hf", "--megatron", megatron, "--hf", back, "--dtype", source]]
+    for command in commands:
+        run = [sys.executable, "-m", "megatron_tropd.cli", "convert", *command, "--verify"]
+        said = subprocess.run(run, capture_output=True, text=True, cwd=REPOSITORY)
+        assert said.returncode == 0, said.stdout + said.stderr
+        assert "21 of 21 tensors are equal" in said.stdout and "verify: passed" in said.stdout
+
+
+def test_verify_is_refused_before_the_conversion(llama: Path, tmp_path: Path, capsys):
+    arguments = ["--hf", str(llama), "--megatron", str(tmp_path / "m"), "--verify"]
+    assert main_to_megatron([*arguments, "--prompt", ""]) == 2
+    for path in llama.glob("tokenizer*"):
+        path.unlink()
+    assert main_to_megatron(arguments) == 2
+    assert "holds no tokenizer" in capsys.readouterr().err
+    assert not (tmp_path / "m").exists()
+
+
 # What is refused before anything is written.
 
 
