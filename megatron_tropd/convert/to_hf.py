@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_tropd.convert.accounting import CHECKSUMS, check_types, checksum
+from megatron_tropd.convert.accounting import CHECKSUMS, check_types, checksum, converted
 from megatron_tropd.convert.budget import Budget
 from megatron_tropd.convert.companions import copy_companions, set_config_dtype
 from megatron_tropd.convert.families import Entry
@@ -70,7 +70,7 @@ def megatron_to_hf(job: ToHF, progress: Progress = lambda name, size: None) -> N
                 with budget.holding(source.nbytes(entry)):
                     for name, tensor in _hf_tensors(source, entry, extra):
                         _compare(name, tensor, records)
-                        tensor = tensor.to(specs[name].dtype)
+                        tensor = converted(name, tensor, specs[name].dtype)
                         writer.write(name, tensor)
                         progress(name, tensor.nbytes)
 

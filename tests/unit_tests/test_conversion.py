@@ -141,6 +141,52 @@ def test_conversion_of_type(llama: Path, tmp_path: Path):
     assert_same_weights(wide, tmp_path / "wide")
 
 
+def test_float16_must_hold_the_weights(llama: Path, tmp_path: Path):
+    content = tensors(llama)
+    content["model.norm.weight"][:2] = torch.tensor([1e6, float("inf")])
+    save_file(content, llama / "model.safetensors", metadata={"format": "pt"})
+    refuse(
+        llama,
+        tmp_path / "out" / "m",
+        r"model\.norm\.weight holds 1e\+06.*65504",
+        dtype=torch.float16,
+    )
+    hf_to_megatron(ToMegatron(llama, tmp_path / "m"))
+    with pytest.raises(InputError, match="65504"):
+        megatron_to_hf(ToHF(tmp_path / "m", tmp_path / "hf", dtype=torch.float16))
+    content["model.norm.weight"][0] = float("nan")
+    save_file(content, llama / "model.safetensors", metadata={"format": "pt"})
+    hf_to_megatron(ToMegatron(llama, tmp_path / "infinite", dtype=torch.float16))
+
+
+def test_a_config_that_names_its_type_twice(llama: Path, tmp_path: Path):
+    config = json.loads((llama / "config.json").read_text())
+    both = {"dtype": "float32", "torch_dtype": "float32"}
+    (llama / "config.json").write_text(json.dumps(config | both))
+    hf_to_megatron(ToMegatron(llama, tmp_path / "m", dtype=torch.bfloat16))
+    written = json.loads((tmp_path / "m" / "hf" / "config.json").read_text())
+    assert written["dtype"] == written["torch_dtype"] == "bfloat16"
+
+
+def test_a_read_only_source_gives_an_output_that_can_be_removed(llama: Path, tmp_path: Path):
+    templates = "additional_chat_templates"
+    (llama / templates).chmod(0o555)
+    hf_to_megatron(ToMegatron(llama, tmp_path / "m"))
+    assert (tmp_path / "m" / "hf" / templates).stat().st_mode & 0o200
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_progress_ends_at_the_announced_size(
+    family: str, tiny_model: Callable[..., Path], tmp_path: Path
+):
+    from megatron_tropd.convert.preview import preview_to_megatron
+
+    job = ToMegatron(tiny_model(family), tmp_path / "m")
+    told: list[int] = []
+    hf_to_megatron(job, lambda name, size: told.append(size))
+    assert sum(told) == preview_to_megatron(job).total_bytes
+
+
 def test_mixed_types_need_a_decision(llama: Path, tmp_path: Path):
     content = tensors(llama)
     content["model.norm.weight"] = content["model.norm.weight"].bfloat16()
