@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tqdm import tqdm
 
@@ -121,13 +121,15 @@ def to_megatron(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         print(plan.text())
         return 0
+    prompts = _prompts(arguments, job.hf)
     _with_progress(lambda progress: hf_to_megatron(job, progress), plan.total_bytes)
     print(f"Megatron checkpoint: {job.megatron}")
-    return _verify(arguments)
+    return _verify(arguments, prompts, written="megatron")
 
 
 def to_hf(arguments: argparse.Namespace) -> int:
     """Run Megatron -> HF."""
+    from megatron_tropd.convert.megatron_folder import companions_of
     from megatron_tropd.convert.preview import preview_to_hf
     from megatron_tropd.convert.to_hf import ToHF, megatron_to_hf
 
@@ -144,28 +146,39 @@ def to_hf(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         print(plan.text())
         return 0
+    prompts = _prompts(arguments, job.hf_config or companions_of(job.megatron))
     _with_progress(lambda progress: megatron_to_hf(job, progress), plan.total_bytes)
     print(f"HF folder: {job.hf}")
-    return _verify(arguments)
+    return _verify(arguments, prompts, written="hf")
 
 
-def _verify(arguments: argparse.Namespace) -> int:
+def _verify(
+    arguments: argparse.Namespace, prompts: list[list[int]], *, written: Literal["hf", "megatron"]
+) -> int:
     if not arguments.verify:
         return 0
     from megatron_tropd.mcore.verify import verify
 
-    hf_config = getattr(arguments, "hf_config", None)
-    prompts = _token_ids(arguments.hf, arguments.prompt or DEFAULT_PROMPTS)
-    result = verify(arguments.hf, arguments.megatron, prompts=prompts, hf_config=hf_config)
+    result = verify(
+        arguments.hf,
+        arguments.megatron,
+        prompts=prompts,
+        hf_config=getattr(arguments, "hf_config", None),
+        written=written,
+        allow_pickle=getattr(arguments, "allow_pickle", False),
+    )
     print(result.text())
     return 0 if result.passed else 1
 
 
-def _token_ids(folder: Path, prompts: Sequence[str]) -> list[list[int]]:
+def _prompts(arguments: argparse.Namespace, folder: Path) -> list[list[int]]:
+    """Token ids of what --verify will ask; before the conversion, so that it can be refused."""
+    if not arguments.verify:
+        return []
     from megatron_tropd.data.tokenizers import load_tokenizer
 
     tokenizer = load_tokenizer(folder)
-    ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    ids = [tokenizer(prompt)["input_ids"] for prompt in arguments.prompt or DEFAULT_PROMPTS]
     if not all(ids):
         raise InputError("Expected prompts of at least one token, found an empty one.")
     return ids
@@ -184,7 +197,7 @@ def _with_progress(work: Callable[[Callable[[str, int], None]], None], total: in
 
 
 def _guarded(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
-    """Users' mistakes and full disks are one line, not a traceback."""
+    """Users' mistakes, full disks and Ctrl-C are one line, not a traceback."""
 
     def guarded(arguments: argparse.Namespace) -> int:
         # Large pages: where a page fault is dear, conversion is two to four times as fast. torch
@@ -198,6 +211,9 @@ def _guarded(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Nam
         except OSError as error:
             print(f"error: the output could not be written: {error}", file=sys.stderr)
             return 1
+        except KeyboardInterrupt:
+            print("interrupted: what was being written is removed", file=sys.stderr)
+            return 130
 
     return guarded
 

@@ -131,6 +131,24 @@ def checksum(tensor: Tensor) -> str:
     return f"{zlib.crc32(tensor_bytes(tensor)):08x}"
 
 
+def converted(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """The tensor in another type; None: as it is.
+
+    Raises:
+        InputError: finite numbers would become infinite (float16 ends at 65504).
+    """
+    if dtype in (None, tensor.dtype):
+        return tensor
+    result = tensor.to(dtype)
+    if dtype == torch.float16 and (result.isinf() & tensor.isfinite()).any():
+        largest = tensor[tensor.isfinite()].abs().max().item()
+        raise InputError(
+            f"{name} holds {largest:.4g}, expected at most 65504 for float16. Give --dtype "
+            "bfloat16, or none."
+        )
+    return result
+
+
 def known_digests(folder: Path, files: Iterable[str]) -> dict[str, str]:
     """SHA-256 of weight files where the download left it beside them.
 
@@ -168,5 +186,6 @@ def check_digests(folder: Path, digests: Mapping[str, str]) -> None:
         if found != digest:
             raise InputError(
                 f"{folder / name} is damaged: its download recorded SHA-256 {digest[:12]}..., "
-                f"the file has {found[:12]}.... Download it again."
+                f"the file has {found[:12]}.... Download it again, or give "
+                "--skip-download-digests if it was changed on purpose."
             )

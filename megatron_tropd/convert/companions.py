@@ -35,9 +35,18 @@ def copy_companions(source: Path, out: Path) -> list[str]:
     for name in names:
         shutil.copyfile(source / name, out / name)
     if (source / _TEMPLATES).is_dir():
-        shutil.copytree(source / _TEMPLATES, out / _TEMPLATES)
+        _copy_folder(source / _TEMPLATES, out / _TEMPLATES)
         names.append(_TEMPLATES)
     return names
+
+
+def _copy_folder(source: Path, out: Path) -> None:
+    """Contents, not modes: a read-only source must not make an output that cannot be removed."""
+    for path in sorted(source.rglob("*")):
+        if path.is_file():
+            target = out / path.relative_to(source)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
 
 
 def config_dtype(hf_config: dict[str, Any]) -> str | None:
@@ -53,5 +62,5 @@ def set_config_dtype(folder: Path, dtype: torch.dtype) -> None:
     name = str(dtype).removeprefix("torch.")
     if config_dtype(config) == name:
         return
-    key = "torch_dtype" if "torch_dtype" in config else "dtype"
-    path.write_text(json.dumps(config | {key: name}, indent=2) + "\n")
+    keys = [key for key in ("torch_dtype", "dtype") if key in config] or ["dtype"]
+    path.write_text(json.dumps(config | dict.fromkeys(keys, name), indent=2) + "\n")

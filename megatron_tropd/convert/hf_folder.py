@@ -89,23 +89,24 @@ class HFFolder:
             if not (self.path / SINGLE).exists():
                 raise InputError(self._no_weights())
             return dict.fromkeys(self._header(SINGLE), SINGLE)
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise InputError(f"{index} has no weight_map. Download or export the model again.")
+        weight_map = read_weight_map(index)
+        unlisted: dict[str, str] = {}
         for file_name in sorted(set(weight_map.values())):
             held = self._header(file_name).keys()
+            unlisted |= dict.fromkeys(held, file_name)
             lost = sorted(n for n, f in weight_map.items() if f == file_name and n not in held)
             if lost:
                 raise InputError(
                     f"{index} places {lost[0]} (and {len(lost) - 1} more) in {file_name}, which "
                     "does not hold it. Download or export the model again."
                 )
-        return weight_map
+        # A tensor that the index leaves out counts too: transformers reads whole files.
+        return unlisted | weight_map
 
     def _no_weights(self) -> str:
         others = sorted(p.name for p in self.path.glob("*.bin"))
         hint = (
-            f"Found {others[0]}: convert it to safetensors (pickled weights are not read)."
+            f"Found {others[0]}: convert it to safetensors, or with tropd convert --allow-pickle."
             if others
             else "Download or export the model again."
         )
@@ -127,6 +128,24 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"{path} must hold a JSON object, found {type(value).__name__}.")
     return value
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Tensor -> name of its file, from an index.
+
+    Raises:
+        InputError: the index is missing or holds something else.
+    """
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{index} has no weight_map. Download or export the model again.")
+    for name, file_name in weight_map.items():
+        if not isinstance(file_name, str) or Path(file_name).name != file_name:
+            raise InputError(
+                f"{index} must name files of its own folder, found {file_name!r} for {name}. "
+                "Download or export the model again."
+            )
+    return weight_map
 
 
 def _open_safetensors(path: Path) -> SafetensorsFile:

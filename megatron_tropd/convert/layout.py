@@ -122,8 +122,7 @@ def is_extra_state(name: str) -> bool:
 
 
 def _expert(entry: Entry) -> int:
-    expert = getattr(entry, "expert", None)
-    return -1 if expert is None else expert
+    return -1 if entry.expert is None else entry.expert
 
 
 def _place(entry: Entry, layers: int, experts: int) -> Place:

@@ -1,6 +1,5 @@
 """A Megatron checkpoint as a model folder: its config, its tensors under their HF names."""
 
-import json
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -211,9 +210,15 @@ def _own_companions(path: Path, checkpoint: Path) -> Path:
     # A run of ours keeps its checkpoints in <run>/checkpoints and its settings in <run>.
     settings = checkpoint.parent.parent / CONFIG
     if settings.is_file():
-        model = json.loads(settings.read_text()).get("model")
+        model = read_json(settings).get("model")
         if isinstance(model, dict) and "student" in model:
-            return companions_of(model["student"])
+            student = companions_of(model["student"])
+            if (student / CONFIG).is_file():
+                return student
+            raise InputError(
+                f"The run of {path} was started from {model['student']}, which holds no {CONFIG} "
+                "now. Give --hf-config with the HF folder of the architecture and tokenizer."
+            )
     raise InputError(
         f"{path} carries no config.json (looked in {path / SUBFOLDER}). Give --hf-config with the "
         "HF folder of the architecture and tokenizer."
@@ -221,4 +226,4 @@ def _own_companions(path: Path, checkpoint: Path) -> Path:
 
 
 def _identity(entry: Entry) -> tuple:
-    return entry.name, entry.layer, getattr(entry, "expert", None)
+    return entry.name, entry.layer, entry.expert

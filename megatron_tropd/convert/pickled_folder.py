@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_tropd.convert.companions import CONFIG
-from megatron_tropd.convert.hf_folder import INDEX, SINGLE, HFFolder, read_json
+from megatron_tropd.convert.hf_folder import INDEX, SINGLE, HFFolder, read_json, read_weight_map
 from megatron_tropd.errors import InputError
 
 _SINGLE, _INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -32,7 +32,7 @@ class PickledFolder:
         self.path = Path(path)
         self.config: dict[str, Any] = read_json(self.path / CONFIG)
         index = self.path / _INDEX
-        weights = read_json(index).get("weight_map", {}) if index.is_file() else {}
+        weights = read_weight_map(index) if index.is_file() else {}
         self.files = sorted(set(weights.values())) or [_SINGLE]
         self._tensors: dict[str, Tensor] = {}
         for name in self.files:

@@ -1,6 +1,6 @@
 """What a conversion would do, tensor by tensor, from configs, indices and headers alone."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -10,13 +10,13 @@ import torch
 from megatron_tropd.convert.accounting import account
 from megatron_tropd.convert.companions import CONFIG, config_dtype
 from megatron_tropd.convert.families import Entry, describe, plan
-from megatron_tropd.convert.hf_folder import INDEX, read_json
+from megatron_tropd.convert.hf_folder import INDEX, read_json, read_weight_map
 from megatron_tropd.convert.layout import Layout, Place, layout
 from megatron_tropd.convert.megatron_folder import MegatronFolder
 from megatron_tropd.convert.ops import FusedQKV, GateUp, Operation, Sharded, VocabularyRows
 from megatron_tropd.convert.pickled_folder import open_source
 from megatron_tropd.convert.safetensors_writer import Spec
-from megatron_tropd.convert.to_hf import ToHF, hf_specs
+from megatron_tropd.convert.to_hf import ToHF, hf_specs, tied_copies
 from megatron_tropd.convert.to_megatron import ToMegatron, check_source, padded_vocab
 from megatron_tropd.errors import InputError
 
@@ -82,7 +82,8 @@ def preview_to_hf(job: ToHF) -> Preview:
     source = MegatronFolder(job.megatron, job.hf_config)
     specs: Mapping[str, Spec] = hf_specs(source, job.dtype)
     dtypes = {name: spec.dtype for name, spec in specs.items()}
-    return Preview(describe(source.config), _lines(source.layout, dtypes), [_DRY])
+    copies = [f"{new} | copy of {old}" for new, old in tied_copies(source, specs).items()]
+    return Preview(describe(source.config), _lines(source.layout, dtypes), [*copies, _DRY])
 
 
 _DRY = "dry run: no weights were read, nothing was written."
@@ -91,14 +92,15 @@ _DRY = "dry run: no weights were read, nothing was written."
 def _source(config: dict[str, Any], job: ToMegatron) -> tuple[list[str], Mapping[str, torch.dtype]]:
     """(notes, types) of an HF folder: from its headers, or from its index if that is all."""
     index = job.hf / INDEX
-    weights = read_json(index).get("weight_map", {}) if index.is_file() else {}
+    weights = read_weight_map(index) if index.is_file() else {}
     if not weights or all((job.hf / name).exists() for name in weights.values()):
         folder = open_source(job.hf, allow_pickle=job.allow_pickle)
-        check_source(folder, job)
+        redundant = check_source(folder, job)
         expected = [name for entry in plan(config) for name in entry.operation.hf_shapes()]
-        return [], {name: job.dtype or folder.dtype(name) for name in expected}
+        notes = _not_stored(folder.names, expected, redundant)
+        return notes, {name: job.dtype or folder.dtype(name) for name in expected}
     entries = [] if config.get("quantization_config") else plan(config)
-    account(config, entries, weights, str(index))
+    redundant = account(config, entries, weights, str(index))
     name = config_dtype(config) or "float32"
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
@@ -106,13 +108,23 @@ def _source(config: dict[str, Any], job: ToMegatron) -> tuple[list[str], Mapping
     shapes = [shape for entry in entries for shape in entry.operation.hf_shapes().values()]
     notes = [_compare_size(read_json(index), sum(map(prod, shapes)) * dtype.itemsize, weights)]
     types = {name: job.dtype or dtype for e in entries for name in e.operation.hf_shapes()}
-    return notes, types
+    return [*_not_stored(weights, types, redundant), *notes], types
+
+
+def _not_stored(names: Iterable[str], stored: Iterable[str], redundant: list[str]) -> list[str]:
+    """What is in the folder and not in the plan; accounting has accepted it."""
+    return [
+        f"{name} | "
+        + ("compared with the embedding" if name in redundant else "left out: computed")
+        for name in sorted(set(names) - set(stored))
+    ]
 
 
 def _compare_size(index: dict[str, Any], planned: int, weights: Mapping[str, str]) -> str:
-    said = index.get("metadata", {}).get("total_size")
+    metadata = index.get("metadata")
+    said = metadata.get("total_size") if isinstance(metadata, dict) else None
     counted = f"{INDEX} lists {len(weights)} tensors"
-    if said is None:
+    if not isinstance(said, int | float):
         return f"{counted} and no total size"
     agrees = "as planned" if said == planned else f"planned from the dtype in {CONFIG}: {planned:,}"
     return f"{counted}, {said:,} bytes: {agrees}"

@@ -5,10 +5,12 @@ The hidden folder is locked while its writer lives: what a killed writer leaves 
 the free lock and removed by the next one.
 """
 
+import errno
 import fcntl
+import glob
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -39,18 +41,31 @@ def publishing(out: Path, *, force: bool) -> Iterator[Path]:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield partial
         _sync(partial)
-        _swap(partial, out)
+        _swap(partial, out, force=force)
     finally:
         os.close(lock)
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def claim(out: Path, *, force: bool) -> None:
+def claim(out: Path, *, force: bool, inputs: Iterable[Path] = ()) -> None:
     """Clean up what killed writers of ``out`` left, and refuse to write over something.
 
+    Args:
+        out: the folder to make.
+        force: whether an existing one may be replaced.
+        inputs: what it is made from, which must not go with the old one.
+
     Raises:
-        InputError: ``out`` exists and ``force`` is not given, is no folder, or is being written.
+        InputError: ``out`` exists and ``force`` is not given, is no folder, is or holds one of the
+            inputs, or is being written.
     """
+    place = out.resolve()
+    for path in inputs:
+        if path.resolve().is_relative_to(place):
+            raise InputError(
+                f"The output {out} must not be or hold the input, found {path} in it: replacing it "
+                "would delete what is converted. Name another output."
+            )
     _clean_up(out.absolute())
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise InputError(f"{out} exists and is not a folder. Name another one.")
@@ -62,9 +77,13 @@ def _hidden(out: Path, kind: str) -> Path:
     return out.with_name(f".{out.name}.{kind}-{os.getpid()}")
 
 
+def _left(out: Path, kind: str) -> list[Path]:
+    return sorted(out.parent.glob(f".{glob.escape(out.name)}.{kind}-*"))
+
+
 def _clean_up(out: Path) -> None:
     """Remove what killed writers left; put back an old folder whose successor never came."""
-    for left in sorted(out.parent.glob(f".{out.name}.partial-*")):
+    for left in _left(out, "partial"):
         lock = os.open(left, os.O_RDONLY)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -73,22 +92,27 @@ def _clean_up(out: Path) -> None:
         finally:
             os.close(lock)
         shutil.rmtree(left)
-    for left in sorted(out.parent.glob(f".{out.name}.old-*")):
+    for left in _left(out, "old"):
         if out.exists():
             shutil.rmtree(left)
         else:
             left.rename(out)
 
 
-def _swap(partial: Path, out: Path) -> None:
+def _swap(partial: Path, out: Path, *, force: bool) -> None:
     old = _hidden(out, "old")
-    if out.exists():
+    if force and out.exists():
         out.rename(old)
     try:
-        partial.rename(out)
-    except OSError:
+        partial.rename(out)  # onto nothing or an empty folder, or it fails
+    except OSError as error:
         if old.exists():
             old.rename(out)
+        elif error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise InputError(
+                f"{out} appeared while it was being made, and was left as it is. Remove it, give "
+                "--force to replace it, or name another one."
+            ) from None
         raise
     _sync_one(out.parent)
     shutil.rmtree(old, ignore_errors=True)

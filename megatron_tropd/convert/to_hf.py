@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_tropd.convert.accounting import CHECKSUMS, check_types, checksum
+from megatron_tropd.convert.accounting import CHECKSUMS, check_types, checksum, converted
 from megatron_tropd.convert.budget import Budget
 from megatron_tropd.convert.companions import copy_companions, set_config_dtype
 from megatron_tropd.convert.families import Entry
@@ -51,15 +51,12 @@ def megatron_to_hf(job: ToHF, progress: Progress = lambda name, size: None) -> N
         InputError: the checkpoint cannot be converted or is damaged, or the output exists.
         OSError: the output could not be written; nothing of it is left.
     """
-    claim(job.hf, force=job.force)
+    claim(job.hf, force=job.force, inputs=[job.megatron])
     source = MegatronFolder(job.megatron, job.hf_config)
+    claim(job.hf, force=job.force, inputs=[source.companions])
     specs = hf_specs(source, job.dtype)
     records = _records(source.checkpoint)
-    extra = {
-        name: original
-        for name, original in _TIED.items()
-        if name in records and name not in specs and original in specs
-    }
+    extra = tied_copies(source, specs)
     specs |= {name: specs[original] for name, original in extra.items()}
     with publishing(job.hf, force=job.force) as folder:
         copy_companions(source.companions, folder)
@@ -73,7 +70,7 @@ def megatron_to_hf(job: ToHF, progress: Progress = lambda name, size: None) -> N
                 with budget.holding(source.nbytes(entry)):
                     for name, tensor in _hf_tensors(source, entry, extra):
                         _compare(name, tensor, records)
-                        tensor = tensor.to(specs[name].dtype)
+                        tensor = converted(name, tensor, specs[name].dtype)
                         writer.write(name, tensor)
                         progress(name, tensor.nbytes)
 
@@ -93,6 +90,16 @@ def hf_specs(source: MegatronFolder, dtype: torch.dtype | None) -> dict[str, Spe
         name: Spec(dtype or types[entry.name], shape)
         for entry in source.entries
         for name, shape in entry.operation.hf_shapes().items()
+    }
+
+
+def tied_copies(source: MegatronFolder, specs: Mapping[str, Spec]) -> dict[str, str]:
+    """Output layers that the converted folder held though they were tied: name -> original."""
+    records = _records(source.checkpoint)
+    return {
+        name: original
+        for name, original in _TIED.items()
+        if name in records and name not in specs and original in specs
     }
 
 

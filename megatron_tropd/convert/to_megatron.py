@@ -6,6 +6,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from megatron_tropd.convert.accounting import (
     check_shapes,
     check_types,
     checksum,
+    converted,
     expected_tensors,
     known_digests,
 )
@@ -29,16 +31,16 @@ from megatron_tropd.convert.companions import (
     copy_companions,
     set_config_dtype,
 )
-from megatron_tropd.convert.families import Entry, ModelShape, model_shape, plan
+from megatron_tropd.convert.families import Entry, ModelShape, model_shape, plan, rope_parameters
 from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.convert.layout import Layout, layout
+from megatron_tropd.convert.megatron_folder import TRACKER
 from megatron_tropd.convert.pickled_folder import PickledFolder, open_source
 from megatron_tropd.convert.publish import claim, publishing
 from megatron_tropd.convert.torch_dist import Part, write_checkpoint
-from megatron_tropd.errors import InputError
+from megatron_tropd.errors import ConfigError, InputError
 
 RELEASE = "release"
-TRACKER = "latest_checkpointed_iteration.txt"
 _VOCAB_MULTIPLE = 128  # Megatron's --make-vocab-size-divisible-by
 
 Progress = Callable[[str, int], None]
@@ -77,7 +79,7 @@ def hf_to_megatron(job: ToMegatron, progress: Progress = lambda name, size: None
         InputError, ConfigError: the model cannot be converted, or the output exists.
         OSError: the output could not be written; nothing of it is left.
     """
-    claim(job.megatron, force=job.force)
+    claim(job.megatron, force=job.force, inputs=[job.hf])
     source = open_source(job.hf, allow_pickle=job.allow_pickle)
     redundant = check_source(source, job)
     padded = padded_vocab(source.config, job.tensor_parallel)
@@ -119,7 +121,7 @@ def check_source(source: HFFolder | PickledFolder, job: ToMegatron) -> list[str]
     )
     entries = plan(source.config) if not source.config.get("quantization_config") else []
     redundant = account(source.config, entries, source.names, where)
-    check_parallel(source.config, parallel, who="model")
+    _check_parallel(source.config, parallel)
     expected = expected_tensors(entries)
     check_shapes(expected, {name: source.shape(name) for name in expected}, where)
     types = {name: source.dtype(name) for name in expected}
@@ -129,6 +131,17 @@ def check_source(source: HFFolder | PickledFolder, job: ToMegatron) -> list[str]
     if job.check_downloads:
         check_digests(source.path, known_digests(source.path, source.files))
     return redundant
+
+
+def _check_parallel(hf_config: dict[str, Any], parallel: ParallelConfig) -> None:
+    """The sizes are only noted, but a checkpoint must not note what nobody can load."""
+    try:
+        check_parallel(hf_config, parallel, who="model")
+    except ConfigError as error:
+        raise ConfigError(
+            f"--tensor-parallel or --pipeline-parallel does not fit: {error} Without the "
+            "option the checkpoint loads at any size that does."
+        ) from None
 
 
 def padded_vocab(hf_config: dict[str, Any], tensor_parallel: int) -> int:
@@ -149,7 +162,7 @@ class _Checked:
     def read(self, name: str, *, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
         tensor = self.source.read(name, dim=dim, start=start, stop=stop)
         assert tuple(tensor.shape) == self.source.shape(name), "whole tensors are read"
-        tensor = tensor if self.dtype is None else tensor.to(self.dtype)
+        tensor = converted(name, tensor, self.dtype)
         record = {
             "dtype": str(tensor.dtype).removeprefix("torch."),
             "shape": list(tensor.shape),
@@ -169,7 +182,9 @@ def _parts(where: Layout, reading: _Checked, progress: Progress) -> list[Part]:
 
     def make(entry: Entry, key: str) -> Tensor:
         tensor = entry.operation.read(reading, 0, 1).contiguous()
-        progress(key, tensor.nbytes)
+        if key not in where.copies:
+            names = entry.operation.hf_shapes()
+            progress(key, sum(map(prod, names.values())) * tensor.itemsize)
         return tensor
 
     parts = []
@@ -233,13 +248,15 @@ def _arguments(
 ) -> Namespace:
     """The settings Megatron takes from a checkpoint (--use-checkpoint-args)."""
     shape = model_shape(hf_config)
-    rope = hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
-    base = rope.get("rope_theta", hf_config.get("rope_theta", 10000.0))
+    rope = rope_parameters(hf_config)
+    base, factor = rope["rope_theta"], rope.get("factor", 8.0)
+    linear = rope["rope_type"] == "linear"
     return Namespace(
         **_architecture(shape),
         rotary_base=int(base) if float(base).is_integer() else base,
-        use_rope_scaling=rope.get("rope_type") == "llama3",
-        rope_scaling_factor=rope.get("factor", 8.0),
+        use_rope_scaling=rope["rope_type"] == "llama3",
+        rope_scaling_factor=factor,
+        rotary_seq_len_interpolation_factor=factor if linear else None,
         padded_vocab_size=padded,
         vocab_size=shape.vocab,
         make_vocab_size_divisible_by=_VOCAB_MULTIPLE,
@@ -263,7 +280,7 @@ def _arguments(
 
 
 def _architecture(shape: ModelShape) -> dict[str, Any]:
-    experts = getattr(shape, "experts", None)
+    experts = shape.experts
     settings: dict[str, Any] = {
         "num_layers": shape.layers,
         "hidden_size": shape.hidden,

@@ -19,7 +19,7 @@ import zipfile
 import zlib
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -181,6 +181,11 @@ class _Writer(checkpoint.FileSystemWriter):
         write = partial(self._write_file, items, planner, Budget(largest))
         with ThreadPoolExecutor(self.thread_count) as pool:
             jobs = [pool.submit(write, f"{prefix}{n}.distcp") for n in range(self.thread_count)]
+            try:
+                wait(jobs)
+            except KeyboardInterrupt:
+                _empty(items)
+                raise
         failures = [error for job in jobs if (error := job.exception())]
         if failures:
             raise failures[0]
@@ -201,8 +206,7 @@ class _Writer(checkpoint.FileSystemWriter):
                 stream.flush()
                 os.fsync(stream.fileno())
         except BaseException:
-            while _next(items) is not None:
-                pass
+            _empty(items)
             raise
         return results
 
@@ -213,6 +217,12 @@ class _Writer(checkpoint.FileSystemWriter):
 
     def storage_meta(self) -> StorageMeta:
         return StorageMeta()
+
+
+def _empty(items: queue.Queue) -> None:
+    """Let every thread end after the item it has."""
+    while _next(items) is not None:
+        pass
 
 
 def _next(items: queue.Queue) -> WriteItem | None:

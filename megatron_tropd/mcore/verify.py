@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from megatron_tropd.config import ParallelConfig
 from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.convert.megatron_folder import MegatronFolder
+from megatron_tropd.convert.pickled_folder import PickledFolder, open_source
 from megatron_tropd.mcore import models, parallel, platform
 
 TOLERANCE = 1e-3
@@ -54,6 +56,8 @@ def verify(
     *,
     prompts: Sequence[Sequence[int]],
     hf_config: Path | None = None,
+    written: Literal["hf", "megatron"] = "megatron",
+    allow_pickle: bool = False,
 ) -> Verification:
     """Compare both folders; loads both models whole, in float32.
 
@@ -62,16 +66,22 @@ def verify(
         megatron: Megatron checkpoint.
         prompts: token ids, each at least one.
         hf_config: HF folder of the architecture, for a checkpoint that carries none.
+        written: which of them was made from the other.
+        allow_pickle: read pytorch_model.bin where the HF folder has no safetensors.
 
     Returns:
-        What differs. Where the types differ, the weights of the wider one are rounded first.
+        What differs. Where the types differ, the wider weights are rounded first; of float16 and
+        bfloat16, those that were not written.
 
     Raises:
         InputError: a folder is not whole.
     """
-    source, checkpoint = HFFolder(hf), MegatronFolder(megatron, hf_config)
-    names, differing = _compare_tensors(source, checkpoint)
-    narrow = _narrower(source.dtype(names[0]), checkpoint.dtype(checkpoint.entries[0]))
+    source = open_source(hf, allow_pickle=allow_pickle)
+    checkpoint = MegatronFolder(megatron, hf_config)
+    names, differing = _compare_tensors(source, checkpoint, written)
+    narrow = _common(
+        source.dtype(names[0]), checkpoint.dtype(checkpoint.entries[0]), written=written
+    )
     with torch.no_grad():
         expected = _transformers_logits(hf, prompts, narrow)
         found = _megatron_logits(checkpoint, prompts, narrow)
@@ -88,24 +98,31 @@ def verify(
     )
 
 
-def _compare_tensors(source: HFFolder, checkpoint: MegatronFolder) -> tuple[list[str], list[str]]:
+def _compare_tensors(
+    source: HFFolder | PickledFolder, checkpoint: MegatronFolder, written: Literal["hf", "megatron"]
+) -> tuple[list[str], list[str]]:
     names, differing = [], []
     for entry in checkpoint.entries:
         for name, stored in checkpoint.read(entry).items():
             names.append(name)
-            if not _same(source.read(name), stored):
+            tensor = source.read(name)
+            dtype = _common(tensor.dtype, stored.dtype, written=written)
+            if not _same(tensor.to(dtype), stored.to(dtype)):
                 differing.append(name)
     return names, differing
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    dtype = _narrower(one.dtype, other.dtype)
-    one, other = (t.to(dtype).contiguous().view(torch.uint8) for t in (one, other))
-    return torch.equal(one, other)
+    return torch.equal(*(t.contiguous().view(torch.uint8) for t in (one, other)))
 
 
-def _narrower(one: torch.dtype, other: torch.dtype) -> torch.dtype:
-    return one if one.itemsize <= other.itemsize else other
+def _common(
+    hf: torch.dtype, megatron: torch.dtype, *, written: Literal["hf", "megatron"]
+) -> torch.dtype:
+    """The type both can be compared in: the narrower, or the one that was converted to."""
+    if hf.itemsize != megatron.itemsize:
+        return min(hf, megatron, key=lambda dtype: dtype.itemsize)
+    return hf if written == "hf" else megatron
 
 
 def _transformers_logits(

@@ -42,6 +42,7 @@ WINDOW_FROM_LAYER_1 = {"use_sliding_window": True, "max_window_layers": 1}
 DENSE = (
     ("llama", {}),
     ("llama", {"rope_parameters": LLAMA3_ROPE, "num_hidden_layers": 3}),
+    ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
     ("qwen2", {"head_dim": 16}),
     ("qwen2", {"tie_word_embeddings": True, "head_dim": 16}),
     ("qwen2", {"head_dim": 16, "sliding_window": 7} | WINDOW_FROM_LAYER_1),

@@ -141,6 +141,52 @@ def test_conversion_of_type(llama: Path, tmp_path: Path):
     assert_same_weights(wide, tmp_path / "wide")
 
 
+def test_float16_must_hold_the_weights(llama: Path, tmp_path: Path):
+    content = tensors(llama)
+    content["model.norm.weight"][:2] = torch.tensor([1e6, float("inf")])
+    save_file(content, llama / "model.safetensors", metadata={"format": "pt"})
+    refuse(
+        llama,
+        tmp_path / "out" / "m",
+        r"model\.norm\.weight holds 1e\+06.*65504",
+        dtype=torch.float16,
+    )
+    hf_to_megatron(ToMegatron(llama, tmp_path / "m"))
+    with pytest.raises(InputError, match="65504"):
+        megatron_to_hf(ToHF(tmp_path / "m", tmp_path / "hf", dtype=torch.float16))
+    content["model.norm.weight"][0] = float("nan")
+    save_file(content, llama / "model.safetensors", metadata={"format": "pt"})
+    hf_to_megatron(ToMegatron(llama, tmp_path / "infinite", dtype=torch.float16))
+
+
+def test_a_config_that_names_its_type_twice(llama: Path, tmp_path: Path):
+    config = json.loads((llama / "config.json").read_text())
+    both = {"dtype": "float32", "torch_dtype": "float32"}
+    (llama / "config.json").write_text(json.dumps(config | both))
+    hf_to_megatron(ToMegatron(llama, tmp_path / "m", dtype=torch.bfloat16))
+    written = json.loads((tmp_path / "m" / "hf" / "config.json").read_text())
+    assert written["dtype"] == written["torch_dtype"] == "bfloat16"
+
+
+def test_a_read_only_source_gives_an_output_that_can_be_removed(llama: Path, tmp_path: Path):
+    templates = "additional_chat_templates"
+    (llama / templates).chmod(0o555)
+    hf_to_megatron(ToMegatron(llama, tmp_path / "m"))
+    assert (tmp_path / "m" / "hf" / templates).stat().st_mode & 0o200
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_progress_ends_at_the_announced_size(
+    family: str, tiny_model: Callable[..., Path], tmp_path: Path
+):
+    from megatron_tropd.convert.preview import preview_to_megatron
+
+    job = ToMegatron(tiny_model(family), tmp_path / "m")
+    told: list[int] = []
+    hf_to_megatron(job, lambda name, size: told.append(size))
+    assert sum(told) == preview_to_megatron(job).total_bytes
+
+
 def test_mixed_types_need_a_decision(llama: Path, tmp_path: Path):
     content = tensors(llama)
     content["model.norm.weight"] = content["model.norm.weight"].bfloat16()
@@ -152,13 +198,20 @@ def test_mixed_types_need_a_decision(llama: Path, tmp_path: Path):
         hf_to_megatron(ToMegatron(llama, tmp_path / "mixed"))
 
 
-def test_a_tied_model_may_carry_its_output_layer(tiny_model: Callable[..., Path], tmp_path: Path):
+def test_a_tied_model_may_carry_its_output_layer(
+    tiny_model: Callable[..., Path], tmp_path: Path, capsys
+):
     source = tmp_path / "tied"
     shutil.copytree(tiny_model("qwen3", tie_word_embeddings=True), source)
     content = tensors(source)
     content["lm_head.weight"] = content["model.embed_tokens.weight"].clone()
     save_file(content, source / "model.safetensors")
     assert_same_weights(source, there_and_back(source, tmp_path))
+    arguments = ["--hf", str(source), "--megatron", str(tmp_path / "megatron"), "--dry-run"]
+    assert main_to_megatron(arguments) == 0
+    assert "lm_head.weight | compared with the embedding" in capsys.readouterr().out
+    assert main_to_hf(arguments) == 0
+    assert "lm_head.weight | copy of model.embed_tokens.weight" in capsys.readouterr().out
     content["lm_head.weight"][3, 3] += 1
     save_file(content, source / "model.safetensors")
     with pytest.raises(InputError, match="tie_word_embeddings"):
@@ -248,6 +301,38 @@ def test_verify(dtype: list[str], llama: Path, tmp_path: Path):
     assert result.max_difference > 0.01, "the logits show it too"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["float16", "bfloat16", "pickled"])
+def test_verify_of_other_types(source: str, llama: Path, tmp_path: Path):
+    """Half precision to the other half, whose bits differ; weights that were pickled."""
+    options = ["--allow-pickle"]
+    if source == "pickled":
+        torch.save(tensors(llama), llama / "pytorch_model.bin")
+        (llama / "model.safetensors").unlink()
+    else:
+        llama = retyped(llama, tmp_path / "half", getattr(torch, source))
+        options = ["--dtype", "bfloat16" if source == "float16" else "float16"]
+    hf, megatron, back = str(llama), str(tmp_path / "m"), str(tmp_path / "back")
+    commands = [["to-megatron", "--hf", hf, "--megatron", megatron, *options]]
+    if source != "pickled":
+        commands += [["to-hf", "--megatron", megatron, "--hf", back, "--dtype", source]]
+    for command in commands:
+        run = [sys.executable, "-m", "megatron_tropd.cli", "convert", *command, "--verify"]
+        said = subprocess.run(run, capture_output=True, text=True, cwd=REPOSITORY)
+        assert said.returncode == 0, said.stdout + said.stderr
+        assert "21 of 21 tensors are equal" in said.stdout and "verify: passed" in said.stdout
+
+
+def test_verify_is_refused_before_the_conversion(llama: Path, tmp_path: Path, capsys):
+    arguments = ["--hf", str(llama), "--megatron", str(tmp_path / "m"), "--verify"]
+    assert main_to_megatron([*arguments, "--prompt", ""]) == 2
+    for path in llama.glob("tokenizer*"):
+        path.unlink()
+    assert main_to_megatron(arguments) == 2
+    assert "holds no tokenizer" in capsys.readouterr().err
+    assert not (tmp_path / "m").exists()
+
+
 # What is refused before anything is written.
 
 
@@ -282,6 +367,30 @@ def test_left_over_and_missing_tensors_are_listed(llama: Path, tmp_path: Path):
     save_file(content, llama / "model.safetensors")
     names = r"misses 1 tensors: model\.norm\.weight; it has unexpected 1 tensors: model\.extra"
     refuse(llama, tmp_path / "out" / "m", names)
+
+
+def test_tensors_that_the_index_leaves_out_count(llama: Path, tmp_path: Path):
+    content = tensors(llama)
+    listed = dict.fromkeys(content, "model.safetensors")
+    (llama / "model.safetensors.index.json").write_text(json.dumps({"weight_map": listed}))
+    content["model.layers.0.self_attn.surprise.weight"] = torch.ones(3)
+    save_file(content, llama / "model.safetensors")
+    refuse(llama, tmp_path / "out" / "m", r"unexpected 1 tensors: model\.layers\.0\.self_attn\.sur")
+
+
+@pytest.mark.parametrize("file", [3, "/etc/model.safetensors", "../model.safetensors"])
+def test_an_index_names_files_of_its_folder(file: object, llama: Path, tmp_path: Path):
+    index = {"weight_map": dict.fromkeys(tensors(llama), file)}
+    (llama / "model.safetensors.index.json").write_text(json.dumps(index))
+    refuse(llama, tmp_path / "out" / "m", "must name files of its own folder")
+
+
+@pytest.mark.parametrize("metadata", [None, {}, {"total_size": "7"}, [7]])
+def test_dry_run_of_an_index_without_a_size(metadata: object, llama: Path, capsys):
+    index = {"metadata": metadata, "weight_map": dict.fromkeys(tensors(llama), "absent")}
+    (llama / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert main_to_megatron(["--hf", str(llama), "--megatron", "nowhere", "--dry-run"]) == 0
+    assert "lists 21 tensors and no total size" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("suffix", ["weight_scale_inv", "qweight", "weight_packed", "SCB"])
@@ -446,6 +555,37 @@ def test_the_stored_arguments(megatron: Path):
     assert args.swiglu and args.normalization == "RMSNorm" and args.rotary_base == 10000
 
 
+def _arguments(llama: Path, out: Path, **change):
+    config = json.loads((llama / "config.json").read_text())
+    for key in ("rope_parameters", "rope_theta"):
+        config.pop(key, None)
+    (llama / "config.json").write_text(json.dumps(config | change))
+    hf_to_megatron(ToMegatron(llama, out))
+    return TorchDistReader(out / "release").common()["args"]
+
+
+@pytest.mark.parametrize("key", ["type", "rope_type"])
+def test_linear_scaling_is_in_the_arguments(key: str, llama: Path, tmp_path: Path):
+    args = _arguments(llama, tmp_path / "m", rope_scaling={key: "linear", "factor": 4.0})
+    assert args.rotary_seq_len_interpolation_factor == 4 and not args.use_rope_scaling
+
+
+def test_the_rotary_base_is_the_familys_default(tiny_model: Callable[..., Path], tmp_path: Path):
+    shutil.copytree(tiny_model("mixtral"), tmp_path / "hf")
+    assert _arguments(tmp_path / "hf", tmp_path / "m").rotary_base == 1_000_000
+
+
+def test_a_run_whose_student_is_gone(megatron: Path, tmp_path: Path):
+    step = tmp_path / "run" / "checkpoints" / "step_000003"
+    shutil.copytree(megatron / "release", step)
+    (tmp_path / "run" / "config.json").write_text('{"model": {"student": "gone"}}')
+    with pytest.raises(InputError, match=r"started from gone.*--hf-config"):
+        MegatronFolder(step)
+    (tmp_path / "run" / "config.json").write_text("{")
+    with pytest.raises(InputError, match="cannot be read as JSON"):
+        MegatronFolder(step)
+
+
 # Which names are written.
 
 
@@ -523,6 +663,26 @@ owner, name, call = sys.argv[1:4]
 kill_at(eval(owner), name, int(call))
 run = {"there": main_to_megatron, "back": main_to_hf}[sys.argv[4]]
 raise SystemExit(run(sys.argv[5:]))
+"""
+INTERRUPTER = """
+import os, signal, sys, time
+from megatron_tropd import conversion
+from megatron_tropd.convert import to_hf, to_megatron
+
+calls = []
+def count(checksum):
+    def replacement(tensor):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.05)
+        return checksum(tensor)
+    return replacement
+owner = {"there": to_megatron, "back": to_hf}[sys.argv[1]]
+owner.checksum = count(owner.checksum)
+code = getattr(conversion, sys.argv[2])(sys.argv[3:])
+print(len(calls))
+raise SystemExit(code)
 """
 PHASES = {
     "first tensor": ("to_megatron._Checked", "read", 1, "there"),
@@ -609,3 +769,55 @@ def test_two_at_once(llama: Path, tmp_path: Path):
             hf_to_megatron(ToMegatron(llama, tmp_path / "m"))
         assert not (tmp_path / "m").exists()
     assert (tmp_path / "m").is_dir()
+
+
+@pytest.mark.parametrize("out", ["llama", "."])
+def test_the_input_is_never_replaced(out: str, llama: Path, tmp_path: Path, capsys):
+    """--force on the input itself, or on a folder that holds it."""
+    hf_to_megatron(ToMegatron(llama, llama / "m"))
+    place = str(llama if out == "llama" else tmp_path)
+    commands = (
+        (main_to_megatron, ["--hf", str(llama), "--megatron", place]),
+        (main_to_hf, ["--megatron", str(llama / "m"), "--hf", place]),
+        (main_to_hf, ["--megatron", str(llama / "m"), "--hf", str(llama / "m" / "hf")]),
+    )
+    for run, arguments in commands:
+        assert run([*arguments, "--force"]) == 2
+        assert "must not be or hold the input" in capsys.readouterr().err
+    assert (llama / "model.safetensors").exists() and MegatronFolder(llama / "m")
+
+
+def test_an_output_that_appears_meanwhile_is_kept(llama: Path, tmp_path: Path):
+    out = tmp_path / "m"
+
+    def somebody_else(name: str, size: int) -> None:
+        out.mkdir(exist_ok=True)
+        (out / "precious").write_text("work")
+
+    with pytest.raises(InputError, match="appeared while it was being made"):
+        hf_to_megatron(ToMegatron(llama, out), somebody_else)
+    assert (out / "precious").read_text() == "work" and not list(tmp_path.glob(".m*"))
+
+
+def test_left_overs_of_a_name_with_brackets_are_found(llama: Path, tmp_path: Path):
+    (tmp_path / ".m[1].partial-1").mkdir()
+    hf_to_megatron(ToMegatron(llama, tmp_path / "m[1]"))
+    assert not list(tmp_path.glob(".m*"))
+
+
+@pytest.mark.parametrize("direction", ["there", "back"])
+def test_interrupted(direction: str, llama: Path, tmp_path: Path):
+    """Ctrl-C ends a conversion after the tensors in hand, and says so."""
+    if direction == "back":
+        hf_to_megatron(ToMegatron(llama, tmp_path / "m"))
+    out, given = ("m", "--hf") if direction == "there" else ("hf", "--megatron")
+    source = llama if direction == "there" else tmp_path / "m"
+    main = "main_to_megatron" if direction == "there" else "main_to_hf"
+    other = "--megatron" if direction == "there" else "--hf"
+    arguments = [given, str(source), other, str(tmp_path / out), "--workers", "1"]
+    script = [sys.executable, "-c", INTERRUPTER, direction, main, *arguments]
+    stopped = subprocess.run(script, cwd=REPOSITORY, capture_output=True, text=True)
+    assert stopped.returncode == 130, stopped.stderr
+    assert "interrupted" in stopped.stderr and "Traceback" not in stopped.stderr
+    assert int(stopped.stdout) < 15, "of 21 tensors and more"
+    assert not (tmp_path / out).exists() and not list(tmp_path.glob(f".{out}.*"))

@@ -189,6 +189,25 @@ def test_unsupported_models_are_named(change: dict, named: str) -> None:
         model_shape(LLAMA | change)
 
 
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"hidden_size": "24"}, "hidden_size"),
+        ({"tie_word_embeddings": None}, "tie_word_embeddings"),
+        ({"rope_scaling": "linear"}, "rope_parameters"),
+        ({"rope_theta": None}, "positive rope_theta, found None"),
+        ({"num_attention_heads": 0}, "no llama config"),
+        ({"vocab_size": -1}, "vocab_size of at least 1, found -1"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers of at least 1"),
+        ({"num_key_value_heads": 3}, "8 attention heads for 3 key/value heads"),
+        ({"model_type": ["llama"]}, "not supported"),
+    ],
+)
+def test_configs_that_mean_nothing_are_refused(change: dict, named: str) -> None:
+    with pytest.raises(InputError, match=named):
+        model_shape(LLAMA | change)
+
+
 MIXTURE = {
     "num_experts": 8,
     "num_experts_per_tok": 2,

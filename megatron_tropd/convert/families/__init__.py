@@ -11,6 +11,8 @@ from pkgutil import iter_modules
 from typing import Any
 
 import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -36,6 +38,7 @@ __all__ = [
     "model_shape",
     "plan",
     "rope_inverse_frequencies",
+    "rope_parameters",
 ]
 
 
@@ -59,6 +62,7 @@ def model_shape(hf_config: dict[str, Any]) -> ModelShape:
     family = FAMILIES[config.model_type]
     for requirement in (*COMMON_REQUIREMENTS, *family.requirements):
         requirement.check(config)
+    _check_sizes(config)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return ModelShape(
         family=config.model_type,
@@ -106,6 +110,11 @@ def rope_inverse_frequencies(hf_config: dict[str, Any]) -> torch.Tensor:
     return 1.0 / rope["rope_theta"] ** exponents
 
 
+def rope_parameters(hf_config: dict[str, Any]) -> dict[str, Any]:
+    """``rope_type``, ``rope_theta``, numbers of the scaling; the family's defaults filled in."""
+    return dict(_transformers_config(hf_config).rope_parameters)
+
+
 def plan(hf_config: dict[str, Any], padded_vocab: int | None = None) -> list[Entry]:
     """Every parameter of the model in the order of the layers; tied output layers left out.
 
@@ -145,13 +154,54 @@ def _experts(family: Family, config: PretrainedConfig) -> Experts | None:
     return experts
 
 
+_SIZES = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "vocab_size",
+)
+
+
+def _check_sizes(config: PretrainedConfig) -> None:
+    for field in _SIZES:
+        if getattr(config, field) < 1:
+            raise InputError(
+                f"config.json must have {field} of at least 1, found {getattr(config, field)}."
+            )
+    theta = config.rope_parameters.get("rope_theta")
+    if not isinstance(theta, int | float) or theta <= 0:
+        raise InputError(f"config.json must have a positive rope_theta, found {theta!r}.")
+    if config.num_attention_heads % (config.num_key_value_heads or config.num_attention_heads):
+        raise InputError(
+            f"config.json has {config.num_attention_heads} attention heads for "
+            f"{config.num_key_value_heads} key/value heads, expected a multiple."
+        )
+
+
 def _transformers_config(hf_config: dict[str, Any]) -> PretrainedConfig:
     model_type = hf_config.get("model_type")
     supported = ", ".join(family.architecture for family in FAMILIES.values())
-    found = (hf_config.get("architectures") or [model_type])[0]
-    if model_type not in FAMILIES or found not in (model_type, FAMILIES[model_type].architecture):
+    architectures = hf_config.get("architectures") or [model_type]
+    found = architectures[0] if isinstance(architectures, list) else architectures
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    if family is None or found not in (model_type, family.architecture):
         raise InputError(
             f"Model architecture {found} (model_type {model_type!r}) is not supported. "
             f"Supported: {supported}."
         )
-    return AutoConfig.for_model(**hf_config)
+    try:
+        return AutoConfig.for_model(**hf_config)
+    except (
+        StrictDataclassError,
+        TypeError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+    ) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"config.json is no {model_type} config that transformers {transformers.__version__} "
+            f"reads: {reason}"
+        ) from None
