@@ -3,11 +3,10 @@
 from typing import Any
 
 from megatron_tropd.config import ParallelConfig
+from megatron_tropd.convert.accounting import account, check_shapes, expected_tensors
 from megatron_tropd.convert.families import model_shape, plan
 from megatron_tropd.convert.hf_folder import HFFolder
-from megatron_tropd.errors import ConfigError, InputError
-
-_IGNORED = ("rotary_emb.inv_freq",)
+from megatron_tropd.errors import ConfigError
 
 
 def check_parallel(hf_config: dict[str, Any], parallel: ParallelConfig, *, who: str) -> None:
@@ -47,30 +46,13 @@ def check_tensors(folder: HFFolder) -> None:
     """Account for every tensor of a folder, from the headers.
 
     Raises:
-        InputError: a tensor is missing, surplus, or of another shape than config.json says.
+        InputError: the model is quantised, or a tensor is missing, surplus, or of another shape
+            than config.json says.
     """
-    expected: dict[str, tuple[int, ...]] = {}
-    for entry in plan(folder.config):
-        expected |= entry.operation.hf_shapes()
-    surplus_is_fine = {"lm_head.weight"} if model_shape(folder.config).tied else set()
-    missing = sorted(expected.keys() - folder.names)
-    surplus = sorted(
-        name
-        for name in folder.names - expected.keys() - surplus_is_fine
-        if not name.endswith(_IGNORED)
-    )
-    for what, names in (("misses", missing), ("has unexpected", surplus)):
-        if names:
-            raise InputError(
-                f"Model folder {folder.path} {what} {len(names)} tensors, the first "
-                f"{', '.join(names[:3])}. Its config.json and weights do not belong together."
-            )
-    for name, shape in expected.items():
-        if folder.shape(name) != shape:
-            raise InputError(
-                f"Tensor {name} of {folder.path} must have shape {list(shape)} by config.json, "
-                f"found {list(folder.shape(name))}."
-            )
+    where, entries = f"Model folder {folder.path}", plan(folder.config)
+    account(folder.config, entries, folder.names, where)
+    expected = expected_tensors(entries)
+    check_shapes(expected, {name: folder.shape(name) for name in expected}, where)
 
 
 def _check_experts(count: int, parallel: ParallelConfig, who: str) -> None:

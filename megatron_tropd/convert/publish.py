@@ -16,6 +16,8 @@ from pathlib import Path
 
 from megatron_tropd.errors import InputError
 
+_OF_A_MODEL = ("config.json", "*.safetensors*", "latest_checkpointed_iteration.txt", ".metadata")
+
 
 @contextmanager
 def publishing(out: Path, *, force: bool) -> Iterator[Path]:
@@ -56,8 +58,8 @@ def claim(out: Path, *, force: bool, inputs: Iterable[Path] = ()) -> None:
         inputs: what it is made from, which must not go with the old one.
 
     Raises:
-        InputError: ``out`` exists and ``force`` is not given, is no folder, is or holds one of the
-            inputs, or is being written.
+        InputError: ``out`` exists and ``force`` is not given, is no folder or not that of a model,
+            is or holds one of the inputs, or is being written.
     """
     place = out.resolve()
     for path in inputs:
@@ -71,6 +73,15 @@ def claim(out: Path, *, force: bool, inputs: Iterable[Path] = ()) -> None:
         raise InputError(f"{out} exists and is not a folder. Name another one.")
     if out.is_dir() and any(out.iterdir()) and not force:
         raise InputError(f"{out} exists already. Give --force to replace it, or name another one.")
+    if out.is_dir() and any(out.iterdir()) and not _holds_a_model(out):
+        raise InputError(
+            f"{out} holds other things than a model (none of {', '.join(_OF_A_MODEL)}), which "
+            "--force does not replace. Name another output, or empty that folder yourself."
+        )
+
+
+def _holds_a_model(folder: Path) -> bool:
+    return any(any(folder.glob(pattern)) for pattern in _OF_A_MODEL)
 
 
 def _hidden(out: Path, kind: str) -> Path:

@@ -771,6 +771,15 @@ def test_two_at_once(llama: Path, tmp_path: Path):
     assert (tmp_path / "m").is_dir()
 
 
+def test_force_replaces_models_only(llama: Path, tmp_path: Path, capsys):
+    out = tmp_path / "thesis"
+    out.mkdir()
+    (out / "chapter.tex").write_text("years of work")
+    assert main_to_megatron(["--hf", str(llama), "--megatron", str(out), "--force"]) == 2
+    assert "holds other things than a model" in capsys.readouterr().err
+    assert (out / "chapter.tex").read_text() == "years of work"
+
+
 @pytest.mark.parametrize("out", ["llama", "."])
 def test_the_input_is_never_replaced(out: str, llama: Path, tmp_path: Path, capsys):
     """--force on the input itself, or on a folder that holds it."""
