@@ -27,7 +27,7 @@ ARROWS: dict[str, set[str]] = {
     "rollout": {"config", "data.types"},
     "tasks": {"config", "data", "losses", "rollout.types"},
     "report": {"config", "data.types"},
-    "integrations": {"config", "convert", "data", "losses", "mcore"},
+    "integrations": {"config", "convert", "data", "loss_config", "losses", "mcore"},
 }
 OUTSIDE = {"megatron": {"mcore", "integrations", "doctor"}, "vllm": {"rollout", "doctor"}}
 KERNELS = PACKAGE / "losses" / "dense_triton.py"  # the one file that may import triton
