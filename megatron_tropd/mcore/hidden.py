@@ -118,12 +118,12 @@ def _states_at(
     for hook in output_layer._forward_pre_hooks.values():
         hook(output_layer, ())
     if config.sequence_parallel:
-        hidden_states = gather_from_sequence_parallel_region(
+        whole = gather_from_sequence_parallel_region(
             hidden_states, tensor_parallel_output_grad=True
         )
-    else:
-        hidden_states = copy_to_tensor_model_parallel_region(hidden_states)
-    return hidden_states.transpose(0, 1)[context]
+        return whole.transpose(0, 1)[context]
+    # Rows first: before 0.19 the sum of a gradient that is not contiguous gets lost in Megatron.
+    return copy_to_tensor_model_parallel_region(hidden_states.transpose(0, 1)[context])
 
 
 @contextmanager

@@ -40,6 +40,7 @@ def test_a_gpu_run_never_touches_the_patches() -> None:
         + """
 import megatron_tropd.mcore.platform as platform
 platform.prepare_platform()
+platform.prepare_training()
 assert not platform.is_prepared()
 assert platform.distributed_backend() == "nccl"
 changed = {k for k, v in fingerprint().items() if before.get(k) != v}
