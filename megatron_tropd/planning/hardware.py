@@ -48,7 +48,7 @@ class Hardware:
             if isinstance(value, int | float) and value <= 0:
                 raise ConfigError(
                     f"Hardware {self.name}: {field.name} must be above 0, found {value}. "
-                    "Correct the TOML file."
+                    "Correct it."
                 )
         for name in ("achieved_flops", "achieved_bandwidth", "reserve"):
             if getattr(self, name) > 1:

@@ -16,9 +16,8 @@ LOSS_BUDGET = {"cpu": 72 * 2**20, "gpu": 2048 * 2**20}
 ENGINE_WORKSPACE = 2 * 2**30
 """Bytes of an engine's own activations and graphs on each of its GPUs. An assumption."""
 _FLOAT32 = 4
-_VALUES_OF_A_TOKEN = 24
-"""32-bit words that the loss reports of a token, beside the top-k."""
-_TOP_K = 64
+_VALUES_OF_A_TOKEN = 16
+"""32-bit words that the loss reports of a token; measured."""
 
 
 @dataclass(frozen=True)
@@ -136,11 +135,11 @@ def loss_bytes(made: Setup) -> float:
 
     Logits of both models in float32 for a chunk of tokens, within a budget (twice the chunks
     where collectives overlap); the student's hidden states [T, H] and their gradient; the output
-    layer's gradient [v, H] in float32; per-token values and top-k.
+    layer's gradient [v, H] in float32; per-token values.
     """
     tokens, shard = made.work.most_loss_tokens, made.vocab_shard
     hidden = made.student.shape.hidden
-    values = tokens * 4 * (_VALUES_OF_A_TOKEN + 4 * _TOP_K)
+    values = 4 * _VALUES_OF_A_TOKEN * tokens
     gradients = 2 * tokens * hidden * made.element + shard * hidden * _FLOAT32
     return chunk_bytes(made, tokens) + gradients + values
 

@@ -64,18 +64,19 @@ def plan_json(plan: Plan) -> dict[str, Any]:
     """The same and more as plain values; bytes and seconds."""
     made = plan.asked.made
     return {
-        "student": {"parameters": made.student.parameters, "describe": describe_of(made.student)},
-        "teacher": {"parameters": made.teacher.parameters, "describe": describe_of(made.teacher)},
+        "student": {
+            "parameters": made.student.parameters,
+            "describe": describe(made.student.config),
+        },
+        "teacher": {
+            "parameters": made.teacher.parameters,
+            "describe": describe(made.teacher.config),
+        },
         "hardware": asdict(made.hardware),
         "step": asdict(made.work),
         "asked": _estimate_json(plan.asked),
         "recommended": _estimate_json(plan.recommended.best) | {"why": plan.recommended.why},
     }
-
-
-def describe_of(model: Any) -> str:
-    """One line about a model."""
-    return describe(model.config)
 
 
 def _estimate_json(one: Estimate) -> dict[str, Any]:

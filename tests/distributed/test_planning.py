@@ -1,9 +1,10 @@
 """What is planned is what the trainer holds: bytes of real tensors of small runs, by layout.
 
 Weights, gradients, optimizer states and the teacher's hidden states are summed over the tensors of
-the real models and optimizers. Activations are the storages that autograd keeps for the backward
-pass, most at a time, each counted once and parameters left out. All on a CPU with gloo, hence with
-the layers a CPU runs; what Transformer Engine's layers keep is not checked here.
+the real models and optimizers, the loss's over those it holds when it returns. Activations are the
+storages that autograd keeps for the backward pass, most at a time, each counted once and parameters
+left out. All on a CPU with gloo, hence with the layers a CPU runs; what Transformer Engine's layers
+keep is not checked here.
 """
 
 import json
@@ -28,7 +29,7 @@ from megatron_tropd.config import (
 from megatron_tropd.data.packing import count_loss_tokens, pack
 from megatron_tropd.data.types import Trajectory
 from megatron_tropd.planning.hardware import Hardware
-from megatron_tropd.planning.memory import memory_of_stage
+from megatron_tropd.planning.memory import chunk_bytes, loss_bytes, memory_of_stage
 from megatron_tropd.planning.setup import Setup, setup
 
 PROMPT, RESPONSE, SAMPLES = 8, 57, 16
@@ -142,6 +143,21 @@ class _Held:
         self._saved.release(self.tensor)
 
 
+class _Loss:
+    """A loss function, and the bytes it keeps of its largest micro-batch until backward."""
+
+    def __init__(self, objective: Any) -> None:
+        self.kept = 0
+        self._objective = objective
+
+    def __call__(self, hidden: torch.Tensor, *others: Any) -> Any:
+        loss, report = self._objective(hidden, *others)
+        maker = loss.grad_fn.maker
+        tensors = [hidden, maker.hidden_grad_TH, maker.weight_grad_vH, *maker.values().values()]
+        self.kept = max(self.kept, sum(tensor.nbytes for tensor in tensors))
+        return loss, report
+
+
 def _measure_all(student: dict[str, str], teacher: str, runs: list[Run], out: str) -> None:
     import torch.distributed as dist
     from megatron.core import parallel_state
@@ -199,8 +215,9 @@ def _measure(config: Config) -> dict[str, float]:
     )
     weights = [p for m in (student.model, teacher.model) for p in m.parameters()]
     saved = _Saved({p.untyped_storage().data_ptr() for p in weights})
+    loss = _Loss(objective)
     with torch.autograd.graph.saved_tensors_hooks(saved.hold, lambda held: held.tensor):
-        student.forward_backward(batches, objective)
+        student.forward_backward(batches, loss)
     assert saved.now == 0
     student.update()
     buffers = [*student.chunk.buffers, *student.chunk.expert_parallel_buffers]
@@ -212,6 +229,7 @@ def _measure(config: Config) -> dict[str, float]:
         "teacher_weights": sum(p.nbytes for p in teacher.model.parameters()),
         "teacher_hidden": sum(s.hidden_TH.nbytes for s in signals),
         "activations": saved.most,
+        "loss": loss.kept,
     }
 
 
@@ -281,6 +299,13 @@ def test_activations_are_what_autograd_keeps(run, pair, measured):
         # known: what differs is a scale and a mask.
         room = 0.1 if run.family == "qwen3_moe" else 0.005
         assert planned == pytest.approx(rank["activations"], rel=room)
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
+def test_the_loss_keeps_what_is_planned_beside_its_buffers(run, pair, measured):
+    made = _planned(pair, run)
+    planned = loss_bytes(made) - chunk_bytes(made, made.work.most_loss_tokens)
+    assert planned == pytest.approx(measured[run.name][-1]["loss"], rel=0.1)
 
 
 def test_the_measurement_sees_more_in_flight_on_the_first_stage(measured):
