@@ -154,9 +154,9 @@ def _sent_block(one: Estimate) -> str:
 
 def _seconds_block(one: Estimate) -> str:
     rows = [["seconds of a step (estimates)", ""]]
-    rows += [[f"  {name}", f"{getattr(one.seconds, name):.1f}"] for name in _PHASES]
+    rows += [[f"  {name}", f"{getattr(one.seconds, name):.2f}"] for name in _PHASES]
     steps = one.made.config.train.steps
-    rows.append(["  total", f"{one.seconds.total:.1f}"])
+    rows.append(["  total", f"{one.seconds.total:.2f}"])
     rows.append([f"hours of {steps} steps", f"{steps * one.seconds.total / 3600:.1f}"])
     return _table(rows)
 
@@ -191,4 +191,4 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _gb(value: float) -> str:
-    return f"{value / 1e9:.2f}"
+    return f"{value / 1e9:.2f}" if value == 0 or abs(value) >= 1e7 else f"{value / 1e9:.0e}"
