@@ -118,7 +118,8 @@ def _check(made: Setup) -> None:
             raise ConfigError(
                 f"A prompt of {made.work.prompt} tokens and rollout.max_new_tokens = "
                 f"{made.work.longest_response} exceed the {model.who}'s context of "
-                f"{model.shape.max_positions} tokens. Lower --prompt-tokens or rollout.max_new_tokens."
+                f"{model.shape.max_positions} tokens. Lower --prompt-tokens or "
+                "rollout.max_new_tokens."
             )
     if made.parallel.expert > 1 and not (made.student.shape.experts or made.teacher.shape.experts):
         raise ConfigError(
