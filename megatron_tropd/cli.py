@@ -53,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
         "--dry-run", action="store_true", help="check everything, print the settings, stop"
     )
     distill.set_defaults(command=_distill)
+    _add_plan(commands.add_parser("plan", help="memory, traffic and seconds before anything runs"))
     report = commands.add_parser("report", help="write the HTML report of a run")
     report.add_argument("run", type=Path, help="run folder")
     report.set_defaults(command=_report)
@@ -69,6 +70,27 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="what is installed and what would be used")
     doctor.set_defaults(command=_doctor)
     return parser
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", type=Path, help="TOML file; models may be a config.json alone")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument(
+        "--hardware", default="h100", help="a100, h100, h200 or a TOML file (docs/planning.md)"
+    )
+    parser.add_argument(
+        "--gpus", type=int, default=None, help="recommend for so many; default: the config's"
+    )
+    parser.add_argument("--gpus-per-node", type=int, default=None, help="default: the hardware's")
+    parser.add_argument("--prompt-tokens", type=int, default=512, help="length of a prompt")
+    parser.add_argument(
+        "--response-tokens",
+        type=float,
+        default=None,
+        help="average length of a response; default: rollout.max_new_tokens",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(command=_plan_run)
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
@@ -94,6 +116,26 @@ def _distill(arguments: argparse.Namespace) -> int:
         print(_plan(config, inputs))
         return 0
     return _run(config)
+
+
+def _plan_run(arguments: argparse.Namespace) -> int:
+    from dataclasses import replace
+
+    from megatron_tropd.planning import load_hardware, make_plan, plan_json, plan_table
+
+    config = load_config(arguments.config, arguments.overrides)
+    hardware = load_hardware(arguments.hardware)
+    if arguments.gpus_per_node is not None:
+        hardware = replace(hardware, gpus_per_node=arguments.gpus_per_node)
+    plan = make_plan(
+        config,
+        hardware,
+        gpus=arguments.gpus,
+        prompt_tokens=arguments.prompt_tokens,
+        response_tokens=arguments.response_tokens,
+    )
+    print(json.dumps(plan_json(plan)) if arguments.json else plan_table(plan))
+    return 0
 
 
 def _run(config: Config) -> int:

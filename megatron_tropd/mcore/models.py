@@ -18,13 +18,13 @@ from megatron_tropd.convert.checks import check_parallel
 from megatron_tropd.convert.families import ModelShape, model_shape, rope_inverse_frequencies
 from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.convert.megatron_folder import MegatronFolder
+from megatron_tropd.convert.sizes import padded_vocab_size as padded_vocab_size
+from megatron_tropd.convert.sizes import stage_sizes
 from megatron_tropd.mcore import platform
 from megatron_tropd.mcore.attention import FusedAttention
 from megatron_tropd.mcore.load import load_checkpoint
-from megatron_tropd.mcore.parallel import Ranks, stage_sizes
+from megatron_tropd.mcore.parallel import Ranks
 from megatron_tropd.mcore.weights import load_weights
-
-_VOCAB_MULTIPLE = 64
 
 
 class RMSNorm(torch.nn.Module):
@@ -52,19 +52,6 @@ def resolve_dtype(name: Literal["auto", "float32", "bfloat16"]) -> torch.dtype:
     if name == "auto":
         return torch.bfloat16 if platform.has_cuda() else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-
-
-def padded_vocab_size(*hf_configs: dict[str, Any], tensor: int) -> int:
-    """Rows of the embeddings of models that are trained together, so that their shards align.
-
-    The largest vocabulary, rounded up to a multiple of 64 and of ``tensor``: the same for every
-    power of two, so that checkpoints move between layouts.
-    """
-    largest = max(model_shape(config).vocab for config in hf_configs)
-    multiple = _VOCAB_MULTIPLE
-    while multiple % tensor:
-        multiple += _VOCAB_MULTIPLE
-    return -(-largest // multiple) * multiple
 
 
 def has_transformer_engine() -> bool:

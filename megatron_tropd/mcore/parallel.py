@@ -71,12 +71,6 @@ class Ranks:
         return tp_rank, pp_rank, dp_rank
 
 
-def stage_sizes(layers: int, pp_size: int) -> list[int]:
-    """Layers of each pipeline stage; where they do not divide, the first stages take one more."""
-    size, rest = divmod(layers, pp_size)
-    return [size + (stage < rest) for stage in range(pp_size)]
-
-
 def initialize(parallel: ParallelConfig, seed: int) -> Ranks:
     """Join the run: process group, Megatron's parallel state, random states.
 

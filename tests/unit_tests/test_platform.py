@@ -118,7 +118,8 @@ def test_the_number_of_processes_is_checked(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_places_and_ranks_are_inverse() -> None:
-    from megatron_tropd.mcore.parallel import Ranks, stage_sizes
+    from megatron_tropd.convert.sizes import stage_sizes
+    from megatron_tropd.mcore.parallel import Ranks
 
     ranks = Ranks(0, 12, 0, 2, 0, 3, 0, 2, None, None, None, None, None)  # type: ignore[arg-type]
     for rank in range(12):

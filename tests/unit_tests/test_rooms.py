@@ -27,6 +27,7 @@ ARROWS: dict[str, set[str]] = {
     "rollout": {"config", "data.types"},
     "tasks": {"config", "data", "losses", "rollout.types"},
     "report": {"config", "data.types"},
+    "planning": {"config", "convert"},
     "integrations": {
         *("config", "convert", "data", "loss_config", "losses", "mcore", "rollout"),
     },

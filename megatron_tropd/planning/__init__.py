@@ -1,0 +1,58 @@
+"""What a run will need: parameters, memory, communication, seconds, and the layout to choose.
+
+Arithmetic on two config.json files, a layout and a cluster; no weights, no GPU, no Megatron.
+docs/planning.md has the formulas and what they were checked against.
+"""
+
+from megatron_tropd.config import Config
+from megatron_tropd.errors import ConfigError
+from megatron_tropd.planning.estimate import Estimate, estimate
+from megatron_tropd.planning.hardware import PRESETS, Hardware, load_hardware
+from megatron_tropd.planning.recommend import Recommendation, recommend
+from megatron_tropd.planning.report import Plan, plan_json, plan_table
+from megatron_tropd.planning.setup import Setup, setup
+from megatron_tropd.planning.workload import PROMPT_TOKENS
+
+__all__ = [
+    "PRESETS",
+    "PROMPT_TOKENS",
+    "Estimate",
+    "Hardware",
+    "Plan",
+    "Recommendation",
+    "Setup",
+    "estimate",
+    "load_hardware",
+    "make_plan",
+    "plan_json",
+    "plan_table",
+    "recommend",
+    "setup",
+]
+
+
+def make_plan(
+    config: Config,
+    hardware: Hardware,
+    *,
+    gpus: int | None = None,
+    prompt_tokens: int = PROMPT_TOKENS,
+    response_tokens: float | None = None,
+) -> Plan:
+    """Estimate a config's layout and recommend one.
+
+    Args:
+        config: the run; of its files only both models' config.json are read.
+        hardware: one GPU and its links.
+        gpus: of the recommended layout; None: as many as the config's layout has.
+        prompt_tokens: assumed length of a prompt.
+        response_tokens: assumed average length of a response; None: ``max_new_tokens``.
+
+    Raises:
+        InputError: a config.json is missing, unreadable or not supported.
+        ConfigError: the trainer would refuse the settings, or a value is impossible.
+    """
+    if gpus is not None and gpus < 1:
+        raise ConfigError(f"--gpus must be at least 1, found {gpus}.")
+    made = setup(config, hardware, prompt_tokens=prompt_tokens, response_tokens=response_tokens)
+    return Plan(estimate(made), recommend(made, gpus or config.parallel.world_size))

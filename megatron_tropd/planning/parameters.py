@@ -1,0 +1,129 @@
+"""How many parameters a model has, and how many of them each rank holds.
+
+Counted from the table that also reads and converts the weights (``convert.families.plan``), so
+that what is planned is what is built.
+"""
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from megatron_tropd.config import ParallelConfig
+from megatron_tropd.convert.families import Entry, ModelShape, model_shape, plan
+from megatron_tropd.convert.hf_folder import read_json
+from megatron_tropd.convert.megatron_folder import TRACKER, MegatronFolder
+from megatron_tropd.convert.sizes import stage_sizes
+from megatron_tropd.convert.torch_dist import METADATA
+from megatron_tropd.errors import InputError
+
+
+@dataclass(frozen=True)
+class Held:
+    """Parameters of one rank. Experts are apart: other ranks hold the same ones."""
+
+    dense: int
+    """Norms, attention, routers, dense MLPs, embeddings: alike in all data-parallel replicas."""
+    experts: int
+    """Of the experts this rank holds: alike in data / expert replicas."""
+
+    @property
+    def total(self) -> int:
+        """Both together."""
+        return self.dense + self.experts
+
+
+@dataclass(frozen=True)
+class Model:
+    """The architecture of one side of the pair."""
+
+    who: str
+    """"student" or "teacher"."""
+    config: dict[str, Any]
+    """config.json."""
+    shape: ModelShape
+
+    @property
+    def parameters(self) -> int:
+        """All parameters, a tied output layer once, no padding."""
+        return sum(_counts(self.key, None, 1).values())
+
+    @property
+    def active(self) -> int:
+        """Parameters that one token is multiplied with in the layers (no vocabulary)."""
+        experts = self.shape.experts
+        used = self.in_experts * experts.per_token // experts.count if experts else 0
+        return _counts(self.key, None, 1)["layer"] + used
+
+    @property
+    def in_experts(self) -> int:
+        """Parameters of all experts of all layers."""
+        return _counts(self.key, None, 1)["expert"]
+
+    def held(self, parallel: ParallelConfig, stage: int, padded_vocab: int) -> Held:
+        """Parameters of each rank of a pipeline stage.
+
+        The first stage has the embedding, the last one the output layer; a tied output layer is
+        the embedding itself, of which the last of several stages has a copy.
+        """
+        counts = _counts(self.key, padded_vocab, parallel.tensor)
+        layers = self.shape.layers
+        share = stage_sizes(layers, parallel.pipeline)[stage]
+        dense = counts["layer"] // layers * share
+        experts = counts["expert"] // layers * share // parallel.expert
+        if stage == 0:
+            dense += counts["embedding"]
+        if stage == parallel.pipeline - 1:
+            copy = counts["embedding"] if self.shape.tied and parallel.pipeline > 1 else 0
+            dense += counts["final"] + counts["output"] + copy
+        return Held(dense, experts)
+
+    @cached_property
+    def key(self) -> str:
+        """config.json as text."""
+        return json.dumps(self.config, sort_keys=True)
+
+
+def open_architecture(path: str, who: str) -> Model:
+    """The architecture in a model folder. Weights are not needed: config.json is enough.
+
+    Args:
+        path: HF folder, a folder with nothing but config.json, or a Megatron checkpoint.
+        who: "student" or "teacher".
+
+    Raises:
+        InputError: there is no such folder, no readable config.json, or its architecture is not
+            supported.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise InputError(
+            f"The {who}'s folder {folder} does not exist. Give a folder that holds config.json; "
+            "planning needs no weights."
+        )
+    is_checkpoint = (folder / TRACKER).exists() or (folder / METADATA).exists()
+    if is_checkpoint and not (folder / "config.json").exists():
+        config = MegatronFolder(folder).config
+    else:
+        config = read_json(folder / "config.json")
+    return Model(who, config, model_shape(config))
+
+
+@lru_cache(maxsize=64)
+def _counts(config: str, padded_vocab: int | None, tensor: int) -> Counter[str]:
+    """Parameters on each of ``tensor`` ranks, by :func:`_kind`, over all layers and experts."""
+    counts: Counter[str] = Counter()
+    for entry in plan(json.loads(config), padded_vocab):
+        counts[_kind(entry)] += prod(entry.operation.shard_shape(tensor))
+    return counts
+
+
+def _kind(entry: Entry) -> str:
+    if entry.expert is not None:
+        return "expert"
+    if entry.layer is not None:
+        return "layer"
+    return entry.name.split(".")[0].removesuffix("_layer").replace("decoder", "final")

@@ -1,0 +1,165 @@
+"""Expected seconds of each phase of a step, from rates that the hardware is said to reach.
+
+Estimates: products at a fixed share of the peak, collectives not hidden behind them, evenly routed
+experts, no evaluation and no checkpoint.
+"""
+
+from dataclasses import dataclass
+
+from megatron_tropd.convert.sizes import stage_sizes
+from megatron_tropd.planning.communication import (
+    Communication,
+    expert_bytes,
+    pipeline_bytes,
+    tensor_bytes,
+)
+from megatron_tropd.planning.memory import cache_bytes_per_token, cache_tokens
+from megatron_tropd.planning.parameters import Model
+from megatron_tropd.planning.setup import Setup
+
+MOST_SEQUENCES = 256
+"""Sequences an engine decodes together; a test compares it with ``rollout.engine``."""
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Of the phases that a run's metrics report under the same names."""
+
+    rollout: float
+    teacher: float
+    student: float
+    """Forward, loss, backward, gradients over the replicas."""
+    optimizer: float
+    sync: float
+
+    @property
+    def total(self) -> float:
+        """Of one step."""
+        return self.rollout + self.teacher + self.student + self.optimizer + self.sync
+
+
+def seconds(made: Setup, sent: Communication) -> Seconds:
+    """Every phase of one step.
+
+    Args:
+        made: the run.
+        sent: its communication.
+    """
+    return Seconds(
+        rollout=rollout_seconds(made),
+        teacher=pass_seconds(made, made.teacher, backward=False),
+        student=pass_seconds(made, made.student, backward=True) + _reduction_seconds(made, sent),
+        optimizer=optimizer_seconds(made),
+        sync=sent.weight_sync / (made.hardware.host_copy_gb_s * 1e9),
+    )
+
+
+def layer_flops(model: Model, positions: float, length: float) -> float:
+    """Of one layer's forward pass, all tensor-parallel ranks together.
+
+    Two for each parameter a position is multiplied with; causal attention of 2 x 2 x length / 2
+    for each query column, or of the window where that is shorter.
+    """
+    shape = model.shape
+    windows = shape.windows or (None,) * shape.layers
+    seen = sum(min(length / 2, w or length) for w in windows) / shape.layers
+    products = 2 * model.active / shape.layers
+    return positions * (products + 4 * shape.heads * shape.head_dim * seen)
+
+
+def loss_flops(made: Setup, tokens: float) -> float:
+    """Logits of both models, gradients of the student's hidden states and output layer."""
+    student, teacher = made.student.shape.hidden, made.teacher.shape.hidden
+    return 2 * tokens * made.padded_vocab * (3 * student + teacher)
+
+
+def pass_seconds(made: Setup, model: Model, *, backward: bool) -> float:
+    """A pipeline's passes over all micro-batches: (m + p - 1) times the slowest stage.
+
+    Args:
+        made: the run.
+        model: which of the pair.
+        backward: with backward pass (twice the products of the forward) and loss.
+    """
+    p, work, hardware = made.parallel, made.work, made.hardware
+    m = work.micro_batches
+    stages = stage_sizes(model.shape.layers, p.pipeline)
+    one_layer = layer_flops(model, work.positions / m, work.mean)
+    flops = [(3 if backward else 1) * layers * one_layer for layers in stages]
+    if backward:
+        flops[-1] += loss_flops(made, work.loss_tokens / m)
+    products = max(flops) / p.tensor / hardware.flops
+    passes = (2.5 if p.sequence_parallel else 2) if backward else 1
+    return (m + p.pipeline - 1) * (products + _talk(made, model, passes) / m)
+
+
+def _talk(made: Setup, model: Model, passes: float) -> float:
+    """Seconds of the collectives of one stage and all micro-batches."""
+    p, hardware = made.parallel, made.hardware
+    sent = tensor_bytes(made, model, passes=passes) / hardware.link(p.tensor)
+    sent += expert_bytes(made, model, passes=min(passes, 2)) / hardware.link(p.tensor * p.expert)
+    across = pipeline_bytes(made, model, passes=min(passes, 2))
+    return sent + across / hardware.link(p.tensor * p.data * p.pipeline)
+
+
+def _reduction_seconds(made: Setup, sent: Communication) -> float:
+    # The distributed optimizer's share for new weights belongs to the optimizer; it is small and
+    # goes over the same links, so it is counted here.
+    return sent.data / made.hardware.link(made.parallel.tensor * made.parallel.data)
+
+
+def optimizer_seconds(made: Setup) -> float:
+    """Adam reads gradient, weight and two moments, writes the last three and the bfloat16 weight.
+
+    Before it, gradients are cleared and their norm is taken.
+    """
+    held = made.held(made.student, 0)
+    replicas = made.parallel.data if made.parallel.distributed_optimizer else 1
+    touched = 8 * held.total + 30 * held.total / replicas
+    return touched / made.hardware.memory_bandwidth
+
+
+def rollout_seconds(made: Setup) -> float:
+    """Prompts, then one decoding step for each token, waves of sequences after one another.
+
+    A decoding step reads the weights (of a mixture, the experts that some sequence needs) and
+    the keys and values of all sequences, or multiplies, whichever takes longer, and then waits
+    for two collectives a layer where the engine has several GPUs.
+    """
+    hardware, gpus = made.hardware, made.rollout.engine_tensor_parallel
+    sequences = -(-made.work.trajectories // made.rollout.num_engines)
+    together = concurrent_sequences(made)
+    waves = max(1.0, sequences / together)
+    matrices = 2 * (made.student.active + made.padded_vocab * made.student.shape.hidden)
+    middle = made.work.prompt + made.work.mean_response / 2
+    cache = together * middle * cache_bytes_per_token(made)
+    read = (_weights_read(made, together) / gpus + cache) / hardware.memory_bandwidth
+    multiply = together * matrices / gpus / hardware.flops
+    one_step = max(read, multiply) + hardware.decode_overhead_ms / 1e3
+    if gpus > 1:
+        one_step += 2 * made.student.shape.layers * hardware.hop_us / 1e6
+    prompts = sequences * made.work.prompt * 2 * made.student.active / gpus / hardware.flops
+    wake = _engine_bytes(made) / (hardware.host_copy_gb_s * 1e9)
+    return wake + prompts + waves * made.work.mean_response * one_step
+
+
+def concurrent_sequences(made: Setup) -> int:
+    """Sequences an engine decodes together: its own limit, its work, its cache."""
+    mine = -(-made.work.trajectories // made.rollout.num_engines)
+    room = int(cache_tokens(made) // (made.work.prompt + made.work.mean_response))
+    return max(1, min(MOST_SEQUENCES, mine, room))
+
+
+def _engine_bytes(made: Setup) -> float:
+    if made.hardware.layers == "cpu":  # an engine on a CPU never sleeps
+        return 0.0
+    return made.student.parameters * made.element / made.rollout.engine_tensor_parallel
+
+
+def _weights_read(made: Setup, sequences: int) -> float:
+    """Bytes of weights that a decoding step needs; experts that no sequence chose stay unread."""
+    student, experts = made.student, made.student.shape.experts
+    read = float(student.parameters)
+    if experts is not None:
+        read -= student.in_experts * (1 - experts.per_token / experts.count) ** sequences
+    return read * made.element

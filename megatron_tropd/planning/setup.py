@@ -1,0 +1,160 @@
+"""Everything that the estimates are made from, checked as the trainer checks it."""
+
+import json
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from megatron_tropd.config import Config, ParallelConfig, RolloutConfig
+from megatron_tropd.convert.checks import check_parallel
+from megatron_tropd.convert.sizes import padded_vocab_size
+from megatron_tropd.errors import ConfigError
+from megatron_tropd.planning.hardware import Hardware
+from megatron_tropd.planning.parameters import Held, Model, open_architecture
+from megatron_tropd.planning.workload import PROMPT_TOKENS, Workload, workload
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """A pair, its layout, one step's work, and the machines."""
+
+    config: Config
+    """Of the run; ``parallel`` and ``rollout`` below replace its own."""
+    parallel: ParallelConfig
+    rollout: RolloutConfig
+    student: Model
+    teacher: Model
+    work: Workload
+    hardware: Hardware
+    element: int
+    """Bytes of a weight or activation: 2 for bfloat16, 4 for float32."""
+
+    @property
+    def padded_vocab(self) -> int:
+        """Rows of both models' embeddings."""
+        return _padded_vocab(self.student.key, self.teacher.key, self.parallel.tensor)
+
+    @property
+    def vocab_shard(self) -> int:
+        """Rows of the output layers on one rank."""
+        return self.padded_vocab // self.parallel.tensor
+
+    @property
+    def last_stage(self) -> int:
+        """Number of the stage that has the loss."""
+        return self.parallel.pipeline - 1
+
+    def held(self, model: Model, stage: int) -> Held:
+        """Parameters of a model on one rank of a stage."""
+        return model.held(self.parallel, stage, self.padded_vocab)
+
+    def laid_out(self, parallel: ParallelConfig, rollout: RolloutConfig) -> "Setup":
+        """The same with another layout and other engines.
+
+        Raises:
+            ConfigError: the trainer would refuse it.
+        """
+        work = workload(
+            self.config,
+            parallel,
+            prompt_tokens=self.work.prompt,
+            response_tokens=self.work.mean_response,
+        )
+        other = replace(self, parallel=parallel, rollout=rollout, work=work)
+        _check(other)
+        return other
+
+
+def setup(
+    config: Config,
+    hardware: Hardware,
+    *,
+    prompt_tokens: int = PROMPT_TOKENS,
+    response_tokens: float | None = None,
+) -> Setup:
+    """Read the pair's config.json files and check the layout.
+
+    Args:
+        config: the run; texts and weights it names are not read.
+        hardware: one GPU and its links.
+        prompt_tokens: assumed length of a prompt.
+        response_tokens: assumed average length of a response; None: the longest.
+
+    Raises:
+        InputError: a model's config.json is missing, unreadable or not supported.
+        ConfigError: the trainer would refuse the settings, or a length is impossible.
+    """
+    on_cpu = hardware.layers == "cpu"
+    kind = config.model.dtype
+    if kind == "auto":
+        kind = "float32" if on_cpu else "bfloat16"
+    made = Setup(
+        config=config,
+        parallel=config.parallel,
+        rollout=config.rollout,
+        student=open_architecture(config.model.student, "student"),
+        teacher=open_architecture(config.model.teacher, "teacher"),
+        work=workload(
+            config,
+            config.parallel,
+            prompt_tokens=prompt_tokens,
+            response_tokens=response_tokens,
+        ),
+        hardware=hardware,
+        element=2 if kind == "bfloat16" else 4,
+    )
+    _check(made)
+    return made
+
+
+@lru_cache(maxsize=256)
+def _padded_vocab(student: str, teacher: str, tensor: int) -> int:
+    return padded_vocab_size(json.loads(student), json.loads(teacher), tensor=tensor)
+
+
+def _check(made: Setup) -> None:
+    for model in (made.student, made.teacher):
+        check_parallel(model.config, made.parallel, who=model.who)
+        if made.work.longest > model.shape.max_positions:
+            raise ConfigError(
+                f"A prompt of {made.work.prompt} tokens and rollout.max_new_tokens = "
+                f"{made.work.longest_response} exceed the {model.who}'s context of "
+                f"{model.shape.max_positions} tokens. Lower --prompt-tokens or "
+                "rollout.max_new_tokens."
+            )
+    if made.parallel.expert > 1 and not (made.student.shape.experts or made.teacher.shape.experts):
+        raise ConfigError(
+            f"parallel.expert = {made.parallel.expert} needs a mixture of experts, but student and "
+            "teacher are dense. Set parallel.expert = 1."
+        )
+    check_engines(made)
+
+
+def check_engines(made: Setup) -> None:
+    """Check that the rollout engines find their GPUs.
+
+    Raises:
+        ConfigError: they do not, or the student's heads cannot be split over them.
+    """
+    world, engines = made.parallel.world_size, made.rollout.num_engines
+    gpus = made.rollout.engine_tensor_parallel
+    if world % engines:
+        raise ConfigError(
+            f"rollout.num_engines = {engines} must divide the {world} ranks. Change one of the two."
+        )
+    if gpus > min(world // engines, made.hardware.gpus_per_node):
+        raise ConfigError(
+            f"rollout.engine_tensor_parallel = {gpus} exceeds the {world // engines} GPUs that "
+            f"each of {engines} engines has, or the {made.hardware.gpus_per_node} of a node. Lower "
+            "rollout.num_engines or rollout.engine_tensor_parallel."
+        )
+    if made.student.shape.heads % gpus:
+        raise ConfigError(
+            f"rollout.engine_tensor_parallel = {gpus} must divide the student's "
+            f"{made.student.shape.heads} attention heads. Choose another."
+        )
+    share = made.rollout.engine_memory
+    if made.hardware.layers != "cpu" and share >= 1:
+        raise ConfigError(
+            f"rollout.engine_memory is a share of a GPU's memory and must be below 1, found "
+            f"{share:g}. Lower it."
+        )

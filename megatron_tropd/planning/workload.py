@@ -1,0 +1,112 @@
+"""What one optimizer step consists of: trajectories, positions, micro-batches."""
+
+from dataclasses import dataclass
+
+from megatron_tropd.config import Config, ParallelConfig
+from megatron_tropd.errors import ConfigError
+
+PROMPT_TOKENS = 512
+"""Assumed length of a prompt where none is given: planning reads no texts."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One step of one data-parallel replica. All lengths in tokens."""
+
+    trajectories: int
+    """Of the whole step, all replicas together."""
+    rows: int
+    """Trajectories of one replica."""
+    prompt: int
+    longest: int
+    """Positions of the longest possible trajectory: what memory must hold."""
+    mean: float
+    """Positions of the average one: what takes time."""
+    longest_response: int
+    mean_response: float
+    micro_batches: int
+    """Of one replica, with trajectories of average length."""
+    rows_per_micro_batch: int
+    """Trajectories of the largest micro-batch in memory, all of the longest kind."""
+    most_positions: int
+    """Most positions that one micro-batch can hold."""
+
+    @property
+    def positions(self) -> float:
+        """Average positions of one replica's step."""
+        return self.rows * self.mean
+
+    @property
+    def most_loss_tokens(self) -> int:
+        """Most tokens of one micro-batch that carry loss."""
+        return self.most_positions * self.longest_response // self.longest
+
+    @property
+    def loss_tokens(self) -> float:
+        """Average loss tokens of one replica's step."""
+        return self.rows * self.mean_response
+
+    @property
+    def step_loss_tokens(self) -> int:
+        """Most loss tokens of one replica's step."""
+        return self.rows * self.longest_response
+
+
+def workload(
+    config: Config,
+    parallel: ParallelConfig,
+    *,
+    prompt_tokens: int = PROMPT_TOKENS,
+    response_tokens: float | None = None,
+) -> Workload:
+    """The step that a config asks for under a layout.
+
+    Args:
+        config: the run.
+        parallel: the layout, not necessarily the config's.
+        prompt_tokens: length of every prompt.
+        response_tokens: average length of a response; None: all as long as allowed.
+
+    Raises:
+        ConfigError: a trajectory does not fit a micro-batch, the replicas cannot get equally many
+            trajectories, or a length is impossible.
+    """
+    rollout, room = config.rollout, config.train.tokens_per_micro_batch
+    longest_response = rollout.max_new_tokens
+    mean_response = float(longest_response if response_tokens is None else response_tokens)
+    if prompt_tokens < 1:
+        raise ConfigError(f"--prompt-tokens must be at least 1, found {prompt_tokens}.")
+    if not 1 <= mean_response <= longest_response:
+        raise ConfigError(
+            f"--response-tokens must be between 1 and rollout.max_new_tokens = {longest_response}, "
+            f"found {mean_response:g}."
+        )
+    multiple = parallel.tensor if parallel.sequence_parallel else 1
+    longest = -(-(prompt_tokens + longest_response - 1) // multiple) * multiple
+    if longest > room:
+        raise ConfigError(
+            f"train.tokens_per_micro_batch = {room} is less than the longest possible trajectory: "
+            f"a prompt of {prompt_tokens} tokens and rollout.max_new_tokens make {longest} "
+            "positions. Raise it or lower rollout.max_new_tokens."
+        )
+    trajectories = rollout.prompts_per_step * rollout.samples_per_prompt
+    if trajectories % parallel.data:
+        raise ConfigError(
+            f"rollout.prompts_per_step x samples_per_prompt = {trajectories} must be divisible by "
+            f"parallel.data = {parallel.data}. Change one of the three."
+        )
+    rows = trajectories // parallel.data
+    mean = prompt_tokens + mean_response - 1
+    held = min(rows, room // longest)
+    return Workload(
+        trajectories=trajectories,
+        rows=rows,
+        prompt=prompt_tokens,
+        longest=longest,
+        mean=mean,
+        longest_response=longest_response,
+        mean_response=mean_response,
+        micro_batches=-(-rows // min(rows, int(room // mean))),
+        rows_per_micro_batch=held,
+        most_positions=max(held * longest, min(room, rows * longest)),
+    )

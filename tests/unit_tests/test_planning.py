@@ -1,0 +1,321 @@
+"""Plans are arithmetic: what they say of published models, what they refuse, what is committed.
+
+Bytes are compared with real tensors in ``tests/distributed/test_planning.py``.
+"""
+
+import dataclasses
+import inspect
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_tropd.cli import main
+from megatron_tropd.config import Config, ParallelConfig, load_config
+from megatron_tropd.errors import ConfigError
+from megatron_tropd.losses import chunks
+from megatron_tropd.losses.dense import DenseSpec
+from megatron_tropd.losses.signals import LogitsSignal
+from megatron_tropd.losses.vocab_parallel import shard_of
+from megatron_tropd.planning import PRESETS, load_hardware, make_plan, plan_table, setup
+from megatron_tropd.planning import memory as planned_memory
+from megatron_tropd.planning.activations import saved_per_position, widths
+from megatron_tropd.planning.communication import communication
+from megatron_tropd.planning.estimate import estimate
+from megatron_tropd.planning.parameters import open_architecture
+from megatron_tropd.planning.recommend import recommend
+from megatron_tropd.planning.seconds import MOST_SEQUENCES, layer_flops, pass_seconds
+from megatron_tropd.rollout.engine import RolloutEngine
+
+RECIPES = Path(__file__).resolve().parents[2] / "configs" / "recipes"
+TOMLS = sorted(RECIPES.glob("*.toml"))
+H100 = PRESETS["h100"]
+# Billions of parameters, as the models' pages say; the first two count a tied layer once.
+PUBLISHED = {
+    "Qwen3-1.7B": 1.72,
+    "Qwen3-4B": 4.02,
+    "Qwen3-8B": 8.19,
+    "Qwen3-32B": 32.8,
+    "Qwen3-30B-A3B": 30.5,
+    "Qwen3-235B-A22B": 235,
+    "DeepSeek-R1-Distill-Qwen-1.5B": 1.78,
+    "Skywork-OR1-7B": 7.62,
+}
+
+
+@pytest.fixture
+def small() -> Config:
+    """Qwen3-1.7B from Qwen3-4B on one GPU."""
+    return load_config(
+        RECIPES / "qwen3_1.7b.toml",
+        ["parallel.data=1", "rollout.num_engines=1", "rollout.engine_tensor_parallel=1"],
+    )
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameters_are_the_published_ones(name: str):
+    model = open_architecture(str(RECIPES / "models" / name), "student")
+    assert model.parameters / 1e9 == pytest.approx(PUBLISHED[name], rel=0.003)
+
+
+def test_every_recipe_model_is_counted():
+    assert {folder.name for folder in (RECIPES / "models").iterdir()} == PUBLISHED.keys()
+
+
+@pytest.mark.parametrize(("name", "active"), [("Qwen3-30B-A3B", 3.3), ("Qwen3-235B-A22B", 22)])
+def test_active_parameters_of_mixtures_are_the_published_ones(name: str, active: float):
+    model = open_architecture(str(RECIPES / "models" / name), "student")
+    vocabulary = 2 * model.shape.vocab * model.shape.hidden  # the pages count both
+    assert (model.active + vocabulary) / 1e9 == pytest.approx(active, rel=0.02)
+
+
+def test_the_shortened_config_describes_the_published_model(shared_data: Path):
+    real = shared_data / "hf-meta" / "Qwen3-1.7B"
+    assert (
+        open_architecture(str(real), "student").shape
+        == open_architecture(str(RECIPES / "models" / "Qwen3-1.7B"), "student").shape
+    )
+
+
+@pytest.mark.parametrize("path", TOMLS, ids=lambda path: path.stem)
+def test_recipes_and_their_plans_agree(path: Path):
+    """After a change: tropd plan configs/recipes/NAME.toml > configs/recipes/NAME.plan.txt"""
+    plan = make_plan(load_config(path), H100)
+    assert plan_table(plan) + "\n" == (RECIPES / f"{path.stem}.plan.txt").read_text()
+    assert path.read_text().startswith("# Planned, not run.")
+    assert plan.asked.fits
+    chosen, best = plan.asked.made, plan.recommended.best.made
+    assert (chosen.parallel, chosen.rollout) == (best.parallel, best.rollout)
+
+
+@pytest.mark.parametrize("path", TOMLS, ids=lambda path: path.stem)
+def test_recipes_have_the_settings_of_the_paper(path: Path):
+    config = load_config(path)
+    assert (config.rollout.prompts_per_step, config.rollout.samples_per_prompt) == (128, 4)
+    assert (config.rollout.max_new_tokens, config.rollout.temperature) == (8096, 1)
+    assert (config.train.steps, config.train.lr, config.train.lr_schedule) == (
+        200,
+        5e-6,
+        "constant",
+    )
+    assert (config.loss.region, config.loss.outlier, config.loss.top_k) == (
+        "bernoulli",
+        "forward_kl",
+        64,
+    )
+
+
+def test_no_recipe_is_missing():
+    worlds = {path.stem: load_config(path).parallel.world_size for path in TOMLS}
+    assert worlds == {
+        "qwen3_1.7b": 8,
+        "qwen3_30b_a3b": 256,
+        "qwen3_8b": 32,
+        "r1_distill_qwen_1.5b": 8,
+    }
+
+
+def test_sixteen_bytes_for_every_parameter_and_two_for_the_teacher(small: Config):
+    """bfloat16 weights 2, float32 gradients 4, weights 4, moments 8; Qwen3-1.7B and 4B, tied."""
+    (stage,) = estimate(setup(small, H100)).memory
+    student, teacher = 1_720_574_976, 4_022_468_096
+    assert stage.weights + stage.gradients + stage.optimizer == 18 * student
+    assert stage.teacher_weights == 2 * teacher
+    assert stage.teacher_hidden == 512 * 8096 * 2560 * 2
+
+
+def test_activations_by_hand(small: Config):
+    """One position of one layer of Qwen3-1.7B, bfloat16, Transformer Engine."""
+    shape = setup(small, H100).student.shape
+    norms = 2 * (2048 * 2 + 4 + 2048 * 2)
+    queries_keys_values_output = (2048 + 1024 + (2048 + 2 * 1024) + 2048) * 2 + 16 * 4
+    norms_of_heads = 2048 * 2 + (16 + 8) * 4
+    mlp = 3 * 6144 * 2
+    w = widths(shape, ParallelConfig(), 2, "transformer_engine")
+    assert saved_per_position(w) == norms + queries_keys_values_output + norms_of_heads + mlp
+
+
+def test_tensor_and_sequence_parallelism_divide_the_activations(small: Config):
+    shape = setup(small, H100).student.shape
+    one, both, tensor = (
+        saved_per_position(widths(shape, ParallelConfig(**layout), 2, "transformer_engine"))
+        for layout in ({}, {"tensor": 4, "sequence_parallel": True}, {"tensor": 4})
+    )
+    assert one / 4 < both < 1.01 * one / 4  # the norms' statistics stay whole
+    assert both < tensor < one
+
+
+def test_flops_by_hand(small: Config):
+    """Two for each of the layer's parameters, and causal attention over half the length."""
+    made = setup(small, H100)
+    layer = (1_720_574_976 - 151_936 * 2048 - 2048) / 28
+    attention = 4 * 16 * 128 * 1000 / 2
+    assert layer_flops(made.student, 10, 1000) == pytest.approx(10 * (2 * layer + attention))
+
+
+def test_bytes_sent_by_hand(small: Config):
+    parallel = ParallelConfig(tensor=2, data=4, distributed_optimizer=True)
+    sent = communication(setup(dataclasses.replace(small, parallel=parallel), H100))
+    positions = 128 * (512 + 8096 - 1)
+    one_sum = 2 * positions * 2560 * 2 / 2  # an all-reduce over two ranks sends all of it once
+    assert sent.tensor_teacher == 36 * 2 * one_sum
+    assert sent.pipeline_teacher == sent.expert_teacher == 0
+    sharded = 1_720_574_976 - 28 * (2 * 2048 + 2 * 128) - 2048
+    held = sharded / 2 + 28 * (2 * 2048 + 2 * 128) + 2048
+    assert sent.data == pytest.approx(held * (4 + 2) * 3 / 4)
+
+
+def test_a_pipeline_waits_for_its_stages(small: Config):
+    """(m + p - 1) slots of the slowest stage: with one micro-batch nothing is gained."""
+    rollout = dataclasses.replace(small.rollout, prompts_per_step=1, samples_per_prompt=1)
+    alone = dataclasses.replace(small, rollout=rollout)
+    two = dataclasses.replace(alone, parallel=ParallelConfig(pipeline=2))
+    free = dataclasses.replace(H100, intra_node_gb_s=1e9)
+    one, both = (setup(config, free) for config in (alone, two))
+    took = [pass_seconds(made, made.teacher, backward=False) for made in (one, both)]
+    assert took[1] == pytest.approx(took[0])
+
+
+@pytest.mark.parametrize(("tokens", "columns"), [(50, 400), (3000, 700)])
+def test_the_loss_buffers_are_those_of_the_loss(tokens: int, columns: int, monkeypatch):
+    """Whole logits where they fit the budget, else as many rows as it holds. As with kernels."""
+    monkeypatch.setattr(chunks, "needs_scratch", lambda device: False)
+    signal = LogitsSignal(torch.zeros(tokens, columns), columns)
+    shard = shard_of(columns, vocab_size=columns, group=None, bounds=None)
+    pair = chunks.Pair(
+        student=signal,
+        teacher=signal,
+        ids_T=torch.zeros(tokens, dtype=torch.int64),
+        k=0,
+        spec=DenseSpec(),
+        shard=shard,
+        device=torch.device("meta"),
+        memory_mib=4,
+    )
+    real = chunks._Buffers(pair, count=1)
+    monkeypatch.setitem(planned_memory.LOSS_BUDGET, "gpu", 4 * 2**20)
+    made = dataclasses.make_dataclass("Made", ["vocab_shard", "hardware"])(columns, H100)
+    assert planned_memory.chunk_bytes(made, tokens) == pytest.approx(
+        real._logits.untyped_storage().nbytes(), rel=0.03
+    )
+
+
+def test_constants_are_those_of_the_trainer():
+    megabytes = {"cpu": chunks._MEMORY_MIB["cpu"], "gpu": chunks._MEMORY_MIB_ELSEWHERE}
+    assert {k: v / 2**20 for k, v in planned_memory.LOSS_BUDGET.items()} == megabytes
+    default = inspect.signature(RolloutEngine).parameters["max_num_seqs"].default
+    assert default == MOST_SEQUENCES
+
+
+def test_more_gpus_than_one_are_recommended_where_one_does_not_hold_the_models():
+    config = load_config(RECIPES / "qwen3_8b.toml")
+    made = setup(config, H100)
+    one = recommend(made, 1)
+    assert not one.best.fits and one.why.startswith("none of 1 layouts fits")
+    sixteen, more = recommend(made, 16), recommend(made, 32)
+    assert sixteen.best.fits and sixteen.best.made.parallel.world_size == 16
+    assert sixteen.best.seconds.total > more.best.seconds.total
+
+
+def test_the_recommended_layout_is_as_fast_as_any_that_fits(small: Config):
+    best = recommend(setup(small, H100), 8).best
+    for tensor in (1, 2, 4, 8):
+        parallel = ParallelConfig(
+            tensor=tensor,
+            data=8 // tensor,
+            sequence_parallel=tensor > 1,
+            distributed_optimizer=tensor < 8,
+        )
+        other = estimate(best.made.laid_out(parallel, best.made.rollout))
+        assert not other.fits or other.seconds.total > 0.95 * best.seconds.total
+
+
+def test_no_layout_of_a_prime_number_of_gpus(small: Config):
+    with pytest.raises(ConfigError, match="No layout of 37 GPUs divides"):
+        recommend(setup(small, H100), 37)
+
+
+def test_command_prints_a_table_or_json(capsys):
+    path = str(RECIPES / "qwen3_1.7b.toml")
+    assert main(["plan", path, "--hardware", "h200", "--response-tokens", "4000"]) == 0
+    table = capsys.readouterr().out
+    assert "seconds are estimates" in table and "1 x 8 h200 of 141 GB" in table
+    assert "x 0.4 achieved" in table and "response 4000 tokens" in table
+    assert main(["plan", path, "--json", "--gpus", "16"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["asked"]["fits"] is True
+    recommended = plan["recommended"]["parallel"]
+    assert recommended["tensor"] * recommended["pipeline"] * recommended["data"] == 16
+
+
+ERRORS = {
+    "--hardware=b900": "neither one of a100, h100, h200 nor a TOML file",
+    "--gpus=0": "--gpus must be at least 1, found 0",
+    "--gpus-per-node=0": "gpus_per_node must be above 0",
+    "--prompt-tokens=0": "--prompt-tokens must be at least 1",
+    "--prompt-tokens=2000": "train.tokens_per_micro_batch = 8704 is less than",
+    "--response-tokens=9000": "between 1 and rollout.max_new_tokens = 8096",
+    "parallel.tensor=3": "must divide the student's attention heads",
+    "parallel.data=3": "must be divisible by parallel.data = 3",
+    "rollout.engine_tensor_parallel=8": "exceeds the 4 GPUs",
+    "rollout.engine_memory=1.5": "must be below 1, found 1.5",
+    "parallel.expert=2": "student and teacher are dense",
+    "model.teacher=nowhere": "does not exist. Give a folder that holds config.json",
+}
+
+
+@pytest.mark.parametrize("argument", ERRORS)
+def test_bad_input_is_refused(argument: str, capsys):
+    engines = "rollout.num_engines=1" if argument == "parallel.data=3" else ""
+    words = [word for word in (argument, engines) if word]
+    assert main(["plan", str(RECIPES / "qwen3_1.7b.toml"), *words]) == 2
+    assert ERRORS[argument] in capsys.readouterr().err
+
+
+def test_a_mixture_is_refused_as_the_trainer_refuses_it(capsys):
+    path = str(RECIPES / "qwen3_30b_a3b.toml")
+    assert main(["plan", path, "parallel.sequence_parallel=false"]) == 2
+    assert "needs parallel.sequence_parallel = true" in capsys.readouterr().err
+
+
+def test_a_folder_without_config_or_with_another_architecture(tmp_path: Path, capsys):
+    path = str(RECIPES / "qwen3_1.7b.toml")
+    (tmp_path / "empty").mkdir()
+    assert main(["plan", path, f"model.student={tmp_path / 'empty'}"]) == 2
+    assert "config.json is missing" in capsys.readouterr().err
+    shutil.copytree(RECIPES / "models" / "Qwen3-4B", tmp_path / "other")
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "bert"}')
+    assert main(["plan", path, f"model.student={tmp_path / 'other'}"]) == 2
+    assert "is not supported" in capsys.readouterr().err
+
+
+def test_hardware_from_a_file(tmp_path: Path):
+    path = tmp_path / "mine.toml"
+    path.write_text('like = "h100"\nnetwork_gb_s = 25\ngpus_per_node = 4\n')
+    mine = load_hardware(str(path))
+    assert (mine.name, mine.network_gb_s, mine.gpus_per_node) == ("h100", 25, 4)
+    assert mine.link(4) == pytest.approx(450e9 * 0.6)
+    assert mine.link(5) == pytest.approx(25e9 * 0.6)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("speed = 3", "unknown speed. Known: name, memory_gb"),
+        ("memory_gb = 80", "misses tflops, memory_gb_s"),
+        ('like = "tpu"', "like must be one of a100, h100, h200, found 'tpu'"),
+        ('like = "h100"\ntflops = "many"', "tflops must be a number, found 'many'"),
+        ('like = "h100"\nlayers = "mine"', "layers must be one of transformer_engine"),
+        ('like = "h100"\ngpus_per_node = 2.5', "gpus_per_node must be a whole number"),
+        ('like = "h100"\nachieved_flops = 40', "is a share of the peak and must be at most 1"),
+        ("like = ", "is not valid TOML"),
+    ],
+)
+def test_bad_hardware_is_refused(text: str, message: str, tmp_path: Path):
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        load_hardware(str(path))
+    assert message in str(error.value)
