@@ -283,8 +283,12 @@ def _edges(dtype=torch.float32, seed=1):
     add(sharp_student, x=12)
     add(both(sharp, sharp_student), x=12)
 
-    num = len(ids)
-    padded = []
+    return _padded(vocab_size, widths, students, teachers, ids, dtype, draw)
+
+
+def _padded(vocab_size, widths, students, teachers, ids, dtype, draw) -> Problem:
+    """Rows as a problem, each model with padding of its own; trusted, outlier, teacher in turn."""
+    num, padded = len(ids), []
     for rows, width, padding in ((students, widths[0], math.nan), (teachers, widths[1], 60.0)):
         logits = torch.full((num, width), padding)
         logits[:, :vocab_size] = torch.stack(rows)
