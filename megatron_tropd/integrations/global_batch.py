@@ -84,7 +84,7 @@ def draw(
         N micro-batches; without loss tokens where the stage has no data.
 
     Raises:
-        InputError: an item lacks keys or has another shape.
+        InputError: an item lacks keys or has another shape; there are none to take masks from.
 
     Collectives: on ``group`` 3 broadcasts, of 1 and [N, 5, B, S] int64 and [N, 2, B, S] float32;
     with ``masked`` 1 of [N, B, S, S] bytes.
@@ -114,6 +114,11 @@ def share(
     for tensor in (kind, ints, floats, masks):
         if tensor.numel():
             dist.broadcast(tensor, source, group=group)
+    if masked and int(kind) == _NOTHING:
+        raise InputError(
+            "Expected data on every pipeline stage, as --reset-attention-mask is on, found none "
+            "on this one. Let the datasets provider build its datasets on every rank."
+        )
     sampled = int(kind) == _TRAJECTORY
     return [
         _batch(ints[n], floats[n], masks[n].bool() if masked else None, sampled)
