@@ -84,12 +84,20 @@ def draw(
         N micro-batches; without loss tokens where the stage has no data.
 
     Raises:
-        InputError: an item lacks keys or has another shape; there are none to take masks from.
+        InputError: the data ended; an item lacks keys or has another shape; there are none to take
+            masks from.
 
     Collectives: on ``group`` 3 broadcasts, of 1 and [N, 5, B, S] int64 and [N, 2, B, S] float32;
     with ``masked`` 1 of [N, B, S, S] bytes.
     """
-    items = [] if iterator is None else [next(iterator) for _ in range(count)]
+    try:
+        items = [] if iterator is None else [next(iterator) for _ in range(count)]
+    except StopIteration:
+        raise InputError(
+            f"Expected {count} micro-batches for the next step, found the data at its end. Give "
+            "more data, ask for fewer iterations, or, for several epochs, use --dataloader-type "
+            "cyclic."
+        ) from None
     return share(items, count, shape=shape, masked=masked, group=group, device=device)
 
 

@@ -251,6 +251,12 @@ def test_megatron_lm_takes_text_with_its_mask(group) -> None:
     assert not _draw([], group)
 
 
+def test_megatron_lm_says_that_the_data_ended(group) -> None:
+    how = {"shape": (2, 4), "masked": False, "group": group, "device": torch.device("cpu")}
+    with pytest.raises(InputError, match=r"Expected 2 micro-batches .* the data at its end"):
+        global_batch.draw(iter(_items()), 2, **how)
+
+
 def test_megatron_lm_wants_masks_on_stages_without_data(group) -> None:
     """Where none are, a mask of nothing hidden would show the future."""
     how = {"shape": (2, 4), "group": group, "device": torch.device("cpu")}
