@@ -84,12 +84,20 @@ def draw(
         N micro-batches; without loss tokens where the stage has no data.
 
     Raises:
-        InputError: an item lacks keys or has another shape.
+        InputError: the data ended; an item lacks keys or has another shape; there are none to take
+            masks from.
 
     Collectives: on ``group`` 3 broadcasts, of 1 and [N, 5, B, S] int64 and [N, 2, B, S] float32;
     with ``masked`` 1 of [N, B, S, S] bytes.
     """
-    items = [] if iterator is None else [next(iterator) for _ in range(count)]
+    try:
+        items = [] if iterator is None else [next(iterator) for _ in range(count)]
+    except StopIteration:
+        raise InputError(
+            f"Expected {count} micro-batches for the next step, found the data at its end. Give "
+            "more data, ask for fewer iterations, or, for several epochs, use --dataloader-type "
+            "cyclic."
+        ) from None
     return share(items, count, shape=shape, masked=masked, group=group, device=device)
 
 
@@ -114,6 +122,11 @@ def share(
     for tensor in (kind, ints, floats, masks):
         if tensor.numel():
             dist.broadcast(tensor, source, group=group)
+    if masked and int(kind) == _NOTHING:
+        raise InputError(
+            "Expected data on every pipeline stage, as --reset-attention-mask is on, found none "
+            "on this one. Let the datasets provider build its datasets on every rank."
+        )
     sampled = int(kind) == _TRAJECTORY
     return [
         _batch(ints[n], floats[n], masks[n].bool() if masked else None, sampled)

@@ -50,7 +50,7 @@ ForwardStep = Callable[..., tuple[Tensor, Callable[..., Any]]]
 Rollouts = Callable[[torch.nn.Module, int], Sequence[Mapping[str, Tensor]]]
 """(this stage's student, unwrapped; iteration, 0-based) -> the global batch, one item per sample
 (``data.recorded.training_item``), the same list on every rank. Called on all ranks, between
-steps."""
+steps; with --overlap-param-gather the student's weights are not complete then."""
 _METRICS = ("tv", "reverse_kl", "forward_kl", "student_entropy", "teacher_entropy")
 
 
@@ -404,7 +404,8 @@ class _Plugin:
             group=self._teacher.ranks.tp_group,
             metrics=args.tropd_metrics,
             seed=args.seed,
-            iteration=args.curr_iteration,
+            # Only training counts them; --skip-train evaluates at the one that was loaded.
+            iteration=getattr(args, "curr_iteration", args.iteration),
             check_finite=args.check_for_nan_in_loss_and_grad,
         )
 
@@ -493,7 +494,7 @@ def build_teacher(folder: HFFolder | MegatronFolder, args: Namespace, vocab_size
         model = models.build_model(
             folder,
             ranks=ranks,
-            parallel=startup.layout_of(args),
+            parallel=startup.layout_of(args, folder.config),
             dtype=args.params_dtype,
             padded_vocab_size=padded,
             who="teacher",

@@ -5,7 +5,6 @@ Nothing here imports ``megatron.training``; arguments are Megatron's parsed name
 
 import re
 from argparse import Namespace
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -116,6 +115,17 @@ def check_arguments(args: Namespace) -> None:
         (_set(args, "use_torch_fsdp2"), "--use-torch-fsdp2", "use Megatron's DDP"),
         (_set(args, "use_megatron_fsdp"), "--use-megatron-fsdp", "use Megatron's DDP"),
         (_set(args, "hybrid_layer_pattern"), "--hybrid-layer-pattern", "use a GPTModel"),
+        (_set(args, "use_mup"), "--use-mup", "it scales the logits, which are not made"),
+        (
+            _set(args, "overlap_moe_expert_parallel_comm"),
+            "--overlap-moe-expert-parallel-comm",
+            "it has a schedule of its own",
+        ),
+        (
+            _set(args, "defer_embedding_wgrad_compute"),
+            "--defer-embedding-wgrad-compute",
+            "the output layer is not run",
+        ),
         (_set(args, "perform_rl_step"), "--perform-rl-step", "it has data of its own"),
         (_set(args, "use_tp_pp_dp_mapping"), "--use-tp-pp-dp-mapping", "use the default order"),
         (
@@ -135,13 +145,14 @@ def check_arguments(args: Namespace) -> None:
     loss_config(args)
 
 
-def layout_of(args: Namespace) -> ParallelConfig:
-    """The layout of student and teacher."""
+def layout_of(args: Namespace, hf_config: dict[str, Any]) -> ParallelConfig:
+    """The student's layout for the teacher, whose expert ranks a dense teacher does not see."""
+    dense = model_shape(hf_config).experts is None
     return ParallelConfig(
         tensor=args.tensor_model_parallel_size,
         pipeline=args.pipeline_model_parallel_size,
         data=args.data_parallel_size,
-        expert=args.expert_model_parallel_size,
+        expert=1 if dense else args.expert_model_parallel_size,
         uneven_stages=True,
         sequence_parallel=args.sequence_parallel,
         distributed_optimizer=args.use_distributed_optimizer,
@@ -167,13 +178,11 @@ def open_teacher(args: Namespace, vocab_size: int) -> HFFolder | MegatronFolder:
     if isinstance(folder, HFFolder):
         check_tensors(folder)
     try:
-        layout = layout_of(args)
-        if model_shape(folder.config).experts is None and layout.expert > 1:
-            layout = replace(layout, expert=1)
-        check_parallel(folder.config, layout, who="teacher")
+        check_parallel(folder.config, layout_of(args, folder.config), who="teacher")
         check_signal(loss_config(args), HiddenStatesSignal, vocab_size=vocab_size)
     except ConfigError as error:
         raise ConfigError(_in_options(error)) from None
+    _check_expert_shards(args, folder)
     if folder.config["vocab_size"] < vocab_size:
         raise ConfigError(
             f"Expected a teacher with at least the {vocab_size} ids of the student's tokenizer, "
@@ -188,6 +197,17 @@ def open_teacher(args: Namespace, vocab_size: int) -> HFFolder | MegatronFolder:
         )
     _check_tokenizer(args, folder)
     return folder
+
+
+def _check_expert_shards(args: Namespace, folder: HFFolder | MegatronFolder) -> None:
+    mixture = model_shape(folder.config).experts is not None
+    tensor = args.tensor_model_parallel_size
+    if mixture and _set(args, "expert_tensor_parallel_size", tensor):
+        raise ConfigError(
+            "The teacher is a mixture of experts: expected --expert-tensor-parallel-size "
+            f"{tensor}, as --tensor-model-parallel-size, found {args.expert_tensor_parallel_size}. "
+            "Drop it."
+        )
 
 
 def _check_tokenizer(args: Namespace, folder: HFFolder | MegatronFolder) -> None:

@@ -98,7 +98,8 @@ class SomeGradient(torch.autograd.Function):
     def forward(ctx: Any, loss: Tensor, weight_vH: Tensor) -> Tensor:
         """Arguments: [] loss and [v, H] output weight."""
         ctx.save_for_backward(weight_vH)
-        return loss.view_as(loss)
+        # No view: a pipeline's last stage frees the loss, and Megatron refuses to free views.
+        return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:

@@ -102,6 +102,9 @@ def test_megatron_lm_refuses_losses(options: str, named: str, tiny_model) -> Non
         ({"use_megatron_fsdp": True}, "--use-megatron-fsdp"),
         ({"use_torch_fsdp2": True}, "--use-torch-fsdp2"),
         ({"hybrid_layer_pattern": "M*M-"}, "--hybrid-layer-pattern"),
+        ({"use_mup": True}, "--use-mup"),
+        ({"overlap_moe_expert_parallel_comm": True}, "--overlap-moe-expert-parallel-comm"),
+        ({"defer_embedding_wgrad_compute": True}, "--defer-embedding-wgrad-compute"),
         ({"cuda_graph_impl": "full_iteration"}, "CUDA graphs"),
         ({"calculate_per_token_loss": False}, "--calculate-per-token-loss"),
     ],
@@ -126,6 +129,44 @@ def test_megatron_lm_refuses_teachers_that_do_not_fit(tiny_model, tmp_path: Path
             startup.open_teacher(teach(folder, **settings), vocab)
     with pytest.raises(InputError, match="config"):
         startup.open_teacher(teach(tmp_path), 259)
+
+
+def test_megatron_lm_lays_out_experts_where_the_teacher_has_some(tiny_model) -> None:
+    # Valid for a student whose experts are whole on each rank: 4 expert ranks, 2 replicas.
+    shared = {"expert_model_parallel_size": 4, "data_parallel_size": 2}
+    shared |= {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 1}
+    dense, mixture = tiny_model("qwen3"), tiny_model("qwen3_moe")
+    startup.open_teacher(teach(dense, **shared), 259)
+    shared |= {"data_parallel_size": 4, "expert_model_parallel_size": 2, "sequence_parallel": True}
+    with pytest.raises(ConfigError, match="expected --expert-tensor-parallel-size 2"):
+        startup.open_teacher(teach(mixture, **shared), 259)
+    startup.open_teacher(teach(mixture, **shared | {"expert_tensor_parallel_size": 2}), 259)
+
+
+def test_megatron_lm_evaluates_where_nobody_counts_iterations() -> None:
+    """As with --skip-train, which never sets ``curr_iteration``."""
+    plugin = megatron_lm._Plugin(print, None)
+    plugin._teacher = Namespace(vocab_size=259, ranks=Namespace(tp_group=None))
+    args = teach(Path("x"), seed=1, iteration=7, check_for_nan_in_loss_and_grad=True)
+    assert plugin._step_loss(args).iteration == 7
+    args.curr_iteration = 9
+    assert plugin._step_loss(args).iteration == 9
+
+
+def test_megatron_lm_loss_can_be_freed_by_a_pipelines_last_stage() -> None:
+    """With --overlap-grad-reduce; Megatron refuses to free views."""
+    from megatron.core.pipeline_parallel.schedules import custom_backward, deallocate_output_tensor
+
+    from megatron_tropd.mcore.hidden import SomeGradient
+
+    weight = torch.nn.Parameter(torch.ones(3, 2))
+    hidden = torch.ones(4, 2, requires_grad=True)
+    loss = SomeGradient.apply((2 * hidden).sum(), weight)
+    assert loss.item() == 16
+    deallocate_output_tensor(loss, deallocate_pipeline_outputs=True)
+    custom_backward(loss, None)
+    assert torch.equal(hidden.grad, torch.full((4, 2), 2.0))
+    assert torch.equal(weight.grad, torch.zeros(3, 2))
 
 
 def test_megatron_lm_compares_tokenizers(tiny_model, tmp_path: Path, capsys) -> None:
@@ -208,6 +249,21 @@ def test_megatron_lm_takes_text_with_its_mask(group) -> None:
     (batch,) = _draw(items, group, masked=True)
     assert torch.equal(batch.attention_mask, mask)
     assert not _draw([], group)
+
+
+def test_megatron_lm_says_that_the_data_ended(group) -> None:
+    how = {"shape": (2, 4), "masked": False, "group": group, "device": torch.device("cpu")}
+    with pytest.raises(InputError, match=r"Expected 2 micro-batches .* the data at its end"):
+        global_batch.draw(iter(_items()), 2, **how)
+
+
+def test_megatron_lm_wants_masks_on_stages_without_data(group) -> None:
+    """Where none are, a mask of nothing hidden would show the future."""
+    how = {"shape": (2, 4), "group": group, "device": torch.device("cpu")}
+    (batch,) = global_batch.draw(None, 1, masked=False, **how)
+    assert batch.attention_mask is None and not batch.loss_mask.any()
+    with pytest.raises(InputError, match="Expected data on every pipeline stage"):
+        global_batch.draw(None, 1, masked=True, **how)
 
 
 @pytest.mark.parametrize(
