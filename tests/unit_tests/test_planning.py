@@ -1,6 +1,6 @@
 """Plans are arithmetic: what they say of published models, what they refuse, what is committed.
 
-Bytes are compared with real tensors in ``tests/distributed/test_planning.py``.
+Bytes are compared with real tensors in ``tests/distributed/test_planned_bytes.py``.
 """
 
 import dataclasses
