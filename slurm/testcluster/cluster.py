@@ -133,7 +133,7 @@ class Cluster:
             self._start("slurmctld", ["-D"])
         for node in NODES:
             self.start_node(node)
-        self._wait(self.is_up, "both nodes to be idle", log="slurmctld")
+        self._wait(self.is_up, "both nodes to be idle", of="slurmctld")
 
     def down(self) -> None:
         """End every job, daemon and process of the cluster and remove its folder."""
@@ -181,6 +181,8 @@ class Cluster:
 
     def is_up(self) -> bool:
         """Whether the controller answers and every node can take a job."""
+        if not self._pid("slurmctld"):  # a client would try to reach it for a minute
+            return False
         try:
             states = self.node_states()
         except (ClusterError, subprocess.TimeoutExpired):
@@ -260,8 +262,10 @@ class Cluster:
             "--seed-file": folder / "seed",
             "--num-threads": 2,
         }
-        self._start("munged", ["-F", *(f"{name}={value}" for name, value in options.items())])
-        self._wait((folder / "socket").exists, "munged's socket", log="munged")
+        # --force: it would refuse a folder that other users cannot enter, as tests' are.
+        arguments = [f"{name}={value}" for name, value in options.items()]
+        self._start("munged", ["-F", "--force", *arguments])
+        self._wait((folder / "socket").exists, "munged's socket", of="munged")
 
     def _start(
         self,
@@ -324,12 +328,14 @@ class Cluster:
         what: str,
         *,
         seconds: float = PATIENCE_SECONDS,
-        log: str | None = None,
+        of: str | None = None,
     ) -> None:
-        deadline = time.monotonic() + seconds
+        """Poll; ``of``: the daemon without which there is nothing to wait for."""
+        start = time.monotonic()
         while not condition():
-            if time.monotonic() > deadline:
-                raise ClusterError(f"Waited {seconds:.0f} s for {what}. {self._tail(log)}")
+            waited = time.monotonic() - start
+            if waited > seconds or (of and not self._pid(of)):
+                raise ClusterError(f"Waited {waited:.0f} s for {what}. {self._tail(of)}")
             time.sleep(0.05)
 
     def _tail(self, name: str | None) -> str:
