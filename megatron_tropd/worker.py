@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import IO, NoReturn
 
 from megatron_tropd.errors import ConfigError, InputError, TrainingError
+from megatron_tropd.exits import STOP_SIGNALS
 from megatron_tropd.run_folder import RunFolder
 
 
 class StopFlag:
-    """Set by SIGTERM or SIGINT; the loop looks at it between steps."""
+    """Set by SIGTERM, SIGINT or SIGUSR1; the loop looks at it between steps."""
 
     def __init__(self) -> None:
         """Install the handlers."""
         self.requested = False
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in STOP_SIGNALS:
             signal.signal(number, self._set)
 
     def _set(self, number: int, _: object) -> None:
