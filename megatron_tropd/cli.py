@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron_tropd.config import Config, config_to_dict, load_config
 from megatron_tropd.conversion import add_to_hf, add_to_megatron
 from megatron_tropd.errors import ConfigError, InputError, TrainingError
+from megatron_tropd.failures import KINDS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -18,8 +19,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program name; None: those of the process.
 
     Returns:
-        0; 1 after a failure (message on stderr); 2 after unusable arguments or settings;
-        130 or 143 after Ctrl-C or SIGTERM.
+        What ``exits.py`` names: 0; 1 after a failure (message on stderr); 2 after unusable
+        arguments, settings or input; 75 where a restart may help; 128 + a signal that stopped it.
     """
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except TrainingError as error:
         print(f"tropd: {error}", file=sys.stderr)
-        return 1
+        return KINDS[error.kind]
     except KeyboardInterrupt:
         return 130
 
@@ -146,16 +147,20 @@ def _run(config: Config) -> int:
 
 
 def _run_alone(config: Config) -> int:
-    from megatron_tropd.launch import first_error, launch
+    from megatron_tropd.exits import is_stop
+    from megatron_tropd.failures import SYMPTOMS, read
+    from megatron_tropd.launch import launch
     from megatron_tropd.run_folder import open_run
 
     folder = open_run(config)
     summary = folder.read_summary()
     if summary is None:
         code = launch(config.parallel.world_size, folder)
-        error = first_error(folder.logs)
-        if error:
-            raise TrainingError(f"{error}\nLogs: {folder.logs}")
+        failure = read(folder.failure)
+        # Ranks that are stopped at once lose each other: no failure.
+        if failure and not (is_stop(code) and failure.kind in SYMPTOMS):
+            print(f"tropd: {failure.message}\nLogs: {folder.logs}", file=sys.stderr)
+            return failure.exit_code
         if code:
             _say_stopped(code, folder.logs)
             return code
@@ -170,7 +175,9 @@ def _run_alone(config: Config) -> int:
 
 
 def _say_stopped(code: int, logs: Path) -> None:
-    if code in (130, 143):
+    from megatron_tropd.exits import is_stop
+
+    if is_stop(code):
         print("tropd: stopped; the same command resumes.", file=sys.stderr)
     else:
         print(f"tropd: a rank ended with code {code}. Logs: {logs}", file=sys.stderr)

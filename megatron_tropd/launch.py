@@ -13,9 +13,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
+from megatron_tropd import exits
+from megatron_tropd.failures import Failure, report
 from megatron_tropd.run_folder import RunFolder
+from megatron_tropd.watchdog import read_beats
 
 GRACE_SECONDS = 300.0
 """Between a signal and SIGKILL: one step and one checkpoint must fit."""
@@ -36,17 +38,16 @@ def launch(world_size: int, folder: RunFolder) -> int:
         folder: an opened run folder; the ranks read its ``config.json`` and log below it.
 
     Returns:
-        0, or the exit code to pass on: 130 and 143 after Ctrl-C and SIGTERM, else that of the
-        first rank that failed.
+        0, or the exit code to pass on: 128 + the signal that asked to stop, else that of the first
+        rank that failed.
     """
     received: list[int] = []
     previous = {
-        s: signal.signal(s, lambda number, _: received.append(number))
-        for s in (signal.SIGINT, signal.SIGTERM)
+        s: signal.signal(s, lambda number, _: received.append(number)) for s in exits.STOP_SIGNALS
     }
     ranks = _start(world_size, folder)
     try:
-        return _supervise(ranks, received)
+        return _supervise(ranks, received, folder)
     finally:
         _kill(ranks)
         for number, handler in previous.items():
@@ -81,7 +82,7 @@ def _start(world_size: int, folder: RunFolder) -> list[subprocess.Popen]:
     ]
 
 
-def _supervise(ranks: Sequence[subprocess.Popen], received: list[int]) -> int:
+def _supervise(ranks: Sequence[subprocess.Popen], received: list[int], folder: RunFolder) -> int:
     deadline = None
     forwarded = 0
     failing = False
@@ -91,6 +92,7 @@ def _supervise(ranks: Sequence[subprocess.Popen], received: list[int]) -> int:
             break
         if not failing and any(codes):
             failing = True
+            report_killed(codes, folder)
             deadline = time.monotonic() + FAILURE_GRACE_SECONDS
         if len(received) > forwarded:
             forwarded = len(received)
@@ -105,8 +107,40 @@ def _supervise(ranks: Sequence[subprocess.Popen], received: list[int]) -> int:
         time.sleep(0.05)
     _kill(ranks)
     if received:
-        return 128 + received[0]
-    return next((abs(rank.returncode) for rank in ranks if rank.returncode), 0)
+        return exits.stopped_by(received[0])
+    code = next((rank.returncode for rank in ranks if rank.returncode), 0)
+    return exits.RESTART if code < 0 else code
+
+
+def report_killed(codes: Sequence[int | None], folder: RunFolder, first_rank: int = 0) -> None:
+    """Write down which rank a signal ended: it could not do so itself.
+
+    Args:
+        codes: of this node's ranks; None: still running.
+        folder: of the run.
+        first_rank: of this node.
+    """
+    beats = read_beats(folder.heartbeats, first_rank + len(codes))
+    for rank, code in enumerate(codes, first_rank):
+        if code is None or code >= 0:
+            continue
+        beat = beats.get(rank)
+        where = f" in {beat.phase!r} of step {beat.step}" if beat else ""
+        message = (
+            f"Rank {rank} was killed by signal {-code} ({signal.Signals(-code).name}){where}. "
+            "Start the same command again to resume. (SIGKILL without a reason in the logs: often "
+            "the node ran out of memory.)"
+        )
+        report(
+            folder.failure,
+            Failure(
+                kind="killed",
+                message=message,
+                rank=rank,
+                step=beat.step if beat else None,
+                phase=beat.phase if beat else None,
+            ),
+        )
 
 
 def _kill(ranks: Sequence[subprocess.Popen]) -> None:
@@ -124,9 +158,3 @@ def _die_with_parent() -> None:
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-
-
-def first_error(folder: Path) -> str | None:
-    """The message the first failing rank left in ``folder``, if any."""
-    errors = sorted(folder.glob("rank_*.error"), key=lambda path: path.stat().st_mtime_ns)
-    return errors[0].read_text().strip() if errors else None
