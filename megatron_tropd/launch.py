@@ -15,13 +15,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from megatron_tropd import exits
 from megatron_tropd.config import Config
 from megatron_tropd.errors import ConfigError
+from megatron_tropd.failures import Failure, report
 from megatron_tropd.nodes import Nodes, Peers
 from megatron_tropd.run_folder import RunFolder, wait_until_open
+from megatron_tropd.watchdog import read_beats
 
 GRACE_SECONDS = 300.0
 """Between a signal and SIGKILL: one step and one checkpoint must fit. At the end of a job's time
@@ -104,7 +105,7 @@ def _run(local: int, folder: RunFolder, peers: Peers, port: int) -> int:
     }
     ranks = _start(local, folder, peers.nodes, port)
     try:
-        return _Supervisor(ranks, received, peers).run()
+        return _Supervisor(ranks, received, peers, folder).run()
     finally:
         _kill(ranks)
         for number, handler in previous.items():
@@ -142,12 +143,17 @@ class _Supervisor:
     """Waits for this node's ranks; listens to signals and to the other nodes meanwhile."""
 
     def __init__(
-        self, ranks: Sequence[subprocess.Popen], received: list[int], peers: Peers
+        self,
+        ranks: Sequence[subprocess.Popen],
+        received: list[int],
+        peers: Peers,
+        folder: RunFolder,
     ) -> None:
         self._ranks = ranks
         self._received = received
         self._forwarded = 0
         self._peers = peers
+        self._folder = folder
         self._left: dict[int, int] = {}
         self._end: int | None = None
         self._failure = exits.COMPLETE
@@ -169,12 +175,16 @@ class _Supervisor:
         codes = [rank.returncode or 0 for rank in self._ranks]
         # We have killed nobody yet: whoever ended by a signal did not choose to.
         if code := exits.worst(exits.RESTART if code < 0 else code for code in codes):
+            if not self._failure:
+                report_killed(codes, self._folder, self._peers.nodes.rank * len(codes))
             self._fail(code)
 
     def _listen(self) -> None:
         for node, message in self._peers.messages():
             if message is None and node not in self._left:
-                _say(f"lost {self._peers.name(node)}: its launcher or its machine died.")
+                lost = f"Lost {self._peers.name(node)}: its launcher or its machine died."
+                report(self._folder.failure, Failure(kind="lost_peer", message=lost))
+                _say(lost)
                 self._left[node] = exits.RESTART
                 self._fail(exits.RESTART)
             elif message is not None and "end" in message:
@@ -224,6 +234,37 @@ class _Supervisor:
         return len(self._received) > max(1, self._forwarded)
 
 
+def report_killed(codes: Sequence[int | None], folder: RunFolder, first_rank: int = 0) -> None:
+    """Write down which rank a signal ended: it could not do so itself.
+
+    Args:
+        codes: of this node's ranks; None: still running.
+        folder: of the run.
+        first_rank: of this node.
+    """
+    beats = read_beats(folder.heartbeats, first_rank + len(codes))
+    for rank, code in enumerate(codes, first_rank):
+        if code is None or code >= 0:
+            continue
+        beat = beats.get(rank)
+        where = f" in {beat.phase!r} of step {beat.step}" if beat else ""
+        message = (
+            f"Rank {rank} was killed by signal {-code} ({signal.Signals(-code).name}){where}. "
+            "Start the same command again to resume. (SIGKILL without a reason in the logs: often "
+            "the node ran out of memory.)"
+        )
+        report(
+            folder.failure,
+            Failure(
+                kind="killed",
+                message=message,
+                rank=rank,
+                step=beat.step if beat else None,
+                phase=beat.phase if beat else None,
+            ),
+        )
+
+
 def _kill(ranks: Sequence[subprocess.Popen]) -> None:
     for rank in ranks:
         try:
@@ -243,9 +284,3 @@ def _die_with_parent() -> None:
 
 def _say(text: str) -> None:
     print(f"tropd: {text}", file=sys.stderr, flush=True)
-
-
-def first_error(folder: Path) -> str | None:
-    """The message the first failing rank left in ``folder``, if any."""
-    errors = sorted(folder.glob("rank_*.error"), key=lambda path: path.stat().st_mtime_ns)
-    return errors[0].read_text().strip() if errors else None
