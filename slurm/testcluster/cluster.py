@@ -7,7 +7,8 @@
 
 Everything lies in one folder (``--folder``) with a key, a socket, ports and a slurm.conf of its
 own; a Slurm that belongs to the machine is neither used nor touched. ``up`` on a running cluster
-and ``down`` on none change nothing. Needs only the standard library.
+and ``down`` on none change nothing; ``guard`` is ``down`` at the end of the input. Needs only the
+standard library.
 
 Each node gets cores of its own where the machine has two. Jobs are tracked by process group, the
 weakest way Slurm knows: it kills nothing that a job leaves behind, so a test sees what was left.
@@ -15,7 +16,6 @@ weakest way Slurm knows: it kills nothing that a job leaves behind, so a test se
 
 import argparse
 import contextlib
-import ctypes
 import os
 import secrets
 import shutil
@@ -98,16 +98,15 @@ def missing() -> str | None:
 class Cluster:
     """munge, slurmctld and one slurmd per node in ``folder``.
 
-    As a context manager it goes up and comes down; its daemons end with the process that made it,
-    however that ends.
+    As a context manager it goes up and comes down, also where the process that holds it is killed.
     """
 
-    def __init__(self, folder: Path | None = None, *, owned: bool = False) -> None:
-        """``folder``: default one per user; ``owned``: the daemons die with this process."""
+    def __init__(self, folder: Path | None = None) -> None:
+        """``folder``: default one per user."""
         temporary = Path(tempfile.gettempdir())
         self.folder = (folder or temporary / f"tropd-testcluster-{os.geteuid()}").resolve()
         self.config = self.folder / "slurm.conf"
-        self.owned = owned
+        self._guard: subprocess.Popen | None = None
 
     @property
     def environment(self) -> dict[str, str]:
@@ -151,6 +150,9 @@ class Cluster:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def __enter__(self) -> Self:
+        # It waits for the end of its input, which comes with our end, whatever that is.
+        command = [sys.executable, __file__, "guard", "--folder", str(self.folder)]
+        self._guard = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
         try:
             self.up()
         except BaseException:  # Ctrl-C too
@@ -160,6 +162,8 @@ class Cluster:
 
     def __exit__(self, *_: object) -> None:
         self.down()
+        if self._guard is not None:
+            self._guard.communicate()
 
     def run(self, *command: str, check: bool = True) -> str:
         """What a Slurm command prints, for instance ``run("squeue", "-h")``.
@@ -279,8 +283,6 @@ class Cluster:
         assert found, "missing() is asked first"
 
         def prepare() -> None:
-            if self.owned:
-                _die_with_parent()
             if cores:
                 os.sched_setaffinity(0, cores)
 
@@ -377,11 +379,6 @@ def _free_ports(number: int) -> list[int]:
         return [probe.getsockname()[1] for probe in sockets]
 
 
-def _die_with_parent() -> None:
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-
-
 def _environments() -> Iterator[tuple[int, Mapping[str, str]]]:
     """(pid, environment) of every living process."""
     for entry in Path("/proc").iterdir():
@@ -415,7 +412,7 @@ def _kill(pid: int) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("action", choices=("up", "down", "status"))
+    parser.add_argument("action", choices=("up", "down", "status", "guard"))
     parser.add_argument("--folder", type=Path, help="of the cluster (default: one per user)")
     parser.add_argument("--install", action="store_true", help=f"first run: {APT}")
     options = parser.parse_args(arguments)
@@ -428,7 +425,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _act(cluster: Cluster, options: argparse.Namespace) -> int:
-    if options.action == "down":
+    if options.action == "guard":
+        sys.stdin.read()
+    if options.action in ("down", "guard"):
         cluster.down()
         return 0
     if options.action == "up":

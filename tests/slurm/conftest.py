@@ -20,7 +20,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         pytest.fail(reason)
     if reason:
         pytest.skip(reason)
-    with Cluster(tmp_path_factory.mktemp("slurm"), owned=True) as cluster:
+    with Cluster(tmp_path_factory.mktemp("slurm")) as cluster:
         yield cluster
         left = cluster.job_processes()
     assert not left, f"jobs left processes behind: {left}"

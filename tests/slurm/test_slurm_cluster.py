@@ -83,3 +83,21 @@ def test_what_is_missing_is_said(monkeypatch):
     assert "apt-get install" in module.missing()
     with pytest.raises(module.ClusterError, match="apt-get install"):
         Cluster(Path("unused")).up()
+
+
+def test_a_killed_owner_takes_its_cluster_and_jobs_along(tmp_path):
+    folder = tmp_path / "owned"
+    owner = subprocess.Popen(
+        [
+            *(sys.executable, "-c"),
+            "import sys, time; from pathlib import Path; from slurm.testcluster.cluster import *\n"
+            "with Cluster(Path(sys.argv[1])) as c:\n"
+            "  c.run('sbatch', '--wrap', 'sleep 60', '--output=/dev/null'); time.sleep(60)",
+            str(folder),
+        ],
+        cwd=SCRIPT.parents[2],
+    )
+    _await(Cluster(folder).job_processes, "the job's processes")
+    owner.kill()
+    owner.wait()
+    _await(lambda: not Cluster(folder).processes() and not folder.exists(), "the end of it all")
