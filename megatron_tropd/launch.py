@@ -173,7 +173,9 @@ class _Supervisor:
 
     def _listen(self) -> None:
         for node, message in self._peers.messages():
-            if message is None and node not in self._left:
+            if message is None:
+                if node in self._left or self._end is not None:
+                    continue  # it has said goodbye
                 _say(f"lost {self._peers.name(node)}: its launcher or its machine died.")
                 self._left[node] = exits.RESTART
                 self._fail(exits.RESTART)
