@@ -11,7 +11,8 @@ from megatron_tropd import exits
 from megatron_tropd.config import Config, config_to_dict, load_config
 from megatron_tropd.conversion import add_to_hf, add_to_megatron
 from megatron_tropd.errors import ConfigError, InputError, TrainingError
-from megatron_tropd.nodes import NodeLost, Nodes, Peers, find_nodes
+from megatron_tropd.failures import KINDS
+from megatron_tropd.nodes import Nodes, Peers, find_nodes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,12 +42,9 @@ def _exit_code(action: Callable[[], int]) -> int:
     except (ConfigError, InputError) as error:
         print(f"tropd: {error}", file=sys.stderr)
         return exits.CONFIG
-    except NodeLost as error:
-        print(f"tropd: {error}", file=sys.stderr)
-        return exits.RESTART
     except TrainingError as error:
         print(f"tropd: {error}", file=sys.stderr)
-        return exits.FAILED
+        return KINDS[error.kind]
     except KeyboardInterrupt:
         return exits.stopped_by(signal.SIGINT)
 
@@ -165,16 +163,19 @@ def _lead(config: Config, peers: Peers) -> int:
 
 
 def _lead_alone(config: Config, peers: Peers) -> int:
-    from megatron_tropd.launch import first_error, lead
+    from megatron_tropd.failures import SYMPTOMS, read
+    from megatron_tropd.launch import lead
     from megatron_tropd.run_folder import open_run
 
     folder = open_run(config)
     summary = folder.read_summary()
     if summary is None:
         code = lead(config.parallel.world_size, folder, peers)
-        error = first_error(folder.logs)
-        if error:
-            raise TrainingError(f"{error}\nLogs: {folder.logs}")
+        failure = read(folder.failure)
+        # Ranks that are stopped at once lose each other: no failure.
+        if failure and not (exits.is_stop(code) and failure.kind in SYMPTOMS):
+            print(f"tropd: {failure.message}\nLogs: {folder.logs}", file=sys.stderr)
+            return failure.exit_code
         summary = folder.read_summary()
         if summary is None and code == exits.COMPLETE:
             code = exits.stopped_by(signal.SIGTERM)  # which somebody sent to a rank

@@ -209,6 +209,9 @@ class RunConfig:
     """Steps between checkpoints; the last step is always kept; 0: only the last."""
     keep_checkpoints: int = 2
     """Newest complete checkpoints kept."""
+    timeout_minutes: float = 30.0
+    """Longest a phase of a step may last, rollout and evaluation included, before the run is taken
+    to hang and ends (exit code 75)."""
     trajectories_every: int = 25
     """Steps between dumps of example trajectories with per-token values; 0: none."""
     num_trajectories: int = 8
@@ -222,6 +225,7 @@ class RunConfig:
         _require(bool(self.dir), "run.dir must name a folder, found an empty string.")
         _require(self.checkpoint_every >= 0, "run.checkpoint_every must be >= 0.")
         _require(self.keep_checkpoints >= 1, "run.keep_checkpoints must be at least 1.")
+        _require(self.timeout_minutes > 0, "run.timeout_minutes must be above 0.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,3 +11,8 @@ class InputError(ValueError):
 
 class TrainingError(RuntimeError):
     """Training cannot go on (non-finite loss, dead engine, full disk); nothing was overwritten."""
+
+    def __init__(self, message: str, *, kind: str = "training") -> None:
+        """``kind``: one of ``failures.KINDS``; decides whether a restart may cure it."""
+        super().__init__(message)
+        self.kind = kind

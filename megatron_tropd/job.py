@@ -25,6 +25,7 @@ from megatron_tropd.data.prefixes import alpha
 from megatron_tropd.data.types import MicroBatch, Trajectory
 from megatron_tropd.errors import TrainingError
 from megatron_tropd.evaluation import Evaluator
+from megatron_tropd.files import replace_text, write_json
 from megatron_tropd.inputs import load_inputs
 from megatron_tropd.losses import TeacherSignal
 from megatron_tropd.mcore import models, parallel, platform, weights
@@ -36,28 +37,32 @@ from megatron_tropd.rollout.engine import RolloutEngine
 from megatron_tropd.rollout.pool import EnginePool
 from megatron_tropd.rollout.types import Sampling
 from megatron_tropd.rollout.weight_sync import WeightMailbox
-from megatron_tropd.run_folder import RunFolder, started_at, write_json
+from megatron_tropd.run_folder import RunFolder, started_at
+from megatron_tropd.watchdog import limits
 
 if TYPE_CHECKING:
+    from megatron_tropd.watchdog import Progress
     from megatron_tropd.worker import StopFlag
 
 
 class Clock:
     """Seconds of each phase of a step."""
 
-    def __init__(self) -> None:
-        """Start the first step."""
+    def __init__(self, progress: "Progress") -> None:
+        """Start the first step; ``progress`` is told every phase."""
+        self._progress = progress
         self._seconds: dict[str, float] = defaultdict(float)
         self._start = time.perf_counter()
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         """Add the time of the block to ``phase``."""
-        start = time.perf_counter()
+        start, outer = time.perf_counter(), self._progress.enter(phase)
         yield
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self._seconds[phase] += time.perf_counter() - start
+        self._progress.enter(outer)
 
     def lap(self) -> dict[str, float]:
         """Seconds since the last lap, by phase and in total; starts the next."""
@@ -72,23 +77,35 @@ class Clock:
 class Job:
     """One rank of a run. A context manager: leaving it ends engines and process groups."""
 
-    def __init__(self, folder: RunFolder, *, console: IO[str], stop: "StopFlag") -> None:
+    def __init__(
+        self, folder: RunFolder, *, console: IO[str], stop: "StopFlag", progress: "Progress"
+    ) -> None:
         """Load everything; nothing is trained yet.
 
         Args:
             folder: an opened run folder.
             console: where rank 0 shows progress.
             stop: set when the run was asked to stop.
+            progress: holds the step and the phase, for the watchdog.
         """
         self.folder = folder
         self.config: Config = folder.read_config()
         self.console = console
         self._stop = stop
-        self.step = 0
+        self._progress = progress
         self.weights_version = 0
         self.seconds_before = 0.0
-        self.clock = Clock()
+        self.clock = Clock(progress)
         self._exit = ExitStack()
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self._progress.step
+
+    @step.setter
+    def step(self, step: int) -> None:
+        self._progress.step = step
 
     def __enter__(self) -> Self:
         with ExitStack() as undo:
@@ -108,7 +125,10 @@ class Job:
     def _start(self) -> None:
         config, exits = self.config, self._exit
         platform.prepare_platform()
-        self.ranks = parallel.initialize(config.parallel, seed=config.train.seed)
+        _, collectives = limits(config.run.timeout_minutes)
+        self.ranks = parallel.initialize(
+            config.parallel, seed=config.train.seed, timeout_seconds=collectives
+        )
         exits.push(_leave_groups)
         self.device = platform.device()
         self.dtype = models.resolve_dtype(config.model.dtype)
@@ -124,6 +144,7 @@ class Job:
             keep=config.run.keep_checkpoints,
             ranks=self.ranks,
             distributed_optimizer=config.parallel.distributed_optimizer,
+            say=self._warn,
         )
         self.evaluator = Evaluator(self)
         self.hf_folders = self._hf_folders()
@@ -213,16 +234,16 @@ class Job:
 
     def resume(self) -> None:
         """Take up the newest complete checkpoint, or the HF weights; fill the engines."""
-        steps = self.checkpoints.steps()
-        if steps:
-            extra = self.checkpoints.load(self.student, steps[-1])
+        extra = self.checkpoints.load_newest(self.student)
+        if extra is not None:
             self.step, self.seconds_before = extra["step"], extra["seconds"]
         if self.log_file is not None:
             # Before the first step nothing but the teacher's evaluation can be kept.
             # The last evaluation comes before the last save and is made again with the summary.
             at_the_end = self.step == self.config.train.steps
             self.log_file.truncate_after(
-                self.step if steps else -1, evaluations=self.step - 1 if at_the_end else None
+                -1 if extra is None else self.step,
+                evaluations=self.step - 1 if at_the_end else None,
             )
         self.sync_weights(self.step)
         self._bar = tqdm(
@@ -236,6 +257,7 @@ class Job:
         )
         self._exit.callback(self._bar.close)
         self.clock.lap()
+        self._progress.enter("between phases")
 
     def sync_weights(self, version: int) -> None:
         """Stream the student's weights, seen ``version`` steps, as HF tensors to every engine."""
@@ -352,10 +374,12 @@ class Job:
         if not self.is_main:
             return
         path = self.folder.trajectories / f"step_{self.step:06d}.jsonl"
+        lines = [
+            self.evaluator.example_line(trajectories[row], values)
+            for row, values in sorted(examples.items())
+        ]
         path.parent.mkdir(exist_ok=True)
-        with path.open("w") as file:
-            for row, values in sorted(examples.items()):
-                file.write(self.evaluator.example_line(trajectories[row], values))
+        replace_text(path, "".join(lines))
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Write the metrics of the step that just ended and move the progress bar."""
@@ -398,21 +422,33 @@ class Job:
         with self.clock("evaluation"):
             self.evaluator.run()
 
-    def save(self) -> None:
-        """Write a checkpoint of the steps done so far."""
+    def save(self, *, wait: bool = False) -> None:
+        """Begin a checkpoint of the steps done so far; ``wait``: until it is complete."""
         with self.clock("checkpoint"):
             extra = {"step": self.step, "seconds": self.elapsed()}
             self.checkpoints.save(self.student, step=self.step, extra=extra)
+            if wait:
+                self.checkpoints.wait()
+
+    def poll_save(self) -> None:
+        """Complete the checkpoint in flight, if its files are written."""
+        with self.clock("checkpoint"):
+            self.checkpoints.poll()
 
     def elapsed(self) -> float:
         """Seconds of the job over all its resumptions."""
-        return self.seconds_before + time.time() - started_at()
+        return self.seconds_before + time.monotonic() - started_at()
+
+    def _warn(self, message: str) -> None:
+        print(message, flush=True)
+        print(f"tropd: {message}", file=self.console)
 
     def finish(self) -> None:
         """Last evaluation, last checkpoint, HF export, summary."""
         self.evaluate()
-        self.save()
-        self.export_student(self.folder.student)
+        self.save(wait=True)
+        with self.clock("export"):
+            self.export_student(self.folder.student)
         if self.is_main:
             write_json(self.folder.summary, self._summary())
         dist.barrier()

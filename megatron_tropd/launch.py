@@ -15,13 +15,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from megatron_tropd import exits
 from megatron_tropd.config import Config
 from megatron_tropd.errors import ConfigError
+from megatron_tropd.failures import Failure, report
 from megatron_tropd.nodes import Nodes, Peers
 from megatron_tropd.run_folder import RunFolder, wait_until_open
+from megatron_tropd.watchdog import read_beats
 
 GRACE_SECONDS = 300.0
 """Between a signal and SIGKILL: one step and one checkpoint must fit. At the end of a job's time
@@ -104,7 +105,7 @@ def _run(local: int, folder: RunFolder, peers: Peers, port: int) -> int:
     }
     ranks = _start(local, folder, peers.nodes, port)
     try:
-        return _Supervisor(ranks, received, peers).run()
+        return _Supervisor(ranks, received, peers, folder).run()
     finally:
         _kill(ranks)
         for number, handler in previous.items():
@@ -142,9 +143,14 @@ class _Supervisor:
     """Waits for this node's ranks; listens to signals and to the other nodes meanwhile."""
 
     def __init__(
-        self, ranks: Sequence[subprocess.Popen], received: list[int], peers: Peers
+        self,
+        ranks: Sequence[subprocess.Popen],
+        received: list[int],
+        peers: Peers,
+        folder: RunFolder,
     ) -> None:
         self._ranks = ranks
+        self._folder = folder
         self._received = received
         self._forwarded = 0
         self._peers = peers
@@ -166,26 +172,32 @@ class _Supervisor:
         return self._agree()
 
     def _look_at_ranks(self) -> None:
-        codes = [rank.returncode or 0 for rank in self._ranks]
+        codes = [rank.returncode for rank in self._ranks]
         # We have killed nobody yet: whoever ended by a signal did not choose to.
-        if code := exits.worst(exits.RESTART if code < 0 else code for code in codes):
-            self._fail(code)
+        failure = exits.worst(exits.RESTART if code < 0 else code for code in codes if code)
+        if failure and not self._failure:
+            report_killed(codes, self._folder, self._peers.nodes.rank * len(codes))
+            self._fail(failure)
 
     def _listen(self) -> None:
         for node, message in self._peers.messages():
             if message is None:
-                if node in self._left or self._end is not None:
-                    continue  # it has said goodbye
-                _say(f"lost {self._peers.name(node)}: its launcher or its machine died.")
-                self._left[node] = exits.RESTART
-                self._fail(exits.RESTART)
-            elif message is not None and "end" in message:
+                self._miss(node)
+            elif "end" in message:
                 self._end = int(message["end"])
-            elif message is not None and "left" in message:
+            elif "left" in message:
                 self._left[node] = int(message["left"])
                 if exits.is_failure(self._left[node]):
-                    _say(f"{self._peers.name(node)} ended with code {self._left[node]}.")
                     self._fail(self._left[node])
+
+    def _miss(self, node: int) -> None:
+        if node in self._left or self._end is not None:
+            return  # it had said goodbye
+        self._left[node] = exits.RESTART
+        text = f"Lost {self._peers.name(node)}: its launcher was killed, or its machine is gone."
+        print(f"tropd: {text}", file=sys.stderr, flush=True)
+        report(self._folder.failure, Failure(kind="killed", message=text))
+        self._fail(exits.RESTART)
 
     def _fail(self, code: int) -> None:
         if not self._failure:
@@ -195,12 +207,16 @@ class _Supervisor:
     def _forward_signals(self) -> None:
         if len(self._received) == self._forwarded:
             return
+        # Slurm sends SIGTERM to this process, and srun passes on its own: that is one request.
+        new = set(self._received[self._forwarded :]) - set(self._received[: self._forwarded])
         self._forwarded = len(self._received)
+        if self._received.count(signal.SIGINT) > 1:
+            self._deadline = 0.0
+        if not new:
+            return
         for rank in self._ranks:
             rank.terminate()
-        if self._forwarded > 1:
-            self._deadline = 0.0
-        elif self._received[0] != exits.TIME_LIMIT_SIGNAL:
+        if new != {exits.TIME_LIMIT_SIGNAL}:
             self._deadline = min(self._deadline, time.monotonic() + GRACE_SECONDS)
 
     def _own_code(self) -> int:
@@ -223,7 +239,38 @@ class _Supervisor:
         return exits.worst([self._own_code(), *self._left.values(), *missing])
 
     def _signalled_again(self) -> bool:
-        return len(self._received) > max(1, self._forwarded)
+        return len(self._received) > self._forwarded
+
+
+def report_killed(codes: Sequence[int | None], folder: RunFolder, first_rank: int = 0) -> None:
+    """Write down which rank a signal ended: it could not do so itself.
+
+    Args:
+        codes: of this node's ranks; None: still running.
+        folder: of the run.
+        first_rank: of this node.
+    """
+    beats = read_beats(folder.heartbeats, first_rank + len(codes))
+    for rank, code in enumerate(codes, first_rank):
+        if code is None or code >= 0:
+            continue
+        beat = beats.get(rank)
+        where = f" in {beat.phase!r} of step {beat.step}" if beat else ""
+        message = (
+            f"Rank {rank} was killed by signal {-code} ({signal.Signals(-code).name}){where}. "
+            "Start the same command again to resume. (SIGKILL without a reason in the logs: often "
+            "the node ran out of memory.)"
+        )
+        report(
+            folder.failure,
+            Failure(
+                kind="killed",
+                message=message,
+                rank=rank,
+                step=beat.step if beat else None,
+                phase=beat.phase if beat else None,
+            ),
+        )
 
 
 def _kill(ranks: Sequence[subprocess.Popen]) -> None:
@@ -245,9 +292,3 @@ def _die_with_parent() -> None:
 
 def _say(text: str) -> None:
     print(f"tropd: {text}", file=sys.stderr, flush=True)
-
-
-def first_error(folder: Path) -> str | None:
-    """The message the first failing rank left in ``folder``, if any."""
-    errors = sorted(folder.glob("rank_*.error"), key=lambda path: path.stat().st_mtime_ns)
-    return errors[0].read_text().strip() if errors else None

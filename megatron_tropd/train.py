@@ -12,28 +12,31 @@ from megatron_tropd.run_folder import RunFolder
 from megatron_tropd.step_metrics import trajectory_metrics
 
 if TYPE_CHECKING:
+    from megatron_tropd.watchdog import Progress
     from megatron_tropd.worker import StopFlag
 
 
-def train(folder: RunFolder, *, console: IO[str], stop: "StopFlag") -> None:
+def train(folder: RunFolder, *, console: IO[str], stop: "StopFlag", progress: "Progress") -> None:
     """Train the student of the run in ``folder`` to its last step, or until ``stop``.
 
     Args:
         folder: an opened run folder.
         console: where rank 0 shows progress.
         stop: looked at after every step; a requested stop saves a checkpoint and returns.
+        progress: tells the watchdog where this rank is.
 
     Raises:
         ConfigError, InputError: the run cannot start.
         TrainingError: it cannot go on; the last complete checkpoint is intact.
     """
-    with Job(folder, console=console, stop=stop) as job:
+    with Job(folder, console=console, stop=stop, progress=progress) as job:
         steps = job.config.train.steps
         job.resume()
         if job.step == 0:
             job.evaluate()
         while job.step < steps and not job.stopping():
             train_step(job)
+            job.poll_save()
             if job.due(job.config.evaluation.every):
                 job.evaluate()
             if job.due(job.config.run.checkpoint_every):
@@ -41,7 +44,7 @@ def train(folder: RunFolder, *, console: IO[str], stop: "StopFlag") -> None:
         if job.step == steps:
             job.finish()
         elif job.step:
-            job.save()
+            job.save(wait=True)
 
 
 def train_step(job: Job) -> None:

@@ -246,7 +246,9 @@ class RolloutEngine:
             raise self._death() from None
         self._waiting_for = ""
         if status == "error":
-            raise TrainingError(f"The rollout engine failed: {value}\n{self._log_tail()}")
+            raise TrainingError(
+                f"The rollout engine failed: {value}\n{self._log_tail()}", kind="engine"
+            )
         return value
 
     def _death(self) -> TrainingError:
@@ -258,7 +260,8 @@ class RolloutEngine:
         return TrainingError(
             f"The rollout engine (process {self._process.pid}) ended {ended} during "
             f"{self._waiting_for or 'idling'!r}. Start the same command again to resume.\n"
-            + self._log_tail()
+            + self._log_tail(),
+            kind="engine",
         )
 
     def _log_tail(self) -> str:

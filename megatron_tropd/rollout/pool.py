@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tropd.errors import TrainingError
+from megatron_tropd.failures import kind_of
 from megatron_tropd.rollout.engine import RolloutEngine
 from megatron_tropd.rollout.types import Sample, SampleRequest, Sampling
 from megatron_tropd.rollout.weight_sync import WeightMailbox
@@ -143,10 +144,12 @@ class EnginePool:
             outcome = (None, error)
         outcomes: list[Any] = [None] * dist.get_world_size()
         # As text: not every exception survives pickling.
-        dist.all_gather_object(outcomes, (outcome[0], outcome[1] and str(outcome[1])))
-        if outcome[1] is not None:
-            raise outcome[1]
-        messages = [message for _, message in outcomes if message is not None]
-        if messages:
-            raise TrainingError(messages[0])
+        met = outcome[1]
+        dist.all_gather_object(outcomes, (outcome[0], met and (str(met), kind_of(met))))
+        if met is not None:
+            raise met
+        failures = [failure for _, failure in outcomes if failure is not None]
+        if failures:
+            message, kind = failures[0]
+            raise TrainingError(message, kind=kind)
         return [result for result, _ in outcomes]

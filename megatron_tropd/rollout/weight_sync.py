@@ -133,7 +133,8 @@ def _save(bucket: dict[str, Tensor], path: Path) -> None:
     if needed > free:
         raise TrainingError(
             f"{path.parent} has {free / 2**20:.0f} MiB free, the student's weights need "
-            f"{needed / 2**20:.0f} MiB more for the rollout engine. Free some or enlarge it."
+            f"{needed / 2**20:.0f} MiB more for the rollout engine. Free some or enlarge it.",
+            kind="disk",
         )
     with torch.no_grad():
         save_file(bucket, path)
