@@ -7,7 +7,7 @@ gpus_per_server=@GPUS_PER_SERVER@ # 0: no GPUs
 
 # One server, started again whenever it dies: its requests go to the others meanwhile.
 serve() {
-    local number=$1 node child= place first code
+    local number=$1 node child='' place first code
     place=$((number % servers_per_node))
     node=${nodes[training_nodes + number / servers_per_node]}
     # shellcheck disable=SC2064 # the child of this moment is looked up when the signal comes
