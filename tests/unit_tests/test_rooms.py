@@ -18,6 +18,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "megatron_tropd"
 # plain records: whoever may not enter the room may still take those.
 ARROWS: dict[str, set[str]] = {
     "errors": set(),
+    "exits": set(),
     "loss_config": set(),
     "config": {"loss_config"},
     "losses": {"loss_config"},
@@ -34,7 +35,7 @@ ARROWS: dict[str, set[str]] = {
 }
 OUTSIDE = {"megatron": {"mcore", "integrations", "doctor"}, "vllm": {"rollout", "doctor"}}
 KERNELS = PACKAGE / "losses" / "dense_triton.py"  # the one file that may import triton
-LIGHT = {"errors", "loss_config", "config"}  # rooms that need the standard library alone
+LIGHT = {"errors", "exits", "loss_config", "config"}  # rooms that need the standard library alone
 
 
 def _room(path: Path) -> str:
