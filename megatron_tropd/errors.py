@@ -11,3 +11,7 @@ class InputError(ValueError):
 
 class TrainingError(RuntimeError):
     """Training cannot go on (non-finite loss, dead engine, full disk); nothing was overwritten."""
+
+
+class ServersLost(TrainingError):
+    """No rollout server has answered for too long; starting the same command again may cure it."""

@@ -10,6 +10,7 @@ import os
 import queue
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +42,21 @@ class Checkpoints:
         """Optimizer steps of the complete checkpoints, ascending."""
         return complete_steps(self.folder)
 
-    def save(self, student: Student, *, step: int, extra: dict[str, Any]) -> Path:
+    def save(
+        self,
+        student: Student,
+        *,
+        step: int,
+        extra: dict[str, Any],
+        files: Mapping[str, bytes] | None = None,
+    ) -> Path:
         """Write the state after ``step`` optimizer steps; collective.
 
         Args:
             student: what to save.
             step: optimizer steps done.
             extra: small JSON-like state of the caller, equal on all ranks.
+            files: of the caller, by name; rank 0 writes them beside the state.
 
         Returns:
             The folder of the complete checkpoint.
@@ -66,6 +75,7 @@ class Checkpoints:
             self._on_first_rank(lambda: shutil.rmtree(unfinished, ignore_errors=True), unfinished)
             reason = next(e for e in _gather(error) if e)
             raise TrainingError(self._failed(final, reason))
+        self._on_first_rank(lambda: _write_files(unfinished, files or {}), unfinished)
         self._on_first_rank(lambda: _publish(unfinished, final), unfinished)
         self._on_first_rank(self._prune, self.folder)
         return final
@@ -204,6 +214,11 @@ def _gather(value: Any) -> list[Any]:
 def _fresh(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+
+
+def _write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
 
 
 def _publish(unfinished: Path, final: Path) -> None:
