@@ -13,7 +13,7 @@ from megatron_tropd.errors import InputError
 from megatron_tropd.rollout import wire
 
 _CONNECT_SECONDS = 5.0
-_WAIT_SECONDS = 5.0
+_LONGEST_WAIT = 5.0
 """A server holds a question for samples for so long before it says "not yet"."""
 
 
@@ -73,8 +73,9 @@ class ServerClient:
         """
         self._ask("POST", "/units", data=wire.encode(unit))
         deadline = time.monotonic() + 2 * unit.seconds
+        wait = min(_LONGEST_WAIT, self._known.answer_seconds / 2)
         while wanted():
-            answer = self._ask("GET", f"/units/{unit.id}", params={"wait": _WAIT_SECONDS})
+            answer = self._ask("GET", f"/units/{unit.id}", params={"wait": wait})
             if answer.status_code == 200:
                 return _checked(answer.content, unit)
             if time.monotonic() > deadline:
@@ -93,7 +94,7 @@ class ServerClient:
                 method,
                 f"http://{there.host}:{there.port}{path}",
                 headers={"Authorization": f"Bearer {token}", "Content-Type": wire.MEDIA_TYPE},
-                timeout=(_CONNECT_SECONDS, self._known.answer_seconds + _WAIT_SECONDS),
+                timeout=(_CONNECT_SECONDS, self._known.answer_seconds),
                 allow_redirects=False,
                 **options,
             )

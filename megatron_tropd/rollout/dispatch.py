@@ -166,7 +166,8 @@ class Dispatch:
 
     def _troubled(self, client: ServerClient, trouble: str) -> None:
         with self._now.changed:
-            if self._now.troubles.get(client.number) != trouble and not self._over():
+            news = self._now.troubles.get(client.number) != trouble
+            if news and not self._now.closed and not self._over():
                 print(f"rollout server {client.number} {trouble}", flush=True)
             self._now.troubles[client.number] = trouble
 

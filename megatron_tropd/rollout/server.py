@@ -66,14 +66,15 @@ class Desk:
             return 0.0 if self._asking else time.monotonic() - self._last_asked
 
     def put(self, unit: wire.Unit) -> None:
-        """Accept a unit; nothing happens if it is here already.
+        """Accept a unit; nothing happens if it is here already and has not failed.
 
         Raises:
             Busy: another one is not finished.
         """
         with self._changed:
             self._last_asked = time.monotonic()
-            if self._unit is not None and self._unit.id == unit.id:
+            failed = isinstance(self._outcome, Exception)
+            if self.unit_id == unit.id and not failed:
                 return
             if self._unit is not None and self._outcome is None:
                 raise Busy(f"unit {self._unit.id} is not finished")
