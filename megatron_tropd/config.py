@@ -106,6 +106,8 @@ class RolloutConfig:
     num_engines: int = 1
     """colocated: engines on the first ranks of equal blocks of the world, which it divides;
     separate: servers."""
+    steps_ahead: Literal[0, 1] = 0
+    """1: sample for the next step while this one trains, so samples are one step old."""
     engine_tensor_parallel: int = 1
     """GPUs of one engine. More than 1 needs CUDA."""
     engine_memory: float = 0.4

@@ -12,9 +12,10 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -73,7 +74,14 @@ class Checkpoints:
         """Optimizer steps of the complete checkpoints, ascending."""
         return complete_steps(self.folder)
 
-    def save(self, student: Student, *, step: int, extra: dict[str, Any]) -> None:
+    def save(
+        self,
+        student: Student,
+        *,
+        step: int,
+        extra: dict[str, Any],
+        files: Mapping[str, bytes] = MappingProxyType({}),
+    ) -> None:
         """Begin to write the state after ``step`` optimizer steps; waits for the save before.
 
         The state is copied to host memory before this returns. :meth:`poll` completes the
@@ -83,6 +91,7 @@ class Checkpoints:
             student: what to save.
             step: optimizer steps done.
             extra: small JSON-like state of the caller, equal on all ranks.
+            files: further small files of the caller by name; rank 0's count.
 
         Raises:
             TrainingError: the folder could not be written; older checkpoints are untouched.
@@ -95,7 +104,7 @@ class Checkpoints:
         if _gather(step in self.steps())[0]:
             return
         unfinished = self.folder / f".{final.name}.tmp"
-        self._on_first_rank(lambda: _fresh(unfinished), unfinished)
+        self._on_first_rank(lambda: _fresh(unfinished, files), unfinished)
         forget_results()
         request = dist_checkpointing.save(
             self._state(student, extra=extra, is_loading=False),
@@ -321,9 +330,11 @@ def _gather(value: Any) -> list[Any]:
     return values
 
 
-def _fresh(folder: Path) -> None:
+def _fresh(folder: Path, files: Mapping[str, bytes]) -> None:
     _remove(folder)
     folder.mkdir(parents=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
 
 
 def _remove(*folders: Path) -> None:

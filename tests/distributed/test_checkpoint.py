@@ -172,7 +172,7 @@ def _writes_in_the_background(checkpoints, learner) -> None:
 
     os.fsync = slow_fsync
     try:
-        checkpoints.save(learner, step=5, extra={"step": 5})
+        checkpoints.save(learner, step=5, extra={"step": 5}, files={"more.txt": b"kept"})
         for _ in range(3):
             checkpoints.poll()
             assert checkpoints.steps() == [2, 3, 4]
@@ -201,7 +201,7 @@ def _no_room(checkpoints, learner) -> None:
 def _checksums_are_those_of_sha256sum(path: Path) -> None:
     files = json.loads((path / "checksums.json").read_text())["files"]
     assert (
-        {".metadata", "metadata.json"}
+        {".metadata", "metadata.json", "more.txt"}
         < files.keys()
         == {p.name for p in path.iterdir() if p.name != "checksums.json"}
     )

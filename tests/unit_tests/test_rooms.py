@@ -22,7 +22,6 @@ ARROWS: dict[str, set[str]] = {
     "failures": {"exits"},
     "files": set(),
     "watchdog": {"exits", "failures"},
-    "nodes": set(),
     "loss_config": set(),
     "config": {"loss_config"},
     "losses": {"loss_config"},
@@ -41,8 +40,8 @@ ARROWS: dict[str, set[str]] = {
 OUTSIDE = {"megatron": {"mcore", "integrations", "doctor"}, "vllm": {"rollout", "doctor"}}
 KERNELS = PACKAGE / "losses" / "dense_triton.py"  # the one file that may import triton
 LIGHT = {
-    *("errors", "exits", "failures", "files"),
-    *("loss_config", "config", "watchdog", "nodes", "cluster"),
+    *("errors", "exits", "failures", "files", "watchdog", "nodes"),
+    *("loss_config", "config", "cluster"),
 }
 """Rooms that need the standard library alone."""
 
