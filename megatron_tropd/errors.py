@@ -16,3 +16,11 @@ class TrainingError(RuntimeError):
         """``kind``: one of ``failures.KINDS``; decides whether a restart may cure it."""
         super().__init__(message)
         self.kind = kind
+
+
+class ServersLost(TrainingError):
+    """No rollout server has answered for too long; starting the same command again may cure it."""
+
+    def __init__(self, message: str) -> None:
+        """``message``: what was wrong with each server."""
+        super().__init__(message, kind="engine")
