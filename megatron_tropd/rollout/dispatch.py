@@ -36,9 +36,8 @@ class Patience:
     @classmethod
     def within(cls, phase_seconds: float) -> Self:
         """For a trainer whose phases may last so long: its watchdog must not come first."""
-        return cls(
-            lost_seconds=min(cls.lost_seconds, phase_seconds / 2), unit_seconds=phase_seconds
-        )
+        half = phase_seconds / 2
+        return cls(lost_seconds=min(cls.lost_seconds, half), unit_seconds=half)
 
 
 @dataclass
