@@ -189,7 +189,13 @@ def _when(condition: Callable[[], object]) -> None:
         time.sleep(0.01)
 
 
-WAIT = "trap 'exit 138' USR1; trap 'exit 143' TERM; touch $FAKE/up; sleep 20 & wait"
+WAIT = """
+sleep 20 2>/dev/null &
+trap 'kill $!; exit 138' USR1
+trap 'kill $!; exit 143' TERM
+touch $FAKE/up
+wait
+"""
 
 
 def test_the_warning_reaches_the_training_and_requeues(job):
@@ -215,7 +221,7 @@ def test_scancel_ends_the_job(job):
 
 @pytest.mark.parametrize(("end", "requeues"), [("2020-01-01T00:00:00", 1), ("2099-01-01", 0)])
 def test_after_the_warning_the_end_of_the_time_requeues_and_scancel_does_not(job, end, requeues):
-    process = job.start(WAIT.replace("exit 138", "touch $FAKE/warned; wait"), end=end)
+    process = job.start(WAIT.replace("kill $!; exit 138", "touch $FAKE/warned; wait"), end=end)
     _when((job.fake / "up").exists)
     process.send_signal(signal.SIGUSR1)
     _when((job.fake / "warned").exists)
@@ -264,6 +270,6 @@ def test_a_dead_server_is_started_again_and_an_unusable_one_is_not(tmp_path):
 
 def test_servers_end_with_the_job(tmp_path):
     job = Job(tmp_path, "rollout.placement=separate")
-    (job.fake / "serve").write_text("trap 'touch $FAKE/ended; exit 0' TERM; sleep 20 & wait")
+    (job.fake / "serve").write_text(WAIT.replace("exit 143", "touch $FAKE/ended; exit 0"))
     job.finish("sleep 0.5; touch $RUN/summary.json")
     _when((job.fake / "ended").exists)
