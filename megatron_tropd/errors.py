@@ -12,7 +12,10 @@ class InputError(ValueError):
 class TrainingError(RuntimeError):
     """Training cannot go on (non-finite loss, dead engine, full disk); nothing was overwritten."""
 
-    def __init__(self, message: str, *, kind: str = "training") -> None:
-        """``kind``: one of ``failures.KINDS``; decides whether a restart may cure it."""
+    kind = "training"
+    """One of ``failures.KINDS``: decides whether a restart may cure it."""
+
+    def __init__(self, message: str, *, kind: str | None = None) -> None:
+        """``kind``: other than that of the class."""
         super().__init__(message)
-        self.kind = kind
+        self.kind = kind or self.kind

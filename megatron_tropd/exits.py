@@ -5,6 +5,7 @@ A code above 128 is that of a signal: the run was asked to stop, saved and left.
 
 import os
 import signal
+from collections.abc import Iterable
 
 COMPLETE = 0
 """The run is complete, or was already."""
@@ -29,3 +30,17 @@ def stopped_by(number: int) -> int:
 def is_stop(code: int) -> bool:
     """Whether ``code`` says that the run was asked to stop."""
     return code in {stopped_by(number) for number in STOP_SIGNALS}
+
+
+def is_failure(code: int) -> bool:
+    """Whether ``code`` says that the run broke: neither complete nor asked to stop."""
+    return code != COMPLETE and not is_stop(code)
+
+
+def worst(codes: Iterable[int]) -> int:
+    """The code of a run whose ranks or nodes ended with ``codes``: causes before consequences."""
+    failed = [code for code in codes if code != COMPLETE]
+    for code in (CONFIG, FAILED, RESTART):
+        if code in failed:
+            return code
+    return next(iter(failed), COMPLETE)

@@ -26,9 +26,10 @@ KINDS = {
     "device": exits.RESTART,
     "hung": exits.RESTART,
     "killed": exits.RESTART,
+    "node": exits.RESTART,
     "lost_peer": exits.RESTART,
 }
-"""Exit code of each kind. killed: by a signal that the run did not ask for."""
+"""Exit code of each kind. killed: a rank, by a signal nobody asked for; node: a whole one."""
 
 SYMPTOMS = ("lost_peer",)
 """Kinds that follow from a failure elsewhere."""

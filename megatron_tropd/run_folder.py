@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -102,6 +103,26 @@ def open_run(config: Config) -> RunFolder:
     folder.logs.mkdir(parents=True, exist_ok=True)
     folder.failure.unlink(missing_ok=True)
     write_json(folder.config, config_to_dict(config))
+    return folder
+
+
+def wait_until_open(config: Config, seconds: float = 60.0) -> RunFolder:
+    """The run folder, once another process (of another node) has opened it for ``config``.
+
+    Raises:
+        ConfigError: it did not appear here: the nodes do not share the file system.
+    """
+    folder = RunFolder(Path(config.run.dir).resolve())
+    # A run that resumes with another layout has the old settings there until it is opened.
+    ours, deadline = config_to_dict(config), time.monotonic() + seconds
+    while not (folder.config.exists() and json.loads(folder.config.read_text()) == ours):
+        if time.monotonic() > deadline:
+            raise ConfigError(
+                f"{folder.config} was opened by another process and did not appear on "
+                f"{socket.gethostname()} within {seconds:.0f} s. Put run.dir on a file system "
+                "that all nodes share, and give every node the same settings."
+            )
+        time.sleep(0.1)
     return folder
 
 
