@@ -61,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         "--dry-run", action="store_true", help="check everything, print the settings, stop"
     )
     distill.set_defaults(command=_distill)
+    _add_serve(commands.add_parser("serve", help="one rollout server of a run"))
     _add_plan(commands.add_parser("plan", help="memory, traffic and seconds before anything runs"))
     report = commands.add_parser("report", help="write the HTML report of a run")
     report.add_argument("run", type=Path, help="run folder")
@@ -78,6 +79,19 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="what is installed and what would be used")
     doctor.set_defaults(command=_doctor)
     return parser
+
+
+def _add_serve(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", type=Path, help="TOML file of the run")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument(
+        "--number", type=int, required=True, help="of this server, below rollout.num_engines"
+    )
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on; beyond loopback with a token"
+    )
+    parser.add_argument("--port", type=int, default=0, help="0: any free one")
+    parser.set_defaults(command=_serve)
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
@@ -130,6 +144,18 @@ def _distill_as_launcher(config: Config, nodes: Nodes) -> int:
         code = _exit_code(lambda: (follow if nodes.rank else _lead)(config, peers))
         peers.end(code)
         return code
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from megatron_tropd import exits
+    from megatron_tropd.serve import serve
+
+    config = load_config(arguments.config, arguments.overrides)
+    try:
+        return serve(config, number=arguments.number, host=arguments.host, port=arguments.port)
+    except TrainingError as error:
+        print(f"tropd: {error}", file=sys.stderr)
+        return exits.RESTART
 
 
 def _plan_run(arguments: argparse.Namespace) -> int:

@@ -26,10 +26,9 @@ KINDS = {
     "device": exits.RESTART,
     "hung": exits.RESTART,
     "killed": exits.RESTART,
-    "node": exits.RESTART,
     "lost_peer": exits.RESTART,
 }
-"""Exit code of each kind. killed: a rank, by a signal nobody asked for; node: a whole one."""
+"""Exit code of each kind. killed: a rank by a signal nobody asked for, or a node."""
 
 SYMPTOMS = ("lost_peer",)
 """Kinds that follow from a failure elsewhere."""

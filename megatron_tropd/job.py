@@ -23,7 +23,7 @@ from megatron_tropd.convert.to_hf import ToHF, megatron_to_hf
 from megatron_tropd.data.packing import LossCounts
 from megatron_tropd.data.prefixes import alpha
 from megatron_tropd.data.types import MicroBatch, Trajectory
-from megatron_tropd.errors import TrainingError
+from megatron_tropd.errors import ConfigError, TrainingError
 from megatron_tropd.evaluation import Evaluator
 from megatron_tropd.files import replace_text, write_json
 from megatron_tropd.inputs import load_inputs
@@ -33,10 +33,13 @@ from megatron_tropd.mcore.checkpoint import Checkpoints
 from megatron_tropd.mcore.step import Student, Teacher, output_weight
 from megatron_tropd.objective import StepObjective, example_rows, gather_examples
 from megatron_tropd.report.metrics import MetricsLog
+from megatron_tropd.rollout.client import ClientSettings
 from megatron_tropd.rollout.engine import RolloutEngine
 from megatron_tropd.rollout.pool import EnginePool
-from megatron_tropd.rollout.types import Sampling
-from megatron_tropd.rollout.weight_sync import WeightMailbox
+from megatron_tropd.rollout.served import ServerPool
+from megatron_tropd.rollout.weight_sync import WeightVersions
+from megatron_tropd.rollout.wire import Model, served_settings
+from megatron_tropd.rollouts import Rollouts
 from megatron_tropd.run_folder import RunFolder, started_at
 from megatron_tropd.watchdog import limits
 
@@ -93,7 +96,6 @@ class Job:
         self.console = console
         self._stop = stop
         self._progress = progress
-        self.weights_version = 0
         self.seconds_before = 0.0
         self.clock = Clock(progress)
         self._exit = ExitStack()
@@ -133,12 +135,8 @@ class Job:
         self.device = platform.device()
         self.dtype = models.resolve_dtype(config.model.dtype)
         self.inputs = load_inputs(config)
-        self.sampling = Sampling(
-            temperature=config.rollout.temperature,
-            top_p=config.rollout.top_p,
-            stop_token_ids=self.inputs.stop_token_ids,
-        )
         self.is_main = self.ranks.is_main
+        self._check_steps_ahead()
         self.checkpoints = Checkpoints(
             self.folder.checkpoints,
             keep=config.run.keep_checkpoints,
@@ -148,10 +146,9 @@ class Job:
         )
         self.evaluator = Evaluator(self)
         self.hf_folders = self._hf_folders()
-        self.engines = exits.enter_context(
-            self.start_engines(self.hf_folders["student"], "student")
-        )
-        self._mailbox = exits.enter_context(WeightMailbox()) if self.engines.owns_engine else None
+        self.engines = self.start_engines("student")
+        exits.enter_context(self.engines)
+        self.rollouts = Rollouts(config, self.inputs, self.engines)
         if platform.has_cuda():
             # vLLM measures the device's free memory while it starts: nobody else may allocate.
             self.engines.sleep()
@@ -203,26 +200,35 @@ class Job:
         paths = {who: folder.path for who, folder in folders.items()}
         for who, folder in folders.items():
             if isinstance(folder, MegatronFolder):
-                paths[who] = self.folder.root / "initial_hf" / who
+                paths[who] = self.folder.initial_hf / who
                 if self.is_main and not paths[who].exists():
                     megatron_to_hf(ToHF(folder.path, paths[who]))
         dist.barrier()
         return paths
 
-    def start_engines(self, model_folder: Path, name: str) -> EnginePool:
-        """Engines that serve ``model_folder``; returns while they are still starting."""
-        rollout, local = self.config.rollout, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    def start_engines(self, model: Model) -> EnginePool | ServerPool:
+        """Engines for the student or the teacher; returns while they are still starting."""
+        rollout = self.config.rollout
+        if rollout.placement == "separate":
+            return ServerPool(
+                ClientSettings(self.folder.servers, served_settings(self.config)),
+                WeightVersions(self.folder.weights),
+                rank=self.ranks.rank,
+                num_servers=rollout.num_engines,
+                model=model,
+            )
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         engines_here = max(1, rollout.num_engines * local // self.ranks.world_size)
 
         def make(number: int) -> RolloutEngine:
             return RolloutEngine(
-                model_folder,
+                self.hf_folders[model],
                 dtype=str(self.dtype).removeprefix("torch."),
                 max_model_len=self.inputs.max_model_len,
                 memory=rollout.engine_memory,
                 tensor_parallel=rollout.engine_tensor_parallel,
                 threads=max(1, len(os.sched_getaffinity(0)) // engines_here),
-                log_file=self.folder.logs / f"engine_{name}_{number:03d}.log",
+                log_file=self.folder.logs / f"engine_{model}_{number:03d}.log",
             )
 
         return EnginePool(
@@ -232,11 +238,29 @@ class Job:
             make_engine=make,
         )
 
+    def _check_steps_ahead(self) -> None:
+        rollout = self.config.rollout
+        if not rollout.steps_ahead:
+            return
+        if rollout.placement == "colocated" and platform.has_cuda():
+            raise ConfigError(
+                "rollout.steps_ahead = 1 samples while the student trains, but colocated engines "
+                'sleep meanwhile to leave the GPU to it. Set rollout.placement = "separate" and '
+                "start servers, or steps_ahead = 0."
+            )
+        if self.config.loss.importance == "none" and self.is_main:
+            print(
+                "tropd: rollout.steps_ahead = 1 trains on samples of older weights and "
+                'loss.importance = "none" does not correct for it; consider "truncated" or "band".',
+                file=self.console,
+            )
+
     def resume(self) -> None:
         """Take up the newest complete checkpoint, or the HF weights; fill the engines."""
         extra = self.checkpoints.load_newest(self.student)
         if extra is not None:
             self.step, self.seconds_before = extra["step"], extra["seconds"]
+            self.rollouts.restore(self.checkpoints.folder / f"step_{self.step:06d}")
         if self.log_file is not None:
             # Before the first step nothing but the teacher's evaluation can be kept.
             # The last evaluation comes before the last save and is made again with the summary.
@@ -272,8 +296,8 @@ class Job:
         if platform.has_cuda():
             # What torch keeps for later is memory the waking engine needs.
             torch.cuda.empty_cache()
-        self.engines.load_tensors(tensors, self._mailbox)
-        self.weights_version = version
+        self.engines.load_tensors(tensors, version=version)
+        self.rollouts.weights_version = version
 
     def objective(
         self,
@@ -426,7 +450,8 @@ class Job:
         """Begin a checkpoint of the steps done so far; ``wait``: until it is complete."""
         with self.clock("checkpoint"):
             extra = {"step": self.step, "seconds": self.elapsed()}
-            self.checkpoints.save(self.student, step=self.step, extra=extra)
+            files = self.rollouts.pending_files()
+            self.checkpoints.save(self.student, step=self.step, extra=extra, files=files)
             if wait:
                 self.checkpoints.wait()
 

@@ -150,14 +150,14 @@ class _Supervisor:
         folder: RunFolder,
     ) -> None:
         self._ranks = ranks
+        self._folder = folder
         self._received = received
         self._forwarded = 0
         self._peers = peers
-        self._folder = folder
-        self._reported: set[int] = set()
         self._left: dict[int, int] = {}
         self._end: int | None = None
         self._failure = exits.COMPLETE
+        self._killed = 0
         self._deadline = math.inf
 
     def run(self) -> int:
@@ -173,33 +173,34 @@ class _Supervisor:
         return self._agree()
 
     def _look_at_ranks(self) -> None:
-        codes = [rank.returncode or 0 for rank in self._ranks]
+        codes = [rank.returncode for rank in self._ranks]
         # We have killed nobody yet: whoever ended by a signal did not choose to.
-        for local, code in enumerate(codes):
-            if code < 0 and local not in self._reported:
-                self._reported.add(local)
-                first = self._peers.nodes.rank * len(self._ranks)
-                report(self._folder.failure, _killed(first + local, -code, self._folder))
-        if code := exits.worst(exits.RESTART if code < 0 else code for code in codes):
-            self._fail(code)
+        killed = sum(code is not None and code < 0 for code in codes)
+        if killed > self._killed:
+            self._killed = killed
+            report_killed(codes, self._folder, self._peers.nodes.rank * len(codes))
+        if failure := exits.worst(exits.RESTART if code < 0 else code for code in codes if code):
+            self._fail(failure)
 
     def _listen(self) -> None:
         for node, message in self._peers.messages():
             if message is None:
-                if node in self._left or self._end is not None:
-                    continue  # it has said goodbye
-                lost = f"Lost {self._peers.name(node)}: its launcher or its machine died."
-                _say(lost)
-                report(self._folder.failure, Failure(kind="node", message=lost))
-                self._left[node] = exits.RESTART
-                self._fail(exits.RESTART)
-            elif message is not None and "end" in message:
+                self._miss(node)
+            elif "end" in message:
                 self._end = int(message["end"])
-            elif message is not None and "left" in message:
+            elif "left" in message:
                 self._left[node] = int(message["left"])
                 if exits.is_failure(self._left[node]):
-                    _say(f"{self._peers.name(node)} ended with code {self._left[node]}.")
                     self._fail(self._left[node])
+
+    def _miss(self, node: int) -> None:
+        if node in self._left or self._end is not None:
+            return  # it had said goodbye
+        self._left[node] = exits.RESTART
+        text = f"Lost {self._peers.name(node)}: its launcher was killed, or its machine is gone."
+        print(f"tropd: {text}", file=sys.stderr, flush=True)
+        report(self._folder.failure, Failure(kind="killed", message=text))
+        self._fail(exits.RESTART)
 
     def _fail(self, code: int) -> None:
         if not self._failure:
@@ -209,12 +210,16 @@ class _Supervisor:
     def _forward_signals(self) -> None:
         if len(self._received) == self._forwarded:
             return
+        # Slurm sends SIGTERM to this process, and srun passes on its own: that is one request.
+        new = set(self._received[self._forwarded :]) - set(self._received[: self._forwarded])
         self._forwarded = len(self._received)
+        if self._received.count(signal.SIGINT) > 1:
+            self._deadline = 0.0
+        if not new:
+            return
         for rank in self._ranks:
             rank.terminate()
-        if self._forwarded > 1:
-            self._deadline = 0.0
-        elif self._received[0] != exits.TIME_LIMIT_SIGNAL:
+        if new != {exits.TIME_LIMIT_SIGNAL}:
             self._deadline = min(self._deadline, time.monotonic() + GRACE_SECONDS)
 
     def _own_code(self) -> int:
@@ -237,24 +242,38 @@ class _Supervisor:
         return exits.worst([self._own_code(), *self._left.values(), *missing])
 
     def _signalled_again(self) -> bool:
-        return len(self._received) > max(1, self._forwarded)
+        return len(self._received) > self._forwarded
 
 
-def _killed(rank: int, number: int, folder: RunFolder) -> Failure:
-    """What a rank that a signal ended could not write itself; its heartbeat says where it was."""
-    beat = read_beats(folder.heartbeats, [rank]).get(rank)
-    where = f" in {beat.phase!r} of step {beat.step}" if beat else ""
-    return Failure(
-        kind="killed",
-        message=(
-            f"Rank {rank} was killed by signal {number} ({signal.Signals(number).name}){where}. "
+def report_killed(codes: Sequence[int | None], folder: RunFolder, first_rank: int = 0) -> None:
+    """Write down which rank a signal ended: it could not do so itself.
+
+    Args:
+        codes: of this node's ranks; None: still running.
+        folder: of the run.
+        first_rank: of this node.
+    """
+    beats = read_beats(folder.heartbeats, range(first_rank, first_rank + len(codes)))
+    for rank, code in enumerate(codes, first_rank):
+        if code is None or code >= 0:
+            continue
+        beat = beats.get(rank)
+        where = f" in {beat.phase!r} of step {beat.step}" if beat else ""
+        message = (
+            f"Rank {rank} was killed by signal {-code} ({signal.Signals(-code).name}){where}. "
             "Start the same command again to resume. (SIGKILL without a reason in the logs: often "
             "the node ran out of memory.)"
-        ),
-        rank=rank,
-        step=beat.step if beat else None,
-        phase=beat.phase if beat else None,
-    )
+        )
+        report(
+            folder.failure,
+            Failure(
+                kind="killed",
+                message=message,
+                rank=rank,
+                step=beat.step if beat else None,
+                phase=beat.phase if beat else None,
+            ),
+        )
 
 
 def _kill(ranks: Sequence[subprocess.Popen]) -> None:

@@ -34,7 +34,9 @@ Message = dict[str, Any]
 class NodeLost(TrainingError):
     """A node of the run is gone, or did not come."""
 
-    kind = "lost_peer"
+    def __init__(self, message: str) -> None:
+        """A restart may cure it."""
+        super().__init__(message, kind="lost_peer")
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,21 @@ class RunFolder:
         return self.root / "failure.json"
 
     @property
+    def initial_hf(self) -> Path:
+        """HF folders of a pair given as Megatron checkpoints, for the engines."""
+        return self.root / "initial_hf"
+
+    @property
+    def servers(self) -> Path:
+        """Where the rollout servers of the run can be reached, one file each."""
+        return self.root / "servers"
+
+    @property
+    def weights(self) -> Path:
+        """Versions of the student's weights on their way to the rollout servers."""
+        return self.root / "weights"
+
+    @property
     def summary(self) -> Path:
         """The result; exists only when the run is complete."""
         return self.root / "summary.json"

@@ -3,9 +3,6 @@
 from typing import IO, TYPE_CHECKING
 
 from megatron_tropd.data.packing import count_loss_tokens, pack
-from megatron_tropd.data.prefixes import plan_requests
-from megatron_tropd.data.prompts import prompts_of_step
-from megatron_tropd.data.trajectories import assemble
 from megatron_tropd.data.types import Trajectory
 from megatron_tropd.job import Job
 from megatron_tropd.run_folder import RunFolder
@@ -64,22 +61,17 @@ def train_step(job: Job) -> None:
 
 
 def rollout(job: Job) -> list[Trajectory]:
-    """Sample the trajectories of this step with the engine's current weights."""
-    config, step = job.config, job.step
-    indices = prompts_of_step(
-        len(job.inputs.prompts), config.rollout.prompts_per_step, step, config.train.seed
-    )
-    plans = plan_requests(
-        [job.inputs.prompts[i] for i in indices],
-        job.inputs.responses,
-        step=step,
-        steps=config.train.steps,
-        rollout=config.rollout,
-        guidance=config.guidance,
-        seed=config.train.seed,
-    )
-    samples = job.engines.generate([plan.request for plan in plans], job.sampling)
-    return assemble(plans, samples, step=step, weights_version=job.weights_version)
+    """The trajectories of this step, from the engines' newest weights.
+
+    With ``rollout.steps_ahead`` they were asked for a step ago, and the next step's are asked for
+    now, to be sampled while this one trains.
+    """
+    job.rollouts.request(job.step)
+    trajectories = job.rollouts.finish()
+    ahead = job.step + job.config.rollout.steps_ahead
+    if job.step < ahead < job.config.train.steps:
+        job.rollouts.request(ahead)
+    return trajectories
 
 
 def learn(job: Job, trajectories: list[Trajectory]) -> dict[str, object]:

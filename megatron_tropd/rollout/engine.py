@@ -197,6 +197,10 @@ class RolloutEngine:
             self._receive()
             self._asleep = False
 
+    def kill(self) -> None:
+        """End the child process at once, from any thread; whoever waits for it gets its death."""
+        self._process.kill()
+
     def close(self) -> None:
         """End the child process; harmless when it has ended already."""
         self._connection.close()

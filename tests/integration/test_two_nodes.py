@@ -118,7 +118,7 @@ def test_a_killed_launcher_ends_the_other(start, tmp_path, victim):
     before = time.monotonic()
     ((code, text),) = _end([launchers[1 - victim]], 30)
     assert time.monotonic() - before < 15
-    assert code == 75 and f"lost node {victim}" in text, (code, text)
+    assert code == 75 and f"Lost node {victim}" in text, (code, text)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

@@ -41,7 +41,7 @@ def test_errors_are_told_apart(error, kind):
 
 def test_what_a_restart_may_cure():
     assert {kind for kind, code in KINDS.items() if code == exits.RESTART} == {
-        *("engine", "disk", "device", "hung", "killed", "node", "lost_peer")
+        *("engine", "disk", "device", "hung", "killed", "lost_peer")
     }
 
 
