@@ -100,8 +100,14 @@ class RolloutConfig:
     """Further ids that end a response, beside the tokenizer's EOS."""
     apply_chat_template: bool = False
     """Wrap each prompt in the tokenizer's chat template ("messages" always are)."""
+    placement: Literal["colocated", "separate"] = "colocated"
+    """colocated: engines share the trainer's devices and sleep while it trains; separate: each is a
+    server of its own (``tropd serve``, docs/serving.md)."""
     num_engines: int = 1
-    """Engines, one each on the first ranks of equal blocks of the world; divides it."""
+    """colocated: engines on the first ranks of equal blocks of the world, which it divides;
+    separate: servers."""
+    steps_ahead: Literal[0, 1] = 0
+    """1: sample for the next step while this one trains, so samples are one step old."""
     engine_tensor_parallel: int = 1
     """GPUs of one engine. More than 1 needs CUDA."""
     engine_memory: float = 0.4
@@ -240,7 +246,7 @@ class Config:
     def __post_init__(self) -> None:
         world, engines = self.parallel.world_size, self.rollout.num_engines
         _require(
-            world % engines == 0,
+            self.rollout.placement == "separate" or world % engines == 0,
             f"rollout.num_engines must divide the world size {world} (tensor x pipeline x data), "
             f"found {engines}.",
         )
