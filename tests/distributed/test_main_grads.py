@@ -31,11 +31,14 @@ def _relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 class _Recorded:
     """An objective, and the exact sum of the output layer's gradients it makes."""
 
-    def __init__(self, objective, shadow, *, hide_main_grad: bool) -> None:
-        self.objective, self.shadow, self.hide_main_grad = objective, shadow, hide_main_grad
+    def __init__(self, objective, shadow, *, hide_main_grad: bool, overlapped: bool) -> None:
+        self.objective, self.shadow = objective, shadow
+        self.hide_main_grad, self.overlapped = hide_main_grad, overlapped
         self.exact: torch.Tensor | None = None
 
     def __call__(self, hidden, weight, batch, index):
+        from megatron_tropd.mcore.hidden import SomeGradient
+
         copy = weight.detach().clone().requires_grad_()
         if self.exact is None:
             self.exact = torch.zeros_like(weight, dtype=torch.float32)
@@ -46,7 +49,10 @@ class _Recorded:
             self.exact += copy.grad
         if self.hide_main_grad:
             weight = weight.view_as(weight)
-        return self.objective(hidden, weight, batch, index)
+        loss, report = self.objective(hidden, weight, batch, index)
+        if self.overlapped:  # as the plug-in does
+            loss = SomeGradient.apply(loss, weight)
+        return loss, report
 
 
 def _gradients(
@@ -101,7 +107,12 @@ def _gradients(
         )
         for _ in range(2)
     )
-    recorded = _Recorded(objective, shadow, hide_main_grad=hide_main_grad)
+    recorded = _Recorded(
+        objective,
+        shadow,
+        hide_main_grad=hide_main_grad,
+        overlapped=student.chunk.ddp_config.overlap_grad_reduce,
+    )
     assert len(batches) > 2
     student.forward_backward(batches, recorded)
     found = {name: p.main_grad.clone() for name, p in built[0].named_parameters()}
