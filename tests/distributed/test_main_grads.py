@@ -13,13 +13,13 @@ from unittest import mock
 
 import pytest
 import torch
-from ranks import run_with_env
 from safetensors.torch import load_file, save_file
 from test_training import LAYOUTS, TRAIN, recorded_trajectories
 
 from megatron_tropd.config import ParallelConfig
 from megatron_tropd.data.packing import count_loss_tokens, pack
 from megatron_tropd.loss_config import preset
+from tests.ranks import leave_layout, run_with_env
 
 Gradients = dict[str, torch.Tensor]
 
@@ -63,8 +63,6 @@ def _gradients(
     hide_main_grad: bool = False,
 ) -> tuple[Gradients, torch.Tensor | None, torch.Tensor]:
     """(main gradients of this rank, exact ones of its output layer, rows of it no token reads)."""
-    from megatron.core import parallel_state
-
     from megatron_tropd.convert.hf_folder import HFFolder
     from megatron_tropd.mcore import models, parallel
     from megatron_tropd.mcore.step import Student, Teacher, output_weight
@@ -124,7 +122,7 @@ def _gradients(
         exact = exact / (counts.teacher + counts.student)
         found["output"] = output_weight(built[0]).main_grad.clone()
         unread = unread.view(ranks.tp_size, -1)[ranks.tp_rank]
-    parallel_state.destroy_model_parallel()
+    leave_layout()
     return found, exact, unread
 
 
