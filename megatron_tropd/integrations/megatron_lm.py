@@ -179,7 +179,7 @@ class StepLoss:
     """Whether to report what the loss does not need."""
     seed: int
     iteration: int
-    """0-based; with the seed and the sample, key of the mask draws."""
+    """0-based; with the seed, the sample and the place in it, key of the mask draws."""
     check_finite: bool
     """Whether to have Megatron look for NaN and Inf in each micro-batch's loss."""
 
@@ -258,9 +258,9 @@ def targets_of(scored: Scored) -> LossTargets:
     mask = batch.loss_mask
     uniforms = torch.zeros_like(batch.loss_weights)
     if settings.config.region == "bernoulli":
-        positions = torch.arange(mask.shape[1]).numpy()
+        positions = batch.response_positions.cpu().numpy()
         for row, sample in enumerate(batch.sample_ids.tolist()):
-            drawn = keyed_uniform(settings.seed, settings.iteration, sample, positions)
+            drawn = keyed_uniform(settings.seed, settings.iteration, sample, positions[row])
             uniforms[row] = torch.from_numpy(drawn)
     return LossTargets(
         ids_T=batch.labels[mask],
