@@ -2,13 +2,18 @@
 
 import argparse
 import json
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from megatron_tropd import exits
+from megatron_tropd.cluster.cli import add_slurm
 from megatron_tropd.config import Config, config_to_dict, load_config
 from megatron_tropd.conversion import add_to_hf, add_to_megatron
 from megatron_tropd.errors import ConfigError, InputError, TrainingError
+from megatron_tropd.failures import KINDS
+from megatron_tropd.nodes import Nodes, Peers, find_nodes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -18,8 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program name; None: those of the process.
 
     Returns:
-        0; 1 after a failure (message on stderr); 2 after unusable arguments or settings;
-        130 or 143 after Ctrl-C or SIGTERM.
+        0, or a code that says what went wrong (``exits.py``; message on stderr).
     """
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
@@ -29,16 +33,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         arguments.overrides += rest
     command: Callable[[argparse.Namespace], int] = arguments.command
+    return _exit_code(lambda: command(arguments))
+
+
+def _exit_code(action: Callable[[], int]) -> int:
+    """Do something; an error that has a name becomes a message and an exit code."""
     try:
-        return command(arguments)
+        return action()
     except (ConfigError, InputError) as error:
         print(f"tropd: {error}", file=sys.stderr)
-        return 2
+        return exits.CONFIG
     except TrainingError as error:
         print(f"tropd: {error}", file=sys.stderr)
-        return 1
+        return KINDS[error.kind]
     except KeyboardInterrupt:
-        return 130
+        return exits.stopped_by(signal.SIGINT)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -53,6 +62,8 @@ def _parser() -> argparse.ArgumentParser:
         "--dry-run", action="store_true", help="check everything, print the settings, stop"
     )
     distill.set_defaults(command=_distill)
+    add_slurm(commands.add_parser("slurm", help="write or submit the Slurm job of a run"))
+    _add_serve(commands.add_parser("serve", help="one rollout server of a run"))
     _add_plan(commands.add_parser("plan", help="memory, traffic and seconds before anything runs"))
     report = commands.add_parser("report", help="write the HTML report of a run")
     report.add_argument("run", type=Path, help="run folder")
@@ -70,6 +81,19 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="what is installed and what would be used")
     doctor.set_defaults(command=_doctor)
     return parser
+
+
+def _add_serve(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", type=Path, help="TOML file of the run")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument(
+        "--number", type=int, required=True, help="of this server, below rollout.num_engines"
+    )
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on; beyond loopback with a token"
+    )
+    parser.add_argument("--port", type=int, default=0, help="0: any free one")
+    parser.set_defaults(command=_serve)
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
@@ -102,20 +126,33 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
 def _distill(arguments: argparse.Namespace) -> int:
     from megatron_tropd.inputs import load_inputs
     from megatron_tropd.launch import is_rank
-    from megatron_tropd.run_folder import RunFolder, started_at
+    from megatron_tropd.run_folder import started_at
 
     started_at()
     config = load_config(arguments.config, arguments.overrides)
-    if is_rank() and not arguments.dry_run:
-        return _distill_as_rank(config)
-    complete = RunFolder(Path(config.run.dir)).read_summary()
-    if complete is None or arguments.dry_run:
-        inputs = load_inputs(config)
     if arguments.dry_run:
+        inputs = load_inputs(config)
         print(json.dumps(config_to_dict(config), indent=2))
         print(_plan(config, inputs))
-        return 0
-    return _run(config)
+        return exits.COMPLETE
+    return _distill_as_rank(config) if is_rank() else _distill_as_launcher(config, find_nodes())
+
+
+def _distill_as_launcher(config: Config, nodes: Nodes) -> int:
+    """Start this node's ranks; node 0 prepares the run for all nodes."""
+    from megatron_tropd.launch import follow
+
+    with Peers(nodes) as peers:
+        code = _exit_code(lambda: (follow if nodes.rank else _lead)(config, peers))
+        peers.end(code)
+        return code
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from megatron_tropd.serve import serve
+
+    config = load_config(arguments.config, arguments.overrides)
+    return serve(config, number=arguments.number, host=arguments.host, port=arguments.port)
 
 
 def _plan_run(arguments: argparse.Namespace) -> int:
@@ -138,50 +175,57 @@ def _plan_run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _run(config: Config) -> int:
-    from megatron_tropd.run_folder import hold
+def _lead(config: Config, peers: Peers) -> int:
+    from megatron_tropd.inputs import load_inputs
+    from megatron_tropd.run_folder import RunFolder, hold
 
+    if RunFolder(Path(config.run.dir)).read_summary() is None:
+        load_inputs(config)  # its errors come before anything is written
     with hold(Path(config.run.dir).resolve()):
-        return _run_alone(config)
+        return _lead_alone(config, peers)
 
 
-def _run_alone(config: Config) -> int:
-    from megatron_tropd.launch import first_error, launch
+def _lead_alone(config: Config, peers: Peers) -> int:
+    from megatron_tropd.failures import SYMPTOMS, read
+    from megatron_tropd.launch import lead
     from megatron_tropd.run_folder import open_run
 
     folder = open_run(config)
     summary = folder.read_summary()
     if summary is None:
-        code = launch(config.parallel.world_size, folder)
-        error = first_error(folder.logs)
-        if error:
-            raise TrainingError(f"{error}\nLogs: {folder.logs}")
+        code = lead(config.parallel.world_size, folder, peers)
+        failure = read(folder.failure)
+        # Ranks that are stopped at once lose each other: no failure.
+        if failure and not (exits.is_stop(code) and failure.kind in SYMPTOMS):
+            print(f"tropd: {failure.message}\nLogs: {folder.logs}", file=sys.stderr)
+            return failure.exit_code
+        summary = folder.read_summary()
+        if summary is None and code == exits.COMPLETE:
+            code = exits.stopped_by(signal.SIGTERM)  # which somebody sent to a rank
         if code:
             _say_stopped(code, folder.logs)
             return code
-        summary = folder.read_summary()
     from megatron_tropd.report.html import write_report
     from megatron_tropd.report.summary import summary_table
 
     report = write_report(folder.root)
     print(summary_table(summary or {}))
     print(f"Student (HF folder): {folder.student}\nReport:              {report}")
-    return 0
+    return exits.COMPLETE
 
 
 def _say_stopped(code: int, logs: Path) -> None:
-    if code in (130, 143):
+    if exits.is_stop(code):
         print("tropd: stopped; the same command resumes.", file=sys.stderr)
     else:
         print(f"tropd: a rank ended with code {code}. Logs: {logs}", file=sys.stderr)
 
 
 def _distill_as_rank(config: Config) -> int:
-    """torchrun or srun started us: this process is a rank; rank 0 opens the folder."""
+    """torchrun started us: this process is a rank; rank 0 opens the folder."""
     import os
-    import time
 
-    from megatron_tropd.run_folder import RunFolder, open_run
+    from megatron_tropd.run_folder import open_run, wait_until_open
     from megatron_tropd.worker import run_rank
 
     world = int(os.environ["WORLD_SIZE"])
@@ -190,17 +234,9 @@ def _distill_as_rank(config: Config) -> int:
             f"The launcher started {world} ranks, the config asks for tensor x pipeline x data = "
             f"{config.parallel.world_size}. Change parallel.* or the number of ranks."
         )
-    folder = RunFolder(Path(config.run.dir).resolve())
-    if os.environ["RANK"] == "0":
-        open_run(config)
-    # A run that resumes with another layout has the old settings there until rank 0 was.
-    ours, deadline = config_to_dict(config), time.monotonic() + 60
-    while time.monotonic() < deadline and not (
-        folder.config.exists() and json.loads(folder.config.read_text()) == ours
-    ):
-        time.sleep(0.1)
+    folder = open_run(config) if os.environ["RANK"] == "0" else wait_until_open(config)
     if folder.read_summary():
-        return 0
+        return exits.COMPLETE
     code = run_rank(folder, announce=True)
     if os.environ["RANK"] == "0" and folder.read_summary():
         from megatron_tropd.report.html import write_report

@@ -100,8 +100,14 @@ class RolloutConfig:
     """Further ids that end a response, beside the tokenizer's EOS."""
     apply_chat_template: bool = False
     """Wrap each prompt in the tokenizer's chat template ("messages" always are)."""
+    placement: Literal["colocated", "separate"] = "colocated"
+    """colocated: engines share the trainer's devices and sleep while it trains; separate: each is a
+    server of its own (``tropd serve``, docs/serving.md)."""
     num_engines: int = 1
-    """Engines, one each on the first ranks of equal blocks of the world; divides it."""
+    """colocated: engines on the first ranks of equal blocks of the world, which it divides;
+    separate: servers."""
+    steps_ahead: Literal[0, 1] = 0
+    """1: sample for the next step while this one trains, so samples are one step old."""
     engine_tensor_parallel: int = 1
     """GPUs of one engine. More than 1 needs CUDA."""
     engine_memory: float = 0.4
@@ -209,6 +215,9 @@ class RunConfig:
     """Steps between checkpoints; the last step is always kept; 0: only the last."""
     keep_checkpoints: int = 2
     """Newest complete checkpoints kept."""
+    timeout_minutes: float = 30.0
+    """Longest a phase of a step may last, rollout and evaluation included, before the run is taken
+    to hang and ends (exit code 75)."""
     trajectories_every: int = 25
     """Steps between dumps of example trajectories with per-token values; 0: none."""
     num_trajectories: int = 8
@@ -222,6 +231,7 @@ class RunConfig:
         _require(bool(self.dir), "run.dir must name a folder, found an empty string.")
         _require(self.checkpoint_every >= 0, "run.checkpoint_every must be >= 0.")
         _require(self.keep_checkpoints >= 1, "run.keep_checkpoints must be at least 1.")
+        _require(self.timeout_minutes > 0, "run.timeout_minutes must be above 0.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,7 +250,7 @@ class Config:
     def __post_init__(self) -> None:
         world, engines = self.parallel.world_size, self.rollout.num_engines
         _require(
-            world % engines == 0,
+            self.rollout.placement == "separate" or world % engines == 0,
             f"rollout.num_engines must divide the world size {world} (tensor x pipeline x data), "
             f"found {engines}.",
         )
@@ -302,6 +312,15 @@ def config_to_dict(config: Config) -> dict[str, Any]:
 def config_from_dict(tables: dict[str, Any]) -> Config:
     """Inverse of :func:`config_to_dict` (resolved JSON of a run folder)."""
     return _build(Config, tables, "")
+
+
+def settings_from_table(cls: Any, table: dict[str, Any]) -> Any:
+    """An instance of a dataclass of settings, checked as strictly as a config.
+
+    Raises:
+        ConfigError: a key is unknown or missing, or a value has the wrong type or does not fit.
+    """
+    return _build(cls, table, "")
 
 
 def _sections() -> dict[str, Any]:
@@ -379,6 +398,9 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             f"{where} must have {len(args)} elements, found {value!r}.",
         )
         return tuple(_convert(element, item, where) for item in value)
+    if origin is dict:
+        _require(isinstance(value, dict), f"{where} must be a table, found {value!r}.")
+        return {key: _convert(args[1], item, f"{where}.{key}") for key, item in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     good = isinstance(value, hint) and not (hint is not bool and isinstance(value, bool))

@@ -50,7 +50,7 @@ class Evaluator:
         if job.step == 0:
             # Two engines share the device for a moment: the student's gives its memory back.
             job.engines.sleep()
-            with job.start_engines(job.hf_folders["teacher"], "teacher") as engines:
+            with job.start_engines("teacher") as engines:
                 self._measure_accuracy(engines, "teacher")
         self._measure_accuracy(job.engines, "student")
 

@@ -23,8 +23,9 @@ from megatron_tropd.convert.to_hf import ToHF, megatron_to_hf
 from megatron_tropd.data.packing import LossCounts
 from megatron_tropd.data.prefixes import alpha
 from megatron_tropd.data.types import MicroBatch, Trajectory
-from megatron_tropd.errors import TrainingError
+from megatron_tropd.errors import ConfigError, TrainingError
 from megatron_tropd.evaluation import Evaluator
+from megatron_tropd.files import replace_text, write_json
 from megatron_tropd.inputs import load_inputs
 from megatron_tropd.losses import TeacherSignal
 from megatron_tropd.mcore import models, parallel, platform, weights
@@ -32,32 +33,40 @@ from megatron_tropd.mcore.checkpoint import Checkpoints
 from megatron_tropd.mcore.step import Student, Teacher, output_weight
 from megatron_tropd.objective import StepObjective, example_rows, gather_examples
 from megatron_tropd.report.metrics import MetricsLog
+from megatron_tropd.rollout.client import ClientSettings
+from megatron_tropd.rollout.dispatch import Patience
 from megatron_tropd.rollout.engine import RolloutEngine
 from megatron_tropd.rollout.pool import EnginePool
-from megatron_tropd.rollout.types import Sampling
-from megatron_tropd.rollout.weight_sync import WeightMailbox
-from megatron_tropd.run_folder import RunFolder, started_at, write_json
+from megatron_tropd.rollout.served import ServerPool
+from megatron_tropd.rollout.weight_sync import WeightVersions
+from megatron_tropd.rollout.wire import Model, served_settings
+from megatron_tropd.rollouts import Rollouts
+from megatron_tropd.run_folder import RunFolder, started_at
+from megatron_tropd.watchdog import limits
 
 if TYPE_CHECKING:
+    from megatron_tropd.watchdog import Progress
     from megatron_tropd.worker import StopFlag
 
 
 class Clock:
     """Seconds of each phase of a step."""
 
-    def __init__(self) -> None:
-        """Start the first step."""
+    def __init__(self, progress: "Progress") -> None:
+        """Start the first step; ``progress`` is told every phase."""
+        self._progress = progress
         self._seconds: dict[str, float] = defaultdict(float)
         self._start = time.perf_counter()
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         """Add the time of the block to ``phase``."""
-        start = time.perf_counter()
+        start, outer = time.perf_counter(), self._progress.enter(phase)
         yield
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self._seconds[phase] += time.perf_counter() - start
+        self._progress.enter(outer)
 
     def lap(self) -> dict[str, float]:
         """Seconds since the last lap, by phase and in total; starts the next."""
@@ -72,23 +81,34 @@ class Clock:
 class Job:
     """One rank of a run. A context manager: leaving it ends engines and process groups."""
 
-    def __init__(self, folder: RunFolder, *, console: IO[str], stop: "StopFlag") -> None:
+    def __init__(
+        self, folder: RunFolder, *, console: IO[str], stop: "StopFlag", progress: "Progress"
+    ) -> None:
         """Load everything; nothing is trained yet.
 
         Args:
             folder: an opened run folder.
             console: where rank 0 shows progress.
             stop: set when the run was asked to stop.
+            progress: holds the step and the phase, for the watchdog.
         """
         self.folder = folder
         self.config: Config = folder.read_config()
         self.console = console
         self._stop = stop
-        self.step = 0
-        self.weights_version = 0
+        self._progress = progress
         self.seconds_before = 0.0
-        self.clock = Clock()
+        self.clock = Clock(progress)
         self._exit = ExitStack()
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self._progress.step
+
+    @step.setter
+    def step(self, step: int) -> None:
+        self._progress.step = step
 
     def __enter__(self) -> Self:
         with ExitStack() as undo:
@@ -108,29 +128,28 @@ class Job:
     def _start(self) -> None:
         config, exits = self.config, self._exit
         platform.prepare_platform()
-        self.ranks = parallel.initialize(config.parallel, seed=config.train.seed)
+        _, collectives = limits(config.run.timeout_minutes)
+        self.ranks = parallel.initialize(
+            config.parallel, seed=config.train.seed, timeout_seconds=collectives
+        )
         exits.push(_leave_groups)
         self.device = platform.device()
         self.dtype = models.resolve_dtype(config.model.dtype)
         self.inputs = load_inputs(config)
-        self.sampling = Sampling(
-            temperature=config.rollout.temperature,
-            top_p=config.rollout.top_p,
-            stop_token_ids=self.inputs.stop_token_ids,
-        )
         self.is_main = self.ranks.is_main
+        self._check_steps_ahead()
         self.checkpoints = Checkpoints(
             self.folder.checkpoints,
             keep=config.run.keep_checkpoints,
             ranks=self.ranks,
             distributed_optimizer=config.parallel.distributed_optimizer,
+            say=self._warn,
         )
         self.evaluator = Evaluator(self)
         self.hf_folders = self._hf_folders()
-        self.engines = exits.enter_context(
-            self.start_engines(self.hf_folders["student"], "student")
-        )
-        self._mailbox = exits.enter_context(WeightMailbox()) if self.engines.owns_engine else None
+        self.engines = self.start_engines("student")
+        exits.enter_context(self.engines)
+        self.rollouts = Rollouts(config, self.inputs, self.engines)
         if platform.has_cuda():
             # vLLM measures the device's free memory while it starts: nobody else may allocate.
             self.engines.sleep()
@@ -182,26 +201,36 @@ class Job:
         paths = {who: folder.path for who, folder in folders.items()}
         for who, folder in folders.items():
             if isinstance(folder, MegatronFolder):
-                paths[who] = self.folder.root / "initial_hf" / who
+                paths[who] = self.folder.initial_hf / who
                 if self.is_main and not paths[who].exists():
                     megatron_to_hf(ToHF(folder.path, paths[who]))
         dist.barrier()
         return paths
 
-    def start_engines(self, model_folder: Path, name: str) -> EnginePool:
-        """Engines that serve ``model_folder``; returns while they are still starting."""
-        rollout, local = self.config.rollout, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    def start_engines(self, model: Model) -> EnginePool | ServerPool:
+        """Engines for the student or the teacher; returns while they are still starting."""
+        rollout = self.config.rollout
+        if rollout.placement == "separate":
+            return ServerPool(
+                ClientSettings(self.folder.servers, served_settings(self.config)),
+                WeightVersions(self.folder.weights),
+                rank=self.ranks.rank,
+                num_servers=rollout.num_engines,
+                model=model,
+                patience=Patience.within(60 * self.config.run.timeout_minutes),
+            )
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         engines_here = max(1, rollout.num_engines * local // self.ranks.world_size)
 
         def make(number: int) -> RolloutEngine:
             return RolloutEngine(
-                model_folder,
+                self.hf_folders[model],
                 dtype=str(self.dtype).removeprefix("torch."),
                 max_model_len=self.inputs.max_model_len,
                 memory=rollout.engine_memory,
                 tensor_parallel=rollout.engine_tensor_parallel,
                 threads=max(1, len(os.sched_getaffinity(0)) // engines_here),
-                log_file=self.folder.logs / f"engine_{name}_{number:03d}.log",
+                log_file=self.folder.logs / f"engine_{model}_{number:03d}.log",
             )
 
         return EnginePool(
@@ -211,18 +240,36 @@ class Job:
             make_engine=make,
         )
 
+    def _check_steps_ahead(self) -> None:
+        rollout = self.config.rollout
+        if not rollout.steps_ahead:
+            return
+        if rollout.placement == "colocated" and platform.has_cuda():
+            raise ConfigError(
+                "rollout.steps_ahead = 1 samples while the student trains, but colocated engines "
+                'sleep meanwhile to leave the GPU to it. Set rollout.placement = "separate" and '
+                "start servers, or steps_ahead = 0."
+            )
+        if self.config.loss.importance == "none" and self.is_main:
+            print(
+                "tropd: rollout.steps_ahead = 1 trains on samples of older weights and "
+                'loss.importance = "none" does not correct for it; consider "truncated" or "band".',
+                file=self.console,
+            )
+
     def resume(self) -> None:
         """Take up the newest complete checkpoint, or the HF weights; fill the engines."""
-        steps = self.checkpoints.steps()
-        if steps:
-            extra = self.checkpoints.load(self.student, steps[-1])
+        extra = self.checkpoints.load_newest(self.student)
+        if extra is not None:
             self.step, self.seconds_before = extra["step"], extra["seconds"]
+            self.rollouts.restore(self.checkpoints.folder / f"step_{self.step:06d}")
         if self.log_file is not None:
             # Before the first step nothing but the teacher's evaluation can be kept.
             # The last evaluation comes before the last save and is made again with the summary.
             at_the_end = self.step == self.config.train.steps
             self.log_file.truncate_after(
-                self.step if steps else -1, evaluations=self.step - 1 if at_the_end else None
+                -1 if extra is None else self.step,
+                evaluations=self.step - 1 if at_the_end else None,
             )
         self.sync_weights(self.step)
         self._bar = tqdm(
@@ -236,6 +283,7 @@ class Job:
         )
         self._exit.callback(self._bar.close)
         self.clock.lap()
+        self._progress.enter("between phases")
 
     def sync_weights(self, version: int) -> None:
         """Stream the student's weights, seen ``version`` steps, as HF tensors to every engine."""
@@ -250,8 +298,8 @@ class Job:
         if platform.has_cuda():
             # What torch keeps for later is memory the waking engine needs.
             torch.cuda.empty_cache()
-        self.engines.load_tensors(tensors, self._mailbox)
-        self.weights_version = version
+        self.engines.load_tensors(tensors, version=version)
+        self.rollouts.weights_version = version
 
     def objective(
         self,
@@ -352,10 +400,12 @@ class Job:
         if not self.is_main:
             return
         path = self.folder.trajectories / f"step_{self.step:06d}.jsonl"
+        lines = [
+            self.evaluator.example_line(trajectories[row], values)
+            for row, values in sorted(examples.items())
+        ]
         path.parent.mkdir(exist_ok=True)
-        with path.open("w") as file:
-            for row, values in sorted(examples.items()):
-                file.write(self.evaluator.example_line(trajectories[row], values))
+        replace_text(path, "".join(lines))
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Write the metrics of the step that just ended and move the progress bar."""
@@ -398,21 +448,34 @@ class Job:
         with self.clock("evaluation"):
             self.evaluator.run()
 
-    def save(self) -> None:
-        """Write a checkpoint of the steps done so far."""
+    def save(self, *, wait: bool = False) -> None:
+        """Begin a checkpoint of the steps done so far; ``wait``: until it is complete."""
         with self.clock("checkpoint"):
             extra = {"step": self.step, "seconds": self.elapsed()}
-            self.checkpoints.save(self.student, step=self.step, extra=extra)
+            files = self.rollouts.pending_files()
+            self.checkpoints.save(self.student, step=self.step, extra=extra, files=files)
+            if wait:
+                self.checkpoints.wait()
+
+    def poll_save(self) -> None:
+        """Complete the checkpoint in flight, if its files are written."""
+        with self.clock("checkpoint"):
+            self.checkpoints.poll()
 
     def elapsed(self) -> float:
         """Seconds of the job over all its resumptions."""
-        return self.seconds_before + time.time() - started_at()
+        return self.seconds_before + time.monotonic() - started_at()
+
+    def _warn(self, message: str) -> None:
+        print(message, flush=True)
+        print(f"tropd: {message}", file=self.console)
 
     def finish(self) -> None:
         """Last evaluation, last checkpoint, HF export, summary."""
         self.evaluate()
-        self.save()
-        self.export_student(self.folder.student)
+        self.save(wait=True)
+        with self.clock("export"):
+            self.export_student(self.folder.student)
         if self.is_main:
             write_json(self.folder.summary, self._summary())
         dist.barrier()

@@ -1,11 +1,13 @@
-"""Start one process per rank on this machine and never leave one behind.
+"""Start this node's share of the ranks and never leave one behind.
 
-Under torchrun or srun (``RANK`` and ``WORLD_SIZE`` set) nothing is started: the calling process is
-a rank already. Locally each rank is a child in a session of its own, so that Ctrl-C reaches only
-this process, which passes it on as SIGTERM: the ranks finish their step, save and leave.
+Under torchrun (``RANK`` and ``WORLD_SIZE`` set) nothing is started: the calling process is a rank
+already. Otherwise each rank is a child in a session of its own, so that Ctrl-C reaches only this
+process, which passes it on as SIGTERM: the ranks finish their step, save and leave. A run on
+several nodes has one launcher on each (``nodes.py``); they end together, with one exit code.
 """
 
 import ctypes
+import math
 import os
 import signal
 import socket
@@ -13,55 +15,109 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
-from megatron_tropd.run_folder import RunFolder
+from megatron_tropd import exits
+from megatron_tropd.config import Config
+from megatron_tropd.errors import ConfigError
+from megatron_tropd.failures import Failure, report
+from megatron_tropd.nodes import Nodes, Peers
+from megatron_tropd.run_folder import RunFolder, wait_until_open
+from megatron_tropd.watchdog import read_beats
 
 GRACE_SECONDS = 300.0
-"""Between a signal and SIGKILL: one step and one checkpoint must fit."""
+"""Between a signal and SIGKILL: one step and one checkpoint must fit. At the end of a job's time
+(SIGUSR1) the job itself is the limit."""
 FAILURE_GRACE_SECONDS = 5.0
 """Between the death of one rank and SIGKILL for the others, which wait for it in a collective."""
+LEAVE_SECONDS = 60.0
+"""How long node 0, its own ranks gone, waits for the other nodes to say the same."""
 
 
 def is_rank(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether torchrun, srun or our own launcher already made this process a rank."""
+    """Whether torchrun or our own launcher already made this process a rank."""
     return "RANK" in environment and "WORLD_SIZE" in environment
 
 
-def launch(world_size: int, folder: RunFolder) -> int:
-    """Run ``world_size`` ranks of the run in ``folder`` and wait for them.
+def lead(world_size: int, folder: RunFolder, peers: Peers) -> int:
+    """Run the ranks of a run, those of node 0 here, and wait for all of them.
 
     Args:
-        world_size: number of processes.
+        world_size: number of processes on all nodes.
         folder: an opened run folder; the ranks read its ``config.json`` and log below it.
+        peers: the launchers of the other nodes.
 
     Returns:
-        0, or the exit code to pass on: 130 and 143 after Ctrl-C and SIGTERM, else that of the
-        first rank that failed.
+        The exit code to pass on (``exits.py``).
+
+    Raises:
+        ConfigError: the nodes cannot share the ranks equally.
+        NodeLost: a node did not come.
     """
+    local = ranks_per_node(world_size, peers.nodes)
+    peers.gather()
+    port = _free_port()
+    peers.send({"start": port})
+    return _run(local, folder, peers, port)
+
+
+def follow(config: Config, peers: Peers) -> int:
+    """What the launcher of any other node does: run its share once node 0 has opened the folder.
+
+    Returns:
+        The exit code that node 0 has decided on.
+
+    Raises:
+        ConfigError: the run folder is not to be seen here, or the ranks cannot be shared.
+        NodeLost: node 0 is gone.
+    """
+    message = peers.receive()
+    if "start" not in message:
+        return int(message["end"])
+    folder = wait_until_open(config)
+    local = ranks_per_node(config.parallel.world_size, peers.nodes)
+    return _run(local, folder, peers, message["start"])
+
+
+def ranks_per_node(world_size: int, nodes: Nodes) -> int:
+    """How many ranks each node has.
+
+    Raises:
+        ConfigError: the nodes cannot share the ranks equally.
+    """
+    if world_size % nodes.count:
+        raise ConfigError(
+            f"{world_size} ranks (tensor x pipeline x data) cannot be shared equally by "
+            f"{nodes.count} nodes. Change parallel.* or the number of nodes."
+        )
+    return world_size // nodes.count
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+def _run(local: int, folder: RunFolder, peers: Peers, port: int) -> int:
     received: list[int] = []
     previous = {
-        s: signal.signal(s, lambda number, _: received.append(number))
-        for s in (signal.SIGINT, signal.SIGTERM)
+        s: signal.signal(s, lambda number, _: received.append(number)) for s in exits.STOP_SIGNALS
     }
-    ranks = _start(world_size, folder)
+    ranks = _start(local, folder, peers.nodes, port)
     try:
-        return _supervise(ranks, received)
+        return _Supervisor(ranks, received, peers, folder).run()
     finally:
         _kill(ranks)
         for number, handler in previous.items():
             signal.signal(number, handler)
 
 
-def _start(world_size: int, folder: RunFolder) -> list[subprocess.Popen]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    threads = max(1, len(os.sched_getaffinity(0)) // world_size)
+def _start(local: int, folder: RunFolder, nodes: Nodes, port: int) -> list[subprocess.Popen]:
+    threads = max(1, len(os.sched_getaffinity(0)) // local)
     shared = {
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
+        "WORLD_SIZE": str(local * nodes.count),
+        "LOCAL_WORLD_SIZE": str(local),
+        "MASTER_ADDR": nodes.address,
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
         # Ranks and engines take turns on the same cores: idle threads must not spin on them.
@@ -73,40 +129,161 @@ def _start(world_size: int, folder: RunFolder) -> list[subprocess.Popen]:
     return [
         subprocess.Popen(
             command,
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env=os.environ
+            | shared
+            | {"RANK": str(nodes.rank * local + local_rank), "LOCAL_RANK": str(local_rank)},
             start_new_session=True,
             preexec_fn=_die_with_parent,
         )
-        for rank in range(world_size)
+        for local_rank in range(local)
     ]
 
 
-def _supervise(ranks: Sequence[subprocess.Popen], received: list[int]) -> int:
-    deadline = None
-    forwarded = 0
-    failing = False
-    while True:
-        codes = [rank.poll() for rank in ranks]
-        if all(code is not None for code in codes):
-            break
-        if not failing and any(codes):
-            failing = True
-            deadline = time.monotonic() + FAILURE_GRACE_SECONDS
-        if len(received) > forwarded:
-            forwarded = len(received)
-            if forwarded > 1:
+class _Supervisor:
+    """Waits for this node's ranks; listens to signals and to the other nodes meanwhile."""
+
+    def __init__(
+        self,
+        ranks: Sequence[subprocess.Popen],
+        received: list[int],
+        peers: Peers,
+        folder: RunFolder,
+    ) -> None:
+        self._ranks = ranks
+        self._folder = folder
+        self._received = received
+        self._forwarded = 0
+        self._peers = peers
+        self._left: dict[int, int] = {}
+        self._end: int | None = None
+        self._failure = exits.COMPLETE
+        self._killed = 0
+        self._deadline = math.inf
+
+    def run(self) -> int:
+        while any(rank.poll() is None for rank in self._ranks):
+            self._look_at_ranks()
+            self._listen()
+            self._forward_signals()
+            if self._end is not None or time.monotonic() > self._deadline:
                 break
-            if not failing:
-                deadline = time.monotonic() + GRACE_SECONDS
-            for rank in ranks:
-                rank.terminate()
-        if deadline is not None and time.monotonic() > deadline:
-            break
-        time.sleep(0.05)
-    _kill(ranks)
-    if received:
-        return 128 + received[0]
-    return next((abs(rank.returncode) for rank in ranks if rank.returncode), 0)
+            time.sleep(0.05)
+        self._look_at_ranks()
+        _kill(self._ranks)
+        return self._agree()
+
+    def _look_at_ranks(self) -> None:
+        codes = [rank.returncode for rank in self._ranks]
+        if self._forwarded and -signal.SIGTERM in codes:
+            # Stopped as asked, but so early that it could not say so to the others.
+            self._limit(FAILURE_GRACE_SECONDS)
+            codes = [0 if code == -signal.SIGTERM else code for code in codes]
+        # We have killed nobody yet: whoever ended by another signal did not choose to.
+        killed = sum(code is not None and code < 0 for code in codes)
+        if killed > self._killed:
+            self._killed = killed
+            report_killed(codes, self._folder, self._peers.nodes.rank * len(codes))
+        if failure := exits.worst(exits.RESTART if code < 0 else code for code in codes if code):
+            self._fail(failure)
+
+    def _listen(self) -> None:
+        for node, message in self._peers.messages():
+            if message is None:
+                self._miss(node)
+            elif "end" in message:
+                self._end = int(message["end"])
+            elif "left" in message:
+                self._left[node] = int(message["left"])
+                if exits.is_failure(self._left[node]):
+                    self._fail(self._left[node])
+                elif exits.is_stop(self._left[node]):
+                    self._limit(GRACE_SECONDS)
+
+    def _miss(self, node: int) -> None:
+        if node in self._left or self._end is not None:
+            return  # it had said goodbye
+        self._left[node] = exits.RESTART
+        text = f"Lost {self._peers.name(node)}: its launcher was killed, or its machine is gone."
+        print(f"tropd: {text}", file=sys.stderr, flush=True)
+        report(self._folder.failure, Failure(kind="killed", message=text))
+        self._fail(exits.RESTART)
+
+    def _fail(self, code: int) -> None:
+        if not self._failure:
+            self._failure = code
+            self._limit(FAILURE_GRACE_SECONDS)
+
+    def _limit(self, seconds: float) -> None:
+        """End what still runs after so long, or when an earlier limit says so."""
+        self._deadline = min(self._deadline, time.monotonic() + seconds)
+
+    def _forward_signals(self) -> None:
+        if len(self._received) == self._forwarded:
+            return
+        # Slurm sends SIGTERM to this process, and srun passes on its own: that is one request.
+        new = set(self._received[self._forwarded :]) - set(self._received[: self._forwarded])
+        self._forwarded = len(self._received)
+        if self._received.count(signal.SIGINT) > 1:
+            self._deadline = 0.0
+        if not new:
+            return
+        for rank in self._ranks:
+            rank.terminate()
+        if new != {exits.TIME_LIMIT_SIGNAL}:
+            self._limit(GRACE_SECONDS)
+
+    def _own_code(self) -> int:
+        stopped = exits.stopped_by(self._received[0]) if self._received else exits.COMPLETE
+        return self._failure or stopped
+
+    def _agree(self) -> int:
+        """The worst code of all nodes, which node 0 collects and announces (``Peers.end``)."""
+        nodes, deadline = self._peers.nodes, time.monotonic() + LEAVE_SECONDS
+        if nodes.rank:
+            self._peers.end(self._own_code())
+            while self._end is None and 0 not in self._left and not self._signalled_again():
+                self._listen()
+                time.sleep(0.05)
+            return self._own_code() if self._end is None else self._end
+        while len(self._left) < nodes.count - 1 and time.monotonic() < deadline:
+            self._listen()
+            time.sleep(0.05)
+        missing = [exits.RESTART] * (nodes.count - 1 - len(self._left))
+        return exits.worst([self._own_code(), *self._left.values(), *missing])
+
+    def _signalled_again(self) -> bool:
+        return len(self._received) > self._forwarded
+
+
+def report_killed(codes: Sequence[int | None], folder: RunFolder, first_rank: int = 0) -> None:
+    """Write down which rank a signal ended: it could not do so itself.
+
+    Args:
+        codes: of this node's ranks; None: still running.
+        folder: of the run.
+        first_rank: of this node.
+    """
+    beats = read_beats(folder.heartbeats, range(first_rank, first_rank + len(codes)))
+    for rank, code in enumerate(codes, first_rank):
+        if code is None or code >= 0:
+            continue
+        beat = beats.get(rank)
+        where = f" in {beat.phase!r} of step {beat.step}" if beat else ""
+        message = (
+            f"Rank {rank} was killed by signal {-code} ({signal.Signals(-code).name}){where}. "
+            "Start the same command again to resume. (SIGKILL without a reason in the logs: often "
+            "the node ran out of memory.)"
+        )
+        report(
+            folder.failure,
+            Failure(
+                kind="killed",
+                message=message,
+                rank=rank,
+                step=beat.step if beat else None,
+                phase=beat.phase if beat else None,
+            ),
+        )
 
 
 def _kill(ranks: Sequence[subprocess.Popen]) -> None:
@@ -126,7 +303,5 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
-def first_error(folder: Path) -> str | None:
-    """The message the first failing rank left in ``folder``, if any."""
-    errors = sorted(folder.glob("rank_*.error"), key=lambda path: path.stat().st_mtime_ns)
-    return errors[0].read_text().strip() if errors else None
+def _say(text: str) -> None:
+    print(f"tropd: {text}", file=sys.stderr, flush=True)

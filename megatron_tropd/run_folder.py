@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import Any
 
 from megatron_tropd.config import Config, config_from_dict, config_to_dict
 from megatron_tropd.errors import ConfigError, InputError
+from megatron_tropd.files import write_json
 
 FREE_SECTIONS = ("run", "parallel")
 """Sections that may change when a run resumes: they alter no number but timings and round-off."""
@@ -61,6 +63,31 @@ class RunFolder:
         return self.root / "logs"
 
     @property
+    def heartbeats(self) -> Path:
+        """Where each rank is, while the run lasts."""
+        return self.logs / "heartbeats"
+
+    @property
+    def failure(self) -> Path:
+        """Why the run ended; only after a failure."""
+        return self.root / "failure.json"
+
+    @property
+    def initial_hf(self) -> Path:
+        """HF folders of a pair given as Megatron checkpoints, for the engines."""
+        return self.root / "initial_hf"
+
+    @property
+    def servers(self) -> Path:
+        """Where the rollout servers of the run can be reached, one file each."""
+        return self.root / "servers"
+
+    @property
+    def weights(self) -> Path:
+        """Versions of the student's weights on their way to the rollout servers."""
+        return self.root / "weights"
+
+    @property
     def summary(self) -> Path:
         """The result; exists only when the run is complete."""
         return self.root / "summary.json"
@@ -89,9 +116,28 @@ def open_run(config: Config) -> RunFolder:
     if folder.config.exists():
         _check_same(json.loads(folder.config.read_text()), config_to_dict(config), folder.root)
     folder.logs.mkdir(parents=True, exist_ok=True)
-    for stale in folder.logs.glob("rank_*.error"):
-        stale.unlink()
+    folder.failure.unlink(missing_ok=True)
     write_json(folder.config, config_to_dict(config))
+    return folder
+
+
+def wait_until_open(config: Config, seconds: float = 60.0) -> RunFolder:
+    """The run folder, once another process (of another node) has opened it for ``config``.
+
+    Raises:
+        ConfigError: it did not appear here: the nodes do not share the file system.
+    """
+    folder = RunFolder(Path(config.run.dir).resolve())
+    # A run that resumes with another layout has the old settings there until it is opened.
+    ours, deadline = config_to_dict(config), time.monotonic() + seconds
+    while not (folder.config.exists() and json.loads(folder.config.read_text()) == ours):
+        if time.monotonic() > deadline:
+            raise ConfigError(
+                f"{folder.config} was opened by another process and did not appear on "
+                f"{socket.gethostname()} within {seconds:.0f} s. Put run.dir on a file system "
+                "that all nodes share, and give every node the same settings."
+            )
+        time.sleep(0.1)
     return folder
 
 
@@ -114,20 +160,13 @@ def hold(root: Path) -> Iterator[None]:
         yield
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON so that a reader sees the old file or the whole new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w") as file:
-        json.dump(content, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
 def started_at() -> float:
-    """Unix time at which the user's command began (set by the launcher for its ranks)."""
-    return float(os.environ.setdefault("TROPD_STARTED", repr(time.time())))
+    """When the user's command began, on the clock of ``time.monotonic``.
+
+    The launcher sets it for its ranks: processes of one machine share that clock, and nobody sets
+    it.
+    """
+    return float(os.environ.setdefault("TROPD_STARTED", repr(time.monotonic())))
 
 
 def _check_same(old: dict[str, Any], new: dict[str, Any], root: Path) -> None:

@@ -3,37 +3,37 @@
 from typing import IO, TYPE_CHECKING
 
 from megatron_tropd.data.packing import count_loss_tokens, pack
-from megatron_tropd.data.prefixes import plan_requests
-from megatron_tropd.data.prompts import prompts_of_step
-from megatron_tropd.data.trajectories import assemble
 from megatron_tropd.data.types import Trajectory
 from megatron_tropd.job import Job
 from megatron_tropd.run_folder import RunFolder
 from megatron_tropd.step_metrics import trajectory_metrics
 
 if TYPE_CHECKING:
+    from megatron_tropd.watchdog import Progress
     from megatron_tropd.worker import StopFlag
 
 
-def train(folder: RunFolder, *, console: IO[str], stop: "StopFlag") -> None:
+def train(folder: RunFolder, *, console: IO[str], stop: "StopFlag", progress: "Progress") -> None:
     """Train the student of the run in ``folder`` to its last step, or until ``stop``.
 
     Args:
         folder: an opened run folder.
         console: where rank 0 shows progress.
         stop: looked at after every step; a requested stop saves a checkpoint and returns.
+        progress: tells the watchdog where this rank is.
 
     Raises:
         ConfigError, InputError: the run cannot start.
         TrainingError: it cannot go on; the last complete checkpoint is intact.
     """
-    with Job(folder, console=console, stop=stop) as job:
+    with Job(folder, console=console, stop=stop, progress=progress) as job:
         steps = job.config.train.steps
         job.resume()
         if job.step == 0:
             job.evaluate()
         while job.step < steps and not job.stopping():
             train_step(job)
+            job.poll_save()
             if job.due(job.config.evaluation.every):
                 job.evaluate()
             if job.due(job.config.run.checkpoint_every):
@@ -41,7 +41,7 @@ def train(folder: RunFolder, *, console: IO[str], stop: "StopFlag") -> None:
         if job.step == steps:
             job.finish()
         elif job.step:
-            job.save()
+            job.save(wait=True)
 
 
 def train_step(job: Job) -> None:
@@ -61,22 +61,17 @@ def train_step(job: Job) -> None:
 
 
 def rollout(job: Job) -> list[Trajectory]:
-    """Sample the trajectories of this step with the engine's current weights."""
-    config, step = job.config, job.step
-    indices = prompts_of_step(
-        len(job.inputs.prompts), config.rollout.prompts_per_step, step, config.train.seed
-    )
-    plans = plan_requests(
-        [job.inputs.prompts[i] for i in indices],
-        job.inputs.responses,
-        step=step,
-        steps=config.train.steps,
-        rollout=config.rollout,
-        guidance=config.guidance,
-        seed=config.train.seed,
-    )
-    samples = job.engines.generate([plan.request for plan in plans], job.sampling)
-    return assemble(plans, samples, step=step, weights_version=job.weights_version)
+    """The trajectories of this step, from the engines' newest weights.
+
+    With ``rollout.steps_ahead`` they were asked for a step ago, and the next step's are asked for
+    now, to be sampled while this one trains.
+    """
+    job.rollouts.request(job.step)
+    trajectories = job.rollouts.finish()
+    ahead = job.step + job.config.rollout.steps_ahead
+    if job.step < ahead < job.config.train.steps:
+        job.rollouts.request(ahead)
+    return trajectories
 
 
 def learn(job: Job, trajectories: list[Trajectory]) -> dict[str, object]:

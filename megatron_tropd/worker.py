@@ -1,6 +1,6 @@
-"""One rank: its output goes to a log, its errors to a file the launcher reads, its signals wait."""
+"""One rank: output goes to a log, a failure to the file the launcher reads, signals wait."""
 
-import contextlib
+import io
 import os
 import signal
 import sys
@@ -8,21 +8,32 @@ import traceback
 from pathlib import Path
 from typing import IO, NoReturn
 
+from megatron_tropd import exits
 from megatron_tropd.errors import ConfigError, InputError, TrainingError
+from megatron_tropd.failures import KINDS, Failure, kind_of, report
+from megatron_tropd.files import LossyFile
 from megatron_tropd.run_folder import RunFolder
+from megatron_tropd.watchdog import Progress, Watchdog
 
 
 class StopFlag:
-    """Set by SIGTERM or SIGINT; the loop looks at it between steps."""
+    """Set by a signal that asks to stop; the loop looks at it between steps."""
 
     def __init__(self) -> None:
         """Install the handlers."""
-        self.requested = False
-        for number in (signal.SIGTERM, signal.SIGINT):
+        self.signal: int | None = None
+        """The first signal that came."""
+        for number in exits.STOP_SIGNALS:
             signal.signal(number, self._set)
 
+    @property
+    def requested(self) -> bool:
+        """Whether one came."""
+        return self.signal is not None
+
     def _set(self, number: int, _: object) -> None:
-        self.requested = True
+        if self.signal is None:
+            self.signal = number
 
 
 def run_rank(folder: RunFolder, *, announce: bool = False) -> int:
@@ -33,27 +44,47 @@ def run_rank(folder: RunFolder, *, announce: bool = False) -> int:
         announce: print an error on the terminal too (where our own launcher does not).
 
     Returns:
-        0.
+        0 when the run is complete, 128 + the signal after which it was left.
     """
     rank = int(os.environ["RANK"])
     log = folder.logs / f"rank_{rank:03d}.log"
     console = _redirect_output(log)
-    stop = StopFlag()
+    stop, progress = StopFlag(), Progress()
+
+    def say(message: str) -> None:
+        print(f"tropd: rank {rank}: {message}", file=console)
+
+    config = folder.read_config()
+    watchdog = Watchdog(
+        progress,
+        folder=folder.heartbeats,
+        failure=folder.failure,
+        rank=rank,
+        world_size=config.parallel.world_size,
+        timeout_minutes=config.run.timeout_minutes,
+        say=say if announce else lambda _: None,
+    )
     try:
         from megatron_tropd.train import train
 
-        train(folder, console=console, stop=stop)
-        return 0
+        with watchdog:
+            train(folder, console=console, stop=stop, progress=progress)
+        complete = folder.summary.exists() or stop.signal is None
+        return exits.COMPLETE if complete else exits.stopped_by(stop.signal or 0)
     except (ConfigError, InputError, TrainingError) as error:
         traceback.print_exc()
-        message = str(error)
-    except Exception as error:
+        kind, message = kind_of(error), str(error)
+    except BaseException as error:  # CheckpointException is no Exception
         traceback.print_exc()
+        kind = kind_of(error)
         message = f"{type(error).__name__}: {error}\nTraceback: {log}"
-    if announce:
-        print(f"tropd: rank {rank}: {message}", file=console)
-    _leave_error(folder, rank, message)
-    _exit_now(1)
+    failure = Failure(
+        kind=kind, message=message, rank=rank, step=progress.step + 1, phase=progress.phase
+    )
+    # A full disk must not swallow the reason.
+    if not report(folder.failure, failure) or announce:
+        say(message)
+    _exit_now(KINDS[kind])
 
 
 def _redirect_output(log: Path) -> IO[str]:
@@ -64,13 +95,15 @@ def _redirect_output(log: Path) -> IO[str]:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.close(descriptor)
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    sys.stdout, sys.stderr = (
+        io.TextIOWrapper(
+            io.BufferedWriter(LossyFile(fd, "w", closefd=False)),
+            errors="backslashreplace",
+            line_buffering=True,
+        )
+        for fd in (1, 2)
+    )
     return console
-
-
-def _leave_error(folder: RunFolder, rank: int, message: str) -> None:
-    with contextlib.suppress(OSError):  # a full disk must not keep the process from ending
-        (folder.logs / f"rank_{rank:03d}.error").write_text(message + "\n")
 
 
 def _exit_now(code: int) -> NoReturn:
@@ -81,4 +114,6 @@ def _exit_now(code: int) -> NoReturn:
 
 
 if __name__ == "__main__":
-    sys.exit(run_rank(RunFolder(Path(sys.argv[1]))))
+    code = run_rank(RunFolder(Path(sys.argv[1])))
+    # A stop that was asked for is no failure: the launcher knows the signal.
+    sys.exit(0 if exits.is_stop(code) else code)

@@ -44,6 +44,12 @@ def assemble(
     ]
 
 
+def dump_trajectories(trajectories: Sequence[Trajectory]) -> bytes:
+    """One JSON object per trajectory and line; floats are written exactly."""
+    lines = (json.dumps(dataclasses.asdict(trajectory)) + "\n" for trajectory in trajectories)
+    return "".join(lines).encode()
+
+
 def write_trajectories(path: str | Path, trajectories: Sequence[Trajectory]) -> None:
     """Write one JSON object per trajectory; the file appears whole or not at all.
 
@@ -54,9 +60,8 @@ def write_trajectories(path: str | Path, trajectories: Sequence[Trajectory]) -> 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "w") as file:
-        for trajectory in trajectories:
-            file.write(json.dumps(dataclasses.asdict(trajectory)) + "\n")
+    with open(partial, "wb") as file:
+        file.write(dump_trajectories(trajectories))
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)

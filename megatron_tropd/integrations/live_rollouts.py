@@ -31,7 +31,6 @@ from megatron_tropd.mcore.weights import export_weights
 from megatron_tropd.rollout.engine import RolloutEngine
 from megatron_tropd.rollout.pool import EnginePool
 from megatron_tropd.rollout.types import Sampling
-from megatron_tropd.rollout.weight_sync import WeightMailbox
 
 
 @dataclass(frozen=True)
@@ -146,9 +145,6 @@ class LiveRollouts:
         self._read_texts()
         self._check()
         self._engines = self._exit.enter_context(self._start_engines(dtype))
-        self._mailbox = (
-            self._exit.enter_context(WeightMailbox()) if self._engines.owns_engine else None
-        )
         # Models are on the devices already; what is free now stays free.
         self._engines.sleep()
         self._started = True
@@ -170,7 +166,7 @@ class LiveRollouts:
 
         Collectives: those of ``export_weights``, gathers of outcome and samples on all ranks.
         """
-        self._push_weights(model)
+        self._push_weights(model, step)
         settings, loop = self.settings, self._loop
         indices = prompts_of_step(
             len(self._prompts), settings.rollout.prompts_per_step, step, loop.seed
@@ -212,6 +208,11 @@ class LiveRollouts:
 
     def _check(self) -> None:
         rollout, ranks = self.settings.rollout, self._ranks
+        if rollout.placement != "colocated" or rollout.steps_ahead:
+            raise ConfigError(
+                "Live rollouts are sampled by engines beside the trainer, for the step at hand. "
+                'Leave rollout.placement = "colocated" and rollout.steps_ahead = 0.'
+            )
         if rollout.prompts_per_step > len(self._prompts):
             raise ConfigError(
                 f"rollout.prompts_per_step = {rollout.prompts_per_step} exceeds the "
@@ -253,7 +254,7 @@ class LiveRollouts:
             make_engine=make,
         )
 
-    def _push_weights(self, model: torch.nn.Module) -> None:
+    def _push_weights(self, model: torch.nn.Module, step: int) -> None:
         tensors = export_weights(
             model,
             self._folder.config,
@@ -265,7 +266,7 @@ class LiveRollouts:
         if platform.has_cuda():
             # What torch keeps for later is memory the waking engine needs.
             torch.cuda.empty_cache()
-        self._engines.load_tensors(tensors, self._mailbox)
+        self._engines.load_tensors(tensors, version=step)
 
 
 def check_arguments(

@@ -1,98 +1,239 @@
 """Checkpoints of the student: Megatron ``dist_checkpointing``, complete or invisible.
 
-A checkpoint is written into ``.step_000123.tmp`` and renamed to ``step_000123`` once every rank
-has written and the files are on disk: a name without the dot is always complete. Weights,
+Saving copies the state to host memory and returns; threads write it while training goes on, into
+``.step_000123.tmp``, which is renamed to ``step_000123`` once every rank has written, the files are
+on disk and their checksums beside them: a name without the dot is always complete. Weights,
 optimizer, learning-rate schedule, RNG states and the caller's ``extra`` (data position) load under
 any TP x PP x DP x EP.
 """
 
+import contextlib
 import os
-import queue
 import re
 import shutil
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_tropd.errors import InputError, TrainingError
+from megatron_tropd.mcore.async_save import SaveQueue, ThreadCaller, forget_results
+from megatron_tropd.mcore.checksums import (
+    Checksum,
+    problems,
+    read_checksums,
+    share,
+    write_checksums,
+)
 from megatron_tropd.mcore.parallel import Ranks
 from megatron_tropd.mcore.step import Student
 
 _NAME = re.compile(r"step_(\d{6,})")
 
 
-class Checkpoints:
-    """The checkpoint folder of one run."""
+@dataclass(frozen=True)
+class _Save:
+    """A save in flight."""
 
-    def __init__(self, folder: Path, *, keep: int, ranks: Ranks, distributed_optimizer: bool):
-        """``keep``: complete checkpoints that survive a save, newest first."""
+    unfinished: Path
+    final: Path
+    writer: ThreadCaller
+
+
+class Checkpoints:
+    """The checkpoint folder of one run. Every method but :meth:`steps` is collective."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep: int,
+        ranks: Ranks,
+        distributed_optimizer: bool,
+        say: Callable[[str], None] = print,
+    ):
+        """``keep``: complete checkpoints that survive a save; ``say``: where rank 0 warns."""
         self.folder = folder
         self.keep = keep
         self.ranks = ranks
         self.distributed_optimizer = distributed_optimizer
+        self._say = say
+        self._queue = SaveQueue()
+        self._save: _Save | None = None
+        self._removal: threading.Thread | None = None
 
     def steps(self) -> list[int]:
         """Optimizer steps of the complete checkpoints, ascending."""
         return complete_steps(self.folder)
 
-    def save(self, student: Student, *, step: int, extra: dict[str, Any]) -> Path:
-        """Write the state after ``step`` optimizer steps; collective.
+    def save(
+        self,
+        student: Student,
+        *,
+        step: int,
+        extra: dict[str, Any],
+        files: Mapping[str, bytes] = MappingProxyType({}),
+    ) -> None:
+        """Begin to write the state after ``step`` optimizer steps; waits for the save before.
+
+        The state is copied to host memory before this returns. :meth:`poll` completes the
+        checkpoint some steps later, :meth:`wait` at once.
 
         Args:
             student: what to save.
             step: optimizer steps done.
             extra: small JSON-like state of the caller, equal on all ranks.
-
-        Returns:
-            The folder of the complete checkpoint.
+            files: further small files of the caller by name; rank 0's count.
 
         Raises:
             TrainingError: the folder could not be written; older checkpoints are untouched.
+
+        Collectives: Megatron's exchange of what each rank writes; a gather of small objects.
         """
+        self.wait()
         final = self.folder / f"step_{step:06d}"
         # Rank 0 decides: on a network file system others may not see the newest name yet.
         if _gather(step in self.steps())[0]:
-            return final
+            return
         unfinished = self.folder / f".{final.name}.tmp"
-        self._on_first_rank(lambda: _fresh(unfinished), unfinished)
-        error = self._write(student, unfinished, extra)
-        if any(_gather(error)):
-            self._on_first_rank(lambda: shutil.rmtree(unfinished, ignore_errors=True), unfinished)
-            reason = next(e for e in _gather(error) if e)
-            raise TrainingError(self._failed(final, reason))
-        self._on_first_rank(lambda: _publish(unfinished, final), unfinished)
+        self._on_first_rank(lambda: _fresh(unfinished, files), unfinished)
+        forget_results()
+        request = dist_checkpointing.save(
+            self._state(student, extra=extra, is_loading=False),
+            str(unfinished),
+            async_sharded_save=True,
+            async_strategy="mcore",
+        )
+        self._save = _Save(unfinished, final, self._queue.start(request))
+
+    def poll(self) -> None:
+        """Complete the save in flight if every rank has written; returns at once if not.
+
+        Raises:
+            TrainingError: a rank could not write; older checkpoints are untouched.
+
+        Collectives: none without a save in flight; else an all-reduce of [1], and when it is
+        complete a few small ones more.
+        """
+        self._complete(blocking=False)
+
+    def wait(self) -> None:
+        """Like :meth:`poll`, but until the save in flight is complete and old ones are gone."""
+        self._complete(blocking=True)
+        if self._removal is not None:
+            self._removal.join()
+
+    def _complete(self, *, blocking: bool) -> None:
+        save, reason = self._save, None
+        if save is None:
+            return
+        try:
+            if not self._queue.maybe_finalize_async_calls(blocking=blocking):
+                return
+        except CheckpointException as error:  # raised on every rank alike
+            reason = _reason(error)
+        except OSError as error:  # the first rank's own files: the others still wait for it
+            raise TrainingError(self._failed(save.final, str(error)), kind="disk") from error
+        self._save = None
+        written = _gather((save.writer.reason, save.writer.checksums))
+        reason = next((met for met, _ in written if met), reason)
+        if reason:
+            self._on_first_rank(lambda: _remove(save.unfinished), save.unfinished)
+            raise TrainingError(self._failed(save.final, reason), kind="disk")
+        checksums = {name: entry for _, part in written for name, entry in part.items()}
+        self._on_first_rank(
+            lambda: _publish(save.unfinished, save.final, checksums), save.unfinished
+        )
         self._on_first_rank(self._prune, self.folder)
-        return final
+
+    def load_newest(self, student: Student) -> dict[str, Any] | None:
+        """Put the newest checkpoint that is intact into ``student``; any layout.
+
+        A damaged one is named in a warning and renamed to ``step_000123.damaged``.
+
+        Returns:
+            The ``extra`` it was saved with; None where there is no checkpoint.
+
+        Raises:
+            InputError: there are checkpoints, but none is intact.
+        """
+        damaged: dict[int, str] = {}
+        for step in reversed(_gather(self.steps())[0]):
+            try:
+                extra = self.load(student, step)
+            except InputError as error:
+                damaged[step] = str(error)
+                continue
+            self._set_aside(damaged, step)
+            return extra
+        if damaged:
+            raise InputError("No checkpoint is intact. " + " ".join(damaged.values()))
+        return None
 
     def load(self, student: Student, step: int) -> dict[str, Any]:
-        """Put the checkpoint of ``step`` into ``student``; collective, any layout.
+        """Check the checkpoint of ``step``, each rank a share, and put it into ``student``.
 
         Returns:
             The ``extra`` it was saved with.
 
         Raises:
-            InputError: the checkpoint cannot be read.
+            InputError: files are missing, cut short or changed (they are named), or cannot be
+                read; on every rank.
         """
         path = self.folder / f"step_{step:06d}"
-        try:
-            state = self._read(student, path)
-        except (Exception, CheckpointException) as error:  # half a dozen unrelated types
+        reasons, state = self._damage(path), None
+        if not reasons:
+            error = None
+            try:
+                state = self._read(student, path)
+            except (Exception, CheckpointException) as caught:  # half a dozen unrelated types
+                error = _reason(caught)
+            reasons = [e for e in _gather(error) if e]
+        if reasons or state is None:
             raise InputError(
-                f"Checkpoint {path} cannot be read: {_reason(error)}. Remove that folder to resume "
-                f"from the one before it (complete: {self.steps()})."
-            ) from error
+                f"Checkpoint {path} cannot be read: {'; '.join(dict.fromkeys(reasons))}. Remove "
+                f"that folder to resume from the one before it (complete: {self.steps()})."
+            )
         student.model.load_state_dict(state["model"], strict=True)
         student.optimizer.load_state_dict(state["optimizer"])
         student.scheduler.load_state_dict(state["scheduler"])
         if "rng" in state:
             _set_rng(state["rng"])
         return state["extra"]
+
+    def _damage(self, path: Path) -> list[str]:
+        """What is wrong with the files of a checkpoint, equal on every rank."""
+        found: list[str] = []
+        unchecked = False
+        try:
+            files = read_checksums(path)
+            unchecked = files is None
+            if files is not None:
+                mine = share(files, self.ranks.rank, self.ranks.world_size)
+                found = problems(path, files, mine)
+        except (ValueError, OSError) as error:
+            found = [str(error)]
+        gathered = _gather(found)
+        if unchecked and self.ranks.rank == 0:
+            self._say(f"{path} has no checksums.json (an older version wrote it): not checked.")
+        return [text for part in gathered for text in part]
+
+    def _set_aside(self, damaged: dict[int, str], step: int) -> None:
+        for bad, reason in damaged.items() if self.ranks.rank == 0 else ():
+            self._say(f"WARNING: {reason} Resuming from step {step} instead.")
+            path = self.folder / f"step_{bad:06d}"
+            target = path.with_name(f"{path.name}.damaged")
+            with contextlib.suppress(OSError):
+                _remove(target)
+                path.rename(target)
 
     def _read(self, student: Student, path: Path) -> dict[str, Any]:
         wanted = self._state(student, extra={}, is_loading=True)
@@ -134,20 +275,6 @@ class Checkpoints:
             "rng", _get_rng(), (self.ranks.world_size,), (self.ranks.rank,), replica_id=0
         )
 
-    def _write(self, student: Student, folder: Path, extra: dict[str, Any]) -> str | None:
-        # Megatron keeps the queue between saves: after a failure it would hold old results.
-        # A plain queue instead of a manager process per rank: 0.1 s instead of 5-18 s.
-        filesystem_async._results_queue = queue.Queue()
-        try:
-            dist_checkpointing.save(
-                self._state(student, extra=extra, is_loading=False),
-                str(folder),
-                async_strategy="mcore",
-            )
-        except (Exception, CheckpointException) as error:  # any failure must reach all ranks
-            return _reason(error)
-        return None
-
     def _on_first_rank(self, action: Any, path: Path) -> None:
         error = None
         if self.ranks.rank == 0:
@@ -157,7 +284,7 @@ class Checkpoints:
                 error = str(caught)
         reason = next((e for e in _gather(error) if e), None)
         if reason:
-            raise TrainingError(self._failed(path, reason))
+            raise TrainingError(self._failed(path, reason), kind="disk")
 
     def _failed(self, path: Path, reason: str) -> str:
         steps = self.steps()
@@ -172,11 +299,13 @@ class Checkpoints:
     def _prune(self) -> None:
         for step in self.steps()[: -self.keep]:
             # Renamed first: a removal cut short must not leave something that looks complete.
-            doomed = self.folder / f".step_{step:06d}.old"
-            (self.folder / f"step_{step:06d}").rename(doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
-        for left_over in self.folder.glob(".step_*"):
-            shutil.rmtree(left_over, ignore_errors=True)
+            name = f"step_{step:06d}"
+            (self.folder / name).rename(self.folder / f".{name}.old")
+        doomed = list(self.folder.glob(".step_*"))
+        if doomed:
+            # Removing thousands of files takes a network file system its time.
+            self._removal = threading.Thread(target=_remove, args=doomed, daemon=True)
+            self._removal.start()
 
 
 def complete_steps(folder: Path) -> list[int]:
@@ -201,15 +330,26 @@ def _gather(value: Any) -> list[Any]:
     return values
 
 
-def _fresh(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
+def _fresh(folder: Path, files: Mapping[str, bytes]) -> None:
+    _remove(folder)
     folder.mkdir(parents=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
 
 
-def _publish(unfinished: Path, final: Path) -> None:
-    for path in [*unfinished.rglob("*"), unfinished]:
-        _fsync(path)
-    shutil.rmtree(final, ignore_errors=True)
+def _remove(*folders: Path) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _publish(unfinished: Path, final: Path, checksums: dict[str, Checksum]) -> None:
+    """Name a checkpoint whose tensors are on disk; ``checksums``: those of their files."""
+    for path in unfinished.iterdir():
+        if path.name not in checksums:
+            _fsync(path)
+    write_checksums(unfinished, checksums)
+    _fsync(unfinished)
+    _remove(final)
     unfinished.rename(final)
     _fsync(final.parent)
 

@@ -11,7 +11,7 @@ from megatron_tropd.config import ParallelConfig
 from megatron_tropd.errors import ConfigError
 from megatron_tropd.mcore import platform
 
-_TIMEOUT = timedelta(hours=2)
+_TIMEOUT_SECONDS = 2 * 3600.0
 """Ranks without an engine wait this long for a rollout, or for an evaluation on rank 0."""
 
 
@@ -71,7 +71,9 @@ class Ranks:
         return tp_rank, pp_rank, dp_rank
 
 
-def initialize(parallel: ParallelConfig, seed: int) -> Ranks:
+def initialize(
+    parallel: ParallelConfig, seed: int, *, timeout_seconds: float = _TIMEOUT_SECONDS
+) -> Ranks:
     """Join the run: process group, Megatron's parallel state, random states.
 
     Reads torchrun's environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT); without
@@ -80,6 +82,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> Ranks:
     Args:
         parallel: sizes of the axes.
         seed: of Megatron's random states (they differ between tensor ranks and stages).
+        timeout_seconds: after which a collective of any group fails.
 
     Returns:
         this process' ranks and groups.
@@ -91,11 +94,12 @@ def initialize(parallel: ParallelConfig, seed: int) -> Ranks:
     """
     from megatron.core import parallel_state, tensor_parallel
 
-    _join(parallel)
+    _join(parallel, timedelta(seconds=timeout_seconds))
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         expert_model_parallel_size=parallel.expert,
+        distributed_timeout_minutes=timeout_seconds / 60,  # made a timedelta: may be a fraction
         create_gloo_process_groups=platform.has_cuda(),
     )
     ranks = current_ranks()
@@ -137,7 +141,7 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
-def _join(parallel: ParallelConfig) -> None:
+def _join(parallel: ParallelConfig, timeout: timedelta) -> None:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if dist.is_initialized():
         world_size = dist.get_world_size()
@@ -152,7 +156,7 @@ def _join(parallel: ParallelConfig) -> None:
     if dist.is_initialized():
         return
     if "RANK" in os.environ:
-        dist.init_process_group(platform.distributed_backend(), timeout=_TIMEOUT)
+        dist.init_process_group(platform.distributed_backend(), timeout=timeout)
     else:
         dist.init_process_group(
             platform.distributed_backend(), store=dist.HashStore(), rank=0, world_size=1

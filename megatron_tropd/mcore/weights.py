@@ -154,7 +154,11 @@ def save_hf(
     if ranks.world_size > 1:
         dist.broadcast_object_list(failure, src=0)
     if failure[0] is not None:
-        raise TrainingError(f"The export to {out} could not be written: {failure[0]}")
+        raise TrainingError(
+            f"The export to {out} could not be written: {failure[0]}. Make room, then give the "
+            "same command again.",
+            kind="disk",
+        )
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,8 @@ def layout_name(made: Setup) -> str:
             parts.append(name.replace("_", " "))
     gpus = rollout.engine_tensor_parallel
     engines = f"{rollout.num_engines} engine{'s' if rollout.num_engines > 1 else ''}"
-    of_gpus = f"{gpus} GPU{'s' if gpus > 1 else ''}"
+    if made.separate:
+        engines = engines.replace("engine", "server")
+    of_gpus = f"{gpus} GPU{'s' if gpus > 1 else ''}" + (" of their own" if made.separate else "")
     parts.append(f"{engines} of {of_gpus}, engine_memory {rollout.engine_memory:.2f}")
     return ", ".join(parts)

@@ -1,8 +1,9 @@
 """Bytes on one GPU, item by item, in each phase of a step.
 
 Weights, gradients and optimizer states follow from the number of parameters; what a schedule keeps
-for the backward pass is in ``activations``. The rollout engine shares the GPU: it is woken for the
-rollout while the trainer's weights stay, and its memory is given back before the trainer computes.
+for the backward pass is in ``activations``. A colocated rollout engine shares the GPU: it is woken
+for the rollout while the trainer's weights stay, and its memory is given back before the trainer
+computes. Servers have GPUs of their own (:func:`engine_memory`).
 """
 
 from dataclasses import dataclass
@@ -40,7 +41,8 @@ class Memory:
     loss: float
     """Chunk buffers, gradients of hidden states and output layer, per-token values."""
     engine: float
-    """What the rollout engine takes on this GPU: its weights, its cache, its workspace."""
+    """What the rollout engine takes on this GPU: its weights, its cache, its workspace; 0 where
+    engines are servers with GPUs of their own."""
     engine_weights: float
     kv_cache: float
     """Part of ``engine`` that is left for keys and values; below 0 where the rest needs more."""
@@ -78,7 +80,8 @@ def memory_of_stage(made: Setup, stage: int) -> Memory:
     """
     student, teacher = made.held(made.student, stage), made.held(made.teacher, stage)
     last = stage == made.last_stage
-    engine_weights, cache = engine_memory(made)
+    engine_weights, cache = (0.0, 0.0) if made.separate else engine_memory(made)
+    workspace = 0.0 if made.separate else _workspace(made)
     return Memory(
         stage=stage,
         weights=student.total * made.element,
@@ -99,7 +102,7 @@ def memory_of_stage(made: Setup, stage: int) -> Memory:
         ),
         backward=_working_set(made, made.student),
         loss=loss_bytes(made) if last else 0.0,
-        engine=engine_weights + max(cache, 0.0) + _workspace(made),
+        engine=engine_weights + max(cache, 0.0) + workspace,
         engine_weights=engine_weights,
         kv_cache=cache,
     )

@@ -80,8 +80,10 @@ def _complexity(made: Setup) -> int:
 
 
 def _laid_out(made: Setup, gpus: int) -> Iterator[Setup]:
-    """Every layout that the trainer accepts, with one engine on each GPU."""
-    engines = replace(made.rollout, num_engines=gpus, engine_tensor_parallel=1)
+    """Every layout that the trainer accepts, with one engine on each GPU, or the servers."""
+    engines = made.rollout
+    if not made.separate:
+        engines = replace(made.rollout, num_engines=gpus, engine_tensor_parallel=1)
     for parallel in _layouts(made, gpus):
         try:
             yield made.laid_out(parallel, engines)
@@ -110,7 +112,12 @@ def _layouts(made: Setup, gpus: int) -> Iterator[ParallelConfig]:
 
 
 def _with_engines(made: Setup) -> Setup:
-    """The engines that sample fastest beside this layout: the smallest that are as fast."""
+    """The engines that sample fastest beside this layout: the smallest that are as fast.
+
+    Servers stay as configured: their GPUs are not the trainer's.
+    """
+    if made.separate:
+        return made
     resident = max(stage.resident for stage in estimate(made).memory)
     usable = made.hardware.usable_bytes - resident
     best, least = made, float("inf")

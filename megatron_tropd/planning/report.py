@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron_tropd.convert.families import describe
 from megatron_tropd.planning.estimate import Estimate, layout_name
-from megatron_tropd.planning.memory import Memory, cache_tokens
+from megatron_tropd.planning.memory import Memory, cache_tokens, engine_memory
 from megatron_tropd.planning.recommend import Recommendation
 from megatron_tropd.planning.seconds import concurrent_sequences
 from megatron_tropd.planning.setup import Setup
@@ -84,6 +84,7 @@ def _estimate_json(one: Estimate) -> dict[str, Any]:
     return {
         "parallel": asdict(one.made.parallel),
         "rollout": {
+            "placement": rollout.placement,
             "num_engines": rollout.num_engines,
             "engine_tensor_parallel": rollout.engine_tensor_parallel,
             "engine_memory": rollout.engine_memory,
@@ -116,7 +117,17 @@ def _heading(made: Setup) -> str:
             ("rates", rates),
             ("step", step),
             ("layout", layout_name(made)),
+            *([("servers", _servers(made))] if made.separate else []),
         ]
+    )
+
+
+def _servers(made: Setup) -> str:
+    weights, cache = engine_memory(made)
+    gpus = made.rollout.num_engines * made.rollout.engine_tensor_parallel
+    return (
+        f"{gpus} further GPUs, each with {weights / 1e9:.1f} GB of the student's weights and "
+        f"{cache / 1e9:.1f} GB of cache"
     )
 
 
@@ -156,7 +167,8 @@ def _seconds_block(one: Estimate) -> str:
     rows = [["seconds of a step (estimates)", ""]]
     rows += [[f"  {name}", f"{getattr(one.seconds, name):.2f}"] for name in _PHASES]
     steps = one.made.config.train.steps
-    rows.append(["  total", f"{one.seconds.total:.2f}"])
+    overlap = ", rollout beside the rest" if one.seconds.steps_ahead else ""
+    rows.append([f"  total{overlap}", f"{one.seconds.total:.2f}"])
     rows.append([f"hours of {steps} steps", f"{steps * one.seconds.total / 3600:.1f}"])
     return _table(rows)
 

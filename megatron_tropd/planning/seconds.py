@@ -1,7 +1,8 @@
 """Expected seconds of each phase of a step, from rates that the hardware is said to reach.
 
 Estimates: products at a fixed share of the peak, collectives not hidden behind them, evenly routed
-experts, no evaluation and no checkpoint.
+experts, no evaluation and no checkpoint. Servers get weights at the rate of host memory, which a
+shared file system may not reach.
 """
 
 from dataclasses import dataclass
@@ -31,11 +32,14 @@ class Seconds:
     """Forward, loss, backward, gradients over the replicas."""
     optimizer: float
     sync: float
+    steps_ahead: int = 0
+    """1: the next step's rollout goes on while this one trains."""
 
     @property
     def total(self) -> float:
         """Of one step."""
-        return self.rollout + self.teacher + self.student + self.optimizer + self.sync
+        training = self.teacher + self.student + self.optimizer + self.sync
+        return max(self.rollout, training) if self.steps_ahead else self.rollout + training
 
 
 def seconds(made: Setup, sent: Communication) -> Seconds:
@@ -51,6 +55,7 @@ def seconds(made: Setup, sent: Communication) -> Seconds:
         student=pass_seconds(made, made.student, backward=True) + _reduction_seconds(made, sent),
         optimizer=optimizer_seconds(made),
         sync=sent.weight_sync / (made.hardware.host_copy_gb_s * 1e9),
+        steps_ahead=made.rollout.steps_ahead,
     )
 
 
@@ -151,7 +156,7 @@ def concurrent_sequences(made: Setup) -> int:
 
 
 def _engine_bytes(made: Setup) -> float:
-    if made.hardware.layers == "cpu":  # an engine on a CPU never sleeps
+    if made.separate or made.hardware.layers == "cpu":  # these engines never sleep
         return 0.0
     return made.student.parameters * made.element / made.rollout.engine_tensor_parallel
 

@@ -29,6 +29,11 @@ class Setup:
     """Bytes of a weight or activation: 2 for bfloat16, 4 for float32."""
 
     @property
+    def separate(self) -> bool:
+        """Whether engines are servers with GPUs of their own."""
+        return self.rollout.placement == "separate"
+
+    @property
     def padded_vocab(self) -> int:
         """Rows of both models' embeddings."""
         return _padded_vocab(self.student.key, self.teacher.key, self.parallel.tensor)
@@ -136,15 +141,19 @@ def check_engines(made: Setup) -> None:
         ConfigError: they do not, or the student's heads cannot be split over them.
     """
     world, engines = made.parallel.world_size, made.rollout.num_engines
-    gpus = made.rollout.engine_tensor_parallel
-    if world % engines:
+    gpus, node = made.rollout.engine_tensor_parallel, made.hardware.gpus_per_node
+    if made.separate and gpus > node:
+        raise ConfigError(
+            f"rollout.engine_tensor_parallel = {gpus} exceeds the {node} GPUs of a node. Lower it."
+        )
+    if not made.separate and world % engines:
         raise ConfigError(
             f"rollout.num_engines = {engines} must divide the {world} ranks. Change one of the two."
         )
-    if gpus > min(world // engines, made.hardware.gpus_per_node):
+    if not made.separate and gpus > min(world // engines, node):
         raise ConfigError(
             f"rollout.engine_tensor_parallel = {gpus} exceeds the {world // engines} GPUs that "
-            f"each of {engines} engines has, or the {made.hardware.gpus_per_node} of a node. Lower "
+            f"each of {engines} engines has, or the {node} of a node. Lower "
             "rollout.num_engines or rollout.engine_tensor_parallel."
         )
     if made.student.shape.heads % gpus:

@@ -4,14 +4,15 @@
 line is on disk when the call that wrote it returns.
 """
 
+import contextlib
 import json
-import os
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_tropd.errors import ConfigError
+from megatron_tropd.files import append_line, replace_text
 from megatron_tropd.report.records import finite, read_lines
 
 METRICS = "metrics.jsonl"
@@ -60,7 +61,7 @@ class MetricsLog:
             path = self._folder / name
             if path.is_file():
                 kept = [record for record in read_lines(path) if record["step"] <= last]
-                _replace(path, "".join(_line(record) for record in kept))
+                replace_text(path, "".join(_line(record) for record in kept))
         for path in (self._folder / "trajectories").glob("step_*.jsonl"):
             if int(path.stem.removeprefix("step_")) > step:
                 path.unlink()
@@ -83,16 +84,14 @@ class MetricsLog:
 
     def close(self) -> None:
         """Flush and close TensorBoard and Weights & Biases."""
-        if self._writer is not None:
-            self._writer.close()
+        if self._writer is not None and self._tensorboard:
+            with contextlib.suppress(OSError):
+                self._writer.close()
         if self._wandb is not None:
             self._wandb.finish()
 
     def _append(self, name: str, record: Mapping[str, Any]) -> None:
-        with (self._folder / name).open("a", encoding="utf-8") as file:
-            file.write(_line(record))
-            file.flush()
-            os.fsync(file.fileno())
+        append_line(self._folder / name, _line(record))
 
     def _copy(self, record: Mapping[str, Any]) -> None:
         step = record["step"]
@@ -102,28 +101,26 @@ class MetricsLog:
             if isinstance(value, int | float) and not isinstance(value, bool) and name != "step"
         }
         if self._tensorboard:
-            if self._writer is None:
-                # Imported late: it takes seconds, and a login node may not have it.
-                from torch.utils.tensorboard import SummaryWriter
-
-                self._writer = SummaryWriter(str(self._folder / "tensorboard"), purge_step=step)
-            for name, value in numbers.items():
-                self._writer.add_scalar(name, value, step)
+            try:
+                self._copy_to_tensorboard(numbers, step)
+            except OSError as error:  # a copy is not worth the run
+                self._tensorboard = False
+                print(f"TensorBoard is off until the next start: {error}", flush=True)
         if self._wandb is not None:
             self._wandb.log({**numbers, "step": step})
+
+    def _copy_to_tensorboard(self, numbers: Mapping[str, float], step: int) -> None:
+        if self._writer is None:
+            # Imported late: it takes seconds, and a login node may not have it.
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(self._folder / "tensorboard"), purge_step=step)
+        for name, value in numbers.items():
+            self._writer.add_scalar(name, value, step)
 
 
 def _line(record: Mapping[str, Any]) -> str:
     return json.dumps(finite(dict(record)), allow_nan=False) + "\n"
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def _start_wandb(project: str, folder: Path, config: Mapping[str, Any] | None) -> Any:

@@ -197,6 +197,10 @@ class RolloutEngine:
             self._receive()
             self._asleep = False
 
+    def kill(self) -> None:
+        """End the child process at once, from any thread; whoever waits for it gets its death."""
+        self._process.kill()
+
     def close(self) -> None:
         """End the child process; harmless when it has ended already."""
         self._connection.close()
@@ -246,7 +250,9 @@ class RolloutEngine:
             raise self._death() from None
         self._waiting_for = ""
         if status == "error":
-            raise TrainingError(f"The rollout engine failed: {value}\n{self._log_tail()}")
+            raise TrainingError(
+                f"The rollout engine failed: {value}\n{self._log_tail()}", kind="engine"
+            )
         return value
 
     def _death(self) -> TrainingError:
@@ -258,7 +264,8 @@ class RolloutEngine:
         return TrainingError(
             f"The rollout engine (process {self._process.pid}) ended {ended} during "
             f"{self._waiting_for or 'idling'!r}. Start the same command again to resume.\n"
-            + self._log_tail()
+            + self._log_tail(),
+            kind="engine",
         )
 
     def _log_tail(self) -> str:

@@ -1,17 +1,19 @@
 """The engines of a run: which rank owns one, and how all ranks use them together."""
 
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_tropd.errors import TrainingError
+from megatron_tropd.errors import ConfigError, InputError, TrainingError
+from megatron_tropd.failures import kind_of
 from megatron_tropd.rollout.engine import RolloutEngine
 from megatron_tropd.rollout.types import Sample, SampleRequest, Sampling
 from megatron_tropd.rollout.weight_sync import WeightMailbox
+
+T = TypeVar("T")
 
 
 class EnginePool:
@@ -41,7 +43,10 @@ class EnginePool:
         self.owners = tuple(range(0, world_size, block))
         self._number = rank // block if rank in self.owners else None
         self._engine: RolloutEngine | None = None
-        self._together(lambda: self._make(make_engine))
+        self._mailbox: WeightMailbox | None = None
+        self._asked = False
+        self._settled: list[Sample] | None = None
+        together(lambda: self._make(make_engine))
 
     @property
     def owns_engine(self) -> bool:
@@ -58,51 +63,55 @@ class EnginePool:
         Returns:
             One sample per request, in order, on every rank.
 
-        Collectives: one gather of the samples as objects.
+        Collectives: one gather of the samples as objects; one more where others were asked for
+        before.
         """
-        engines = len(self.owners)
+        self._settle()
+        units = self._cut(requests)
+        parts = together(lambda: self._generate(units, sampling))
+        return merge_units([parts[owner] for owner in self.owners])
 
-        def mine() -> list[Sample]:
-            engine = self._engine
-            if engine is None:
-                return []
-            try:
-                return engine.generate(requests[self._number :: engines], sampling)
-            finally:
-                engine.sleep()
+    def start_generate(self, requests: Sequence[SampleRequest], sampling: Sampling) -> None:
+        """Ask for samples without waiting; one call at a time may be under way.
 
-        parts = self._together(mine)
-        samples: list[Any] = [None] * len(requests)
-        for number, owner in enumerate(self.owners):
-            samples[number::engines] = parts[owner]
-        return samples
+        Args and errors as :meth:`generate`. Engines that sleep between calls cannot do it.
 
-    def load_weights(self, folder: Path | None) -> None:
-        """Give every engine the weights its rank wrote to ``folder`` (None on other ranks)."""
+        Collectives: one gather of the outcome.
+        """
+        assert not self._asked, "start_generate before finish_generate"
+        units = self._cut(requests)
 
         def mine() -> None:
-            if self._engine is not None and folder is not None:
-                self._engine.load_weights(folder)
+            if self._engine is not None and self._number is not None:
+                self._engine.start_generate(units[self._number], sampling)
 
-        self._together(mine)
+        together(mine)
+        self._asked, self._settled = True, None
 
-    def load_tensors(
-        self, tensors: Iterable[tuple[str, Tensor | None]], mailbox: WeightMailbox | None
-    ) -> None:
+    def finish_generate(self) -> list[Sample]:
+        """The samples of the last :meth:`start_generate`, on every rank.
+
+        Collectives: one gather of the samples as objects.
+        """
+        assert self._asked, "finish_generate without start_generate"
+        self._settle()
+        samples, self._asked, self._settled = self._settled, False, None
+        assert samples is not None
+        return samples
+
+    def load_tensors(self, tensors: Iterable[tuple[str, Tensor | None]], *, version: int) -> None:
         """Give every engine the weights that come out of ``tensors``.
 
         Args:
             tensors: HF names and tensors, ``None`` on ranks without an engine; exhausted on every
                 rank, since making them is collective.
-            mailbox: where a rank with an engine hands them over; None on the others.
+            version: optimizer steps they have seen.
+
+        Collectives: those of ``tensors``, a gather of the outcome, and one of samples that were
+        asked for and are still being made: they are of the weights before.
         """
-        if mailbox is None:
-            for _ in tensors:
-                pass
-            self.load_weights(None)
-        else:
-            self.load_weights(mailbox.write(tensors))
-            mailbox.clear()
+        self._settle()
+        together(lambda: self._load(tensors))
 
     def sleep(self) -> None:
         """Give every engine's device memory back until the next call."""
@@ -111,13 +120,16 @@ class EnginePool:
             if self._engine is not None:
                 self._engine.sleep()
 
-        self._together(mine)
+        together(mine)
 
     def close(self) -> None:
         """End this rank's engine; not collective, harmless twice."""
         if self._engine is not None:
             self._engine.close()
             self._engine = None
+        if self._mailbox is not None:
+            self._mailbox.close()
+            self._mailbox = None
 
     def __enter__(self) -> Self:
         return self
@@ -133,20 +145,77 @@ class EnginePool:
     def _make(self, make_engine: Callable[[int], RolloutEngine]) -> None:
         if self._number is not None:
             self._engine = make_engine(self._number)
+            self._mailbox = WeightMailbox()
 
-    def _together(self, action: Callable[[], Any]) -> list[Any]:
-        """Run ``action`` everywhere; raise the first error on every rank, or return all results."""
-        outcome: tuple[Any, Exception | None]
+    def _load(self, tensors: Iterable[tuple[str, Tensor | None]]) -> None:
+        if self._engine is None or self._mailbox is None:
+            for _ in tensors:
+                pass
+            return
+        self._engine.load_weights(self._mailbox.write(tensors))
+        self._mailbox.clear()
+
+    def _cut(self, requests: Sequence[SampleRequest]) -> list[list[SampleRequest]]:
+        return cut_units(requests, len(self.owners))
+
+    def _generate(self, units: list[list[SampleRequest]], sampling: Sampling) -> list[Sample]:
+        if self._engine is None or self._number is None:
+            return []
         try:
-            outcome = (action(), None)
-        except Exception as error:  # whatever it is, the other ranks must hear of it
-            outcome = (None, error)
-        outcomes: list[Any] = [None] * dist.get_world_size()
-        # As text: not every exception survives pickling.
-        dist.all_gather_object(outcomes, (outcome[0], outcome[1] and str(outcome[1])))
-        if outcome[1] is not None:
-            raise outcome[1]
-        messages = [message for _, message in outcomes if message is not None]
-        if messages:
-            raise TrainingError(messages[0])
-        return [result for result, _ in outcomes]
+            return self._engine.generate(units[self._number], sampling)
+        finally:
+            self._engine.sleep()
+
+    def _settle(self) -> None:
+        """Wait for samples that were asked for and keep them: engines do one thing at a time."""
+        if not self._asked or self._settled is not None:
+            return
+        parts = together(lambda: self._engine.finish_generate() if self._engine else [])
+        self._settled = merge_units([parts[owner] for owner in self.owners])
+
+
+def cut_units[T](requests: Sequence[T], count: int) -> list[list[T]]:
+    """Cut into ``count`` units, by index alone: unit i has requests i, i + count, ..."""
+    return [list(requests[number::count]) for number in range(count)]
+
+
+def merge_units[T](units: Sequence[Sequence[T]]) -> list[T]:
+    """Inverse of :func:`cut_units`."""
+    merged: list[Any] = [None] * sum(map(len, units))
+    for number, unit in enumerate(units):
+        merged[number :: len(units)] = unit
+    return merged
+
+
+def together(action: Callable[[], Any]) -> list[Any]:
+    """Run ``action`` on every rank and gather what it returned.
+
+    Returns:
+        The results, by rank.
+
+    Raises:
+        The first error, on every rank: as it was raised where it was, elsewhere as ConfigError,
+        InputError, or TrainingError of the same kind.
+
+    Collectives: one gather of objects.
+    """
+    outcome: tuple[Any, Exception | None]
+    try:
+        outcome = (action(), None)
+    except Exception as error:  # whatever it is, the other ranks must hear of it
+        outcome = (None, error)
+    outcomes: list[Any] = [None] * dist.get_world_size()
+    # As text: not every exception survives pickling.
+    met = outcome[1]
+    dist.all_gather_object(outcomes, (outcome[0], met and (str(met), kind_of(met))))
+    if met is not None:
+        raise met
+    for _, failure in outcomes:
+        if failure is not None:
+            raise _as_error(*failure)
+    return [result for result, _ in outcomes]
+
+
+def _as_error(message: str, kind: str) -> Exception:
+    known = {"config": ConfigError, "input": InputError}
+    return known[kind](message) if kind in known else TrainingError(message, kind=kind)

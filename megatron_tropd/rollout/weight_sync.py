@@ -1,7 +1,8 @@
-"""Student weights from the trainer to the engine: safetensors in shared memory, bucket by bucket.
+"""Student weights from the trainer to the engine: safetensors in a folder, bucket by bucket.
 
-The exporting rank writes HF-named tensors into a folder under /dev/shm as they arrive, so it never
-holds more than one bucket; the engine maps the files, loads them in place, and they are removed.
+The exporting rank writes HF-named tensors as they arrive, so it never holds more than one bucket;
+the engine maps the files and loads them in place. An engine of the same rank gets them through a
+:class:`WeightMailbox` in /dev/shm, servers through :class:`WeightVersions` in the run folder.
 """
 
 import fcntl
@@ -10,10 +11,12 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -21,7 +24,100 @@ from megatron_tropd.errors import TrainingError
 
 _PREFIX = "tropd-weights-"
 _LOCK = "owner.lock"
-_BUCKET_BYTES = 256 * 2**20
+_WRITER = "writer.txt"
+BUCKET_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class WeightsName:
+    """Which weights: the optimizer steps they have seen and the process that wrote them.
+
+    A run that resumes makes a version again. It should be the same to the last bit, but no server
+    has to rely on it: another writer is another name.
+    """
+
+    version: int
+    """Optimizer steps."""
+    writer: str
+    """Unique to each start of the trainer."""
+
+
+class WeightVersions:
+    """Versions of the weights in a folder that trainer and servers share.
+
+    ``version_000123/`` is complete when it has that name; while it is written it starts with a dot.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """``folder``: made by the first write."""
+        self.folder = folder
+
+    def path(self, version: int) -> Path:
+        """Where a version lies, or would."""
+        return self.folder / f"version_{version:06d}"
+
+    def write(self, name: WeightsName, tensors: Iterable[tuple[str, Tensor | None]]) -> None:
+        """Write a version; one of the same number is replaced.
+
+        Args:
+            name: the version and its writer.
+            tensors: HF names and tensors on any device; always exhausted.
+
+        Raises:
+            TrainingError: the folder cannot be written, or there is no room.
+        """
+        final = self.path(name.version)
+        unfinished = final.with_name(f".{final.name}.{name.writer}")
+        tensors = iter(tensors)
+        try:
+            unfinished.mkdir(parents=True)
+            write_buckets(unfinished, tensors)
+            (unfinished / _WRITER).write_text(name.writer)
+            shutil.rmtree(final, ignore_errors=True)
+            unfinished.rename(final)
+        except (OSError, TrainingError) as error:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise TrainingError(
+                f"The weights after step {name.version} could not be handed to the rollout "
+                f"servers: {error}",
+                kind="disk",
+            ) from None
+        finally:
+            for _ in tensors:
+                pass
+
+    def find(self, name: WeightsName) -> Path:
+        """The folder of a complete version.
+
+        Raises:
+            TrainingError: it is not there, or another process wrote it.
+        """
+        folder = self.path(name.version)
+        try:
+            writer = (folder / _WRITER).read_text()
+        except OSError as error:
+            raise TrainingError(
+                f"Weights {folder} are not there: {error}. Trainer and servers must see the same "
+                "run folder.",
+                kind="disk",
+            ) from None
+        if writer != name.writer:
+            raise TrainingError(
+                f"Weights {folder} are of the trainer {writer}, expected {name.writer}: another "
+                "command writes into this run folder."
+            )
+        return folder
+
+    def prune(self, oldest: int, newest: int) -> None:
+        """Remove every version outside ``oldest``..``newest``, and what was left unfinished."""
+        kept = {self.path(version) for version in range(oldest, newest + 1)}
+        for folder in self.folder.glob("*version_*"):
+            if folder not in kept:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def clear(self) -> None:
+        """Remove the folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 class WeightMailbox:
@@ -31,7 +127,7 @@ class WeightMailbox:
     free are left-overs and are removed when the next mailbox is made.
     """
 
-    def __init__(self, root: Path | None = None, *, bucket_bytes: int = _BUCKET_BYTES) -> None:
+    def __init__(self, root: Path | None = None, *, bucket_bytes: int = BUCKET_BYTES) -> None:
         """Make the folder and remove those of dead runs.
 
         Args:
@@ -66,18 +162,7 @@ class WeightMailbox:
         self._version += 1
         target = self.folder / str(self._version)
         target.mkdir()
-        bucket: dict[str, Tensor] = {}
-        size = count = 0
-        for name, tensor in tensors:
-            if tensor is None:
-                continue
-            if bucket and size + tensor.nbytes > self._bucket_bytes:
-                _save(bucket, target / f"model-{count:05d}.safetensors")
-                bucket, size, count = {}, 0, count + 1
-            bucket[name] = tensor.detach().to("cpu").contiguous()
-            size += tensor.nbytes
-        if bucket:
-            _save(bucket, target / f"model-{count:05d}.safetensors")
+        write_buckets(target, tensors, self._bucket_bytes)
         return target
 
     def clear(self) -> None:
@@ -94,6 +179,41 @@ class WeightMailbox:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def write_buckets(
+    target: Path,
+    tensors: Iterable[tuple[str, Tensor | None]],
+    bucket_bytes: int = BUCKET_BYTES,
+) -> None:
+    """Write tensors as safetensors into a folder, holding one bucket at a time.
+
+    Args:
+        target: an empty folder.
+        tensors: HF names and tensors on any device; ``None`` values are skipped. Exhausted even if
+            writing fails, since making them may be collective.
+        bucket_bytes: tensors are written in files of about this size.
+
+    Raises:
+        TrainingError: no room for the weights.
+    """
+    tensors = iter(tensors)
+    try:
+        bucket: dict[str, Tensor] = {}
+        size = count = 0
+        for name, tensor in tensors:
+            if tensor is None:
+                continue
+            if bucket and size + tensor.nbytes > bucket_bytes:
+                _save(bucket, target / f"model-{count:05d}.safetensors")
+                bucket, size, count = {}, 0, count + 1
+            bucket[name] = tensor.detach().to("cpu").contiguous()
+            size += tensor.nbytes
+        if bucket:
+            _save(bucket, target / f"model-{count:05d}.safetensors")
+    finally:
+        for _ in tensors:
+            pass
 
 
 def remove_stale(root: Path) -> None:
@@ -133,7 +253,15 @@ def _save(bucket: dict[str, Tensor], path: Path) -> None:
     if needed > free:
         raise TrainingError(
             f"{path.parent} has {free / 2**20:.0f} MiB free, the student's weights need "
-            f"{needed / 2**20:.0f} MiB more for the rollout engine. Free some or enlarge it."
+            f"{needed / 2**20:.0f} MiB more for the rollout engine. Free some or enlarge it.",
+            kind="disk",
         )
-    with torch.no_grad():
-        save_file(bucket, path)
+    try:
+        with torch.no_grad():
+            save_file(bucket, path)
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(
+            f"{path} could not be written: {error}. {needed / 2**20:.0f} MiB were needed, "
+            f"{free / 2**20:.0f} MiB free. Make room or fix the folder, then resume.",
+            kind="disk",
+        ) from None

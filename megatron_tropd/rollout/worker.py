@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
+from megatron_tropd.exits import STOP_SIGNALS
 from megatron_tropd.rollout.types import EngineSettings, Sample, SampleRequest, Sampling
 
 _PARENT_POLL_SECONDS = 0.5
@@ -180,9 +181,9 @@ def _watch_parent(parent_pid: int) -> None:
 def main() -> None:
     """Serve the parent until it closes the pipe or dies."""
     connection, parent_pid = Connection(int(sys.argv[1])), int(sys.argv[2])
-    # Ctrl-C and a job's SIGTERM reach the whole process group: the parent decides when we end.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # Ctrl-C and a job's signals reach every process: the parent decides when we end.
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_watch_parent, args=(parent_pid,), daemon=True).start()
     code = 1
     try:

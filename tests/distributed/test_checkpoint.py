@@ -5,7 +5,10 @@ for the faults.
 """
 
 import json
+import os
 import resource
+import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -34,11 +37,11 @@ def _student(folder: str, layout: ParallelConfig, dtype: str = "float32"):
     return learner, ranks
 
 
-def _checkpoints(folder: Path, ranks, layout: ParallelConfig, keep: int = 2):
+def _checkpoints(folder: Path, ranks, layout: ParallelConfig, keep: int = 2, say=print):
     from megatron_tropd.mcore.checkpoint import Checkpoints
 
     return Checkpoints(
-        folder, keep=keep, ranks=ranks, distributed_optimizer=layout.distributed_optimizer
+        folder, keep=keep, ranks=ranks, distributed_optimizer=layout.distributed_optimizer, say=say
     )
 
 
@@ -86,8 +89,11 @@ def _save_and_move(folder: str, out: str, dtype: str, distributed_optimizer: boo
     writer = next(iter(layouts.values()))
     learner, ranks = _student(folder, writer, dtype)
     _some_steps(learner, ranks, 0, 3)
-    _checkpoints(root, ranks, writer).save(learner, step=3, extra={"step": 3})
+    checkpoints = _checkpoints(root, ranks, writer)
+    checkpoints.save(learner, step=3, extra={"step": 3})
+    # Training goes on while the files are written: what was true at step 3 must be in them.
     after = {"uninterrupted": _some_steps(learner, ranks, 3, 6)}
+    checkpoints.wait()
     leave_layout()
     for name, layout in layouts.items():
         learner, ranks = _student(folder, layout, dtype)
@@ -127,36 +133,112 @@ def test_a_checkpoint_continues_under_other_layouts(dtype, distributed_optimizer
         torch.testing.assert_close(norms, expected, rtol=rtol, atol=1e-4)
 
 
+def _saved(checkpoints, learner, step: int) -> None:
+    checkpoints.save(learner, step=step, extra={"step": step})
+    checkpoints.wait()
+
+
 def _faults(folder: str, out: str) -> None:
     layout, root = ParallelConfig(), Path(out)
     learner, ranks = _student(folder, layout)
-    checkpoints = _checkpoints(root, ranks, layout)
-    for step in (1, 2, 3):
+    said: list[str] = []
+    checkpoints = _checkpoints(root, ranks, layout, keep=3, say=said.append)
+    assert checkpoints.load_newest(learner) is None
+    for step in (1, 2, 3, 4):
         _some_steps(learner, ranks, step - 1, step)
-        checkpoints.save(learner, step=step, extra={"step": step})
-    assert checkpoints.steps() == [2, 3], "the two newest are kept"
+        _saved(checkpoints, learner, step)
+    assert checkpoints.steps() == [2, 3, 4], "the newest are kept"
+    assert sorted(p.name for p in root.iterdir()) == [f"step_{s:06d}" for s in (2, 3, 4)]
 
     # A save cut short leaves a name with a dot, which nobody takes for a checkpoint.
-    (root / ".step_000004.tmp").mkdir()
-    assert checkpoints.steps() == [2, 3]
+    (root / ".step_000005.tmp").mkdir()
+    assert checkpoints.steps() == [2, 3, 4]
 
-    # No room: every file over 64 KiB fails, as on a full disk.
+    _writes_in_the_background(checkpoints, learner)
+    _no_room(checkpoints, learner)
+    _checksums_are_those_of_sha256sum(root / "step_000005")
+    _damage_is_found(checkpoints, learner, said)
+
+
+def _writes_in_the_background(checkpoints, learner) -> None:
+    """On a slow file system saving only slows: the name appears when all is on disk."""
+    go_on, fsync = threading.Event(), os.fsync
+
+    def slow_fsync(file: int) -> None:
+        if threading.current_thread().name == "checkpoint":
+            go_on.wait()
+        fsync(file)
+
+    os.fsync = slow_fsync
+    try:
+        checkpoints.save(learner, step=5, extra={"step": 5}, files={"more.txt": b"kept"})
+        for _ in range(3):
+            checkpoints.poll()
+            assert checkpoints.steps() == [2, 3, 4]
+        go_on.set()
+        checkpoints.wait()
+    finally:
+        os.fsync = fsync
+    assert checkpoints.steps() == [3, 4, 5]
+
+
+def _no_room(checkpoints, learner) -> None:
+    # Every file over 64 KiB fails, as on a full disk.
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (65536, unlimited[1]))
     try:
-        with pytest.raises(TrainingError, match="step 3 is intact"):
-            checkpoints.save(learner, step=5, extra={"step": 5})
+        with pytest.raises(TrainingError, match=r"File too large.*step 5 is intact") as caught:
+            _saved(checkpoints, learner, 6)
+        assert caught.value.kind == "disk"
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
-    assert checkpoints.steps() == [2, 3]
-    assert not list(root.glob(".step_000005*"))
-    assert checkpoints.load(learner, 3)["step"] == 3
+    assert checkpoints.steps() == [3, 4, 5]
+    assert not list(checkpoints.folder.glob(".step_000006*"))
+    assert checkpoints.load(learner, 5)["step"] == 5
 
-    damaged = next((root / "step_000003").glob("*.distcp"))
-    damaged.write_bytes(damaged.read_bytes()[:100])
-    with pytest.raises(InputError, match=r"cannot be read.*Remove that folder"):
-        checkpoints.load(learner, 3)
-    assert checkpoints.load(learner, 2)["step"] == 2
+
+def _checksums_are_those_of_sha256sum(path: Path) -> None:
+    files = json.loads((path / "checksums.json").read_text())["files"]
+    assert (
+        {".metadata", "metadata.json", "more.txt"}
+        < files.keys()
+        == {p.name for p in path.iterdir() if p.name != "checksums.json"}
+    )
+    printed = subprocess.check_output(["sha256sum", *files], cwd=path, text=True)
+    assert {line.split()[1]: line.split()[0] for line in printed.splitlines()} == {
+        name: entry["sha256"] for name, entry in files.items()
+    }
+
+
+def _damage_is_found(checkpoints, learner, said: list[str]) -> None:
+    """Flipped, cut, missing: each checkpoint names its file and gives way to the one before."""
+    root = checkpoints.folder
+    flipped, cut = (next((root / f"step_{s:06d}").glob("*.distcp")) for s in (5, 4))
+    content = bytearray(flipped.read_bytes())
+    content[len(content) // 2] ^= 1
+    flipped.write_bytes(content)
+    cut.write_bytes(cut.read_bytes()[:-1])
+    with pytest.raises(InputError, match=rf"{flipped.name} has other contents.*Remove that folder"):
+        checkpoints.load(learner, 5)
+    with pytest.raises(InputError, match=rf"{cut.name} has \d+ bytes, expected \d+"):
+        checkpoints.load(learner, 4)
+    assert checkpoints.load_newest(learner) == {"step": 3, "layout": [1, 1, 1, 1]}
+    assert checkpoints.steps() == [3], "the damaged ones are set aside"
+    assert (root / "step_000005.damaged").is_dir()
+    assert "WARNING" in said[0] and flipped.name in said[0] and "from step 3" in said[0]
+
+    # Older versions wrote no checksums: accepted, with a note; damage is found by reading.
+    (root / "step_000003" / "checksums.json").unlink()
+    said.clear()
+    assert checkpoints.load_newest(learner)["step"] == 3
+    assert len(said) == 1 and "not checked" in said[0]
+
+    _saved(checkpoints, learner, 4)
+    (root / "step_000004" / ".metadata").unlink()
+    (root / "step_000003" / ".metadata").unlink()
+    with pytest.raises(InputError, match=r"No checkpoint is intact.*\.metadata is missing"):
+        checkpoints.load_newest(learner)
+    assert checkpoints.steps() == [3, 4], "nothing is set aside for nothing"
 
 
 def test_faults_leave_the_older_checkpoints_intact(tmp_path, tiny_model):

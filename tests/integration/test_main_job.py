@@ -316,7 +316,7 @@ def test_a_dead_engine_ends_the_run_with_a_reason(start, yardstick):
     run.wait_for(lambda: run.steps_logged() >= 2, "step 2")
     os.kill(run.engine(), signal.SIGKILL)
     code, text = run.finish()
-    assert code == 1
+    assert code == 75
     assert "rollout engine" in text and "signal 9" in text and "resume" in text
     code, text = start().finish()
     assert code == 0, text
@@ -332,7 +332,7 @@ def test_a_full_disk_leaves_the_older_checkpoint(start, yardstick):
     # Room for logs and for the weights on their way to the engine, not for a checkpoint.
     size = max(p.stat().st_size for p in first.glob("*.distcp"))
     code, text = start(limit=size * 2 // 3).finish()
-    assert code == 1
+    assert code == 75
     assert "could not be written" in text and "is intact" in text and "Free there" in text
     assert [p.name for p in (run.folder / "checkpoints").iterdir() if p.name[0] == "."] == []
     code, text = start().finish()

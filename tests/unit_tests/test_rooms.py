@@ -18,23 +18,33 @@ PACKAGE = Path(__file__).resolve().parents[2] / "megatron_tropd"
 # plain records: whoever may not enter the room may still take those.
 ARROWS: dict[str, set[str]] = {
     "errors": set(),
+    "exits": set(),
+    "failures": {"exits"},
+    "files": set(),
+    "watchdog": {"exits", "failures"},
+    "nodes": set(),
     "loss_config": set(),
     "config": {"loss_config"},
     "losses": {"loss_config"},
     "data": {"config", "losses", "rollout.types"},
     "convert": {"config"},
     "mcore": {"config", "convert", "data.types", "losses"},
-    "rollout": {"config", "data.types"},
+    "rollout": {"config", "data.types", "exits", "failures"},
     "tasks": {"config", "data", "losses", "rollout.types"},
-    "report": {"config", "data.types"},
+    "report": {"config", "data.types", "files"},
     "planning": {"config", "convert"},
+    "cluster": {"config"},
     "integrations": {
         *("config", "convert", "data", "loss_config", "losses", "mcore", "rollout"),
     },
 }
 OUTSIDE = {"megatron": {"mcore", "integrations", "doctor"}, "vllm": {"rollout", "doctor"}}
 KERNELS = PACKAGE / "losses" / "dense_triton.py"  # the one file that may import triton
-LIGHT = {"errors", "loss_config", "config"}  # rooms that need the standard library alone
+LIGHT = {
+    *("errors", "exits", "failures", "files", "watchdog", "nodes"),
+    *("loss_config", "config", "cluster"),
+}
+"""Rooms that need the standard library alone."""
 
 
 def _room(path: Path) -> str:

@@ -14,8 +14,10 @@ from megatron_tropd.config import (
     TrainConfig,
 )
 from megatron_tropd.errors import ConfigError, InputError
-from megatron_tropd.launch import first_error, is_rank
-from megatron_tropd.run_folder import RunFolder, hold, open_run, write_json
+from megatron_tropd.failures import Failure, read, report
+from megatron_tropd.files import write_json
+from megatron_tropd.launch import is_rank
+from megatron_tropd.run_folder import RunFolder, hold, open_run
 
 
 @pytest.fixture
@@ -35,12 +37,11 @@ def test_the_folder_keeps_the_resolved_settings(config):
     assert folder.read_summary() is None
 
 
-def test_the_same_settings_continue_and_old_errors_go(config):
+def test_the_same_settings_continue_and_an_old_failure_goes(config):
     folder = open_run(config)
-    (folder.logs / "rank_001.error").write_text("broken\n")
-    assert first_error(folder.logs) == "broken"
+    assert report(folder.failure, Failure(kind="engine", message="broken"))
     open_run(config)
-    assert first_error(folder.logs) is None
+    assert read(folder.failure) is None
 
 
 def test_other_settings_are_refused_by_name(config):

@@ -14,7 +14,12 @@ from megatron_tropd.rollout.engine import (
     expected_tensors,
     tensor_shapes,
 )
-from megatron_tropd.rollout.weight_sync import WeightMailbox, remove_stale
+from megatron_tropd.rollout.weight_sync import (
+    WeightMailbox,
+    WeightsName,
+    WeightVersions,
+    remove_stale,
+)
 
 
 def read(folder: Path) -> dict[str, torch.Tensor]:
@@ -102,3 +107,33 @@ def test_the_engine_does_not_inherit_its_parents_place_in_the_job() -> None:
     gpu = engine_environment(base, threads=2, cuda_devices="5")
     assert gpu["CUDA_VISIBLE_DEVICES"] == "5"
     assert "TORCHDYNAMO_DISABLE" not in gpu
+
+
+def test_versions_are_complete_named_by_their_writer_and_pruned(tmp_path: Path) -> None:
+    versions = WeightVersions(tmp_path / "weights")
+    for number in (1, 2, 3):
+        name = WeightsName(number, "me")
+        versions.write(name, iter([("a", torch.full((2,), float(number))), ("absent", None)]))
+        assert torch.equal(read(versions.find(name))["a"], torch.full((2,), float(number)))
+    (tmp_path / "weights" / ".version_000004.dead").mkdir()
+    versions.prune(2, 3)
+    assert sorted(p.name for p in versions.folder.iterdir()) == ["version_000002", "version_000003"]
+    versions.write(WeightsName(3, "resumed"), iter([("a", torch.zeros(2))]))
+    with pytest.raises(TrainingError, match="of the trainer resumed, expected me"):
+        versions.find(WeightsName(3, "me"))
+    versions.clear()
+    assert not versions.folder.exists()
+
+
+def test_a_version_that_cannot_be_written_leaves_the_older_and_exhausts_its_tensors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    versions = WeightVersions(tmp_path)
+    versions.write(WeightsName(1, "me"), iter([("a", torch.zeros(2))]))
+    usage = collections.namedtuple("usage", "total used free")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(2**21, 2**20, 2**20))
+    tensors = iter([("a", torch.zeros(2**27)), ("b", torch.zeros(2)), ("c", torch.zeros(2))])
+    with pytest.raises(TrainingError, match=r"after step 2 could not be handed.*has 1 MiB free"):
+        versions.write(WeightsName(2, "me"), tensors)
+    assert next(tensors, None) is None, "making them is collective"
+    assert [p.name for p in tmp_path.iterdir()] == ["version_000001"]

@@ -1,0 +1,83 @@
+"""Checksums of a checkpoint's files: made by the ranks that wrote them, checked before loading.
+
+``checksums.json`` lies in the checkpoint's folder: ``{"algorithm": "sha256", "files": {name:
+{"bytes": size, "sha256": hex digits}}}``, as ``sha256sum`` would print them.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+CHECKSUMS = "checksums.json"
+
+
+@dataclass(frozen=True)
+class Checksum:
+    """What a complete file looks like."""
+
+    bytes: int
+    sha256: str
+
+
+def checksum(path: Path) -> Checksum:
+    """Read a file and digest it (about 1 GB/s on a core; other threads run meanwhile)."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+        return Checksum(os.fstat(file.fileno()).st_size, digest.hexdigest())
+
+
+def write_checksums(folder: Path, known: dict[str, Checksum]) -> None:
+    """Write ``checksums.json`` for every file in ``folder``; on disk when this returns.
+
+    Args:
+        folder: of a checkpoint that nobody writes to any more.
+        known: checksums by name; files that are not in it are read here.
+    """
+    names = sorted(p.name for p in folder.iterdir() if p.is_file() and p.name != CHECKSUMS)
+    files = {name: asdict(known.get(name) or checksum(folder / name)) for name in names}
+    with (folder / CHECKSUMS).open("w") as file:
+        json.dump({"algorithm": "sha256", "files": files}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_checksums(folder: Path) -> dict[str, Checksum] | None:
+    """The checksums of a checkpoint; None for one that was made without.
+
+    Raises:
+        ValueError: ``checksums.json`` is damaged.
+    """
+    try:
+        table = json.loads((folder / CHECKSUMS).read_text())
+        return {name: Checksum(**entry) for name, entry in table["files"].items()}
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{CHECKSUMS} is damaged ({error})") from None
+
+
+def share(files: dict[str, Checksum], part: int, parts: int) -> list[str]:
+    """The names one of ``parts`` readers checks: about as many bytes as every other."""
+    return sorted(files, key=lambda name: (files[name].bytes, name), reverse=True)[part::parts]
+
+
+def problems(folder: Path, files: dict[str, Checksum], names: Iterable[str]) -> list[str]:
+    """What is wrong with ``names`` in ``folder``, one text per bad file."""
+    return [text for name in names if (text := _problem(folder / name, files[name]))]
+
+
+def _problem(path: Path, expected: Checksum) -> str | None:
+    try:
+        found = checksum(path)
+    except FileNotFoundError:
+        return f"{path.name} is missing"
+    except OSError as error:
+        return f"{path.name} cannot be read ({error.strerror})"
+    if found.bytes != expected.bytes:
+        return f"{path.name} has {found.bytes} bytes, expected {expected.bytes}"
+    if found.sha256 != expected.sha256:
+        return f"{path.name} has other contents than were written (sha256)"
+    return None

@@ -1,0 +1,150 @@
+"""The trainer's side of one rollout server: find it, ask whether it is ready, have a unit made."""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import requests
+
+from megatron_tropd.errors import InputError
+from megatron_tropd.rollout import wire
+
+_CONNECT_SECONDS = 5.0
+_LONGEST_WAIT = 5.0
+"""A server holds a question for samples for so long before it says "not yet"."""
+
+
+class ServerError(RuntimeError):
+    """A server did not do its work: another one should."""
+
+
+class UnitError(ServerError):
+    """The engine of a server that answers died over a unit."""
+
+
+@dataclass(frozen=True)
+class ClientSettings:
+    """What a client knows before it meets a server."""
+
+    folder: Path
+    """The run's ``servers`` folder."""
+    settings: str
+    """Fingerprint a server must have."""
+    answer_seconds: float = 30.0
+    """A server that says nothing for so long is taken for dead."""
+
+
+class ServerClient:
+    """Talks to server ``number``, wherever it is announced now; used by one thread."""
+
+    def __init__(self, known: ClientSettings, number: int) -> None:
+        """Nothing is asked yet."""
+        self.number = number
+        self._known = known
+        self._session = requests.Session()
+        self._session.trust_env = False  # no proxy between trainer and servers
+
+    def state(self) -> str:
+        """What the server does: starting, loading, generating or ready.
+
+        Raises:
+            ServerError: it is not there or refuses us; says why.
+        """
+        status = self._ask("GET", "/status").json()
+        if status["settings"] != self._known.settings:
+            raise ServerError(
+                "was started with other settings of the models or the rollout than this run"
+            )
+        return str(status["state"])
+
+    def generate(self, unit: wire.Unit, *, wanted: Callable[[], bool]) -> wire.UnitSamples:
+        """Have a unit made.
+
+        Args:
+            unit: what to make.
+            wanted: asked after every answer; false: nobody waits for the samples any more.
+
+        Raises:
+            ServerError: the server or its engine failed, or answered something else.
+            InputError: the unit can be made by no server.
+        """
+        self._ask("POST", "/units", data=wire.encode(unit))
+        deadline = time.monotonic() + 2 * unit.seconds
+        wait = min(_LONGEST_WAIT, self._known.answer_seconds / 2)
+        while wanted():
+            answer = self._ask("GET", f"/units/{unit.id}", params={"wait": wait})
+            if answer.status_code == 200:
+                return _checked(answer.content, unit)
+            if time.monotonic() > deadline:
+                raise ServerError(f"has had a unit for {2 * unit.seconds:g} s")
+        raise ServerError("is not needed any more")
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._session.close()
+
+    def _ask(self, method: str, path: str, **options: Any) -> requests.Response:
+        there = self._announcement()
+        token = there.token or os.environ.get(wire.TOKEN_VARIABLE, "")
+        try:
+            answer = self._session.request(
+                method,
+                f"http://{there.host}:{there.port}{path}",
+                headers={"Authorization": f"Bearer {token}", "Content-Type": wire.MEDIA_TYPE},
+                timeout=(_CONNECT_SECONDS, self._known.answer_seconds),
+                allow_redirects=False,
+                **options,
+            )
+        except requests.Timeout:
+            raise ServerError(
+                f"({there.host}:{there.port}) did not answer for {self._known.answer_seconds:g} s"
+            ) from None
+        except requests.RequestException as error:
+            raise ServerError(f"({there.host}:{there.port}) is not there: {error}") from None
+        _check_answer(answer)
+        return answer
+
+    def _announcement(self) -> wire.Announcement:
+        try:
+            there = wire.read_announcement(self._known.folder, self.number)
+        except InputError as error:
+            raise ServerError(str(error)) from None
+        if there is None:
+            if reason := wire.read_reason(self._known.folder, self.number):
+                raise ServerError(f"has ended: {reason}")
+            path = wire.announcement_path(self._known.folder, self.number)
+            raise ServerError(f"has not announced itself: {path} is missing")
+        return there
+
+
+def _check_answer(answer: requests.Response) -> None:
+    code = answer.status_code
+    if code in (200, 202):
+        return
+    try:
+        detail = str(answer.json()["detail"])
+    except (ValueError, KeyError, TypeError):
+        detail = answer.text[:500]
+    if code == 400:
+        raise InputError(f"A rollout server refused its unit: {detail}")
+    if code == 401:
+        raise ServerError(
+            f"does not accept the token: {wire.TOKEN_VARIABLE} differs between server and trainer"
+        )
+    raise (UnitError if code == 500 else ServerError)(f"answered {code}: {detail}")
+
+
+def _checked(body: bytes, unit: wire.Unit) -> wire.UnitSamples:
+    try:
+        made = wire.decode(body, wire.UnitSamples)
+    except InputError as error:
+        raise ServerError(f"sent no samples: {error}") from None
+    if made.weights != unit.weights or len(made.samples) != len(unit.requests):
+        raise ServerError(
+            f"sent {len(made.samples)} samples of weights {made.weights}, expected "
+            f"{len(unit.requests)} of {unit.weights}"
+        )
+    return made

@@ -1,0 +1,250 @@
+"""Notices a rank that stands still: where it is, where the others are, and then the end.
+
+Every rank has a thread that writes a heartbeat file every few seconds: a counter, the step, the
+phase, the innermost line of Python. A rank whose phase lasts longer than it may reads the others'
+files twice: whose counter stands still is stopped or gone, who is in another phase is behind. It
+writes that to ``failure.json``, every rank its Python stacks to its log, and leaves with code 75.
+Counters instead of times: clocks of nodes differ and may jump. Files instead of messages: they need
+nothing of the rank that hangs, and 512 ranks write about fifty small ones a second.
+"""
+
+import contextlib
+import faulthandler
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megatron_tropd import exits
+from megatron_tropd.failures import Failure, read, report
+
+START = "start"
+"""The phase before the first step, in which models are read and engines started."""
+_LONGEST_BEAT = 10.0  # seconds between heartbeats; less where the limit is short
+_LINE = 512  # bytes of a heartbeat, so that it is overwritten in place
+
+
+def limits(timeout_minutes: float) -> tuple[float, float]:
+    """Seconds a phase may last, and seconds after which collectives give up by themselves.
+
+    The second is longer, so that the report comes first; it also holds for :data:`START`.
+    """
+    return 60 * timeout_minutes, 120 * timeout_minutes + 300
+
+
+class Progress:
+    """Where this rank is; the training thread writes, the watchdog reads."""
+
+    def __init__(self) -> None:
+        """At the start."""
+        self.step = 0
+        """Steps done."""
+        self.phase = START
+        self._since = time.monotonic()
+
+    def enter(self, phase: str) -> str:
+        """Begin a phase; returns the one before."""
+        before, self.phase, self._since = self.phase, phase, time.monotonic()
+        return before
+
+    def seconds(self) -> float:
+        """How long the phase has lasted."""
+        return time.monotonic() - self._since
+
+
+@dataclass(frozen=True)
+class Beat:
+    """One heartbeat of one rank."""
+
+    beat: int
+    rank: int
+    node: str
+    pid: int
+    step: int
+    """The step being trained, from 1."""
+    phase: str
+    at: str
+    """Innermost line of the training thread's Python."""
+
+    @property
+    def waits(self) -> bool:
+        """Whether it sits in a collective, as far as its innermost line tells."""
+        return "torch/distributed/" in self.at or "/pipeline_parallel/" in self.at
+
+
+class Watchdog:
+    """The thread of one rank. A context manager around the training."""
+
+    def __init__(
+        self,
+        progress: Progress,
+        *,
+        folder: Path,
+        failure: Path,
+        rank: int,
+        world_size: int,
+        timeout_minutes: float,
+        say: Callable[[str], None],
+    ) -> None:
+        """Nothing runs yet.
+
+        Args:
+            progress: of this rank.
+            folder: where all ranks keep their heartbeats (a shared file system).
+            failure: path of ``failure.json``.
+            rank: of this process.
+            world_size: number of ranks.
+            timeout_minutes: how long a phase may last.
+            say: shows the report on the terminal.
+        """
+        self._progress, self._folder, self._failure = progress, folder, failure
+        self._rank, self._world_size, self._minutes = rank, world_size, timeout_minutes
+        self._say = say
+        self._limit, self._limit_at_start = limits(timeout_minutes)
+        self.period = min(_LONGEST_BEAT, self._limit / 10)
+        self._beat = 0
+        self._training = threading.get_ident()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> "Watchdog":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        faulthandler.cancel_dump_traceback_later()
+        with contextlib.suppress(OSError):
+            _path(self._folder, self._rank).unlink(missing_ok=True)
+
+    def _watch(self) -> None:
+        dumped = False
+        while not self._over.wait(self.period):
+            # By a thread of C: it speaks even where Python does not run any more.
+            faulthandler.dump_traceback_later(self._limit_at_start, file=sys.stderr)
+            self._write_beat()
+            if not dumped and (met := read(self._failure)) is not None and met.kind == "hung":
+                faulthandler.dump_traceback(file=sys.stderr)
+                dumped = True
+            if self._progress.seconds() > self._limit_here():
+                # A file system that hangs must not keep this process.
+                threading.Timer(60 + 10 * self.period, os._exit, [exits.RESTART]).start()
+                self._report()
+
+    def _limit_here(self) -> float:
+        return self._limit_at_start if self._progress.phase == START else self._limit
+
+    def _write_beat(self) -> None:
+        self._beat += 1
+        progress = self._progress
+        beat = Beat(
+            beat=self._beat,
+            rank=self._rank,
+            node=socket.gethostname(),
+            pid=os.getpid(),
+            step=progress.step + 1,
+            phase=progress.phase,
+            at=_innermost_line(self._training),
+        )
+        with contextlib.suppress(OSError):
+            self._folder.mkdir(exist_ok=True)
+            file = os.open(_path(self._folder, self._rank), os.O_WRONLY | os.O_CREAT, 0o644)
+            try:
+                os.pwrite(file, json.dumps(asdict(beat)).encode()[:_LINE].ljust(_LINE), 0)
+            finally:
+                os.close(file)
+
+    def _report(self) -> None:
+        faulthandler.dump_traceback(file=sys.stderr)
+        if read(self._failure) is None:
+            before = read_beats(self._folder, range(self._world_size))
+            for _ in range(3):
+                time.sleep(self.period)
+                self._write_beat()
+            after = read_beats(self._folder, range(self._world_size))
+            failure = self._describe(before, after)
+            self._say(failure.message)
+            report(self._failure, failure)
+        time.sleep(2 * self.period)  # the others see it and write down their stacks
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exits.RESTART)
+
+    def _describe(self, before: dict[int, Beat], after: dict[int, Beat]) -> Failure:
+        missing = [rank for rank in range(self._world_size) if rank not in after]
+        silent = [rank for rank, beat in after.items() if beat == before.get(rank)]
+        progress = self._progress
+        why, suspects = _suspects(after, silent)
+        first = after.get(suspects[0]) if suspects else None
+        groups: dict[str, list[int]] = {}
+        for rank, beat in after.items():
+            state = "no sign of life, last seen" if rank in silent else "now"
+            place = f"{state} in {beat.phase!r} of step {beat.step} at {beat.at}"
+            groups.setdefault(place, []).append(rank)
+        if missing:
+            groups["no heartbeat at all"] = missing
+        where = "; ".join(f"{_ranks(ranks, after)}: {text}" for text, ranks in groups.items())
+        return Failure(
+            kind="hung",
+            message=(
+                f"Nothing moves: rank {self._rank} has been in {progress.phase!r} of step "
+                f"{progress.step + 1} for {progress.seconds():.0f} s (run.timeout_minutes = "
+                f"{self._minutes:g}). {why}{where}. Python stacks are in logs/rank_*.log. Start "
+                "the same command again to resume; if the phase is only slow, raise "
+                "run.timeout_minutes."
+            ),
+            rank=first.rank if first else self._rank,
+            node=first.node if first else socket.gethostname(),
+            step=first.step if first else progress.step + 1,
+            phase=first.phase if first else progress.phase,
+        )
+
+
+def read_beats(folder: Path, ranks: Iterable[int]) -> dict[int, Beat]:
+    """The last heartbeat of each of ``ranks`` that left one, by rank."""
+    beats = {}
+    for rank in ranks:
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            beats[rank] = Beat(**json.loads(_path(folder, rank).read_text()))
+    return beats
+
+
+def _suspects(beats: dict[int, Beat], silent: list[int]) -> tuple[str, list[int]]:
+    """Who probably keeps the others waiting, and the sentence that says so."""
+    if silent:
+        return f"Stopped or gone: {_ranks(silent, beats)}. ", silent
+    places = [(beat.step, beat.phase) for beat in beats.values()]
+    usual = max(set(places), key=places.count) if places else None
+    elsewhere = [rank for rank, b in beats.items() if (b.step, b.phase) != usual]
+    busy = [rank for rank, beat in beats.items() if not beat.waits]
+    if 0 < len(busy) < len(beats):
+        return f"Not waiting for others: {_ranks(busy, beats)}. ", busy
+    if elsewhere:
+        return f"Elsewhere than most: {_ranks(elsewhere, beats)}. ", elsewhere
+    return "", []
+
+
+def _ranks(ranks: Iterable[int], beats: dict[int, Beat]) -> str:
+    shown = [
+        f"{rank} ({beats[rank].node}, process {beats[rank].pid})" if rank in beats else str(rank)
+        for rank in ranks
+    ]
+    more = f" and {len(shown) - 4} more" if len(shown) > 4 else ""
+    return f"rank{'s' if len(shown) > 1 else ''} {', '.join(shown[:4])}{more}"
+
+
+def _innermost_line(thread: int) -> str:
+    frame = sys._current_frames().get(thread)
+    if frame is None:
+        return "?"
+    path = "/".join(Path(frame.f_code.co_filename).parts[-3:])
+    return f"{path}:{frame.f_lineno} {frame.f_code.co_name}"[:200]
+
+
+def _path(folder: Path, rank: int) -> Path:
+    return folder / f"rank_{rank:05d}.json"

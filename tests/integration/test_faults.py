@@ -1,0 +1,374 @@
+"""One run that meets one fault after the other, each for real, and ends as if there had been none.
+
+Every fault ends the command within a bounded time with one reason in failure.json and an exit code
+that says whether to start again; nothing is left running; the next start goes on. What the faults
+did is collected once (``chain``), the tests look at one each.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from reliability import record
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.slow
+
+STEPS = 24
+TIMINGS = ("seconds_", "tokens_per_second", "peak_memory")
+# The wall clock jumps by a year with every look at it.
+SITE = """
+import os, time
+if os.environ.get("TEST_CLOCK"):
+    looks, wall = [0], time.time
+    def jumping():
+        looks[0] += 1
+        return wall() + (3e7 if looks[0] % 2 else -3e7)
+    time.time = jumping
+"""
+
+
+@dataclass
+class Ended:
+    """How one start of the command ended."""
+
+    code: int
+    text: str
+    failure: dict[str, Any] | None
+    logged: int
+    """Steps in the metrics."""
+    seconds: float
+    """From the fault to the end of the command."""
+    left_running: list[str]
+    logs: str = ""
+    kept: list[str] = field(default_factory=list)
+    """Names in the folder of checkpoints."""
+
+
+class Command:
+    """``tropd distill``, started again and again in the same folder."""
+
+    def __init__(self, config: Path, folder: Path, site: Path):
+        self.config, self.folder, self._site = config, folder, site
+        self.back: list[float] = []
+        """Seconds from each start to its first new step."""
+
+    def start(self, **environment: str) -> None:
+        path = os.pathsep.join([str(self._site), os.environ.get("PYTHONPATH", "")])
+        self._mark = f"TROPD_TEST={self.folder}"
+        self._before, self._started = self.steps_logged(), time.monotonic()
+        self.process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "megatron_tropd.cli", "distill", str(self.config)),
+                f"run.dir={self.folder}",
+            ],
+            env=os.environ | {"PYTHONPATH": path, "TROPD_TEST": str(self.folder)} | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def steps_logged(self) -> int:
+        metrics = self.folder / "metrics.jsonl"
+        return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+
+    def wait_for_steps(self, number: int) -> None:
+        """Until this start has logged so many steps that were not there before it began."""
+        self._wait_for(lambda: self._new_steps() >= 1, "a step")
+        self.back.append(time.monotonic() - self._started)
+        self._wait_for(lambda: self._new_steps() >= number, f"{number} steps")
+
+    def _new_steps(self) -> int:
+        # Metrics later than the checkpoint are cut off when a run resumes.
+        now = self.steps_logged()
+        self._before = min(self._before, now)
+        return now - self._before
+
+    def _wait_for(self, condition: Callable[[], Any], what: str) -> Any:
+        deadline = time.monotonic() + 240
+        while not (found := condition()):
+            assert self.process.poll() is None, f"ended before {what}: {self.process.communicate()}"
+            assert time.monotonic() < deadline, f"no {what} in time"
+            time.sleep(0.01)
+        return found
+
+    def pid(self, rank: int) -> int:
+        """Process of a rank, from its heartbeat."""
+        beat = self.folder / "logs" / "heartbeats" / f"rank_{rank:05d}.json"
+        text = self._wait_for(lambda: beat.exists() and beat.read_text(), "a heartbeat")
+        return json.loads(text)["pid"]
+
+    def end(self) -> Ended:
+        """Wait for the command to end by itself."""
+        began = time.monotonic()
+        text, _ = self.process.communicate(timeout=240)
+        seconds = time.monotonic() - began
+        file = self.folder / "failure.json"
+        logs = sorted((self.folder / "logs").glob("rank_*.log"))
+        return Ended(
+            code=self.process.returncode,
+            text=text,
+            failure=json.loads(file.read_text()) if file.exists() else None,
+            logged=self.steps_logged(),
+            seconds=seconds,
+            left_running=self._processes(),
+            logs="\n".join(log.read_text(errors="replace") for log in logs),
+            kept=sorted(path.name for path in (self.folder / "checkpoints").iterdir()),
+        )
+
+    def _processes(self) -> list[str]:
+        time.sleep(1.0)  # an engine looks for its parent twice a second
+        found = []
+        for entry in Path("/proc").iterdir():
+            try:
+                marked = self._mark.encode() in (entry / "environ").read_bytes().split(b"\0")
+                if marked and ") Z " not in (entry / "stat").read_text():
+                    found.append((entry / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+            except OSError:
+                continue
+        return found
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory, tiny_model) -> Path:
+    """TOML of a run of two ranks that saves every other step."""
+    folder = tmp_path_factory.mktemp("faults")
+    lines = [json.dumps({"prompt": f"{i} + {i} ="}) for i in range(12)]
+    (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n")
+    toml = folder / "tropd.toml"
+    toml.write_text(f"""
+        [model]
+        student = "{tiny_model("llama", tie_word_embeddings=True)}"
+        teacher = "{tiny_model("llama", hidden_size=96, seed=5)}"
+        [parallel]
+        tensor = 2
+        [rollout]
+        prompts = "prompts.jsonl"
+        max_new_tokens = 32
+        prompts_per_step = 8
+        samples_per_prompt = 2
+        engine_memory = 0.25
+        [train]
+        steps = {STEPS}
+        lr = 1e-3
+        [run]
+        dir = "unset"
+        checkpoint_every = 2
+        trajectories_every = 0
+        timeout_minutes = 0.2
+        tensorboard = false
+    """)
+    return toml
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("site")
+    (folder / "sitecustomize.py").write_text(SITE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def small_disk(tmp_path_factory) -> Iterator[Path]:
+    """A file system of 64 MiB, for root; another user gets a folder, and no full disk."""
+    folder = tmp_path_factory.mktemp("disk")
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)]
+    mounted = subprocess.run(mount, capture_output=True).returncode == 0
+    yield folder
+    if mounted:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@dataclass
+class Chain:
+    """Everything that happened, by fault."""
+
+    folder: Path
+    ended: dict[str, Ended]
+    back: dict[str, float]
+    """Seconds from the start after each fault to the first new step."""
+
+
+@pytest.fixture(scope="module")
+def chain(config, site, small_disk) -> Chain:
+    run = Command(config, small_disk / "run", site)
+    ended: dict[str, Ended] = {}
+    faults: dict[str, Callable[[], None]] = {
+        "stopped rank": lambda: os.kill(run.pid(1), signal.SIGSTOP),
+        "killed rank": lambda: os.kill(run.pid(1), signal.SIGKILL),
+        "time limit": lambda: run.process.send_signal(signal.SIGUSR1),
+    }
+    if os.path.ismount(small_disk):
+        faults = {"full disk": lambda: _fill(small_disk)} | faults
+    for name, fault in faults.items():
+        run.start()
+        run.wait_for_steps(3)  # a checkpoint further
+        fault()
+        ended[name] = run.end()
+        (small_disk / "ballast").unlink(missing_ok=True)
+    newest = max((run.folder / "checkpoints").glob("step_??????"))
+    _flip_a_byte(max(newest.glob("*.distcp"), key=lambda path: path.stat().st_size))
+    run.start(TEST_CLOCK="1")
+    run.wait_for_steps(1)
+    ended["damaged checkpoint, jumping clock"] = run.end()
+    return Chain(run.folder, ended, dict(zip(faults, run.back[1:], strict=True)))
+
+
+def _fill(disk: Path) -> None:
+    with (disk / "ballast").open("wb", buffering=0) as file:
+        for size in (2**20, 2**12, 1):
+            try:
+                while True:
+                    file.write(b"\0" * size)
+            except OSError:
+                continue
+
+
+def _flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def _note(chain: Chain, fault: str, name: str, how: str, seen: str) -> None:
+    ended, repeated = chain.ended[name], "the unfinished step"
+    record(
+        fault,
+        how=how,
+        seen=f"exit {ended.code}: {seen}",
+        stops=round(ended.seconds, 1),
+        back=round(chain.back[name], 1),
+        lost=f"steps since the last checkpoint (saved every 2) are repeated, {repeated} too",
+    )
+
+
+def test_nothing_is_left_running(chain):
+    assert {name: ended.left_running for name, ended in chain.ended.items()} == {
+        name: [] for name in chain.ended
+    }
+
+
+def test_a_full_disk_ends_the_run_and_loses_nothing_complete(chain):
+    if "full disk" not in chain.ended:
+        pytest.skip("mounting a small file system takes root")
+    ended = chain.ended["full disk"]
+    assert ended.code == 75, ended.text
+    assert "No space left on device" in ended.text
+    _note(
+        chain,
+        "file system full",
+        "full disk",
+        "file system of 64 MiB filled to the last byte",
+        "the file that could not be written, and that there is no space",
+    )
+
+
+def test_a_rank_that_stands_still_is_named_by_its_peers(chain):
+    ended = chain.ended["stopped rank"]
+    assert ended.code == 75, ended.text
+    assert ended.failure is not None and ended.failure["kind"] == "hung", ended.text
+    assert ended.failure["rank"] == 1 and ended.failure["exit_code"] == 75
+    assert "Stopped or gone: rank 1 " in ended.failure["message"]
+    assert "run.timeout_minutes = 0.2" in ended.failure["message"]
+    assert ended.failure["message"] in ended.text
+    _note(
+        chain,
+        "a rank stands still (SIGSTOP, node frozen)",
+        "stopped rank",
+        "SIGSTOP to rank 1, run.timeout_minutes = 0.2",
+        "which rank stands still, in which phase",
+    )
+
+
+def test_a_killed_rank_is_the_reason_not_the_peer_it_left(chain):
+    ended = chain.ended["killed rank"]
+    assert ended.code == 75, ended.text
+    assert ended.failure is not None and ended.failure["kind"] == "killed", ended.text
+    assert ended.failure["rank"] == 1 and "signal 9 (SIGKILL)" in ended.text
+    assert ended.seconds < 30
+    _note(
+        chain,
+        "a rank dies (kill -9, out of memory)",
+        "killed rank",
+        "SIGKILL to rank 1",
+        "rank, signal, step and phase",
+    )
+
+
+def test_the_time_limit_signal_saves_and_says_so(chain):
+    ended = chain.ended["time limit"]
+    assert ended.code == 138, ended.text
+    assert ended.failure is None and "the same command resumes" in ended.text
+    assert f"step_{ended.logged:06d}" in ended.kept
+    assert not any(name.startswith(".") for name in ended.kept)
+    record(
+        "time limit",
+        how="SIGUSR1 to the launcher",
+        seen="exit 138: stopped, resumes",
+        stops=round(ended.seconds, 1),
+        back=round(chain.back["time limit"], 1),
+        lost="nothing",
+    )
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(chain):
+    ended = chain.ended["damaged checkpoint, jumping clock"]
+    assert ended.code == 0, ended.text
+    assert "other contents than were written (sha256)" in ended.text
+    assert "Resuming from step" in ended.text
+    record(
+        "newest checkpoint damaged",
+        how="one byte flipped in a file of tensors",
+        seen="a warning that names the file; the run resumes from the checkpoint before",
+        stops=None,
+        back=None,
+        lost="steps between the two checkpoints are repeated",
+    )
+
+
+def test_the_clock_may_jump(chain):
+    seconds = json.loads((chain.folder / "summary.json").read_text())["seconds"]
+    assert 0 < seconds < 3600
+    for line in (chain.folder / "metrics.jsonl").read_text().splitlines():
+        assert 0 < json.loads(line)["seconds_total"] < 600
+    record(
+        "wall clock jumps",
+        how="time.time off by a year, back and forth, in all processes",
+        seen="nothing",
+        stops=None,
+        back=None,
+        lost="nothing",
+    )
+
+
+def test_all_faults_together_change_no_bit(chain, config, site, tmp_path):
+    """The run that met them all equals one that met none."""
+    assert not (chain.folder / "failure.json").exists()
+    calm = Command(config, tmp_path / "calm", site)
+    calm.start()
+    ended = calm.end()
+    assert ended.code == 0, ended.text
+    assert _numbers(chain.folder) == _numbers(calm.folder)
+    ours, theirs = (
+        load_file(f / "student_hf" / "model.safetensors") for f in (chain.folder, calm.folder)
+    )
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    shutil.rmtree(calm.folder)
+
+
+def _numbers(folder: Path) -> list[dict[str, Any]]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [
+        {k: v for k, v in json.loads(line).items() if not k.startswith(TIMINGS)} for line in lines
+    ]

@@ -1,0 +1,332 @@
+"""Rollout servers and their clients over real HTTP, with an engine that only counts.
+
+What needs real samples is in tests/integration/test_served_rollouts.py.
+"""
+
+import dataclasses
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import requests
+import torch
+
+from megatron_tropd.errors import ConfigError, InputError, ServersLost, TrainingError
+from megatron_tropd.rollout import keeper as keeper_module
+from megatron_tropd.rollout import wire
+from megatron_tropd.rollout.client import ClientSettings, ServerClient
+from megatron_tropd.rollout.dispatch import Dispatch, Patience
+from megatron_tropd.rollout.keeper import EngineKeeper
+from megatron_tropd.rollout.pool import cut_units, merge_units
+from megatron_tropd.rollout.server import Place, RolloutServer
+from megatron_tropd.rollout.types import Sample, SampleRequest, Sampling
+from megatron_tropd.rollout.weight_sync import WeightsName, WeightVersions
+
+WEIGHTS = WeightsName(3, "trainer")
+QUICK = Patience(lost_seconds=1.5, first_pause=0.01, longest_pause=0.1, unit_failures=3)
+
+
+class CountingEngine:
+    """Answers with the request's seed; ``behave`` may block or raise before it does."""
+
+    pid = 0
+
+    def __init__(self, behave: Callable[["CountingEngine"], None]) -> None:
+        self.behave = behave
+        self.killed = threading.Event()
+        self.loaded: list[Path] = []
+
+    def wait_ready(self) -> None:
+        pass
+
+    def generate(self, requests: tuple[SampleRequest, ...], _: Sampling) -> list[Sample]:
+        self.behave(self)
+        return [Sample((request.seed,), (0.1 * request.seed,), "stop") for request in requests]
+
+    def load_weights(self, folder: Path) -> None:
+        self.loaded.append(folder)
+
+    def kill(self) -> None:
+        self.killed.set()
+
+    def sleep(self) -> None:
+        pass
+
+    close = sleep
+
+
+class Running:
+    """A server in threads of this process."""
+
+    def __init__(self, root: Path, number: int, behave: Callable[[CountingEngine], None]) -> None:
+        self.stops = 0
+        self.engines: list[CountingEngine] = []
+        self.error: BaseException | None = None
+
+        def make(_: wire.Model) -> CountingEngine:
+            self.engines.append(CountingEngine(behave))
+            return self.engines[-1]
+
+        def keep(wait: Callable[[float], object]) -> EngineKeeper:
+            versions = WeightVersions(root / "weights")
+            return EngineKeeper(make, versions, wait=wait, first_pause=0.01)  # type: ignore
+
+        self.server = RolloutServer(
+            Place(root / "servers", number, "127.0.0.1", 0, None),
+            keep,
+            settings="same",
+            pid=os.getpid(),
+        )
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        try:
+            self.server.run(complete=lambda: False, told_to_stop=lambda: self.stops)
+        except Exception as error:
+            self.error = error
+
+    def stop(self) -> None:
+        self.stops = 2
+        self.thread.join(10)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Running]]:
+    """``start(number, behave)``: a server of the run folder ``tmp_path``, whose weights exist."""
+    WeightVersions(tmp_path / "weights").write(WEIGHTS, iter([("a", torch.zeros(2))]))
+    started: list[Running] = []
+
+    def make(number: int = 0, behave: Callable[[CountingEngine], None] = lambda _: None) -> Running:
+        started.append(Running(tmp_path, number, behave))
+        path = wire.announcement_path(tmp_path / "servers", number)
+        while not path.exists():
+            time.sleep(0.01)
+        return started[-1]
+
+    yield make
+    for running in started:
+        running.stop()
+
+
+def client(root: Path, number: int = 0, **known: object) -> ServerClient:
+    """Of a server in ``root``."""
+    settings = ClientSettings(root / "servers", "same", answer_seconds=0.5)
+    return ServerClient(dataclasses.replace(settings, **known), number)
+
+
+def units(count: int, **fields: object) -> list[wire.Unit]:
+    """Three requests each, seeds 0, 1, ... over all of them."""
+    requests = [SampleRequest((1, 2), 4, seed) for seed in range(3 * count)]
+    return [
+        dataclasses.replace(
+            wire.Unit(f"u{i}", "student", WEIGHTS, tuple(part), Sampling(), 30.0), **fields
+        )
+        for i, part in enumerate(cut_units(requests, count))
+    ]
+
+
+def seeds(made: list[wire.UnitSamples]) -> list[int]:
+    """The seeds that came back, in the order of the requests."""
+    return [sample.token_ids[0] for sample in merge_units([unit.samples for unit in made])]
+
+
+def test_units_are_cut_by_index_and_merge_to_what_they_were() -> None:
+    assert cut_units("abcdefg", 3) == [["a", "d", "g"], ["b", "e"], ["c", "f"]]
+    for count in (1, 2, 3, 9):
+        assert merge_units(cut_units(range(7), count)) == list(range(7))
+
+
+def test_messages_survive_exactly_and_others_are_refused() -> None:
+    unit = units(1)[0]
+    assert wire.decode(wire.encode(unit), wire.Unit) == unit
+    made = wire.UnitSamples("u", WEIGHTS, (Sample((2**31,), (-0.1 / 3,), "length"),))
+    assert wire.decode(wire.encode(made), wire.UnitSamples) == made
+    with pytest.raises(InputError, match="Expected a msgpack Unit"):
+        wire.decode(b"\x80", wire.Unit)
+    with pytest.raises(InputError, match=r"Expected `int`.*requests"):
+        bad = dataclasses.replace(unit, requests=(SampleRequest(("x",), 1, 1),))  # type: ignore
+        wire.decode(wire.encode(bad), wire.Unit)
+
+
+def test_only_loopback_needs_no_token(tmp_path: Path) -> None:
+    def place(host: str, token: str | None = None) -> Place:
+        return Place(tmp_path, 0, host, 0, token)
+
+    def server(where: Place) -> None:
+        RolloutServer(where, lambda wait: None, settings="", pid=1)  # type: ignore
+
+    for host in ("192.0.2.1", "8.8.8.8"):
+        with pytest.raises(ConfigError, match="TROPD_SERVER_TOKEN"):
+            server(place(host))
+    with pytest.raises(ConfigError, match="one address"):
+        server(place("0.0.0.0", "secret"))
+    with pytest.raises(ConfigError, match=r"cannot listen on 192\.0\.2\.1"):
+        server(place("192.0.2.1", "secret"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_client_without_the_token_gets_nothing_but_health(start, tmp_path: Path) -> None:
+    start()
+    there = wire.read_announcement(tmp_path / "servers", 0)
+    assert there is not None
+    url = f"http://{there.host}:{there.port}"
+    assert requests.get(f"{url}/health", timeout=5).status_code == 200
+    for headers in ({}, {"Authorization": "Bearer wrong"}):
+        assert requests.get(f"{url}/status", headers=headers, timeout=5).status_code == 401
+        answer = requests.post(f"{url}/units", headers=headers, data=b"x", timeout=5)
+        assert answer.status_code == 401 and "token" in answer.json()["detail"]
+    assert requests.get(f"{url}/openapi.json", timeout=5).status_code == 404
+    assert wire.announcement_path(tmp_path / "servers", 0).stat().st_mode & 0o077 == 0
+
+
+def test_what_is_no_unit_or_too_large_is_refused_with_a_reason(
+    start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start()
+    monkeypatch.setattr(wire, "MAX_BODY_BYTES", 1000)
+    there = wire.read_announcement(tmp_path / "servers", 0)
+    assert there is not None
+    url = f"http://{there.host}:{there.port}/units"
+    headers = {"Authorization": f"Bearer {there.token}"}
+    answer = requests.post(url, headers=headers, data=b"\x80\x03junk", timeout=5)
+    assert answer.status_code == 400 and "msgpack Unit" in answer.json()["detail"]
+    answer = requests.post(url, headers=headers, data=b"x" * 2000, timeout=5)
+    assert answer.status_code == 413 and "at most 1000 bytes" in answer.json()["detail"]
+    assert requests.get(f"{url}/unknown", headers=headers, timeout=5).status_code == 404
+
+
+def test_units_are_spread_and_come_back_in_order(start, tmp_path: Path) -> None:
+    servers = [start(number) for number in range(2)]
+    clients = [client(tmp_path, number) for number in range(2)]
+    assert seeds(Dispatch(units(6), clients, QUICK).wait()) == list(range(18))
+    for running in servers:
+        [engine] = running.engines
+        assert engine.loaded in ([], [tmp_path / "weights" / "version_000003"]), "loaded once"
+
+
+def test_an_engine_that_dies_is_started_again_and_loads_the_weights(start, tmp_path: Path) -> None:
+    deaths = iter([True, True])
+
+    def die_twice(_: CountingEngine) -> None:
+        if next(deaths, False):
+            raise TrainingError("killed")
+
+    running = start(0, die_twice)
+    assert seeds(Dispatch(units(2), [client(tmp_path)], QUICK).wait()) == list(range(6))
+    assert len(running.engines) == 3 and running.engines[-1].loaded
+
+
+def test_a_unit_that_kills_every_engine_is_given_up(start, tmp_path: Path) -> None:
+    def die(_: CountingEngine) -> None:
+        raise TrainingError("out of memory")
+
+    start(0, die)
+    with pytest.raises(TrainingError, match=r"Unit 0 of 1 failed 3 times.*out of memory"):
+        Dispatch(units(1), [client(tmp_path)], QUICK).wait()
+
+
+def test_a_server_whose_engine_keeps_dying_ends(
+    start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(_: CountingEngine) -> None:
+        raise TrainingError("out of memory")
+
+    monkeypatch.setattr(keeper_module, "MOST_FAILURES", 2)
+    running = start(0, die)
+    with pytest.raises(ServersLost, match=r"server 0 has ended: .*keeps dying.*tropd serve"):
+        Dispatch(units(1), [client(tmp_path)], QUICK).wait()
+    running.thread.join(5)
+    assert "keeps dying: out of memory" in str(running.error)
+    assert not wire.announcement_path(tmp_path / "servers", 0).exists()
+
+
+def test_an_engine_that_hangs_is_killed_after_the_units_time(start, tmp_path: Path) -> None:
+    def hang(engine: CountingEngine) -> None:
+        engine.killed.wait(20)
+        raise TrainingError("pipe closed")
+
+    running = start(0, hang)
+    with pytest.raises(TrainingError, match=r"generating a unit for more than 0.2 s"):
+        Dispatch(units(1, seconds=0.2), [client(tmp_path)], QUICK).wait()
+    assert all(engine.killed.is_set() for engine in running.engines[:3])
+
+
+def test_a_slow_server_keeps_its_unit(start, tmp_path: Path) -> None:
+    """Longer than the silence for which a server is taken for dead: it still answers."""
+    start(0, lambda _: time.sleep(2.5))
+    assert seeds(Dispatch(units(1), [client(tmp_path)], QUICK).wait()) == [0, 1, 2]
+
+
+def test_requests_no_server_can_serve_are_not_tried_again(start, tmp_path: Path) -> None:
+    def refuse(_: CountingEngine) -> None:
+        raise InputError("Request 0 needs 500 tokens")
+
+    running = start(0, refuse)
+    with pytest.raises(InputError, match="Request 0 needs 500 tokens"):
+        Dispatch(units(1), [client(tmp_path)], QUICK).wait()
+    assert len(running.engines) == 1
+    with pytest.raises(InputError, match="name its weights"):
+        Dispatch(units(1, weights=None), [client(tmp_path)], QUICK).wait()
+
+
+def test_weights_that_are_not_there_cost_no_engine(start, tmp_path: Path) -> None:
+    running = start()
+    for name, message in (
+        (WeightsName(4, "trainer"), "version_000004 are not there"),
+        (WeightsName(3, "other"), "of the trainer trainer, expected other"),
+    ):
+        with pytest.raises(TrainingError, match=message):
+            Dispatch(units(1, weights=name), [client(tmp_path)], QUICK).wait()
+    assert len(running.engines) == 1
+
+
+@pytest.mark.parametrize(
+    ("number", "known", "message"),
+    [
+        (1, {}, "server 1 has not announced itself"),
+        (0, {"settings": "others"}, "other settings of the models or the rollout"),
+    ],
+)
+def test_servers_that_cannot_help_are_named(
+    start, tmp_path: Path, number: int, known: dict[str, str], message: str
+) -> None:
+    start(0)
+    with pytest.raises(ServersLost, match=message):
+        Dispatch(units(1), [client(tmp_path, number, **known)], QUICK).wait()
+
+
+def test_a_wrong_token_is_said(start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start(0)
+    there = wire.read_announcement(tmp_path / "servers", 0)
+    assert there is not None
+    wire.announce(tmp_path / "elsewhere", dataclasses.replace(there, token=None))
+    monkeypatch.setenv(wire.TOKEN_VARIABLE, "another job's")
+    with pytest.raises(ServersLost, match="does not accept the token: TROPD_SERVER_TOKEN"):
+        Dispatch(units(1), [client(tmp_path, folder=tmp_path / "elsewhere")], QUICK).wait()
+
+
+def test_a_second_server_of_the_same_number_takes_over(start, tmp_path: Path) -> None:
+    first = start(0)
+    start(0)
+    deadline = time.monotonic() + 5
+    while first.thread.is_alive() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert "announces another server 0" in str(first.error)
+    assert seeds(Dispatch(units(1), [client(tmp_path)], QUICK).wait()) == [0, 1, 2]
+
+
+def test_a_server_that_is_told_to_stop_first_ends_what_is_asked_of_it(
+    start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_tropd.rollout.server.IDLE_SECONDS", 0.3)
+    running = start(0, lambda _: time.sleep(1.0))
+    dispatch = Dispatch(units(1), [client(tmp_path)], QUICK)
+    time.sleep(0.3)
+    running.stops = 1
+    assert seeds(dispatch.wait()) == [0, 1, 2]
+    running.thread.join(5)
+    assert not running.thread.is_alive() and running.error is None
