@@ -398,6 +398,9 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             f"{where} must have {len(args)} elements, found {value!r}.",
         )
         return tuple(_convert(element, item, where) for item in value)
+    if origin is dict:
+        _require(isinstance(value, dict), f"{where} must be a table, found {value!r}.")
+        return {key: _convert(args[1], item, f"{where}.{key}") for key, item in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     good = isinstance(value, hint) and not (hint is not bool and isinstance(value, bool))

@@ -1,6 +1,7 @@
 """``tropd slurm``: write the job file of a run, show it or submit it."""
 
 import argparse
+import shlex
 import shutil
 import subprocess
 import sys
@@ -46,14 +47,14 @@ def _slurm(arguments: argparse.Namespace) -> int:
     print(_describe(layout))
     if arguments.submit:
         return _submit(job)
-    print(f"sbatch {job}")
+    print(f"sbatch {shlex.quote(str(job))}")
     return 0
 
 
 def _describe(layout: Layout) -> str:
-    text = f"{layout.training_nodes} training nodes x {layout.ranks_per_node} ranks"
+    text = f"training nodes: {layout.training_nodes} x {layout.ranks_per_node} ranks"
     if layout.servers:
-        text += f", {layout.server_nodes} nodes with {layout.servers} rollout servers"
+        text += f"; server nodes: {layout.server_nodes}, {layout.servers} servers"
     return text
 
 
