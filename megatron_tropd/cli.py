@@ -149,15 +149,10 @@ def _distill_as_launcher(config: Config, nodes: Nodes) -> int:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    from megatron_tropd import exits
     from megatron_tropd.serve import serve
 
     config = load_config(arguments.config, arguments.overrides)
-    try:
-        return serve(config, number=arguments.number, host=arguments.host, port=arguments.port)
-    except TrainingError as error:
-        print(f"tropd: {error}", file=sys.stderr)
-        return exits.RESTART
+    return serve(config, number=arguments.number, host=arguments.host, port=arguments.port)
 
 
 def _plan_run(arguments: argparse.Namespace) -> int:

@@ -157,6 +157,7 @@ class _Supervisor:
         self._left: dict[int, int] = {}
         self._end: int | None = None
         self._failure = exits.COMPLETE
+        self._killed = 0
         self._deadline = math.inf
 
     def run(self) -> int:
@@ -178,9 +179,11 @@ class _Supervisor:
             self._limit(FAILURE_GRACE_SECONDS)
             codes = [0 if code == -signal.SIGTERM else code for code in codes]
         # We have killed nobody yet: whoever ended by another signal did not choose to.
-        failure = exits.worst(exits.RESTART if code < 0 else code for code in codes if code)
-        if failure and not self._failure:
+        killed = sum(code is not None and code < 0 for code in codes)
+        if killed > self._killed:
+            self._killed = killed
             report_killed(codes, self._folder, self._peers.nodes.rank * len(codes))
+        if failure := exits.worst(exits.RESTART if code < 0 else code for code in codes if code):
             self._fail(failure)
 
     def _listen(self) -> None:
@@ -260,7 +263,7 @@ def report_killed(codes: Sequence[int | None], folder: RunFolder, first_rank: in
         folder: of the run.
         first_rank: of this node.
     """
-    beats = read_beats(folder.heartbeats, first_rank + len(codes))
+    beats = read_beats(folder.heartbeats, range(first_rank, first_rank + len(codes)))
     for rank, code in enumerate(codes, first_rank):
         if code is None or code >= 0:
             continue

@@ -22,6 +22,7 @@ ARROWS: dict[str, set[str]] = {
     "failures": {"exits"},
     "files": set(),
     "watchdog": {"exits", "failures"},
+    "nodes": set(),
     "loss_config": set(),
     "config": {"loss_config"},
     "losses": {"loss_config"},
