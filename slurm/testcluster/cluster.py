@@ -71,6 +71,10 @@ SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0
 ReturnToService=2
 JobRequeue=1
 SlurmdTimeout={down_after}
+MessageTimeout=60
+BatchStartTimeout=60
+SlurmctldDebug=verbose
+SlurmdDebug=verbose
 KillWait=30
 GresTypes=gpu
 {nodes}
@@ -192,6 +196,15 @@ class Cluster:
         except (ClusterError, subprocess.TimeoutExpired):
             return False
         return all(states.get(node) in ("idle", "mix", "alloc") for node in NODES)
+
+    def log(self, name: str = "slurmctld") -> str:
+        """The end of what a daemon has written."""
+        texts = [
+            (self.folder / f"{name}{end}").read_text(errors="replace")
+            for end in (".out", ".log")
+            if (self.folder / f"{name}{end}").exists()
+        ]
+        return "".join(texts)[-4000:]
 
     def start_node(self, node: str) -> None:
         """Start a node's slurmd, unless it runs."""
@@ -333,16 +346,8 @@ class Cluster:
         while not condition():
             waited = time.monotonic() - start
             if waited > seconds or (of and not self._pid(of)):
-                raise ClusterError(f"Waited {waited:.0f} s for {what}. {self._tail(of)}")
+                raise ClusterError(f"Waited {waited:.0f} s for {what}. {self.log(of or '')}")
             time.sleep(0.05)
-
-    def _tail(self, name: str | None) -> str:
-        texts = [
-            (self.folder / f"{name}{end}").read_text(errors="replace")
-            for end in (".out", ".log")
-            if name and (self.folder / f"{name}{end}").exists()
-        ]
-        return f"Its log ends:\n{''.join(texts)[-2000:]}" if texts else ""
 
 
 _CHILDREN: dict[int, subprocess.Popen] = {}

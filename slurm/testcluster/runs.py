@@ -335,7 +335,8 @@ class SlurmRun(_Run):
 
     def story(self) -> str:
         """Everything that helps to understand a failed test."""
-        return f"Job: {self.about() if self.job else 'not submitted'}\n{super().story()}"
+        about = self.about() if self.job else "not submitted"
+        return f"Job: {about}\n{super().story()}\n--- slurmctld\n{self.cluster.log()}"
 
 
 def write_small_config(path: Path) -> Path:
