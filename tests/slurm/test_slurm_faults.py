@@ -118,7 +118,7 @@ def test_a_node_is_lost(run, cluster, note):
     note(
         recovery,
         fault="Slurm: slurmd of a node dies",
-        how=f"kill -9 of slurmd (SlurmdTimeout {DOWN_AFTER_SECONDS} s), started when the node is down",
+        how=f"kill -9 of slurmd (SlurmdTimeout {DOWN_AFTER_SECONDS} s), later started again",
         seen="node down; Slurm requeues the job; it starts when the node is back",
     )
 
