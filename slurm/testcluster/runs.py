@@ -36,7 +36,7 @@ SMALL = {
         "keep_checkpoints": 3,
         "trajectories_every": 0,
         "tensorboard": False,
-        "timeout_minutes": 0.5,
+        "timeout_minutes": 3,
     },
 }
 """What makes the arithmetic job one with little to do in each step."""

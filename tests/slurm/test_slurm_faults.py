@@ -30,7 +30,7 @@ STEPS = 200
 """Some faults take Slurm half a minute to notice, in which the run goes on."""
 LAYOUT = (
     *("parallel.tensor=1", "parallel.pipeline=2", "rollout.num_engines=1"),
-    f"train.steps={STEPS}",
+    *(f"train.steps={STEPS}", "run.timeout_minutes=0.5"),
 )
 CHECKPOINT_EVERY = 2
 
