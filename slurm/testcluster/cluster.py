@@ -47,6 +47,7 @@ CONFIG = """\
 ClusterName=tropd
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={controller_port}
+FirstJobId={first_job}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
@@ -254,6 +255,8 @@ class Cluster:
         text = CONFIG.format(
             host=host,
             controller_port=controller_port,
+            # Jobs take their ports from their ids, and all clusters share this machine's ports.
+            first_job=controller_port,
             user=_user(),
             folder=self.folder,
             nodes=nodes,
