@@ -165,7 +165,7 @@ def config(tmp_path_factory, tiny_model) -> Path:
         dir = "unset"
         checkpoint_every = 2
         trajectories_every = 0
-        timeout_minutes = 0.2
+        timeout_minutes = 0.4
         tensorboard = false
     """)
     return toml
@@ -279,13 +279,13 @@ def test_a_rank_that_stands_still_is_named_by_its_peers(chain):
     assert ended.failure is not None and ended.failure["kind"] == "hung", ended.text
     assert ended.failure["rank"] == 1 and ended.failure["exit_code"] == 75
     assert "Stopped or gone: rank 1 " in ended.failure["message"]
-    assert "run.timeout_minutes = 0.2" in ended.failure["message"]
+    assert "run.timeout_minutes = 0.4" in ended.failure["message"]
     assert ended.failure["message"] in ended.text
     _note(
         chain,
         "a rank stands still (SIGSTOP, node frozen)",
         "stopped rank",
-        "SIGSTOP to rank 1, run.timeout_minutes = 0.2",
+        "SIGSTOP to rank 1, run.timeout_minutes = 0.4",
         "which rank stands still, in which phase",
     )
 
