@@ -34,6 +34,7 @@ from megatron_tropd.mcore.step import Student, Teacher, output_weight
 from megatron_tropd.objective import StepObjective, example_rows, gather_examples
 from megatron_tropd.report.metrics import MetricsLog
 from megatron_tropd.rollout.client import ClientSettings
+from megatron_tropd.rollout.dispatch import Patience
 from megatron_tropd.rollout.engine import RolloutEngine
 from megatron_tropd.rollout.pool import EnginePool
 from megatron_tropd.rollout.served import ServerPool
@@ -220,6 +221,7 @@ class Job:
                 rank=self.ranks.rank,
                 num_servers=rollout.num_engines,
                 model=model,
+                patience=Patience.within(60 * self.config.run.timeout_minutes),
             )
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         engines_here = max(1, rollout.num_engines * local // self.ranks.world_size)

@@ -174,7 +174,11 @@ class _Supervisor:
 
     def _look_at_ranks(self) -> None:
         codes = [rank.returncode for rank in self._ranks]
-        # We have killed nobody yet: whoever ended by a signal did not choose to.
+        if self._forwarded and -signal.SIGTERM in codes:
+            # Stopped as asked, but so early that it could not say so to the others.
+            self._limit(FAILURE_GRACE_SECONDS)
+            codes = [0 if code == -signal.SIGTERM else code for code in codes]
+        # We have killed nobody yet: whoever ended by another signal did not choose to.
         killed = sum(code is not None and code < 0 for code in codes)
         if killed > self._killed:
             self._killed = killed
@@ -192,6 +196,8 @@ class _Supervisor:
                 self._left[node] = int(message["left"])
                 if exits.is_failure(self._left[node]):
                     self._fail(self._left[node])
+                elif exits.is_stop(self._left[node]):
+                    self._limit(GRACE_SECONDS)
 
     def _miss(self, node: int) -> None:
         if node in self._left or self._end is not None:
@@ -205,7 +211,11 @@ class _Supervisor:
     def _fail(self, code: int) -> None:
         if not self._failure:
             self._failure = code
-            self._deadline = min(self._deadline, time.monotonic() + FAILURE_GRACE_SECONDS)
+            self._limit(FAILURE_GRACE_SECONDS)
+
+    def _limit(self, seconds: float) -> None:
+        """End what still runs after so long, or when an earlier limit says so."""
+        self._deadline = min(self._deadline, time.monotonic() + seconds)
 
     def _forward_signals(self) -> None:
         if len(self._received) == self._forwarded:
@@ -220,7 +230,7 @@ class _Supervisor:
         for rank in self._ranks:
             rank.terminate()
         if new != {exits.TIME_LIMIT_SIGNAL}:
-            self._deadline = min(self._deadline, time.monotonic() + GRACE_SECONDS)
+            self._limit(GRACE_SECONDS)
 
     def _own_code(self) -> int:
         stopped = exits.stopped_by(self._received[0]) if self._received else exits.COMPLETE

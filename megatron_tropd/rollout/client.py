@@ -113,6 +113,8 @@ class ServerClient:
         except InputError as error:
             raise ServerError(str(error)) from None
         if there is None:
+            if reason := wire.read_reason(self._known.folder, self.number):
+                raise ServerError(f"has ended: {reason}")
             path = wire.announcement_path(self._known.folder, self.number)
             raise ServerError(f"has not announced itself: {path} is missing")
         return there

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Self
 
 from megatron_tropd.errors import ServersLost, TrainingError
 from megatron_tropd.rollout import wire
@@ -27,8 +28,16 @@ class Patience:
     first_pause: float = 0.25
     """Before a server that failed is asked again; doubles each time, with jitter."""
     longest_pause: float = 10.0
+    unit_seconds: float = 1800.0
+    """Longest time an engine may take for one unit."""
     unit_failures: int = 5
     """Engines that may die over one unit."""
+
+    @classmethod
+    def within(cls, phase_seconds: float) -> Self:
+        """For a trainer whose phases may last so long: its watchdog must not come first."""
+        half = phase_seconds / 2
+        return cls(lost_seconds=min(cls.lost_seconds, half), unit_seconds=half)
 
 
 @dataclass
@@ -147,7 +156,8 @@ class Dispatch:
                 if now.failures[index] >= self._patience.unit_failures:
                     now.error = TrainingError(
                         f"Unit {index} of {len(self._units)} failed {now.failures[index]} times, "
-                        f"at last: a server {error}"
+                        f"at last: a server {error}",
+                        kind="engine",
                     )
             now.changed.notify_all()
 

@@ -167,7 +167,9 @@ def _time_limit(engine: RolloutEngine, seconds: float, doing: str) -> Iterator[N
         yield
     except TrainingError as error:
         if expired.is_set():
-            raise TrainingError(f"The engine was {doing} for more than {seconds:g} s.") from error
+            raise TrainingError(
+                f"The engine was {doing} for more than {seconds:g} s.", kind="engine"
+            ) from error
         raise
     finally:
         timer.cancel()

@@ -17,9 +17,6 @@ from megatron_tropd.rollout.types import Sample, SampleRequest, Sampling
 from megatron_tropd.rollout.weight_sync import WeightsName, WeightVersions
 from megatron_tropd.rollout.wire import Model, Unit
 
-UNIT_SECONDS = 3600.0
-"""Longest time an engine may take for one unit."""
-
 
 class ServerPool:
     """``num_servers`` servers behind the methods of :class:`EnginePool`.
@@ -39,7 +36,7 @@ class ServerPool:
         rank: int,
         num_servers: int,
         model: Model = "student",
-        patience: Patience | None = None,
+        patience: Patience,
     ) -> None:
         """Nothing is asked yet: servers may still be starting, or start later.
 
@@ -56,7 +53,7 @@ class ServerPool:
         self._versions = versions
         self._count = num_servers
         self._model = model
-        self._patience = patience or Patience()
+        self._patience = patience
         self._writer = uuid.uuid4().hex[:8]
         self._weights: WeightsName | None = None
         self._pending: Dispatch | None = None
@@ -141,10 +138,10 @@ class ServerPool:
         return self._dispatch(requests, sampling)
 
     def _dispatch(self, requests: Sequence[SampleRequest], sampling: Sampling) -> Dispatch:
-        call = uuid.uuid4().hex
+        call, seconds = uuid.uuid4().hex, self._patience.unit_seconds
         weights = self._weights if self._model == "student" else None
         units = [
-            Unit(f"{call}-{index}", self._model, weights, tuple(unit), sampling, UNIT_SECONDS)
+            Unit(f"{call}-{index}", self._model, weights, tuple(unit), sampling, seconds)
             for index, unit in enumerate(cut_units(requests, self._count))
         ]
         clients = [ServerClient(self._known, number) for number in range(self._count)]

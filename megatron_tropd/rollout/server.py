@@ -275,8 +275,8 @@ class RolloutServer:
                 anything for :data:`IDLE_SECONDS`, so that a step in progress can end. Twice: now.
 
         Raises:
-            ConfigError, InputError: the model cannot be served.
-            TrainingError: the engine keeps dying, or another server has taken this number.
+            ConfigError, InputError: the model cannot be served, or another server has this number.
+            TrainingError: the engine keeps dying.
         """
         http = threading.Thread(target=self._http.run, args=([self._socket],), daemon=True)
         engine = threading.Thread(target=self._run_engine, daemon=True)
@@ -289,6 +289,10 @@ class RolloutServer:
             while not complete() and not self._may_leave(told_to_stop()):
                 self._check(http, engine)
                 time.sleep(_POLL_SECONDS)
+        except Exception as error:
+            if self._is_announced():
+                wire.leave_reason(self._folder, self._announcement.number, str(error))
+            raise
         finally:
             self._leave(http)
 
@@ -299,18 +303,26 @@ class RolloutServer:
         if self._fatal is not None:
             raise self._fatal
         if not http.is_alive() or not engine.is_alive():
-            raise TrainingError("A thread of the rollout server ended; its log says why.")
-        if wire.read_announcement(self._folder, self._announcement.number) != self._announcement:
             raise TrainingError(
+                "A thread of the rollout server ended; its log says why.", kind="engine"
+            )
+        if not self._is_announced():
+            raise ConfigError(
                 f"{self._folder} announces another server {self._announcement.number}. Each server "
                 "of a run needs a --number of its own; this one leaves."
             )
+
+    def _is_announced(self) -> bool:
+        found = wire.read_announcement(self._folder, self._announcement.number)
+        return found == self._announcement
 
     def _wait_for_http(self, http: threading.Thread) -> None:
         deadline = time.monotonic() + _HTTP_START_SECONDS
         while not self._http.started:
             if not http.is_alive() or time.monotonic() > deadline:
-                raise TrainingError("The HTTP side of the rollout server did not start.")
+                raise TrainingError(
+                    "The HTTP side of the rollout server did not start.", kind="engine"
+                )
             time.sleep(0.01)
 
     def _run_engine(self) -> None:
@@ -319,7 +331,9 @@ class RolloutServer:
             while (unit := self._desk.take()) is not None:
                 self._desk.finish(self._outcome_of(unit))
                 if self._keeper.given_up:
-                    raise TrainingError(f"The engine keeps dying: {self._keeper.last_error}")
+                    raise TrainingError(
+                        f"The engine keeps dying: {self._keeper.last_error}", kind="engine"
+                    )
                 self._keeper.start()
         except BaseException as error:
             self._fatal = error
@@ -332,8 +346,8 @@ class RolloutServer:
         return wire.UnitSamples(unit.id, unit.weights, tuple(samples))
 
     def _leave(self, http: threading.Thread) -> None:
-        path = wire.announcement_path(self._folder, self._announcement.number)
-        if wire.read_announcement(self._folder, self._announcement.number) == self._announcement:
+        if self._is_announced():
+            path = wire.announcement_path(self._folder, self._announcement.number)
             path.unlink(missing_ok=True)
         self._desk.close()
         self._http.should_exit = True

@@ -79,7 +79,8 @@ class WeightVersions:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise TrainingError(
                 f"The weights after step {name.version} could not be handed to the rollout "
-                f"servers: {error}"
+                f"servers: {error}",
+                kind="disk",
             ) from None
         finally:
             for _ in tensors:
@@ -97,7 +98,8 @@ class WeightVersions:
         except OSError as error:
             raise TrainingError(
                 f"Weights {folder} are not there: {error}. Trainer and servers must see the same "
-                "run folder."
+                "run folder.",
+                kind="disk",
             ) from None
         if writer != name.writer:
             raise TrainingError(
@@ -260,5 +262,6 @@ def _save(bucket: dict[str, Tensor], path: Path) -> None:
     except (OSError, SafetensorError) as error:
         raise TrainingError(
             f"{path} could not be written: {error}. {needed / 2**20:.0f} MiB were needed, "
-            f"{free / 2**20:.0f} MiB free. Make room or fix the folder, then resume."
+            f"{free / 2**20:.0f} MiB free. Make room or fix the folder, then resume.",
+            kind="disk",
         ) from None

@@ -4,6 +4,7 @@ Everything that arrives is checked against the types here, and nothing in it can
 code: a request carries token ids and numbers.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -101,6 +102,24 @@ def announce(folder: Path, announcement: Announcement) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+    _reason_path(folder, announcement.number).unlink(missing_ok=True)
+
+
+def leave_reason(folder: Path, number: int, reason: str) -> None:
+    """Say why server ``number`` ended, for the trainer's message."""
+    with contextlib.suppress(OSError):
+        _reason_path(folder, number).write_text(reason + "\n")
+
+
+def read_reason(folder: Path, number: int) -> str | None:
+    """Why server ``number`` ended last; None: it did not say."""
+    with contextlib.suppress(OSError):
+        return _reason_path(folder, number).read_text().strip()
+    return None
+
+
+def _reason_path(folder: Path, number: int) -> Path:
+    return announcement_path(folder, number).with_suffix(".error")
 
 
 def read_announcement(folder: Path, number: int) -> Announcement | None:

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from ranks import free_port
+
+from tests.ranks import free_port
 
 pytestmark = pytest.mark.slow
 

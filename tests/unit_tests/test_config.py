@@ -22,6 +22,7 @@ TOMLS = sorted(
     path
     for folder in ("configs", "examples", "slurm", "benchmarks")
     for path in (REPOSITORY / folder).rglob("*.toml")
+    if not path.name.startswith("site.")  # of a cluster: test_slurm_job.py
 )
 SMALLEST = """
 [model]
@@ -128,6 +129,11 @@ def test_overrides(toml: Path, override: str, section: str, name: str, value: ob
         ("parallel.expert=2", r"parallel\.expert = 2 must divide parallel\.data, found 1"),
         ("parallel.data=3", r"= 512 must be divisible by parallel\.data = 3"),
         ("rollout.num_engines=2", r"rollout\.num_engines must divide the world size 1"),
+        (
+            "rollout.placement=remote",
+            r"rollout\.placement must be one of \['colocated', 'separate'",
+        ),
+        ("rollout.steps_ahead=2", r"rollout\.steps_ahead must be one of \[0, 1\], found 2"),
         ("rollout.temperature=0", r"rollout\.temperature must be above 0"),
         ("rollout.top_p=0", r"rollout\.top_p must be in"),
         ("rollout.max_new_tokens=0", r"rollout\.max_new_tokens must be at least 1"),
@@ -145,6 +151,11 @@ def test_overrides(toml: Path, override: str, section: str, name: str, value: ob
 def test_bad_values(toml: Path, override: str, message: str):
     with pytest.raises(ConfigError, match=message):
         load_config(toml, [override])
+
+
+def test_there_may_be_any_number_of_servers(toml: Path):
+    config = load_config(toml, ["rollout.placement=separate", "rollout.num_engines=3"])
+    assert config.parallel.world_size == 1 and config.rollout.num_engines == 3
 
 
 def test_plain_opd_needs_no_tau(toml: Path):

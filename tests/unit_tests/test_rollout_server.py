@@ -237,7 +237,7 @@ def test_a_server_whose_engine_keeps_dying_ends(
 
     monkeypatch.setattr(keeper_module, "MOST_FAILURES", 2)
     running = start(0, die)
-    with pytest.raises(ServersLost, match=r"server 0 .*tropd serve"):
+    with pytest.raises(ServersLost, match=r"server 0 has ended: .*keeps dying.*tropd serve"):
         Dispatch(units(1), [client(tmp_path)], QUICK).wait()
     running.thread.join(5)
     assert "keeps dying: out of memory" in str(running.error)
