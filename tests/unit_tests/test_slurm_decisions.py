@@ -114,7 +114,7 @@ def test_training_is_one_task_on_each_training_node(job):
     ("code", "requeued"),
     [
         (0, False),  # asked to stop by a signal to a rank: not complete, no failure
-        (1, False),
+        (1, True),  # srun's own: our launcher records a reason
         (2, False),
         (130, False),
         (143, False),
