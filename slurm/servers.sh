@@ -21,7 +21,7 @@ serve() {
     fi
     while :; do
         "${step[@]}" --overlap --nodes=1 --ntasks=1 --nodelist="$node" \
-            --output="$run/logs/job_%j_server_$number.log" \
+            --output="$logs/job_%j_server_$number.log" \
             "${tropd[@]}" serve "${config[@]}" --number "$number" --host "$(address "$node")" &
         child=$!
         wait "$child"
