@@ -369,8 +369,13 @@ def main(job_path: str, result_path: str, rank: str) -> None:
     result = run_job(job, dist.group.WORLD)
     if rank == "0":
         Path(result_path).write_text(json.dumps(result))
-    dist.barrier()
+    dist.barrier()  # nobody leaves while another still waits for it
     dist.destroy_process_group()
+    # Without the interpreter's and C++'s own clearing up: threads of torch that still run then have
+    # now and then aborted a process that was done.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

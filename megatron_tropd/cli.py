@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_tropd import exits
+from megatron_tropd.cluster.cli import add_slurm
 from megatron_tropd.config import Config, config_to_dict, load_config
 from megatron_tropd.conversion import add_to_hf, add_to_megatron
 from megatron_tropd.errors import ConfigError, InputError, TrainingError
@@ -61,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         "--dry-run", action="store_true", help="check everything, print the settings, stop"
     )
     distill.set_defaults(command=_distill)
+    add_slurm(commands.add_parser("slurm", help="write or submit the Slurm job of a run"))
     _add_serve(commands.add_parser("serve", help="one rollout server of a run"))
     _add_plan(commands.add_parser("plan", help="memory, traffic and seconds before anything runs"))
     report = commands.add_parser("report", help="write the HTML report of a run")

@@ -314,6 +314,15 @@ def config_from_dict(tables: dict[str, Any]) -> Config:
     return _build(Config, tables, "")
 
 
+def settings_from_table(cls: Any, table: dict[str, Any]) -> Any:
+    """An instance of a dataclass of settings, checked as strictly as a config.
+
+    Raises:
+        ConfigError: a key is unknown or missing, or a value has the wrong type or does not fit.
+    """
+    return _build(cls, table, "")
+
+
 def _sections() -> dict[str, Any]:
     hints = typing.get_type_hints(Config)
     return {f.name: hints[f.name] for f in fields(Config)}
@@ -389,6 +398,9 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             f"{where} must have {len(args)} elements, found {value!r}.",
         )
         return tuple(_convert(element, item, where) for item in value)
+    if origin is dict:
+        _require(isinstance(value, dict), f"{where} must be a table, found {value!r}.")
+        return {key: _convert(args[1], item, f"{where}.{key}") for key, item in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     good = isinstance(value, hint) and not (hint is not bool and isinstance(value, bool))

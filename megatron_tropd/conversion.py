@@ -121,6 +121,7 @@ def to_megatron(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         print(plan.text())
         return 0
+    _say(plan.warnings)
     prompts = _prompts(arguments, job.hf)
     _with_progress(lambda progress: hf_to_megatron(job, progress), plan.total_bytes)
     print(f"Megatron checkpoint: {job.megatron}")
@@ -146,10 +147,16 @@ def to_hf(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         print(plan.text())
         return 0
+    _say(plan.warnings)
     prompts = _prompts(arguments, job.hf_config or companions_of(job.megatron))
     _with_progress(lambda progress: megatron_to_hf(job, progress), plan.total_bytes)
     print(f"HF folder: {job.hf}")
     return _verify(arguments, prompts, written="hf")
+
+
+def _say(warnings: Sequence[str]) -> None:
+    for warning in warnings:
+        print(f"note: {warning}", file=sys.stderr)
 
 
 def _verify(
@@ -209,7 +216,9 @@ def _guarded(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Nam
             print(f"error: {error}", file=sys.stderr)
             return 2
         except OSError as error:
-            print(f"error: the output could not be written: {error}", file=sys.stderr)
+            # What is read was opened before: without a name it is the output.
+            what = error.filename or "the output could not be written"
+            print(f"error: {what}: {error.strerror or error}", file=sys.stderr)
             return 1
         except KeyboardInterrupt:
             print("interrupted: what was being written is removed", file=sys.stderr)

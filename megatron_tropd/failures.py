@@ -28,7 +28,7 @@ KINDS = {
     "killed": exits.RESTART,
     "lost_peer": exits.RESTART,
 }
-"""Exit code of each kind. killed: by a signal that the run did not ask for."""
+"""Exit code of each kind. killed: a rank by a signal nobody asked for, or a node."""
 
 SYMPTOMS = ("lost_peer",)
 """Kinds that follow from a failure elsewhere."""

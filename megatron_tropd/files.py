@@ -49,11 +49,15 @@ def append_line(path: Path, line: str) -> None:
     size = path.stat().st_size if path.exists() else 0
 
     def append() -> None:
-        with path.open("ab") as file:
-            file.truncate(size)
-            file.write(line.encode())
-            file.flush()
-            os.fsync(file.fileno())
+        with path.open("ab", buffering=0) as file:
+            try:
+                rest = memoryview(line.encode())
+                while rest:  # a full disk takes a part
+                    rest = rest[file.write(rest) :]
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(size)
+                raise
 
     patiently(append, path)
 

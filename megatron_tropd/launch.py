@@ -150,13 +150,14 @@ class _Supervisor:
         folder: RunFolder,
     ) -> None:
         self._ranks = ranks
+        self._folder = folder
         self._received = received
         self._forwarded = 0
         self._peers = peers
-        self._folder = folder
         self._left: dict[int, int] = {}
         self._end: int | None = None
         self._failure = exits.COMPLETE
+        self._killed = 0
         self._deadline = math.inf
 
     def run(self) -> int:
@@ -172,44 +173,64 @@ class _Supervisor:
         return self._agree()
 
     def _look_at_ranks(self) -> None:
-        codes = [rank.returncode or 0 for rank in self._ranks]
-        # We have killed nobody yet: whoever ended by a signal did not choose to.
-        if code := exits.worst(exits.RESTART if code < 0 else code for code in codes):
-            if not self._failure:
-                report_killed(codes, self._folder, self._peers.nodes.rank * len(codes))
-            self._fail(code)
+        codes = [rank.returncode for rank in self._ranks]
+        if self._forwarded and -signal.SIGTERM in codes:
+            # Stopped as asked, but so early that it could not say so to the others.
+            self._limit(FAILURE_GRACE_SECONDS)
+            codes = [0 if code == -signal.SIGTERM else code for code in codes]
+        # We have killed nobody yet: whoever ended by another signal did not choose to.
+        killed = sum(code is not None and code < 0 for code in codes)
+        if killed > self._killed:
+            self._killed = killed
+            report_killed(codes, self._folder, self._peers.nodes.rank * len(codes))
+        if failure := exits.worst(exits.RESTART if code < 0 else code for code in codes if code):
+            self._fail(failure)
 
     def _listen(self) -> None:
         for node, message in self._peers.messages():
-            if message is None and node not in self._left:
-                lost = f"Lost {self._peers.name(node)}: its launcher or its machine died."
-                report(self._folder.failure, Failure(kind="lost_peer", message=lost))
-                _say(lost)
-                self._left[node] = exits.RESTART
-                self._fail(exits.RESTART)
-            elif message is not None and "end" in message:
+            if message is None:
+                self._miss(node)
+            elif "end" in message:
                 self._end = int(message["end"])
-            elif message is not None and "left" in message:
+            elif "left" in message:
                 self._left[node] = int(message["left"])
                 if exits.is_failure(self._left[node]):
-                    _say(f"{self._peers.name(node)} ended with code {self._left[node]}.")
                     self._fail(self._left[node])
+                elif exits.is_stop(self._left[node]):
+                    self._limit(GRACE_SECONDS)
+
+    def _miss(self, node: int) -> None:
+        if node in self._left or self._end is not None:
+            return  # it had said goodbye
+        self._left[node] = exits.RESTART
+        text = f"Lost {self._peers.name(node)}: its launcher was killed, or its machine is gone."
+        print(f"tropd: {text}", file=sys.stderr, flush=True)
+        report(self._folder.failure, Failure(kind="killed", message=text))
+        self._fail(exits.RESTART)
 
     def _fail(self, code: int) -> None:
         if not self._failure:
             self._failure = code
-            self._deadline = min(self._deadline, time.monotonic() + FAILURE_GRACE_SECONDS)
+            self._limit(FAILURE_GRACE_SECONDS)
+
+    def _limit(self, seconds: float) -> None:
+        """End what still runs after so long, or when an earlier limit says so."""
+        self._deadline = min(self._deadline, time.monotonic() + seconds)
 
     def _forward_signals(self) -> None:
         if len(self._received) == self._forwarded:
             return
+        # Slurm sends SIGTERM to this process, and srun passes on its own: that is one request.
+        new = set(self._received[self._forwarded :]) - set(self._received[: self._forwarded])
         self._forwarded = len(self._received)
+        if self._received.count(signal.SIGINT) > 1:
+            self._deadline = 0.0
+        if not new:
+            return
         for rank in self._ranks:
             rank.terminate()
-        if self._forwarded > 1:
-            self._deadline = 0.0
-        elif self._received[0] != exits.TIME_LIMIT_SIGNAL:
-            self._deadline = min(self._deadline, time.monotonic() + GRACE_SECONDS)
+        if new != {exits.TIME_LIMIT_SIGNAL}:
+            self._limit(GRACE_SECONDS)
 
     def _own_code(self) -> int:
         stopped = exits.stopped_by(self._received[0]) if self._received else exits.COMPLETE
@@ -231,7 +252,7 @@ class _Supervisor:
         return exits.worst([self._own_code(), *self._left.values(), *missing])
 
     def _signalled_again(self) -> bool:
-        return len(self._received) > max(1, self._forwarded)
+        return len(self._received) > self._forwarded
 
 
 def report_killed(codes: Sequence[int | None], folder: RunFolder, first_rank: int = 0) -> None:
@@ -242,7 +263,7 @@ def report_killed(codes: Sequence[int | None], folder: RunFolder, first_rank: in
         folder: of the run.
         first_rank: of this node.
     """
-    beats = read_beats(folder.heartbeats, first_rank + len(codes))
+    beats = read_beats(folder.heartbeats, range(first_rank, first_rank + len(codes)))
     for rank, code in enumerate(codes, first_rank):
         if code is None or code >= 0:
             continue

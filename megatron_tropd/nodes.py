@@ -35,7 +35,7 @@ class NodeLost(TrainingError):
     """A node of the run is gone, or did not come."""
 
     def __init__(self, message: str) -> None:
-        """``message``: which one, and for how long it was waited."""
+        """A restart may cure it."""
         super().__init__(message, kind="lost_peer")
 
 

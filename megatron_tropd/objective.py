@@ -12,7 +12,7 @@ from megatron_tropd.choices import BatchChoices, targets_of
 from megatron_tropd.config import LossConfig
 from megatron_tropd.data.packing import LossCounts
 from megatron_tropd.data.types import MicroBatch, Segment
-from megatron_tropd.losses import TeacherSignal, tropd_loss_from_hidden
+from megatron_tropd.losses import TeacherSignal, tropd_loss_from_hidden, unrounded_gradient
 from megatron_tropd.losses.selection import num_selected
 from megatron_tropd.step_metrics import StepSums
 
@@ -109,12 +109,6 @@ class StepObjective:
                 for name, key in EXAMPLE_VALUES.items()
                 if key in values
             }
-
-
-def unrounded_gradient(weight: Tensor) -> Tensor | None:
-    """Megatron's float32 gradient buffer of a parameter in lower precision, else None."""
-    main_grad: Tensor | None = getattr(weight, "main_grad", None)
-    return None if main_grad is None or main_grad.dtype == weight.dtype else main_grad
 
 
 def segment_weights(config: LossConfig, counts: LossCounts) -> tuple[float, float]:

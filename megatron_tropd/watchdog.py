@@ -162,11 +162,11 @@ class Watchdog:
     def _report(self) -> None:
         faulthandler.dump_traceback(file=sys.stderr)
         if read(self._failure) is None:
-            before = read_beats(self._folder, self._world_size)
+            before = read_beats(self._folder, range(self._world_size))
             for _ in range(3):
                 time.sleep(self.period)
                 self._write_beat()
-            after = read_beats(self._folder, self._world_size)
+            after = read_beats(self._folder, range(self._world_size))
             failure = self._describe(before, after)
             self._say(failure.message)
             report(self._failure, failure)
@@ -205,10 +205,10 @@ class Watchdog:
         )
 
 
-def read_beats(folder: Path, world_size: int) -> dict[int, Beat]:
-    """The last heartbeat of every rank that left one, by rank."""
+def read_beats(folder: Path, ranks: Iterable[int]) -> dict[int, Beat]:
+    """The last heartbeat of each of ``ranks`` that left one, by rank."""
     beats = {}
-    for rank in range(world_size):
+    for rank in ranks:
         with contextlib.suppress(OSError, ValueError, TypeError):
             beats[rank] = Beat(**json.loads(_path(folder, rank).read_text()))
     return beats

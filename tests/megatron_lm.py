@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from ranks import run_with_env
+
+from tests.ranks import run_with_env
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "examples" / "megatron_lm"
 PLAIN, TROPD = SCRIPTS / "pretrain_gpt.py", SCRIPTS / "pretrain_gpt_tropd.py"

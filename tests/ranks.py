@@ -1,11 +1,14 @@
 """Run a function on N gloo ranks of this machine (CPU, no GPU).
 
-A spawn costs about ten seconds, nearly all of it imports: check many cases in one.
+Ranks are fresh processes, forked from a server that has done the imports and nothing else: no
+group, no thread, no patch of the CPU platform, no state of an earlier test. They end without C++'s
+clearing up, as all forked children of multiprocessing do: threads of torch that still ran then have
+now and then aborted a process whose checks had all passed.
 """
 
+import multiprocessing
 import os
 import socket
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +17,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+PRELOADED = [
+    "megatron_tropd.job",
+    "megatron_tropd.integrations.megatron_lm",
+    "torch.distributed.checkpoint",
+    "transformers.models.llama.modeling_llama",
+]
+"""What most ranks import, with all that these import: torch, Megatron-Core, transformers."""
+_layouts_left = 0
 
 
 def run_on_ranks(world_size: int, fn: Callable[..., None], *args: Any) -> None:
@@ -26,7 +38,7 @@ def run_on_ranks(world_size: int, fn: Callable[..., None], *args: Any) -> None:
     """
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
-        mp.spawn(_with_group, (world_size, store, fn, args), nprocs=world_size, join=True)
+        _start(world_size, _with_group, store, fn, args)
 
 
 def run_with_env(world_size: int, fn: Callable[..., None], *args: Any) -> None:
@@ -37,7 +49,25 @@ def run_with_env(world_size: int, fn: Callable[..., None], *args: Any) -> None:
         fn: module-level function (it is pickled by name).
         args: picklable arguments.
     """
-    mp.spawn(_with_env, (world_size, free_port(), fn, args), nprocs=world_size, join=True)
+    _start(world_size, _with_env, free_port(), fn, args)
+
+
+def leave_layout() -> None:
+    """Destroy Megatron's parallel state and all groups; join a new default group. Collective.
+
+    Megatron drops its groups without destroying them, and each has threads and connections to all
+    its ranks, which slow down whatever comes later.
+    """
+    from megatron.core import parallel_state
+
+    global _layouts_left
+    _layouts_left += 1
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    store = dist.PrefixStore(f"{_layouts_left}", dist.distributed_c10d._get_default_store())
+    parallel_state.destroy_model_parallel()
+    dist.barrier()
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
 
 
 def free_port() -> int:
@@ -45,6 +75,13 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def _start(world_size: int, entry: Callable[..., None], *arguments: Any) -> None:
+    multiprocessing.set_forkserver_preload(PRELOADED)
+    mp.start_processes(
+        entry, (world_size, *arguments), nprocs=world_size, start_method="forkserver"
+    )
 
 
 def _with_group(rank: int, world_size: int, store: str, fn: Callable[..., None], args: Any) -> None:
@@ -55,11 +92,6 @@ def _with_group(rank: int, world_size: int, store: str, fn: Callable[..., None],
         dist.barrier()  # nobody leaves while another still waits for it
     finally:
         dist.destroy_process_group()
-    # Without the interpreter's and C++'s own clearing up: threads of torch that still run then have
-    # now and then aborted a process whose checks had all passed.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
 
 
 def _with_env(rank: int, world_size: int, port: int, fn: Callable[..., None], args: Any) -> None:
@@ -74,6 +106,8 @@ def _with_env(rank: int, world_size: int, port: int, fn: Callable[..., None], ar
     )
     try:
         fn(*args)
+        if dist.is_initialized():
+            dist.barrier()
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -11,13 +11,14 @@ SUBFOLDER = "hf"
 """Folder inside a Megatron folder that holds them."""
 CONFIG = "config.json"
 
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".index.json")
-_CODE = (".py", ".pyc", ".so")
+_KINDS = (".json", ".jsonl", ".txt", ".model", ".tiktoken", ".jinja", ".md")
+"""Configs, vocabularies and merges, SentencePiece models, chat templates, model cards."""
+_PAPERS = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY", "README")
 _TEMPLATES = "additional_chat_templates"
 
 
 def copy_companions(source: Path, out: Path) -> list[str]:
-    """Copy every file of a model folder that is neither weights nor code.
+    """Copy the files of a model folder that are known to belong to it beside its weights.
 
     Args:
         source: HF folder.
@@ -26,18 +27,36 @@ def copy_companions(source: Path, out: Path) -> list[str]:
     Returns:
         Names of the files, sorted.
     """
-    names = [
-        path.name
-        for path in sorted(source.iterdir())
-        if path.is_file() and not path.name.startswith(".")
-        if not path.name.endswith(_WEIGHTS + _CODE)
-    ]
+    names = [path.name for path in _files(source) if _is_companion(path.name)]
     for name in names:
         shutil.copyfile(source / name, out / name)
     if (source / _TEMPLATES).is_dir():
         _copy_folder(source / _TEMPLATES, out / _TEMPLATES)
         names.append(_TEMPLATES)
     return names
+
+
+def left_out(source: Path) -> list[str]:
+    """Names of the files that :func:`copy_companions` leaves behind, weights apart, sorted.
+
+    Code, pickles, other formats of the weights, and whatever else is not known.
+    """
+    names = [path.name for path in _files(source)]
+    return [name for name in names if not _is_companion(name) and not _is_weights(name)]
+
+
+def _files(folder: Path) -> list[Path]:
+    return [p for p in sorted(folder.iterdir()) if p.is_file() and not p.name.startswith(".")]
+
+
+def _is_companion(name: str) -> bool:
+    known = name.endswith(_KINDS) or name.split(".")[0].upper() in _PAPERS
+    return known and not _is_weights(name)
+
+
+def _is_weights(name: str) -> bool:
+    pickled = name.startswith("pytorch_model") and name.endswith(".bin")
+    return pickled or name.endswith((".safetensors", ".index.json"))
 
 
 def _copy_folder(source: Path, out: Path) -> None:

@@ -3,12 +3,13 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_tropd.convert.accounting import account
-from megatron_tropd.convert.companions import CONFIG, config_dtype
+from megatron_tropd.convert.companions import CONFIG, config_dtype, left_out
 from megatron_tropd.convert.families import Entry, describe, plan
 from megatron_tropd.convert.hf_folder import INDEX, read_json, read_weight_map
 from megatron_tropd.convert.layout import Layout, Place, layout
@@ -42,6 +43,8 @@ class Preview:
     model: str
     lines: list[Line]
     notes: list[str]
+    warnings: list[str]
+    """What the folder has and the output will not have, and code that is not run."""
 
     @property
     def total_bytes(self) -> int:
@@ -55,7 +58,9 @@ class Preview:
             f"{len(self.lines)} HF tensors, {self.total_bytes:,} bytes <-> {len(keys)} Megatron "
             "tensors"
         )
-        return "\n".join([self.model, *map(_spell, self.lines), sums, *self.notes])
+        return "\n".join(
+            [self.model, *map(_spell, self.lines), sums, *self.notes, *self.warnings, _DRY]
+        )
 
 
 def preview_to_megatron(job: ToMegatron) -> Preview:
@@ -70,7 +75,7 @@ def preview_to_megatron(job: ToMegatron) -> Preview:
     notes.append(
         f"vocabulary padded to {where.padded_vocab} rows; {len(where.objects)} empty extra states"
     )
-    return Preview(describe(config), _lines(where, dtypes), [*notes, _DRY])
+    return Preview(describe(config), _lines(where, dtypes), notes, _warnings(config, job.hf))
 
 
 def preview_to_hf(job: ToHF) -> Preview:
@@ -83,10 +88,21 @@ def preview_to_hf(job: ToHF) -> Preview:
     specs: Mapping[str, Spec] = hf_specs(source, job.dtype)
     dtypes = {name: spec.dtype for name, spec in specs.items()}
     copies = [f"{new} | copy of {old}" for new, old in tied_copies(source, specs).items()]
-    return Preview(describe(source.config), _lines(source.layout, dtypes), [*copies, _DRY])
+    warnings = _warnings(source.config, source.companions)
+    return Preview(describe(source.config), _lines(source.layout, dtypes), copies, warnings)
 
 
 _DRY = "dry run: no weights were read, nothing was written."
+
+
+def _warnings(config: dict[str, Any], folder: Path) -> list[str]:
+    warnings = [f"{name} | not copied" for name in left_out(folder)]
+    if config.get("auto_map"):
+        warnings.append(
+            f"{CONFIG} names code of its own (auto_map), which is not run: the model is taken for "
+            f"transformers' {config.get('model_type')}"
+        )
+    return warnings
 
 
 def _source(config: dict[str, Any], job: ToMegatron) -> tuple[list[str], Mapping[str, torch.dtype]]:

@@ -85,7 +85,8 @@ def training_item(trajectory: Recorded, seq_length: int) -> dict[str, Tensor]:
     Returns:
         ``tokens``, ``labels`` (the next token), ``position_ids`` [S] int64; ``loss_weights`` [S]
         float32, 0 where the label is a prompt token or padding; ``teacher_written`` [S] bool and
-        ``rollout_logprobs`` [S] float32 of the label; ``sample_id`` [] int64. Ids are 0 in padding.
+        ``rollout_logprobs`` [S] float32 of the label; ``response_positions`` [S] int64 index of the
+        label after the prompt, 0 elsewhere; ``sample_id`` [] int64. Ids are 0 in padding.
     """
     whole_N = np.concatenate([trajectory.prompt_P, trajectory.response_R])
     stop = min(len(whole_N) - 1, seq_length)
@@ -98,6 +99,7 @@ def training_item(trajectory: Recorded, seq_length: int) -> dict[str, Tensor]:
         "loss_weights": _row(trajectory.weights_R[:kept], start, seq_length),
         "teacher_written": _row(trajectory.teacher_R[:kept], start, seq_length),
         "rollout_logprobs": _row(trajectory.logprobs_R[:kept], start, seq_length),
+        "response_positions": _row(np.arange(kept), start, seq_length),
     }
     item["position_ids"] = torch.arange(seq_length)
     item["sample_id"] = torch.tensor(trajectory.sample_id)

@@ -25,6 +25,7 @@ TRAJECTORY = (
     "loss_weights",
     "teacher_written",
     "rollout_logprobs",
+    "response_positions",
     "sample_id",
 )
 """Keys of a recorded or fresh trajectory."""
@@ -47,6 +48,8 @@ class Batch:
     """[B, S] bool, true where the teacher wrote the label."""
     rollout_logprobs: Tensor
     """[B, S] float32 log-prob of the label under the policy that sampled it, in nats."""
+    response_positions: Tensor
+    """[B, S] int64 index of the label after the prompt, 0 elsewhere: keys its random draw."""
     sample_ids: Tensor
     """[B] int64 key of each row's random draws."""
     attention_mask: Tensor | None
@@ -87,7 +90,7 @@ def draw(
         InputError: the data ended; an item lacks keys or has another shape; there are none to take
             masks from.
 
-    Collectives: on ``group`` 3 broadcasts, of 1 and [N, 5, B, S] int64 and [N, 2, B, S] float32;
+    Collectives: on ``group`` 3 broadcasts, of 1 and [N, 6, B, S] int64 and [N, 2, B, S] float32;
     with ``masked`` 1 of [N, B, S, S] bytes.
     """
     try:
@@ -112,7 +115,7 @@ def share(
 ) -> list[Batch]:
     """:func:`draw` for items at hand: N of them on the first rank of ``group``, or none."""
     kind = torch.full((1,), _kind(items), device=device)
-    ints = torch.zeros(count, 5, *shape, dtype=torch.int64, device=device)
+    ints = torch.zeros(count, 6, *shape, dtype=torch.int64, device=device)
     floats = torch.zeros(count, 2, *shape, device=device)
     masks = torch.zeros(count, shape[0], 1, shape[1], shape[1], dtype=torch.uint8, device=device)
     masks = masks if masked else masks[:0]
@@ -135,10 +138,19 @@ def share(
 
 
 def _batch(ints: Tensor, floats: Tensor, mask: Tensor | None, sampled: bool) -> Batch:
-    tokens, labels, position_ids, written, ids = ints
+    tokens, labels, position_ids, written, places, ids = ints
     weights, logprobs = floats
     return Batch(
-        tokens, labels, position_ids, weights, written.bool(), logprobs, ids[:, 0], mask, sampled
+        tokens=tokens,
+        labels=labels,
+        position_ids=position_ids,
+        loss_weights=weights,
+        teacher_written=written.bool(),
+        rollout_logprobs=logprobs,
+        response_positions=places,
+        sample_ids=ids[:, 0],
+        attention_mask=mask,
+        sampled=sampled,
     )
 
 
@@ -151,7 +163,8 @@ def _fill(
             ints[n, i] = item[name]
         if kind == _TRAJECTORY:
             ints[n, 3] = item["teacher_written"]
-            ints[n, 4] = item["sample_id"].unsqueeze(1)
+            ints[n, 4] = item["response_positions"]
+            ints[n, 5] = item["sample_id"].unsqueeze(1)
             floats[n, 0], floats[n, 1] = item["loss_weights"], item["rollout_logprobs"]
         else:
             floats[n, 0] = item["loss_mask"]

@@ -87,7 +87,8 @@ class LiveRollouts:
         self.close()
 
     def close(self) -> None:
-        """End the engine of this rank; not collective, harmless twice."""
+        """End the engine of this rank; not collective, harmless twice. Can be started again."""
+        self._started = False
         self._exit.close()
 
     def __call__(self, model: torch.nn.Module, iteration: int) -> list[dict[str, Tensor]]:

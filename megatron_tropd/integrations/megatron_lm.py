@@ -39,6 +39,7 @@ from megatron_tropd.losses import (
     equal_bounds,
     keyed_uniform,
     tropd_loss_from_hidden,
+    unrounded_gradient,
 )
 
 Report = dict[str, Tensor]
@@ -178,7 +179,7 @@ class StepLoss:
     """Whether to report what the loss does not need."""
     seed: int
     iteration: int
-    """0-based; with the seed and the sample, key of the mask draws."""
+    """0-based; with the seed, the sample and the place in it, key of the mask draws."""
     check_finite: bool
     """Whether to have Megatron look for NaN and Inf in each micro-batch's loss."""
 
@@ -240,7 +241,7 @@ def loss_of_states(scored: Scored, model: torch.nn.Module, hidden_TH: Tensor) ->
         beta=settings.beta,
         metrics=settings.metrics,
         reduce_hidden_grad=False,  # the model sums it, with its own kind of parallelism
-        main_grad=_unrounded_gradient(weight_vH),
+        main_grad=unrounded_gradient(weight_vH),
     )
     loss = output.loss
     if torch.is_grad_enabled() and model.ddp_config.overlap_grad_reduce:  # type: ignore[union-attr]
@@ -257,9 +258,9 @@ def targets_of(scored: Scored) -> LossTargets:
     mask = batch.loss_mask
     uniforms = torch.zeros_like(batch.loss_weights)
     if settings.config.region == "bernoulli":
-        positions = torch.arange(mask.shape[1]).numpy()
+        positions = batch.response_positions.cpu().numpy()
         for row, sample in enumerate(batch.sample_ids.tolist()):
-            drawn = keyed_uniform(settings.seed, settings.iteration, sample, positions)
+            drawn = keyed_uniform(settings.seed, settings.iteration, sample, positions[row])
             uniforms[row] = torch.from_numpy(drawn)
     return LossTargets(
         ids_T=batch.labels[mask],
@@ -515,12 +516,6 @@ def _vocab_size() -> int:
     from megatron.training import get_tokenizer
 
     return int(get_tokenizer().vocab_size)
-
-
-def _unrounded_gradient(weight: Tensor) -> Tensor | None:
-    """Megatron's float32 gradient buffer of a parameter in lower precision, else None."""
-    main_grad: Tensor | None = getattr(weight, "main_grad", None)
-    return None if main_grad is None or main_grad.dtype == weight.dtype else main_grad
 
 
 def _check_finite(loss: Tensor) -> None:

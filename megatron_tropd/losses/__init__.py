@@ -24,7 +24,12 @@ from megatron_tropd.losses.signals import (
     top_k_signal,
 )
 from megatron_tropd.losses.statistics import TokenStatistics
-from megatron_tropd.losses.targets import LossOutput, LossTargets, SummedLoss
+from megatron_tropd.losses.targets import (
+    LossOutput,
+    LossTargets,
+    SummedLoss,
+    unrounded_gradient,
+)
 from megatron_tropd.losses.vocab_parallel import equal_bounds
 
 __all__ = [
@@ -53,4 +58,5 @@ __all__ = [
     "top_k_signal",
     "tropd_loss",
     "tropd_loss_from_hidden",
+    "unrounded_gradient",
 ]

@@ -151,7 +151,7 @@ def tropd_loss_from_hidden(
         reduce_hidden_grad: sum the gradient of the hidden states over the ranks. False where the
             caller does (Megatron's ``copy_to_tensor_model_parallel_region``).
         main_grad: [v, H] float32; backward adds the weight's gradient here, unrounded, instead of
-            returning it to autograd.
+            returning it to autograd (``unrounded_gradient(weight)`` finds Megatron's).
 
     Returns:
         The summed loss and detached values, identical on every rank of ``group``. Backward works

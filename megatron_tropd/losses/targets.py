@@ -44,6 +44,15 @@ class LossOutput:
     """
 
 
+def unrounded_gradient(weight: Tensor) -> Tensor | None:
+    """Megatron's float32 gradient buffer of a parameter in lower precision, else None.
+
+    What :func:`tropd_loss_from_hidden` takes as ``main_grad``.
+    """
+    main_grad: Tensor | None = getattr(weight, "main_grad", None)
+    return None if main_grad is None or main_grad.dtype == weight.dtype else main_grad
+
+
 @dataclass(frozen=True)
 class SummedLoss:
     """A summed loss and what it saw, the same on every rank of the group."""

@@ -29,7 +29,7 @@ from megatron_tropd.config import ParallelConfig, TrainConfig
 from megatron_tropd.data.types import MicroBatch
 from megatron_tropd.losses import HiddenStatesSignal
 from megatron_tropd.mcore import platform
-from megatron_tropd.mcore.hidden import Rows, SomeGradient, loss_token_states, output_weight
+from megatron_tropd.mcore.hidden import Rows, loss_token_states, output_weight
 from megatron_tropd.mcore.parallel import Ranks
 
 __all__ = [
@@ -260,8 +260,6 @@ def _student_forward(
     def loss(hidden_TH: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         assert weight_vH is not None, "only the last stage has a loss"
         loss_sum, report = loss_fn(hidden_TH, weight_vH, batch, index)
-        if model.ddp_config.overlap_grad_reduce:
-            loss_sum = SomeGradient.apply(loss_sum, weight_vH)
         return loss_sum, batch.loss_mask.sum().to(torch.int), report
 
     return loss_token_states(model, batch), loss

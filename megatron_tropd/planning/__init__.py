@@ -44,7 +44,8 @@ def make_plan(
     Args:
         config: the run; of its files only both models' config.json are read.
         hardware: one GPU and its links.
-        gpus: of the recommended layout; None: as many as the config's layout has.
+        gpus: of the recommended layout, engines' own included; None: as many as the config's
+            layout has.
         prompt_tokens: assumed length of a prompt.
         response_tokens: assumed average length of a response; None: ``max_new_tokens``.
 
@@ -55,4 +56,7 @@ def make_plan(
     if gpus is not None and gpus < 1:
         raise ConfigError(f"--gpus must be at least 1, found {gpus}.")
     made = setup(config, hardware, prompt_tokens=prompt_tokens, response_tokens=response_tokens)
-    return Plan(estimate(made), recommend(made, gpus or config.parallel.world_size))
+    nodes = made.training_nodes + made.engine_nodes
+    # Separate engines leave GPUs of their nodes idle that another layout may use.
+    configured = nodes * hardware.gpus_per_node if made.separate else made.gpus
+    return Plan(estimate(made), recommend(made, gpus or configured))

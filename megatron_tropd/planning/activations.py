@@ -81,7 +81,7 @@ def saved(
     parallel: ParallelConfig,
     *,
     stage: int,
-    rows: int,
+    positions: int,
     length: int,
     micro_batches: int,
     element: int,
@@ -96,20 +96,20 @@ def saved(
         shape: of the model.
         parallel: the layout.
         stage: 0-based pipeline stage.
-        rows: of a micro-batch.
-        length: padded length of a row.
+        positions: of a micro-batch, padding included.
+        length: of its rows.
         micro_batches: of one replica's step.
         element: bytes of an element.
         layers: whose layers.
     """
     w = widths(shape, parallel, element, layers)
     num_layers = stage_sizes(shape.layers, parallel.pipeline)[stage]
-    bytes_of_one = rows * length * num_layers * saved_per_position(w)
+    bytes_of_one = positions * num_layers * saved_per_position(w)
     bytes_of_one += length * num_layers * _rotary_tables(w)
     if stage == 0:
-        bytes_of_one += 8 * rows * length  # the ids, for the embedding
+        bytes_of_one += 8 * positions  # the ids, for the embedding
     if stage == parallel.pipeline - 1:
-        bytes_of_one += rows * length * _final(w)
+        bytes_of_one += positions * _final(w)
     return bytes_of_one * min(parallel.pipeline - stage, micro_batches)
 
 

@@ -28,23 +28,29 @@ class Communication:
     """The same and their gradients."""
     data: float
     """Gradients summed over the replicas, and the distributed optimizer's new weights."""
+    tied_embedding: float
+    """Gradients of a tied embedding, between its first stage and its last."""
     weight_sync: float
-    """The student as an engine reads it; through shared memory."""
+    """The student, written and read: in shared memory for a colocated engine, in the run's folder
+    for separate ones."""
 
 
 def communication(made: Setup) -> Communication:
     """What each kind of parallelism sends."""
     student, teacher = made.student, made.teacher
+    # A loss that looks at the student first takes one more pass.
+    passes = 2 + made.config.loss.needs_student_pass
     # Sharded inputs are gathered once more for the gradient of the weights.
-    passes = 2.5 if made.parallel.sequence_parallel else 2
+    sums = passes + (0.5 if made.parallel.sequence_parallel else 0)
     return Communication(
         tensor_teacher=tensor_bytes(made, teacher, passes=1),
-        tensor_student=tensor_bytes(made, student, passes=passes),
-        expert_teacher=expert_bytes(made, teacher, passes=1),
-        expert_student=expert_bytes(made, student, passes=2),
+        tensor_student=tensor_bytes(made, student, passes=sums),
+        expert_teacher=sum(expert_bytes(made, teacher, passes=1)),
+        expert_student=sum(expert_bytes(made, student, passes=passes)),
         pipeline_teacher=pipeline_bytes(made, teacher, passes=1),
-        pipeline_student=pipeline_bytes(made, student, passes=2),
-        data=max(data_bytes(made, s) for s in range(made.parallel.pipeline)),
+        pipeline_student=pipeline_bytes(made, student, passes=passes),
+        data=max(data_bytes(made, stage) for stage in {0, made.last_stage}),
+        tied_embedding=tied_embedding_bytes(made),
         weight_sync=2.0 * student.parameters * made.element,
     )
 
@@ -61,16 +67,20 @@ def tensor_bytes(made: Setup, model: Model, *, passes: float) -> float:
     return passes * layers * sums * 2 * one * (t - 1) / t
 
 
-def expert_bytes(made: Setup, model: Model, *, passes: float) -> float:
-    """Routed tokens there and back over the expert-parallel ranks, and over the tensor ones."""
+def expert_bytes(made: Setup, model: Model, *, passes: float) -> tuple[float, float]:
+    """Routed tokens there and back: (over the expert-parallel ranks, over the tensor ones).
+
+    An all-to-all over the first, where a rank has its part of the sequence; a gather and a scatter
+    over the second, since experts are sharded there too.
+    """
     experts = model.shape.experts
     if experts is None:
-        return 0.0
+        return 0.0, 0.0
     e, t = made.parallel.expert, made.parallel.tensor
     layers = -(-model.shape.layers // made.parallel.pipeline)
     routed = made.work.positions * experts.per_token * model.shape.hidden * made.element
-    there = routed / t * (e - 1) / e + routed * (t - 1) / t
-    return passes * layers * 2 * there
+    there_and_back = passes * layers * 2 * routed
+    return there_and_back / t * (e - 1) / e, there_and_back * (t - 1) / t
 
 
 def pipeline_bytes(made: Setup, model: Model, *, passes: float) -> float:
@@ -85,6 +95,14 @@ def data_bytes(made: Setup, stage: int) -> float:
     """Float32 gradients over the replicas; with the distributed optimizer, new weights back."""
     held, p = made.held(made.student, stage), made.parallel
     return _reduced(made, held.dense, p.data) + _reduced(made, held.experts, p.data // p.expert)
+
+
+def tied_embedding_bytes(made: Setup) -> float:
+    """One float32 all-reduce of the embedding's shard over two ranks."""
+    shape, p = made.student.shape, made.parallel
+    if not shape.tied or p.pipeline == 1:
+        return 0.0
+    return float(_FLOAT32 * made.vocab_shard * shape.hidden)
 
 
 def _reduced(made: Setup, parameters: int, replicas: int) -> float:

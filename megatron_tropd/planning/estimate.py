@@ -1,9 +1,10 @@
 """One layout's memory, communication and time together."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from megatron_tropd.planning.communication import Communication, communication
-from megatron_tropd.planning.memory import Memory, fits, memory
+from megatron_tropd.planning.memory import Memory, fullest_stages, memory, obstacle
 from megatron_tropd.planning.seconds import Seconds, seconds
 from megatron_tropd.planning.setup import Setup
 
@@ -13,22 +14,34 @@ class Estimate:
     """What a layout needs and takes."""
 
     made: Setup
-    memory: list[Memory]
-    """Of each pipeline stage."""
     communication: Communication
     seconds: Seconds
-    fits: bool
+    peak: float
+    """Bytes on the fullest training GPU."""
+    obstacle: str
+    """Why it does not fit; empty if it does."""
 
     @property
-    def peak(self) -> float:
-        """Bytes on the fullest GPU."""
-        return max(stage.peak for stage in self.memory)
+    def fits(self) -> bool:
+        """Whether every GPU holds what it must."""
+        return not self.obstacle
+
+    @cached_property
+    def memory(self) -> list[Memory]:
+        """Of each pipeline stage."""
+        return memory(self.made)
 
 
 def estimate(made: Setup) -> Estimate:
     """Everything about one layout; arithmetic only."""
-    stages, sent = memory(made), communication(made)
-    return Estimate(made, stages, sent, seconds(made, sent), fits(made, stages))
+    fullest, sent = fullest_stages(made), communication(made)
+    return Estimate(
+        made,
+        sent,
+        seconds(made, sent),
+        peak=max(stage.peak for stage in fullest),
+        obstacle=obstacle(made, fullest),
+    )
 
 
 def layout_name(made: Setup) -> str:
@@ -41,9 +54,14 @@ def layout_name(made: Setup) -> str:
         if getattr(p, name):
             parts.append(name.replace("_", " "))
     gpus = rollout.engine_tensor_parallel
-    engines = f"{rollout.num_engines} engine{'s' if rollout.num_engines > 1 else ''}"
+    engines = f"{_many(rollout.num_engines, 'engine')} of {_many(gpus, 'GPU')}"
     if made.separate:
-        engines = engines.replace("engine", "server")
-    of_gpus = f"{gpus} GPU{'s' if gpus > 1 else ''}" + (" of their own" if made.separate else "")
-    parts.append(f"{engines} of {of_gpus}, engine_memory {rollout.engine_memory:.2f}")
+        engines += f" on {_many(made.engine_nodes, 'node')} of their own"
+    parts.append(f"{engines}, engine_memory {rollout.engine_memory:.2f}")
+    if rollout.steps_ahead:
+        parts.append("one step ahead")
     return ", ".join(parts)
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count} {what}{'s' if count > 1 else ''}"

@@ -29,10 +29,14 @@ class Hardware:
     gpus_per_node: int = 8
     achieved_flops: float = 0.4
     """Share of ``tflops`` that large matrix products reach in training. An assumption."""
+    achieved_flops_experts: float = 0.2
+    """The same for the small products of experts. An assumption."""
     achieved_bandwidth: float = 0.6
     """Share of every bandwidth that is reached. An assumption."""
     host_copy_gb_s: float = 5.0
     """From a GPU to a file in shared memory, or back: one thread copies. An assumption."""
+    shared_folder_gb_s: float = 2.0
+    """What one node writes to the run's folder, which all nodes see, or reads. An assumption."""
     decode_overhead_ms: float = 3.0
     """Time of one decoding step beside reading weights and cache. An assumption."""
     hop_us: float = 10.0
@@ -45,16 +49,16 @@ class Hardware:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, int | float) and value <= 0:
+            if isinstance(value, int | float) and not 0 < value < float("inf"):
                 raise ConfigError(
-                    f"Hardware {self.name}: {field.name} must be above 0, found {value}. "
-                    "Correct it."
+                    f"Hardware {self.name}: {field.name} must be above 0 and finite, found "
+                    f"{value}. Correct it."
                 )
-        for name in ("achieved_flops", "achieved_bandwidth", "reserve"):
+        for name in ("achieved_flops", "achieved_flops_experts", "achieved_bandwidth", "reserve"):
             if getattr(self, name) > 1:
                 raise ConfigError(
-                    f"Hardware {self.name}: {name} is a share of the peak and must be at most 1, "
-                    f"found {getattr(self, name)}. Correct the TOML file."
+                    f"Hardware {self.name}: {name} is a share and must be at most 1, found "
+                    f"{getattr(self, name)}. Correct the TOML file."
                 )
 
     @property
@@ -66,6 +70,11 @@ class Hardware:
     def flops(self) -> float:
         """Reached FLOP/s of one GPU."""
         return self.tflops * 1e12 * self.achieved_flops
+
+    @property
+    def expert_flops(self) -> float:
+        """Reached FLOP/s of one GPU in the products of experts."""
+        return self.tflops * 1e12 * self.achieved_flops_experts
 
     @property
     def memory_bandwidth(self) -> float:

@@ -2,8 +2,8 @@
 
 Weights, gradients and optimizer states follow from the number of parameters; what a schedule keeps
 for the backward pass is in ``activations``. A colocated rollout engine shares the GPU: it is woken
-for the rollout while the trainer's weights stay, and its memory is given back before the trainer
-computes. Servers have GPUs of their own (:func:`engine_memory`).
+for the rollout while the trainer's weights stay, and gives most of its memory back before the
+trainer computes. A separate one has GPUs of its own, which hold nothing else.
 """
 
 from dataclasses import dataclass
@@ -15,10 +15,28 @@ from megatron_tropd.planning.setup import Setup
 LOSS_BUDGET = {"cpu": 72 * 2**20, "gpu": 2048 * 2**20}
 """Bytes of the loss's chunk buffers; a test compares them with ``losses.chunks``."""
 ENGINE_WORKSPACE = 2 * 2**30
-"""Bytes of an engine's own activations and graphs on each of its GPUs. An assumption."""
+"""Bytes of an engine's own activations and graphs on each of its GPUs, awake or asleep: sleeping
+gives back weights and cache. An assumption."""
 _FLOAT32 = 4
 _VALUES_OF_A_TOKEN = 16
 """32-bit words that the loss reports of a token; measured."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Bytes of a rollout engine on each of its GPUs."""
+
+    weights: float
+    workspace: float
+    cache: float
+    """What its share leaves for keys and values; below 0 where the rest needs more."""
+    asleep: float
+    """What it keeps while the trainer computes; everything on a CPU, where engines never sleep."""
+
+    @property
+    def total(self) -> float:
+        """Awake."""
+        return self.weights + self.workspace + max(self.cache, 0.0)
 
 
 @dataclass(frozen=True)
@@ -34,18 +52,20 @@ class Memory:
     """The teacher's hidden states of the whole step, kept until the student has learned."""
     teacher_forward: float
     """While the teacher scores one micro-batch."""
+    student_hidden: float
+    """The student's own hidden states of the whole step, for losses that look at them first."""
     activations: float
     """Saved for the student's backward pass, most at a time."""
     backward: float
     """Gradients of activations on their way through one layer."""
     loss: float
     """Chunk buffers, gradients of hidden states and output layer, per-token values."""
-    engine: float
-    """What the rollout engine takes on this GPU: its weights, its cache, its workspace; 0 where
-    engines are servers with GPUs of their own."""
     engine_weights: float
+    """Of a colocated engine, as the next three; 0 where engines have GPUs of their own."""
+    engine_workspace: float
     kv_cache: float
-    """Part of ``engine`` that is left for keys and values; below 0 where the rest needs more."""
+    engine_asleep: float
+    """What stays of the three while the trainer computes."""
 
     @property
     def resident(self) -> float:
@@ -55,14 +75,14 @@ class Memory:
     @property
     def phases(self) -> dict[str, float]:
         """Peak of each phase."""
+        awake = self.engine_weights + self.engine_workspace + max(self.kv_cache, 0.0)
+        training = self.resident + self.engine_asleep + self.teacher_hidden
+        # The loss is gone by the time the gradients have reached a layer.
+        passing = max(self.activations, self.student_hidden) + max(self.backward, self.loss)
         return {
-            "rollout": self.resident + self.engine,
-            "teacher": self.resident + self.teacher_hidden + self.teacher_forward,
-            # The loss is gone by the time the gradients have reached a layer.
-            "student": self.resident
-            + self.teacher_hidden
-            + self.activations
-            + max(self.backward, self.loss),
+            "rollout": self.resident + awake,
+            "teacher": training + self.teacher_forward,
+            "student": training + passing,
         }
 
     @property
@@ -80,8 +100,8 @@ def memory_of_stage(made: Setup, stage: int) -> Memory:
     """
     student, teacher = made.held(made.student, stage), made.held(made.teacher, stage)
     last = stage == made.last_stage
-    engine_weights, cache = (0.0, 0.0) if made.separate else engine_memory(made)
-    workspace = 0.0 if made.separate else _workspace(made)
+    engine = Engine(0.0, 0.0, 0.0, 0.0) if made.separate else engine_memory(made)
+    scores = last and made.config.loss.needs_student_pass
     return Memory(
         stage=stage,
         weights=student.total * made.element,
@@ -90,21 +110,23 @@ def memory_of_stage(made: Setup, stage: int) -> Memory:
         teacher_weights=teacher.total * made.element,
         teacher_hidden=_hidden_states(made, made.teacher) if last else 0.0,
         teacher_forward=_working_set(made, made.teacher),
+        student_hidden=_hidden_states(made, made.student) if scores else 0.0,
         activations=saved(
             made.student.shape,
             made.parallel,
             stage=stage,
-            rows=made.work.rows_per_micro_batch,
+            positions=made.work.most_positions,
             length=made.work.longest,
-            micro_batches=made.work.micro_batches,
+            micro_batches=made.work.most_micro_batches,
             element=made.element,
             layers=made.hardware.layers,
         ),
         backward=_working_set(made, made.student),
         loss=loss_bytes(made) if last else 0.0,
-        engine=engine_weights + max(cache, 0.0) + workspace,
-        engine_weights=engine_weights,
-        kv_cache=cache,
+        engine_weights=engine.weights,
+        engine_workspace=engine.workspace,
+        kv_cache=engine.cache,
+        engine_asleep=engine.asleep,
     )
 
 
@@ -113,11 +135,45 @@ def memory(made: Setup) -> list[Memory]:
     return [memory_of_stage(made, stage) for stage in range(made.parallel.pipeline)]
 
 
-def fits(made: Setup, stages: list[Memory]) -> bool:
-    """Whether every phase fits every GPU and an engine can hold one trajectory."""
-    if cache_tokens(made) < made.work.longest:
-        return False
-    return max(stage.peak for stage in stages) <= made.hardware.usable_bytes
+def fullest_stages(made: Setup) -> list[Memory]:
+    """The first stage and the last: no other holds more layers, or more micro-batches in flight."""
+    return [memory_of_stage(made, stage) for stage in sorted({0, made.last_stage})]
+
+
+def obstacle(made: Setup, stages: list[Memory]) -> str:
+    """Why a layout does not fit, or nothing if it does.
+
+    Args:
+        made: the run.
+        stages: the fullest at least.
+    """
+    usable, peak = made.hardware.usable_bytes, max(stage.peak for stage in stages)
+    if peak > usable:
+        return f"a training GPU needs {peak / 1e9:.1f} GB of {usable / 1e9:.1f} usable ones"
+    engine = engine_memory(made)
+    if made.separate and engine.total > usable:
+        return (
+            f"rollout.engine_memory = {made.rollout.engine_memory:g} is {engine.total / 1e9:.1f} GB, "
+            f"an engine's GPU has {usable / 1e9:.1f} usable ones"
+        )
+    return engine_obstacle(made)
+
+
+def engine_obstacle(made: Setup) -> str:
+    """Why an engine cannot hold one trajectory, or nothing if it can.
+
+    The first evaluation by exact match starts engines of the teacher, of the same size.
+    """
+    evaluation, models = made.config.evaluation, [made.student]
+    if evaluation.problems and evaluation.task == "exact_match":
+        models.append(made.teacher)
+    for model in models:
+        if (tokens := cache_tokens(made, model)) < made.work.longest:
+            return (
+                f"an engine of the {model.who} has room for {tokens} tokens of cache, one "
+                f"trajectory has {made.work.longest}"
+            )
+    return ""
 
 
 def optimizer_bytes(made: Setup, held: Held) -> float:
@@ -153,29 +209,52 @@ def chunk_bytes(made: Setup, tokens: int) -> float:
     return min(LOSS_BUDGET[kind], 2 * _FLOAT32 * tokens * made.vocab_shard)
 
 
-def engine_memory(made: Setup) -> tuple[float, float]:
-    """(weights, what is left for the cache) of an engine, bytes on each of its GPUs."""
-    weights = made.student.parameters * made.element / made.rollout.engine_tensor_parallel
+def engine_memory(made: Setup, model: Model | None = None) -> Engine:
+    """An engine on each of its GPUs.
+
+    Args:
+        made: the run.
+        model: what it serves; None: the student.
+    """
+    model, rollout = model or made.student, made.rollout
+    weights = model.parameters * made.element / rollout.engine_tensor_parallel
     if made.hardware.layers == "cpu":
-        return weights, made.rollout.engine_memory * 2**30
-    share = made.rollout.engine_memory * made.hardware.memory_gb * 1e9
-    return weights, share - weights - _workspace(made)
+        cache = rollout.engine_memory * 2**30
+        return Engine(weights, 0.0, cache, weights + cache)
+    share = rollout.engine_memory * made.hardware.memory_gb * 1e9
+    cache = share - weights - ENGINE_WORKSPACE
+    return Engine(weights, ENGINE_WORKSPACE, cache, ENGINE_WORKSPACE)
 
 
-def cache_bytes_per_token(made: Setup) -> float:
+def cache_bytes_per_token(made: Setup, model: Model | None = None) -> float:
     """Keys and values of one token on one GPU of an engine; heads are copied, not split below 1."""
-    shape, gpus = made.student.shape, made.rollout.engine_tensor_parallel
+    shape, gpus = (model or made.student).shape, made.rollout.engine_tensor_parallel
     heads = max(shape.kv_heads / gpus, 1)
     return 2 * shape.layers * heads * shape.head_dim * made.element
 
 
-def cache_tokens(made: Setup) -> int:
+def cache_tokens(made: Setup, model: Model | None = None) -> int:
     """Tokens that an engine's cache holds."""
-    return max(0, int(engine_memory(made)[1] / cache_bytes_per_token(made)))
+    return max(0, int(engine_memory(made, model).cache / cache_bytes_per_token(made, model)))
 
 
-def _workspace(made: Setup) -> float:
-    return 0.0 if made.hardware.layers == "cpu" else ENGINE_WORKSPACE
+def host_bytes(made: Setup) -> float:
+    """Of a node's own memory: weights on their way to its engines, and those of sleeping engines.
+
+    Each colocated engine gets the whole student through a file in shared memory and, asleep, keeps
+    a copy of its weights there; both for every engine of the node at the same time.
+    """
+    if made.separate or made.hardware.layers == "cpu":
+        return 0.0
+    world = made.parallel.world_size
+    engines = -(-made.rollout.num_engines * min(made.hardware.gpus_per_node, world) // world)
+    return 2.0 * engines * made.student.parameters * made.element
+
+
+def checkpoint_bytes(made: Setup) -> float:
+    """About what one checkpoint takes on disk: the student's weights and optimizer states."""
+    states = 12 if made.element == 2 else 8
+    return made.student.parameters * (made.element + states)
 
 
 def _hidden_states(made: Setup, model: Model) -> float:

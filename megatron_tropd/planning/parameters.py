@@ -46,19 +46,23 @@ class Model:
     """config.json."""
     shape: ModelShape
 
-    @property
+    @cached_property
     def parameters(self) -> int:
         """All parameters, a tied output layer once, no padding."""
         return sum(_counts(self.key, None, 1).values())
 
-    @property
+    @cached_property
     def active(self) -> int:
         """Parameters that one token is multiplied with in the layers (no vocabulary)."""
-        experts = self.shape.experts
-        used = self.in_experts * experts.per_token // experts.count if experts else 0
-        return _counts(self.key, None, 1)["layer"] + used
+        return _counts(self.key, None, 1)["layer"] + self.active_experts
 
-    @property
+    @cached_property
+    def active_experts(self) -> int:
+        """Those of them that are experts'."""
+        experts = self.shape.experts
+        return self.in_experts * experts.per_token // experts.count if experts else 0
+
+    @cached_property
     def in_experts(self) -> int:
         """Parameters of all experts of all layers."""
         return _counts(self.key, None, 1)["expert"]
@@ -116,9 +120,25 @@ def open_architecture(path: str, who: str) -> Model:
 def _counts(config: str, padded_vocab: int | None, tensor: int) -> Counter[str]:
     """Parameters on each of ``tensor`` ranks, by :func:`_kind`, over all layers and experts."""
     counts: Counter[str] = Counter()
-    for entry in plan(json.loads(config), padded_vocab):
-        counts[_kind(entry)] += prod(entry.operation.shard_shape(tensor))
+    for entry, copies in _entries(config, padded_vocab):
+        counts[_kind(entry)] += copies * prod(entry.operation.shard_shape(tensor))
     return counts
+
+
+@lru_cache(maxsize=8)
+def _entries(config: str, padded_vocab: int | None) -> list[tuple[Entry, int]]:
+    """A parameter of every size, and how many like it there are: layers are alike, and experts."""
+    read = json.loads(config)
+    shape = model_shape(read)
+    experts = shape.experts.count if shape.experts else 1
+    return [
+        (
+            entry,
+            (1 if entry.layer is None else shape.layers) * (experts if entry.expert == 0 else 1),
+        )
+        for entry in plan(read, padded_vocab)
+        if entry.layer in (None, 0) and entry.expert in (None, 0)
+    ]
 
 
 def _kind(entry: Entry) -> str:

@@ -2,10 +2,13 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from math import isqrt
+from typing import Literal
 
 from megatron_tropd.config import ParallelConfig, RolloutConfig
 from megatron_tropd.errors import ConfigError
 from megatron_tropd.planning.estimate import Estimate, estimate, layout_name
+from megatron_tropd.planning.memory import engine_memory, engine_obstacle, fullest_stages
 from megatron_tropd.planning.seconds import rollout_seconds
 from megatron_tropd.planning.setup import Setup, check_engines
 
@@ -22,71 +25,128 @@ class Recommendation:
     best: Estimate
     why: str
     """One line."""
+    other: Estimate | None = None
+    """The best layout with the other ``rollout.steps_ahead``, where there is one that fits."""
 
 
 def recommend(made: Setup, gpus: int) -> Recommendation:
     """Rank every layout of a number of GPUs by its expected seconds per step.
 
     Tensor parallelism stays within a node, sequence parallelism goes with it, the optimizer is
-    sharded wherever there are replicas, and each GPU belongs to one engine. Everything else is
-    as configured, ``train.tokens_per_micro_batch`` among it. Of layouts whose estimates differ by
+    sharded wherever there are replicas. Engines are either colocated, each GPU belonging to one, or
+    have whole nodes of their own. Everything else is as configured, ``rollout.steps_ahead`` (which
+    changes what is learnt, not only how fast) and ``train.tokens_per_micro_batch`` among it; the
+    best layout with the other ``steps_ahead`` is named beside. Of layouts whose estimates differ by
     less than 5 % the one with the least parallelism is taken.
 
     Args:
         made: the run.
-        gpus: how many there are.
+        gpus: how many there are, engines' own included.
 
     Raises:
         ConfigError: the trainer would accept no layout of so many GPUs.
     """
-    estimates = [estimate(_with_engines(one)) for one in _laid_out(made, gpus)]
+    ahead = made.rollout.steps_ahead
+    asked = _estimates(made, gpus, ahead)
+    other = _estimates(made, gpus, 0 if ahead else 1)
+    fitting = [e for e in other if e.fits]
+    beside = _fastest(fitting)[0] if fitting else None
+    estimates = asked or other
     if not estimates:
         raise ConfigError(
             f"No layout of {gpus} GPUs divides the two models and the "
             f"{made.work.trajectories} trajectories of a step. Choose another number of GPUs."
         )
     fitting = [e for e in estimates if e.fits]
-    if fitting:
-        return _fastest(fitting, len(estimates))
+    if not fitting:
+        return Recommendation(*_nearest(estimates), beside)
+    best, which = _fastest(fitting)
+    why = f"{which} of {len(fitting)} layouts that fit, of {len(estimates)} possible"
+    return Recommendation(best, why, beside if asked else None)
+
+
+def _nearest(estimates: list[Estimate]) -> tuple[Estimate, str]:
     nearest = min(estimates, key=lambda e: e.peak)
-    usable = made.hardware.usable_bytes
-    return Recommendation(
-        nearest,
-        f"none of {len(estimates)} layouts fits; this one needs least, {nearest.peak / 1e9:.1f} of "
-        f"{usable / 1e9:.1f} GB. Take more GPUs, or lower train.tokens_per_micro_batch and "
-        "rollout.max_new_tokens",
+    return nearest, (
+        f"none of {len(estimates)} layouts fits; this one needs least: {nearest.obstacle}. Take "
+        "more GPUs, or lower train.tokens_per_micro_batch and rollout.max_new_tokens"
     )
 
 
-def _fastest(fitting: list[Estimate], count: int) -> Recommendation:
-    """The simplest of the layouts that are as fast as the fastest."""
+def _fastest(fitting: list[Estimate]) -> tuple[Estimate, str]:
+    """The simplest of the layouts that are as fast as the fastest, and which that is."""
     fastest = min(fitting, key=lambda e: e.seconds.total)
     limit = fastest.seconds.total * (1 + _EQUAL)
     equal = [e for e in fitting if e.seconds.total <= limit]
     best = min(equal, key=lambda e: (_complexity(e.made), e.seconds.total))
-    which = "the fastest"
-    if best is not fastest:
-        slower = 100 * (best.seconds.total / fastest.seconds.total - 1)
-        which = (
-            f"within {slower:.1f} % of the fastest ({layout_name(fastest.made)}) and simpler, "
-            "hence taken,"
-        )
-    return Recommendation(best, f"{which} of {len(fitting)} layouts that fit, of {count} possible")
+    if best is fastest:
+        return best, "the fastest"
+    slower = 100 * (best.seconds.total / fastest.seconds.total - 1)
+    return best, (
+        f"within {slower:.1f} % of the fastest ({layout_name(fastest.made)}) and simpler, "
+        "hence taken,"
+    )
 
 
-def _complexity(made: Setup) -> int:
+def _complexity(made: Setup) -> tuple[bool, int]:
     p = made.parallel
-    return p.tensor * p.pipeline * p.expert
+    return made.separate, p.tensor * p.pipeline * p.expert
 
 
-def _laid_out(made: Setup, gpus: int) -> Iterator[Setup]:
-    """Every layout that the trainer accepts, with one engine on each GPU, or the servers."""
-    engines = made.rollout
-    if not made.separate:
-        engines = replace(made.rollout, num_engines=gpus, engine_tensor_parallel=1)
+def _estimates(made: Setup, gpus: int, ahead: Literal[0, 1]) -> list[Estimate]:
+    """Every layout that the trainer accepts, with the engines that sample fastest beside it."""
+    estimates = []
+    if not ahead or made.hardware.layers == "cpu":
+        estimates += _with_engines(made, gpus, _colocated(made, gpus, ahead))
+    node = made.hardware.gpus_per_node
+    for nodes in range(1, -(-gpus // node)):
+        engines = _apart(made, nodes, ahead)
+        estimates += _with_engines(made, gpus - nodes * node, engines)
+    return estimates
+
+
+def _with_engines(made: Setup, gpus: int, engines: list[RolloutConfig]) -> list[Estimate]:
+    """Every layout of the trainer's GPUs, with the best of the engines that it leaves room for."""
+    laid_out = list(_laid_out(made, gpus, engines[0]))
+    if not laid_out:
+        return []
+    # How fast engines are depends on them alone, not on how the trainer is laid out.
+    timed = [(rollout, rollout_seconds(one)) for rollout, one in _usable(laid_out[0], engines)]
+    return [estimate(replace(one, rollout=_choose(one, timed))) for one in laid_out]
+
+
+def _usable(one: Setup, engines: list[RolloutConfig]) -> Iterator[tuple[RolloutConfig, Setup]]:
+    """The engines that the trainer accepts and that hold a trajectory."""
+    for rollout in engines:
+        other = replace(one, rollout=rollout)
+        try:
+            check_engines(other)
+        except ConfigError:
+            continue
+        if not engine_obstacle(other):
+            yield rollout, other
+
+
+def _choose(one: Setup, timed: list[tuple[RolloutConfig, float]]) -> RolloutConfig:
+    """The engines that sample fastest in what the trainer leaves: the smallest that are as fast."""
+    free = one.hardware.usable_bytes
+    if not one.separate:
+        free -= max(stage.resident for stage in fullest_stages(one))
+    best, least = one.rollout, float("inf")
+    for rollout, took in timed:
+        if (
+            took < least * (1 - _EQUAL)
+            and engine_memory(replace(one, rollout=rollout)).total <= free
+        ):
+            best, least = rollout, took
+    return best
+
+
+def _laid_out(made: Setup, gpus: int, rollout: RolloutConfig) -> Iterator[Setup]:
+    """Every layout of the trainer's GPUs that it accepts."""
     for parallel in _layouts(made, gpus):
         try:
-            yield made.laid_out(parallel, engines)
+            yield made.laid_out(parallel, rollout)
         except ConfigError:
             continue
 
@@ -99,6 +159,8 @@ def _layouts(made: Setup, gpus: int) -> Iterator[ParallelConfig]:
             continue
         for pipeline in _divisors(gpus // tensor):
             data = gpus // tensor // pipeline
+            if pipeline > min(s.layers for s in shapes) or made.work.trajectories % data:
+                continue
             for expert in _divisors(data) if mixture else [1]:
                 yield ParallelConfig(
                     tensor=tensor,
@@ -111,40 +173,47 @@ def _layouts(made: Setup, gpus: int) -> Iterator[ParallelConfig]:
                 )
 
 
-def _with_engines(made: Setup) -> Setup:
-    """The engines that sample fastest beside this layout: the smallest that are as fast.
-
-    Servers stay as configured: their GPUs are not the trainer's.
-    """
-    if made.separate:
-        return made
-    resident = max(stage.resident for stage in estimate(made).memory)
-    usable = made.hardware.usable_bytes - resident
-    best, least = made, float("inf")
-    for rollout in _engines(made, usable):
-        one = replace(made, rollout=rollout)
-        try:
-            check_engines(one)
-        except ConfigError:
-            continue
-        took = rollout_seconds(one)
-        if took < least * (1 - _EQUAL):
-            best, least = one, took
-    return best
+def _colocated(made: Setup, gpus: int, ahead: Literal[0, 1]) -> list[RolloutConfig]:
+    """Each GPU belongs to one engine; the smallest first."""
+    if made.hardware.layers == "cpu":
+        return [_rollout(made, "colocated", gpus, 1, ahead, made.rollout.engine_memory)]
+    return [
+        _rollout(made, "colocated", gpus // size, size, ahead, share)
+        for size in _divisors(min(gpus, made.hardware.gpus_per_node))
+        for share in _SHARES
+    ]
 
 
-def _engines(made: Setup, usable: float) -> Iterator[RolloutConfig]:
-    gpus = made.parallel.world_size
-    for tensor in _divisors(min(gpus, made.hardware.gpus_per_node)):
-        for share in _SHARES:
-            if share * made.hardware.memory_gb * 1e9 <= usable:
-                yield replace(
-                    made.rollout,
-                    num_engines=gpus // tensor,
-                    engine_tensor_parallel=tensor,
-                    engine_memory=share,
-                )
+def _apart(made: Setup, nodes: int, ahead: Literal[0, 1]) -> list[RolloutConfig]:
+    """Each GPU of some nodes belongs to one engine, which has what is not reserved."""
+    node, reserve = made.hardware.gpus_per_node, made.hardware.reserve
+    if made.hardware.layers == "cpu":
+        return [_rollout(made, "separate", nodes * node, 1, ahead, made.rollout.engine_memory)]
+    share = max((share for share in _SHARES if share <= 1 - reserve), default=_SHARES[0])
+    return [
+        _rollout(made, "separate", nodes * node // size, size, ahead, share)
+        for size in _divisors(node)
+    ]
+
+
+def _rollout(
+    made: Setup,
+    placement: Literal["colocated", "separate"],
+    engines: int,
+    size: int,
+    ahead: Literal[0, 1],
+    share: float,
+) -> RolloutConfig:
+    return replace(
+        made.rollout,
+        placement=placement,
+        num_engines=engines,
+        engine_tensor_parallel=size,
+        steps_ahead=ahead,
+        engine_memory=share,
+    )
 
 
 def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
+    small = [n for n in range(1, isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})

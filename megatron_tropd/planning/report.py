@@ -1,16 +1,28 @@
 """A plan as a table for a person, or as JSON."""
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_tropd.convert.families import describe
 from megatron_tropd.planning.estimate import Estimate, layout_name
-from megatron_tropd.planning.memory import Memory, cache_tokens, engine_memory
+from megatron_tropd.planning.memory import (
+    Engine,
+    Memory,
+    cache_tokens,
+    checkpoint_bytes,
+    engine_memory,
+    host_bytes,
+)
 from megatron_tropd.planning.recommend import Recommendation
 from megatron_tropd.planning.seconds import concurrent_sequences
 from megatron_tropd.planning.setup import Setup
 
+WIDTH = 100
+"""Columns of the table."""
+SCHEMA = 1
+"""Of the JSON object; raised where a key changes its meaning or goes away."""
 _ITEMS = {
     "student weights": "weights",
     "gradients": "gradients",
@@ -18,12 +30,16 @@ _ITEMS = {
     "teacher weights": "teacher_weights",
     "teacher hidden states": "teacher_hidden",
     "teacher forward pass": "teacher_forward",
+    "student hidden states": "student_hidden",
     "activations": "activations",
     "backward pass": "backward",
     "loss": "loss",
     "engine weights": "engine_weights",
+    "engine workspace": "engine_workspace",
     "KV cache": "kv_cache",
 }
+_OF_ENGINE = {"engine_weights": "weights", "engine_workspace": "workspace", "kv_cache": "cache"}
+"""Item -> the same of an engine that has GPUs of its own."""
 _SENT = {
     "tensor parallel, teacher": "tensor_teacher",
     "tensor parallel, student": "tensor_student",
@@ -32,6 +48,7 @@ _SENT = {
     "pipeline, teacher": "pipeline_teacher",
     "pipeline, student": "pipeline_student",
     "data parallel": "data",
+    "tied embedding": "tied_embedding",
     "weights to the engine": "weight_sync",
 }
 _PHASES = ("rollout", "teacher", "student", "optimizer", "sync")
@@ -49,8 +66,7 @@ def plan_table(plan: Plan) -> str:
     """Aligned lines for a terminal."""
     made = plan.asked.made
     blocks = [
-        "planned, not run: seconds are estimates from the rates below, bytes from the config.json "
-        "of both models",
+        "planned, not run: bytes follow from the config.json of both models, seconds are estimates",
         _heading(made),
         _memory_block(plan.asked),
         _sent_block(plan.asked),
@@ -61,9 +77,10 @@ def plan_table(plan: Plan) -> str:
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:
-    """The same and more as plain values; bytes and seconds."""
-    made = plan.asked.made
+    """The same and more as plain values; bytes and seconds. docs/planning.md lists the keys."""
+    made, other = plan.asked.made, plan.recommended.other
     return {
+        "schema": SCHEMA,
         "student": {
             "parameters": made.student.parameters,
             "describe": describe(made.student.config),
@@ -76,76 +93,102 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "step": asdict(made.work),
         "asked": _estimate_json(plan.asked),
         "recommended": _estimate_json(plan.recommended.best) | {"why": plan.recommended.why},
+        "other_steps_ahead": _estimate_json(other) if other else None,
     }
 
 
 def _estimate_json(one: Estimate) -> dict[str, Any]:
-    rollout = one.made.rollout
+    made, engine = one.made, engine_memory(one.made)
+    names = ("placement", "num_engines", "engine_tensor_parallel", "engine_memory", "steps_ahead")
     return {
-        "parallel": asdict(one.made.parallel),
-        "rollout": {
-            "placement": rollout.placement,
-            "num_engines": rollout.num_engines,
-            "engine_tensor_parallel": rollout.engine_tensor_parallel,
-            "engine_memory": rollout.engine_memory,
-            "concurrent_sequences": concurrent_sequences(one.made),
-        },
+        "parallel": asdict(made.parallel),
+        "rollout": {name: getattr(made.rollout, name) for name in names}
+        | {"concurrent_sequences": concurrent_sequences(made), "cache_tokens": cache_tokens(made)},
+        "training_nodes": made.training_nodes,
+        "engine_nodes": made.engine_nodes,
         "fits": one.fits,
+        "obstacle": one.obstacle,
         "memory_bytes": [asdict(s) | {"phases": s.phases, "peak": s.peak} for s in one.memory],
+        "engine_bytes": asdict(engine) | {"total": engine.total},
+        "host_bytes": host_bytes(made),
+        "checkpoint_bytes": checkpoint_bytes(made),
         "sent_bytes": asdict(one.communication),
         "seconds": asdict(one.seconds) | {"total": one.seconds.total},
     }
 
 
 def _heading(made: Setup) -> str:
-    h, work, world = made.hardware, made.work, made.parallel.world_size
-    nodes = -(-world // h.gpus_per_node)
+    h, work = made.hardware, made.work
     rates = (
-        f"{h.tflops:g} TFLOP/s x {h.achieved_flops:g} achieved; memory {h.memory_gb_s:g}, in a "
-        f"node {h.intra_node_gb_s:g}, network {h.network_gb_s:g} GB/s x {h.achieved_bandwidth:g}"
+        f"{h.tflops:g} TFLOP/s x {h.achieved_flops:g} achieved (experts "
+        f"{h.achieved_flops_experts:g}); memory {h.memory_gb_s:g}, in a node "
+        f"{h.intra_node_gb_s:g}, network {h.network_gb_s:g} GB/s x {h.achieved_bandwidth:g}"
     )
     step = (
         f"{work.trajectories} trajectories; prompt {work.prompt}, response "
         f"{work.mean_response:g} tokens on average, {work.longest_response} at most; "
-        f"{work.micro_batches} micro-batches of up to {work.most_positions} positions per replica"
+        f"{work.micro_batches} micro-batches of at most {work.most_positions} positions per replica"
     )
     return _lines(
         [
             ("student", describe(made.student.config)),
             ("teacher", describe(made.teacher.config)),
-            ("cluster", f"{nodes} x {min(world, h.gpus_per_node)} {h.name} of {h.memory_gb:g} GB"),
+            ("cluster", _cluster(made)),
             ("rates", rates),
             ("step", step),
             ("layout", layout_name(made)),
-            *([("servers", _servers(made))] if made.separate else []),
         ]
     )
 
 
-def _servers(made: Setup) -> str:
-    weights, cache = engine_memory(made)
-    gpus = made.rollout.num_engines * made.rollout.engine_tensor_parallel
-    return (
-        f"{gpus} further GPUs, each with {weights / 1e9:.1f} GB of the student's weights and "
-        f"{cache / 1e9:.1f} GB of cache"
-    )
+def _cluster(made: Setup) -> str:
+    h, world = made.hardware, made.parallel.world_size
+    nodes = made.training_nodes + made.engine_nodes
+    each = h.gpus_per_node if made.separate else min(world, h.gpus_per_node)
+    text = f"{nodes} x {each} {h.name} of {h.memory_gb:g} GB"
+    if made.separate:
+        text += f": {made.training_nodes} to train, {made.engine_nodes} to sample"
+    return text
 
 
 def _memory_block(one: Estimate) -> str:
-    shown = _shown_stages(one.memory)
-    rows = [["GB on each GPU", *(f"stage {stage.stage}" for stage in shown)]]
+    made, shown = one.made, _shown_stages(one.memory)
+    engine = engine_memory(made) if made.separate else None
+    heads = [f"stage {stage.stage}" for stage in shown] + (["engine"] if engine else [])
+    rows = [["GB on each GPU", *heads]]
     for label, name in _ITEMS.items():
-        rows.append([f"  {label}", *(_gb(getattr(stage, name)) for stage in shown)])
+        values = [getattr(stage, name) for stage in shown] + _of_engine(engine, name)
+        if any(values):
+            rows.append([f"  {label}", *map(_gb, values)])
     for phase in shown[0].phases:
-        rows.append([f"peak of {phase}", *(_gb(stage.phases[phase]) for stage in shown)])
-    usable, total = one.made.hardware.usable_bytes, one.made.hardware.memory_gb
-    verdict = "fits" if one.fits else "DOES NOT FIT"
-    line = (
+        values = [stage.phases[phase] for stage in shown]
+        if engine:
+            values.append(engine.total if phase == "rollout" else 0.0)
+        rows.append([f"peak of {phase}", *map(_gb, values)])
+    usable, total = made.hardware.usable_bytes, made.hardware.memory_gb
+    verdict = "fits" if one.fits else f"DOES NOT FIT ({one.obstacle})"
+    text = (
         f"{verdict}: {one.peak / 1e9:.1f} of {usable / 1e9:.1f} GB ({total:g} less "
-        f"{100 * one.made.hardware.reserve:g} % reserve); the cache holds "
-        f"{cache_tokens(one.made)} tokens, {concurrent_sequences(one.made)} sequences together"
+        f"{100 * made.hardware.reserve:g} % reserve); the cache of an engine holds "
+        f"{cache_tokens(made)} tokens, {concurrent_sequences(made)} sequences together. "
+        f"{_elsewhere(made)}"
     )
-    return f"{_table(rows)}\n{line}"
+    return f"{_table(rows)}\n{textwrap.fill(text, WIDTH)}"
+
+
+def _of_engine(engine: Engine | None, item: str) -> list[float]:
+    if engine is None:
+        return []
+    return [getattr(engine, _OF_ENGINE[item]) if item in _OF_ENGINE else 0.0]
+
+
+def _elsewhere(made: Setup) -> str:
+    """What is not on a GPU."""
+    kept = made.config.run.keep_checkpoints
+    disk = f"A checkpoint is about {checkpoint_bytes(made) / 1e9:.3g} GB on disk, {kept} are kept."
+    if host := host_bytes(made):
+        return f"Engines take {host / 1e9:.3g} GB of each node's own memory. {disk}"
+    return disk
 
 
 def _shown_stages(stages: Sequence[Memory]) -> list[Memory]:
@@ -167,30 +210,42 @@ def _seconds_block(one: Estimate) -> str:
     rows = [["seconds of a step (estimates)", ""]]
     rows += [[f"  {name}", f"{getattr(one.seconds, name):.2f}"] for name in _PHASES]
     steps = one.made.config.train.steps
-    overlap = ", rollout beside the rest" if one.seconds.steps_ahead else ""
-    rows.append([f"  total{overlap}", f"{one.seconds.total:.2f}"])
+    beside = " (the rollout beside the rest)" if one.seconds.overlapped else ""
+    rows.append([f"  total{beside}", f"{one.seconds.total:.2f}"])
     rows.append([f"hours of {steps} steps", f"{steps * one.seconds.total / 3600:.1f}"])
     return _table(rows)
 
 
 def _recommended_block(plan: Plan) -> str:
-    best = plan.recommended.best
-    return _lines(
-        [
-            ("recommended", layout_name(best.made)),
-            ("why", plan.recommended.why),
-            (
-                "expected",
-                f"{best.seconds.total:.1f} s a step (this layout: {plan.asked.seconds.total:.1f}), "
-                f"{best.peak / 1e9:.1f} GB at most",
-            ),
-        ]
-    )
+    best, other = plan.recommended.best, plan.recommended.other
+    asked = plan.asked.seconds.total
+    lines = [
+        ("recommended", layout_name(best.made)),
+        ("why", plan.recommended.why),
+        (
+            "expected",
+            f"{best.seconds.total:.1f} s a step (this layout: {asked:.1f}), "
+            f"{best.peak / 1e9:.1f} GB at most on a training GPU",
+        ),
+    ]
+    if other:
+        when = "one step ahead" if other.made.rollout.steps_ahead else "on policy"
+        lines.append((when, f"{layout_name(other.made)}: {other.seconds.total:.1f} s a step"))
+    return _lines(lines)
 
 
 def _lines(pairs: Sequence[tuple[str, str]]) -> str:
     width = max(len(name) for name, _ in pairs) + 2
-    return "\n".join(f"{name:<{width}}{text}" for name, text in pairs)
+    return "\n".join(
+        textwrap.fill(
+            text,
+            WIDTH,
+            initial_indent=f"{name:<{width}}",
+            subsequent_indent=" " * width,
+            break_on_hyphens=False,
+        )
+        for name, text in pairs
+    )
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

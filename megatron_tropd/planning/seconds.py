@@ -1,8 +1,7 @@
 """Expected seconds of each phase of a step, from rates that the hardware is said to reach.
 
 Estimates: products at a fixed share of the peak, collectives not hidden behind them, evenly routed
-experts, no evaluation and no checkpoint. Servers get weights at the rate of host memory, which a
-shared file system may not reach.
+experts, no evaluation and no checkpoint.
 """
 
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from megatron_tropd.planning.communication import (
     pipeline_bytes,
     tensor_bytes,
 )
-from megatron_tropd.planning.memory import cache_bytes_per_token, cache_tokens
+from megatron_tropd.planning.memory import cache_bytes_per_token, cache_tokens, engine_memory
 from megatron_tropd.planning.parameters import Model
 from megatron_tropd.planning.setup import Setup
 
@@ -27,19 +26,27 @@ class Seconds:
     """Of the phases that a run's metrics report under the same names."""
 
     rollout: float
+    """Until all samples are there; separate engines load new weights first."""
     teacher: float
     student: float
     """Forward, loss, backward, gradients over the replicas."""
     optimizer: float
     sync: float
-    steps_ahead: int = 0
-    """1: the next step's rollout goes on while this one trains."""
+    """New weights into colocated engines, or into the folder where separate ones find them."""
+    overlapped: bool
+    """Whether the rollout goes on beside all the rest: separate engines, one step ahead."""
+
+    @property
+    def training(self) -> float:
+        """All phases but the rollout."""
+        return self.teacher + self.student + self.optimizer + self.sync
 
     @property
     def total(self) -> float:
         """Of one step."""
-        training = self.teacher + self.student + self.optimizer + self.sync
-        return max(self.rollout, training) if self.steps_ahead else self.rollout + training
+        if self.overlapped:
+            return max(self.rollout, self.training)
+        return self.rollout + self.training
 
 
 def seconds(made: Setup, sent: Communication) -> Seconds:
@@ -49,13 +56,16 @@ def seconds(made: Setup, sent: Communication) -> Seconds:
         made: the run.
         sent: its communication.
     """
+    student = pass_seconds(made, made.student, backward=True) + _reduction_seconds(made, sent)
+    if made.config.loss.needs_student_pass:
+        student += pass_seconds(made, made.student, backward=False)
     return Seconds(
         rollout=rollout_seconds(made),
         teacher=pass_seconds(made, made.teacher, backward=False),
-        student=pass_seconds(made, made.student, backward=True) + _reduction_seconds(made, sent),
+        student=student,
         optimizer=optimizer_seconds(made),
-        sync=sent.weight_sync / (made.hardware.host_copy_gb_s * 1e9),
-        steps_ahead=made.rollout.steps_ahead,
+        sync=sync_seconds(made),
+        overlapped=made.separate and made.rollout.steps_ahead == 1,
     )
 
 
@@ -70,6 +80,13 @@ def layer_flops(model: Model, positions: float, length: float) -> float:
     seen = sum(min(length / 2, w or length) for w in windows) / shape.layers
     products = 2 * model.active / shape.layers
     return positions * (products + 4 * shape.heads * shape.head_dim * seen)
+
+
+def layer_seconds(made: Setup, model: Model, positions: float) -> float:
+    """Of one layer's forward pass on one GPU; experts' products are slower."""
+    experts = 2 * positions * model.active_experts / model.shape.layers
+    others = layer_flops(model, positions, made.work.mean) - experts
+    return others / made.hardware.flops + experts / made.hardware.expert_flops
 
 
 def loss_flops(made: Setup, tokens: float) -> float:
@@ -89,28 +106,33 @@ def pass_seconds(made: Setup, model: Model, *, backward: bool) -> float:
     p, work, hardware = made.parallel, made.work, made.hardware
     m = work.micro_batches
     stages = stage_sizes(model.shape.layers, p.pipeline)
-    one_layer = layer_flops(model, work.positions / m, work.mean)
-    flops = [(3 if backward else 1) * layers * one_layer for layers in stages]
+    one_layer = layer_seconds(made, model, work.positions / m)
+    products = [(3 if backward else 1) * layers * one_layer for layers in stages]
     if backward:
-        flops[-1] += loss_flops(made, work.loss_tokens / m)
-    products = max(flops) / p.tensor / hardware.flops
+        products[-1] += loss_flops(made, work.loss_tokens / m) / hardware.flops
     passes = (2.5 if p.sequence_parallel else 2) if backward else 1
-    return (m + p.pipeline - 1) * (products + _talk(made, model, passes) / m)
+    return (m + p.pipeline - 1) * (max(products) / p.tensor + _talk(made, model, passes) / m)
 
 
 def _talk(made: Setup, model: Model, passes: float) -> float:
     """Seconds of the collectives of one stage and all micro-batches."""
     p, hardware = made.parallel, made.hardware
-    sent = tensor_bytes(made, model, passes=passes) / hardware.link(p.tensor)
-    sent += expert_bytes(made, model, passes=min(passes, 2)) / hardware.link(p.tensor * p.expert)
+    exchanged, gathered = expert_bytes(made, model, passes=min(passes, 2))
+    summed = tensor_bytes(made, model, passes=passes) + gathered
     across = pipeline_bytes(made, model, passes=min(passes, 2))
-    return sent + across / hardware.link(p.tensor * p.data * p.pipeline)
+    return (
+        summed / hardware.link(p.tensor)
+        + exchanged / hardware.link(p.tensor * p.expert)
+        + across / hardware.link(p.world_size)
+    )
 
 
 def _reduction_seconds(made: Setup, sent: Communication) -> float:
     # The distributed optimizer's share for new weights belongs to the optimizer; it is small and
     # goes over the same links, so it is counted here.
-    return sent.data / made.hardware.link(made.parallel.tensor * made.parallel.data)
+    p, hardware = made.parallel, made.hardware
+    over_replicas = sent.data / hardware.link(p.tensor * p.data)
+    return over_replicas + sent.tied_embedding / hardware.link(p.world_size)
 
 
 def optimizer_seconds(made: Setup) -> float:
@@ -118,10 +140,11 @@ def optimizer_seconds(made: Setup) -> float:
 
     Before it, gradients are cleared and their norm is taken.
     """
-    held = made.held(made.student, 0)
-    replicas = made.parallel.data if made.parallel.distributed_optimizer else 1
-    touched = 8 * held.total + 30 * held.total / replicas
-    return touched / made.hardware.memory_bandwidth
+    held, p = made.held(made.student, 0), made.parallel
+    updated = float(held.total)
+    if p.distributed_optimizer:
+        updated = held.dense / p.data + held.experts / (p.data // p.expert)
+    return (8 * held.total + 30 * updated) / made.hardware.memory_bandwidth
 
 
 def rollout_seconds(made: Setup) -> float:
@@ -144,8 +167,7 @@ def rollout_seconds(made: Setup) -> float:
     if gpus > 1:
         one_step += 2 * made.student.shape.layers * hardware.hop_us / 1e6
     prompts = sequences * made.work.prompt * 2 * made.student.active / gpus / hardware.flops
-    wake = _engine_bytes(made) / (hardware.host_copy_gb_s * 1e9)
-    return wake + prompts + waves * made.work.mean_response * one_step
+    return _arrival_seconds(made) + prompts + waves * made.work.mean_response * one_step
 
 
 def concurrent_sequences(made: Setup) -> int:
@@ -155,10 +177,33 @@ def concurrent_sequences(made: Setup) -> int:
     return max(1, min(MOST_SEQUENCES, mine, room))
 
 
-def _engine_bytes(made: Setup) -> float:
-    if made.separate or made.hardware.layers == "cpu":  # these engines never sleep
-        return 0.0
-    return made.student.parameters * made.element / made.rollout.engine_tensor_parallel
+def sync_seconds(made: Setup) -> float:
+    """New weights on their way, one process writing.
+
+    Colocated: the engine wakes with its old weights, the new ones are written into shared memory
+    and read. Separate: they are written into the run's folder.
+    """
+    weights, hardware = made.student.parameters * made.element, made.hardware
+    if made.separate:
+        return weights / (hardware.shared_folder_gb_s * 1e9)
+    return (2 * weights + _offloaded_bytes(made)) / (hardware.host_copy_gb_s * 1e9)
+
+
+def _arrival_seconds(made: Setup) -> float:
+    """Weights of an engine on the move beside :func:`sync_seconds`.
+
+    Separate: new ones are read from the run's folder. Colocated: those of an engine that falls
+    asleep are copied to the host.
+    """
+    if made.separate:
+        bandwidth = made.hardware.shared_folder_gb_s * 1e9
+        return made.student.parameters * made.element / bandwidth
+    return _offloaded_bytes(made) / (made.hardware.host_copy_gb_s * 1e9)
+
+
+def _offloaded_bytes(made: Setup) -> float:
+    """What a sleeping engine keeps in the host's memory, of each of its GPUs."""
+    return 0.0 if made.hardware.layers == "cpu" else engine_memory(made).weights
 
 
 def _weights_read(made: Setup, sequences: int) -> float:

@@ -29,11 +29,6 @@ class Setup:
     """Bytes of a weight or activation: 2 for bfloat16, 4 for float32."""
 
     @property
-    def separate(self) -> bool:
-        """Whether engines are servers with GPUs of their own."""
-        return self.rollout.placement == "separate"
-
-    @property
     def padded_vocab(self) -> int:
         """Rows of both models' embeddings."""
         return _padded_vocab(self.student.key, self.teacher.key, self.parallel.tensor)
@@ -47,6 +42,30 @@ class Setup:
     def last_stage(self) -> int:
         """Number of the stage that has the loss."""
         return self.parallel.pipeline - 1
+
+    @property
+    def separate(self) -> bool:
+        """Whether engines have GPUs of their own."""
+        return self.rollout.placement == "separate"
+
+    @property
+    def engine_nodes(self) -> int:
+        """Nodes that only sample; an engine lies within one node."""
+        if not self.separate:
+            return 0
+        on_a_node = self.hardware.gpus_per_node // self.rollout.engine_tensor_parallel
+        return -(-self.rollout.num_engines // on_a_node)
+
+    @property
+    def training_nodes(self) -> int:
+        """Nodes that train."""
+        return -(-self.parallel.world_size // self.hardware.gpus_per_node)
+
+    @property
+    def gpus(self) -> int:
+        """All GPUs: the ranks', and those of separate engines."""
+        apart = self.rollout.num_engines * self.rollout.engine_tensor_parallel
+        return self.parallel.world_size + (apart if self.separate else 0)
 
     def held(self, model: Model, stage: int) -> Held:
         """Parameters of a model on one rank of a stage."""
@@ -135,35 +154,80 @@ def _check(made: Setup) -> None:
 
 
 def check_engines(made: Setup) -> None:
-    """Check that the rollout engines find their GPUs.
+    """Check that the rollout engines find their GPUs, and that their GPUs can share the student.
 
     Raises:
-        ConfigError: they do not, or the student's heads cannot be split over them.
+        ConfigError: one of the two is not so.
     """
-    world, engines = made.parallel.world_size, made.rollout.num_engines
-    gpus, node = made.rollout.engine_tensor_parallel, made.hardware.gpus_per_node
-    if made.separate and gpus > node:
+    if made.separate:
+        _check_separate(made)
+    else:
+        _check_colocated(made)
+    gpus = made.rollout.engine_tensor_parallel
+    if gpus > 1 and made.hardware.layers == "cpu":
         raise ConfigError(
-            f"rollout.engine_tensor_parallel = {gpus} exceeds the {node} GPUs of a node. Lower it."
+            f"rollout.engine_tensor_parallel must be 1 without CUDA, found {gpus}. Set it to 1."
         )
-    if not made.separate and world % engines:
-        raise ConfigError(
-            f"rollout.num_engines = {engines} must divide the {world} ranks. Change one of the two."
-        )
-    if not made.separate and gpus > min(world // engines, node):
-        raise ConfigError(
-            f"rollout.engine_tensor_parallel = {gpus} exceeds the {world // engines} GPUs that "
-            f"each of {engines} engines has, or the {node} of a node. Lower "
-            "rollout.num_engines or rollout.engine_tensor_parallel."
-        )
-    if made.student.shape.heads % gpus:
-        raise ConfigError(
-            f"rollout.engine_tensor_parallel = {gpus} must divide the student's "
-            f"{made.student.shape.heads} attention heads. Choose another."
-        )
+    _check_shards(made.student, gpus)
     share = made.rollout.engine_memory
     if made.hardware.layers != "cpu" and share >= 1:
         raise ConfigError(
             f"rollout.engine_memory is a share of a GPU's memory and must be below 1, found "
             f"{share:g}. Lower it."
+        )
+
+
+def _check_colocated(made: Setup) -> None:
+    world, engines = made.parallel.world_size, made.rollout.num_engines
+    gpus, node = made.rollout.engine_tensor_parallel, made.hardware.gpus_per_node
+    if made.rollout.steps_ahead and made.hardware.layers != "cpu":
+        raise ConfigError(
+            'rollout.steps_ahead = 1 needs rollout.placement = "separate": colocated engines sleep '
+            "while the trainer works. Change one of the two."
+        )
+    if world % engines:
+        raise ConfigError(
+            f"rollout.num_engines = {engines} must divide the {world} ranks. Change one of the two."
+        )
+    block = world // engines
+    if gpus > min(block, node):
+        raise ConfigError(
+            f"rollout.engine_tensor_parallel = {gpus} exceeds the {block} GPUs that each of "
+            f"{engines} engines has, or the {node} of a node. Lower rollout.num_engines or "
+            "rollout.engine_tensor_parallel."
+        )
+    for first in range(0, world, block):
+        if first % node + gpus > node:
+            raise ConfigError(
+                f"Engine {first // block} starts at GPU {first % node} of a node of {node} and "
+                f"cannot have rollout.engine_tensor_parallel = {gpus} GPUs there. Choose "
+                "rollout.num_engines so that engines do not cross nodes."
+            )
+
+
+def _check_separate(made: Setup) -> None:
+    gpus, node = made.rollout.engine_tensor_parallel, made.hardware.gpus_per_node
+    if gpus > node:
+        raise ConfigError(
+            f"rollout.engine_tensor_parallel = {gpus} exceeds the {node} GPUs of a node. Lower it."
+        )
+
+
+def _check_shards(model: Model, gpus: int) -> None:
+    """What vLLM asks of a tensor-parallel model; it pads vocabularies to multiples of 64."""
+    shape = model.shape
+    for what, size in (
+        ("attention heads", shape.heads),
+        ("intermediate size", shape.experts.ffn if shape.experts else shape.ffn),
+        ("vocabulary, padded to a multiple of 64,", -(-shape.vocab // 64) * 64),
+    ):
+        if size % gpus:
+            raise ConfigError(
+                f"rollout.engine_tensor_parallel = {gpus} must divide the {model.who}'s {what} "
+                f"{size}. Choose another."
+            )
+    if shape.kv_heads % gpus and gpus % shape.kv_heads:
+        raise ConfigError(
+            f"rollout.engine_tensor_parallel = {gpus} must divide the {model.who}'s "
+            f"{shape.kv_heads} key/value heads or be a multiple of them. Choose another."
         )

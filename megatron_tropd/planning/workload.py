@@ -26,10 +26,10 @@ class Workload:
     mean_response: float
     micro_batches: int
     """Of one replica, with trajectories of average length."""
-    rows_per_micro_batch: int
-    """Trajectories of the largest micro-batch in memory, all of the longest kind."""
+    most_micro_batches: int
+    """Of one replica, with trajectories of the longest kind."""
     most_positions: int
-    """Most positions that one micro-batch can hold."""
+    """Most positions that one micro-batch can hold, of whatever length its trajectories are."""
 
     @property
     def positions(self) -> float:
@@ -107,6 +107,6 @@ def workload(
         longest_response=longest_response,
         mean_response=mean_response,
         micro_batches=-(-rows // min(rows, int(room // mean))),
-        rows_per_micro_batch=held,
+        most_micro_batches=-(-rows // held),
         most_positions=max(held * longest, min(room, rows * longest)),
     )

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import run_with_env
 from test_training import TRAIN, recorded_trajectories
 
 from megatron_tropd.config import ParallelConfig
 from megatron_tropd.data.packing import pack
 from megatron_tropd.errors import InputError, TrainingError
+from tests.ranks import leave_layout, run_with_env
 
 
 def _student(folder: str, layout: ParallelConfig, dtype: str = "float32"):
@@ -81,7 +81,6 @@ def _layouts(distributed_optimizer: bool) -> dict[str, ParallelConfig]:
 
 def _save_and_move(folder: str, out: str, dtype: str, distributed_optimizer: bool) -> None:
     import torch.distributed as dist
-    from megatron.core import parallel_state
 
     if not dist.is_initialized():
         dist.init_process_group("gloo")
@@ -95,13 +94,13 @@ def _save_and_move(folder: str, out: str, dtype: str, distributed_optimizer: boo
     # Training goes on while the files are written: what was true at step 3 must be in them.
     after = {"uninterrupted": _some_steps(learner, ranks, 3, 6)}
     checkpoints.wait()
-    parallel_state.destroy_model_parallel()
+    leave_layout()
     for name, layout in layouts.items():
         learner, ranks = _student(folder, layout, dtype)
         extra = _checkpoints(root, ranks, layout).load(learner, 3)
         assert extra["step"] == 3
         after[name] = _some_steps(learner, ranks, 3, 6)
-        parallel_state.destroy_model_parallel()
+        leave_layout()
     if dist.get_rank() == 0:
         (root / "after.json").write_text(json.dumps(after))
 

@@ -19,7 +19,7 @@ from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.convert.megatron_folder import MegatronFolder
 from megatron_tropd.convert.to_hf import ToHF, megatron_to_hf
 from megatron_tropd.convert.to_megatron import ToMegatron, hf_to_megatron
-from tests.ranks import run_with_env
+from tests.ranks import leave_layout, run_with_env
 
 DENSE = {
     "tp2-pp2": ParallelConfig(tensor=2, pipeline=2),
@@ -39,16 +39,6 @@ MODELS = {
 }
 
 
-def _build(folder: HFFolder | MegatronFolder, layout: ParallelConfig, rows: int):
-    from megatron_tropd.mcore import models, parallel
-
-    ranks = parallel.initialize(layout, seed=1)
-    model = models.build_model(
-        folder, ranks=ranks, parallel=layout, dtype=torch.float32, padded_vocab_size=rows
-    )
-    return model, ranks
-
-
 def _wanted_keys(model) -> set[str]:
     """Everything Megatron would ask a checkpoint for, under the stored names."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -63,15 +53,17 @@ def _wanted_keys(model) -> set[str]:
 
 
 def _check(source: Path, converted: Path, layout: ParallelConfig, out: Path) -> None:
-    from megatron.core import parallel_state
-
+    from megatron_tropd.mcore import models, parallel
     from megatron_tropd.mcore.step import Student
 
-    megatron = MegatronFolder(converted)
-    expected, ranks = _build(HFFolder(source), layout, 320)
+    ranks, megatron = parallel.initialize(layout, seed=1), MegatronFolder(converted)
+    expected, found = (
+        models.build_model(  # the checkpoint has 512 rows
+            folder, ranks=ranks, parallel=layout, dtype=torch.float32, padded_vocab_size=320
+        )
+        for folder in (HFFolder(source), megatron)
+    )
     assert _wanted_keys(expected) <= megatron.reader.names | megatron.reader.objects
-    parallel_state.destroy_model_parallel()
-    found, ranks = _build(megatron, layout, 320)  # the checkpoint has 512 rows
     for (name, one), (other_name, other) in zip(
         expected.named_parameters(), found.named_parameters(), strict=True
     ):
@@ -79,14 +71,14 @@ def _check(source: Path, converted: Path, layout: ParallelConfig, out: Path) -> 
         assert torch.equal(one, other), name
     learner = Student(found, train=TRAIN, parallel=layout, ranks=ranks, dtype=torch.float32)
     _checkpoints(out / "checkpoints", ranks, layout).save(learner, step=3, extra={"step": 3})
-    parallel_state.destroy_model_parallel()
+    leave_layout()
 
 
 def _check_upstream_layers(source: Path, converted: Path) -> None:
     """Megatron's own local layers, which name a mixture's norm otherwise, find all they want."""
     from argparse import Namespace
 
-    from megatron.core import dist_checkpointing, parallel_state
+    from megatron.core import dist_checkpointing
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
@@ -121,7 +113,7 @@ def _check_upstream_layers(source: Path, converted: Path) -> None:
     norm = HFFolder(source).read("model.layers.1.post_attention_layernorm.weight")
     assert torch.equal(model.decoder.layers[1].pre_mlp_layernorm.weight, norm)
     assert all(p.isfinite().all() for p in model.parameters())
-    parallel_state.destroy_model_parallel()
+    leave_layout()
 
 
 def _check_all(folders: dict[str, tuple[str, str]], out: str) -> None:

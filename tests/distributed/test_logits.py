@@ -1,15 +1,18 @@
 """Megatron models compute what transformers computes, and export what was loaded."""
 
 import dataclasses
+import functools
 import json
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from megatron_tropd.config import ParallelConfig
@@ -56,6 +59,17 @@ MIXTURES = (
     ("qwen3_moe", {}),
     ("qwen3_moe", {"norm_topk_prob": False, "tie_word_embeddings": True}),
 )
+WRONG = (
+    ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}}),
+    ("mistral", {"sliding_window": None}),
+    ("mistral", {"sliding_window": 11}),
+    ("qwen3_moe", {"norm_topk_prob": False}),
+    ("llama", "model.layers.1.self_attn.k_proj.weight"),
+    ("qwen2", "model.layers.0.self_attn.v_proj.bias"),
+    ("qwen3", "model.layers.1.self_attn.q_norm.weight"),
+    ("mixtral", "model.layers.0.block_sparse_moe.gate.weight"),
+)
+"""A setting, or a tensor of which one row is wrong."""
 REAL = ("stories260K", "babyllama-tok105", "stories260K-hd32", "babyllama-tok105-hd32")
 
 
@@ -77,25 +91,39 @@ def test_real_logits_greedy_continuations_and_export(
     _check(LAYOUTS[layout], [shared_data / "models" / name for name in REAL], tmp_path, greedy=64)
 
 
-@pytest.mark.parametrize(
-    ("family", "change"),
-    [
-        ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}}),
-        ("mistral", {"sliding_window": None}),
-        ("mistral", {"sliding_window": 11}),
-        ("qwen3_moe", {"norm_topk_prob": False}),
-    ],
-)
-def test_comparison_can_fail(
-    family: str, change: dict, tiny_model: Callable[..., Path], tmp_path: Path
-) -> None:
-    """A model that differs by one setting is told apart, so equality means something."""
-    folder = tmp_path / "other"
-    shutil.copytree(tiny_model(family), folder)
-    config = json.loads((folder / "config.json").read_text())
-    expected = _reference(folder)[1]
-    (folder / "config.json").write_text(json.dumps(config | change))
-    assert (_reference(folder)[1] - expected).abs().max() > 10 * TOLERANCE
+@pytest.mark.parametrize("layout", ["tp1", "tp2-pp2-sp"])
+def test_comparison_can_fail(layout: str, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    """Another setting or one wrong weight is told apart, so equality means something."""
+    cases = []
+    for number, (family, change) in enumerate(WRONG):
+        original, wrong = tiny_model(family), tmp_path / str(number)
+        shutil.copytree(original, wrong)
+        if isinstance(change, dict):
+            config = json.loads((wrong / "config.json").read_text())
+            (wrong / "config.json").write_text(json.dumps(config | change))
+        else:
+            _halve_a_row(wrong / "model.safetensors", change)
+        cases.append((wrong, *_reference(original)))
+    parallel = LAYOUTS[layout]
+    run_with_env(parallel.world_size, _on_rank_differs, parallel, cases)
+
+
+def _halve_a_row(path: Path, name: str) -> None:
+    weights = load_file(path)
+    weights[name][1] *= 0.5
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def _on_rank_differs(parallel: ParallelConfig, cases: list) -> None:
+    from megatron_tropd.mcore import parallel as mcore_parallel
+
+    ranks = mcore_parallel.initialize(parallel, seed=1)
+    for path, ids, expected in cases:
+        _, logits, _ = _build(parallel, HFFolder(path), ids, ranks)
+        if logits is not None:
+            difference = _difference(logits, expected)
+            assert difference > 10 * TOLERANCE, (str(path), difference)
+    mcore_parallel.shutdown()
 
 
 def _check(parallel: ParallelConfig, folders: list[Path], scratch: Path, greedy: int = 0) -> None:
@@ -103,6 +131,7 @@ def _check(parallel: ParallelConfig, folders: list[Path], scratch: Path, greedy:
     run_with_env(parallel.world_size, _on_rank, parallel, cases, scratch)
 
 
+@functools.cache
 def _reference(folder: Path, greedy: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Random ids, followed by ``greedy`` ids of transformers' own choice, and their logits."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -116,32 +145,43 @@ def _reference(folder: Path, greedy: int = 0) -> tuple[torch.Tensor, torch.Tenso
 
 
 def _on_rank(parallel: ParallelConfig, cases: list, scratch: Path) -> None:
-    from megatron_tropd.mcore import models
     from megatron_tropd.mcore import parallel as mcore_parallel
 
     ranks = mcore_parallel.initialize(parallel, seed=1)
     for index, (path, ids, expected) in enumerate(cases):
-        folder, layout = _Recording(path), parallel
-        if model_shape(folder.config).experts and parallel.tensor > 1:
-            layout = dataclasses.replace(parallel, sequence_parallel=True)
+        folder = _Recording(path)
         if ranks.dp_size > 1:  # replicas that share experts have tokens of their own
             ids, expected = (whole[[ranks.dp_rank % 2]] for whole in (ids, expected))
-        rows = models.padded_vocab_size(folder.config, tensor=parallel.tensor)
-        model = models.build_model(
-            folder, ranks=ranks, parallel=layout, dtype=torch.float32, padded_vocab_size=rows
-        ).eval()
+        model, logits, rows = _build(parallel, folder, ids, ranks)
         _check_experts_read(folder, ranks)
         if ranks.world_size == 1:
             _check_names(model, folder)
-        logits = _gathered_logits(model, ids, ranks)
         if logits is not None:
-            difference = (logits[..., : expected.shape[-1]] - expected).abs().max().item()
+            difference = _difference(logits, expected)
             assert difference < TOLERANCE, (str(path), difference)
             # What transformers appended is what this model would have, token by token.
             chosen = logits[:, PROMPT - 1 : -1, : expected.shape[-1]].argmax(-1)
             assert torch.equal(chosen, ids[:, PROMPT:]), path
         _check_export(model, folder, ranks, rows, scratch / str(index))
     mcore_parallel.shutdown()
+
+
+def _build(parallel: ParallelConfig, folder: HFFolder, ids: torch.Tensor, ranks: Any) -> Any:
+    """(model, its logits on the last stage, its padded rows)."""
+    from megatron_tropd.mcore import models
+
+    layout = parallel
+    if model_shape(folder.config).experts and parallel.tensor > 1:
+        layout = dataclasses.replace(parallel, sequence_parallel=True)
+    rows = models.padded_vocab_size(folder.config, tensor=parallel.tensor)
+    model = models.build_model(
+        folder, ranks=ranks, parallel=layout, dtype=torch.float32, padded_vocab_size=rows
+    ).eval()
+    return model, _gathered_logits(model, ids, ranks), rows
+
+
+def _difference(logits: torch.Tensor, expected: torch.Tensor) -> float:
+    return (logits[..., : expected.shape[-1]] - expected).abs().max().item()
 
 
 class _Recording(HFFolder):

@@ -16,7 +16,6 @@ import pytest
 import reference
 import torch
 import torch.distributed as dist
-from ranks import run_on_ranks
 from reference import Answer, Tokens
 
 from megatron_tropd.losses import (
@@ -37,6 +36,7 @@ from megatron_tropd.losses import (
     tropd_loss,
     tropd_loss_from_hidden,
 )
+from tests.ranks import run_on_ranks
 
 BETA = 0.3
 TAU = -0.4

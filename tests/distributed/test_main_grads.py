@@ -13,13 +13,13 @@ from unittest import mock
 
 import pytest
 import torch
-from ranks import run_with_env
 from safetensors.torch import load_file, save_file
 from test_training import LAYOUTS, TRAIN, recorded_trajectories
 
 from megatron_tropd.config import ParallelConfig
 from megatron_tropd.data.packing import count_loss_tokens, pack
 from megatron_tropd.loss_config import preset
+from tests.ranks import leave_layout, run_with_env
 
 Gradients = dict[str, torch.Tensor]
 
@@ -31,11 +31,14 @@ def _relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 class _Recorded:
     """An objective, and the exact sum of the output layer's gradients it makes."""
 
-    def __init__(self, objective, shadow, *, hide_main_grad: bool) -> None:
-        self.objective, self.shadow, self.hide_main_grad = objective, shadow, hide_main_grad
+    def __init__(self, objective, shadow, *, hide_main_grad: bool, overlapped: bool) -> None:
+        self.objective, self.shadow = objective, shadow
+        self.hide_main_grad, self.overlapped = hide_main_grad, overlapped
         self.exact: torch.Tensor | None = None
 
     def __call__(self, hidden, weight, batch, index):
+        from megatron_tropd.mcore.hidden import SomeGradient
+
         copy = weight.detach().clone().requires_grad_()
         if self.exact is None:
             self.exact = torch.zeros_like(weight, dtype=torch.float32)
@@ -46,7 +49,10 @@ class _Recorded:
             self.exact += copy.grad
         if self.hide_main_grad:
             weight = weight.view_as(weight)
-        return self.objective(hidden, weight, batch, index)
+        loss, report = self.objective(hidden, weight, batch, index)
+        if self.overlapped:  # as the plug-in does
+            loss = SomeGradient.apply(loss, weight)
+        return loss, report
 
 
 def _gradients(
@@ -57,8 +63,6 @@ def _gradients(
     hide_main_grad: bool = False,
 ) -> tuple[Gradients, torch.Tensor | None, torch.Tensor]:
     """(main gradients of this rank, exact ones of its output layer, rows of it no token reads)."""
-    from megatron.core import parallel_state
-
     from megatron_tropd.convert.hf_folder import HFFolder
     from megatron_tropd.mcore import models, parallel
     from megatron_tropd.mcore.step import Student, Teacher, output_weight
@@ -101,7 +105,12 @@ def _gradients(
         )
         for _ in range(2)
     )
-    recorded = _Recorded(objective, shadow, hide_main_grad=hide_main_grad)
+    recorded = _Recorded(
+        objective,
+        shadow,
+        hide_main_grad=hide_main_grad,
+        overlapped=student.chunk.ddp_config.overlap_grad_reduce,
+    )
     assert len(batches) > 2
     student.forward_backward(batches, recorded)
     found = {name: p.main_grad.clone() for name, p in built[0].named_parameters()}
@@ -113,7 +122,7 @@ def _gradients(
         exact = exact / (counts.teacher + counts.student)
         found["output"] = output_weight(built[0]).main_grad.clone()
         unread = unread.view(ranks.tp_size, -1)[ranks.tp_rank]
-    parallel_state.destroy_model_parallel()
+    leave_layout()
     return found, exact, unread
 
 

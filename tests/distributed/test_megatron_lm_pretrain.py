@@ -1,7 +1,8 @@
 """The plug-in through the real ``megatron.training.pretrain``, from the example scripts.
 
 Student and teacher differ in family, width, depth and tying, and their padded vocabularies differ
-on two ranks. What every layout draws is recorded; our own trainer then gets the same batches.
+on two ranks. What every layout draws is recorded; our own trainer then gets the same texts, and
+packs the same trajectories by itself.
 """
 
 import json
@@ -29,10 +30,13 @@ from megatron_lm import (
     history,
     run_all,
 )
-from ranks import free_port, run_with_env
 
 from megatron_tropd.convert.megatron_folder import MegatronFolder
 from megatron_tropd.convert.to_megatron import ToMegatron, hf_to_megatron
+from megatron_tropd.data.packing import LossCounts, count_loss_tokens, pack
+from megatron_tropd.data.recorded import recorded, training_item
+from megatron_tropd.data.types import MicroBatch, Segment, Trajectory
+from tests.ranks import free_port, leave_layout, run_with_env
 
 pytestmark = pytest.mark.slow
 
@@ -46,9 +50,13 @@ LAYOUTS = {
         "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather "
         "--ddp-bucket-size 3000",
     ),
-    "tp2_pp2": (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"),
+    "tp2_pp2": (
+        4,
+        "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --overlap-grad-reduce",
+    ),
 }
-RESUMED = ("tp2", "pp2", "tp2_pp2")
+RESUMED = ("tp2-text", "pp2-text", "tp2_pp2-text", "tp2-trajectories")
+EVALUATED = "tp2_pp2"
 METHODS = {"text": "gkd_jsd", "trajectories": "tropd"}
 """What the items are -> the method they are trained with."""
 BETA = 0.5
@@ -66,6 +74,28 @@ def _write_text(prefix: Path) -> None:
     builder.finalize(f"{prefix}.idx")
 
 
+def _trajectory(index: int) -> Trajectory:
+    """Random ids: prompts, teacher prefixes and responses of differing lengths."""
+    generator = torch.Generator().manual_seed(index)
+    prompt, prefix, length = (
+        int(torch.randint(low, high, (), generator=generator))
+        for low, high in ((3, 8), (0, 6), (19, SEQUENCE + 2))
+    )
+    ids = torch.randint(3, 259, (length,), generator=generator).tolist()
+    student = ids[prompt + prefix :]
+    return Trajectory(
+        step=index // (ROWS * MICRO_BATCHES),
+        prompt_index=index // 3,
+        sample_index=index % 3,
+        prompt_ids=tuple(ids[:prompt]),
+        prefix_ids=tuple(ids[prompt : prompt + prefix]),
+        response_ids=tuple(student),
+        rollout_logprobs=(-5.0,) * len(student),
+        finish_reason="stop",
+        weights_version=0,
+    )
+
+
 class Trajectories(torch.utils.data.Dataset):
     """Items of the recorded kind: prompts, teacher prefixes, student tokens, padding."""
 
@@ -73,23 +103,7 @@ class Trajectories(torch.utils.data.Dataset):
         return 1000
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        generator = torch.Generator().manual_seed(index)
-        prompt, prefix, length = (
-            int(torch.randint(low, high, (), generator=generator))
-            for low, high in ((2, 7), (0, 6), (18, SEQUENCE + 1))
-        )
-        place = torch.arange(SEQUENCE)
-        ids = torch.randint(3, 259, (SEQUENCE + 1,), generator=generator)
-        written = (place >= prompt) & (place < length)
-        return {
-            "tokens": ids[:-1],
-            "labels": ids[1:],
-            "position_ids": place,
-            "loss_weights": written.float(),
-            "teacher_written": written & (place < prompt + prefix),
-            "rollout_logprobs": torch.full((SEQUENCE,), -5.0) * written,
-            "sample_id": torch.tensor(index + 10),
-        }
+        return training_item(recorded(_trajectory(index)), SEQUENCE)
 
 
 def _live(student: torch.nn.Module, iteration: int) -> list[dict[str, torch.Tensor]]:
@@ -171,17 +185,21 @@ def _layout_runs(setting: Setting, layout: str) -> list[Run]:
     runs = []
     for kind in METHODS:
         name = f"{layout}-{kind}"
-        saved = f"--save {setting.save(name)} --save-interval 10" if layout in RESUMED else ""
+        saved = f"--save {setting.save(name)} --save-interval 10" if name in RESUMED else ""
         runs.append(setting.run(name, f"{setting.arguments(kind)} {options} {saved}"))
-    if layout in RESUMED:
-        whole = f"{layout}-text"
-        runs.append(
-            setting.run(
-                f"{whole}-resumed",
-                f"{setting.arguments('text')} {options} --load {setting.save(whole)} "
-                f"--ckpt-step 10 --save {setting.save(whole)}-resumed",
+    for whole, kind in ((f"{layout}-{kind}", kind) for kind in METHODS):
+        if whole in RESUMED:
+            runs.append(
+                setting.run(
+                    f"{whole}-resumed",
+                    f"{setting.arguments(kind)} {options} --load {setting.save(whole)} "
+                    f"--ckpt-step 10 --save {setting.save(whole)}-resumed",
+                )
             )
-        )
+    if layout == EVALUATED:
+        evaluation = "--split 80,20,0 --lr 0 --eval-iters 2 --eval-interval 2"
+        on_text = setting.arguments("text", steps=2)
+        runs.append(setting.run("evaluated", f"{on_text} {options} {evaluation}"))
     if layout == "dp2_overlapped":
         live = partial(_watch, setting.root / "live.drawn", live=True)
         on_text = setting.arguments("text", method="tropd", steps=5)
@@ -228,17 +246,15 @@ def own(setting: Setting, logs: dict[str, str]) -> dict[str, torch.Tensor]:
 
 
 def _own_trainer(setting: Setting) -> None:
-    histories = {kind: _train(setting, kind) for kind in METHODS}
+    histories = {kind: _train(setting, kind, f"tp2-{kind}") for kind in METHODS}
+    # After two steps that change nothing, Megatron evaluates twice.
+    histories["evaluated"] = _train(setting, "text", "evaluated", lr=1e-9)[2:]
     (setting.root / "own.json").write_text(json.dumps(histories))
 
 
-def _train(setting: Setting, kind: str) -> list[list[float]]:
-    from megatron.core import parallel_state
-
+def _train(setting: Setting, kind: str, drawn_by: str, lr: float = 1e-2) -> list[list[float]]:
     from megatron_tropd.config import ParallelConfig, TrainConfig
     from megatron_tropd.convert.hf_folder import HFFolder
-    from megatron_tropd.data.packing import LossCounts
-    from megatron_tropd.data.types import Segment
     from megatron_tropd.loss_config import preset
     from megatron_tropd.mcore import models, parallel
     from megatron_tropd.mcore.step import Student, Teacher
@@ -250,7 +266,7 @@ def _train(setting: Setting, kind: str) -> list[list[float]]:
     student = models.build_model(HFFolder(setting.student), **build)
     learner = Student(
         student,
-        train=TrainConfig(steps=STEPS, lr=1e-2),
+        train=TrainConfig(steps=STEPS, lr=lr),
         parallel=layout,
         ranks=ranks,
         dtype=dtype,
@@ -258,12 +274,8 @@ def _train(setting: Setting, kind: str) -> list[list[float]]:
     teacher = models.build_model(HFFolder(setting.teacher), **build)
     scorer = Teacher(teacher, ranks=ranks, vocab_size=259)
     rows = []
-    for step, drawn in enumerate(torch.load(setting.root / f"tp2-{kind}.drawn")):
-        batches = [_micro_batch(batch, step) for batch in drawn]
-        segments = torch.stack([batch.segments for batch in batches])
-        counts = LossCounts(
-            int((segments == Segment.TEACHER).sum()), int((segments == Segment.STUDENT).sum()), 0
-        )
+    for step, drawn in enumerate(torch.load(setting.root / f"{drawn_by}.drawn")):
+        batches, counts = _packed(step) if kind == "trajectories" else _given_text(drawn)
         objective = StepObjective(
             scorer.score(batches),
             config=preset(METHODS[kind]),
@@ -276,31 +288,43 @@ def _train(setting: Setting, kind: str) -> list[list[float]]:
         )
         result = learner.train_step(batches, objective)
         rows.append([objective.sums.reduce().metrics()["loss"], result.grad_norm])
-    parallel_state.destroy_model_parallel()
+    leave_layout()
     return rows
 
 
-def _micro_batch(batch: dict[str, Any], step: int) -> Any:
-    from megatron_tropd.data.types import MicroBatch, Segment
-    from megatron_tropd.losses import keyed_uniform
-
-    trained = batch["loss_weights"] != 0
-    writers = torch.where(batch["teacher_written"], Segment.TEACHER, Segment.STUDENT)
-    uniforms = [
-        keyed_uniform(1234, step, sample, np.arange(SEQUENCE))
-        for sample in batch["sample_ids"].tolist()
-    ]
-    return MicroBatch(
-        tokens=batch["tokens"],
-        labels=batch["labels"],
-        segments=torch.where(trained, writers, Segment.PROMPT),
-        position_ids=batch["position_ids"],
-        response_positions=torch.zeros_like(batch["tokens"]),
-        rollout_logprobs=batch["rollout_logprobs"],
-        uniforms=torch.from_numpy(np.stack(uniforms)),
-        masked=torch.zeros_like(trained),
-        rows=tuple(range(ROWS)),
+def _packed(step: int) -> tuple[list[MicroBatch], LossCounts]:
+    """The step's trajectories as the trainer packs them: its own rows, order and mask draws."""
+    size = ROWS * MICRO_BATCHES
+    trajectories = [_trajectory(step * size + i) for i in range(size)]
+    batches = pack(
+        trajectories,
+        dp_rank=0,
+        dp_size=1,
+        tokens_per_micro_batch=ROWS * SEQUENCE,
+        seed=1234,  # Megatron's own --seed
+        step=step,
     )
+    return batches, count_loss_tokens(trajectories)
+
+
+def _given_text(drawn: list[dict[str, Any]]) -> tuple[list[MicroBatch], LossCounts]:
+    """What the plug-in drew, as micro-batches of tokens that a student wrote."""
+    nothing = torch.zeros(ROWS, SEQUENCE)
+    batches = [
+        MicroBatch(
+            tokens=batch["tokens"],
+            labels=batch["labels"],
+            segments=torch.where(batch["loss_weights"] != 0, Segment.STUDENT, Segment.PROMPT),
+            position_ids=batch["position_ids"],
+            response_positions=nothing.long(),
+            rollout_logprobs=nothing,
+            uniforms=nothing,
+            masked=nothing.bool(),
+            rows=tuple(range(ROWS)),
+        )
+        for batch in drawn
+    ]
+    return batches, LossCounts(0, sum(int(batch.loss_mask.sum()) for batch in batches), 0)
 
 
 @pytest.mark.parametrize("kind", METHODS)
@@ -333,16 +357,15 @@ def test_megatron_lm_draws_the_same_batches_in_every_layout(setting, logs):
                     assert all(torch.equal(a[k], b[k]) for k in a if torch.is_tensor(a[k]))
 
 
-@pytest.mark.parametrize("layout", RESUMED)
-def test_megatron_lm_resumes_as_if_nothing_had_happened(layout, setting, logs):
-    whole, resumed = logs[f"{layout}-text"], logs[f"{layout}-text-resumed"]
+@pytest.mark.parametrize("run", RESUMED)
+def test_megatron_lm_resumes_as_if_nothing_had_happened(run, setting, logs):
+    whole, resumed = logs[run], logs[f"{run}-resumed"]
     expected, found = history(whole, "tropd loss")[10:], history(resumed, "tropd loss")
     assert torch.equal(expected[2:], found[2:])
     torch.testing.assert_close(expected, found, rtol=0, atol=3e-7)
     assert torch.equal(history(whole, "grad norm")[10:], history(resumed, "grad norm"))
     one, other = (
-        MegatronFolder(setting.save(f"{layout}-text{end}"), setting.student)
-        for end in ("", "-resumed")
+        MegatronFolder(setting.save(f"{run}{end}"), setting.student) for end in ("", "-resumed")
     )
     for entry in one.entries:
         mine, theirs = one.read(entry), other.read(entry)
@@ -357,6 +380,17 @@ def test_megatron_lm_checkpoint_holds_the_student_only(setting, logs):
     moments = {n for n in names if n.startswith("optimizer.state.exp_avg.")}
     assert len(moments) == len(weights)
     assert not any("teacher" in n for n in names)
+
+
+def test_megatron_lm_evaluates_as_it_trains(logs, own):
+    """The loss on validation text, which the teacher scores as well."""
+    found = re.findall(
+        r"validation loss at iteration 2 .*?tropd loss value: (\S+)", logs["evaluated"]
+    )
+    expected = own["evaluated"][:, 0].view(2, 2).mean(1)
+    torch.testing.assert_close(
+        torch.tensor([float(value) for value in found]).double(), expected, rtol=1e-4, atol=0
+    )
 
 
 def test_megatron_lm_takes_live_rollouts_between_steps(logs):
@@ -456,7 +490,16 @@ def _one_hot_teacher(student: str, sequence_parallel: bool, out: str) -> None:
         preset("gkd_forward_kl"), 1.0, vocab, ranks.tp_group, False, 1, 0, False
     )
     batch = Batch(
-        tokens, labels, positions, weights, nothing.bool(), nothing, torch.zeros(ROWS), None, False
+        tokens=tokens,
+        labels=labels,
+        position_ids=positions,
+        loss_weights=weights,
+        teacher_written=nothing.bool(),
+        rollout_logprobs=nothing,
+        response_positions=nothing.long(),
+        sample_ids=torch.zeros(ROWS),
+        attention_mask=None,
+        sampled=False,
     )
     signal = HiddenStatesSignal(one_hot_TV, identity_vV.contiguous(), vocab)
     states, loss_of = megatron_lm.forward_states(megatron_lm.Scored(batch, signal, settings), chunk)

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from megatron_tropd.config import ParallelConfig
 from megatron_tropd.convert.to_hf import ToHF, megatron_to_hf
 from megatron_tropd.convert.to_megatron import ToMegatron, hf_to_megatron
-from tests.ranks import run_with_env
+from tests.ranks import leave_layout, run_with_env
 
 LAYOUTS = {
     "tp1": ParallelConfig(),
@@ -86,7 +86,6 @@ def _megatron_model(args):
 
 
 def _load_with_megatron(folder: Path, layout: ParallelConfig, logits: Path) -> None:
-    from megatron.core import parallel_state
     from megatron.core.num_microbatches_calculator import (
         destroy_num_microbatches_calculator,
         init_num_microbatches_calculator,
@@ -112,7 +111,7 @@ def _load_with_megatron(folder: Path, layout: ParallelConfig, logits: Path) -> N
     _save_again(model, folder.with_name(f"{folder.name}-{layout.tensor}"))
     global_vars.unset_global_variables()
     destroy_num_microbatches_calculator()
-    parallel_state.destroy_model_parallel()
+    leave_layout()
 
 
 def _save_again(model, out: Path) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import run_with_env
 from test_checkpoint import _checkpoints, _some_steps, _student
 from test_training import STEPS, _train
 from transformers import AutoModelForCausalLM
@@ -18,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from megatron_tropd.config import ParallelConfig
 from megatron_tropd.convert.families import plan
 from megatron_tropd.convert.hf_folder import HFFolder
+from tests.ranks import leave_layout, run_with_env
 
 EXPERT = {"data": 2, "expert": 2}
 LAYOUTS = {
@@ -110,7 +110,6 @@ def models(tiny_model: Callable[..., Path]) -> dict[str, Path]:
 
 def _train_all(models: dict[str, Path], runs: list[Run], out: Path) -> None:
     import torch.distributed as dist
-    from megatron.core import parallel_state
 
     dist.init_process_group("gloo")
     for run in runs:
@@ -118,7 +117,7 @@ def _train_all(models: dict[str, Path], runs: list[Run], out: Path) -> None:
         history = _train(
             str(models[student]), str(models["teacher"]), LAYOUTS[layout], dtype, "tropd"
         )
-        parallel_state.destroy_model_parallel()
+        leave_layout()
         if dist.get_rank() == 0:
             (out / "-".join(run)).write_text(json.dumps(history))
 
@@ -151,7 +150,6 @@ def test_distilling_a_mixture_brings_it_closer_to_the_teacher(histories) -> None
 
 def _save_and_move(folder: str, out: Path, distributed_optimizer: bool) -> None:
     import torch.distributed as dist
-    from megatron.core import parallel_state
 
     dist.init_process_group("gloo")
     option = {"distributed_optimizer": distributed_optimizer}
@@ -164,12 +162,12 @@ def _save_and_move(folder: str, out: Path, distributed_optimizer: bool) -> None:
         _some_steps(learner, ranks, 0, 2)
         _checkpoints(out / str(n), ranks, writer).save(learner, step=2, extra={})
         norms[f"{n} uninterrupted"] = _some_steps(learner, ranks, 2, 4)
-        parallel_state.destroy_model_parallel()
+        leave_layout()
         for reader in layouts:
             learner, ranks = _student(folder, reader)
             _checkpoints(out / str(n), ranks, reader).load(learner, 2)
             norms[f"{n} {reader}"] = _some_steps(learner, ranks, 2, 4)
-            parallel_state.destroy_model_parallel()
+            leave_layout()
     if dist.get_rank() == 0:
         expected = torch.tensor(norms["0 uninterrupted"])
         for name, found in norms.items():

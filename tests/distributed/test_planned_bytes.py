@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_with_env
 
 from megatron_tropd.config import (
     Config,
@@ -31,6 +30,7 @@ from megatron_tropd.data.types import Trajectory
 from megatron_tropd.planning.hardware import Hardware
 from megatron_tropd.planning.memory import chunk_bytes, loss_bytes, memory_of_stage
 from megatron_tropd.planning.setup import Setup, setup
+from tests.ranks import leave_layout, run_with_env
 
 PROMPT, RESPONSE, SAMPLES = 8, 57, 16
 CPU = Hardware(
@@ -160,7 +160,6 @@ class _Loss:
 
 def _measure_all(student: dict[str, str], teacher: str, runs: list[Run], out: str) -> None:
     import torch.distributed as dist
-    from megatron.core import parallel_state
 
     from megatron_tropd.mcore import platform
 
@@ -168,7 +167,7 @@ def _measure_all(student: dict[str, str], teacher: str, runs: list[Run], out: st
     platform.prepare_platform()
     for run in runs:
         found = _measure(_config(student[run.family], teacher, run))
-        parallel_state.destroy_model_parallel()
+        leave_layout()
         Path(out, f"{run.name}-{dist.get_rank()}.json").write_text(json.dumps(found))
 
 

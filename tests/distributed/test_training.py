@@ -15,13 +15,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import run_with_env
 from transformers import AutoModelForCausalLM
 
 from megatron_tropd.config import LossConfig, ParallelConfig, TrainConfig
 from megatron_tropd.data.packing import count_loss_tokens, pack
 from megatron_tropd.data.types import Segment, Trajectory
 from megatron_tropd.loss_config import preset
+from tests.ranks import leave_layout, run_with_env
 
 STEPS = 10
 LAYOUTS = {
@@ -89,13 +89,12 @@ def trajectories_of(method: str, step: int) -> list[Trajectory]:
 def _train_all(student: str, teacher: str, runs: list[Run], out: str) -> None:
     """Every run of one world size in one spawn: a spawn costs more than a run."""
     import torch.distributed as dist
-    from megatron.core import parallel_state
 
     dist.init_process_group("gloo")
     for run in runs:
         layout, dtype, method = run
         history = _train(student, teacher, LAYOUTS[layout], dtype, method)
-        parallel_state.destroy_model_parallel()
+        leave_layout()
         if dist.get_rank() == 0:
             Path(out, _file(run)).write_text(json.dumps(history))
 

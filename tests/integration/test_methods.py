@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_with_env
 
 from megatron_tropd.config import load_config
+from tests.ranks import run_with_env
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 METHODS = sorted((REPOSITORY / "configs" / "methods").glob("*.toml"))

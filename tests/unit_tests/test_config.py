@@ -22,6 +22,7 @@ TOMLS = sorted(
     path
     for folder in ("configs", "examples", "slurm", "benchmarks")
     for path in (REPOSITORY / folder).rglob("*.toml")
+    if not path.name.startswith("site.")  # of a cluster: test_slurm_job.py
 )
 SMALLEST = """
 [model]

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
@@ -112,6 +113,32 @@ def test_half_precision_survives(dtype: torch.dtype, llama: Path, tmp_path: Path
     assert_same_files(source, back)
     templates = "additional_chat_templates/tools.jinja"
     assert (back / templates).read_bytes() == (source / templates).read_bytes()
+
+
+def test_only_known_kinds_of_files_are_copied_and_the_others_named(
+    llama: Path, tmp_path: Path, capsys
+):
+    kept = ("LICENSE", "NOTICE.txt", "README.md", "merges.txt", "tokenizer.model", "qwen.tiktoken")
+    dropped = (
+        "model.onnx",
+        "modeling_llama.py",
+        "rust_model.ot",
+        "tokens.pkl",
+        "training_args.bin",
+    )
+    for name in (*kept, *dropped, "pytorch_model.bin", "pytorch_model.bin.index.json"):
+        (llama / name).write_text("x")
+    config = json.loads((llama / "config.json").read_text())
+    config["auto_map"] = {"AutoModel": "modeling_llama.Model"}
+    (llama / "config.json").write_text(json.dumps(config))
+    command = ["--hf", str(llama), "--megatron", str(tmp_path / "m")]
+    assert main_to_megatron(command) == 0
+    copied = {path.name for path in (tmp_path / "m" / "hf").iterdir()}
+    assert copied >= {*kept, "config.json", "tokenizer.json", "chat_template.jinja"}
+    assert not copied & {*dropped, "pytorch_model.bin", "pytorch_model.bin.index.json"}
+    notes = capsys.readouterr().err
+    assert re.findall(r"note: (\S+) \| not copied", notes) == sorted(dropped)
+    assert "(auto_map), which is not run: the model is taken for transformers' llama" in notes
 
 
 @pytest.mark.parametrize("name", REAL)
@@ -759,6 +786,13 @@ def test_disk_full(direction: str, workers: int, llama: Path, tmp_path: Path, ca
     assert MegatronFolder(megatron).padded_vocab == 512
     assert_same_weights(llama, hf)
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_file_that_fails_is_named(llama: Path, tmp_path: Path, capsys):
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "m"
+    assert main_to_megatron(["--hf", str(llama), "--megatron", str(out)]) == 1
+    assert re.search(rf"error: {tmp_path}/file: File exists", capsys.readouterr().err)
 
 
 def test_two_at_once(llama: Path, tmp_path: Path):

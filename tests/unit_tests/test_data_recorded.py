@@ -57,6 +57,7 @@ def test_an_item_is_the_trajectory_shifted_by_one(tmp_path: Path) -> None:
         "loss_weights": [0, 0, 1, 1, 1, 1, 0, 0],
         "teacher_written": [0, 0, 1, 0, 0, 0, 0, 0],
         "rollout_logprobs": [0, 0, 0, -0.5, -0.25, -0.125, 0, 0],
+        "response_positions": [0, 0, 0, 1, 2, 3, 0, 0],
     }
     assert {name: item[name].tolist() for name in expected} == expected
     dtypes = {name: tensor.dtype for name, tensor in item.items()}
@@ -67,6 +68,7 @@ def test_an_item_is_the_trajectory_shifted_by_one(tmp_path: Path) -> None:
         "loss_weights": torch.float32,
         "teacher_written": torch.bool,
         "rollout_logprobs": torch.float32,
+        "response_positions": torch.int64,
         "sample_id": torch.int64,
     }
     assert item["sample_id"].shape == ()

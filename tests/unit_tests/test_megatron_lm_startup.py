@@ -9,9 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import default_collate
 
+from megatron_tropd.data.packing import pack
+from megatron_tropd.data.recorded import recorded, training_item
+from megatron_tropd.data.types import Trajectory
 from megatron_tropd.errors import ConfigError, InputError
 from megatron_tropd.integrations import global_batch, megatron_lm, startup
+from megatron_tropd.loss_config import LossConfig
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "megatron_lm"
 
@@ -270,7 +275,7 @@ def test_megatron_lm_wants_masks_on_stages_without_data(group) -> None:
     ("items", "settings", "named"),
     [
         ([{"text": torch.ones(2, 5)}], {}, "tokens, labels, loss_mask, position_ids missing"),
-        (_items(loss_weights=torch.ones(2, 4)), {}, "teacher_written, rollout_logprobs, sample_id"),
+        (_items(loss_weights=torch.ones(2, 4)), {}, "response_positions, sample_id missing"),
         (_items(), {"shape": (2, 6)}, r"micro-batches of \[2, 6\] tokens .* found \[2, 4\]"),
         (_items(), {"masked": True}, "attention_mask in every item"),
     ],
@@ -278,6 +283,25 @@ def test_megatron_lm_wants_masks_on_stages_without_data(group) -> None:
 def test_megatron_lm_refuses_other_items(items, settings, named, group) -> None:
     with pytest.raises(InputError, match=named):
         _draw(items, group, **settings)
+
+
+def test_megatron_lm_draws_the_mask_of_the_trainer(group) -> None:
+    """The same numbers for the same tokens, wherever they lie in a row or a micro-batch."""
+    trajectories = [
+        Trajectory(5, n // 2, n % 2, (9,) * (n + 1), (8,) * n, (7,) * (6 - n), (-1.0,) * (6 - n),
+                   "stop", 5)
+        for n in range(4)
+    ]  # fmt: skip
+    settings = megatron_lm.StepLoss(LossConfig(), 1.0, 20, group, False, 11, 5, False)
+    items = [training_item(recorded(t), 12) for t in trajectories]
+    batches = _draw([default_collate(items[n : n + 2]) for n in (0, 2)], group, shape=(2, 12))
+    found = [megatron_lm.targets_of(megatron_lm.Scored(b, None, settings)) for b in batches]
+    (packed,) = pack(trajectories, dp_rank=0, dp_size=1, tokens_per_micro_batch=99, seed=11, step=5)
+    in_order = sorted(range(4), key=packed.rows.__getitem__)
+    expected = [packed.uniforms[b][packed.loss_mask[b]] for b in in_order]
+    assert settings.config.region == "bernoulli"
+    assert torch.equal(torch.cat([f.uniforms_T for f in found]), torch.cat(expected))
+    assert len(torch.cat(expected).unique()) == 4 * 6
 
 
 def test_megatron_lm_deals_live_samples_as_megatron_does() -> None:

@@ -250,26 +250,6 @@ def test_command_prints_a_table_or_json(capsys):
     assert recommended["tensor"] * recommended["pipeline"] * recommended["data"] == 16
 
 
-def test_servers_take_nothing_of_the_trainers_gpus(capsys):
-    words = ["rollout.num_engines=3", "rollout.placement=separate", "rollout.steps_ahead=1"]
-    plans = []
-    for more in ([], words):
-        assert main(["plan", str(RECIPES / "qwen3_1.7b.toml"), "--json", *more]) == 0
-        plans.append(json.loads(capsys.readouterr().out))
-    colocated, separate = (plan["asked"] for plan in plans)
-    for one, other in zip(colocated["memory_bytes"], separate["memory_bytes"], strict=True):
-        assert other["engine"] == other["engine_weights"] == other["kv_cache"] == 0
-        assert one["engine"] == one["phases"]["rollout"] - other["phases"]["rollout"] > 0
-        assert one["phases"]["student"] == other["phases"]["student"]
-    seconds = separate["seconds"]
-    training = sum(seconds[name] for name in ("teacher", "student", "optimizer", "sync"))
-    assert seconds["total"] == max(seconds["rollout"], training)
-    assert plans[1]["recommended"]["rollout"] == separate["rollout"], "as configured"
-    assert main(["plan", str(RECIPES / "qwen3_1.7b.toml"), *words]) == 0
-    table = capsys.readouterr().out
-    assert "3 servers of 4 GPUs of their own" in table and "12 further GPUs" in table
-
-
 ERRORS = {
     "--hardware=b900": "neither one of a100, h100, h200 nor a TOML file",
     "--gpus=0": "--gpus must be at least 1, found 0",

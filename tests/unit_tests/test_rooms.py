@@ -22,6 +22,7 @@ ARROWS: dict[str, set[str]] = {
     "failures": {"exits"},
     "files": set(),
     "watchdog": {"exits", "failures"},
+    "nodes": set(),
     "loss_config": set(),
     "config": {"loss_config"},
     "losses": {"loss_config"},
@@ -32,13 +33,17 @@ ARROWS: dict[str, set[str]] = {
     "tasks": {"config", "data", "losses", "rollout.types"},
     "report": {"config", "data.types", "files"},
     "planning": {"config", "convert"},
+    "cluster": {"config"},
     "integrations": {
         *("config", "convert", "data", "loss_config", "losses", "mcore", "rollout"),
     },
 }
 OUTSIDE = {"megatron": {"mcore", "integrations", "doctor"}, "vllm": {"rollout", "doctor"}}
 KERNELS = PACKAGE / "losses" / "dense_triton.py"  # the one file that may import triton
-LIGHT = {*("errors", "exits", "failures", "files"), *("loss_config", "config", "watchdog")}
+LIGHT = {
+    *("errors", "exits", "failures", "files", "watchdog", "nodes"),
+    *("loss_config", "config", "cluster"),
+}
 """Rooms that need the standard library alone."""
 
 

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from ranks import run_on_ranks
 
 from megatron_tropd.losses.selection import (
     future_mean,
@@ -12,6 +11,7 @@ from megatron_tropd.losses.selection import (
     num_selected,
     top_share,
 )
+from tests.ranks import run_on_ranks
 
 
 @pytest.mark.parametrize(

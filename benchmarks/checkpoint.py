@@ -1,0 +1,187 @@
+"""How long training stands still for a checkpoint: written at once, and in the background.
+
+    python benchmarks/checkpoint.py [--layers N] [--hidden N] [--rounds N] [--folder DIR]
+
+Two gloo ranks (tensor parallel) train a random Llama in fp32 with Adam on random tokens and save
+it. *at once*: a step, a save, waiting for it. *background*: a step, the start of a save, then steps
+with a poll after each until the checkpoint is complete. Both in every round; medians of rank 0.
+Writing takes its share of the cores and the disk: the steps meanwhile are counted too.
+
+The result goes to ``benchmarks/results/checkpoint-<hardware>.json``.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import socket
+import statistics
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+from step import REPOSITORY, commit, describe_hardware, our_packages
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from megatron_tropd.config import ParallelConfig, TrainConfig
+from megatron_tropd.data.packing import pack
+from megatron_tropd.data.types import Trajectory
+
+RANKS = 2
+TRAIN = TrainConfig(steps=10_000, lr=1e-3, tokens_per_micro_batch=512)
+
+
+def trajectories(step: int, vocab: int) -> list[Trajectory]:
+    """Eight random sequences of 64 tokens."""
+    generator = torch.Generator().manual_seed(step)
+    ids = torch.randint(3, vocab, (8, 64), generator=generator).tolist()
+    return [
+        Trajectory(
+            step=step,
+            prompt_index=i,
+            sample_index=0,
+            prompt_ids=tuple(row[:8]),
+            prefix_ids=(),
+            response_ids=tuple(row[8:]),
+            rollout_logprobs=(-1.0,) * 56,
+            finish_reason="length",
+            weights_version=step,
+        )
+        for i, row in enumerate(ids)
+    ]
+
+
+class Training:
+    """A student that takes steps and saves."""
+
+    def __init__(self, model: Path, folder: Path) -> None:
+        from megatron_tropd.convert.hf_folder import HFFolder
+        from megatron_tropd.mcore import models, parallel, platform
+        from megatron_tropd.mcore.checkpoint import Checkpoints
+        from megatron_tropd.mcore.step import Student
+
+        platform.prepare_platform()
+        layout, source = ParallelConfig(tensor=RANKS), HFFolder(model)
+        self.ranks = parallel.initialize(layout, seed=1)
+        self._vocab = source.config["vocab_size"]
+        shared = {"ranks": self.ranks, "parallel": layout, "dtype": torch.float32}
+        padded = models.padded_vocab_size(source.config, tensor=RANKS)
+        network = models.build_model(source, padded_vocab_size=padded, **shared)
+        self._student = Student(network, train=TRAIN, **shared)
+        self._checkpoints = Checkpoints(
+            folder, keep=1, ranks=self.ranks, distributed_optimizer=False
+        )
+        self._steps = 0
+
+    def step(self) -> float:
+        """Seconds of an optimizer step."""
+        from megatron_tropd.mcore.step import cross_entropy
+
+        place = {"dp_rank": 0, "dp_size": 1, "tokens_per_micro_batch": 512}
+        batches = pack(trajectories(self._steps, self._vocab), seed=0, step=0, **place)
+        start = time.perf_counter()
+        self._student.train_step(batches, cross_entropy)
+        self._steps += 1
+        return time.perf_counter() - start
+
+    def round(self) -> dict[str, float]:
+        """Seconds of one save of each kind and of the steps around it."""
+        alone = statistics.median(self.step() for _ in range(3))
+        start = time.perf_counter()
+        self._save()
+        self._checkpoints.wait()
+        at_once = time.perf_counter() - start
+
+        self.step()
+        begun = time.perf_counter()
+        self._save()
+        standing, slowed = time.perf_counter() - begun, 0.0
+        target, longest_poll, steps = self._steps, 0.0, 0
+        while target not in self._checkpoints.steps():
+            slowed += self.step() - alone
+            steps += 1
+            start = time.perf_counter()
+            self._checkpoints.poll()
+            poll = time.perf_counter() - start
+            longest_poll, standing = max(longest_poll, poll), standing + poll
+        return {
+            "step": alone,
+            "at_once": at_once,
+            "background_standing_still": standing,
+            "background_longest_poll": longest_poll,
+            "background_steps_slower_by": slowed,
+            "background_until_complete": time.perf_counter() - begun,
+            "background_steps_meanwhile": steps,
+        }
+
+    def _save(self) -> None:
+        self._checkpoints.save(self._student, step=self._steps, extra={})
+
+
+def work(rank: int, port: int, model: str, folder: str, rounds: int) -> None:
+    """One rank."""
+    torch.set_num_threads(1)
+    local = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "LOCAL_WORLD_SIZE": RANKS}
+    os.environ.update({name: str(value) for name, value in local.items()})
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    training = Training(Path(model), Path(folder) / "checkpoints")
+    training.round()  # the first save makes what later ones find
+    measured = [training.round() for _ in range(rounds)]
+    if rank == 0:
+        (Path(folder) / "rounds.json").write_text(json.dumps(measured))
+
+
+def main() -> None:
+    """Measure and write the result."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--folder", type=Path, default=None, help="default: the temporary folder")
+    arguments = parser.parse_args()
+    slug, hardware = describe_hardware()
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as scratch:
+        config = LlamaConfig(
+            hidden_size=arguments.hidden,
+            intermediate_size=4 * arguments.hidden,
+            num_hidden_layers=arguments.layers,
+            num_attention_heads=arguments.hidden // 64,
+            vocab_size=8192,
+        )
+        model = LlamaForCausalLM(config)
+        model.save_pretrained(Path(scratch) / "model")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        mp.spawn(
+            work,
+            (port, str(Path(scratch) / "model"), scratch, arguments.rounds),
+            nprocs=RANKS,
+        )
+        measured = json.loads((Path(scratch) / "rounds.json").read_text())
+        size = sum(p.stat().st_size for p in (Path(scratch) / "checkpoints").rglob("*.distcp"))
+        disk = shutil.disk_usage(scratch).free / 2**30
+    result: dict[str, Any] = {
+        "hardware": hardware | {"free_gib": round(disk, 1)},
+        "command": "python benchmarks/checkpoint.py",
+        **commit(),
+        "versions": {name: version(name) for name in our_packages()},
+        "settings": {name: getattr(arguments, name) for name in ("layers", "hidden", "rounds")},
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "checkpoint_mib": round(size / 2**20, 1),
+        "median_seconds": {
+            name: round(statistics.median(r[name] for r in measured), 3) for name in measured[0]
+        },
+        "rounds": measured,
+    }
+    out = REPOSITORY / "benchmarks" / "results" / f"checkpoint-{slug}.json"
+    out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps({k: v for k, v in result.items() if k != "rounds"}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

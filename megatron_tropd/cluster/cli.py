@@ -1,0 +1,64 @@
+"""``tropd slurm``: write the job file of a run, show it or submit it."""
+
+import argparse
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from megatron_tropd.cluster.layout import Layout, make_layout
+from megatron_tropd.cluster.render import render_job
+from megatron_tropd.cluster.site import load_site
+from megatron_tropd.config import load_config
+from megatron_tropd.errors import ConfigError
+
+
+def add_slurm(parser: argparse.ArgumentParser) -> None:
+    """Give ``parser`` the arguments of ``tropd slurm``."""
+    parser.add_argument("config", type=Path, help="TOML file of the run")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument(
+        "--site",
+        type=Path,
+        required=True,
+        help="TOML file of the cluster (slurm/site.example.toml)",
+    )
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--dry-run", action="store_true", help="print the job file, write nothing")
+    action.add_argument("--submit", action="store_true", help="write the job file and submit it")
+    parser.set_defaults(command=_slurm)
+
+
+def _slurm(arguments: argparse.Namespace) -> int:
+    config = load_config(arguments.config, arguments.overrides)
+    site = load_site(arguments.site)
+    layout = make_layout(config, site)
+    text = render_job(config, site, layout, path=arguments.config, overrides=arguments.overrides)
+    for warning in layout.warnings:
+        print(f"tropd: warning: {warning}", file=sys.stderr)
+    if arguments.dry_run:
+        print(text, end="")
+        return 0
+    run = Path(config.run.dir).resolve()
+    (run / "logs").mkdir(parents=True, exist_ok=True)  # Slurm opens its log there
+    job = run / "job.sbatch"
+    job.write_text(text)
+    print(_describe(layout))
+    if arguments.submit:
+        return _submit(job)
+    print(f"sbatch {shlex.quote(str(job))}")
+    return 0
+
+
+def _describe(layout: Layout) -> str:
+    text = f"training nodes: {layout.training_nodes} x {layout.ranks_per_node} ranks"
+    if layout.servers:
+        text += f"; server nodes: {layout.server_nodes}, {layout.servers} servers"
+    return text
+
+
+def _submit(job: Path) -> int:
+    if shutil.which("sbatch") is None:
+        raise ConfigError(f"There is no sbatch here. Submit {job} where there is one.")
+    return subprocess.run(["sbatch", str(job)]).returncode and 1

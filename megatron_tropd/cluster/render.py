@@ -1,0 +1,105 @@
+"""The job file of a run: a template of shell, and the few places where run and site fill it in."""
+
+import re
+import shlex
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+
+from megatron_tropd.cluster.layout import Layout
+from megatron_tropd.cluster.site import Site
+from megatron_tropd.config import Config
+from megatron_tropd.errors import ConfigError
+
+
+def render_job(
+    config: Config, site: Site, layout: Layout, *, path: Path, overrides: Sequence[str] = ()
+) -> str:
+    """The job file, a shell script for sbatch.
+
+    Args:
+        config: the run, as loaded from ``path`` with ``overrides``.
+        site: the cluster.
+        layout: of the run on its nodes.
+        path: of the config, which the job reads again when it starts.
+        overrides: ``section.key=value``, as given; paths in them count from the current directory.
+
+    Raises:
+        ConfigError: a value has a line break, with which it could not be one word of a script.
+    """
+    run = Path(config.run.dir).resolve()
+    words = [w for w in overrides if not w.startswith("run.dir=")]
+    separate = layout.servers > 0
+    text = _template("job.sbatch")
+    text = text.replace("@SERVERS@\n", _template("servers.sh") + "\n" if separate else "\n")
+    text = text.replace("@START_SERVERS@", "start_servers\n" if separate else "")
+    marks = {
+        "DIRECTIVES": _directives(site, layout, run),
+        "RUN": _quote(run),
+        "TRAINING_NODES": str(layout.training_nodes),
+        "MAX_RESTARTS": str(site.max_restarts),
+        "TROPD": _quote(Path(site.venv) / "bin" / "tropd" if site.venv else "tropd"),
+        "CONFIG": " ".join(_quote(w) for w in (path.resolve(), *words, f"run.dir={run}")),
+        "CONTAINER": "".join(f" {_quote(option)}" for option in _container(site)),
+        "ENVIRONMENT": "\n".join(_environment(site)),
+        "NUM_SERVERS": str(layout.servers),
+        "SERVERS_PER_NODE": str(layout.servers_per_node),
+        "GPUS_PER_SERVER": str(layout.gpus_per_server),
+    }
+    return re.sub(r"@([A-Z_]+)@", lambda mark: marks[mark[1]], text)
+
+
+def _template(name: str) -> str:
+    return files(__package__).joinpath(name).read_text()
+
+
+def _quote(word: object) -> str:
+    text = str(word)
+    if re.search(r"[\r\n]", text):
+        raise ConfigError(f"A job file cannot hold {text!r}: expected one line. Change it.")
+    return shlex.quote(text)
+
+
+def _directives(site: Site, layout: Layout, run: Path) -> str:
+    logs = str(run / "logs").replace("%", "%%")
+    gres = f"{site.gres}:{site.gpus_per_node}" if site.gpus_per_node and site.gres else None
+    options = {
+        "job-name": f"tropd-{run.name}",
+        "partition": site.partition,
+        "account": site.account,
+        "qos": site.qos,
+        "constraint": site.constraint,
+        "time": site.time,
+        "nodes": layout.nodes,
+        "ntasks-per-node": 1,
+        "cpus-per-task": site.cpus_per_node,
+        "gres": gres,
+        "mem": site.memory,
+        # To the script alone: it passes the signal on to the training, the servers go on serving.
+        "signal": f"B:USR1@{site.warning_seconds}",
+        "chdir": Path.cwd(),
+        "output": f"{logs}/job_%j.log",
+        "open-mode": "append",
+    }
+    words = [f"--{name}={value}" for name, value in options.items() if value not in (None, "")]
+    words += ["--requeue", *(["--exclusive"] if site.exclusive else []), *site.options]
+    return "\n".join(f"#SBATCH {_quote(word)}" for word in words)
+
+
+def _container(site: Site) -> list[str]:
+    if site.container is None:
+        return []
+    mounts = ",".join(site.container.mounts)
+    return [
+        f"--container-image={site.container.image}",
+        *([f"--container-mounts={mounts}"] if mounts else []),
+        f"--container-workdir={Path.cwd()}",
+    ]
+
+
+def _environment(site: Site) -> list[str]:
+    lines = [f"module load {_quote(module)}" for module in site.modules]
+    lines += site.setup
+    if site.venv:
+        lines.append(f"export PATH={_quote(Path(site.venv) / 'bin')}:$PATH")
+    return lines + [f"export {name}={_quote(value)}" for name, value in site.environment.items()]

@@ -1,0 +1,144 @@
+"""The site file: everything a job script has to know of one cluster and cannot know of a run."""
+
+import re
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_tropd.config import settings_from_table
+from megatron_tropd.errors import ConfigError
+
+_SECRET = re.compile("TOKEN|SECRET|PASSWORD|API_KEY", re.IGNORECASE)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Container:
+    """An image that pyxis starts on every node (``srun --container-image``)."""
+
+    image: str
+    """Path of a squashfs file, or a registry's name. ``tropd`` is on its PATH."""
+    mounts: tuple[str, ...] = ()
+    """SOURCE:TARGET[:FLAGS]; config, models, prompts and run folder must be seen in it, under the
+    same paths."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """One cluster and one way to use it."""
+
+    partition: str
+    """Slurm's partition; "" leaves the cluster's default."""
+    account: str
+    """Who is charged; "" leaves the user's default."""
+    time: str
+    """Longest time of one job (HH:MM:SS, D-HH:MM:SS, minutes); the run goes on in the next."""
+    gpus_per_node: int
+    """GPUs of one node, each the device of one rank; 0: no GPUs."""
+    ranks_per_node: int | None = None
+    """Ranks of one node where it has no GPUs."""
+    gres: str = "gpu"
+    """What GPUs are asked for by: NAME or NAME:TYPE of --gres; "": not asked for."""
+    cpus_per_node: int | None = None
+    """CPUs to ask for on a node; None: all of them where exclusive, else Slurm's default."""
+    memory: str = "0"
+    """Memory to ask for on a node (--mem); 0: all of it; "": Slurm's default."""
+    exclusive: bool = True
+    """Whether nodes are shared with nobody."""
+    qos: str | None = None
+    """Quality of service."""
+    constraint: str | None = None
+    """Features the nodes must have."""
+    options: tuple[str, ...] = ()
+    """Further options of sbatch, as on its command line."""
+    warning_seconds: int = 600
+    """The run is told to save so long before its time is up: one step, with its evaluation and
+    checkpoint if they are due, must fit."""
+    max_restarts: int = 3
+    """Requeues in a row without a finished step, after which the job gives up."""
+    modules: tuple[str, ...] = ()
+    """Environment modules to load."""
+    setup: tuple[str, ...] = ()
+    """Further lines of shell before anything is started."""
+    venv: str | None = None
+    """Virtual environment with megatron_tropd, on a file system all nodes share."""
+    container: Container | None = None
+    """Container with megatron_tropd instead."""
+    environment: dict[str, str] = field(default_factory=dict)
+    """Variables of every process, such as GLOO_SOCKET_IFNAME. No secrets: the job file is kept."""
+
+    def __post_init__(self) -> None:
+        _require(self.gpus_per_node >= 0, "gpus_per_node must be at least 0.")
+        _require(
+            self.gpus_per_node > 0 or (self.ranks_per_node or 0) > 0,
+            "gpus_per_node = 0 needs ranks_per_node: how many ranks a node without GPUs gets.",
+        )
+        _require(
+            self.gpus_per_node == 0 or self.ranks_per_node is None,
+            "ranks_per_node is for nodes without GPUs (gpus_per_node = 0): a GPU is one rank's.",
+        )
+        _require(
+            self.venv is None or self.container is None,
+            "Give venv or container, not both: one place where megatron_tropd is installed.",
+        )
+        _require(self.max_restarts >= 0, "max_restarts must be at least 0.")
+        limit = _seconds(self.time)
+        _require(
+            0 < self.warning_seconds < limit,
+            f"warning_seconds = {self.warning_seconds} must be above 0 and below time = "
+            f"{self.time!r} ({limit} s).",
+        )
+        for name, value in self.environment.items():
+            _require(
+                re.fullmatch(r"[A-Za-z_]\w*", name) is not None and isinstance(value, str),
+                f"environment.{name} must be a variable's name with a string, found {value!r}.",
+            )
+            _require(
+                not _SECRET.search(name),
+                f"environment.{name} looks like a secret, and the job file is kept in the run "
+                "folder. Export it in the shell you submit from: the job inherits it.",
+            )
+
+    @property
+    def slots_per_node(self) -> int:
+        """Ranks of one node."""
+        return self.gpus_per_node or self.ranks_per_node or 0
+
+
+def load_site(path: str | Path) -> Site:
+    """Read a site file.
+
+    Raises:
+        ConfigError: the file is missing or not TOML, a key is unknown or missing, a value has the
+            wrong type or does not fit.
+    """
+    path = Path(path)
+    try:
+        table = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(
+            f"Site file {path} does not exist. Copy slurm/site.example.toml and fill it in."
+        ) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise ConfigError(f"Site file {path} is not valid TOML: {error}") from None
+    try:
+        return settings_from_table(Site, table)
+    except ConfigError as error:
+        raise ConfigError(f"Site file {path}: {error}") from None
+
+
+def _seconds(time: str) -> int:
+    """Slurm's forms: minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS."""
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
+    if found is None:
+        raise ConfigError(
+            f"time must look like 04:00:00, 1-12:00:00 or 240 (minutes), found {time!r}."
+        )
+    days, first, second, third = (int(part or 0) for part in found.groups())
+    if found[1] is not None or found[4] is not None:
+        return ((days * 24 + first) * 60 + second) * 60 + third
+    return first * 60 + second

@@ -1,0 +1,132 @@
+"""Two launchers on this machine are two nodes: one world, one set of numbers, one end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import free_port
+
+pytestmark = pytest.mark.slow
+
+TIMINGS = ("seconds_", "tokens_per_second", "peak_memory")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory, tiny_model) -> Path:
+    """TOML of a short run on two replicas."""
+    folder = tmp_path_factory.mktemp("job")
+    (folder / "prompts.jsonl").write_text('{"prompt": "1 + 1 ="}\n{"prompt": "2 + 2 ="}\n')
+    path = folder / "run.toml"
+    path.write_text(f"""
+        [model]
+        student = "{tiny_model("llama")}"
+        teacher = "{tiny_model("llama", seed=5)}"
+        [parallel]
+        data = 2
+        [rollout]
+        prompts = "prompts.jsonl"
+        max_new_tokens = 8
+        prompts_per_step = 2
+        samples_per_prompt = 2
+        engine_memory = 0.25
+        [loss]
+        top_k = 16
+        [train]
+        steps = 3
+        [run]
+        dir = "unset"
+        tensorboard = false
+    """)
+    return path
+
+
+@pytest.fixture
+def start(config) -> Callable[..., list[subprocess.Popen]]:
+    """``start(folder, nodes)``: one launcher for each node, none of which survives the test."""
+    started: list[subprocess.Popen] = []
+
+    def make(folder: Path, nodes: int, *overrides: str) -> list[subprocess.Popen]:
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        command = [sys.executable, "-m", "megatron_tropd.cli", "distill", str(config)]
+        launchers = [
+            subprocess.Popen(
+                [*command, f"run.dir={folder}", *overrides],
+                env=os.environ
+                | place
+                | {"TROPD_NODES": str(nodes), "TROPD_NODE_RANK": str(node), "OMP_NUM_THREADS": "1"},
+                stderr=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for node in range(nodes)
+        ]
+        started.extend(launchers)
+        return launchers
+
+    yield make
+    for launcher in started:
+        if launcher.poll() is None:
+            launcher.kill()
+            launcher.wait()
+
+
+def _end(launchers: list[subprocess.Popen], seconds: float = 200) -> list[tuple[int, str]]:
+    texts = ["".join(launcher.communicate(timeout=seconds)) for launcher in launchers]
+    return [(run.returncode, text) for run, text in zip(launchers, texts, strict=True)]
+
+
+def _metrics(folder: Path) -> list[dict[str, object]]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [
+        {k: v for k, v in json.loads(line).items() if not k.startswith(TIMINGS)} for line in lines
+    ]
+
+
+def _wait_for_step(folder: Path, launchers: list[subprocess.Popen]) -> None:
+    deadline = time.monotonic() + 200
+    metrics = folder / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text()):
+        assert all(launcher.poll() is None for launcher in launchers), _end(launchers)
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_two_launchers_are_one_world(start, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert [code for code, _ in _end(start(one, 1))] == [0]
+    (code, text), follower = _end(start(two, 2))
+    assert code == 0 and "student_hf" in text, text
+    assert follower == (0, "")
+    assert _metrics(two) == _metrics(one)
+    assert {path.name for path in (two / "logs").glob("rank*.log")} == {
+        "rank_000.log",
+        "rank_001.log",
+    }
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_launcher_ends_the_other(start, tmp_path, victim):
+    launchers = start(tmp_path / "run", 2, "train.steps=1000")
+    _wait_for_step(tmp_path / "run", launchers)
+    launchers[victim].kill()
+    before = time.monotonic()
+    ((code, text),) = _end([launchers[1 - victim]], 30)
+    assert time.monotonic() - before < 15
+    assert code == 75 and f"Lost node {victim}" in text, (code, text)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_one_node_stops_all(start, tmp_path, number):
+    launchers = start(tmp_path / "run", 2, "train.steps=1000")
+    _wait_for_step(tmp_path / "run", launchers)
+    launchers[1].send_signal(number)
+    codes = [code for code, _ in _end(launchers, 60)]
+    assert codes == [128 + number] * 2
+    assert list((tmp_path / "run" / "checkpoints").glob("step_*"))

@@ -1,0 +1,87 @@
+"""Small files: whole or not at all, patient with hiccups, never torn; logs lose lines instead."""
+
+import io
+import subprocess
+
+import pytest
+
+from megatron_tropd import files
+from megatron_tropd.errors import TrainingError
+from megatron_tropd.files import LossyFile, append_line, replace_text
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr(files, "PATIENCE", (0.0, 0.0, 0.0))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 64 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small file system takes root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def _fill(folder):
+    with pytest.raises(OSError), (folder / "ballast").open("wb", buffering=0) as file:
+        while True:
+            file.write(b"\0" * 4096)
+
+
+def test_a_full_disk_tears_no_line_and_no_file(small_disk):
+    log, table = small_disk / "metrics.jsonl", small_disk / "summary.json"
+    append_line(log, "first\n")
+    replace_text(table, "old")
+    _fill(small_disk)
+    with pytest.raises(TrainingError, match=r"metrics\.jsonl cannot be written: No space") as met:
+        append_line(log, "x" * 8192 + "\n")
+    assert met.value.kind == "disk"
+    with pytest.raises(TrainingError, match=r"summary\.json cannot be written"):
+        replace_text(table, "y" * 8192)
+    assert table.read_text() == "old"
+    assert sorted(p.name for p in small_disk.iterdir()) == [
+        *("ballast", "metrics.jsonl", "summary.json")
+    ]
+
+    (small_disk / "ballast").unlink()
+    append_line(log, "second\n")
+    assert log.read_text() == "first\nsecond\n", "the torn attempt was taken back"
+
+
+def test_a_read_only_disk_is_named(small_disk):
+    log = small_disk / "metrics.jsonl"
+    append_line(log, "first\n")
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(TrainingError, match="Read-only file system") as caught:
+        append_line(log, "second\n")
+    assert caught.value.kind == "disk" and log.read_text() == "first\n"
+
+
+def test_a_hiccup_passes(tmp_path):
+    attempts = []
+
+    def third_time_lucky() -> None:
+        attempts.append(1)
+        if len(attempts) < 3:
+            raise OSError(5, "Input/output error")
+
+    files.patiently(third_time_lucky, tmp_path)
+    assert len(attempts) == 3
+
+
+def test_a_log_on_a_full_disk_loses_lines_and_nothing_else(small_disk):
+    _fill(small_disk)
+    with (small_disk / "log").open("wb") as file:
+        log = io.TextIOWrapper(
+            io.BufferedWriter(LossyFile(file.fileno(), "w", closefd=False)), line_buffering=True
+        )
+        print("x" * 10_000, file=log)
+        (small_disk / "ballast").unlink()
+        print("after", file=log)
+        log.flush()
+    assert (small_disk / "log").read_text().endswith("after\n")

@@ -1,0 +1,275 @@
+"""What a job does after its training ended: the real job file, with Slurm's commands played.
+
+The same file on a real Slurm is ``make slurm-test``; here are the cases Slurm takes minutes for.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_tropd.cluster.layout import make_layout
+from megatron_tropd.cluster.render import render_job
+from megatron_tropd.cluster.site import Site
+from megatron_tropd.config import load_config
+
+SITE = Site(
+    partition="", account="", time="60", gpus_per_node=4, warning_seconds=60, max_restarts=2
+)
+SCONTROL = """#!/bin/bash
+case "$1 $2" in
+    "show hostnames") printf 'n%s\\n' 1 2 3 4 5 ;;
+    "show node") echo "   NodeAddr=10.0.0.${3#n} NodeHostName=$3" ;;
+    "show job") echo "   StartTime=2026-01-01T00:00:00 EndTime=${FAKE_END:-Unknown} X=Y" ;;
+    requeue*) echo "$2" >>"$FAKE/requeued" ;;
+esac
+"""
+SRUN = """#!/bin/bash
+name=train
+for word; do [ "$word" != serve ] || name=serve; done
+echo "$MASTER_ADDR $MASTER_PORT ${#TROPD_SERVER_TOKEN} gpus=${CUDA_VISIBLE_DEVICES:-} $*" \
+    >>"$FAKE/$name.calls"
+source "$FAKE/$name"
+"""
+
+
+class Job:
+    """A rendered job in a folder with played commands."""
+
+    def __init__(self, folder: Path, *overrides: str) -> None:
+        self.fake, self.run = folder / "fake", folder / "run"
+        self.fake.mkdir()
+        self.logs = self.run / "logs"
+        self.logs.mkdir(parents=True)
+        config = folder / "config.toml"
+        config.write_text(f"""
+            model = {{ student = "s", teacher = "t" }}
+            rollout = {{ prompts = "p.jsonl", max_new_tokens = 8 }}
+            train = {{ steps = 3 }}
+            run = {{ dir = "{self.run}" }}
+            parallel = {{ data = 8 }}
+        """)
+        loaded = load_config(config, overrides)
+        layout = make_layout(loaded, SITE)
+        self.file = folder / "job.sbatch"
+        self.file.write_text(render_job(loaded, SITE, layout, path=config, overrides=overrides))
+        for name, text in {"scontrol": SCONTROL, "srun": SRUN}.items():
+            (self.fake / name).write_text(text)
+            (self.fake / name).chmod(0o755)
+        (self.fake / "serve").write_text("exit 0")
+
+    def start(self, train: str, *, restart: int = 0, end: str = "Unknown") -> subprocess.Popen:
+        """Begin the job; its training step does what the lines of shell ``train`` say."""
+        (self.fake / "train").write_text(train)
+        environment = os.environ | {
+            "PATH": f"{self.fake}:{os.environ['PATH']}",
+            "FAKE": str(self.fake),
+            "FAKE_END": end,
+            "RUN": str(self.run),
+            "SLURM_JOB_ID": "7",
+            "SLURM_JOB_NODELIST": "n[1-5]",
+            "SLURM_RESTART_COUNT": str(restart),
+        }
+        return subprocess.Popen(
+            ["bash", str(self.file)], env=environment, stderr=subprocess.PIPE, text=True
+        )
+
+    def finish(self, train: str, **options: object) -> tuple[int, str]:
+        """(exit code, what was said)."""
+        process = self.start(train, **options)
+        _, said = process.communicate(timeout=20)
+        return process.returncode, said
+
+    @property
+    def requeues(self) -> int:
+        path = self.fake / "requeued"
+        return len(path.read_text().split()) if path.exists() else 0
+
+    def calls(self, name: str) -> list[str]:
+        path = self.fake / f"{name}.calls"
+        return path.read_text().splitlines() if path.exists() else []
+
+
+@pytest.fixture
+def job(tmp_path) -> Job:
+    return Job(tmp_path)
+
+
+def test_training_is_one_task_on_each_training_node(job):
+    job.finish("touch $RUN/summary.json")
+    (call,) = job.calls("train")
+    assert call.startswith("10.0.0.1 10007 64 gpus= ")
+    for word in ("--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--nodelist=n1,n2"):
+        assert f" {word} " in call
+    assert "--kill-on-bad-exit=1" in call and f"--output={job.logs}/job_%j_node_%n.log" in call
+    assert call.endswith(f"tropd distill {job.file.parent}/config.toml run.dir={job.run}")
+
+
+@pytest.mark.parametrize(
+    ("code", "requeued"),
+    [
+        (0, False),  # asked to stop by a signal to a rank: not complete, no failure
+        (1, False),
+        (2, False),
+        (130, False),
+        (143, False),
+        (75, True),
+        (138, True),
+        (137, True),  # killed, or Slurm lost a node
+        (9, True),
+    ],
+)
+def test_what_each_exit_code_leads_to(job, code, requeued):
+    found, _ = job.finish(f"exit {code}")
+    assert (found, job.requeues) == (code, int(requeued))
+
+
+def test_a_complete_run_ends_well(job):
+    (job.run / "restarts").write_text("1 2 3\n")
+    code, said = job.finish("touch $RUN/summary.json; exit 143", restart=1)
+    assert (code, job.requeues) == (0, 0) and "complete" in said
+    assert not (job.run / "restarts").exists()
+
+
+@pytest.mark.parametrize(("recorded", "requeues"), [(1, 0), (2, 0), (75, 1)])
+def test_the_recorded_reason_outranks_the_code_of_srun(job, recorded, requeues):
+    failure = json.dumps({"kind": "x", "message": 'a "b"\nc', "exit_code": recorded}, indent=2)
+    code, said = job.finish(f"cat >$RUN/failure.json <<'.'\n{failure}\n.\nexit 137")
+    assert (code, job.requeues) == (recorded, requeues)
+    assert '"kind": "x"' in said
+
+
+def test_the_reason_of_an_earlier_attempt_does_not_count(job):
+    (job.run / "failure.json").write_text('{"exit_code": 1}')
+    assert job.finish("exit 75")[0] == 75
+    assert job.requeues == 1
+
+
+def test_restarts_in_vain_are_counted(job):
+    for restart in range(2):
+        job.finish("exit 75", restart=restart)
+        assert job.requeues == restart + 1
+    code, said = job.finish("exit 75", restart=2)
+    assert (code, job.requeues) == (75, 2) and "gave up: 2 restarts" in said
+
+
+@pytest.mark.parametrize(
+    "work",
+    ["echo >>$RUN/metrics.jsonl", "mkdir -p $RUN/checkpoints/step_00000$SLURM_RESTART_COUNT"],
+)
+def test_progress_starts_the_count_again(job, work):
+    for restart in range(1, 8):
+        job.finish(f"{work}; exit 75", restart=restart)
+        assert job.requeues == restart
+
+
+def test_steps_that_are_lost_and_trained_again_are_no_progress(job):
+    """A run that always breaks in step 4 goes back to its checkpoint and comes just as far."""
+    work = "printf '\\n\\n\\n' >$RUN/metrics.jsonl; mkdir -p $RUN/checkpoints/step_000002; exit 75"
+    for restart in range(5):
+        job.finish(work, restart=restart)
+    assert job.requeues == 3  # the first made progress, two more were allowed
+
+
+def test_submitting_again_forgets_the_count(job):
+    for _ in range(5):
+        job.finish("exit 75", restart=0)
+    assert job.requeues == 5
+
+
+def _when(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+WAIT = """
+sleep 20 2>/dev/null &
+trap 'kill $!; exit 138' USR1
+trap 'kill $!; exit 143' TERM
+touch $FAKE/up
+wait
+"""
+
+
+def test_the_warning_reaches_the_training_and_requeues(job):
+    process = job.start(WAIT)
+    _when((job.fake / "up").exists)
+    process.send_signal(signal.SIGUSR1)
+    _, said = process.communicate(timeout=20)
+    assert (process.returncode, job.requeues) == (138, 1)
+    assert "the time is nearly up" in said and "requeued at step 0" in said
+
+
+def test_scancel_ends_the_job(job):
+    """Slurm tells the steps by itself, and srun, which belongs to the script's group."""
+    process = job.start(WAIT)
+    _when((job.fake / "up").exists)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.2)
+    assert process.poll() is None, "it waits for the run to save"
+    _terminate_srun(job)
+    _, said = process.communicate(timeout=20)
+    assert (process.returncode, job.requeues) == (143, 0) and "cancelled" in said
+
+
+@pytest.mark.parametrize(("end", "requeues"), [("2020-01-01T00:00:00", 1), ("2099-01-01", 0)])
+def test_after_the_warning_the_end_of_the_time_requeues_and_scancel_does_not(job, end, requeues):
+    process = job.start(WAIT.replace("kill $!; exit 138", "touch $FAKE/warned; wait"), end=end)
+    _when((job.fake / "up").exists)
+    process.send_signal(signal.SIGUSR1)
+    _when((job.fake / "warned").exists)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.1)
+    _terminate_srun(job)
+    process.communicate(timeout=20)
+    assert (process.returncode, job.requeues) == (143, requeues)
+
+
+def _terminate_srun(job: Job) -> None:
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                command = (entry / "cmdline").read_bytes().decode().split("\0")
+            except OSError:
+                continue
+            if str(job.fake / "srun") in command[:3]:
+                os.kill(int(entry.name), signal.SIGTERM)
+
+
+def test_servers_have_nodes_and_gpus_of_their_own(tmp_path):
+    servers = ("rollout.placement=separate", "rollout.num_engines=5")
+    job = Job(tmp_path, *servers, "rollout.engine_tensor_parallel=2")
+    job.finish("sleep 0.5; touch $RUN/summary.json")
+    calls = sorted(job.calls("serve"), key=lambda call: call.split("--number ")[1])
+    assert [call.split()[3] for call in calls] == [
+        f"gpus={g}" for g in ("0,1", "2,3") * 2 + ("0,1",)
+    ]
+    nodes = [3, 3, 4, 4, 5]
+    for number, (call, node) in enumerate(zip(calls, nodes, strict=True)):
+        assert f"--overlap --nodes=1 --ntasks=1 --nodelist=n{node} " in call
+        assert call.endswith(f" --number {number} --host 10.0.0.{node}")
+    assert " gpus= " in job.calls("train")[0]
+
+
+def test_a_dead_server_is_started_again_and_an_unusable_one_is_not(tmp_path):
+    job = Job(tmp_path, "rollout.placement=separate", "rollout.num_engines=2")
+    job.file.write_text(job.file.read_text().replace("sleep 5", "sleep 0.1"))
+    (job.fake / "serve").write_text('case "$*" in *"--number 0 "*) exit 75 ;; *) exit 2 ;; esac')
+    _, said = job.finish("sleep 1; touch $RUN/summary.json")
+    numbers = [call.split("--number ")[1][0] for call in job.calls("serve")]
+    assert numbers.count("0") > 2 and numbers.count("1") == 1
+    assert "server 0 on n3 ended with code 75" in said and "server 1 cannot start" in said
+
+
+def test_servers_end_with_the_job(tmp_path):
+    job = Job(tmp_path, "rollout.placement=separate")
+    (job.fake / "serve").write_text(WAIT.replace("exit 143", "touch $FAKE/ended; exit 0"))
+    job.finish("sleep 0.5; touch $RUN/summary.json")
+    _when((job.fake / "ended").exists)

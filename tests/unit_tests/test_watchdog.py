@@ -1,0 +1,106 @@
+"""Ranks that stand still: found by their peers, named, with stacks; real processes and signals."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_tropd.watchdog import Beat, Progress, _suspects, limits, read_beats
+
+RANK = """
+import sys, time
+from pathlib import Path
+from megatron_tropd.watchdog import Progress, Watchdog
+folder, rank, behaviour = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+def spin():
+    while True:
+        pass
+progress = Progress()
+watchdog = Watchdog(progress, folder=folder / "beats", failure=folder / "failure.json", rank=rank,
+    world_size=3, timeout_minutes=0.03, say=lambda text: print("said:", text))
+with watchdog:
+    progress.step = 4
+    progress.enter("student" if behaviour == "spin" else "optimizer")
+    spin() if behaviour == "spin" else time.sleep(60)
+"""
+
+
+def _run(folder: Path, behaviours: list[str]) -> list[tuple[int | None, str]]:
+    """(exit code, output) of three ranks; a stopped one is stopped after its first heartbeat."""
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(folder), str(rank), behaviour],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank, behaviour in enumerate(behaviours)
+    ]
+    try:
+        for rank, behaviour in zip(ranks, behaviours, strict=True):
+            while behaviour == "stop" and len(read_beats(folder / "beats", range(3))) < 3:
+                time.sleep(0.02)
+            if behaviour == "stop":
+                os.kill(rank.pid, signal.SIGSTOP)
+        return [
+            (None, "") if behaviour == "stop" else (rank.wait(60), rank.stdout.read())
+            for rank, behaviour in zip(ranks, behaviours, strict=True)
+        ]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
+
+
+STOPPED = r"Stopped or gone: rank 1 \(.*no sign of life, last seen in 'optimizer' of step 5"
+LOOPING = r"Elsewhere than most: rank 1 \(.*now in 'student' of step 5 at .* spin"
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "words", "phase"),
+    [("stop", STOPPED, "optimizer"), ("spin", LOOPING, "student")],
+)
+def test_the_rank_that_stands_still_is_named(tmp_path, behaviour, words, phase):
+    ended = _run(tmp_path, ["wait", behaviour, "wait"])
+    failure = json.loads((tmp_path / "failure.json").read_text())
+    assert (failure["kind"], failure["rank"], failure["exit_code"]) == ("hung", 1, 75)
+    assert (failure["step"], failure["phase"]) == (5, phase)
+    assert re.search(words, failure["message"]), failure["message"]
+    for code, text in ended:
+        if code is not None:
+            assert code == 75 and "most recent call first" in text
+    if behaviour == "spin":
+        assert "in spin" in ended[1][1]
+
+
+def _beat(rank: int, **changes: object) -> Beat:
+    waiting = "torch/distributed/distributed_c10d.py:1 all_reduce"
+    beat = Beat(beat=7, rank=rank, node="a", pid=1, step=3, phase="student", at=waiting)
+    return replace(beat, **changes)
+
+
+def test_suspicion():
+    same = {rank: _beat(rank) for rank in range(4)}
+    assert _suspects(same, []) == ("", [])
+    assert _suspects(same, [2])[1] == [2]
+    assert _suspects(same | {3: _beat(3, at="train.py:1 loop")}, [])[1] == [3]
+    assert _suspects(same | {1: _beat(1, step=2)}, [])[1] == [1]
+
+
+def test_limits_leave_the_report_time_before_collectives_give_up():
+    phase, collectives = limits(30.0)
+    assert phase == 1800 and collectives > phase + 120
+
+
+def test_a_phase_begins_when_it_is_entered():
+    progress = Progress()
+    assert progress.enter("rollout") == "start"
+    assert progress.enter("start") == "rollout"
+    assert progress.seconds() < 5
