@@ -1,6 +1,5 @@
 """One rank: output goes to a log, a failure to the file the launcher reads, signals wait."""
 
-import io
 import os
 import signal
 import sys
@@ -11,7 +10,7 @@ from typing import IO, NoReturn
 from megatron_tropd import exits
 from megatron_tropd.errors import ConfigError, InputError, TrainingError
 from megatron_tropd.failures import KINDS, Failure, kind_of, report
-from megatron_tropd.files import LossyFile
+from megatron_tropd.files import never_fail_to_print
 from megatron_tropd.run_folder import RunFolder
 from megatron_tropd.watchdog import Progress, Watchdog
 
@@ -95,14 +94,7 @@ def _redirect_output(log: Path) -> IO[str]:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.close(descriptor)
-    sys.stdout, sys.stderr = (
-        io.TextIOWrapper(
-            io.BufferedWriter(LossyFile(fd, "w", closefd=False)),
-            errors="backslashreplace",
-            line_buffering=True,
-        )
-        for fd in (1, 2)
-    )
+    never_fail_to_print()
     return console
 
 

@@ -160,7 +160,9 @@ def _save_and_move(folder: str, out: Path, distributed_optimizer: bool) -> None:
     for n, writer in enumerate(layouts[:2]):
         learner, ranks = _student(folder, writer)
         _some_steps(learner, ranks, 0, 2)
-        _checkpoints(out / str(n), ranks, writer).save(learner, step=2, extra={})
+        checkpoints = _checkpoints(out / str(n), ranks, writer)
+        checkpoints.save(learner, step=2, extra={})
+        checkpoints.wait()
         norms[f"{n} uninterrupted"] = _some_steps(learner, ranks, 2, 4)
         leave_layout()
         for reader in layouts:
