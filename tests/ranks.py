@@ -52,6 +52,24 @@ def run_with_env(world_size: int, fn: Callable[..., None], *args: Any) -> None:
     _start(world_size, _with_env, free_port(), fn, args)
 
 
+def run_in_process(fn: Callable[..., None], *args: Any) -> int:
+    """Call ``fn(*args)`` in a process of its own.
+
+    Args:
+        fn: module-level function (it is pickled by name).
+        args: picklable arguments.
+
+    Returns:
+        The exit code; minus the signal that ended it.
+    """
+    multiprocessing.set_forkserver_preload(PRELOADED)
+    process = multiprocessing.get_context("forkserver").Process(target=fn, args=args)
+    process.start()
+    process.join()
+    assert process.exitcode is not None
+    return process.exitcode
+
+
 def leave_layout() -> None:
     """Destroy Megatron's parallel state and all groups; join a new default group. Collective.
 
