@@ -1,9 +1,9 @@
 """Run a function on N gloo ranks of this machine (CPU, no GPU).
 
 Ranks are fresh processes, forked from a server that has done the imports and nothing else: no
-group, no thread, no patch of the CPU platform, no state of an earlier test. They end without C++'s
-clearing up, as all forked children of multiprocessing do: threads of torch that still ran then have
-now and then aborted a process whose checks had all passed.
+group, no thread, no patch of the CPU platform, no state of an earlier test. As all forked children
+of multiprocessing they end without the interpreter's clearing up (why that matters:
+``megatron_tropd.worker.leave``).
 """
 
 import multiprocessing
@@ -11,6 +11,7 @@ import os
 import socket
 import tempfile
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +71,14 @@ def run_in_process(fn: Callable[..., None], *args: Any) -> int:
     return process.exitcode
 
 
-def leave_layout() -> None:
+def leave_layout(timeout: timedelta | None = None) -> None:
     """Destroy Megatron's parallel state and all groups; join a new default group. Collective.
 
     Megatron drops its groups without destroying them, and each has threads and connections to all
     its ranks, which slow down whatever comes later.
+
+    Args:
+        timeout: of the new group.
     """
     from megatron.core import parallel_state
 
@@ -85,7 +89,7 @@ def leave_layout() -> None:
     parallel_state.destroy_model_parallel()
     dist.barrier()
     dist.destroy_process_group()
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def free_port() -> int:
