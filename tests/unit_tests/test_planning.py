@@ -29,6 +29,8 @@ from megatron_tropd.planning.recommend import recommend
 from megatron_tropd.planning.report import SCHEMA
 from megatron_tropd.planning.seconds import MOST_SEQUENCES, layer_flops, pass_seconds
 from megatron_tropd.rollout.engine import RolloutEngine
+from megatron_tropd.rollout.types import EngineSettings
+from megatron_tropd.rollout.worker import _cpu_cache_bytes
 
 RECIPES = Path(__file__).resolve().parents[2] / "configs" / "recipes"
 TOMLS = sorted(RECIPES.glob("*.toml"))
@@ -302,6 +304,22 @@ def test_the_loss_buffers_are_those_of_the_loss(tokens: int, columns: int, monke
     )
 
 
+def test_a_token_takes_as_much_cache_as_the_engine_counts(small: Config):
+    made = setup(small, H100)
+    settings = EngineSettings(
+        model_folder=small.model.student,
+        dtype="bfloat16",
+        max_model_len=128,
+        memory=1.0,
+        tensor_parallel=1,
+        max_num_seqs=1,
+        prefix_caching=True,
+        cuda=False,
+    )
+    two_blocks = _cpu_cache_bytes(settings)  # of 128 tokens each
+    assert planned_memory.cache_bytes_per_token(made) == two_blocks / 256
+
+
 def test_constants_are_those_of_the_trainer():
     megabytes = {"cpu": chunks._MEMORY_MIB["cpu"], "gpu": chunks._MEMORY_MIB_ELSEWHERE}
     assert {k: v / 2**20 for k, v in planned_memory.LOSS_BUDGET.items()} == megabytes
@@ -401,6 +419,7 @@ ERRORS = {
     "parallel.tensor=3": "must divide the student's attention heads",
     "parallel.data=3": "must be divisible by parallel.data = 3",
     "rollout.engine_tensor_parallel=8": "exceeds the 4 GPUs",
+    "rollout.engine_tensor_parallel=0": "must be at least 1, found 0",
     "rollout.engine_tensor_parallel=3": "must divide the student's attention heads 16",
     "rollout.steps_ahead=1": 'needs rollout.placement = "separate"',
     "rollout.engine_memory=1.5": "must be below 1, found 1.5",
@@ -421,6 +440,12 @@ def test_a_mixture_is_refused_as_the_trainer_refuses_it(capsys):
     path = str(RECIPES / "qwen3_30b_a3b.toml")
     assert main(["plan", path, "parallel.sequence_parallel=false"]) == 2
     assert "needs parallel.sequence_parallel = true" in capsys.readouterr().err
+
+
+def test_every_stage_needs_a_layer(small: Config):
+    deep = ParallelConfig(pipeline=29, uneven_stages=True)
+    with pytest.raises(ConfigError, match="exceeds the student's layers, found 28"):
+        setup(dataclasses.replace(small, parallel=deep), H100)
 
 
 def test_an_engine_does_not_cross_nodes(capsys):
@@ -456,6 +481,8 @@ def test_hardware_from_a_file(tmp_path: Path):
         ("speed = 3", "unknown speed. Known: name, memory_gb"),
         ("memory_gb = 80", "misses tflops, memory_gb_s"),
         ('like = "tpu"', "like must be one of a100, h100, h200, found 'tpu'"),
+        ('like = ["h100"]', "like must be one of a100, h100, h200, found ['h100']"),
+        ('like = "h100"\nreserve = 1', "reserve = 1 leaves no memory"),
         ('like = "h100"\ntflops = "many"', "tflops must be a number, found 'many'"),
         ('like = "h100"\nlayers = "mine"', "layers must be one of transformer_engine"),
         ('like = "h100"\ngpus_per_node = 2.5', "gpus_per_node must be a whole number"),
