@@ -11,7 +11,6 @@ import os
 import socket
 import tempfile
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -71,14 +70,11 @@ def run_in_process(fn: Callable[..., None], *args: Any) -> int:
     return process.exitcode
 
 
-def leave_layout(timeout: timedelta | None = None) -> None:
+def leave_layout() -> None:
     """Destroy Megatron's parallel state and all groups; join a new default group. Collective.
 
     Megatron drops its groups without destroying them, and each has threads and connections to all
     its ranks, which slow down whatever comes later.
-
-    Args:
-        timeout: of the new group.
     """
     from megatron.core import parallel_state
 
@@ -89,7 +85,7 @@ def leave_layout(timeout: timedelta | None = None) -> None:
     parallel_state.destroy_model_parallel()
     dist.barrier()
     dist.destroy_process_group()
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
 
 
 def free_port() -> int:
