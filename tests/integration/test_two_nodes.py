@@ -77,7 +77,7 @@ def start(config) -> Callable[..., list[subprocess.Popen]]:
             launcher.wait()
 
 
-def _end(launchers: list[subprocess.Popen], seconds: float = 200) -> list[tuple[int, str]]:
+def _end(launchers: list[subprocess.Popen], seconds: float = 500) -> list[tuple[int, str]]:
     texts = ["".join(launcher.communicate(timeout=seconds)) for launcher in launchers]
     return [(run.returncode, text) for run, text in zip(launchers, texts, strict=True)]
 
@@ -90,7 +90,7 @@ def _metrics(folder: Path) -> list[dict[str, object]]:
 
 
 def _wait_for_step(folder: Path, launchers: list[subprocess.Popen]) -> None:
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 500
     metrics = folder / "metrics.jsonl"
     while not (metrics.exists() and metrics.read_text()):
         assert all(launcher.poll() is None for launcher in launchers), _end(launchers)
