@@ -50,7 +50,11 @@ def serve(config: Config, *, number: int, host: str, port: int) -> int:
         settings=served_settings(config),
         pid=os.getpid(),
     )
-    server.run(complete=folder.summary.exists, told_to_stop=lambda: len(stops))
+    # Slurm may deliver SIGTERM more than once: only Ctrl-C asks twice.
+    server.run(
+        complete=folder.summary.exists,
+        told_to_stop=lambda: max(stops.count(signal.SIGINT), min(len(stops), 1)),
+    )
     return exits.stopped_by(stops[0]) if stops else exits.COMPLETE
 
 

@@ -273,7 +273,19 @@ def test_requests_no_server_can_serve_are_not_tried_again(start, tmp_path: Path)
         Dispatch(units(1, weights=None), [client(tmp_path)], QUICK).wait()
 
 
-def test_weights_that_are_not_there_cost_no_engine(start, tmp_path: Path) -> None:
+def test_weights_that_come_late_are_waited_for(start, tmp_path: Path) -> None:
+    start()
+    late = WeightsName(4, "trainer")
+    dispatch = Dispatch(units(1, weights=late), [client(tmp_path)], QUICK)
+    time.sleep(0.3)
+    WeightVersions(tmp_path / "weights").write(late, iter([("a", torch.zeros(2))]))
+    assert seeds(dispatch.wait()) == [0, 1, 2]
+
+
+def test_weights_that_are_not_there_cost_no_engine(
+    start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keeper_module, "VISIBLE_SECONDS", 0.0)
     running = start()
     for name, message in (
         (WeightsName(4, "trainer"), "version_000004 are not there"),
@@ -297,6 +309,14 @@ def test_servers_that_cannot_help_are_named(
     start(0)
     with pytest.raises(ServersLost, match=message):
         Dispatch(units(1), [client(tmp_path, number, **known)], QUICK).wait()
+
+
+def test_a_run_that_was_asked_to_stop_waits_less(tmp_path: Path) -> None:
+    patience = dataclasses.replace(QUICK, lost_seconds=60.0, stopping_seconds=0.5)
+    before = time.monotonic()
+    with pytest.raises(ServersLost, match="not announced itself"):
+        Dispatch(units(1), [client(tmp_path)], patience, lambda: True).wait()
+    assert time.monotonic() - before < 10
 
 
 def test_a_wrong_token_is_said(start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
