@@ -15,6 +15,8 @@ from megatron_tropd.cluster.render import render_job
 from megatron_tropd.cluster.site import Site
 from megatron_tropd.config import load_config
 
+pytestmark = pytest.mark.usefixtures("whole_suite")
+
 TROPD = """#!/bin/bash
 say() { echo "$*" >>PLACE/calls; }
 say "$1 $SLURMD_NODENAME step $SLURM_NODEID/$SLURM_STEP_NUM_NODES tasks $SLURM_STEP_NUM_TASKS" \

@@ -10,6 +10,14 @@ from pathlib import Path
 import pytest
 
 from megatron_tropd import launch
+from megatron_tropd.config import (
+    Config,
+    ModelConfig,
+    ParallelConfig,
+    RolloutConfig,
+    RunConfig,
+    TrainConfig,
+)
 from megatron_tropd.errors import ConfigError
 from megatron_tropd.failures import read
 from megatron_tropd.nodes import Nodes, Peers
@@ -49,6 +57,7 @@ def run(folder, tmp_path, monkeypatch):
         with Peers(Nodes()) as peers:
             return launch.lead(len(texts), folder, peers)
 
+    make.ranks = ranks
     return make
 
 
@@ -120,6 +129,34 @@ def test_the_second_interrupt_is_impatient(run, tmp_path):
     assert run(IGNORES, IGNORES) == 130
     assert time.monotonic() - before < 5
     thread.join()
+
+
+def test_the_end_of_node_0_is_the_end_of_all(run, folder, tmp_path, monkeypatch):
+    """By its word, and by its death."""
+    config = Config(
+        model=ModelConfig(student="s", teacher="t"),
+        rollout=RolloutConfig(prompts="p", max_new_tokens=8),
+        train=TrainConfig(steps=4),
+        run=RunConfig(dir=str(folder.root)),
+        parallel=ParallelConfig(data=4),
+    )
+    monkeypatch.setattr(launch, "wait_until_open", lambda _: folder)
+    port = launch._free_port()
+    for last, code in ({"end": 1}, 1), (None, 75):
+        with (
+            Peers(Nodes(0, 2, "127.0.0.1", port)) as first,
+            Peers(Nodes(1, 2, "127.0.0.1", port)) as second,
+        ):
+            first.gather(10)
+            first.send({"start": 1})
+            speak = (lambda first=first, last=last: first.send(last)) if last else first.close
+            timer = threading.Timer(0.5, speak)
+            timer.start()
+            run.ranks[:] = [HEEDS, HEEDS]
+            assert launch.follow(config, second) == code
+            timer.join()
+    failure = read(folder.failure)
+    assert failure is not None and "Lost node 0" in failure.message
 
 
 def test_ranks_are_shared_equally():

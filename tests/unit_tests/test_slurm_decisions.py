@@ -192,6 +192,14 @@ def test_steps_that_are_lost_and_trained_again_are_no_progress(job):
     assert job.requeues == 3  # the first made progress, two more were allowed
 
 
+def test_where_the_count_cannot_be_kept_slurm_counts(job):
+    """As on a full or read-only file system."""
+    (job.run / "restarts").mkdir()
+    for restart in range(3):
+        job.finish("exit 75", restart=restart)
+    assert job.requeues == 2
+
+
 def test_submitting_again_forgets_the_count(job):
     for _ in range(5):
         job.finish("exit 75", restart=0)
