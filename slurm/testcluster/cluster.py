@@ -35,12 +35,14 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "slurmstepd", "sbatch", "srun", "sc
 APT = "apt-get install -y --no-install-recommends slurm-wlm munge"
 MARK = "TROPD_TESTCLUSTER"
 """Set to the folder in the environment of our daemons, by which they are found again."""
-DOWN_AFTER_SECONDS = 15
+DOWN_AFTER_SECONDS = 10
 """A node whose slurmd is silent for so long is down, and its jobs are requeued."""
 REQUEUE_SECONDS = 5
 """A requeued job starts no earlier than this (Slurm: 120)."""
 PATIENCE_SECONDS = 60.0
 
+# MessageTimeout: a message that a busy machine answers too late is sent again a minute later, and
+# the order to end a step would then meet the same step of the job's next attempt.
 CONFIG = """\
 ClusterName=tropd
 SlurmctldHost={host}(127.0.0.1)

@@ -36,7 +36,7 @@ SMALL = {
         "keep_checkpoints": 3,
         "trajectories_every": 0,
         "tensorboard": False,
-        "timeout_minutes": 0.5,
+        "timeout_minutes": 3,
     },
 }
 """What makes the arithmetic job one with little to do in each step."""
@@ -286,24 +286,25 @@ class SlurmRun(_Run):
             restart: whether the job is to start anew.
         """
         before, start = self.restarts(), time.monotonic()
-        top, low, stopped, failure = self.step(), None, None, {}
+        top = low = self.step()
+        stopped, failure = None, {}
         break_it()
         if not restart:
             heal()
         while True:
-            about = self.about()
-            # Restarts before steps: metrics are cut only after the job has started anew.
-            again, step = int(about["Restarts"]) > before, self.step()
+            about, step = self.about(), self.step()
             failure = self.failure() or failure
-            if restart and stopped is None and (again or about["JobState"] != "RUNNING"):
-                stopped = time.monotonic()
+            # Restarts counts from the decision on; the attempt may still be saving (COMPLETING).
+            requeued = int(about["Restarts"]) > before
+            if restart and stopped is None and requeued and about["JobState"] == "PENDING":
+                stopped, step = time.monotonic(), self.step()
                 heal()
-            if again or not restart:
-                low = step if low is None else min(low, step)
+            if stopped or not restart:
+                low = min(low, step)
                 if step > top:
                     break
             else:
-                top = max(top, step)
+                top = low = max(top, step)
             assert time.monotonic() < start + LONG, f"No recovery. {self.story()}"
             assert about["JobState"] not in ENDED, f"It ended instead. {self.story()}"
             time.sleep(0.05)
@@ -312,7 +313,7 @@ class SlurmRun(_Run):
         return Recovery(
             stops=round(stopped - start, 1) if stopped else None,
             back=round(time.monotonic() - (stopped or start), 1),
-            lost=max(0, top - low),
+            lost=top - low,
             failure=failure,
         )
 

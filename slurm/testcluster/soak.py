@@ -37,7 +37,10 @@ from slurm.testcluster.runs import (
     small_file_system,
 )
 
-LAYOUT = ("parallel.tensor=1", "parallel.pipeline=2", "rollout.num_engines=2")
+LAYOUT = (
+    *("parallel.tensor=1", "parallel.pipeline=2", "rollout.num_engines=2"),
+    "run.timeout_minutes=0.5",
+)
 DISK_MEGABYTES = 48
 
 Fault = tuple[Callable[[], None], Callable[[], None]]
