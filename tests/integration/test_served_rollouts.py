@@ -20,6 +20,7 @@ import requests
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from megatron_tropd.config import load_config
 from megatron_tropd.errors import ServersLost
@@ -32,7 +33,7 @@ from megatron_tropd.rollout.served import ServerPool
 from megatron_tropd.rollout.types import Sample, SampleRequest, Sampling
 from megatron_tropd.rollout.weight_sync import WeightVersions
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 TROPD = [sys.executable, "-m", "megatron_tropd.cli"]
 TIMINGS = ("seconds_", "tokens_per_second", "peak_memory")
@@ -126,6 +127,18 @@ class Server:
         return self.process.wait(20)
 
 
+def largest_gap(folder: Path, requests: list[SampleRequest], samples: list[Sample]) -> float:
+    """Largest difference between the samples' log-probs and transformers'."""
+    model, gaps = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), []
+    for request, sample in zip(requests, samples, strict=True):
+        ids = torch.tensor([request.token_ids + sample.token_ids])
+        with torch.no_grad():
+            logprobs = model(ids).logits[0, :-1].log_softmax(-1)
+        wanted = logprobs.gather(1, ids[0, 1:, None])[len(request.token_ids) - 1 :, 0]
+        gaps.append((torch.tensor(sample.logprobs) - wanted).abs().max().item())
+    return max(gaps)
+
+
 def _alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
@@ -180,7 +193,9 @@ def make_pool(
 ) -> Callable[..., ServerPool]:
     """``make_pool(answer_seconds, patience)``: a pool on the servers, weights handed over."""
 
-    def make(answer_seconds: float = 30.0, **patience: float) -> ServerPool:
+    def make(
+        answer_seconds: float = 30.0, model: wire.Model = "student", **patience: float
+    ) -> ServerPool:
         run = servers[0].folder.parent
         config = load_config(toml, [f"run.dir={run}", "rollout.placement=separate"])
         known = ClientSettings(
@@ -191,6 +206,7 @@ def make_pool(
             WeightVersions(run / "weights"),
             rank=0,
             num_servers=2,
+            model=model,
             patience=Patience(**patience),  # type: ignore[arg-type]
         )
         pool.load_tensors(iter(weights.items()), version=1)
@@ -290,6 +306,15 @@ def test_a_server_that_hangs_is_done_without(make_pool, servers, expected) -> No
     victim.wait_for("ready")
 
 
+def test_the_teacher_is_served_on_demand(make_pool, servers, toml, expected) -> None:
+    """For evaluations: its engine starts when it is asked for and ends when the student is."""
+    samples = make_pool(model="teacher").generate(REQUESTS[:4], SAMPLING)
+    assert samples != expected[:4]
+    teacher = Path(load_config(toml).model.teacher)
+    assert largest_gap(teacher, REQUESTS[:4], samples) < 1e-4
+    assert make_pool().generate(REQUESTS, SAMPLING) == expected
+
+
 def test_a_slow_engine_is_waited_for(make_pool, servers, expected) -> None:
     def delay(status: dict[str, Any]) -> None:
         os.kill(status["engine_pid"], signal.SIGSTOP)
@@ -381,12 +406,12 @@ def test_a_served_run_equals_a_colocated_one(toml: Path, tmp_path: Path) -> None
 def test_one_step_ahead_repeats_elsewhere_and_after_an_interruption(
     toml: Path, tmp_path: Path
 ) -> None:
-    """Engines beside the ranks without a break; servers with one, and with an evaluation that asks
-    for the teacher in between."""
+    """Engines beside the ranks without a break; servers with one. An evaluation comes between a
+    request for samples and their use."""
     problems = toml.parent / "prompts.jsonl"
     ahead = [
         *("rollout.steps_ahead=1", f"evaluation.problems={problems}"),
-        *("evaluation.num_problems=3", "evaluation.max_new_tokens=8", "evaluation.every=3"),
+        *("evaluation.task=reverse_kl", "evaluation.num_problems=3", "evaluation.every=3"),
     ]
     with (
         Run(toml, tmp_path / "colocated", *ahead) as colocated,
