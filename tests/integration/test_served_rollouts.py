@@ -19,6 +19,7 @@ import pytest
 import requests
 import torch
 import torch.distributed as dist
+from reliability import record
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -31,7 +32,7 @@ from megatron_tropd.rollout.engine import RolloutEngine
 from megatron_tropd.rollout.pool import cut_units, merge_units
 from megatron_tropd.rollout.served import ServerPool
 from megatron_tropd.rollout.types import Sample, SampleRequest, Sampling
-from megatron_tropd.rollout.weight_sync import WeightVersions
+from megatron_tropd.rollout.weight_sync import WeightVersions, write_buckets
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
@@ -223,8 +224,6 @@ def expected(toml: Path, weights: dict[str, torch.Tensor], tmp_path_factory) -> 
     with RolloutEngine(
         student, max_model_len=122, log_file=folder / "log", memory=0.25, threads=1
     ) as engine:
-        from megatron_tropd.rollout.weight_sync import write_buckets
-
         (folder / "weights").mkdir()
         write_buckets(folder / "weights", iter(weights.items()))
         engine.load_weights(folder / "weights")
@@ -254,6 +253,17 @@ def test_served_samples_are_those_of_a_local_engine(make_pool, expected) -> None
     assert pool.finish_generate() == expected
 
 
+def _record(fault: str, how: str) -> None:
+    record(
+        fault,
+        how=how,
+        seen="the run goes on with the other server, samples equal bit for bit",
+        stops=None,
+        back=None,
+        lost="nothing; the unit is made again",
+    )
+
+
 def _disturbed(pool: ServerPool, victim: Server, disturb: Callable[[dict], None]) -> list[Sample]:
     """Generate while ``disturb`` gets the victim's status in the middle of its unit."""
     samples: list[list[Sample]] = []
@@ -272,6 +282,7 @@ def test_an_engine_killed_in_the_middle_is_replaced(make_pool, servers, expected
     assert _disturbed(make_pool(), servers[0], kill) == expected
     status = servers[0].wait_for("ready")
     assert status["engine_restarts"] == 1 and "signal 9" in status["last_error"]
+    _record("the engine of a rollout server dies", "kill -9 in the middle of a unit")
 
 
 def test_a_server_killed_in_the_middle_is_not_missed_and_used_again(
@@ -286,6 +297,7 @@ def test_a_server_killed_in_the_middle_is_not_missed_and_used_again(
     servers[1].wait_for("ready")
     assert pool.generate(REQUESTS, SAMPLING) == expected
     assert servers[1].status()["weights"]["version"] == 1
+    _record("a rollout server dies", "kill -9 in the middle of a unit, started again by hand")
 
 
 def test_a_server_that_hangs_is_done_without(make_pool, servers, expected) -> None:
@@ -304,6 +316,7 @@ def test_a_server_that_hangs_is_done_without(make_pool, servers, expected) -> No
         for server in servers:
             server.process.send_signal(signal.SIGCONT)
     victim.wait_for("ready")
+    _record("a rollout server hangs", "SIGSTOP in the middle of a unit, time-out of 1 s")
 
 
 def test_the_teacher_is_served_on_demand(make_pool, servers, toml, expected) -> None:
