@@ -1,12 +1,14 @@
 # make quickstart   environment, then the main job on the example pair: a few minutes on 2 cores
 # make test         environment, then the whole test suite
+# make slurm-test   environment, then jobs and faults under a real Slurm of two nodes on this
+#                   machine (root; apt-get install slurm-wlm munge): about ten minutes on 2 cores
 # make env          environment only (.venv); instant when nothing changed
 # make lint         ruff and mypy
 
 PYTHON_ENV := .venv/bin
 QUICKSTART := runs/quickstart
 
-.PHONY: quickstart test lint env
+.PHONY: quickstart test slurm-test lint env
 
 # A finished run gives way to a new one; an interrupted run is resumed by the same command.
 quickstart: env
@@ -15,6 +17,10 @@ quickstart: env
 
 test: env
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PYTHON_ENV)/python -m pytest $(TESTS)
+
+slurm-test: env
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} TROPD_SLURM_TESTS=1 $(PYTHON_ENV)/python -m pytest \
+		$${TESTS:-tests/slurm}
 
 lint: env
 	@$(PYTHON_ENV)/ruff check .

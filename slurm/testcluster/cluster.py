@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Self
 
@@ -71,6 +71,10 @@ SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0
 ReturnToService=2
 JobRequeue=1
 SlurmdTimeout={down_after}
+MessageTimeout=60
+BatchStartTimeout=60
+SlurmctldDebug=verbose
+SlurmdDebug=verbose
 KillWait=30
 GresTypes=gpu
 {nodes}
@@ -193,6 +197,15 @@ class Cluster:
             return False
         return all(states.get(node) in ("idle", "mix", "alloc") for node in NODES)
 
+    def log(self, name: str = "slurmctld") -> str:
+        """The end of what a daemon has written."""
+        texts = [
+            (self.folder / f"{name}{end}").read_text(errors="replace")
+            for end in (".out", ".log")
+            if (self.folder / f"{name}{end}").exists()
+        ]
+        return "".join(texts)[-4000:]
+
     def start_node(self, node: str) -> None:
         """Start a node's slurmd, unless it runs."""
         if not self._pid(f"slurmd-{node}"):
@@ -209,15 +222,11 @@ class Cluster:
     def job_processes(self, node: str | None = None) -> list[int]:
         """Every living process of any job, of one node if given, however it was started."""
         wanted = {"SLURM_CONF": str(self.config)} | ({"SLURMD_NODENAME": node} if node else {})
-        return [
-            pid
-            for pid, variables in _environments()
-            if "SLURMD_NODENAME" in variables and wanted.items() <= variables.items()
-        ]
+        return [pid for pid, env in processes_with(wanted) if "SLURMD_NODENAME" in env]
 
     def processes(self) -> list[int]:
         """Every living process of the cluster: daemons, step managers and jobs."""
-        marked = [pid for pid, env in _environments() if env.get(MARK) == str(self.folder)]
+        marked = [pid for pid, _ in processes_with({MARK: str(self.folder)})]
         return sorted({*marked, *self.job_processes()} - {os.getpid()})
 
     def _write_files(self) -> None:
@@ -305,7 +314,7 @@ class Cluster:
             pid = int((self.folder / f"{name}.pid").read_text())
         except (FileNotFoundError, ValueError):
             return None
-        return pid if _is_alive(pid) and str(self.folder) == _variables(pid).get(MARK) else None
+        return pid if is_alive(pid) and str(self.folder) == variables_of(pid).get(MARK) else None
 
     def _stop(self, name: str) -> None:
         pid = self._pid(name)
@@ -337,16 +346,8 @@ class Cluster:
         while not condition():
             waited = time.monotonic() - start
             if waited > seconds or (of and not self._pid(of)):
-                raise ClusterError(f"Waited {waited:.0f} s for {what}. {self._tail(of)}")
+                raise ClusterError(f"Waited {waited:.0f} s for {what}. {self.log(of or '')}")
             time.sleep(0.05)
-
-    def _tail(self, name: str | None) -> str:
-        texts = [
-            (self.folder / f"{name}{end}").read_text(errors="replace")
-            for end in (".out", ".log")
-            if name and (self.folder / f"{name}{end}").exists()
-        ]
-        return f"Its log ends:\n{''.join(texts)[-2000:]}" if texts else ""
 
 
 _CHILDREN: dict[int, subprocess.Popen] = {}
@@ -379,14 +380,19 @@ def _free_ports(number: int) -> list[int]:
         return [probe.getsockname()[1] for probe in sockets]
 
 
-def _environments() -> Iterator[tuple[int, Mapping[str, str]]]:
-    """(pid, environment) of every living process."""
+def processes_with(wanted: Mapping[str, str]) -> list[tuple[int, dict[str, str]]]:
+    """(pid, environment) of every living process that has these variables."""
+    found = []
     for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and _is_alive(int(entry.name)):
-            yield int(entry.name), _variables(int(entry.name))
+        if entry.name.isdigit() and is_alive(int(entry.name)):
+            variables = variables_of(int(entry.name))
+            if wanted.items() <= variables.items():
+                found.append((int(entry.name), variables))
+    return found
 
 
-def _variables(pid: int) -> dict[str, str]:
+def variables_of(pid: int) -> dict[str, str]:
+    """The environment a process was started with; empty if it is gone."""
     try:
         text = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace")
     except OSError:
@@ -394,7 +400,8 @@ def _variables(pid: int) -> dict[str, str]:
     return dict(item.split("=", 1) for item in text.split("\0") if "=" in item)
 
 
-def _is_alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
+    """Whether a process runs (a zombie does not)."""
     child = _CHILDREN.get(pid)
     if child is not None and child.poll() is not None:
         return False

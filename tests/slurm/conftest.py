@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -31,11 +30,3 @@ def whole_suite() -> None:
     """For tests that take minutes: only ``make slurm-test`` runs them."""
     if not os.environ.get(ALL):
         pytest.skip(f"takes minutes; make slurm-test runs it (it sets {ALL}=1)")
-
-
-@pytest.fixture(scope="session")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What ``tropd slurm`` must know of this cluster."""
-    path = tmp_path_factory.mktemp("site") / "site.toml"
-    path.write_text("")
-    return path

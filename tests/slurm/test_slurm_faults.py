@@ -1,0 +1,219 @@
+"""What breaks on a cluster, broken under a real Slurm: the job goes on and no number changes.
+
+One run over two nodes meets one fault after the other, each in a test of its own; the last test
+compares it with the same run done in peace, on this machine without Slurm. ``make slurm-test``.
+"""
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from reliability import record
+
+from slurm.testcluster.runs import (
+    WARNING_SECONDS,
+    LocalRun,
+    Recovery,
+    SlurmRun,
+    assert_same_run,
+    fill,
+    remount,
+    small_file_system,
+)
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("whole_suite")]
+
+STEPS = 48
+LAYOUT = (
+    *("parallel.tensor=1", "parallel.pipeline=2", "rollout.num_engines=2"),
+    f"train.steps={STEPS}",
+)
+CHECKPOINT_EVERY = 2
+
+
+@pytest.fixture(scope="module")
+def yardstick(tmp_path_factory) -> Path:
+    """Folder of the undisturbed run."""
+    run = LocalRun(tmp_path_factory.mktemp("yardstick") / "run", *LAYOUT)
+    run.complete()
+    return run.folder
+
+
+@pytest.fixture(scope="module")
+def run(cluster, tmp_path_factory) -> Iterator[SlurmRun]:
+    """The run that meets everything; its checkpoints lie on a small file system of their own."""
+    run = SlurmRun(cluster, tmp_path_factory.mktemp("faults") / "run", *LAYOUT)
+    with small_file_system(run.folder / "checkpoints", 48):
+        try:
+            run.submit()
+            yield run
+        finally:
+            cluster.run("scancel", run.job, check=False)
+            run.assert_nothing_left()
+
+
+@pytest.fixture(autouse=True)
+def two_steps_later(run) -> None:
+    """So that every fault meets a run that is under way."""
+    if not run.is_over():
+        run.reach(run.step() + 2)
+
+
+@pytest.fixture
+def note() -> Callable[..., None]:
+    """``note(recovery, fault=, how=, seen=)``: a row of docs/reliability.md."""
+
+    def do(recovery: Recovery, *, fault: str, how: str, seen: str) -> None:
+        # A checkpoint is complete one step after it was begun, or two.
+        assert recovery.lost <= 2 * CHECKPOINT_EVERY, "more than what follows the last checkpoint"
+        again = f"{recovery.lost} steps are done again" if recovery.lost else "nothing"
+        record(fault, how=how, seen=seen, stops=recovery.stops, back=recovery.back, lost=again)
+
+    return do
+
+
+def test_a_rank_dies(run, note):
+    recovery = run.recover(lambda: run.signal("rank", "n2"))
+    assert recovery.failure["kind"] == "killed" and recovery.failure["rank"] == 1
+    assert recovery.stops < 30
+    note(
+        recovery,
+        fault="Slurm: a rank dies",
+        how="kill -9 of the rank on the second node",
+        seen="code 75; rank, signal, step and phase in failure.json; requeued",
+    )
+
+
+def test_a_launcher_dies(run, note):
+    recovery = run.recover(lambda: run.signal("launcher", "n2"))
+    assert recovery.failure["exit_code"] == 75
+    assert recovery.stops < 30
+    note(
+        recovery,
+        fault="Slurm: a launcher dies",
+        how="kill -9 of `tropd distill` on the second node",
+        seen=f"code 75, kind {recovery.failure['kind']}; requeued",
+    )
+
+
+def test_an_engine_dies(run, note):
+    recovery = run.recover(lambda: run.signal("engine", "n1"))
+    assert recovery.failure["kind"] == "engine"
+    note(
+        recovery,
+        fault="Slurm: a colocated engine dies",
+        how="kill -9 of the engine's process",
+        seen="code 75; the engine's number and signal in failure.json; requeued",
+    )
+
+
+def test_a_node_is_lost(run, cluster, note):
+    """Its slurmd is silent: Slurm takes the node down, requeues the job and waits for the node."""
+
+    def heal() -> None:
+        assert cluster.node_states()["n2"].startswith("down")
+        cluster.start_node("n2")
+
+    recovery = run.recover(lambda: cluster.kill_node("n2"), heal=heal)
+    note(
+        recovery,
+        fault="Slurm: slurmd of a node dies",
+        how="kill -9 of slurmd (SlurmdTimeout 15 s), started again when the node is down",
+        seen="node down; Slurm requeues the job; it starts when the node is back",
+    )
+
+
+def test_the_administrator_requeues(run, cluster, note):
+    recovery = run.recover(lambda: cluster.run("scontrol", "requeue", run.job))
+    assert recovery.lost == 0, "asked to stop, the run saves"
+    note(
+        recovery,
+        fault="Slurm: requeue, preemption",
+        how="scontrol requeue",
+        seen="saved and requeued",
+    )
+
+
+def test_the_time_is_up(run, cluster, note):
+    def set_limit(minutes: int) -> None:
+        cluster.run("scontrol", "update", f"JobId={run.job}", f"TimeLimit={minutes}")
+
+    def hurry() -> None:
+        hours, minutes, _ = (int(part) for part in run.about()["RunTime"].split(":"))
+        set_limit(60 * hours + minutes + WARNING_SECONDS // 60 - 1)
+
+    recovery = run.recover(hurry, heal=lambda: set_limit(30))
+    assert recovery.lost == 0 and not recovery.failure
+    note(
+        recovery,
+        fault="Slurm: the time limit",
+        how=f"time limit lowered to less than the warning of {WARNING_SECONDS} s",
+        seen="saved and requeued (Slurm looks at limits every 30 s)",
+    )
+
+
+def test_a_rank_stands_still(run, note):
+    recovery = run.recover(lambda: run.signal("rank", "n2", signal.SIGSTOP))
+    assert recovery.failure["kind"] == "hung" and recovery.failure["rank"] == 1
+    note(
+        recovery,
+        fault="Slurm: a hung collective",
+        how="SIGSTOP of the rank on the second node, run.timeout_minutes = 0.5",
+        seen="code 75; the rank that stands still, step and phase in failure.json; requeued",
+    )
+
+
+def test_the_file_system_is_full(run, note):
+    ballast = run.folder / "checkpoints" / "ballast"
+
+    recovery = run.recover(lambda: fill(ballast), heal=ballast.unlink)
+    assert recovery.failure["kind"] == "disk"
+    note(
+        recovery,
+        fault="Slurm: checkpoints' file system full",
+        how="a file system of 48 MiB filled up; room is made after the failure",
+        seen="code 75; path and free space in failure.json; requeued",
+    )
+
+
+def test_the_file_system_is_read_only(run, note):
+    disk = run.folder / "checkpoints"
+    recovery = run.recover(lambda: remount(disk, "ro"), heal=lambda: remount(disk, "rw"))
+    assert recovery.failure["kind"] == "disk"
+    note(
+        recovery,
+        fault="Slurm: checkpoints' file system read-only",
+        how="mount -o remount,ro; writable again after the failure",
+        seen="code 75; path and reason in failure.json; requeued",
+    )
+
+
+def test_scancel_saves_and_the_job_file_resumes(run, cluster):
+    start = time.monotonic()
+    cluster.run("scancel", run.job)
+    assert run.ended() == "CANCELLED"
+    run.assert_nothing_left()
+    stops = round(time.monotonic() - start, 1)
+    newest = max(path.name for path in (run.folder / "checkpoints").glob("step_*"))
+    assert newest == f"step_{run.step():06d}" and run.step() < STEPS
+    step, start = run.step(), time.monotonic()
+    run.submit()
+    run.reach(step + 1)
+    back = round(time.monotonic() - start, 1)
+    record(
+        "Slurm: scancel",
+        how="scancel, then the same job submitted again",
+        seen="saved; cancelled, not requeued; nothing left running",
+        stops=stops,
+        back=back,
+        lost="nothing",
+    )
+
+
+def test_all_that_changed_no_bit(run, cluster, yardstick):
+    assert run.ended() == "COMPLETED"
+    run.assert_nothing_left()
+    assert_same_run(run.folder, yardstick)
+    assert not (run.folder / "failure.json").exists()
