@@ -14,6 +14,7 @@ import pytest
 import requests
 import torch
 
+from megatron_tropd.cli import main
 from megatron_tropd.errors import ConfigError, InputError, ServersLost, TrainingError
 from megatron_tropd.rollout import keeper as keeper_module
 from megatron_tropd.rollout import wire
@@ -167,6 +168,32 @@ def test_only_loopback_needs_no_token(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"cannot listen on 192\.0\.2\.1"):
         server(place("192.0.2.1", "secret"))
     assert not list(tmp_path.iterdir())
+
+
+def test_the_command_refuses_what_cannot_be_served(tmp_path: Path, capsys) -> None:
+    toml = tmp_path / "tropd.toml"
+    toml.write_text(
+        f"""
+        model = {{student = "s", teacher = "t"}}
+        rollout = {{prompts = "p", max_new_tokens = 8, num_engines = 3, placement = "separate"}}
+        train = {{steps = 1}}
+        run = {{dir = "{tmp_path}/run"}}
+        """
+    )
+    for words, message in (
+        (["--number", "3"], "--number must be in 0..2 (rollout.num_engines servers), found 3"),
+        (["--number", "0", "--host", "192.0.2.1"], "TROPD_SERVER_TOKEN must hold"),
+        (
+            ["--number", "0", "rollout.placement=colocated", "rollout.num_engines=1"],
+            'needs rollout.placement = "separate"',
+        ),
+    ):
+        assert main(["serve", str(toml), *words]) == 2
+        assert message in capsys.readouterr().err
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "summary.json").write_text('{"steps": 1}')
+    assert main(["serve", str(toml), "--number", "0"]) == 0, "the run is complete"
+    assert not (tmp_path / "run" / "servers").exists()
 
 
 def test_a_client_without_the_token_gets_nothing_but_health(start, tmp_path: Path) -> None:
