@@ -138,8 +138,12 @@ class Watchdog:
                 seen, waited = entered, 0.0
             last = now
             if waited > self._limit_here():
-                threading.Timer(60 + 10 * self.period, os._exit, [exits.RESTART]).start()
+                # Where reporting itself hangs.
+                end = threading.Timer(60 + 10 * self.period, os._exit, [exits.RESTART])
+                end.daemon = True
+                end.start()
                 self._report(waited)
+                end.cancel()
 
     def _live(self) -> None:
         """Write heartbeats; and our stacks, once some rank has reported that nothing moves."""
@@ -174,11 +178,15 @@ class Watchdog:
                 os.close(file)
 
     def _report(self, waited: float) -> None:
+        """End the process; returns only if this rank goes on after all."""
+        entered = self._progress.entered
         faulthandler.dump_traceback(file=sys.stderr)
         if read(self._failure) is None:
             before = read_beats(self._folder, range(self._world_size))
             time.sleep(3 * self.period)
             after = read_beats(self._folder, range(self._world_size))
+            if self._progress.entered != entered:
+                return  # slow, not hung
             failure = self._describe(before, after, waited)
             self._say(failure.message)
             report(self._failure, failure)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tropd.watchdog import Beat, Progress, _suspects, limits, read_beats
+from megatron_tropd.watchdog import Beat, Progress, Watchdog, _suspects, limits, read_beats
 
 RANK = """
 import sys, time
@@ -121,3 +121,19 @@ def test_a_phase_ends_where_the_one_around_it_goes_on():
     assert progress.enter("evaluation") == "start"
     assert progress.enter("rollout") == "evaluation"
     assert (progress.phase, progress.entered) == ("rollout", 2)
+
+
+def test_a_rank_that_goes_on_while_it_is_looked_at_was_only_slow(tmp_path, monkeypatch):
+    progress = Progress()
+    watchdog = Watchdog(
+        progress,
+        folder=tmp_path,
+        failure=tmp_path / "failure.json",
+        rank=0,
+        world_size=1,
+        timeout_minutes=1.0,
+        say=pytest.fail,
+    )
+    monkeypatch.setattr(time, "sleep", lambda _: progress.enter("student"))
+    watchdog._report(61.0)
+    assert not (tmp_path / "failure.json").exists()
