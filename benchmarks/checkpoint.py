@@ -144,6 +144,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=None, help="default: the temporary folder")
     arguments = parser.parse_args()
     slug, hardware = describe_hardware()
+    hardware["load_average_before"] = round(os.getloadavg()[0], 2)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as scratch:
         config = LlamaConfig(
             hidden_size=arguments.hidden,

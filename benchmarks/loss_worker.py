@@ -371,8 +371,8 @@ def main(job_path: str, result_path: str, rank: str) -> None:
         Path(result_path).write_text(json.dumps(result))
     dist.barrier()  # nobody leaves while another still waits for it
     dist.destroy_process_group()
-    # Without the interpreter's and C++'s own clearing up: threads of torch that still run then have
-    # now and then aborted a process that was done.
+    # Not through the interpreter's own clearing up, see megatron_tropd.worker.leave (the peers'
+    # environment has no megatron_tropd).
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

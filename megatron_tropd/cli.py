@@ -226,7 +226,7 @@ def _distill_as_rank(config: Config) -> int:
     import os
 
     from megatron_tropd.run_folder import open_run, wait_until_open
-    from megatron_tropd.worker import run_rank
+    from megatron_tropd.worker import leave, run_rank
 
     world = int(os.environ["WORLD_SIZE"])
     if world != config.parallel.world_size:
@@ -242,7 +242,7 @@ def _distill_as_rank(config: Config) -> int:
         from megatron_tropd.report.html import write_report
 
         write_report(folder.root)
-    return code
+    leave(code)
 
 
 def _plan(config: Config, inputs: object) -> str:

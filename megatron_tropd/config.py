@@ -114,7 +114,10 @@ class RolloutConfig:
     """Share of each GPU's memory the engine may take; without CUDA, GiB of KV cache."""
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "prompts_per_step", "samples_per_prompt", "num_engines"):
+        for name in (
+            *("max_new_tokens", "prompts_per_step", "samples_per_prompt"),
+            *("num_engines", "engine_tensor_parallel"),
+        ):
             value = getattr(self, name)
             _require(value >= 1, f"rollout.{name} must be at least 1, found {value}.")
         _require(

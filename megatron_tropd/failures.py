@@ -46,6 +46,7 @@ _TEXTS = {
     ),
     "device": ("CUDA error", "uncorrectable ECC"),
 }
+_FAILS_AGAIN = ("out of memory", "device-side assert")
 _TYPES = {"DistBackendError", "DistNetworkError", "DistStoreError"}  # of torch.distributed
 
 
@@ -128,7 +129,8 @@ def kind_of(error: BaseException) -> str:
     if isinstance(error, OSError) and error.errno in _DISK:
         return "disk"
     text = str(error)
+    again = any(word in text for word in _FAILS_AGAIN)
     for kind, words in _TEXTS.items():
-        if "out of memory" not in text and any(word in text for word in words):
+        if not again and any(word in text for word in words):
             return kind
     return "lost_peer" if type(error).__name__ in _TYPES else "bug"

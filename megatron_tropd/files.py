@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -97,3 +98,15 @@ class LossyFile(io.FileIO):
         with contextlib.suppress(OSError):
             super().write(data)
         return len(memoryview(data).cast("B"))
+
+
+def never_fail_to_print() -> None:
+    """Make this process' standard output and error lossy: printing raises nothing any more."""
+    sys.stdout, sys.stderr = (
+        io.TextIOWrapper(
+            io.BufferedWriter(LossyFile(descriptor, "w", closefd=False)),
+            errors="backslashreplace",
+            line_buffering=True,
+        )
+        for descriptor in (1, 2)
+    )

@@ -42,17 +42,16 @@ from megatron_tropd.rollout.weight_sync import WeightVersions
 from megatron_tropd.rollout.wire import Model, served_settings
 from megatron_tropd.rollouts import Rollouts
 from megatron_tropd.run_folder import RunFolder, started_at
-from megatron_tropd.watchdog import limits
+from megatron_tropd.watchdog import Progress, limits
 
 if TYPE_CHECKING:
-    from megatron_tropd.watchdog import Progress
     from megatron_tropd.worker import StopFlag
 
 
 class Clock:
     """Seconds of each phase of a step."""
 
-    def __init__(self, progress: "Progress") -> None:
+    def __init__(self, progress: Progress) -> None:
         """Start the first step; ``progress`` is told every phase."""
         self._progress = progress
         self._seconds: dict[str, float] = defaultdict(float)
@@ -82,7 +81,12 @@ class Job:
     """One rank of a run. A context manager: leaving it ends engines and process groups."""
 
     def __init__(
-        self, folder: RunFolder, *, console: IO[str], stop: "StopFlag", progress: "Progress"
+        self,
+        folder: RunFolder,
+        *,
+        console: IO[str],
+        stop: "StopFlag",
+        progress: Progress | None = None,
     ) -> None:
         """Load everything; nothing is trained yet.
 
@@ -96,9 +100,9 @@ class Job:
         self.config: Config = folder.read_config()
         self.console = console
         self._stop = stop
-        self._progress = progress
+        self._progress = progress or Progress()
         self.seconds_before = 0.0
-        self.clock = Clock(progress)
+        self.clock = Clock(self._progress)
         self._exit = ExitStack()
 
     @property
@@ -218,6 +222,7 @@ class Job:
                 num_servers=rollout.num_engines,
                 model=model,
                 patience=Patience.within(60 * self.config.run.timeout_minutes),
+                stopping=lambda: self._stop.requested,
             )
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         engines_here = max(1, rollout.num_engines * local // self.ranks.world_size)

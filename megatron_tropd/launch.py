@@ -209,9 +209,8 @@ class _Supervisor:
         self._fail(exits.RESTART)
 
     def _fail(self, code: int) -> None:
-        if not self._failure:
-            self._failure = code
-            self._limit(FAILURE_GRACE_SECONDS)
+        self._failure = exits.worst([self._failure, code])
+        self._limit(FAILURE_GRACE_SECONDS)
 
     def _limit(self, seconds: float) -> None:
         """End what still runs after so long, or when an earlier limit says so."""

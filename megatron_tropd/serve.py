@@ -39,18 +39,22 @@ def serve(config: Config, *, number: int, host: str, port: int) -> int:
     folder = RunFolder(Path(config.run.dir).resolve())
     if folder.read_summary():
         return exits.COMPLETE
-    stops: list[int] = []
-    for stop in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(stop, lambda number, _: stops.append(number))
-    # The warning of a time limit is the trainer's: it may need us once more before it saves.
-    signal.signal(exits.TIME_LIMIT_SIGNAL, signal.SIG_IGN)
     server = RolloutServer(
         Place(folder.servers, number, host, port, os.environ.get(TOKEN_VARIABLE)),
         partial(_keeper, config, folder, number),
         settings=served_settings(config),
         pid=os.getpid(),
     )
-    server.run(complete=folder.summary.exists, told_to_stop=lambda: len(stops))
+    stops: list[int] = []
+    for stop in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(stop, lambda number, _: stops.append(number))
+    # The warning of a time limit is the trainer's: it may need us once more before it saves.
+    signal.signal(exits.TIME_LIMIT_SIGNAL, signal.SIG_IGN)
+    # Slurm may deliver SIGTERM more than once: only Ctrl-C asks twice.
+    server.run(
+        complete=folder.summary.exists,
+        told_to_stop=lambda: max(stops.count(signal.SIGINT), min(len(stops), 1)),
+    )
     return exits.stopped_by(stops[0]) if stops else exits.COMPLETE
 
 

@@ -1,11 +1,12 @@
 """Notices a rank that stands still: where it is, where the others are, and then the end.
 
-Every rank has a thread that writes a heartbeat file every few seconds: a counter, the step, the
-phase, the innermost line of Python. A rank whose phase lasts longer than it may reads the others'
-files twice: whose counter stands still is stopped or gone, who is in another phase is behind. It
-writes that to ``failure.json``, every rank its Python stacks to its log, and leaves with code 75.
-Counters instead of times: clocks of nodes differ and may jump. Files instead of messages: they need
-nothing of the rank that hangs, and 512 ranks write about fifty small ones a second.
+Every rank has a thread that writes a heartbeat file every few seconds (a counter, the step, the
+phase, the innermost line of Python) and one that watches how long the phase lasts. Where it is too
+long, the rank reads the others' files twice: whose counter stands still is stopped or gone, who is
+in another phase is behind. It writes that to ``failure.json``, every rank its Python stacks to its
+log, and leaves with code 75. Counters instead of times: clocks of nodes differ and may jump. Files
+instead of messages: they need nothing of the rank that hangs, and 512 ranks write about fifty small
+ones a second.
 """
 
 import contextlib
@@ -45,16 +46,14 @@ class Progress:
         self.step = 0
         """Steps done."""
         self.phase = START
-        self._since = time.monotonic()
+        self.entered = 0
+        """Phases entered so far."""
 
     def enter(self, phase: str) -> str:
         """Begin a phase; returns the one before."""
-        before, self.phase, self._since = self.phase, phase, time.monotonic()
+        before, self.phase = self.phase, phase
+        self.entered += 1
         return before
-
-    def seconds(self) -> float:
-        """How long the phase has lasted."""
-        return time.monotonic() - self._since
 
 
 @dataclass(frozen=True)
@@ -110,10 +109,14 @@ class Watchdog:
         self._beat = 0
         self._training = threading.get_ident()
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._threads = [
+            threading.Thread(target=self._watch, name="watchdog", daemon=True),
+            threading.Thread(target=self._live, name="heartbeat", daemon=True),
+        ]
 
     def __enter__(self) -> "Watchdog":
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -123,18 +126,33 @@ class Watchdog:
             _path(self._folder, self._rank).unlink(missing_ok=True)
 
     def _watch(self) -> None:
-        dumped = False
+        """Count the seconds of the phase; never touches the file system, which may hang."""
+        seen, waited, last = -1, 0.0, time.monotonic()
         while not self._over.wait(self.period):
             # By a thread of C: it speaks even where Python does not run any more.
             faulthandler.dump_traceback_later(self._limit_at_start, file=sys.stderr)
+            now, entered = time.monotonic(), self._progress.entered
+            # A job that was suspended and goes on has not hung: our own pauses do not count.
+            waited += min(now - last, 3 * self.period)
+            if entered != seen:
+                seen, waited = entered, 0.0
+            last = now
+            if waited > self._limit_here():
+                # Where reporting itself hangs.
+                end = threading.Timer(60 + 10 * self.period, os._exit, [exits.RESTART])
+                end.daemon = True
+                end.start()
+                self._report(waited)
+                end.cancel()
+
+    def _live(self) -> None:
+        """Write heartbeats; and our stacks, once some rank has reported that nothing moves."""
+        dumped = False
+        while not self._over.wait(self.period):
             self._write_beat()
             if not dumped and (met := read(self._failure)) is not None and met.kind == "hung":
                 faulthandler.dump_traceback(file=sys.stderr)
                 dumped = True
-            if self._progress.seconds() > self._limit_here():
-                # A file system that hangs must not keep this process.
-                threading.Timer(60 + 10 * self.period, os._exit, [exits.RESTART]).start()
-                self._report()
 
     def _limit_here(self) -> float:
         return self._limit_at_start if self._progress.phase == START else self._limit
@@ -159,15 +177,17 @@ class Watchdog:
             finally:
                 os.close(file)
 
-    def _report(self) -> None:
+    def _report(self, waited: float) -> None:
+        """End the process; returns only if this rank goes on after all."""
+        entered = self._progress.entered
         faulthandler.dump_traceback(file=sys.stderr)
         if read(self._failure) is None:
             before = read_beats(self._folder, range(self._world_size))
-            for _ in range(3):
-                time.sleep(self.period)
-                self._write_beat()
+            time.sleep(3 * self.period)
             after = read_beats(self._folder, range(self._world_size))
-            failure = self._describe(before, after)
+            if self._progress.entered != entered:
+                return  # slow, not hung
+            failure = self._describe(before, after, waited)
             self._say(failure.message)
             report(self._failure, failure)
         time.sleep(2 * self.period)  # the others see it and write down their stacks
@@ -175,7 +195,7 @@ class Watchdog:
         sys.stderr.flush()
         os._exit(exits.RESTART)
 
-    def _describe(self, before: dict[int, Beat], after: dict[int, Beat]) -> Failure:
+    def _describe(self, before: dict[int, Beat], after: dict[int, Beat], waited: float) -> Failure:
         missing = [rank for rank in range(self._world_size) if rank not in after]
         silent = [rank for rank, beat in after.items() if beat == before.get(rank)]
         progress = self._progress
@@ -193,7 +213,7 @@ class Watchdog:
             kind="hung",
             message=(
                 f"Nothing moves: rank {self._rank} has been in {progress.phase!r} of step "
-                f"{progress.step + 1} for {progress.seconds():.0f} s (run.timeout_minutes = "
+                f"{progress.step + 1} for {waited:.0f} s (run.timeout_minutes = "
                 f"{self._minutes:g}). {why}{where}. Python stacks are in logs/rank_*.log. Start "
                 "the same command again to resume; if the phase is only slow, raise "
                 "run.timeout_minutes."

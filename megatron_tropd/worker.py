@@ -1,6 +1,6 @@
 """One rank: output goes to a log, a failure to the file the launcher reads, signals wait."""
 
-import io
+import atexit
 import os
 import signal
 import sys
@@ -11,7 +11,7 @@ from typing import IO, NoReturn
 from megatron_tropd import exits
 from megatron_tropd.errors import ConfigError, InputError, TrainingError
 from megatron_tropd.failures import KINDS, Failure, kind_of, report
-from megatron_tropd.files import LossyFile
+from megatron_tropd.files import never_fail_to_print
 from megatron_tropd.run_folder import RunFolder
 from megatron_tropd.watchdog import Progress, Watchdog
 
@@ -95,14 +95,7 @@ def _redirect_output(log: Path) -> IO[str]:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.close(descriptor)
-    sys.stdout, sys.stderr = (
-        io.TextIOWrapper(
-            io.BufferedWriter(LossyFile(fd, "w", closefd=False)),
-            errors="backslashreplace",
-            line_buffering=True,
-        )
-        for fd in (1, 2)
-    )
+    never_fail_to_print()
     return console
 
 
@@ -113,7 +106,21 @@ def _exit_now(code: int) -> NoReturn:
     os._exit(code)
 
 
+def leave(code: int) -> NoReturn:
+    """End a rank that is done, without the interpreter's own clearing up.
+
+    A thread of a process group that lets go of its last tensor wants the interpreter's lock. In an
+    interpreter that is being cleared up this wish ends the thread, in a place where C++ allows no
+    such end: SIGABRT, "terminate called without an active exception", of a run that was complete.
+
+    Args:
+        code: of the process.
+    """
+    atexit._run_exitfuncs()
+    _exit_now(code)
+
+
 if __name__ == "__main__":
     code = run_rank(RunFolder(Path(sys.argv[1])))
     # A stop that was asked for is no failure: the launcher knows the signal.
-    sys.exit(0 if exits.is_stop(code) else code)
+    leave(0 if exits.is_stop(code) else code)

@@ -1,9 +1,9 @@
 """Run a function on N gloo ranks of this machine (CPU, no GPU).
 
 Ranks are fresh processes, forked from a server that has done the imports and nothing else: no
-group, no thread, no patch of the CPU platform, no state of an earlier test. They end without C++'s
-clearing up, as all forked children of multiprocessing do: threads of torch that still ran then have
-now and then aborted a process whose checks had all passed.
+group, no thread, no patch of the CPU platform, no state of an earlier test. As all forked children
+of multiprocessing they end without the interpreter's clearing up (why that matters:
+``megatron_tropd.worker.leave``).
 """
 
 import multiprocessing
@@ -50,6 +50,24 @@ def run_with_env(world_size: int, fn: Callable[..., None], *args: Any) -> None:
         args: picklable arguments.
     """
     _start(world_size, _with_env, free_port(), fn, args)
+
+
+def run_in_process(fn: Callable[..., None], *args: Any) -> int:
+    """Call ``fn(*args)`` in a process of its own.
+
+    Args:
+        fn: module-level function (it is pickled by name).
+        args: picklable arguments.
+
+    Returns:
+        The exit code; minus the signal that ended it.
+    """
+    multiprocessing.set_forkserver_preload(PRELOADED)
+    process = multiprocessing.get_context("forkserver").Process(target=fn, args=args)
+    process.start()
+    process.join()
+    assert process.exitcode is not None
+    return process.exitcode
 
 
 def leave_layout() -> None:

@@ -88,9 +88,9 @@ class Site:
         _require(self.max_restarts >= 0, "max_restarts must be at least 0.")
         limit = _seconds(self.time)
         _require(
-            0 < self.warning_seconds < limit,
+            0 < self.warning_seconds < min(limit, 65536),
             f"warning_seconds = {self.warning_seconds} must be above 0 and below time = "
-            f"{self.time!r} ({limit} s).",
+            f"{self.time!r} ({limit} s) and 65536 (Slurm's limit).",
         )
         for name, value in self.environment.items():
             _require(

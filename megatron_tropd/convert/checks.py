@@ -33,10 +33,15 @@ def check_parallel(hf_config: dict[str, Any], parallel: ParallelConfig, *, who: 
                 f"parallel.tensor = {tensor} must divide the {who}'s {what}, found {size}. "
                 "Choose another parallel.tensor."
             )
-    if (shape.layers % pipeline and not parallel.uneven_stages) or shape.layers < pipeline:
+    if shape.layers % pipeline and not parallel.uneven_stages:
         raise ConfigError(
             f"parallel.pipeline = {pipeline} must divide the {who}'s layers, found {shape.layers}. "
             "Choose another parallel.pipeline or set parallel.uneven_stages = true."
+        )
+    if shape.layers < pipeline:
+        raise ConfigError(
+            f"parallel.pipeline = {pipeline} exceeds the {who}'s layers, found {shape.layers}: "
+            "every stage needs one. Lower it."
         )
     if shape.experts is not None:
         _check_experts(shape.experts.count, parallel, who)

@@ -36,8 +36,9 @@ class ThreadCaller(AsyncCaller):
         if async_req.async_fn is None:  # nothing to write on this rank
             return
         _, buckets, results = async_req.async_fn_args
-        staged = _staged(async_req, buckets)
-        arguments = (async_req.async_fn, staged, results)
+        # Megatron holds on to this list until the save is complete: device memory is free at once.
+        buckets[:] = _staged(async_req, buckets)
+        arguments = (async_req.async_fn, buckets, results)
         self._thread = threading.Thread(target=self._run, args=arguments, name="checkpoint")
         self._thread.daemon = True  # a stopped rank leaves an unfinished folder, not a process
         self._thread.start()

@@ -61,6 +61,9 @@ class Hardware:
                     f"{getattr(self, name)}. Correct the TOML file."
                 )
 
+        if self.reserve == 1:
+            raise ConfigError(f"Hardware {self.name}: reserve = 1 leaves no memory. Lower it.")
+
     @property
     def usable_bytes(self) -> float:
         """Memory of one GPU less the reserve."""
@@ -147,7 +150,7 @@ def load_hardware(name_or_path: str) -> Hardware:
 
 def _from_table(table: dict[str, Any], path: Path) -> Hardware:
     like = table.pop("like", None)
-    if like is not None and like not in PRESETS:
+    if like is not None and like not in list(PRESETS):
         raise ConfigError(f"{path}: like must be one of {', '.join(PRESETS)}, found {like!r}.")
     known = {field.name: field for field in fields(Hardware)}
     if unknown := sorted(table.keys() - known.keys()):

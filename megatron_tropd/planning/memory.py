@@ -153,8 +153,8 @@ def obstacle(made: Setup, stages: list[Memory]) -> str:
     engine = engine_memory(made)
     if made.separate and engine.total > usable:
         return (
-            f"rollout.engine_memory = {made.rollout.engine_memory:g} is {engine.total / 1e9:.1f} GB, "
-            f"an engine's GPU has {usable / 1e9:.1f} usable ones"
+            f"rollout.engine_memory = {made.rollout.engine_memory:g} is {engine.total / 1e9:.1f} "
+            f"GB, an engine's GPU has {usable / 1e9:.1f} usable ones"
         )
     return engine_obstacle(made)
 

@@ -17,6 +17,9 @@ _SHARES = [n / 20 for n in range(2, 19)]
 _EQUAL = 0.05
 """Estimates that differ by less than this share count as equal; the simpler layout is taken."""
 
+_MOST_SPLITS = 64
+"""Ways to divide the nodes between trainer and engines that are looked at."""
+
 
 @dataclass(frozen=True)
 class Recommendation:
@@ -99,7 +102,9 @@ def _estimates(made: Setup, gpus: int, ahead: Literal[0, 1]) -> list[Estimate]:
     if not ahead or made.hardware.layers == "cpu":
         estimates += _with_engines(made, gpus, _colocated(made, gpus, ahead))
     node = made.hardware.gpus_per_node
-    for nodes in range(1, -(-gpus // node)):
+    all_nodes = gpus // node if gpus % node == 0 else 1
+    step = -(-all_nodes // _MOST_SPLITS)
+    for nodes in range(step, all_nodes, step):
         engines = _apart(made, nodes, ahead)
         estimates += _with_engines(made, gpus - nodes * node, engines)
     return estimates

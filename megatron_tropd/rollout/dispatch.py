@@ -9,7 +9,7 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Self
@@ -25,6 +25,8 @@ class Patience:
 
     lost_seconds: float = 600.0
     """No server has answered for so long: the run cannot go on."""
+    stopping_seconds: float = 10.0
+    """The same for a run that was asked to stop."""
     first_pause: float = 0.25
     """Before a server that failed is asked again; doubles each time, with jitter."""
     longest_pause: float = 10.0
@@ -58,7 +60,11 @@ class Dispatch:
     """Some units being made; :meth:`wait` has their samples."""
 
     def __init__(
-        self, units: Sequence[wire.Unit], clients: Sequence[ServerClient], patience: Patience
+        self,
+        units: Sequence[wire.Unit],
+        clients: Sequence[ServerClient],
+        patience: Patience,
+        stopping: Callable[[], bool] = lambda: False,
     ) -> None:
         """Start at once, in the background.
 
@@ -66,8 +72,10 @@ class Dispatch:
             units: in the order of the result.
             clients: one per server, of this dispatch alone.
             patience: time-outs.
+            stopping: whether the run was asked to stop.
         """
         self._units = units
+        self._stopping = stopping
         self._patience = patience
         self._now = _Progress(deque(range(len(units))))
         for client in clients:
@@ -97,12 +105,15 @@ class Dispatch:
         return self._now.error is not None or len(self._now.samples) == len(self._units)
 
     def _lost(self) -> bool:
-        return time.monotonic() - self._now.last_answer > self._patience.lost_seconds
+        patience = self._patience
+        limit = patience.stopping_seconds if self._stopping() else patience.lost_seconds
+        return time.monotonic() - self._now.last_answer > limit
 
     def _what_was_wrong(self) -> str:
         each = "; ".join(f"server {n} {why}" for n, why in sorted(self._now.troubles.items()))
+        seconds = time.monotonic() - self._now.last_answer
         return (
-            f"No rollout server has answered for {self._patience.lost_seconds:g} s: {each}. Start "
+            f"No rollout server has answered for {seconds:.0f} s: {each}. Start "
             "the servers (`tropd serve CONFIG --number K`) and the same command again to resume."
         )
 

@@ -1,6 +1,7 @@
 """The engine of one server: on the weights a unit asks for, and started again when it dies."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,8 @@ MOST_FAILURES = 5
 """Deaths of the engine without a unit finished in between, after which the server gives up."""
 START_SECONDS = 3600.0
 """Longest start of an engine."""
+VISIBLE_SECONDS = 60.0
+"""After so long a network file system shows everyone what one machine wrote."""
 
 
 class EngineKeeper:
@@ -83,7 +86,10 @@ class EngineKeeper:
             InputError: a request does not fit the model.
             TrainingError: the engine died or took too long, or the weights are not there.
         """
-        weights = self._find(unit)
+        try:
+            weights = self._find(unit)
+        finally:
+            self.state = "ready"
         try:
             engine = self._engine_of(unit.model)
             if unit.weights not in (None, self.weights):
@@ -107,11 +113,19 @@ class EngineKeeper:
         self._engines.clear()
 
     def _find(self, unit: Unit) -> Path | None:
-        if unit.weights is not None:
-            return self._versions.find(unit.weights)
-        if unit.model == "student":
-            raise InputError("Expected a unit for the student to name its weights, found none.")
-        return None
+        if unit.weights is None:
+            if unit.model == "student":
+                raise InputError("Expected a unit for the student to name its weights, found none.")
+            return None
+        deadline = time.monotonic() + VISIBLE_SECONDS
+        while True:
+            try:
+                return self._versions.find(unit.weights)
+            except TrainingError:
+                if time.monotonic() > deadline:
+                    raise
+            self.state = "loading"
+            self._wait(0.5)
 
     def _engine_of(self, model: Model) -> RolloutEngine:
         """The engine for a unit. The teacher's lives until the next unit for the student."""

@@ -37,6 +37,7 @@ class ServerPool:
         num_servers: int,
         model: Model = "student",
         patience: Patience,
+        stopping: Callable[[], bool] = lambda: False,
     ) -> None:
         """Nothing is asked yet: servers may still be starting, or start later.
 
@@ -47,6 +48,7 @@ class ServerPool:
             num_servers: ``rollout.num_engines``.
             model: whose samples are asked for.
             patience: time-outs.
+            stopping: whether the run was asked to stop; it then waits less for servers.
         """
         self.owns_engine = rank == 0
         self._known = known
@@ -54,6 +56,7 @@ class ServerPool:
         self._count = num_servers
         self._model = model
         self._patience = patience
+        self._stopping = stopping
         self._writer = uuid.uuid4().hex[:8]
         self._weights: WeightsName | None = None
         self._pending: Dispatch | None = None
@@ -145,7 +148,7 @@ class ServerPool:
             for index, unit in enumerate(cut_units(requests, self._count))
         ]
         clients = [ServerClient(self._known, number) for number in range(self._count)]
-        return Dispatch(units, clients, self._patience)
+        return Dispatch(units, clients, self._patience, self._stopping)
 
     def _collect(self, dispatch: Callable[[], Dispatch | None]) -> list[Sample]:
         def mine() -> list[Sample]:

@@ -30,7 +30,7 @@ from megatron_tropd.rollout.keeper import EngineKeeper
 IDLE_SECONDS = 2.0
 """A server that was told to stop stays until nobody has asked it anything for so long."""
 LONGEST_WAIT = 30.0
-_POLL_SECONDS = 0.2
+_POLL_SECONDS = 0.5
 _HTTP_START_SECONDS = 30.0
 
 
@@ -283,7 +283,7 @@ class RolloutServer:
         http.start()
         self._wait_for_http(http)
         try:
-            wire.announce(self._folder, self._announcement)
+            self._announce()
             print(f"listening on {self._announcement.host}:{self._announcement.port}", flush=True)
             engine.start()
             while not complete() and not self._may_leave(told_to_stop()):
@@ -312,9 +312,22 @@ class RolloutServer:
                 "of a run needs a --number of its own; this one leaves."
             )
 
+    def _announce(self) -> None:
+        try:
+            wire.announce(self._folder, self._announcement)
+        except OSError as error:
+            raise TrainingError(
+                f"The rollout server cannot announce itself: {error}.", kind="disk"
+            ) from None
+
     def _is_announced(self) -> bool:
-        found = wire.read_announcement(self._folder, self._announcement.number)
-        return found == self._announcement
+        try:
+            found = wire.read_announcement(self._folder, self._announcement.number)
+        except OSError:  # a file system that hiccups is no other server
+            return True
+        if found is None:
+            self._announce()
+        return found in (None, self._announcement)
 
     def _wait_for_http(self, http: threading.Thread) -> None:
         deadline = time.monotonic() + _HTTP_START_SECONDS

@@ -18,6 +18,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from megatron_tropd.exits import STOP_SIGNALS
+from megatron_tropd.files import never_fail_to_print
 from megatron_tropd.rollout.types import EngineSettings, Sample, SampleRequest, Sampling
 
 _PARENT_POLL_SECONDS = 0.5
@@ -185,6 +186,7 @@ def main() -> None:
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_watch_parent, args=(parent_pid,), daemon=True).start()
+    never_fail_to_print()
     code = 1
     try:
         _serve(connection)

@@ -21,12 +21,12 @@ from megatron_tropd.errors import InputError, TrainingError
 from tests.ranks import leave_layout, run_with_env
 
 
-def _student(folder: str, layout: ParallelConfig, dtype: str = "float32"):
+def _student(folder: str, layout: ParallelConfig, dtype: str = "float32", **options):
     from megatron_tropd.convert.hf_folder import HFFolder
     from megatron_tropd.mcore import models, parallel
     from megatron_tropd.mcore.step import Student
 
-    ranks = parallel.initialize(layout, seed=1)
+    ranks = parallel.initialize(layout, seed=1, **options)
     source = HFFolder(Path(folder))
     padded = models.padded_vocab_size(source.config, tensor=layout.tensor)
     kind = models.resolve_dtype(dtype)
@@ -140,7 +140,10 @@ def _saved(checkpoints, learner, step: int) -> None:
 
 def _faults(folder: str, out: str) -> None:
     layout, root = ParallelConfig(), Path(out)
-    learner, ranks = _student(folder, layout)
+    learner, ranks = _student(folder, layout, timeout_seconds=77.5)
+    groups = torch.distributed.distributed_c10d._world.pg_map
+    timeouts = {g._get_backend(torch.device("cpu")).options._timeout for g in groups}
+    assert {t.total_seconds() for t in timeouts} == {77.5}, "Megatron's groups too"
     said: list[str] = []
     checkpoints = _checkpoints(root, ranks, layout, keep=3, say=said.append)
     assert checkpoints.load_newest(learner) is None

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from test_checkpoint import _checkpoints
+from test_checkpoint import _checkpoints, _saved
 from test_training import TRAIN
 
 from megatron_tropd.config import ParallelConfig
@@ -70,7 +70,7 @@ def _check(source: Path, converted: Path, layout: ParallelConfig, out: Path) -> 
         assert name == other_name
         assert torch.equal(one, other), name
     learner = Student(found, train=TRAIN, parallel=layout, ranks=ranks, dtype=torch.float32)
-    _checkpoints(out / "checkpoints", ranks, layout).save(learner, step=3, extra={"step": 3})
+    _saved(_checkpoints(out / "checkpoints", ranks, layout), learner, 3)
     leave_layout()
 
 

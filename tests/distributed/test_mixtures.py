@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_checkpoint import _checkpoints, _some_steps, _student
+from test_checkpoint import _checkpoints, _saved, _some_steps, _student
 from test_training import STEPS, _train
 from transformers import AutoModelForCausalLM
 
@@ -160,7 +160,7 @@ def _save_and_move(folder: str, out: Path, distributed_optimizer: bool) -> None:
     for n, writer in enumerate(layouts[:2]):
         learner, ranks = _student(folder, writer)
         _some_steps(learner, ranks, 0, 2)
-        _checkpoints(out / str(n), ranks, writer).save(learner, step=2, extra={})
+        _saved(_checkpoints(out / str(n), ranks, writer), learner, 2)
         norms[f"{n} uninterrupted"] = _some_steps(learner, ranks, 2, 4)
         leave_layout()
         for reader in layouts:

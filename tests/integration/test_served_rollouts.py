@@ -19,7 +19,9 @@ import pytest
 import requests
 import torch
 import torch.distributed as dist
+from reliability import record
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from megatron_tropd.config import load_config
 from megatron_tropd.errors import ServersLost
@@ -30,9 +32,9 @@ from megatron_tropd.rollout.engine import RolloutEngine
 from megatron_tropd.rollout.pool import cut_units, merge_units
 from megatron_tropd.rollout.served import ServerPool
 from megatron_tropd.rollout.types import Sample, SampleRequest, Sampling
-from megatron_tropd.rollout.weight_sync import WeightVersions
+from megatron_tropd.rollout.weight_sync import WeightVersions, write_buckets
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 TROPD = [sys.executable, "-m", "megatron_tropd.cli"]
 TIMINGS = ("seconds_", "tokens_per_second", "peak_memory")
@@ -126,6 +128,18 @@ class Server:
         return self.process.wait(20)
 
 
+def largest_gap(folder: Path, requests: list[SampleRequest], samples: list[Sample]) -> float:
+    """Largest difference between the samples' log-probs and transformers'."""
+    model, gaps = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), []
+    for request, sample in zip(requests, samples, strict=True):
+        ids = torch.tensor([request.token_ids + sample.token_ids])
+        with torch.no_grad():
+            logprobs = model(ids).logits[0, :-1].log_softmax(-1)
+        wanted = logprobs.gather(1, ids[0, 1:, None])[len(request.token_ids) - 1 :, 0]
+        gaps.append((torch.tensor(sample.logprobs) - wanted).abs().max().item())
+    return max(gaps)
+
+
 def _alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
@@ -180,7 +194,9 @@ def make_pool(
 ) -> Callable[..., ServerPool]:
     """``make_pool(answer_seconds, patience)``: a pool on the servers, weights handed over."""
 
-    def make(answer_seconds: float = 30.0, **patience: float) -> ServerPool:
+    def make(
+        answer_seconds: float = 30.0, model: wire.Model = "student", **patience: float
+    ) -> ServerPool:
         run = servers[0].folder.parent
         config = load_config(toml, [f"run.dir={run}", "rollout.placement=separate"])
         known = ClientSettings(
@@ -191,6 +207,7 @@ def make_pool(
             WeightVersions(run / "weights"),
             rank=0,
             num_servers=2,
+            model=model,
             patience=Patience(**patience),  # type: ignore[arg-type]
         )
         pool.load_tensors(iter(weights.items()), version=1)
@@ -207,8 +224,6 @@ def expected(toml: Path, weights: dict[str, torch.Tensor], tmp_path_factory) -> 
     with RolloutEngine(
         student, max_model_len=122, log_file=folder / "log", memory=0.25, threads=1
     ) as engine:
-        from megatron_tropd.rollout.weight_sync import write_buckets
-
         (folder / "weights").mkdir()
         write_buckets(folder / "weights", iter(weights.items()))
         engine.load_weights(folder / "weights")
@@ -238,6 +253,17 @@ def test_served_samples_are_those_of_a_local_engine(make_pool, expected) -> None
     assert pool.finish_generate() == expected
 
 
+def _record(fault: str, how: str) -> None:
+    record(
+        fault,
+        how=how,
+        seen="the run goes on with the other server, samples equal bit for bit",
+        stops=None,
+        back=None,
+        lost="nothing; the unit is made again",
+    )
+
+
 def _disturbed(pool: ServerPool, victim: Server, disturb: Callable[[dict], None]) -> list[Sample]:
     """Generate while ``disturb`` gets the victim's status in the middle of its unit."""
     samples: list[list[Sample]] = []
@@ -256,6 +282,7 @@ def test_an_engine_killed_in_the_middle_is_replaced(make_pool, servers, expected
     assert _disturbed(make_pool(), servers[0], kill) == expected
     status = servers[0].wait_for("ready")
     assert status["engine_restarts"] == 1 and "signal 9" in status["last_error"]
+    _record("the engine of a rollout server dies", "kill -9 in the middle of a unit")
 
 
 def test_a_server_killed_in_the_middle_is_not_missed_and_used_again(
@@ -270,6 +297,7 @@ def test_a_server_killed_in_the_middle_is_not_missed_and_used_again(
     servers[1].wait_for("ready")
     assert pool.generate(REQUESTS, SAMPLING) == expected
     assert servers[1].status()["weights"]["version"] == 1
+    _record("a rollout server dies", "kill -9 in the middle of a unit, started again by hand")
 
 
 def test_a_server_that_hangs_is_done_without(make_pool, servers, expected) -> None:
@@ -288,6 +316,16 @@ def test_a_server_that_hangs_is_done_without(make_pool, servers, expected) -> No
         for server in servers:
             server.process.send_signal(signal.SIGCONT)
     victim.wait_for("ready")
+    _record("a rollout server hangs", "SIGSTOP in the middle of a unit, time-out of 1 s")
+
+
+def test_the_teacher_is_served_on_demand(make_pool, servers, toml, expected) -> None:
+    """For evaluations: its engine starts when it is asked for and ends when the student is."""
+    samples = make_pool(model="teacher").generate(REQUESTS[:4], SAMPLING)
+    assert samples != expected[:4]
+    teacher = Path(load_config(toml).model.teacher)
+    assert largest_gap(teacher, REQUESTS[:4], samples) < 1e-4
+    assert make_pool().generate(REQUESTS, SAMPLING) == expected
 
 
 def test_a_slow_engine_is_waited_for(make_pool, servers, expected) -> None:
@@ -381,12 +419,12 @@ def test_a_served_run_equals_a_colocated_one(toml: Path, tmp_path: Path) -> None
 def test_one_step_ahead_repeats_elsewhere_and_after_an_interruption(
     toml: Path, tmp_path: Path
 ) -> None:
-    """Engines beside the ranks without a break; servers with one, and with an evaluation that asks
-    for the teacher in between."""
+    """Engines beside the ranks without a break; servers with one. An evaluation comes between a
+    request for samples and their use."""
     problems = toml.parent / "prompts.jsonl"
     ahead = [
         *("rollout.steps_ahead=1", f"evaluation.problems={problems}"),
-        *("evaluation.num_problems=3", "evaluation.max_new_tokens=8", "evaluation.every=3"),
+        *("evaluation.task=reverse_kl", "evaluation.num_problems=3", "evaluation.every=3"),
     ]
     with (
         Run(toml, tmp_path / "colocated", *ahead) as colocated,

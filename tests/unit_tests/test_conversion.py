@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_tropd.conversion import main_to_hf, main_to_megatron
+from megatron_tropd.convert import publish, to_hf, to_megatron, torch_dist  # noqa: F401 (named by PHASES)
 from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.convert.layout import layout, object_name
 from megatron_tropd.convert.megatron_folder import MegatronFolder
@@ -24,6 +25,7 @@ from megatron_tropd.convert.to_hf import ToHF, megatron_to_hf
 from megatron_tropd.convert.to_megatron import ToMegatron, hf_to_megatron
 from megatron_tropd.convert.torch_dist import TorchDistReader
 from megatron_tropd.errors import InputError
+from tests.ranks import run_in_process
 from tests.tiny_models import FAMILIES
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -671,26 +673,22 @@ def test_te_layers_of_a_mixture_find_every_key(tiny_model: Callable[..., Path]):
 
 # Interruption.
 
-KILLER = """
-import os, signal, sys
-from pathlib import Path
-from megatron_tropd.conversion import main_to_hf, main_to_megatron
-from megatron_tropd.convert import publish, to_hf, to_megatron, torch_dist
 
-def kill_at(owner, name, call):
-    original, calls = getattr(owner, name), []
+def _convert_and_die(owner: str, name: str, call: int, direction: str, command: list[str]) -> None:
+    """Convert in this process, which ends at the ``call``-th call of ``owner.name``."""
+    place = eval(owner)
+    original, calls = getattr(place, name), []
+
     def replacement(*args, **kwargs):
         calls.append(1)
         if len(calls) == call:
             os.kill(os.getpid(), signal.SIGKILL)
         return original(*args, **kwargs)
-    setattr(owner, name, replacement)
 
-owner, name, call = sys.argv[1:4]
-kill_at(eval(owner), name, int(call))
-run = {"there": main_to_megatron, "back": main_to_hf}[sys.argv[4]]
-raise SystemExit(run(sys.argv[5:]))
-"""
+    setattr(place, name, replacement)
+    raise SystemExit({"there": main_to_megatron, "back": main_to_hf}[direction](command))
+
+
 INTERRUPTER = """
 import os, signal, sys, time
 from megatron_tropd import conversion
@@ -736,9 +734,8 @@ def test_killed(phase: str, llama: Path, tmp_path: Path):
     there = ["--hf", str(llama), "--megatron", str(megatron), "--force", "--workers", "1"]
     back = ["--megatron", str(megatron), "--hf", str(hf), "--workers", "1"]
     command = there if direction == "there" else back
-    script = [sys.executable, "-c", KILLER, owner, name, str(call), direction, *command]
-    killed = subprocess.run(script, cwd=REPOSITORY, capture_output=True, text=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    ended = run_in_process(_convert_and_die, owner, name, call, direction, command)
+    assert ended == -signal.SIGKILL
     if direction == "back":
         assert not hf.exists()
         assert main_to_hf(back) == 0

@@ -1,5 +1,7 @@
 """What the texts show works: snippets run, settings load, links lead somewhere."""
 
+import importlib.util
+import json
 import re
 from pathlib import Path
 
@@ -7,6 +9,7 @@ import pytest
 import torch
 
 from megatron_tropd.config import load_config
+from megatron_tropd.failures import KINDS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TEXTS = [
@@ -84,3 +87,17 @@ def test_the_family_file_shown_is_the_real_one():
         r"```python\n(.*?)```", (REPOSITORY / "docs/extending.md").read_text(), re.DOTALL
     )
     assert shown == (REPOSITORY / "megatron_tropd/convert/families/qwen3.py").read_text()
+
+
+def test_the_table_of_faults_is_made_of_its_rows():
+    spec = importlib.util.spec_from_file_location("tool", REPOSITORY / "tools" / "reliability.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    rows = json.loads((REPOSITORY / "docs" / "reliability.json").read_text())
+    text = (REPOSITORY / "docs" / "reliability.md").read_text()
+    assert tool.put(text, rows) == text, "run tools/reliability.py"
+    assert tool.merge([{"fault": "a", "x": 1}], [{"fault": "a", "x": 2}, {"fault": "b"}]) == [
+        *({"fault": "a", "x": 2}, {"fault": "b"})
+    ]
+    kinds = set(re.findall(r"`(\w+)`", text[text.index("| exit code") : text.index("## Checkpoi")]))
+    assert set(KINDS) <= kinds

@@ -32,6 +32,7 @@ class DistBackendError(RuntimeError):
         (RuntimeError("I/O error: No space left on device (os error 28)"), "disk"),
         (RuntimeError("CUDA error: uncorrectable ECC error encountered"), "device"),
         (RuntimeError("CUDA error: out of memory"), "bug"),
+        (RuntimeError("CUDA error: device-side assert triggered"), "bug"),
         (KeyError("x"), "bug"),
     ],
 )

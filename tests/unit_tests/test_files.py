@@ -8,6 +8,7 @@ import pytest
 from megatron_tropd import files
 from megatron_tropd.errors import TrainingError
 from megatron_tropd.files import LossyFile, append_line, replace_text
+from megatron_tropd.report.metrics import MetricsLog
 
 
 @pytest.fixture(autouse=True)
@@ -85,3 +86,17 @@ def test_a_log_on_a_full_disk_loses_lines_and_nothing_else(small_disk):
         print("after", file=log)
         log.flush()
     assert (small_disk / "log").read_text().endswith("after\n")
+
+
+def test_tensorboard_on_a_full_disk_costs_its_curves_only(small_disk, tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "tensorboard").symlink_to(small_disk)
+    log = MetricsLog(run)
+    log.write({"step": 1, "loss": 0.5})
+    _fill(small_disk)
+    for step in range(2, 60):
+        log.write({"step": step, **{f"value_{i}": 0.5 for i in range(50)}})
+    log.close()
+    assert (run / "metrics.jsonl").read_text().count("\n") == 59
+    assert "TensorBoard is off until the next start" in capsys.readouterr().out

@@ -22,12 +22,15 @@ from megatron_tropd.losses.vocab_parallel import shard_of
 from megatron_tropd.planning import PRESETS, load_hardware, make_plan, plan_table, setup
 from megatron_tropd.planning import memory as planned_memory
 from megatron_tropd.planning.activations import saved_per_position, widths
-from megatron_tropd.planning.communication import communication
+from megatron_tropd.planning.communication import communication, expert_bytes
 from megatron_tropd.planning.estimate import estimate
 from megatron_tropd.planning.parameters import open_architecture
 from megatron_tropd.planning.recommend import recommend
+from megatron_tropd.planning.report import SCHEMA
 from megatron_tropd.planning.seconds import MOST_SEQUENCES, layer_flops, pass_seconds
 from megatron_tropd.rollout.engine import RolloutEngine
+from megatron_tropd.rollout.types import EngineSettings
+from megatron_tropd.rollout.worker import _cpu_cache_bytes
 
 RECIPES = Path(__file__).resolve().parents[2] / "configs" / "recipes"
 TOMLS = sorted(RECIPES.glob("*.toml"))
@@ -83,7 +86,9 @@ def test_the_shortened_config_describes_the_published_model(shared_data: Path):
 def test_recipes_and_their_plans_agree(path: Path):
     """After a change: tropd plan configs/recipes/NAME.toml > configs/recipes/NAME.plan.txt"""
     plan = make_plan(load_config(path), H100)
-    assert plan_table(plan) + "\n" == (RECIPES / f"{path.stem}.plan.txt").read_text()
+    table = plan_table(plan)
+    assert table + "\n" == (RECIPES / f"{path.stem}.plan.txt").read_text()
+    assert max(map(len, table.splitlines())) <= 100
     assert path.read_text().startswith("# Planned, not run.")
     assert plan.asked.fits
     chosen, best = plan.asked.made, plan.recommended.best.made
@@ -124,6 +129,88 @@ def test_sixteen_bytes_for_every_parameter_and_two_for_the_teacher(small: Config
     assert stage.weights + stage.gradients + stage.optimizer == 18 * student
     assert stage.teacher_weights == 2 * teacher
     assert stage.teacher_hidden == 512 * 8096 * 2560 * 2
+
+
+def test_memory_is_planned_for_micro_batches_full_of_any_lengths(small: Config):
+    """Two rows of 8192 positions fill 16384, two of the longest kind do not fit."""
+    full, twice = (
+        dataclasses.replace(
+            small, train=dataclasses.replace(small.train, tokens_per_micro_batch=tokens)
+        )
+        for tokens in (8704, 2 * 8192)
+    )
+    one, both = (estimate(setup(config, H100)).memory[0].activations for config in (full, twice))
+    assert both == pytest.approx(one * 16384 / 8704, rel=0.01)
+
+
+def test_short_responses_on_average_save_no_memory():
+    config = load_config(RECIPES / "qwen3_8b.toml")
+    longest, short = (setup(config, H100, response_tokens=n) for n in (None, 10))
+    assert short.work.micro_batches < longest.work.micro_batches
+    assert estimate(short).memory == estimate(longest).memory
+
+
+@pytest.mark.parametrize("path", TOMLS, ids=lambda path: path.stem)
+def test_no_stage_is_fuller_than_the_first_or_the_last(path: Path):
+    overrides = ["parallel.pipeline=8", "parallel.tensor=1", "parallel.sequence_parallel=false"]
+    engines = ["parallel.uneven_stages=true", "rollout.num_engines=1"]
+    one = estimate(setup(load_config(path, overrides + engines), H100))
+    assert len(one.memory) == 8
+    assert one.peak == max(stage.peak for stage in one.memory)
+
+
+def test_a_sleeping_engine_keeps_its_workspace_and_on_a_cpu_everything(small: Config):
+    cpu = dataclasses.replace(H100, layers="cpu", memory_gb=512)
+    for hardware, kept in ((H100, planned_memory.ENGINE_WORKSPACE), (cpu, 0.65 * 2**30)):
+        made = setup(small, hardware)
+        (stage,) = estimate(made).memory
+        if hardware is cpu:
+            kept += made.student.parameters * made.element
+        assert stage.engine_asleep == pytest.approx(kept)
+        without = stage.resident + stage.teacher_hidden + stage.teacher_forward
+        assert stage.phases["teacher"] == pytest.approx(without + kept)
+
+
+def test_a_loss_that_looks_at_the_student_first_costs_a_pass(small: Config):
+    loss = dataclasses.replace(small.loss, select="student_entropy", region="none")
+    looking = dataclasses.replace(small, loss=loss)
+    plain, more = (estimate(setup(config, H100)) for config in (small, looking))
+    assert plain.memory[0].student_hidden == 0
+    assert more.memory[0].student_hidden == 512 * 8096 * 2048 * 2
+    assert more.seconds.student > 1.2 * plain.seconds.student
+
+
+def test_separate_engines_have_gpus_of_their_own(small: Config):
+    rollout = dataclasses.replace(
+        small.rollout, placement="separate", num_engines=3, engine_tensor_parallel=4
+    )
+    apart = dataclasses.replace(small, rollout=rollout)
+    ahead = dataclasses.replace(apart, rollout=dataclasses.replace(rollout, steps_ahead=1))
+    one, other = (estimate(setup(config, H100)) for config in (apart, ahead))
+    assert (one.made.training_nodes, one.made.engine_nodes, one.made.gpus) == (1, 2, 13)
+    (stage,) = one.memory
+    assert stage.engine_weights == stage.kv_cache == stage.engine_asleep == 0
+    assert stage.phases["rollout"] == stage.resident
+    assert planned_memory.engine_memory(one.made).total == pytest.approx(0.65 * 80e9)
+    assert one.seconds.total == one.seconds.rollout + one.seconds.training
+    assert other.seconds.total == max(other.seconds.rollout, other.seconds.training)
+    # Written and read once each, at the rate of the folder that all nodes see.
+    assert one.seconds.sync == pytest.approx(2 * 1_720_574_976 / 2e9)
+    assert planned_memory.host_bytes(one.made) == 0
+
+
+def test_a_separate_engine_must_leave_the_reserve():
+    words = ["rollout.placement=separate", "rollout.engine_memory=0.95"]
+    one = estimate(setup(load_config(RECIPES / "qwen3_1.7b.toml", words), H100))
+    assert one.obstacle.startswith("rollout.engine_memory = 0.95 is 76.0 GB")
+
+
+def test_the_teacher_must_fit_the_engines_that_evaluate_it():
+    path = RECIPES / "qwen3_30b_a3b.toml"
+    one = estimate(setup(load_config(path, ["evaluation.problems=held_out.jsonl"]), H100))
+    assert "an engine of the teacher has room for 0 tokens" in one.obstacle
+    kl = ["evaluation.problems=held_out.jsonl", "evaluation.task=reverse_kl"]
+    assert estimate(setup(load_config(path, kl), H100)).fits
 
 
 def test_activations_by_hand(small: Config):
@@ -167,6 +254,21 @@ def test_bytes_sent_by_hand(small: Config):
     assert sent.data == pytest.approx(held * (4 + 2) * 3 / 4)
 
 
+def test_a_tied_embedding_is_summed_over_two_stages(small: Config):
+    two = dataclasses.replace(small, parallel=ParallelConfig(pipeline=2))
+    assert communication(setup(small, H100)).tied_embedding == 0
+    assert communication(setup(two, H100)).tied_embedding == 4 * 151_936 * 2048
+
+
+def test_experts_exchange_over_one_group_and_gather_over_the_other():
+    """k copies of each position there and back; an all-to-all keeps 1 / e, a ring 1 / t."""
+    made = setup(load_config(RECIPES / "qwen3_30b_a3b.toml"), H100)
+    copies = 16 * (512 + 8096 - 1) * 8 * 2048 * 2
+    exchanged, gathered = expert_bytes(made, made.student, passes=1)
+    assert exchanged == pytest.approx(24 * 2 * copies / 4 * (1 - 1 / 2))
+    assert gathered == pytest.approx(24 * 2 * copies * (1 - 1 / 4))
+
+
 def test_a_pipeline_waits_for_its_stages(small: Config):
     """(m + p - 1) slots of the slowest stage: with one micro-batch nothing is gained."""
     rollout = dataclasses.replace(small.rollout, prompts_per_step=1, samples_per_prompt=1)
@@ -202,6 +304,22 @@ def test_the_loss_buffers_are_those_of_the_loss(tokens: int, columns: int, monke
     )
 
 
+def test_a_token_takes_as_much_cache_as_the_engine_counts(small: Config):
+    made = setup(small, H100)
+    settings = EngineSettings(
+        model_folder=small.model.student,
+        dtype="bfloat16",
+        max_model_len=128,
+        memory=1.0,
+        tensor_parallel=1,
+        max_num_seqs=1,
+        prefix_caching=True,
+        cuda=False,
+    )
+    two_blocks = _cpu_cache_bytes(settings)  # of 128 tokens each
+    assert planned_memory.cache_bytes_per_token(made) == two_blocks / 256
+
+
 def test_constants_are_those_of_the_trainer():
     megabytes = {"cpu": chunks._MEMORY_MIB["cpu"], "gpu": chunks._MEMORY_MIB_ELSEWHERE}
     assert {k: v / 2**20 for k, v in planned_memory.LOSS_BUDGET.items()} == megabytes
@@ -232,9 +350,48 @@ def test_the_recommended_layout_is_as_fast_as_any_that_fits(small: Config):
         assert not other.fits or other.seconds.total > 0.95 * best.seconds.total
 
 
+def test_one_step_ahead_is_named_beside_and_taken_where_asked_for():
+    on_policy = recommend(setup(load_config(RECIPES / "qwen3_8b.toml"), H100), 32)
+    assert on_policy.best.made.rollout.steps_ahead == 0
+    assert on_policy.other is not None
+    ahead = on_policy.other.made
+    assert ahead.separate and ahead.rollout.steps_ahead == 1
+    assert ahead.parallel.world_size + 8 * ahead.engine_nodes == 32
+    again = recommend(ahead, 32)
+    assert (again.best.made.parallel, again.best.made.rollout) == (ahead.parallel, ahead.rollout)
+    assert again.other is not None and again.other.made.rollout == on_policy.best.made.rollout
+
+
+def test_a_cpu_gets_engines_that_run_there(small: Config):
+    cpu = dataclasses.replace(H100, layers="cpu", memory_gb=512, gpus_per_node=2)
+    gib = dataclasses.replace(small, rollout=dataclasses.replace(small.rollout, engine_memory=4))
+    best = recommend(setup(gib, cpu), 2).best
+    assert best.fits
+    assert best.made.rollout.engine_tensor_parallel == 1
+    assert best.made.rollout.engine_memory == 4
+
+
 def test_no_layout_of_a_prime_number_of_gpus(small: Config):
     with pytest.raises(ConfigError, match="No layout of 37 GPUs divides"):
         recommend(setup(small, H100), 37)
+    with pytest.raises(ConfigError, match="No layout of 1000000000 GPUs divides"):
+        recommend(setup(small, H100), 10**9)
+
+
+# Of schema 1, listed in docs/planning.md: nothing is renamed or removed without raising the number.
+PLAN_KEYS = {
+    *("schema", "student", "teacher", "hardware", "step"),
+    *("asked", "recommended", "other_steps_ahead"),
+}
+ESTIMATE_KEYS = {
+    *("parallel", "rollout", "training_nodes", "engine_nodes", "fits", "obstacle"),
+    *("memory_bytes", "engine_bytes", "host_bytes", "checkpoint_bytes", "sent_bytes", "seconds"),
+}
+
+
+def test_the_documented_keys_are_those_of_the_json_object():
+    text = (RECIPES.parents[1] / "docs" / "planning.md").read_text()
+    assert all(f"`{key}`" in text for key in PLAN_KEYS | ESTIMATE_KEYS)
 
 
 def test_command_prints_a_table_or_json(capsys):
@@ -246,6 +403,8 @@ def test_command_prints_a_table_or_json(capsys):
     assert main(["plan", path, "--json", "--gpus", "16"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["asked"]["fits"] is True
+    assert plan.keys() == PLAN_KEYS and plan["schema"] == SCHEMA == 1
+    assert plan["asked"].keys() == ESTIMATE_KEYS
     recommended = plan["recommended"]["parallel"]
     assert recommended["tensor"] * recommended["pipeline"] * recommended["data"] == 16
 
@@ -260,6 +419,9 @@ ERRORS = {
     "parallel.tensor=3": "must divide the student's attention heads",
     "parallel.data=3": "must be divisible by parallel.data = 3",
     "rollout.engine_tensor_parallel=8": "exceeds the 4 GPUs",
+    "rollout.engine_tensor_parallel=0": "must be at least 1, found 0",
+    "rollout.engine_tensor_parallel=3": "must divide the student's attention heads 16",
+    "rollout.steps_ahead=1": 'needs rollout.placement = "separate"',
     "rollout.engine_memory=1.5": "must be below 1, found 1.5",
     "parallel.expert=2": "student and teacher are dense",
     "model.teacher=nowhere": "does not exist. Give a folder that holds config.json",
@@ -278,6 +440,19 @@ def test_a_mixture_is_refused_as_the_trainer_refuses_it(capsys):
     path = str(RECIPES / "qwen3_30b_a3b.toml")
     assert main(["plan", path, "parallel.sequence_parallel=false"]) == 2
     assert "needs parallel.sequence_parallel = true" in capsys.readouterr().err
+
+
+def test_every_stage_needs_a_layer(small: Config):
+    deep = ParallelConfig(pipeline=29, uneven_stages=True)
+    with pytest.raises(ConfigError, match="exceeds the student's layers, found 28"):
+        setup(dataclasses.replace(small, parallel=deep), H100)
+
+
+def test_an_engine_does_not_cross_nodes(capsys):
+    path = str(RECIPES / "qwen3_1.7b.toml")
+    words = ["parallel.pipeline=3", "parallel.uneven_stages=true"]
+    assert main(["plan", path, *words, "rollout.engine_tensor_parallel=8"]) == 2
+    assert "Engine 1 starts at GPU 4 of a node of 8" in capsys.readouterr().err
 
 
 def test_a_folder_without_config_or_with_another_architecture(tmp_path: Path, capsys):
@@ -306,10 +481,14 @@ def test_hardware_from_a_file(tmp_path: Path):
         ("speed = 3", "unknown speed. Known: name, memory_gb"),
         ("memory_gb = 80", "misses tflops, memory_gb_s"),
         ('like = "tpu"', "like must be one of a100, h100, h200, found 'tpu'"),
+        ('like = ["h100"]', "like must be one of a100, h100, h200, found ['h100']"),
+        ('like = "h100"\nreserve = 1', "reserve = 1 leaves no memory"),
         ('like = "h100"\ntflops = "many"', "tflops must be a number, found 'many'"),
         ('like = "h100"\nlayers = "mine"', "layers must be one of transformer_engine"),
         ('like = "h100"\ngpus_per_node = 2.5', "gpus_per_node must be a whole number"),
-        ('like = "h100"\nachieved_flops = 40', "is a share of the peak and must be at most 1"),
+        ('like = "h100"\nachieved_flops = 40', "is a share and must be at most 1"),
+        ('like = "h100"\ntflops = nan', "tflops must be above 0 and finite, found nan"),
+        ('like = "h100"\nmemory_gb = inf', "memory_gb must be above 0 and finite, found inf"),
         ("like = ", "is not valid TOML"),
     ],
 )

@@ -14,6 +14,7 @@ import pytest
 import requests
 import torch
 
+from megatron_tropd.cli import main
 from megatron_tropd.errors import ConfigError, InputError, ServersLost, TrainingError
 from megatron_tropd.rollout import keeper as keeper_module
 from megatron_tropd.rollout import wire
@@ -169,6 +170,32 @@ def test_only_loopback_needs_no_token(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_the_command_refuses_what_cannot_be_served(tmp_path: Path, capsys) -> None:
+    toml = tmp_path / "tropd.toml"
+    toml.write_text(
+        f"""
+        model = {{student = "s", teacher = "t"}}
+        rollout = {{prompts = "p", max_new_tokens = 8, num_engines = 3, placement = "separate"}}
+        train = {{steps = 1}}
+        run = {{dir = "{tmp_path}/run"}}
+        """
+    )
+    for words, message in (
+        (["--number", "3"], "--number must be in 0..2 (rollout.num_engines servers), found 3"),
+        (["--number", "0", "--host", "192.0.2.1"], "TROPD_SERVER_TOKEN must hold"),
+        (
+            ["--number", "0", "rollout.placement=colocated", "rollout.num_engines=1"],
+            'needs rollout.placement = "separate"',
+        ),
+    ):
+        assert main(["serve", str(toml), *words]) == 2
+        assert message in capsys.readouterr().err
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "summary.json").write_text('{"steps": 1}')
+    assert main(["serve", str(toml), "--number", "0"]) == 0, "the run is complete"
+    assert not (tmp_path / "run" / "servers").exists()
+
+
 def test_a_client_without_the_token_gets_nothing_but_health(start, tmp_path: Path) -> None:
     start()
     there = wire.read_announcement(tmp_path / "servers", 0)
@@ -273,7 +300,19 @@ def test_requests_no_server_can_serve_are_not_tried_again(start, tmp_path: Path)
         Dispatch(units(1, weights=None), [client(tmp_path)], QUICK).wait()
 
 
-def test_weights_that_are_not_there_cost_no_engine(start, tmp_path: Path) -> None:
+def test_weights_that_come_late_are_waited_for(start, tmp_path: Path) -> None:
+    start()
+    late = WeightsName(4, "trainer")
+    dispatch = Dispatch(units(1, weights=late), [client(tmp_path)], QUICK)
+    time.sleep(0.3)
+    WeightVersions(tmp_path / "weights").write(late, iter([("a", torch.zeros(2))]))
+    assert seeds(dispatch.wait()) == [0, 1, 2]
+
+
+def test_weights_that_are_not_there_cost_no_engine(
+    start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keeper_module, "VISIBLE_SECONDS", 0.0)
     running = start()
     for name, message in (
         (WeightsName(4, "trainer"), "version_000004 are not there"),
@@ -297,6 +336,14 @@ def test_servers_that_cannot_help_are_named(
     start(0)
     with pytest.raises(ServersLost, match=message):
         Dispatch(units(1), [client(tmp_path, number, **known)], QUICK).wait()
+
+
+def test_a_run_that_was_asked_to_stop_waits_less(tmp_path: Path) -> None:
+    patience = dataclasses.replace(QUICK, lost_seconds=60.0, stopping_seconds=0.5)
+    before = time.monotonic()
+    with pytest.raises(ServersLost, match="not announced itself"):
+        Dispatch(units(1), [client(tmp_path)], patience, lambda: True).wait()
+    assert time.monotonic() - before < 10
 
 
 def test_a_wrong_token_is_said(start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,7 @@ ARROWS: dict[str, set[str]] = {
     "data": {"config", "losses", "rollout.types"},
     "convert": {"config"},
     "mcore": {"config", "convert", "data.types", "losses"},
-    "rollout": {"config", "data.types", "exits", "failures"},
+    "rollout": {"config", "data.types", "exits", "failures", "files"},
     "tasks": {"config", "data", "losses", "rollout.types"},
     "report": {"config", "data.types", "files"},
     "planning": {"config", "convert"},

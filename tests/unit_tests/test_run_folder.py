@@ -17,7 +17,7 @@ from megatron_tropd.errors import ConfigError, InputError
 from megatron_tropd.failures import Failure, read, report
 from megatron_tropd.files import write_json
 from megatron_tropd.launch import is_rank
-from megatron_tropd.run_folder import RunFolder, hold, open_run
+from megatron_tropd.run_folder import RunFolder, hold, open_run, wait_until_open
 
 
 @pytest.fixture
@@ -74,6 +74,16 @@ def test_two_commands_do_not_share_a_folder(tmp_path):
         pass
     with hold(root):
         pass
+
+
+def test_the_folder_that_another_process_opens_is_waited_for(config):
+    with pytest.raises(ConfigError, match="file system that all nodes share"):
+        wait_until_open(config, seconds=0)
+    folder = open_run(config)
+    assert wait_until_open(config, seconds=0) == folder
+    other = dataclasses.replace(config, train=TrainConfig(steps=5))
+    with pytest.raises(ConfigError, match="the same settings"):
+        wait_until_open(other, seconds=0)
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path):

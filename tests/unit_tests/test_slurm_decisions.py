@@ -3,6 +3,7 @@
 The same file on a real Slurm is ``make slurm-test``; here are the cases Slurm takes minutes for.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -32,7 +33,7 @@ esac
 SRUN = """#!/bin/bash
 name=train
 for word; do [ "$word" != serve ] || name=serve; done
-echo "$MASTER_ADDR $MASTER_PORT ${#TROPD_SERVER_TOKEN} gpus=${CUDA_VISIBLE_DEVICES:-} $*" \
+echo "$MASTER_ADDR $MASTER_PORT ${#TROPD_SERVER_TOKEN} $*" \
     >>"$FAKE/$name.calls"
 source "$FAKE/$name"
 """
@@ -75,15 +76,30 @@ class Job:
             "SLURM_JOB_NODELIST": "n[1-5]",
             "SLURM_RESTART_COUNT": str(restart),
         }
-        return subprocess.Popen(
-            ["bash", str(self.file)], env=environment, stderr=subprocess.PIPE, text=True
+        self.process = subprocess.Popen(
+            ["bash", str(self.file)],
+            env=environment,
+            stderr=(self.fake / "said").open("w+"),
+            start_new_session=True,
         )
+        return self.process
+
+    def end(self) -> None:
+        """What Slurm does with whatever a job leaves behind."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
 
     def finish(self, train: str, **options: object) -> tuple[int, str]:
         """(exit code, what was said)."""
-        process = self.start(train, **options)
-        _, said = process.communicate(timeout=20)
-        return process.returncode, said
+        self.start(train, **options)
+        return self.outcome()
+
+    def outcome(self) -> tuple[int, str]:
+        """(exit code, what was said), once the script has ended."""
+        code = self.process.wait(timeout=20)
+        self.end()
+        return code, (self.fake / "said").read_text()
 
     @property
     def requeues(self) -> int:
@@ -103,7 +119,7 @@ def job(tmp_path) -> Job:
 def test_training_is_one_task_on_each_training_node(job):
     job.finish("touch $RUN/summary.json")
     (call,) = job.calls("train")
-    assert call.startswith("10.0.0.1 10007 64 gpus= ")
+    assert call.startswith("10.0.0.1 10007 64 ")
     for word in ("--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--nodelist=n1,n2"):
         assert f" {word} " in call
     assert "--kill-on-bad-exit=1" in call and f"--output={job.logs}/job_%j_node_%n.log" in call
@@ -114,7 +130,7 @@ def test_training_is_one_task_on_each_training_node(job):
     ("code", "requeued"),
     [
         (0, False),  # asked to stop by a signal to a rank: not complete, no failure
-        (1, False),
+        (1, True),  # srun's own: our launcher records a reason
         (2, False),
         (130, False),
         (143, False),
@@ -176,6 +192,14 @@ def test_steps_that_are_lost_and_trained_again_are_no_progress(job):
     assert job.requeues == 3  # the first made progress, two more were allowed
 
 
+def test_where_the_count_cannot_be_kept_slurm_counts(job):
+    """As on a full or read-only file system."""
+    (job.run / "restarts").mkdir()
+    for restart in range(3):
+        job.finish("exit 75", restart=restart)
+    assert job.requeues == 2
+
+
 def test_submitting_again_forgets_the_count(job):
     for _ in range(5):
         job.finish("exit 75", restart=0)
@@ -190,7 +214,7 @@ def _when(condition: Callable[[], object]) -> None:
 
 
 WAIT = """
-sleep 20 2>/dev/null &
+sleep 20 &
 trap 'kill $!; exit 138' USR1
 trap 'kill $!; exit 143' TERM
 touch $FAKE/up
@@ -202,8 +226,8 @@ def test_the_warning_reaches_the_training_and_requeues(job):
     process = job.start(WAIT)
     _when((job.fake / "up").exists)
     process.send_signal(signal.SIGUSR1)
-    _, said = process.communicate(timeout=20)
-    assert (process.returncode, job.requeues) == (138, 1)
+    code, said = job.outcome()
+    assert (code, job.requeues) == (138, 1)
     assert "the time is nearly up" in said and "requeued at step 0" in said
 
 
@@ -215,8 +239,8 @@ def test_scancel_ends_the_job(job):
     time.sleep(0.2)
     assert process.poll() is None, "it waits for the run to save"
     _terminate_srun(job)
-    _, said = process.communicate(timeout=20)
-    assert (process.returncode, job.requeues) == (143, 0) and "cancelled" in said
+    code, said = job.outcome()
+    assert (code, job.requeues) == (143, 0) and "cancelled" in said
 
 
 @pytest.mark.parametrize(("end", "requeues"), [("2020-01-01T00:00:00", 1), ("2099-01-01", 0)])
@@ -228,8 +252,7 @@ def test_after_the_warning_the_end_of_the_time_requeues_and_scancel_does_not(job
     process.send_signal(signal.SIGTERM)
     time.sleep(0.1)
     _terminate_srun(job)
-    process.communicate(timeout=20)
-    assert (process.returncode, job.requeues) == (143, requeues)
+    assert (job.outcome()[0], job.requeues) == (143, requeues)
 
 
 def _terminate_srun(job: Job) -> None:
@@ -248,14 +271,12 @@ def test_servers_have_nodes_and_gpus_of_their_own(tmp_path):
     job = Job(tmp_path, *servers, "rollout.engine_tensor_parallel=2")
     job.finish("sleep 0.5; touch $RUN/summary.json")
     calls = sorted(job.calls("serve"), key=lambda call: call.split("--number ")[1])
-    assert [call.split()[3] for call in calls] == [
-        f"gpus={g}" for g in ("0,1", "2,3") * 2 + ("0,1",)
-    ]
-    nodes = [3, 3, 4, 4, 5]
-    for number, (call, node) in enumerate(zip(calls, nodes, strict=True)):
+    places = [(3, "0,1"), (3, "2,3"), (4, "0,1"), (4, "2,3"), (5, "0,1")]
+    for number, (call, (node, gpus)) in enumerate(zip(calls, places, strict=True)):
         assert f"--overlap --nodes=1 --ntasks=1 --nodelist=n{node} " in call
+        assert f" env CUDA_VISIBLE_DEVICES={gpus} tropd serve " in call
         assert call.endswith(f" --number {number} --host 10.0.0.{node}")
-    assert " gpus= " in job.calls("train")[0]
+    assert "CUDA_VISIBLE_DEVICES" not in job.calls("train")[0]
 
 
 def test_a_dead_server_is_started_again_and_an_unusable_one_is_not(tmp_path):
@@ -266,10 +287,3 @@ def test_a_dead_server_is_started_again_and_an_unusable_one_is_not(tmp_path):
     numbers = [call.split("--number ")[1][0] for call in job.calls("serve")]
     assert numbers.count("0") > 2 and numbers.count("1") == 1
     assert "server 0 on n3 ended with code 75" in said and "server 1 cannot start" in said
-
-
-def test_servers_end_with_the_job(tmp_path):
-    job = Job(tmp_path, "rollout.placement=separate")
-    (job.fake / "serve").write_text(WAIT.replace("exit 143", "touch $FAKE/ended; exit 0"))
-    job.finish("sleep 0.5; touch $RUN/summary.json")
-    _when((job.fake / "ended").exists)

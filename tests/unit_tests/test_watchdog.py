@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tropd.watchdog import Beat, Progress, _suspects, limits, read_beats
+from megatron_tropd.watchdog import Beat, Progress, Watchdog, _suspects, limits, read_beats
 
 RANK = """
 import sys, time
@@ -27,6 +27,11 @@ watchdog = Watchdog(progress, folder=folder / "beats", failure=folder / "failure
     world_size=3, timeout_minutes=0.03, say=lambda text: print("said:", text))
 with watchdog:
     progress.step = 4
+    for phase in range(8) if behaviour == "work" else ():
+        progress.enter("rollout")
+        time.sleep(0.5)
+    if behaviour == "work":
+        sys.exit()
     progress.enter("student" if behaviour == "spin" else "optimizer")
     spin() if behaviour == "spin" else time.sleep(60)
 """
@@ -80,6 +85,18 @@ def test_the_rank_that_stands_still_is_named(tmp_path, behaviour, words, phase):
         assert "in spin" in ended[1][1]
 
 
+def test_a_job_that_was_suspended_goes_on(tmp_path):
+    command = [sys.executable, "-c", RANK, str(tmp_path), "0", "work"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as rank:
+        while not (tmp_path / "beats" / "rank_00000.json").exists():
+            time.sleep(0.02)
+        rank.send_signal(signal.SIGSTOP)
+        time.sleep(3.0)  # longer than a phase may last
+        rank.send_signal(signal.SIGCONT)
+        assert rank.wait(60) == 0
+    assert not (tmp_path / "failure.json").exists()
+
+
 def _beat(rank: int, **changes: object) -> Beat:
     waiting = "torch/distributed/distributed_c10d.py:1 all_reduce"
     beat = Beat(beat=7, rank=rank, node="a", pid=1, step=3, phase="student", at=waiting)
@@ -99,8 +116,24 @@ def test_limits_leave_the_report_time_before_collectives_give_up():
     assert phase == 1800 and collectives > phase + 120
 
 
-def test_a_phase_begins_when_it_is_entered():
+def test_a_phase_ends_where_the_one_around_it_goes_on():
     progress = Progress()
-    assert progress.enter("rollout") == "start"
-    assert progress.enter("start") == "rollout"
-    assert progress.seconds() < 5
+    assert progress.enter("evaluation") == "start"
+    assert progress.enter("rollout") == "evaluation"
+    assert (progress.phase, progress.entered) == ("rollout", 2)
+
+
+def test_a_rank_that_goes_on_while_it_is_looked_at_was_only_slow(tmp_path, monkeypatch):
+    progress = Progress()
+    watchdog = Watchdog(
+        progress,
+        folder=tmp_path,
+        failure=tmp_path / "failure.json",
+        rank=0,
+        world_size=1,
+        timeout_minutes=1.0,
+        say=pytest.fail,
+    )
+    monkeypatch.setattr(time, "sleep", lambda _: progress.enter("student"))
+    watchdog._report(61.0)
+    assert not (tmp_path / "failure.json").exists()

@@ -1,0 +1,165 @@
+"""The launcher's watch over its ranks, with small programs of shell as ranks."""
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_tropd import launch
+from megatron_tropd.config import (
+    Config,
+    ModelConfig,
+    ParallelConfig,
+    RolloutConfig,
+    RunConfig,
+    TrainConfig,
+)
+from megatron_tropd.errors import ConfigError
+from megatron_tropd.failures import read
+from megatron_tropd.nodes import Nodes, Peers
+from megatron_tropd.run_folder import RunFolder
+
+HEEDS = "trap 'exit 0' TERM; touch $READY; while :; do sleep 0.05; done"
+IGNORES = "trap '' TERM; touch $READY; while :; do sleep 0.05; done"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    folder = RunFolder(tmp_path / "run")
+    folder.logs.mkdir(parents=True)
+    return folder
+
+
+@pytest.fixture
+def run(folder, tmp_path, monkeypatch):
+    """``run(*ranks)``: the exit code of a launcher of one node whose ranks are these."""
+
+    def start(local: int, *_: object) -> list[subprocess.Popen]:
+        return [
+            subprocess.Popen(
+                ["bash", "-c", text],
+                env=os.environ | {"READY": str(tmp_path / f"ready_{rank}")},
+                start_new_session=True,
+            )
+            for rank, text in enumerate(ranks)
+        ]
+
+    ranks: list[str] = []
+    monkeypatch.setattr(launch, "_start", start)
+    monkeypatch.setattr(launch, "FAILURE_GRACE_SECONDS", 0.3)
+
+    def make(*texts: str) -> int:
+        ranks[:] = texts
+        with Peers(Nodes()) as peers:
+            return launch.lead(len(texts), folder, peers)
+
+    make.ranks = ranks
+    return make
+
+
+def _signal(tmp_path: Path, *numbers: int) -> threading.Thread:
+    """Send them to this process once two ranks are ready."""
+
+    def send() -> None:
+        deadline = time.monotonic() + 10
+        while not all((tmp_path / f"ready_{rank}").exists() for rank in range(2)):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        for number in numbers:
+            os.kill(os.getpid(), number)
+            time.sleep(0.15)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize(
+    ("ranks", "code"),
+    [
+        (("exit 0", "exit 0"), 0),
+        (("exit 0", "exit 1"), 1),
+        (("exit 75", "sleep 9"), 75),
+        (("kill -9 $$", IGNORES), 75),
+        (("exit 75", "exit 1"), 1),
+    ],
+)
+def test_the_code_is_that_of_the_cause(run, ranks, code):
+    before = time.monotonic()
+    assert run(*ranks) == code
+    assert time.monotonic() - before < 3
+
+
+def test_a_killed_rank_is_named(run, folder):
+    assert run("exit 0", "kill -9 $$") == 75
+    failure = read(folder.failure)
+    assert failure is not None and (failure.kind, failure.rank) == ("killed", 1)
+    assert "SIGKILL" in failure.message
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_signals_are_passed_on_as_sigterm(run, tmp_path, number):
+    thread = _signal(tmp_path, number)
+    assert run(HEEDS, HEEDS) == 128 + number
+    thread.join()
+
+
+def test_a_rank_that_cannot_listen_yet_is_stopped_all_the_same(run, folder, tmp_path):
+    thread = _signal(tmp_path, signal.SIGTERM)
+    assert run(HEEDS, "touch $READY; exec sleep 9") == 143
+    assert not folder.failure.exists()
+    thread.join()
+
+
+def test_sigterm_from_two_sides_is_one_request(run, tmp_path):
+    slow = HEEDS.replace("exit 0", "sleep 0.6; touch $READY.saved; exit 0")
+    thread = _signal(tmp_path, signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1)
+    assert run(slow, slow) == 143
+    assert (tmp_path / "ready_1.saved").exists()
+    thread.join()
+
+
+def test_the_second_interrupt_is_impatient(run, tmp_path):
+    thread = _signal(tmp_path, signal.SIGINT, signal.SIGINT)
+    before = time.monotonic()
+    assert run(IGNORES, IGNORES) == 130
+    assert time.monotonic() - before < 5
+    thread.join()
+
+
+def test_the_end_of_node_0_is_the_end_of_all(run, folder, tmp_path, monkeypatch):
+    """By its word, and by its death."""
+    config = Config(
+        model=ModelConfig(student="s", teacher="t"),
+        rollout=RolloutConfig(prompts="p", max_new_tokens=8),
+        train=TrainConfig(steps=4),
+        run=RunConfig(dir=str(folder.root)),
+        parallel=ParallelConfig(data=4),
+    )
+    monkeypatch.setattr(launch, "wait_until_open", lambda _: folder)
+    port = launch._free_port()
+    for last, code in ({"end": 1}, 1), (None, 75):
+        with (
+            Peers(Nodes(0, 2, "127.0.0.1", port)) as first,
+            Peers(Nodes(1, 2, "127.0.0.1", port)) as second,
+        ):
+            first.gather(10)
+            first.send({"start": 1})
+            speak = (lambda first=first, last=last: first.send(last)) if last else first.close
+            timer = threading.Timer(0.5, speak)
+            timer.start()
+            run.ranks[:] = [HEEDS, HEEDS]
+            assert launch.follow(config, second) == code
+            timer.join()
+    failure = read(folder.failure)
+    assert failure is not None and "Lost node 0" in failure.message
+
+
+def test_ranks_are_shared_equally():
+    assert launch.ranks_per_node(8, Nodes(0, 4)) == 2
+    with pytest.raises(ConfigError, match=r"6 ranks .* shared equally by 4 nodes"):
+        launch.ranks_per_node(6, Nodes(0, 4))
