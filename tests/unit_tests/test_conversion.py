@@ -694,6 +694,8 @@ import os, signal, sys, time
 from megatron_tropd import conversion
 from megatron_tropd.convert import to_hf, to_megatron
 
+# A shell's background jobs ignore Ctrl-C, and so would we.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 calls = []
 def count(checksum):
     def replacement(tensor):
