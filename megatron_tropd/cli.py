@@ -4,7 +4,8 @@ import argparse
 import json
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_tropd import exits
@@ -12,8 +13,9 @@ from megatron_tropd.cluster.cli import add_slurm
 from megatron_tropd.config import Config, config_to_dict, load_config
 from megatron_tropd.conversion import add_to_hf, add_to_megatron
 from megatron_tropd.errors import ConfigError, InputError, TrainingError
-from megatron_tropd.failures import KINDS
-from megatron_tropd.nodes import Nodes, Peers, find_nodes
+from megatron_tropd.failures import KINDS, Failure, report
+from megatron_tropd.nodes import NodeLost, Nodes, Peers, find_nodes
+from megatron_tropd.run_folder import RunFolder
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -142,10 +144,25 @@ def _distill_as_launcher(config: Config, nodes: Nodes) -> int:
     """Start this node's ranks; node 0 prepares the run for all nodes."""
     from megatron_tropd.launch import follow
 
-    with Peers(nodes) as peers:
-        code = _exit_code(lambda: (follow if nodes.rank else _lead)(config, peers))
+    def share() -> int:
+        with _noting_lost_nodes(config):
+            return (follow if nodes.rank else _lead)(config, peers)
+
+    with _noting_lost_nodes(config), Peers(nodes) as peers:
+        code = _exit_code(share)
         peers.end(code)
         return code
+
+
+@contextmanager
+def _noting_lost_nodes(config: Config) -> Iterator[None]:
+    """Leave the reason where a job looks: srun may show it the code of a node that it killed."""
+    try:
+        yield
+    except NodeLost as error:
+        failure = Failure(kind=error.kind, message=str(error))
+        report(RunFolder(Path(config.run.dir)).failure, failure)
+        raise
 
 
 def _serve(arguments: argparse.Namespace) -> int:
@@ -177,7 +194,7 @@ def _plan_run(arguments: argparse.Namespace) -> int:
 
 def _lead(config: Config, peers: Peers) -> int:
     from megatron_tropd.inputs import load_inputs
-    from megatron_tropd.run_folder import RunFolder, hold
+    from megatron_tropd.run_folder import hold
 
     if RunFolder(Path(config.run.dir)).read_summary() is None:
         load_inputs(config)  # its errors come before anything is written

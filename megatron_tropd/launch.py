@@ -244,6 +244,9 @@ class _Supervisor:
                 self._listen()
                 time.sleep(0.05)
             return self._own_code() if self._end is None else self._end
+        if exits.is_failure(self._own_code()):
+            # Their ranks may wait for ours: nobody has to wait for the wait to time out.
+            self._peers.send({"end": self._own_code()})
         while len(self._left) < nodes.count - 1 and time.monotonic() < deadline:
             self._listen()
             time.sleep(0.05)

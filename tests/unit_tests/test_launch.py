@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_tropd import launch
+from megatron_tropd.cli import main
 from megatron_tropd.config import (
     Config,
     ModelConfig,
@@ -163,3 +165,40 @@ def test_ranks_are_shared_equally():
     assert launch.ranks_per_node(8, Nodes(0, 4)) == 2
     with pytest.raises(ConfigError, match=r"6 ranks .* shared equally by 4 nodes"):
         launch.ranks_per_node(6, Nodes(0, 4))
+
+
+def test_a_failing_node_0_tells_the_others_at_once(run, folder):
+    """Their ranks wait for ours in a collective; they must not wait until that gives up."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port = probe.getsockname()[1]
+    heard: list[float] = []
+
+    def follower() -> None:
+        with Peers(Nodes(1, 2, "127.0.0.1", port)) as peers:
+            while "end" not in peers.receive():
+                continue
+            heard.append(time.monotonic())
+            peers.end(75)
+
+    thread = threading.Thread(target=follower)
+    thread.start()
+    run.ranks[:] = ["exit 75"]
+    before = time.monotonic()
+    with Peers(Nodes(0, 2, "127.0.0.1", port)) as peers:
+        assert launch.lead(2, folder, peers) == 75
+    thread.join()
+    assert heard[0] - before < 5 < launch.LEAVE_SECONDS
+
+
+def test_a_lost_node_leaves_its_reason_in_the_run_folder(tmp_path, monkeypatch, capsys):
+    with socket.create_server(("", 0)) as taken:
+        values = {"TROPD_NODES": "2", "TROPD_NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+        for name, value in (values | {"MASTER_PORT": str(taken.getsockname()[1])}).items():
+            monkeypatch.setenv(name, value)
+        (tmp_path / "run").mkdir()
+        recipe = Path(__file__).parents[2] / "configs" / "recipes" / "qwen3_1.7b.toml"
+        assert main(["distill", str(recipe), f"run.dir={tmp_path / 'run'}"]) == 75
+    failure = read(tmp_path / "run" / "failure.json")
+    assert failure is not None and (failure.kind, failure.exit_code) == ("lost_peer", 75)
+    assert "MASTER_PORT" in capsys.readouterr().err
