@@ -85,11 +85,12 @@ def _train_all(texts: str, out: str) -> None:
 def _train(job: Any, config: Any) -> dict[str, Any]:
     """Train with other settings in the same job: new models, the engine gets their weights."""
     from megatron_tropd.inputs import load_inputs
+    from megatron_tropd.rollouts import Rollouts
     from megatron_tropd.train import learn, rollout, train_step
 
     job.config, job.step = config, 0
     job.inputs = load_inputs(config)
-    job.sampling = replace(job.sampling, top_p=config.rollout.top_p)
+    job.rollouts = Rollouts(config, job.inputs, job.engines)
     job._build_models()
     job.sync_weights(0)
     before = [p.detach().clone() for p in job.student.model.parameters()]
