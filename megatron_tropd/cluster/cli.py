@@ -41,9 +41,14 @@ def _slurm(arguments: argparse.Namespace) -> int:
         print(text, end="")
         return 0
     run = Path(config.run.dir).resolve()
-    (run / "logs").mkdir(parents=True, exist_ok=True)  # Slurm opens its log there
     job = run / "job.sbatch"
-    job.write_text(text)
+    try:
+        (run / "logs").mkdir(parents=True, exist_ok=True)  # Slurm opens its log there
+        job.write_text(text)
+    except OSError as error:
+        raise ConfigError(
+            f"The job file {job} cannot be written ({error.strerror}). Choose another run.dir."
+        ) from None
     print(_describe(layout))
     if arguments.submit:
         return _submit(job)

@@ -23,8 +23,8 @@ class Container:
     image: str
     """Path of a squashfs file, or a registry's name. ``tropd`` is on its PATH."""
     mounts: tuple[str, ...] = ()
-    """SOURCE:TARGET[:FLAGS]; config, models, prompts and run folder must be seen in it, under the
-    same paths."""
+    """SOURCE:TARGET[:FLAGS]; config, models, prompts, run folder and the folder that the job is
+    submitted from must be seen in it, under the same paths."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ class Site:
     setup: tuple[str, ...] = ()
     """Further lines of shell before anything is started."""
     venv: str | None = None
-    """Virtual environment with megatron_tropd, on a file system all nodes share."""
+    """Virtual environment with megatron_tropd, on a file system all nodes share; absolute."""
     container: Container | None = None
     """Container with megatron_tropd instead."""
     environment: dict[str, str] = field(default_factory=dict)
@@ -84,6 +84,10 @@ class Site:
         _require(
             self.venv is None or self.container is None,
             "Give venv or container, not both: one place where megatron_tropd is installed.",
+        )
+        _require(
+            self.venv is None or self.venv.startswith("/"),
+            f"venv must be an absolute path, without ~ and the same on every node: {self.venv!r}.",
         )
         _require(self.max_restarts >= 0, "max_restarts must be at least 0.")
         limit = _seconds(self.time)
@@ -123,7 +127,11 @@ def load_site(path: str | Path) -> Site:
         raise ConfigError(
             f"Site file {path} does not exist. Copy slurm/site.example.toml and fill it in."
         ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
+    except OSError as error:
+        raise ConfigError(
+            f"Site file {path} cannot be read ({error.strerror}). Give the path of a TOML file."
+        ) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"Site file {path} is not valid TOML: {error}") from None
     try:
         return settings_from_table(Site, table)
