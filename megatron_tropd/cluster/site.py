@@ -8,6 +8,7 @@ from pathlib import Path
 from megatron_tropd.config import settings_from_table
 from megatron_tropd.errors import ConfigError
 
+_OURS = re.compile(r"--(array|nodes|ntasks)\b|-[aNn]")
 _SECRET = re.compile("TOKEN|SECRET|PASSWORD|API_KEY", re.IGNORECASE)
 
 
@@ -54,7 +55,7 @@ class Site:
     constraint: str | None = None
     """Features the nodes must have."""
     options: tuple[str, ...] = ()
-    """Further options of sbatch, as on its command line."""
+    """Further options of sbatch, as on its command line, without numbers of nodes and tasks."""
     warning_seconds: int = 600
     """The run is told to save so long before its time is up: one step, with its evaluation and
     checkpoint if they are due, must fit."""
@@ -89,6 +90,12 @@ class Site:
             self.venv is None or self.venv.startswith("/"),
             f"venv must be an absolute path, without ~ and the same on every node: {self.venv!r}.",
         )
+        for option in self.options:
+            _require(
+                option.startswith("-") and not _OURS.match(option),
+                f"options: {option!r} must be an option of sbatch that places nothing: nodes and "
+                "tasks follow from the config, and one run is one job, no array. Remove it.",
+            )
         _require(self.max_restarts >= 0, "max_restarts must be at least 0.")
         limit = _seconds(self.time)
         _require(
