@@ -9,7 +9,7 @@ from megatron_tropd.config import settings_from_table
 from megatron_tropd.errors import ConfigError
 
 _OURS = re.compile(r"--(array|nodes|ntasks)\b|-[aNn]")
-_SECRET = re.compile("TOKEN|SECRET|PASSWORD|API_KEY", re.IGNORECASE)
+_SECRET = re.compile("(^|_)(TOKEN|SECRET|PASSWORD|API_KEY)(_|$)", re.IGNORECASE)
 
 
 def _require(condition: bool, message: str) -> None:
@@ -70,7 +70,8 @@ class Site:
     container: Container | None = None
     """Container with megatron_tropd instead."""
     environment: dict[str, str] = field(default_factory=dict)
-    """Variables of every process, such as GLOO_SOCKET_IFNAME. No secrets: the job file is kept."""
+    """Variables of every process, such as GLOO_SOCKET_IFNAME; ``$`` in a value means nothing
+    (``setup`` is shell). No secrets: the job file is kept."""
 
     def __post_init__(self) -> None:
         _require(self.gpus_per_node >= 0, "gpus_per_node must be at least 0.")

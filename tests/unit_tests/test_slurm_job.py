@@ -82,6 +82,13 @@ def test_unusable_site_files_are_refused(tmp_path, change, message):
         load_site(path)
 
 
+def test_what_only_sounds_like_a_secret_is_none():
+    dataclasses.replace(SITE, environment={"TOKENIZERS_PARALLELISM": "false", "MAX_TOKENS": "1"})
+    for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "wandb_api_key"):
+        with pytest.raises(ConfigError, match=f"{name} looks like a secret"):
+            dataclasses.replace(SITE, environment={name: "x"})
+
+
 def test_an_account_must_be_named_or_refused(tmp_path):
     path = tmp_path / "site.toml"
     path.write_text('partition = "gpu"\ntime = "10"\ngpus_per_node = 8\n')
