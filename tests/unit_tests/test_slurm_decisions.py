@@ -27,7 +27,7 @@ case "$1 $2" in
     "show hostnames") printf 'n%s\\n' 1 2 3 4 5 ;;
     "show node") echo "   NodeAddr=10.0.0.${3#n} NodeHostName=$3" ;;
     "show job") echo "   StartTime=2026-01-01T00:00:00 EndTime=${FAKE_END:-Unknown} X=Y" ;;
-    requeue*) echo "$2" >>"$FAKE/requeued" ;;
+    requeue*) echo "$2" >>"$FAKE/requeued" && kill -TERM "$PPID" ;;
 esac
 """
 SRUN = """#!/bin/bash
@@ -223,8 +223,9 @@ wait
 """
 
 
-def test_the_warning_reaches_the_training_and_requeues(job):
-    process = job.start(WAIT)
+@pytest.mark.parametrize("end", ["2020-01-01T00:00:00", "2099-01-01T00:00:00"])
+def test_the_warning_reaches_the_training_and_requeues(job, end):
+    process = job.start(WAIT, end=end)
     _when((job.fake / "up").exists)
     process.send_signal(signal.SIGUSR1)
     code, said = job.outcome()
