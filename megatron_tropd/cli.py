@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -194,11 +195,12 @@ def _plan_run(arguments: argparse.Namespace) -> int:
 
 def _lead(config: Config, peers: Peers) -> int:
     from megatron_tropd.inputs import load_inputs
-    from megatron_tropd.run_folder import hold
+    from megatron_tropd.run_folder import LOCK_SECONDS, hold
 
     if RunFolder(Path(config.run.dir)).read_summary() is None:
         load_inputs(config)  # its errors come before anything is written
-    with hold(Path(config.run.dir).resolve()):
+    patience = LOCK_SECONDS if "SLURM_RESTART_COUNT" in os.environ else 0.0
+    with hold(Path(config.run.dir).resolve(), patience):
         return _lead_alone(config, peers)
 
 
@@ -240,8 +242,6 @@ def _say_stopped(code: int, logs: Path) -> None:
 
 def _distill_as_rank(config: Config) -> int:
     """torchrun started us: this process is a rank; rank 0 opens the folder."""
-    import os
-
     from megatron_tropd.run_folder import open_run, wait_until_open
     from megatron_tropd.worker import leave, run_rank
 

@@ -299,7 +299,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(
             f"Config file {path} does not exist. Give the path of a TOML file."
         ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
+    except OSError as error:
+        raise ConfigError(
+            f"Config file {path} cannot be read ({error.strerror}). Give the path of a TOML file."
+        ) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"Config file {path} is not valid TOML: {error}") from None
     _anchor_paths(tables, path.resolve().parent)
     for override in overrides:

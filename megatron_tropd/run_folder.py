@@ -1,15 +1,17 @@
 """A run is a folder: where each thing lies, and whether a command may continue what is there."""
 
+import errno
 import fcntl
 import json
 import os
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from megatron_tropd.config import Config, config_from_dict, config_to_dict
 from megatron_tropd.errors import ConfigError, InputError
@@ -19,6 +21,8 @@ FREE_SECTIONS = ("run", "parallel")
 """Sections that may change when a run resumes: they alter no number but timings and round-off."""
 FIXED_KEYS = ("parallel.distributed_optimizer",)
 """Exceptions: the two kinds of optimizer save their states in different forms."""
+LOCK_SECONDS = 180.0
+"""How long a job that Slurm starts again waits for the lock of its earlier attempt."""
 
 
 @dataclass(frozen=True)
@@ -142,22 +146,45 @@ def wait_until_open(config: Config, seconds: float = 60.0) -> RunFolder:
 
 
 @contextmanager
-def hold(root: Path) -> Iterator[None]:
+def hold(root: Path, patience: float = 0.0) -> Iterator[None]:
     """Keep a run folder to this command for as long as the block lasts, however it ends.
+
+    Args:
+        root: the run folder.
+        patience: seconds to wait for another command. A job that starts again needs it where a
+            file server still holds the lock of a machine that died.
 
     Raises:
         ConfigError: another command is running in it.
     """
     root.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + patience
     with (root / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"Another command is running in {root}. Wait for it, stop it, or give another "
-                "run.dir."
-            ) from None
+        while not _locked(lock):
+            if time.monotonic() >= deadline:
+                raise ConfigError(
+                    f"Another command is running in {root}. Wait for it, stop it, or give another "
+                    "run.dir."
+                )
+            time.sleep(0.2)
         yield
+
+
+def _locked(lock: IO[str]) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        # Lustre, for one, has no locks unless it is mounted with them.
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        print(
+            f"tropd: warning: {lock.name} cannot be locked ({error.strerror}): nothing keeps a "
+            "second command out of this folder. Start only one.",
+            file=sys.stderr,
+        )
+    return True
 
 
 def started_at() -> float:

@@ -5,22 +5,40 @@ servers=@NUM_SERVERS@
 servers_per_node=@SERVERS_PER_NODE@
 gpus_per_server=@GPUS_PER_SERVER@ # 0: no GPUs
 
+# A server's part of the step's GPUs (fields of a list, from 1), which Slurm names only inside the
+# step: on a shared node they are not the first ones. The list given is for where it names none.
+# shellcheck disable=SC2016
+share='export CUDA_VISIBLE_DEVICES=$(echo "${CUDA_VISIBLE_DEVICES:-$2}" | cut -d, -f"$1"); '
+share+='shift 2; exec "$@"'
+
+# The address by which this node, the trainer's first, knows another one. That one may know its own
+# name as 127.0.1.1, and a server that listens there is not to be reached.
+resolved() {
+    local found
+    found=$(getent ahostsv4 "$1" | sed -n 's/^\([0-9.]*\) .*/\1/p' | head -n 1)
+    case $found in
+        '' | 127.*) echo "$1" ;;
+        *) echo "$found" ;;
+    esac
+}
+
 # One server, started again whenever it dies: its requests go to the others meanwhile.
 serve() {
-    local number=$1 node place first code gpus=()
+    local number=$1 node place first host code gpus=()
     place=$((number % servers_per_node))
     node=${nodes[training_nodes + number / servers_per_node]}
     trap '' USR1 # the servers are needed until the run has saved
     trap - TERM
     if ((gpus_per_server)); then
-        first=$((place * gpus_per_server))
-        # Inside the step: Slurm sets this variable itself, to all of the node's GPUs.
-        gpus=(env "CUDA_VISIBLE_DEVICES=$(seq -s, "$first" $((first + gpus_per_server - 1)))")
+        first=$((place * gpus_per_server + 1))
+        gpus=(sh -c "$share" sh "$first-$((first + gpus_per_server - 1))"
+            "$(seq -s, 0 $((servers_per_node * gpus_per_server - 1)))")
     fi
+    host=$(resolved "$(address "$node")")
     while :; do
         "${step[@]}" --overlap --nodes=1 --ntasks=1 --nodelist="$node" \
             --output="$logs/job_%j_server_$number.log" \
-            "${gpus[@]}" "${tropd[@]}" serve "${config[@]}" --number "$number" --host "$(address "$node")"
+            ${gpus[@]+"${gpus[@]}"} "${tropd[@]}" serve "${config[@]}" --number "$number" --host "$host"
         code=$?
         case $code in
             0) return ;;

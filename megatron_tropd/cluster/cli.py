@@ -17,13 +17,16 @@ from megatron_tropd.errors import ConfigError
 def add_slurm(parser: argparse.ArgumentParser) -> None:
     """Give ``parser`` the arguments of ``tropd slurm``."""
     parser.add_argument("config", type=Path, help="TOML file of the run")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="any setting of that file"
+    )
     parser.add_argument(
         "--site",
         type=Path,
         required=True,
         help="TOML file of the cluster (slurm/site.example.toml)",
     )
+    parser.description = "Write the job file of a run to RUN/job.sbatch, print it or submit it."
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--dry-run", action="store_true", help="print the job file, write nothing")
     action.add_argument("--submit", action="store_true", help="write the job file and submit it")
@@ -41,9 +44,14 @@ def _slurm(arguments: argparse.Namespace) -> int:
         print(text, end="")
         return 0
     run = Path(config.run.dir).resolve()
-    (run / "logs").mkdir(parents=True, exist_ok=True)  # Slurm opens its log there
     job = run / "job.sbatch"
-    job.write_text(text)
+    try:
+        (run / "logs").mkdir(parents=True, exist_ok=True)  # Slurm opens its log there
+        job.write_text(text)
+    except OSError as error:
+        raise ConfigError(
+            f"The job file {job} cannot be written ({error.strerror}). Choose another run.dir."
+        ) from None
     print(_describe(layout))
     if arguments.submit:
         return _submit(job)

@@ -8,7 +8,8 @@ from pathlib import Path
 from megatron_tropd.config import settings_from_table
 from megatron_tropd.errors import ConfigError
 
-_SECRET = re.compile("TOKEN|SECRET|PASSWORD|API_KEY", re.IGNORECASE)
+_OURS = re.compile(r"--(array|nodes|ntasks)\b|-[aNn]")
+_SECRET = re.compile("(^|_)(TOKEN|SECRET|PASSWORD|API_KEY)(_|$)", re.IGNORECASE)
 
 
 def _require(condition: bool, message: str) -> None:
@@ -23,8 +24,8 @@ class Container:
     image: str
     """Path of a squashfs file, or a registry's name. ``tropd`` is on its PATH."""
     mounts: tuple[str, ...] = ()
-    """SOURCE:TARGET[:FLAGS]; config, models, prompts and run folder must be seen in it, under the
-    same paths."""
+    """SOURCE:TARGET[:FLAGS]; config, models, prompts, run folder and the folder that the job is
+    submitted from must be seen in it, under the same paths."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +55,7 @@ class Site:
     constraint: str | None = None
     """Features the nodes must have."""
     options: tuple[str, ...] = ()
-    """Further options of sbatch, as on its command line."""
+    """Further options of sbatch, as on its command line, without numbers of nodes and tasks."""
     warning_seconds: int = 600
     """The run is told to save so long before its time is up: one step, with its evaluation and
     checkpoint if they are due, must fit."""
@@ -65,11 +66,12 @@ class Site:
     setup: tuple[str, ...] = ()
     """Further lines of shell before anything is started."""
     venv: str | None = None
-    """Virtual environment with megatron_tropd, on a file system all nodes share."""
+    """Virtual environment with megatron_tropd, on a file system all nodes share; absolute."""
     container: Container | None = None
     """Container with megatron_tropd instead."""
     environment: dict[str, str] = field(default_factory=dict)
-    """Variables of every process, such as GLOO_SOCKET_IFNAME. No secrets: the job file is kept."""
+    """Variables of every process, such as GLOO_SOCKET_IFNAME; ``$`` in a value means nothing
+    (``setup`` is shell). No secrets: the job file is kept."""
 
     def __post_init__(self) -> None:
         _require(self.gpus_per_node >= 0, "gpus_per_node must be at least 0.")
@@ -85,6 +87,16 @@ class Site:
             self.venv is None or self.container is None,
             "Give venv or container, not both: one place where megatron_tropd is installed.",
         )
+        _require(
+            self.venv is None or self.venv.startswith("/"),
+            f"venv must be an absolute path, without ~ and the same on every node: {self.venv!r}.",
+        )
+        for option in self.options:
+            _require(
+                option.startswith("-") and not _OURS.match(option),
+                f"options: {option!r} must be an option of sbatch that places nothing: nodes and "
+                "tasks follow from the config, and one run is one job, no array. Remove it.",
+            )
         _require(self.max_restarts >= 0, "max_restarts must be at least 0.")
         limit = _seconds(self.time)
         _require(
@@ -123,7 +135,11 @@ def load_site(path: str | Path) -> Site:
         raise ConfigError(
             f"Site file {path} does not exist. Copy slurm/site.example.toml and fill it in."
         ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
+    except OSError as error:
+        raise ConfigError(
+            f"Site file {path} cannot be read ({error.strerror}). Give the path of a TOML file."
+        ) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"Site file {path} is not valid TOML: {error}") from None
     try:
         return settings_from_table(Site, table)

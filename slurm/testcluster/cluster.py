@@ -35,6 +35,8 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "slurmstepd", "sbatch", "srun", "sc
 APT = "apt-get install -y --no-install-recommends slurm-wlm munge"
 MARK = "TROPD_TESTCLUSTER"
 """Set to the folder in the environment of our daemons, by which they are found again."""
+OURS = ".tropd-testcluster"
+"""A file in the folder: it belongs to a test cluster, and ``down`` may remove it."""
 DOWN_AFTER_SECONDS = 10
 """A node whose slurmd is silent for so long is down, and its jobs are requeued."""
 REQUEUE_SECONDS = 5
@@ -126,8 +128,14 @@ class Cluster:
         """Start what is not running, and wait until both nodes are idle.
 
         Raises:
-            ClusterError: Slurm is missing, or a daemon did not come up (its log is quoted).
+            ClusterError: the folder holds something else, Slurm is missing, or a daemon did not
+                come up (its log is quoted).
         """
+        if self._is_foreign() and any(self.folder.iterdir()):
+            raise ClusterError(
+                f"{self.folder} is not empty and not a test cluster of this user. Give another "
+                "--folder."
+            )
         reason = missing()
         if reason:
             raise ClusterError(reason)
@@ -142,7 +150,12 @@ class Cluster:
         self._wait(self.is_up, "both nodes to be idle", of="slurmctld")
 
     def down(self) -> None:
-        """End every job, daemon and process of the cluster and remove its folder."""
+        """End every job, daemon and process of the cluster and remove its folder.
+
+        A folder that is not a test cluster's is left alone.
+        """
+        if self._is_foreign():
+            return
         if self.config.exists() and self._pid("slurmctld"):
             self._end_jobs()
         for name in (*(f"slurmd-{node}" for node in NODES), "slurmctld", "munged"):
@@ -232,7 +245,16 @@ class Cluster:
         marked = [pid for pid, _ in processes_with({MARK: str(self.folder)})]
         return sorted({*marked, *self.job_processes()} - {os.getpid()})
 
+    def _is_foreign(self) -> bool:
+        """Whether the folder is there and was not made by us: /tmp is everybody's."""
+        mark = self.folder / OURS
+        return self.folder.exists() and not (
+            mark.exists() and mark.stat().st_uid == self.folder.stat().st_uid == os.geteuid()
+        )
+
     def _write_files(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / OURS).touch()
         for name in ("state", "munge"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         self.folder.chmod(0o755)

@@ -78,6 +78,15 @@ def test_up_and_down_can_be_given_twice_and_leave_nothing(cluster, tmp_path):
     assert (command("status").stdout, command("status").returncode) == ("down\n", 1)
 
 
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    foreign = Cluster(tmp_path)
+    (tmp_path / "slurm.conf").write_text("ClusterName=real\n")
+    with pytest.raises(module.ClusterError, match="not a test cluster of this user"):
+        foreign.up()
+    foreign.down()
+    assert (tmp_path / "slurm.conf").read_text() == "ClusterName=real\n"
+
+
 def test_what_is_missing_is_said(monkeypatch):
     monkeypatch.setattr(module, "_find", lambda program: None)
     assert "apt-get install" in module.missing()

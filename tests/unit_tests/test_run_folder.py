@@ -1,7 +1,10 @@
 """A run folder: made once, continued by the same settings only, never half-written."""
 
 import dataclasses
+import errno
 import json
+from contextlib import ExitStack
+from threading import Timer
 
 import pytest
 
@@ -74,6 +77,25 @@ def test_two_commands_do_not_share_a_folder(tmp_path):
         pass
     with hold(root):
         pass
+
+
+def test_a_job_that_starts_again_waits_for_the_lock_of_its_earlier_attempt(tmp_path):
+    root = tmp_path / "run"
+    first = ExitStack()
+    first.enter_context(hold(root))
+    Timer(0.3, first.close).start()
+    with hold(root, patience=10):
+        pass
+
+
+def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, capsys):
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with hold(tmp_path / "run"):
+        pass
+    assert "cannot be locked (Function not implemented)" in capsys.readouterr().err
 
 
 def test_the_folder_that_another_process_opens_is_waited_for(config):

@@ -27,7 +27,7 @@ case "$1 $2" in
     "show hostnames") printf 'n%s\\n' 1 2 3 4 5 ;;
     "show node") echo "   NodeAddr=10.0.0.${3#n} NodeHostName=$3" ;;
     "show job") echo "   StartTime=2026-01-01T00:00:00 EndTime=${FAKE_END:-Unknown} X=Y" ;;
-    requeue*) echo "$2" >>"$FAKE/requeued" ;;
+    requeue*) echo "$2" >>"$FAKE/requeued" && kill -TERM "$PPID" ;;
 esac
 """
 SRUN = """#!/bin/bash
@@ -141,8 +141,9 @@ def test_training_is_one_task_on_each_training_node(job):
     ],
 )
 def test_what_each_exit_code_leads_to(job, code, requeued):
-    found, _ = job.finish(f"exit {code}")
+    found, said = job.finish(f"exit {code}")
     assert (found, job.requeues) == (code, int(requeued))
+    assert (f"{job.logs}/job_7_node_0.log" in said) == (code in (0, 2))
 
 
 def test_a_complete_run_ends_well(job):
@@ -222,8 +223,9 @@ wait
 """
 
 
-def test_the_warning_reaches_the_training_and_requeues(job):
-    process = job.start(WAIT)
+@pytest.mark.parametrize("end", ["2020-01-01T00:00:00", "2099-01-01T00:00:00"])
+def test_the_warning_reaches_the_training_and_requeues(job, end):
+    process = job.start(WAIT, end=end)
     _when((job.fake / "up").exists)
     process.send_signal(signal.SIGUSR1)
     code, said = job.outcome()
@@ -243,7 +245,10 @@ def test_scancel_ends_the_job(job):
     assert (code, job.requeues) == (143, 0) and "cancelled" in said
 
 
-@pytest.mark.parametrize(("end", "requeues"), [("2020-01-01T00:00:00", 1), ("2099-01-01", 0)])
+@pytest.mark.parametrize(
+    ("end", "requeues"),
+    [("2020-01-01T00:00:00", 1), ("2099-01-01", 0), ("Unknown", 0), (" (none given)", 0)],
+)
 def test_after_the_warning_the_end_of_the_time_requeues_and_scancel_does_not(job, end, requeues):
     process = job.start(WAIT.replace("kill $!; exit 138", "touch $FAKE/warned; wait"), end=end)
     _when((job.fake / "up").exists)
@@ -266,17 +271,50 @@ def _terminate_srun(job: Job) -> None:
                 os.kill(int(entry.name), signal.SIGTERM)
 
 
-def test_servers_have_nodes_and_gpus_of_their_own(tmp_path):
+def test_servers_have_nodes_of_their_own(tmp_path):
     servers = ("rollout.placement=separate", "rollout.num_engines=5")
     job = Job(tmp_path, *servers, "rollout.engine_tensor_parallel=2")
     job.finish("sleep 0.5; touch $RUN/summary.json")
     calls = sorted(job.calls("serve"), key=lambda call: call.split("--number ")[1])
-    places = [(3, "0,1"), (3, "2,3"), (4, "0,1"), (4, "2,3"), (5, "0,1")]
-    for number, (call, (node, gpus)) in enumerate(zip(calls, places, strict=True)):
+    for number, (call, node) in enumerate(zip(calls, (3, 3, 4, 4, 5), strict=True)):
+        assert "--export=ALL" in call
         assert f"--overlap --nodes=1 --ntasks=1 --nodelist=n{node} " in call
-        assert f" env CUDA_VISIBLE_DEVICES={gpus} tropd serve " in call
         assert call.endswith(f" --number {number} --host 10.0.0.{node}")
     assert "CUDA_VISIBLE_DEVICES" not in job.calls("train")[0]
+
+
+@pytest.mark.parametrize("given", ["", "4,5,6,7"])
+def test_a_server_takes_its_part_of_the_gpus_that_its_step_has(tmp_path, given):
+    servers = ("rollout.placement=separate", "rollout.num_engines=2")
+    job = Job(tmp_path, *servers, "rollout.engine_tensor_parallel=2")
+    tropd = job.fake / "tropd"
+    tropd.write_text('#!/bin/bash\necho "$CUDA_VISIBLE_DEVICES $*" >>"$FAKE/tropd.calls"\n')
+    tropd.chmod(0o755)
+    (job.fake / "serve").write_text(
+        f'until [ "$1" = sh ]; do shift; done; CUDA_VISIBLE_DEVICES={given} exec "$@"'
+    )
+    job.finish("until [ $(wc -l <$FAKE/tropd.calls) = 2 ]; do sleep 0.1; done 2>$FAKE/waited")
+    calls = sorted(job.calls("tropd"), key=lambda call: call.split("--number ")[1])
+    assert [call.split()[:2] for call in calls] == [
+        [gpus, "serve"] for gpus in (("4,5", "6,7") if given else ("0,1", "2,3"))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("known", "host"), [("192.168.7.4", "192.168.7.4"), ("127.0.1.1", "node3"), ("", "node3")]
+)
+def test_a_server_listens_on_the_address_that_the_trainer_knows(tmp_path, known, host):
+    """Where Slurm has names for addresses, a node may know its own as loopback."""
+    job = Job(tmp_path, "rollout.placement=separate")
+    getent = job.fake / "getent"
+    getent.write_text(f"#!/bin/bash\n[ -n '{known}' ] && echo '{known}     STREAM x'\n")
+    getent.chmod(0o755)
+    scontrol = job.fake / "scontrol"
+    scontrol.write_text(scontrol.read_text().replace("10.0.0.$", "node$"))
+    job.finish("sleep 0.3; touch $RUN/summary.json")
+    (call,) = job.calls("serve")
+    assert call.endswith(f"--host {host}")
+    assert job.calls("train")[0].startswith("node1 ")
 
 
 def test_a_dead_server_is_started_again_and_an_unusable_one_is_not(tmp_path):

@@ -62,6 +62,10 @@ def test_the_example_site_file_loads():
         ('time = "4 hours"', "time must look like 04:00:00"),
         ("warning_seconds = 14400", r"below time = '04:00:00' \(14400 s\)"),
         ('container = { image = "a.sqsh" }', "venv or container, not both"),
+        ('options = ["--array=1-3%1"]', "one run is one job, no array"),
+        ('options = ["--nodelist=n1", "-N2"]', "options: '-N2' must be"),
+        ('options = ["exclude=n1"]', "must be an option of sbatch"),
+        ('venv = "~/venv"', "venv must be an absolute path"),
         ("max_restarts = -1", "max_restarts must be at least 0"),
         ('environment = { WANDB_API_KEY = "x" }', "WANDB_API_KEY looks like a secret"),
         ('environment = { "A B" = "x" }', "must be a variable's name"),
@@ -78,6 +82,13 @@ def test_unusable_site_files_are_refused(tmp_path, change, message):
         load_site(path)
 
 
+def test_what_only_sounds_like_a_secret_is_none():
+    dataclasses.replace(SITE, environment={"TOKENIZERS_PARALLELISM": "false", "MAX_TOKENS": "1"})
+    for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "wandb_api_key"):
+        with pytest.raises(ConfigError, match=f"{name} looks like a secret"):
+            dataclasses.replace(SITE, environment={name: "x"})
+
+
 def test_an_account_must_be_named_or_refused(tmp_path):
     path = tmp_path / "site.toml"
     path.write_text('partition = "gpu"\ntime = "10"\ngpus_per_node = 8\n')
@@ -85,6 +96,10 @@ def test_an_account_must_be_named_or_refused(tmp_path):
         load_site(path)
     with pytest.raises(ConfigError, match=r"does not exist. Copy slurm/site.example.toml"):
         load_site(tmp_path / "absent.toml")
+    with pytest.raises(ConfigError, match=r"cannot be read \(Is a directory\)"):
+        load_site(tmp_path)
+    with pytest.raises(ConfigError, match=r"cannot be read \(Not a directory\)"):
+        load_site(path / "site.toml")
 
 
 @pytest.mark.parametrize(
@@ -250,6 +265,12 @@ def test_the_file_is_written_and_the_command_printed(toml, capsys):
     assert (run / "logs").is_dir() and (run / "job.sbatch").read_text().startswith("#!/bin/bash")
     out = capsys.readouterr().out
     assert out.startswith("training nodes: 1 x 8 ranks\n") and "sbatch " in out
+
+
+def test_a_run_folder_that_cannot_be_made_is_named(toml, capsys):
+    in_a_file = f"run.dir={toml}/run"
+    assert main(["slurm", str(toml), in_a_file, "--site", str(EXAMPLE)]) == 2
+    assert "cannot be written (Not a directory). Choose another run.dir" in capsys.readouterr().err
 
 
 def test_submitting_needs_a_cluster(toml, capsys, monkeypatch):
