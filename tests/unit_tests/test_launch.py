@@ -84,6 +84,7 @@ def _signal(tmp_path: Path, *numbers: int) -> threading.Thread:
         (("exit 0", "exit 0"), 0),
         (("exit 0", "exit 1"), 1),
         (("exit 75", "sleep 9"), 75),
+        (("sleep 9", "exit 75"), 75),
         (("kill -9 $$", IGNORES), 75),
         (("exit 75", "exit 1"), 1),
     ],
