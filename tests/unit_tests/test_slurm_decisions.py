@@ -279,6 +279,14 @@ def test_servers_have_nodes_and_gpus_of_their_own(tmp_path):
     assert "CUDA_VISIBLE_DEVICES" not in job.calls("train")[0]
 
 
+def test_the_token_goes_to_no_address_of_an_earlier_start(tmp_path):
+    job = Job(tmp_path, "rollout.placement=separate")
+    (job.run / "servers").mkdir()
+    (job.run / "servers" / "server_000.json").write_text("{}")
+    code, _ = job.finish("[ -e $RUN/servers/server_000.json ] || touch $RUN/summary.json; exit 1")
+    assert code == 0
+
+
 def test_a_dead_server_is_started_again_and_an_unusable_one_is_not(tmp_path):
     job = Job(tmp_path, "rollout.placement=separate", "rollout.num_engines=2")
     job.file.write_text(job.file.read_text().replace("sleep 5", "sleep 0.1"))
