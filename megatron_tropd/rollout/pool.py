@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import torch.distributed as dist
 from torch import Tensor
@@ -13,7 +13,8 @@ from megatron_tropd.rollout.engine import RolloutEngine
 from megatron_tropd.rollout.types import Sample, SampleRequest, Sampling
 from megatron_tropd.rollout.weight_sync import WeightMailbox
 
-T = TypeVar("T")
+_SHARED = (ConfigError, InputError, TrainingError, OSError)
+"""Errors after which a rank can still take part in what follows."""
 
 
 class EnginePool:
@@ -195,14 +196,17 @@ def together(action: Callable[[], Any]) -> list[Any]:
 
     Raises:
         The first error, on every rank: as it was raised where it was, elsewhere as ConfigError,
-        InputError, or TrainingError of the same kind.
+        InputError, or TrainingError of the same kind. An error nobody foresaw (CUDA out of memory,
+        a lost connection) is raised on its rank alone, which then has to end.
 
     Collectives: one gather of objects.
     """
     outcome: tuple[Any, Exception | None]
     try:
         outcome = (action(), None)
-    except Exception as error:  # whatever it is, the other ranks must hear of it
+    except _SHARED as error:
+        # Not any other: ``action`` may contain collectives, in which the others would wait for us
+        # while we wait for them below, and the reason would never be told.
         outcome = (None, error)
     outcomes: list[Any] = [None] * dist.get_world_size()
     # As text: not every exception survives pickling.
