@@ -302,7 +302,3 @@ def _die_with_parent() -> None:
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-
-
-def _say(text: str) -> None:
-    print(f"tropd: {text}", file=sys.stderr, flush=True)

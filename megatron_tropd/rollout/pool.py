@@ -149,12 +149,13 @@ class EnginePool:
             self._mailbox = WeightMailbox()
 
     def _load(self, tensors: Iterable[tuple[str, Tensor | None]]) -> None:
-        if self._engine is None or self._mailbox is None:
-            for _ in tensors:
+        try:
+            if self._engine is not None and self._mailbox is not None:
+                self._engine.load_weights(self._mailbox.write(tensors))
+                self._mailbox.clear()
+        finally:
+            for _ in tensors:  # making them is collective, also where they cannot be written
                 pass
-            return
-        self._engine.load_weights(self._mailbox.write(tensors))
-        self._mailbox.clear()
 
     def _cut(self, requests: Sequence[SampleRequest]) -> list[list[SampleRequest]]:
         return cut_units(requests, len(self.owners))
