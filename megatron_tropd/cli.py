@@ -213,15 +213,16 @@ def _lead_alone(config: Config, peers: Peers) -> int:
     summary = folder.read_summary()
     if summary is None:
         code = lead(config.parallel.world_size, folder, peers)
-        failure = read(folder.failure)
-        # Ranks that are stopped at once lose each other: no failure.
+        summary = folder.read_summary()
+        # What breaks after the end is no failure; nor do ranks that are stopped at once and lose
+        # each other. A job script that found it in the file would requeue.
+        failure = read(folder.failure) if summary is None else None
         if failure and not (exits.is_stop(code) and failure.kind in SYMPTOMS):
             print(f"tropd: {failure.message}\nLogs: {folder.logs}", file=sys.stderr)
             return failure.exit_code
-        summary = folder.read_summary()
-        if summary is None and code == exits.COMPLETE:
-            code = exits.stopped_by(signal.SIGTERM)  # which somebody sent to a rank
-        if code:
+        folder.failure.unlink(missing_ok=True)
+        if summary is None:
+            code = code or exits.stopped_by(signal.SIGTERM)  # which somebody sent to a rank
             _say_stopped(code, folder.logs)
             return code
     from megatron_tropd.report.html import write_report

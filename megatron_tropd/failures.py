@@ -39,10 +39,14 @@ _DISK = {
 }
 _TEXTS = {
     "disk": ("No space left on device", "Read-only file system", "os error 28", "File too large"),
-    "hung": ("Timed out waiting", "timed out after", "Watchdog caught collective"),
+    "hung": (
+        *("Timed out waiting", "timed out after", "Watchdog caught collective"),
+        "Application timeout caused pair closure",
+    ),
     "lost_peer": (
         *("Connection closed by peer", "Connection reset by peer", "Broken pipe"),
-        *("Connection refused", "connectFullMesh", "NCCL error", "remote process exited"),
+        *("Connection refused", "Socket closed", "connectFullMesh"),
+        *("NCCL error", "remote process exited"),
     ),
     "device": ("CUDA error", "uncorrectable ECC"),
 }
@@ -90,9 +94,7 @@ def report(path: Path, failure: Failure) -> bool:
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
         temporary.write_text(json.dumps(record, indent=2) + "\n")
-        try:
-            os.link(temporary, path)  # fails where the file exists: the first one stays
-        except FileExistsError:
+        if not _place(temporary, path):
             first = read(path)
             if first is None or (first.kind in SYMPTOMS and failure.kind not in SYMPTOMS):
                 temporary.replace(path)
@@ -102,6 +104,19 @@ def report(path: Path, failure: Failure) -> bool:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _place(temporary: Path, path: Path) -> bool:
+    """Give a file its name unless that is taken; whether it was free."""
+    try:
+        os.link(temporary, path)  # fails where the file exists: the first one stays
+    except FileExistsError:
+        return False
+    except OSError:  # some network file systems have no hard links; nearly as good:
+        if path.exists():
+            return False
+        temporary.replace(path)
+    return True
 
 
 def read(path: Path) -> Failure | None:

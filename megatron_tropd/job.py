@@ -132,6 +132,7 @@ class Job:
     def _start(self) -> None:
         config, exits = self.config, self._exit
         platform.prepare_platform()
+        platform.check_device()
         _, collectives = limits(config.run.timeout_minutes)
         self.ranks = parallel.initialize(
             config.parallel, seed=config.train.seed, timeout_seconds=collectives

@@ -161,7 +161,8 @@ class _Supervisor:
         self._deadline = math.inf
 
     def run(self) -> int:
-        while any(rank.poll() is None for rank in self._ranks):
+        # All of them, each time: a death that nobody asks for is not noticed.
+        while None in [rank.poll() for rank in self._ranks]:
             self._look_at_ranks()
             self._listen()
             self._forward_signals()
@@ -174,8 +175,9 @@ class _Supervisor:
 
     def _look_at_ranks(self) -> None:
         codes = [rank.returncode for rank in self._ranks]
-        if self._forwarded and -signal.SIGTERM in codes:
-            # Stopped as asked, but so early that it could not say so to the others.
+        if self._received and -signal.SIGTERM in codes:
+            # Stopped as asked (by us, or by Slurm, which signals every process of a step), but so
+            # early that it could not say so to the others.
             self._limit(FAILURE_GRACE_SECONDS)
             codes = [0 if code == -signal.SIGTERM else code for code in codes]
         # We have killed nobody yet: whoever ended by another signal did not choose to.
@@ -303,7 +305,3 @@ def _die_with_parent() -> None:
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-
-
-def _say(text: str) -> None:
-    print(f"tropd: {text}", file=sys.stderr, flush=True)

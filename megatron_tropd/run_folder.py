@@ -4,11 +4,12 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -121,12 +122,16 @@ def open_run(config: Config) -> RunFolder:
         _check_same(json.loads(folder.config.read_text()), config_to_dict(config), folder.root)
     folder.logs.mkdir(parents=True, exist_ok=True)
     folder.failure.unlink(missing_ok=True)
+    # A rank that dies before its first heartbeat must not be described by one of an earlier start.
+    shutil.rmtree(folder.heartbeats, ignore_errors=True)
     write_json(folder.config, config_to_dict(config))
     return folder
 
 
-def wait_until_open(config: Config, seconds: float = 60.0) -> RunFolder:
+def wait_until_open(config: Config, seconds: float = 180.0) -> RunFolder:
     """The run folder, once another process (of another node) has opened it for ``config``.
+
+    A client of NFS may believe for a minute that a file is not there or still the old one.
 
     Raises:
         ConfigError: it did not appear here: the nodes do not share the file system.
@@ -134,7 +139,7 @@ def wait_until_open(config: Config, seconds: float = 60.0) -> RunFolder:
     folder = RunFolder(Path(config.run.dir).resolve())
     # A run that resumes with another layout has the old settings there until it is opened.
     ours, deadline = config_to_dict(config), time.monotonic() + seconds
-    while not (folder.config.exists() and json.loads(folder.config.read_text()) == ours):
+    while _settings_in(folder.config) != ours:
         if time.monotonic() > deadline:
             raise ConfigError(
                 f"{folder.config} was opened by another process and did not appear on "
@@ -143,6 +148,12 @@ def wait_until_open(config: Config, seconds: float = 60.0) -> RunFolder:
             )
         time.sleep(0.1)
     return folder
+
+
+def _settings_in(path: Path) -> Any:
+    with suppress(OSError, ValueError):
+        return json.loads(path.read_text())
+    return None
 
 
 @contextmanager

@@ -51,5 +51,7 @@ serve() {
 
 start_servers() {
     local number
+    # Where servers of an earlier start listened, others may listen now: they must not get our token.
+    rm -f "$run"/servers/server_*.json
     for ((number = 0; number < servers; number++)); do serve "$number" & done
 }

@@ -102,4 +102,7 @@ def _environment(site: Site) -> list[str]:
     lines += site.setup
     if site.venv:
         lines.append(f"export PATH={_quote(Path(site.venv) / 'bin')}:$PATH")
+    if site.gpus_per_node:
+        # A rank that finds none must say so, and not train on the CPU.
+        lines.append(f"export TROPD_GPUS_PER_NODE={site.gpus_per_node}")
     return lines + [f"export {name}={_quote(value)}" for name, value in site.environment.items()]

@@ -34,9 +34,11 @@ def write_checksums(folder: Path, known: dict[str, Checksum]) -> None:
 
     Args:
         folder: of a checkpoint that nobody writes to any more.
-        known: checksums by name; files that are not in it are read here.
+        known: checksums by name; files that are not in it are read here. (A client of NFS may not
+            see yet what other nodes wrote.)
     """
-    names = sorted(p.name for p in folder.iterdir() if p.is_file() and p.name != CHECKSUMS)
+    found = {p.name for p in folder.iterdir() if p.is_file() and p.name != CHECKSUMS}
+    names = sorted(found | known.keys())
     files = {name: asdict(known.get(name) or checksum(folder / name)) for name in names}
     with (folder / CHECKSUMS).open("w") as file:
         json.dump({"algorithm": "sha256", "files": files}, file, indent=1)

@@ -12,13 +12,17 @@ training loop needs more, :func:`prepare_training`.
 import contextlib
 import dataclasses
 import functools
+import os
+import socket
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.utils._device
+
+from megatron_tropd.errors import TrainingError
 
 _CPU = torch.device("cpu")
 _FACTORIES = (
@@ -58,6 +62,23 @@ def device() -> torch.device:
 def distributed_backend() -> str:
     """Name of the collective backend that fits :func:`device`: nccl or gloo."""
     return "nccl" if has_cuda() else "gloo"
+
+
+def check_device(environment: Mapping[str, str] = os.environ) -> None:
+    """Refuse to train on the CPU where the job's site file promises GPUs.
+
+    Raises:
+        TrainingError: torch does not find them; another node's may work.
+    """
+    promised = environment.get("TROPD_GPUS_PER_NODE")
+    if has_cuda() or promised is None:
+        return
+    raise TrainingError(
+        f"{socket.gethostname()} should have {promised} GPUs (gpus_per_node of the site file), and "
+        "torch finds none: the node's driver does not work, or torch is a build without CUDA "
+        "(`tropd doctor`).",
+        kind="device",
+    )
 
 
 def is_prepared() -> bool:

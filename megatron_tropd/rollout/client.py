@@ -128,7 +128,7 @@ def _check_answer(answer: requests.Response) -> None:
         detail = str(answer.json()["detail"])
     except (ValueError, KeyError, TypeError):
         detail = answer.text[:500]
-    if code == 400:
+    if code in (400, 413):
         raise InputError(f"A rollout server refused its unit: {detail}")
     if code == 401:
         raise ServerError(

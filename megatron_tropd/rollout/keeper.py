@@ -140,7 +140,10 @@ class EngineKeeper:
         assert folder is not None
         self.state = "loading"
         with _time_limit(engine, START_SECONDS, "loading weights"):
-            engine.load_weights(folder)
+            try:
+                engine.load_weights(folder)
+            except InputError as error:  # the trainer wrote them, not the user: a hiccup passes
+                raise TrainingError(str(error), kind="disk") from None
         self.weights = name
 
     def _start(self, model: Model) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import torch.distributed as dist
 from torch import Tensor
@@ -13,7 +13,8 @@ from megatron_tropd.rollout.engine import RolloutEngine
 from megatron_tropd.rollout.types import Sample, SampleRequest, Sampling
 from megatron_tropd.rollout.weight_sync import WeightMailbox
 
-T = TypeVar("T")
+_SHARED = (ConfigError, InputError, TrainingError, OSError)
+"""Errors after which a rank can still take part in what follows."""
 
 
 class EnginePool:
@@ -148,12 +149,13 @@ class EnginePool:
             self._mailbox = WeightMailbox()
 
     def _load(self, tensors: Iterable[tuple[str, Tensor | None]]) -> None:
-        if self._engine is None or self._mailbox is None:
-            for _ in tensors:
+        try:
+            if self._engine is not None and self._mailbox is not None:
+                self._engine.load_weights(self._mailbox.write(tensors))
+                self._mailbox.clear()
+        finally:
+            for _ in tensors:  # making them is collective, also where they cannot be written
                 pass
-            return
-        self._engine.load_weights(self._mailbox.write(tensors))
-        self._mailbox.clear()
 
     def _cut(self, requests: Sequence[SampleRequest]) -> list[list[SampleRequest]]:
         return cut_units(requests, len(self.owners))
@@ -195,14 +197,17 @@ def together(action: Callable[[], Any]) -> list[Any]:
 
     Raises:
         The first error, on every rank: as it was raised where it was, elsewhere as ConfigError,
-        InputError, or TrainingError of the same kind.
+        InputError, or TrainingError of the same kind. An error nobody foresaw (CUDA out of memory,
+        a lost connection) is raised on its rank alone, which then has to end.
 
     Collectives: one gather of objects.
     """
     outcome: tuple[Any, Exception | None]
     try:
         outcome = (action(), None)
-    except Exception as error:  # whatever it is, the other ranks must hear of it
+    except _SHARED as error:
+        # Not any other: ``action`` may contain collectives, in which the others would wait for us
+        # while we wait for them below, and the reason would never be told.
         outcome = (None, error)
     outcomes: list[Any] = [None] * dist.get_world_size()
     # As text: not every exception survives pickling.

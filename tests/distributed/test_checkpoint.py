@@ -244,6 +244,18 @@ def _damage_is_found(checkpoints, learner, said: list[str]) -> None:
     assert checkpoints.steps() == [3, 4], "nothing is set aside for nothing"
 
 
+def test_files_that_rank_0_does_not_see_yet_have_checksums(tmp_path):
+    """A client of NFS may list a folder without what other nodes have just written there."""
+    from megatron_tropd.mcore.checksums import Checksum, read_checksums, write_checksums
+
+    (tmp_path / "mine").write_bytes(b"a")
+    elsewhere = Checksum(3, "0" * 64)
+    write_checksums(tmp_path, {"__1_0.distcp": elsewhere})
+    found = read_checksums(tmp_path)
+    assert found is not None and found.keys() == {"mine", "__1_0.distcp"}
+    assert found["__1_0.distcp"] == elsewhere
+
+
 def test_faults_leave_the_older_checkpoints_intact(tmp_path, tiny_model):
     model = tiny_model("llama", tie_word_embeddings=True, num_key_value_heads=4)
     run_with_env(1, _faults, str(model), str(tmp_path / "checkpoints"))

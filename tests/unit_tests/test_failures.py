@@ -28,6 +28,8 @@ class DistBackendError(RuntimeError):
         (ConnectionResetError("reset"), "lost_peer"),
         (RuntimeError("[pair.cc:553] Connection closed by peer [10.0.0.1]"), "lost_peer"),
         (RuntimeError("[unbound_buffer.cc:78] Timed out waiting 1800000ms for recv"), "hung"),
+        (RuntimeError("[pair.cc:559] Application timeout caused pair closure"), "hung"),
+        (RuntimeError("[pair.cc:560] Socket closed [10.0.0.1]:4321"), "lost_peer"),
         (DistBackendError("whatever"), "lost_peer"),
         (RuntimeError("I/O error: No space left on device (os error 28)"), "disk"),
         (RuntimeError("CUDA error: uncorrectable ECC error encountered"), "device"),
@@ -46,7 +48,15 @@ def test_what_a_restart_may_cure():
     }
 
 
-def test_the_first_cause_stays(tmp_path):
+@pytest.mark.parametrize("hard_links", [True, False])
+def test_the_first_cause_stays(tmp_path, monkeypatch, hard_links):
+    """Also on file systems that have no hard links."""
+    if not hard_links:
+
+        def refuse(*_: object) -> None:
+            raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+        monkeypatch.setattr(os, "link", refuse)
     path = tmp_path / "failure.json"
     assert read(path) is None
     symptom = Failure(kind="lost_peer", message="connection closed", rank=0)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_tropd import launch
-from megatron_tropd.cli import main
+from megatron_tropd.cli import _lead_alone, main
 from megatron_tropd.config import (
     Config,
     ModelConfig,
@@ -21,7 +21,7 @@ from megatron_tropd.config import (
     TrainConfig,
 )
 from megatron_tropd.errors import ConfigError
-from megatron_tropd.failures import read
+from megatron_tropd.failures import Failure, read, report
 from megatron_tropd.nodes import Nodes, Peers
 from megatron_tropd.run_folder import RunFolder
 
@@ -86,6 +86,7 @@ def _signal(tmp_path: Path, *numbers: int) -> threading.Thread:
         (("exit 0", "exit 0"), 0),
         (("exit 0", "exit 1"), 1),
         (("exit 75", "sleep 9"), 75),
+        (("sleep 9", "exit 75"), 75),
         (("kill -9 $$", IGNORES), 75),
         (("exit 75", "exit 1"), 1),
     ],
@@ -133,15 +134,39 @@ def test_the_second_interrupt_is_impatient(run, tmp_path):
     thread.join()
 
 
-def test_the_end_of_node_0_is_the_end_of_all(run, folder, tmp_path, monkeypatch):
-    """By its word, and by its death."""
-    config = Config(
+def _config(folder: RunFolder, ranks: int) -> Config:
+    return Config(
         model=ModelConfig(student="s", teacher="t"),
         rollout=RolloutConfig(prompts="p", max_new_tokens=8),
         train=TrainConfig(steps=4),
         run=RunConfig(dir=str(folder.root)),
-        parallel=ParallelConfig(data=4),
+        parallel=ParallelConfig(data=ranks),
     )
+
+
+def test_ranks_that_lose_each_other_when_stopped_leave_no_failure(run, folder, tmp_path):
+    """A job that found one would requeue a run that somebody has stopped."""
+
+    def lose_and_stop() -> None:
+        deadline = time.monotonic() + 10
+        while not (tmp_path / "ready_1").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        report(folder.failure, Failure(kind="lost_peer", message="Connection closed by peer"))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=lose_and_stop)
+    thread.start()
+    run.ranks[:] = ["touch $READY; exec sleep 9", "touch $READY; exec sleep 9"]
+    with Peers(Nodes()) as peers:
+        assert _lead_alone(_config(folder, 2), peers) == 143
+    thread.join()
+    assert not folder.failure.exists()
+
+
+def test_the_end_of_node_0_is_the_end_of_all(run, folder, tmp_path, monkeypatch):
+    """By its word, and by its death."""
+    config = _config(folder, 4)
     monkeypatch.setattr(launch, "wait_until_open", lambda _: folder)
     port = launch._free_port()
     for last, code in ({"end": 1}, 1), (None, 75):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_tropd.config import ParallelConfig
 from megatron_tropd.convert.hf_folder import HFFolder
-from megatron_tropd.errors import ConfigError, InputError
+from megatron_tropd.errors import ConfigError, InputError, TrainingError
 
 FINGERPRINT = """
 import torch
@@ -47,6 +47,16 @@ changed = {k for k, v in fingerprint().items() if before.get(k) != v}
 assert not changed, changed
 """
     )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="its GPU works")
+def test_a_node_whose_gpus_do_not_work_is_not_trained_on() -> None:
+    from megatron_tropd.mcore.platform import check_device
+
+    with pytest.raises(TrainingError, match=r"8 GPUs .*torch finds none") as caught:
+        check_device({"TROPD_GPUS_PER_NODE": "8"})
+    assert caught.value.kind == "device"
+    check_device({})
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the patches are for machines without CUDA")

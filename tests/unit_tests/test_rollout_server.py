@@ -271,6 +271,21 @@ def test_a_server_whose_engine_keeps_dying_ends(
     assert not wire.announcement_path(tmp_path / "servers", 0).exists()
 
 
+def test_weights_that_cannot_be_read_for_a_moment_do_not_end_the_run(
+    start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are the trainer's: no setting or file of the user is wrong, so it is tried again."""
+    hiccups = iter(["is not a readable safetensors file: Stale file handle"])
+
+    def load(_: CountingEngine, folder: Path) -> None:
+        for hiccup in hiccups:
+            raise InputError(f"{folder} {hiccup}")
+
+    monkeypatch.setattr(CountingEngine, "load_weights", load)
+    start(0)
+    assert seeds(Dispatch(units(1), [client(tmp_path)], QUICK).wait()) == [0, 1, 2]
+
+
 def test_an_engine_that_hangs_is_killed_after_the_units_time(start, tmp_path: Path) -> None:
     def hang(engine: CountingEngine) -> None:
         engine.killed.wait(20)

@@ -43,8 +43,10 @@ def test_the_folder_keeps_the_resolved_settings(config):
 def test_the_same_settings_continue_and_an_old_failure_goes(config):
     folder = open_run(config)
     assert report(folder.failure, Failure(kind="engine", message="broken"))
+    folder.heartbeats.mkdir()
     open_run(config)
     assert read(folder.failure) is None
+    assert not folder.heartbeats.exists()
 
 
 def test_other_settings_are_refused_by_name(config):

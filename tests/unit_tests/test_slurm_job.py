@@ -218,6 +218,7 @@ def test_environments(toml):
     options = "'--container-image=/i m.sqsh' --container-mounts=/a:/a,/b:/b --container-workdir="
     assert f" --open-mode=append {options}{Path.cwd()})" in text
     assert "export NCCL_DEBUG='a b'" in text
+    assert "export TROPD_GPUS_PER_NODE=8\n" in text
 
 
 def test_the_config_comes_with_its_overrides(toml):
