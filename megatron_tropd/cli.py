@@ -12,7 +12,7 @@ from megatron_tropd.cluster.cli import add_slurm
 from megatron_tropd.config import Config, config_to_dict, load_config
 from megatron_tropd.conversion import add_to_hf, add_to_megatron
 from megatron_tropd.errors import ConfigError, InputError, TrainingError
-from megatron_tropd.failures import KINDS
+from megatron_tropd.failures import KINDS, kind_of
 from megatron_tropd.nodes import Nodes, Peers, find_nodes
 
 
@@ -46,6 +46,11 @@ def _exit_code(action: Callable[[], int]) -> int:
     except TrainingError as error:
         print(f"tropd: {error}", file=sys.stderr)
         return KINDS[error.kind]
+    except OSError as error:
+        if kind_of(error) != "disk":
+            raise
+        print(f"tropd: {error}. Make room or mend the file system.", file=sys.stderr)
+        return KINDS["disk"]
     except KeyboardInterrupt:
         return exits.stopped_by(signal.SIGINT)
 
