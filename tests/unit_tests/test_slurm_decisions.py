@@ -200,6 +200,14 @@ def test_where_the_count_cannot_be_kept_slurm_counts(job):
     assert job.requeues == 2
 
 
+def test_the_token_goes_to_no_address_of_an_earlier_start(tmp_path):
+    job = Job(tmp_path, "rollout.placement=separate")
+    (job.run / "servers").mkdir()
+    (job.run / "servers" / "server_000.json").write_text("{}")
+    code, _ = job.finish("[ -e $RUN/servers/server_000.json ] || touch $RUN/summary.json; exit 1")
+    assert code == 0
+
+
 def test_submitting_again_forgets_the_count(job):
     for _ in range(5):
         job.finish("exit 75", restart=0)
@@ -277,14 +285,6 @@ def test_servers_have_nodes_and_gpus_of_their_own(tmp_path):
         assert f" env CUDA_VISIBLE_DEVICES={gpus} tropd serve " in call
         assert call.endswith(f" --number {number} --host 10.0.0.{node}")
     assert "CUDA_VISIBLE_DEVICES" not in job.calls("train")[0]
-
-
-def test_the_token_goes_to_no_address_of_an_earlier_start(tmp_path):
-    job = Job(tmp_path, "rollout.placement=separate")
-    (job.run / "servers").mkdir()
-    (job.run / "servers" / "server_000.json").write_text("{}")
-    code, _ = job.finish("[ -e $RUN/servers/server_000.json ] || touch $RUN/summary.json; exit 1")
-    assert code == 0
 
 
 def test_a_dead_server_is_started_again_and_an_unusable_one_is_not(tmp_path):
