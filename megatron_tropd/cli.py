@@ -14,7 +14,7 @@ from megatron_tropd.cluster.cli import add_slurm
 from megatron_tropd.config import Config, config_to_dict, load_config
 from megatron_tropd.conversion import add_to_hf, add_to_megatron
 from megatron_tropd.errors import ConfigError, InputError, TrainingError
-from megatron_tropd.failures import KINDS, Failure, report
+from megatron_tropd.failures import KINDS, Failure, kind_of, report
 from megatron_tropd.nodes import NodeLost, Nodes, Peers, find_nodes
 from megatron_tropd.run_folder import RunFolder
 
@@ -49,6 +49,11 @@ def _exit_code(action: Callable[[], int]) -> int:
     except TrainingError as error:
         print(f"tropd: {error}", file=sys.stderr)
         return KINDS[error.kind]
+    except OSError as error:
+        if kind_of(error) != "disk":
+            raise
+        print(f"tropd: {error}. Make room or mend the file system.", file=sys.stderr)
+        return KINDS["disk"]
     except KeyboardInterrupt:
         return exits.stopped_by(signal.SIGINT)
 

@@ -45,7 +45,7 @@ _TEXTS = {
     ),
     "lost_peer": (
         *("Connection closed by peer", "Connection reset by peer", "Broken pipe"),
-        *("Connection refused", "Socket closed", "connectFullMesh"),
+        *("Connection refused", "Socket closed", "connectFullMesh", "gloo/transport/"),
         *("NCCL error", "remote process exited"),
     ),
     "device": ("CUDA error", "uncorrectable ECC"),

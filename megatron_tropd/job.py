@@ -458,7 +458,7 @@ class Job:
         """Begin a checkpoint of the steps done so far; ``wait``: until it is complete."""
         with self.clock("checkpoint"):
             extra = {"step": self.step, "seconds": self.elapsed()}
-            files = self.rollouts.pending_files()
+            files = self.rollouts.pending_files(is_main=self.is_main)
             self.checkpoints.save(self.student, step=self.step, extra=extra, files=files)
             if wait:
                 self.checkpoints.wait()

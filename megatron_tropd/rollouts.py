@@ -49,13 +49,16 @@ class Rollouts:
         made, self._made = self._made, []
         return made
 
-    def pending_files(self) -> dict[str, bytes]:
+    def pending_files(self, *, is_main: bool) -> dict[str, bytes]:
         """What a checkpoint needs so that a resumed run trains on the same samples.
 
-        Waits for samples that were asked for; they stay pending.
+        Waits for samples that were asked for; they stay pending. Only the rank that writes
+        (``is_main``) gets the text: it is long.
         """
         self._wait()
-        return {PENDING_FILE: dump_trajectories(self._made)} if self._made else {}
+        if not (is_main and self._made):
+            return {}
+        return {PENDING_FILE: dump_trajectories(self._made)}
 
     def restore(self, checkpoint: Path) -> None:
         """Take up what was pending when ``checkpoint`` was written."""

@@ -8,6 +8,7 @@ any TP x PP x DP x EP.
 """
 
 import contextlib
+import errno
 import os
 import re
 import shutil
@@ -358,6 +359,10 @@ def _fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems cannot do this to a folder; they write it through.
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
     finally:
         os.close(descriptor)
 

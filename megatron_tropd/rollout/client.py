@@ -53,12 +53,16 @@ class ServerClient:
         Raises:
             ServerError: it is not there or refuses us; says why.
         """
-        status = self._ask("GET", "/status").json()
-        if status["settings"] != self._known.settings:
+        answer = self._ask("GET", "/status")
+        try:
+            settings, state = (answer.json()[name] for name in ("settings", "state"))
+        except (ValueError, KeyError, TypeError):
+            raise ServerError(_alien(answer)) from None
+        if settings != self._known.settings:
             raise ServerError(
                 "was started with other settings of the models or the rollout than this run"
             )
-        return str(status["state"])
+        return str(state)
 
     def generate(self, unit: wire.Unit, *, wanted: Callable[[], bool]) -> wire.UnitSamples:
         """Have a unit made.
@@ -124,10 +128,13 @@ def _check_answer(answer: requests.Response) -> None:
     code = answer.status_code
     if code in (200, 202):
         return
+    if code == 500 and not answer.headers.get("content-type", "").startswith("application/json"):
+        raise UnitError(f"answered 500: {answer.text[:500]}")
     try:
         detail = str(answer.json()["detail"])
     except (ValueError, KeyError, TypeError):
-        detail = answer.text[:500]
+        # Somebody else's port by now: its 400 says nothing about our unit.
+        raise ServerError(_alien(answer)) from None
     if code in (400, 413):
         raise InputError(f"A rollout server refused its unit: {detail}")
     if code == 401:
@@ -135,6 +142,10 @@ def _check_answer(answer: requests.Response) -> None:
             f"does not accept the token: {wire.TOKEN_VARIABLE} differs between server and trainer"
         )
     raise (UnitError if code == 500 else ServerError)(f"answered {code}: {detail}")
+
+
+def _alien(answer: requests.Response) -> str:
+    return f"answered {answer.status_code} like no rollout server: {answer.text[:100]!r}"
 
 
 def _checked(body: bytes, unit: wire.Unit) -> wire.UnitSamples:

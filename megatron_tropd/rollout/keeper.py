@@ -53,6 +53,7 @@ class EngineKeeper:
         self.restarts = 0
         """Starts of an engine after a death."""
         self.last_error = ""
+        self._closed = False
 
     @property
     def engine_pid(self) -> int | None:
@@ -68,6 +69,8 @@ class EngineKeeper:
             TrainingError: the engine died :data:`MOST_FAILURES` times.
         """
         while "student" not in self._engines:
+            if self._closed:  # that is why the engine died
+                raise TrainingError("The server ends.", kind="engine")
             if self.failures:
                 self._wait(self._first_pause * 2 ** (self.failures - 1))
                 self.restarts += 1
@@ -106,7 +109,8 @@ class EngineKeeper:
         return samples
 
     def close(self) -> None:
-        """End the engines; from any thread."""
+        """End the engines for good; from any thread."""
+        self._closed = True
         for engine in list(self._engines.values()):
             engine.kill()
             engine.close()

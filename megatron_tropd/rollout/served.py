@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Self
 
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tropd.rollout.client import ClientSettings, ServerClient
@@ -78,7 +79,7 @@ class ServerPool:
             TrainingError: engines died over one unit again and again.
             InputError: a request does not fit the model.
 
-        Collectives: one gather of the samples as objects.
+        Collectives: one gather of the outcome, one broadcast of the samples as objects.
         """
         return self._collect(lambda: self._after_pending(requests, sampling))
 
@@ -151,11 +152,16 @@ class ServerPool:
         return Dispatch(units, clients, self._patience, self._stopping)
 
     def _collect(self, dispatch: Callable[[], Dispatch | None]) -> list[Sample]:
-        def mine() -> list[Sample]:
-            made = dispatch() if self.owns_engine else None
-            return merge_units([unit.samples for unit in made.wait()]) if made else []
+        made: list[list[Sample]] = [[]]
 
-        return together(mine)[0]
+        def mine() -> None:
+            if self.owns_engine and (asked := dispatch()) is not None:
+                made[0] = merge_units([unit.samples for unit in asked.wait()])
+
+        together(mine)
+        # Not through the gather: that takes room for everybody's share, as large as the largest.
+        dist.broadcast_object_list(made, src=0)
+        return made[0]
 
     def _write(self, name: WeightsName, tensors: Iterable[tuple[str, Tensor | None]]) -> None:
         if not self.owns_engine:

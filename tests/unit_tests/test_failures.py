@@ -7,6 +7,7 @@ import os
 import pytest
 
 from megatron_tropd import exits
+from megatron_tropd.cli import _exit_code
 from megatron_tropd.errors import ConfigError, InputError, TrainingError
 from megatron_tropd.failures import KINDS, Failure, kind_of, read, report
 
@@ -30,6 +31,7 @@ class DistBackendError(RuntimeError):
         (RuntimeError("[unbound_buffer.cc:78] Timed out waiting 1800000ms for recv"), "hung"),
         (RuntimeError("[pair.cc:559] Application timeout caused pair closure"), "hung"),
         (RuntimeError("[pair.cc:560] Socket closed [10.0.0.1]:4321"), "lost_peer"),
+        (RuntimeError("[third_party/gloo/gloo/transport/tcp/pair.cc:1] who knows"), "lost_peer"),
         (DistBackendError("whatever"), "lost_peer"),
         (RuntimeError("I/O error: No space left on device (os error 28)"), "disk"),
         (RuntimeError("CUDA error: uncorrectable ECC error encountered"), "device"),
@@ -71,6 +73,16 @@ def test_the_first_cause_stays(tmp_path, monkeypatch, hard_links):
         assert report(path, later)
         assert read(path) == cause
     assert [p.name for p in tmp_path.iterdir()] == ["failure.json"]
+
+
+def test_a_command_that_cannot_write_says_so_and_may_be_repeated(capsys):
+    def fail(number: int) -> int:
+        raise OSError(number, os.strerror(number), "run/config.json")
+
+    assert _exit_code(lambda: fail(errno.EROFS)) == 75
+    assert "Read-only file system: 'run/config.json'" in capsys.readouterr().err
+    with pytest.raises(FileNotFoundError):
+        _exit_code(lambda: fail(errno.ENOENT))
 
 
 def test_a_job_script_can_read_the_exit_code_with_sed(tmp_path):

@@ -8,6 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -369,6 +370,44 @@ def test_a_wrong_token_is_said(start, tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv(wire.TOKEN_VARIABLE, "another job's")
     with pytest.raises(ServersLost, match="does not accept the token: TROPD_SERVER_TOKEN"):
         Dispatch(units(1), [client(tmp_path, folder=tmp_path / "elsewhere")], QUICK).wait()
+
+
+@pytest.mark.parametrize("code", [200, 400])
+def test_whoever_else_listens_there_now_is_no_server(start, tmp_path: Path, code: int) -> None:
+    """An address of an earlier start: neither its answers nor its refusals end the run."""
+
+    class Alien(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(code)
+            self.end_headers()
+            self.wfile.write(b"<html>")
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Alien) as alien:
+        threading.Thread(target=alien.serve_forever, daemon=True).start()
+        there = wire.Announcement(0, "127.0.0.1", alien.server_port, 1, "same", "token")
+        wire.announce(tmp_path / "servers", there)
+        with pytest.raises(ServersLost, match=f"answered {code} like no rollout server: '<html>'"):
+            Dispatch(units(1), [client(tmp_path)], QUICK).wait()
+        start(1)
+        clients = [client(tmp_path, number) for number in range(2)]
+        assert seeds(Dispatch(units(1), clients, QUICK).wait()) == [0, 1, 2]
+        alien.shutdown()
+
+
+def test_a_server_that_ends_starts_no_engine_any_more(start) -> None:
+    running = start(0)
+    keeper = running.server._keeper
+    while keeper.state != "ready":
+        time.sleep(0.01)
+    [engine] = running.engines
+    running.stop()
+    assert engine.killed.is_set() and "student" not in keeper._engines
+    with pytest.raises(TrainingError, match="server ends"):
+        keeper.start()
+    assert running.engines == [engine]
 
 
 def test_a_second_server_of_the_same_number_takes_over(start, tmp_path: Path) -> None:

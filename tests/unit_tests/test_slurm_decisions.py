@@ -201,6 +201,14 @@ def test_where_the_count_cannot_be_kept_slurm_counts(job):
     assert job.requeues == 2
 
 
+def test_the_token_goes_to_no_address_of_an_earlier_start(tmp_path):
+    job = Job(tmp_path, "rollout.placement=separate")
+    (job.run / "servers").mkdir()
+    (job.run / "servers" / "server_000.json").write_text("{}")
+    code, _ = job.finish("[ -e $RUN/servers/server_000.json ] || touch $RUN/summary.json; exit 1")
+    assert code == 0
+
+
 def test_submitting_again_forgets_the_count(job):
     for _ in range(5):
         job.finish("exit 75", restart=0)
@@ -315,14 +323,6 @@ def test_a_server_listens_on_the_address_that_the_trainer_knows(tmp_path, known,
     (call,) = job.calls("serve")
     assert call.endswith(f"--host {host}")
     assert job.calls("train")[0].startswith("node1 ")
-
-
-def test_the_token_goes_to_no_address_of_an_earlier_start(tmp_path):
-    job = Job(tmp_path, "rollout.placement=separate")
-    (job.run / "servers").mkdir()
-    (job.run / "servers" / "server_000.json").write_text("{}")
-    code, _ = job.finish("[ -e $RUN/servers/server_000.json ] || touch $RUN/summary.json; exit 1")
-    assert code == 0
 
 
 def test_a_dead_server_is_started_again_and_an_unusable_one_is_not(tmp_path):
