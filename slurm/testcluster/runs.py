@@ -301,7 +301,8 @@ class SlurmRun(_Run):
                 heal()
             if stopped or not restart:
                 low = min(low, step)
-                if step > top:
+                # A run that met it at its last step has nothing to go beyond.
+                if step > top or (stopped and about["JobState"] == "COMPLETED"):
                     break
             else:
                 top = low = max(top, step)

@@ -16,7 +16,7 @@ from slurm.testcluster.runs import ARITHMETIC, LocalRun, SlurmRun, assert_same_r
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("whole_suite")]
 
 TENSOR_INSIDE = ("parallel.tensor=2", "parallel.data=2", "rollout.num_engines=2", "train.steps=8")
-SERVED = ("parallel.tensor=2", "rollout.num_engines=2", "train.steps=16")
+SERVED = ("parallel.tensor=2", "rollout.num_engines=2", "train.steps=24")
 
 
 def test_tensor_parallel_inside_nodes_data_parallel_across(cluster, tmp_path):
