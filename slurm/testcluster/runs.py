@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import tomllib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ class Recovery:
     """What ``failure.json`` said in between; empty: nothing."""
 
 
-class _Run:
+class _Run(ABC):
     """A run folder and whoever works on it."""
 
     def __init__(self, folder: Path, *overrides: str) -> None:
@@ -134,13 +135,13 @@ class _Run:
                 found.append(pid)
         return sorted(found)
 
+    @abstractmethod
     def all_processes(self, node: str | None = None) -> list[int]:
         """Every living process of the run."""
-        raise NotImplementedError
 
+    @abstractmethod
     def is_over(self) -> bool:
         """Whether nobody works on the run any more."""
-        raise NotImplementedError
 
     def story(self) -> str:
         """Everything that helps to understand a failed test."""
