@@ -77,7 +77,7 @@ class _Run(ABC):
             overrides: ``section.key=value`` beside :data:`SMALL`.
         """
         self.folder = folder
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         self.config = write_small_config(folder / "small.toml")
         self.overrides = (*overrides, f"run.dir={folder}")
 
