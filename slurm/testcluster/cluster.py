@@ -87,8 +87,9 @@ SlurmdDebug=verbose
 KillWait=30
 GresTypes=gpu
 {nodes}
-PartitionName=main Nodes={names} Default=YES MaxTime=INFINITE State=UP PreemptMode=OFF PriorityTier=2
-PartitionName=low Nodes={names} MaxTime=INFINITE State=UP PriorityTier=1 GraceTime={grace}
+PartitionName=DEFAULT Nodes={names} MaxTime=INFINITE State=UP
+PartitionName=main Default=YES PriorityTier=2 PreemptMode=OFF
+PartitionName=low PriorityTier=1 GraceTime={grace}
 """
 
 
