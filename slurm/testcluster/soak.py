@@ -40,7 +40,7 @@ from slurm.testcluster.runs import (
 
 LAYOUT = (
     *("parallel.tensor=1", "parallel.pipeline=2", "rollout.num_engines=2"),
-    "run.timeout_minutes=0.75",
+    "run.timeout_minutes=1",
 )
 DISK_MEGABYTES = 48
 REASONS: dict[str, tuple[str | None, ...]] = {
