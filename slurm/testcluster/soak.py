@@ -39,8 +39,8 @@ from slurm.testcluster.runs import (
 )
 
 LAYOUT = (
-    *("parallel.tensor=1", "parallel.pipeline=2", "rollout.num_engines=2"),
-    "run.timeout_minutes=1",
+    *("parallel.tensor=1", "parallel.pipeline=2", "rollout.num_engines=1"),
+    *("rollout.max_new_tokens=16", "run.timeout_minutes=1.5"),
 )
 DISK_MEGABYTES = 48
 REASONS: dict[str, tuple[str | None, ...]] = {
@@ -111,7 +111,7 @@ def soak(options: argparse.Namespace, root: Path) -> tuple[Path, list[tuple[int,
     Returns:
         Its folder, and (step, fault, what it cost) in order.
     """
-    draw, recoveries = random.Random(options.seed), []
+    draw, recoveries, faults = random.Random(options.seed), [], list[str]()
     with ExitStack() as exits:
         overrides, is_root = (*LAYOUT, f"train.steps={options.steps}"), os.geteuid() == 0
         if is_root:
@@ -128,7 +128,9 @@ def soak(options: argparse.Namespace, root: Path) -> tuple[Path, list[tuple[int,
             run.start()
         for begin in range(0, options.steps - options.every, options.every):
             step = begin + draw.randint(2, options.every)
-            name = draw.choice(fault_names(on_slurm=options.slurm, is_root=is_root))
+            # Each once before any comes again.
+            faults = faults or fault_names(on_slurm=options.slurm, is_root=is_root)
+            name = faults.pop(draw.randrange(len(faults)))
             run.reach(step)
             break_it, heal = make_fault(name, run, draw)
             recovery = run.recover(break_it, heal=heal)

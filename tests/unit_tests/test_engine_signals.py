@@ -23,6 +23,7 @@ for method in ("fork", "spawn"):
         ours, theirs = context.Pipe()
         process = context.Process(target=work, args=(theirs,), daemon=True)
         process.start()
+        theirs.close()
         assert ours.recv() == "ready"
         for number in STOP_SIGNALS:
             os.kill(process.pid, number)
