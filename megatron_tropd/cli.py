@@ -157,6 +157,7 @@ def _distill_as_launcher(config: Config, nodes: Nodes) -> int:
     with _noting_lost_nodes(config), Peers(nodes) as peers:
         code = _exit_code(share)
         peers.end(code)
+        peers.let_node_0_end()
         return code
 
 

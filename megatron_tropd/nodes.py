@@ -25,6 +25,8 @@ MEET_SECONDS = 300.0
 """How long launchers wait for each other before the first rank starts: containers load slowly."""
 SILENT_SECONDS = 30
 """After this long without an answer from its machine, a node counts as dead."""
+LAST_SECONDS = 90.0
+"""How long the other launchers wait for node 0, which says why the run ended, to end first."""
 _HELLO_SECONDS = 10.0
 _LONGEST_MESSAGE = 65536
 
@@ -112,6 +114,7 @@ class Peers:
         self._inbox: queue.Queue[tuple[int, Message | None]] = queue.Queue()
         self._sockets: dict[int, socket.socket] = {}
         self._names: dict[int, str] = {0: nodes.address}
+        self._hung_up = threading.Event()
         self._lock = threading.Lock()
         self._server: socket.socket | None = None
         if nodes.count > 1:
@@ -176,6 +179,11 @@ class Peers:
         with contextlib.suppress(NodeLost):
             self.gather(SILENT_SECONDS)
         self.send({"end": code})
+
+    def let_node_0_end(self) -> None:
+        """Any other node: wait until node 0 hangs up. A bad exit code makes srun kill all tasks."""
+        if self.nodes.rank:
+            self._hung_up.wait(LAST_SECONDS)
 
     def send(self, message: Message) -> None:
         """Say something to node 0, or as node 0 to everybody; whoever is gone misses it."""
@@ -256,6 +264,7 @@ class Peers:
     def _listen_to(self, node: int, file: Any) -> None:
         while (message := _read(file)) is not None:
             self._inbox.put((node, message))
+        self._hung_up.set()
         self._inbox.put((node, None))
 
 

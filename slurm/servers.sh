@@ -22,9 +22,13 @@ resolved() {
     esac
 }
 
-# One server, started again whenever it dies: its requests go to the others meanwhile.
+# How often in a row a server may end soon after its start (seconds); pauses between starts double.
+most_ends=8 soon=600 first_pause=5 longest_pause=300
+
+# One server, started again whenever it dies: its requests go to the others meanwhile. Without any
+# the training ends, and the job decides.
 serve() {
-    local number=$1 node place first host code gpus=()
+    local number=$1 place node first host code began ends=0 pause=$first_pause gpus=()
     place=$((number % servers_per_node))
     node=${nodes[training_nodes + number / servers_per_node]}
     trap '' USR1 # the servers are needed until the run has saved
@@ -36,6 +40,7 @@ serve() {
     fi
     host=$(resolved "$(address "$node")")
     while :; do
+        began=$SECONDS
         "${step[@]}" --overlap --nodes=1 --ntasks=1 --nodelist="$node" \
             --output="$logs/job_%j_server_$number.log" \
             ${gpus[@]+"${gpus[@]}"} "${tropd[@]}" serve "${config[@]}" --number "$number" --host "$host"
@@ -43,10 +48,15 @@ serve() {
         case $code in
             0) return ;;
             2) say "server $number cannot start: $run/logs says why" && return ;;
-            *) say "server $number on $node ended with code $code and is started again" ;;
         esac
-        sleep 5
+        ((SECONDS - began < soon)) || ends=0 pause=$first_pause
+        ((++ends < most_ends)) || break
+        say "server $number on $node ended with code $code and is started again"
+        sleep "$pause"
+        pause=$((2 * pause < longest_pause ? 2 * pause : longest_pause))
     done
+    say "server $number is given up: it ended $ends times, each within $soon s of its start, last" \
+        "with code $code; $run/logs/job_${SLURM_JOB_ID}_server_$number.log says why"
 }
 
 start_servers() {

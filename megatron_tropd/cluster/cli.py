@@ -45,6 +45,8 @@ def _slurm(arguments: argparse.Namespace) -> int:
         return 0
     run = Path(config.run.dir).resolve()
     job = run / "job.sbatch"
+    if arguments.submit:
+        _check_queue(job)
     try:
         (run / "logs").mkdir(parents=True, exist_ok=True)  # Slurm opens its log there
         job.write_text(text)
@@ -64,6 +66,21 @@ def _describe(layout: Layout) -> str:
     if layout.servers:
         text += f"; server nodes: {layout.server_nodes}, {layout.servers} servers"
     return text
+
+
+def _check_queue(job: Path) -> None:
+    """Refuse a second job of a run: it would wait, start, and find the first one at work."""
+    if shutil.which("squeue") is None:
+        return
+    command = ["squeue", "--me", "--noheader", "--states=PENDING,RUNNING", "--format=%A %T %o"]
+    lines = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+    for line in lines:
+        number, state, path = (*line.split(maxsplit=2), "", "")[:3]
+        if path.strip() == str(job):
+            raise ConfigError(
+                f"Job {number} of this run is {state} already and goes on by itself until the run "
+                f"is complete. To give it other settings: scancel {number}, then submit again."
+            )
 
 
 def _submit(job: Path) -> int:

@@ -40,7 +40,7 @@ def render_job(
         "MAX_RESTARTS": str(site.max_restarts),
         "TROPD": _quote(Path(site.venv) / "bin" / "tropd" if site.venv else "tropd"),
         "CONFIG": " ".join(_quote(w) for w in (path.resolve(), *words, f"run.dir={run}")),
-        "CONTAINER": "".join(f" {_quote(option)}" for option in _container(site)),
+        "STEP_OPTIONS": "".join(f" {_quote(o)}" for o in (*_container(site), *site.srun_options)),
         "ENVIRONMENT": "\n".join(_environment(site)),
         "NUM_SERVERS": str(layout.servers),
         "SERVERS_PER_NODE": str(layout.servers_per_node),
@@ -89,11 +89,13 @@ def _directives(site: Site, layout: Layout, run: Path) -> str:
 def _container(site: Site) -> list[str]:
     if site.container is None:
         return []
-    mounts = ",".join(site.container.mounts)
+    mounts, names = ",".join(site.container.mounts), ",".join(site.environment)
     return [
         f"--container-image={site.container.image}",
         *([f"--container-mounts={mounts}"] if mounts else []),
         f"--container-workdir={Path.cwd()}",
+        # Without it the image's own values of these variables would win.
+        *([f"--container-env={names}"] if names else []),
     ]
 
 

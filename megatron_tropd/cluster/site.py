@@ -8,7 +8,8 @@ from pathlib import Path
 from megatron_tropd.config import settings_from_table
 from megatron_tropd.errors import ConfigError
 
-_OURS = re.compile(r"--(array|nodes|ntasks)\b|-[aNn]")
+_PLACES = re.compile(r"--(array|nodes|ntasks)\b|-[aNn]")
+_OURS_OF_SRUN = re.compile(r"--(container-(image|mounts|workdir|env)|output|open-mode|export)\b")
 _SECRET = re.compile("(^|_)(TOKEN|SECRET|PASSWORD|API_KEY)(_|$)", re.IGNORECASE)
 
 
@@ -24,7 +25,7 @@ class Container:
     image: str
     """Path of a squashfs file, or a registry's name. ``tropd`` is on its PATH."""
     mounts: tuple[str, ...] = ()
-    """SOURCE:TARGET[:FLAGS]; config, models, prompts, run folder and the folder that the job is
+    """SOURCE[:TARGET[:FLAGS]]; config, models, prompts, run folder and the folder that the job is
     submitted from must be seen in it, under the same paths."""
 
 
@@ -56,6 +57,8 @@ class Site:
     """Features the nodes must have."""
     options: tuple[str, ...] = ()
     """Further options of sbatch, as on its command line, without numbers of nodes and tasks."""
+    srun_options: tuple[str, ...] = ()
+    """Further options of srun for every step: --mpi=none, pyxis' --no-container-mount-home ..."""
     warning_seconds: int = 600
     """The run is told to save so long before its time is up: one step, with its evaluation and
     checkpoint if they are due, must fit."""
@@ -91,11 +94,19 @@ class Site:
             self.venv is None or self.venv.startswith("/"),
             f"venv must be an absolute path, without ~ and the same on every node: {self.venv!r}.",
         )
-        for option in self.options:
+        for key, command in (("options", "sbatch"), ("srun_options", "srun")):
+            for option in getattr(self, key):
+                _require(
+                    option.startswith("-") and not _PLACES.match(option),
+                    f"{key}: {option!r} must be an option of {command} that places nothing: "
+                    "nodes and tasks follow from the config, and one run is one job, no array. "
+                    "Remove it.",
+                )
+        for option in self.srun_options:
             _require(
-                option.startswith("-") and not _OURS.match(option),
-                f"options: {option!r} must be an option of sbatch that places nothing: nodes and "
-                "tasks follow from the config, and one run is one job, no array. Remove it.",
+                not _OURS_OF_SRUN.match(option),
+                f"srun_options: {option!r} is written by tropd slurm itself, from [container], "
+                "[environment] and the run. Remove it.",
             )
         _require(self.max_restarts >= 0, "max_restarts must be at least 0.")
         limit = _seconds(self.time)

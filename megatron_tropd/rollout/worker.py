@@ -7,6 +7,7 @@ closes or its parent is gone.
 """
 
 import logging
+import multiprocessing.resource_tracker
 import os
 import signal
 import sys
@@ -160,6 +161,8 @@ def _forget_packed_experts(model: Any) -> None:
 
 def _serve(connection: Connection) -> None:
     _, settings = connection.recv()
+    if settings.tensor_parallel > 1:
+        shield_children()
     llm = build_llm(settings)
     connection.send(("ok", None))
     commands: dict[str, Callable[..., Any]] = {
@@ -171,6 +174,17 @@ def _serve(connection: Connection) -> None:
     while True:
         command, *arguments = connection.recv()
         connection.send(("ok", commands[command](*arguments)))
+
+
+def shield_children() -> None:
+    """Keep a job's signals from processes that this one starts and that set handlers of their own.
+
+    So do vLLM's workers of a tensor-parallel engine, and SIGTERM would end them before the run has
+    saved. A mask is inherited, and no handler lifts it. They end when this process does.
+    """
+    # Started later, it would lift the mask (CPython 3.12).
+    multiprocessing.resource_tracker.ensure_running()
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
 
 def _watch_parent(parent_pid: int) -> None:

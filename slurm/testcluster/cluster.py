@@ -41,6 +41,8 @@ DOWN_AFTER_SECONDS = 10
 """A node whose slurmd is silent for so long is down, and its jobs are requeued."""
 REQUEUE_SECONDS = 5
 """A requeued job starts no earlier than this (Slurm: 120)."""
+GRACE_SECONDS = 30
+"""So long a job of partition ``low`` may go on when one of ``main`` wants its nodes."""
 PATIENCE_SECONDS = 60.0
 
 # MessageTimeout: a message that a busy machine answers too late is sent again a minute later, and
@@ -73,6 +75,8 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 ReturnToService=2
 JobRequeue=1
 SlurmdTimeout={down_after}
@@ -83,7 +87,9 @@ SlurmdDebug=verbose
 KillWait=30
 GresTypes=gpu
 {nodes}
-PartitionName=main Nodes={names} Default=YES MaxTime=INFINITE State=UP
+PartitionName=DEFAULT Nodes={names} MaxTime=INFINITE State=UP
+PartitionName=main Default=YES PriorityTier=2 PreemptMode=OFF
+PartitionName=low PriorityTier=1 GraceTime={grace}
 """
 
 
@@ -285,6 +291,7 @@ class Cluster:
             names=",".join(NODES),
             down_after=DOWN_AFTER_SECONDS,
             requeue=REQUEUE_SECONDS,
+            grace=GRACE_SECONDS,
         )
         # Last and at once: the folder counts as prepared from here on.
         temporary = self.config.with_suffix(".tmp")

@@ -77,7 +77,7 @@ class _Run(ABC):
             overrides: ``section.key=value`` beside :data:`SMALL`.
         """
         self.folder = folder
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         self.config = write_small_config(folder / "small.toml")
         self.overrides = (*overrides, f"run.dir={folder}")
 
@@ -157,11 +157,11 @@ class LocalRun(_Run):
 
     _process: subprocess.Popen | None = None
 
-    def start(self) -> None:
-        """Start the command in the background."""
+    def start(self, *, niceness: int = 0) -> None:
+        """Start the command; with a niceness of 19 it takes what others leave of the machine."""
         with (self.folder / "command.log").open("ab") as log:
             self._process = subprocess.Popen(
-                [*TROPD, "distill", str(self.config), *self.overrides],
+                ["nice", f"-n{niceness}", *TROPD, "distill", str(self.config), *self.overrides],
                 stdout=log,
                 stderr=log,
                 cwd=REPOSITORY,

@@ -4,8 +4,9 @@
 
 Does the small arithmetic run twice: once in peace, once with faults, started again after each
 (``--slurm``: as a job of the test cluster, which starts again by itself). Fails unless metrics and
-trained student agree bit for bit. Faults, steps and victims are drawn from the seed. ``--write``:
-the result goes to ``benchmarks/results/soak-<hardware>.json``.
+trained student agree bit for bit, every stop had the reason it should have, and nothing stopped
+without a fault. Faults, steps and victims are drawn from the seed. ``--write``: the result goes to
+``benchmarks/results/soak-<hardware>.json``. Ctrl-C and SIGTERM end the runs and leave nothing.
 """
 
 import argparse
@@ -38,10 +39,22 @@ from slurm.testcluster.runs import (
 )
 
 LAYOUT = (
-    *("parallel.tensor=1", "parallel.pipeline=2", "rollout.num_engines=2"),
-    "run.timeout_minutes=0.5",
+    *("parallel.tensor=1", "parallel.pipeline=2", "rollout.num_engines=1"),
+    *("rollout.max_new_tokens=16", "run.timeout_minutes=1.5"),
 )
 DISK_MEGABYTES = 48
+REASONS: dict[str, tuple[str | None, ...]] = {
+    "rank killed": ("killed",),
+    # Alone, a launcher takes the ranks along and nobody is left to write.
+    "launcher killed": (None, "killed", "lost_peer"),
+    "engine killed": ("engine",),
+    "asked to stop": (None,),
+    "rank stopped": ("hung",),
+    "disk full": ("disk",),
+    "disk read-only": ("disk",),
+    "slurmd killed": (None, "killed", "lost_peer"),
+}
+"""Faults, and what ``failure.json`` may call them; None: no file."""
 
 Fault = tuple[Callable[[], None], Callable[[], None]]
 """What happens, and how it is undone before the next start."""
@@ -63,13 +76,19 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     if options.slurm and (reason := missing()):
         sys.exit(f"soak: {reason}")
+    # As an exception it passes through everything that has to be cleared up.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="tropd-soak-") as name:
         peace = LocalRun(Path(name) / "peace", *LAYOUT, f"train.steps={options.steps}")
-        peace.complete()
+        with ExitStack() as exits:
+            exits.callback(peace.kill)
+            peace.complete()
         seconds_in_peace = time.monotonic() - started
         folder, recoveries = soak(options, Path(name))
         assert_same_run(folder, peace.folder)
+    wrong = [r for _, fault, r in recoveries if r.failure.get("kind") not in REASONS[fault]]
+    assert not wrong, f"other reasons than those faults have: {wrong}"
     seconds = time.monotonic() - started - seconds_in_peace
     result = describe(options, recoveries, seconds_in_peace, seconds)
     print(json.dumps(result, indent=2))
@@ -92,9 +111,12 @@ def soak(options: argparse.Namespace, root: Path) -> tuple[Path, list[tuple[int,
     Returns:
         Its folder, and (step, fault, what it cost) in order.
     """
-    draw, recoveries = random.Random(options.seed), []
+    draw, recoveries, faults = random.Random(options.seed), [], list[str]()
     with ExitStack() as exits:
-        overrides = (*LAYOUT, f"train.steps={options.steps}")
+        overrides, is_root = (*LAYOUT, f"train.steps={options.steps}"), os.geteuid() == 0
+        if is_root:
+            disk = root / "run" / "checkpoints"
+            exits.enter_context(small_file_system(disk, DISK_MEGABYTES))
         run: LocalRun | SlurmRun
         if options.slurm:
             cluster = exits.enter_context(Cluster(root / "slurm"))
@@ -104,12 +126,11 @@ def soak(options: argparse.Namespace, root: Path) -> tuple[Path, list[tuple[int,
             run = LocalRun(root / "run", *overrides)
             exits.callback(run.kill)
             run.start()
-        is_root = os.geteuid() == 0
-        if is_root:
-            exits.enter_context(small_file_system(run.folder / "checkpoints", DISK_MEGABYTES))
         for begin in range(0, options.steps - options.every, options.every):
             step = begin + draw.randint(2, options.every)
-            name = draw.choice(fault_names(options.slurm, is_root))
+            # Each once before any comes again.
+            faults = faults or fault_names(on_slurm=options.slurm, is_root=is_root)
+            name = faults.pop(draw.randrange(len(faults)))
             run.reach(step)
             break_it, heal = make_fault(name, run, draw)
             recovery = run.recover(break_it, heal=heal)
@@ -117,16 +138,17 @@ def soak(options: argparse.Namespace, root: Path) -> tuple[Path, list[tuple[int,
             print(f"step {step}: {name}: {recovery}", flush=True)
         run.wait_for((run.folder / "summary.json").exists, "summary")
         run.wait_for(run.is_over, "end", may_end=True)
+        if isinstance(run, SlurmRun):  # alone, a run that ends by itself is noticed at once
+            assert run.restarts() == len(recoveries), "it was requeued without a fault"
     return run.folder, recoveries
 
 
-def fault_names(on_slurm: bool, is_root: bool) -> list[str]:
-    """What may happen."""
-    names = ["rank killed", "launcher killed", "engine killed", "asked to stop", "rank stopped"]
+def fault_names(*, on_slurm: bool, is_root: bool) -> list[str]:
+    """What may happen: those of :data:`REASONS` that can be produced here."""
     return [
-        *names,
-        *(["disk full", "disk read-only"] if is_root else []),
-        *(["slurmd killed"] if on_slurm else []),
+        name
+        for name in REASONS
+        if (is_root or not name.startswith("disk")) and (on_slurm or name != "slurmd killed")
     ]
 
 

@@ -1,11 +1,16 @@
 """A real Slurm for the tests of this folder; where there is none they are skipped."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import pytest
+from reliability import record
 
 from slurm.testcluster.cluster import Cluster, missing
+from slurm.testcluster.runs import SMALL, LocalRun, Recovery, SlurmRun, assert_same_run
 
 ALL = "TROPD_SLURM_TESTS"
 """Set by ``make slurm-test``: all tests, and a missing Slurm is a failure."""
@@ -30,3 +35,44 @@ def whole_suite() -> None:
     """For tests that take minutes: only ``make slurm-test`` runs them."""
     if not os.environ.get(ALL):
         pytest.skip(f"takes minutes; make slurm-test runs it (it sets {ALL}=1)")
+
+
+@pytest.fixture(scope="session")
+def undisturbed() -> Callable[..., Any]:
+    """``with undisturbed(folder, *overrides) as same: ...; same(run)``: as a run done in peace.
+
+    That one is on this machine without Slurm, beside the block, which often only waits.
+    """
+
+    @contextmanager
+    def do(folder: Path, *overrides: str) -> Iterator[Callable[[SlurmRun], None]]:
+        reference = LocalRun(folder, *overrides)
+
+        def same(run: SlurmRun) -> None:
+            assert run.ended() == "COMPLETED"
+            run.assert_nothing_left()
+            assert not run.failure()
+            assert reference.wait() == 0, reference.story()
+            assert_same_run(run.folder, reference.folder)
+
+        reference.start(niceness=19)
+        try:
+            yield same
+        finally:
+            reference.kill()
+
+    return do
+
+
+@pytest.fixture(scope="session")
+def note() -> Callable[..., None]:
+    """``note(recovery, fault=, how=, seen=)``: a row of docs/reliability.md."""
+
+    def do(recovery: Recovery, *, fault: str, how: str, seen: str) -> None:
+        # A checkpoint is complete one step after it was begun, or two.
+        longest = 2 * SMALL["run"]["checkpoint_every"]
+        assert recovery.lost <= longest, "more than what follows the last checkpoint"
+        again = f"{recovery.lost} steps are done again" if recovery.lost else "nothing"
+        record(fault, how=how, seen=seen, stops=recovery.stops, back=recovery.back, lost=again)
+
+    return do

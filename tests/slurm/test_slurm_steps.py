@@ -42,7 +42,14 @@ class Play:
         tropd.write_text(TROPD.replace("PLACE", str(folder)))
         tropd.chmod(0o755)
 
-    def submit(self, *overrides: str, distill: str, serve: str = "wait", seconds: int = 40) -> str:
+    def submit(
+        self,
+        *overrides: str,
+        distill: str,
+        serve: str = "wait",
+        partition: str = "",
+        exclusive: bool = True,
+    ) -> str:
         (self.folder / "distill").write_text(
             distill.replace("RUN", f'"{self.run}"').replace("PLACE", str(self.folder))
         )
@@ -55,11 +62,13 @@ class Play:
             run = {{ dir = "{self.run}" }}
         """)
         site = Site(
-            partition="",
+            partition=partition,
             account="",
-            time="1",
+            time="20",
             gpus_per_node=8,
-            warning_seconds=seconds,
+            gres="gpu" if exclusive else "",
+            exclusive=exclusive,
+            memory="",
             venv=str(self.folder / "venv"),
             environment={"GREETING": "two words"},
         )
@@ -123,16 +132,33 @@ def test_separate_servers_beside_each_other_with_gpus_of_their_own(play):
     play.until(lambda: play.calls().count("serve TERM") == 3, "end of the servers")
 
 
-def test_near_its_time_limit_the_job_saves_and_requeues(play):
-    """Slurm's shortest time is a minute, and the warning comes 40 s before its end."""
+def test_a_job_of_more_weight_gets_the_nodes_and_the_run_goes_on_after_it(play):
+    """Slurm leaves a preempted job time to save, and requeues none that ends in this time."""
     job = play.submit(
         *("parallel.tensor=8", "parallel.data=2"),
+        partition="low",
         distill='((SLURM_RESTART_COUNT)) && touch RUN/summary.json && exit 0\nwait "$!"',
     )
-    play.await_state(job, "COMPLETED", seconds=120)
-    assert play.calls().count("distill USR1") == 2
+    play.until(lambda: len(play.calls("distill n")) == 2, "steps")
+    options = ("--parsable", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
+    other = play.cluster.run("sbatch", *options)
+    play.await_state(other, "COMPLETED")
+    play.await_state(job, "COMPLETED")
+    assert play.calls().count("distill TERM") == 2
     assert sum("restart 1" in line for line in play.calls("distill n")) == 2
-    assert "the time is nearly up" in play.log() and "requeued at step 0" in play.log()
+    assert "preempted: Slurm needs these nodes" in play.log()
+
+
+def test_a_second_job_of_a_run_is_refused(play):
+    """Submitted by hand: `tropd slurm --submit` looks into the queue before."""
+    job = play.submit("parallel.tensor=8", distill='wait "$!"', exclusive=False)
+    play.until(lambda: play.calls("distill n"), "step")
+    second = play.cluster.run("sbatch", "--parsable", str(play.run / "job.sbatch"))
+    play.await_state(second, "FAILED")
+    assert f"refused: job {job} works on" in play.log()
+    assert play.state(job) == "RUNNING" and len(play.calls("distill n")) == 1
+    play.cluster.run("scancel", job)
+    play.await_state(job, "CANCELLED")
 
 
 def test_scancel_reaches_the_run_and_is_the_end(play):

@@ -1,6 +1,7 @@
 """How the launchers of several nodes find and lose each other, without any rank."""
 
 import socket
+import threading
 import time
 
 import pytest
@@ -99,6 +100,19 @@ def test_a_dead_launcher_is_noticed(meet):
     first.close()
     with pytest.raises(NodeLost, match=r"node 0 \(127.0.0.1\) died"):
         second.receive()
+
+
+def test_the_others_stay_until_node_0_hangs_up(meet):
+    first, second = meet(2)
+    waiting = threading.Thread(target=second.let_node_0_end)
+    waiting.start()
+    first.end(FAILED)  # srun would end node 0 if the other left now
+    waiting.join(0.3)
+    assert waiting.is_alive()
+    first.let_node_0_end()  # waits for nobody
+    first.close()
+    waiting.join(10)
+    assert not waiting.is_alive()
 
 
 def test_node_0_notices_too_and_knows_the_host(meet):

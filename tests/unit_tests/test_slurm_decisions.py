@@ -26,8 +26,17 @@ SCONTROL = """#!/bin/bash
 case "$1 $2" in
     "show hostnames") printf 'n%s\\n' 1 2 3 4 5 ;;
     "show node") echo "   NodeAddr=10.0.0.${3#n} NodeHostName=$3" ;;
-    "show job") echo "   StartTime=2026-01-01T00:00:00 EndTime=${FAKE_END:-Unknown} X=Y" ;;
+    "show job")
+        echo "   JobState=${FAKE_STATE:-RUNNING} Reason=None"
+        echo "   StartTime=2026-01-01T00:00:00 EndTime=${FAKE_END:-Unknown} X=Y"
+        echo "   PreemptEligibleTime=2026-01-01T00:00:00 PreemptTime=${FAKE_PREEMPT:-None}"
+        ;;
     requeue*) echo "$2" >>"$FAKE/requeued" && kill -TERM "$PPID" ;;
+esac
+"""
+SQUEUE = """#!/bin/bash
+case "$*" in
+    *"--jobs=6 --name=tropd-run "*) cat "$FAKE/other" && mv "$FAKE/next" "$FAKE/other" ;;
 esac
 """
 SRUN = """#!/bin/bash
@@ -59,12 +68,14 @@ class Job:
         layout = make_layout(loaded, SITE)
         self.file = folder / "job.sbatch"
         self.file.write_text(render_job(loaded, SITE, layout, path=config, overrides=overrides))
-        for name, text in {"scontrol": SCONTROL, "srun": SRUN}.items():
+        for name, text in {"scontrol": SCONTROL, "srun": SRUN, "squeue": SQUEUE}.items():
             (self.fake / name).write_text(text)
             (self.fake / name).chmod(0o755)
         (self.fake / "serve").write_text("exit 0")
 
-    def start(self, train: str, *, restart: int = 0, end: str = "Unknown") -> subprocess.Popen:
+    def start(
+        self, train: str, *, restart: int = 0, end: str = "Unknown", **slurm: str
+    ) -> subprocess.Popen:
         """Begin the job; its training step does what the lines of shell ``train`` say."""
         (self.fake / "train").write_text(train)
         environment = os.environ | {
@@ -73,8 +84,10 @@ class Job:
             "FAKE_END": end,
             "RUN": str(self.run),
             "SLURM_JOB_ID": "7",
+            "SLURM_JOB_NAME": "tropd-run",
             "SLURM_JOB_NODELIST": "n[1-5]",
             "SLURM_RESTART_COUNT": str(restart),
+            **{f"FAKE_{name}": value for name, value in slurm.items()},
         }
         self.process = subprocess.Popen(
             ["bash", str(self.file)],
@@ -193,6 +206,20 @@ def test_steps_that_are_lost_and_trained_again_are_no_progress(job):
     assert job.requeues == 3  # the first made progress, two more were allowed
 
 
+@pytest.mark.parametrize(
+    ("states", "refused"), [(["RUNNING"], True), (["COMPLETING", ""], False), ([""], False)]
+)
+def test_a_second_job_of_a_run_touches_nothing(job, states, refused):
+    for name, state in zip(("other", "next"), (*states, ""), strict=False):
+        (job.fake / name).write_text(state)
+    for name, text in {"job_id": "6\n", "restarts": "1 2 3\n", "failure.json": "{}"}.items():
+        (job.run / name).write_text(text)
+    code, said = job.finish("touch $RUN/summary.json")
+    assert code == (2 if refused else 0) and ("refused: job 6 works on" in said) == refused
+    assert (job.run / "failure.json").exists() == (job.run / "restarts").exists() == refused
+    assert (job.run / "job_id").read_text() == ("6\n" if refused else "7\n")
+
+
 def test_where_the_count_cannot_be_kept_slurm_counts(job):
     """As on a full or read-only file system."""
     (job.run / "restarts").mkdir()
@@ -251,6 +278,23 @@ def test_scancel_ends_the_job(job):
     _terminate_srun(job)
     code, said = job.outcome()
     assert (code, job.requeues) == (143, 0) and "cancelled" in said
+
+
+@pytest.mark.parametrize(
+    ("state", "preempt", "requeues"),
+    [("RUNNING", "2026-01-02T00:00:00", 1), ("CANCELLED", "2026-01-02T00:00:00", 0)],
+)
+def test_a_preempted_job_is_no_cancelled_one(job, state, preempt, requeues):
+    """It saves in the time it is given; Slurm would not requeue what ends by itself."""
+    for restart in range(4):  # it is nobody's fault: not counted
+        process = job.start(WAIT, restart=restart, STATE=state, PREEMPT=preempt)
+        _when((job.fake / "up").exists)
+        (job.fake / "up").unlink()
+        process.send_signal(signal.SIGTERM)
+        _terminate_srun(job)
+        code, said = job.outcome()
+        assert (code, job.requeues) == (143, requeues * (restart + 1))
+        assert ("preempted: Slurm needs" in said) == bool(requeues)
 
 
 @pytest.mark.parametrize(
@@ -327,9 +371,22 @@ def test_a_server_listens_on_the_address_that_the_trainer_knows(tmp_path, known,
 
 def test_a_dead_server_is_started_again_and_an_unusable_one_is_not(tmp_path):
     job = Job(tmp_path, "rollout.placement=separate", "rollout.num_engines=2")
-    job.file.write_text(job.file.read_text().replace("sleep 5", "sleep 0.1"))
+    job.file.write_text(job.file.read_text().replace("first_pause=5", "first_pause=0"))
     (job.fake / "serve").write_text('case "$*" in *"--number 0 "*) exit 75 ;; *) exit 2 ;; esac')
-    _, said = job.finish("sleep 1; touch $RUN/summary.json")
+    _, said = job.finish("sleep 2; touch $RUN/summary.json")
     numbers = [call.split("--number ")[1][0] for call in job.calls("serve")]
-    assert numbers.count("0") > 2 and numbers.count("1") == 1
-    assert "server 0 on n3 ended with code 75" in said and "server 1 cannot start" in said
+    assert numbers.count("0") == 8 and numbers.count("1") == 1
+    assert "server 0 on n3 ended with code 75 and is started again" in said
+    assert (
+        "server 0 is given up: it ended 8 times, each within 600 s of its start, last with" in said
+    )
+    assert "server 1 cannot start" in said
+
+
+def test_a_server_that_lasted_is_always_started_again(tmp_path):
+    job = Job(tmp_path, "rollout.placement=separate")
+    text = job.file.read_text().replace("first_pause=5", "first_pause=0")
+    job.file.write_text(text.replace("soon=600", "soon=0"))
+    (job.fake / "serve").write_text("exit 75")
+    _, said = job.finish("sleep 2; touch $RUN/summary.json")
+    assert len(job.calls("serve")) > 8 and "given up" not in said

@@ -65,6 +65,8 @@ def test_the_example_site_file_loads():
         ('options = ["--array=1-3%1"]', "one run is one job, no array"),
         ('options = ["--nodelist=n1", "-N2"]', "options: '-N2' must be"),
         ('options = ["exclude=n1"]', "must be an option of sbatch"),
+        ('srun_options = ["--ntasks=2"]', "srun_options: '--ntasks=2' must be an option of srun"),
+        ('srun_options = ["--container-image=a"]', "is written by tropd slurm itself"),
         ('venv = "~/venv"', "venv must be an absolute path"),
         ("max_restarts = -1", "max_restarts must be at least 0"),
         ('environment = { WANDB_API_KEY = "x" }', "WANDB_API_KEY looks like a secret"),
@@ -214,9 +216,12 @@ def test_environments(toml):
     assert "module load cuda/13\nx=1\nexport PATH=/v/bin:$PATH" in before
     container = Container(image="/i m.sqsh", mounts=("/a:/a", "/b:/b"))
     site = dataclasses.replace(SITE, container=container, environment={"NCCL_DEBUG": "a b"})
-    text = _render(toml, site)
+    extra = dataclasses.replace(site, srun_options=("--no-container-mount-home", "--mpi=none"))
+    text = _render(toml, extra)
     options = "'--container-image=/i m.sqsh' --container-mounts=/a:/a,/b:/b --container-workdir="
-    assert f" --open-mode=append {options}{Path.cwd()})" in text
+    ours = f" --open-mode=append {options}{Path.cwd()} --container-env=NCCL_DEBUG"
+    assert f"{ours} --no-container-mount-home --mpi=none)" in text
+    assert f"{ours})" in _render(toml, site)
     assert "export NCCL_DEBUG='a b'" in text
     assert "export TROPD_GPUS_PER_NODE=8\n" in text
 
@@ -278,6 +283,22 @@ def test_submitting_needs_a_cluster(toml, capsys, monkeypatch):
     monkeypatch.setenv("PATH", str(toml.parent))
     assert main(["slurm", str(toml), "--site", str(EXAMPLE), "--submit"]) == 2
     assert "There is no sbatch here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("queue", "code"),
+    [("7 RUNNING JOB", 2), ("7 PENDING JOB", 2), ("7 RUNNING JOB.old", 0), ("8 RUNNING", 0)],
+)
+def test_a_run_that_is_in_the_queue_is_not_submitted_again(toml, capfd, monkeypatch, queue, code):
+    job = toml.parent / "runs" / "it's 100%" / "job.sbatch"
+    for name, text in {"squeue": f'echo "{queue}"'.replace("JOB", str(job)), "sbatch": ""}.items():
+        command = toml.parent / name
+        command.write_text(f"#!/bin/bash\n{text}\n")
+        command.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{toml.parent}:/usr/bin:/bin")
+    assert main(["slurm", str(toml), "--site", str(EXAMPLE), "--submit"]) == code
+    assert job.exists() == (code == 0)
+    assert ("Job 7 of this run is" in capfd.readouterr().err) == (code == 2)
 
 
 def test_an_installed_package_has_the_templates():
