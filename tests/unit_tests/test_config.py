@@ -187,6 +187,10 @@ def test_missing_file(tmp_path: Path):
         load_config(tmp_path / "absent.toml")
     with pytest.raises(ConfigError, match=r"cannot be read \(Is a directory\)"):
         load_config(tmp_path)
+    other = tmp_path / "latin.toml"
+    other.write_bytes(b"# caf\xe9")
+    with pytest.raises(ConfigError, match=r"is not UTF-8, as TOML is: byte 5 is 0xe9"):
+        load_config(other)
 
 
 def test_override_of_a_section_that_is_not_a_table(toml: Path):
