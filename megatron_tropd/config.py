@@ -335,6 +335,23 @@ def config_to_dict(config: Config) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
+def config_to_toml(config: Config) -> str:
+    """Every setting as a TOML file that :func:`load_config` reads from anywhere.
+
+    Input paths are absolute, as in any loaded config; so must ``run.dir`` be.
+    """
+    lines = []
+    for section, table in config_to_dict(config).items():
+        lines.append(f"\n[{section}]")
+        # A JSON value is a TOML value, but for null: TOML leaves out what is None by default.
+        lines += [
+            f"{key} = {json.dumps(value, ensure_ascii=False)}"
+            for key, value in table.items()
+            if value is not None
+        ]
+    return "\n".join(lines) + "\n"
+
+
 def config_from_dict(tables: dict[str, Any]) -> Config:
     """Inverse of :func:`config_to_dict` (resolved JSON of a run folder)."""
     return _build(Config, tables, "")
