@@ -201,12 +201,11 @@ def _plan_run(arguments: argparse.Namespace) -> int:
 
 def _lead(config: Config, peers: Peers) -> int:
     from megatron_tropd.inputs import load_inputs
-    from megatron_tropd.run_folder import LOCK_SECONDS, hold
+    from megatron_tropd.run_folder import hold, patience
 
     if RunFolder(Path(config.run.dir)).read_summary() is None:
         load_inputs(config)  # its errors come before anything is written
-    patience = LOCK_SECONDS if "SLURM_RESTART_COUNT" in os.environ else 0.0
-    with hold(Path(config.run.dir).resolve(), patience):
+    with hold(Path(config.run.dir).resolve(), patience()):
         return _lead_alone(config, peers)
 
 
@@ -248,9 +247,10 @@ def _say_stopped(code: int, logs: Path) -> None:
 
 
 def _distill_as_rank(config: Config) -> int:
-    """torchrun started us: this process is a rank; rank 0 opens the folder."""
-    from megatron_tropd.run_folder import open_run, wait_until_open
-    from megatron_tropd.worker import leave, run_rank
+    """torchrun started us: this process is a rank; rank 0 locks and opens the folder."""
+    from contextlib import nullcontext
+
+    from megatron_tropd.run_folder import hold, patience
 
     world = int(os.environ["WORLD_SIZE"])
     if world != config.parallel.world_size:
@@ -258,11 +258,21 @@ def _distill_as_rank(config: Config) -> int:
             f"The launcher started {world} ranks, the config asks for tensor x pipeline x data = "
             f"{config.parallel.world_size}. Change parallel.* or the number of ranks."
         )
-    folder = open_run(config) if os.environ["RANK"] == "0" else wait_until_open(config)
+    is_first = os.environ["RANK"] == "0"
+    root = Path(config.run.dir).resolve()
+    with hold(root, patience()) if is_first else nullcontext():
+        return _as_rank(config, is_first=is_first)
+
+
+def _as_rank(config: Config, *, is_first: bool) -> int:
+    from megatron_tropd.run_folder import open_run, wait_until_open
+    from megatron_tropd.worker import leave, run_rank
+
+    folder = open_run(config) if is_first else wait_until_open(config)
     if folder.read_summary():
         return exits.COMPLETE
     code = run_rank(folder, announce=True)
-    if os.environ["RANK"] == "0" and folder.read_summary():
+    if is_first and folder.read_summary():
         from megatron_tropd.report.html import write_report
 
         write_report(folder.root)

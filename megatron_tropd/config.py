@@ -293,27 +293,63 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             wrong type or does not fit.
     """
     path = Path(path)
-    try:
-        tables = tomllib.loads(path.read_text())
-    except FileNotFoundError:
-        raise ConfigError(
-            f"Config file {path} does not exist. Give the path of a TOML file."
-        ) from None
-    except OSError as error:
-        raise ConfigError(
-            f"Config file {path} cannot be read ({error.strerror}). Give the path of a TOML file."
-        ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"Config file {path} is not valid TOML: {error}") from None
+    tables = read_toml(path, "Config file")
     _anchor_paths(tables, path.resolve().parent)
     for override in overrides:
         _apply_override(tables, override)
     return _build(Config, tables, "")
 
 
+def read_toml(
+    path: Path, what: str, *, otherwise: str = "Give the path of a TOML file."
+) -> dict[str, Any]:
+    """The tables of a file of settings.
+
+    Args:
+        path: the file.
+        what: how messages call it: "Config file".
+        otherwise: what to do where it does not exist.
+
+    Raises:
+        ConfigError: it does not exist, is a folder, cannot be read, is not UTF-8 or not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_bytes().decode())
+    except FileNotFoundError:
+        raise ConfigError(f"{what} {path} does not exist. {otherwise}") from None
+    except OSError as error:
+        raise ConfigError(
+            f"{what} {path} cannot be read ({error.strerror}). Give the path of a TOML file."
+        ) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{what} {path} is not UTF-8, as TOML is: byte {error.start} is "
+            f"0x{error.object[error.start]:02x}. Give the path of a TOML file, or save it as UTF-8."
+        ) from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{what} {path} is not valid TOML: {error}") from None
+
+
 def config_to_dict(config: Config) -> dict[str, Any]:
     """Plain nested dictionary of every setting, JSON-ready."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def config_to_toml(config: Config) -> str:
+    """Every setting as a TOML file that :func:`load_config` reads from anywhere.
+
+    Input paths are absolute, as in any loaded config; so must ``run.dir`` be.
+    """
+    lines = []
+    for section, table in config_to_dict(config).items():
+        lines.append(f"\n[{section}]")
+        # A JSON value is a TOML value, but for null: TOML leaves out what is None by default.
+        lines += [
+            f"{key} = {json.dumps(value, ensure_ascii=False)}"
+            for key, value in table.items()
+            if value is not None
+        ]
+    return "\n".join(lines) + "\n"
 
 
 def config_from_dict(tables: dict[str, Any]) -> Config:

@@ -1,6 +1,7 @@
 """Small files of a run, written whole or not at all, with patience for a file system's hiccups."""
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -13,7 +14,11 @@ from typing import Any
 from megatron_tropd.errors import TrainingError
 
 PATIENCE = (0.2, 1.0, 3.0)
-"""Seconds before the second, third and fourth attempt."""
+"""Seconds before the second, third and fourth attempt to write."""
+READ_PATIENCE = (0.2, 1.0, 5.0, 15.0, 30.0)
+"""The same before further attempts to read what a start cannot do without."""
+
+_NOT_THERE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR}
 
 
 def patiently(action: Callable[[], Any], path: Path) -> None:
@@ -39,6 +44,33 @@ def patiently(action: Callable[[], Any], path: Path) -> None:
                     kind="disk",
                 ) from error
             time.sleep(pause)
+
+
+def read_patiently[T](action: Callable[[], T]) -> T:
+    """Call ``action`` until it can read, for about a minute.
+
+    Args:
+        action: reads and may be repeated.
+
+    Returns:
+        What it returns.
+
+    Raises:
+        OSError: it could not read to the end; at once where there is no such file.
+    """
+    for pause in READ_PATIENCE:
+        try:
+            return action()
+        except OSError as error:
+            if is_missing(error):
+                raise
+            time.sleep(pause)
+    return action()
+
+
+def is_missing(error: OSError) -> bool:
+    """Whether an error says that there is no such file; any other: that it could not be read."""
+    return error.errno in _NOT_THERE
 
 
 def append_line(path: Path, line: str) -> None:

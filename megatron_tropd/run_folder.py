@@ -156,14 +156,23 @@ def _settings_in(path: Path) -> Any:
     return None
 
 
+def patience() -> float:
+    """Seconds that this command waits for a lock: a job that starts again may meet its own.
+
+    A file server may still hold that of a machine that died.
+    """
+    again = "SLURM_RESTART_COUNT" in os.environ
+    again |= os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    return LOCK_SECONDS if again else 0.0
+
+
 @contextmanager
 def hold(root: Path, patience: float = 0.0) -> Iterator[None]:
     """Keep a run folder to this command for as long as the block lasts, however it ends.
 
     Args:
         root: the run folder.
-        patience: seconds to wait for another command. A job that starts again needs it where a
-            file server still holds the lock of a machine that died.
+        patience: seconds to wait for another command.
 
     Raises:
         ConfigError: another command is running in it.

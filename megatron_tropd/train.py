@@ -49,7 +49,10 @@ def train_step(job: Job) -> None:
     step, clock = job.step, job.clock
     with clock("rollout"):
         trajectories = rollout(job)
+    # All ranks have just met; a crash from here on finds the checkpoint of the step before.
+    job.poll_save()
     metrics = learn(job, trajectories)
+    job.poll_save()
     with clock("sync"):
         job.sync_weights(step + 1)
     metrics |= {

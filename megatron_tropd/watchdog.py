@@ -2,11 +2,11 @@
 
 Every rank has a thread that writes a heartbeat file every few seconds (a counter, the step, the
 phase, the innermost line of Python) and one that watches how long the phase lasts. Where it is too
-long, the rank reads the others' files twice: whose counter stands still is stopped or gone, who is
-in another phase is behind. It writes that to ``failure.json``, every rank its Python stacks to its
-log, and leaves with code 75. Counters instead of times: clocks of nodes differ and may jump. Files
-instead of messages: they need nothing of the rank that hangs, and 512 ranks write about fifty small
-ones a second.
+long, one rank, whoever is first, reads the others' files twice: whose counter stands still is
+stopped or gone, who is in another phase is behind. It writes that to ``failure.json``, every rank
+its Python stacks to its log, and leaves with code 75. Counters instead of times: clocks of nodes
+differ and may jump. Files instead of messages: they need nothing of the rank that hangs, and 512
+ranks write about fifty small ones a second.
 """
 
 import contextlib
@@ -181,19 +181,46 @@ class Watchdog:
         """End the process; returns only if this rank goes on after all."""
         entered = self._progress.entered
         faulthandler.dump_traceback(file=sys.stderr)
-        if read(self._failure) is None:
-            before = read_beats(self._folder, range(self._world_size))
+        while read(self._failure) is None:
+            is_first = self._is_first_to_look()
+            if is_first:
+                before = read_beats(self._folder, range(self._world_size))
             time.sleep(3 * self.period)
-            after = read_beats(self._folder, range(self._world_size))
-            if self._progress.entered != entered:
-                return  # slow, not hung
-            failure = self._describe(before, after, waited)
-            self._say(failure.message)
-            report(self._failure, failure)
+            if self._progress.entered != entered:  # slow, not hung
+                if is_first:
+                    self._leave_it_to_others()
+                return
+            if is_first:
+                after = read_beats(self._folder, range(self._world_size))
+                failure = self._describe(before, after, waited)
+                self._say(failure.message)
+                report(self._failure, failure)
+                break
         time.sleep(2 * self.period)  # the others see it and write down their stacks
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(exits.RESTART)
+
+    def _is_first_to_look(self) -> bool:
+        """Whether this rank reads everybody's heartbeats; the others wait for what it reports.
+
+        All ranks get here at about the same time: each reading all would be 512 x 512 reads, twice.
+        """
+        try:
+            self._claim.touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        except OSError:  # full or failing: a report by each is better than none
+            return True
+        return True
+
+    def _leave_it_to_others(self) -> None:
+        with contextlib.suppress(OSError):
+            self._claim.unlink()
+
+    @property
+    def _claim(self) -> Path:
+        return self._folder / "looking"
 
     def _describe(self, before: dict[int, Beat], after: dict[int, Beat], waited: float) -> Failure:
         missing = [rank for rank in range(self._world_size) if rank not in after]

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from megatron_tropd.cluster.layout import Layout, make_layout
-from megatron_tropd.cluster.render import render_job
+from megatron_tropd.cluster.render import copy_config, render_job
 from megatron_tropd.cluster.site import load_site
 from megatron_tropd.config import load_config
 from megatron_tropd.errors import ConfigError
@@ -26,7 +26,10 @@ def add_slurm(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="TOML file of the cluster (slurm/site.example.toml)",
     )
-    parser.description = "Write the job file of a run to RUN/job.sbatch, print it or submit it."
+    parser.description = (
+        "Write the job file of a run to RUN/job.sbatch, with a copy of the config beside it; print "
+        "it or submit it."
+    )
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--dry-run", action="store_true", help="print the job file, write nothing")
     action.add_argument("--submit", action="store_true", help="write the job file and submit it")
@@ -37,7 +40,8 @@ def _slurm(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
     site = load_site(arguments.site)
     layout = make_layout(config, site)
-    text = render_job(config, site, layout, path=arguments.config, overrides=arguments.overrides)
+    copy, settings = copy_config(config)
+    text = render_job(config, site, layout, path=copy)
     for warning in layout.warnings:
         print(f"tropd: warning: {warning}", file=sys.stderr)
     if arguments.dry_run:
@@ -49,6 +53,7 @@ def _slurm(arguments: argparse.Namespace) -> int:
         _check_queue(job)
     try:
         (run / "logs").mkdir(parents=True, exist_ok=True)  # Slurm opens its log there
+        copy.write_text(settings)
         job.write_text(text)
     except OSError as error:
         raise ConfigError(

@@ -1,34 +1,44 @@
 """The job file of a run: a template of shell, and the few places where run and site fill it in."""
 
+import hashlib
 import re
 import shlex
-from collections.abc import Sequence
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
 from megatron_tropd.cluster.layout import Layout
 from megatron_tropd.cluster.site import Site
-from megatron_tropd.config import Config
+from megatron_tropd.config import Config, config_to_toml
 from megatron_tropd.errors import ConfigError
 
 
-def render_job(
-    config: Config, site: Site, layout: Layout, *, path: Path, overrides: Sequence[str] = ()
-) -> str:
+def copy_config(config: Config) -> tuple[Path, str]:
+    """The config that a job runs, so that whoever edits the original changes no waiting job.
+
+    Returns:
+        Where it belongs in the run folder, and its text: overrides in it, paths absolute. The name
+        follows from the text: a job submitted before keeps its own.
+    """
+    run = Path(config.run.dir).resolve()
+    text = config_to_toml(replace(config, run=replace(config.run, dir=str(run))))
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    return run / f"job_{digest}.toml", f"# The settings of a job of `tropd slurm`.\n{text}"
+
+
+def render_job(config: Config, site: Site, layout: Layout, *, path: Path) -> str:
     """The job file, a shell script for sbatch.
 
     Args:
-        config: the run, as loaded from ``path`` with ``overrides``.
+        config: the run.
         site: the cluster.
         layout: of the run on its nodes.
-        path: of the config, which the job reads again when it starts.
-        overrides: ``section.key=value``, as given; paths in them count from the current directory.
+        path: of the config that the job reads whenever it starts (:func:`copy_config`).
 
     Raises:
         ConfigError: a value has a line break, with which it could not be one word of a script.
     """
     run = Path(config.run.dir).resolve()
-    words = [w for w in overrides if not w.startswith("run.dir=")]
     separate = layout.servers > 0
     text = _template("job.sbatch")
     text = text.replace("@SERVERS@\n", _template("servers.sh") + "\n" if separate else "\n")
@@ -39,7 +49,7 @@ def render_job(
         "TRAINING_NODES": str(layout.training_nodes),
         "MAX_RESTARTS": str(site.max_restarts),
         "TROPD": _quote(Path(site.venv) / "bin" / "tropd" if site.venv else "tropd"),
-        "CONFIG": " ".join(_quote(w) for w in (path.resolve(), *words, f"run.dir={run}")),
+        "CONFIG": _quote(path.resolve()),
         "STEP_OPTIONS": "".join(f" {_quote(o)}" for o in (*_container(site), *site.srun_options)),
         "ENVIRONMENT": "\n".join(_environment(site)),
         "NUM_SERVERS": str(layout.servers),

@@ -1,11 +1,10 @@
 """The site file: everything a job script has to know of one cluster and cannot know of a run."""
 
 import re
-import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_tropd.config import settings_from_table
+from megatron_tropd.config import read_toml, settings_from_table
 from megatron_tropd.errors import ConfigError
 
 _PLACES = re.compile(r"--(array|nodes|ntasks)\b|-[aNn]")
@@ -140,18 +139,8 @@ def load_site(path: str | Path) -> Site:
             wrong type or does not fit.
     """
     path = Path(path)
-    try:
-        table = tomllib.loads(path.read_text())
-    except FileNotFoundError:
-        raise ConfigError(
-            f"Site file {path} does not exist. Copy slurm/site.example.toml and fill it in."
-        ) from None
-    except OSError as error:
-        raise ConfigError(
-            f"Site file {path} cannot be read ({error.strerror}). Give the path of a TOML file."
-        ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"Site file {path} is not valid TOML: {error}") from None
+    copy = "Copy slurm/site.example.toml and fill it in."
+    table = read_toml(path, "Site file", otherwise=copy)
     try:
         return settings_from_table(Site, table)
     except ConfigError as error:

@@ -26,6 +26,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_tropd.errors import InputError, TrainingError
+from megatron_tropd.files import is_missing, read_patiently
 from megatron_tropd.mcore.async_save import SaveQueue, ThreadCaller, forget_results
 from megatron_tropd.mcore.checksums import (
     Checksum,
@@ -101,8 +102,7 @@ class Checkpoints:
         """
         self.wait()
         final = self.folder / f"step_{step:06d}"
-        # Rank 0 decides: on a network file system others may not see the newest name yet.
-        if _gather(step in self.steps())[0]:
+        if step in self._steps_of_first_rank():
             return
         unfinished = self.folder / f".{final.name}.tmp"
         self._on_first_rank(lambda: _fresh(unfinished, files), unfinished)
@@ -158,16 +158,18 @@ class Checkpoints:
     def load_newest(self, student: Student) -> dict[str, Any] | None:
         """Put the newest checkpoint that is intact into ``student``; any layout.
 
-        A damaged one is named in a warning and renamed to ``step_000123.damaged``.
+        A damaged one is named in a warning and renamed to ``step_000123.damaged``. One that could
+        not be read is not taken for damaged: an older one would cost steps for nothing.
 
         Returns:
             The ``extra`` it was saved with; None where there is no checkpoint.
 
         Raises:
             InputError: there are checkpoints, but none is intact.
+            TrainingError: the newest could not be read; kind "disk".
         """
         damaged: dict[int, str] = {}
-        for step in reversed(_gather(self.steps())[0]):
+        for step in reversed(self._steps_of_first_rank()):
             try:
                 extra = self.load(student, step)
             except InputError as error:
@@ -186,23 +188,13 @@ class Checkpoints:
             The ``extra`` it was saved with.
 
         Raises:
-            InputError: files are missing, cut short or changed (they are named), or cannot be
-                read; on every rank.
+            InputError: files are missing, cut short or changed (they are named); on every rank.
+            TrainingError: a file could not be read, though tried for a minute; on every rank.
         """
         path = self.folder / f"step_{step:06d}"
-        reasons, state = self._damage(path), None
-        if not reasons:
-            error = None
-            try:
-                state = self._read(student, path)
-            except (Exception, CheckpointException) as caught:  # half a dozen unrelated types
-                error = _reason(caught)
-            reasons = [e for e in _gather(error) if e]
-        if reasons or state is None:
-            raise InputError(
-                f"Checkpoint {path} cannot be read: {'; '.join(dict.fromkeys(reasons))}. Remove "
-                f"that folder to resume from the one before it (complete: {self.steps()})."
-            )
+        self._together(lambda: self._check(path), path)
+        wanted = self._state(student, extra={}, is_loading=True)
+        state = self._together(lambda: self._read(wanted, path), path)
         student.model.load_state_dict(state["model"], strict=True)
         student.optimizer.load_state_dict(state["optimizer"])
         student.scheduler.load_state_dict(state["scheduler"])
@@ -210,22 +202,49 @@ class Checkpoints:
             _set_rng(state["rng"])
         return state["extra"]
 
-    def _damage(self, path: Path) -> list[str]:
-        """What is wrong with the files of a checkpoint, equal on every rank."""
-        found: list[str] = []
-        unchecked = False
+    def _check(self, path: Path) -> None:
+        """Compare this rank's share of the files with their checksums. No collectives.
+
+        Raises:
+            InputError: some are damaged.
+            OSError: one could not be read.
+        """
+        files = read_checksums(path)
+        if files is None:
+            if self.ranks.is_main:
+                self._say(f"{path} has no checksums.json (an older version wrote it): not checked.")
+            return
+        mine = share(files, self.ranks.rank, self.ranks.world_size)
+        if found := problems(path, files, mine):
+            raise InputError("; ".join(found))
+
+    def _together[T](self, read: Callable[[], T], path: Path) -> T:
+        """Call ``read``, which has no collectives, on every rank; all return or raise alike."""
         try:
-            files = read_checksums(path)
-            unchecked = files is None
-            if files is not None:
-                mine = share(files, self.ranks.rank, self.ranks.world_size)
-                found = problems(path, files, mine)
-        except (ValueError, OSError) as error:
-            found = [str(error)]
-        gathered = _gather(found)
-        if unchecked and self.ranks.rank == 0:
-            self._say(f"{path} has no checksums.json (an older version wrote it): not checked.")
-        return [text for part in gathered for text in part]
+            value, failure = read(), None
+        except (Exception, CheckpointException) as error:  # half a dozen unrelated types
+            failure = _is_unreadable(error), _reason(error)
+        failures = [f for f in _gather(failure) if f]
+        if not failures:
+            return value
+        unreadable = list(dict.fromkeys(reason for temporary, reason in failures if temporary))
+        if unreadable:
+            raise TrainingError(
+                f"{path} could not be read: {'; '.join(unreadable)}. What is in it may be intact, "
+                "so nothing older is taken. Give the same command again once the file system "
+                "answers; if the file is lost, remove the folder of that checkpoint.",
+                kind="disk",
+            )
+        reasons = dict.fromkeys(reason for _, reason in failures)
+        raise InputError(
+            f"Checkpoint {path} cannot be read: {'; '.join(reasons)}. Remove that folder to resume "
+            f"from the one before it (complete: {self.steps()})."
+        )
+
+    def _steps_of_first_rank(self) -> list[int]:
+        """On a network file system others may not see the newest name yet."""
+        list_folder = self.steps if self.ranks.is_main else list[int]
+        return _gather(self._together(lambda: read_patiently(list_folder), self.folder))[0]
 
     def _set_aside(self, damaged: dict[int, str], step: int) -> None:
         for bad, reason in damaged.items() if self.ranks.rank == 0 else ():
@@ -236,12 +255,22 @@ class Checkpoints:
                 _remove(target)
                 path.rename(target)
 
-    def _read(self, student: Student, path: Path) -> dict[str, Any]:
-        wanted = self._state(student, extra={}, is_loading=True)
-        common = dist_checkpointing.load_common_state_dict(str(path))
-        if common["extra"]["layout"] != self._layout():
-            wanted.pop("rng")
-        return dist_checkpointing.load(wanted, str(path))
+    def _read(self, wanted: dict[str, Any], path: Path) -> dict[str, Any]:
+        """The state of a checkpoint, in the form of ``wanted``. No collectives."""
+
+        def read() -> dict[str, Any]:
+            try:
+                common = dist_checkpointing.load_common_state_dict(str(path))
+                if common["extra"]["layout"] != self._layout():
+                    wanted.pop("rng", None)
+                # Megatron's check that the ranks want every part once is a collective, in which
+                # the others would wait for a rank that cannot read. Saving has made it.
+                return dist_checkpointing.load(wanted, str(path), validate_access_integrity=False)
+            except CheckpointException as error:
+                # No Exception; behind it is what the file system said.
+                raise next(iter(_causes(error)), error) from error
+
+        return read_patiently(read)
 
     def _state(self, student: Student, *, extra: dict[str, Any], is_loading: bool) -> dict:
         metadata = self._metadata()
@@ -311,18 +340,30 @@ class Checkpoints:
 
 def complete_steps(folder: Path) -> list[int]:
     """Steps of the complete checkpoints below ``folder``, ascending."""
-    if not folder.is_dir():
+    try:
+        matches = [_NAME.fullmatch(name) for name in os.listdir(folder)]
+    except FileNotFoundError:
         return []
-    matches = (_NAME.fullmatch(entry.name) for entry in folder.iterdir())
     return sorted(int(m.group(1)) for m in matches if m)
 
 
-def _reason(error: BaseException) -> str:
-    # CheckpointException is no Exception and hides what each rank met in a dictionary.
+def _causes(error: BaseException) -> list[BaseException]:
+    """What each rank met: CheckpointException is no Exception and hides it in a dictionary."""
     if isinstance(error, CheckpointException):
-        met = [failure[0] for failure in error.failures.values()]
-        return "; ".join(f"{type(e).__name__}: {str(e).splitlines()[0]}" for e in met)
-    return f"{type(error).__name__}: {error}"
+        return [failure[0] for failure in error.failures.values()]
+    return [error]
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, InputError):
+        return str(error)
+    lines = ((type(e).__name__, *str(e).splitlines()) for e in _causes(error))
+    return "; ".join(": ".join(line[:2]) for line in lines)
+
+
+def _is_unreadable(error: BaseException) -> bool:
+    """Whether a file could not be read, which says nothing about what is in it."""
+    return isinstance(error, OSError) and error.errno is not None and not is_missing(error)
 
 
 def _gather(value: Any) -> list[Any]:

@@ -11,6 +11,9 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from megatron_tropd.errors import InputError
+from megatron_tropd.files import is_missing, read_patiently
+
 CHECKSUMS = "checksums.json"
 
 
@@ -50,15 +53,16 @@ def read_checksums(folder: Path) -> dict[str, Checksum] | None:
     """The checksums of a checkpoint; None for one that was made without.
 
     Raises:
-        ValueError: ``checksums.json`` is damaged.
+        InputError: ``checksums.json`` is damaged.
+        OSError: it could not be read, though tried for a minute.
     """
     try:
-        table = json.loads((folder / CHECKSUMS).read_text())
+        table = json.loads(read_patiently((folder / CHECKSUMS).read_bytes))
         return {name: Checksum(**entry) for name, entry in table["files"].items()}
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{CHECKSUMS} is damaged ({error})") from None
+        raise InputError(f"{CHECKSUMS} is damaged ({error})") from None
 
 
 def share(files: dict[str, Checksum], part: int, parts: int) -> list[str]:
@@ -67,17 +71,21 @@ def share(files: dict[str, Checksum], part: int, parts: int) -> list[str]:
 
 
 def problems(folder: Path, files: dict[str, Checksum], names: Iterable[str]) -> list[str]:
-    """What is wrong with ``names`` in ``folder``, one text per bad file."""
+    """What is wrong with ``names`` in ``folder``, one text per bad file.
+
+    Raises:
+        OSError: one could not be read, though tried for a minute: nothing is known of it.
+    """
     return [text for name in names if (text := _problem(folder / name, files[name]))]
 
 
 def _problem(path: Path, expected: Checksum) -> str | None:
     try:
-        found = checksum(path)
-    except FileNotFoundError:
-        return f"{path.name} is missing"
+        found = read_patiently(lambda: checksum(path))
     except OSError as error:
-        return f"{path.name} cannot be read ({error.strerror})"
+        if not is_missing(error):
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        return f"{path.name} is missing"
     if found.bytes != expected.bytes:
         return f"{path.name} has {found.bytes} bytes, expected {expected.bytes}"
     if found.sha256 != expected.sha256:

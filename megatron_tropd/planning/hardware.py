@@ -1,10 +1,10 @@
 """What a cluster is made of: published peaks, and the shares of them that runs reach."""
 
-import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_tropd.config import read_toml
 from megatron_tropd.errors import ConfigError
 
 Layers = Literal["transformer_engine", "local", "cpu"]
@@ -136,16 +136,12 @@ def load_hardware(name_or_path: str) -> Hardware:
     if name_or_path in PRESETS:
         return PRESETS[name_or_path]
     path = Path(name_or_path)
-    if not path.is_file():
+    if not path.exists():
         raise ConfigError(
             f"Hardware {name_or_path!r} is neither one of {', '.join(PRESETS)} nor a TOML file. "
             "Give one of them."
         )
-    try:
-        table = tomllib.loads(path.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"Hardware file {path} is not valid TOML: {error}") from None
-    return _from_table(table, path)
+    return _from_table(read_toml(path, "Hardware file"), path)
 
 
 def _from_table(table: dict[str, Any], path: Path) -> Hardware:

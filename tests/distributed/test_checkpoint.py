@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 import stat
 import subprocess
 import threading
@@ -17,6 +18,7 @@ import pytest
 import torch
 from test_training import TRAIN, recorded_trajectories
 
+from megatron_tropd import files
 from megatron_tropd.config import ParallelConfig
 from megatron_tropd.data.packing import pack
 from megatron_tropd.errors import InputError, TrainingError
@@ -113,6 +115,43 @@ CASES = [("float32", False), ("bfloat16", False), ("float32", True), ("bfloat16"
 def _all_cases(folder: str, out: str) -> None:
     for dtype, distributed_optimizer in CASES:
         _save_and_move(folder, out, dtype, distributed_optimizer)
+    _one_rank_cannot_read(folder, Path(out, "float32-False"))
+
+
+UNREADABLE = "/proc/self/mem"
+"""Linux answers EIO to whoever reads its first byte."""
+
+
+def _one_rank_cannot_read(folder: str, root: Path) -> None:
+    """The file system fails one rank, with checksums or without: all stop, nobody falls back."""
+    import torch.distributed as dist
+
+    files.READ_PATIENCE = (0.0,)
+    layout = _layouts(False)["tp2_pp2"]
+    learner, ranks = _student(folder, layout)
+    checkpoints = _checkpoints(root, ranks, layout)
+    path = root / "step_000003"
+    if ranks.is_main:
+        shutil.copytree(path, root / "step_000002")
+        # What the last rank wrote, only the last rank reads.
+        _unreadable(path / "__3_0.distcp")
+    dist.barrier()
+    for unchecked in (False, True):
+        if unchecked and ranks.is_main:
+            (path / "checksums.json").unlink()
+        dist.barrier()
+        with pytest.raises(TrainingError, match=r"Errno 5.*may be intact") as caught:
+            checkpoints.load_newest(learner)
+        assert caught.value.kind == "disk" and checkpoints.steps() == [2, 3]
+        dist.barrier()
+    leave_layout()
+
+
+def _unreadable(file: Path) -> bytes:
+    content = file.read_bytes()
+    file.unlink()
+    file.symlink_to(UNREADABLE)
+    return content
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +201,7 @@ def _faults(folder: str, out: str) -> None:
     _writes_in_the_background(checkpoints, learner)
     _no_room(checkpoints, learner)
     _checksums_are_those_of_sha256sum(root / "step_000005")
+    _what_cannot_be_read_is_no_damage(checkpoints, learner)
     _damage_is_found(checkpoints, learner, said)
 
 
@@ -215,6 +255,20 @@ def _checksums_are_those_of_sha256sum(path: Path) -> None:
     assert {line.split()[1]: line.split()[0] for line in printed.splitlines()} == {
         name: entry["sha256"] for name, entry in files.items()
     }
+
+
+def _what_cannot_be_read_is_no_damage(checkpoints, learner) -> None:
+    """A hiccup passes; a file system that goes on failing ends the run, and costs no checkpoint."""
+    file = next((checkpoints.folder / "step_000005").glob("*.distcp"))
+    content = _unreadable(file)
+    files.READ_PATIENCE = (0.0, 0.0)
+    with pytest.raises(TrainingError, match=rf"{file.name}.*so nothing older is taken") as caught:
+        checkpoints.load_newest(learner)
+    assert caught.value.kind == "disk"
+    files.READ_PATIENCE = (0.5, 0.5, 0.5)
+    threading.Timer(0.2, lambda: (file.unlink(), file.write_bytes(content))).start()
+    assert checkpoints.load_newest(learner)["step"] == 5
+    assert checkpoints.steps() == [3, 4, 5], "nothing is set aside"
 
 
 def _damage_is_found(checkpoints, learner, said: list[str]) -> None:

@@ -79,7 +79,19 @@ def _train_all(texts: str, out: str) -> None:
             with contextlib.redirect_stdout(io.StringIO()) as printed:
                 results[name] = _train(job, config)
             results[name]["log"] = printed.getvalue()
+        results["complete before the step ends"] = _save_and_train(job)
     Path(out, "results.json").write_text(json.dumps(results))
+
+
+def _save_and_train(job: Any) -> list[int]:
+    """The checkpoints that are complete when the step after a save ends."""
+    from megatron_tropd.train import train_step
+
+    job.step = 1
+    job.save()
+    job.checkpoints._save.writer.close()
+    train_step(job)
+    return job.checkpoints.steps()
 
 
 def _train(job: Any, config: Any) -> dict[str, Any]:
@@ -115,6 +127,11 @@ def results(tmp_path_factory) -> dict[str, Any]:
             (texts / name).write_text("".join(islice(file, lines)))
     run_with_env(1, _train_all, str(texts), str(out))
     return json.loads((out / "results.json").read_text())
+
+
+def test_a_checkpoint_is_complete_before_the_next_step_ends(results):
+    """What a crash in the training phases of that step would otherwise cost is the checkpoint."""
+    assert results["complete before the step ends"] == [1]
 
 
 @pytest.mark.parametrize("method", [path.stem for path in METHODS])

@@ -54,7 +54,7 @@ class Play:
             distill.replace("RUN", f'"{self.run}"').replace("PLACE", str(self.folder))
         )
         (self.folder / "serve").write_text(serve)
-        config = self.folder / "config.toml"
+        config = self.run / "job.toml"
         config.write_text(f"""
             model = {{ student = "s", teacher = "t" }}
             rollout = {{ prompts = "p.jsonl", max_new_tokens = 8 }}
@@ -75,7 +75,7 @@ class Play:
         loaded = load_config(config, overrides)
         job = self.run / "job.sbatch"
         layout = make_layout(loaded, site)
-        job.write_text(render_job(loaded, site, layout, path=config, overrides=overrides))
+        job.write_text(render_job(loaded, site, layout, path=config))
         return self.cluster.run("sbatch", "--parsable", str(job)).strip()
 
     def await_state(self, job: str, *states: str, seconds: float = 60) -> None:
@@ -108,7 +108,9 @@ def play(cluster, tmp_path) -> Play:
 def test_colocated_one_task_on_each_node(play):
     job = play.submit("parallel.tensor=8", "parallel.data=2", distill="touch RUN/summary.json")
     play.await_state(job, "COMPLETED")
-    rest = f"gpus .* at .* token 64 restart 0 greeting two words: {play.folder}/config.toml .*"
+    rest = (
+        f"gpus .* at .* token 64 restart 0 greeting two words: {re.escape(str(play.run))}/job.toml"
+    )
     for node, line in enumerate(sorted(play.calls("distill"))):
         assert re.fullmatch(rf"distill n{node + 1} step {node}/2 tasks 2 {rest}", line), line
     logs = {path.name for path in (play.run / "logs").iterdir()}

@@ -12,6 +12,7 @@ from megatron_tropd.config import (
     LossConfig,
     config_from_dict,
     config_to_dict,
+    config_to_toml,
     load_config,
 )
 from megatron_tropd.errors import ConfigError
@@ -187,6 +188,10 @@ def test_missing_file(tmp_path: Path):
         load_config(tmp_path / "absent.toml")
     with pytest.raises(ConfigError, match=r"cannot be read \(Is a directory\)"):
         load_config(tmp_path)
+    other = tmp_path / "latin.toml"
+    other.write_bytes(b"# caf\xe9")
+    with pytest.raises(ConfigError, match=r"is not UTF-8, as TOML is: byte 5 is 0xe9"):
+        load_config(other)
 
 
 def test_override_of_a_section_that_is_not_a_table(toml: Path):
@@ -197,7 +202,20 @@ def test_override_of_a_section_that_is_not_a_table(toml: Path):
         load_config(toml, ["train.lr=1e-3"])
 
 
+def test_settings_as_toml_are_read_back_from_anywhere(toml: Path, tmp_path: Path):
+    (tmp_path / "other").mkdir()
+    copy = tmp_path / "other" / "copy.toml"
+    for config in (
+        load_config(toml),
+        load_config(toml, ['rollout.prompts="é \\"x\\".jsonl"', "rollout.stop_token_ids=[1, 2]"]),
+        *map(load_config, (*METHODS, *RECIPES)),
+    ):
+        copy.write_text(config_to_toml(config))
+        assert load_config(copy) == config
+
+
 METHODS = sorted((REPOSITORY / "configs" / "methods").glob("*.toml"))
+RECIPES = sorted((REPOSITORY / "configs" / "recipes").glob("*.toml"))
 
 
 def test_every_preset_has_a_config():

@@ -475,6 +475,13 @@ def test_hardware_from_a_file(tmp_path: Path):
     assert mine.link(5) == pytest.approx(25e9 * 0.6)
 
 
+def test_a_hardware_file_that_is_none(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"Hardware file .* cannot be read \(Is a directory\)"):
+        load_hardware(str(tmp_path))
+    with pytest.raises(ConfigError, match="neither one of a100, h100, h200 nor a TOML file"):
+        load_hardware(str(tmp_path / "absent.toml"))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

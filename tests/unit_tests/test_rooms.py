@@ -28,7 +28,7 @@ ARROWS: dict[str, set[str]] = {
     "losses": {"loss_config"},
     "data": {"config", "losses", "rollout.types"},
     "convert": {"config"},
-    "mcore": {"config", "convert", "data.types", "losses"},
+    "mcore": {"config", "convert", "data.types", "files", "losses"},
     "rollout": {"config", "data.types", "exits", "failures", "files"},
     "tasks": {"config", "data", "losses", "rollout.types"},
     "report": {"config", "data.types", "files"},

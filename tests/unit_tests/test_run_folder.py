@@ -8,6 +8,8 @@ from threading import Timer
 
 import pytest
 
+from megatron_tropd import exits
+from megatron_tropd.cli import main
 from megatron_tropd.config import (
     Config,
     ModelConfig,
@@ -79,6 +81,26 @@ def test_two_commands_do_not_share_a_folder(tmp_path):
         pass
     with hold(root):
         pass
+
+
+@pytest.mark.parametrize("launcher", ["ours", "torchrun"])
+def test_the_same_run_cannot_be_started_twice(tmp_path, tiny_llama, launcher, monkeypatch, capsys):
+    """Nothing of the run that goes on is touched."""
+    toml, root = tmp_path / "run.toml", tmp_path / "run"
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n')
+    toml.write_text(f"""
+        model = {{ student = "{tiny_llama}", teacher = "{tiny_llama}" }}
+        rollout = {{ prompts = "prompts.jsonl", max_new_tokens = 8, prompts_per_step = 1 }}
+        train = {{ steps = 1 }}
+        run = {{ dir = "{root}" }}
+    """)
+    if launcher == "torchrun":
+        monkeypatch.setenv("RANK", "0")
+        monkeypatch.setenv("WORLD_SIZE", "1")
+    with hold(root):
+        assert main(["distill", str(toml)]) == exits.CONFIG
+    assert "Another command is running" in capsys.readouterr().err
+    assert [p.name for p in root.iterdir()] == [".lock"]
 
 
 def test_a_job_that_starts_again_waits_for_the_lock_of_its_earlier_attempt(tmp_path):

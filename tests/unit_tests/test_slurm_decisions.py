@@ -67,7 +67,7 @@ class Job:
         loaded = load_config(config, overrides)
         layout = make_layout(loaded, SITE)
         self.file = folder / "job.sbatch"
-        self.file.write_text(render_job(loaded, SITE, layout, path=config, overrides=overrides))
+        self.file.write_text(render_job(loaded, SITE, layout, path=config))
         for name, text in {"scontrol": SCONTROL, "srun": SRUN, "squeue": SQUEUE}.items():
             (self.fake / name).write_text(text)
             (self.fake / name).chmod(0o755)
@@ -136,7 +136,7 @@ def test_training_is_one_task_on_each_training_node(job):
     for word in ("--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--nodelist=n1,n2"):
         assert f" {word} " in call
     assert "--kill-on-bad-exit=1" in call and f"--output={job.logs}/job_%j_node_%n.log" in call
-    assert call.endswith(f"tropd distill {job.file.parent}/config.toml run.dir={job.run}")
+    assert call.endswith(f"tropd distill {job.file.parent}/config.toml")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -36,7 +37,7 @@ def toml(tmp_path: Path) -> Path:
 
 def _render(toml: Path, site: Site, *overrides: str) -> str:
     config = load_config(toml, overrides)
-    return render_job(config, site, make_layout(config, site), path=toml, overrides=overrides)
+    return render_job(config, site, make_layout(config, site), path=toml)
 
 
 def _directives(text: str) -> set[str]:
@@ -226,10 +227,23 @@ def test_environments(toml):
     assert "export TROPD_GPUS_PER_NODE=8\n" in text
 
 
-def test_the_config_comes_with_its_overrides(toml):
-    text = _render(toml, SITE, "train.lr=1e-3", "loss.region=none")
-    run = f"{toml.parent}/runs/it's 100%".replace("'", "'\"'\"'")
-    assert f"config=('{toml}' train.lr=1e-3 loss.region=none 'run.dir={run}')" in text
+def test_a_job_runs_the_config_as_it_was(toml, tmp_path, monkeypatch):
+    """Edited while it waits in the queue, submitted from elsewhere: the job's settings stay."""
+    words = ["train.lr=1e-3", "model.teacher=here/t", "--site", str(EXAMPLE)]
+    monkeypatch.chdir(tmp_path)
+    asked = load_config(toml, words[:2])
+    assert main(["slurm", str(toml), *words]) == 0
+    run = tmp_path / "runs" / "it's 100%"
+    (copy,) = run.glob("job_*.toml")
+    before = copy.read_text()
+    assert f"config=({shlex.quote(str(copy))})" in (run / "job.sbatch").read_text()
+
+    toml.write_text(toml.read_text().replace("steps = 3", "steps = 4"))
+    monkeypatch.chdir("/")
+    assert load_config(copy) == asked
+    assert main(["slurm", str(toml), *words]) == 0
+    assert copy.read_text() == before, "a job that was submitted before keeps its own"
+    assert len(list(run.glob("job_*.toml"))) == 2
 
 
 def test_nothing_of_servers_without_servers(toml):

@@ -17,15 +17,18 @@ from megatron_tropd.watchdog import Beat, Progress, Watchdog, _suspects, limits,
 RANK = """
 import sys, time
 from pathlib import Path
+from megatron_tropd import watchdog
 from megatron_tropd.watchdog import Progress, Watchdog
+read_beats = watchdog.read_beats
+watchdog.read_beats = lambda *where: (print("reads all heartbeats"), read_beats(*where))[1]
 folder, rank, behaviour = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 def spin():
     while True:
         pass
 progress = Progress()
-watchdog = Watchdog(progress, folder=folder / "beats", failure=folder / "failure.json", rank=rank,
+dog = Watchdog(progress, folder=folder / "beats", failure=folder / "failure.json", rank=rank,
     world_size=3, timeout_minutes=0.03, say=lambda text: print("said:", text))
-with watchdog:
+with dog:
     progress.step = 4
     for phase in range(8) if behaviour == "work" else ():
         progress.enter("rollout")
@@ -81,6 +84,7 @@ def test_the_rank_that_stands_still_is_named(tmp_path, behaviour, words, phase):
     for code, text in ended:
         if code is not None:
             assert code == 75 and "most recent call first" in text
+    assert sum(text.count("reads all heartbeats") for _, text in ended) == 2, "one rank, twice"
     if behaviour == "spin":
         assert "in spin" in ended[1][1]
 
