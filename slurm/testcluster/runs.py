@@ -158,7 +158,7 @@ class LocalRun(_Run):
     _process: subprocess.Popen | None = None
 
     def start(self, *, niceness: int = 0) -> None:
-        """Start the command; with a niceness of 19 it takes what others leave of the machine."""
+        """Start the command; with a niceness it takes rather what others leave of the machine."""
         with (self.folder / "command.log").open("ab") as log:
             self._process = subprocess.Popen(
                 ["nice", f"-n{niceness}", *TROPD, "distill", str(self.config), *self.overrides],

@@ -12,6 +12,7 @@ from megatron_tropd.config import load_config
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 RESULTS = sorted((BENCHMARKS / "results").glob("step-*.json"))
+SOAKS = sorted((BENCHMARKS / "results").glob("soak-*.json"))
 
 
 @pytest.fixture(scope="module")
@@ -122,4 +123,18 @@ def test_the_conversion_result_is_what_the_text_says():
     assert result["time_in_copies"]["to_hf"] == pytest.approx(
         best["to_hf"] / best["copy"], abs=0.01
     )
+    assert not re.search(r'["\s]/\w', path.read_text())  # no absolute path
+
+
+@pytest.mark.parametrize("path", SOAKS, ids=lambda path: path.stem)
+def test_a_soak_met_a_fault_every_so_many_steps(path: Path):
+    result = json.loads(path.read_text())
+    steps, every = (
+        int(re.search(rf"--{name} (\d+)", result["command"])[1]) for name in ("steps", "every")
+    )
+    assert result["steps"] == steps and not result["modified"]
+    assert len(result["each"]) == sum(result["faults"].values()) == steps // every - 1
+    assert [(each["step"] - 1) // every for each in result["each"]] == list(range(len(result["each"])))
+    assert sum(each["steps_done_again"] for each in result["each"]) == result["steps_done_again"]
+    assert result["difference"].startswith("none, bit for bit")
     assert not re.search(r'["\s]/\w', path.read_text())  # no absolute path
