@@ -51,7 +51,11 @@ class ParallelConfig:
     data: int = 1
     """Data-parallel replicas of the student."""
     expert: int = 1
-    """Ranks that share the experts of a mixture, taken from the replicas; divides data."""
+    """Ranks that share the experts of a mixture, taken from the replicas; divides data, or, with
+    expert_tensor = 1, tensor x data."""
+    expert_tensor: int | None = None
+    """Tensor-parallel ranks of each expert: 1 keeps experts whole, so routed tokens are sent once
+    and not gathered over the tensor-parallel ranks too. None: tensor."""
     uneven_stages: bool = False
     """Accept layers that pipeline does not divide: the first stages take one more."""
     sequence_parallel: bool = False
@@ -64,9 +68,17 @@ class ParallelConfig:
             value = getattr(self, name)
             _require(value >= 1, f"parallel.{name} must be at least 1, found {value}.")
         _require(
-            self.data % self.expert == 0,
-            f"parallel.expert = {self.expert} must divide parallel.data, found {self.data}: the "
-            "replicas share the experts. Change one of the two.",
+            self.expert_tensor in (None, 1, self.tensor),
+            f"parallel.expert_tensor must be 1 or parallel.tensor = {self.tensor}, found "
+            f"{self.expert_tensor}.",
+        )
+        whole = self.shards_of_expert < self.tensor
+        sharers = self.tensor * self.data if whole else self.data
+        _require(
+            sharers % self.expert == 0,
+            f"parallel.expert = {self.expert} must divide parallel."
+            f"{'tensor x data' if whole else 'data'}, found {sharers}: the replicas share the "
+            "experts. Change one of the two.",
         )
         _require(
             self.tensor > 1 or not self.sequence_parallel,
@@ -78,6 +90,16 @@ class ParallelConfig:
     def world_size(self) -> int:
         """Number of ranks (processes) of the run."""
         return self.tensor * self.pipeline * self.data
+
+    @property
+    def shards_of_expert(self) -> int:
+        """Tensor-parallel ranks of each expert."""
+        return self.tensor if self.expert_tensor is None else self.expert_tensor
+
+    @property
+    def expert_replicas(self) -> int:
+        """Ranks that hold the same part of the same experts."""
+        return self.tensor * self.data // (self.shards_of_expert * self.expert)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,11 +23,12 @@ def check_parallel(hf_config: dict[str, Any], parallel: ParallelConfig, *, who: 
     """
     shape = model_shape(hf_config)
     tensor, pipeline = parallel.tensor, parallel.pipeline
-    for what, size in (
-        ("attention heads", shape.heads),
-        ("key/value heads", shape.kv_heads),
-        ("intermediate size", shape.experts.ffn if shape.experts else shape.ffn),
-    ):
+    sharded = [("attention heads", shape.heads), ("key/value heads", shape.kv_heads)]
+    if shape.experts is None:
+        sharded.append(("intermediate size", shape.ffn))
+    elif parallel.shards_of_expert > 1:
+        sharded.append(("intermediate size", shape.experts.ffn))
+    for what, size in sharded:
         if size % tensor:
             raise ConfigError(
                 f"parallel.tensor = {tensor} must divide the {who}'s {what}, found {size}. "

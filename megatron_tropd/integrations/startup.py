@@ -25,6 +25,7 @@ _OPTIONS = {
     "parallel.tensor ": "--tensor-model-parallel-size ",
     "parallel.tensor.": "--tensor-model-parallel-size.",
     "parallel.pipeline": "--pipeline-model-parallel-size",
+    "parallel.expert_tensor": "--expert-tensor-parallel-size",
     "parallel.expert": "--expert-model-parallel-size",
     "parallel.sequence_parallel = true": "--sequence-parallel",
     "loss.": "--tropd-",

@@ -223,7 +223,7 @@ def _expert_settings(shape: ModelShape, parallel: ParallelConfig) -> dict[str, A
         "moe_router_dtype": "fp32",
         "moe_grouped_gemm": has_transformer_engine(),
         "expert_model_parallel_size": parallel.expert,
-        "expert_tensor_parallel_size": parallel.tensor,
+        "expert_tensor_parallel_size": parallel.shards_of_expert,
     }
 
 

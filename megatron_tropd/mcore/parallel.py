@@ -38,12 +38,27 @@ class Ranks:
     embedding_group: dist.ProcessGroup | None = field(repr=False)
     """First and last stage of this shard, which share tied embeddings; None elsewhere."""
     ep_size: int = 1
-    """Neighbouring replicas that share the experts; 1: each has them all."""
+    """Neighbours that share the experts; 1: each has them all."""
+    etp_size: int = 1
+    """Tensor-parallel ranks of each expert: all of them, or 1. Neighbours are then replicas, or
+    single ranks."""
 
     @property
     def ep_rank(self) -> int:
         """Which part of the experts this rank holds."""
-        return self.dp_rank % self.ep_size
+        return self.ep_rank_of(self.rank)
+
+    def ep_rank_of(self, rank: int) -> int:
+        """Which part of the experts a global rank holds."""
+        return rank // self.etp_size % self.ep_size
+
+    def neighbour(self, rank: int, ep_rank: int) -> int:
+        """The rank that holds part ``ep_rank`` of the experts that ``rank`` shares."""
+        return rank + (ep_rank - self.ep_rank_of(rank)) * self.etp_size
+
+    def expert_shard(self) -> tuple[int, int]:
+        """(number, count) of the shards of one expert; this rank's, and all."""
+        return (self.tp_rank, self.tp_size) if self.etp_size > 1 else (0, 1)
 
     @property
     def is_first_stage(self) -> bool:
@@ -99,6 +114,7 @@ def initialize(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=parallel.shards_of_expert,
         distributed_timeout_minutes=timeout_seconds / 60,  # made a timedelta: may be a fraction
         create_gloo_process_groups=platform.has_cuda(),
     )
@@ -129,6 +145,7 @@ def current_ranks() -> Ranks:
         mp_group=parallel_state.get_model_parallel_group(),
         embedding_group=parallel_state.get_embedding_group(check_initialized=False),
         ep_size=parallel_state.get_expert_model_parallel_world_size(),
+        etp_size=parallel_state.get_expert_tensor_parallel_world_size(),
     )
 
 

@@ -58,7 +58,8 @@ def load_weights(
     parameters = dict(model.named_parameters())
     shape = model_shape(folder.config)
     for entry, parameter in _own_parameters(entries, parameters, shape, ranks):
-        shard = entry.operation.read(folder, ranks.tp_rank, ranks.tp_size)
+        place = (ranks.tp_rank, ranks.tp_size) if entry.expert is None else ranks.expert_shard()
+        shard = entry.operation.read(folder, *place)
         with torch.no_grad():
             parameter.copy_(shard)
 
@@ -165,17 +166,25 @@ def save_hf(
 class _Bucket:
     """Entries that lie on the same ranks."""
 
-    stage: int
-    ep_rank: int | None
-    """Which part of the experts; None: what every replica holds."""
+    home: "_Home"
     entries: list[Entry]
 
     def sender(self, receiver: int, ranks: Ranks) -> int:
         """The rank that has the bucket for ``receiver``: its own replica's, or a neighbour's."""
         tp_rank, _, dp_rank = ranks.place(receiver)
-        if self.ep_rank is not None:
-            dp_rank += self.ep_rank - dp_rank % ranks.ep_size
-        return ranks.global_rank(tp_rank=tp_rank, pp_rank=self.stage, dp_rank=dp_rank)
+        rank = ranks.global_rank(tp_rank=tp_rank, pp_rank=self.home.stage, dp_rank=dp_rank)
+        return rank if self.home.ep_rank is None else ranks.neighbour(rank, self.home.ep_rank)
+
+
+@dataclass(frozen=True)
+class _Home:
+    """The ranks that hold an entry."""
+
+    stage: int
+    ep_rank: int | None
+    """Which part of the experts; None: what every replica holds."""
+    shards: int
+    """Tensor-parallel ranks that have a part each; 1: a rank has it whole."""
 
 
 def _stage_of(entry: Entry, layers: int, pp_size: int) -> int:
@@ -185,12 +194,12 @@ def _stage_of(entry: Entry, layers: int, pp_size: int) -> int:
     return 0 if entry.name.startswith("embedding.") else pp_size - 1
 
 
-def _home(entry: Entry, shape: ModelShape, ranks: Ranks) -> tuple[int, int | None]:
-    """(stage, part of the experts or None) of the ranks that hold an entry."""
+def _home(entry: Entry, shape: ModelShape, ranks: Ranks) -> _Home:
     stage = _stage_of(entry, shape.layers, ranks.pp_size)
-    if entry.expert is None or shape.experts is None or ranks.ep_size == 1:
-        return stage, None
-    return stage, entry.expert * ranks.ep_size // shape.experts.count
+    if entry.expert is None or shape.experts is None:
+        return _Home(stage, None, ranks.tp_size)
+    part = entry.expert * ranks.ep_size // shape.experts.count if ranks.ep_size > 1 else None
+    return _Home(stage, part, ranks.etp_size)
 
 
 def _buckets(
@@ -200,13 +209,13 @@ def _buckets(
         bucket: list[Entry] = []
         held = 0
         for entry in group:
-            size = prod(entry.operation.shard_shape(ranks.tp_size)) * itemsize * ranks.tp_size
+            size = prod(entry.operation.shard_shape(home.shards)) * itemsize * home.shards
             if bucket and held + size > limit:
-                yield _Bucket(*home, bucket)
+                yield _Bucket(home, bucket)
                 bucket, held = [], 0
             bucket.append(entry)
             held += size
-        yield _Bucket(*home, bucket)
+        yield _Bucket(home, bucket)
 
 
 def _own_parameters(
@@ -218,11 +227,11 @@ def _own_parameters(
     """Pair this rank's entries with its parameters; each parameter must be met once."""
     first_layer = sum(stage_sizes(shape.layers, ranks.pp_size)[: ranks.pp_rank])
     first_expert = ranks.ep_rank * shape.experts.count // ranks.ep_size if shape.experts else 0
-    homes = [(ranks.pp_rank, None), (ranks.pp_rank, ranks.ep_rank)]
     pairs = [
         (entry, _parameter(entry, parameters, first_layer, first_expert))
         for entry in entries
-        if _home(entry, shape, ranks) in homes
+        if (home := _home(entry, shape, ranks)).stage == ranks.pp_rank
+        and home.ep_rank in (None, ranks.ep_rank)
     ]
     if "output_layer.weight" in parameters and shape.tied:
         # The last stage's own copy of a tied embedding.
@@ -260,14 +269,17 @@ def _collect(
     dtype: torch.dtype,
 ) -> dict[Entry, list[Tensor]] | None:
     """Bring a bucket to its receivers: entry -> shards; None on the other ranks."""
-    shapes = [entry.operation.shard_shape(ranks.tp_size) for entry in bucket.entries]
-    senders = map(ranks.place, (bucket.sender(receiver, ranks) for receiver in receivers))
+    shards = bucket.home.shards
+    shapes = [entry.operation.shard_shape(shards) for entry in bucket.entries]
+    senders = [bucket.sender(receiver, ranks) for receiver in receivers]
+    # A bucket in one piece is its sender's alone; else all its tensor-parallel ranks take part.
+    here = [ranks.place(rank) for rank in senders if shards > 1 or rank == ranks.rank]
     mine = (ranks.pp_rank, ranks.dp_rank)
-    places = {tp_rank for tp_rank, pp_rank, dp_rank in senders if (pp_rank, dp_rank) == mine}
+    places = {tp_rank for tp_rank, pp_rank, dp_rank in here if (pp_rank, dp_rank) == mine}
     gathered = None
     if places:
         local = torch.cat([own[e].detach().flatten().to(dtype) for e in bucket.entries])
-        gathered = _gather(local, ranks, places)
+        gathered = _gather(local, ranks, places) if shards > 1 else local.unsqueeze(0)
     flat_shards = _deliver(bucket, gathered, sum(map(prod, shapes)), ranks, receivers, dtype)
     if flat_shards is None:
         return None
@@ -280,8 +292,6 @@ def _collect(
 
 def _gather(local: Tensor, ranks: Ranks, places: set[int]) -> Tensor | None:
     """[tp_size, n] on the tensor-parallel ranks in ``places``, None on the others."""
-    if ranks.tp_size == 1:
-        return local.unsqueeze(0)
     if len(places) > 1:
         everything = local.new_empty(ranks.tp_size, local.numel())
         dist.all_gather_into_tensor(everything.view(-1), local, group=ranks.tp_group)
@@ -308,7 +318,7 @@ def _deliver(
     receivers: Sequence[int],
     dtype: torch.dtype,
 ) -> Tensor | None:
-    """[tp_size, size] on the receivers, sent where another rank has it; None elsewhere."""
+    """[shards, size] on the receivers, sent where another rank has it; None elsewhere."""
     received = None
     for receiver in receivers:
         sender = bucket.sender(receiver, ranks)
@@ -317,7 +327,8 @@ def _deliver(
         elif ranks.rank == sender and gathered is not None:
             dist.send(gathered, receiver)
         elif ranks.rank == receiver:
-            received = torch.empty(ranks.tp_size, size, dtype=dtype, device=platform.device())
+            shape = (bucket.home.shards, size)
+            received = torch.empty(shape, dtype=dtype, device=platform.device())
             dist.recv(received, sender)
     return received
 

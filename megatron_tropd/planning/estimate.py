@@ -32,6 +32,23 @@ class Estimate:
         return memory(self.made)
 
 
+def slow_phases(one: Estimate) -> list[str]:
+    """A warning for each phase that the run would take to hang (``run.timeout_minutes``)."""
+    took, minutes = one.seconds, one.made.config.run.timeout_minutes
+    # Beside the training, ranks wait only for what is left of the rollout.
+    waits = took.rollout - took.training if took.overlapped else took.rollout
+    phases = {
+        "rollout": waits,
+        **{name: getattr(took, name) for name in ("teacher", "student", "optimizer", "sync")},
+    }
+    return [
+        f"the {phase} is estimated to last {length / 60:.1f} minutes; a run is taken to hang after "
+        f"run.timeout_minutes = {minutes:g}. Set that to {2 * length / 60:.0f} or more"
+        for phase, length in phases.items()
+        if length > 60 * minutes
+    ]
+
+
 def estimate(made: Setup) -> Estimate:
     """Everything about one layout; arithmetic only."""
     fullest, sent = fullest_stages(made), communication(made)
@@ -50,6 +67,8 @@ def layout_name(made: Setup) -> str:
     parts = [f"TP {p.tensor} x PP {p.pipeline} x DP {p.data}"]
     if p.expert > 1:
         parts.append(f"EP {p.expert}")
+    if p.shards_of_expert < p.tensor:
+        parts.append("whole experts")
     for name in ("uneven_stages", "sequence_parallel", "distributed_optimizer"):
         if getattr(p, name):
             parts.append(name.replace("_", " "))

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_tropd.convert.families import describe
-from megatron_tropd.planning.estimate import Estimate, layout_name
+from megatron_tropd.planning.estimate import Estimate, layout_name, slow_phases
 from megatron_tropd.planning.memory import (
     Engine,
     Memory,
@@ -114,6 +114,7 @@ def _estimate_json(one: Estimate) -> dict[str, Any]:
         "checkpoint_bytes": checkpoint_bytes(made),
         "sent_bytes": asdict(one.communication),
         "seconds": asdict(one.seconds) | {"total": one.seconds.total},
+        "warnings": slow_phases(one),
     }
 
 
@@ -213,7 +214,8 @@ def _seconds_block(one: Estimate) -> str:
     beside = " (the rollout beside the rest)" if one.seconds.overlapped else ""
     rows.append([f"  total{beside}", f"{one.seconds.total:.2f}"])
     rows.append([f"hours of {steps} steps", f"{steps * one.seconds.total / 3600:.1f}"])
-    return _table(rows)
+    warnings = [textwrap.fill(f"WARNING: {text}", WIDTH) for text in slow_phases(one)]
+    return "\n".join([_table(rows), *warnings])
 
 
 def _recommended_block(plan: Plan) -> str:
@@ -228,6 +230,7 @@ def _recommended_block(plan: Plan) -> str:
             f"{best.peak / 1e9:.1f} GB at most on a training GPU",
         ),
     ]
+    lines += [("WARNING", f"here {text}") for text in slow_phases(best)]
     if other:
         when = "one step ahead" if other.made.rollout.steps_ahead else "on policy"
         lines.append((when, f"{layout_name(other.made)}: {other.seconds.total:.1f} s a step"))

@@ -32,6 +32,12 @@ LAYOUTS = {
     "tp2-ep2": ParallelConfig(tensor=2, data=2, expert=2),
     "pp2-ep2": ParallelConfig(pipeline=2, data=2, expert=2, uneven_stages=True),
     "dp4-ep2": ParallelConfig(data=4, expert=2),
+    "tp2-whole": ParallelConfig(tensor=2, expert_tensor=1),
+    "tp2-whole-ep2": ParallelConfig(tensor=2, expert=2, expert_tensor=1),
+    "tp2-dp2-whole-ep2": ParallelConfig(tensor=2, data=2, expert=2, expert_tensor=1),
+    "tp2-pp2-whole-ep2": ParallelConfig(
+        tensor=2, pipeline=2, expert=2, expert_tensor=1, uneven_stages=True
+    ),
 }
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -79,12 +85,13 @@ def test_tiny_logits_and_export(
     layout: str, tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     parallel = LAYOUTS[layout]
-    cases = MIXTURES if parallel.expert > 1 else DENSE + MIXTURES
+    of_mixtures = parallel.expert > 1 or parallel.expert_tensor is not None
+    cases = MIXTURES if of_mixtures else DENSE + MIXTURES
     _check(parallel, [tiny_model(family, **overrides) for family, overrides in cases], tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if "ep" not in name])
+@pytest.mark.parametrize("layout", ["tp1", "tp2", "pp2", "tp2-pp2-sp"])
 def test_real_logits_greedy_continuations_and_export(
     layout: str, shared_data: Path, tmp_path: Path
 ) -> None:

@@ -20,6 +20,8 @@ from megatron_tropd.convert.hf_folder import HFFolder
 from tests.ranks import leave_layout, run_with_env
 
 EXPERT = {"data": 2, "expert": 2}
+WHOLE = {"tensor": 2, "sequence_parallel": True, "expert_tensor": 1}
+"""Experts that tensor parallelism does not shard."""
 LAYOUTS = {
     "tp1": ParallelConfig(),
     "tp2": ParallelConfig(tensor=2, sequence_parallel=True),
@@ -30,6 +32,11 @@ LAYOUTS = {
     "tp2_ep2": ParallelConfig(tensor=2, sequence_parallel=True, **EXPERT),
     "pp2_ep2": ParallelConfig(pipeline=2, **EXPERT),
     "ep2_dp4": ParallelConfig(data=4, expert=2, distributed_optimizer=True),
+    "tp2_whole": ParallelConfig(**WHOLE),
+    "tp2_whole_ep2": ParallelConfig(**WHOLE, expert=2),
+    "tp2_whole_ep2_distributed_optimizer": ParallelConfig(
+        **WHOLE, **EXPERT, distributed_optimizer=True
+    ),
 }
 
 
@@ -156,6 +163,7 @@ def _save_and_move(folder: str, out: Path, distributed_optimizer: bool) -> None:
     layouts = [ParallelConfig(**EXPERT, **option), ParallelConfig(data=2, **option)]
     if not distributed_optimizer:
         layouts += [LAYOUTS["tp2"], LAYOUTS["pp2"]]
+    layouts.append(ParallelConfig(**WHOLE, expert=2, **option))
     norms = {}
     for n, writer in enumerate(layouts[:2]):
         learner, ranks = _student(folder, writer)

@@ -385,7 +385,8 @@ PLAN_KEYS = {
 }
 ESTIMATE_KEYS = {
     *("parallel", "rollout", "training_nodes", "engine_nodes", "fits", "obstacle"),
-    *("memory_bytes", "engine_bytes", "host_bytes", "checkpoint_bytes", "sent_bytes", "seconds"),
+    *("memory_bytes", "engine_bytes", "host_bytes", "checkpoint_bytes", "sent_bytes"),
+    *("seconds", "warnings"),
 }
 
 
@@ -473,6 +474,17 @@ def test_hardware_from_a_file(tmp_path: Path):
     assert (mine.name, mine.network_gb_s, mine.gpus_per_node) == ("h100", 25, 4)
     assert mine.link(4) == pytest.approx(450e9 * 0.6)
     assert mine.link(5) == pytest.approx(25e9 * 0.6)
+
+
+def test_a_phase_longer_than_the_timeout_is_warned_of(capsys):
+    """The run would end itself as hanging in its first rollout."""
+    recipe = [str(RECIPES / "qwen3_8b.toml")]
+    assert main(["plan", *recipe, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["asked"]["warnings"] == []
+    assert main(["plan", *recipe, "run.timeout_minutes=0.5"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "WARNING: the rollout is estimated to last" in text
+    assert "after run.timeout_minutes = 0.5. Set that to" in text
 
 
 def test_a_hardware_file_that_is_none(tmp_path: Path):

@@ -1,5 +1,6 @@
 """The CPU differences: in place without CUDA, absent with it; and what stands on them."""
 
+import dataclasses
 import subprocess
 import sys
 from collections.abc import Callable
@@ -135,6 +136,13 @@ def test_places_and_ranks_are_inverse() -> None:
     for rank in range(12):
         tp_rank, pp_rank, dp_rank = ranks.place(rank)
         assert ranks.global_rank(tp_rank=tp_rank, pp_rank=pp_rank, dp_rank=dp_rank) == rank
+    assert [ranks.ep_rank_of(rank) for rank in range(4)] == [0, 0, 0, 0]
+    whole = dataclasses.replace(ranks, ep_size=4)
+    assert [whole.ep_rank_of(rank) for rank in range(8)] == [0, 1, 2, 3, 0, 1, 2, 3]
+    assert whole.neighbour(6, 1) == 5
+    sharded = dataclasses.replace(ranks, ep_size=2, etp_size=2)
+    assert [sharded.ep_rank_of(rank) for rank in range(8)] == [0, 0, 1, 1, 0, 0, 1, 1]
+    assert sharded.neighbour(7, 0) == 5 and sharded.neighbour(5, 1) == 7
     assert stage_sizes(5, 2) == [3, 2]
     assert stage_sizes(4, 2) == [2, 2]
 
