@@ -34,6 +34,8 @@ class Patience:
     """Longest time an engine may take for one unit."""
     unit_failures: int = 5
     """Engines that may die over one unit."""
+    join_seconds: float = 30.0
+    """Longest wait for an engine that is to have new weights directly."""
 
     @classmethod
     def within(cls, phase_seconds: float) -> Self:

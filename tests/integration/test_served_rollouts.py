@@ -195,7 +195,11 @@ def make_pool(
     """``make_pool(answer_seconds, patience)``: a pool on the servers, weights handed over."""
 
     def make(
-        answer_seconds: float = 30.0, model: wire.Model = "student", **patience: float
+        answer_seconds: float = 30.0,
+        model: wire.Model = "student",
+        folder: Path | None = None,
+        direct: bool = False,
+        **patience: float,
     ) -> ServerPool:
         run = servers[0].folder.parent
         config = load_config(toml, [f"run.dir={run}", "rollout.placement=separate"])
@@ -204,11 +208,12 @@ def make_pool(
         )
         pool = ServerPool(
             known,
-            WeightVersions(run / "weights"),
+            WeightVersions(folder or run / "weights"),
             rank=0,
             num_servers=2,
             model=model,
             patience=Patience(**patience),  # type: ignore[arg-type]
+            direct=direct,
         )
         pool.load_tensors(iter(weights.items()), version=1)
         return pool
@@ -251,6 +256,19 @@ def test_served_samples_are_those_of_a_local_engine(make_pool, expected) -> None
     pool.start_generate(REQUESTS, SAMPLING)
     assert pool.generate(REQUESTS[:2], SAMPLING)[1].token_ids == expected[1].token_ids
     assert pool.finish_generate() == expected
+
+
+def test_weights_that_come_directly_are_those_of_the_folder(
+    make_pool, servers: list[Server], tmp_path: Path, expected
+) -> None:
+    """Into a folder that no server sees: what they have they were sent."""
+    for server in servers:
+        server.wait_for("ready")
+    with make_pool(direct=True, folder=tmp_path / "elsewhere") as pool:
+        assert pool.generate(REQUESTS, SAMPLING) == expected
+        pool._direct.finish()
+        assert (tmp_path / "elsewhere" / "version_000001").exists()
+    assert not (tmp_path / "elsewhere").exists()
 
 
 def _record(fault: str, how: str) -> None:
