@@ -9,14 +9,13 @@ from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Self
 
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tropd.errors import TrainingError
 from megatron_tropd.rollout.client import ClientSettings, ServerClient
 from megatron_tropd.rollout.direct import DirectTransport
 from megatron_tropd.rollout.dispatch import Dispatch, Patience
-from megatron_tropd.rollout.pool import cut_units, merge_units, together
+from megatron_tropd.rollout.pool import cut_units, merge_units, share, together
 from megatron_tropd.rollout.types import Sample, SampleRequest, Sampling
 from megatron_tropd.rollout.weight_sync import WeightsName, WeightVersions
 from megatron_tropd.rollout.wire import Model, Unit
@@ -89,7 +88,7 @@ class ServerPool:
             TrainingError: engines died over one unit again and again.
             InputError: a request does not fit the model.
 
-        Collectives: one gather of the outcome, one broadcast of the samples as objects.
+        Collectives: those of :func:`~megatron_tropd.rollout.pool.share`.
         """
         return self._collect(lambda: self._after_pending(requests, sampling))
 
@@ -167,16 +166,12 @@ class ServerPool:
         return Dispatch(units, clients, self._patience, self._stopping)
 
     def _collect(self, dispatch: Callable[[], Dispatch | None]) -> list[Sample]:
-        made: list[list[Sample]] = [[]]
+        def mine() -> list[Sample]:
+            if not self.owns_engine or (asked := dispatch()) is None:
+                return []
+            return merge_units([unit.samples for unit in asked.wait()])
 
-        def mine() -> None:
-            if self.owns_engine and (asked := dispatch()) is not None:
-                made[0] = merge_units([unit.samples for unit in asked.wait()])
-
-        together(mine)
-        # Not through the gather: that takes room for everybody's share, as large as the largest.
-        dist.broadcast_object_list(made, src=0)
-        return made[0]
+        return share(mine, self.owners)[0]
 
     def _hand_over(self, name: WeightsName, tensors: Iterable[tuple[str, Tensor | None]]) -> None:
         try:
