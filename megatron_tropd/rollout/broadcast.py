@@ -48,7 +48,7 @@ _PATIENCE_SECONDS = 30.0
 """Longest wait for anything else: a message, a connection, a bucket to be gathered."""
 _POLL_SECONDS = 0.001
 _LOOK_SECONDS = 0.5
-"""How often is looked whether the trainer still lives."""
+"""How often is looked whether the other side still lives."""
 
 
 class BroadcastBroken(RuntimeError):
@@ -101,6 +101,7 @@ class Sender:
         self._store: Any = dist.PrefixStore(self._key, store)
         self._group: Any = None
         self._cuda = False
+        self._alive: Callable[[], bool] = lambda: True
         self._said = 0
 
     def offer(self, name: WeightsName, server: int, seconds: float) -> Offer:
@@ -144,6 +145,7 @@ class Sender:
                 "size": ends[-1],
                 "cuda": self._cuda,
             }
+            self._alive = lambda: lost().isdisjoint(self.members)
             self._store.set("members", json.dumps(members))
             if self.members:
                 self._group = _make_group(self._store, 0, members, self._address)
@@ -157,7 +159,8 @@ class Sender:
         with _broken("a bucket was not sent"):
             dtype = str(bucket.flat.dtype).removeprefix("torch.")
             self._say({"dtype": dtype, "shapes": bucket.shapes})
-            _broadcast(self._group, bucket.flat if self._cuda else bucket.flat.cpu())
+            flat = bucket.flat if self._cuda else bucket.flat.cpu()
+            _broadcast(self._group, flat, alive=self._alive)
 
     def end(self, *, complete: bool) -> None:
         """Say that this was the last bucket, or that no other will come."""
@@ -223,6 +226,8 @@ class Receiver:
         """Come to the meeting; whether this engine takes part. Nothing has changed if not."""
         offer = self._offer
         try:
+            # A store that is gone, because we come late, would be tried again and again.
+            socket.create_connection((offer.host, offer.port), _PATIENCE_SECONDS).close()
             store = dist.TCPStore(
                 offer.host,
                 offer.port,
@@ -234,7 +239,7 @@ class Receiver:
             about = {"count": self._workers, "cuda": self._device.type == "cuda"}
             self._store.set(_worker_key(offer.server, self._worker), json.dumps(about))
             self._members = json.loads(self._store.get("members"))
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
             print(f"{offer.weights}: no broadcast: {_first_line(error)}", flush=True)
             return False
         return str(offer.server) in self._members["ranks"]
@@ -377,7 +382,7 @@ def _make_group(store: Any, rank: int, members: Mapping[str, Any], address: str)
     return backend(store, rank, members["size"], gloo)
 
 
-def _broadcast(group: Any, flat: Tensor, *, alive: Callable[[], bool] = lambda: True) -> None:
+def _broadcast(group: Any, flat: Tensor, *, alive: Callable[[], bool]) -> None:
     """From rank 0 to all; RuntimeError when it takes too long or the other side is gone."""
     seconds = _PATIENCE_SECONDS + flat.nbytes / _SLOWEST
     options = dist.BroadcastOptions()
@@ -392,7 +397,7 @@ def _broadcast(group: Any, flat: Tensor, *, alive: Callable[[], bool] = lambda: 
         if now - looked > _LOOK_SECONDS:
             looked = now
             if not alive():
-                raise RuntimeError("the trainer is gone")
+                raise RuntimeError("the other side is gone")
         time.sleep(_POLL_SECONDS)
     work.wait()
 
