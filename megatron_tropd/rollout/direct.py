@@ -82,10 +82,13 @@ class DirectTransport:
                 for bucket in buckets(tensors):
                     writing.put(bucket)
                     broadcast.send(bucket)
+                    if not broadcast.goes_on:  # nobody waits for a bucket, all for the folder
+                        writing.start()
             except BaseException:
                 writing.abandon()
                 raise
             writing.end()
+            writing.start()
             if broadcast.broken:  # who had begun waits for the folder
                 writing.wait()
             taken = broadcast.finish()
@@ -130,13 +133,18 @@ class _Broadcast:
         if self._sender is not None:
             self._sender.close()
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether somebody takes part."""
+        return self._sender is not None and bool(self._sender.members) and not self.broken
+
     def send(self, bucket: Bucket) -> None:
         """Send a bucket if anybody takes part; the first one also brings them together."""
         try:
             if not self._begun:
                 self._begun = True
                 self._meet(cuda=bucket.flat.is_cuda)
-            if self._sender is not None and self._sender.members and not self.broken:
+            if self._sender is not None and self.goes_on:
                 self._sender.send(bucket)
         except BroadcastBroken as error:
             print(f"{self._name}: {error}; the rest goes through the folder", flush=True)
@@ -201,8 +209,13 @@ class _BackgroundWrite:
         self._name = name
         self._arriving: queue.SimpleQueue[Bucket | TrainingError | None] = queue.SimpleQueue()
         self._error: Exception | None = None
-        self._thread = threading.Thread(target=self._write, daemon=True)
-        self._thread.start()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Begin to write, where that has not begun: it takes cores and memory from a broadcast."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._write, daemon=True)
+            self._thread.start()
 
     def put(self, bucket: Bucket) -> None:
         """Have a bucket written; copied to the host first."""
@@ -215,6 +228,7 @@ class _BackgroundWrite:
     def abandon(self) -> None:
         """There are more, but they will not come."""
         self._arriving.put(TrainingError("the trainer stopped in the middle"))
+        self.start()
 
     def wait(self) -> None:
         """Wait until the version is there.
@@ -222,6 +236,7 @@ class _BackgroundWrite:
         Raises:
             TrainingError: it could not be written.
         """
+        assert self._thread is not None, "wait before start"
         self._thread.join()
         if self._error is not None:
             raise self._error
