@@ -41,7 +41,11 @@ class Patience:
     def within(cls, phase_seconds: float) -> Self:
         """For a trainer whose phases may last so long: its watchdog must not come first."""
         half = phase_seconds / 2
-        return cls(lost_seconds=min(cls.lost_seconds, half), unit_seconds=half)
+        return cls(
+            lost_seconds=min(cls.lost_seconds, half),
+            unit_seconds=half,
+            join_seconds=min(cls.join_seconds, half),
+        )
 
 
 @dataclass
