@@ -130,6 +130,9 @@ class RolloutConfig:
     separate: servers."""
     steps_ahead: Literal[0, 1] = 0
     """1: sample for the next step while this one trains, so samples are one step old."""
+    weight_transport: Literal["folder", "direct"] = "folder"
+    """How a server gets new weights: from the run folder; direct: broadcast to servers that are
+    ready (NCCL on CUDA, else gloo), and from the folder for the others (docs/serving.md)."""
     engine_tensor_parallel: int = 1
     """GPUs of one engine. More than 1 needs CUDA."""
     engine_memory: float = 0.4
@@ -149,6 +152,12 @@ class RolloutConfig:
         )
         _require(0 < self.top_p <= 1, f"rollout.top_p must be in (0, 1], found {self.top_p}.")
         _require(self.engine_memory > 0, "rollout.engine_memory must be above 0.")
+        _require(
+            self.weight_transport == "folder" or self.placement == "separate",
+            'rollout.weight_transport = "direct" needs rollout.placement = "separate", found '
+            '"colocated": an engine beside its trainer gets weights through shared memory. Remove '
+            "one of the two.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -224,6 +224,7 @@ class Job:
                 model=model,
                 patience=Patience.within(60 * self.config.run.timeout_minutes),
                 stopping=lambda: self._stop.requested,
+                direct=rollout.weight_transport == "direct",
             )
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         engines_here = max(1, rollout.num_engines * local // self.ranks.world_size)

@@ -22,6 +22,8 @@ FREE_SECTIONS = ("run", "parallel")
 """Sections that may change when a run resumes: they alter no number but timings and round-off."""
 FIXED_KEYS = ("parallel.distributed_optimizer",)
 """Exceptions: the two kinds of optimizer save their states in different forms."""
+FREE_KEYS = ("rollout.weight_transport",)
+"""Further keys that alter no number."""
 LOCK_SECONDS = 180.0
 """How long a job that Slurm starts again waits for the lock of its earlier attempt."""
 
@@ -222,6 +224,7 @@ def _check_same(old: dict[str, Any], new: dict[str, Any], root: Path) -> None:
         for section, table in new.items()
         for key, value in table.items()
         if section not in FREE_SECTIONS or f"{section}.{key}" in FIXED_KEYS
+        if f"{section}.{key}" not in FREE_KEYS
         if old.get(section, {}).get(key) != value
     ]
     if changed:

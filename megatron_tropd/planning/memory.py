@@ -242,10 +242,13 @@ def host_bytes(made: Setup) -> float:
     """Of a node's own memory: weights on their way to its engines, and those of sleeping engines.
 
     Each colocated engine gets the whole student through a file in shared memory and, asleep, keeps
-    a copy of its weights there; both for every engine of the node at the same time.
+    a copy of its weights there; both for every engine of the node at the same time. What goes to
+    separate ones directly is kept on the first node until it is in the run's folder, too.
     """
-    if made.separate or made.hardware.layers == "cpu":
+    if made.hardware.layers == "cpu":
         return 0.0
+    if made.separate:
+        return float(made.student.parameters * made.element) if made.direct else 0.0
     world = made.parallel.world_size
     engines = -(-made.rollout.num_engines * min(made.hardware.gpus_per_node, world) // world)
     return 2.0 * engines * made.student.parameters * made.element

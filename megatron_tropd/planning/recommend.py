@@ -221,6 +221,7 @@ def _rollout(
     return replace(
         made.rollout,
         placement=placement,
+        weight_transport=made.rollout.weight_transport if placement == "separate" else "folder",
         num_engines=engines,
         engine_tensor_parallel=size,
         steps_ahead=ahead,

@@ -181,9 +181,13 @@ def sync_seconds(made: Setup) -> float:
     """New weights on their way, one process writing.
 
     Colocated: the engine wakes with its old weights, the new ones are written into shared memory
-    and read. Separate: they are written into the run's folder.
+    and read. Separate: they are written into the run's folder. Directly: one GPU sends them once,
+    after a copy to the host, which is written while the next step trains.
     """
     weights, hardware = made.student.parameters * made.element, made.hardware
+    if made.direct:
+        network = hardware.network_gb_s * hardware.achieved_bandwidth
+        return weights / (network * 1e9) + weights / (hardware.host_copy_gb_s * 1e9)
     if made.separate:
         return weights / (hardware.shared_folder_gb_s * 1e9)
     return (2 * weights + _offloaded_bytes(made)) / (hardware.host_copy_gb_s * 1e9)
@@ -192,9 +196,11 @@ def sync_seconds(made: Setup) -> float:
 def _arrival_seconds(made: Setup) -> float:
     """Weights of an engine on the move beside :func:`sync_seconds`.
 
-    Separate: new ones are read from the run's folder. Colocated: those of an engine that falls
-    asleep are copied to the host.
+    Separate: new ones are read from the run's folder, unless they came directly. Colocated: those
+    of an engine that falls asleep are copied to the host.
     """
+    if made.direct:
+        return 0.0
     if made.separate:
         bandwidth = made.hardware.shared_folder_gb_s * 1e9
         return made.student.parameters * made.element / bandwidth

@@ -49,6 +49,11 @@ class Setup:
         return self.rollout.placement == "separate"
 
     @property
+    def direct(self) -> bool:
+        """Whether separate engines get new weights through the network, not the run's folder."""
+        return self.rollout.weight_transport == "direct"
+
+    @property
     def engine_nodes(self) -> int:
         """Nodes that only sample; an engine lies within one node."""
         if not self.separate:

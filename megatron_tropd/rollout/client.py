@@ -1,5 +1,6 @@
 """The trainer's side of one rollout server: find it, ask whether it is ready, have a unit made."""
 
+import math
 import os
 import time
 from collections.abc import Callable
@@ -76,19 +77,48 @@ class ServerClient:
             InputError: the unit can be made by no server.
         """
         self._ask("POST", "/units", data=wire.encode(unit))
-        deadline = time.monotonic() + 2 * unit.seconds
-        wait = min(_LONGEST_WAIT, self._known.answer_seconds / 2)
-        while wanted():
-            answer = self._ask("GET", f"/units/{unit.id}", params={"wait": wait})
-            if answer.status_code == 200:
-                return _checked(answer.content, unit)
-            if time.monotonic() > deadline:
-                raise ServerError(f"has had a unit for {2 * unit.seconds:g} s")
-        raise ServerError("is not needed any more")
+        made = self._wait_for(f"/units/{unit.id}", wanted, seconds=2 * unit.seconds)
+        return _checked(made, unit)
+
+    def host(self) -> str:
+        """Where the server is announced now.
+
+        Raises:
+            ServerError: nowhere.
+        """
+        return self._announcement().host
+
+    def hand_over(self, offer: wire.Offer, *, wanted: Callable[[], bool]) -> None:
+        """Have the server's engine take part in a broadcast; over when it has the weights.
+
+        Args:
+            offer: where the broadcast is.
+            wanted: asked after every answer; false: nobody waits for it any more.
+
+        Raises:
+            ServerError: it does not have them; says why.
+            InputError: it does not understand the offer.
+        """
+        self._ask("POST", "/weights", data=wire.encode(offer))
+        body = self._wait_for(f"/weights/{offer.id}", wanted)
+        if _decoded(body, wire.Loaded).weights != offer.weights:
+            raise ServerError(f"has loaded something else than {offer.weights}")
 
     def close(self) -> None:
         """Close the connections."""
         self._session.close()
+
+    def _wait_for(self, path: str, wanted: Callable[[], bool], seconds: float = math.inf) -> bytes:
+        """What a server says when it is done with a job."""
+        deadline = time.monotonic() + seconds
+        wait = min(_LONGEST_WAIT, self._known.answer_seconds / 2)
+        while wanted():
+            answer = self._ask("GET", path, params={"wait": wait})
+            if answer.status_code == 200:
+                return answer.content
+            if time.monotonic() > deadline:
+                raise ServerError(f"has had a unit for {seconds:g} s")
+        raise ServerError("is not needed any more")
 
     def _ask(self, method: str, path: str, **options: Any) -> requests.Response:
         there = self._announcement()
@@ -148,11 +178,15 @@ def _alien(answer: requests.Response) -> str:
     return f"answered {answer.status_code} like no rollout server: {answer.text[:100]!r}"
 
 
-def _checked(body: bytes, unit: wire.Unit) -> wire.UnitSamples:
+def _decoded[T](body: bytes, kind: type[T]) -> T:
     try:
-        made = wire.decode(body, wire.UnitSamples)
+        return wire.decode(body, kind)
     except InputError as error:
-        raise ServerError(f"sent no samples: {error}") from None
+        raise ServerError(f"sent something else: {error}") from None
+
+
+def _checked(body: bytes, unit: wire.Unit) -> wire.UnitSamples:
+    made = _decoded(body, wire.UnitSamples)
     if made.weights != unit.weights or len(made.samples) != len(unit.requests):
         raise ServerError(
             f"sent {len(made.samples)} samples of weights {made.weights}, expected "

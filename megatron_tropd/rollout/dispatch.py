@@ -34,12 +34,18 @@ class Patience:
     """Longest time an engine may take for one unit."""
     unit_failures: int = 5
     """Engines that may die over one unit."""
+    join_seconds: float = 30.0
+    """Longest wait for an engine that is to have new weights directly."""
 
     @classmethod
     def within(cls, phase_seconds: float) -> Self:
         """For a trainer whose phases may last so long: its watchdog must not come first."""
         half = phase_seconds / 2
-        return cls(lost_seconds=min(cls.lost_seconds, half), unit_seconds=half)
+        return cls(
+            lost_seconds=min(cls.lost_seconds, half),
+            unit_seconds=half,
+            join_seconds=min(cls.join_seconds, half),
+        )
 
 
 @dataclass

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from megatron_tropd.errors import ConfigError, InputError, TrainingError
 from megatron_tropd.rollout.types import EngineSettings, Sample, SampleRequest, Sampling
+from megatron_tropd.rollout.wire import Offer
 
 _LOG_LINES_QUOTED = 15
 _CLOSE_SECONDS = 5.0
@@ -181,6 +182,25 @@ class RolloutEngine:
         self.wake()
         self._send("load_weights", str(folder))
         self._receive()
+
+    def receive_weights(self, offer: Offer, folder: str | Path) -> bool:
+        """Replace the weights by those that a trainer broadcasts.
+
+        Args:
+            offer: where the broadcast is.
+            folder: of the versions, where the rest is taken from if the broadcast breaks.
+
+        Returns:
+            Whether the engine took part and has them; if not, it has those from before.
+
+        Raises:
+            TrainingError: the engine died, by tensors that do not fit or do not come either way;
+                quotes its log.
+        """
+        self.wait_ready()
+        self.wake()
+        self._send("receive_weights", offer, str(folder), self._expected)
+        return self._receive()
 
     def sleep(self) -> None:
         """Give the GPU memory back while the trainer works. Nothing to do without CUDA."""
@@ -372,14 +392,14 @@ def expected_tensors(model_folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def check_complete(
-    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], folder: Path
+    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], where: object
 ) -> None:
     """Refuse a weight update that is not exactly what the model needs.
 
     Args:
         expected: from :func:`expected_tensors`.
         found: from :func:`tensor_shapes`.
-        folder: for the message.
+        where: for the message.
 
     Raises:
         InputError: names missing, unknown and misshapen tensors.
@@ -398,7 +418,7 @@ def check_complete(
     ]
     if problems:
         raise InputError(
-            f"Weights in {folder} do not fit the engine's model: {'; '.join(problems)}. "
+            f"Weights in {where} do not fit the engine's model: {'; '.join(problems)}. "
             "Nothing was loaded; export every tensor under its HF name."
         )
 

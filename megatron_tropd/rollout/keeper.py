@@ -9,19 +9,17 @@ from pathlib import Path
 from megatron_tropd.errors import InputError, TrainingError
 from megatron_tropd.rollout.engine import RolloutEngine
 from megatron_tropd.rollout.types import Sample
-from megatron_tropd.rollout.weight_sync import WeightsName, WeightVersions
-from megatron_tropd.rollout.wire import Model, Unit
+from megatron_tropd.rollout.weight_sync import VISIBLE_SECONDS, WeightsName, WeightVersions
+from megatron_tropd.rollout.wire import Model, Offer, Unit
 
 MOST_FAILURES = 5
 """Deaths of the engine without a unit finished in between, after which the server gives up."""
 START_SECONDS = 3600.0
 """Longest start of an engine."""
-VISIBLE_SECONDS = 60.0
-"""After so long a network file system shows everyone what one machine wrote."""
 
 
 class EngineKeeper:
-    """Runs units one after the other; used by one thread, watched by others."""
+    """Runs units and takes weights, one after the other; used by one thread, watched by others."""
 
     def __init__(
         self,
@@ -90,13 +88,13 @@ class EngineKeeper:
             TrainingError: the engine died or took too long, or the weights are not there.
         """
         try:
-            weights = self._find(unit)
+            folder = self._find(unit)
         finally:
             self.state = "ready"
         try:
             engine = self._engine_of(unit.model)
-            if unit.weights not in (None, self.weights):
-                self._load(engine, unit.weights, weights)
+            if folder is not None:
+                self._load(engine, unit.weights, folder)
             self.state = "generating"
             with _time_limit(engine, unit.seconds, "generating a unit"):
                 samples = engine.generate(unit.requests, unit.sampling)
@@ -108,6 +106,27 @@ class EngineKeeper:
         self.failures = 0
         return samples
 
+    def receive(self, offer: Offer) -> None:
+        """Have the student's engine take new weights directly from the trainer.
+
+        Raises:
+            TrainingError: it did not take part and has the weights it had, or it died.
+        """
+        self.state, before = "loading", self.weights
+        try:
+            engine = self._engine_of("student")
+            self.weights = None  # until it has all of them it has none that can be used
+            with _time_limit(engine, START_SECONDS, "receiving weights"):
+                taken = engine.receive_weights(offer, self._versions.folder)
+            self.weights = offer.weights if taken else before
+        except TrainingError as error:
+            self._died("student", error)
+            raise
+        finally:
+            self.state = "ready" if "student" in self._engines else "starting"
+        if not taken:
+            raise TrainingError("The engine came too late for the broadcast.", kind="engine")
+
     def close(self) -> None:
         """End the engines for good; from any thread."""
         self._closed = True
@@ -117,9 +136,12 @@ class EngineKeeper:
         self._engines.clear()
 
     def _find(self, unit: Unit) -> Path | None:
+        """Where the weights of a unit are; None: the engine has them."""
         if unit.weights is None:
             if unit.model == "student":
                 raise InputError("Expected a unit for the student to name its weights, found none.")
+            return None
+        if unit.weights == self.weights:
             return None
         deadline = time.monotonic() + VISIBLE_SECONDS
         while True:
@@ -140,8 +162,7 @@ class EngineKeeper:
             self._start("teacher")
         return self._engines[model]
 
-    def _load(self, engine: RolloutEngine, name: WeightsName | None, folder: Path | None) -> None:
-        assert folder is not None
+    def _load(self, engine: RolloutEngine, name: WeightsName | None, folder: Path) -> None:
         self.state = "loading"
         with _time_limit(engine, START_SECONDS, "loading weights"):
             try:

@@ -64,13 +64,11 @@ class EnginePool:
         Returns:
             One sample per request, in order, on every rank.
 
-        Collectives: one gather of the samples as objects; one more where others were asked for
-        before.
+        Collectives: those of :func:`share`; as many more where others were asked for before.
         """
         self._settle()
         units = self._cut(requests)
-        parts = together(lambda: self._generate(units, sampling))
-        return merge_units([parts[owner] for owner in self.owners])
+        return merge_units(share(lambda: self._generate(units, sampling), self.owners))
 
     def start_generate(self, requests: Sequence[SampleRequest], sampling: Sampling) -> None:
         """Ask for samples without waiting; one call at a time may be under way.
@@ -92,7 +90,7 @@ class EnginePool:
     def finish_generate(self) -> list[Sample]:
         """The samples of the last :meth:`start_generate`, on every rank.
 
-        Collectives: one gather of the samples as objects.
+        Collectives: those of :func:`share`.
         """
         assert self._asked, "finish_generate without start_generate"
         self._settle()
@@ -108,8 +106,8 @@ class EnginePool:
                 rank, since making them is collective.
             version: optimizer steps they have seen.
 
-        Collectives: those of ``tensors``, a gather of the outcome, and one of samples that were
-        asked for and are still being made: they are of the weights before.
+        Collectives: those of ``tensors``, a gather of the outcome, and those of :func:`share` for
+        samples that were asked for and are still being made: they are of the weights before.
         """
         self._settle()
         together(lambda: self._load(tensors))
@@ -172,8 +170,8 @@ class EnginePool:
         """Wait for samples that were asked for and keep them: engines do one thing at a time."""
         if not self._asked or self._settled is not None:
             return
-        parts = together(lambda: self._engine.finish_generate() if self._engine else [])
-        self._settled = merge_units([parts[owner] for owner in self.owners])
+        parts = share(lambda: self._engine.finish_generate() if self._engine else [], self.owners)
+        self._settled = merge_units(parts)
 
 
 def cut_units[T](requests: Sequence[T], count: int) -> list[list[T]]:
@@ -187,6 +185,25 @@ def merge_units[T](units: Sequence[Sequence[T]]) -> list[T]:
     for number, unit in enumerate(units):
         merged[number :: len(units)] = unit
     return merged
+
+
+def share[T](action: Callable[[], T], owners: Sequence[int]) -> list[T]:
+    """Run ``action`` on every rank; what it returned on each of ``owners``, on every rank.
+
+    Raises:
+        As :func:`together`.
+
+    Collectives: one gather of the outcome, one broadcast of objects from each owner.
+    """
+    mine: list[T] = []
+    together(lambda: mine.append(action()))
+    shared = []
+    for owner in owners:
+        # Not through the gather: that takes room for every rank's share, as large as the largest.
+        part = list(mine)
+        dist.broadcast_object_list(part, src=owner)
+        shared += part
+    return shared
 
 
 def together(action: Callable[[], Any]) -> list[Any]:

@@ -3,17 +3,19 @@
 Only rank 0 talks to the servers; what it gets reaches the others through their process group.
 """
 
+import contextlib
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Self
 
-import torch.distributed as dist
 from torch import Tensor
 
+from megatron_tropd.errors import TrainingError
 from megatron_tropd.rollout.client import ClientSettings, ServerClient
+from megatron_tropd.rollout.direct import DirectTransport
 from megatron_tropd.rollout.dispatch import Dispatch, Patience
-from megatron_tropd.rollout.pool import cut_units, merge_units, together
+from megatron_tropd.rollout.pool import cut_units, merge_units, share, together
 from megatron_tropd.rollout.types import Sample, SampleRequest, Sampling
 from megatron_tropd.rollout.weight_sync import WeightsName, WeightVersions
 from megatron_tropd.rollout.wire import Model, Unit
@@ -39,6 +41,7 @@ class ServerPool:
         model: Model = "student",
         patience: Patience,
         stopping: Callable[[], bool] = lambda: False,
+        direct: bool = False,
     ) -> None:
         """Nothing is asked yet: servers may still be starting, or start later.
 
@@ -50,6 +53,7 @@ class ServerPool:
             model: whose samples are asked for.
             patience: time-outs.
             stopping: whether the run was asked to stop; it then waits less for servers.
+            direct: whether weights are broadcast to servers that are ready, not only written.
         """
         self.owns_engine = rank == 0
         self._known = known
@@ -63,6 +67,11 @@ class ServerPool:
         self._pending: Dispatch | None = None
         self._pending_version = 0
         self._asked = False
+        self._direct: DirectTransport | None = None
+        if direct and self.owns_engine:
+            self._direct = DirectTransport(
+                known, versions, num_servers=num_servers, join_seconds=patience.join_seconds
+            )
 
     def generate(self, requests: Sequence[SampleRequest], sampling: Sampling) -> list[Sample]:
         """Continue every request on whichever servers are there.
@@ -79,7 +88,7 @@ class ServerPool:
             TrainingError: engines died over one unit again and again.
             InputError: a request does not fit the model.
 
-        Collectives: one gather of the outcome, one broadcast of the samples as objects.
+        Collectives: those of :func:`~megatron_tropd.rollout.pool.share`.
         """
         return self._collect(lambda: self._after_pending(requests, sampling))
 
@@ -99,9 +108,11 @@ class ServerPool:
         return samples
 
     def load_tensors(self, tensors: Iterable[tuple[str, Tensor | None]], *, version: int) -> None:
-        """Put the weights that come out of ``tensors`` where servers find them.
+        """Hand over the weights that come out of ``tensors``.
 
-        Each loads them when it is first asked for samples of them.
+        Through the folder a server loads them when it is first asked for samples of them. Directly
+        it has them at once, so that samples asked for before are waited for: they are of the
+        weights before.
 
         Args:
             tensors: HF names and tensors, ``None`` but on rank 0; exhausted on every rank, since
@@ -109,12 +120,12 @@ class ServerPool:
             version: optimizer steps they have seen.
 
         Raises:
-            TrainingError: they cannot be written.
+            TrainingError: they cannot be written, or no server answers.
 
         Collectives: those of ``tensors``, a gather of the outcome.
         """
         name = WeightsName(version, self._writer)
-        together(lambda: self._write(name, tensors))
+        together(lambda: self._hand_over(name, tensors))
         self._weights = name
 
     def sleep(self) -> None:
@@ -122,6 +133,9 @@ class ServerPool:
 
     def close(self) -> None:
         """Remove the versions of the weights; servers end when the run is complete."""
+        if self._direct is not None:
+            with contextlib.suppress(TrainingError):  # nobody needs them any more
+                self._direct.finish()
         if self._weights is not None and self.owns_engine:
             self._versions.clear()
 
@@ -152,22 +166,28 @@ class ServerPool:
         return Dispatch(units, clients, self._patience, self._stopping)
 
     def _collect(self, dispatch: Callable[[], Dispatch | None]) -> list[Sample]:
-        made: list[list[Sample]] = [[]]
+        def mine() -> list[Sample]:
+            if not self.owns_engine or (asked := dispatch()) is None:
+                return []
+            return merge_units([unit.samples for unit in asked.wait()])
 
-        def mine() -> None:
-            if self.owns_engine and (asked := dispatch()) is not None:
-                made[0] = merge_units([unit.samples for unit in asked.wait()])
+        return share(mine, self.owners)[0]
 
-        together(mine)
-        # Not through the gather: that takes room for everybody's share, as large as the largest.
-        dist.broadcast_object_list(made, src=0)
-        return made[0]
-
-    def _write(self, name: WeightsName, tensors: Iterable[tuple[str, Tensor | None]]) -> None:
-        if not self.owns_engine:
-            for _ in tensors:
+    def _hand_over(self, name: WeightsName, tensors: Iterable[tuple[str, Tensor | None]]) -> None:
+        try:
+            if self._direct is not None:
+                if self._pending is not None:
+                    self._pending.wait()
+                self._direct.hand_over(name, tensors)
+            elif self.owns_engine:
+                self._write_folder(name, tensors)
+        finally:
+            for _ in tensors:  # making them is collective, also where they are not needed
                 pass
-            return
+
+    def _write_folder(
+        self, name: WeightsName, tensors: Iterable[tuple[str, Tensor | None]]
+    ) -> None:
         self._versions.write(name, tensors)
         oldest = self._pending_version if self._pending is not None else name.version
         self._versions.prune(oldest, name.version)

@@ -4,6 +4,8 @@
     GET  /status          what it does, which weights it has, how often its engine died
     POST /units           take a unit; 202, also when it has it already; 409 while it has another
     GET  /units/ID?wait=s its samples (200), not yet (202), or why there are none (400, 500)
+    POST /weights         take new weights directly, as an engine that does nothing can
+    GET  /weights/ID?wait=s   that it has them, not yet, or why not; as for units
 
 All but /health want ``Authorization: Bearer TOKEN``. Bodies are msgpack (:mod:`.wire`), never
 pickle. One thread runs the engine, so a server answers while its engine starts or generates.
@@ -35,38 +37,38 @@ _HTTP_START_SECONDS = 30.0
 
 
 class Busy(RuntimeError):
-    """The server has another unit."""
+    """The server has another job."""
 
 
 class Desk:
-    """The one unit a server has: HTTP threads put it there and ask for it, the engine's takes it.
+    """The one job a server has: HTTP threads put it there and ask for it, the engine's takes it.
 
-    What became of a unit is kept until another one comes.
+    A job is a unit or an offer of weights. What became of it is kept until another one comes.
     """
 
     def __init__(self) -> None:
         """Nothing to do yet."""
         self._changed = threading.Condition()
-        self._unit: wire.Unit | None = None
+        self._job: wire.Job | None = None
         self._taken = False
-        self._outcome: wire.UnitSamples | Exception | None = None
+        self._outcome: wire.Done | Exception | None = None
         self._closed = False
         self._asking = 0
         self._last_asked = time.monotonic()
 
     @property
-    def unit_id(self) -> str | None:
-        """The unit that is here, finished or not."""
-        unit = self._unit
-        return unit.id if unit else None
+    def job_id(self) -> str | None:
+        """The job that is here, finished or not."""
+        job = self._job
+        return job.id if job else None
 
     def idle_seconds(self) -> float:
         """Since somebody asked for anything; 0 while somebody waits."""
         with self._changed:
             return 0.0 if self._asking else time.monotonic() - self._last_asked
 
-    def put(self, unit: wire.Unit) -> None:
-        """Accept a unit; nothing happens if it is here already and has not failed.
+    def put(self, job: wire.Job) -> None:
+        """Accept a job; nothing happens if it is here already and has not failed.
 
         Raises:
             Busy: another one is not finished.
@@ -74,30 +76,30 @@ class Desk:
         with self._changed:
             self._last_asked = time.monotonic()
             failed = isinstance(self._outcome, Exception)
-            if self.unit_id == unit.id and not failed:
+            if self.job_id == job.id and not failed:
                 return
-            if self._unit is not None and self._outcome is None:
-                raise Busy(f"unit {self._unit.id} is not finished")
-            self._unit, self._taken, self._outcome = unit, False, None
+            if self._job is not None and self._outcome is None:
+                raise Busy(f"{self._job.id} is not finished")
+            self._job, self._taken, self._outcome = job, False, None
             self._changed.notify_all()
 
-    def take(self) -> wire.Unit | None:
-        """The next unit for the engine; None when the server ends."""
+    def take(self) -> wire.Job | None:
+        """The next job for the engine; None when the server ends."""
         with self._changed:
             self._changed.wait_for(
-                lambda: self._closed or (self._unit is not None and not self._taken)
+                lambda: self._closed or (self._job is not None and not self._taken)
             )
             self._taken = True
-            return None if self._closed else self._unit
+            return None if self._closed else self._job
 
-    def finish(self, outcome: wire.UnitSamples | Exception) -> None:
-        """Say what became of the unit taken last."""
+    def finish(self, outcome: wire.Done | Exception) -> None:
+        """Say what became of the job taken last."""
         with self._changed:
             self._outcome = outcome
             self._changed.notify_all()
 
-    def outcome(self, unit_id: str, wait: float) -> wire.UnitSamples | Exception | None:
-        """What became of a unit; None: not finished after ``wait`` seconds.
+    def outcome(self, job_id: str, wait: float) -> wire.Done | Exception | None:
+        """What became of a job; None: not finished after ``wait`` seconds.
 
         Raises:
             KeyError: it is not here.
@@ -106,11 +108,11 @@ class Desk:
             self._asking += 1
             try:
                 self._changed.wait_for(
-                    lambda: self._closed or self.unit_id != unit_id or self._outcome is not None,
+                    lambda: self._closed or self.job_id != job_id or self._outcome is not None,
                     wait,
                 )
-                if self.unit_id != unit_id:
-                    raise KeyError(unit_id)
+                if self.job_id != job_id:
+                    raise KeyError(job_id)
                 return self._outcome
             finally:
                 self._asking -= 1
@@ -132,7 +134,7 @@ def make_app(desk: Desk, keeper: EngineKeeper, *, token: str, about: dict[str, A
     """The HTTP side.
 
     Args:
-        desk: where units go.
+        desk: where jobs go.
         keeper: asked for the engine's state.
         token: what a client must show.
         about: constant part of /status.
@@ -155,7 +157,7 @@ def make_app(desk: Desk, keeper: EngineKeeper, *, token: str, about: dict[str, A
         return about | {
             "state": keeper.state,
             "weights": asdict(keeper.weights) if keeper.weights else None,
-            "unit": desk.unit_id,
+            "job": desk.job_id,
             "engine_pid": keeper.engine_pid,
             "engine_restarts": keeper.restarts,
             "last_error": keeper.last_error,
@@ -163,21 +165,28 @@ def make_app(desk: Desk, keeper: EngineKeeper, *, token: str, about: dict[str, A
 
     @app.post("/units", dependencies=private)
     async def put_unit(request: Request) -> Response:
+        return await put(request, wire.Unit)
+
+    @app.post("/weights", dependencies=private)
+    async def put_offer(request: Request) -> Response:
+        return await put(request, wire.Offer)
+
+    async def put(request: Request, kind: type[wire.Unit] | type[wire.Offer]) -> Response:
         try:
-            unit = wire.decode(await _body(request), wire.Unit)
-            desk.put(unit)
+            desk.put(wire.decode(await _body(request), kind))
         except InputError as error:
             return _refusal(400, str(error))
         except Busy as error:
             return _refusal(409, str(error))
         return Response(status_code=202)
 
-    @app.get("/units/{unit_id}", dependencies=private)
-    def get_unit(unit_id: str, wait: float = 0.0) -> Response:
+    @app.get("/weights/{job_id}", dependencies=private)
+    @app.get("/units/{job_id}", dependencies=private)
+    def get_outcome(job_id: str, wait: float = 0.0) -> Response:
         try:
-            outcome = desk.outcome(unit_id, min(max(wait, 0.0), LONGEST_WAIT))
+            outcome = desk.outcome(job_id, min(max(wait, 0.0), LONGEST_WAIT))
         except KeyError:
-            return _refusal(404, f"unit {unit_id} is not here; send it again")
+            return _refusal(404, f"{job_id} is not here; send it again")
         if outcome is None:
             return Response(status_code=202)
         if isinstance(outcome, InputError):
@@ -341,8 +350,8 @@ class RolloutServer:
     def _run_engine(self) -> None:
         try:
             self._keeper.start()
-            while (unit := self._desk.take()) is not None:
-                self._desk.finish(self._outcome_of(unit))
+            while (job := self._desk.take()) is not None:
+                self._desk.finish(self._outcome_of(job))
                 if self._keeper.given_up:
                     raise TrainingError(
                         f"The engine keeps dying: {self._keeper.last_error}", kind="engine"
@@ -351,12 +360,15 @@ class RolloutServer:
         except BaseException as error:
             self._fatal = error
 
-    def _outcome_of(self, unit: wire.Unit) -> wire.UnitSamples | Exception:
+    def _outcome_of(self, job: wire.Job) -> wire.Done | Exception:
         try:
-            samples = self._keeper.run(unit)
+            if isinstance(job, wire.Offer):
+                self._keeper.receive(job)
+                return wire.Loaded(job.id, job.weights)
+            samples = self._keeper.run(job)
         except (InputError, TrainingError) as error:
             return error
-        return wire.UnitSamples(unit.id, unit.weights, tuple(samples))
+        return wire.UnitSamples(job.id, job.weights, tuple(samples))
 
     def _leave(self, http: threading.Thread) -> None:
         if self._is_announced():

@@ -26,6 +26,8 @@ _PREFIX = "tropd-weights-"
 _LOCK = "owner.lock"
 _WRITER = "writer.txt"
 BUCKET_BYTES = 256 * 2**20
+VISIBLE_SECONDS = 60.0
+"""After so long a network file system shows everyone what one machine wrote."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,9 @@ class WeightsName:
     """Optimizer steps."""
     writer: str
     """Unique to each start of the trainer."""
+
+    def __str__(self) -> str:
+        return f"weights after step {self.version}"
 
 
 class WeightVersions:

@@ -1,7 +1,7 @@
 """What trainer and rollout servers tell each other, as msgpack; and the files they meet by.
 
 Everything that arrives is checked against the types here, and nothing in it can name a file or run
-code: a request carries token ids and numbers.
+code: a request carries token ids and numbers, an offer of weights a place on the job's network.
 """
 
 import contextlib
@@ -55,6 +55,36 @@ class UnitSamples:
 
 
 @dataclass(frozen=True)
+class Offer:
+    """New weights that a server's engine can have directly, if it comes to the trainer's store."""
+
+    id: str
+    """Unique."""
+    weights: WeightsName
+    host: str
+    port: int
+    key: str
+    """Begins every name in the store."""
+    server: int
+    """Number of the server, by which its engine is known there."""
+    join_seconds: float
+    """How long the trainer waits."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """An engine has the weights of an offer."""
+
+    id: str
+    weights: WeightsName
+
+
+Job = Unit | Offer
+"""What a server is asked to do."""
+Done = UnitSamples | Loaded
+
+
+@dataclass(frozen=True)
 class Announcement:
     """How to reach a server; the content of ``servers/server_000.json``."""
 
@@ -68,7 +98,7 @@ class Announcement:
     """Only of a server on loopback without a job's token; the file is the owner's alone."""
 
 
-def encode(message: Unit | UnitSamples) -> bytes:
+def encode(message: Job | Done) -> bytes:
     """A message as msgpack; floats exactly."""
     return msgspec.msgpack.encode(message)
 
@@ -142,5 +172,6 @@ def read_announcement(folder: Path, number: int) -> Announcement | None:
 def served_settings(config: Config) -> str:
     """Fingerprint of the settings on which a server's samples depend, as 16 hexadecimal digits."""
     tables = config_to_dict(config)
-    settings = {name: tables[name] for name in ("model", "rollout", "evaluation")}
+    settings = {name: dict(tables[name]) for name in ("model", "rollout", "evaluation")}
+    del settings["rollout"]["weight_transport"]
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]

@@ -14,13 +14,15 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
 from megatron_tropd.exits import STOP_SIGNALS
 from megatron_tropd.files import never_fail_to_print
 from megatron_tropd.rollout.types import EngineSettings, Sample, SampleRequest, Sampling
+from megatron_tropd.rollout.wire import Offer
+from megatron_tropd.rollout.worker_extension import WorkerExtension
 
 _PARENT_POLL_SECONDS = 0.5
 _GIB = 2**30
@@ -62,6 +64,7 @@ def build_llm(settings: EngineSettings) -> Any:
         tensor_parallel_size=settings.tensor_parallel,
         enable_prefix_caching=settings.prefix_caching,
         skip_tokenizer_init=True,
+        worker_extension_cls=f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}",
         generation_config="vllm",
         logprobs_mode="raw_logprobs",
         load_format="safetensors",
@@ -140,23 +143,25 @@ def load_weights(llm: Any, folder: str) -> None:
         llm: the engine.
         folder: complete, ``lm_head.weight`` included for tied models (checked by the parent).
     """
-    from vllm.platforms import current_platform
-
-    if current_platform.is_cpu():
-        llm.apply_model(_forget_packed_experts)
+    llm.collective_rpc("tropd_forget_packed_experts")
     llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
     llm.reset_prefix_cache()
 
 
-def _forget_packed_experts(model: Any) -> None:
-    """Let vLLM 0.32 pack the experts of new weights for its CPU kernels, as it did the first ones.
+def receive_weights(llm: Any, offer: Offer, folder: str, expected: Mapping[str, Any]) -> bool:
+    """Replace the weights by those of a broadcast; whether every worker has them.
 
-    With the kernel in place a reload keeps them as they are: wrong samples, no error.
+    Args:
+        llm: the engine.
+        offer: where the broadcast is.
+        folder: of the versions.
+        expected: shape by name of everything that must come.
     """
-    for module in model.modules():
-        method: Any = getattr(module, "quant_method", None)
-        if hasattr(method, "moe_kernel"):
-            method.moe_kernel = None
+    taken = llm.collective_rpc("tropd_receive_weights", args=(offer, folder, expected))
+    if any(taken) and not all(taken):
+        raise RuntimeError(f"workers have different weights: {taken}")
+    llm.reset_prefix_cache()
+    return all(taken)
 
 
 def _serve(connection: Connection) -> None:
@@ -168,6 +173,7 @@ def _serve(connection: Connection) -> None:
     commands: dict[str, Callable[..., Any]] = {
         "generate": lambda *arguments: generate(llm, *arguments),
         "load_weights": lambda folder: load_weights(llm, folder),
+        "receive_weights": lambda *arguments: receive_weights(llm, *arguments),
         "sleep": lambda: llm.sleep(level=1),
         "wake": lambda: llm.wake_up(),
     }

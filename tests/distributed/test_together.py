@@ -1,4 +1,5 @@
-"""What ranks do together: an error that was foreseen reaches all of them, another ends its rank."""
+"""What ranks do together: an error that was foreseen reaches all of them, another ends its rank;
+and what some of them have reaches all of them."""
 
 import pytest
 import torch
@@ -29,6 +30,14 @@ def _foreseen(rank: int) -> None:
     assert together(lambda: rank) == [0, 1]
 
 
+def _shared(rank: int) -> None:
+    """What owners have, in their order; others have nothing to send."""
+    from megatron_tropd.rollout.pool import share
+
+    assert share(lambda: [rank] * (rank + 1), (1, 0)) == [[1, 1], [0]]
+    assert share(lambda: {"from": rank}, (1,)) == [{"from": 1}]
+
+
 def _unforeseen(rank: int) -> None:
     """The others are in a collective that will never end: no gather could tell them."""
     from megatron_tropd.rollout.pool import together
@@ -46,6 +55,7 @@ def _unforeseen(rank: int) -> None:
 def _both() -> None:
     dist.init_process_group("gloo")
     _foreseen(dist.get_rank())
+    _shared(dist.get_rank())
     _unforeseen(dist.get_rank())
 
 

@@ -138,3 +138,24 @@ def test_a_soak_met_a_fault_every_so_many_steps(path: Path):
     assert sum(each["steps_done_again"] for each in result["each"]) == result["steps_done_again"]
     assert result["difference"].startswith("none, bit for bit")
     assert not re.search(r'["\s]/\w', path.read_text())  # no absolute path
+
+
+def test_the_placement_result_is_what_the_text_says():
+    """Every placement, both ways of handing weights over; the tables have these numbers."""
+    (path,) = (BENCHMARKS / "results").glob("placement-*.json")
+    result = json.loads(path.read_text())
+    text = (BENCHMARKS.parent / "docs" / "serving.md").read_text()
+    assert {row["name"] for row in result["steps"]} == {
+        "colocated",
+        "servers, folder",
+        "servers, direct",
+        "servers, direct, one step ahead",
+    }
+    for row in result["steps"]:
+        assert f"| {row['name']} | {row['total_over_colocated']:.2f} |" in text
+    for way, seconds in result["hand_over"]["median_seconds"].items():
+        numbers = " | ".join(f"{seconds[name]:.1f} s" for name in ("trainer", "samples"))
+        assert f"| {way} | {numbers} |" in text
+    assert f"{result['hand_over']['weights_mib']:.0f} MiB" in text
+    assert f"load of {result['hardware']['load_average_before']:.0f}" in text
+    assert not re.search(r'["\s]/\w', path.read_text())  # no absolute path

@@ -197,6 +197,14 @@ def test_separate_engines_have_gpus_of_their_own(small: Config):
     # Written and read once each, at the rate of the folder that all nodes see.
     assert one.seconds.sync == pytest.approx(2 * 1_720_574_976 / 2e9)
     assert planned_memory.host_bytes(one.made) == 0
+    # Sent once over the network and copied once to the host of the first node.
+    rollout = dataclasses.replace(rollout, weight_transport="direct")
+    sent = estimate(setup(dataclasses.replace(small, rollout=rollout), H100))
+    seconds = 2 * 1_720_574_976 * (1 / (H100.network_gb_s * 0.6e9) + 1 / 5e9)
+    assert sent.seconds.sync == pytest.approx(seconds)
+    assert sent.seconds.rollout < one.seconds.rollout
+    assert planned_memory.host_bytes(sent.made) == 2 * 1_720_574_976
+    assert recommend(sent.made, 8).best.made.rollout.weight_transport == "folder", "colocated"
 
 
 def test_a_separate_engine_must_leave_the_reserve():

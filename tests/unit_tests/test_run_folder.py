@@ -22,6 +22,7 @@ from megatron_tropd.errors import ConfigError, InputError
 from megatron_tropd.failures import Failure, read, report
 from megatron_tropd.files import write_json
 from megatron_tropd.launch import is_rank
+from megatron_tropd.rollout.wire import served_settings
 from megatron_tropd.run_folder import RunFolder, hold, open_run, wait_until_open
 
 
@@ -66,6 +67,18 @@ def test_layout_and_bookkeeping_may_change(config):
         run=dataclasses.replace(config.run, keep_checkpoints=5),
     )
     assert open_run(other).read_config() == other
+
+
+def test_the_way_weights_take_to_servers_may_change_too(config):
+    config = dataclasses.replace(
+        config, rollout=dataclasses.replace(config.rollout, placement="separate")
+    )
+    open_run(config)
+    other = dataclasses.replace(
+        config, rollout=dataclasses.replace(config.rollout, weight_transport="direct")
+    )
+    assert open_run(other).read_config() == other
+    assert served_settings(other) == served_settings(config)
 
 
 def test_the_kind_of_optimizer_may_not(config):

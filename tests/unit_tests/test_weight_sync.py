@@ -1,6 +1,7 @@
 """The mailbox between trainer and engine, without an engine."""
 
 import collections
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_tropd.errors import InputError, TrainingError
+from megatron_tropd.rollout.client import ClientSettings
+from megatron_tropd.rollout.direct import DirectTransport
 from megatron_tropd.rollout.engine import (
     check_complete,
     engine_environment,
@@ -137,3 +140,52 @@ def test_a_version_that_cannot_be_written_leaves_the_older_and_exhausts_its_tens
         versions.write(WeightsName(2, "me"), tensors)
     assert next(tensors, None) is None, "making them is collective"
     assert [p.name for p in tmp_path.iterdir()] == ["version_000001"]
+
+
+def direct_transport(root: Path) -> DirectTransport:
+    """To a server that is not there."""
+    known = ClientSettings(root / "servers", "same")
+    versions = WeightVersions(root / "weights")
+    return DirectTransport(known, versions, num_servers=1, join_seconds=1.0)
+
+
+def test_without_servers_weights_that_go_directly_are_in_the_folder(tmp_path: Path) -> None:
+    transport = direct_transport(tmp_path)
+    for number in (1, 2):
+        name = WeightsName(number, "me")
+        tensors = {"a": torch.full((2, 3), float(number)), "b": torch.ones(2).bfloat16()}
+        assert transport.hand_over(name, iter([*tensors.items(), ("absent", None)])) == set()
+        found = read(WeightVersions(tmp_path / "weights").find(name))
+        assert found.keys() == tensors.keys()
+        assert all(torch.equal(found[key], tensor) for key, tensor in tensors.items())
+    assert [path.name for path in (tmp_path / "weights").iterdir()] == ["version_000002"]
+
+
+def test_weights_that_break_off_are_in_no_folder(tmp_path: Path) -> None:
+    def breaks_off() -> Iterator[tuple[str, torch.Tensor]]:
+        yield "a", torch.zeros(2)
+        raise RuntimeError("a rank is gone")
+
+    transport = direct_transport(tmp_path)
+    with pytest.raises(RuntimeError, match="a rank is gone"):
+        transport.hand_over(WeightsName(1, "me"), breaks_off())
+    with pytest.raises(TrainingError, match="stopped in the middle"):
+        transport.finish()
+    assert not list((tmp_path / "weights").iterdir())
+
+
+def test_a_full_disk_ends_a_run_when_a_server_needs_the_folder_or_one_step_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = collections.namedtuple("usage", "total used free")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(2**21, 2**21, 0))
+    tensors = [("a", torch.zeros(2**18))]
+    message = r"after step 1 could not be handed to the rollout servers.*has 0 MiB free"
+    with pytest.raises(TrainingError, match=message):
+        direct_transport(tmp_path).hand_over(WeightsName(1, "me"), iter(tensors))
+    monkeypatch.setattr("megatron_tropd.rollout.direct._Broadcast.finish", lambda _: {0})
+    transport = direct_transport(tmp_path)
+    assert transport.hand_over(WeightsName(1, "me"), iter(tensors)) == {0}
+    with pytest.raises(TrainingError, match=message) as caught:
+        transport.hand_over(WeightsName(2, "me"), iter(tensors))
+    assert caught.value.kind == "disk"
