@@ -34,6 +34,7 @@ from typing import IO, Any, NoReturn, Protocol, Self
 from megatron_tropd import exits
 from megatron_tropd.config import Config, config_from_dict, config_to_dict
 from megatron_tropd.errors import ConfigError, InputError, TrainingError
+from megatron_tropd.rollout import process
 from megatron_tropd.run_folder import RunFolder
 
 PRELOADED = (
@@ -93,19 +94,23 @@ class ForkedRank:
 class FirstRank:
     """The launcher's side. A context manager: a process that did not become a rank is killed."""
 
-    def __init__(self, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, environment: Mapping[str, str], *, engine_threads: int = 0, shown: str = ""
+    ) -> None:
         """Start it: its imports begin now.
 
         Args:
             environment: of the first rank, as far as it is known; libraries read it while they
                 are imported.
+            engine_threads: CPU threads of the engine that it will own; 0: none is prepared.
+            shown: ends the command line of the process and of those it forks, for ``ps``.
         """
         self._output = tempfile.TemporaryFile()  # noqa: SIM115
         ours, theirs = socket.socketpair()
         console = [os.dup(1), os.dup(2)]
         passed = [theirs.fileno(), *console]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", __name__, *map(str, passed)],
+            [sys.executable, "-m", __name__, *map(str, [engine_threads, *passed]), shown],
             env=environment,
             stdout=self._output,
             stderr=self._output,
@@ -216,8 +221,10 @@ def _as_error(kind: str, message: str) -> Exception:
 
 def main() -> NoReturn:
     """Import, answer the launcher, become a rank."""
-    link, *console = map(int, sys.argv[1:])
+    engine_threads, link, *console = map(int, sys.argv[1:-1])
     launcher = os.getppid()
+    if engine_threads:
+        process.prepare(engine_threads)
     _import()
     lines = socket.socket(fileno=link).makefile("rw")
     while "check" in (request := _read(lines)):
@@ -230,7 +237,8 @@ def main() -> NoReturn:
     if request["fork"] and _can_fork():
         gc.freeze()  # collecting garbage would copy what is shared
         pids = [
-            _fork_for(launcher, partial(_become, folder, place, console, lines)) for place in others
+            _fork_for(launcher, partial(_become_other, folder, place, console, lines))
+            for place in others
         ]
     lines.write(json.dumps({"pids": pids}) + "\n")
     lines.flush()
@@ -355,6 +363,13 @@ def _keep_output(folder: Path, rank: int) -> None:
     with contextlib.suppress(OSError), log_file(RunFolder(folder), rank).open("ab") as log:
         while block := os.read(1, 65536):
             log.write(block)
+
+
+def _become_other(
+    folder: Path, place: Mapping[str, str], console: Sequence[int], lines: IO[str]
+) -> NoReturn:
+    process.leave_to_parent()
+    _become(folder, place, console, lines)
 
 
 def _become(

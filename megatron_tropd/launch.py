@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from megatron_tropd import exits
 from megatron_tropd.config import Config
@@ -21,6 +22,7 @@ from megatron_tropd.errors import ConfigError
 from megatron_tropd.failures import Failure, report
 from megatron_tropd.first_rank import FirstRank, Rank, die_with_parent
 from megatron_tropd.nodes import Nodes, Peers
+from megatron_tropd.rollout.process import engine_threads
 from megatron_tropd.run_folder import RunFolder, wait_until_open
 from megatron_tropd.watchdog import read_beats
 
@@ -29,6 +31,7 @@ GRACE_SECONDS = 300.0
 (SIGUSR1) the job itself is the limit."""
 FAILURE_GRACE_SECONDS = 5.0
 """Between the death of one rank and SIGKILL for the others, which wait for it in a collective."""
+_GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd")
 LEAVE_SECONDS = 60.0
 """How long node 0, its own ranks gone, waits for the other nodes to say the same."""
 
@@ -41,7 +44,20 @@ def is_rank(environment: Mapping[str, str] = os.environ) -> bool:
 def start_first(config: Config, nodes: Nodes) -> FirstRank:
     """Start this node's first rank, which prepares while the launcher does."""
     local = max(1, config.parallel.world_size // nodes.count)
-    return FirstRank(_environment(local, nodes))
+    threads = _engine_threads(config, local, nodes)
+    run = str(Path(config.run.dir).resolve())
+    return FirstRank(_environment(local, nodes), engine_threads=threads, shown=run)
+
+
+def _engine_threads(config: Config, local: int, nodes: Nodes) -> int:
+    """Threads of the engine that this node's first rank can start at once; 0: none."""
+    rollout, world = config.rollout, config.parallel.world_size
+    owns = nodes.rank * local % (world // rollout.num_engines) == 0
+    # With a GPU the engine's devices are known only when the rank has its own.
+    gpu = any(Path(device).exists() for device in _GPU_DEVICES)
+    if gpu or rollout.placement == "separate" or not owns:
+        return 0
+    return engine_threads(rollout.num_engines, local, world)
 
 
 def lead(world_size: int, folder: RunFolder, peers: Peers, first: FirstRank | None = None) -> int:

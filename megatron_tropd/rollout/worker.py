@@ -1,9 +1,9 @@
 """The engine's side of the pipe: one vLLM ``LLM`` inside a process of its own.
 
-Started by :class:`megatron_tropd.rollout.engine.RolloutEngine` as
-``python -m megatron_tropd.rollout.worker FD PARENT_PID``. Messages are ``(command, *arguments)``;
-each gets one reply, ``("ok", value)`` or ``("error", text)``. The process ends when the pipe
-closes or its parent is gone.
+Started by :class:`megatron_tropd.rollout.process.EngineProcess` as
+``python -m megatron_tropd.rollout.worker FD PARENT_PID``. Messages are ``(command, *arguments)``.
+The first names the log; each of the others gets one reply, ``("ok", value)`` or
+``("error", text)``. The process ends when the pipe closes or its parent is gone.
 """
 
 import logging
@@ -14,6 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -159,6 +160,10 @@ def _forget_packed_experts(model: Any) -> None:
 
 
 def _serve(connection: Connection) -> None:
+    import_module("vllm")  # whoever starts us may not know yet what to serve
+    import_module("vllm.entrypoints.llm")
+    _, log_file = connection.recv()
+    _print_to(log_file)
     _, settings = connection.recv()
     llm = build_llm(settings)
     connection.send(("ok", None))
@@ -171,6 +176,15 @@ def _serve(connection: Connection) -> None:
     while True:
         command, *arguments = connection.recv()
         connection.send(("ok", commands[command](*arguments)))
+
+
+def _print_to(log_file: str) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    descriptor = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
 
 
 def _watch_parent(parent_pid: int) -> None:

@@ -60,7 +60,6 @@ def test_forked_ranks_are_children_of_the_launcher(forked):
     assert failed.wait() == 7
     assert killed.wait() == -signal.SIGKILL  # and nobody else: it has a session of its own
     assert lives.poll() is None and os.getsid(lives.pid) == lives.pid
-    assert _state(lives.pid) == "S"
     lives.terminate()
     assert lives.wait() == -signal.SIGTERM == lives.returncode
     lives.terminate()  # harmless: nobody has its number now
@@ -71,9 +70,11 @@ def test_forked_ranks_die_with_the_launcher():
         [sys.executable, "-c", LAUNCHER], stdout=subprocess.PIPE, text=True
     ) as launcher:
         assert launcher.stdout is not None
-        pid = int(launcher.stdout.readline().split()[2])
-        assert _state(pid) == "S"
-        launcher.kill()
+        try:
+            pid = int(launcher.stdout.readline().split()[2])
+            assert _state(pid) not in ("gone", "Z")
+        finally:
+            launcher.kill()
     deadline = time.monotonic() + 5
     while _state(pid) not in ("gone", "Z"):
         assert time.monotonic() < deadline
@@ -102,4 +103,4 @@ def test_what_the_imports_say_is_shown_when_they_fail(tmp_path, capfd):
         first.wait_ready()
         assert first.check(config) == 1
         assert [rank.wait() for rank in first.run(RunFolder(tmp_path), [])] == [1]
-    assert capfd.readouterr().err.count("a broken library") == 1
+    assert capfd.readouterr().err.count("ImportError: a broken library") == 1
