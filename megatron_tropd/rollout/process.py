@@ -72,22 +72,34 @@ def engine_threads(num_engines: int, local_world_size: int, world_size: int) -> 
 def prepare(threads: int) -> None:
     """Start a process for the next engine without CUDA on so many threads."""
     global _prepared
+    discard()
     _prepared = EngineProcess(engine_environment(os.environ, threads=threads, cuda_devices=None))
 
 
 def take(environment: Mapping[str, str]) -> EngineProcess:
     """The prepared process, if it runs in this environment; else a new one."""
     global _prepared
-    prepared, _prepared = _prepared, None
-    if prepared is not None:
-        # Imports add variables of their own, which the child's add too.
-        fits = prepared.environment.items() <= environment.items()
-        if fits and prepared.child.poll() is None:
-            return prepared
-        prepared.connection.close()
-        prepared.child.kill()
-        prepared.child.wait()
+    prepared = _prepared
+    # Imports add variables of their own, which the child's add too.
+    if (
+        prepared is not None
+        and prepared.environment.items() <= environment.items()
+        and prepared.child.poll() is None
+    ):
+        _prepared = None
+        return prepared
+    discard()
     return EngineProcess(environment)
+
+
+def discard() -> None:
+    """End the prepared process, if there is one."""
+    global _prepared
+    if _prepared is not None:
+        _prepared.connection.close()
+        _prepared.child.kill()
+        _prepared.child.wait()
+        _prepared = None
 
 
 def leave_to_parent() -> None:

@@ -86,6 +86,14 @@ def config(tmp_path_factory, pair) -> Path:
     return toml
 
 
+@pytest.fixture(scope="module")
+def unevaluated(config) -> Path:
+    """The same without evaluations, hence without the teacher's engines."""
+    toml = config.with_name("unevaluated.toml")
+    toml.write_text(config.read_text().replace('problems = "heldout.jsonl"', ""))
+    return toml
+
+
 class Run:
     """A run in the background, from the same command each time."""
 
@@ -165,8 +173,8 @@ def start(config, tmp_path, monkeypatch) -> Callable[..., Run]:
     monkeypatch.setenv("TROPD_TEST", str(folder))
     started: list[Run] = []
 
-    def make(*overrides: str, **options: Any) -> Run:
-        started.append(Run(config, folder, *overrides, **options))
+    def make(*overrides: str, config: Path = config) -> Run:
+        started.append(Run(config, folder, *overrides))
         return started[-1]
 
     yield make
@@ -200,13 +208,14 @@ def yardstick(config, tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_mixture_is_sampled_as_it_is_trained(start, tiny_model):
+def test_a_mixture_is_sampled_as_it_is_trained(start, unevaluated, tiny_model):
     """Experts shared by two replicas, each with an engine: the engines follow every update."""
     run = start(
         f"model.student={tiny_model('qwen3_moe', norm_topk_prob=False)}",
         f"model.teacher={tiny_model('mixtral', seed=5)}",
         *("parallel.tensor=1", "parallel.data=2", "parallel.expert=2", "rollout.num_engines=2"),
-        *("train.steps=3", "train.lr=1e-2", "evaluation.every=0"),
+        *("train.steps=3", "train.lr=1e-2"),
+        config=unevaluated,
     )
     code, text = run.finish()
     assert code == 0, text
@@ -295,6 +304,7 @@ def test_other_settings_in_the_same_folder_are_refused(config, yardstick):
     assert code == 2 and "train.lr: was 0.001, now 0.5" in text
 
 
+@pytest.mark.timeout(1200)
 def test_whatever_interrupts_it_the_run_continues_bit_for_bit(start, yardstick):
     """One interruption after the other, each in a new start of the same command."""
     run = start()
@@ -339,13 +349,15 @@ def _kill_engine(run: Run) -> None:
     assert "rollout engine" in text and "signal 9" in text and "resume" in text
 
 
-def test_a_loss_that_is_not_finite_names_step_trajectory_and_checkpoint(start, pair, tmp_path):
+def test_a_loss_that_is_not_finite_names_step_trajectory_and_checkpoint(
+    start, unevaluated, pair, tmp_path
+):
     broken = tmp_path / "broken"
     shutil.copytree(pair[1], broken)
     weights = load_file(broken / "model.safetensors")
     weights["model.norm.weight"].fill_(float("nan"))
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
-    run = start(f"model.teacher={broken}", "evaluation.num_problems=1")
+    run = start(f"model.teacher={broken}", config=unevaluated)
     code, text = run.finish()
     assert code == 1
     assert "not finite in step 1" in text and "prompt" in text and "No checkpoint" in text

@@ -12,6 +12,8 @@ import pytest
 from megatron_tropd.config import load_config
 from megatron_tropd.errors import InputError
 from megatron_tropd.first_rank import FirstRank, ForkedRank, _adopting
+from megatron_tropd.rollout import process
+from megatron_tropd.rollout.process import engine_environment
 from megatron_tropd.run_folder import RunFolder
 
 REPOSITORY = Path(__file__).parents[2]
@@ -31,7 +33,7 @@ import os, subprocess, sys, time
 from megatron_tropd.first_rank import _adopting
 with _adopting():
     command = [sys.executable, "-c", {FORKING!r}, str(os.getpid())]
-    subprocess.run(command)
+    subprocess.run(command, start_new_session=True)
 time.sleep(600)
 """
 
@@ -49,7 +51,9 @@ def forked() -> list[ForkedRank]:
     with _adopting() as adopting:
         assert adopting
         command = [sys.executable, "-c", FORKING, str(os.getpid())]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as forking:
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, start_new_session=True
+        ) as forking:
             assert forking.stdout is not None
             pids = forking.stdout.readline().split()
     return [ForkedRank(int(pid)) for pid in pids]
@@ -104,3 +108,21 @@ def test_what_the_imports_say_is_shown_when_they_fail(tmp_path, capfd):
         assert first.check(config) == 1
         assert [rank.wait() for rank in first.run(RunFolder(tmp_path), [])] == [1]
     assert capfd.readouterr().err.count("ImportError: a broken library") == 1
+
+
+def test_a_prepared_process_is_taken_where_it_fits() -> None:
+    process.prepare(2)
+    prepared = process._prepared
+    assert prepared is not None
+    fits = engine_environment(os.environ, threads=2, cuda_devices=None)
+    taken = process.take(fits | {"SET_BY_AN_IMPORT": "1"})
+    assert taken is prepared
+    process.prepare(2)
+    prepared = process._prepared
+    assert prepared is not None
+    other = process.take(engine_environment(os.environ, threads=2, cuda_devices="0"))
+    assert other.environment["CUDA_VISIBLE_DEVICES"] == "0"
+    assert prepared.child.returncode == -signal.SIGKILL
+    for started in (taken, other):
+        started.child.kill()
+        started.child.wait()

@@ -1,8 +1,6 @@
 """The mailbox between trainer and engine, without an engine."""
 
 import collections
-import os
-import signal
 from pathlib import Path
 
 import pytest
@@ -10,7 +8,6 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_tropd.errors import InputError, TrainingError
-from megatron_tropd.rollout import process
 from megatron_tropd.rollout.engine import (
     check_complete,
     engine_environment,
@@ -110,24 +107,6 @@ def test_the_engine_does_not_inherit_its_parents_place_in_the_job() -> None:
     gpu = engine_environment(base, threads=2, cuda_devices="5")
     assert gpu["CUDA_VISIBLE_DEVICES"] == "5"
     assert "TORCHDYNAMO_DISABLE" not in gpu
-
-
-def test_a_prepared_process_is_taken_where_it_fits() -> None:
-    process.prepare(2)
-    prepared = process._prepared
-    assert prepared is not None
-    fits = engine_environment(os.environ, threads=2, cuda_devices=None)
-    taken = process.take(fits | {"SET_BY_AN_IMPORT": "1"})
-    assert taken is prepared
-    process.prepare(2)
-    prepared = process._prepared
-    assert prepared is not None
-    other = process.take(engine_environment(os.environ, threads=2, cuda_devices="0"))
-    assert other.environment["CUDA_VISIBLE_DEVICES"] == "0"
-    assert prepared.child.returncode == -signal.SIGKILL
-    for started in (taken, other):
-        started.child.kill()
-        started.child.wait()
 
 
 def test_versions_are_complete_named_by_their_writer_and_pruned(tmp_path: Path) -> None:
