@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from megatron_tropd import exits
@@ -15,6 +15,7 @@ from megatron_tropd.config import Config, config_to_dict, load_config
 from megatron_tropd.conversion import add_to_hf, add_to_megatron
 from megatron_tropd.errors import ConfigError, InputError, TrainingError
 from megatron_tropd.failures import KINDS, Failure, kind_of, report
+from megatron_tropd.first_rank import FirstRank
 from megatron_tropd.nodes import NodeLost, Nodes, Peers, find_nodes
 from megatron_tropd.run_folder import RunFolder
 
@@ -132,13 +133,14 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
 
 
 def _distill(arguments: argparse.Namespace) -> int:
-    from megatron_tropd.inputs import load_inputs
     from megatron_tropd.launch import is_rank
     from megatron_tropd.run_folder import started_at
 
     started_at()
     config = load_config(arguments.config, arguments.overrides)
     if arguments.dry_run:
+        from megatron_tropd.inputs import load_inputs
+
         inputs = load_inputs(config)
         print(json.dumps(config_to_dict(config), indent=2))
         print(_plan(config, inputs))
@@ -148,13 +150,18 @@ def _distill(arguments: argparse.Namespace) -> int:
 
 def _distill_as_launcher(config: Config, nodes: Nodes) -> int:
     """Start this node's ranks; node 0 prepares the run for all nodes."""
-    from megatron_tropd.launch import follow
+    from megatron_tropd.launch import follow, start_first
 
     def share() -> int:
         with _noting_lost_nodes(config):
-            return (follow if nodes.rank else _lead)(config, peers)
+            return (follow if nodes.rank else _lead)(config, peers, first)
 
-    with _noting_lost_nodes(config), Peers(nodes) as peers:
+    complete = RunFolder(Path(config.run.dir)).read_summary() is not None
+    with (
+        _noting_lost_nodes(config),
+        nullcontext() if complete else start_first(config, nodes) as first,
+        Peers(nodes) as peers,
+    ):
         code = _exit_code(share)
         peers.end(code)
         peers.let_node_0_end()
@@ -199,17 +206,17 @@ def _plan_run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _lead(config: Config, peers: Peers) -> int:
-    from megatron_tropd.inputs import load_inputs
+def _lead(config: Config, peers: Peers, first: FirstRank | None) -> int:
     from megatron_tropd.run_folder import hold, patience
 
-    if RunFolder(Path(config.run.dir)).read_summary() is None:
-        load_inputs(config)  # its errors come before anything is written
+    # Errors of the inputs come before anything is written.
+    if first is not None and (code := first.check(config)):
+        return code
     with hold(Path(config.run.dir).resolve(), patience()):
-        return _lead_alone(config, peers)
+        return _lead_alone(config, peers, first)
 
 
-def _lead_alone(config: Config, peers: Peers) -> int:
+def _lead_alone(config: Config, peers: Peers, first: FirstRank | None = None) -> int:
     from megatron_tropd.failures import SYMPTOMS, read
     from megatron_tropd.launch import lead
     from megatron_tropd.run_folder import open_run
@@ -217,7 +224,7 @@ def _lead_alone(config: Config, peers: Peers) -> int:
     folder = open_run(config)
     summary = folder.read_summary()
     if summary is None:
-        code = lead(config.parallel.world_size, folder, peers)
+        code = lead(config.parallel.world_size, folder, peers, first)
         summary = folder.read_summary()
         # What breaks after the end is no failure; nor do ranks that are stopped at once and lose
         # each other. A job script that found it in the file would requeue.

@@ -37,6 +37,7 @@ from megatron_tropd.rollout.client import ClientSettings
 from megatron_tropd.rollout.dispatch import Patience
 from megatron_tropd.rollout.engine import RolloutEngine
 from megatron_tropd.rollout.pool import EnginePool
+from megatron_tropd.rollout.process import engine_threads
 from megatron_tropd.rollout.served import ServerPool
 from megatron_tropd.rollout.weight_sync import WeightVersions
 from megatron_tropd.rollout.wire import Model, served_settings
@@ -227,7 +228,6 @@ class Job:
                 direct=rollout.weight_transport == "direct",
             )
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        engines_here = max(1, rollout.num_engines * local // self.ranks.world_size)
 
         def make(number: int) -> RolloutEngine:
             return RolloutEngine(
@@ -236,7 +236,7 @@ class Job:
                 max_model_len=self.inputs.max_model_len,
                 memory=rollout.engine_memory,
                 tensor_parallel=rollout.engine_tensor_parallel,
-                threads=max(1, len(os.sched_getaffinity(0)) // engines_here),
+                threads=engine_threads(rollout.num_engines, local, self.ranks.world_size),
                 log_file=self.folder.logs / f"engine_{model}_{number:03d}.log",
             )
 

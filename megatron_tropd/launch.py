@@ -6,7 +6,6 @@ process, which passes it on as SIGTERM: the ranks finish their step, save and le
 several nodes has one launcher on each (``nodes.py``); they end together, with one exit code.
 """
 
-import ctypes
 import math
 import os
 import signal
@@ -15,12 +14,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from megatron_tropd import exits
 from megatron_tropd.config import Config
 from megatron_tropd.errors import ConfigError
 from megatron_tropd.failures import Failure, report
+from megatron_tropd.first_rank import FirstRank, Rank, die_with_parent
 from megatron_tropd.nodes import Nodes, Peers
+from megatron_tropd.rollout.process import engine_threads
 from megatron_tropd.run_folder import RunFolder, wait_until_open
 from megatron_tropd.watchdog import read_beats
 
@@ -29,6 +31,7 @@ GRACE_SECONDS = 300.0
 (SIGUSR1) the job itself is the limit."""
 FAILURE_GRACE_SECONDS = 5.0
 """Between the death of one rank and SIGKILL for the others, which wait for it in a collective."""
+_GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd")
 LEAVE_SECONDS = 60.0
 """How long node 0, its own ranks gone, waits for the other nodes to say the same."""
 
@@ -38,13 +41,33 @@ def is_rank(environment: Mapping[str, str] = os.environ) -> bool:
     return "RANK" in environment and "WORLD_SIZE" in environment
 
 
-def lead(world_size: int, folder: RunFolder, peers: Peers) -> int:
+def start_first(config: Config, nodes: Nodes) -> FirstRank:
+    """Start this node's first rank, which prepares while the launcher does."""
+    local = max(1, config.parallel.world_size // nodes.count)
+    threads = _engine_threads(config, local, nodes)
+    run = str(Path(config.run.dir).resolve())
+    return FirstRank(_environment(local, nodes), engine_threads=threads, shown=run)
+
+
+def _engine_threads(config: Config, local: int, nodes: Nodes) -> int:
+    """Threads of the engine that this node's first rank can start at once; 0: none."""
+    rollout, world = config.rollout, config.parallel.world_size
+    owns = nodes.rank * local % (world // rollout.num_engines) == 0
+    # With a GPU the engine's devices are known only when the rank has its own.
+    gpu = any(Path(device).exists() for device in _GPU_DEVICES)
+    if gpu or rollout.placement == "separate" or not owns:
+        return 0
+    return engine_threads(rollout.num_engines, local, world)
+
+
+def lead(world_size: int, folder: RunFolder, peers: Peers, first: FirstRank | None = None) -> int:
     """Run the ranks of a run, those of node 0 here, and wait for all of them.
 
     Args:
         world_size: number of processes on all nodes.
         folder: an opened run folder; the ranks read its ``config.json`` and log below it.
         peers: the launchers of the other nodes.
+        first: from :func:`start_first`; None: every rank imports for itself.
 
     Returns:
         The exit code to pass on (``exits.py``).
@@ -57,10 +80,10 @@ def lead(world_size: int, folder: RunFolder, peers: Peers) -> int:
     peers.gather()
     port = _free_port()
     peers.send({"start": port})
-    return _run(local, folder, peers, port)
+    return _run(local, folder, peers, port, first)
 
 
-def follow(config: Config, peers: Peers) -> int:
+def follow(config: Config, peers: Peers, first: FirstRank | None = None) -> int:
     """What the launcher of any other node does: run its share once node 0 has opened the folder.
 
     Returns:
@@ -75,7 +98,7 @@ def follow(config: Config, peers: Peers) -> int:
         return int(message["end"])
     folder = wait_until_open(config)
     local = ranks_per_node(config.parallel.world_size, peers.nodes)
-    return _run(local, folder, peers, message["start"])
+    return _run(local, folder, peers, message["start"], first)
 
 
 def ranks_per_node(world_size: int, nodes: Nodes) -> int:
@@ -98,12 +121,14 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _run(local: int, folder: RunFolder, peers: Peers, port: int) -> int:
+def _run(local: int, folder: RunFolder, peers: Peers, port: int, first: FirstRank | None) -> int:
+    if first is not None:
+        first.wait_ready()  # while a signal still ends us at once
     received: list[int] = []
     previous = {
         s: signal.signal(s, lambda number, _: received.append(number)) for s in exits.STOP_SIGNALS
     }
-    ranks = _start(local, folder, peers.nodes, port)
+    ranks = _start(local, folder, peers.nodes, port, first)
     try:
         return _Supervisor(ranks, received, peers, folder).run()
     finally:
@@ -112,31 +137,42 @@ def _run(local: int, folder: RunFolder, peers: Peers, port: int) -> int:
             signal.signal(number, handler)
 
 
-def _start(local: int, folder: RunFolder, nodes: Nodes, port: int) -> list[subprocess.Popen]:
+def _start(
+    local: int, folder: RunFolder, nodes: Nodes, port: int, first: FirstRank | None
+) -> list[Rank]:
+    places = [
+        {
+            "RANK": str(nodes.rank * local + local_rank),
+            "LOCAL_RANK": str(local_rank),
+            "MASTER_PORT": str(port),
+        }
+        for local_rank in range(local)
+    ]
+    ranks: list[Rank] = first.run(folder, places) if first else []
+    command = [sys.executable, "-m", "megatron_tropd.worker", str(folder.root)]
+    shared = _environment(local, nodes)
+    for place in places[len(ranks) :]:
+        ranks.append(
+            subprocess.Popen(
+                command, env=shared | place, start_new_session=True, preexec_fn=die_with_parent
+            )
+        )
+    return ranks
+
+
+def _environment(local: int, nodes: Nodes) -> dict[str, str]:
+    """What all ranks of a node have in common."""
     threads = max(1, len(os.sched_getaffinity(0)) // local)
-    shared = {
+    return os.environ | {
         "WORLD_SIZE": str(local * nodes.count),
         "LOCAL_WORLD_SIZE": str(local),
         "MASTER_ADDR": nodes.address,
-        "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
         # Ranks and engines take turns on the same cores: idle threads must not spin on them.
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
         # Megatron's overlap of communication relies on the order of CUDA launches.
         "CUDA_DEVICE_MAX_CONNECTIONS": os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "1"),
     }
-    command = [sys.executable, "-m", "megatron_tropd.worker", str(folder.root)]
-    return [
-        subprocess.Popen(
-            command,
-            env=os.environ
-            | shared
-            | {"RANK": str(nodes.rank * local + local_rank), "LOCAL_RANK": str(local_rank)},
-            start_new_session=True,
-            preexec_fn=_die_with_parent,
-        )
-        for local_rank in range(local)
-    ]
 
 
 class _Supervisor:
@@ -144,7 +180,7 @@ class _Supervisor:
 
     def __init__(
         self,
-        ranks: Sequence[subprocess.Popen],
+        ranks: Sequence[Rank],
         received: list[int],
         peers: Peers,
         folder: RunFolder,
@@ -290,7 +326,7 @@ def report_killed(codes: Sequence[int | None], folder: RunFolder, first_rank: in
         )
 
 
-def _kill(ranks: Sequence[subprocess.Popen]) -> None:
+def _kill(ranks: Sequence[Rank]) -> None:
     for rank in ranks:
         try:
             # The whole session: a rank's engine goes with it.
@@ -299,9 +335,3 @@ def _kill(ranks: Sequence[subprocess.Popen]) -> None:
             continue
     for rank in ranks:
         rank.wait()
-
-
-def _die_with_parent() -> None:
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)

@@ -47,7 +47,7 @@ def run_rank(folder: RunFolder, *, announce: bool = False) -> int:
         0 when the run is complete, 128 + the signal after which it was left.
     """
     rank = int(os.environ["RANK"])
-    log = folder.logs / f"rank_{rank:03d}.log"
+    log = log_file(folder, rank)
     console = _redirect_output(log)
     stop, progress = StopFlag(), Progress()
 
@@ -87,6 +87,11 @@ def run_rank(folder: RunFolder, *, announce: bool = False) -> int:
     _exit_now(KINDS[kind])
 
 
+def log_file(folder: RunFolder, rank: int) -> Path:
+    """Where a rank prints."""
+    return folder.logs / f"rank_{rank:03d}.log"
+
+
 def _redirect_output(log: Path) -> IO[str]:
     """Send fds 1 and 2 to ``log``; return the terminal for what the user should see."""
     console = os.fdopen(os.dup(2), "w", buffering=1)
@@ -120,7 +125,12 @@ def leave(code: int) -> NoReturn:
     _exit_now(code)
 
 
-if __name__ == "__main__":
-    code = run_rank(RunFolder(Path(sys.argv[1])))
+def work(folder: RunFolder) -> NoReturn:
+    """Be a rank that our launcher started, from here to the end of the process."""
+    code = run_rank(folder)
     # A stop that was asked for is no failure: the launcher knows the signal.
     leave(0 if exits.is_stop(code) else code)
+
+
+if __name__ == "__main__":
+    work(RunFolder(Path(sys.argv[1])))

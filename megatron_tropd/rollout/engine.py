@@ -7,11 +7,8 @@ that process nothing runs concurrently, which makes sampling repeatable bit for 
 
 import json
 import os
-import socket
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
-from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -20,6 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megatron_tropd.errors import ConfigError, InputError, TrainingError
+from megatron_tropd.rollout import process
+from megatron_tropd.rollout.process import engine_environment
 from megatron_tropd.rollout.types import EngineSettings, Sample, SampleRequest, Sampling
 from megatron_tropd.rollout.wire import Offer
 
@@ -27,15 +26,6 @@ _LOG_LINES_QUOTED = 15
 _CLOSE_SECONDS = 5.0
 # Source: CPUAttentionBackend.get_supported_head_sizes of vLLM 0.32.
 _CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
-_DISTRIBUTED_NAMES = frozenset(
-    [
-        *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK"),
-        *("GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_NAME", "ROLE_WORLD_SIZE"),
-        *("MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS"),
-        # Expandable segments and vLLM's sleep mode exclude each other.
-        *("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"),
-    ]
-)
 
 
 class RolloutEngine:
@@ -103,21 +93,11 @@ class RolloutEngine:
         self._start(engine_environment(os.environ, threads=threads, cuda_devices=devices))
 
     def _start(self, environment: dict[str, str]) -> None:
-        ours, theirs = socket.socketpair()
         self._log_file.parent.mkdir(parents=True, exist_ok=True)
-        with theirs, self._log_file.open("ab") as log:
-            self._process = subprocess.Popen(
-                [
-                    *(sys.executable, "-m", f"{__package__}.worker"),
-                    *(str(theirs.fileno()), str(os.getpid())),
-                ],
-                env=environment,
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
-        self._connection = Connection(ours.detach())
+        self._log_file.touch()
+        self._child = process.take(environment)
+        self._process, self._connection = self._child.child, self._child.connection
+        self._send("print_to", str(self._log_file))
         self._send("start", self._settings)
 
     @property
@@ -268,6 +248,7 @@ class RolloutEngine:
             status, value = self._connection.recv()
         except (EOFError, OSError):
             raise self._death() from None
+        self._child.keep_output(self._log_file)
         self._waiting_for = ""
         if status == "error":
             raise TrainingError(
@@ -280,6 +261,7 @@ class RolloutEngine:
             code = self._process.wait(_CLOSE_SECONDS)
         except subprocess.TimeoutExpired:
             code = None
+        self._child.keep_output(self._log_file)
         ended = f"with signal {-code}" if code is not None and code < 0 else f"with code {code}"
         return TrainingError(
             f"The rollout engine (process {self._process.pid}) ended {ended} during "
@@ -291,45 +273,6 @@ class RolloutEngine:
     def _log_tail(self) -> str:
         lines = self._log_file.read_text(errors="replace").splitlines()[-_LOG_LINES_QUOTED:]
         return f"Last lines of {self._log_file}:\n" + "\n".join(f"  {line}" for line in lines)
-
-
-def engine_environment(
-    base: Mapping[str, str], *, threads: int, cuda_devices: str | None
-) -> dict[str, str]:
-    """Environment of the child: the parent's without its place in the distributed job.
-
-    Args:
-        base: the parent's environment.
-        threads: CPU threads of the engine.
-        cuda_devices: CUDA_VISIBLE_DEVICES of the child; None: no CUDA.
-
-    Returns:
-        A new dictionary.
-    """
-    kept = {
-        name: value
-        for name, value in base.items()
-        if name not in _DISTRIBUTED_NAMES and not name.startswith("TORCHELASTIC_")
-    }
-    ours = {
-        "OMP_NUM_THREADS": str(threads),
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_HOST_IP": "127.0.0.1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_OFFLINE": "1",
-    }
-    if cuda_devices is None:
-        ours |= {
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            # Threads that spin while they wait starve each other on a busy machine.
-            "OMP_WAIT_POLICY": "PASSIVE",
-            # Dynamo would compile the log-prob kernel at the first batch and needs a compiler.
-            "TORCHDYNAMO_DISABLE": "1",
-        }
-    else:
-        ours["CUDA_VISIBLE_DEVICES"] = cuda_devices
-    return kept | ours
 
 
 def _visible_devices(environment: Mapping[str, str], count: int) -> str:

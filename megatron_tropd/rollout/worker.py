@@ -1,9 +1,9 @@
 """The engine's side of the pipe: one vLLM ``LLM`` inside a process of its own.
 
-Started by :class:`megatron_tropd.rollout.engine.RolloutEngine` as
-``python -m megatron_tropd.rollout.worker FD PARENT_PID``. Messages are ``(command, *arguments)``;
-each gets one reply, ``("ok", value)`` or ``("error", text)``. The process ends when the pipe
-closes or its parent is gone.
+Started by :class:`megatron_tropd.rollout.process.EngineProcess` as
+``python -m megatron_tropd.rollout.worker FD PARENT_PID``. Messages are ``(command, *arguments)``.
+The first names the log; each of the others gets one reply, ``("ok", value)`` or
+``("error", text)``. The process ends when the pipe closes or its parent is gone.
 """
 
 import logging
@@ -15,6 +15,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -165,6 +166,10 @@ def receive_weights(llm: Any, offer: Offer, folder: str, expected: Mapping[str, 
 
 
 def _serve(connection: Connection) -> None:
+    import_module("vllm")  # whoever starts us may not know yet what to serve
+    import_module("vllm.entrypoints.llm")
+    _, log_file = connection.recv()
+    _print_to(log_file)
     _, settings = connection.recv()
     if settings.tensor_parallel > 1:
         shield_children()
@@ -191,6 +196,15 @@ def shield_children() -> None:
     # Started later, it would lift the mask (CPython 3.12).
     multiprocessing.resource_tracker.ensure_running()
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+
+
+def _print_to(log_file: str) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    descriptor = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
 
 
 def _watch_parent(parent_pid: int) -> None:

@@ -44,7 +44,7 @@ SMALL = {
 WARNING_SECONDS = 240
 """Slurm looks at time limits, in whole minutes, twice a minute."""
 ROLES = {
-    "rank": "megatron_tropd.worker",
+    "rank": "megatron_tropd.first_rank",
     "engine": "megatron_tropd.rollout.worker",
     "launcher": "distill",
     "server": "serve",

@@ -26,7 +26,7 @@ from megatron_tropd.convert.to_megatron import ToMegatron, hf_to_megatron
 
 pytestmark = pytest.mark.slow
 
-STEPS = 6
+STEPS = 8
 TIMINGS = ("seconds_", "tokens_per_second", "peak_memory")
 TROPD = [sys.executable, "-m", "megatron_tropd.cli"]
 
@@ -86,11 +86,20 @@ def config(tmp_path_factory, pair) -> Path:
     return toml
 
 
+@pytest.fixture(scope="module")
+def unevaluated(config) -> Path:
+    """The same without evaluations, hence without the teacher's engines."""
+    toml = config.with_name("unevaluated.toml")
+    toml.write_text(config.read_text().replace('problems = "heldout.jsonl"', ""))
+    return toml
+
+
 class Run:
     """A run in the background, from the same command each time."""
 
     def __init__(self, config: Path, folder: Path, *overrides: str):
         self.folder = folder
+        self._before = self.steps_logged()
         self.process = subprocess.Popen(
             [*TROPD, "distill", str(config), f"run.dir={folder}", *overrides],
             stdout=subprocess.PIPE,
@@ -117,6 +126,16 @@ class Run:
         metrics = self.folder / "metrics.jsonl"
         return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
 
+    def wait_for_new_step(self) -> None:
+        """Until this start has logged a step; those after the checkpoint are cut off first."""
+
+        def is_new() -> bool:
+            now = self.steps_logged()
+            self._before = min(self._before, now)
+            return now > self._before
+
+        self.wait_for(is_new, "a step")
+
     def processes(self) -> list[int]:
         """Every process of this run, found by the run folder or engine it serves."""
         found = []
@@ -133,11 +152,18 @@ class Run:
                     found.append(int(entry.name))
         return found
 
-    def engine(self) -> int | None:
-        for pid in self.processes():
-            if "rollout.worker" in Path(f"/proc/{pid}/cmdline").read_text():
-                return pid
-        return None
+    def named(self, module: str) -> list[int]:
+        """Its processes that run a module, in the order they were started."""
+
+        def born(pid: int) -> int:
+            return int(Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[19])
+
+        mine = self.processes()
+        found = [pid for pid in mine if module in Path(f"/proc/{pid}/cmdline").read_text()]
+        return sorted(found, key=born)
+
+    def engine(self) -> int:
+        return self.named("rollout.worker")[0]
 
 
 @pytest.fixture
@@ -147,8 +173,8 @@ def start(config, tmp_path, monkeypatch) -> Callable[..., Run]:
     monkeypatch.setenv("TROPD_TEST", str(folder))
     started: list[Run] = []
 
-    def make(*overrides: str, **options: Any) -> Run:
-        started.append(Run(config, folder, *overrides, **options))
+    def make(*overrides: str, config: Path = config) -> Run:
+        started.append(Run(config, folder, *overrides))
         return started[-1]
 
     yield make
@@ -182,13 +208,14 @@ def yardstick(config, tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_mixture_is_sampled_as_it_is_trained(start, tiny_model):
+def test_a_mixture_is_sampled_as_it_is_trained(start, unevaluated, tiny_model):
     """Experts shared by two replicas, each with an engine: the engines follow every update."""
     run = start(
         f"model.student={tiny_model('qwen3_moe', norm_topk_prob=False)}",
         f"model.teacher={tiny_model('mixtral', seed=5)}",
         *("parallel.tensor=1", "parallel.data=2", "parallel.expert=2", "rollout.num_engines=2"),
-        *("train.steps=3", "train.lr=1e-2", "evaluation.every=0"),
+        *("train.steps=3", "train.lr=1e-2"),
+        config=unevaluated,
     )
     code, text = run.finish()
     assert code == 0, text
@@ -215,11 +242,13 @@ def test_a_run_leaves_a_complete_folder(yardstick):
     assert max(record["engine_gap_mean"] for record in metrics) < 1e-3
     assert metrics[0]["prefix_share"] > 0 == metrics[-1]["staleness"]
     kept = sorted(p.name for p in (yardstick / "checkpoints").iterdir())
-    assert kept == ["step_000004", "step_000006"]
+    assert kept == ["step_000006", "step_000008"]
     evaluated = [(r["step"], r["model"]) for r in _records(yardstick / "evaluations.jsonl")]
-    assert evaluated == [(0, "teacher"), (0, "student"), (3, "student"), (6, "student")]
+    assert evaluated == [
+        *((0, "teacher"), (0, "student"), (3, "student"), (6, "student"), (8, "student"))
+    ]
     assert {p.name for p in (yardstick / "trajectories").iterdir()} == {
-        f"step_{step:06d}.jsonl" for step in (0, 3, 5)
+        f"step_{step:06d}.jsonl" for step in (0, 3, 6, 7)
     }
 
 
@@ -232,7 +261,7 @@ def test_a_run_from_megatron_checkpoints(start, pair, yardstick, tmp_path):
     code, text = run.finish()
     assert code == 0, text
     _assert_same_run(run.folder, yardstick)
-    megatron_to_hf(ToHF(run.folder / "checkpoints" / "step_000006", tmp_path / "again"))
+    megatron_to_hf(ToHF(run.folder / "checkpoints" / "step_000008", tmp_path / "again"))
     one, other = (
         load_file(f / "model.safetensors") for f in (tmp_path / "again", run.folder / "student_hf")
     )
@@ -275,55 +304,60 @@ def test_other_settings_in_the_same_folder_are_refused(config, yardstick):
     assert code == 2 and "train.lr: was 0.001, now 0.5" in text
 
 
-def test_killed_between_saves_and_during_one_it_continues_bit_for_bit(start, yardstick):
+@pytest.mark.timeout(1200)
+def test_whatever_interrupts_it_the_run_continues_bit_for_bit(start, yardstick):
+    """One interruption after the other, each in a new start of the same command."""
     run = start()
     run.wait_for(lambda: run.steps_logged() >= 3, "step 3")
+    first, engine, forked = run.named("megatron_tropd.")[1:]
+    assert run.named("first_rank") == [first, forked] and run.engine() == engine
     run.process.kill()
     run.process.wait()
-    run = start()
-    saving = run.folder / "checkpoints" / ".step_000004.tmp"
-    run.wait_for(saving.exists, "the save of step 4")
-    run.process.kill()
-    run.process.wait()
-    assert not (run.folder / "checkpoints" / "step_000004").exists()
+    _kill_during_save(start(), step=4)
+    _stop(start(), signal.SIGTERM, 143)
+    _stop(start(), signal.SIGINT, 130)
+    _kill_engine(start())
     code, text = start().finish()
     assert code == 0, text
     _assert_same_run(run.folder, yardstick)
 
 
-@pytest.mark.parametrize(("number", "expected"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_the_run_continues_bit_for_bit(start, yardstick, number, expected):
-    run = start()
-    run.wait_for(lambda: run.steps_logged() >= 1, "step 1")
+def _kill_during_save(run: Run, step: int) -> None:
+    checkpoint = run.folder / "checkpoints" / f"step_{step:06d}"
+    saving = checkpoint.with_name(f".{checkpoint.name}.tmp")
+    run.wait_for(saving.exists, f"the save of step {step}")
+    run.process.kill()
+    run.process.wait()
+    assert not checkpoint.exists()
+
+
+def _stop(run: Run, number: int, expected: int) -> None:
+    run.wait_for_new_step()
     run.process.send_signal(number)
     code, text = run.finish()
     assert code == expected and "the same command resumes" in text
-    saved = [p.name for p in (run.folder / "checkpoints").iterdir()]
-    assert saved and not any(name.startswith(".") for name in saved)
-    code, text = start().finish()
-    assert code == 0, text
-    _assert_same_run(run.folder, yardstick)
+    saved = sorted(p.name for p in (run.folder / "checkpoints").iterdir())
+    assert saved[-1] == f"step_{run.steps_logged():06d}"
+    assert not any(name.startswith(".") for name in saved)
 
 
-def test_a_dead_engine_ends_the_run_with_a_reason(start, yardstick):
-    run = start()
-    run.wait_for(lambda: run.steps_logged() >= 2, "step 2")
+def _kill_engine(run: Run) -> None:
+    run.wait_for_new_step()
     os.kill(run.engine(), signal.SIGKILL)
     code, text = run.finish()
     assert code == 75
     assert "rollout engine" in text and "signal 9" in text and "resume" in text
-    code, text = start().finish()
-    assert code == 0, text
-    _assert_same_run(run.folder, yardstick)
 
 
-def test_a_loss_that_is_not_finite_names_step_trajectory_and_checkpoint(start, pair, tmp_path):
+def test_a_loss_that_is_not_finite_names_step_trajectory_and_checkpoint(
+    start, unevaluated, pair, tmp_path
+):
     broken = tmp_path / "broken"
     shutil.copytree(pair[1], broken)
     weights = load_file(broken / "model.safetensors")
     weights["model.norm.weight"].fill_(float("nan"))
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
-    run = start(f"model.teacher={broken}", "evaluation.num_problems=1")
+    run = start(f"model.teacher={broken}", config=unevaluated)
     code, text = run.finish()
     assert code == 1
     assert "not finite in step 1" in text and "prompt" in text and "No checkpoint" in text

@@ -1,8 +1,10 @@
 """On-policy rounds driven from outside: rollouts, Megatron's own loop, conversion, rollouts.
 
-Real vLLM, two gloo ranks of ``pretrain``, tiny models; every command is run as a user would.
+Real vLLM, two gloo ranks of ``pretrain``, tiny models; every command is run as a user would, once.
 """
 
+import contextlib
+import io
 import json
 import os
 import subprocess
@@ -15,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from megatron_tropd.conversion import main_to_hf
 from megatron_tropd.data.recorded import RecordedTrajectories
 from megatron_tropd.data.tokenizers import load_tokenizer
 from tools import rollouts
@@ -51,6 +54,14 @@ def run(*command: str | Path) -> str:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
+
+
+def call(tool: str, *options: str | Path) -> str:
+    """The same in this process, which has done the imports."""
+    main = {"tools/rollouts.py": rollouts.main, "tools/megatron_to_hf.py": main_to_hf}[tool]
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        assert not main(list(map(str, options)))
+    return output.getvalue()
 
 
 def write_prompts(path: Path, count: int) -> Path:
@@ -99,12 +110,12 @@ def test_two_rounds_driven_from_outside(tiny_model: Callable[..., Path], tmp_pat
     prompts = write_prompts(tmp_path / "prompts.jsonl", 6)
     megatron, saved, recorded = tmp_path / "megatron", tmp_path / "saved", tmp_path / "rounds"
     run("tools/hf_to_megatron.py", "--hf", student, "--megatron", megatron)
-    sampler = student
+    sampler, tool = student, run
     for number in range(2):
         recording = ["--student", sampler, "--prompts", prompts, "--round", number]
         recording += ["--prompts-per-round", 4, "--samples", 4, "--max-new-tokens", 12]
         out = recorded / f"round-{number:03d}.jsonl"
-        assert "16 rollouts added" in run("tools/rollouts.py", *recording, "--out", out)
+        assert "16 rollouts added" in tool("tools/rollouts.py", *recording, "--out", out)
         assert logprob_gap(sampler, RecordedTrajectories(out, seq_length=32, vocab_size=259)) < 1e-4
         training = ["--tokenizer-model", student, "--tropd-teacher-load", teacher]
         training += ["--pretrained-checkpoint", megatron, "--load", saved, "--save", saved]
@@ -116,9 +127,10 @@ def test_two_rounds_driven_from_outside(tiny_model: Callable[..., Path], tmp_pat
         )
         assert f"consumed samples: {16 * (number + 1):12d} |" in log
         trained = tmp_path / f"student-{number + 1}"
-        run("tools/megatron_to_hf.py", "--megatron", saved, "--hf", trained, "--hf-config", student)
+        options = ["--megatron", saved, "--hf", trained, "--hf-config", student]
+        tool("tools/megatron_to_hf.py", *options)
         check_trained(sampler, trained)
-        sampler = trained
+        sampler, tool = trained, call
 
 
 def check_trained(before: Path, after: Path) -> None:

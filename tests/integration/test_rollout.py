@@ -19,6 +19,7 @@ from megatron_tropd.data.prompts import load_prompts
 from megatron_tropd.data.responses import load_responses
 from megatron_tropd.data.tokenizers import load_tokenizer
 from megatron_tropd.errors import InputError, TrainingError
+from megatron_tropd.rollout import process
 from megatron_tropd.rollout.engine import RolloutEngine, check_model
 from megatron_tropd.rollout.types import Sample, SampleRequest, Sampling
 from megatron_tropd.rollout.weight_sync import WeightMailbox
@@ -34,9 +35,17 @@ SAMPLING = Sampling(stop_token_ids=(2, 50))
 
 def start(folder: Path, log_folder: Path) -> RolloutEngine:
     """An engine for sequences of up to 128 tokens on one thread."""
-    return RolloutEngine(
+    engine = RolloutEngine(
         folder, max_model_len=128, log_file=log_folder / "engine.log", memory=0.25, threads=1
     )
+    process.prepare(threads=1)  # the next engine imports vLLM while this one works
+    return engine
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_prepared_is_left() -> Iterator[None]:
+    yield
+    process.discard()
 
 
 def reference_logprobs(folder: Path, requests: list[SampleRequest], samples: list[Sample]):

@@ -39,7 +39,7 @@ def config(tmp_path_factory, tiny_model) -> Path:
         [loss]
         top_k = 16
         [train]
-        steps = 30
+        steps = 12
         [run]
         dir = "unset"
         tensorboard = false
