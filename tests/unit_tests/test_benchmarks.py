@@ -134,7 +134,9 @@ def test_a_soak_met_a_fault_every_so_many_steps(path: Path):
     )
     assert result["steps"] == steps and not result["modified"]
     assert len(result["each"]) == sum(result["faults"].values()) == steps // every - 1
-    assert [(each["step"] - 1) // every for each in result["each"]] == list(range(len(result["each"])))
+    assert [(each["step"] - 1) // every for each in result["each"]] == list(
+        range(len(result["each"]))
+    )
     assert sum(each["steps_done_again"] for each in result["each"]) == result["steps_done_again"]
     assert result["difference"].startswith("none, bit for bit")
     assert not re.search(r'["\s]/\w', path.read_text())  # no absolute path
