@@ -21,7 +21,12 @@ from slurm.testcluster.runs import (
     small_file_system,
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("whole_suite")]
+# Each wait in a test has a limit of its own.
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(1800),
+    pytest.mark.usefixtures("whole_suite"),
+]
 
 STEPS = 250
 """Two faults take Slurm up to half a minute to notice, in which the run goes on."""
