@@ -450,6 +450,20 @@ class Job:
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         return bool(flag)
 
+    def stops_for_want_of_engines(self, error: TrainingError) -> bool:
+        """Whether the run was asked to stop and its engines, asked too, left before it had samples.
+
+        Nothing of the step was done then, and the steps before it can be saved. Not so with
+        ``rollout.steps_ahead``: samples of older weights belong to that state and are lost.
+
+        Collectives: one all-reduce of [1] if engines failed in a rollout, as they do on every rank.
+        """
+        lost = error.kind == "engine" and self._progress.phase == "rollout"
+        if not lost or self.config.rollout.steps_ahead or not self.stopping():
+            return False
+        self.rollouts.forget()
+        return True
+
     def evaluate(self) -> None:
         """Measure the student (and once the teacher) on the held-out problems."""
         with self.clock("evaluation"):

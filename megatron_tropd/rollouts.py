@@ -49,6 +49,10 @@ class Rollouts:
         made, self._made = self._made, []
         return made
 
+    def forget(self) -> None:
+        """Give up what was asked for."""
+        self._asked = None
+
     def pending_files(self, *, is_main: bool) -> dict[str, bytes]:
         """What a checkpoint needs so that a resumed run trains on the same samples.
 

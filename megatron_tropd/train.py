@@ -4,6 +4,7 @@ from typing import IO, TYPE_CHECKING
 
 from megatron_tropd.data.packing import count_loss_tokens, pack
 from megatron_tropd.data.types import Trajectory
+from megatron_tropd.errors import TrainingError
 from megatron_tropd.job import Job
 from megatron_tropd.run_folder import RunFolder
 from megatron_tropd.step_metrics import trajectory_metrics
@@ -32,7 +33,12 @@ def train(folder: RunFolder, *, console: IO[str], stop: "StopFlag", progress: "P
         if job.step == 0:
             job.evaluate()
         while job.step < steps and not job.stopping():
-            train_step(job)
+            try:
+                train_step(job)
+            except TrainingError as error:
+                if not job.stops_for_want_of_engines(error):
+                    raise
+                break
             job.poll_save()
             if job.due(job.config.evaluation.every):
                 job.evaluate()

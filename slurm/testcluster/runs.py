@@ -30,7 +30,7 @@ ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL"
 LONG = 500.0
 """Seconds nothing takes on two cores, even where others use them too."""
 SMALL = {
-    "rollout": {"prompts_per_step": 4, "samples_per_prompt": 2, "max_new_tokens": 32},
+    "rollout": {"prompts_per_step": 4, "samples_per_prompt": 2, "max_new_tokens": 16},
     "train": {"warmup_steps": 0},
     "run": {
         "checkpoint_every": 2,

@@ -21,7 +21,12 @@ from slurm.testcluster.runs import (
     small_file_system,
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("whole_suite")]
+# Each wait in a test has a limit of its own.
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(1800),
+    pytest.mark.usefixtures("whole_suite"),
+]
 
 STEPS = 250
 """Two faults take Slurm up to half a minute to notice, in which the run goes on."""
@@ -62,6 +67,8 @@ def test_a_rank_dies(run, note):
     recovery = run.recover(lambda: run.signal("rank", "n2"))
     assert recovery.failure["kind"] == "killed" and recovery.failure["rank"] == 1
     assert recovery.stops < 30
+    log = (run.folder / "logs" / f"job_{run.job}_node_0.log").read_text()
+    assert recovery.failure["message"] in log, "node 0 says why, before srun ends it"
     note(
         recovery,
         fault="Slurm: a rank dies",
@@ -145,6 +152,11 @@ def test_the_file_system_is_read_only(run, note):
         how="mount -o remount,ro; writable again after the failure",
         seen="code 75; path and reason in failure.json; requeued",
     )
+
+
+def test_a_run_in_the_queue_is_not_submitted_again(run):
+    with pytest.raises(AssertionError, match=f"Job {run.job} of this run is RUNNING already"):
+        run.submit()
 
 
 def test_scancel_saves_and_the_job_file_resumes(run, cluster):

@@ -13,7 +13,12 @@ from safetensors.torch import load_file, save_file
 
 from slurm.testcluster.runs import ARITHMETIC, SlurmRun
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("whole_suite")]
+# Each wait in a test has a limit of its own.
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(1800),
+    pytest.mark.usefixtures("whole_suite"),
+]
 
 TENSOR_INSIDE = ("parallel.tensor=2", "parallel.data=2", "rollout.num_engines=2", "train.steps=8")
 SERVED = ("parallel.tensor=2", "rollout.num_engines=2", "train.steps=24")
