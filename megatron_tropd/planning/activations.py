@@ -29,6 +29,8 @@ class Widths:
     hidden: int
     sharded_hidden: float
     """Of the parts between the tensor-parallel regions."""
+    routed_hidden: float
+    """Of a routed copy of a token: all ranks of a sharded expert have it, or one whole expert."""
     query: float
     key: float
     heads: float
@@ -58,6 +60,7 @@ def widths(shape: ModelShape, parallel: ParallelConfig, element: int, layers: La
     return Widths(
         hidden=shape.hidden,
         sharded_hidden=shape.hidden / (t if parallel.sequence_parallel else 1),
+        routed_hidden=shape.hidden * parallel.shards_of_expert / t,
         query=shape.heads * shape.head_dim / t,
         key=shape.kv_heads * shape.head_dim / t,
         heads=shape.heads / t,
@@ -159,10 +162,11 @@ def _mixture(w: Widths, experts: Experts) -> float:
     """The same for k routed copies of each position, the router, and the routes.
 
     Routes are taken as even: every rank gets as many tokens as it sends. Each rank of a
-    tensor-parallel group sees all tokens routed to it, with its share of every expert's columns.
+    tensor-parallel group sees all tokens routed to it, with its share of every expert's columns;
+    with whole experts its share of the tokens, with all columns.
     """
     columns = 6 if w.layers == "cpu" else 3
-    one = (w.hidden + columns * w.ffn) * w.element
+    one = (w.routed_hidden + columns * w.ffn) * w.element
     routing = experts.per_token * _PER_ROUTE + experts.count * _STATISTIC
     return experts.per_token * one + routing * w.sharded_hidden / w.hidden
 

@@ -71,7 +71,7 @@ def expert_bytes(made: Setup, model: Model, *, passes: float) -> tuple[float, fl
     """Routed tokens there and back: (over the expert-parallel ranks, over the tensor ones).
 
     An all-to-all over the first, where a rank has its part of the sequence; a gather and a scatter
-    over the second, since experts are sharded there too.
+    over the second where experts are sharded there too (``parallel.expert_tensor``).
     """
     experts = model.shape.experts
     if experts is None:
@@ -80,7 +80,8 @@ def expert_bytes(made: Setup, model: Model, *, passes: float) -> tuple[float, fl
     layers = -(-model.shape.layers // made.parallel.pipeline)
     routed = made.work.positions * experts.per_token * model.shape.hidden * made.element
     there_and_back = passes * layers * 2 * routed
-    return there_and_back / t * (e - 1) / e, there_and_back * (t - 1) / t
+    shards = made.parallel.shards_of_expert
+    return there_and_back / t * (e - 1) / e, there_and_back / t * (shards - 1)
 
 
 def pipeline_bytes(made: Setup, model: Model, *, passes: float) -> float:
@@ -94,7 +95,7 @@ def pipeline_bytes(made: Setup, model: Model, *, passes: float) -> float:
 def data_bytes(made: Setup, stage: int) -> float:
     """Float32 gradients over the replicas; with the distributed optimizer, new weights back."""
     held, p = made.held(made.student, stage), made.parallel
-    return _reduced(made, held.dense, p.data) + _reduced(made, held.experts, p.data // p.expert)
+    return _reduced(made, held.dense, p.data) + _reduced(made, held.experts, p.expert_replicas)
 
 
 def tied_embedding_bytes(made: Setup) -> float:

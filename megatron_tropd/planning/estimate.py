@@ -67,6 +67,8 @@ def layout_name(made: Setup) -> str:
     parts = [f"TP {p.tensor} x PP {p.pipeline} x DP {p.data}"]
     if p.expert > 1:
         parts.append(f"EP {p.expert}")
+    if p.shards_of_expert < p.tensor:
+        parts.append("whole experts")
     for name in ("uneven_stages", "sequence_parallel", "distributed_optimizer"):
         if getattr(p, name):
             parts.append(name.replace("_", " "))

@@ -180,13 +180,13 @@ def optimizer_bytes(made: Setup, held: Held) -> float:
     """Adam's two moments in float32 and, for bfloat16 weights, the float32 ones.
 
     The distributed optimizer shards them over the replicas: all of them for dense parameters,
-    the data / expert ones that hold the same experts for those.
+    those that hold the same experts for these.
     """
     per_parameter = (3 if made.element == 2 else 2) * _FLOAT32
     if not made.parallel.distributed_optimizer:
         return held.total * per_parameter
-    replicas, sharers = made.parallel.data, made.parallel.expert
-    return per_parameter * (held.dense / replicas + held.experts / (replicas // sharers))
+    p = made.parallel
+    return per_parameter * (held.dense / p.data + held.experts / p.expert_replicas)
 
 
 def loss_bytes(made: Setup) -> float:
@@ -265,5 +265,5 @@ def _working_set(made: Setup, model: Model) -> float:
     """The residual stream and the widest layer output of one micro-batch, and as much again."""
     w = widths(model.shape, made.parallel, made.element, made.hardware.layers)
     routes = model.shape.experts.per_token if model.shape.experts else 1
-    widest = max(w.fused_qkv, routes * (3 * w.ffn + (w.hidden if routes > 1 else 0)))
+    widest = max(w.fused_qkv, routes * (3 * w.ffn + (w.routed_hidden if routes > 1 else 0)))
     return made.work.most_positions * made.element * (2 * w.hidden + 2 * widest)

@@ -28,7 +28,7 @@ class Held:
     dense: int
     """Norms, attention, routers, dense MLPs, embeddings: alike in all data-parallel replicas."""
     experts: int
-    """Of the experts this rank holds: alike in data / expert replicas."""
+    """Of the experts this rank holds: alike in ``ParallelConfig.expert_replicas`` ranks."""
 
     @property
     def total(self) -> int:
@@ -77,7 +77,8 @@ class Model:
         layers = self.shape.layers
         share = stage_sizes(layers, parallel.pipeline)[stage]
         dense = counts["layer"] // layers * share
-        experts = counts["expert"] // layers * share // parallel.expert
+        whole = _counts(self.key, padded_vocab, parallel.shards_of_expert)
+        experts = whole["expert"] // layers * share // parallel.expert
         if stage == 0:
             dense += counts["embedding"]
         if stage == parallel.pipeline - 1:

@@ -93,7 +93,8 @@ def _fastest(fitting: list[Estimate]) -> tuple[Estimate, str]:
 
 def _complexity(made: Setup) -> tuple[bool, int]:
     p = made.parallel
-    return made.separate, p.tensor * p.pipeline * p.expert
+    # How many ranks a replica's weights are spread over.
+    return made.separate, p.pipeline * max(p.tensor, p.shards_of_expert * p.expert)
 
 
 def _estimates(made: Setup, gpus: int, ahead: Literal[0, 1]) -> list[Estimate]:
@@ -166,16 +167,24 @@ def _layouts(made: Setup, gpus: int) -> Iterator[ParallelConfig]:
             data = gpus // tensor // pipeline
             if pipeline > min(s.layers for s in shapes) or made.work.trajectories % data:
                 continue
-            for expert in _divisors(data) if mixture else [1]:
+            for expert, expert_tensor in _expert_layouts(tensor, data) if mixture else [(1, None)]:
                 yield ParallelConfig(
                     tensor=tensor,
                     pipeline=pipeline,
                     data=data,
                     expert=expert,
+                    expert_tensor=expert_tensor,
                     uneven_stages=any(shape.layers % pipeline for shape in shapes),
                     sequence_parallel=tensor > 1,
                     distributed_optimizer=data > 1,
                 )
+
+
+def _expert_layouts(tensor: int, data: int) -> Iterator[tuple[int, int | None]]:
+    """(expert, expert_tensor): experts sharded like everything else, and whole."""
+    yield from ((expert, None) for expert in _divisors(data))
+    if tensor > 1:
+        yield from ((expert, 1) for expert in _divisors(tensor * data))
 
 
 def _colocated(made: Setup, gpus: int, ahead: Literal[0, 1]) -> list[RolloutConfig]:

@@ -122,7 +122,7 @@ def _talk(made: Setup, model: Model, passes: float) -> float:
     across = pipeline_bytes(made, model, passes=min(passes, 2))
     return (
         summed / hardware.link(p.tensor)
-        + exchanged / hardware.link(p.tensor * p.expert)
+        + exchanged / hardware.link(p.shards_of_expert * p.expert)
         + across / hardware.link(p.world_size)
     )
 
@@ -143,7 +143,7 @@ def optimizer_seconds(made: Setup) -> float:
     held, p = made.held(made.student, 0), made.parallel
     updated = float(held.total)
     if p.distributed_optimizer:
-        updated = held.dense / p.data + held.experts / (p.data // p.expert)
+        updated = held.dense / p.data + held.experts / p.expert_replicas
     return (8 * held.total + 30 * updated) / made.hardware.memory_bandwidth
 
 

@@ -67,6 +67,8 @@ RUNS = [
     Run("qwen2", {"tensor": 2}, "float32"),
     Run("qwen3", SHARDED, "bfloat16"),
     Run("qwen3_moe", SHARDED, "float32"),
+    Run("qwen3_moe", SHARDED | {"expert_tensor": 1}, "float32"),
+    Run("qwen3_moe", SHARDED | {"expert_tensor": 1, "expert": 2}, "bfloat16"),
     Run("llama", {"pipeline": 2, "uneven_stages": True}, "float32"),
     Run("qwen3", {"pipeline": 2, "uneven_stages": True}, "bfloat16"),
     Run("qwen3", {"data": 2, "distributed_optimizer": True}, "bfloat16"),
