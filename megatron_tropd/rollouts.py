@@ -7,6 +7,7 @@ from megatron_tropd.data.prefixes import PlannedSample, plan_requests
 from megatron_tropd.data.prompts import prompts_of_step
 from megatron_tropd.data.trajectories import assemble, dump_trajectories, read_trajectories
 from megatron_tropd.data.types import Trajectory
+from megatron_tropd.files import read_patiently
 from megatron_tropd.inputs import Inputs
 from megatron_tropd.rollout.pool import EnginePool
 from megatron_tropd.rollout.served import ServerPool
@@ -68,7 +69,7 @@ class Rollouts:
         """Take up what was pending when ``checkpoint`` was written."""
         path = checkpoint / PENDING_FILE
         if path.exists():
-            self._made = read_trajectories(path)
+            self._made = read_patiently(lambda: read_trajectories(path))
 
     def _wait(self) -> None:
         if self._asked is None:

@@ -363,7 +363,10 @@ def _reason(error: BaseException) -> str:
 
 def _is_unreadable(error: BaseException) -> bool:
     """Whether a file could not be read, which says nothing about what is in it."""
-    return isinstance(error, OSError) and error.errno is not None and not is_missing(error)
+    if not isinstance(error, OSError) or is_missing(error):
+        return False
+    # EINVAL: a place before the beginning of a file that was cut short.
+    return error.errno not in (None, errno.EINVAL)
 
 
 def _gather(value: Any) -> list[Any]:

@@ -270,11 +270,18 @@ def test_a_tied_embedding_is_summed_over_two_stages(small: Config):
 
 def test_experts_exchange_over_one_group_and_gather_over_the_other():
     """k copies of each position there and back; an all-to-all keeps 1 / e, a ring 1 / t."""
-    made = setup(load_config(RECIPES / "qwen3_30b_a3b.toml"), H100)
-    copies = 16 * (512 + 8096 - 1) * 8 * 2048 * 2
+    recipe, copies = RECIPES / "qwen3_30b_a3b.toml", 16 * (512 + 8096 - 1) * 8 * 2048 * 2
+    sharded = ["parallel.expert=2", "parallel.expert_tensor=4"]
+    made = setup(load_config(recipe, sharded), H100)
     exchanged, gathered = expert_bytes(made, made.student, passes=1)
     assert exchanged == pytest.approx(24 * 2 * copies / 4 * (1 - 1 / 2))
     assert gathered == pytest.approx(24 * 2 * copies * (1 - 1 / 4))
+    whole = setup(load_config(recipe), H100)
+    assert whole.parallel.expert == 8
+    exchanged, gathered = expert_bytes(whole, whole.student, passes=1)
+    assert exchanged == pytest.approx(24 * 2 * copies / 4 * (1 - 1 / 8))
+    assert gathered == 0
+    assert whole.held(whole.student, 0) == made.held(made.student, 0)
 
 
 def test_a_pipeline_waits_for_its_stages(small: Config):
