@@ -153,11 +153,19 @@ class FirstRank:
             0, or the exit code of an error that nobody foresaw, whose traceback was printed.
 
         Raises:
-            ConfigError, InputError, TrainingError: they are not.
+            ConfigError, InputError: they are not.
+            TrainingError: they cannot be read now, or the process was killed.
         """
         answer = self._ask({"check": config_to_dict(config)})
         if answer is None:
-            return exits.RESTART if self.process.wait() < 0 else exits.FAILED
+            if (code := self.process.wait()) >= 0:
+                return exits.FAILED
+            raise TrainingError(
+                f"The first rank of this node was killed by {signal.Signals(-code).name} before "
+                "the run began. Start the same command again. (SIGKILL without a reason in the "
+                "logs: often the node ran out of memory.)",
+                kind="killed",
+            )
         if "error" in answer:
             raise _as_error(answer["error"], answer["message"])
         return answer["code"]

@@ -5,6 +5,7 @@ process first of all (:func:`prepare`): vLLM is imported beside torch and Megatr
 takes the process when it is known what to serve. Standard library only.
 """
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -57,7 +58,7 @@ class EngineProcess:
         """Append what it printed first to ``log_file``; once it has answered, or has ended."""
         if self._output is not None:
             self._output.seek(0)
-            with log_file.open("ab") as log:
+            with contextlib.suppress(OSError), log_file.open("ab") as log:
                 log.write(self._output.read())
             self._output.close()
             self._output = None

@@ -26,15 +26,17 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 STEPS = 14
 REPEATED = "the unfinished step and those since the last checkpoint (saved every 2) are repeated"
 TIMINGS = ("seconds_", "tokens_per_second", "peak_memory")
-# The wall clock jumps by a year with every look at it.
+# The wall clock jumps by a year with every look at it; a library has started a thread.
 SITE = """
-import os, time
+import os, sys, threading, time
 if os.environ.get("TEST_CLOCK"):
     looks, wall = [0], time.time
     def jumping():
         looks[0] += 1
         return wall() + (3e7 if looks[0] % 2 else -3e7)
     time.time = jumping
+if os.environ.get("TEST_THREAD") and "megatron_tropd.first_rank" in sys.orig_argv:
+    threading.Thread(target=threading.Event().wait, daemon=True).start()
 """
 
 
@@ -121,12 +123,13 @@ class Command:
             failure=json.loads(file.read_text()) if file.exists() else None,
             logged=self.steps_logged(),
             seconds=seconds,
-            left_running=self._processes(),
+            left_running=self.processes(),
             logs="\n".join(log.read_text(errors="replace") for log in logs),
             kept=sorted(path.name for path in (self.folder / "checkpoints").iterdir()),
         )
 
-    def _processes(self) -> list[str]:
+    def processes(self) -> list[str]:
+        """Command lines of the processes of the run."""
         time.sleep(1.0)  # an engine looks for its parent twice a second
         found = []
         for entry in Path("/proc").iterdir():
@@ -320,10 +323,12 @@ def test_the_clock_may_jump(story):
 
 
 def test_all_faults_together_change_no_bit(story, config, site, tmp_path):
-    """The run that met them all equals one that met none."""
+    """The run that met them all equals one that met none, whose ranks were not forked either."""
     assert story.end().failure is None
     calm = Command(config, tmp_path / "calm", site)
-    calm.start()
+    calm.start(TEST_THREAD="1")
+    calm.wait_for_steps(1)
+    assert any("megatron_tropd.worker" in command for command in calm.processes())
     ended = calm.end()
     assert ended.code == 0, ended.text
     assert _numbers(story.folder) == _numbers(calm.folder)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_tropd.config import load_config
-from megatron_tropd.errors import InputError
+from megatron_tropd.errors import InputError, TrainingError
 from megatron_tropd.first_rank import FirstRank, ForkedRank, _adopting
 from megatron_tropd.rollout import process
 from megatron_tropd.rollout.process import engine_environment
@@ -95,8 +95,10 @@ def test_the_imports_leave_a_process_that_can_be_forked(tmp_path, capfd):
         assert len(list(Path(f"/proc/{first.process.pid}/task").iterdir())) == 1
         with pytest.raises(InputError, match=r"config\.json"):
             first.check(config)
-    assert first.process.returncode == -signal.SIGKILL
-    assert capfd.readouterr() == ("", "")
+        assert capfd.readouterr() == ("", "")
+        first.process.kill()
+        with pytest.raises(TrainingError, match="killed by SIGKILL before the run began"):
+            first.check(config)
 
 
 def test_what_the_imports_say_is_shown_when_they_fail(tmp_path, capfd):
