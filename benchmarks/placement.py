@@ -88,7 +88,9 @@ def main(arguments: list[str] | None = None) -> None:
         hand_over = measure_hand_over(options, Path(scratch))
     result: dict[str, Any] = {
         "hardware": hardware,
-        "command": shown_command(sys.argv if arguments is None else ["placement.py", *arguments]),
+        "command": shown_command(["", *(arguments or sys.argv[1:])]).replace(
+            "step.py", "placement.py"
+        ),
         **commit(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "versions": {package: version(package) for package in our_packages()},
