@@ -8,6 +8,7 @@ Paths in a TOML file are relative to the file; paths given as ``key=value`` over
 import dataclasses
 import difflib
 import json
+import os
 import tomllib
 import types
 import typing
@@ -317,7 +318,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         overrides: ``section.key=value``; value in TOML syntax, bare words are strings.
 
     Returns:
-        The checked config, input paths made absolute.
+        The checked config, input paths made absolute; ``~`` means home in every path.
 
     Raises:
         ConfigError: the file is missing or not TOML, a key is unknown or missing, a value has the
@@ -328,7 +329,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     _anchor_paths(tables, path.resolve().parent)
     for override in overrides:
         _apply_override(tables, override)
-    return _build(Config, tables, "")
+    config = _build(Config, tables, "")
+    run = dataclasses.replace(config.run, dir=os.path.expanduser(config.run.dir))
+    return dataclasses.replace(config, run=run)
 
 
 def read_toml(

@@ -42,9 +42,7 @@ PRELOADED = (
     "megatron_tropd.worker",
 )
 """What every rank imports before its first step, with all that these import."""
-_ADOPTION_SECONDS = 10.0
 _SET_PDEATHSIG, _SET_CHILD_SUBREAPER = 1, 36  # of prctl
-_LINUX = sys.platform == "linux"
 
 
 class Rank(Protocol):
@@ -203,14 +201,13 @@ class FirstRank:
 
 def die_with_parent() -> None:
     """Have this process killed when the one that started it ends."""
-    if _LINUX:
-        ctypes.CDLL(None).prctl(_SET_PDEATHSIG, signal.SIGKILL)
+    ctypes.CDLL(None).prctl(_SET_PDEATHSIG, signal.SIGKILL)
 
 
 @contextmanager
 def _adopting() -> Iterator[bool]:
     """Become the parent of what the children of this process leave behind; false: impossible."""
-    if not _LINUX or ctypes.CDLL(None).prctl(_SET_CHILD_SUBREAPER, 1):
+    if ctypes.CDLL(None).prctl(_SET_CHILD_SUBREAPER, 1):
         yield False
         return
     try:
@@ -244,10 +241,11 @@ def main() -> NoReturn:
     pids: list[int] = []
     if request["fork"] and _can_fork():
         gc.freeze()  # collecting garbage would copy what is shared
-        pids = [
-            _fork_for(launcher, partial(_become_other, folder, place, console, lines))
-            for place in others
-        ]
+        for place in others:
+            pid = _fork_for(launcher, partial(_become_other, folder, place, console, lines))
+            if pid is None:
+                break  # the launcher starts the rest
+            pids.append(pid)
     lines.write(json.dumps({"pids": pids}) + "\n")
     lines.flush()
     _keep_output(folder, int(mine["RANK"]))
@@ -276,7 +274,7 @@ def _read(lines: IO[str]) -> dict[str, Any]:
 def _can_fork() -> bool:
     import torch
 
-    return _LINUX and len(os.listdir("/proc/self/task")) == 1 and not torch.cuda.is_available()
+    return len(os.listdir("/proc/self/task")) == 1 and not torch.cuda.is_available()
 
 
 def _check(config: Config, console: Sequence[int]) -> dict[str, Any]:
@@ -315,21 +313,25 @@ def _outcome(config: Config) -> dict[str, Any]:
     return {"code": exits.COMPLETE}
 
 
-def _fork_for(launcher: int, become: Callable[[], NoReturn]) -> int:
-    """Fork a process that is no child of this one but of the launcher, its adopted orphan."""
+def _fork_for(launcher: int, become: Callable[[], NoReturn]) -> int | None:
+    """Fork a process that is no child of this one but of the launcher, its adopted orphan.
+
+    Returns:
+        Its number, once it has a session of its own and dies with the launcher; None: it is gone.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     reader, writer = os.pipe()
     between = os.fork()
     if between == 0:
-        pid = os.fork()
-        if pid:
-            os.write(writer, str(pid).encode())
+        between = os.getpid()
+        if os.fork():
             os._exit(0)
         os.close(reader)
-        os.close(writer)
         try:
-            _belong_to(launcher)
+            _belong_to(launcher, between)
+            os.write(writer, str(os.getpid()).encode())
+            os.close(writer)
             become()
         except BaseException:
             traceback.print_exc()
@@ -337,20 +339,17 @@ def _fork_for(launcher: int, become: Callable[[], NoReturn]) -> int:
         os._exit(exits.FAILED)
     os.close(writer)
     os.waitpid(between, 0)
-    pid = int(os.read(reader, 32))
-    os.close(reader)
-    return pid
+    with open(reader) as file:
+        text = file.read()
+    return int(text) if text else None
 
 
-def _belong_to(launcher: int) -> None:
+def _belong_to(launcher: int, between: int) -> None:
     os.setsid()
-    deadline = time.monotonic() + _ADOPTION_SECONDS
-    while os.getppid() != launcher:
-        if time.monotonic() > deadline:
-            os._exit(exits.RESTART)
+    while os.getppid() == between:
         time.sleep(0.001)
     die_with_parent()
-    if os.getppid() != launcher:  # it died before we said so
+    if os.getppid() != launcher:  # it died before we said so, or adopts nobody
         os._exit(exits.RESTART)
 
 

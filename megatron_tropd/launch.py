@@ -52,12 +52,12 @@ def start_first(config: Config, nodes: Nodes) -> FirstRank:
 def _engine_threads(config: Config, local: int, nodes: Nodes) -> int:
     """Threads of the engine that this node's first rank can start at once; 0: none."""
     rollout, world = config.rollout, config.parallel.world_size
-    owns = nodes.rank * local % (world // rollout.num_engines) == 0
     # With a GPU the engine's devices are known only when the rank has its own.
     gpu = any(Path(device).exists() for device in _GPU_DEVICES)
-    if gpu or rollout.placement == "separate" or not owns:
+    if gpu or rollout.placement == "separate":
         return 0
-    return engine_threads(rollout.num_engines, local, world)
+    owns = nodes.rank * local % (world // rollout.num_engines) == 0
+    return engine_threads(rollout.num_engines, local, world) if owns else 0
 
 
 def lead(world_size: int, folder: RunFolder, peers: Peers, first: FirstRank | None = None) -> int:

@@ -24,7 +24,7 @@ class Container:
     image: str
     """Path of a squashfs file, or a registry's name. ``tropd`` is on its PATH."""
     mounts: tuple[str, ...] = ()
-    """SOURCE[:TARGET[:FLAGS]]; config, models, prompts, run folder and the folder that the job is
+    """SOURCE[:TARGET[:FLAGS]]; models, prompts, run folder and the folder that the job is
     submitted from must be seen in it, under the same paths."""
 
 

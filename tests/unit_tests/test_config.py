@@ -81,6 +81,7 @@ def test_paths_are_relative_to_the_file_and_overrides_to_the_shell(toml: Path, m
     assert config.rollout.prompts == str(toml.parent / "prompts.jsonl")
     assert config.model.teacher == str(toml.parent.parent / "other" / "teacher")
     assert config.run.dir == "runs/x"
+    assert load_config(toml, ["run.dir=~/runs/x"]).run.dir == str(Path.home() / "runs" / "x")
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from megatron_tropd import launch
 from megatron_tropd.config import load_config
 from megatron_tropd.errors import InputError, TrainingError
 from megatron_tropd.first_rank import FirstRank, ForkedRank, _adopting
+from megatron_tropd.nodes import Nodes
 from megatron_tropd.rollout import process
 from megatron_tropd.rollout.process import engine_environment
 from megatron_tropd.run_folder import RunFolder
@@ -21,6 +23,8 @@ FORKING = """
 import os, signal, sys, time
 from functools import partial
 from megatron_tropd.first_rank import _fork_for
+new_session = os.setsid
+os.setsid = lambda: time.sleep(0.2) or new_session()
 ends = (
     partial(os._exit, 7),
     partial(os.kill, 0, signal.SIGKILL),
@@ -61,9 +65,10 @@ def forked() -> list[ForkedRank]:
 
 def test_forked_ranks_are_children_of_the_launcher(forked):
     failed, killed, lives = forked
+    assert os.getsid(lives.pid) == lives.pid  # from the first: whoever kills it kills its session
     assert failed.wait() == 7
     assert killed.wait() == -signal.SIGKILL  # and nobody else: it has a session of its own
-    assert lives.poll() is None and os.getsid(lives.pid) == lives.pid
+    assert lives.poll() is None
     lives.terminate()
     assert lives.wait() == -signal.SIGTERM == lives.returncode
     lives.terminate()  # harmless: nobody has its number now
@@ -83,6 +88,26 @@ def test_forked_ranks_die_with_the_launcher():
     while _state(pid) not in ("gone", "Z"):
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_who_adopts_nobody_is_given_no_ranks():
+    command = [sys.executable, "-c", FORKING, "0"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    assert done.stdout.split() == ["None"] * 3
+
+
+def test_an_engine_is_prepared_where_the_first_rank_owns_one(monkeypatch):
+    monkeypatch.setattr(launch, "_GPU_DEVICES", ())
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8))
+
+    def threads(node: int, *overrides: str) -> int:
+        config = load_config(REPOSITORY / "configs" / "recipes" / "qwen3_1.7b.toml", overrides)
+        return launch._engine_threads(config, 2, Nodes(rank=node, count=2))
+
+    ranks = ("parallel.tensor=1", "parallel.data=4")
+    assert [threads(node, *ranks, "rollout.num_engines=1") for node in (0, 1)] == [8, 0]
+    assert [threads(node, *ranks, "rollout.num_engines=4") for node in (0, 1)] == [4, 4]
+    assert threads(0, *ranks, "rollout.num_engines=8", 'rollout.placement="separate"') == 0
 
 
 def test_the_imports_leave_a_process_that_can_be_forked(tmp_path, capfd):
