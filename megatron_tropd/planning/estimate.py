@@ -35,12 +35,9 @@ class Estimate:
 def slow_phases(one: Estimate) -> list[str]:
     """A warning for each phase that the run would take to hang (``run.timeout_minutes``)."""
     took, minutes = one.seconds, one.made.config.run.timeout_minutes
-    # Beside the training, ranks wait only for what is left of the rollout.
-    waits = took.rollout - took.training if took.overlapped else took.rollout
-    phases = {
-        "rollout": waits,
-        **{name: getattr(took, name) for name in ("teacher", "student", "optimizer", "sync")},
-    }
+    phases = {name: getattr(took, name) for name in ("teacher", "student", "optimizer", "sync")}
+    wait_in = "sync" if took.overlapped and took.sync_waits else "rollout"
+    phases[wait_in] = phases.get(wait_in, 0.0) + took.waiting
     return [
         f"the {phase} is estimated to last {length / 60:.1f} minutes; a run is taken to hang after "
         f"run.timeout_minutes = {minutes:g}. Set that to {2 * length / 60:.0f} or more"

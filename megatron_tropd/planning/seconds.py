@@ -34,7 +34,9 @@ class Seconds:
     sync: float
     """New weights into colocated engines, or into the folder where separate ones find them."""
     overlapped: bool
-    """Whether the rollout goes on beside all the rest: separate engines, one step ahead."""
+    """Whether the rollout goes on beside the rest: separate engines, one step ahead."""
+    sync_waits: bool = False
+    """Whether the weights wait for all samples, as those do that go directly."""
 
     @property
     def training(self) -> float:
@@ -42,11 +44,17 @@ class Seconds:
         return self.teacher + self.student + self.optimizer + self.sync
 
     @property
+    def waiting(self) -> float:
+        """For samples: the whole rollout, or what is left of it after all that goes on beside."""
+        if not self.overlapped:
+            return self.rollout
+        beside = self.training - self.sync if self.sync_waits else self.training
+        return max(0.0, self.rollout - beside)
+
+    @property
     def total(self) -> float:
         """Of one step."""
-        if self.overlapped:
-            return max(self.rollout, self.training)
-        return self.rollout + self.training
+        return self.waiting + self.training
 
 
 def seconds(made: Setup, sent: Communication) -> Seconds:
@@ -66,6 +74,7 @@ def seconds(made: Setup, sent: Communication) -> Seconds:
         optimizer=optimizer_seconds(made),
         sync=sync_seconds(made),
         overlapped=made.separate and made.rollout.steps_ahead == 1,
+        sync_waits=made.direct,
     )
 
 

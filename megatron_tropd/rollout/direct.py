@@ -4,6 +4,7 @@ Only rank 0 comes here. What is sent is written into the folder of versions too,
 servers that were not there and for those whose connection breaks.
 """
 
+import contextlib
 import dataclasses
 import queue
 import threading
@@ -106,6 +107,13 @@ class DirectTransport:
         if writing is not None:
             writing.wait()
 
+    def close(self) -> None:
+        """End what is still being written, after the file at hand: nobody needs it any more."""
+        if self._writing is not None:
+            self._writing.abandon()
+            with contextlib.suppress(TrainingError):
+                self.finish()
+
 
 class _Broadcast:
     """One version on its way to whoever is ready. A context manager: leaving it ends all talks.
@@ -202,12 +210,13 @@ def _way_to(client: ServerClient) -> str | None:
 
 
 class _BackgroundWrite:
-    """A version on its way into the folder, in a thread; older ones are then removed."""
+    """A version on its way into the folder, in a thread; older ones are removed before."""
 
     def __init__(self, versions: WeightVersions, name: WeightsName) -> None:
         self._versions = versions
         self._name = name
-        self._arriving: queue.SimpleQueue[Bucket | TrainingError | None] = queue.SimpleQueue()
+        self._arriving: queue.SimpleQueue[Bucket | None] = queue.SimpleQueue()
+        self._abandoned = False
         self._error: Exception | None = None
         self._thread: threading.Thread | None = None
 
@@ -226,8 +235,9 @@ class _BackgroundWrite:
         self._arriving.put(None)
 
     def abandon(self) -> None:
-        """There are more, but they will not come."""
-        self._arriving.put(TrainingError("the trainer stopped in the middle"))
+        """Nothing of this version is to be left in the folder."""
+        self._abandoned = True
+        self.end()
         self.start()
 
     def wait(self) -> None:
@@ -243,13 +253,13 @@ class _BackgroundWrite:
 
     def _write(self) -> None:
         try:
-            self._versions.write(self._name, self._tensors())
             self._versions.prune(self._name.version, self._name.version)
+            self._versions.write(self._name, self._tensors())
         except Exception as error:  # raised where somebody waits
             self._error = error
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
-        while (bucket := self._arriving.get()) is not None:
-            if isinstance(bucket, TrainingError):
-                raise bucket
+        while not self._abandoned and (bucket := self._arriving.get()) is not None:
             yield from bucket.tensors()
+        if self._abandoned:
+            raise TrainingError("the trainer stopped in the middle")

@@ -3,7 +3,6 @@
 Only rank 0 talks to the servers; what it gets reaches the others through their process group.
 """
 
-import contextlib
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
@@ -11,7 +10,6 @@ from typing import Self
 
 from torch import Tensor
 
-from megatron_tropd.errors import TrainingError
 from megatron_tropd.rollout.client import ClientSettings, ServerClient
 from megatron_tropd.rollout.direct import DirectTransport
 from megatron_tropd.rollout.dispatch import Dispatch, Patience
@@ -134,8 +132,7 @@ class ServerPool:
     def close(self) -> None:
         """Remove the versions of the weights; servers end when the run is complete."""
         if self._direct is not None:
-            with contextlib.suppress(TrainingError):  # nobody needs them any more
-                self._direct.finish()
+            self._direct.close()
         if self._weights is not None and self.owns_engine:
             self._versions.clear()
 
@@ -188,6 +185,6 @@ class ServerPool:
     def _write_folder(
         self, name: WeightsName, tensors: Iterable[tuple[str, Tensor | None]]
     ) -> None:
-        self._versions.write(name, tensors)
         oldest = self._pending_version if self._pending is not None else name.version
         self._versions.prune(oldest, name.version)
+        self._versions.write(name, tensors)

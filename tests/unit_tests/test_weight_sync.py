@@ -1,7 +1,8 @@
 """The mailbox between trainer and engine, without an engine."""
 
 import collections
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,18 +12,22 @@ from safetensors.torch import load_file
 from megatron_tropd.errors import InputError, TrainingError
 from megatron_tropd.rollout.client import ClientSettings
 from megatron_tropd.rollout.direct import DirectTransport
+from megatron_tropd.rollout.dispatch import Dispatch, Patience
 from megatron_tropd.rollout.engine import (
     check_complete,
     engine_environment,
     expected_tensors,
     tensor_shapes,
 )
+from megatron_tropd.rollout.served import ServerPool
 from megatron_tropd.rollout.weight_sync import (
     WeightMailbox,
     WeightsName,
     WeightVersions,
     remove_stale,
 )
+
+Tensors = Iterable[tuple[str, torch.Tensor | None]]
 
 
 def read(folder: Path) -> dict[str, torch.Tensor]:
@@ -159,6 +164,51 @@ def test_without_servers_weights_that_go_directly_are_in_the_folder(tmp_path: Pa
         assert found.keys() == tensors.keys()
         assert all(torch.equal(found[key], tensor) for key, tensor in tensors.items())
     assert [path.name for path in (tmp_path / "weights").iterdir()] == ["version_000002"]
+
+
+def test_the_folder_has_room_for_what_is_needed_alone(tmp_path: Path) -> None:
+    """The newest version, and one step ahead that of the samples that are pending."""
+    most: list[int] = []
+
+    class Counted(WeightVersions):
+        def write(self, name: WeightsName, tensors: Tensors) -> None:
+            super().write(name, tensors)
+            most.append(len(list(self.folder.iterdir())))
+
+    known = ClientSettings(tmp_path / "servers", "same")
+    folder = Counted(tmp_path / "weights")
+    pool = ServerPool(known, folder, rank=0, num_servers=1, patience=Patience())
+    for number in (1, 2, 3):
+        pool._hand_over(WeightsName(number, "me"), iter([("a", torch.zeros(2))]))
+    for number in (4, 5, 6):
+        pool._pending, pool._pending_version = Dispatch([], [], Patience()), number - 1
+        pool._hand_over(WeightsName(number, "me"), iter([("a", torch.zeros(2))]))
+    direct = DirectTransport(known, folder, num_servers=1, join_seconds=1.0)
+    for number in (7, 8):
+        direct.hand_over(WeightsName(number, "me"), iter([("a", torch.zeros(2))]))
+    assert most == [1, 1, 1, 2, 2, 2, 1, 1]
+
+
+def test_the_end_of_a_run_does_not_wait_for_a_folder_that_nobody_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = []
+
+    def slowly(_: Path, tensors: Tensors) -> None:
+        for name, _tensor in tensors:
+            written.append(name)
+            time.sleep(0.3)
+
+    monkeypatch.setattr("megatron_tropd.rollout.weight_sync.write_buckets", slowly)
+    monkeypatch.setattr("megatron_tropd.rollout.direct._Broadcast.finish", lambda _: {0})
+    types = {"a": torch.float32, "b": torch.bfloat16, "c": torch.float32, "d": torch.bfloat16}
+    tensors = ((name, torch.zeros(2, dtype=dtype)) for name, dtype in types.items())
+    transport = direct_transport(tmp_path)
+    assert transport.hand_over(WeightsName(1, "me"), tensors) == {0}
+    transport.close()
+    assert written != list(types)
+    assert not list((tmp_path / "weights").iterdir())
+    transport.close()
 
 
 def test_weights_that_break_off_are_in_no_folder(tmp_path: Path) -> None:
