@@ -1,7 +1,7 @@
 # make quickstart   environment, then the main job on the example pair: a few minutes on 2 cores
 # make test         environment, then the whole test suite
 # make slurm-test   environment, then jobs and faults under a real Slurm of two nodes on this
-#                   machine (root; apt-get install slurm-wlm munge): under 20 minutes on 2 cores
+#                   machine (root; apt-get install slurm-wlm munge): 10 minutes on 2 cores
 # make env          environment only (.venv); instant when nothing changed
 # make lint         ruff and mypy
 
