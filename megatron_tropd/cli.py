@@ -255,8 +255,6 @@ def _say_stopped(code: int, logs: Path) -> None:
 
 def _distill_as_rank(config: Config) -> int:
     """torchrun started us: this process is a rank; rank 0 locks and opens the folder."""
-    from contextlib import nullcontext
-
     from megatron_tropd.run_folder import hold, patience
 
     world = int(os.environ["WORLD_SIZE"])

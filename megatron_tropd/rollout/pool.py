@@ -1,7 +1,6 @@
 """The engines of a run: which rank owns one, and how all ranks use them together."""
 
 from collections.abc import Callable, Iterable, Sequence
-from types import TracebackType
 from typing import Any, Self
 
 import torch.distributed as dist
@@ -133,12 +132,7 @@ class EnginePool:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _make(self, make_engine: Callable[[int], RolloutEngine]) -> None:

@@ -5,7 +5,6 @@ Only rank 0 talks to the servers; what it gets reaches the others through their 
 
 import uuid
 from collections.abc import Callable, Iterable, Sequence
-from types import TracebackType
 from typing import Self
 
 from torch import Tensor
@@ -139,12 +138,7 @@ class ServerPool:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _after_pending(self, requests: Sequence[SampleRequest], sampling: Sampling) -> Dispatch:
