@@ -7,13 +7,17 @@
 
 PYTHON_ENV := .venv/bin
 QUICKSTART := runs/quickstart
+# The example has two ranks; each needs a GPU to itself where there are any.
+ONE_GPU := $(filter 1,$(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU '))
+QUICKSTART_LAYOUT := $(if $(ONE_GPU),parallel.tensor=1 rollout.num_engines=1)
 
 .PHONY: quickstart test slurm-test lint env
 
 # A finished run gives way to a new one; an interrupted run is resumed by the same command.
 quickstart: env
 	@if [ -f $(QUICKSTART)/summary.json ]; then rm -rf $(QUICKSTART); fi
-	@$(PYTHON_ENV)/tropd distill examples/arithmetic/tropd.toml run.dir=$(QUICKSTART)
+	@$(PYTHON_ENV)/tropd distill examples/arithmetic/tropd.toml run.dir=$(QUICKSTART) \
+		$(QUICKSTART_LAYOUT)
 
 test: env
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PYTHON_ENV)/python -m pytest $(TESTS)

@@ -302,9 +302,6 @@ class Job:
             receivers=self.engines.owners,
             explicit_lm_head=True,
         )
-        if platform.has_cuda():
-            # What torch keeps for later is memory the waking engine needs.
-            torch.cuda.empty_cache()
         self.engines.load_tensors(tensors, version=version)
         self.rollouts.weights_version = version
 

@@ -80,12 +80,12 @@ def leave_layout() -> None:
 
     global _layouts_left
     _layouts_left += 1
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+    rank, world_size, backend = dist.get_rank(), dist.get_world_size(), dist.get_backend()
     store = dist.PrefixStore(f"{_layouts_left}", dist.distributed_c10d._get_default_store())
     parallel_state.destroy_model_parallel()
     dist.barrier()
     dist.destroy_process_group()
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
 
 
 def free_port() -> int:

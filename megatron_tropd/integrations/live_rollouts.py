@@ -25,7 +25,6 @@ from megatron_tropd.data.tokenizers import load_tokenizer, stop_token_ids
 from megatron_tropd.data.trajectories import assemble
 from megatron_tropd.data.types import Trajectory
 from megatron_tropd.errors import ConfigError
-from megatron_tropd.mcore import platform
 from megatron_tropd.mcore.parallel import current_ranks
 from megatron_tropd.mcore.weights import export_weights
 from megatron_tropd.rollout.engine import RolloutEngine
@@ -263,9 +262,6 @@ class LiveRollouts:
             receivers=self._engines.owners,
             explicit_lm_head=True,
         )
-        if platform.has_cuda():
-            # What torch keeps for later is memory the waking engine needs.
-            torch.cuda.empty_cache()
         self._engines.load_tensors(tensors, version=step)
 
 

@@ -28,7 +28,9 @@ class FusedAttention(DotProductAttention):
         if not self._covered(query, key, attention_mask, args, kwargs):
             return super().forward(query, key, value, attention_mask, *args, **kwargs)
         copies = self.num_attention_heads_per_partition // self.num_query_groups_per_partition
-        if copies > 1:
+        # The kernels for CUDA share keys and values among queries; those for CPUs copy them, too.
+        shared = copies > 1 and query.is_cuda
+        if copies > 1 and not shared:
             key, value = (tensor.repeat_interleave(copies, dim=2) for tensor in (key, value))
         visible = self._inside_window(query)
         context = F.scaled_dot_product_attention(
@@ -38,6 +40,7 @@ class FusedAttention(DotProductAttention):
             attn_mask=visible,
             is_causal=visible is None,
             scale=self.softmax_scale,
+            enable_gqa=shared,
         )
         return context.permute(2, 0, 1, 3).flatten(2)
 

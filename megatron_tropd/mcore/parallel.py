@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -169,12 +170,26 @@ def _join(parallel: ParallelConfig, timeout: timedelta) -> None:
             "Change parallel.* or the number of processes started."
         )
     if platform.has_cuda():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(_local_device())
     if dist.is_initialized():
         return
-    if "RANK" in os.environ:
-        dist.init_process_group(platform.distributed_backend(), timeout=timeout)
-    else:
-        dist.init_process_group(
-            platform.distributed_backend(), store=dist.HashStore(), rank=0, world_size=1
+    group: dict[str, Any] = {"backend": platform.distributed_backend(), "timeout": timeout}
+    if platform.has_cuda():
+        # Bound to it from the start: a barrier cannot guess another rank's device.
+        group["device_id"] = platform.device()
+    if "RANK" not in os.environ:
+        group |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group(**group)
+
+
+def _local_device() -> int:
+    """Number of this rank's CUDA device: each rank of a node has one to itself."""
+    number, available = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if number >= available:
+        ranks = os.environ.get("LOCAL_WORLD_SIZE", str(number + 1))
+        raise ConfigError(
+            f"Expected a GPU for each of the {ranks} ranks of this node, found {available}. Lower "
+            "parallel.* (and rollout.num_engines) so that tensor x pipeline x data is the number "
+            "of GPUs, or start on more nodes."
         )
+    return number

@@ -60,8 +60,12 @@ def device() -> torch.device:
 
 
 def distributed_backend() -> str:
-    """Name of the collective backend that fits :func:`device`: nccl or gloo."""
-    return "nccl" if has_cuda() else "gloo"
+    """Backends of every process group: gloo, and NCCL for what lies on :func:`device`.
+
+    With NCCL alone objects travel as kernels, and a rank that waits for them (for the engine of
+    another rank, say) spins on its GPU, where an engine may be computing.
+    """
+    return "cpu:gloo,cuda:nccl" if has_cuda() else "gloo"
 
 
 def check_device(environment: Mapping[str, str] = os.environ) -> None:

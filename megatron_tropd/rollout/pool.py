@@ -1,8 +1,10 @@
 """The engines of a run: which rank owns one, and how all ranks use them together."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Self
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -141,13 +143,19 @@ class EnginePool:
             self._mailbox = WeightMailbox()
 
     def _load(self, tensors: Iterable[tuple[str, Tensor | None]]) -> None:
+        folder = None
         try:
-            if self._engine is not None and self._mailbox is not None:
-                self._engine.load_weights(self._mailbox.write(tensors))
-                self._mailbox.clear()
+            if self._mailbox is not None:
+                folder = self._mailbox.write(tensors)
         finally:
             for _ in tensors:  # making them is collective, also where they cannot be written
                 pass
+        if torch.cuda.is_available():
+            # What torch keeps for later is memory the waking engine needs.
+            torch.cuda.empty_cache()
+        if self._engine is not None and self._mailbox is not None and folder is not None:
+            self._engine.load_weights(folder)
+            self._mailbox.clear()
 
     def _cut(self, requests: Sequence[SampleRequest]) -> list[list[SampleRequest]]:
         return cut_units(requests, len(self.owners))
@@ -155,17 +163,33 @@ class EnginePool:
     def _generate(self, units: list[list[SampleRequest]], sampling: Sampling) -> list[Sample]:
         if self._engine is None or self._number is None:
             return []
-        try:
-            return self._engine.generate(units[self._number], sampling)
-        finally:
-            self._engine.sleep()
+        with asleep_after(self._engine) as engine:
+            return engine.generate(units[self._number], sampling)
+
+    def _fetch(self) -> list[Sample]:
+        if self._engine is None:
+            return []
+        with asleep_after(self._engine) as engine:
+            return engine.finish_generate()
 
     def _settle(self) -> None:
         """Wait for samples that were asked for and keep them: engines do one thing at a time."""
         if not self._asked or self._settled is not None:
             return
-        parts = share(lambda: self._engine.finish_generate() if self._engine else [], self.owners)
-        self._settled = merge_units(parts)
+        self._settled = merge_units(share(self._fetch, self.owners))
+
+
+@contextmanager
+def asleep_after(engine: RolloutEngine) -> Iterator[RolloutEngine]:
+    """Use an engine; its device memory is the trainer's again on the way out.
+
+    Every way of sampling goes through here, so that none can leave an engine awake. It wakes by
+    itself: to take new weights, or to generate.
+    """
+    try:
+        yield engine
+    finally:
+        engine.sleep()
 
 
 def cut_units[T](requests: Sequence[T], count: int) -> list[list[T]]:

@@ -86,20 +86,22 @@ def trajectories_of(method: str, step: int) -> list[Trajectory]:
     return [trajectories[0], *cut[1:]] if step == ONE_LEFT else cut
 
 
-def _train_all(student: str, teacher: str, runs: list[Run], out: str) -> None:
+def train_all(student: str, teacher: str, runs: list[Run], out: str) -> None:
     """Every run of one world size in one spawn: a spawn costs more than a run."""
     import torch.distributed as dist
 
-    dist.init_process_group("gloo")
+    from megatron_tropd.mcore import platform
+
+    dist.init_process_group(platform.distributed_backend())
     for run in runs:
         layout, dtype, method = run
         history = _train(student, teacher, LAYOUTS[layout], dtype, method)
         leave_layout()
         if dist.get_rank() == 0:
-            Path(out, _file(run)).write_text(json.dumps(history))
+            Path(out, history_file(run)).write_text(json.dumps(history))
 
 
-def _file(run: Run) -> str:
+def history_file(run: Run) -> str:
     return "-".join(run) + ".json"
 
 
@@ -108,7 +110,7 @@ def _train(
 ) -> list[list[float]]:
     from megatron_tropd.choices import choose, loss_of_step
     from megatron_tropd.convert.hf_folder import HFFolder
-    from megatron_tropd.mcore import models, parallel
+    from megatron_tropd.mcore import models, parallel, platform
     from megatron_tropd.mcore.step import Student, Teacher, output_weight
     from megatron_tropd.objective import StepObjective
 
@@ -168,7 +170,7 @@ def _train(
             group=ranks.tp_group,
             counts=count_loss_tokens(trajectories, loss),
             counted=ranks.is_last_stage and ranks.tp_rank == 0,
-            device=torch.device("cpu"),
+            device=platform.device(),
             choices=choices,
         )
         result = learner.train_step(batches, objective)
@@ -202,9 +204,9 @@ def histories(tmp_path_factory, pair) -> dict[Run, torch.Tensor]:
     """Run -> [steps, 5] gradient norm, loss, TV, reverse KL and selected share of every step."""
     folder = tmp_path_factory.mktemp("histories")
     for world_size, runs in RUNS.items():
-        run_with_env(world_size, _train_all, str(pair[0]), str(pair[1]), runs, str(folder))
+        run_with_env(world_size, train_all, str(pair[0]), str(pair[1]), runs, str(folder))
     return {
-        run: torch.tensor(json.loads((folder / _file(run)).read_text()), dtype=torch.float64)
+        run: torch.tensor(json.loads((folder / history_file(run)).read_text()), dtype=torch.float64)
         for runs in RUNS.values()
         for run in runs
     }

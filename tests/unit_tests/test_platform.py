@@ -43,7 +43,7 @@ import megatron_tropd.mcore.platform as platform
 platform.prepare_platform()
 platform.prepare_training()
 assert not platform.is_prepared()
-assert platform.distributed_backend() == "nccl"
+assert platform.distributed_backend() == "cpu:gloo,cuda:nccl"
 changed = {k for k, v in fingerprint().items() if before.get(k) != v}
 assert not changed, changed
 """
