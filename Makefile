@@ -16,8 +16,7 @@ QUICKSTART_LAYOUT := $(if $(ONE_GPU),parallel.tensor=1 rollout.num_engines=1)
 # A finished run gives way to a new one; an interrupted run is resumed by the same command.
 quickstart: env
 	@if [ -f $(QUICKSTART)/summary.json ]; then rm -rf $(QUICKSTART); fi
-	@$(PYTHON_ENV)/tropd distill examples/arithmetic/tropd.toml run.dir=$(QUICKSTART) \
-		$(QUICKSTART_LAYOUT)
+	@$(PYTHON_ENV)/tropd distill examples/arithmetic/tropd.toml run.dir=$(QUICKSTART) $(QUICKSTART_LAYOUT)
 
 test: env
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PYTHON_ENV)/python -m pytest $(TESTS)
