@@ -137,7 +137,7 @@ def _train(
     for step in range(STEPS):
         trajectories = trajectories_of(method, step)
         loss = loss_of_step(METHODS[method], step)
-        batches = pack(
+        packed = pack(
             trajectories,
             dp_rank=ranks.dp_rank,
             dp_size=ranks.dp_size,
@@ -147,6 +147,7 @@ def _train(
             step=step,
             loss=loss,
         )
+        batches = [batch.to(platform.device()) for batch in packed]
         signals, choices = scorer.score(batches), None
         if loss.needs_student_pass:
             hidden = learner.score(batches)
