@@ -20,10 +20,10 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[1]
 LOSSES = "megatron_tropd/losses"
 ONE_RANK = (
-    "tests/distributed/test_losses.py::test_losses_tp1",
-    "tests/unit_tests/test_objective.py",
     "tests/unit_tests/test_chunks.py",
     "tests/unit_tests/test_loss_safety.py",
+    "tests/distributed/test_losses.py::test_losses_tp1",
+    "tests/unit_tests/test_objective.py",
 )
 SEVERAL_RANKS = ("tests/distributed/test_losses.py::test_losses_tp2_and_tp4",)
 TIMEOUT_S = 600
