@@ -412,6 +412,61 @@ def test_float64_hidden_states():
             torch.testing.assert_close(one.float(), other, rtol=1e-4, atol=1e-5)
 
 
+# ---- what travels ----
+
+K = 4
+WORDS = {
+    "opd": (3 * 0 + 6, 0, 0, 0),
+    "tropd": (3 * K + 6, 0, 0, 0),
+    "tropd_expected": (3 * K + 6, 0, 0, 0),
+    "tropd_mask": (6, 0, 0, 0),
+    "local_support": (3 * K + 6, 0, 0, 0),
+    "gkd_forward_kl": (6, 1, 0, 1),
+    "gkd_reverse_kl": (6, 1, 0, 1),
+    "eopd": (3 * K + 6, 1, 0, 1),
+    "whole forward KL": (6, 1, 0, 1),
+    "tropd_exact": (3 * K + 6, 0, 2, 2),
+    "tropd_exact_full": (6, 1, 2, 3),
+    "gkd_jsd": (6, 0, 2, 2),
+}
+"""Words of a token, the table of docs/losses.md: all-gather of all passes, what a CPU's add to it,
+all-reduce of a CPU, of a GPU."""
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("metrics", [False, True])
+def test_words_that_travel_are_those_of_the_table(plain, metrics, monkeypatch):
+    """Plain torch has the passes of a GPU."""
+    if plain:
+        monkeypatch.setenv("TROPD_PLAIN", "1")
+    sent = {}
+
+    def recorded(name):
+        original = getattr(vocab_parallel, name)
+
+        def start(values, *, group):
+            sent[name] = sent.get(name, 0) + values.shape[-1]
+            return original(values, group=group)
+
+        monkeypatch.setattr(vocab_parallel, name, start)
+
+    recorded("AllGather"), recorded("AllReduceSum")
+    inputs = Inputs()
+    for name, (gathered, more, cpu, gpu) in WORDS.items():
+        sent.clear()
+        tropd_loss(
+            inputs.student, inputs.targets, LogitsSignal(inputs.teacher, VOCAB),
+            config=_config(name), vocab_size=VOCAB, group=None, metrics=metrics,
+        )  # fmt: skip
+        if not metrics:
+            expected = (gathered, gpu) if plain else (gathered + more, cpu)
+            assert (sent["AllGather"], sent["AllReduceSum"]) == expected, name
+            continue
+        k = K if _config(name).support else VOCAB
+        assert sent["AllGather"] == 3 * k + (6 if plain else 10), name
+        assert sent["AllReduceSum"] in ((5, 6, 7) if plain else (1, 2, 3)), name
+
+
 # ---- ties of the top-k ----
 
 
