@@ -311,14 +311,14 @@ MUTATIONS = (
     Mutation(
         "in place: no version check of the teacher",
         "objective.py",
-        "ctx.save_for_backward(student_logits_Tv, pair.ids_T, *tensors_of(pair.teacher))",
+        "ctx.save_for_backward(student_logits_Tv, pair.ids_T, *teacher)",
         "ctx.save_for_backward(student_logits_Tv, pair.ids_T)",
     ),
     Mutation(
         "in place: no version check of the tokens",
         "objective.py",
-        "ctx.save_for_backward(student_logits_Tv, pair.ids_T, *tensors_of(pair.teacher))",
-        "ctx.save_for_backward(student_logits_Tv, *tensors_of(pair.teacher))",
+        "ctx.save_for_backward(student_logits_Tv, pair.ids_T, *teacher)",
+        "ctx.save_for_backward(student_logits_Tv, *teacher)",
     ),
     Mutation(
         "default dtype of the scratch",

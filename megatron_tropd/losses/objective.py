@@ -242,7 +242,8 @@ class _LossOfLogits(torch.autograd.Function):
         ctx: Any, student_logits_Tv: Tensor, term: Term, statistics: TokenStatistics, pair: Pair
     ) -> Tensor:
         # For the version check: the gradient reads all of these again.
-        ctx.save_for_backward(student_logits_Tv, pair.ids_T, *tensors_of(pair.teacher))
+        teacher = tensors_of(pair.teacher) if pair.full else []
+        ctx.save_for_backward(student_logits_Tv, pair.ids_T, *teacher)
         ctx.term, ctx.statistics, ctx.pair = term, statistics, pair
         return term.value_T.clone()
 

@@ -907,6 +907,13 @@ def _check_not_a_number(case, problem, place):
         assert torch.equal(output.loss_T.isnan(), expected)
         assert leaf.grad[~expected][:, : max(0, 37 - mine.start)].isfinite().all()
         _check_same_on_ranks([output.loss_T.detach().nan_to_num(nan=7.0)], place.group)
+        # Left out, it is no more than any other.
+        targets = replace(_targets(case.tokens), weights_T=(~expected).float())
+        leaf = leaf.detach().requires_grad_()
+        output = tropd_loss(leaf, targets, signal, **options)
+        output.loss_T.sum().backward()
+        assert output.loss_T.isfinite().all() and leaf.grad.isfinite().all()
+        assert output.loss_T[row] == 0 and torch.all(leaf.grad[row] == 0)
 
 
 # ---- the cases themselves ----

@@ -21,6 +21,7 @@ from megatron_tropd.losses import (
     LossConfig,
     LossTargets,
     products,
+    required_signal,
     sharded_rows,
     top_k_signal,
     tropd_loss,
@@ -290,6 +291,16 @@ def test_changes_that_the_gradient_does_not_read(name):
         for tensor in (targets.weights_T, targets.uniforms_T, targets.rollout_logprobs_T):
             tensor.zero_()
         targets.is_teacher_T.fill_(True)
+
+    if "full" not in required_signal(config):
+        signal = top_k_signal(
+            Inputs().teacher, Inputs().targets.ids_T, K, vocab_size=VOCAB, group=None
+        )
+        leaf, common = Inputs().student.requires_grad_(), dict(vocab_size=VOCAB, group=None)
+        output = tropd_loss(leaf, Inputs().targets, signal, config=config, beta=0.3, **common)
+        signal.topk_ids_TK.zero_(), signal.topk_logprobs_TK.zero_()
+        output.loss_T.sum().backward()
+        torch.testing.assert_close(leaf.grad, Inputs().run("logits", config)[2][0])
 
     expected = Inputs().run("logits", config)
     inputs = Inputs()
