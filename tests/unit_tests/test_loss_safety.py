@@ -20,6 +20,7 @@ from megatron_tropd.losses import (
     LogitsSignal,
     LossConfig,
     LossTargets,
+    dense,
     products,
     required_signal,
     sharded_rows,
@@ -163,6 +164,17 @@ def test_a_row_that_the_caller_leaves_out_is_silent(name):
     kept = torch.arange(NUM) != BROKEN
     output.loss_T[kept].sum().backward()
     assert torch.all(leaf.grad[BROKEN] == 0) and leaf.grad.isfinite().all()
+
+
+def test_a_row_with_any_factor_is_not_silenced():
+    """One of the three is enough, of either sign, and nan is no 0."""
+    factors = torch.zeros(3, 8)
+    for row in range(3):
+        factors[row, row], factors[row, row + 3] = 0.5, -0.5
+    factors[1, 6] = math.nan
+    out = torch.ones(8, 2)
+    dense.RowCoefficients(*factors).silence(out)
+    assert out[:, 0].tolist() == [1, 1, 1, 1, 1, 1, 1, 0] and torch.equal(out[:, 0], out[:, 1])
 
 
 @every_method
