@@ -99,7 +99,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--tokens", type=int, nargs="+", help=f"T (default 1024; and {LARGE_TOKENS} at TP 2)")
     add("--vocab", type=int, help=f"V, the whole vocabulary (default {COLUMNS} x TP)")
     add("--hidden", type=int, help="H (default 512)")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of all inputs")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        nargs="+",
+        default=["float32"],
+        help="of all inputs; bfloat16 logits have ties at the end of a top-k (default float32)",
+    )
     add("--tp", type=int, nargs="+", default=[1, 2], help="tensor-parallel sizes (default 1 2)")
     add("--rows", type=re.compile, default="", help="only rows whose name this pattern finds")
     add("--rounds", type=int, help="timed calls (default 3; dense and peers: one less)")
@@ -170,13 +176,14 @@ def say(text: str) -> None:
 def sizes(options: argparse.Namespace) -> list[Size]:
     """Every size to run, in order."""
     found = [
-        Size(tp, tokens, options.vocab or tp * COLUMNS, options.hidden, options.dtype)
+        Size(tp, tokens, options.vocab or tp * COLUMNS, options.hidden, dtype)
+        for dtype in options.dtype
         for tp in options.tp
         for tokens in options.tokens
     ]
     if options.large_tokens and 2 in options.tp:
-        vocab = 2 * COLUMNS
-        found.append(Size(2, options.large_tokens, vocab, options.hidden, options.dtype, True))
+        sizes_of = (options.large_tokens, 2 * COLUMNS, options.hidden)
+        found += [Size(2, *sizes_of, dtype, True) for dtype in options.dtype]
     return found
 
 
@@ -356,6 +363,7 @@ def aims(rows: list[Row]) -> dict[str, dict[str, Any]]:
     """
     exact = {f"ours hidden exact {method}" for method in EXACT}
     ours = [row for row in rows if row["name"] in exact and row["peak_mib"] is not None]
+    ours = [row for row in ours if row["dtype"] == "float32"]
     short = [row["ratio"] for row in ours if row["tokens"] == 1024]
     long = [row["peak_u"] for row in ours if row["tokens"] == LARGE_TOKENS and row["tp"] == 2]
     values = {
@@ -374,7 +382,8 @@ def growths(rows: list[Row]) -> list[float]:
     found = []
     for small in rows:
         for large in rows:
-            same = all(small[key] == large[key] for key in ("name", "tp", "vocab", "hidden"))
+            keys = ("name", "tp", "vocab", "hidden", "dtype")
+            same = all(small[key] == large[key] for key in keys)
             if same and large["tokens"] == 4 * small["tokens"]:
                 found.append(round(working_set(large) / working_set(small), 3))
     return found
@@ -401,7 +410,8 @@ def table(rows: list[Row]) -> str:
 
 def line(row: Row) -> str:
     """One row as text."""
-    left = f"{row['name']:<36}{row['tp']:>3}{row['tokens']:>6}{row['vocab']:>7}{row['hidden']:>5}"
+    name = row["name"] + ("" if row["dtype"] == "float32" else ", bf16")
+    left = f"{name:<36}{row['tp']:>3}{row['tokens']:>6}{row['vocab']:>7}{row['hidden']:>5}"
     if row["peak_mib"] is None:
         return f"{left}  {row['note']}"
     error = "-" if row["grad_error"] is None else f"{row['grad_error']:.0e}"

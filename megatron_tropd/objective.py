@@ -95,7 +95,8 @@ class StepObjective:
         """[T] float32 factor of each loss token."""
         teacher, student = self._weights
         is_teacher_T = batch.segments[batch.loss_mask] == Segment.TEACHER
-        weights_T = torch.where(is_teacher_T, teacher, student).float()
+        factors = torch.tensor([student, teacher], dtype=torch.float32, device=is_teacher_T.device)
+        weights_T = factors[is_teacher_T.long()]
         selected = self._choices.selected
         return weights_T if selected is None else weights_T * selected[index]
 

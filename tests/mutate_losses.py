@@ -20,6 +20,8 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[1]
 LOSSES = "megatron_tropd/losses"
 ONE_RANK = (
+    "tests/unit_tests/test_chunks.py",
+    "tests/unit_tests/test_loss_safety.py",
     "tests/distributed/test_losses.py::test_losses_tp1",
     "tests/unit_tests/test_objective.py",
 )
@@ -149,8 +151,8 @@ MUTATIONS = (
     Mutation(
         "band open below",
         "terms.py",
-        "inside_T = (rho_T >= config.importance_low) & (rho_T <= config.importance_high)",
-        "inside_T = rho_T <= config.importance_high",
+        "inside_T = ~((rho_T < config.importance_low) | (rho_T > config.importance_high))",
+        "inside_T = ~(rho_T > config.importance_high)",
     ),
     Mutation(
         "zero times infinity",
@@ -191,9 +193,9 @@ MUTATIONS = (
     ),
     Mutation(
         "mixture of the other share",
-        "dense_inplace.py",
-        "torch.mul(self.share, mix, out=self._spare).add_(1 - mix).log_()",
-        "torch.mul(self.share, 1 - mix, out=self._spare).add_(mix).log_()",
+        "dense.py",
+        "return torch.sub(share, 1.0, out=out).mul_(mix).log1p_()",
+        "return torch.sub(share, 1.0, out=out).mul_(1 - mix).log1p_()",
     ),
     Mutation(
         "the teacher is lost where the student's exponential is 0",
@@ -211,14 +213,130 @@ MUTATIONS = (
     Mutation(
         "ties of the top-k as they come",
         "vocab_parallel.py",
-        "    if crowded_T.numel() == 0:",
-        "    if crowded_T.numel() >= 0:",
+        "    for rows in crowded_T.split(_rows_of_ties(columns_Tv)):",
+        "    for rows in crowded_T[:0].split(_rows_of_ties(columns_Tv)):",
     ),
     Mutation(
         "padded columns take part",
         "vocab_parallel.py",
         "real = tuple(min(bound, vocab_size) for bound in bounds)",
         "real = tuple(bounds)",
+    ),
+    Mutation(
+        "ties of the top-k counted from the wrong place",
+        "vocab_parallel.py",
+        "        place = place + sure_T[rows][row]",
+        "        place = place + sure_T[rows][row] - (sure_T[rows][row] > 0).long()",
+    ),
+    Mutation(
+        "ties of the top-k at the highest ids",
+        "vocab_parallel.py",
+        "place_N = torch.arange(len(row_N), device=row_N.device) - before_t[row_N]",
+        "place_N = (before_t + counts_t)[row_N] - 1 - torch.arange(len(row_N))",
+    ),
+    Mutation(
+        "digits: a small share of the mixture",
+        "dense.py",
+        "    if mix <= 0.5:  # 1 - b would swallow a small b",
+        "    if mix < 0.0:",
+    ),
+    Mutation(
+        "digits: a large share of the mixture",
+        "dense_inplace.py",
+        "        if mix <= 0.5:",
+        "        if mix <= 1.0:",
+    ),
+    Mutation(
+        "digits: float16 without a common size",
+        "products.py",
+        "exponent_T1 = torch.where(usable_T1, exponent_T1, 0)",
+        "exponent_T1 = torch.where(usable_T1, 0, 0)",
+    ),
+    Mutation(
+        "digits: hidden gradient rounded before the loss scale",
+        "objective.py",
+        "dtype = torch.promote_types(student.hidden_TH.dtype, torch.float32)",
+        "dtype = student.hidden_TH.dtype",
+    ),
+    # Rows without weight.
+    Mutation(
+        "without weight: nan times zero, in place",
+        "dense_inplace.py",
+        "        coefficients.silence(out_Tv)",
+        "        pass",
+    ),
+    Mutation(
+        "without weight: nan times zero, plain",
+        "dense.py",
+        "    coefficients.silence(out_Tv)",
+        "    pass",
+    ),
+    Mutation(
+        "without weight: the teacher's coefficient",
+        "terms.py",
+        "teacher_T=_times(factor_T, self.teacher_T),",
+        "teacher_T=factor_T * self.teacher_T,",
+    ),
+    Mutation(
+        "without weight: the reward's coefficient",
+        "terms.py",
+        "return total_T + _times(self.reward_T, reward_sum_T)",
+        "return total_T + self.reward_T * reward_sum_T",
+    ),
+    Mutation(
+        "without weight: hidden states in the output layer's gradient",
+        "objective.py",
+        "hidden_tH = _silenced(student.hidden_TH[rows], targets.weights_T)",
+        "hidden_tH = student.hidden_TH[rows]",
+    ),
+    Mutation(
+        "without weight: rows with weight as well",
+        "dense.py",
+        "silent_T = (self.student_T == 0) & (self.reward_T == 0) & (self.teacher_T == 0)",
+        "silent_T = self.student_T == 0",
+    ),
+    Mutation(
+        "nan hides outside the band",
+        "terms.py",
+        "inside_T = ~((rho_T < config.importance_low) | (rho_T > config.importance_high))",
+        "inside_T = (rho_T >= config.importance_low) & (rho_T <= config.importance_high)",
+    ),
+    # What callers change.
+    Mutation(
+        "in place: reported values are what backward reads",
+        "objective.py",
+        "return {name: value_T.clone() for name, value_T in values.items()}",
+        "return values",
+    ),
+    Mutation(
+        "in place: no version check of the teacher",
+        "objective.py",
+        "ctx.save_for_backward(student_logits_Tv, pair.ids_T, *teacher)",
+        "ctx.save_for_backward(student_logits_Tv, pair.ids_T)",
+    ),
+    Mutation(
+        "in place: no version check of the tokens",
+        "objective.py",
+        "ctx.save_for_backward(student_logits_Tv, pair.ids_T, *teacher)",
+        "ctx.save_for_backward(student_logits_Tv, *teacher)",
+    ),
+    Mutation(
+        "default dtype of the scratch",
+        "dense.py",
+        "return torch.empty(shape, dtype=torch.float32, device=self._device)",
+        "return torch.empty(shape, device=self._device)",
+    ),
+    Mutation(
+        "default device of the chunks",
+        "chunks.py",
+        "torch.empty(shape, dtype=torch.float32, device=pair.device)",
+        "torch.empty(shape, dtype=torch.float32)",
+    ),
+    Mutation(
+        "second derivatives are zero",
+        "first_order.py",
+        "        if not torch.is_grad_enabled():  # the rule: nobody asked for create_graph",
+        "        if True:",
     ),
     # Chunks, gradients, sums.
     Mutation(
@@ -258,6 +376,19 @@ MUTATIONS = (
         "total_vH.addmm_(grad_Tv.t().bfloat16().float(), hidden_TH.float())",
     ),
     # Ranks.
+    Mutation(
+        "agreement: rows of a chunk from this rank's columns",
+        "chunks.py",
+        "_row_stride(pair.shard.widest, pair.device)",
+        "_row_stride(pair.shard.real, pair.device)",
+    ),
+    Mutation(
+        "agreement: scratch of this rank's columns",
+        "chunks.py",
+        "budget=_budget(pair), widest=shard.widest)",
+        "budget=_budget(pair))",
+        several_ranks=True,
+    ),
     Mutation(
         "shifted shard",
         "vocab_parallel.py",

@@ -116,7 +116,7 @@ def share(
     """:func:`draw` for items at hand: N of them on the first rank of ``group``, or none."""
     kind = torch.full((1,), _kind(items), device=device)
     ints = torch.zeros(count, 6, *shape, dtype=torch.int64, device=device)
-    floats = torch.zeros(count, 2, *shape, device=device)
+    floats = torch.zeros(count, 2, *shape, dtype=torch.float32, device=device)
     masks = torch.zeros(count, shape[0], 1, shape[1], shape[1], dtype=torch.uint8, device=device)
     masks = masks if masked else masks[:0]
     if group.rank() == 0 and items:

@@ -160,15 +160,12 @@ class _Buffers:
     """Logits of one chunk, or of two where one is computed while the other waits."""
 
     def __init__(self, pair: Pair, *, count: int) -> None:
-        columns, models = pair.shard.real, 2 if pair.full else 1
-        num, budget = len(pair.ids_T), _budget(pair)
-        self._scratch = Scratch(columns, pair.device, budget=budget)
-        if needs_scratch(pair.device):
-            budget -= self._scratch.bytes
-        stride = _row_stride(columns, pair.device)
-        self._rows = min(max(num, 1), _chunk_rows(budget, 4 * count * models * stride))
+        columns, num = pair.shard.real, len(pair.ids_T)
+        self._scratch = _scratch(pair)
+        self._rows = min(max(num, 1), rows_of_chunk(pair, count=count))
         if self._rows >= num:
             count = 1
+        models, stride = 2 if pair.full else 1, _row_stride(columns, pair.device)
         shape = (count, models, self._rows, stride)
         self._logits = torch.empty(shape, dtype=torch.float32, device=pair.device)[..., :columns]
 
@@ -186,6 +183,31 @@ class _Buffers:
             teacher_tv = buffer[1]
             pair.teacher.write_logits(rows, teacher_tv)
         return student_tv, teacher_tv, passes_for(student_tv, teacher_tv, pair.spec, self._scratch)
+
+
+def rows_of_chunk(pair: Pair, *, count: int) -> int:
+    """How many rows the budget holds: the shape of a chunk's collectives.
+
+    It is counted for the rank with most columns, by all of them. Ranks that counted for the columns
+    they hold would call collectives of other shapes, and another number of them.
+
+    Args:
+        pair: the models and tokens.
+        count: chunks that share the budget.
+
+    Returns:
+        Rows, the same on every rank of the group.
+    """
+    budget = _budget(pair)
+    if needs_scratch(pair.device):
+        budget -= _scratch(pair).bytes
+    models, stride = 2 if pair.full else 1, _row_stride(pair.shard.widest, pair.device)
+    return _chunk_rows(budget, 4 * count * models * stride)
+
+
+def _scratch(pair: Pair) -> Scratch:
+    shard = pair.shard
+    return Scratch(shard.real, pair.device, budget=_budget(pair), widest=shard.widest)
 
 
 def _row_stride(columns: int, device: torch.device) -> int:

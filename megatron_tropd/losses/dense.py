@@ -13,6 +13,7 @@ in the cache: one buffer of a few rows for each, none of [T, v].
 Shape suffixes: T = tokens of the chunk, v = real columns of this rank's shard.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -39,6 +40,8 @@ SUMS = (
 _SLICE_BYTES = {"cpu": 2**20}
 _SLICE_BYTES_ELSEWHERE = 2**26
 _BUFFERS = 7
+HUGE_RATIO = 80.0
+"""log p/q of which the exponential is still finite in float32."""
 
 
 @dataclass(frozen=True)
@@ -68,29 +71,48 @@ class RowCoefficients:
     teacher_T: Tensor
     """[T] float32: f; multiplies p."""
 
+    def silence(self, out_Tv: Tensor) -> None:
+        """Set the rows whose factors are all 0 to 0, whatever they hold: 0 x nan would be nan."""
+        silent_T = (self.student_T == 0) & (self.reward_T == 0) & (self.teacher_T == 0)
+        if out_Tv.is_cpu:
+            out_Tv.index_fill_(0, silent_T.nonzero()[:, 0], 0.0)
+        else:
+            out_Tv.masked_fill_(silent_T.unsqueeze(-1), 0.0)
+
 
 class Scratch:
     """Buffers of a few rows, made once per call, and only where a pass asks for them."""
 
-    def __init__(self, columns: int, device: torch.device, *, budget: int | None = None) -> None:
+    def __init__(
+        self,
+        columns: int,
+        device: torch.device,
+        *,
+        budget: int | None = None,
+        widest: int | None = None,
+    ) -> None:
         """Buffers of ``columns`` float32 and as many rows as fill a cache.
 
         Args:
             columns: v.
             device: of the logits.
             budget: bytes of everything; the buffers take a quarter at most, but one row.
+            widest: columns of the rank that holds most, for which rows and bytes are counted, so
+                that all ranks count alike; None: ``columns``.
         """
         size = _SLICE_BYTES.get(device.type, _SLICE_BYTES_ELSEWHERE)
         if budget is not None:
             size = min(size, budget // (4 * _BUFFERS))
-        self.rows = max(1, size // (4 * max(columns, 1)))
-        self.bytes = 4 * _BUFFERS * self.rows * columns
+        widest = columns if widest is None else widest
+        self.rows = max(1, size // (4 * max(widest, 1)))
+        self.bytes = 4 * _BUFFERS * self.rows * widest
         self._columns, self._device = columns, device
 
     @cached_property
     def buffers(self) -> Tensor:
         """[7, rows, columns] float32."""
-        return torch.empty(_BUFFERS, self.rows, self._columns, device=self._device)
+        shape = (_BUFFERS, self.rows, self._columns)
+        return torch.empty(shape, dtype=torch.float32, device=self._device)
 
     def slices(self, num: int) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
         """Rows of a chunk, a few at a time, and buffers of as many rows."""
@@ -167,6 +189,8 @@ def write_gradient(
 ) -> None:
     """The dense part of the gradient: student x q + reward x w + teacher x p.
 
+    Rows whose factors are all 0 become 0, whatever the logits hold.
+
     Args:
         student_Tv: [T, v] float32 logits.
         teacher_Tv: [T, v] float32 logits; None where neither w nor p takes part.
@@ -191,6 +215,7 @@ def write_gradient(
             total.addcmul_(both.p, coefficients.teacher_T[rows, None])
         if part is not None:
             both.add_product(total, part, coefficients.reward_T[rows, None])
+    coefficients.silence(out_Tv)
 
 
 class _Both:
@@ -231,8 +256,7 @@ class _Both:
         if name == "teacher_entropy":
             return -self._product(self.p, self.log_p).sum(dim=-1)
         if name == "teacher_to_mixture":
-            torch.sub(self.log_p, self._log_mixture(spec.mix), out=self._spare)
-            return self._product(self.p, self._spare).sum(dim=-1)
+            return self._product(self.p, self._over_mixture(spec.mix)).sum(dim=-1)
         return self.reward(spec).sum(dim=-1)
 
     def reward(self, spec: DenseSpec) -> Tensor:
@@ -240,8 +264,7 @@ class _Both:
         if spec.reward == "log_ratio":
             return self._product(self.q, self.ratio)
         if spec.reward == "mixture":
-            torch.sub(self._log_mixture(spec.mix), self.log_q, out=self._spare)
-            return self._product(self.q, self._spare)
+            return self._product(self.q, self._log_mixture(spec.mix))
         inside = self._product(self._overlap(), self.ratio)
         if spec.reward == "trust":
             return inside
@@ -259,12 +282,23 @@ class _Both:
         return torch.minimum(self.p, self.q, out=self._spare)
 
     def _log_mixture(self, mix: float) -> Tensor:
+        """log((b p + (1 - b) q) / q), in a buffer of its own."""
         if not self._has_mixture:
-            torch.mul(self.p, mix, out=self._log_mix).add_(self.q, alpha=1 - mix)
-            # Where both underflow, any finite logarithm will do: its weight is 0.
-            self._log_mix.clamp_(min=2e-38).log_()
+            share = torch.clamp(self.ratio, max=HUGE_RATIO, out=self._log_mix).exp_()
+            mixture_over_q(share, mix, out=share)
+            # Beyond that b p / q is all there is, and p / q may be infinite.
+            huge = self.ratio >= HUGE_RATIO
+            self._log_mix.copy_(torch.where(huge, self.ratio + math.log(mix), self._log_mix))
             self._has_mixture = True
         return self._log_mix
+
+    def _over_mixture(self, mix: float) -> Tensor:
+        """log(p / (b p + (1 - b) q)), in the spare buffer."""
+        if mix > 0.5:
+            inverse = torch.clamp(self.ratio, min=-HUGE_RATIO, out=self._spare).neg_().exp_()
+            return mixture_over_q(inverse, 1 - mix, out=inverse).neg_()
+        torch.sub(self.ratio, self._log_mixture(mix), out=self._spare)
+        return self._spare.masked_fill_(self.ratio >= HUGE_RATIO, -math.log(mix))
 
     def _product(self, weights: Tensor, values: Tensor) -> Tensor:
         """weights x values in the spare buffer, 0 where the weight is."""
@@ -280,6 +314,22 @@ class _Both:
 def _normalise(logits: Tensor, norm: Tensor, *, out: Tensor) -> None:
     # Two subtractions: max + log_sum would round to the precision of the largest logit.
     torch.sub(logits, norm[:, :1], out=out).sub_(norm[:, 1:])
+
+
+def mixture_over_q(share: Tensor, mix: float, out: Tensor) -> Tensor:
+    """log((b p + (1 - b) q) / q): of its two forms the one that keeps its digits.
+
+    Args:
+        share: [...] float32 p / q.
+        mix: b, in (0, 1).
+        out: [...] float32, overwritten; may be ``share``.
+
+    Returns:
+        ``out``.
+    """
+    if mix <= 0.5:  # 1 - b would swallow a small b
+        return torch.sub(share, 1.0, out=out).mul_(mix).log1p_()
+    return torch.mul(share, mix, out=out).add_(1 - mix).log_()
 
 
 def sum_names(names: Sequence[str]) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ Shape suffixes: T = tokens of the chunk, v = real columns of this rank's shard, 
 import torch
 from torch import Tensor
 
-from megatron_tropd.losses.dense import DenseSpec, RowCoefficients, Scratch
+from megatron_tropd.losses.dense import DenseSpec, RowCoefficients, Scratch, mixture_over_q
 
 MOMENTS = ("reverse_kl", "forward_kl", "student_entropy", "teacher_entropy")
 """Sums of ``dense.SUMS`` that the first pass gives."""
@@ -25,6 +25,7 @@ MOMENTS = ("reverse_kl", "forward_kl", "student_entropy", "teacher_entropy")
 # changes no sum, and the ratio to it brings p back. The product of both, 1e-37, is not denormal,
 # and one over it is finite.
 _LOWEST, _LOWEST_SHARD = -60.0, -25.0
+_LEAST_SHARE = 1e-37
 # A log-probability that is none.
 _NOTHING = -1e4
 
@@ -160,20 +161,28 @@ class InPlacePasses:
     ) -> None:
         """Dense part of the gradient, student x q + reward x w + teacher x p, into ``out_Tv``.
 
+        Rows whose factors are all 0 become 0, whatever the logits hold.
+
         Args:
             student_norm_T2: [T, 2] whole-vocabulary normaliser.
             teacher_norm_T2: [T, 2] the teacher's; None where neither w nor p takes part.
             coefficients: the factors.
             out_Tv: [T, v] float32, overwritten; may be the student's logits.
         """
-        num, columns = self._student.shape
-        if columns == 0:
+        if self._student.shape[1] == 0:
             return
         factors = self._factors(student_norm_T2, teacher_norm_T2)
         if self._keeps_reward or not self._keeps_ratio:
             self._write_from_kept(factors, coefficients, out_Tv)
-            return
-        for rows, buffers in self._scratch.slices(num):
+        else:
+            self._write_from_ratio(factors, coefficients, out_Tv)
+        coefficients.silence(out_Tv)
+
+    def _write_from_ratio(
+        self, factors: tuple[Tensor, Tensor, Tensor], coefficients: RowCoefficients, out_Tv: Tensor
+    ) -> None:
+        """The gradient where q and the ratio are in the models' places."""
+        for rows, buffers in self._scratch.slices(len(out_Tv)):
             both = self._both(rows, factors, buffers)
             if self._spec.reward is None:
                 part = buffers[1].zero_()
@@ -255,8 +264,7 @@ class _Rows:
         if name == "tv":
             inside = torch.clamp(self.share, max=1.0, out=self._other)
             return inside.sub_(1.0).mul_(self.q).sum(dim=-1).neg_()
-        over_mixture = torch.sub(self.ratio, self._log_mixture(spec.mix), out=self._other)
-        return over_mixture.mul_(self.share).mul_(self.q).sum(dim=-1)
+        return self._over_mixture(spec.mix).mul_(self.share).mul_(self.q).sum(dim=-1)
 
     def write_reward(self, spec: DenseSpec, out: Tensor) -> Tensor:
         """[rows, v] w of ``dense.Reward`` into ``out``, which may be the ratio's place."""
@@ -272,10 +280,18 @@ class _Rows:
         torch.sub(self.ratio, floored, out=out)
         return out.mul_(inside).add_(floored).mul_(self.q)
 
+    def _over_mixture(self, mix: float) -> Tensor:
+        """log(p / (b p + (1 - b) q)), in the other buffer."""
+        if mix <= 0.5:
+            return torch.sub(self.ratio, self._log_mixture(mix), out=self._other)
+        # Small where b is nearly 1. Not 1 / 0: where p / q underflows, p is 0 and so is its term.
+        inverse = torch.clamp(self.share, min=_LEAST_SHARE, out=self._other).reciprocal_()
+        return mixture_over_q(inverse, 1 - mix, out=inverse).neg_()
+
     def _log_mixture(self, mix: float) -> Tensor:
         """log((b p + (1 - b) q) / q), in the spare buffer."""
         if not self._has_log_mixture:
-            torch.mul(self.share, mix, out=self._spare).add_(1 - mix).log_()
+            mixture_over_q(self.share, mix, out=self._spare)
             self._has_log_mixture = True
         return self._spare
 

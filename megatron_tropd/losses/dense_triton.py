@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_tropd.losses.dense import SUMS, DenseSpec, RowCoefficients, Scratch
+from megatron_tropd.losses.dense import HUGE_RATIO, SUMS, DenseSpec, RowCoefficients, Scratch
 
 # Eight float32 of a tensor for each thread: two loads of 16 bytes, and room for seven sums.
 _BLOCK = 2048
@@ -118,6 +118,8 @@ def write_gradient(
 ) -> None:
     """The dense part of the gradient, student x q + reward x w + teacher x p, in one pass.
 
+    Rows whose factors are all 0 become 0, whatever the logits hold.
+
     Args:
         student_Tv: [T, v] float32 logits, any strides.
         teacher_Tv: [T, v] float32 logits, any strides; None where neither w nor p takes part.
@@ -165,6 +167,7 @@ def _launch(kernel: Any, logits_Tv: Tensor, *arguments: Any, **flags: Any) -> No
         )
 
 
+_HUGE_RATIO = tl.constexpr(HUGE_RATIO)
 _ALL_NAN = tl.constexpr(tl.PropagateNan.ALL)
 
 
@@ -239,7 +242,7 @@ def _row_sums_kernel(
         if REWARD_AT >= 0:
             reward += _reward(log_q, log_p, tau, mix, rest, REWARD)
         if TEACHER_TO_MIXTURE_AT >= 0:
-            teacher_to_mixture += _times(p, log_p - _log_mixture(q, p, mix, rest))
+            teacher_to_mixture += _times(p, _over_mixture(log_p - log_q, mix, rest))
     parts += NUM * tl.program_id(0).to(tl.int64)
     _store_sum(parts, TV_AT, tv)
     _store_sum(parts, REVERSE_KL_AT, reverse_kl)
@@ -268,13 +271,13 @@ def _gradient_kernel(
     for start in range(first, stop, BLOCK):
         at = start + tl.arange(0, BLOCK)
         log_q = _load(student, at, student_column, columns) - student_max - student_log_sum
-        grad = student_factor * tl.exp(log_q)
+        # A factor of 0 silences its part, whatever it is: nan, or an infinite reward.
+        grad = _times(student_factor, tl.exp(log_q))
         if TEACHER or REWARD != "":
             log_p = _load(teacher, at, teacher_column, columns) - teacher_max - teacher_log_sum
             if TEACHER:
-                grad += teacher_factor * tl.exp(log_p)
+                grad += _times(teacher_factor, tl.exp(log_p))
             if REWARD != "":
-                # A factor of 0 silences an infinite reward.
                 grad += _times(reward_factor, _reward(log_q, log_p, tau, mix, rest, REWARD))
         tl.store(out + at.to(tl.int64) * out_column, grad, mask=at < columns)
 
@@ -310,10 +313,27 @@ def _times(weights, values):
 
 
 @triton.jit
-def _log_mixture(q, p, mix, rest):
-    # Not the log of 0: where both underflow, or the GPU takes a subnormal number for 0.
-    mixture = tl.maximum(mix * p + rest * q, 1.1754944e-38, propagate_nan=_ALL_NAN)
-    return tl.log(mixture)
+def _log_mixture(ratio, mix, rest):
+    """log((b p + (1 - b) q) / q), in the form that keeps its digits: see ``dense``."""
+    share = tl.exp(tl.minimum(ratio, _HUGE_RATIO, propagate_nan=_ALL_NAN))
+    inside = tl.where(mix <= 0.5, _log1p(mix * (share - 1.0)), tl.log(mix * share + rest))
+    return tl.where(ratio >= _HUGE_RATIO, ratio + tl.log(mix), inside)
+
+
+@triton.jit
+def _over_mixture(ratio, mix, rest):
+    """log(p / (b p + (1 - b) q)), likewise."""
+    inverse = tl.exp(-tl.maximum(ratio, -_HUGE_RATIO, propagate_nan=_ALL_NAN))
+    # Where p / q is infinite the difference would be nan.
+    over = tl.where(ratio >= _HUGE_RATIO, -tl.log(mix), ratio - _log_mixture(ratio, mix, rest))
+    return tl.where(mix <= 0.5, over, -_log1p(rest * (inverse - 1.0)))
+
+
+@triton.jit
+def _log1p(value):
+    """log(1 + value), after Kahan: what the sum rounds off is made good by the quotient."""
+    total = 1.0 + value
+    return tl.where(total == 1.0, value, tl.log(total) * (value / (total - 1.0)))
 
 
 @triton.jit
@@ -323,7 +343,7 @@ def _reward(log_q, log_p, tau, mix, rest, REWARD: tl.constexpr):
     if REWARD == "log_ratio":
         reward = _times(q, ratio)
     elif REWARD == "mixture":
-        reward = _times(q, _log_mixture(q, p, mix, rest) - log_q)
+        reward = _times(q, _log_mixture(ratio, mix, rest))
     else:
         tl.static_assert(REWARD == "trust" or REWARD == "trust_clip")
         inside = tl.minimum(p, q, propagate_nan=_ALL_NAN)

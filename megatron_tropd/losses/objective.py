@@ -27,6 +27,7 @@ from megatron_tropd.losses.checks import (
     width_of_top_k,
 )
 from megatron_tropd.losses.chunks import Chunk, Pair, for_each_chunk, gradient_chunks
+from megatron_tropd.losses.first_order import first_order
 from megatron_tropd.losses.sharded_rows import gather_rows, sum_gradient
 from megatron_tropd.losses.signals import (
     FullSignal,
@@ -34,6 +35,7 @@ from megatron_tropd.losses.signals import (
     LogitsSignal,
     TeacherSignal,
     check_signal,
+    tensors_of,
 )
 from megatron_tropd.losses.statistics import TokenStatistics
 from megatron_tropd.losses.targets import LossOutput, LossTargets, SummedLoss
@@ -92,7 +94,7 @@ def tropd_loss(
         ValueError: shapes, dtypes, vocabulary sizes or token ids do not fit together.
 
     Collectives: forward, per chunk of t rows, 1 all-gather of at most [t, 3 K + 10] 32-bit words
-    and, for sums that need both normalisers, 1 all-reduce (SUM) of at most [t, 5] float32; 1
+    and, for sums over the vocabulary, 1 all-reduce (SUM) of at most [t, 7] float32; 1
     all-to-all where the bounds differ; backward none.
 
     Source: Trust Region On-Policy Distillation, arXiv 2606.01249.
@@ -163,7 +165,7 @@ def tropd_loss_from_hidden(
         ValueError: shapes, dtypes, bounds, vocabulary sizes or token ids do not fit together.
 
     Collectives: forward, per chunk of t rows, 1 all-gather of at most [t, 3 K + 10] 32-bit words
-    and, for sums that need both normalisers, 1 all-reduce (SUM) of at most [t, 5] float32; with
+    and, for sums over the vocabulary, 1 all-reduce (SUM) of at most [t, 7] float32; with
     ``sequence_parallel`` 1 all-gather of the rows. Backward: 1 all-reduce (SUM) of [T, H], a
     reduce-scatter with ``sequence_parallel``, none without ``reduce_hidden_grad``.
 
@@ -239,15 +241,17 @@ class _LossOfLogits(torch.autograd.Function):
     def forward(
         ctx: Any, student_logits_Tv: Tensor, term: Term, statistics: TokenStatistics, pair: Pair
     ) -> Tensor:
-        # For the version check: the gradient reads the logits again.
-        ctx.save_for_backward(student_logits_Tv)
+        # For the version check: the gradient reads all of these again.
+        teacher = tensors_of(pair.teacher) if pair.full else []
+        ctx.save_for_backward(student_logits_Tv, pair.ids_T, *teacher)
         ctx.term, ctx.statistics, ctx.pair = term, statistics, pair
         return term.value_T.clone()
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_T,) = grads
-        (logits_Tv,) = ctx.saved_tensors
+        logits_Tv, *_ = ctx.saved_tensors
         pair: Pair = ctx.pair
         term = ctx.term.scaled(grad_T)
         grad_Tv = torch.zeros_like(logits_Tv)
@@ -283,7 +287,10 @@ class _GradientMaker:
         student = self._pair.student
         assert isinstance(student, HiddenStatesSignal)
         if hidden and self._wanted:
-            self.hidden_grad_TH = torch.empty_like(student.hidden_TH)
+            # Rounded once, after the factor that backward brings: fp16 would lose what a loss
+            # scale is there to save.
+            dtype = torch.promote_types(student.hidden_TH.dtype, torch.float32)
+            self.hidden_grad_TH = torch.empty_like(student.hidden_TH, dtype=dtype)
         if weight and self._wanted:
             self.weight_grad_vH = torch.empty_like(student.output_weight_vH, dtype=torch.float32)
             self.weight_grad_vH[self._pair.shard.real :] = 0.0
@@ -311,7 +318,7 @@ class _GradientMaker:
             products.write_hidden_grad(grad_tv, weight_vH, self.hidden_grad_TH[rows])
         if self.weight_grad_vH is not None:
             total_vH = self.weight_grad_vH[: pair.shard.real]
-            hidden_tH = student.hidden_TH[rows]
+            hidden_tH = _silenced(student.hidden_TH[rows], targets.weights_T)
             products.add_weight_grad(grad_tv, hidden_tH, total_vH, first=rows.start == 0)
 
 
@@ -322,10 +329,11 @@ class _LossOfHidden(torch.autograd.Function):
     def forward(ctx: Any, hidden_TH: Tensor, weight_vH: Tensor, maker: _GradientMaker) -> Tensor:
         needs_hidden, needs_weight, _ = ctx.needs_input_grad
         loss = maker.run(hidden=needs_hidden, weight=needs_weight)
-        ctx.maker, ctx.weight_dtype = maker, weight_vH.dtype
+        ctx.maker, ctx.dtype = maker, weight_vH.dtype
         return loss
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         maker: _GradientMaker = ctx.maker
@@ -337,14 +345,14 @@ class _LossOfHidden(torch.autograd.Function):
                 "the loss again: its gradients are handed out, not kept."
             )
         if hidden_TH is not None:
-            hidden_TH = hidden_TH.mul_(grad)
+            hidden_TH = hidden_TH.mul_(grad).to(ctx.dtype)
         if weight_vH is not None:
             weight_vH = weight_vH.mul_(grad)
             if maker.main_grad is not None:
                 maker.main_grad.add_(weight_vH)
                 weight_vH = None
             else:
-                weight_vH = weight_vH.to(ctx.weight_dtype)
+                weight_vH = weight_vH.to(ctx.dtype)
         return hidden_TH, weight_vH, None
 
 
@@ -376,6 +384,13 @@ def _pair(
     )
 
 
+def _silenced(hidden_tH: Tensor, weights_t: Tensor | None) -> Tensor:
+    """Hidden states for a product over tokens, 0 at those left out: 0 x nan would be nan."""
+    if weights_t is None:
+        return hidden_tH
+    return torch.where((weights_t == 0).unsqueeze(-1), 0.0, hidden_tH)
+
+
 def _weighted(term: Term, targets: LossTargets) -> Term:
     return term if targets.weights_T is None else term.scaled(targets.weights_T.float())
 
@@ -386,7 +401,7 @@ def _rows(targets: LossTargets, rows: slice) -> LossTargets:
 
 
 def _values(statistics: TokenStatistics, term: Term, weighted: Term) -> dict[str, Tensor]:
-    """``LossOutput.values``."""
+    """``LossOutput.values``; copies, since backward reads what they are made of."""
     values = {
         "loss": weighted.value_T,
         "term": term.value_T,
@@ -402,7 +417,7 @@ def _values(statistics: TokenStatistics, term: Term, weighted: Term) -> dict[str
     if statistics.topk_ids_TK.shape[-1] > 0:
         values["topk_mass_teacher"] = statistics.topk_teacher_logprobs_TK.exp().sum(dim=-1)
         values["topk_mass_student"] = statistics.topk_student_logprobs_TK.exp().sum(dim=-1)
-    return values
+    return {name: value_T.clone() for name, value_T in values.items()}
 
 
 def _tuple(bounds: Sequence[int] | None) -> tuple[int, ...] | None:

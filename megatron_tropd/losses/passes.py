@@ -108,6 +108,7 @@ def passes_for(
     A CPU gets ``dense_inplace``. CUDA gets the Triton kernels where Triton is installed, as it is
     with torch's own CUDA builds; everything else plain torch. ``TROPD_PLAIN=1`` in the environment
     means plain torch everywhere: whether a difference goes away with it tells whose fault it is.
+    Every rank of a group needs the same ones: they decide what travels.
 
     Args:
         student_Tv: [T, v] float32 logits; may be overwritten.

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_tropd.losses.first_order import first_order
+
 
 def sum_gradient(hidden_TH: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """Unchanged forward; backward sums the ranks' gradients.
@@ -51,6 +53,7 @@ class _SumGradient(torch.autograd.Function):
         return hidden_TH.view_as(hidden_TH)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         total_TH = grads[0].clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total_TH, group=ctx.group)
@@ -66,6 +69,7 @@ class _GatherRows(torch.autograd.Function):
         return whole_TH
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_TH = grads[0].contiguous()
         mine_tH = grad_TH.new_empty(grad_TH.shape[0] // ctx.group.size(), grad_TH.shape[1])

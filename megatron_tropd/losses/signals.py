@@ -187,6 +187,12 @@ def top_k_signal(
     )
 
 
+def tensors_of(signal: TeacherSignal) -> list[Tensor]:
+    """The tensors that a signal holds."""
+    held = getattr(signal, "__dict__", {})
+    return [value for value in held.values() if isinstance(value, Tensor)]
+
+
 def required_signal(config: LossConfig) -> frozenset[str]:
     """What a loss must know about the teacher.
 

@@ -57,14 +57,14 @@ class Term:
         return total_T + _times(self.reward_T, reward_sum_T)
 
     def scaled(self, factor_T: Tensor) -> "Term":
-        """Value and gradient times a factor; a factor of 0 silences infinities too."""
+        """Value and gradient times a factor; a factor of 0 silences nan and infinities too."""
         return replace(
             self,
             value_T=_times(factor_T, self.value_T),
             sampled_T=_times(factor_T, self.sampled_T),
             topk_TK=_times(factor_T.unsqueeze(-1), self.topk_TK),
-            reward_T=factor_T * self.reward_T,
-            teacher_T=factor_T * self.teacher_T,
+            reward_T=_times(factor_T, self.reward_T),
+            teacher_T=_times(factor_T, self.teacher_T),
         )
 
     def rows(self, rows: slice) -> "Term":
@@ -317,7 +317,8 @@ def _ppo_clipped(term: Term, reward_T: Tensor, rho_T: Tensor, config: LossConfig
 def _weighted_by_importance(term: Term, rho_T: Tensor, config: LossConfig) -> Term:
     if config.importance == "truncated":
         return term.scaled(rho_T.clamp(max=config.importance_high))
-    inside_T = (rho_T >= config.importance_low) & (rho_T <= config.importance_high)
+    # Negated, so that nan is inside and reaches the loss instead of hiding in a mask.
+    inside_T = ~((rho_T < config.importance_low) | (rho_T > config.importance_high))
     return replace(term.scaled(torch.where(inside_T, rho_T, 0.0)), dropped_T=~inside_T)
 
 

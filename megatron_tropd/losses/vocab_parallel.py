@@ -21,6 +21,10 @@ from torch import Tensor
 _LOWEST_KEY = torch.iinfo(torch.int64).min
 _ID_BITS = 32
 _ID_MASK = (1 << _ID_BITS) - 1
+_TIES_BYTES = {"cpu": 2**20}
+_TIES_BYTES_ELSEWHERE = 2**26
+_TIES_BYTES_OF_COLUMN = 48
+"""A row and its mask, and where all columns are equal their indices and numbers."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,15 @@ class Shard:
     def stop(self) -> int:
         """Global id after the last real column."""
         return self.start + self.real
+
+    @property
+    def widest(self) -> int:
+        """Real columns of the rank that holds most: the same on every rank.
+
+        What decides how often ranks talk, or about how much, follows from this, never from
+        :attr:`real`.
+        """
+        return max(stop - start for start, stop in pairwise(self.bounds))
 
 
 def shard_of(
@@ -272,14 +285,47 @@ def pack_top_k(columns_Tv: Tensor, k: int, *, start: int) -> Tensor:
 def _top_columns(columns_Tv: Tensor, k: int) -> Tensor:
     """[T, k] columns of the k < v largest, in any order; of equal ones the lowest columns."""
     values_TK, columns_TK = columns_Tv.topk(k + 1, dim=-1)
-    # Only where the next one is as large as the last one was there a choice.
-    crowded_T = (values_TK[:, k] == values_TK[:, k - 1]).nonzero()[:, 0]
+    last_T1 = values_TK[:, k - 1 : k]
     columns_TK = columns_TK[:, :k]
-    if crowded_T.numel() == 0:
-        return columns_TK
-    # A stable sort keeps equal logits in the order of their columns.
-    lowest_TK = columns_Tv[crowded_T].sort(dim=-1, descending=True, stable=True).indices[:, :k]
-    return columns_TK.index_copy(0, crowded_T, lowest_TK)
+    # Only where the next one is as large as the last one was there a choice.
+    crowded_T = (values_TK[:, k:] == last_T1).nonzero()[:, 0]
+    # Those above the last value are sure of their place, and come first. Not "larger": nan is not.
+    sure_T = (values_TK[:, :k] != last_T1).sum(dim=-1)
+    for rows in crowded_T.split(_rows_of_ties(columns_Tv)):
+        equal_tv = columns_Tv[rows] == last_T1[rows]
+        row, column, place = _first_true(equal_tv, k)
+        place = place + sure_T[rows][row]
+        taken = place < k
+        columns_TK[rows[row[taken]], place[taken]] = column[taken]
+    return columns_TK
+
+
+def _rows_of_ties(columns_Tv: Tensor) -> int:
+    """Rows whose equal columns are looked for at a time: temporaries of a few MiB, or of one row.
+
+    bfloat16 has 256 values between two powers of 2, so most rows of a real vocabulary are
+    crowded at any place.
+    """
+    size = _TIES_BYTES.get(columns_Tv.device.type, _TIES_BYTES_ELSEWHERE)
+    return max(1, size // (_TIES_BYTES_OF_COLUMN * columns_Tv.shape[-1]))
+
+
+def _first_true(mask_tv: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Row, column and number within the row, from 0, of the first k true entries of each row.
+
+    Args:
+        mask_tv: [t, v] bool.
+        k: entries of a row at most.
+
+    Returns:
+        [N] int64 each, in the order of rows and columns.
+    """
+    row_N, column_N = mask_tv.nonzero().unbind(dim=-1)
+    counts_t = mask_tv.sum(dim=-1)
+    before_t = counts_t.cumsum(dim=0) - counts_t
+    place_N = torch.arange(len(row_N), device=row_N.device) - before_t[row_N]
+    first_N = place_N < k
+    return row_N[first_N], column_N[first_N], place_N[first_N]
 
 
 def merge_top_k(keys_RTK: Tensor, values_RTK: Tensor) -> tuple[Tensor, Tensor]:

@@ -213,7 +213,7 @@ def cross_entropy(
     logits_Tv = F.linear(hidden_TH, weight_vH)
     # Megatron overwrites fp32 logits; nobody reads these again.
     loss = vocab_parallel_cross_entropy(logits_Tv.float().unsqueeze(1), labels_T.unsqueeze(1)).sum()
-    count = torch.tensor(float(labels_T.numel()), device=loss.device)
+    count = torch.tensor(labels_T.numel(), dtype=torch.float32, device=loss.device)
     return loss, {"loss": loss.detach(), "tokens": count}
 
 

@@ -193,13 +193,13 @@ def loss_bytes(made: Setup) -> float:
     """What the loss of one micro-batch adds at the last stage.
 
     Logits of both models in float32 for a chunk of tokens, within a budget (twice the chunks
-    where collectives overlap); the student's hidden states [T, H] and their gradient; the output
-    layer's gradient [v, H] in float32; per-token values.
+    where collectives overlap); the student's hidden states [T, H] and, in float32, their gradient;
+    the output layer's gradient [v, H] in float32; per-token values.
     """
     tokens, shard = made.work.most_loss_tokens, made.vocab_shard
     hidden = made.student.shape.hidden
     values = 4 * _VALUES_OF_A_TOKEN * tokens
-    gradients = 2 * tokens * hidden * made.element + shard * hidden * _FLOAT32
+    gradients = hidden * (tokens * (made.element + _FLOAT32) + shard * _FLOAT32)
     return chunk_bytes(made, tokens) + gradients + values
 
 

@@ -52,6 +52,7 @@ SPECS = [
     DenseSpec(SUMS, "trust_clip", tau=-2.5, mix=0.7),
     DenseSpec(SUMS, "log_ratio", tau=-2.5, mix=0.7),
     DenseSpec(SUMS, "mixture", tau=-2.5, mix=0.7),
+    DenseSpec(SUMS, "mixture", tau=-2.5, mix=0.2),
 ]
 FEW_SUMS = [
     DenseSpec(),
@@ -228,6 +229,40 @@ def test_gradient(reward, teacher_too, kind):
     torch.testing.assert_close(in_place, found, rtol=0, atol=0, equal_nan=True)
 
 
+def test_a_small_share_of_the_mixture_keeps_its_digits():
+    """Of a sum that is as small as the share: relative to itself."""
+    student, teacher = _pair("ordinary")
+    factors = torch.zeros(2, device=DEVICE), torch.ones(2, device=DEVICE), _factors(2)[2]
+    for mix in (1e-6, 1e-3, 0.999):
+        spec = DenseSpec(("teacher_to_mixture",), "mixture", mix=mix)
+        for module in (dense_triton, dense):
+            found = _gradient(module, student, teacher, factors, spec).double()
+            expected = reference.gradient(student, teacher, factors, spec).to(found.device)
+            assert (found - expected).norm() < 1e-5 * expected.norm(), (mix, module)
+            found = _sums(module, student, teacher, spec).double()
+            expected = reference.sums(student, teacher, spec).to(found.device)
+            assert (found - expected).norm() < 1e-5 * expected.norm(), (mix, module)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("teacher_too", [False, True])
+@pytest.mark.parametrize("reward", REWARDS)
+def test_a_row_of_zero_factors_is_zero_whatever_it_holds(reward, teacher_too, value):
+    spec = DenseSpec((), reward, tau=-1.5, mix=0.3, teacher=teacher_too)
+    factors = [factor.clone() for factor in _factors(2)]
+    for factor in factors:
+        factor[1] = 0.0
+    pair = _pair("ordinary")
+    expected = reference.gradient(*pair, factors, spec)[0]
+    for model in range(2):
+        spoilt = [logits.clone() for logits in pair]
+        spoilt[model][1] = value
+        for module in (dense_triton, dense):
+            found = _gradient(module, *spoilt, factors, spec)
+            assert torch.all(found[1] == 0)
+            _close(found[0], expected, atol=1e-6)
+
+
 # --- Layouts -------------------------------------------------------------------------------------
 
 
@@ -389,6 +424,28 @@ def test_whole_loss_equals_plain_torch(name, dtype, monkeypatch):
     _compare(*runs, **tolerance)
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_whole_loss_of_a_row_without_weight(name, monkeypatch):
+    """Hidden states that are nan at a token left out: the loss and both gradients stay finite."""
+    _use(monkeypatch, dense_triton)
+    original = _inputs
+
+    def spoilt(model, *arguments):
+        states, weights, targets = original(*arguments)
+        left_out = targets.weights_T == 0
+        assert 0 < int(left_out.sum()) < len(left_out)
+        states[model][left_out] = torch.nan
+        return states, weights, targets
+
+    expected = _from_hidden(CONFIGS[name], torch.float32)
+    for model in range(2):
+        monkeypatch.setitem(globals(), "_inputs", partial(spoilt, model))
+        found = _from_hidden(CONFIGS[name], torch.float32)
+        for one, other in zip(found[1], expected[1], strict=True):
+            _close(one, other, rtol=1e-4)
+        _close(found[0]["loss"], expected[0]["loss"], rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["tropd", "exact_clip", "gkd_jsd", "gkd_forward_kl"])
 def test_whole_loss_of_logits_equals_plain_torch(name, monkeypatch):
     runs = []
@@ -515,7 +572,7 @@ def test_peak_memory_of_the_loss_is_that_of_the_chunks():
 
 @cuda_only
 @pytest.mark.usefixtures("_no_tf32")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_products_accumulate_in_float32(dtype):
     draw = torch.Generator(device="cuda").manual_seed(1)
     hidden = torch.randn(130, 64, device="cuda", generator=draw).to(dtype)
@@ -528,17 +585,32 @@ def test_products_accumulate_in_float32(dtype):
     _close(buffer[1, :130], hidden.double() @ weight.double().t(), atol=1e-4)
     assert buffer[0].isnan().all() and buffer[1, 130:].isnan().all()
 
-    out = torch.full((200, 64), torch.nan, device="cuda", dtype=dtype)
+    kept = torch.promote_types(dtype, torch.float32)
+    out = torch.full((200, 64), torch.nan, device="cuda", dtype=kept)
     products.write_hidden_grad(grad, weight, out[:130])
     exact = grad.to(dtype).double() @ weight.double()
-    rtol = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
-    _close(out[:130].double(), exact, rtol=rtol, atol=1e-3)
+    _close(out[:130].double(), exact, rtol=1e-5, atol=1e-3)
     assert out[130:].isnan().all()
 
     total = torch.ones(301, 64, device="cuda")
     for _ in range(2):
         products.add_weight_grad(grad, hidden, total, first=False)
     _close(total, 1 + 2 * (grad.to(dtype).double().t() @ hidden.double()), atol=1e-3)
+
+
+@cuda_only
+def test_products_of_gradients_smaller_than_float16():
+    draw = torch.Generator(device="cuda").manual_seed(1)
+    hidden, weight = (
+        torch.randn(rows, 64, device="cuda", generator=draw).half() for rows in (130, 301)
+    )
+    grad = 1e-9 * torch.randn(130, 301, device="cuda", generator=draw)
+    out = torch.empty(130, 64, device="cuda")
+    products.write_hidden_grad(grad, weight, out)
+    _close(1e9 * out.double(), 1e9 * grad.double() @ weight.double(), rtol=2e-3, atol=5e-2)
+    total = torch.empty(301, 64, device="cuda")
+    products.add_weight_grad(grad, hidden, total, first=True)
+    _close(1e9 * total.double(), 1e9 * grad.double().t() @ hidden.double(), rtol=2e-3, atol=5e-2)
 
 
 @cuda_only

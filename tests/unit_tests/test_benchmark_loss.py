@@ -124,6 +124,8 @@ def test_sizes_of_the_targets_are_run_by_default(loss: ModuleType):
     assert {s.unit_mib for s in sizes} == {128.0, 512.0}
     chosen = loss.parse_arguments(["--tokens", "64", "--vocab", "512", "--tp", "2", "--quick"])
     assert [(s.tokens, s.columns, s.hidden) for s in loss.sizes(chosen)] == [(64, 256, 32)]
+    both = loss.parse_arguments(["--tp", "1", "--tokens", "8", "--dtype", "float32", "bfloat16"])
+    assert [s.dtype for s in loss.sizes(both)] == ["float32", "bfloat16"]
     with pytest.raises(SystemExit):
         loss.parse_arguments(["--vocab", "513"])
 
