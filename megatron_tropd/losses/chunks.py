@@ -13,7 +13,12 @@ from torch import Tensor
 from megatron_tropd.losses import vocab_parallel as vp
 from megatron_tropd.losses.dense import DenseSpec, RowCoefficients, Scratch
 from megatron_tropd.losses.passes import Passes, needs_scratch, passes_for
-from megatron_tropd.losses.signals import FullSignal, TeacherSignal, TopKSignal
+from megatron_tropd.losses.signals import (
+    FullSignal,
+    HiddenStatesSignal,
+    TeacherSignal,
+    TopKSignal,
+)
 from megatron_tropd.losses.statistics import TokenStatistics, Waiting, compare, look_up
 from megatron_tropd.losses.terms import Term
 from megatron_tropd.losses.vocab_parallel import Shard
@@ -22,8 +27,9 @@ from megatron_tropd.losses.vocab_parallel import Shard
 # products of 256 rows, which this budget holds, take 1.07 times as long as in the fastest tiling,
 # those of 128 rows 1.14 times. A GPU needs thousands of rows.
 _MEMORY_MIB = {"cpu": 72}
-_MEMORY_MIB_ELSEWHERE = 2048
+_MEMORY_MIB_ELSEWHERE = 4096
 _CACHE_LINE = 16  # float32
+_ALIGNED = 64  # elements: rows that start at multiples of 128 bytes load 16 bytes at a time
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,7 @@ class Pair:
     shard: Shard
     device: torch.device
     memory_mib: int | None = None
-    """Budget of the chunk buffers; None: 72 MiB on CPU, 2 GiB on GPUs."""
+    """Budget of the chunk buffers; None: 72 MiB on CPU, 4 GiB on GPUs."""
 
     @property
     def full(self) -> bool:
@@ -55,34 +61,82 @@ class Chunk:
 
     rows: slice
     student_tv: Tensor
-    """[t, v] float32 buffer of the student's logits; free to take the gradient."""
+    """[t, v] float32 buffer of the student's logits."""
+    teacher_tv: Tensor | None
+    """[t, v] float32 buffer of the teacher's; None: not at hand."""
+    rounded_tw: Tensor | None
+    """[t, v + 1] buffer of a gradient in lower precision, of which nobody reads the last column;
+    None: it takes the place of the student's logits."""
     passes: Passes
     statistics: TokenStatistics
 
-    def write_gradient(
-        self, ids_t: Tensor, term: Term, spec: DenseSpec, shard: Shard, out_tv: Tensor
-    ) -> None:
-        """Gradient of the summed term with respect to the student's logits.
+    def gradient(self, ids_t: Tensor, term: Term, spec: DenseSpec, shard: Shard) -> Tensor:
+        """Gradient of the summed term with respect to the student's logits; may overwrite these.
 
         Args:
             ids_t: [t] the tokens.
             term: their loss.
             spec: which reward.
             shard: where the columns lie.
-            out_tv: [t, v] float32, overwritten; may be ``student_tv``.
+
+        Returns:
+            [t, v] float32, or rounded once to the precision of ``rounded_tw``.
         """
-        statistics = self.statistics
+        statistics, rounded_tw = self.statistics, self.rounded_tw
+        out_tv = self.student_tv if rounded_tw is None else rounded_tw[:, : shard.real]
         coefficients = RowCoefficients(
             student_T=-term.mass(statistics, spec), reward_T=term.reward_T, teacher_T=term.teacher_T
         )
         needs_teacher = spec.reward is not None or spec.teacher
         norm_T2 = statistics.teacher_normaliser_T2 if needs_teacher else None
-        self.passes.write_gradient(statistics.student_normaliser_T2, norm_T2, coefficients, out_tv)
-        if shard.real:
-            ids_tK = torch.cat([ids_t.unsqueeze(-1), statistics.topk_ids_TK], dim=-1)
-            pushes_tK = torch.cat([term.sampled_T.unsqueeze(-1), term.topk_TK], dim=-1)
-            local_tK, mine_tK = vp.local_ids(ids_tK, start=shard.start, columns=shard.real)
-            out_tv.scatter_add_(-1, local_tK, torch.where(mine_tK, pushes_tK, 0.0))
+        known = (statistics.student_normaliser_T2, norm_T2, coefficients)
+        self.passes.write_gradient(*known, out_tv)
+        if not shard.real:
+            return out_tv
+        local_tK, mine_tK, pushes_tK = _sparse(ids_t, term, statistics, shard)
+        if rounded_tw is None:
+            return out_tv.scatter_add_(-1, local_tK, torch.where(mine_tK, pushes_tK, 0.0))
+        sums_tK = torch.empty_like(pushes_tK)
+        self._picked(local_tK, spec).write_gradient(*known, sums_tK)
+        sums_tK += _all_parts(local_tK, mine_tK, pushes_tK)
+        places_tK = torch.where(mine_tK, local_tK, rounded_tw.shape[-1] - 1)
+        rounded_tw.scatter_(-1, places_tK, sums_tK.to(rounded_tw.dtype))
+        return out_tv
+
+    def _picked(self, local_tK: Tensor, spec: DenseSpec) -> Passes:
+        """The passes over a few columns alone.
+
+        Where the student has learned, their own part nearly cancels the dense one: rounded one by
+        one, the two would not.
+        """
+        teacher_tv, scratch = self.teacher_tv, Scratch(local_tK.shape[-1], local_tK.device)
+        teacher_tK = None if teacher_tv is None else teacher_tv.gather(-1, local_tK)
+        return passes_for(self.student_tv.gather(-1, local_tK), teacher_tK, spec, scratch)
+
+
+def _all_parts(local_tK: Tensor, mine_tK: Tensor, pushes_tK: Tensor) -> Tensor:
+    """Everything that is pushed at a column, at each of its places.
+
+    The token's column may be in the top-k, too; both then hold the same sum, bit for bit.
+    """
+    both_tK = (local_tK[:, 1:] == local_tK[:, :1]) & mine_tK[:, 1:] & mine_tK[:, :1]
+    sampled_t1, topk_tK = pushes_tK.split([1, pushes_tK.shape[-1] - 1], dim=-1)
+    of_topk_t1 = torch.where(both_tK, topk_tK, 0.0).sum(dim=-1, keepdim=True)
+    of_sampled_tK = torch.where(both_tK, sampled_t1, 0.0)
+    return torch.cat([sampled_t1 + of_topk_t1, topk_tK + of_sampled_tK], dim=-1)
+
+
+def _sparse(
+    ids_t: Tensor, term: Term, statistics: TokenStatistics, shard: Shard
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The columns that a term pushes by themselves: the token and the top-k.
+
+    Returns:
+        ([t, 1 + K] index of the column here, whether it is here, what is added to its gradient).
+    """
+    ids_tK = torch.cat([ids_t.unsqueeze(-1), statistics.topk_ids_TK], dim=-1)
+    pushes_tK = torch.cat([term.sampled_T.unsqueeze(-1), term.topk_TK], dim=-1)
+    return *vp.local_ids(ids_tK, start=shard.start, columns=shard.real), pushes_tK
 
 
 def for_each_chunk(pair: Pair, use: Callable[[Chunk], None]) -> None:
@@ -136,9 +190,10 @@ def gradient_chunks(pair: Pair, statistics: TokenStatistics) -> Iterator[Chunk]:
     """
     buffers = _Buffers(pair, count=1)
     for rows in buffers.chunks(len(pair.ids_T)):
-        student_tv, _, passes = buffers.fill(pair, rows, 0)
+        student_tv, teacher_tv, passes = buffers.fill(pair, rows, 0)
         passes.prepare()
-        yield Chunk(rows, student_tv, passes, statistics.rows(rows))
+        rounded_tw = buffers.rounded(rows)
+        yield Chunk(rows, student_tv, teacher_tv, rounded_tw, passes, statistics.rows(rows))
 
 
 def _steps(
@@ -153,7 +208,7 @@ def _steps(
         assert isinstance(pair.teacher, TopKSignal)
         waiting = look_up(student_tv, passes, ids_t, pair.teacher, rows, pair.k, pair.shard)
     statistics = yield from waiting
-    use(Chunk(rows, student_tv, passes, statistics))
+    use(Chunk(rows, student_tv, teacher_tv, buffers.rounded(rows), passes, statistics))
 
 
 class _Buffers:
@@ -168,6 +223,14 @@ class _Buffers:
         models, stride = 2 if pair.full else 1, _row_stride(columns, pair.device)
         shape = (count, models, self._rows, stride)
         self._logits = torch.empty(shape, dtype=torch.float32, device=pair.device)[..., :columns]
+        dtype, wider = gradient_dtype(pair), _row_stride(columns + 1, pair.device)
+        self._rounded: Tensor | None = None
+        if dtype is not None:
+            self._rounded = torch.empty(self._rows, wider, dtype=dtype, device=pair.device)
+
+    def rounded(self, rows: slice) -> Tensor | None:
+        """Where the gradient at some rows goes, if not into the place of the logits."""
+        return None if self._rounded is None else self._rounded[: rows.stop - rows.start]
 
     def chunks(self, num: int) -> Iterator[slice]:
         """Rows of each chunk; one empty chunk where there are none, so that shapes come out."""
@@ -202,7 +265,22 @@ def rows_of_chunk(pair: Pair, *, count: int) -> int:
     if needs_scratch(pair.device):
         budget -= _scratch(pair).bytes
     models, stride = 2 if pair.full else 1, _row_stride(pair.shard.widest, pair.device)
-    return _chunk_rows(budget, 4 * count * models * stride)
+    of_row, dtype = 4 * count * models * stride, gradient_dtype(pair)
+    if dtype is not None:
+        of_row += dtype.itemsize * _row_stride(pair.shard.widest + 1, pair.device)
+    return _chunk_rows(budget, of_row)
+
+
+def gradient_dtype(pair: Pair) -> torch.dtype | None:
+    """The precision in which the gradient of the logits is written; None: float32, in their place.
+
+    The kernels write it as the two products after them take it. float16 is too narrow for that:
+    ``products`` brings rows to one size first.
+    """
+    student = pair.student
+    if needs_scratch(pair.device) or not isinstance(student, HiddenStatesSignal):
+        return None
+    return torch.bfloat16 if student.hidden_TH.dtype == torch.bfloat16 else None
 
 
 def _scratch(pair: Pair) -> Scratch:
@@ -214,10 +292,11 @@ def _row_stride(columns: int, device: torch.device) -> int:
     """Elements from one row to the next.
 
     On a CPU an odd number of cache lines: where rows lie a power of two apart, blocks of them fall
-    into the same few places of the cache, and the products take a twentieth longer.
+    into the same few places of the cache, and the products take a twentieth longer. On a GPU rows
+    begin at multiples of 128 bytes, whatever the vocabulary.
     """
     if device.type != "cpu":
-        return columns
+        return -(-columns // _ALIGNED) * _ALIGNED
     return (-(-columns // _CACHE_LINE) | 1) * _CACHE_LINE
 
 

@@ -83,7 +83,7 @@ def tropd_loss(
         beta: weight of teacher tokens.
         bounds: R + 1 column ids where the ranks' shards start and end; None: equal widths.
         metrics: also report the divergences, entropies and top-k masses the loss does not need.
-        memory_mib: budget of the chunk buffers; None: 72 MiB on CPU, 2 GiB on GPUs.
+        memory_mib: budget of the chunk buffers; None: 72 MiB on CPU, 4 GiB on GPUs.
 
     Returns:
         The loss and detached values, identical on every rank of ``group``.
@@ -148,7 +148,7 @@ def tropd_loss_from_hidden(
         beta: weight of teacher tokens.
         bounds: R + 1 row ids where the ranks' shards start and end; None: equal widths.
         metrics: also report the divergences, entropies and top-k masses the loss does not need.
-        memory_mib: budget of the chunk buffers; None: 72 MiB on CPU, 2 GiB on GPUs.
+        memory_mib: budget of the chunk buffers; None: 72 MiB on CPU, 4 GiB on GPUs.
         sequence_parallel: gather the rows first; scatter the summed gradient.
         reduce_hidden_grad: sum the gradient of the hidden states over the ranks. False where the
             caller does (Megatron's ``copy_to_tensor_model_parallel_region``).
@@ -257,10 +257,8 @@ class _LossOfLogits(torch.autograd.Function):
         grad_Tv = torch.zeros_like(logits_Tv)
         for chunk in gradient_chunks(pair, ctx.statistics):
             rows = chunk.rows
-            chunk.write_gradient(
-                pair.ids_T[rows], term.rows(rows), pair.spec, pair.shard, chunk.student_tv
-            )
-            grad_Tv[rows, : pair.shard.real] = chunk.student_tv
+            grad_tv = chunk.gradient(pair.ids_T[rows], term.rows(rows), pair.spec, pair.shard)
+            grad_Tv[rows, : pair.shard.real] = grad_tv
         return grad_Tv, None, None, None
 
 
@@ -310,9 +308,9 @@ class _GradientMaker:
         self._values.append(_values(chunk.statistics, term, weighted))
         if self.hidden_grad_TH is None and self.weight_grad_vH is None:
             return
-        student, grad_tv = pair.student, chunk.student_tv
+        student = pair.student
         assert isinstance(student, HiddenStatesSignal)
-        chunk.write_gradient(targets.ids_T, weighted, pair.spec, pair.shard, grad_tv)
+        grad_tv = chunk.gradient(targets.ids_T, weighted, pair.spec, pair.shard)
         weight_vH = student.output_weight_vH[: pair.shard.real]
         if self.hidden_grad_TH is not None:
             products.write_hidden_grad(grad_tv, weight_vH, self.hidden_grad_TH[rows])

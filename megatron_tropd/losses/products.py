@@ -42,7 +42,7 @@ def write_hidden_grad(grad_Tv: Tensor, weight_vH: Tensor, out_TH: Tensor) -> Non
     """out = grad @ weight.
 
     Args:
-        grad_Tv: [T, v] float32, gradient of the logits.
+        grad_Tv: [T, v] gradient of the logits, in float32 or already in the weight's dtype.
         weight_vH: [v, H] any float dtype.
         out_TH: [T, H] overwritten, in float32, or the weight's dtype if that has more digits.
     """
@@ -67,21 +67,31 @@ def add_weight_grad(grad_Tv: Tensor, hidden_TH: Tensor, total_vH: Tensor, *, fir
     """total += grad^T @ hidden, accumulated in float32.
 
     Args:
-        grad_Tv: [T, v] float32, gradient of the logits.
+        grad_Tv: [T, v] gradient of the logits, in float32 or already in that of the hidden states.
         hidden_TH: [T, H] any float dtype.
         total_vH: [v, H] float32, added to.
         first: overwrite ``total_vH`` instead, whatever it holds.
     """
-    if hidden_TH.is_cuda and hidden_TH.dtype in _LOW:
+    if hidden_TH.is_cuda and hidden_TH.dtype == torch.float16:
         fitted_Tv, exponent = _fit(grad_Tv, hidden_TH.dtype, together=True)
         part_vH = torch.mm(fitted_Tv.t(), hidden_TH, out_dtype=torch.float32)
         if exponent is not None:
             part_vH = torch.ldexp(part_vH, exponent)
         total_vH.copy_(part_vH) if first else total_vH.add_(part_vH)
-    elif first:
-        torch.mm(grad_Tv.t(), hidden_TH.float(), out=total_vH)
+        return
+    if hidden_TH.is_cuda and hidden_TH.dtype == torch.bfloat16:
+        low = grad_Tv.to(torch.bfloat16).t(), hidden_TH
+        if first:
+            torch.mm(*low, out_dtype=torch.float32, out=total_vH)
+        else:
+            # In one product: a second [v, H] would be written and read again for every chunk.
+            torch.addmm(total_vH, *low, out_dtype=torch.float32, out=total_vH)
+        return
+    high = grad_Tv.float().t(), hidden_TH.float()
+    if first:
+        torch.mm(*high, out=total_vH)
     else:
-        total_vH.addmm_(grad_Tv.t(), hidden_TH.float())
+        total_vH.addmm_(*high)
 
 
 def _fit(

@@ -12,7 +12,7 @@ from megatron_tropd.planning.activations import saved, widths
 from megatron_tropd.planning.parameters import Held, Model
 from megatron_tropd.planning.setup import Setup
 
-LOSS_BUDGET = {"cpu": 72 * 2**20, "gpu": 2048 * 2**20}
+LOSS_BUDGET = {"cpu": 72 * 2**20, "gpu": 4096 * 2**20}
 """Bytes of the loss's chunk buffers; a test compares them with ``losses.chunks``."""
 ENGINE_WORKSPACE = 2 * 2**30
 """Bytes of an engine's own activations and graphs on each of its GPUs, awake or asleep: sleeping

@@ -378,6 +378,7 @@ def _inputs(dtype, tokens, vocab, width, hidden):
 
 def _use(monkeypatch, module):
     monkeypatch.setattr(chunks, "passes_for", partial(StatelessPasses, module))
+    monkeypatch.setenv("TROPD_PLAIN", str(int(module is dense)))
 
 
 def _from_hidden(config, dtype, *, tokens=10, vocab=90, width=96, hidden=16, memory_mib=None):
@@ -453,6 +454,25 @@ def test_whole_loss_of_logits_equals_plain_torch(name, monkeypatch):
         _use(monkeypatch, module)
         runs.append(_from_logits(CONFIGS[name], torch.float32))
     _compare(*runs)
+
+
+@pytest.mark.parametrize("name", ["tropd", "tropd_exact", "opd"])
+def test_the_gradient_of_bfloat16_is_rounded_once(name, monkeypatch):
+    """Close to the teacher the columns' own part nearly cancels the dense one."""
+    sizes = dict(tokens=12, vocab=290, width=300, hidden=16)
+    states, weights, targets = _inputs(torch.bfloat16, **sizes)
+    states[1] = states[0] + 0.02 * states[1]
+    weights[:] = 4 * weights[0]
+    targets = replace(targets, is_teacher_T=torch.zeros_like(targets.is_teacher_T))
+    made = lambda *_: (states.clone(), weights.clone(), targets)  # noqa: E731
+    monkeypatch.setattr(f"{__name__}._inputs", made)
+    _use(monkeypatch, dense_triton)
+    grads = []
+    for dtype in (torch.bfloat16, None):
+        monkeypatch.setattr(chunks, "gradient_dtype", lambda _, dtype=dtype: dtype)
+        grads.append(_from_hidden(CONFIGS[name], torch.bfloat16, **sizes)[1])
+    for found, expected in zip(*grads, strict=True):
+        assert (found - expected).float().norm() < 6e-3 * expected.float().norm()
 
 
 # --- What only a GPU shows -----------------------------------------------------------------------
