@@ -30,7 +30,7 @@ class LossConfig:
     region: Region = "bernoulli"
     """Who decides that a token is trusted: the draw M ~ Bernoulli(m), m = min(p/q, 1); its mean
     (expected); its mean over all tokens in place of the sampled one (exact); the static test
-    log p/q > tau (threshold); nobody (none: plain OPD)."""
+    log p/q > tau, with floor >= (threshold); nobody (none: plain OPD)."""
     outlier: Outlier = "forward_kl"
     """What an untrusted token gets: forward KL, nothing, or the reward max(log p/q, tau)."""
     top_k: int = 64
@@ -172,6 +172,14 @@ class LossConfig:
         if self.floor_rule == "log(l)/(1-l)":
             return math.log(self.floor) / (1 - self.floor)
         return math.log(self.floor / (1 - self.floor))
+
+    @property
+    def trusts_the_floor(self) -> bool:
+        """Whether a log-ratio of exactly the floor is trusted.
+
+        REOPOLD keeps R >= c, and its c comes from ``floor``; TrOPD's static test is log p/q > tau.
+        """
+        return self.floor is not None
 
     @property
     def uses_forward_kl(self) -> bool:
