@@ -46,8 +46,8 @@ MUTATIONS = (
     Mutation(
         "draw turned round",
         "terms.py",
-        "return (~(uniforms_T >= trust(log_ratio_T))).float()",
-        "return (uniforms_T >= trust(log_ratio_T)).float()",
+        "trusted_T = (~((uniforms_T >= trust_T) & (trust_T < 1))).float()",
+        "trusted_T = ((uniforms_T >= trust_T) & (trust_T < 1)).float()",
     ),
     Mutation(
         "trust may exceed 1",
@@ -58,14 +58,14 @@ MUTATIONS = (
     Mutation(
         "missing factor: reward not weighted by the trust",
         "terms.py",
-        "inside_T = _times(trusted_T, torch.where(infinite_T, 0.0, reward_T))",
-        "inside_T = torch.where(infinite_T, 0.0, reward_T)",
+        "earned_T = _times(trusted_T, reward_T)",
+        "earned_T = reward_T",
     ),
     Mutation(
         "sign of the threshold",
         "terms.py",
-        "return (~(log_ratio_T <= config.reward_floor)).float()",
-        "return (~(log_ratio_T <= -config.reward_floor)).float()",
+        "    floor = config.reward_floor",
+        "    floor = -(config.reward_floor or 0.0)",
     ),
     Mutation(
         "sign of the forward KL's gradient",
@@ -94,21 +94,21 @@ MUTATIONS = (
     Mutation(
         "detach lost: the reward is differentiated",
         "terms.py",
-        "term = _term(statistics, value_T=-inside_T, sampled_T=-inside_T)",
-        "term = _term(\n        statistics, value_T=-inside_T, "
-        "sampled_T=-inside_T + statistics.student_logprob_T\n    )",
+        "term = _term(statistics, value_T=-earned_T, sampled_T=-earned_T)",
+        "term = _term(\n        statistics, value_T=-earned_T, "
+        "sampled_T=-earned_T + statistics.student_logprob_T\n    )",
     ),
     Mutation(
         "wrong stop-gradient: score function everywhere",
         "terms.py",
-        "coefficient_T = torch.full_like(value_T, -beta)",
-        "coefficient_T = value_T",
+        "sampled_T=torch.full_like(value_T, -beta))",
+        "sampled_T=value_T)",
     ),
     Mutation(
         "sign of the score function",
         "terms.py",
-        "coefficient_T = value_T  # -sg",
-        "coefficient_T = -value_T  # -sg",
+        "    value_T = beta * statistics.log_ratio_T",
+        "    value_T = -beta * statistics.log_ratio_T",
     ),
     Mutation(
         "missing factor: total variation",
@@ -149,8 +149,8 @@ MUTATIONS = (
     Mutation(
         "band open below",
         "terms.py",
-        "inside_T = (rho_T >= config.importance_low) & (rho_T <= config.importance_high)",
-        "inside_T = rho_T <= config.importance_high",
+        "outside_T = (rho_T < config.importance_low) | (rho_T > config.importance_high)",
+        "outside_T = rho_T > config.importance_high",
     ),
     Mutation(
         "zero times infinity",
