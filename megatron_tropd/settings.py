@@ -146,9 +146,9 @@ def _check_range(given: Any, value: Any, where: str) -> None:
 
 def _check_choice(choices: tuple[Any, ...], value: Any, where: str) -> None:
     # True is no 1 here.
-    good = any(type(value) is type(choice) and value == choice for choice in choices)
-    near = nearest(value, choices, likeness=0.4) if isinstance(value, str) else ""
-    _check(good, f"{where} must be one of {list(choices)}, found {value!r}.{near}")
+    if not any(type(value) is type(choice) and value == choice for choice in choices):
+        near = nearest(value, choices, likeness=0.4) if isinstance(value, str) else ""
+        raise ConfigError(f"{where} must be one of {list(choices)}, found {value!r}.{near}")
 
 
 def _check_tuple(args: tuple[Any, ...], value: Any, where: str) -> None:

@@ -99,6 +99,7 @@ def tropd_loss(
     Source: Trust Region On-Policy Distillation, arXiv 2606.01249.
     """
     check_numbers(beta=beta, vocab_size=vocab_size)
+    check_tensors(student=LogitsSignal(student_logits_Tv, vocab_size))
     student = LogitsSignal(student_logits_Tv.detach(), vocab_size, _tuple(bounds))
     shard = shard_of_signal(student, group, "student")
     signal = _aligned(signal, shard)
