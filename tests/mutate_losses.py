@@ -23,6 +23,8 @@ ONE_RANK = (
     "tests/distributed/test_losses.py::test_losses_tp1",
     "tests/unit_tests/test_objective.py",
 )
+SETTINGS = ("tests/unit_tests/test_settings.py", "tests/unit_tests/test_loss_config.py")
+METRICS = ("tests/unit_tests/test_step_metrics.py",)
 SEVERAL_RANKS = ("tests/distributed/test_losses.py::test_losses_tp2_and_tp4",)
 TIMEOUT_S = 600
 
@@ -39,6 +41,12 @@ class Mutation:
     new: str
     several_ranks: bool = False
     """Whether one rank alone computes the same with it."""
+    tests: tuple[str, ...] = ()
+    """Those that should notice, if they are not those of the losses."""
+
+    def suite(self) -> tuple[str, ...]:
+        """The tests to run on it."""
+        return self.tests or (SEVERAL_RANKS if self.several_ranks else ONE_RANK)
 
 
 MUTATIONS = (
@@ -169,6 +177,197 @@ MUTATIONS = (
         "../loss_config.py",
         "return math.log(self.floor) / (1 - self.floor)",
         "return math.log(self.floor)",
+    ),
+    # Importance, what is dropped, the score function, the floor itself.
+    Mutation(
+        "importance: EOPD's forward KL escapes it",
+        "terms.py",
+        """    if config.entropy_forward_kl is not None:
+        term = _add(term, entropy_forward_kl(statistics, config))
+    if config.importance in ("truncated", "band"):
+        term = _weighted_by_importance(term, rho_T, config)
+""",
+        """    if config.importance in ("truncated", "band"):
+        term = _weighted_by_importance(term, rho_T, config)
+    if config.entropy_forward_kl is not None:
+        term = _add(term, entropy_forward_kl(statistics, config))
+""",
+    ),
+    Mutation(
+        "importance: a token that moves counts as dropped",
+        "terms.py",
+        "dropped_T=first.dropped_T & ~moved_T,",
+        "dropped_T=first.dropped_T,",
+    ),
+    Mutation(
+        "importance: band hides a rho of nan",
+        "terms.py",
+        "outside_T = (rho_T < config.importance_low) | (rho_T > config.importance_high)",
+        "outside_T = ~((rho_T >= config.importance_low) & (rho_T <= config.importance_high))",
+    ),
+    Mutation(
+        "an infinite reward reaches the loss",
+        "terms.py",
+        "infinite_T = earned_T.isinf() | unwritten_T",
+        "infinite_T = unwritten_T",
+    ),
+    Mutation(
+        "score function: the prefix without log p",
+        "terms.py",
+        "    value_T = beta * statistics.log_ratio_T",
+        "    value_T = -beta * statistics.student_logprob_T",
+    ),
+    Mutation(
+        "score function: sign of the outlier's reward",
+        "terms.py",
+        "earned_T = earned_T - _times(outlier_T, _forward_kl(statistics, config))",
+        "earned_T = earned_T + _times(outlier_T, _forward_kl(statistics, config))",
+    ),
+    Mutation(
+        "floor: REOPOLD drops R = c",
+        "../loss_config.py",
+        "return self.floor is not None",
+        "return False",
+    ),
+    Mutation(
+        "floor: the static test keeps r = tau",
+        "../loss_config.py",
+        "return self.floor is not None",
+        "return True",
+    ),
+    # What enters a loss.
+    Mutation(
+        "input: an id of no rank is a likely token",
+        "vocab_parallel.py",
+        ".masked_fill_(~known_TK, torch.nan)",
+        "",
+    ),
+    Mutation(
+        "input: an id of no rank is nan on one rank",
+        "vocab_parallel.py",
+        "known_TK = (ids_TK >= 0) & (ids_TK < shard.vocab_size)",
+        "known_TK = (ids_TK >= 0) & (ids_TK < max(shard.stop, shard.start + 1))",
+        several_ranks=True,
+    ),
+    Mutation(
+        "input: top_k_signal does not look at ids",
+        "signals.py",
+        'check_ids(ids_T, vocab_size, "targets.ids_T")',
+        "pass",
+    ),
+    Mutation(
+        "input: [T, 1] passes for [T]",
+        "tensors.py",
+        "if not right or part.tensor.dim() != len(part.axes):",
+        "if not right:",
+    ),
+    Mutation(
+        "input: every type passes",
+        "tensors.py",
+        "right = part.tensor.dtype == dtype if dtype else part.tensor.is_floating_point()",
+        "right = True",
+    ),
+    Mutation(
+        "input: every device passes",
+        "tensors.py",
+        "if part.tensor.device != given[0].tensor.device:",
+        "if False:",
+    ),
+    Mutation(
+        "input: a top-k of other tokens passes",
+        "tensors.py",
+        'if part.axes.startswith("T") and rows != signals.get(part.owner):',
+        'if part.axes == "T" and rows != signals.get(part.owner):',
+    ),
+    Mutation(
+        "input: numbers keep their type",
+        "tensors.py",
+        "changed[part.field] = tensor.float()",
+        "changed[part.field] = tensor",
+    ),
+    Mutation(
+        "input: draws of 1 pass",
+        "tensors.py",
+        "lambda uniforms: (uniforms >= 0) & (uniforms < 1),",
+        "lambda uniforms: (uniforms >= 0) & (uniforms <= 1),",
+    ),
+    Mutation(
+        "input: a draw of nan is trusted on a GPU",
+        "terms.py",
+        "return torch.where(uniforms_T.isnan(), torch.nan, trusted_T)",
+        "return trusted_T",
+    ),
+    Mutation(
+        "input: a draw that rounds to 1 excludes a certain token",
+        "terms.py",
+        "((uniforms_T >= trust_T) & (trust_T < 1))",
+        "(uniforms_T >= trust_T)",
+    ),
+    # Settings made in Python.
+    Mutation(
+        "settings: any name passes for a choice",
+        "../settings.py",
+        "if not any(type(value) is type(choice) and value == choice for choice in choices):",
+        "if False:",
+        tests=SETTINGS,
+    ),
+    Mutation(
+        "settings: no nearest name",
+        "../settings.py",
+        "close = difflib.get_close_matches(str(value).lower(), names, n=1, cutoff=likeness)",
+        "close: list[str] = []",
+        tests=SETTINGS,
+    ),
+    Mutation(
+        "settings: nan and infinity lie in every range",
+        "../settings.py",
+        "return above and below and math.isfinite(value)",
+        "return not math.isfinite(value) or (above and below)",
+        tests=SETTINGS,
+    ),
+    Mutation(
+        "settings: ranges are not looked at",
+        "../settings.py",
+        "    if isinstance(given, Range):",
+        "    if isinstance(given, str):",
+        tests=SETTINGS,
+    ),
+    Mutation(
+        "settings: a number without a range",
+        "../config.py",
+        "num_problems: Count",
+        "num_problems: int",
+        tests=SETTINGS,
+    ),
+    # Which token is no number.
+    Mutation(
+        "naming: the teacher is called the student",
+        "trouble.py",
+        "(teacher_T, _TEACHER),",
+        "(teacher_T, _STUDENT),",
+        tests=METRICS,
+    ),
+    Mutation(
+        "naming: the place in the trajectory is lost",
+        "../step_metrics.py",
+        "key_BS = (batch.response_positions << BITS) | found_BS",
+        "key_BS = found_BS",
+        tests=METRICS,
+    ),
+    Mutation(
+        "naming: the last trajectory is named",
+        "../step_metrics.py",
+        "return min(((row << _POSITION_BITS)",
+        "return max(((row << _POSITION_BITS)",
+        tests=METRICS,
+    ),
+    Mutation(
+        "naming: the host waits for every micro-batch",
+        "../step_metrics.py",
+        "        self._bad_rows.append((batch.rows, first_B))",
+        "        assert (found_BS >= 0).all().item()\n"
+        "        self._bad_rows.append((batch.rows, first_B))",
+        tests=METRICS,
     ),
     # Passes over the vocabulary.
     Mutation(
@@ -356,14 +555,13 @@ def tests_fail(folder: Path, tests: tuple[str, ...]) -> tuple[bool, str]:
 
 def survives(mutation: Mutation) -> bool:
     """Run the tests on a copy with the mistake in it, and say what came of it."""
-    tests = SEVERAL_RANKS if mutation.several_ranks else ONE_RANK
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         copy_to(folder)
         path = source(mutation, folder)
         path.write_text(path.read_text().replace(mutation.old, mutation.new))
-        caught, how = tests_fail(folder, tests)
+        caught, how = tests_fail(folder, mutation.suite())
     verdict = "caught  " if caught else "SURVIVED"
     print(f"{verdict} {time.monotonic() - begin:4.0f} s  {mutation.name}: {how}", flush=True)
     return not caught
@@ -378,7 +576,7 @@ def main(words: list[str]) -> int:
         return 1
     with tempfile.TemporaryDirectory() as name:
         copy_to(Path(name))
-        suites = dict.fromkeys(SEVERAL_RANKS if m.several_ranks else ONE_RANK for m in chosen)
+        suites = dict.fromkeys(mutation.suite() for mutation in chosen)
         for tests in suites:
             failed, how = tests_fail(Path(name), tests)
             if failed:
