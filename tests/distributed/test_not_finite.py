@@ -10,7 +10,7 @@ from test_training import LAYOUTS, recorded_trajectories
 from megatron_tropd.data.packing import pack
 from tests.ranks import leave_layout, run_with_env
 
-BROKEN = "decoder.layers.1.mlp.linear_fc2.weight"
+BROKEN = "decoder.layers.0.mlp.linear_fc2.weight"
 
 
 def _state(learner) -> list[torch.Tensor]:
@@ -28,32 +28,34 @@ def _check(folder: str) -> None:
     from megatron_tropd.mcore.step import NotFinite, cross_entropy
 
     dist.init_process_group("gloo")
-    for name in ("tp2", "pp2", "dp2", "dp2_distributed_optimizer"):
-        for dtype in ("float32", "bfloat16"):
-            learner, ranks = _student(folder, LAYOUTS[name], dtype)
-            _some_steps(learner, ranks, 0, 2)
-            how = dict(tokens_per_micro_batch=128, pad_multiple=2, seed=0, step=2)
-            batches = pack(
-                recorded_trajectories(2), dp_rank=ranks.dp_rank, dp_size=ranks.dp_size, **how
-            )
-            for value in (math.nan, math.inf):
-                learner.forward_backward(batches, cross_entropy)
-                mine = [p for n, p in learner.model.named_parameters() if n == BROKEN]
-                for weight in mine if dist.get_rank() == 0 or name.startswith("dp2") else []:
-                    weight.main_grad.view(-1)[0] = value
-                before, lr = _state(learner), learner.optimizer.param_groups[0]["lr"]
-                with pytest.raises(NotFinite, match=r"The gradient norm is (nan|inf)") as caught:
-                    learner.update()
-                if mine and dist.get_rank() == 0:
-                    assert BROKEN in str(caught.value)
-                after = _state(learner)
-                assert all(map(torch.equal, before, after)), (name, dtype)
-                assert learner.optimizer.param_groups[0]["lr"] == lr
-            # The same step again, with gradients that are numbers.
-            (norm,) = _some_steps(learner, ranks, 2, 3)
-            assert 0 < norm < math.inf
-            assert not all(map(torch.equal, before, _state(learner)))
-            leave_layout()
+    runs = zip(
+        ("tp2", "pp2", "dp2", "dp2_distributed_optimizer"), 2 * ("float32", "bfloat16"), strict=True
+    )
+    for name, dtype in runs:
+        learner, ranks = _student(folder, LAYOUTS[name], dtype)
+        _some_steps(learner, ranks, 0, 2)
+        how = dict(tokens_per_micro_batch=128, pad_multiple=2, seed=0, step=2)
+        batches = pack(
+            recorded_trajectories(2), dp_rank=ranks.dp_rank, dp_size=ranks.dp_size, **how
+        )
+        for value in (math.nan, math.inf):
+            learner.forward_backward(batches, cross_entropy)
+            mine = [p for n, p in learner.model.named_parameters() if n == BROKEN]
+            for weight in mine if dist.get_rank() == 0 or name.startswith("dp2") else []:
+                weight.main_grad.view(-1)[0] = value
+            before, lr = _state(learner), learner.optimizer.param_groups[0]["lr"]
+            with pytest.raises(NotFinite, match=r"The gradient norm is (nan|inf)") as caught:
+                learner.update()
+            if mine and dist.get_rank() == 0:
+                assert BROKEN in str(caught.value)
+            after = _state(learner)
+            assert all(map(torch.equal, before, after)), (name, dtype)
+            assert learner.optimizer.param_groups[0]["lr"] == lr
+        # The same step again, with gradients that are numbers.
+        (norm,) = _some_steps(learner, ranks, 2, 3)
+        assert 0 < norm < math.inf
+        assert not all(map(torch.equal, before, _state(learner)))
+        leave_layout()
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing(tiny_model):

@@ -24,6 +24,7 @@ from megatron_tropd.losses import (
     LossConfig,
     LossTargets,
     TopKSignal,
+    align_output_weight,
     check_signal,
     keyed_uniform,
     preset,
@@ -892,6 +893,20 @@ def test_other_numbers_of_the_call_are_checked():
     for size in (0, 6.0, True):
         with pytest.raises(ConfigError, match="vocab_size must be a whole number"):
             _loss(student, LogitsSignal(student, 6), torch.arange(3), vocab_size=size)
+
+
+@pytest.mark.parametrize("bounds", [[0, 4, 2, 6], [1, 2, 3, 6], [0, 7, 6, 6]])
+def test_columns_that_are_moved_ascend_from_0(bounds):
+    class Three:
+        """A group of three ranks, of which this is the first."""
+
+        size, rank = staticmethod(lambda: 3), staticmethod(lambda: 0)
+
+    good = [0, 2, 4, 6]
+    for have, want in ((bounds, good), (good, bounds)):
+        weight = torch.zeros(have[1] - have[0], 4)
+        with pytest.raises(ValueError, match="column ids that start at 0 and ascend, found"):
+            align_output_weight(weight, have=have, want=want, group=Three())
 
 
 @pytest.fixture
