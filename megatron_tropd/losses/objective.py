@@ -93,7 +93,7 @@ def tropd_loss(
         ValueError: shapes, dtypes, vocabulary sizes or token ids do not fit together.
 
     Collectives: forward, per chunk of t rows, 1 all-gather of at most [t, 3 K + 10] 32-bit words
-    and, for sums that need both normalisers, 1 all-reduce (SUM) of at most [t, 7] float32; 1
+    and, for sums that need both normalisers, 1 all-reduce (SUM) of at most [t, 5] float32; 1
     all-to-all where the bounds differ; backward none.
 
     Source: Trust Region On-Policy Distillation, arXiv 2606.01249.
@@ -166,7 +166,7 @@ def tropd_loss_from_hidden(
         ValueError: shapes, dtypes, bounds, vocabulary sizes or token ids do not fit together.
 
     Collectives: forward, per chunk of t rows, 1 all-gather of at most [t, 3 K + 10] 32-bit words
-    and, for sums that need both normalisers, 1 all-reduce (SUM) of at most [t, 7] float32; with
+    and, for sums that need both normalisers, 1 all-reduce (SUM) of at most [t, 5] float32; with
     ``sequence_parallel`` 1 all-gather of the rows. Backward: 1 all-reduce (SUM) of [T, H], a
     reduce-scatter with ``sequence_parallel``, none without ``reduce_hidden_grad``.
 
