@@ -6,7 +6,6 @@ Paths in a TOML file are relative to the file; paths given as ``key=value`` over
 """
 
 import dataclasses
-import difflib
 import json
 import os
 import tomllib
@@ -15,12 +14,26 @@ import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from megatron_tropd.errors import ConfigError
 from megatron_tropd.loss_config import LossConfig
+from megatron_tropd.settings import (
+    Amount,
+    Anything,
+    Count,
+    Number,
+    Positive,
+    Range,
+    Settings,
+    Share,
+    nearest,
+)
 
 PATH = {"path": True}  # metadata of the fields that name an input file or folder
+_GREEDY = "On-policy samples are drawn at random (evaluation is greedy by itself)."
+Temperature = Annotated[float, Range(0, ends="(]", hint=_GREEDY)]
+Moment = Annotated[float, Range(0, 1, "[)")]
 
 
 def _require(condition: bool, message: str) -> None:
@@ -29,7 +42,7 @@ def _require(condition: bool, message: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(Settings, section="model"):
     """The pair: two model folders, each an HF folder (config.json, *.safetensors, tokenizer) or a
     Megatron checkpoint made by ``tropd convert``."""
 
@@ -42,19 +55,19 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParallelConfig:
+class ParallelConfig(Settings, section="parallel"):
     """How the ranks are laid out. World size = tensor x pipeline x data."""
 
-    tensor: int = 1
+    tensor: Count = 1
     """Tensor-parallel ranks of student and teacher."""
-    pipeline: int = 1
+    pipeline: Count = 1
     """Pipeline stages of student and teacher."""
-    data: int = 1
+    data: Count = 1
     """Data-parallel replicas of the student."""
-    expert: int = 1
+    expert: Count = 1
     """Ranks that share the experts of a mixture, taken from the replicas; divides data, or, with
     expert_tensor = 1, tensor x data."""
-    expert_tensor: int | None = None
+    expert_tensor: Count | None = None
     """Tensor-parallel ranks of each expert: 1 keeps experts whole, so routed tokens are sent once
     and not gathered over the tensor-parallel ranks too. None: tensor."""
     uneven_stages: bool = False
@@ -64,10 +77,7 @@ class ParallelConfig:
     distributed_optimizer: bool = False
     """Shard optimizer states over the data-parallel ranks."""
 
-    def __post_init__(self) -> None:
-        for name in ("tensor", "pipeline", "data", "expert"):
-            value = getattr(self, name)
-            _require(value >= 1, f"parallel.{name} must be at least 1, found {value}.")
+    def _check_together(self) -> None:
         _require(
             self.expert_tensor in (None, 1, self.tensor),
             f"parallel.expert_tensor must be 1 or parallel.tensor = {self.tensor}, found "
@@ -104,29 +114,29 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RolloutConfig:
+class RolloutConfig(Settings, section="rollout"):
     """What the student samples at every step, and the engine that samples it."""
 
     prompts: str = field(metadata=PATH)
     """JSON lines, one object a line: {"prompt": str} or {"messages": [...]}; other keys ignored."""
-    max_new_tokens: int
+    max_new_tokens: Count
     """Longest response in tokens, a teacher prefix included."""
-    prompts_per_step: int = 128
+    prompts_per_step: Count = 128
     """Prompts of one optimizer step (global)."""
-    samples_per_prompt: int = 4
+    samples_per_prompt: Count = 4
     """Responses sampled for each prompt, each with a seed of its own."""
-    temperature: float = 1.0
+    temperature: Temperature = 1.0
     """Sampling temperature. Log-probs in the loss are always at temperature 1."""
-    top_p: float = 1.0
+    top_p: Share = 1.0
     """Nucleus of the sampling distribution; 1 samples the whole vocabulary."""
-    stop_token_ids: tuple[int, ...] = ()
+    stop_token_ids: tuple[Number, ...] = ()
     """Further ids that end a response, beside the tokenizer's EOS."""
     apply_chat_template: bool = False
     """Wrap each prompt in the tokenizer's chat template ("messages" always are)."""
     placement: Literal["colocated", "separate"] = "colocated"
     """colocated: engines share the trainer's devices and sleep while it trains; separate: each is a
     server of its own (``tropd serve``, docs/serving.md)."""
-    num_engines: int = 1
+    num_engines: Count = 1
     """colocated: engines on the first ranks of equal blocks of the world, which it divides;
     separate: servers."""
     steps_ahead: Literal[0, 1] = 0
@@ -134,25 +144,12 @@ class RolloutConfig:
     weight_transport: Literal["folder", "direct"] = "folder"
     """How a server gets new weights: from the run folder; direct: broadcast to servers that are
     ready (NCCL on CUDA, else gloo), and from the folder for the others (docs/serving.md)."""
-    engine_tensor_parallel: int = 1
+    engine_tensor_parallel: Count = 1
     """GPUs of one engine. More than 1 needs CUDA."""
-    engine_memory: float = 0.4
+    engine_memory: Positive = 0.4
     """Share of each GPU's memory the engine may take; without CUDA, GiB of KV cache."""
 
-    def __post_init__(self) -> None:
-        for name in (
-            *("max_new_tokens", "prompts_per_step", "samples_per_prompt"),
-            *("num_engines", "engine_tensor_parallel"),
-        ):
-            value = getattr(self, name)
-            _require(value >= 1, f"rollout.{name} must be at least 1, found {value}.")
-        _require(
-            self.temperature > 0,
-            f"rollout.temperature must be above 0, found {self.temperature}: on-policy samples "
-            "are drawn at random (evaluation is greedy by itself).",
-        )
-        _require(0 < self.top_p <= 1, f"rollout.top_p must be in (0, 1], found {self.top_p}.")
-        _require(self.engine_memory > 0, "rollout.engine_memory must be above 0.")
+    def _check_together(self) -> None:
         _require(
             self.weight_transport == "folder" or self.placement == "separate",
             'rollout.weight_transport = "direct" needs rollout.placement = "separate", found '
@@ -162,65 +159,63 @@ class RolloutConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GuidanceConfig:
+class GuidanceConfig(Settings, section="guidance"):
     """Off-policy guidance: some trajectories start with a prefix written by the teacher."""
 
     responses: str | None = field(default=None, metadata=PATH)
     """JSON lines written by tools/teacher_responses.py. None: no guidance."""
-    prefixed_per_prompt: int = 1
+    prefixed_per_prompt: Number = 1
     """How many of a prompt's samples carry a teacher prefix."""
     prefix_length: Literal["longest", "uniform"] = "longest"
     """longest: floor(alpha(t) x response length); uniform: a keyed draw between 0 and that."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """alpha(t), the share of the response a prefix may have: half a cosine from 1 to 0 over the
     steps, or always 1 (GKD's off-policy share: the teacher's response, then the student)."""
-    beta: float = 0.001
+    beta: Amount = 0.001
     """Weight of -log q(x) on teacher tokens."""
-
-    def __post_init__(self) -> None:
-        _require(self.prefixed_per_prompt >= 0, "guidance.prefixed_per_prompt must be >= 0.")
-        _require(self.beta >= 0, f"guidance.beta must be >= 0, found {self.beta}.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(Settings, section="train"):
     """Optimisation, by Megatron-Core's optimizer, scheduler and schedules."""
 
-    steps: int
+    steps: Count
     """Optimizer steps of the run (T of the prefix schedule)."""
-    lr: float = 5e-6
+    lr: Positive = 5e-6
     """Peak learning rate of Adam."""
-    min_lr: float = 0.0
+    min_lr: Amount = 0.0
     """Learning rate at the end of a decaying schedule."""
     lr_schedule: Literal["constant", "cosine", "linear"] = "constant"
     """Shape after the warm-up."""
-    warmup_steps: int = 0
+    warmup_steps: Number = 0
     """Steps of linear warm-up from 0."""
-    weight_decay: float = 0.0
+    weight_decay: Amount = 0.0
     """Decoupled weight decay."""
-    adam_betas: tuple[float, float] = (0.9, 0.95)
+    adam_betas: tuple[Moment, Moment] = (0.9, 0.95)
     """Adam's two averaging constants."""
-    adam_eps: float = 1e-8
+    adam_eps: Positive = 1e-8
     """Adam's epsilon."""
-    clip_grad: float = 1.0
+    clip_grad: Amount = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
-    tokens_per_micro_batch: int = 16384
+    tokens_per_micro_batch: Count = 16384
     """Padded tokens one micro-batch may hold on one data-parallel rank (memory knob)."""
-    seed: int = 1234
+    seed: Anything = 1234
     """Keys every random draw: prompt order, sampling, trust-region mask, prefixes."""
 
-    def __post_init__(self) -> None:
-        for name in ("steps", "tokens_per_micro_batch"):
-            value = getattr(self, name)
-            _require(value >= 1, f"train.{name} must be at least 1, found {value}.")
-        _require(self.lr > 0, f"train.lr must be above 0, found {self.lr}.")
-        _require(0 <= self.min_lr <= self.lr, "train.min_lr must be between 0 and train.lr.")
-        _require(0 <= self.warmup_steps <= self.steps, "train.warmup_steps must be in 0..steps.")
-        _require(self.clip_grad >= 0, "train.clip_grad must be >= 0 (0: no clipping).")
+    def _check_together(self) -> None:
+        _require(
+            self.min_lr <= self.lr,
+            f"train.min_lr must be between 0 and train.lr = {self.lr}, found {self.min_lr}.",
+        )
+        _require(
+            self.warmup_steps <= self.steps,
+            f"train.warmup_steps must be in 0..{self.steps} (train.steps), found "
+            f"{self.warmup_steps}.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
+class EvaluationConfig(Settings, section="evaluation"):
     """What is measured on held-out problems, before, during and after the run."""
 
     problems: str | None = field(default=None, metadata=PATH)
@@ -228,49 +223,42 @@ class EvaluationConfig:
     task: Literal["exact_match", "reverse_kl"] = "exact_match"
     """exact_match: greedy answers graded; reverse_kl: exact KL(student || teacher) per token on
     fresh student samples, measured with transformers."""
-    num_problems: int = 500
+    num_problems: Count = 500
     """How many of them, from the top of the file."""
-    every: int = 0
+    every: Number = 0
     """Steps between evaluations; 0: only before the first and after the last step."""
-    max_new_tokens: int | None = None
+    max_new_tokens: Count | None = None
     """Longest answer; None: rollout.max_new_tokens."""
-
-    def __post_init__(self) -> None:
-        _require(self.num_problems >= 1, "evaluation.num_problems must be at least 1.")
-        _require(self.every >= 0, "evaluation.every must be >= 0.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class RunConfig(Settings, section="run"):
     """The run's folder and what is kept in it."""
 
     dir: str
     """Folder of the run, made if absent; the same command in the same folder resumes."""
-    checkpoint_every: int = 50
+    checkpoint_every: Number = 50
     """Steps between checkpoints; the last step is always kept; 0: only the last."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: Count = 2
     """Newest complete checkpoints kept."""
-    timeout_minutes: float = 30.0
+    timeout_minutes: Positive = 30.0
     """Longest a phase of a step may last, rollout and evaluation included, before the run is taken
     to hang and ends (exit code 75)."""
-    trajectories_every: int = 25
+    trajectories_every: Number = 25
     """Steps between dumps of example trajectories with per-token values; 0: none."""
-    num_trajectories: int = 8
+    num_trajectories: Number = 8
     """Trajectories of one dump."""
     tensorboard: bool = True
     """Also write TensorBoard event files."""
     wandb_project: str | None = None
     """Also log to this Weights & Biases project."""
 
-    def __post_init__(self) -> None:
+    def _check_together(self) -> None:
         _require(bool(self.dir), "run.dir must name a folder, found an empty string.")
-        _require(self.checkpoint_every >= 0, "run.checkpoint_every must be >= 0.")
-        _require(self.keep_checkpoints >= 1, "run.keep_checkpoints must be at least 1.")
-        _require(self.timeout_minutes > 0, "run.timeout_minutes must be above 0.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Settings):
     """One distillation run."""
 
     model: ModelConfig
@@ -282,7 +270,7 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)
     evaluation: EvaluationConfig = EvaluationConfig()
 
-    def __post_init__(self) -> None:
+    def _check_together(self) -> None:
         world, engines = self.parallel.world_size, self.rollout.num_engines
         _require(
             self.rollout.placement == "separate" or world % engines == 0,
@@ -442,8 +430,7 @@ def _build(cls: Any, table: Any, where: str) -> Any:
     prefix = f"{where}." if where else ""
     for name in table:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean {prefix}{close[0]}?" if close else ""
+            hint = nearest(name, known).replace("'", prefix, 1).replace("'", "")
             raise ConfigError(
                 f"Unknown config key {prefix}{name}.{hint} Known here: {', '.join(known)}."
             )
@@ -457,29 +444,14 @@ def _build(cls: Any, table: Any, where: str) -> Any:
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
+    """A value of TOML or JSON as Python has it; whether it fits is the dataclass's to say."""
     if dataclasses.is_dataclass(hint):
         return _build(hint, value, where)
     origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in args:
-            return None
+    if origin in (types.UnionType, typing.Union) and value is not None:
         return _convert(next(a for a in args if a is not type(None)), value, where)
-    if origin is Literal:
-        _require(value in args, f"{where} must be one of {list(args)}, found {value!r}.")
-        return value
-    if origin is tuple:
-        _require(isinstance(value, list | tuple), f"{where} must be a list, found {value!r}.")
-        element = args[0]
-        _require(
-            args[-1] is Ellipsis or len(value) == len(args),
-            f"{where} must have {len(args)} elements, found {value!r}.",
-        )
-        return tuple(_convert(element, item, where) for item in value)
-    if origin is dict:
-        _require(isinstance(value, dict), f"{where} must be a table, found {value!r}.")
-        return {key: _convert(args[1], item, f"{where}.{key}") for key, item in value.items()}
+    if origin is tuple and isinstance(value, list):
+        return tuple(_convert(args[0], item, where) for item in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    good = isinstance(value, hint) and not (hint is not bool and isinstance(value, bool))
-    _require(good, f"{where} must be {hint.__name__}, found {value!r} ({type(value).__name__}).")
     return value

@@ -1,6 +1,5 @@
 """What a rank holds during a run: models, engine, data, logs; and the phases around the step."""
 
-import math
 import os
 import resource
 import time
@@ -28,9 +27,10 @@ from megatron_tropd.evaluation import Evaluator
 from megatron_tropd.files import replace_text, write_json
 from megatron_tropd.inputs import load_inputs
 from megatron_tropd.losses import TeacherSignal
+from megatron_tropd.losses.trouble import words
 from megatron_tropd.mcore import models, parallel, platform, weights
 from megatron_tropd.mcore.checkpoint import Checkpoints
-from megatron_tropd.mcore.step import Student, Teacher, output_weight
+from megatron_tropd.mcore.step import NotFinite, Student, Teacher, output_weight
 from megatron_tropd.objective import StepObjective, example_rows, gather_examples
 from megatron_tropd.report.metrics import MetricsLog
 from megatron_tropd.rollout.client import ClientSettings
@@ -43,6 +43,7 @@ from megatron_tropd.rollout.weight_sync import WeightVersions
 from megatron_tropd.rollout.wire import Model, served_settings
 from megatron_tropd.rollouts import Rollouts
 from megatron_tropd.run_folder import RunFolder, started_at
+from megatron_tropd.step_metrics import BadToken
 from megatron_tropd.watchdog import Progress, limits
 
 if TYPE_CHECKING:
@@ -374,17 +375,34 @@ class Job:
             return 0.0
         return alpha(self.step, self.config.train.steps, self.config.guidance.schedule)
 
-    def check_finite(self, bad_row: int | None, trajectories: list[Trajectory]) -> None:
+    def check_finite(self, bad: BadToken | None, trajectories: list[Trajectory]) -> None:
         """Stop before the optimizer if a loss is not finite; nothing is overwritten."""
-        if bad_row is None:
+        if bad is None:
             return
-        t = trajectories[bad_row]
+        t = trajectories[bad.row]
+        writer = "teacher" if bad.position < len(t.prefix_ids) else "student"
         raise TrainingError(
-            f"The loss is not finite in step {self.step + 1}, trajectory {bad_row} (prompt "
+            f"The loss is not finite in step {self.step + 1}, trajectory {bad.row} (prompt "
             f"{t.prompt_index}, sample {t.sample_index}, {len(t.prefix_ids)} teacher and "
-            f"{len(t.response_ids)} student tokens). The weights were not updated. "
-            f"{self._last_checkpoint()} Lower train.lr or inspect that prompt, then resume."
+            f"{len(t.response_ids)} student tokens), first at its token {bad.position} (id "
+            f"{(t.prefix_ids + t.response_ids)[bad.position]}, written by the {writer}): "
+            f"{words(bad.finding)} The weights were not updated. {self._last_checkpoint()}"
         )
+
+    def update(self) -> tuple[float, float]:
+        """Change the weights: (gradient norm before clipping, learning rate).
+
+        Raises:
+            TrainingError: the gradient is not finite; weights, engines and checkpoints are as they
+                were.
+        """
+        try:
+            return self.student.update()
+        except NotFinite as error:
+            raise TrainingError(
+                f"{error} Step {self.step + 1} ends here; every token's loss was finite. The "
+                f"weights were not updated. {self._last_checkpoint()} Lower train.lr, then resume."
+            ) from None
 
     def _last_checkpoint(self) -> str:
         steps = self.checkpoints.steps()
@@ -424,11 +442,6 @@ class Job:
         }
         if self.log_file is not None:
             self.log_file.write(record)
-        if not math.isfinite(metrics["grad_norm"]):
-            raise TrainingError(
-                f"The gradient norm is {metrics['grad_norm']} in step {self.step + 1}. "
-                f"{self._last_checkpoint()} Lower train.lr, then resume."
-            )
         self._bar.set_postfix(self._shown(record), refresh=False)
         self._bar.update()
 

@@ -5,9 +5,10 @@ The methods of docs/losses.md are values of this one class; ``presets`` names th
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from megatron_tropd.errors import ConfigError
+from megatron_tropd.settings import Amount, Between, Finite, Number, Range, Settings, Share, nearest
 
 Objective = Literal["policy_gradient", "forward_kl", "reverse_kl", "jsd", "local_support"]
 Region = Literal["bernoulli", "expected", "exact", "threshold", "none"]
@@ -15,9 +16,15 @@ Outlier = Literal["forward_kl", "mask", "clip"]
 Importance = Literal["none", "truncated", "band", "ppo"]
 FloorRule = Literal["log(l)/(1-l)", "log(l/(1-l))"]
 
+TopK = Annotated[int, Range(0, hint="0: everything.")]
+JsdBeta = Annotated[float, Range(0, 1, "()", "Ask for forward_kl or reverse_kl by name.")]
+_ORDER = "loss.importance_low <= 1 <= loss.importance_high must hold."
+LowRho = Annotated[float, Range(0, 1, hint=_ORDER)]
+HighRho = Annotated[float, Range(1, hint=_ORDER)]
+
 
 @dataclass(frozen=True, kw_only=True)
-class LossConfig:
+class LossConfig(Settings, section="loss"):
     """Which loss (docs/losses.md). The defaults are TrOPD as published."""
 
     objective: Objective = "policy_gradient"
@@ -30,34 +37,34 @@ class LossConfig:
     region: Region = "bernoulli"
     """Who decides that a token is trusted: the draw M ~ Bernoulli(m), m = min(p/q, 1); its mean
     (expected); its mean over all tokens in place of the sampled one (exact); the static test
-    log p/q > tau (threshold); nobody (none: plain OPD)."""
+    log p/q > tau, with floor >= (threshold); nobody (none: plain OPD)."""
     outlier: Outlier = "forward_kl"
     """What an untrusted token gets: forward KL, nothing, or the reward max(log p/q, tau)."""
-    top_k: int = 64
+    top_k: TopK = 64
     """Support of the forward KL and of local_support: the teacher's k most likely tokens.
     0: the whole vocabulary (forward KL only)."""
-    tau: float | None = None
+    tau: Finite | None = None
     """Floor of the log-ratio for region = threshold and outlier = clip. Unpublished: no default."""
-    floor: float | None = None
+    floor: Between | None = None
     """REOPOLD's l in (0, 1), from which tau follows by floor_rule. Instead of tau."""
     floor_rule: FloorRule = "log(l)/(1-l)"
     """How tau follows from floor; implementations disagree."""
     gradient: Literal["backprop", "score_function"] = "backprop"
     """score_function feeds forward KL and prefix terms as detached rewards of the sampled token,
     as the authors' code is said to do: for reproducing published numbers, not for training."""
-    jsd_beta: float = 0.5
+    jsd_beta: JsdBeta = 0.5
     """Weight of the teacher in the mixture of jsd, strictly between 0 and 1."""
-    proximal_alpha: float = 0.1
+    proximal_alpha: Between = 0.1
     """Share of the teacher in the proximal teacher, in (0, 1)."""
-    entropy_forward_kl: float | None = None
+    entropy_forward_kl: Amount | None = None
     """EOPD: add the forward KL on the top-k (teacher renormalised there) wherever the teacher's
     entropy exceeds this many nats. None: nowhere."""
     select: Literal["all", "student_entropy"] = "all"
     """Student tokens that are trained: all, or those with the largest student entropy of the
     global batch. Needs a forward pass of the student before the step."""
-    select_share: float = 0.2
+    select_share: Share = 0.2
     """Share that select = student_entropy keeps."""
-    switch_step: int | None = None
+    switch_step: Number | None = None
     """REOPOLD's second phase: from this step (0-based) on outliers are clipped instead of masked
     and select = student_entropy applies."""
     future: Literal["none", "mean"] = "none"
@@ -69,42 +76,22 @@ class LossConfig:
     """How rho = q(x) / (probability that sampled x) enters: not; min(rho, importance_high)
     (truncated); rho within [importance_low, importance_high] and no loss outside (band); PPO's
     clip to the same interval (ppo)."""
-    importance_low: float = 0.5
+    importance_low: LowRho = 0.5
     """Lower end of the interval of rho (band, ppo)."""
-    importance_high: float = 2.0
+    importance_high: HighRho = 2.0
     """Upper end of the interval of rho (truncated, band, ppo)."""
     teacher_tokens: Literal["nll", "same"] = "nll"
     """Loss of tokens the teacher wrote: -beta log q(x), or the objective's divergence (GKD)."""
-    mask_first_ids: tuple[int, ...] = ()
+    mask_first_ids: tuple[Number, ...] = ()
     """Ids whose first occurrence in a response carries no loss (special-token masking)."""
     mask_truncated: bool = False
     """Responses cut off at max_new_tokens carry no loss."""
     denominator: Literal["joint", "separate"] = "joint"
     """joint: every term over all loss tokens; separate: each segment over its own count."""
 
-    def __post_init__(self) -> None:
-        self._check_numbers()
+    def _check_together(self) -> None:
         self._check_tau()
         self._check_combination()
-
-    def _check_numbers(self) -> None:
-        _require(self.top_k >= 0, f"loss.top_k must be >= 0 (0: everything), found {self.top_k}.")
-        for name in ("jsd_beta", "proximal_alpha", "floor"):
-            value = getattr(self, name)
-            _require(
-                value is None or 0 < value < 1,
-                f"loss.{name} must be strictly between 0 and 1, found {value}."
-                + (" Ask for forward_kl or reverse_kl by name." if name == "jsd_beta" else ""),
-            )
-        _require(
-            0 < self.select_share <= 1,
-            f"loss.select_share must be in (0, 1], found {self.select_share}.",
-        )
-        _require(
-            0 <= self.importance_low <= 1 <= self.importance_high,
-            "loss.importance_low <= 1 <= loss.importance_high must hold, found "
-            f"{self.importance_low} and {self.importance_high}.",
-        )
 
     def _check_tau(self) -> None:
         _require(
@@ -172,6 +159,14 @@ class LossConfig:
         if self.floor_rule == "log(l)/(1-l)":
             return math.log(self.floor) / (1 - self.floor)
         return math.log(self.floor / (1 - self.floor))
+
+    @property
+    def trusts_the_floor(self) -> bool:
+        """Whether a log-ratio of exactly the floor is trusted.
+
+        REOPOLD keeps R >= c, and its c comes from ``floor``; TrOPD's static test is log p/q > tau.
+        """
+        return self.floor is not None
 
     @property
     def uses_forward_kl(self) -> bool:
@@ -252,7 +247,10 @@ def preset(name: str, **changes: Any) -> LossConfig:
         ConfigError: there is no such preset, or the fields do not fit together.
     """
     if name not in PRESETS:
-        raise ConfigError(f"Expected one of the methods {', '.join(PRESETS)}, found {name!r}.")
+        raise ConfigError(
+            f"Expected one of the methods {', '.join(PRESETS)}, found {name!r}."
+            f"{nearest(name, PRESETS)}"
+        )
     return LossConfig(**{**PRESETS[name], **changes})
 
 

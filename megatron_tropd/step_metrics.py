@@ -7,7 +7,7 @@ all-reduce make the global numbers. T = loss tokens of a micro-batch.
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tropd.data.types import MicroBatch, Segment, Trajectory
+from megatron_tropd.losses.trouble import BITS, trouble
 
 STUDENT_MEANS = {
     "outlier_share": "outlier",
@@ -43,7 +44,20 @@ _SCALARS = (
 )
 POSITION_BUCKETS = 18
 """Response positions 0-7, 8-15, 16-31, 32-63, ... up to 2**20."""
-_NO_ROW = 2**62
+_NOTHING = 2**62
+_POSITION_BITS = 32
+
+
+@dataclass(frozen=True)
+class BadToken:
+    """The first token whose loss is no number."""
+
+    row: int
+    """Index of its trajectory in the step's list."""
+    position: int
+    """Index within prefix + response."""
+    finding: int
+    """What is wrong, in the numbers of ``losses.trouble``."""
 
 
 @dataclass
@@ -54,8 +68,11 @@ class StepSums:
     """float64 [scalars + 2 x buckets]: scalars, acceptance by position, counts by position."""
     gap_max: Tensor
     """float64 [1] largest |trainer - engine| log-prob."""
-    bad_row: Tensor
-    """int64 [1] first trajectory with a non-finite loss; 2**62 if none."""
+    bad_token: Tensor
+    """int64 [1] trajectory, position and finding of the first token whose loss is no number, in
+    one number; 2**62 if there is none. Known after :meth:`reduce`."""
+    _bad_rows: list[tuple[tuple[int, ...], Tensor]] = field(default_factory=list)
+    """Of each micro-batch its trajectories and, [B], position and finding of their first one."""
 
     @classmethod
     def zeros(cls, device: torch.device) -> "StepSums":
@@ -64,7 +81,7 @@ class StepSums:
         return cls(
             torch.zeros(size, dtype=torch.float64, device=device),
             torch.zeros(1, dtype=torch.float64, device=device),
-            torch.full((1,), _NO_ROW, dtype=torch.int64, device=device),
+            torch.full((1,), _NOTHING, dtype=torch.int64, device=device),
         )
 
     def add(self, loss_T: Tensor, values: dict[str, Tensor], batch: MicroBatch) -> None:
@@ -97,31 +114,44 @@ class StepSums:
         )
         if gap_T.numel():
             self.gap_max = torch.maximum(self.gap_max, gap_T.abs().max()[None])
-        # A masked token has loss 0 whatever the models say.
-        broken_T = values.get("k1", loss_T).isnan()
-        self._find_bad_row(broken_T | ~torch.isfinite(loss_T), batch)
+        self._note_trouble(trouble(values | {"loss": loss_T}), batch)
 
-    def _find_bad_row(self, bad_T: Tensor, batch: MicroBatch) -> None:
-        if bool(bad_T.any()):
-            rows_T = batch.loss_mask.nonzero()[:, 0][bad_T]
-            first = min(batch.rows[int(row)] for row in rows_T)
-            self.bad_row = torch.minimum(self.bad_row, torch.full_like(self.bad_row, first))
+    def _note_trouble(self, found_T: Tensor, batch: MicroBatch) -> None:
+        """Remember the first bad token of each row, on its device: nobody waits for it here."""
+        mask = batch.loss_mask
+        found_BS = torch.zeros_like(batch.segments).masked_scatter(mask, found_T)
+        key_BS = (batch.response_positions << BITS) | found_BS
+        first_B = torch.where(found_BS > 0, key_BS, _NOTHING).amin(dim=1)
+        self._bad_rows.append((batch.rows, first_B))
+
+    def _first_bad_key(self) -> int:
+        """Of this rank; waits for the device."""
+        if not self._bad_rows:
+            return _NOTHING
+        rows = [row for batch_rows, _ in self._bad_rows for row in batch_rows]
+        keys = torch.cat([first_B for _, first_B in self._bad_rows]).tolist()
+        bad = [(row, key) for row, key in zip(rows, keys, strict=True) if key != _NOTHING]
+        return min(((row << _POSITION_BITS) | key for row, key in bad), default=_NOTHING)
 
     def reduce(self) -> "StepSums":
         """Sums of the whole world, equal on every rank.
 
         Collectives: all-reduces of [scalars + 2 x buckets], [1] and [1].
         """
+        self.bad_token.fill_(self._first_bad_key())
         dist.all_reduce(self.sums)
         dist.all_reduce(self.gap_max, dist.ReduceOp.MAX)
-        dist.all_reduce(self.bad_row, dist.ReduceOp.MIN)
+        dist.all_reduce(self.bad_token, dist.ReduceOp.MIN)
         return self
 
     @property
-    def first_bad_row(self) -> int | None:
-        """Index of the first trajectory whose loss is not finite."""
-        row = int(self.bad_row)
-        return None if row == _NO_ROW else row
+    def first_bad_token(self) -> BadToken | None:
+        """The first token whose loss is not finite (after :meth:`reduce`), the same everywhere."""
+        key = int(self.bad_token)
+        if key == _NOTHING:
+            return None
+        position = (key & ((1 << _POSITION_BITS) - 1)) >> BITS
+        return BadToken(key >> _POSITION_BITS, position, key & ((1 << BITS) - 1))
 
     def metrics(self) -> dict[str, Any]:
         """Means and counts of the step (after :meth:`reduce`); null where nothing was counted."""

@@ -94,7 +94,7 @@ def learn(job: Job, trajectories: list[Trajectory]) -> dict[str, object]:
         The metrics of the step, equal on every rank.
 
     Raises:
-        TrainingError: the loss is not finite; the weights are unchanged.
+        TrainingError: loss or gradient is not finite; the weights are unchanged.
     """
     config, ranks, clock = job.config, job.ranks, job.clock
     batches = [
@@ -117,9 +117,9 @@ def learn(job: Job, trajectories: list[Trajectory]) -> dict[str, object]:
         objective = job.objective(batches, signals, trajectories, counts)
         job.student.forward_backward(batches, objective)
         sums = objective.sums.reduce()
-    job.check_finite(sums.first_bad_row, trajectories)
+    job.check_finite(sums.first_bad_token, trajectories)
     with clock("optimizer"):
-        grad_norm, lr = job.student.update()
+        grad_norm, lr = job.update()
     job.keep_examples(objective, trajectories)
     return {
         **sums.metrics(),

@@ -25,6 +25,8 @@ ONE_RANK = (
     "tests/distributed/test_losses.py::test_losses_tp1",
     "tests/unit_tests/test_objective.py",
 )
+SETTINGS = ("tests/unit_tests/test_settings.py", "tests/unit_tests/test_loss_config.py")
+METRICS = ("tests/unit_tests/test_step_metrics.py",)
 SEVERAL_RANKS = ("tests/distributed/test_losses.py::test_losses_tp2_and_tp4",)
 TIMEOUT_S = 600
 
@@ -41,6 +43,12 @@ class Mutation:
     new: str
     several_ranks: bool = False
     """Whether one rank alone computes the same with it."""
+    tests: tuple[str, ...] = ()
+    """Those that should notice, if they are not those of the losses."""
+
+    def suite(self) -> tuple[str, ...]:
+        """The tests to run on it."""
+        return self.tests or (SEVERAL_RANKS if self.several_ranks else ONE_RANK)
 
 
 MUTATIONS = (
@@ -48,8 +56,8 @@ MUTATIONS = (
     Mutation(
         "draw turned round",
         "terms.py",
-        "return (~(uniforms_T >= trust(log_ratio_T))).float()",
-        "return (uniforms_T >= trust(log_ratio_T)).float()",
+        "trusted_T = (~((uniforms_T >= trust_T) & (trust_T < 1))).float()",
+        "trusted_T = ((uniforms_T >= trust_T) & (trust_T < 1)).float()",
     ),
     Mutation(
         "trust may exceed 1",
@@ -60,14 +68,14 @@ MUTATIONS = (
     Mutation(
         "missing factor: reward not weighted by the trust",
         "terms.py",
-        "inside_T = _times(trusted_T, torch.where(infinite_T, 0.0, reward_T))",
-        "inside_T = torch.where(infinite_T, 0.0, reward_T)",
+        "earned_T = _times(trusted_T, reward_T)",
+        "earned_T = reward_T",
     ),
     Mutation(
         "sign of the threshold",
         "terms.py",
-        "return (~(log_ratio_T <= config.reward_floor)).float()",
-        "return (~(log_ratio_T <= -config.reward_floor)).float()",
+        "    floor = config.reward_floor",
+        "    floor = -(config.reward_floor or 0.0)",
     ),
     Mutation(
         "sign of the forward KL's gradient",
@@ -96,21 +104,21 @@ MUTATIONS = (
     Mutation(
         "detach lost: the reward is differentiated",
         "terms.py",
-        "term = _term(statistics, value_T=-inside_T, sampled_T=-inside_T)",
-        "term = _term(\n        statistics, value_T=-inside_T, "
-        "sampled_T=-inside_T + statistics.student_logprob_T\n    )",
+        "term = _term(statistics, value_T=-earned_T, sampled_T=-earned_T)",
+        "term = _term(\n        statistics, value_T=-earned_T, "
+        "sampled_T=-earned_T + statistics.student_logprob_T\n    )",
     ),
     Mutation(
         "wrong stop-gradient: score function everywhere",
         "terms.py",
-        "coefficient_T = torch.full_like(value_T, -beta)",
-        "coefficient_T = value_T",
+        "sampled_T=torch.full_like(value_T, -beta))",
+        "sampled_T=value_T)",
     ),
     Mutation(
         "sign of the score function",
         "terms.py",
-        "coefficient_T = value_T  # -sg",
-        "coefficient_T = -value_T  # -sg",
+        "    value_T = beta * statistics.log_ratio_T",
+        "    value_T = -beta * statistics.log_ratio_T",
     ),
     Mutation(
         "missing factor: total variation",
@@ -151,8 +159,8 @@ MUTATIONS = (
     Mutation(
         "band open below",
         "terms.py",
-        "inside_T = ~((rho_T < config.importance_low) | (rho_T > config.importance_high))",
-        "inside_T = ~(rho_T > config.importance_high)",
+        "outside_T = (rho_T < config.importance_low) | (rho_T > config.importance_high)",
+        "outside_T = rho_T > config.importance_high",
     ),
     Mutation(
         "zero times infinity",
@@ -171,6 +179,197 @@ MUTATIONS = (
         "../loss_config.py",
         "return math.log(self.floor) / (1 - self.floor)",
         "return math.log(self.floor)",
+    ),
+    # Importance, what is dropped, the score function, the floor itself.
+    Mutation(
+        "importance: EOPD's forward KL escapes it",
+        "terms.py",
+        """    if config.entropy_forward_kl is not None:
+        term = _add(term, entropy_forward_kl(statistics, config))
+    if config.importance in ("truncated", "band"):
+        term = _weighted_by_importance(term, rho_T, config)
+""",
+        """    if config.importance in ("truncated", "band"):
+        term = _weighted_by_importance(term, rho_T, config)
+    if config.entropy_forward_kl is not None:
+        term = _add(term, entropy_forward_kl(statistics, config))
+""",
+    ),
+    Mutation(
+        "importance: a token that moves counts as dropped",
+        "terms.py",
+        "dropped_T=first.dropped_T & ~moved_T,",
+        "dropped_T=first.dropped_T,",
+    ),
+    Mutation(
+        "importance: band hides a rho of nan",
+        "terms.py",
+        "outside_T = (rho_T < config.importance_low) | (rho_T > config.importance_high)",
+        "outside_T = ~((rho_T >= config.importance_low) & (rho_T <= config.importance_high))",
+    ),
+    Mutation(
+        "an infinite reward reaches the loss",
+        "terms.py",
+        "infinite_T = earned_T.isinf() | unwritten_T",
+        "infinite_T = unwritten_T",
+    ),
+    Mutation(
+        "score function: the prefix without log p",
+        "terms.py",
+        "    value_T = beta * statistics.log_ratio_T",
+        "    value_T = -beta * statistics.student_logprob_T",
+    ),
+    Mutation(
+        "score function: sign of the outlier's reward",
+        "terms.py",
+        "earned_T = earned_T - _times(outlier_T, _forward_kl(statistics, config))",
+        "earned_T = earned_T + _times(outlier_T, _forward_kl(statistics, config))",
+    ),
+    Mutation(
+        "floor: REOPOLD drops R = c",
+        "../loss_config.py",
+        "return self.floor is not None",
+        "return False",
+    ),
+    Mutation(
+        "floor: the static test keeps r = tau",
+        "../loss_config.py",
+        "return self.floor is not None",
+        "return True",
+    ),
+    # What enters a loss.
+    Mutation(
+        "input: an id of no rank is a likely token",
+        "vocab_parallel.py",
+        ".masked_fill_(~known_TK, torch.nan)",
+        "",
+    ),
+    Mutation(
+        "input: an id of no rank is nan on one rank",
+        "vocab_parallel.py",
+        "known_TK = (ids_TK >= 0) & (ids_TK < shard.vocab_size)",
+        "known_TK = (ids_TK >= 0) & (ids_TK < max(shard.stop, shard.start + 1))",
+        several_ranks=True,
+    ),
+    Mutation(
+        "input: top_k_signal does not look at ids",
+        "signals.py",
+        'check_ids(ids_T, vocab_size, "targets.ids_T")',
+        "pass",
+    ),
+    Mutation(
+        "input: [T, 1] passes for [T]",
+        "tensors.py",
+        "if not right or part.tensor.dim() != len(part.axes):",
+        "if not right:",
+    ),
+    Mutation(
+        "input: every type passes",
+        "tensors.py",
+        "right = part.tensor.dtype == dtype if dtype else part.tensor.is_floating_point()",
+        "right = True",
+    ),
+    Mutation(
+        "input: every device passes",
+        "tensors.py",
+        "if part.tensor.device != given[0].tensor.device:",
+        "if False:",
+    ),
+    Mutation(
+        "input: a top-k of other tokens passes",
+        "tensors.py",
+        'if part.axes.startswith("T") and rows != signals.get(part.owner):',
+        'if part.axes == "T" and rows != signals.get(part.owner):',
+    ),
+    Mutation(
+        "input: numbers keep their type",
+        "tensors.py",
+        "changed[part.field] = tensor.float()",
+        "changed[part.field] = tensor",
+    ),
+    Mutation(
+        "input: draws of 1 pass",
+        "tensors.py",
+        "lambda uniforms: (uniforms >= 0) & (uniforms < 1),",
+        "lambda uniforms: (uniforms >= 0) & (uniforms <= 1),",
+    ),
+    Mutation(
+        "input: a draw of nan is trusted on a GPU",
+        "terms.py",
+        "return torch.where(uniforms_T.isnan(), torch.nan, trusted_T)",
+        "return trusted_T",
+    ),
+    Mutation(
+        "input: a draw that rounds to 1 excludes a certain token",
+        "terms.py",
+        "((uniforms_T >= trust_T) & (trust_T < 1))",
+        "(uniforms_T >= trust_T)",
+    ),
+    # Settings made in Python.
+    Mutation(
+        "settings: any name passes for a choice",
+        "../settings.py",
+        "if not any(type(value) is type(choice) and value == choice for choice in choices):",
+        "if False:",
+        tests=SETTINGS,
+    ),
+    Mutation(
+        "settings: no nearest name",
+        "../settings.py",
+        "close = difflib.get_close_matches(str(value).lower(), names, n=1, cutoff=likeness)",
+        "close: list[str] = []",
+        tests=SETTINGS,
+    ),
+    Mutation(
+        "settings: nan and infinity lie in every range",
+        "../settings.py",
+        "return above and below and math.isfinite(value)",
+        "return not math.isfinite(value) or (above and below)",
+        tests=SETTINGS,
+    ),
+    Mutation(
+        "settings: ranges are not looked at",
+        "../settings.py",
+        "    if isinstance(given, Range):",
+        "    if isinstance(given, str):",
+        tests=SETTINGS,
+    ),
+    Mutation(
+        "settings: a number without a range",
+        "../config.py",
+        "num_problems: Count",
+        "num_problems: int",
+        tests=SETTINGS,
+    ),
+    # Which token is no number.
+    Mutation(
+        "naming: the teacher is called the student",
+        "trouble.py",
+        "(teacher_T, _TEACHER),",
+        "(teacher_T, _STUDENT),",
+        tests=METRICS,
+    ),
+    Mutation(
+        "naming: the place in the trajectory is lost",
+        "../step_metrics.py",
+        "key_BS = (batch.response_positions << BITS) | found_BS",
+        "key_BS = found_BS",
+        tests=METRICS,
+    ),
+    Mutation(
+        "naming: the last trajectory is named",
+        "../step_metrics.py",
+        "return min(((row << _POSITION_BITS)",
+        "return max(((row << _POSITION_BITS)",
+        tests=METRICS,
+    ),
+    Mutation(
+        "naming: the host waits for every micro-batch",
+        "../step_metrics.py",
+        "        self._bad_rows.append((batch.rows, first_B))",
+        "        assert (found_BS >= 0).all().item()\n"
+        "        self._bad_rows.append((batch.rows, first_B))",
+        tests=METRICS,
     ),
     # Passes over the vocabulary.
     Mutation(
@@ -211,28 +410,28 @@ MUTATIONS = (
         several_ranks=True,
     ),
     Mutation(
-        "ties of the top-k as they come",
+        "top-k: a group too few",
         "vocab_parallel.py",
-        "    for rows in crowded_T.split(_rows_of_ties(columns_Tv)):",
-        "    for rows in crowded_T[:0].split(_rows_of_ties(columns_Tv)):",
+        "_keys(largest_TG, numbers_G, 0).topk(k, dim=-1, sorted=False)",
+        "_keys(largest_TG, numbers_G, 0).topk(max(k - 1, 1), dim=-1, sorted=False)",
+    ),
+    Mutation(
+        "top-k: the last columns are in no group",
+        "vocab_parallel.py",
+        "    if whole < columns_Tv.shape[-1]:",
+        "    if False:",
+    ),
+    Mutation(
+        "top-k: columns that do not exist",
+        "vocab_parallel.py",
+        ".masked_fill(columns_TK >= num, _LOWEST_KEY)",
+        "",
     ),
     Mutation(
         "padded columns take part",
         "vocab_parallel.py",
         "real = tuple(min(bound, vocab_size) for bound in bounds)",
         "real = tuple(bounds)",
-    ),
-    Mutation(
-        "ties of the top-k counted from the wrong place",
-        "vocab_parallel.py",
-        "        place = place + sure_T[rows][row]",
-        "        place = place + sure_T[rows][row] - (sure_T[rows][row] > 0).long()",
-    ),
-    Mutation(
-        "ties of the top-k at the highest ids",
-        "vocab_parallel.py",
-        "place_N = torch.arange(len(row_N), device=row_N.device) - before_t[row_N]",
-        "place_N = (before_t + counts_t)[row_N] - 1 - torch.arange(len(row_N))",
     ),
     Mutation(
         "digits: a small share of the mixture",
@@ -487,14 +686,13 @@ def tests_fail(folder: Path, tests: tuple[str, ...]) -> tuple[bool, str]:
 
 def survives(mutation: Mutation) -> bool:
     """Run the tests on a copy with the mistake in it, and say what came of it."""
-    tests = SEVERAL_RANKS if mutation.several_ranks else ONE_RANK
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         copy_to(folder)
         path = source(mutation, folder)
         path.write_text(path.read_text().replace(mutation.old, mutation.new))
-        caught, how = tests_fail(folder, tests)
+        caught, how = tests_fail(folder, mutation.suite())
     verdict = "caught  " if caught else "SURVIVED"
     print(f"{verdict} {time.monotonic() - begin:4.0f} s  {mutation.name}: {how}", flush=True)
     return not caught
@@ -509,7 +707,7 @@ def main(words: list[str]) -> int:
         return 1
     with tempfile.TemporaryDirectory() as name:
         copy_to(Path(name))
-        suites = dict.fromkeys(SEVERAL_RANKS if m.several_ranks else ONE_RANK for m in chosen)
+        suites = dict.fromkeys(mutation.suite() for mutation in chosen)
         for tests in suites:
             failed, how = tests_fail(Path(name), tests)
             if failed:

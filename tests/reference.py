@@ -171,10 +171,11 @@ def reward_floor(s: dict) -> float | None:
 
 
 def negative_log_likelihood(m: Models, beta: float, gradient: str):
-    """-beta log q(x), or with score_function -sg(beta log q(x)) log q(x) of the same value."""
-    value = -beta * m.log_q_x
+    """-beta log q(x), or with score_function the loss of the reward beta (log q(x) - log p(x))."""
     if gradient == "score_function":
-        return times(value, m.log_q_x), dict(term=value.detach())
+        reward = -beta * m.ratio_x
+        return -times(reward, m.log_q_x), dict(term=-reward)
+    value = -beta * m.log_q_x
     return value, dict(term=value.detach())
 
 
@@ -183,49 +184,64 @@ def policy_gradient(m: Models, tokens: Tokens, s: dict):
     if s["region"] == "exact":
         return exact_trust_region(m, s)
     reward = sampled_reward(m, tokens, s)
-    inside = {
-        "none": torch.ones_like(m.ratio_x),
-        "bernoulli": (tokens.uniforms.double() < m.trust_x).double(),
-        "threshold": (m.ratio_x > (reward_floor(s) or 0.0)).double(),
-        "expected": m.trust_x,
-    }[s["region"]]
-    shares = [(inside, reward)]
-    if s["outlier"] == "clip" and s["region"] != "none":
-        shares.append((1 - inside, reward.clamp(min=reward_floor(s))))
+    inside = trusted_share(m, tokens, s)
+    outside_kl = s["outlier"] == "forward_kl" and s["region"] != "none"
+    by_score = s["gradient"] == "score_function"
 
+    # What the token earns: the policy gradient's part of its loss.
+    share = torch.where(inside < UNDERFLOW, 0.0, inside)
+    earned = times(share, reward)
+    if s["outlier"] == "clip" and s["region"] != "none":
+        earned = earned + times(1 - share, reward.clamp(min=reward_floor(s)))
+    infinite = ~earned.isfinite()
+    earned = earned.where(~infinite, 0.0)
+    if outside_kl and by_score:
+        earned = earned - times(1 - inside, m.forward_kl().detach())
     rho = torch.ones_like(inside)
     if s["importance"] != "none":
         rho = (m.at(m.lq) - tokens.rollout_logprobs.double()).exp()
-    surrogate, value = torch.zeros_like(m.log_q_x), torch.zeros_like(inside)
-    infinite, dropped = torch.zeros_like(inside).bool(), torch.zeros_like(inside).bool()
-    for share, earned in shares:
-        share = torch.where(share < UNDERFLOW, 0.0, share)
-        infinite |= (share > 0) & ~earned.isfinite()
-        earned = earned.where(earned.isfinite(), 0.0)
-        credit, worth, clipped = rho_of_ppo(rho, earned, s)
-        surrogate = surrogate - times(share * credit * earned, m.log_q_x)
-        value = value - share * worth * earned
-        dropped |= (share > 0) & clipped
-    if s["outlier"] == "forward_kl" and s["region"] != "none":
-        outside = times(1 - inside, m.forward_kl())
-        value = value + outside.detach()
-        by_score = s["gradient"] == "score_function"
-        surrogate = surrogate + (times(outside.detach(), m.log_q_x) if by_score else outside)
+    credit, worth, clipped = rho_of_ppo(rho, earned, s)
+    surrogate, value = -times(times(credit, earned), m.log_q_x), -times(worth, earned)
+
+    # The divergences, which are no rewards.
+    without_gradient = infinite | clipped
+    for weight, distance in (
+        *([(1 - inside, m.forward_kl())] if outside_kl and not by_score else []),
+        *([uncertain_kl(m, s)] if s["entropy_forward_kl"] is not None else []),
+    ):
+        added = times(weight, distance)
+        surrogate, value = surrogate + added, value + added.detach()
+        without_gradient &= weight < 1e-7  # what float32 takes for none
 
     factor = torch.ones_like(inside)
     if s["importance"] == "truncated":
         factor = rho.clamp(max=s["importance_high"])
     if s["importance"] == "band":
         within = (rho >= s["importance_low"]) & (rho <= s["importance_high"])
-        factor, dropped = torch.where(within, rho, 0.0), ~within
+        factor, without_gradient = torch.where(within, rho, 0.0), without_gradient | ~within
     surrogate, value = times(factor, surrogate), times(factor, value)
-    dropped |= infinite
-    surrogate, value = surrogate.where(~infinite, 0.0), value.where(~infinite, 0.0)
-    if s["entropy_forward_kl"] is not None:
-        uncertain = (m.teacher_entropy > s["entropy_forward_kl"]).double()
-        added = times(uncertain, m.entropy_forward_kl())
-        surrogate, value = surrogate + added, value + added.detach()
-    return surrogate, dict(term=value, outlier=1 - inside, dropped=dropped.double(), importance=rho)
+    dropped = without_gradient.double()
+    return surrogate, dict(term=value, outlier=1 - inside, dropped=dropped, importance=rho)
+
+
+def trusted_share(m: Models, tokens: Tokens, s: dict) -> Tensor:
+    """[T] how much of each token lies inside the trust region."""
+    if s["region"] == "none":
+        return torch.ones_like(m.ratio_x)
+    if s["region"] == "expected":
+        return m.trust_x
+    if s["region"] == "bernoulli":
+        return (tokens.uniforms.double() < m.trust_x).double()
+    assert s["region"] == "threshold"
+    if s["floor"] is not None:  # REOPOLD's R >= c; the static test of TrOPD's ablation is strict
+        return (m.ratio_x >= reward_floor(s)).double()
+    return (m.ratio_x > reward_floor(s)).double()
+
+
+def uncertain_kl(m: Models, s: dict) -> tuple[Tensor, Tensor]:
+    """EOPD's ([T] 1 where the teacher's entropy is high, [T] forward KL)."""
+    uncertain = m.teacher_entropy > s["entropy_forward_kl"]
+    return uncertain.double(), m.entropy_forward_kl()
 
 
 def sampled_reward(m: Models, tokens: Tokens, s: dict) -> Tensor:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megatron_tropd.config import read_toml, settings_from_table
 from megatron_tropd.errors import ConfigError
+from megatron_tropd.settings import Count, Number, Settings
 
 _PLACES = re.compile(r"--(array|nodes|ntasks)\b|-[aNn]")
 _OURS_OF_SRUN = re.compile(r"--(container-(image|mounts|workdir|env)|output|open-mode|export)\b")
@@ -18,7 +19,7 @@ def _require(condition: bool, message: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Container:
+class Container(Settings, section="container"):
     """An image that pyxis starts on every node (``srun --container-image``)."""
 
     image: str
@@ -29,7 +30,7 @@ class Container:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Site:
+class Site(Settings):
     """One cluster and one way to use it."""
 
     partition: str
@@ -38,13 +39,13 @@ class Site:
     """Who is charged; "" leaves the user's default."""
     time: str
     """Longest time of one job (HH:MM:SS, D-HH:MM:SS, minutes); the run goes on in the next."""
-    gpus_per_node: int
+    gpus_per_node: Number
     """GPUs of one node, each the device of one rank; 0: no GPUs."""
-    ranks_per_node: int | None = None
+    ranks_per_node: Count | None = None
     """Ranks of one node where it has no GPUs."""
     gres: str = "gpu"
     """What GPUs are asked for by: NAME or NAME:TYPE of --gres; "": not asked for."""
-    cpus_per_node: int | None = None
+    cpus_per_node: Count | None = None
     """CPUs to ask for on a node; None: all of them where exclusive, else Slurm's default."""
     memory: str = "0"
     """Memory to ask for on a node (--mem); 0: all of it; "": Slurm's default."""
@@ -58,10 +59,10 @@ class Site:
     """Further options of sbatch, as on its command line, without numbers of nodes and tasks."""
     srun_options: tuple[str, ...] = ()
     """Further options of srun for every step: --mpi=none, pyxis' --no-container-mount-home ..."""
-    warning_seconds: int = 600
+    warning_seconds: Count = 600
     """The run is told to save so long before its time is up: one step, with its evaluation and
     checkpoint if they are due, must fit."""
-    max_restarts: int = 3
+    max_restarts: Number = 3
     """Requeues in a row without a finished step, after which the job gives up."""
     modules: tuple[str, ...] = ()
     """Environment modules to load."""
@@ -75,8 +76,7 @@ class Site:
     """Variables of every process, such as GLOO_SOCKET_IFNAME; ``$`` in a value means nothing
     (``setup`` is shell). No secrets: the job file is kept."""
 
-    def __post_init__(self) -> None:
-        _require(self.gpus_per_node >= 0, "gpus_per_node must be at least 0.")
+    def _check_together(self) -> None:
         _require(
             self.gpus_per_node > 0 or (self.ranks_per_node or 0) > 0,
             "gpus_per_node = 0 needs ranks_per_node: how many ranks a node without GPUs gets.",
@@ -107,7 +107,6 @@ class Site:
                 f"srun_options: {option!r} is written by tropd slurm itself, from [container], "
                 "[environment] and the run. Remove it.",
             )
-        _require(self.max_restarts >= 0, "max_restarts must be at least 0.")
         limit = _seconds(self.time)
         _require(
             0 < self.warning_seconds < min(limit, 65536),
@@ -116,7 +115,7 @@ class Site:
         )
         for name, value in self.environment.items():
             _require(
-                re.fullmatch(r"[A-Za-z_]\w*", name) is not None and isinstance(value, str),
+                re.fullmatch(r"[A-Za-z_]\w*", name) is not None,
                 f"environment.{name} must be a variable's name with a string, found {value!r}.",
             )
             _require(

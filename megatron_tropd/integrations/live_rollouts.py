@@ -30,10 +30,11 @@ from megatron_tropd.mcore.weights import export_weights
 from megatron_tropd.rollout.engine import RolloutEngine
 from megatron_tropd.rollout.pool import EnginePool
 from megatron_tropd.rollout.types import Sampling
+from megatron_tropd.settings import Anything, Count, Settings
 
 
 @dataclass(frozen=True)
-class LiveSettings:
+class LiveSettings(Settings):
     """What is sampled, and by whom."""
 
     student: Path
@@ -48,16 +49,16 @@ class LiveSettings:
 
 
 @dataclass(frozen=True)
-class LoopSettings:
+class LoopSettings(Settings):
     """What rollouts must know of the training loop."""
 
-    seq_length: int
+    seq_length: Count
     """S, positions of a row."""
-    padded_vocab_size: int
+    padded_vocab_size: Count
     """Rows of the model's embedding, over all tensor-parallel ranks."""
-    seed: int
+    seed: Anything
     """Keys prompts and samples."""
-    steps: int
+    steps: Count
     """Of the whole training: teacher prefixes fall to nothing over them."""
 
 

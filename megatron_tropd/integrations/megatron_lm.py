@@ -41,6 +41,7 @@ from megatron_tropd.losses import (
     tropd_loss_from_hidden,
     unrounded_gradient,
 )
+from megatron_tropd.losses.trouble import trouble, words
 
 Report = dict[str, Tensor]
 """Name in Megatron's log -> [2] float32: sum over this rank's tokens and their number."""
@@ -247,7 +248,7 @@ def loss_of_states(scored: Scored, model: torch.nn.Module, hidden_TH: Tensor) ->
     if torch.is_grad_enabled() and model.ddp_config.overlap_grad_reduce:  # type: ignore[union-attr]
         loss = SomeGradient.apply(loss, weight_vH)
     if settings.check_finite:
-        _check_finite(loss)
+        _check_finite(loss, partial(first_trouble, output.values, scored))
     num_tokens = torch.tensor(len(hidden_TH), dtype=torch.int, device=loss.device)
     return loss, num_tokens, report_of(output.values, settings)
 
@@ -518,14 +519,45 @@ def _vocab_size() -> int:
     return int(get_tokenizer().vocab_size)
 
 
-def _check_finite(loss: Tensor) -> None:
+def first_trouble(values: dict[str, Tensor], scored: Scored) -> str:
+    """The first token of a micro-batch whose loss is no number, in words.
+
+    Args:
+        values: [T] each, of the loss.
+        scored: the micro-batch.
+
+    Returns:
+        Iteration, row, place, token, and whose fault it is.
+    """
+    found_T, batch = trouble(values), scored.batch
+    bad = found_T.nonzero()
+    if not len(bad):
+        return "every token's loss is finite, their sum is not"
+    first = int(bad[0])
+    row, place = batch.loss_mask.nonzero()[first].tolist()
+    sample = f" (sample {int(batch.sample_ids[row])})" if batch.sampled else ""
+    return (
+        f"iteration {scored.loss.iteration + 1}, row {row} of the micro-batch{sample}, position "
+        f"{place}, which predicts token {int(batch.labels[row, place])}: "
+        f"{words(int(found_T[first]))}"
+    )
+
+
+def _check_finite(loss: Tensor, what: Callable[[], str]) -> None:
     """Megatron's own check of each micro-batch's loss (--check-for-nan-in-loss-and-grad)."""
     from megatron.core.rerun_state_machine import get_rerun_state_machine
+
+    def rejected(result: Tensor, found: Callable[[Tensor], Tensor]) -> bool:
+        bad = bool(found(result))  # Megatron asks the same of what this returns
+        if bad:
+            # Its message names a test that is run again, and must be the same each time.
+            print(f"tropd: the loss is not finite in {what()}", flush=True)
+        return bad
 
     for found, name in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
         get_rerun_state_machine().validate_result(
             result=loss,
-            rejection_func=found,
+            rejection_func=partial(rejected, found=found),
             message=f"found {name} in the distillation loss",
             tolerance=0.0,
             fatal=True,

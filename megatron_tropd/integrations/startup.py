@@ -18,6 +18,7 @@ from megatron_tropd.data.tokenizers import check_same_tokenizer, load_tokenizer
 from megatron_tropd.errors import ConfigError
 from megatron_tropd.loss_config import LossConfig, preset
 from megatron_tropd.losses import HiddenStatesSignal, check_signal
+from megatron_tropd.settings import Amount, check_value
 
 SUPPORTED = ("0.17", "0.18", "0.19")
 """Versions of megatron-core whose training loop was run with the plug-in."""
@@ -143,6 +144,8 @@ def check_arguments(args: Namespace) -> None:
             "--tropd-method needs --calculate-per-token-loss: micro-batches differ in their "
             "number of loss tokens. Add it."
         )
+    if args.tropd_beta is not None:
+        check_value(Amount, args.tropd_beta, "--tropd-beta")
     loss_config(args)
 
 

@@ -5,6 +5,7 @@ another, so equal shards of the two hold different columns on every rank but the
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -80,6 +81,12 @@ def _check_bounds(
             f"Expected bounds of {size} shards ({size + 1} column ids), found {list(have)} and "
             f"{list(want)}."
         )
+    for bounds in (have, want):
+        if bounds[0] != 0 or any(a > b for a, b in pairwise(bounds)):
+            raise ValueError(
+                f"Expected column ids that start at 0 and ascend, found {list(bounds)}. Give each "
+                "rank the columns after those of the rank before it."
+            )
     if have[rank + 1] - have[rank] != rows:
         raise ValueError(
             f"Expected {have[rank + 1] - have[rank]} rows on rank {rank} (bounds {list(have)}), "

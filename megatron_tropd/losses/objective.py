@@ -39,6 +39,7 @@ from megatron_tropd.losses.signals import (
 )
 from megatron_tropd.losses.statistics import TokenStatistics
 from megatron_tropd.losses.targets import LossOutput, LossTargets, SummedLoss
+from megatron_tropd.losses.tensors import check_numbers, check_tensors
 from megatron_tropd.losses.terms import Term, dense_spec, term_of_tokens, trust
 
 _METRICS_TOP_K = 64
@@ -99,10 +100,12 @@ def tropd_loss(
 
     Source: Trust Region On-Policy Distillation, arXiv 2606.01249.
     """
+    check_numbers(beta=beta, vocab_size=vocab_size)
+    check_tensors(student=LogitsSignal(student_logits_Tv, vocab_size))
     student = LogitsSignal(student_logits_Tv.detach(), vocab_size, _tuple(bounds))
     shard = shard_of_signal(student, group, "student")
     signal = _aligned(signal, shard)
-    pair = _pair(student, targets, signal, config, shard, metrics, memory_mib)
+    pair, targets = _pair(student, targets, signal, config, shard, metrics, memory_mib)
     with torch.no_grad():
         statistics = _collect(pair)
         term = term_of_tokens(statistics, targets, config, beta)
@@ -171,6 +174,8 @@ def tropd_loss_from_hidden(
 
     Source: as :func:`tropd_loss`.
     """
+    check_numbers(beta=beta, vocab_size=vocab_size)
+    check_tensors(student=HiddenStatesSignal(hidden_TH, output_weight_vH, vocab_size))
     if sequence_parallel:
         hidden_TH = gather_rows(hidden_TH, group)
     elif reduce_hidden_grad:
@@ -180,7 +185,7 @@ def tropd_loss_from_hidden(
     )
     shard = shard_of_signal(student, group, "student")
     check_products(student, signal, shard, main_grad)
-    pair = _pair(student, targets, signal, config, shard, metrics, memory_mib)
+    pair, targets = _pair(student, targets, signal, config, shard, metrics, memory_mib)
     maker = _GradientMaker(pair, targets, config, beta, main_grad)
     loss = _LossOfHidden.apply(hidden_TH, output_weight_vH, maker)
     return SummedLoss(loss, maker.values())
@@ -200,7 +205,7 @@ def token_statistics(
     """What :func:`tropd_loss` would see, without a gradient; arguments and errors as there."""
     student = LogitsSignal(student_logits_Tv.detach(), vocab_size, _tuple(bounds))
     shard = shard_of_signal(student, group, "student")
-    pair = _pair(student, targets, _aligned(signal, shard), config, shard, True, memory_mib)
+    pair, _ = _pair(student, targets, _aligned(signal, shard), config, shard, True, memory_mib)
     with torch.no_grad():
         return _collect(pair)
 
@@ -223,7 +228,7 @@ def token_statistics_from_hidden(
     )
     shard = shard_of_signal(student, group, "student")
     check_products(student, signal, shard)
-    pair = _pair(student, targets, signal, config, shard, True, memory_mib)
+    pair, _ = _pair(student, targets, signal, config, shard, True, memory_mib)
     with torch.no_grad():
         return _collect(pair)
 
@@ -362,15 +367,16 @@ def _pair(
     shard: vp.Shard,
     metrics: bool,
     memory_mib: int | None,
-) -> Pair:
+) -> tuple[Pair, LossTargets]:
+    """What the passes need, and the targets as they may be used."""
     check_signal(config, signal, vocab_size=student.vocab_size)
-    check_inputs(student, targets, signal, config)
+    targets, signal = check_inputs(student, targets, signal, config)
     full = isinstance(signal, FullSignal)
     k = config.support
     if metrics and not k:
         wanted = min(_METRICS_TOP_K, student.vocab_size)
         k = wanted if full else min(wanted, width_of_top_k(signal))
-    return Pair(
+    pair = Pair(
         student=student,
         teacher=signal,
         ids_T=targets.ids_T,
@@ -380,6 +386,7 @@ def _pair(
         device=targets.ids_T.device,
         memory_mib=memory_mib,
     )
+    return pair, targets
 
 
 def _silenced(hidden_tH: Tensor, weights_t: Tensor | None) -> Tensor:

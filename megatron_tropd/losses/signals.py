@@ -18,6 +18,7 @@ from megatron_tropd.loss_config import LossConfig
 from megatron_tropd.losses import products
 from megatron_tropd.losses import vocab_parallel as vp
 from megatron_tropd.losses.dense import sum_names
+from megatron_tropd.losses.tensors import check_ids, check_tensors
 
 SAMPLED = "sampled"
 """log p of the token in the trajectory."""
@@ -148,6 +149,11 @@ class TopKSignal:
         return self.sampled_logprobs_T.shape[0]
 
 
+@dataclass(frozen=True)
+class _Ids:
+    ids_T: Tensor
+
+
 def top_k_signal(
     logits_Tv: Tensor,
     ids_T: Tensor,
@@ -171,11 +177,14 @@ def top_k_signal(
         The signal, the same on every rank of ``group``.
 
     Raises:
-        ValueError: k is larger than the vocabulary.
+        ValueError: k is larger than the vocabulary, a tensor has another shape or type, or, on a
+            CPU, an id is outside the vocabulary. On a GPU the log-prob of that token is nan.
 
     Collectives: 2 all-gathers of [T, 2] float32 and [T, k] int64, 1 all-reduce (SUM) of [T]
     float32.
     """
+    check_tensors(teacher=LogitsSignal(logits_Tv, vocab_size), targets=_Ids(ids_T))
+    check_ids(ids_T, vocab_size, "targets.ids_T")
     shard = vp.shard_of(logits_Tv.shape[-1], vocab_size=vocab_size, group=group, bounds=bounds)
     normaliser_T2 = vp.normaliser(logits_Tv, shard)
     topk_TK, topk_ids_TK = vp.top_k(logits_Tv, k, vocab_size=vocab_size, shard=shard)

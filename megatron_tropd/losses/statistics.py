@@ -105,14 +105,15 @@ def compare(
     where D of the sums are no moments. On a CPU those that need both normalisers (the trust region,
     JSD, at most 3); with the passes of a GPU, which have no moments, all of them, at most 7.
     """
-    ids_T1, start = ids_T.unsqueeze(-1), shard.start
-    keys_TK = vp.pack_top_k(teacher_Tv, k, start=start) if k else ids_T.new_empty(len(ids_T), 0)
+    ids_T1 = ids_T.unsqueeze(-1)
+    no_keys = ids_T.new_empty(len(ids_T), 0)
+    keys_TK = vp.pack_top_k(teacher_Tv, k, start=shard.start) if k else no_keys
     _, candidates_TK = vp.unpack_top_k(keys_TK)
     picked_Tn = torch.cat(
         [
-            vp.pick_columns(student_Tv, ids_T1, start=start),
-            vp.pick_columns(teacher_Tv, ids_T1, start=start),
-            vp.pick_columns(student_Tv, candidates_TK, start=start),
+            vp.pick_columns(student_Tv, ids_T1, shard),
+            vp.pick_columns(teacher_Tv, ids_T1, shard),
+            vp.pick_columns(student_Tv, candidates_TK, shard),
         ],
         dim=-1,
     )
@@ -182,7 +183,7 @@ def look_up(
     """
     topk_ids_TK = signal.topk_ids_TK[rows, :k]
     lookups_TK = torch.cat([ids_T.unsqueeze(-1), topk_ids_TK], dim=-1)
-    picked_TK = vp.pick_columns(student_Tv, lookups_TK, start=shard.start)
+    picked_TK = vp.pick_columns(student_Tv, lookups_TK, shard)
     gathering = vp.AllGather(torch.cat([picked_TK, passes.first()], dim=-1), group=shard.group)
     yield
     packed_RTn = gathering.wait()

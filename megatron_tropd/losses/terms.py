@@ -118,8 +118,6 @@ def term_of_tokens(
     """
     if config.objective == "policy_gradient":
         student = policy_gradient(statistics, targets, config)
-        if config.entropy_forward_kl is not None:
-            student = _add(student, entropy_forward_kl(statistics, config))
     else:
         student = DIVERGENCES[config.objective](statistics, config)
     if config.teacher_tokens == "same":
@@ -128,41 +126,58 @@ def term_of_tokens(
 
 
 def teacher_token(statistics: TokenStatistics, config: LossConfig, beta: float) -> Term:
-    r""":math:`-\beta \log q(x)`: the sampled forward KL up to a constant (guidance)."""
-    value_T = -beta * statistics.student_logprob_T
-    coefficient_T = torch.full_like(value_T, -beta)
+    r""":math:`-\beta \log q(x)`: the sampled forward KL up to a constant (guidance).
+
+    With ``score_function`` the reward is :math:`\beta (\log q(x) - \log p(x))`: the wrong sign, as
+    said of the authors' code.
+    """
     if config.gradient == "score_function":
-        coefficient_T = value_T  # -sg(beta log q(x)) log q(x): the wrong sign, as said of print
-    return _term(statistics, value_T=value_T, sampled_T=coefficient_T)
+        value_T = beta * statistics.log_ratio_T
+        return _term(statistics, value_T=value_T, sampled_T=value_T)
+    value_T = -beta * statistics.student_logprob_T
+    return _term(statistics, value_T=value_T, sampled_T=torch.full_like(value_T, -beta))
 
 
 def policy_gradient(statistics: TokenStatistics, targets: LossTargets, config: LossConfig) -> Term:
     """Reward of the sampled token inside the trust region, the outlier rule outside."""
     if config.region == "exact":
         return exact_trust_region(statistics, config)
-    ratio_T = statistics.log_ratio_T
-    reward_T = rewards(ratio_T, config) if targets.rewards_T is None else targets.rewards_T
-    trusted_T = _trusted(ratio_T, targets.uniforms_T, config)
-    unwritten_T = statistics.teacher_logprob_T.isinf() & statistics.student_logprob_T.isinf()
-    infinite_T = (reward_T.isinf() & (trusted_T > 0)) | unwritten_T
-    inside_T = _times(trusted_T, torch.where(infinite_T, 0.0, reward_T))
+    trusted_T = _trusted(statistics.log_ratio_T, targets.uniforms_T, config)
     outlier_T = 1.0 - trusted_T
-    if config.outlier == "clip" and config.region != "none":
-        inside_T = inside_T + _times(outlier_T, reward_T.clamp(min=config.reward_floor))
-    term = _term(statistics, value_T=-inside_T, sampled_T=-inside_T)
+    earned_T, infinite_T = _earned(statistics, targets, trusted_T, config)
+    if config.uses_forward_kl and config.gradient == "score_function":
+        earned_T = earned_T - _times(outlier_T, _forward_kl(statistics, config))
+    term = _term(statistics, value_T=-earned_T, sampled_T=-earned_T)
+    term = replace(term, dropped_T=infinite_T)
     rho_T = _importance(statistics, targets, config)
     if config.importance == "ppo":
-        term = _ppo_clipped(term, inside_T, rho_T, config)
-    if config.uses_forward_kl:
+        term = _ppo_clipped(term, earned_T, rho_T, config)
+    # The divergences are no rewards: PPO clips none of them, a weight of the token applies to all.
+    if config.uses_forward_kl and config.gradient == "backprop":
         term = _add(term, forward_kl_outlier(statistics, config, outlier_T))
+    if config.entropy_forward_kl is not None:
+        term = _add(term, entropy_forward_kl(statistics, config))
     if config.importance in ("truncated", "band"):
         term = _weighted_by_importance(term, rho_T, config)
-    return replace(
-        term,
-        outlier_T=outlier_T,
-        importance_T=rho_T,
-        dropped_T=term.dropped_T | infinite_T,
-    )
+    return replace(term, outlier_T=outlier_T, importance_T=rho_T)
+
+
+def _earned(
+    statistics: TokenStatistics, targets: LossTargets, trusted_T: Tensor, config: LossConfig
+) -> tuple[Tensor, Tensor]:
+    """([T] reward inside the region and of clipped outliers, [T] bool whether it is infinite).
+
+    An infinite reward, or one of a token that neither model writes, counts as 0.
+    """
+    ratio_T = statistics.log_ratio_T
+    reward_T = rewards(ratio_T, config) if targets.rewards_T is None else targets.rewards_T
+    earned_T = _times(trusted_T, reward_T)
+    if config.outlier == "clip" and config.region != "none":
+        clipped_T = reward_T.clamp(min=config.reward_floor)
+        earned_T = earned_T + _times(1.0 - trusted_T, clipped_T)
+    unwritten_T = statistics.teacher_logprob_T.isinf() & statistics.student_logprob_T.isinf()
+    infinite_T = earned_T.isinf() | unwritten_T
+    return torch.where(infinite_T, 0.0, earned_T), infinite_T
 
 
 def rewards(log_ratio_T: Tensor, config: LossConfig) -> Tensor:
@@ -187,9 +202,6 @@ def rewards(log_ratio_T: Tensor, config: LossConfig) -> Tensor:
 def forward_kl_outlier(statistics: TokenStatistics, config: LossConfig, outlier_T: Tensor) -> Term:
     r""":math:`o \sum_{v \in \mathrm{TopK}(p)} p (\log p - \log q)`, not renormalised."""
     value_T = _forward_kl(statistics, config)
-    if config.gradient == "score_function":
-        detached_T = _times(outlier_T, value_T)
-        return _term(statistics, value_T=detached_T, sampled_T=detached_T)
     if config.top_k == 0:
         term = _term(statistics, value_T=value_T, teacher_T=torch.full_like(value_T, -1.0))
     else:
@@ -278,13 +290,18 @@ def _trusted(log_ratio_T: Tensor, uniforms_T: Tensor, config: LossConfig) -> Ten
     """[T] float share of the token inside the region: drawn, or its mean."""
     if config.region == "none":
         return torch.ones_like(log_ratio_T)
+    # Negated below, so that nan is trusted and reaches the loss instead of hiding in a mask.
     if config.region == "threshold":
-        assert config.reward_floor is not None
-        return (~(log_ratio_T <= config.reward_floor)).float()
+        floor = config.reward_floor
+        assert floor is not None
+        outside_T = log_ratio_T < floor if config.trusts_the_floor else log_ratio_T <= floor
+        return (~outside_T).float()
+    trust_T = trust(log_ratio_T)
     if config.region == "expected":
-        return trust(log_ratio_T)
-    # Negated, so that nan is trusted and reaches the loss instead of hiding in a mask.
-    return (~(uniforms_T >= trust(log_ratio_T))).float()
+        return trust_T
+    # A draw of almost 1 that float32 rounds to 1 excludes no token of trust 1.
+    trusted_T = (~((uniforms_T >= trust_T) & (trust_T < 1))).float()
+    return torch.where(uniforms_T.isnan(), torch.nan, trusted_T)  # see ``checks``
 
 
 def _forward_kl(statistics: TokenStatistics, config: LossConfig) -> Tensor:
@@ -310,16 +327,17 @@ def _ppo_clipped(term: Term, reward_T: Tensor, rho_T: Tensor, config: LossConfig
         term,
         value_T=-objective_T,
         sampled_T=torch.where(clipped_T, 0.0, -_times(reward_T, rho_T)),
-        dropped_T=clipped_T,
+        dropped_T=term.dropped_T | clipped_T,
     )
 
 
 def _weighted_by_importance(term: Term, rho_T: Tensor, config: LossConfig) -> Term:
     if config.importance == "truncated":
         return term.scaled(rho_T.clamp(max=config.importance_high))
-    # Negated, so that nan is inside and reaches the loss instead of hiding in a mask.
-    inside_T = ~((rho_T < config.importance_low) | (rho_T > config.importance_high))
-    return replace(term.scaled(torch.where(inside_T, rho_T, 0.0)), dropped_T=~inside_T)
+    # Not "inside": nan is neither below nor above and has to reach the loss.
+    outside_T = (rho_T < config.importance_low) | (rho_T > config.importance_high)
+    term = replace(term, dropped_T=term.dropped_T | outside_T)
+    return term.scaled(torch.where(outside_T, 0.0, rho_T))
 
 
 def _term(
@@ -351,7 +369,11 @@ def _term(
 
 
 def _add(first: Term, second: Term) -> Term:
-    """Sum of two terms; what the first says about the token stays."""
+    """A term and a divergence; what the first says about the token stays.
+
+    A token that the divergence moves is not dropped, whatever became of its reward.
+    """
+    moved_T = (second.topk_TK != 0).any(dim=-1) | (second.teacher_T != 0)
     return replace(
         first,
         value_T=first.value_T + second.value_T,
@@ -359,6 +381,7 @@ def _add(first: Term, second: Term) -> Term:
         topk_TK=first.topk_TK + second.topk_TK,
         reward_T=first.reward_T + second.reward_T,
         teacher_T=first.teacher_T + second.teacher_T,
+        dropped_T=first.dropped_T & ~moved_T,
     )
 
 

@@ -39,6 +39,11 @@ class Shard:
     """R + 1 column ids: rank r holds the real columns bounds[r] to bounds[r + 1]."""
 
     @property
+    def vocab_size(self) -> int:
+        """Real columns of all ranks together."""
+        return self.bounds[-1]
+
+    @property
     def stop(self) -> int:
         """Global id after the last real column."""
         return self.start + self.real
@@ -219,21 +224,25 @@ def normalise(logits_TK: Tensor, normaliser_T2: Tensor) -> Tensor:
     return (logits_TK - normaliser_T2[:, :1]).sub_(normaliser_T2[:, 1:])
 
 
-def pick_columns(columns_Tv: Tensor, ids_TK: Tensor, *, start: int) -> Tensor:
-    """Logits at given global ids, 0 where another rank holds the column.
+def pick_columns(columns_Tv: Tensor, ids_TK: Tensor, shard: Shard) -> Tensor:
+    """Logits at given global ids, 0 where another rank holds the column, nan where none does.
 
     Args:
         columns_Tv: [T, v] float32, real columns only; v may be 0.
         ids_TK: [T, K] int64 global column ids.
-        start: global id of the first column.
+        shard: where the columns lie.
 
     Returns:
-        [T, K] float32; summed over the ranks it is the logit, without rounding.
+        [T, K] float32; summed over the ranks it is the logit, without rounding. An id that is no
+        column of the vocabulary (-100, padding) gives nan on every rank: a GPU is not asked
+        whether there is one, and 0 would be a likely token.
     """
+    known_TK = (ids_TK >= 0) & (ids_TK < shard.vocab_size)
+    elsewhere_TK = columns_Tv.new_zeros(ids_TK.shape).masked_fill_(~known_TK, torch.nan)
     if columns_Tv.shape[-1] == 0:
-        return columns_Tv.new_zeros(ids_TK.shape)
-    local_TK, mine_TK = local_ids(ids_TK, start=start, columns=columns_Tv.shape[-1])
-    return torch.where(mine_TK, columns_Tv.gather(-1, local_TK), 0.0)
+        return elsewhere_TK
+    local_TK, mine_TK = local_ids(ids_TK, start=shard.start, columns=columns_Tv.shape[-1])
+    return torch.where(mine_TK, columns_Tv.gather(-1, local_TK), elsewhere_TK)
 
 
 def local_ids(ids_TK: Tensor, *, start: int, columns: int) -> tuple[Tensor, Tensor]:
@@ -385,16 +394,16 @@ def gather_columns(logits_Tv: Tensor, ids_TK: Tensor, shard: Shard) -> Tensor:
 
     Args:
         logits_Tv: [T, v] any float dtype, this rank's shard. Not modified.
-        ids_TK: [T, K] int64 global ids below the vocabulary size, the same on every rank.
+        ids_TK: [T, K] int64 global ids, the same on every rank.
         shard: where the logits lie in the vocabulary.
 
     Returns:
-        [T, K] float32, the same on every rank.
+        [T, K] float32, the same on every rank; nan for ids outside the vocabulary.
 
     Collectives: 1 all-reduce (SUM) of [T, K] float32.
     """
     columns_Tv = real_columns(logits_Tv, shard)
-    picked_TK = pick_columns(columns_Tv, ids_TK, start=shard.start)
+    picked_TK = pick_columns(columns_Tv, ids_TK, shard)
     return all_reduce_sum(picked_TK, group=shard.group)
 
 

@@ -5,6 +5,7 @@ the positions that carry loss, and the loss gets them with the output layer's we
 tokens of a micro-batch, v = this rank's vocabulary shard, H = hidden size.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -34,6 +35,7 @@ from megatron_tropd.mcore.parallel import Ranks
 
 __all__ = [
     "LossFn",
+    "NotFinite",
     "StepResult",
     "Student",
     "Teacher",
@@ -60,6 +62,21 @@ class StepResult:
     """Learning rate this step used."""
 
 
+class NotFinite(ArithmeticError):
+    """The norm of the gradient is no number; no weight was changed."""
+
+    def __init__(self, norm: float, names: Sequence[str]) -> None:
+        """``names``: parameters of this rank whose gradient is not finite."""
+        where = f", first in {', '.join(names[:3])} on this rank" if names else ""
+        super().__init__(f"The gradient norm is {norm}{where}.")
+
+
+def broken_gradients(model: torch.nn.Module) -> list[str]:
+    """Names of the parameters whose summed gradient is not finite, on this rank."""
+    gradients = {name: getattr(p, "main_grad", None) for name, p in model.named_parameters()}
+    return [n for n, grad in gradients.items() if grad is not None and not grad.isfinite().all()]
+
+
 class Student:
     """A trainable Megatron model with its DDP wrapper, optimizer and learning-rate schedule."""
 
@@ -82,12 +99,26 @@ class Student:
             # Side groups for host tensors; without CUDA the groups are gloo already.
             use_gloo_process_groups=platform.has_cuda(),
         )
+        self._look_at_norms()
         self.scheduler = _scheduler(self.optimizer, train)
         config = model.config
         config.calculate_per_token_loss = True
         config.finalize_model_grads_func = finalize_model_grads
         config.no_sync_func = self.chunk.no_sync
         config.grad_scale_func = self.optimizer.scale_loss
+
+    def _look_at_norms(self) -> None:
+        """Have the optimizer stop between the gradient's norm and the first weight it changes."""
+        norm_of = self.optimizer.get_grad_norm
+
+        def finite_norm() -> float:
+            norm = norm_of()
+            if norm is not None and not math.isfinite(norm):
+                raise NotFinite(float(norm), broken_gradients(self.model))
+            return norm
+
+        # Megatron's step asks for it once, before it clips.
+        self.optimizer.get_grad_norm = finite_norm
 
     def forward_backward(
         self, micro_batches: Sequence[MicroBatch], loss_fn: LossFn
@@ -132,7 +163,11 @@ class Student:
         )
 
     def update(self) -> tuple[float, float]:
-        """Clip, step, advance the schedule. Returns (grad norm before clipping, rate used)."""
+        """Clip, step, advance the schedule. Returns (grad norm before clipping, rate used).
+
+        Raises:
+            NotFinite: the gradient's norm is, on every rank; nothing was changed.
+        """
         lr = self.optimizer.param_groups[0]["lr"]
         _, grad_norm, _ = self.optimizer.step()
         self.scheduler.step(increment=1)

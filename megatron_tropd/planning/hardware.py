@@ -2,67 +2,54 @@
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from megatron_tropd.config import read_toml
 from megatron_tropd.errors import ConfigError
+from megatron_tropd.settings import Count, Positive, Range, Settings, Share, check_value, nearest
 
+Reserve = Annotated[float, Range(0, 1, "()", "reserve = 1 leaves no memory.")]
 Layers = Literal["transformer_engine", "local", "cpu"]
 """Whose layers run: Transformer Engine's, Megatron's own on a GPU, Megatron's own on a CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hardware:
+class Hardware(Settings):
     """One kind of GPU (or CPU) and its links. Bytes and seconds are decimal: 1 GB = 10^9 bytes."""
 
     name: str
-    memory_gb: float
+    memory_gb: Positive
     """Memory of one GPU."""
-    tflops: float
+    tflops: Positive
     """Peak dense bf16 rate of one GPU, 10^12 FLOP/s."""
-    memory_gb_s: float
+    memory_gb_s: Positive
     """Peak bandwidth of its memory."""
-    intra_node_gb_s: float
+    intra_node_gb_s: Positive
     """Peak of its links within a node, in one direction."""
-    network_gb_s: float
+    network_gb_s: Positive
     """Peak of its share of the network, in one direction."""
-    gpus_per_node: int = 8
-    achieved_flops: float = 0.4
+    gpus_per_node: Count = 8
+    achieved_flops: Share = 0.4
     """Share of ``tflops`` that large matrix products reach in training. An assumption."""
-    achieved_flops_experts: float = 0.2
+    achieved_flops_experts: Share = 0.2
     """The same for the small products of experts. An assumption."""
-    achieved_bandwidth: float = 0.6
+    achieved_bandwidth: Share = 0.6
     """Share of every bandwidth that is reached. An assumption."""
-    host_copy_gb_s: float = 5.0
+    host_copy_gb_s: Positive = 5.0
     """From a GPU to a file in shared memory, or back: one thread copies. An assumption."""
-    shared_folder_gb_s: float = 2.0
+    shared_folder_gb_s: Positive = 2.0
     """What one node writes to the run's folder, which all nodes see, or reads. An assumption."""
-    decode_overhead_ms: float = 3.0
+    decode_overhead_ms: Positive = 3.0
     """Time of one decoding step beside reading weights and cache. An assumption."""
-    hop_us: float = 10.0
+    hop_us: Positive = 10.0
     """Latency of one collective within a node. An assumption."""
-    reserve: float = 0.08
+    reserve: Reserve = 0.08
     """Share of the memory for contexts, NCCL's buffers and fragmentation. An assumption."""
     layers: Layers = "transformer_engine"
     """Whose layers the trainer runs."""
 
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, int | float) and not 0 < value < float("inf"):
-                raise ConfigError(
-                    f"Hardware {self.name}: {field.name} must be above 0 and finite, found "
-                    f"{value}. Correct it."
-                )
-        for name in ("achieved_flops", "achieved_flops_experts", "achieved_bandwidth", "reserve"):
-            if getattr(self, name) > 1:
-                raise ConfigError(
-                    f"Hardware {self.name}: {name} is a share and must be at most 1, found "
-                    f"{getattr(self, name)}. Correct the TOML file."
-                )
-
-        if self.reserve == 1:
-            raise ConfigError(f"Hardware {self.name}: reserve = 1 leaves no memory. Lower it.")
+    def _check_field(self, name: str, hint: Any) -> None:
+        check_value(hint, getattr(self, name), f"Hardware {self.name}: {name}")
 
     @property
     def usable_bytes(self) -> float:
@@ -150,7 +137,10 @@ def _from_table(table: dict[str, Any], path: Path) -> Hardware:
         raise ConfigError(f"{path}: like must be one of {', '.join(PRESETS)}, found {like!r}.")
     known = {field.name: field for field in fields(Hardware)}
     if unknown := sorted(table.keys() - known.keys()):
-        raise ConfigError(f"{path}: unknown {', '.join(unknown)}. Known: {', '.join(known)}, like.")
+        raise ConfigError(
+            f"{path}: unknown {', '.join(unknown)}.{nearest(unknown[0], known)} Known: "
+            f"{', '.join(known)}, like."
+        )
     base = {} if like is None else vars(PRESETS[like])
     values = {"name": path.stem} | base | table
     needed = ("memory_gb", "tflops", "memory_gb_s", "intra_node_gb_s", "network_gb_s")
@@ -158,20 +148,4 @@ def _from_table(table: dict[str, Any], path: Path) -> Hardware:
         raise ConfigError(
             f"{path} misses {', '.join(missing)}. Add them or like = a preset's name."
         )
-    for name, value in values.items():
-        _check_type(name, value, path)
     return Hardware(**values)
-
-
-def _check_type(name: str, value: Any, path: Path) -> None:
-    if name == "layers":
-        good = value in Layers.__args__  # type: ignore[attr-defined]
-        expected = f"one of {', '.join(Layers.__args__)}"  # type: ignore[attr-defined]
-    elif name == "name":
-        good, expected = isinstance(value, str), "text"
-    elif name == "gpus_per_node":
-        good, expected = isinstance(value, int) and not isinstance(value, bool), "a whole number"
-    else:
-        good, expected = isinstance(value, int | float) and not isinstance(value, bool), "a number"
-    if not good:
-        raise ConfigError(f"{path}: {name} must be {expected}, found {value!r}.")

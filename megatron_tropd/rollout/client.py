@@ -12,6 +12,7 @@ import requests
 
 from megatron_tropd.errors import InputError
 from megatron_tropd.rollout import wire
+from megatron_tropd.settings import Positive, Settings
 
 _CONNECT_SECONDS = 5.0
 _LONGEST_WAIT = 5.0
@@ -27,14 +28,14 @@ class UnitError(ServerError):
 
 
 @dataclass(frozen=True)
-class ClientSettings:
+class ClientSettings(Settings):
     """What a client knows before it meets a server."""
 
     folder: Path
     """The run's ``servers`` folder."""
     settings: str
     """Fingerprint a server must have."""
-    answer_seconds: float = 30.0
+    answer_seconds: Positive = 30.0
     """A server that says nothing for so long is taken for dead."""
 
 

@@ -17,24 +17,25 @@ from typing import Self
 from megatron_tropd.errors import ServersLost, TrainingError
 from megatron_tropd.rollout import wire
 from megatron_tropd.rollout.client import ServerClient, ServerError, UnitError
+from megatron_tropd.settings import Amount, Count, Settings
 
 
 @dataclass(frozen=True)
-class Patience:
+class Patience(Settings):
     """How long to wait for what."""
 
-    lost_seconds: float = 600.0
+    lost_seconds: Amount = 600.0
     """No server has answered for so long: the run cannot go on."""
-    stopping_seconds: float = 10.0
+    stopping_seconds: Amount = 10.0
     """The same for a run that was asked to stop."""
-    first_pause: float = 0.25
+    first_pause: Amount = 0.25
     """Before a server that failed is asked again; doubles each time, with jitter."""
-    longest_pause: float = 10.0
-    unit_seconds: float = 1800.0
+    longest_pause: Amount = 10.0
+    unit_seconds: Amount = 1800.0
     """Longest time an engine may take for one unit."""
-    unit_failures: int = 5
+    unit_failures: Count = 5
     """Engines that may die over one unit."""
-    join_seconds: float = 30.0
+    join_seconds: Amount = 30.0
     """Longest wait for an engine that is to have new weights directly."""
 
     @classmethod

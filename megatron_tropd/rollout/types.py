@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from megatron_tropd.settings import Amount, Count, Number, Positive, Settings, Share
+
 
 @dataclass(frozen=True)
 class SampleRequest:
@@ -16,14 +18,14 @@ class SampleRequest:
 
 
 @dataclass(frozen=True)
-class Sampling:
+class Sampling(Settings):
     """How to sample; shared by all requests of a call."""
 
-    temperature: float = 1.0
+    temperature: Amount = 1.0
     """0 is greedy."""
-    top_p: float = 1.0
+    top_p: Share = 1.0
     """Nucleus; 1 is off."""
-    stop_token_ids: tuple[int, ...] = ()
+    stop_token_ids: tuple[Number, ...] = ()
     """Ids that end a sample, EOS included: the engine adds nothing by itself."""
 
 
@@ -40,20 +42,20 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class EngineSettings:
+class EngineSettings(Settings):
     """How one engine is built; what the parent hands to its child process."""
 
     model_folder: str
     """HF folder: config.json, safetensors of the first weights."""
     dtype: str
     """"float32" or "bfloat16"."""
-    max_model_len: int
+    max_model_len: Count
     """Longest prompt + response in tokens."""
-    memory: float
+    memory: Positive
     """Share of each GPU's memory; without CUDA, GiB of KV cache."""
-    tensor_parallel: int
+    tensor_parallel: Count
     """GPUs of the engine; 1 without CUDA."""
-    max_num_seqs: int
+    max_num_seqs: Count
     """Sequences decoded together."""
     prefix_caching: bool
     """Share the KV cache of equal beginnings within one call."""

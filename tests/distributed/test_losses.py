@@ -30,6 +30,7 @@ from megatron_tropd.losses import (
     chunks,
     equal_bounds,
     required_signal,
+    tensors,
     token_statistics,
     token_statistics_from_hidden,
     top_k_signal,
@@ -507,6 +508,7 @@ def _check_logits(case, problem, kind, place, *, metrics=True):
     _near("gradient of the logits", leaf.grad, expected[:, mine], allowed[:, mine])
     real = max(0, min(problem.vocab_size - mine.start, leaf.shape[1]))
     assert torch.all(leaf.grad[:, real:] == 0), "padded columns got a gradient"
+    assert torch.all(leaf.grad[output.values["dropped"] == 1] == 0), "dropped, yet it has one"
     return [*output.values.values()]
 
 
@@ -733,6 +735,7 @@ def _check_on_ranks(world, path):
     for place in everywhere:
         _check_top_k(problems["edges"], place)
         _check_statistics(few[0], problems["fp32"], place)
+        _check_ids_of_no_rank(problems["fp32"], place)
     for case in few:
         _check_collectives(case, problems["fp32"], Place(world))
     _check_refusals(few[0], problems["fp32"], Place(world))
@@ -914,6 +917,48 @@ def _check_not_a_number(case, problem, place):
         output.loss_T.sum().backward()
         assert output.loss_T.isfinite().all() and leaf.grad.isfinite().all()
         assert output.loss_T[row] == 0 and torch.all(leaf.grad[row] == 0)
+
+
+def _check_ids_of_no_rank(problem, place):
+    """A look-up of -100, of padding or beyond is nan on all ranks; nobody else's token is."""
+    num = len(problem.tokens.ids)
+    mine, teacher = place.columns(problem, "student"), problem.real("teacher").double()
+    student_only = replace(problem.tokens, is_teacher=torch.zeros(num, dtype=torch.bool))
+    logprobs = teacher.log_softmax(-1).float()
+    top = reference.top_k_ids(teacher, 4)
+    for row, wrong in enumerate((-100, -1, problem.vocab_size, problem.student.shape[1], 2**40)):
+        broken = torch.arange(num) == row
+        ids, topk = student_only.ids.masked_fill(broken, wrong), top.clone()
+        topk[row, 1] = wrong
+        tokens = replace(student_only, ids=ids)
+        for name, given, more in (
+            ("logits", tokens, None),
+            ("top_k", tokens, TopKSignal(logprobs[:, 0], top, logprobs.gather(-1, top))),
+            ("their ids", student_only, TopKSignal(logprobs[:, 0], topk, logprobs.gather(-1, top))),
+        ):
+            case = _case(name, "fp32", problem, dict(region="none", top_k=4))
+            config = LossConfig(objective="local_support", top_k=4) if name == "their ids" else None
+            options = _options(problem, case, place, metrics=True)
+            options |= dict(config=config or LossConfig(region="none"))
+            leaf = problem.student[:, mine].clone().requires_grad_()
+            signal = more or _signal("logits", problem, case, place, aligned=True)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(tensors, "can_be_asked", lambda tensor: False)
+                output = tropd_loss(leaf, _targets(given), signal, **options)
+                if name == "logits":
+                    found = top_k_signal(
+                        problem.teacher[:, place.columns(problem, "teacher")], ids, 4,
+                        vocab_size=problem.vocab_size, group=place.group,
+                    )  # fmt: skip
+                    assert torch.equal(found.sampled_logprobs_T.isnan(), broken)
+            assert torch.equal(output.loss_T.isnan(), broken), (name, wrong)
+            output.loss_T.sum().backward()
+            real = max(0, min(problem.vocab_size - mine.start, leaf.shape[1]))
+            assert not real or torch.equal(leaf.grad[:, :real].isnan().any(-1), broken)
+
+
+def test_ids_of_no_rank_tp1(problems):
+    _check_ids_of_no_rank(problems["fp32"], Place(None))
 
 
 # ---- the cases themselves ----

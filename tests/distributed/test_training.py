@@ -176,7 +176,7 @@ def _train(
         )
         result = learner.train_step(batches, objective)
         metrics = objective.sums.reduce().metrics()
-        assert objective.sums.first_bad_row is None
+        assert objective.sums.first_bad_token is None
         shown = [metrics[name] for name in ("loss", "tv", "reverse_kl", "selected_share")]
         history.append([result.grad_norm, *(math.nan if x is None else x for x in shown)])
     return history

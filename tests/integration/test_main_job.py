@@ -361,4 +361,5 @@ def test_a_loss_that_is_not_finite_names_step_trajectory_and_checkpoint(
     code, text = run.finish()
     assert code == 1
     assert "not finite in step 1" in text and "prompt" in text and "No checkpoint" in text
+    assert "first at its token 0 (id" in text and "the teacher's log-prob of it is nan" in text
     assert not (run.folder / "checkpoints").exists() and not run.steps_logged()

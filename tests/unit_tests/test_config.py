@@ -68,7 +68,7 @@ def test_defaults_are_the_published_method(toml: Path):
 def test_every_setting_is_documented():
     for section in dataclasses.fields(Config):
         source = Path(inspect.getfile(section.type)).read_text()
-        body = source.split(f"class {section.type.__name__}:")[1].split("@dataclass")[0]
+        body = source.split(f"class {section.type.__name__}(")[1].split("@dataclass")[0]
         for field in dataclasses.fields(section.type):
             after = body.split(f"\n    {field.name}:")[1].split("\n    ")
             assert '"""' in after[1], f"{section.name}.{field.name} has no docstring"
@@ -145,9 +145,9 @@ def test_overrides(toml: Path, override: str, section: str, name: str, value: ob
         ("rollout.top_p=0", r"rollout\.top_p must be in"),
         ("rollout.max_new_tokens=0", r"rollout\.max_new_tokens must be at least 1"),
         ("guidance.prefixed_per_prompt=5", r"exceeds rollout\.samples_per_prompt = 4"),
-        ("guidance.beta=-1", r"guidance\.beta must be >= 0"),
+        ("guidance.beta=-1", r"guidance\.beta must be at least 0"),
         ("guidance.schedule=linear", r"guidance\.schedule must be one of \['cosine', 'constant'\]"),
-        ("loss.top_k=-1", r"loss\.top_k must be >= 0"),
+        ("loss.top_k=-1", r"loss\.top_k must be at least 0"),
         ("loss.region=threshold", r"needs loss\.tau"),
         ("loss.outlier=clip", r"needs loss\.tau"),
         ("run.keep_checkpoints=0", r"run\.keep_checkpoints must be at least 1"),

@@ -128,7 +128,7 @@ def test_floor_is_tau_or_follows_from_l():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (dict(top_k=-1), r"loss\.top_k must be >= 0"),
+        (dict(top_k=-1), r"loss\.top_k must be at least 0"),
         *(
             (dict([(name, value)]), rf"loss\.{name} must be strictly between 0 and 1")
             for name in ("jsd_beta", "proximal_alpha", "floor")

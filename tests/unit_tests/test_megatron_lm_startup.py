@@ -5,6 +5,7 @@ import difflib
 import subprocess
 import sys
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,8 @@ def test_megatron_lm_settings_have_the_names_of_the_config() -> None:
     [
         ("--tropd-method top_d", "takes a pass of the student before each step"),
         ("--tropd-method gkd_jsd --tropd-jsd-beta 1.0", "--tropd-jsd-beta must be strictly"),
+        ("--tropd-method tropd_clip --tropd-tau nan", "--tropd-tau must be a number and finite"),
+        ("--tropd-method tropd --tropd-beta nan", "--tropd-beta must be at least 0 and finite"),
         ("--tropd-method tropd --tropd-top-k 600", "vocabulary of 259 tokens, found 600"),
     ],
 )
@@ -339,3 +342,51 @@ assert not changed, changed
 def test_megatron_lm_import_changes_nothing() -> None:
     done = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    ("loss", "broken", "says"),
+    [
+        (float("nan"), "student_logprob", "the student's log-prob of it is nan"),
+        (float("nan"), "teacher_logprob", "the teacher's log-prob of it is nan"),
+        (float("inf"), None, "its loss is infinite"),
+    ],
+)
+def test_megatron_lm_names_the_token_whose_loss_is_no_number(
+    loss, broken, says, capsys, monkeypatch
+) -> None:
+    from megatron.core import rerun_state_machine
+
+    class Machine:
+        """Megatron's, as far as it is asked here."""
+
+        def validate_result(self, result, rejection_func, message, **_: object) -> None:
+            if rejection_func(result):
+                raise RuntimeError(message)
+
+    monkeypatch.setattr(rerun_state_machine, "get_rerun_state_machine", Machine)
+    weights = torch.tensor([[0.0, 1.0, 1.0], [0.0, 0.0, 1.0]])
+    zeros = torch.zeros(2, 3, dtype=torch.int64)
+    batch = global_batch.Batch(
+        tokens=zeros, labels=torch.tensor([[5, 6, 7], [8, 9, 10]]), position_ids=zeros,
+        loss_weights=weights, teacher_written=zeros.bool(), rollout_logprobs=weights,
+        response_positions=zeros, sample_ids=torch.tensor([40, 41]), attention_mask=None,
+        sampled=True,
+    )  # fmt: skip
+    step = megatron_lm.StepLoss(
+        config=LossConfig(), beta=0.0, vocab_size=12, group=None, metrics=False, seed=0,
+        iteration=4, check_finite=True,
+    )  # fmt: skip
+    scored = megatron_lm.Scored(batch, None, step)
+    values = {name: torch.zeros(3) for name in ("loss", "student_logprob", "teacher_logprob")}
+    what = partial(megatron_lm.first_trouble, values, scored)
+    megatron_lm._check_finite(values["loss"].sum(), what)
+    assert capsys.readouterr().out == ""
+    for name in ("loss", broken):
+        if name:
+            values[name][1:] = loss
+    with pytest.raises(RuntimeError, match=r"found (NaN|Inf) in the distillation loss"):
+        megatron_lm._check_finite(values["loss"].sum(), what)
+    said = capsys.readouterr().out
+    assert "iteration 5, row 0 of the micro-batch (sample 40), position 2" in said
+    assert "predicts token 7" in said and says in said

@@ -4,7 +4,9 @@ Value and gradient of every loss are compared with the reference in ``distribute
 here the reference itself is checked, by finite differences and by enumeration.
 """
 
+import dataclasses
 import math
+from functools import partial
 
 import mutate_losses
 import pytest
@@ -22,10 +24,13 @@ from megatron_tropd.losses import (
     LossConfig,
     LossTargets,
     TopKSignal,
+    align_output_weight,
     check_signal,
     keyed_uniform,
     preset,
     required_signal,
+    tensors,
+    token_statistics,
     top_k_signal,
     tropd_loss,
     tropd_loss_from_hidden,
@@ -749,6 +754,339 @@ SHAPES = {
 def test_shapes_and_dtypes_that_do_not_fit(name):
     with pytest.raises(ValueError, match=r"Expected .*found"):
         SHAPES[name]()
+
+
+# ---- every tensor that enters ----
+
+
+def _records(num=3, vocab=6, hidden=4, k=5):
+    """Name -> a record with all of its tensors."""
+    draw = torch.Generator().manual_seed(21)
+    logprobs = torch.randn(num, vocab, generator=draw).log_softmax(-1)
+    everything = LossTargets(
+        torch.arange(num),
+        torch.zeros(num, dtype=torch.bool),
+        *(torch.full((num,), value) for value in (0.5, 1.0, -1.0, 0.25)),
+    )
+    full = HiddenStatesSignal(torch.randn(num, hidden), torch.randn(vocab, hidden), vocab)
+    top_k = TopKSignal(logprobs[:, 0], torch.arange(k).expand(num, k), logprobs[:, :k])
+    logits = LogitsSignal(torch.randn(num, vocab, generator=draw), vocab)
+    return {"targets": everything, "hidden": full, "top_k": top_k, "logits": logits}
+
+
+def _run(records, signal, importance="truncated"):
+    """Both entrances; the student is the record "logits" or "hidden"."""
+    settings = dict(config=LossConfig(top_k=4, importance=importance), vocab_size=6, group=None)
+    student, targets = records["student hidden"], records["targets"]
+    logits = records["student logits"].logits_Tv.clone().requires_grad_()
+    outputs = [tropd_loss(logits, targets, signal, **settings)]
+    outputs[0].loss_T.sum().backward()
+    hidden = student.hidden_TH.clone().requires_grad_()
+    more = tropd_loss_from_hidden(hidden, student.output_weight_vH, targets, signal, **settings)
+    more.loss.backward()
+    return [outputs[0].loss_T.detach(), logits.grad, more.loss.detach(), hidden.grad]
+
+
+def _all_records():
+    records = _records()
+    return records | {"student hidden": records["hidden"], "student logits": records["logits"]}
+
+
+TENSORS = [
+    (name, field.name)
+    for name, record in _records().items()
+    for field in dataclasses.fields(record)
+    if torch.is_tensor(getattr(record, field.name))
+]
+
+
+def _wrong_tensors(good):
+    """What users give in place of a tensor."""
+    yield "one number each in a row of its own", good.unsqueeze(-1)
+    yield "a token more", torch.cat([good, good[:1]])
+    yield "a scalar", good.flatten()[0]
+    yield "another family of types", good.long() if good.is_floating_point() else good.float()
+    yield "another device", good.to("meta")
+    yield "no tensor", good.tolist()
+
+
+@pytest.mark.parametrize(
+    ("who", "name", "field"),
+    [
+        *(("teacher", *tensor) for tensor in TENSORS),
+        *(("student", *tensor) for tensor in TENSORS if tensor[0] in ("logits", "hidden")),
+    ],
+    ids=str,
+)
+def test_every_tensor_is_checked(who, name, field):
+    """Whatever record it is in and whoever brings it: the message says what was found."""
+    good = _all_records()
+    for what, wrong in _wrong_tensors(getattr(good[name], field)):
+        changed = dataclasses.replace(good[name], **{field: wrong})
+        records = good | {f"student {name}" if who == "student" else name: changed}
+        if field == "output_weight_vH" and what == "a token more":
+            continue  # padding
+        signal = records["hidden" if name == "targets" else name]
+        options = dict(config=LossConfig(top_k=4), vocab_size=6, group=None)
+        with pytest.raises(ValueError, match=r"(?s)Expected .*found .*\. [A-Z]"):
+            if name == "hidden" and who == "student":
+                student = records["student hidden"]
+                tropd_loss_from_hidden(
+                    student.hidden_TH, student.output_weight_vH, good["targets"], good["top_k"],
+                    **options,
+                )  # fmt: skip
+            else:
+                logits = records["student logits"].logits_Tv
+                tropd_loss(logits, records["targets"], signal, **options)
+
+
+@pytest.mark.parametrize("signal", ["hidden", "top_k", "logits"])
+@pytest.mark.parametrize("importance", ["none", "truncated", "band", "ppo"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_numbers_of_every_float_type_are_taken(dtype, importance, signal):
+    """log-probs in float64 used to crash in the scatter of the gradient."""
+    records = _all_records()
+    changed = {
+        key: value.to(dtype)
+        for key, value in vars(records["targets"]).items()
+        if value.is_floating_point()
+    }
+    other = records | {"targets": dataclasses.replace(records["targets"], **changed)}
+    given = records[signal]
+    if signal == "top_k":
+        given = dataclasses.replace(
+            given,
+            sampled_logprobs_T=given.sampled_logprobs_T.to(dtype),
+            topk_logprobs_TK=given.topk_logprobs_TK.to(dtype),
+        )
+    for actual, expected in zip(
+        _run(other, given, importance), _run(records, records[signal], importance), strict=True
+    ):
+        assert actual.dtype == expected.dtype
+        torch.testing.assert_close(actual, expected, rtol=0.02, atol=0.02)
+
+
+def test_sampled_log_probs_in_a_column_make_no_square_loss():
+    """[T, 1] used to broadcast against [T]."""
+    good = _all_records()
+    column = good["top_k"].sampled_logprobs_T.unsqueeze(-1)
+    wrong = dataclasses.replace(good["top_k"], sampled_logprobs_T=column)
+    with pytest.raises(ValueError, match=r"teacher\.sampled_logprobs_T \[T\] .*found .*\[3, 1\]"):
+        _run(good, wrong)
+
+
+def test_a_top_k_of_more_tokens_is_refused():
+    good = _all_records()
+    longer = {
+        name: torch.cat([getattr(good["top_k"], name)] * 2)
+        for name in ("topk_ids_TK", "topk_logprobs_TK")
+    }
+    with pytest.raises(ValueError, match=r"3 tokens everywhere.*teacher\.topk_ids_TK': 6"):
+        _run(good, dataclasses.replace(good["top_k"], **longer))
+
+
+def test_other_numbers_of_the_call_are_checked():
+    student = torch.zeros(3, 6)
+    for beta in (-0.1, math.nan, math.inf):
+        with pytest.raises(ConfigError, match="beta must be at least 0 and finite"):
+            _loss(student, LogitsSignal(student, 6), torch.arange(3), beta=beta)
+    for size in (0, 6.0, True):
+        with pytest.raises(ConfigError, match="vocab_size must be a whole number"):
+            _loss(student, LogitsSignal(student, 6), torch.arange(3), vocab_size=size)
+
+
+@pytest.mark.parametrize("bounds", [[0, 4, 2, 6], [1, 2, 3, 6], [0, 7, 6, 6]])
+def test_columns_that_are_moved_ascend_from_0(bounds):
+    class Three:
+        """A group of three ranks, of which this is the first."""
+
+        size, rank = staticmethod(lambda: 3), staticmethod(lambda: 0)
+
+    good = [0, 2, 4, 6]
+    for have, want in ((bounds, good), (good, bounds)):
+        weight = torch.zeros(have[1] - have[0], 4)
+        with pytest.raises(ValueError, match="column ids that start at 0 and ascend, found"):
+            align_output_weight(weight, have=have, want=want, group=Three())
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Values are not looked at, for a GPU would have to be waited for."""
+    monkeypatch.setattr(tensors, "can_be_asked", lambda tensor: False)
+
+
+IDS_OUTSIDE = (-100, -1, 10, 11, 2**40)
+"""Of a vocabulary of 10 in 12 columns."""
+
+
+@pytest.mark.parametrize("wrong", IDS_OUTSIDE)
+def test_an_id_outside_the_vocabulary_is_an_error(wrong):
+    logits, ids = torch.zeros(2, 12), torch.tensor([3, wrong])
+    options = dict(config=LossConfig(top_k=4), vocab_size=10, group=None)
+    signal, hidden = LogitsSignal(logits, 10), torch.zeros(2, 12)
+    topk = TopKSignal(torch.full((2,), -1.0), ids.repeat(4, 1).t(), torch.full((2, 4), -2.0))
+    targets, good = _targets(ids), _targets(torch.tensor([3, 4]))
+    for call in (
+        lambda: tropd_loss(logits, targets, signal, **options),
+        lambda: tropd_loss_from_hidden(hidden, torch.zeros(12, 12), targets, signal, **options),
+        lambda: token_statistics(logits, targets, signal, **options),
+        lambda: top_k_signal(logits, ids, 4, vocab_size=10, group=None),
+        lambda: tropd_loss(logits, good, topk, **options),
+    ):
+        with pytest.raises(ValueError, match=rf"token ids in 0\.\.9 in .*{wrong}.*first at \[1"):
+            call()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("wrong", IDS_OUTSIDE)
+def test_where_nothing_can_be_asked_an_id_outside_the_vocabulary_is_nan(name, wrong, as_on_a_gpu):
+    """The log-prob of that token, and with it every loss that is made of it; no other token's."""
+    student, teacher = torch.randn(2, 3, 12, generator=torch.Generator().manual_seed(8))
+    ids = torch.tensor([3, wrong, 4])
+    config = LossConfig(**_settings_of(name))
+    known = dict(rollout_logprobs_T=torch.full((3,), -1.0))
+    leaf = student.clone().requires_grad_()
+    output = _loss(leaf, LogitsSignal(teacher, 10), ids, config=config, known=known, vocab_size=10)
+    output.loss_T.sum().backward()
+    expected = [False, True, False]
+    for value in ("student_logprob", "teacher_logprob", "k1"):
+        assert output.values[value].isnan().tolist() == expected
+    sampled = config.objective == "policy_gradient" and config.region != "exact"
+    assert output.loss_T.isnan().tolist() == (expected if sampled else [False] * 3)
+    assert leaf.grad.isnan().any(-1).tolist() == (expected if sampled else [False] * 3)
+    score = top_k_signal(teacher, ids, 4, vocab_size=10, group=None)
+    assert score.sampled_logprobs_T.isnan().tolist() == expected
+
+
+def test_where_nothing_can_be_asked_a_top_k_id_outside_the_vocabulary_is_nan(as_on_a_gpu):
+    student = torch.randn(3, 12, generator=torch.Generator().manual_seed(8))
+    ids = torch.tensor([[0, 1, 2], [0, 11, 2], [3, 4, 5]])
+    signal = TopKSignal(torch.full((3,), -9.0), ids, torch.full((3, 3), -2.0))
+    config = LossConfig(top_k=3)
+    known = dict(uniforms_T=torch.full((3,), 0.999))
+    output = _loss(student, signal, torch.arange(3), config=config, known=known, vocab_size=10)
+    assert output.values["topk_mass_student"].isnan().tolist() == [False, True, False]
+    assert output.values["outlier"].tolist() == [1, 1, 1]
+    assert output.loss_T.isnan().tolist() == [False, True, False]
+
+
+BAD_DRAWS = (1.0, math.nan, -0.25, math.inf)
+
+
+@pytest.mark.parametrize("draw", BAD_DRAWS)
+def test_a_draw_outside_its_interval(draw, monkeypatch):
+    student, teacher = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(8))
+    known = dict(uniforms_T=torch.tensor([0.2, draw, 0.4]))
+    call = partial(_loss, student, LogitsSignal(teacher, 6), torch.arange(3), known=known)
+    with pytest.raises(ValueError, match=r"draws in \[0, 1\) in targets\.uniforms_T.* at \[1\]"):
+        call()
+    for region in ("expected", "exact", "none"):  # not read
+        assert call(config=LossConfig(region=region, top_k=4)).loss_T.isfinite().all()
+    known["is_teacher_T"] = torch.tensor([False, True, False])
+    assert call().loss_T.isfinite().all()
+    del known["is_teacher_T"]
+    monkeypatch.setattr(tensors, "can_be_asked", lambda tensor: False)
+    output = call()
+    assert output.loss_T.isnan().tolist() == [False, True, False]
+    assert output.values["outlier"].isnan().tolist() == [False, True, False]
+
+
+def test_a_draw_that_rounds_to_one_excludes_no_certain_token():
+    student = torch.zeros(1, 6)
+    known = dict(uniforms_T=torch.tensor([1 - 1e-12], dtype=torch.float64))
+    output = _loss(student, LogitsSignal(student, 6), torch.tensor([2]), known=known)
+    assert output.values["trust"].item() == 1 and output.values["outlier"].item() == 0
+
+
+def test_probabilities_are_no_log_probs(monkeypatch):
+    student = torch.zeros(2, 6)
+    good, ids = torch.full((2,), -1.0), torch.arange(4).expand(2, 4)
+    for signal in (
+        TopKSignal(good.exp(), ids, torch.full((2, 4), -2.0)),
+        TopKSignal(3 * good, ids, torch.full((2, 4), 0.1)),
+    ):
+        with pytest.raises(ValueError, match=r"log-probs in nats, not above 0 in teacher\."):
+            _loss(student, signal, torch.arange(2))
+        with monkeypatch.context() as patch:
+            patch.setattr(tensors, "can_be_asked", lambda tensor: False)
+            known = dict(uniforms_T=torch.full((2,), 0.999))
+            assert _loss(student, signal, torch.arange(2), known=known).loss_T.isnan().all()
+
+
+# ---- what the formulas say at their edges ----
+
+
+@pytest.mark.parametrize("outlier", ["mask", "forward_kl"])
+@pytest.mark.parametrize(("given", "trusted"), [("floor", True), ("tau", False)])
+def test_a_reward_of_exactly_the_floor(given, trusted, outlier):
+    """REOPOLD keeps R >= c, TrOPD's static test r > tau."""
+    settings = dict(region="threshold", outlier=outlier, top_k=1) | {
+        given: 0.2 if given == "floor" else -1.25
+    }
+    config = LossConfig(**settings)
+    # One token that the student is sure of: log q = 0, so the ratio is the teacher's log-prob.
+    student = torch.tensor([[0.0, -torch.inf]])
+    floor = torch.tensor([config.reward_floor])
+    signal = TopKSignal(floor, torch.zeros(1, 1).long(), floor.unsqueeze(-1))
+    for shift, inside in ((0, trusted), (1, True), (-1, False)):
+        at = floor if not shift else torch.nextafter(floor, floor + shift)
+        moved = dataclasses.replace(signal, sampled_logprobs_T=at)
+        output = _loss(student, moved, torch.tensor([0]), config=config)
+        assert output.values["outlier"].item() == (not inside), shift
+
+
+@pytest.mark.parametrize("importance", ["truncated", "band", "ppo"])
+def test_importance_weighs_all_of_a_token(importance):
+    """EOPD: K1 and the forward KL of an uncertain teacher, rho = 0.25, 0.75, 1 and 3."""
+    student, teacher = 0.3 * torch.randn(2, 4, 12, generator=torch.Generator().manual_seed(4))
+    rho, ids = torch.tensor([0.25, 0.75, 1.0, 3.0]), torch.arange(4)
+    log_q = student.log_softmax(-1)[torch.arange(4), ids]
+    known = dict(rollout_logprobs_T=log_q - rho.log())
+    settings = dict(region="none", entropy_forward_kl=0.1, top_k=4)
+    runs = {}
+    for name in ("none", importance):
+        leaf = student.clone().requires_grad_()
+        config = LossConfig(**settings, importance=name)
+        output = _loss(leaf, LogitsSignal(teacher, 12), ids, config=config, known=known)
+        output.loss_T.sum().backward()
+        runs[name] = output.values["term"], leaf.grad, output.values["dropped"]
+    (plain, gradient, _), (value, found, dropped) = runs["none"], runs[importance]
+    if importance == "ppo":  # clips the reward alone
+        assert not dropped.any() and found.abs().amax(-1).min() > 0
+        return
+    within = (rho >= 0.5) & (rho <= 2)
+    factor = rho.clamp(max=2) if importance == "truncated" else torch.where(within, rho, 0)
+    torch.testing.assert_close(value, factor * plain)
+    torch.testing.assert_close(found, factor.unsqueeze(-1) * gradient)
+    assert dropped.tolist() == (factor == 0).float().tolist()
+
+
+def test_an_infinite_reward_of_the_caller_is_dropped_or_clipped():
+    """Of each: the reward of a clipped outlier too, and a divergence stays."""
+    student, teacher = torch.randn(2, 2, 6, generator=torch.Generator().manual_seed(6))
+    known = dict(rewards_T=torch.tensor([torch.inf, -torch.inf]))
+    for outlier, dropped in (("clip", [1, 1]), ("mask", [1, 1]), ("forward_kl", [0, 0])):
+        leaf = student.clone().requires_grad_()
+        config = LossConfig(region="expected", outlier=outlier, tau=-0.5, top_k=4)
+        output = _loss(
+            leaf, LogitsSignal(teacher - 3 * torch.eye(6)[:2], 6), torch.arange(2),
+            config=config, known=known,
+        )  # fmt: skip
+        output.loss_T.sum().backward()
+        assert output.values["dropped"].tolist() == dropped, outlier
+        assert output.loss_T.isfinite().all() and leaf.grad.isfinite().all()
+        for row, gone in enumerate(dropped):
+            assert bool((leaf.grad[row] == 0).all()) == bool(gone)
+
+
+@pytest.mark.parametrize("importance", ["truncated", "band", "ppo"])
+@pytest.mark.parametrize("region", ["bernoulli", "expected", "threshold", "none"])
+def test_a_rho_that_is_no_number_is_seen_in_the_loss(region, importance):
+    student, teacher = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(8))
+    known = dict(rollout_logprobs_T=torch.tensor([-1.0, math.nan, -1.0]))
+    config = LossConfig(region=region, importance=importance, tau=-9.0, top_k=4)
+    output = _loss(student, LogitsSignal(teacher, 6), torch.arange(3), config=config, known=known)
+    assert output.loss_T.isnan().tolist() == [False, True, False]
 
 
 # ---- the mutation script ----

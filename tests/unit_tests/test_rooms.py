@@ -23,26 +23,27 @@ ARROWS: dict[str, set[str]] = {
     "files": set(),
     "watchdog": {"exits", "failures"},
     "nodes": set(),
-    "loss_config": set(),
-    "config": {"loss_config"},
+    "settings": set(),
+    "loss_config": {"settings"},
+    "config": {"loss_config", "settings"},
     "losses": {"loss_config"},
     "data": {"config", "losses", "rollout.types"},
     "convert": {"config"},
     "mcore": {"config", "convert", "data.types", "files", "losses"},
-    "rollout": {"config", "data.types", "exits", "failures", "files"},
+    "rollout": {"config", "data.types", "exits", "failures", "files", "settings"},
     "tasks": {"config", "data", "losses", "rollout.types"},
     "report": {"config", "data.types", "files"},
-    "planning": {"config", "convert"},
-    "cluster": {"config"},
+    "planning": {"config", "convert", "settings"},
+    "cluster": {"config", "settings"},
     "integrations": {
-        *("config", "convert", "data", "loss_config", "losses", "mcore", "rollout"),
+        *("config", "convert", "data", "loss_config", "losses", "mcore", "rollout", "settings"),
     },
 }
 OUTSIDE = {"megatron": {"mcore", "integrations", "doctor"}, "vllm": {"rollout", "doctor"}}
 KERNELS = PACKAGE / "losses" / "dense_triton.py"  # the one file that may import triton
 LIGHT = {
     *("errors", "exits", "failures", "files", "watchdog", "nodes"),
-    *("loss_config", "config", "cluster"),
+    *("settings", "loss_config", "config", "cluster"),
 }
 """Rooms that need the standard library alone."""
 

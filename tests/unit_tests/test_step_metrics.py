@@ -9,6 +9,7 @@ import torch.distributed as dist
 from megatron_tropd.config import LossConfig
 from megatron_tropd.data.packing import LossCounts, pack
 from megatron_tropd.data.types import MicroBatch, Segment, Trajectory
+from megatron_tropd.losses.trouble import words
 from megatron_tropd.objective import example_rows, segment_weights
 from megatron_tropd.step_metrics import (
     POSITION_BUCKETS,
@@ -140,16 +141,53 @@ def test_the_gap_to_the_engine_is_measured_on_student_tokens_only():
     assert metrics["engine_ratio_mean"] == pytest.approx(math.exp(0.25))
 
 
-def test_the_first_trajectory_with_a_loss_that_is_not_finite_is_found():
-    trajectories = [trajectory(i, prefix=0, response=2 + i) for i in range(4)]
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (dict(loss=math.nan), "both models' log-probs of it are numbers"),
+        (dict(loss=math.inf), "one model excludes"),
+        (dict(loss=math.nan, student_logprob=math.nan), "the student's log-prob of it is nan"),
+        (dict(student_logprob=math.nan), "the student's log-prob of it is nan"),  # weight 0
+        (dict(loss=math.nan, teacher_logprob=math.nan), "the teacher's log-prob of it is nan"),
+        (dict(student_logprob=math.nan, teacher_logprob=math.nan), "outside the vocabulary"),
+    ],
+    ids=str,
+)
+def test_the_first_token_with_a_loss_that_is_not_finite_is_found(changes, says):
+    """By trajectory, then by place in it, however the rows lie in micro-batches."""
+    trajectories = [trajectory(i, prefix=1, response=2 + i) for i in range(4)]
+    for tokens in (16, 1000):
+        sums = StepSums.zeros(CPU)
+        for batch in batches(trajectories, tokens):
+            loss_T, values = values_of(batch)
+            b_T, s_T = batch.loss_mask.nonzero().unbind(1)
+            rows_T = torch.tensor(batch.rows)[b_T]
+            places_T = batch.response_positions[b_T, s_T]
+            bad_T = ((rows_T == 2) & (places_T >= 3)) | ((rows_T == 3) & (places_T == 0))
+            values["loss"] = loss_T
+            for name, value in changes.items():
+                values[name] = values[name].masked_fill(bad_T, value)
+            sums.add(values["loss"], values, batch)
+        found = sums.reduce().first_bad_token
+        assert (found.row, found.position) == (2, 3)
+        assert says in words(found.finding)
+    assert StepSums.zeros(CPU).reduce().first_bad_token is None
+
+
+def test_nobody_waits_for_the_search(monkeypatch):
+    """In a step without trouble a micro-batch asks the device for nothing but its masks."""
+    (batch,) = batches([trajectory(0, prefix=0, response=9)], 1000)
+    loss_T, values = values_of(batch)
+
+    def asked(*_):
+        raise AssertionError("the host waits for the device")
+
     sums = StepSums.zeros(CPU)
-    for batch in batches(trajectories, 16):
-        loss_T, values = values_of(batch)
-        rows_T = torch.tensor([batch.rows[int(b)] for b in batch.loss_mask.nonzero()[:, 0]])
-        loss_T = torch.where((rows_T == 2) | (rows_T == 3), math.nan, loss_T)
-        sums.add(loss_T, values, batch)
-    assert sums.reduce().first_bad_row == 2
-    assert StepSums.zeros(CPU).reduce().first_bad_row is None
+    for name in ("__bool__", "item", "tolist", "__int__", "nonzero"):
+        monkeypatch.setattr(torch.Tensor, name, asked)
+    sums.add(loss_T, values, batch)
+    monkeypatch.undo()
+    assert sums.reduce().first_bad_token is None
 
 
 def test_values_a_signal_does_not_give_are_null():
