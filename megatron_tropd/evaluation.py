@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch.distributed as dist
 
+from megatron_tropd.convert.families import model_shape
 from megatron_tropd.convert.hf_folder import HFFolder
+from megatron_tropd.convert.linked_folder import link_folder
 from megatron_tropd.data.prompts import load_prompts
 from megatron_tropd.data.tokenizers import load_tokenizer, stop_token_ids
 from megatron_tropd.data.types import Trajectory
@@ -132,12 +134,14 @@ class Evaluator:
         ]
         record: list[Any] = [None]
         with tempfile.TemporaryDirectory() as scratch:
+            teacher = Path(scratch) / "teacher"
             # Rank 0's folder counts: the export collects there, and only it measures.
             job.export_student(Path(scratch) / "student")
             if job.is_main:
+                teacher.mkdir()
                 result = measure_reverse_kl(
                     Path(scratch) / "student",
-                    job.hf_folders["teacher"],
+                    link_folder(HFFolder(job.hf_folders["teacher"]), teacher),
                     sequences,
                     vocab_size=job.inputs.vocab_size,
                 )
@@ -190,7 +194,7 @@ def evaluate_folder(
 
     folder, run_tokens = _model_of(model)
     tokenizer = load_tokenizer(folder)
-    context = HFFolder(folder).config["max_position_embeddings"]
+    context = model_shape(HFFolder(folder).config).context
     prompts = load_prompts(
         problems, tokenizer, apply_chat_template=apply_chat_template, max_prompt_tokens=context - 1
     )[:num_problems]

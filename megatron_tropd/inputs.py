@@ -58,7 +58,8 @@ def load_inputs(config: Config) -> Inputs:
         teacher.companions,
         chat_template=config.rollout.apply_chat_template,
     )
-    vocab_size = min(student.config["vocab_size"], teacher.config["vocab_size"])
+    shapes = [model_shape(folder.config) for folder in (student, teacher)]
+    vocab_size = min(shape.vocab for shape in shapes)
     if len(tokenizer) > vocab_size:
         raise InputError(
             f"The tokenizer has {len(tokenizer)} ids, but student and teacher share only "
@@ -71,9 +72,7 @@ def load_inputs(config: Config) -> Inputs:
             f"loss.mask_first_ids must be below the vocabulary of {vocab_size} tokens, found "
             f"{unknown}: they would never occur. Look the ids up in the student's tokenizer."
         )
-    context = min(
-        student.config["max_position_embeddings"], teacher.config["max_position_embeddings"]
-    )
+    context = min(shape.context for shape in shapes)
     prompts = _prompts(config, config.rollout.prompts, tokenizer, context)
     if len(prompts) < config.rollout.prompts_per_step:
         raise ConfigError(

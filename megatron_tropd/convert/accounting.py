@@ -17,7 +17,12 @@ from megatron_tropd.errors import InputError
 CHECKSUMS = "tensors.json"
 """File beside the tensors of a converted checkpoint: type, shape and CRC-32 of every HF tensor."""
 
-_IGNORED = ("rotary_emb.inv_freq",)
+_IGNORED = tuple(
+    f"rotary{middle}_emb.{name}"
+    for middle in ("", "_pos")
+    for name in ("inv_freq", "cos_cached", "sin_cached")
+)
+"""Ends of the names of what old checkpoints carry and every reader computes."""
 _QUANTISED = re.compile(
     r"\.(weight_scale(_inv|_2)?|input_scale|weight_packed|weight_shape|weight_zero_point|qweight|"
     r"qzeros|scales|g_idx|SCB|weight_format|absmax|quant_map|quant_state\..*|nested_.*|"
@@ -66,8 +71,19 @@ def account(
     if problems:
         raise InputError(
             f"{where} {'; it '.join(problems)}. Its config.json and weights do not belong together."
+            + _untied(hf_config, missing)
         )
     return sorted(redundant & found)
+
+
+def _untied(hf_config: dict[str, Any], missing: list[str]) -> str:
+    if missing != ["lm_head.weight"]:
+        return ""
+    said = hf_config.get("tie_word_embeddings", "by default")
+    return (
+        f" tie_word_embeddings is false ({said}): if the output layer is the embedding, set it to "
+        "true in config.json."
+    )
 
 
 def check_not_quantised(hf_config: dict[str, Any], names: Iterable[str], where: str) -> None:

@@ -5,9 +5,10 @@ the CPU platform switches never meet it, and so that its death is an error and n
 that process nothing runs concurrently, which makes sampling repeatable bit for bit.
 """
 
-import json
 import os
+import shutil
 import subprocess
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -15,6 +16,10 @@ from typing import Any, Self
 import torch
 from safetensors import SafetensorError, safe_open
 
+from megatron_tropd.convert.checks import check_tensors
+from megatron_tropd.convert.families import model_shape, plan
+from megatron_tropd.convert.hf_folder import EMBEDDING, HEAD, HFFolder, read_config
+from megatron_tropd.convert.linked_folder import link_folder
 from megatron_tropd.errors import ConfigError, InputError, TrainingError
 from megatron_tropd.rollout import process
 from megatron_tropd.rollout.process import engine_environment
@@ -70,12 +75,16 @@ class RolloutEngine:
             raise ConfigError(
                 f"rollout.engine_tensor_parallel must be 1 without CUDA, found {tensor_parallel}."
             )
-        self._folder = Path(model_folder)
-        self._expected = expected_tensors(self._folder)
+        source = HFFolder(model_folder)
+        check_tensors(source)
+        self._expected = expected_tensors(source)
         self._max_model_len = max_model_len
-        check_model(self._folder, max_model_len, cuda=cuda)
+        check_model(source.path, max_model_len, cuda=cuda)
+        self._log_file = Path(log_file)
+        self._log_file.parent.mkdir(parents=True, exist_ok=True)
+        self._linked = _linked(source, self._log_file.parent)
         self._settings = EngineSettings(
-            model_folder=str(self._folder),
+            model_folder=str(self._linked),
             dtype=dtype,
             max_model_len=max_model_len,
             memory=memory,
@@ -84,7 +93,6 @@ class RolloutEngine:
             prefix_caching=prefix_caching,
             cuda=cuda,
         )
-        self._log_file = Path(log_file)
         self._waiting_for = "start"
         self._asleep = False
         devices = _visible_devices(os.environ, tensor_parallel) if cuda else None
@@ -92,7 +100,6 @@ class RolloutEngine:
         self._start(engine_environment(os.environ, threads=threads, cuda_devices=devices))
 
     def _start(self, environment: dict[str, str]) -> None:
-        self._log_file.parent.mkdir(parents=True, exist_ok=True)
         self._log_file.touch()
         self._child = process.take(environment)
         self._process, self._connection = self._child.child, self._child.connection
@@ -112,6 +119,7 @@ class RolloutEngine:
         """
         if self._waiting_for == "start":
             self._receive()
+            self._forget_folder()
 
     def generate(self, requests: Sequence[SampleRequest], sampling: Sampling) -> list[Sample]:
         """Continue every request with the current weights.
@@ -203,6 +211,7 @@ class RolloutEngine:
     def close(self) -> None:
         """End the child process; harmless when it has ended already."""
         self._connection.close()
+        self._forget_folder()
         if self._waiting_for:
             self._process.kill()
         try:
@@ -216,6 +225,10 @@ class RolloutEngine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _forget_folder(self) -> None:
+        """Remove the links that the engine started from: it has read them, or never will."""
+        shutil.rmtree(self._linked, ignore_errors=True)
 
     def _check_request(self, index: int, request: SampleRequest) -> None:
         length = len(request.token_ids)
@@ -269,6 +282,22 @@ class RolloutEngine:
         return f"Last lines of {self._log_file}:\n" + "\n".join(f"  {line}" for line in lines)
 
 
+def _linked(source: HFFolder, parent: Path) -> Path:
+    """A new folder in ``parent`` from which vLLM reads the model as the trainer does."""
+    folder = None
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=".engine-", dir=parent))
+        return link_folder(source, folder)
+    except OSError as error:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise TrainingError(
+            f"The links to {source.path} that an engine starts from cannot be written in {parent}: "
+            f"{error.strerror or error}. Make room, then give the same command again.",
+            kind="disk",
+        ) from None
+
+
 def _visible_devices(environment: Mapping[str, str], count: int) -> str:
     first = torch.cuda.current_device()
     available = torch.cuda.device_count()
@@ -309,23 +338,19 @@ def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def expected_tensors(model_folder: Path) -> dict[str, tuple[int, ...]]:
-    """What every weight update must bring: the folder's tensors and an explicit output layer.
+def expected_tensors(model: HFFolder) -> dict[str, tuple[int, ...]]:
+    """What every weight update must bring: the model's tensors and an explicit output layer.
 
     Args:
-        model_folder: HF folder of the first weights.
+        model: HF folder of the first weights.
 
     Returns:
         Shape by HF name, ``lm_head.weight`` always among them.
-
-    Raises:
-        InputError: the folder has no readable weights.
     """
-    shapes = tensor_shapes(model_folder)
-    embedding = shapes.get("model.embed_tokens.weight")
-    if embedding is not None:
-        shapes.setdefault("lm_head.weight", embedding)
-    return shapes
+    shapes: dict[str, tuple[int, ...]] = {}
+    for entry in plan(model.config):
+        shapes |= entry.operation.hf_shapes()
+    return {HEAD: shapes[EMBEDDING]} | shapes
 
 
 def check_complete(
@@ -372,7 +397,7 @@ def context_length(folder: str | Path) -> int:
     Raises:
         InputError: config.json is missing or damaged.
     """
-    return int(_model_config(Path(folder))["max_position_embeddings"])
+    return model_shape(read_config(Path(folder))).context
 
 
 def check_model(folder: Path, max_model_len: int, *, cuda: bool) -> None:
@@ -387,29 +412,14 @@ def check_model(folder: Path, max_model_len: int, *, cuda: bool) -> None:
         InputError: config.json is missing or damaged, the context is too short, or the heads have
             a size vLLM cannot run on CPU.
     """
-    config = _model_config(folder)
-    context = config["max_position_embeddings"]
-    if max_model_len > context:
+    shape = model_shape(read_config(folder))
+    if max_model_len > shape.context:
         raise InputError(
-            f"Model {folder} has a context of {context} tokens, prompt and response need "
-            f"{max_model_len}. Lower rollout.max_new_tokens or use shorter prompts."
+            f"Model {folder} has a context of {shape.context} tokens, prompt and response need "
+            f"{max_model_len}. Lower max_new_tokens or use shorter prompts."
         )
-    size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    if not cuda and size not in _CPU_HEAD_SIZES:
+    if not cuda and shape.head_dim not in _CPU_HEAD_SIZES:
         raise InputError(
-            f"Model {folder} has attention heads of size {size}; vLLM on CPU runs sizes "
+            f"Model {folder} has attention heads of size {shape.head_dim}; vLLM on CPU runs sizes "
             f"{list(_CPU_HEAD_SIZES)}. Use a model with one of these, or a machine with CUDA."
         )
-
-
-def _model_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} is not readable JSON: {error}.") from None
-    needed = ("max_position_embeddings", "hidden_size", "num_attention_heads")
-    missing = [name for name in needed if name not in config]
-    if missing:
-        raise InputError(f"{path} has no {', '.join(missing)}: not the config of a decoder model.")
-    return config

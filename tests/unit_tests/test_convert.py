@@ -319,6 +319,9 @@ def test_an_index_must_be_true(tiny_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"model\.absent"):
         HFFolder(folder)
     index.write_text(json.dumps({"weight_map": {names[0]: "other.safetensors"}}))
+    with pytest.raises(InputError, match=r"holds two models: model\.safetensors.*other\."):
+        HFFolder(folder)
+    (folder / "model.safetensors").unlink()
     with pytest.raises(InputError, match=r"other\.safetensors is missing"):
         HFFolder(folder)
 

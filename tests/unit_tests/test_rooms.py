@@ -21,15 +21,16 @@ ARROWS: dict[str, set[str]] = {
     "exits": set(),
     "failures": {"exits"},
     "files": set(),
+    "token_ids": set(),
     "watchdog": {"exits", "failures"},
     "nodes": set(),
     "loss_config": set(),
     "config": {"loss_config"},
     "losses": {"loss_config"},
-    "data": {"config", "losses", "rollout.types"},
-    "convert": {"config"},
+    "data": {"config", "files", "losses", "rollout.types", "token_ids"},
+    "convert": {"config", "files", "token_ids"},
     "mcore": {"config", "convert", "data.types", "files", "losses"},
-    "rollout": {"config", "data.types", "exits", "failures", "files"},
+    "rollout": {"config", "convert", "data.types", "exits", "failures", "files"},
     "tasks": {"config", "data", "losses", "rollout.types"},
     "report": {"config", "data.types", "files"},
     "planning": {"config", "convert"},
@@ -41,7 +42,7 @@ ARROWS: dict[str, set[str]] = {
 OUTSIDE = {"megatron": {"mcore", "integrations", "doctor"}, "vllm": {"rollout", "doctor"}}
 KERNELS = PACKAGE / "losses" / "dense_triton.py"  # the one file that may import triton
 LIGHT = {
-    *("errors", "exits", "failures", "files", "watchdog", "nodes"),
+    *("errors", "exits", "failures", "files", "token_ids", "watchdog", "nodes"),
     *("loss_config", "config", "cluster"),
 }
 """Rooms that need the standard library alone."""

@@ -60,7 +60,8 @@ def model_shape(hf_config: dict[str, Any]) -> ModelShape:
     """
     config = _transformers_config(hf_config)
     family = FAMILIES[config.model_type]
-    for requirement in (*COMMON_REQUIREMENTS, *family.requirements):
+    common = [r for r in COMMON_REQUIREMENTS if r.field not in family.ignored]
+    for requirement in (*common, *family.requirements):
         requirement.check(config)
     _check_sizes(config)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -74,6 +75,7 @@ def model_shape(hf_config: dict[str, Any]) -> ModelShape:
         ffn=config.intermediate_size,
         vocab=config.vocab_size,
         max_positions=config.max_position_embeddings,
+        context=_context(config),
         rms_eps=config.rms_norm_eps,
         tied=config.tie_word_embeddings,
         qkv_bias=family.qkv_bias,
@@ -140,6 +142,14 @@ def plan(hf_config: dict[str, Any], padded_vocab: int | None = None) -> list[Ent
     return entries
 
 
+def _context(config: PretrainedConfig) -> int:
+    """Positions the rotary embedding reaches. Linear scaling stretches those of the config; the
+    other kinds come with ``max_position_embeddings`` of the stretched model, as vLLM reads it."""
+    rope = config.rope_parameters
+    factor = rope["factor"] if rope["rope_type"] == "linear" else 1
+    return int(config.max_position_embeddings * factor)
+
+
 def _experts(family: Family, config: PretrainedConfig) -> Experts | None:
     if family.experts is None:
         return None
@@ -160,6 +170,7 @@ _SIZES = (
     "num_attention_heads",
     "intermediate_size",
     "vocab_size",
+    "max_position_embeddings",
 )
 
 
@@ -172,6 +183,11 @@ def _check_sizes(config: PretrainedConfig) -> None:
     theta = config.rope_parameters.get("rope_theta")
     if not isinstance(theta, int | float) or theta <= 0:
         raise InputError(f"config.json must have a positive rope_theta, found {theta!r}.")
+    factor = config.rope_parameters.get("factor", 1.0)
+    if isinstance(factor, bool) or not isinstance(factor, int | float) or factor < 1:
+        raise InputError(
+            f"config.json must have a rotary scaling factor of at least 1, found {factor!r}."
+        )
     if config.num_attention_heads % (config.num_key_value_heads or config.num_attention_heads):
         raise InputError(
             f"config.json has {config.num_attention_heads} attention heads for "

@@ -37,6 +37,9 @@ class ModelShape:
     """Intermediate size of a dense MLP; a mixture's is in ``experts``."""
     vocab: int
     max_positions: int
+    """As config.json says it, before any rotary scaling."""
+    context: int
+    """Longest sequence the model takes."""
     rms_eps: float
     tied: bool
     qkv_bias: bool
@@ -134,6 +137,8 @@ class Family:
     """Reads :attr:`ModelShape.experts`; None: the family is dense."""
     requirements: tuple[Requirement, ...] = ()
     """Beside :data:`COMMON_REQUIREMENTS`."""
+    ignored: tuple[str, ...] = ()
+    """Fields of :data:`COMMON_REQUIREMENTS` that transformers' model does not read: any value."""
 
 
 def _uniform(config: PretrainedConfig, window: int | None) -> tuple[int | None, ...]:
