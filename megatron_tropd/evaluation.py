@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch.distributed as dist
 
-from megatron_tropd.convert.families import model_shape
 from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.convert.linked_folder import link_folder
 from megatron_tropd.data.prompts import load_prompts
@@ -18,7 +17,7 @@ from megatron_tropd.data.types import Trajectory
 from megatron_tropd.errors import InputError
 from megatron_tropd.losses.draws import Purpose, keyed_seed
 from megatron_tropd.report.records import read_lines
-from megatron_tropd.rollout.engine import RolloutEngine
+from megatron_tropd.rollout.engine import RolloutEngine, context_length
 from megatron_tropd.rollout.types import SampleRequest, Sampling
 from megatron_tropd.run_folder import RunFolder
 from megatron_tropd.tasks.exact_match import Engine, evaluate_exact_match
@@ -194,7 +193,7 @@ def evaluate_folder(
 
     folder, run_tokens = _model_of(model)
     tokenizer = load_tokenizer(folder)
-    context = model_shape(HFFolder(folder).config).context
+    context = context_length(folder)
     prompts = load_prompts(
         problems, tokenizer, apply_chat_template=apply_chat_template, max_prompt_tokens=context - 1
     )[:num_problems]

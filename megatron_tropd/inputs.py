@@ -49,9 +49,9 @@ def load_inputs(config: Config) -> Inputs:
     """
     student, teacher = open_model(config.model.student), open_model(config.model.teacher)
     for who, folder in (("student", student), ("teacher", teacher)):
-        check_parallel(folder.config, config.parallel, who=who)
         if isinstance(folder, HFFolder):  # the other kind is checked when it is opened
             check_tensors(folder)
+        check_parallel(folder.config, config.parallel, who=who)
     _check_experts(config, student, teacher)
     tokenizer = check_same_tokenizer(
         student.companions,

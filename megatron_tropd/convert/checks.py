@@ -5,7 +5,7 @@ from typing import Any
 from megatron_tropd.config import ParallelConfig
 from megatron_tropd.convert.accounting import account, check_shapes, expected_tensors
 from megatron_tropd.convert.families import model_shape, plan
-from megatron_tropd.convert.hf_folder import EMBEDDING, HEAD, HFFolder
+from megatron_tropd.convert.hf_folder import EMBEDDING, HEAD, HFFolder, naming
 from megatron_tropd.errors import ConfigError, InputError
 
 
@@ -57,7 +57,9 @@ def check_tensors(folder: HFFolder) -> None:
         InputError: the model is quantised, or a tensor is missing, surplus, or of another shape
             than config.json says, or the output layer of a tied model is not its embedding.
     """
-    where, entries = f"Model folder {folder.path}", plan(folder.config)
+    where = f"Model folder {folder.path}"
+    with naming(where):
+        entries = plan(folder.config)
     redundant = account(folder.config, entries, folder.names, where)
     expected = expected_tensors(entries)
     check_shapes(expected, {name: folder.shape(name) for name in expected}, where)

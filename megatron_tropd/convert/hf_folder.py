@@ -7,7 +7,8 @@ config.json says. Trainer, converter and planner read through it. A reader with 
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,15 @@ class HFFolder:
             else "Download or export the model again."
         )
         return f"Model folder {self.path} holds neither {SINGLE} nor {INDEX}. {hint}"
+
+
+@contextmanager
+def naming(where: str) -> Iterator[None]:
+    """Let errors of the block, about a config.json, begin with the folder that it is from."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
 
 
 def stored_names(hf_config: dict[str, Any], names: Iterable[str]) -> dict[str, str]:

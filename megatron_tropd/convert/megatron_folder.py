@@ -15,7 +15,7 @@ from megatron_tropd.convert.accounting import (
 )
 from megatron_tropd.convert.companions import CONFIG, SUBFOLDER
 from megatron_tropd.convert.families import Entry, model_shape
-from megatron_tropd.convert.hf_folder import HFFolder, read_config, read_json
+from megatron_tropd.convert.hf_folder import HFFolder, naming, read_config, read_json
 from megatron_tropd.convert.layout import (
     Place,
     is_extra_state,
@@ -57,6 +57,8 @@ class MegatronFolder:
         self.reader = TorchDistReader(self.checkpoint)
         where = f"Megatron checkpoint {self.checkpoint}"
         check_not_quantised(self.config, (), where)
+        with naming(where):
+            model_shape(self.config)
         rows = self._rows(where)
         self.layout = layout(self.config, rows)
         self._places = self._resolve(where)

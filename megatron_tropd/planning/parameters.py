@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_tropd.config import ParallelConfig
 from megatron_tropd.convert.families import Entry, ModelShape, model_shape, plan
-from megatron_tropd.convert.hf_folder import read_config
+from megatron_tropd.convert.hf_folder import naming, read_config
 from megatron_tropd.convert.megatron_folder import companions_of
 from megatron_tropd.convert.sizes import stage_sizes
 from megatron_tropd.errors import InputError
@@ -109,7 +109,8 @@ def open_architecture(path: str, who: str) -> Model:
             "planning needs no weights."
         )
     config = read_config(companions_of(folder))
-    return Model(who, config, model_shape(config))
+    with naming(f"The {who}'s folder {folder}"):
+        return Model(who, config, model_shape(config))
 
 
 @lru_cache(maxsize=64)

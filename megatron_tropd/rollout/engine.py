@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from megatron_tropd.convert.checks import check_tensors
 from megatron_tropd.convert.families import model_shape, plan
-from megatron_tropd.convert.hf_folder import EMBEDDING, HEAD, HFFolder, read_config
+from megatron_tropd.convert.hf_folder import EMBEDDING, HEAD, HFFolder, naming, read_config
 from megatron_tropd.convert.linked_folder import link_folder
 from megatron_tropd.errors import ConfigError, InputError, TrainingError
 from megatron_tropd.rollout import process
@@ -397,7 +397,8 @@ def context_length(folder: str | Path) -> int:
     Raises:
         InputError: config.json is missing or damaged.
     """
-    return model_shape(read_config(Path(folder))).context
+    with naming(f"Model folder {folder}"):
+        return model_shape(read_config(Path(folder))).context
 
 
 def check_model(folder: Path, max_model_len: int, *, cuda: bool) -> None:
