@@ -28,7 +28,7 @@ def link_folder(source: HFFolder, out: Path) -> Path:
     Returns:
         ``out``.
     """
-    ignored = FAMILIES[model_shape(source.config).family].ignored
+    ignored = FAMILIES[model_shape(source.config).family].ignores
     config = {key: value for key, value in source.config.items() if key not in ignored}
     (out / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     link_weights(source, out)

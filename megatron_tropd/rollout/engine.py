@@ -77,7 +77,7 @@ class RolloutEngine:
             )
         source = HFFolder(model_folder)
         check_tensors(source)
-        self._expected = expected_tensors(source)
+        self._expected = expected_tensors(source.config)
         self._max_model_len = max_model_len
         check_model(source.path, max_model_len, cuda=cuda)
         self._log_file = Path(log_file)
@@ -338,17 +338,17 @@ def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def expected_tensors(model: HFFolder) -> dict[str, tuple[int, ...]]:
+def expected_tensors(hf_config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """What every weight update must bring: the model's tensors and an explicit output layer.
 
     Args:
-        model: HF folder of the first weights.
+        hf_config: the config.json dictionary.
 
     Returns:
         Shape by HF name, ``lm_head.weight`` always among them.
     """
     shapes: dict[str, tuple[int, ...]] = {}
-    for entry in plan(model.config):
+    for entry in plan(hf_config):
         shapes |= entry.operation.hf_shapes()
     return {HEAD: shapes[EMBEDDING]} | shapes
 

@@ -31,6 +31,8 @@ from megatron_tropd.data.tokenizers import load_tokenizer, stop_token_ids
 from megatron_tropd.errors import InputError
 from megatron_tropd.inputs import load_inputs
 from megatron_tropd.rollout.engine import RolloutEngine, context_length, expected_tensors
+from megatron_tropd.tasks.rollouts import weights_identity
+from megatron_tropd.tasks.teacher_responses import model_identity
 
 Tensors = dict[str, torch.Tensor]
 Make = Callable[..., Path]
@@ -126,10 +128,13 @@ def test_files_that_are_not_the_models_are_named_and_not_read(
     found = HFFolder(folder)
     assert found.unread == ["adapter_model.safetensors", "consolidated.safetensors"]
     assert found.names == HFFolder(tiny_qwen3).names
-    assert expected_tensors(found) == expected_tensors(HFFolder(tiny_qwen3))
+    assert expected_tensors(found.config) == expected_tensors(HFFolder(tiny_qwen3).config)
     for who in ("student", "teacher"):
         code, text = command("distill", f"model.{who}={folder}")
         assert code == 0 and f"consolidated.safetensors ({who}" in text
+    identities = [model_identity(folder), weights_identity(folder)]
+    (folder / "consolidated.safetensors").unlink()
+    assert identities == [model_identity(folder), weights_identity(folder)]
     link_folder(found, _new(tmp_path / "linked"))
     assert sorted(p.name for p in (tmp_path / "linked").iterdir()) == ["config.json", SINGLE, INDEX]
     hf_to_megatron(ToMegatron(folder, tmp_path / "m"))
@@ -188,7 +193,7 @@ def test_tensors_that_every_reader_computes_do_not_count(kind: str, middle: str,
     name = f"model.layers.0.self_attn.rotary{middle}_emb.{kind}"
     folder = HFFolder(make(lambda tensors: tensors | {name: torch.ones(16)}))
     check_tensors(folder)
-    assert name not in expected_tensors(folder)
+    assert name not in expected_tensors(folder.config)
 
 
 @pytest.mark.parametrize("who", ["student", "teacher"])
@@ -232,7 +237,7 @@ def test_a_tied_model_stored_as_its_output_layer(make: Make, command, tiny_qwen3
     for dim in (0, 1):
         part = found.read(EMBEDDING, dim=dim, start=3, stop=9)
         assert torch.equal(part, plain.read(EMBEDDING, dim=dim, start=3, stop=9))
-    assert expected_tensors(found) == expected_tensors(plain)
+    assert expected_tensors(found.config) == expected_tensors(plain.config)
     for who in ("student", "teacher"):
         assert command("distill", f"model.{who}={folder}")[0] == 0
     linked = link_folder(found, _new(tmp_path / "linked"))
@@ -261,7 +266,7 @@ def test_it_gets_its_own_name_back_from_a_run(limit: int, make: Make, tmp_path: 
     from megatron_tropd.mcore.weights import _write_folder
 
     source, out = HFFolder(make(head_only)), tmp_path / "out"
-    names = [name for name in expected_tensors(source) if name != HEAD]
+    names = [name for name in expected_tensors(source.config) if name != HEAD]
     stream = iter([(name, source.read(name)) for name in names])
     _write_folder(stream, source, out, torch.float32, limit)
     again = HFFolder(out)
@@ -477,6 +482,15 @@ def test_a_damaged_header_says_what_is_damaged(header: bytes, said: str, make: M
     with pytest.raises(InputError) as error:
         HFFolder(folder)
     assert str(folder / SINGLE) in str(error.value) and said in str(error.value)
+
+
+@pytest.mark.parametrize("name", [".metadata", "common.pt", "__0_0.distcp"])
+def test_a_checkpoint_of_git_lfs_pointers_is_called_one(name: str, make: Make, tmp_path: Path):
+    hf_to_megatron(ToMegatron(make(), tmp_path / "m"))
+    release = tmp_path / "m" / "release"
+    (release / name).write_text(POINTER)
+    with pytest.raises(InputError, match=f"{name} is a Git LFS pointer"):
+        MegatronFolder(tmp_path / "m").reader.common()
 
 
 @pytest.mark.parametrize("content", ['{"tensors": []}', '{"tensors": {"a": {"dtype": "F32"}}}'])

@@ -31,7 +31,7 @@ ARROWS: dict[str, set[str]] = {
     "convert": {"config", "files", "token_ids"},
     "mcore": {"config", "convert", "data.types", "files", "losses"},
     "rollout": {"config", "convert", "data.types", "exits", "failures", "files"},
-    "tasks": {"config", "data", "losses", "rollout.types"},
+    "tasks": {"config", "convert", "data", "losses", "rollout.types"},
     "report": {"config", "data.types", "files"},
     "planning": {"config", "convert"},
     "cluster": {"config"},

@@ -60,7 +60,7 @@ def model_shape(hf_config: dict[str, Any]) -> ModelShape:
     """
     config = _transformers_config(hf_config)
     family = FAMILIES[config.model_type]
-    common = [r for r in COMMON_REQUIREMENTS if r.field not in family.ignored]
+    common = [r for r in COMMON_REQUIREMENTS if r.field not in family.ignores]
     for requirement in (*common, *family.requirements):
         requirement.check(config)
     _check_sizes(config)

@@ -137,7 +137,7 @@ class Family:
     """Reads :attr:`ModelShape.experts`; None: the family is dense."""
     requirements: tuple[Requirement, ...] = ()
     """Beside :data:`COMMON_REQUIREMENTS`."""
-    ignored: tuple[str, ...] = ()
+    ignores: tuple[str, ...] = ()
     """Fields of :data:`COMMON_REQUIREMENTS` that transformers' model does not read: any value."""
 
 

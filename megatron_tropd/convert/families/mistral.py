@@ -14,5 +14,5 @@ FAMILY = Family(
     architecture="MistralForCausalLM",
     layer=layer,
     windows=window_everywhere,
-    ignored=("attention_bias", "mlp_bias"),
+    ignores=("attention_bias", "mlp_bias"),
 )

@@ -36,5 +36,5 @@ FAMILY = Family(
     windows=window_everywhere,
     experts=experts,
     requirements=(Requirement("router_jitter_noise", (0.0,), "Set it to 0 in config.json."),),
-    ignored=("attention_bias", "mlp_bias"),
+    ignores=("attention_bias", "mlp_bias"),
 )

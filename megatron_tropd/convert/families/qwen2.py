@@ -15,5 +15,5 @@ FAMILY = Family(
     layer=layer,
     qkv_bias=True,
     windows=window_by_layer,
-    ignored=("attention_bias", "mlp_bias"),
+    ignores=("attention_bias", "mlp_bias"),
 )

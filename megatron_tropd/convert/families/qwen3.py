@@ -15,5 +15,5 @@ FAMILY = Family(
     layer=layer,
     qk_norm=True,
     windows=window_by_layer,
-    ignored=("mlp_bias",),
+    ignores=("mlp_bias",),
 )

@@ -41,5 +41,5 @@ FAMILY = Family(
         Requirement("decoder_sparse_step", (1,), "Every layer must have experts."),
         Requirement("shared_expert_intermediate_size", (0,)),
     ),
-    ignored=("mlp_bias",),
+    ignores=("mlp_bias",),
 )
