@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -291,13 +292,37 @@ def test_head_sizes_vllm_refuses_on_cpu_are_named(tiny_model: Callable[..., Path
 
 
 def test_folders_without_weights_or_context_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"holds no \*\.safetensors"):
+    with pytest.raises(InputError, match=r"config\.json is missing"):
+        start(tmp_path, tmp_path)
+    shutil.copyfile(tiny_llama / "config.json", tmp_path / "config.json")
+    with pytest.raises(InputError, match=r"holds neither model\.safetensors nor"):
         start(tmp_path, tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"\x10\0\0\0")
-    with pytest.raises(InputError, match="not a readable safetensors file"):
+    with pytest.raises(InputError, match=r"model\.safetensors is damaged"):
         start(tmp_path, tmp_path)
     with pytest.raises(InputError, match=r"context of 256 tokens.* need 300"):
         RolloutEngine(tiny_llama, max_model_len=300, log_file=tmp_path / "log")
+
+
+def test_an_engine_reads_what_the_trainer_reads(
+    engine: RolloutEngine, tiny_qwen3: Path, tmp_path: Path
+) -> None:
+    """Two formats of the weights, an adapter, old tensors, the embedding under another name."""
+    wanted, folder = engine.generate(REQUESTS, SAMPLING), tmp_path / "model"
+    tensors = load_file(tiny_qwen3 / "model.safetensors")
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(16)
+    save_as_model(folder, tiny_qwen3, tensors)
+    save_file({"layers.0.attention.wq.weight": torch.ones(2)}, folder / "consolidated.safetensors")
+    save_file({"base.q_proj.lora_A.weight": torch.ones(2)}, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "elsewhere"}')
+    with start(folder, tmp_path) as odd:
+        assert odd.generate(REQUESTS, SAMPLING) == wanted
+        new = save_as_model(tmp_path / "new", tiny_qwen3, updated_weights(tiny_qwen3, 3))
+        odd.load_weights(new)
+        changed = odd.generate(REQUESTS, SAMPLING)
+    assert changed != wanted and largest_gap(new, REQUESTS, changed) < 1e-4
+    assert not list(tmp_path.glob(".engine-*"))
 
 
 @pytest.mark.parametrize("name", ["stories260K-hd32", "babyllama-tok105-hd32"])
