@@ -289,5 +289,6 @@ def _open_safetensors(path: Path) -> SafetensorsFile:
     except (ValueError, RecursionError) as error:
         raise InputError(
             lfs_pointer(path)
-            or f"{path} is damaged or truncated: {error}. Download or export it again."
+            or f"{path} is not a readable safetensors file (damaged or truncated): {error}. "
+            "Download or export it again."
         ) from None
