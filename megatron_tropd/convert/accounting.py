@@ -117,9 +117,18 @@ def check_types(types: Mapping[str, torch.dtype], where: str) -> None:
 
 
 def check_shapes(
-    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], where: str
+    expected: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, tuple[int, ...]],
+    where: str,
+    hf_config: Mapping[str, Any],
 ) -> None:
     """Compare shapes.
+
+    Args:
+        expected: by the plan.
+        found: in the folder.
+        where: how messages call it.
+        hf_config: the config.json dictionary; messages name the sizes that it leaves out.
 
     Raises:
         InputError: lists the tensors that differ.
@@ -132,8 +141,20 @@ def check_shapes(
     if wrong:
         raise InputError(
             f"{where} holds {len(wrong)} tensors of another shape than config.json says: "
-            f"{listed(wrong)}."
+            f"{listed(wrong)}.{_left_out(hf_config)}"
         )
+
+
+def _left_out(hf_config: Mapping[str, Any]) -> str:
+    """A sentence on the sizes that are transformers' defaults; none: it says them all."""
+    shape = model_shape(dict(hf_config))
+    sizes = {"vocab_size": shape.vocab, "hidden_size": shape.hidden, "head_dim": shape.head_dim}
+    sizes |= {"num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads}
+    sizes |= {"intermediate_size": shape.ffn}
+    left = [f"{key} ({size})" for key, size in sizes.items() if key not in hf_config]
+    if not left:
+        return ""
+    return f" config.json leaves out {', '.join(left)}: these are defaults; give the model's."
 
 
 def listed(names: list[str]) -> str:

@@ -62,7 +62,7 @@ def check_tensors(folder: HFFolder) -> None:
         entries = plan(folder.config)
     redundant = account(folder.config, entries, folder.names, where)
     expected = expected_tensors(entries)
-    check_shapes(expected, {name: folder.shape(name) for name in expected}, where)
+    check_shapes(expected, {name: folder.shape(name) for name in expected}, where, folder.config)
     if not all(folder.equal(EMBEDDING, name) for name in redundant):
         raise not_tied(where)
 

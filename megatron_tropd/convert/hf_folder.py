@@ -179,6 +179,12 @@ class HFFolder:
                     )
 
     def _no_weights(self) -> str:
+        for name in (SINGLE, INDEX):
+            if (self.path / name).is_symlink():
+                return (
+                    f"{self.path / name} is a link to {(self.path / name).readlink()}, which is "
+                    "not there. Download the model again, or copy the file itself."
+                )
         others = sorted(p.name for p in self.path.glob("*.bin"))
         hint = (
             f"Found {others[0]}: convert it to safetensors, or with tropd convert --allow-pickle."

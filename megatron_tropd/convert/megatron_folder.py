@@ -157,7 +157,7 @@ class MegatronFolder:
                 f"{where} {'; it '.join(problems)}. It is not the model of "
                 f"{self.companions / CONFIG}."
             )
-        check_shapes(expected, {n: self.reader.shape(n) for n in expected}, where)
+        check_shapes(expected, {n: self.reader.shape(n) for n in expected}, where, self.config)
         return found
 
     def _options(self, place: Place) -> list[tuple[str, tuple[int, ...]]]:

@@ -118,7 +118,7 @@ def check_source(source: HFFolder | PickledFolder, job: ToMegatron) -> list[str]
     redundant = account(source.config, entries, source.names, where)
     check_layout(source.config, job)
     expected = expected_tensors(entries)
-    check_shapes(expected, {name: source.shape(name) for name in expected}, where)
+    check_shapes(expected, {n: source.shape(n) for n in expected}, where, source.config)
     types = {name: source.dtype(name) for name in expected}
     check_types(types, where)
     if job.dtype is None:

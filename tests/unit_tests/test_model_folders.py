@@ -306,6 +306,13 @@ def test_no_key_left_to_its_default_is_a_traceback(who: str, make: Make, command
     assert command("distill", f"model.{who}={folder}")[0] == 0
 
 
+def test_a_size_left_to_its_default_is_named_beside_the_shape(make: Make):
+    with pytest.raises(
+        InputError, match=r"\[259, 64\]\. config\.json leaves out vocab_size \(151936\)"
+    ):
+        check_tensors(HFFolder(make(drop="vocab_size")))
+
+
 @pytest.mark.parametrize(
     ("rope", "context"),
     [
@@ -437,6 +444,14 @@ def test_a_git_lfs_pointer_is_called_one(name: str, who: str, make: Make, comman
         return
     assert code == 2 and str(folder / name) in text
     assert "4711 bytes" in text and "git lfs pull" in text
+
+
+def test_a_link_to_nothing_is_called_one(make: Make):
+    folder = make()
+    (folder / SINGLE).unlink()
+    (folder / SINGLE).symlink_to("../blobs/12ab")
+    with pytest.raises(InputError, match=r"model\.safetensors is a link to \.\./blobs/12ab"):
+        HFFolder(folder)
 
 
 def test_a_pickled_git_lfs_pointer_is_called_one(make: Make, tmp_path: Path):
