@@ -187,7 +187,8 @@ class HFFolder:
                 )
         others = sorted(p.name for p in self.path.glob("*.bin"))
         hint = (
-            f"Found {others[0]}: convert it to safetensors, or with tropd convert --allow-pickle."
+            f"Found {others[0]}: convert it to safetensors, or give --allow-pickle to tropd "
+            "convert to-megatron."
             if others
             else "Download or export the model again."
         )
