@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_models import FAMILIES
 from transformers import AutoModelForCausalLM
 
 from megatron_tropd import cli
@@ -30,6 +31,7 @@ from megatron_tropd.convert.torch_dist import TorchDistReader
 from megatron_tropd.data.tokenizers import load_tokenizer, stop_token_ids
 from megatron_tropd.errors import InputError
 from megatron_tropd.inputs import load_inputs
+from megatron_tropd.planning.parameters import open_architecture
 from megatron_tropd.rollout.engine import RolloutEngine, context_length, expected_tensors
 from megatron_tropd.tasks.rollouts import weights_identity
 from megatron_tropd.tasks.teacher_responses import model_identity
@@ -304,6 +306,23 @@ def test_no_key_left_to_its_default_is_a_traceback(who: str, make: Make, command
     left = {name: value for name, value in config.items() if name != "max_position_embeddings"}
     (folder / "config.json").write_text(json.dumps(left))
     assert command("distill", f"model.{who}={folder}")[0] == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_value_of_any_key_is_a_traceback(
+    family: str, make: Make, tiny_model: Callable[..., Path]
+):
+    folder = make(source=tiny_model(family, tie_word_embeddings=True))
+    config = json.loads((folder / "config.json").read_text())
+    others = {"rope_scaling", "sliding_window", "layer_types", "head_dim", "num_local_experts"}
+    for key in config.keys() | others:
+        for value in (..., None, "8", 8.0, -1, [1], {"a": 1}):
+            changed = {name: v for name, v in (config | {key: value}).items() if v is not ...}
+            (folder / "config.json").write_text(json.dumps(changed))
+            try:
+                open_architecture(str(folder), "student")
+            except InputError as error:
+                assert str(folder) in str(error), (key, value)
 
 
 def test_a_size_left_to_its_default_is_named_beside_the_shape(make: Make):

@@ -154,6 +154,12 @@ def _experts(family: Family, config: PretrainedConfig) -> Experts | None:
     if family.experts is None:
         return None
     experts = family.experts(config)
+    for what, size in (("number", experts.count), ("intermediate size", experts.ffn)):
+        # Under their other names (num_local_experts) transformers checks no type.
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise InputError(
+                f"config.json must have a whole {what} of experts of at least 1, found {size!r}."
+            )
     fewest = 2 if experts.normalized else 1
     if not fewest <= experts.per_token <= experts.count:
         raise InputError(
