@@ -120,7 +120,8 @@ class RolloutConfig:
     top_p: float = 1.0
     """Nucleus of the sampling distribution; 1 samples the whole vocabulary."""
     stop_token_ids: tuple[int, ...] = ()
-    """Further ids that end a response, beside the tokenizer's EOS."""
+    """Further ids that end a response, beside every EOS of the student's folder (tokenizer,
+    generation_config.json, config.json)."""
     apply_chat_template: bool = False
     """Wrap each prompt in the tokenizer's chat template ("messages" always are)."""
     placement: Literal["colocated", "separate"] = "colocated"
