@@ -367,7 +367,7 @@ def test_everybody_counts_the_same_context(
     assert args.max_position_embeddings == args.seq_length == context
 
 
-@pytest.mark.parametrize("factor", [None, "4", 0.5, True])
+@pytest.mark.parametrize("factor", [None, "4", 0.0, True])
 def test_a_factor_that_stretches_nothing_is_refused(factor: Any, make: Make):
     rope = {"rope_type": "linear", "factor": factor, "rope_theta": 10000.0}
     with pytest.raises(InputError, match=r"factor"):
@@ -378,17 +378,17 @@ def test_a_factor_that_stretches_nothing_is_refused(factor: Any, make: Make):
     ("family", "field", "read"),
     [
         ("qwen2", "attention_bias", False),
-        ("mistral", "attention_bias", False),
         ("mixtral", "attention_bias", False),
         ("qwen3", "mlp_bias", False),
         ("qwen3_moe", "mlp_bias", False),
         ("llama", "attention_bias", True),
+        ("mistral", "attention_bias", True),  # not read by transformers, but by vLLM
         ("llama", "mlp_bias", True),
         ("qwen3", "attention_bias", True),
         ("qwen3_moe", "attention_bias", True),
     ],
 )
-def test_a_field_is_refused_only_where_transformers_reads_it(
+def test_a_field_is_refused_only_where_somebody_reads_it(
     family: str, field: str, read: bool, make: Make, tiny_model: Callable[..., Path], tmp_path: Path
 ):
     folder = make(source=tiny_model(family), **{field: True})

@@ -190,9 +190,9 @@ def _check_sizes(config: PretrainedConfig) -> None:
     if not isinstance(theta, int | float) or theta <= 0:
         raise InputError(f"config.json must have a positive rope_theta, found {theta!r}.")
     factor = config.rope_parameters.get("factor", 1.0)
-    if isinstance(factor, bool) or not isinstance(factor, int | float) or factor < 1:
+    if isinstance(factor, bool) or not isinstance(factor, int | float) or factor <= 0:
         raise InputError(
-            f"config.json must have a rotary scaling factor of at least 1, found {factor!r}."
+            f"config.json must have a positive factor of the rotary scaling, found {factor!r}."
         )
     if config.num_attention_heads % (config.num_key_value_heads or config.num_attention_heads):
         raise InputError(

@@ -138,7 +138,7 @@ class Family:
     requirements: tuple[Requirement, ...] = ()
     """Beside :data:`COMMON_REQUIREMENTS`."""
     ignores: tuple[str, ...] = ()
-    """Fields of :data:`COMMON_REQUIREMENTS` that transformers' model does not read: any value."""
+    """Fields of :data:`COMMON_REQUIREMENTS` that neither transformers nor vLLM reads here."""
 
 
 def _uniform(config: PretrainedConfig, window: int | None) -> tuple[int | None, ...]:

@@ -14,5 +14,4 @@ FAMILY = Family(
     architecture="MistralForCausalLM",
     layer=layer,
     windows=window_everywhere,
-    ignores=("attention_bias", "mlp_bias"),
 )

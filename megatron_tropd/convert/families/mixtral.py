@@ -35,6 +35,6 @@ FAMILY = Family(
     layer=layer,
     windows=window_everywhere,
     experts=experts,
-    requirements=(Requirement("router_jitter_noise", (0.0,), "Set it to 0 in config.json."),),
     ignores=("attention_bias", "mlp_bias"),
+    requirements=(Requirement("router_jitter_noise", (0.0,), "Set it to 0 in config.json."),),
 )

@@ -36,10 +36,10 @@ FAMILY = Family(
     qk_norm=True,
     windows=window_everywhere,
     experts=experts,
+    ignores=("mlp_bias",),
     requirements=(
         Requirement("mlp_only_layers", ([],), "Every layer must have experts."),
         Requirement("decoder_sparse_step", (1,), "Every layer must have experts."),
         Requirement("shared_expert_intermediate_size", (0,)),
     ),
-    ignores=("mlp_bias",),
 )
