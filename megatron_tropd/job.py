@@ -234,6 +234,7 @@ class Job:
                 self.hf_folders[model],
                 dtype=str(self.dtype).removeprefix("torch."),
                 max_model_len=self.inputs.max_model_len,
+                vocab_size=self.inputs.vocab_size,
                 memory=rollout.engine_memory,
                 tensor_parallel=rollout.engine_tensor_parallel,
                 threads=engine_threads(rollout.num_engines, local, self.ranks.world_size),
@@ -296,7 +297,8 @@ class Job:
         """Stream the student's weights, seen ``version`` steps, as HF tensors to every engine."""
         tensors = weights.export_weights(
             self.student.model,
-            self.inputs.student.config,
+            # Columns that the teacher lacks are not sampled: the loss knows nothing of them.
+            self.inputs.student.config | {"vocab_size": self.inputs.vocab_size},
             self.ranks,
             padded_vocab_size=self._padded_vocab_size,
             receivers=self.engines.owners,

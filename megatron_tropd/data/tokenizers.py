@@ -50,6 +50,11 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         ) from error
 
 
+def num_ids(tokenizer: PreTrainedTokenizerBase) -> int:
+    """One more than the largest id: more than there are tokens where some ids have none."""
+    return max(len(tokenizer), max(tokenizer.get_vocab().values(), default=-1) + 1)
+
+
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash of what the ids mean: every id with its token, and the BOS and EOS ids.
 

@@ -29,7 +29,7 @@ ARROWS: dict[str, set[str]] = {
     "data": {"config", "losses", "rollout.types"},
     "convert": {"config"},
     "mcore": {"config", "convert", "data.types", "files", "losses"},
-    "rollout": {"config", "data.types", "exits", "failures", "files"},
+    "rollout": {"config", "convert", "data.types", "exits", "failures", "files"},
     "tasks": {"config", "data", "losses", "rollout.types"},
     "report": {"config", "data.types", "files"},
     "planning": {"config", "convert"},
