@@ -122,12 +122,14 @@ class LiveRollouts:
 
         args = get_args()
         check_arguments(args, self.settings.rollout)
+        # Our loss ends where the tokenizer does; Megatron's counts padded columns as tokens.
+        distils = getattr(args, "tropd_teacher_load", None) is not None
         loop = LoopSettings(
             seq_length=args.seq_length,
             padded_vocab_size=args.padded_vocab_size,
             seed=args.seed,
             steps=args.train_iters,
-            vocab_size=int(get_tokenizer().vocab_size),
+            vocab_size=int(get_tokenizer().vocab_size) if distils else None,
         )
         self.start(loop, dtype=next(model.parameters()).dtype)
         return args
