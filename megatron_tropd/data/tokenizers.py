@@ -69,6 +69,11 @@ def _readable_config(folder: Path) -> dict[str, PreTrainedConfig]:
     return {"config": AutoConfig.for_model(**config)}
 
 
+def num_ids(tokenizer: PreTrainedTokenizerBase) -> int:
+    """One more than the largest id: more than there are tokens where some ids have none."""
+    return max(len(tokenizer), max(tokenizer.get_vocab().values(), default=-1) + 1)
+
+
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash of what the ids mean: every id with its token, and the BOS and EOS ids.
 

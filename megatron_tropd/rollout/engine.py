@@ -5,10 +5,9 @@ the CPU platform switches never meet it, and so that its death is an error and n
 that process nothing runs concurrently, which makes sampling repeatable bit for bit.
 """
 
+import json
 import os
-import shutil
 import subprocess
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -17,19 +16,22 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megatron_tropd.convert.checks import check_tensors
-from megatron_tropd.convert.families import model_shape, plan
-from megatron_tropd.convert.hf_folder import EMBEDDING, HEAD, HFFolder, naming, read_config
-from megatron_tropd.convert.linked_folder import link_folder
+from megatron_tropd.convert.families import model_shape
+from megatron_tropd.convert.hf_folder import HFFolder, naming, read_config
 from megatron_tropd.errors import ConfigError, InputError, TrainingError
 from megatron_tropd.rollout import process
+from megatron_tropd.rollout.engine_model import (
+    check_engine,
+    expected_tensors,
+    remove_engine_folder,
+    write_engine_folder,
+)
 from megatron_tropd.rollout.process import engine_environment
 from megatron_tropd.rollout.types import EngineSettings, Sample, SampleRequest, Sampling
 from megatron_tropd.rollout.wire import Offer
 
 _LOG_LINES_QUOTED = 15
 _CLOSE_SECONDS = 5.0
-# Source: CPUAttentionBackend.get_supported_head_sizes of vLLM 0.32.
-_CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
 
 class RolloutEngine:
@@ -51,6 +53,7 @@ class RolloutEngine:
         threads: int | None = None,
         max_num_seqs: int = 256,
         prefix_caching: bool = True,
+        vocab_size: int | None = None,
     ) -> None:
         """Start the child process.
 
@@ -64,11 +67,12 @@ class RolloutEngine:
             threads: CPU threads of the engine; None: as many as this process may use.
             max_num_seqs: sequences decoded together.
             prefix_caching: share the KV cache of equal beginnings within one call.
+            vocab_size: the engine has so many columns of the vocabulary, the first ones: others
+                are never sampled and log-probs are over these. None: all of the model's.
 
         Raises:
-            InputError: the folder has no readable weights, its context is too short, or its heads
-                have a size vLLM cannot run on CPU.
-            ConfigError: tensor_parallel > 1 without CUDA.
+            InputError: the folder has no readable weights, or vLLM does not run its model.
+            ConfigError: tensor_parallel > 1 without CUDA, or it does not divide the model.
         """
         cuda = torch.cuda.is_available()
         if tensor_parallel > 1 and not cuda:
@@ -77,14 +81,23 @@ class RolloutEngine:
             )
         source = HFFolder(model_folder)
         check_tensors(source)
-        self._expected = expected_tensors(source.config)
+        check_engine(
+            source.config,
+            max_model_len,
+            cuda=cuda,
+            who=str(model_folder),
+            tensor_parallel=tensor_parallel,
+        )
+        columns = model_shape(source.config).vocab
+        vocab_size = columns if vocab_size is None else min(vocab_size, columns)
+        self._expected = expected_tensors(source.config, vocab_size)
         self._max_model_len = max_model_len
-        check_model(source.path, max_model_len, cuda=cuda)
-        self._log_file = Path(log_file)
-        self._log_file.parent.mkdir(parents=True, exist_ok=True)
-        self._linked = _linked(source, self._log_file.parent)
+        self._place = Path(log_file).with_suffix(".model")
+        self._config = write_engine_folder(source, self._place, vocab_size)
         self._settings = EngineSettings(
-            model_folder=str(self._linked),
+            model_folder=str(self._place),
+            cut_from=None if vocab_size == columns else str(source.path.resolve()),
+            vocab_size=vocab_size,
             dtype=dtype,
             max_model_len=max_model_len,
             memory=memory,
@@ -100,7 +113,9 @@ class RolloutEngine:
         self._start(engine_environment(os.environ, threads=threads, cuda_devices=devices))
 
     def _start(self, environment: dict[str, str]) -> None:
-        self._log_file.touch()
+        self._log_file.parent.mkdir(parents=True, exist_ok=True)
+        with self._log_file.open("a") as log:
+            log.write(f"The engine's config.json: {json.dumps(self._config)}\n")
         self._child = process.take(environment)
         self._process, self._connection = self._child.child, self._child.connection
         self._send("print_to", str(self._log_file))
@@ -119,7 +134,7 @@ class RolloutEngine:
         """
         if self._waiting_for == "start":
             self._receive()
-            self._forget_folder()
+            remove_engine_folder(self._place)
 
     def generate(self, requests: Sequence[SampleRequest], sampling: Sampling) -> list[Sample]:
         """Continue every request with the current weights.
@@ -210,8 +225,8 @@ class RolloutEngine:
 
     def close(self) -> None:
         """End the child process; harmless when it has ended already."""
+        remove_engine_folder(self._place)
         self._connection.close()
-        self._forget_folder()
         if self._waiting_for:
             self._process.kill()
         try:
@@ -225,10 +240,6 @@ class RolloutEngine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _forget_folder(self) -> None:
-        """Remove the links that the engine started from: it has read them, or never will."""
-        shutil.rmtree(self._linked, ignore_errors=True)
 
     def _check_request(self, index: int, request: SampleRequest) -> None:
         length = len(request.token_ids)
@@ -256,8 +267,13 @@ class RolloutEngine:
         except (EOFError, OSError):
             raise self._death() from None
         self._child.keep_output(self._log_file)
-        self._waiting_for = ""
-        if status == "error":
+        starting, self._waiting_for = self._waiting_for == "start", ""
+        if status == "refused" and starting:
+            raise ConfigError(
+                f"vLLM does not start with this model and these settings: {value}\n"
+                f"{self._log_tail()}\nChange the setting it names, or choose another model."
+            )
+        if status != "ok":
             raise TrainingError(
                 f"The rollout engine failed: {value}\n{self._log_tail()}", kind="engine"
             )
@@ -280,22 +296,6 @@ class RolloutEngine:
     def _log_tail(self) -> str:
         lines = self._log_file.read_text(errors="replace").splitlines()[-_LOG_LINES_QUOTED:]
         return f"Last lines of {self._log_file}:\n" + "\n".join(f"  {line}" for line in lines)
-
-
-def _linked(source: HFFolder, parent: Path) -> Path:
-    """A new folder in ``parent`` from which vLLM reads the model as the trainer does."""
-    folder = None
-    try:
-        folder = Path(tempfile.mkdtemp(prefix=".engine-", dir=parent))
-        return link_folder(source, folder)
-    except OSError as error:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-        raise TrainingError(
-            f"The links to {source.path} that an engine starts from cannot be written in {parent}: "
-            f"{error.strerror or error}. Make room, then give the same command again.",
-            kind="disk",
-        ) from None
 
 
 def _visible_devices(environment: Mapping[str, str], count: int) -> str:
@@ -336,21 +336,6 @@ def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
             f"{folder} holds no *.safetensors. Give an HF folder saved as safetensors."
         )
     return shapes
-
-
-def expected_tensors(hf_config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """What every weight update must bring: the model's tensors and an explicit output layer.
-
-    Args:
-        hf_config: the config.json dictionary.
-
-    Returns:
-        Shape by HF name, ``lm_head.weight`` always among them.
-    """
-    shapes: dict[str, tuple[int, ...]] = {}
-    for entry in plan(hf_config):
-        shapes |= entry.operation.hf_shapes()
-    return {HEAD: shapes[EMBEDDING]} | shapes
 
 
 def check_complete(
@@ -395,32 +380,7 @@ def context_length(folder: str | Path) -> int:
         Tokens.
 
     Raises:
-        InputError: config.json is missing or damaged.
+        InputError: config.json is missing, damaged, or of a model that is not supported.
     """
     with naming(f"Model folder {folder}"):
         return model_shape(read_config(Path(folder))).context
-
-
-def check_model(folder: Path, max_model_len: int, *, cuda: bool) -> None:
-    """Refuse what vLLM would refuse later and less clearly.
-
-    Args:
-        folder: HF folder.
-        max_model_len: longest prompt + response in tokens.
-        cuda: whether the engine runs on CUDA.
-
-    Raises:
-        InputError: config.json is missing or damaged, the context is too short, or the heads have
-            a size vLLM cannot run on CPU.
-    """
-    shape = model_shape(read_config(folder))
-    if max_model_len > shape.context:
-        raise InputError(
-            f"Model {folder} has a context of {shape.context} tokens, prompt and response need "
-            f"{max_model_len}. Lower max_new_tokens or use shorter prompts."
-        )
-    if not cuda and shape.head_dim not in _CPU_HEAD_SIZES:
-        raise InputError(
-            f"Model {folder} has attention heads of size {shape.head_dim}; vLLM on CPU runs sizes "
-            f"{list(_CPU_HEAD_SIZES)}. Use a model with one of these, or a machine with CUDA."
-        )

@@ -17,9 +17,9 @@ from megatron_tropd.rollout.dispatch import Dispatch, Patience
 from megatron_tropd.rollout.engine import (
     check_complete,
     engine_environment,
-    expected_tensors,
     tensor_shapes,
 )
+from megatron_tropd.rollout.engine_model import expected_tensors
 from megatron_tropd.rollout.served import ServerPool
 from megatron_tropd.rollout.weight_sync import (
     WeightMailbox,

@@ -17,12 +17,19 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_tropd.convert.families._base import (
-    COMMON_REQUIREMENTS,
     Entry,
     Experts,
     Family,
     ModelShape,
     Requirement,
+)
+from megatron_tropd.convert.families._keys import (
+    check_keys,
+    check_numbers,
+    check_windows,
+    new_fields,
+    requirements_of,
+    written_config,
 )
 from megatron_tropd.convert.ops import Replicated, VocabularyRows
 from megatron_tropd.errors import InputError
@@ -35,7 +42,9 @@ __all__ = [
     "ModelShape",
     "Requirement",
     "describe",
+    "engine_config",
     "model_shape",
+    "new_fields",
     "plan",
     "rope_inverse_frequencies",
     "rope_parameters",
@@ -60,12 +69,13 @@ def model_shape(hf_config: dict[str, Any]) -> ModelShape:
     """
     config = _transformers_config(hf_config)
     family = FAMILIES[config.model_type]
-    common = [r for r in COMMON_REQUIREMENTS if r.field not in family.ignores]
-    for requirement in (*common, *family.requirements):
+    for requirement in requirements_of(family):
         requirement.check(config)
+    check_keys(hf_config, family)
     _check_sizes(config)
+    check_numbers(hf_config, config)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return ModelShape(
+    shape = ModelShape(
         family=config.model_type,
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
@@ -83,6 +93,23 @@ def model_shape(hf_config: dict[str, Any]) -> ModelShape:
         windows=family.windows(config),
         experts=_experts(family, config),
     )
+    check_windows(hf_config, family, shape)
+    return shape
+
+
+def engine_config(hf_config: dict[str, Any], vocab_size: int | None = None) -> dict[str, Any]:
+    """The config.json of the same model with the keys that were read and no others.
+
+    Args:
+        hf_config: the config.json dictionary.
+        vocab_size: columns of the embeddings; None: the model's.
+
+    Raises:
+        InputError: as :func:`model_shape`.
+    """
+    shape = model_shape(hf_config)
+    family = FAMILIES[shape.family]
+    return written_config(_transformers_config(hf_config), family, shape, vocab_size or shape.vocab)
 
 
 def describe(hf_config: dict[str, Any]) -> str:

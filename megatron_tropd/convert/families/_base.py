@@ -49,6 +49,11 @@ class ModelShape:
     experts: Experts | None = None
     """None: dense."""
 
+    @property
+    def has_window(self) -> bool:
+        """Whether some layer has a window."""
+        return any(window is not None for window in self.windows)
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -116,6 +121,17 @@ def window_by_layer(config: PretrainedConfig) -> tuple[int | None, ...]:
     unknown = sorted(set(config.layer_types) - windows.keys())
     if unknown:
         raise _layer_types_error(config, unknown, list(windows))
+    if config.sliding_window is None and "sliding_attention" in config.layer_types:
+        raise InputError(
+            f"This {config.model_type} model has sliding_attention in its layer_types, but no "
+            "window: set sliding_window and use_sliding_window in config.json, or remove "
+            "layer_types."
+        )
+    if len(config.layer_types) != config.num_hidden_layers:
+        raise InputError(
+            f"config.json has {len(config.layer_types)} layer_types for "
+            f"{config.num_hidden_layers} layers, expected one for each."
+        )
     return tuple(windows[kind] for kind in config.layer_types)
 
 
@@ -133,12 +149,30 @@ class Family:
     qk_norm: bool = False
     windows: Callable[[PretrainedConfig], tuple[int | None, ...]] = full_attention
     """Reads :attr:`ModelShape.windows`."""
+    window_switch: bool = False
+    """Whether ``use_sliding_window`` switches windows on."""
     experts: Callable[[PretrainedConfig], Experts] | None = None
     """Reads :attr:`ModelShape.experts`; None: the family is dense."""
+    written_experts: Callable[[ModelShape], dict[str, Any]] | None = None
+    """The inverse: the keys of config.json that say them."""
+    keys: frozenset[str] = frozenset()
+    """Keys of config.json that only this family reads."""
+    ignores: tuple[str, ...] = ()
+    """Fields of :data:`COMMON_REQUIREMENTS` that neither transformers nor vLLM reads here."""
     requirements: tuple[Requirement, ...] = ()
     """Beside :data:`COMMON_REQUIREMENTS`."""
     ignores: tuple[str, ...] = ()
     """Fields of :data:`COMMON_REQUIREMENTS` that neither transformers nor vLLM reads here."""
+
+    @property
+    def has_windows(self) -> bool:
+        """Whether layers can have a window of attention."""
+        return self.windows is not full_attention
+
+    @property
+    def windows_by_layer(self) -> bool:
+        """Whether config.json says layer by layer which ones have it."""
+        return self.windows is window_by_layer
 
 
 def _uniform(config: PretrainedConfig, window: int | None) -> tuple[int | None, ...]:
