@@ -92,7 +92,8 @@ class RolloutEngine:
         vocab_size = columns if vocab_size is None else min(vocab_size, columns)
         self._expected = expected_tensors(source.config, vocab_size)
         self._max_model_len = max_model_len
-        self._place = Path(log_file).with_suffix(".model")
+        self._log_file = Path(log_file)
+        self._place = self._log_file.with_suffix(".model")
         self._config = write_engine_folder(source, self._place, vocab_size)
         self._settings = EngineSettings(
             model_folder=str(self._place),

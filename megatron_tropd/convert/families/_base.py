@@ -161,8 +161,6 @@ class Family:
     """Fields of :data:`COMMON_REQUIREMENTS` that neither transformers nor vLLM reads here."""
     requirements: tuple[Requirement, ...] = ()
     """Beside :data:`COMMON_REQUIREMENTS`."""
-    ignores: tuple[str, ...] = ()
-    """Fields of :data:`COMMON_REQUIREMENTS` that neither transformers nor vLLM reads here."""
 
     @property
     def has_windows(self) -> bool:
