@@ -59,6 +59,7 @@ class Training:
     """A student that takes steps and saves."""
 
     def __init__(self, model: Path, folder: Path) -> None:
+        from megatron_tropd.convert.families import model_shape
         from megatron_tropd.convert.hf_folder import HFFolder
         from megatron_tropd.mcore import models, parallel, platform
         from megatron_tropd.mcore.checkpoint import Checkpoints
@@ -67,7 +68,7 @@ class Training:
         platform.prepare_platform()
         layout, source = ParallelConfig(tensor=RANKS), HFFolder(model)
         self.ranks = parallel.initialize(layout, seed=1)
-        self._vocab = source.config["vocab_size"]
+        self._vocab = model_shape(source.config).vocab
         shared = {"ranks": self.ranks, "parallel": layout, "dtype": torch.float32}
         padded = models.padded_vocab_size(source.config, tensor=RANKS)
         network = models.build_model(source, padded_vocab_size=padded, **shared)

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_tropd import exits
 from megatron_tropd.cluster.cli import add_slurm
@@ -18,6 +19,9 @@ from megatron_tropd.failures import KINDS, Failure, kind_of, report
 from megatron_tropd.first_rank import FirstRank
 from megatron_tropd.nodes import NodeLost, Nodes, Peers, find_nodes
 from megatron_tropd.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from megatron_tropd.inputs import Inputs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -284,11 +288,9 @@ def _as_rank(config: Config, *, is_first: bool) -> int:
     leave(code)
 
 
-def _plan(config: Config, inputs: object) -> str:
+def _plan(config: Config, inputs: "Inputs") -> str:
     from megatron_tropd.convert.families import describe
-    from megatron_tropd.inputs import Inputs
 
-    assert isinstance(inputs, Inputs)
     samples = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
     p = config.parallel
     shared = f", experts over {p.expert}" if p.expert > 1 else ""
@@ -298,7 +300,9 @@ def _plan(config: Config, inputs: object) -> str:
             f"ranks:      {p.world_size} (TP {p.tensor} x PP {p.pipeline} x DP {p.data}{shared})",
             f"student:    {describe(inputs.student.config)}",
             f"teacher:    {describe(inputs.teacher.config)}",
-            f"vocabulary: {inputs.vocab_size} shared columns",
+            *_left_unread(inputs),
+            f"vocabulary: {inputs.vocab_size} shared columns, context {inputs.context} tokens",
+            f"stop ids:   {', '.join(map(str, inputs.stop_token_ids))}",
             f"prompts:    {len(inputs.prompts)}, {config.rollout.prompts_per_step} a step x "
             f"{config.rollout.samples_per_prompt} samples = {samples} trajectories",
             f"teacher responses: {guidance}",
@@ -308,6 +312,18 @@ def _plan(config: Config, inputs: object) -> str:
             "dry run: nothing was written.",
         ]
     )
+
+
+def _left_unread(inputs: "Inputs") -> list[str]:
+    """A line for each model whose folder holds safetensors files that are not the model's."""
+    from megatron_tropd.convert.hf_folder import HFFolder
+
+    folders = {"student": inputs.student, "teacher": inputs.teacher}
+    return [
+        f"not read:   {', '.join(folder.unread)} ({who}: not files of its model)"
+        for who, folder in folders.items()
+        if isinstance(folder, HFFolder) and folder.unread
+    ]
 
 
 def _report(arguments: argparse.Namespace) -> int:

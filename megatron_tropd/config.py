@@ -130,7 +130,8 @@ class RolloutConfig(Settings, section="rollout"):
     top_p: Share = 1.0
     """Nucleus of the sampling distribution; 1 samples the whole vocabulary."""
     stop_token_ids: tuple[Number, ...] = ()
-    """Further ids that end a response, beside the tokenizer's EOS."""
+    """Further ids that end a response, beside every EOS of the student's folder (tokenizer,
+    generation_config.json, config.json)."""
     apply_chat_template: bool = False
     """Wrap each prompt in the tokenizer's chat template ("messages" always are)."""
     placement: Literal["colocated", "separate"] = "colocated"
@@ -148,6 +149,10 @@ class RolloutConfig(Settings, section="rollout"):
     """GPUs of one engine. More than 1 needs CUDA."""
     engine_memory: Positive = 0.4
     """Share of each GPU's memory the engine may take; without CUDA, GiB of KV cache."""
+    max_engine_gap: Amount | None = None
+    """Largest mean difference of the log-probs that engine and trainer give the samples of the
+    first step, in nats; above it the run stops. None: 0.001 in float32, 0.1 in bfloat16 (far above
+    round-off); 0: never."""
 
     def _check_together(self) -> None:
         _require(

@@ -130,7 +130,7 @@ def to_megatron(arguments: argparse.Namespace) -> int:
 
 def to_hf(arguments: argparse.Namespace) -> int:
     """Run Megatron -> HF."""
-    from megatron_tropd.convert.megatron_folder import companions_of
+    from megatron_tropd.convert.megatron_folder import NoCompanions, companions_of
     from megatron_tropd.convert.preview import preview_to_hf
     from megatron_tropd.convert.to_hf import ToHF, megatron_to_hf
 
@@ -143,7 +143,10 @@ def to_hf(arguments: argparse.Namespace) -> int:
         force=arguments.force,
         workers=arguments.workers,
     )
-    plan = preview_to_hf(job)
+    try:
+        plan = preview_to_hf(job)
+    except NoCompanions as error:
+        raise InputError(f"{error} Or give --hf-config and that folder.") from None
     if arguments.dry_run:
         print(plan.text())
         return 0

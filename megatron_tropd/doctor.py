@@ -32,7 +32,12 @@ _VLLM_PROBE = """
 import transformers, vllm
 from vllm.platforms import current_platform
 current_platform.import_kernels()
-print(vllm.__version__, current_platform.device_type)
+sizes = None
+if current_platform.is_cpu():
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+    sizes = tuple(CPUAttentionBackend.get_supported_head_sizes())
+from megatron_tropd.rollout.engine_model import CPU_HEAD_SIZES
+print(vllm.__version__, current_platform.device_type, sizes in (None, CPU_HEAD_SIZES))
 """
 
 
@@ -99,7 +104,7 @@ def run_checks() -> list[Check]:
     hardware = [check_machine(), check_shared_memory(), check_compiler()]
     hardware += [check_cuda(), *check_backends()]
     optional = [check_transformer_engine(), check_apex()]
-    return [*versions, *hardware, *optional, check_megatron(), check_vllm()]
+    return [*versions, *hardware, *optional, check_model_configs(), check_megatron(), check_vllm()]
 
 
 def check_python() -> Check:
@@ -244,6 +249,20 @@ def check_apex() -> Check:
     return Check("Apex", Status.OK, "NVIDIA Apex with its CUDA extensions")
 
 
+def check_model_configs() -> Check:
+    """The fields that transformers reads from a config.json are those that were looked at."""
+    from megatron_tropd.convert.families import FAMILIES, new_fields
+
+    found = {name: new_fields(family) for name, family in FAMILIES.items()}
+    new = [f"{name}: {', '.join(sorted(names))}" for name, names in found.items() if names]
+    if new:
+        advice = "They may change what a model computes. Use the pinned transformers: make env"
+        return Check(
+            "model configs", Status.NOTE, f"fields not known here: {'; '.join(new)}", advice
+        )
+    return Check("model configs", Status.OK, f"every field is known of {', '.join(FAMILIES)}")
+
+
 def check_megatron() -> Check:
     """Megatron-Core imports, its CPU differences apply, and which parts it chose."""
     version = _version("megatron-core")
@@ -272,10 +291,12 @@ def check_vllm() -> Check:
     output, error = _probe(_VLLM_PROBE)
     if error is not None:
         return Check(name, Status.FAIL, f"{installed[0]} does not import: {error}", _ANEW)
-    version, built_for = output.split()
+    version, built_for, sizes_known = output.split()
     text = f"{installed[0]} {version}, for {built_for}; runs in a process of its own"
     if built_for != device:
         return Check(name, Status.FAIL, f"{text}; torch here uses {device}", _ANEW)
+    if sizes_known != "True":
+        return Check(name, Status.NOTE, f"{text}; it runs other head sizes than expected", _ANEW)
     return Check(name, Status.OK, text)
 
 

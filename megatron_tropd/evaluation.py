@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch.distributed as dist
 
 from megatron_tropd.convert.hf_folder import HFFolder
+from megatron_tropd.convert.linked_folder import link_folder
 from megatron_tropd.data.prompts import load_prompts
 from megatron_tropd.data.tokenizers import load_tokenizer, stop_token_ids
 from megatron_tropd.data.types import Trajectory
 from megatron_tropd.errors import InputError
 from megatron_tropd.losses.draws import Purpose, keyed_seed
 from megatron_tropd.report.records import read_lines
-from megatron_tropd.rollout.engine import RolloutEngine
+from megatron_tropd.rollout.engine import RolloutEngine, context_length
 from megatron_tropd.rollout.types import SampleRequest, Sampling
 from megatron_tropd.run_folder import RunFolder
 from megatron_tropd.tasks.exact_match import Engine, evaluate_exact_match
@@ -132,12 +133,14 @@ class Evaluator:
         ]
         record: list[Any] = [None]
         with tempfile.TemporaryDirectory() as scratch:
+            teacher = Path(scratch) / "teacher"
             # Rank 0's folder counts: the export collects there, and only it measures.
             job.export_student(Path(scratch) / "student")
             if job.is_main:
+                teacher.mkdir()
                 result = measure_reverse_kl(
                     Path(scratch) / "student",
-                    job.hf_folders["teacher"],
+                    link_folder(HFFolder(job.hf_folders["teacher"]), teacher),
                     sequences,
                     vocab_size=job.inputs.vocab_size,
                 )
@@ -190,7 +193,7 @@ def evaluate_folder(
 
     folder, run_tokens = _model_of(model)
     tokenizer = load_tokenizer(folder)
-    context = HFFolder(folder).config["max_position_embeddings"]
+    context = context_length(folder)
     prompts = load_prompts(
         problems, tokenizer, apply_chat_template=apply_chat_template, max_prompt_tokens=context - 1
     )[:num_problems]

@@ -4,17 +4,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from megatron_tropd.config import Config
 from megatron_tropd.convert.checks import check_parallel, check_tensors
+from megatron_tropd.convert.companions import CONFIG
 from megatron_tropd.convert.families import model_shape
 from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.convert.megatron_folder import MegatronFolder, open_model
 from megatron_tropd.data.prompts import load_prompts
 from megatron_tropd.data.responses import TeacherResponse, load_responses
-from megatron_tropd.data.tokenizers import check_same_tokenizer, stop_token_ids
+from megatron_tropd.data.tokenizers import check_same_tokenizer, num_ids, stop_token_ids
 from megatron_tropd.data.types import Prompt
 from megatron_tropd.errors import ConfigError, InputError
 from megatron_tropd.losses import HiddenStatesSignal, check_signal
+from megatron_tropd.rollout.engine_model import check_engine
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,19 +53,21 @@ def load_inputs(config: Config) -> Inputs:
     """
     student, teacher = open_model(config.model.student), open_model(config.model.teacher)
     for who, folder in (("student", student), ("teacher", teacher)):
-        check_parallel(folder.config, config.parallel, who=who)
+        _check_config(folder, who)
         if isinstance(folder, HFFolder):  # the other kind is checked when it is opened
             check_tensors(folder)
+        check_parallel(folder.config, config.parallel, who=who)
     _check_experts(config, student, teacher)
     tokenizer = check_same_tokenizer(
         student.companions,
         teacher.companions,
         chat_template=config.rollout.apply_chat_template,
     )
-    vocab_size = min(student.config["vocab_size"], teacher.config["vocab_size"])
-    if len(tokenizer) > vocab_size:
+    shapes = [model_shape(folder.config) for folder in (student, teacher)]
+    vocab_size = min(shape.vocab for shape in shapes)
+    if num_ids(tokenizer) > vocab_size:
         raise InputError(
-            f"The tokenizer has {len(tokenizer)} ids, but student and teacher share only "
+            f"The tokenizer has {num_ids(tokenizer)} ids, but student and teacher share only "
             f"{vocab_size} vocabulary columns. A tokenizer file does not belong to its model, or "
             "its class added a token (name a pad_token in tokenizer_config.json)."
         )
@@ -71,9 +77,7 @@ def load_inputs(config: Config) -> Inputs:
             f"loss.mask_first_ids must be below the vocabulary of {vocab_size} tokens, found "
             f"{unknown}: they would never occur. Look the ids up in the student's tokenizer."
         )
-    context = min(
-        student.config["max_position_embeddings"], teacher.config["max_position_embeddings"]
-    )
+    context = min(shape.context for shape in shapes)
     prompts = _prompts(config, config.rollout.prompts, tokenizer, context)
     if len(prompts) < config.rollout.prompts_per_step:
         raise ConfigError(
@@ -88,6 +92,10 @@ def load_inputs(config: Config) -> Inputs:
     _check_micro_batch(config, _longest(prompts) + config.rollout.max_new_tokens)
     problems = _problems(config, tokenizer, context)
     answer = config.evaluation.max_new_tokens or config.rollout.max_new_tokens
+    max_model_len = max(
+        _longest(prompts) + config.rollout.max_new_tokens, _longest(problems) + answer
+    )
+    _check_engines(config, student, teacher, max_model_len, evaluated=bool(problems))
     return Inputs(
         student=student,
         teacher=teacher,
@@ -98,9 +106,7 @@ def load_inputs(config: Config) -> Inputs:
         prompts=prompts,
         responses=responses,
         problems=problems,
-        max_model_len=max(
-            _longest(prompts) + config.rollout.max_new_tokens, _longest(problems) + answer
-        ),
+        max_model_len=max_model_len,
     )
 
 
@@ -143,6 +149,36 @@ def _check_experts(config: Config, *models: HFFolder | MegatronFolder) -> None:
         raise ConfigError(
             f"parallel.expert = {config.parallel.expert} needs a mixture of experts, but student "
             "and teacher are dense. Set parallel.expert = 1."
+        )
+
+
+def _check_config(folder: HFFolder | MegatronFolder, who: str) -> None:
+    """Refuse a config.json that cannot be read, by the name of its file."""
+    try:
+        model_shape(folder.config)
+    except InputError as error:
+        raise InputError(f"{who} {folder.companions / CONFIG}: {error}") from None
+
+
+def _check_engines(
+    config: Config,
+    student: HFFolder | MegatronFolder,
+    teacher: HFFolder | MegatronFolder,
+    max_model_len: int,
+    *,
+    evaluated: bool,
+) -> None:
+    """Refuse models that no engine will run; the teacher has one only to be evaluated."""
+    sampled = {config.model.student: student}
+    if evaluated and config.evaluation.task == "exact_match":
+        sampled[config.model.teacher] = teacher
+    for who, folder in sampled.items():
+        check_engine(
+            folder.config,
+            max_model_len,
+            cuda=torch.cuda.is_available(),
+            who=who,
+            tensor_parallel=config.rollout.engine_tensor_parallel,
         )
 
 

@@ -50,6 +50,10 @@ if TYPE_CHECKING:
     from megatron_tropd.worker import StopFlag
 
 
+ENGINE_GAPS = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+"""rollout.max_engine_gap by the models' type, if it is not set."""
+
+
 class Clock:
     """Seconds of each phase of a step."""
 
@@ -106,6 +110,7 @@ class Job:
         self.seconds_before = 0.0
         self.clock = Clock(self._progress)
         self._exit = ExitStack()
+        self._compared = False
 
     @property
     def step(self) -> int:
@@ -235,6 +240,7 @@ class Job:
                 self.hf_folders[model],
                 dtype=str(self.dtype).removeprefix("torch."),
                 max_model_len=self.inputs.max_model_len,
+                vocab_size=self.inputs.vocab_size,
                 memory=rollout.engine_memory,
                 tensor_parallel=rollout.engine_tensor_parallel,
                 threads=engine_threads(rollout.num_engines, local, self.ranks.world_size),
@@ -297,7 +303,8 @@ class Job:
         """Stream the student's weights, seen ``version`` steps, as HF tensors to every engine."""
         tensors = weights.export_weights(
             self.student.model,
-            self.inputs.student.config,
+            # Columns that the teacher lacks are not sampled: the loss knows nothing of them.
+            self.inputs.student.config | {"vocab_size": self.inputs.vocab_size},
             self.ranks,
             padded_vocab_size=self._padded_vocab_size,
             receivers=self.engines.owners,
@@ -403,6 +410,38 @@ class Job:
                 f"{error} Step {self.step + 1} ends here; every token's loss was finite. The "
                 f"weights were not updated. {self._last_checkpoint()} Lower train.lr, then resume."
             ) from None
+
+    def check_engine_gap(self, metrics: dict[str, Any], trajectories: list[Trajectory]) -> None:
+        """Stop before the optimizer if engine and trainer do not compute the same model.
+
+        Looked at once in each start, in the first step that trains on samples of its own weights.
+
+        Args:
+            metrics: of the step, equal on every rank.
+            trajectories: of the step.
+        """
+        own = all(trajectory.weights_version == self.step for trajectory in trajectories)
+        if self._compared or not own or not metrics["tokens_student"]:
+            return
+        self._compared = True
+        limit = self.config.rollout.max_engine_gap
+        if limit is None:
+            limit = ENGINE_GAPS[self.dtype]
+        if limit == 0:
+            return
+        gap = metrics["engine_gap_mean"]
+        if gap is not None and gap <= limit:
+            return
+        dtype = str(self.dtype).removeprefix("torch.")
+        raise TrainingError(
+            f"Engine and trainer do not compute the same model: in step {self.step + 1} the "
+            f"log-probs they give the sampled tokens differ by {_number(gap)} nats on average (at "
+            f"most {_number(metrics['engine_gap_max'])}), expected at most {limit:g} in {dtype} "
+            "(rollout.max_engine_gap). The weights were not updated. Compare the config.json in "
+            f"{self.inputs.student.companions} with the one at the top of the engine's log in "
+            f"{self.folder.logs}, and both with transformers' log-probs of the same tokens. If "
+            "the difference is round-off, raise rollout.max_engine_gap."
+        )
 
     def _last_checkpoint(self) -> str:
         steps = self.checkpoints.steps()
@@ -543,6 +582,10 @@ def _leave_groups(kind: type[BaseException] | None, *_: object) -> None:
     # them; freed earlier, they would report the lost connection before we report its cause.
     if kind is None:
         parallel.shutdown()
+
+
+def _number(value: float | None) -> str:
+    return "nan" if value is None else f"{value:.3g}"
 
 
 def peak_memory_gib() -> float:

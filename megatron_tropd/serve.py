@@ -112,6 +112,7 @@ def _engine(
         path,
         dtype=dtype,
         max_model_len=inputs.max_model_len,
+        vocab_size=inputs.vocab_size,
         memory=config.rollout.engine_memory,
         tensor_parallel=config.rollout.engine_tensor_parallel,
         threads=int(os.environ.get("OMP_NUM_THREADS", "0")) or None,

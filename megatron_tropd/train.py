@@ -118,11 +118,13 @@ def learn(job: Job, trajectories: list[Trajectory]) -> dict[str, object]:
         job.student.forward_backward(batches, objective)
         sums = objective.sums.reduce()
     job.check_finite(sums.first_bad_token, trajectories)
+    metrics = sums.metrics()
+    job.check_engine_gap(metrics, trajectories)
     with clock("optimizer"):
         grad_norm, lr = job.update()
     job.keep_examples(objective, trajectories)
     return {
-        **sums.metrics(),
+        **metrics,
         "masked_tokens": counts.masked,
         "grad_norm": grad_norm,
         "lr": lr,

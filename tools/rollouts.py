@@ -18,7 +18,7 @@ from tqdm import tqdm
 from megatron_tropd.config import GuidanceConfig, RolloutConfig
 from megatron_tropd.data.prompts import load_prompts
 from megatron_tropd.data.responses import load_responses
-from megatron_tropd.data.tokenizers import load_tokenizer, stop_token_ids
+from megatron_tropd.data.tokenizers import load_tokenizer, num_ids, stop_token_ids
 from megatron_tropd.errors import ConfigError, InputError, TrainingError
 from megatron_tropd.rollout.engine import RolloutEngine, context_length
 from megatron_tropd.rollout.types import Sampling
@@ -91,12 +91,13 @@ def describe_round(options: argparse.Namespace, num_prompts: int) -> Round:
     )
 
 
-def make_engine(options: argparse.Namespace, max_model_len: int) -> RolloutEngine:
+def make_engine(options: argparse.Namespace, max_model_len: int, vocab_size: int) -> RolloutEngine:
     """An engine that serves the student.
 
     Args:
         options: of :func:`parse_arguments`.
         max_model_len: longest prompt and response.
+        vocab_size: ids of the tokenizer, which are what the loss knows.
 
     Returns:
         The engine, still starting.
@@ -106,6 +107,7 @@ def make_engine(options: argparse.Namespace, max_model_len: int) -> RolloutEngin
     return RolloutEngine(
         options.student,
         max_model_len=max_model_len,
+        vocab_size=vocab_size,
         log_file=options.out.with_name(options.out.name + ".engine.log"),
         dtype=automatic if options.dtype == "auto" else options.dtype,
         memory=options.memory or (0.9 if cuda else 1.0),
@@ -147,7 +149,7 @@ def main(arguments: list[str] | None = None) -> None:
             bar.update(done - bar.n)
 
         added = write_rollouts(
-            lambda: exits.enter_context(make_engine(options, longest)),
+            lambda: exits.enter_context(make_engine(options, longest, num_ids(tokenizer))),
             which.plan(prompts, responses),
             tokenizer,
             options.out,

@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from megatron_tropd.data.prompts import load_prompts
-from megatron_tropd.data.tokenizers import load_tokenizer, stop_token_ids
+from megatron_tropd.data.tokenizers import load_tokenizer, num_ids, stop_token_ids
 from megatron_tropd.errors import ConfigError, InputError, TrainingError
 from megatron_tropd.rollout.engine import RolloutEngine, context_length
 from megatron_tropd.rollout.types import Sampling
@@ -76,6 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
             RolloutEngine(
                 options.teacher,
                 max_model_len=longest + options.max_new_tokens,
+                vocab_size=num_ids(tokenizer),  # others would mean nothing to the student
                 log_file=options.out.with_name(options.out.name + ".engine.log"),
                 dtype=automatic if options.dtype == "auto" else options.dtype,
                 memory=options.memory or (0.9 if cuda else 1.0),

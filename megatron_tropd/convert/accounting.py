@@ -17,7 +17,12 @@ from megatron_tropd.errors import InputError
 CHECKSUMS = "tensors.json"
 """File beside the tensors of a converted checkpoint: type, shape and CRC-32 of every HF tensor."""
 
-_IGNORED = ("rotary_emb.inv_freq",)
+_IGNORED = tuple(
+    f"rotary{middle}_emb.{name}"
+    for middle in ("", "_pos")
+    for name in ("inv_freq", "cos_cached", "sin_cached")
+)
+"""Ends of the names of what old checkpoints carry and every reader computes."""
 _QUANTISED = re.compile(
     r"\.(weight_scale(_inv|_2)?|input_scale|weight_packed|weight_shape|weight_zero_point|qweight|"
     r"qzeros|scales|g_idx|SCB|weight_format|absmax|quant_map|quant_state\..*|nested_.*|"
@@ -66,8 +71,19 @@ def account(
     if problems:
         raise InputError(
             f"{where} {'; it '.join(problems)}. Its config.json and weights do not belong together."
+            + _untied(hf_config, missing)
         )
     return sorted(redundant & found)
+
+
+def _untied(hf_config: dict[str, Any], missing: list[str]) -> str:
+    if missing != ["lm_head.weight"]:
+        return ""
+    said = hf_config.get("tie_word_embeddings", "by default")
+    return (
+        f" tie_word_embeddings is false ({said}): if the output layer is the embedding, set it to "
+        "true in config.json."
+    )
 
 
 def check_not_quantised(hf_config: dict[str, Any], names: Iterable[str], where: str) -> None:
@@ -101,9 +117,18 @@ def check_types(types: Mapping[str, torch.dtype], where: str) -> None:
 
 
 def check_shapes(
-    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], where: str
+    expected: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, tuple[int, ...]],
+    where: str,
+    hf_config: Mapping[str, Any],
 ) -> None:
     """Compare shapes.
+
+    Args:
+        expected: by the plan.
+        found: in the folder.
+        where: how messages call it.
+        hf_config: the config.json dictionary; messages name the sizes that it leaves out.
 
     Raises:
         InputError: lists the tensors that differ.
@@ -116,8 +141,20 @@ def check_shapes(
     if wrong:
         raise InputError(
             f"{where} holds {len(wrong)} tensors of another shape than config.json says: "
-            f"{listed(wrong)}."
+            f"{listed(wrong)}.{_left_out(hf_config)}"
         )
+
+
+def _left_out(hf_config: Mapping[str, Any]) -> str:
+    """A sentence on the sizes that are transformers' defaults; none: it says them all."""
+    shape = model_shape(dict(hf_config))
+    sizes = {"vocab_size": shape.vocab, "hidden_size": shape.hidden, "head_dim": shape.head_dim}
+    sizes |= {"num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads}
+    sizes |= {"intermediate_size": shape.ffn}
+    left = [f"{key} ({size})" for key, size in sizes.items() if key not in hf_config]
+    if not left:
+        return ""
+    return f" config.json leaves out {', '.join(left)}: these are defaults; give the model's."
 
 
 def listed(names: list[str]) -> str:

@@ -1,12 +1,12 @@
-"""Whether a model folder is whole and can be laid out as asked, from its headers alone."""
+"""Whether a model folder is whole and can be laid out as asked, from its headers."""
 
 from typing import Any
 
 from megatron_tropd.config import ParallelConfig
 from megatron_tropd.convert.accounting import account, check_shapes, expected_tensors
 from megatron_tropd.convert.families import model_shape, plan
-from megatron_tropd.convert.hf_folder import HFFolder
-from megatron_tropd.errors import ConfigError
+from megatron_tropd.convert.hf_folder import EMBEDDING, HEAD, HFFolder, naming
+from megatron_tropd.errors import ConfigError, InputError
 
 
 def check_parallel(hf_config: dict[str, Any], parallel: ParallelConfig, *, who: str) -> None:
@@ -51,14 +51,29 @@ def check_parallel(hf_config: dict[str, Any], parallel: ParallelConfig, *, who: 
 def check_tensors(folder: HFFolder) -> None:
     """Account for every tensor of a folder, from the headers.
 
+    Only where a tied model carries its output layer too are two tensors read: they must be one.
+
     Raises:
         InputError: the model is quantised, or a tensor is missing, surplus, or of another shape
-            than config.json says.
+            than config.json says, or the output layer of a tied model is not its embedding.
     """
-    where, entries = f"Model folder {folder.path}", plan(folder.config)
-    account(folder.config, entries, folder.names, where)
+    where = f"Model folder {folder.path}"
+    with naming(where):
+        entries = plan(folder.config)
+    redundant = account(folder.config, entries, folder.names, where)
     expected = expected_tensors(entries)
-    check_shapes(expected, {name: folder.shape(name) for name in expected}, where)
+    check_shapes(expected, {name: folder.shape(name) for name in expected}, where, folder.config)
+    if not all(folder.equal(EMBEDDING, name) for name in redundant):
+        raise not_tied(where)
+
+
+def not_tied(where: str) -> InputError:
+    """The error of a tied model with an output layer of its own; ``where``: the folder."""
+    return InputError(
+        f"{where} has tie_word_embeddings = true in config.json, but its {HEAD} differs from "
+        f"{EMBEDDING}: readers disagree on which is the output layer. Set it to false if the model "
+        f"is not tied, or remove {HEAD} if it is."
+    )
 
 
 def _check_experts(count: int, parallel: ParallelConfig, who: str) -> None:

@@ -14,6 +14,8 @@ CONFIG = "config.json"
 _KINDS = (".json", ".jsonl", ".txt", ".model", ".tiktoken", ".jinja", ".md")
 """Configs, vocabularies and merges, SentencePiece models, chat templates, model cards."""
 _PAPERS = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY", "README")
+_ADAPTER = "adapter_config.json"
+"""Not copied: transformers would take the copy for an adapter of a model."""
 _TEMPLATES = "additional_chat_templates"
 
 
@@ -50,6 +52,8 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _is_companion(name: str) -> bool:
+    if name == _ADAPTER:
+        return False
     known = name.endswith(_KINDS) or name.split(".")[0].upper() in _PAPERS
     return known and not _is_weights(name)
 

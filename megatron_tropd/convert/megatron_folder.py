@@ -7,10 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_tropd.convert.accounting import check_not_quantised, check_shapes, listed
+from megatron_tropd.convert.accounting import (
+    CHECKSUMS,
+    check_not_quantised,
+    check_shapes,
+    listed,
+)
 from megatron_tropd.convert.companions import CONFIG, SUBFOLDER
 from megatron_tropd.convert.families import Entry, model_shape
-from megatron_tropd.convert.hf_folder import HFFolder, read_json
+from megatron_tropd.convert.hf_folder import HFFolder, naming, read_config, read_json
 from megatron_tropd.convert.layout import (
     Place,
     is_extra_state,
@@ -23,6 +28,10 @@ from megatron_tropd.errors import InputError
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _EMBEDDING = "embedding.word_embeddings.weight"
+
+
+class NoCompanions(InputError):
+    """A checkpoint carries no config.json; whoever has an option for it adds its name."""
 
 
 class MegatronFolder:
@@ -44,13 +53,21 @@ class MegatronFolder:
         self.checkpoint = checkpoint_folder(self.path)
         self.companions = Path(hf) if hf else _own_companions(self.path, self.checkpoint)
         """Folder of config.json, tokenizer, chat template and generation config."""
-        self.config: dict[str, Any] = read_json(self.companions / CONFIG)
+        self.config: dict[str, Any] = read_config(self.companions)
         self.reader = TorchDistReader(self.checkpoint)
         where = f"Megatron checkpoint {self.checkpoint}"
         check_not_quantised(self.config, (), where)
+        with naming(where):
+            model_shape(self.config)
         rows = self._rows(where)
         self.layout = layout(self.config, rows)
         self._places = self._resolve(where)
+        self.records, self._stored_as = _read_checksums(self.checkpoint / CHECKSUMS)
+        """Type, shape and checksum of HF tensors, where a conversion made the checkpoint."""
+
+    def stored_name(self, name: str) -> str:
+        """The name an HF tensor had in the folder that the checkpoint was converted from."""
+        return self._stored_as.get(name, name)
 
     @property
     def padded_vocab(self) -> int:
@@ -140,7 +157,7 @@ class MegatronFolder:
                 f"{where} {'; it '.join(problems)}. It is not the model of "
                 f"{self.companions / CONFIG}."
             )
-        check_shapes(expected, {n: self.reader.shape(n) for n in expected}, where)
+        check_shapes(expected, {n: self.reader.shape(n) for n in expected}, where, self.config)
         return found
 
     def _options(self, place: Place) -> list[tuple[str, tuple[int, ...]]]:
@@ -215,14 +232,36 @@ def _own_companions(path: Path, checkpoint: Path) -> Path:
             student = companions_of(model["student"])
             if (student / CONFIG).is_file():
                 return student
-            raise InputError(
+            raise NoCompanions(
                 f"The run of {path} was started from {model['student']}, which holds no {CONFIG} "
-                "now. Give --hf-config with the HF folder of the architecture and tokenizer."
+                f"now. {_remedy(checkpoint)}"
             )
-    raise InputError(
-        f"{path} carries no config.json (looked in {path / SUBFOLDER}). Give --hf-config with the "
-        "HF folder of the architecture and tokenizer."
+    raise NoCompanions(
+        f"{path} carries no config.json (looked in {path / SUBFOLDER}). {_remedy(checkpoint)}"
     )
+
+
+def _remedy(checkpoint: Path) -> str:
+    return (
+        "Copy config.json and the tokenizer files of the model's HF folder into "
+        f"{checkpoint.parent / SUBFOLDER}."
+    )
+
+
+def _read_checksums(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """(records, names that tensors had) of a converted checkpoint; of any other: none."""
+    content = read_json(path) if path.is_file() else {}
+    records, stored = content.get("tensors", {}), content.get("stored_as", {})
+    whole = isinstance(records, dict) and isinstance(stored, dict)
+    fields = ("dtype", "shape", "crc32")
+    if not whole or not all(
+        isinstance(r, dict) and set(fields) <= r.keys() for r in records.values()
+    ):
+        raise InputError(
+            f"{path} is damaged: it must hold {', '.join(fields)} of every tensor. Convert the "
+            "model again, or remove the file to go without its checksums."
+        )
+    return records, stored
 
 
 def _identity(entry: Entry) -> tuple:

@@ -11,9 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_tropd.convert.companions import CONFIG
-from megatron_tropd.convert.hf_folder import INDEX, SINGLE, HFFolder, read_json, read_weight_map
+from megatron_tropd.convert.hf_folder import (
+    INDEX,
+    SINGLE,
+    HFFolder,
+    read_config,
+    read_weight_map,
+    stored_names,
+)
 from megatron_tropd.errors import InputError
+from megatron_tropd.files import lfs_pointer
 
 _SINGLE, _INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
@@ -30,23 +37,35 @@ class PickledFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.config: dict[str, Any] = read_json(self.path / CONFIG)
+        self.config: dict[str, Any] = read_config(self.path)
         index = self.path / _INDEX
         weights = read_weight_map(index) if index.is_file() else {}
         self.files = sorted(set(weights.values())) or [_SINGLE]
         self._tensors: dict[str, Tensor] = {}
-        for name in self.files:
-            self._tensors |= _load(self.path / name)
+        for file_name in self.files:
+            for name, tensor in _load(self.path / file_name).items():
+                if not torch.equal(self._tensors.setdefault(name, tensor), tensor):
+                    raise InputError(
+                        f"Model folder {self.path} holds {name} twice, in {file_name} and in a "
+                        "file before it, and they differ. Export the model again."
+                    )
         lost = sorted(set(weights) - set(self._tensors))
         if lost:
             raise InputError(
                 f"{index} lists {lost[0]} (and {len(lost) - 1} more), which no file has."
             )
+        self._stored_as = stored_names(self.config, self._tensors)
+        for name, stored in self._stored_as.items():
+            self._tensors[name] = self._tensors.pop(stored)
 
     @property
     def names(self) -> frozenset[str]:
         """Names of all tensors in the folder."""
         return frozenset(self._tensors)
+
+    def stored_name(self, name: str) -> str:
+        """The name a tensor has in its file."""
+        return self._stored_as.get(name, name)
 
     def dtype(self, name: str) -> torch.dtype:
         """Type of a tensor."""
@@ -74,6 +93,8 @@ def _load(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise InputError(f"{path} is missing: {path.parent} is not a complete HF folder.") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        if pointer := lfs_pointer(path):
+            raise InputError(pointer) from None
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path} is not a readable file of tensors: {reason}") from None
     if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):

@@ -11,14 +11,26 @@ import torch
 from megatron_tropd.convert.accounting import account
 from megatron_tropd.convert.companions import CONFIG, config_dtype, left_out
 from megatron_tropd.convert.families import Entry, describe, plan
-from megatron_tropd.convert.hf_folder import INDEX, read_json, read_weight_map
+from megatron_tropd.convert.hf_folder import (
+    INDEX,
+    HFFolder,
+    read_config,
+    read_json,
+    read_weight_map,
+    stored_names,
+)
 from megatron_tropd.convert.layout import Layout, Place, layout
 from megatron_tropd.convert.megatron_folder import MegatronFolder
 from megatron_tropd.convert.ops import FusedQKV, GateUp, Operation, Sharded, VocabularyRows
 from megatron_tropd.convert.pickled_folder import open_source
 from megatron_tropd.convert.safetensors_writer import Spec
 from megatron_tropd.convert.to_hf import ToHF, hf_specs, tied_copies
-from megatron_tropd.convert.to_megatron import ToMegatron, check_source, padded_vocab
+from megatron_tropd.convert.to_megatron import (
+    ToMegatron,
+    check_layout,
+    check_source,
+    padded_vocab,
+)
 from megatron_tropd.errors import InputError
 
 
@@ -69,7 +81,7 @@ def preview_to_megatron(job: ToMegatron) -> Preview:
     Raises:
         InputError, ConfigError: the model cannot be converted.
     """
-    config = read_json(job.hf / CONFIG)
+    config = read_config(job.hf)
     notes, dtypes = _source(config, job)
     where = layout(config, padded_vocab(config, job.tensor_parallel))
     notes.append(
@@ -87,9 +99,12 @@ def preview_to_hf(job: ToHF) -> Preview:
     source = MegatronFolder(job.megatron, job.hf_config)
     specs: Mapping[str, Spec] = hf_specs(source, job.dtype)
     dtypes = {name: spec.dtype for name, spec in specs.items()}
-    copies = [f"{new} | copy of {old}" for new, old in tied_copies(source, specs).items()]
+    notes = [f"{new} | copy of {old}" for new, old in tied_copies(source, specs).items()]
+    notes += [
+        f"{name} | written as {s}" for name in specs if (s := source.stored_name(name)) != name
+    ]
     warnings = _warnings(source.config, source.companions)
-    return Preview(describe(source.config), _lines(source.layout, dtypes), copies, warnings)
+    return Preview(describe(source.config), _lines(source.layout, dtypes), notes, warnings)
 
 
 _DRY = "dry run: no weights were read, nothing was written."
@@ -114,9 +129,15 @@ def _source(config: dict[str, Any], job: ToMegatron) -> tuple[list[str], Mapping
         redundant = check_source(folder, job)
         expected = [name for entry in plan(config) for name in entry.operation.hf_shapes()]
         notes = _not_stored(folder.names, expected, redundant)
+        if isinstance(folder, HFFolder):
+            notes += [f"{name} | not read: not the model's" for name in folder.unread]
+        notes += [f"{n} | stored as {s}" for n in expected if (s := folder.stored_name(n)) != n]
         return notes, {name: job.dtype or folder.dtype(name) for name in expected}
     entries = [] if config.get("quantization_config") else plan(config)
-    redundant = account(config, entries, weights, str(index))
+    stored = {old: new for new, old in stored_names(config, weights).items()}
+    names = [stored.get(name, name) for name in weights]
+    redundant = account(config, entries, names, str(index))
+    check_layout(config, job)
     name = config_dtype(config) or "float32"
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
@@ -124,7 +145,7 @@ def _source(config: dict[str, Any], job: ToMegatron) -> tuple[list[str], Mapping
     shapes = [shape for entry in entries for shape in entry.operation.hf_shapes().values()]
     notes = [_compare_size(read_json(index), sum(map(prod, shapes)) * dtype.itemsize, weights)]
     types = {name: job.dtype or dtype for e in entries for name in e.operation.hf_shapes()}
-    return [*_not_stored(weights, types, redundant), *notes], types
+    return [*_not_stored(names, types, redundant), *notes], types
 
 
 def _not_stored(names: Iterable[str], stored: Iterable[str], redundant: list[str]) -> list[str]:

@@ -13,14 +13,14 @@ from megatron_tropd.convert.accounting import CHECKSUMS, check_types, checksum, 
 from megatron_tropd.convert.budget import Budget
 from megatron_tropd.convert.companions import copy_companions, set_config_dtype
 from megatron_tropd.convert.families import Entry
-from megatron_tropd.convert.hf_folder import read_json
+from megatron_tropd.convert.hf_folder import EMBEDDING, HEAD
 from megatron_tropd.convert.megatron_folder import MegatronFolder
 from megatron_tropd.convert.publish import claim, publishing
 from megatron_tropd.convert.safetensors_writer import SafetensorsWriter, Spec
 from megatron_tropd.convert.to_megatron import Progress
 from megatron_tropd.errors import InputError
 
-_TIED = {"lm_head.weight": "model.embed_tokens.weight"}
+_TIED = {HEAD: EMBEDDING}
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def megatron_to_hf(job: ToHF, progress: Progress = lambda name, size: None) -> N
     source = MegatronFolder(job.megatron, job.hf_config)
     claim(job.hf, force=job.force, inputs=[source.companions])
     specs = hf_specs(source, job.dtype)
-    records = _records(source.checkpoint)
+    records = source.records
     extra = tied_copies(source, specs)
     specs |= {name: specs[original] for name, original in extra.items()}
     with publishing(job.hf, force=job.force) as folder:
@@ -63,7 +63,8 @@ def megatron_to_hf(job: ToHF, progress: Progress = lambda name, size: None) -> N
         dtypes = {spec.dtype for spec in specs.values()}
         if len(dtypes) == 1:
             set_config_dtype(folder, dtypes.pop())
-        with SafetensorsWriter(folder, specs, job.max_shard_bytes) as writer:
+        stored = {source.stored_name(name): spec for name, spec in specs.items()}
+        with SafetensorsWriter(folder, stored, job.max_shard_bytes) as writer:
             budget = Budget(max(map(source.nbytes, source.entries)))
 
             def convert(entry: Entry) -> None:
@@ -71,7 +72,7 @@ def megatron_to_hf(job: ToHF, progress: Progress = lambda name, size: None) -> N
                     for name, tensor in _hf_tensors(source, entry, extra):
                         _compare(name, tensor, records)
                         tensor = converted(name, tensor, specs[name].dtype)
-                        writer.write(name, tensor)
+                        writer.write(source.stored_name(name), tensor)
                         progress(name, tensor.nbytes)
 
             _in_threads(convert, source.entries, job.workers)
@@ -95,7 +96,7 @@ def hf_specs(source: MegatronFolder, dtype: torch.dtype | None) -> dict[str, Spe
 
 def tied_copies(source: MegatronFolder, specs: Mapping[str, Spec]) -> dict[str, str]:
     """Output layers that the converted folder held though they were tied: name -> original."""
-    records = _records(source.checkpoint)
+    records = source.records
     return {
         name: original
         for name, original in _TIED.items()
@@ -112,12 +113,6 @@ def _hf_tensors(
         yield name, tensor
         for again in (new for new, original in extra.items() if original == name):
             yield again, tensor
-
-
-def _records(checkpoint: Path) -> dict[str, Any]:
-    """Checksums of the HF tensors, where the checkpoint was made by a conversion."""
-    path = checkpoint / CHECKSUMS
-    return read_json(path).get("tensors", {}) if path.is_file() else {}
 
 
 def _compare(name: str, tensor: Tensor, records: Mapping[str, Any]) -> None:

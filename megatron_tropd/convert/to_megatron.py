@@ -25,14 +25,14 @@ from megatron_tropd.convert.accounting import (
     expected_tensors,
     known_digests,
 )
-from megatron_tropd.convert.checks import check_parallel
+from megatron_tropd.convert.checks import check_parallel, not_tied
 from megatron_tropd.convert.companions import (
     SUBFOLDER,
     copy_companions,
     set_config_dtype,
 )
 from megatron_tropd.convert.families import Entry, ModelShape, model_shape, plan, rope_parameters
-from megatron_tropd.convert.hf_folder import HFFolder
+from megatron_tropd.convert.hf_folder import EMBEDDING, HFFolder
 from megatron_tropd.convert.layout import Layout, layout
 from megatron_tropd.convert.megatron_folder import TRACKER
 from megatron_tropd.convert.pickled_folder import PickledFolder, open_source
@@ -114,16 +114,11 @@ def check_source(source: HFFolder | PickledFolder, job: ToMegatron) -> list[str]
         InputError, ConfigError: says what does not fit.
     """
     where = f"Model folder {source.path}"
-    parallel = ParallelConfig(
-        tensor=job.tensor_parallel,
-        pipeline=job.pipeline_parallel,
-        sequence_parallel=job.tensor_parallel > 1,
-    )
     entries = plan(source.config) if not source.config.get("quantization_config") else []
     redundant = account(source.config, entries, source.names, where)
-    _check_parallel(source.config, parallel)
+    check_layout(source.config, job)
     expected = expected_tensors(entries)
-    check_shapes(expected, {name: source.shape(name) for name in expected}, where)
+    check_shapes(expected, {n: source.shape(n) for n in expected}, where, source.config)
     types = {name: source.dtype(name) for name in expected}
     check_types(types, where)
     if job.dtype is None:
@@ -133,8 +128,17 @@ def check_source(source: HFFolder | PickledFolder, job: ToMegatron) -> list[str]
     return redundant
 
 
-def _check_parallel(hf_config: dict[str, Any], parallel: ParallelConfig) -> None:
-    """The sizes are only noted, but a checkpoint must not note what nobody can load."""
+def check_layout(hf_config: dict[str, Any], job: ToMegatron) -> None:
+    """The sizes are only noted, but a checkpoint must not note what nobody can load.
+
+    Raises:
+        ConfigError: a size does not divide.
+    """
+    parallel = ParallelConfig(
+        tensor=job.tensor_parallel,
+        pipeline=job.pipeline_parallel,
+        sequence_parallel=job.tensor_parallel > 1,
+    )
     try:
         check_parallel(hf_config, parallel, who="model")
     except ConfigError as error:
@@ -219,14 +223,10 @@ def _check_one_type(entries: list[Entry], types: dict[str, torch.dtype], where: 
 def _check_tied(reading: _Checked, redundant: list[str]) -> None:
     """A tied model may carry its output layer too, if it really is the embedding."""
     for name in redundant:
-        reading.read("model.embed_tokens.weight")
+        reading.read(EMBEDDING)
         reading.read(name)
-        one, other = reading.records["model.embed_tokens.weight"], reading.records[name]
-        if one != other:
-            raise InputError(
-                f"config.json says tie_word_embeddings = true, but {name} differs from "
-                "model.embed_tokens.weight. Set it to false if the model is not tied."
-            )
+        if reading.records[EMBEDDING] != reading.records[name]:
+            raise not_tied(f"Model folder {reading.source.path}")
 
 
 def _write_companions(
@@ -239,7 +239,12 @@ def _write_companions(
 
 
 def _write_checksums(folder: Path, reading: _Checked) -> None:
-    content = {"format": 1, "tensors": dict(sorted(reading.records.items()))}
+    names = {name: reading.source.stored_name(name) for name in sorted(reading.records)}
+    content = {
+        "format": 1,
+        "tensors": {name: reading.records[name] for name in names},
+        "stored_as": {name: stored for name, stored in names.items() if name != stored},
+    }
     (folder / CHECKSUMS).write_text(json.dumps(content, indent=1) + "\n")
 
 
@@ -289,8 +294,8 @@ def _architecture(shape: ModelShape) -> dict[str, Any]:
         "num_query_groups": shape.kv_heads,
         "group_query_attention": shape.kv_heads != shape.heads,
         "kv_channels": shape.head_dim,
-        "max_position_embeddings": shape.max_positions,
-        "seq_length": shape.max_positions,
+        "max_position_embeddings": shape.context,
+        "seq_length": shape.context,
         "position_embedding_type": "rope",
         "add_position_embedding": True,  # Megatron's default; without effect beside rope
         "use_rotary_position_embeddings": True,

@@ -51,6 +51,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from megatron_tropd.convert.budget import Budget
 from megatron_tropd.errors import InputError
+from megatron_tropd.files import lfs_pointer
 
 METADATA, COMMON, BACKEND = ".metadata", "common.pt", "metadata.json"
 
@@ -364,7 +365,8 @@ class TorchDistReader:
                 raise InputError(f"{path} is missing: {self.folder} is not a complete checkpoint.")
             if path.stat().st_size < end:
                 raise InputError(
-                    f"{path} must have at least {end} bytes, found {path.stat().st_size} "
+                    lfs_pointer(path)
+                    or f"{path} must have at least {end} bytes, found {path.stat().st_size} "
                     "(truncated copy?). Restore the file or convert again."
                 )
 
@@ -461,7 +463,7 @@ def _read_metadata(path: Path) -> Metadata:
             f"{path} is missing: {path.parent} is no complete torch_dist checkpoint."
         ) from None
     except Exception as error:  # a damaged pickle raises almost anything
-        raise InputError(f"{path} cannot be read: {error}") from None
+        raise InputError(lfs_pointer(path) or f"{path} cannot be read: {error}") from None
     if not isinstance(metadata, Metadata) or not metadata.storage_data:
         raise InputError(f"{path} is not the metadata of a torch_dist checkpoint.")
     return metadata
@@ -473,4 +475,6 @@ def _safe_load(file: Any, path: Path) -> Any:
             return torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"{path} cannot be read as plain data: {reason}") from None
+        raise InputError(
+            lfs_pointer(path) or f"{path} cannot be read as plain data: {reason}"
+        ) from None

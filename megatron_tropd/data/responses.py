@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_tropd.data.prompts import read_json_lines
-from megatron_tropd.data.tokenizers import fingerprint
+from megatron_tropd.data.tokenizers import fingerprint, num_ids
 from megatron_tropd.data.types import Prompt
 from megatron_tropd.errors import InputError
 
@@ -106,7 +106,7 @@ def load_responses(
     _check_header(header, path, fingerprint(tokenizer))
     found: dict[int, dict[int, TeacherResponse]] = {}
     for number, record in lines:
-        response = _response(record, prompts, len(tokenizer), f"{path}, line {number}")
+        response = _response(record, prompts, num_ids(tokenizer), f"{path}, line {number}")
         found.setdefault(response.prompt_index, {})[response.sample] = response
     missing = [prompt.index for prompt in prompts if prompt.index not in found]
     if missing:

@@ -10,9 +10,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from megatron_tropd.errors import ConfigError, InputError
+from megatron_tropd.files import lfs_pointer
+from megatron_tropd.token_ids import parse_token_ids
 
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 _MAX_NAMED = 5  # differing ids spelled out in an error
@@ -40,14 +42,36 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         )
     try:
         return AutoTokenizer.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=False
+            str(folder), local_files_only=True, trust_remote_code=False, **_readable_config(folder)
         )
     except Exception as error:  # the tokenizers library raises bare Exception on a broken file
+        if pointer := next(filter(None, (lfs_pointer(folder / name) for name in _FILES)), None):
+            raise InputError(pointer) from None
         reason = " ".join(str(error).split())[:200]
         raise InputError(
             f"The tokenizer in {folder} cannot be read ({type(error).__name__}: {reason}). "
             "Copy the tokenizer files of the model again."
         ) from error
+
+
+def _readable_config(folder: Path) -> dict[str, PreTrainedConfig]:
+    """The folder's config for transformers, which refuses some forms of ``eos_token_id``.
+
+    Empty if transformers can read config.json itself, or there is none: no class of tokenizers
+    takes its EOS from there.
+    """
+    path = folder / "config.json"
+    config = _read_json(path) if path.is_file() else {}
+    eos = config.pop("eos_token_id", None)
+    plain = eos if isinstance(eos, list) else [eos]
+    if "model_type" not in config or all(token is None or type(token) is int for token in plain):
+        return {}
+    return {"config": AutoConfig.for_model(**config)}
+
+
+def num_ids(tokenizer: PreTrainedTokenizerBase) -> int:
+    """One more than the largest id: more than there are tokens where some ids have none."""
+    return max(len(tokenizer), max(tokenizer.get_vocab().values(), default=-1) + 1)
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -108,7 +132,10 @@ def check_same_tokenizer(
 
 
 def stop_token_ids(folder: str | Path, extra: Iterable[int] = ()) -> tuple[int, ...]:
-    """Ids that end a response: the tokenizer's EOS, those of generation_config.json, and extra.
+    """Ids that end a response: every EOS that the folder names, and extra.
+
+    They stand in three places: the tokenizer, generation_config.json and config.json. Readers look
+    into different ones, so that a model ends its responses with any of them.
 
     Args:
         folder: HF folder of the model that samples.
@@ -119,7 +146,8 @@ def stop_token_ids(folder: str | Path, extra: Iterable[int] = ()) -> tuple[int, 
 
     Raises:
         ConfigError: an extra id is not in the vocabulary.
-        InputError: there is no id that ends a response, or generation_config.json is broken.
+        InputError: there is no id that ends a response, or a file is broken or names an id that
+            the tokenizer does not have.
     """
     tokenizer = load_tokenizer(folder)
     extra = tuple(extra)
@@ -128,13 +156,16 @@ def stop_token_ids(folder: str | Path, extra: Iterable[int] = ()) -> tuple[int, 
             raise ConfigError(
                 f"rollout.stop_token_ids must be ids in 0..{len(tokenizer) - 1}, found {token_id}."
             )
-    ids = {*extra, *_generation_eos(Path(folder))}
+    ids = set(extra)
+    for name in ("generation_config.json", "config.json"):
+        ids |= _eos_in(Path(folder) / name, tokenizer)
     if tokenizer.eos_token_id is not None:
         ids.add(tokenizer.eos_token_id)
     if not ids:
         raise InputError(
-            f"Nothing ends a response: {folder} has neither an EOS token nor eos_token_id in "
-            "generation_config.json. Set rollout.stop_token_ids."
+            f"Nothing ends a response: the tokenizer in {folder} has no EOS token, and neither "
+            "generation_config.json nor config.json has eos_token_id. Add it to "
+            "generation_config.json, or name ids as stop token ids."
         )
     return tuple(sorted(ids))
 
@@ -153,15 +184,29 @@ def _spell(tokenizer: PreTrainedTokenizerBase, token_id: int | None) -> str:
     return "none" if token_id is None else f"{token_id} {tokenizer.decode([token_id])!r}"
 
 
-def _generation_eos(folder: Path) -> list[int]:
-    path = folder / "generation_config.json"
+def _eos_in(path: Path, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Ids under ``eos_token_id`` of a JSON file, which need not exist."""
     if not path.is_file():
-        return []
+        return set()
+    settings = _read_json(path)
+    where, vocabulary = f"{path}: eos_token_id", tokenizer.get_vocab()
+    tokens = parse_token_ids(settings.get("eos_token_id"), where)
+    ids = {vocabulary.get(t, -1) if isinstance(t, str) else t for t in tokens}
+    if not ids <= set(vocabulary.values()):
+        raise InputError(
+            f"{where} is {settings['eos_token_id']!r}, but the tokenizer beside it has the ids "
+            f"0..{len(tokenizer) - 1} and no other. Correct one of the two."
+        )
+    return ids
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        settings: dict[str, Any] = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} is not readable JSON ({error}). Copy it again.") from None
-    eos = settings.get("eos_token_id")
-    if eos is None:
-        return []
-    return [eos] if isinstance(eos, int) else list(eos)
+        raise InputError(
+            lfs_pointer(path) or f"{path} is not readable JSON ({error}). Copy it again."
+        ) from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} must hold a JSON object, found {type(content).__name__}.")
+    return content

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_tropd.config import GuidanceConfig, RolloutConfig
+from megatron_tropd.convert.families import model_shape
 from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.data.prefixes import plan_requests
 from megatron_tropd.data.prompts import load_prompts, prompts_of_step
@@ -60,6 +61,9 @@ class LoopSettings(Settings):
     """Keys prompts and samples."""
     steps: Count
     """Of the whole training: teacher prefixes fall to nothing over them."""
+    vocab_size: int | None = None
+    """Columns that the loss knows, the first ones: only these are sampled. None: all of the
+    student's."""
 
 
 class LiveRollouts:
@@ -114,15 +118,18 @@ class LiveRollouts:
 
     def start_for_pretrain(self, model: torch.nn.Module) -> Any:
         """:meth:`start` with what Megatron's arguments say; returns them."""
-        from megatron.training import get_args
+        from megatron.training import get_args, get_tokenizer
 
         args = get_args()
         check_arguments(args, self.settings.rollout)
+        # Our loss ends where the tokenizer does; Megatron's counts padded columns as tokens.
+        distils = getattr(args, "tropd_teacher_load", None) is not None
         loop = LoopSettings(
             seq_length=args.seq_length,
             padded_vocab_size=args.padded_vocab_size,
             seed=args.seed,
             steps=args.train_iters,
+            vocab_size=int(get_tokenizer().vocab_size) if distils else None,
         )
         self.start(loop, dtype=next(model.parameters()).dtype)
         return args
@@ -186,6 +193,8 @@ class LiveRollouts:
     def _read_texts(self) -> None:
         folder, rollout = self.settings.student, self.settings.rollout
         self._folder, tokenizer = HFFolder(folder), load_tokenizer(folder)
+        columns = model_shape(self._folder.config).vocab
+        self._columns = min(self._loop.vocab_size or columns, columns)
         room = self._loop.seq_length + 1 - rollout.max_new_tokens
         if room < 1:
             raise ConfigError(
@@ -241,6 +250,7 @@ class LiveRollouts:
                 self.settings.student,
                 dtype=str(dtype).removeprefix("torch."),
                 max_model_len=longest + rollout.max_new_tokens,
+                vocab_size=self._columns,
                 memory=rollout.engine_memory,
                 tensor_parallel=rollout.engine_tensor_parallel,
                 threads=max(1, len(os.sched_getaffinity(0)) // engines_here),
@@ -257,7 +267,7 @@ class LiveRollouts:
     def _push_weights(self, model: torch.nn.Module, step: int) -> None:
         tensors = export_weights(
             model,
-            self._folder.config,
+            self._folder.config | {"vocab_size": self._columns},
             self._ranks,
             padded_vocab_size=self._loop.padded_vocab_size,
             receivers=self._engines.owners,

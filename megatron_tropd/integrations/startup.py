@@ -13,9 +13,13 @@ from megatron_tropd.config import ParallelConfig
 from megatron_tropd.convert.checks import check_parallel, check_tensors
 from megatron_tropd.convert.families import model_shape
 from megatron_tropd.convert.hf_folder import HFFolder
-from megatron_tropd.convert.megatron_folder import MegatronFolder, is_megatron_folder
+from megatron_tropd.convert.megatron_folder import (
+    MegatronFolder,
+    NoCompanions,
+    is_megatron_folder,
+)
 from megatron_tropd.data.tokenizers import check_same_tokenizer, load_tokenizer
-from megatron_tropd.errors import ConfigError
+from megatron_tropd.errors import ConfigError, InputError
 from megatron_tropd.loss_config import LossConfig, preset
 from megatron_tropd.losses import HiddenStatesSignal, check_signal
 from megatron_tropd.settings import Amount, check_value
@@ -178,7 +182,10 @@ def open_teacher(args: Namespace, vocab_size: int) -> HFFolder | MegatronFolder:
         ConfigError: its layers, heads or vocabulary do not fit.
     """
     path, hf = args.tropd_teacher_load, args.tropd_teacher_hf_config
-    folder = MegatronFolder(path, hf) if is_megatron_folder(path) else HFFolder(path)
+    try:
+        folder = MegatronFolder(path, hf) if is_megatron_folder(path) else HFFolder(path)
+    except NoCompanions as error:
+        raise InputError(f"{error} Or give --tropd-teacher-hf-config and that folder.") from None
     if isinstance(folder, HFFolder):
         check_tensors(folder)
     try:
@@ -187,17 +194,17 @@ def open_teacher(args: Namespace, vocab_size: int) -> HFFolder | MegatronFolder:
     except ConfigError as error:
         raise ConfigError(_in_options(error)) from None
     _check_expert_shards(args, folder)
-    if folder.config["vocab_size"] < vocab_size:
+    shape = model_shape(folder.config)
+    if shape.vocab < vocab_size:
         raise ConfigError(
             f"Expected a teacher with at least the {vocab_size} ids of the student's tokenizer, "
-            f"found vocab_size = {folder.config['vocab_size']} in {folder.companions}. Choose a "
+            f"found vocab_size = {shape.vocab} in {folder.companions}. Choose a "
             "teacher with the same tokenizer."
         )
-    context = folder.config["max_position_embeddings"]
-    if args.seq_length > context:
+    if args.seq_length > shape.context:
         raise ConfigError(
-            f"Expected --seq-length of at most the teacher's context of {context} tokens, found "
-            f"{args.seq_length}. Lower it."
+            f"Expected --seq-length of at most the teacher's context of {shape.context} "
+            f"tokens, found {args.seq_length}. Lower it."
         )
     _check_tokenizer(args, folder)
     return folder

@@ -171,7 +171,7 @@ def build_model(
         config,
         _block_spec(shape, stage_sizes(shape.layers, ranks.pp_size)[ranks.pp_rank]),
         vocab_size=padded_vocab_size,
-        max_sequence_length=shape.max_positions,
+        max_sequence_length=shape.context,
         pre_process=ranks.is_first_stage,
         post_process=ranks.is_last_stage,
         share_embeddings_and_output_weights=shape.tied,

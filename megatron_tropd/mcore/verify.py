@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_tropd.config import ParallelConfig
 from megatron_tropd.convert.hf_folder import HFFolder
@@ -83,7 +83,7 @@ def verify(
         source.dtype(names[0]), checkpoint.dtype(checkpoint.entries[0]), written=written
     )
     with torch.no_grad():
-        expected = _transformers_logits(hf, prompts, narrow)
+        expected = _transformers_logits(source, prompts, narrow)
         found = _megatron_logits(checkpoint, prompts, narrow)
     vocab = expected[0].shape[-1]
     gaps = torch.cat(
@@ -126,10 +126,14 @@ def _common(
 
 
 def _transformers_logits(
-    hf: Path, prompts: Sequence[Sequence[int]], dtype: torch.dtype
+    source: HFFolder | PickledFolder, prompts: Sequence[Sequence[int]], dtype: torch.dtype
 ) -> list[Tensor]:
     model = AutoModelForCausalLM.from_pretrained(
-        str(hf), dtype=dtype, local_files_only=True, trust_remote_code=False
+        str(source.path),
+        config=AutoConfig.for_model(**source.config),
+        dtype=dtype,
+        local_files_only=True,
+        trust_remote_code=False,
     )
     model = model.float().eval().to(platform.device())
     return [model(torch.tensor([ids], device=platform.device())).logits[0] for ids in prompts]

@@ -350,7 +350,8 @@ def _write_folder(
         config.pop("torch_dtype", None)
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         files = _assign_files(source.config, dtype, max_file_bytes)
-        _write_tensors(stream, partial, files)
+        named = ((source.stored_name(name), tensor) for name, tensor in stream)
+        _write_tensors(named, partial, {source.stored_name(n): file for n, file in files.items()})
         _replace(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -14,10 +14,9 @@ from typing import Any
 
 from megatron_tropd.config import ParallelConfig
 from megatron_tropd.convert.families import Entry, ModelShape, model_shape, plan
-from megatron_tropd.convert.hf_folder import read_json
-from megatron_tropd.convert.megatron_folder import TRACKER, MegatronFolder
+from megatron_tropd.convert.hf_folder import naming, read_config
+from megatron_tropd.convert.megatron_folder import companions_of
 from megatron_tropd.convert.sizes import stage_sizes
-from megatron_tropd.convert.torch_dist import METADATA
 from megatron_tropd.errors import InputError
 
 
@@ -109,12 +108,9 @@ def open_architecture(path: str, who: str) -> Model:
             f"The {who}'s folder {folder} does not exist. Give a folder that holds config.json; "
             "planning needs no weights."
         )
-    is_checkpoint = (folder / TRACKER).exists() or (folder / METADATA).exists()
-    if is_checkpoint and not (folder / "config.json").exists():
-        config = MegatronFolder(folder).config
-    else:
-        config = read_json(folder / "config.json")
-    return Model(who, config, model_shape(config))
+    config = read_config(companions_of(folder))
+    with naming(f"The {who}'s folder {folder}"):
+        return Model(who, config, model_shape(config))
 
 
 @lru_cache(maxsize=64)

@@ -143,11 +143,11 @@ def _padded_vocab(student: str, teacher: str, tensor: int) -> int:
 def _check(made: Setup) -> None:
     for model in (made.student, made.teacher):
         check_parallel(model.config, made.parallel, who=model.who)
-        if made.work.longest > model.shape.max_positions:
+        if made.work.longest > model.shape.context:
             raise ConfigError(
                 f"A prompt of {made.work.prompt} tokens and rollout.max_new_tokens = "
                 f"{made.work.longest_response} exceed the {model.who}'s context of "
-                f"{model.shape.max_positions} tokens. Lower --prompt-tokens or "
+                f"{model.shape.context} tokens. Lower --prompt-tokens or "
                 "rollout.max_new_tokens."
             )
     if made.parallel.expert > 1 and not (made.student.shape.experts or made.teacher.shape.experts):

@@ -15,16 +15,23 @@ from typing import Any, Self
 import torch
 from safetensors import SafetensorError, safe_open
 
+from megatron_tropd.convert.checks import check_tensors
+from megatron_tropd.convert.families import model_shape
+from megatron_tropd.convert.hf_folder import HFFolder, naming, read_config
 from megatron_tropd.errors import ConfigError, InputError, TrainingError
 from megatron_tropd.rollout import process
+from megatron_tropd.rollout.engine_model import (
+    check_engine,
+    expected_tensors,
+    remove_engine_folder,
+    write_engine_folder,
+)
 from megatron_tropd.rollout.process import engine_environment
 from megatron_tropd.rollout.types import EngineSettings, Sample, SampleRequest, Sampling
 from megatron_tropd.rollout.wire import Offer
 
 _LOG_LINES_QUOTED = 15
 _CLOSE_SECONDS = 5.0
-# Source: CPUAttentionBackend.get_supported_head_sizes of vLLM 0.32.
-_CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
 
 class RolloutEngine:
@@ -46,6 +53,7 @@ class RolloutEngine:
         threads: int | None = None,
         max_num_seqs: int = 256,
         prefix_caching: bool = True,
+        vocab_size: int | None = None,
     ) -> None:
         """Start the child process.
 
@@ -59,23 +67,38 @@ class RolloutEngine:
             threads: CPU threads of the engine; None: as many as this process may use.
             max_num_seqs: sequences decoded together.
             prefix_caching: share the KV cache of equal beginnings within one call.
+            vocab_size: the engine has so many columns of the vocabulary, the first ones: others
+                are never sampled and log-probs are over these. None: all of the model's.
 
         Raises:
-            InputError: the folder has no readable weights, its context is too short, or its heads
-                have a size vLLM cannot run on CPU.
-            ConfigError: tensor_parallel > 1 without CUDA.
+            InputError: the folder has no readable weights, or vLLM does not run its model.
+            ConfigError: tensor_parallel > 1 without CUDA, or it does not divide the model.
         """
         cuda = torch.cuda.is_available()
         if tensor_parallel > 1 and not cuda:
             raise ConfigError(
                 f"rollout.engine_tensor_parallel must be 1 without CUDA, found {tensor_parallel}."
             )
-        self._folder = Path(model_folder)
-        self._expected = expected_tensors(self._folder)
+        source = HFFolder(model_folder)
+        check_tensors(source)
+        check_engine(
+            source.config,
+            max_model_len,
+            cuda=cuda,
+            who=str(model_folder),
+            tensor_parallel=tensor_parallel,
+        )
+        columns = model_shape(source.config).vocab
+        vocab_size = columns if vocab_size is None else min(vocab_size, columns)
+        self._expected = expected_tensors(source.config, vocab_size)
         self._max_model_len = max_model_len
-        check_model(self._folder, max_model_len, cuda=cuda)
+        self._log_file = Path(log_file)
+        self._place = self._log_file.with_suffix(".model")
+        self._config = write_engine_folder(source, self._place, vocab_size)
         self._settings = EngineSettings(
-            model_folder=str(self._folder),
+            model_folder=str(self._place),
+            cut_from=None if vocab_size == columns else str(source.path.resolve()),
+            vocab_size=vocab_size,
             dtype=dtype,
             max_model_len=max_model_len,
             memory=memory,
@@ -84,7 +107,6 @@ class RolloutEngine:
             prefix_caching=prefix_caching,
             cuda=cuda,
         )
-        self._log_file = Path(log_file)
         self._waiting_for = "start"
         self._asleep = False
         devices = _visible_devices(os.environ, tensor_parallel) if cuda else None
@@ -93,7 +115,8 @@ class RolloutEngine:
 
     def _start(self, environment: dict[str, str]) -> None:
         self._log_file.parent.mkdir(parents=True, exist_ok=True)
-        self._log_file.touch()
+        with self._log_file.open("a") as log:
+            log.write(f"The engine's config.json: {json.dumps(self._config)}\n")
         self._child = process.take(environment)
         self._process, self._connection = self._child.child, self._child.connection
         self._send("print_to", str(self._log_file))
@@ -112,6 +135,7 @@ class RolloutEngine:
         """
         if self._waiting_for == "start":
             self._receive()
+            remove_engine_folder(self._place)
 
     def generate(self, requests: Sequence[SampleRequest], sampling: Sampling) -> list[Sample]:
         """Continue every request with the current weights.
@@ -202,6 +226,7 @@ class RolloutEngine:
 
     def close(self) -> None:
         """End the child process; harmless when it has ended already."""
+        remove_engine_folder(self._place)
         self._connection.close()
         if self._waiting_for:
             self._process.kill()
@@ -243,8 +268,13 @@ class RolloutEngine:
         except (EOFError, OSError):
             raise self._death() from None
         self._child.keep_output(self._log_file)
-        self._waiting_for = ""
-        if status == "error":
+        starting, self._waiting_for = self._waiting_for == "start", ""
+        if status == "refused" and starting:
+            raise ConfigError(
+                f"vLLM does not start with this model and these settings: {value}\n"
+                f"{self._log_tail()}\nChange the setting it names, or choose another model."
+            )
+        if status != "ok":
             raise TrainingError(
                 f"The rollout engine failed: {value}\n{self._log_tail()}", kind="engine"
             )
@@ -309,25 +339,6 @@ def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def expected_tensors(model_folder: Path) -> dict[str, tuple[int, ...]]:
-    """What every weight update must bring: the folder's tensors and an explicit output layer.
-
-    Args:
-        model_folder: HF folder of the first weights.
-
-    Returns:
-        Shape by HF name, ``lm_head.weight`` always among them.
-
-    Raises:
-        InputError: the folder has no readable weights.
-    """
-    shapes = tensor_shapes(model_folder)
-    embedding = shapes.get("model.embed_tokens.weight")
-    if embedding is not None:
-        shapes.setdefault("lm_head.weight", embedding)
-    return shapes
-
-
 def check_complete(
     expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], where: object
 ) -> None:
@@ -370,46 +381,7 @@ def context_length(folder: str | Path) -> int:
         Tokens.
 
     Raises:
-        InputError: config.json is missing or damaged.
+        InputError: config.json is missing, damaged, or of a model that is not supported.
     """
-    return int(_model_config(Path(folder))["max_position_embeddings"])
-
-
-def check_model(folder: Path, max_model_len: int, *, cuda: bool) -> None:
-    """Refuse what vLLM would refuse later and less clearly.
-
-    Args:
-        folder: HF folder.
-        max_model_len: longest prompt + response in tokens.
-        cuda: whether the engine runs on CUDA.
-
-    Raises:
-        InputError: config.json is missing or damaged, the context is too short, or the heads have
-            a size vLLM cannot run on CPU.
-    """
-    config = _model_config(folder)
-    context = config["max_position_embeddings"]
-    if max_model_len > context:
-        raise InputError(
-            f"Model {folder} has a context of {context} tokens, prompt and response need "
-            f"{max_model_len}. Lower rollout.max_new_tokens or use shorter prompts."
-        )
-    size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    if not cuda and size not in _CPU_HEAD_SIZES:
-        raise InputError(
-            f"Model {folder} has attention heads of size {size}; vLLM on CPU runs sizes "
-            f"{list(_CPU_HEAD_SIZES)}. Use a model with one of these, or a machine with CUDA."
-        )
-
-
-def _model_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} is not readable JSON: {error}.") from None
-    needed = ("max_position_embeddings", "hidden_size", "num_attention_heads")
-    missing = [name for name in needed if name not in config]
-    if missing:
-        raise InputError(f"{path} has no {', '.join(missing)}: not the config of a decoder model.")
-    return config
+    with naming(f"Model folder {folder}"):
+        return model_shape(read_config(Path(folder))).context

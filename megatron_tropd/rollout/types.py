@@ -46,7 +46,7 @@ class EngineSettings(Settings):
     """How one engine is built; what the parent hands to its child process."""
 
     model_folder: str
-    """HF folder: config.json, safetensors of the first weights."""
+    """HF folder: config.json as we read it, safetensors of the first weights."""
     dtype: str
     """"float32" or "bfloat16"."""
     max_model_len: Count
@@ -61,3 +61,8 @@ class EngineSettings(Settings):
     """Share the KV cache of equal beginnings within one call."""
     cuda: bool
     """Whether the child runs on CUDA."""
+    cut_from: str | None = None
+    """HF folder of the first weights if the engine has the first columns of its vocabulary only;
+    None: ``model_folder`` has them."""
+    vocab_size: int | None = None
+    """Columns of the engine's vocabulary; None: the model's."""

@@ -57,7 +57,7 @@ def build_llm(settings: EngineSettings) -> Any:
 
     for name in _CHATTY_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
-    return LLM(
+    llm = LLM(
         settings.model_folder,
         dtype=settings.dtype,
         max_model_len=settings.max_model_len,
@@ -68,12 +68,15 @@ def build_llm(settings: EngineSettings) -> Any:
         worker_extension_cls=f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}",
         generation_config="vllm",
         logprobs_mode="raw_logprobs",
-        load_format="safetensors",
+        load_format="dummy" if settings.cut_from else "safetensors",
         trust_remote_code=False,
         disable_log_stats=True,
         seed=0,
         **device,
     )
+    if settings.cut_from:
+        llm.collective_rpc("tropd_load_first_rows", args=(settings.cut_from, settings.vocab_size))
+    return llm
 
 
 def _cpu_cache_bytes(settings: EngineSettings) -> int:
@@ -173,7 +176,14 @@ def _serve(connection: Connection) -> None:
     _, settings = connection.recv()
     if settings.tensor_parallel > 1:
         shield_children()
-    llm = build_llm(settings)
+    try:
+        llm = build_llm(settings)
+    except Exception as error:
+        if not _is_refusal(error):
+            raise
+        traceback.print_exc()
+        connection.send(("refused", f"{type(error).__name__}: {error}"))
+        return
     connection.send(("ok", None))
     commands: dict[str, Callable[..., Any]] = {
         "generate": lambda *arguments: generate(llm, *arguments),
@@ -185,6 +195,15 @@ def _serve(connection: Connection) -> None:
     while True:
         command, *arguments = connection.recv()
         connection.send(("ok", commands[command](*arguments)))
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether vLLM does not take model or settings: the next start would fail alike.
+
+    Memory that somebody else still holds is a ValueError too, and may be free the next time.
+    """
+    kinds = (AssertionError, NotImplementedError, ValueError, TypeError, LookupError)
+    return isinstance(error, kinds) and "memory" not in str(error).lower()
 
 
 def shield_children() -> None:

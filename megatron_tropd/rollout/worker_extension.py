@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from megatron_tropd.rollout.broadcast import Receiver, Shape
+from megatron_tropd.rollout.engine_model import first_rows
 from megatron_tropd.rollout.weight_sync import WeightVersions
 from megatron_tropd.rollout.wire import Offer
 
@@ -17,6 +18,7 @@ class WorkerExtension:
     rank: int
     device: torch.device
     parallel_config: Any
+    vllm_config: Any
     get_model: Callable[[], torch.nn.Module]
     reload_weights: Callable[..., None]
 
@@ -39,6 +41,18 @@ class WorkerExtension:
         tensors = receiver.tensors(WeightVersions(Path(folder)), expected)
         self.reload_weights(weights_iterator=tensors)
         return True
+
+    def tropd_load_first_rows(self, folder: str, vocab_size: int) -> None:
+        """Load a model with the first columns of its vocabulary only.
+
+        Args:
+            folder: HF folder.
+            vocab_size: columns, those of this engine's model.
+        """
+        self.tropd_forget_packed_experts()
+        self.reload_weights(weights_iterator=first_rows(folder, vocab_size))
+        # It started with "dummy" weights, a format that vLLM does not load from a folder.
+        self.vllm_config.load_config.load_format = "safetensors"
 
     def tropd_forget_packed_experts(self) -> None:
         """Let vLLM 0.32 pack the experts of new weights for its CPU kernels, as the first ones.

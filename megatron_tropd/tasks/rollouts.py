@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_tropd.config import GuidanceConfig, RolloutConfig
+from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.data.prefixes import PlannedSample, plan_requests
 from megatron_tropd.data.prompts import prompts_of_step
 from megatron_tropd.data.recorded import FORMAT
@@ -154,8 +155,8 @@ def weights_identity(folder: str | Path) -> str:
     """
     folder = Path(folder)
     digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
+    for name in HFFolder(folder).files:
+        with (folder / name).open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16]
 

@@ -9,6 +9,7 @@ from itertools import batched
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.data.responses import TeacherResponse, header_record, response_record
 from megatron_tropd.data.resumable import ResumableLines
 from megatron_tropd.data.types import Prompt
@@ -111,7 +112,7 @@ def model_identity(folder: str | Path) -> str:
     """
     folder = Path(folder)
     digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in (folder / name for name in HFFolder(folder).files):
         digest.update(f"{path.name} {path.stat().st_size}".encode())
         with path.open("rb") as file:
             digest.update(file.read(2**20))

@@ -203,8 +203,8 @@ def test_the_plug_in_distils_on_live_rollouts(
         model = AutoModelForCausalLM.from_pretrained(folder / f"step_{step}", dtype=torch.float32)
         for item in items:
             with torch.no_grad():
-                logprobs = model(item["tokens"][None]).logits[0].log_softmax(-1)
-            of_labels = logprobs.gather(1, item["labels"][:, None])[:, 0]
+                logits = model(item["tokens"][None]).logits[0, :, : VOCAB - 1]  # the tokenizer's
+            of_labels = logits.log_softmax(-1).gather(1, item["labels"][:, None])[:, 0]
             student = (item["loss_weights"] > 0) & ~item["teacher_written"]
             assert (of_labels - item["rollout_logprobs"])[student].abs().max() < 1e-4
             seen.add(tuple(item["labels"].tolist()))

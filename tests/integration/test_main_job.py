@@ -33,8 +33,8 @@ TROPD = [sys.executable, "-m", "megatron_tropd.cli"]
 
 @pytest.fixture(scope="module")
 def pair(tiny_model) -> tuple[Path, Path]:
-    """A tied Llama student and an untied, wider Qwen3 teacher."""
-    student = tiny_model("llama", tie_word_embeddings=True)
+    """A tied Llama student with columns that its teacher lacks; an untied, wider Qwen3 teacher."""
+    student = tiny_model("llama", tie_word_embeddings=True, vocab_size=300)
     return student, tiny_model("qwen3", hidden_size=96, num_hidden_layers=4, seed=5)
 
 

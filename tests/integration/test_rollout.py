@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,12 +16,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.data.prompts import load_prompts
 from megatron_tropd.data.responses import load_responses
 from megatron_tropd.data.tokenizers import load_tokenizer
-from megatron_tropd.errors import InputError, TrainingError
+from megatron_tropd.errors import ConfigError, InputError, TrainingError
 from megatron_tropd.rollout import process
-from megatron_tropd.rollout.engine import RolloutEngine, check_model
+from megatron_tropd.rollout.engine import RolloutEngine
+from megatron_tropd.rollout.engine_model import check_engine
 from megatron_tropd.rollout.types import Sample, SampleRequest, Sampling
 from megatron_tropd.rollout.weight_sync import WeightMailbox
 from tools import teacher_responses
@@ -48,20 +51,30 @@ def nothing_prepared_is_left() -> Iterator[None]:
     process.discard()
 
 
-def reference_logprobs(folder: Path, requests: list[SampleRequest], samples: list[Sample]):
-    """Per request, transformers' log-probs of the sampled tokens."""
+def reference_logprobs(
+    folder: Path,
+    requests: list[SampleRequest],
+    samples: list[Sample],
+    columns: int | None = None,
+):
+    """Per request, transformers' log-probs of the sampled tokens over the first ``columns``."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     for request, sample in zip(requests, samples, strict=True):
         ids = torch.tensor([request.token_ids + sample.token_ids])
         with torch.no_grad():
-            logprobs = model(ids).logits[0, :-1].log_softmax(-1)
+            logprobs = model(ids).logits[0, :-1, :columns].log_softmax(-1)
         of_tokens = logprobs.gather(1, ids[0, 1:, None])[:, 0]
         yield of_tokens[len(request.token_ids) - 1 :]
 
 
-def largest_gap(folder: Path, requests: list[SampleRequest], samples: list[Sample]) -> float:
+def largest_gap(
+    folder: Path,
+    requests: list[SampleRequest],
+    samples: list[Sample],
+    columns: int | None = None,
+) -> float:
     """Largest difference between the engine's and transformers' log-probs."""
-    wanted = reference_logprobs(folder, requests, samples)
+    wanted = reference_logprobs(folder, requests, samples, columns)
     return max(
         (torch.tensor(sample.logprobs) - logprobs).abs().max().item()
         for sample, logprobs in zip(samples, wanted, strict=True)
@@ -205,6 +218,60 @@ def test_new_weights_take_effect_in_an_untied_model(
         check_updates(engine, folder, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("family", "change"),
+    [
+        ("qwen2", {"max_window_layers": 0, "head_dim": 32, "hidden_size": 128}),
+        ("qwen3", {"max_window_layers": 2}),  # of two layers: none has a window
+    ],
+)
+def test_windows_are_those_of_transformers(
+    family: str, change: dict, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    windows = {"use_sliding_window": True, "sliding_window": 10}
+    folder = tiny_model(family, **windows, **change)
+    with start(folder, tmp_path) as engine:
+        samples = engine.generate(REQUESTS, SAMPLING)
+    assert largest_gap(folder, REQUESTS, samples) < 1e-4
+
+
+def test_an_engine_of_fewer_columns_samples_from_these_alone(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Log-probs and samples are those of the softmax over the first columns."""
+    folder, columns = tiny_model("llama", tie_word_embeddings=True, seed=9), 90
+    new = updated_weights(folder, seed=2)
+    changed = save_as_model(tmp_path / "changed", folder, new)
+    cut = {n: t[:columns] if t.shape[0] == 259 else t for n, t in new.items()}
+    settings = {"max_model_len": 128, "memory": 0.25, "threads": 1, "vocab_size": columns}
+    with (
+        RolloutEngine(folder, log_file=tmp_path / "engine.log", **settings) as engine,
+        WeightMailbox() as mailbox,
+    ):
+        samples = engine.generate(REQUESTS, Sampling())
+        with pytest.raises(InputError, match="misshapen"):
+            engine.load_weights(mailbox.write(new.items()))
+        mailbox.clear()
+        engine.load_weights(mailbox.write(cut.items()))
+        after = engine.generate(REQUESTS, Sampling())
+        assert not (tmp_path / "engine.model").exists()
+    for model, found in ((folder, samples), (changed, after)):
+        assert max(max(sample.token_ids) for sample in found) == columns - 1
+        assert largest_gap(model, REQUESTS, found, columns) < 1e-4
+
+
+def test_settings_that_vllm_refuses_are_no_reason_to_start_again(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    with (
+        RolloutEngine(
+            tiny_llama, max_model_len=64, log_file=tmp_path / "log", max_num_seqs=0
+        ) as engine,
+        pytest.raises(ConfigError, match="max_num_seqs"),
+    ):
+        engine.wait_ready()
+
+
 def test_a_restart_repeats_bit_for_bit_and_a_death_is_an_error_that_quotes_the_log(
     tiny_qwen2: Path, tmp_path: Path
 ) -> None:
@@ -286,18 +353,40 @@ def test_teacher_responses_tool_writes_what_training_reads(
 def test_head_sizes_vllm_refuses_on_cpu_are_named(tiny_model: Callable[..., Path]) -> None:
     folder = tiny_model("llama", head_dim=16)
     with pytest.raises(InputError, match=r"heads of size 16; vLLM on CPU runs sizes \[32"):
-        check_model(folder, 128, cuda=False)
-    check_model(folder, 128, cuda=True)
+        start(folder, folder)
+    check_engine(HFFolder(folder).config, 128, cuda=True, who="model")
 
 
 def test_folders_without_weights_or_context_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"holds no \*\.safetensors"):
+    shutil.copy(tiny_llama / "config.json", tmp_path)
+    with pytest.raises(InputError, match=r"holds neither model\.safetensors nor"):
         start(tmp_path, tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"\x10\0\0\0")
     with pytest.raises(InputError, match="not a readable safetensors file"):
         start(tmp_path, tmp_path)
     with pytest.raises(InputError, match=r"context of 256 tokens.* need 300"):
         RolloutEngine(tiny_llama, max_model_len=300, log_file=tmp_path / "log")
+
+
+def test_an_engine_reads_what_the_trainer_reads(
+    engine: RolloutEngine, tiny_qwen3: Path, tmp_path: Path
+) -> None:
+    """Two formats of the weights, an adapter, old tensors, the embedding under another name."""
+    wanted, folder = engine.generate(REQUESTS, SAMPLING), tmp_path / "model"
+    tensors = load_file(tiny_qwen3 / "model.safetensors")
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(16)
+    save_as_model(folder, tiny_qwen3, tensors)
+    save_file({"layers.0.attention.wq.weight": torch.ones(2)}, folder / "consolidated.safetensors")
+    save_file({"base.q_proj.lora_A.weight": torch.ones(2)}, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "elsewhere"}')
+    with start(folder, tmp_path) as odd:
+        assert odd.generate(REQUESTS, SAMPLING) == wanted
+        new = save_as_model(tmp_path / "new", tiny_qwen3, updated_weights(tiny_qwen3, 3))
+        odd.load_weights(new)
+        changed = odd.generate(REQUESTS, SAMPLING)
+    assert changed != wanted and largest_gap(new, REQUESTS, changed) < 1e-4
+    assert not list(tmp_path.glob(".engine-*"))
 
 
 @pytest.mark.parametrize("name", ["stories260K-hd32", "babyllama-tok105-hd32"])

@@ -167,6 +167,24 @@ def test_a_tokenizer_larger_than_the_model_is_refused(dry_run, tiny_model):
     assert code == 2 and "259 ids" in text and "200 vocabulary columns" in text
 
 
+def test_a_student_with_more_columns_than_its_teacher_is_handled(dry_run, tiny_model):
+    code, text = dry_run(f"model.student={tiny_model('llama', vocab_size=300, seed=7)}")
+    assert code == 0 and "259 shared columns" in text
+
+
+def test_models_that_no_engine_runs_are_refused_first(dry_run, tiny_model):
+    code, text = dry_run(f"model.student={tiny_model('llama', head_dim=16, seed=7)}")
+    assert code == 2 and "heads of size 16; vLLM on CPU runs" in text
+    mixed = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
+    folder = tiny_model("qwen3", seed=8, **mixed)
+    code, text = dry_run(f"model.student={folder}")
+    assert code == 2 and "in some layers only" in text
+    # The trainer computes it, so it can be a teacher that nothing samples from.
+    assert dry_run(f"model.teacher={folder}", "evaluation.task=reverse_kl")[0] == 0
+    code, text = dry_run(f"model.teacher={folder}", "evaluation.task=exact_match")
+    assert code == 2 and str(folder) in text and "in some layers only" in text
+
+
 def test_a_run_folder_is_needed_where_one_is_meant(tmp_path, capsys):
     assert cli.main(["report", str(tmp_path)]) == 2
     assert "is not a run folder" in capsys.readouterr().err

@@ -208,14 +208,19 @@ def test_configs_that_mean_nothing_are_refused(change: dict, named: str) -> None
         model_shape(LLAMA | change)
 
 
-MIXTURE = {
-    "num_experts": 8,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 20,
-    "norm_topk_prob": True,
+MIXTURES = {
+    "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2},
+    "qwen3_moe": {
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 20,
+        "norm_topk_prob": True,
+    },
 }
 ARCHITECTURES = {
-    name: {"model_type": name, "architectures": [FAMILIES[name].architecture]} for name in FAMILIES
+    name: {"model_type": name, "architectures": [FAMILIES[name].architecture]}
+    | MIXTURES.get(name, {})
+    for name in FAMILIES
 }
 
 
@@ -234,32 +239,37 @@ ARCHITECTURES = {
     ],
 )
 def test_unsupported_features_of_a_family_are_named(family: str, change: dict, named: str) -> None:
-    config = LLAMA | MIXTURE | ARCHITECTURES[family]
+    config = LLAMA | ARCHITECTURES[family]
     model_shape(config)
     with pytest.raises(InputError, match=named):
         model_shape(config | change)
 
 
+UPPER = {"sliding_window": 32, "use_sliding_window": True, "max_window_layers": 1}
+"""Qwen's way to have windows in some layers only."""
+
+
 @pytest.mark.parametrize(
     ("family", "change", "windows"),
     [
-        ("llama", {"sliding_window": 32}, (None, None)),
+        ("llama", {"sliding_window": 4096}, (None, None)),
+        ("llama", {"sliding_window": 32, "use_sliding_window": False}, (None, None)),
         ("mistral", {"sliding_window": 32}, (32, 32)),
         ("mistral", {"sliding_window": None}, (None, None)),
         ("mixtral", {"sliding_window": 32}, (32, 32)),
         ("qwen2", {"sliding_window": 32}, (None, None)),
-        ("qwen2", {"sliding_window": 32, "use_sliding_window": True}, (None, 32)),
-        ("qwen3", {"sliding_window": 32, "use_sliding_window": True}, (None, 32)),
+        ("qwen2", UPPER, (None, 32)),
+        ("qwen3", UPPER, (None, 32)),
         ("qwen3_moe", {"sliding_window": 32, "use_sliding_window": True}, (32, 32)),
     ],
 )
 def test_windows_are_those_of_transformers(family: str, change: dict, windows: tuple) -> None:
-    config = LLAMA | MIXTURE | ARCHITECTURES[family] | {"max_window_layers": 1} | change
+    config = LLAMA | ARCHITECTURES[family] | change
     assert model_shape(config).windows == windows
 
 
 def test_experts_have_one_entry_each_under_the_name_megatron_stacks_them() -> None:
-    config = LLAMA | MIXTURE | ARCHITECTURES["qwen3_moe"]
+    config = LLAMA | ARCHITECTURES["qwen3_moe"]
     found = [e for e in plan(config) if e.layer == 1 and e.expert is not None]
     assert [e.expert for e in found] == [n for n in range(8) for _ in "12"]
     assert {e.name for e in found} == {
@@ -281,7 +291,7 @@ def test_experts_have_one_entry_each_under_the_name_megatron_stacks_them() -> No
     ],
 )
 def test_layouts_of_mixtures_are_checked(parallel: ParallelConfig, named: str | None) -> None:
-    config = LLAMA | MIXTURE | ARCHITECTURES["qwen3_moe"]
+    config = LLAMA | ARCHITECTURES["qwen3_moe"]
     with pytest.raises(ConfigError, match=named) if named else nullcontext():
         check_parallel(config, parallel, who="student")
 
@@ -319,6 +329,9 @@ def test_an_index_must_be_true(tiny_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"model\.absent"):
         HFFolder(folder)
     index.write_text(json.dumps({"weight_map": {names[0]: "other.safetensors"}}))
+    with pytest.raises(InputError, match=r"holds two models: model\.safetensors.*other\."):
+        HFFolder(folder)
+    (folder / "model.safetensors").unlink()
     with pytest.raises(InputError, match=r"other\.safetensors is missing"):
         HFFolder(folder)
 

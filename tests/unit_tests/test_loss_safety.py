@@ -526,12 +526,15 @@ def test_ties_go_to_the_lower_id_however_the_columns_are_cut(columns):
 def test_ties_cost_no_sort_of_the_vocabulary(monkeypatch):
     """Whatever is sorted has few entries beside a vocabulary, however many are equal."""
     widths = []
-    for name in ("sort", "topk"):
 
-        def sort(tensor, *args, original=getattr(torch.Tensor, name), **kwargs):
+    def watched(original):
+        def call(tensor, *args, **kwargs):
             widths.append(tensor.shape[-1])
             return original(tensor, *args, **kwargs)
 
-        monkeypatch.setattr(torch.Tensor, name, sort)
+        return call
+
+    for name in ("sort", "topk"):
+        monkeypatch.setattr(torch.Tensor, name, watched(getattr(torch.Tensor, name)))
     vocab_parallel.pack_top_k(torch.ones(2, 50_257), 64, start=0)
     assert widths and max(widths) <= 32 * 64

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import json
 import subprocess
 import sys
 from argparse import Namespace
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.utils.data import default_collate
 
 from megatron_tropd.data.packing import pack
@@ -137,6 +139,28 @@ def test_megatron_lm_refuses_teachers_that_do_not_fit(tiny_model, tmp_path: Path
             startup.open_teacher(teach(folder, **settings), vocab)
     with pytest.raises(InputError, match="config"):
         startup.open_teacher(teach(tmp_path), 259)
+
+
+def test_megatron_lm_reads_the_teachers_folder_as_a_run_does(tiny_qwen3: Path, tmp_path) -> None:
+    """Keys left to transformers, a stretched context, the output layer of a tied model."""
+    config = json.loads((tiny_qwen3 / "config.json").read_text())
+    rope = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+    left = {key: value for key, value in config.items() if key != "max_position_embeddings"}
+    tensors = load_file(tiny_qwen3 / "model.safetensors")
+    embedding = tensors.pop("model.embed_tokens.weight")
+    head_only = tensors | {"lm_head.weight": embedding}
+    both = head_only | {"model.embed_tokens.weight": embedding.clone()}
+    for n, (settings, weights) in enumerate(
+        [(left, both), (config | {"rope_parameters": rope}, both), (left, head_only)]
+    ):
+        folder = tmp_path / str(n)
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(settings))
+        save_file(weights, folder / "model.safetensors")
+        startup.open_teacher(teach(folder, seq_length=1024), 259)
+    save_file(both | {"lm_head.weight": 2 * embedding}, folder / "model.safetensors")
+    with pytest.raises(InputError, match=r"lm_head\.weight differs from model\.embed_tokens"):
+        startup.open_teacher(teach(folder), 259)
 
 
 def test_megatron_lm_lays_out_experts_where_the_teacher_has_some(tiny_model) -> None:

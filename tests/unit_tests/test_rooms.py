@@ -21,17 +21,18 @@ ARROWS: dict[str, set[str]] = {
     "exits": set(),
     "failures": {"exits"},
     "files": set(),
+    "token_ids": set(),
     "watchdog": {"exits", "failures"},
     "nodes": set(),
     "settings": set(),
     "loss_config": {"settings"},
     "config": {"loss_config", "settings"},
     "losses": {"loss_config"},
-    "data": {"config", "losses", "rollout.types"},
-    "convert": {"config"},
+    "data": {"config", "files", "losses", "rollout.types", "token_ids"},
+    "convert": {"config", "files", "token_ids"},
     "mcore": {"config", "convert", "data.types", "files", "losses"},
-    "rollout": {"config", "data.types", "exits", "failures", "files", "settings"},
-    "tasks": {"config", "data", "losses", "rollout.types"},
+    "rollout": {"config", "convert", "data.types", "exits", "failures", "files", "settings"},
+    "tasks": {"config", "convert", "data", "losses", "rollout.types"},
     "report": {"config", "data.types", "files"},
     "planning": {"config", "convert", "settings"},
     "cluster": {"config", "settings"},
@@ -42,7 +43,7 @@ ARROWS: dict[str, set[str]] = {
 OUTSIDE = {"megatron": {"mcore", "integrations", "doctor"}, "vllm": {"rollout", "doctor"}}
 KERNELS = PACKAGE / "losses" / "dense_triton.py"  # the one file that may import triton
 LIGHT = {
-    *("errors", "exits", "failures", "files", "watchdog", "nodes"),
+    *("errors", "exits", "failures", "files", "token_ids", "watchdog", "nodes"),
     *("settings", "loss_config", "config", "cluster"),
 }
 """Rooms that need the standard library alone."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.errors import InputError, TrainingError
 from megatron_tropd.rollout.client import ClientSettings
 from megatron_tropd.rollout.direct import DirectTransport
@@ -16,9 +17,9 @@ from megatron_tropd.rollout.dispatch import Dispatch, Patience
 from megatron_tropd.rollout.engine import (
     check_complete,
     engine_environment,
-    expected_tensors,
     tensor_shapes,
 )
+from megatron_tropd.rollout.engine_model import expected_tensors
 from megatron_tropd.rollout.served import ServerPool
 from megatron_tropd.rollout.weight_sync import (
     WeightMailbox,
@@ -90,12 +91,14 @@ def test_a_full_disk_is_an_error_that_says_how_much_is_missing(
 def test_tied_models_must_bring_an_explicit_output_layer(
     tiny_qwen3: Path, tiny_llama: Path
 ) -> None:
-    tied = expected_tensors(tiny_qwen3)
+    tied = expected_tensors(HFFolder(tiny_qwen3).config)
     assert "lm_head.weight" not in tensor_shapes(tiny_qwen3)
     assert tied["lm_head.weight"] == tied["model.embed_tokens.weight"] == (259, 64)
     with pytest.raises(InputError, match=r"missing 1 \(lm_head.weight\)"):
         check_complete(tied, tensor_shapes(tiny_qwen3), tiny_qwen3)
-    check_complete(expected_tensors(tiny_llama), tensor_shapes(tiny_llama), tiny_llama)
+    check_complete(
+        expected_tensors(HFFolder(tiny_llama).config), tensor_shapes(tiny_llama), tiny_llama
+    )
 
 
 def test_the_engine_does_not_inherit_its_parents_place_in_the_job() -> None:

@@ -17,12 +17,19 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_tropd.convert.families._base import (
-    COMMON_REQUIREMENTS,
     Entry,
     Experts,
     Family,
     ModelShape,
     Requirement,
+)
+from megatron_tropd.convert.families._keys import (
+    check_keys,
+    check_numbers,
+    check_windows,
+    new_fields,
+    requirements_of,
+    written_config,
 )
 from megatron_tropd.convert.ops import Replicated, VocabularyRows
 from megatron_tropd.errors import InputError
@@ -35,7 +42,9 @@ __all__ = [
     "ModelShape",
     "Requirement",
     "describe",
+    "engine_config",
     "model_shape",
+    "new_fields",
     "plan",
     "rope_inverse_frequencies",
     "rope_parameters",
@@ -60,11 +69,13 @@ def model_shape(hf_config: dict[str, Any]) -> ModelShape:
     """
     config = _transformers_config(hf_config)
     family = FAMILIES[config.model_type]
-    for requirement in (*COMMON_REQUIREMENTS, *family.requirements):
+    for requirement in requirements_of(family):
         requirement.check(config)
+    check_keys(hf_config, family)
     _check_sizes(config)
+    check_numbers(hf_config, config)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return ModelShape(
+    shape = ModelShape(
         family=config.model_type,
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
@@ -74,6 +85,7 @@ def model_shape(hf_config: dict[str, Any]) -> ModelShape:
         ffn=config.intermediate_size,
         vocab=config.vocab_size,
         max_positions=config.max_position_embeddings,
+        context=_context(config),
         rms_eps=config.rms_norm_eps,
         tied=config.tie_word_embeddings,
         qkv_bias=family.qkv_bias,
@@ -81,6 +93,23 @@ def model_shape(hf_config: dict[str, Any]) -> ModelShape:
         windows=family.windows(config),
         experts=_experts(family, config),
     )
+    check_windows(hf_config, family, shape)
+    return shape
+
+
+def engine_config(hf_config: dict[str, Any], vocab_size: int | None = None) -> dict[str, Any]:
+    """The config.json of the same model with the keys that were read and no others.
+
+    Args:
+        hf_config: the config.json dictionary.
+        vocab_size: columns of the embeddings; None: the model's.
+
+    Raises:
+        InputError: as :func:`model_shape`.
+    """
+    shape = model_shape(hf_config)
+    family = FAMILIES[shape.family]
+    return written_config(_transformers_config(hf_config), family, shape, vocab_size or shape.vocab)
 
 
 def describe(hf_config: dict[str, Any]) -> str:
@@ -140,10 +169,24 @@ def plan(hf_config: dict[str, Any], padded_vocab: int | None = None) -> list[Ent
     return entries
 
 
+def _context(config: PretrainedConfig) -> int:
+    """Positions the rotary embedding reaches. Linear scaling stretches those of the config; the
+    other kinds come with ``max_position_embeddings`` of the stretched model, as vLLM reads it."""
+    rope = config.rope_parameters
+    factor = rope["factor"] if rope["rope_type"] == "linear" else 1
+    return int(config.max_position_embeddings * factor)
+
+
 def _experts(family: Family, config: PretrainedConfig) -> Experts | None:
     if family.experts is None:
         return None
     experts = family.experts(config)
+    for what, size in (("number", experts.count), ("intermediate size", experts.ffn)):
+        # Under their other names (num_local_experts) transformers checks no type.
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise InputError(
+                f"config.json must have a whole {what} of experts of at least 1, found {size!r}."
+            )
     fewest = 2 if experts.normalized else 1
     if not fewest <= experts.per_token <= experts.count:
         raise InputError(
@@ -160,6 +203,7 @@ _SIZES = (
     "num_attention_heads",
     "intermediate_size",
     "vocab_size",
+    "max_position_embeddings",
 )
 
 
@@ -172,6 +216,11 @@ def _check_sizes(config: PretrainedConfig) -> None:
     theta = config.rope_parameters.get("rope_theta")
     if not isinstance(theta, int | float) or theta <= 0:
         raise InputError(f"config.json must have a positive rope_theta, found {theta!r}.")
+    factor = config.rope_parameters.get("factor", 1.0)
+    if isinstance(factor, bool) or not isinstance(factor, int | float) or factor <= 0:
+        raise InputError(
+            f"config.json must have a positive factor of the rotary scaling, found {factor!r}."
+        )
     if config.num_attention_heads % (config.num_key_value_heads or config.num_attention_heads):
         raise InputError(
             f"config.json has {config.num_attention_heads} attention heads for "

@@ -37,6 +37,9 @@ class ModelShape:
     """Intermediate size of a dense MLP; a mixture's is in ``experts``."""
     vocab: int
     max_positions: int
+    """As config.json says it, before any rotary scaling."""
+    context: int
+    """Longest sequence the model takes."""
     rms_eps: float
     tied: bool
     qkv_bias: bool
@@ -45,6 +48,11 @@ class ModelShape:
     """Per layer, how many positions a token attends to, itself included; None: all before it."""
     experts: Experts | None = None
     """None: dense."""
+
+    @property
+    def has_window(self) -> bool:
+        """Whether some layer has a window."""
+        return any(window is not None for window in self.windows)
 
 
 @dataclass(frozen=True)
@@ -113,6 +121,17 @@ def window_by_layer(config: PretrainedConfig) -> tuple[int | None, ...]:
     unknown = sorted(set(config.layer_types) - windows.keys())
     if unknown:
         raise _layer_types_error(config, unknown, list(windows))
+    if config.sliding_window is None and "sliding_attention" in config.layer_types:
+        raise InputError(
+            f"This {config.model_type} model has sliding_attention in its layer_types, but no "
+            "window: set sliding_window and use_sliding_window in config.json, or remove "
+            "layer_types."
+        )
+    if len(config.layer_types) != config.num_hidden_layers:
+        raise InputError(
+            f"config.json has {len(config.layer_types)} layer_types for "
+            f"{config.num_hidden_layers} layers, expected one for each."
+        )
     return tuple(windows[kind] for kind in config.layer_types)
 
 
@@ -130,10 +149,28 @@ class Family:
     qk_norm: bool = False
     windows: Callable[[PretrainedConfig], tuple[int | None, ...]] = full_attention
     """Reads :attr:`ModelShape.windows`."""
+    window_switch: bool = False
+    """Whether ``use_sliding_window`` switches windows on."""
     experts: Callable[[PretrainedConfig], Experts] | None = None
     """Reads :attr:`ModelShape.experts`; None: the family is dense."""
+    written_experts: Callable[[ModelShape], dict[str, Any]] | None = None
+    """The inverse: the keys of config.json that say them."""
+    keys: frozenset[str] = frozenset()
+    """Keys of config.json that only this family reads."""
+    ignores: tuple[str, ...] = ()
+    """Fields of :data:`COMMON_REQUIREMENTS` that neither transformers nor vLLM reads here."""
     requirements: tuple[Requirement, ...] = ()
     """Beside :data:`COMMON_REQUIREMENTS`."""
+
+    @property
+    def has_windows(self) -> bool:
+        """Whether layers can have a window of attention."""
+        return self.windows is not full_attention
+
+    @property
+    def windows_by_layer(self) -> bool:
+        """Whether config.json says layer by layer which ones have it."""
+        return self.windows is window_by_layer
 
 
 def _uniform(config: PretrainedConfig, window: int | None) -> tuple[int | None, ...]:

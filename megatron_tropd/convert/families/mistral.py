@@ -1,6 +1,12 @@
 """Mistral 7B: Llama's layers; v0.1 with a sliding window, later ones without."""
 
-from megatron_tropd.convert.families._base import Entry, Family, ModelShape, window_everywhere
+from megatron_tropd.convert.families._base import (
+    Entry,
+    Family,
+    ModelShape,
+    Requirement,
+    window_everywhere,
+)
 from megatron_tropd.convert.families._blocks import attention, gated_mlp
 
 
@@ -14,4 +20,5 @@ FAMILY = Family(
     architecture="MistralForCausalLM",
     layer=layer,
     windows=window_everywhere,
+    requirements=(Requirement("ada_rms_norm_t_cond", (False,)),),
 )

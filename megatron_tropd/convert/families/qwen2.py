@@ -15,4 +15,6 @@ FAMILY = Family(
     layer=layer,
     qkv_bias=True,
     windows=window_by_layer,
+    window_switch=True,
+    ignores=("attention_bias", "mlp_bias"),
 )

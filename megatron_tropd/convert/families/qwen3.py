@@ -15,4 +15,6 @@ FAMILY = Family(
     layer=layer,
     qk_norm=True,
     windows=window_by_layer,
+    window_switch=True,
+    ignores=("mlp_bias",),
 )
