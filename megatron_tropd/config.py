@@ -21,6 +21,7 @@ from megatron_tropd.errors import ConfigError
 from megatron_tropd.loss_config import LossConfig
 
 PATH = {"path": True}  # metadata of the fields that name an input file or folder
+from megatron_tropd.text_files import read_toml
 
 
 def _require(condition: bool, message: str) -> None:
@@ -334,39 +335,25 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return dataclasses.replace(config, run=run)
 
 
-def read_toml(
-    path: Path, what: str, *, otherwise: str = "Give the path of a TOML file."
-) -> dict[str, Any]:
-    """The tables of a file of settings.
-
-    Args:
-        path: the file.
-        what: how messages call it: "Config file".
-        otherwise: what to do where it does not exist.
-
-    Raises:
-        ConfigError: it does not exist, is a folder, cannot be read, is not UTF-8 or not TOML.
-    """
-    try:
-        return tomllib.loads(path.read_bytes().decode())
-    except FileNotFoundError:
-        raise ConfigError(f"{what} {path} does not exist. {otherwise}") from None
-    except OSError as error:
-        raise ConfigError(
-            f"{what} {path} cannot be read ({error.strerror}). Give the path of a TOML file."
-        ) from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"{what} {path} is not UTF-8, as TOML is: byte {error.start} is "
-            f"0x{error.object[error.start]:02x}. Give the path of a TOML file, or save it as UTF-8."
-        ) from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{what} {path} is not valid TOML: {error}") from None
-
-
 def config_to_dict(config: Config) -> dict[str, Any]:
     """Plain nested dictionary of every setting, JSON-ready."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def default_settings() -> dict[str, dict[str, Any]]:
+    """Every setting that has a default, as :func:`config_to_dict` would have it."""
+    return {
+        name: {
+            f.name: json.loads(json.dumps(_default(f)))
+            for f in fields(section)
+            if f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
+        }
+        for name, section in _sections().items()
+    }
+
+
+def _default(f: "dataclasses.Field[Any]") -> Any:
+    return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
 
 
 def config_to_toml(config: Config) -> str:

@@ -4,8 +4,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_tropd.config import read_toml
 from megatron_tropd.errors import ConfigError
+from megatron_tropd.text_files import read_toml
 
 Layers = Literal["transformer_engine", "local", "cpu"]
 """Whose layers run: Transformer Engine's, Megatron's own on a GPU, Megatron's own on a CPU."""

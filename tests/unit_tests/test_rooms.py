@@ -18,22 +18,23 @@ PACKAGE = Path(__file__).resolve().parents[2] / "megatron_tropd"
 # plain records: whoever may not enter the room may still take those.
 ARROWS: dict[str, set[str]] = {
     "errors": set(),
+    "text_files": set(),
     "exits": set(),
     "failures": {"exits"},
     "files": set(),
     "watchdog": {"exits", "failures"},
     "nodes": set(),
     "loss_config": set(),
-    "config": {"loss_config"},
+    "config": {"loss_config", "text_files"},
     "losses": {"loss_config"},
-    "data": {"config", "losses", "rollout.types"},
+    "data": {"config", "losses", "rollout.types", "text_files"},
     "convert": {"config"},
     "mcore": {"config", "convert", "data.types", "files", "losses"},
     "rollout": {"config", "data.types", "exits", "failures", "files"},
     "tasks": {"config", "data", "losses", "rollout.types"},
     "report": {"config", "data.types", "files"},
-    "planning": {"config", "convert"},
-    "cluster": {"config"},
+    "planning": {"config", "convert", "text_files"},
+    "cluster": {"config", "text_files"},
     "integrations": {
         *("config", "convert", "data", "loss_config", "losses", "mcore", "rollout"),
     },
@@ -41,7 +42,7 @@ ARROWS: dict[str, set[str]] = {
 OUTSIDE = {"megatron": {"mcore", "integrations", "doctor"}, "vllm": {"rollout", "doctor"}}
 KERNELS = PACKAGE / "losses" / "dense_triton.py"  # the one file that may import triton
 LIGHT = {
-    *("errors", "exits", "failures", "files", "watchdog", "nodes"),
+    *("errors", "exits", "failures", "files", "watchdog", "nodes", "text_files"),
     *("loss_config", "config", "cluster"),
 }
 """Rooms that need the standard library alone."""
