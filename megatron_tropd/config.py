@@ -6,8 +6,10 @@ Paths in a TOML file are relative to the file; paths given as ``key=value`` over
 """
 
 import dataclasses
+import datetime
 import difflib
 import json
+import math
 import os
 import tomllib
 import types
@@ -19,9 +21,9 @@ from typing import Any, Literal
 
 from megatron_tropd.errors import ConfigError
 from megatron_tropd.loss_config import LossConfig
+from megatron_tropd.text_files import read_toml
 
 PATH = {"path": True}  # metadata of the fields that name an input file or folder
-from megatron_tropd.text_files import read_toml
 
 
 def _require(condition: bool, message: str) -> None:
@@ -105,11 +107,58 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RolloutConfig:
+class PromptConfig:
+    """How a line of a prompts file becomes token ids (docs/prompts.md)."""
+
+    apply_chat_template: bool = False
+    """Wrap each prompt in the tokenizer's chat template ("messages" always are)."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """What the chat template reads beside the messages: {enable_thinking = false}, tools, or
+    chat_template, the name of one of several templates. A line's own keys come first."""
+    chat_template_date: str | None = None
+    """The date (YYYY-MM-DD) that a template which reads the clock is told. None: the day the run
+    begins, also after a resumption."""
+
+    def __post_init__(self) -> None:
+        _require_plain(self.chat_template_kwargs, "rollout.chat_template_kwargs")
+        date = self.chat_template_date
+        _require(
+            date is None or _is_date(date),
+            f"rollout.chat_template_date must look like 2026-01-31, found {date!r}.",
+        )
+
+
+def _is_date(text: str) -> bool:
+    try:
+        return datetime.date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
+
+
+def _require_plain(value: Any, where: str) -> None:
+    """Refuse what JSON and TOML do not both have, so that it stays what it is in every file."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _require(isinstance(key, str), f"{where}: keys must be strings, found {key!r}.")
+            _require_plain(item, f"{where}.{key}")
+    elif isinstance(value, list):
+        for number, item in enumerate(value):
+            _require_plain(item, f"{where}[{number}]")
+    else:
+        good = isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
+        _require(
+            good,
+            f"{where} must be a string, a finite number, true, false, a list or a table, found "
+            f"{value!r}. Put a date in quotes; leave out what is empty.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig(PromptConfig):
     """What the student samples at every step, and the engine that samples it."""
 
     prompts: str = field(metadata=PATH)
-    """JSON lines, one object a line: {"prompt": str} or {"messages": [...]}; other keys ignored."""
+    """JSON lines, one object a line: {"prompt": str} or {"messages": [...]} (docs/prompts.md)."""
     max_new_tokens: int
     """Longest response in tokens, a teacher prefix included."""
     prompts_per_step: int = 128
@@ -122,8 +171,8 @@ class RolloutConfig:
     """Nucleus of the sampling distribution; 1 samples the whole vocabulary."""
     stop_token_ids: tuple[int, ...] = ()
     """Further ids that end a response, beside the tokenizer's EOS."""
-    apply_chat_template: bool = False
-    """Wrap each prompt in the tokenizer's chat template ("messages" always are)."""
+    filter_overlong_prompts: bool = False
+    """Leave out prompts that are too long for the models' context, instead of refusing the file."""
     placement: Literal["colocated", "separate"] = "colocated"
     """colocated: engines share the trainer's devices and sleep while it trains; separate: each is a
     server of its own (``tropd serve``, docs/serving.md)."""
@@ -141,6 +190,7 @@ class RolloutConfig:
     """Share of each GPU's memory the engine may take; without CUDA, GiB of KV cache."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in (
             *("max_new_tokens", "prompts_per_step", "samples_per_prompt"),
             *("num_engines", "engine_tensor_parallel"),
@@ -364,13 +414,19 @@ def config_to_toml(config: Config) -> str:
     lines = []
     for section, table in config_to_dict(config).items():
         lines.append(f"\n[{section}]")
-        # A JSON value is a TOML value, but for null: TOML leaves out what is None by default.
-        lines += [
-            f"{key} = {json.dumps(value, ensure_ascii=False)}"
-            for key, value in table.items()
-            if value is not None
-        ]
+        # TOML has no null: it leaves out what is None by default.
+        lines += [f"{key} = {_toml(value)}" for key, value in table.items() if value is not None]
     return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, dict):
+        entries = (f"{json.dumps(key)} = {_toml(item)}" for key, item in value.items())
+        return "{" + ", ".join(entries) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    # DEL is the one character that JSON takes as it is and TOML does not.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def config_from_dict(tables: dict[str, Any]) -> Config:
@@ -417,9 +473,13 @@ def _apply_override(tables: dict[str, Any], override: str) -> None:
         is_path = any(f.name == name and f.metadata.get("path") for f in fields(section))
         if is_path:
             value = str(Path(value).expanduser().resolve())
-    table = tables.setdefault(section_name, {})
-    _require(isinstance(table, dict), f"[{section_name}] must be a table, found {table!r}.")
-    table[name] = value
+    *within, last = (section_name, *name.split("."))
+    table = tables
+    for depth, key in enumerate(within):
+        table = table.setdefault(key, {})
+        place = ".".join(within[: depth + 1])
+        _require(isinstance(table, dict), f"[{place}] must be a table, found {table!r}.")
+    table[last] = value
 
 
 def _build(cls: Any, table: Any, where: str) -> Any:
@@ -446,6 +506,8 @@ def _build(cls: Any, table: Any, where: str) -> Any:
 def _convert(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return _build(hint, value, where)
+    if hint is Any:
+        return value
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in args:
@@ -463,10 +525,17 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         )
         return tuple(_convert(element, item, where) for item in value)
     if origin is dict:
-        _require(isinstance(value, dict), f"{where} must be a table, found {value!r}.")
+        _require(
+            isinstance(value, dict),
+            f"{where} must be a table such as {{key = value}}, found {value!r}.",
+        )
         return {key: _convert(args[1], item, f"{where}.{key}") for key, item in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     good = isinstance(value, hint) and not (hint is not bool and isinstance(value, bool))
-    _require(good, f"{where} must be {hint.__name__}, found {value!r} ({type(value).__name__}).")
+    quotes = " Put it in quotes." if hint is str else ""
+    _require(
+        good,
+        f"{where} must be {hint.__name__}, found {value!r} ({type(value).__name__}).{quotes}",
+    )
     return value

@@ -173,5 +173,6 @@ def served_settings(config: Config) -> str:
     """Fingerprint of the settings on which a server's samples depend, as 16 hexadecimal digits."""
     tables = config_to_dict(config)
     settings = {name: dict(tables[name]) for name in ("model", "rollout", "evaluation")}
-    del settings["rollout"]["weight_transport"]
+    # The trainer fills the date in; servers are asked for token ids.
+    del settings["rollout"]["weight_transport"], settings["rollout"]["chat_template_date"]
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
