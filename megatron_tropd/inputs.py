@@ -9,9 +9,14 @@ from megatron_tropd.convert.checks import check_parallel, check_tensors
 from megatron_tropd.convert.families import model_shape
 from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.convert.megatron_folder import MegatronFolder, open_model
-from megatron_tropd.data.prompts import load_prompts
+from megatron_tropd.data.prompts import (
+    check_kwargs_are_read,
+    check_same_texts,
+    is_templated,
+    load_prompts,
+)
 from megatron_tropd.data.responses import TeacherResponse, load_responses
-from megatron_tropd.data.tokenizers import check_same_tokenizer, stop_token_ids
+from megatron_tropd.data.tokenizers import check_same_tokenizer, load_tokenizer, stop_token_ids
 from megatron_tropd.data.types import Prompt
 from megatron_tropd.errors import ConfigError, InputError
 from megatron_tropd.losses import HiddenStatesSignal, check_signal
@@ -53,11 +58,7 @@ def load_inputs(config: Config) -> Inputs:
         if isinstance(folder, HFFolder):  # the other kind is checked when it is opened
             check_tensors(folder)
     _check_experts(config, student, teacher)
-    tokenizer = check_same_tokenizer(
-        student.companions,
-        teacher.companions,
-        chat_template=config.rollout.apply_chat_template,
-    )
+    tokenizer = check_same_tokenizer(student.companions, teacher.companions)
     vocab_size = min(student.config["vocab_size"], teacher.config["vocab_size"])
     if len(tokenizer) > vocab_size:
         raise InputError(
@@ -74,19 +75,33 @@ def load_inputs(config: Config) -> Inputs:
     context = min(
         student.config["max_position_embeddings"], teacher.config["max_position_embeddings"]
     )
-    prompts = _prompts(config, config.rollout.prompts, tokenizer, context)
+    prompts = _prompts(
+        config,
+        config.rollout.prompts,
+        tokenizer,
+        context,
+        config.rollout.max_new_tokens,
+        filter_overlong=config.rollout.filter_overlong_prompts,
+    )
+    check_kwargs_are_read(prompts, config.rollout)
     if len(prompts) < config.rollout.prompts_per_step:
         raise ConfigError(
             f"rollout.prompts_per_step = {config.rollout.prompts_per_step} exceeds the "
             f"{len(prompts)} prompts of {config.rollout.prompts}. Lower it or add prompts."
         )
     responses = (
-        load_responses(config.guidance.responses, prompts, tokenizer)
+        load_responses(
+            config.guidance.responses,
+            prompts,
+            tokenizer,
+            filtered=config.rollout.filter_overlong_prompts,
+        )
         if config.guidance.responses
         else None
     )
     _check_micro_batch(config, _longest(prompts) + config.rollout.max_new_tokens)
     problems = _problems(config, tokenizer, context)
+    _check_templates(config, prompts, problems, tokenizer, teacher)
     answer = config.evaluation.max_new_tokens or config.rollout.max_new_tokens
     return Inputs(
         student=student,
@@ -105,9 +120,14 @@ def load_inputs(config: Config) -> Inputs:
 
 
 def _prompts(
-    config: Config, path: str, tokenizer: "PreTrainedTokenizerBase", context: int, room: int = 0
+    config: Config,
+    path: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    context: int,
+    room: int,
+    *,
+    filter_overlong: bool = False,
 ) -> list[Prompt]:
-    room = room or config.rollout.max_new_tokens
     if room >= context:
         raise ConfigError(
             f"rollout.max_new_tokens = {room} leaves no room for a prompt in the models' context "
@@ -116,9 +136,25 @@ def _prompts(
     return load_prompts(
         path,
         tokenizer,
-        apply_chat_template=config.rollout.apply_chat_template,
+        config.rollout,
         max_prompt_tokens=context - room,
+        filter_overlong=filter_overlong,
     )
+
+
+def _check_templates(
+    config: Config,
+    prompts: list[Prompt],
+    problems: list[Prompt],
+    tokenizer: "PreTrainedTokenizerBase",
+    teacher: HFFolder | MegatronFolder,
+) -> None:
+    """Compare the texts that both models' chat templates make, if one makes any."""
+    if not any(is_templated(p.fields, config.rollout) for p in prompts + problems):
+        return
+    teachers = load_tokenizer(teacher.companions)
+    for path, texts in ((config.rollout.prompts, prompts), (config.evaluation.problems, problems)):
+        check_same_texts(str(path), texts, tokenizer, teachers, config.rollout)
 
 
 def _problems(config: Config, tokenizer: "PreTrainedTokenizerBase", context: int) -> list[Prompt]:
@@ -131,7 +167,7 @@ def _problems(config: Config, tokenizer: "PreTrainedTokenizerBase", context: int
         for problem in problems:
             if "answer" not in problem.fields:
                 raise ConfigError(
-                    f'{Path(path)}: problem {problem.index + 1} has no "answer", which '
+                    f'{Path(path)}, line {problem.line}: the problem has no "answer", which '
                     'evaluation.task = "exact_match" needs. Add it or use "reverse_kl".'
                 )
     return problems[: config.evaluation.num_problems]

@@ -10,17 +10,25 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
 
 from megatron_tropd.config import GuidanceConfig, RolloutConfig
 from megatron_tropd.convert.hf_folder import HFFolder
+from megatron_tropd.convert.megatron_folder import open_model
 from megatron_tropd.data.prefixes import plan_requests
-from megatron_tropd.data.prompts import load_prompts, prompts_of_step
+from megatron_tropd.data.prompts import (
+    check_kwargs_are_read,
+    check_same_texts,
+    is_templated,
+    load_prompts,
+    prompts_of_step,
+)
 from megatron_tropd.data.recorded import recorded, training_item
 from megatron_tropd.data.responses import load_responses
+from megatron_tropd.data.templates import reads_clock
 from megatron_tropd.data.tokenizers import load_tokenizer, stop_token_ids
 from megatron_tropd.data.trajectories import assemble
 from megatron_tropd.data.types import Trajectory
@@ -31,6 +39,9 @@ from megatron_tropd.mcore.weights import export_weights
 from megatron_tropd.rollout.engine import RolloutEngine
 from megatron_tropd.rollout.pool import EnginePool
 from megatron_tropd.rollout.types import Sampling
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -60,6 +71,8 @@ class LoopSettings:
     """Keys prompts and samples."""
     steps: int
     """Of the whole training: teacher prefixes fall to nothing over them."""
+    teacher: Path | None = None
+    """Its folder, to compare what both chat templates make of the prompts; None: not compared."""
 
 
 class LiveRollouts:
@@ -118,11 +131,13 @@ class LiveRollouts:
 
         args = get_args()
         check_arguments(args, self.settings.rollout)
+        teacher = getattr(args, "tropd_teacher_load", None)
         loop = LoopSettings(
             seq_length=args.seq_length,
             padded_vocab_size=args.padded_vocab_size,
             seed=args.seed,
             steps=args.train_iters,
+            teacher=Path(teacher) if teacher else None,
         )
         self.start(loop, dtype=next(model.parameters()).dtype)
         return args
@@ -195,16 +210,35 @@ class LiveRollouts:
         self._prompts = load_prompts(
             rollout.prompts,
             tokenizer,
-            apply_chat_template=rollout.apply_chat_template,
+            rollout,
             max_prompt_tokens=room,
+            filter_overlong=rollout.filter_overlong_prompts,
         )
+        self._check_template(tokenizer)
         responses = self.settings.guidance.responses
-        self._responses = load_responses(responses, self._prompts, tokenizer) if responses else None
+        self._responses = None
+        if responses:
+            filtered = rollout.filter_overlong_prompts
+            self._responses = load_responses(responses, self._prompts, tokenizer, filtered=filtered)
         self._sampling = Sampling(
             temperature=rollout.temperature,
             top_p=rollout.top_p,
             stop_token_ids=stop_token_ids(folder, rollout.stop_token_ids),
         )
+
+    def _check_template(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        rollout, prompts = self.settings.rollout, self._prompts
+        check_kwargs_are_read(prompts, rollout)
+        if not any(is_templated(prompt.fields, rollout) for prompt in prompts):
+            return
+        if rollout.chat_template_date is None and reads_clock(tokenizer):
+            raise ConfigError(
+                "The chat template reads the clock, so that prompts would be others when the "
+                'training resumes. Give the rollouts a date: chat_template_date="2026-01-31".'
+            )
+        if self._loop.teacher is not None:
+            teacher = load_tokenizer(open_model(self._loop.teacher).companions)
+            check_same_texts(rollout.prompts, prompts, tokenizer, teacher, rollout)
 
     def _check(self) -> None:
         rollout, ranks = self.settings.rollout, self._ranks
