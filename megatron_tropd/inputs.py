@@ -75,30 +75,8 @@ def load_inputs(config: Config) -> Inputs:
     context = min(
         student.config["max_position_embeddings"], teacher.config["max_position_embeddings"]
     )
-    prompts = _prompts(
-        config,
-        config.rollout.prompts,
-        tokenizer,
-        context,
-        config.rollout.max_new_tokens,
-        filter_overlong=config.rollout.filter_overlong_prompts,
-    )
-    check_kwargs_are_read(prompts, config.rollout)
-    if len(prompts) < config.rollout.prompts_per_step:
-        raise ConfigError(
-            f"rollout.prompts_per_step = {config.rollout.prompts_per_step} exceeds the "
-            f"{len(prompts)} prompts of {config.rollout.prompts}. Lower it or add prompts."
-        )
-    responses = (
-        load_responses(
-            config.guidance.responses,
-            prompts,
-            tokenizer,
-            filtered=config.rollout.filter_overlong_prompts,
-        )
-        if config.guidance.responses
-        else None
-    )
+    prompts = _training_prompts(config, tokenizer, context)
+    responses = _responses(config, prompts, tokenizer)
     _check_micro_batch(config, _longest(prompts) + config.rollout.max_new_tokens)
     problems = _problems(config, tokenizer, context)
     _check_templates(config, prompts, problems, tokenizer, teacher)
@@ -117,6 +95,37 @@ def load_inputs(config: Config) -> Inputs:
             _longest(prompts) + config.rollout.max_new_tokens, _longest(problems) + answer
         ),
     )
+
+
+def _training_prompts(
+    config: Config, tokenizer: "PreTrainedTokenizerBase", context: int
+) -> list[Prompt]:
+    rollout = config.rollout
+    prompts = _prompts(
+        config,
+        rollout.prompts,
+        tokenizer,
+        context,
+        rollout.max_new_tokens,
+        filter_overlong=rollout.filter_overlong_prompts,
+    )
+    check_kwargs_are_read(prompts, rollout)
+    if len(prompts) < rollout.prompts_per_step:
+        raise ConfigError(
+            f"rollout.prompts_per_step = {rollout.prompts_per_step} exceeds the {len(prompts)} "
+            f"prompts of {rollout.prompts}. Lower it or add prompts."
+        )
+    return prompts
+
+
+def _responses(
+    config: Config, prompts: list[Prompt], tokenizer: "PreTrainedTokenizerBase"
+) -> dict[int, tuple[TeacherResponse, ...]] | None:
+    path = config.guidance.responses
+    if not path:
+        return None
+    filtered = config.rollout.filter_overlong_prompts
+    return load_responses(path, prompts, tokenizer, filtered=filtered)
 
 
 def _prompts(
