@@ -144,7 +144,9 @@ def _distill(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
     if arguments.dry_run:
         from megatron_tropd.inputs import load_inputs
+        from megatron_tropd.run_folder import with_date
 
+        config = with_date(config)
         inputs = load_inputs(config)
         print(json.dumps(config_to_dict(config), indent=2))
         print(_plan(config, inputs))
@@ -211,8 +213,9 @@ def _plan_run(arguments: argparse.Namespace) -> int:
 
 
 def _lead(config: Config, peers: Peers, first: FirstRank | None) -> int:
-    from megatron_tropd.run_folder import hold, patience
+    from megatron_tropd.run_folder import hold, patience, with_date
 
+    config = with_date(config)
     # Errors of the inputs come before anything is written.
     if first is not None and (code := first.check(config)):
         return code

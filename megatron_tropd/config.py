@@ -6,7 +6,9 @@ Paths in a TOML file are relative to the file; paths given as ``key=value`` over
 """
 
 import dataclasses
+import datetime
 import json
+import math
 import os
 import tomllib
 import types
@@ -29,6 +31,7 @@ from megatron_tropd.settings import (
     Share,
     nearest,
 )
+from megatron_tropd.text_files import read_toml
 
 PATH = {"path": True}  # metadata of the fields that name an input file or folder
 _GREEDY = "On-policy samples are drawn at random (evaluation is greedy by itself)."
@@ -114,11 +117,58 @@ class ParallelConfig(Settings, section="parallel"):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RolloutConfig(Settings, section="rollout"):
+class PromptConfig(Settings, section="rollout"):
+    """How a line of a prompts file becomes token ids (docs/prompts.md)."""
+
+    apply_chat_template: bool = False
+    """Wrap each prompt in the tokenizer's chat template ("messages" always are)."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """What the chat template reads beside the messages: {enable_thinking = false}, tools, or
+    chat_template, the name of one of several templates. A line's own keys come first."""
+    chat_template_date: str | None = None
+    """The date (YYYY-MM-DD) that a template which reads the clock is told. None: the day the run
+    begins, also after a resumption."""
+
+    def _check_together(self) -> None:
+        _require_plain(self.chat_template_kwargs, "rollout.chat_template_kwargs")
+        date = self.chat_template_date
+        _require(
+            date is None or _is_date(date),
+            f"rollout.chat_template_date must look like 2026-01-31, found {date!r}.",
+        )
+
+
+def _is_date(text: str) -> bool:
+    try:
+        return datetime.date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
+
+
+def _require_plain(value: Any, where: str) -> None:
+    """Refuse what JSON and TOML do not both have, so that it stays what it is in every file."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _require(isinstance(key, str), f"{where}: keys must be strings, found {key!r}.")
+            _require_plain(item, f"{where}.{key}")
+    elif isinstance(value, list):
+        for number, item in enumerate(value):
+            _require_plain(item, f"{where}[{number}]")
+    else:
+        good = isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
+        _require(
+            good,
+            f"{where} must be a string, a finite number, true, false, a list or a table, found "
+            f"{value!r}. Put a date in quotes; leave out what is empty.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig(PromptConfig, section="rollout"):
     """What the student samples at every step, and the engine that samples it."""
 
     prompts: str = field(metadata=PATH)
-    """JSON lines, one object a line: {"prompt": str} or {"messages": [...]}; other keys ignored."""
+    """JSON lines, one object a line: {"prompt": str} or {"messages": [...]} (docs/prompts.md)."""
     max_new_tokens: Count
     """Longest response in tokens, a teacher prefix included."""
     prompts_per_step: Count = 128
@@ -132,8 +182,8 @@ class RolloutConfig(Settings, section="rollout"):
     stop_token_ids: tuple[Number, ...] = ()
     """Further ids that end a response, beside every EOS of the student's folder (tokenizer,
     generation_config.json, config.json)."""
-    apply_chat_template: bool = False
-    """Wrap each prompt in the tokenizer's chat template ("messages" always are)."""
+    filter_overlong_prompts: bool = False
+    """Leave out prompts that are too long for the models' context, instead of refusing the file."""
     placement: Literal["colocated", "separate"] = "colocated"
     """colocated: engines share the trainer's devices and sleep while it trains; separate: each is a
     server of its own (``tropd serve``, docs/serving.md)."""
@@ -155,6 +205,7 @@ class RolloutConfig(Settings, section="rollout"):
     round-off); 0: never."""
 
     def _check_together(self) -> None:
+        super()._check_together()
         _require(
             self.weight_transport == "folder" or self.placement == "separate",
             'rollout.weight_transport = "direct" needs rollout.placement = "separate", found '
@@ -327,39 +378,25 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return dataclasses.replace(config, run=run)
 
 
-def read_toml(
-    path: Path, what: str, *, otherwise: str = "Give the path of a TOML file."
-) -> dict[str, Any]:
-    """The tables of a file of settings.
-
-    Args:
-        path: the file.
-        what: how messages call it: "Config file".
-        otherwise: what to do where it does not exist.
-
-    Raises:
-        ConfigError: it does not exist, is a folder, cannot be read, is not UTF-8 or not TOML.
-    """
-    try:
-        return tomllib.loads(path.read_bytes().decode())
-    except FileNotFoundError:
-        raise ConfigError(f"{what} {path} does not exist. {otherwise}") from None
-    except OSError as error:
-        raise ConfigError(
-            f"{what} {path} cannot be read ({error.strerror}). Give the path of a TOML file."
-        ) from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"{what} {path} is not UTF-8, as TOML is: byte {error.start} is "
-            f"0x{error.object[error.start]:02x}. Give the path of a TOML file, or save it as UTF-8."
-        ) from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{what} {path} is not valid TOML: {error}") from None
-
-
 def config_to_dict(config: Config) -> dict[str, Any]:
     """Plain nested dictionary of every setting, JSON-ready."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def default_settings() -> dict[str, dict[str, Any]]:
+    """Every setting that has a default, as :func:`config_to_dict` would have it."""
+    return {
+        name: {
+            f.name: json.loads(json.dumps(_default(f)))
+            for f in fields(section)
+            if f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
+        }
+        for name, section in _sections().items()
+    }
+
+
+def _default(f: "dataclasses.Field[Any]") -> Any:
+    return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
 
 
 def config_to_toml(config: Config) -> str:
@@ -370,13 +407,19 @@ def config_to_toml(config: Config) -> str:
     lines = []
     for section, table in config_to_dict(config).items():
         lines.append(f"\n[{section}]")
-        # A JSON value is a TOML value, but for null: TOML leaves out what is None by default.
-        lines += [
-            f"{key} = {json.dumps(value, ensure_ascii=False)}"
-            for key, value in table.items()
-            if value is not None
-        ]
+        # TOML has no null: it leaves out what is None by default.
+        lines += [f"{key} = {_toml(value)}" for key, value in table.items() if value is not None]
     return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, dict):
+        entries = (f"{json.dumps(key)} = {_toml(item)}" for key, item in value.items())
+        return "{" + ", ".join(entries) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    # DEL is the one character that JSON takes as it is and TOML does not.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def config_from_dict(tables: dict[str, Any]) -> Config:
@@ -423,9 +466,13 @@ def _apply_override(tables: dict[str, Any], override: str) -> None:
         is_path = any(f.name == name and f.metadata.get("path") for f in fields(section))
         if is_path:
             value = str(Path(value).expanduser().resolve())
-    table = tables.setdefault(section_name, {})
-    _require(isinstance(table, dict), f"[{section_name}] must be a table, found {table!r}.")
-    table[name] = value
+    *within, last = (section_name, *name.split("."))
+    table = tables
+    for depth, key in enumerate(within):
+        table = table.setdefault(key, {})
+        place = ".".join(within[: depth + 1])
+        _require(isinstance(table, dict), f"[{place}] must be a table, found {table!r}.")
+    table[last] = value
 
 
 def _build(cls: Any, table: Any, where: str) -> Any:
@@ -452,6 +499,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     """A value of TOML or JSON as Python has it; whether it fits is the dataclass's to say."""
     if dataclasses.is_dataclass(hint):
         return _build(hint, value, where)
+    if hint is Any:
+        return value
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union) and value is not None:
         return _convert(next(a for a in args if a is not type(None)), value, where)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch.distributed as dist
 
+from megatron_tropd.config import PromptConfig
 from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.convert.linked_folder import link_folder
 from megatron_tropd.data.prompts import load_prompts
@@ -78,7 +79,8 @@ class Evaluator:
     def example_line(self, trajectory: Trajectory, values: Mapping[str, list[float]]) -> str:
         """One trajectory with its per-token values, as a line of a dump for the report."""
         tokenizer, ids = self._job.inputs.tokenizer, trajectory.prefix_ids + trajectory.response_ids
-        prompt = self._job.inputs.prompts[trajectory.prompt_index]
+        # Their positions are no indices: prompts may have been left out.
+        prompt = next(p for p in self._job.inputs.prompts if p.index == trajectory.prompt_index)
         text = tokenizer.decode(list(ids), skip_special_tokens=True)
         answer = prompt.fields.get("answer")
         record = {
@@ -195,7 +197,10 @@ def evaluate_folder(
     tokenizer = load_tokenizer(folder)
     context = context_length(folder)
     prompts = load_prompts(
-        problems, tokenizer, apply_chat_template=apply_chat_template, max_prompt_tokens=context - 1
+        problems,
+        tokenizer,
+        PromptConfig(apply_chat_template=apply_chat_template),
+        max_prompt_tokens=context - 1,
     )[:num_problems]
     longest = max(len(p.token_ids) for p in prompts)
     room = max_new_tokens or run_tokens or min(1024, context - longest)

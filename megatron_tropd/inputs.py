@@ -12,9 +12,19 @@ from megatron_tropd.convert.companions import CONFIG
 from megatron_tropd.convert.families import model_shape
 from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.convert.megatron_folder import MegatronFolder, open_model
-from megatron_tropd.data.prompts import load_prompts
+from megatron_tropd.data.prompts import (
+    check_kwargs_are_read,
+    check_same_texts,
+    is_templated,
+    load_prompts,
+)
 from megatron_tropd.data.responses import TeacherResponse, load_responses
-from megatron_tropd.data.tokenizers import check_same_tokenizer, num_ids, stop_token_ids
+from megatron_tropd.data.tokenizers import (
+    check_same_tokenizer,
+    load_tokenizer,
+    num_ids,
+    stop_token_ids,
+)
 from megatron_tropd.data.types import Prompt
 from megatron_tropd.errors import ConfigError, InputError
 from megatron_tropd.losses import HiddenStatesSignal, check_signal
@@ -58,11 +68,7 @@ def load_inputs(config: Config) -> Inputs:
             check_tensors(folder)
         check_parallel(folder.config, config.parallel, who=who)
     _check_experts(config, student, teacher)
-    tokenizer = check_same_tokenizer(
-        student.companions,
-        teacher.companions,
-        chat_template=config.rollout.apply_chat_template,
-    )
+    tokenizer = check_same_tokenizer(student.companions, teacher.companions)
     shapes = [model_shape(folder.config) for folder in (student, teacher)]
     vocab_size = min(shape.vocab for shape in shapes)
     if num_ids(tokenizer) > vocab_size:
@@ -78,19 +84,11 @@ def load_inputs(config: Config) -> Inputs:
             f"{unknown}: they would never occur. Look the ids up in the student's tokenizer."
         )
     context = min(shape.context for shape in shapes)
-    prompts = _prompts(config, config.rollout.prompts, tokenizer, context)
-    if len(prompts) < config.rollout.prompts_per_step:
-        raise ConfigError(
-            f"rollout.prompts_per_step = {config.rollout.prompts_per_step} exceeds the "
-            f"{len(prompts)} prompts of {config.rollout.prompts}. Lower it or add prompts."
-        )
-    responses = (
-        load_responses(config.guidance.responses, prompts, tokenizer)
-        if config.guidance.responses
-        else None
-    )
+    prompts = _training_prompts(config, tokenizer, context)
+    responses = _responses(config, prompts, tokenizer)
     _check_micro_batch(config, _longest(prompts) + config.rollout.max_new_tokens)
     problems = _problems(config, tokenizer, context)
+    _check_templates(config, prompts, problems, tokenizer, teacher)
     answer = config.evaluation.max_new_tokens or config.rollout.max_new_tokens
     max_model_len = max(
         _longest(prompts) + config.rollout.max_new_tokens, _longest(problems) + answer
@@ -110,10 +108,46 @@ def load_inputs(config: Config) -> Inputs:
     )
 
 
-def _prompts(
-    config: Config, path: str, tokenizer: "PreTrainedTokenizerBase", context: int, room: int = 0
+def _training_prompts(
+    config: Config, tokenizer: "PreTrainedTokenizerBase", context: int
 ) -> list[Prompt]:
-    room = room or config.rollout.max_new_tokens
+    rollout = config.rollout
+    prompts = _prompts(
+        config,
+        rollout.prompts,
+        tokenizer,
+        context,
+        rollout.max_new_tokens,
+        filter_overlong=rollout.filter_overlong_prompts,
+    )
+    check_kwargs_are_read(prompts, rollout)
+    if len(prompts) < rollout.prompts_per_step:
+        raise ConfigError(
+            f"rollout.prompts_per_step = {rollout.prompts_per_step} exceeds the {len(prompts)} "
+            f"prompts of {rollout.prompts}. Lower it or add prompts."
+        )
+    return prompts
+
+
+def _responses(
+    config: Config, prompts: list[Prompt], tokenizer: "PreTrainedTokenizerBase"
+) -> dict[int, tuple[TeacherResponse, ...]] | None:
+    path = config.guidance.responses
+    if not path:
+        return None
+    filtered = config.rollout.filter_overlong_prompts
+    return load_responses(path, prompts, tokenizer, filtered=filtered)
+
+
+def _prompts(
+    config: Config,
+    path: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    context: int,
+    room: int,
+    *,
+    filter_overlong: bool = False,
+) -> list[Prompt]:
     if room >= context:
         raise ConfigError(
             f"rollout.max_new_tokens = {room} leaves no room for a prompt in the models' context "
@@ -122,9 +156,25 @@ def _prompts(
     return load_prompts(
         path,
         tokenizer,
-        apply_chat_template=config.rollout.apply_chat_template,
+        config.rollout,
         max_prompt_tokens=context - room,
+        filter_overlong=filter_overlong,
     )
+
+
+def _check_templates(
+    config: Config,
+    prompts: list[Prompt],
+    problems: list[Prompt],
+    tokenizer: "PreTrainedTokenizerBase",
+    teacher: HFFolder | MegatronFolder,
+) -> None:
+    """Compare the texts that both models' chat templates make, if one makes any."""
+    if not any(is_templated(p.fields, config.rollout) for p in prompts + problems):
+        return
+    teachers = load_tokenizer(teacher.companions)
+    for path, texts in ((config.rollout.prompts, prompts), (config.evaluation.problems, problems)):
+        check_same_texts(str(path), texts, tokenizer, teachers, config.rollout)
 
 
 def _problems(config: Config, tokenizer: "PreTrainedTokenizerBase", context: int) -> list[Prompt]:
@@ -137,7 +187,7 @@ def _problems(config: Config, tokenizer: "PreTrainedTokenizerBase", context: int
         for problem in problems:
             if "answer" not in problem.fields:
                 raise ConfigError(
-                    f'{Path(path)}: problem {problem.index + 1} has no "answer", which '
+                    f'{Path(path)}, line {problem.line}: the problem has no "answer", which '
                     'evaluation.task = "exact_match" needs. Add it or use "reverse_kl".'
                 )
     return problems[: config.evaluation.num_problems]

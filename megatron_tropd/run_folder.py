@@ -1,5 +1,7 @@
 """A run is a folder: where each thing lies, and whether a command may continue what is there."""
 
+import dataclasses
+import datetime
 import errno
 import fcntl
 import json
@@ -14,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from megatron_tropd.config import Config, config_from_dict, config_to_dict
+from megatron_tropd.config import Config, config_from_dict, config_to_dict, default_settings
 from megatron_tropd.errors import ConfigError, InputError
 from megatron_tropd.files import write_json
 
@@ -113,13 +115,33 @@ class RunFolder:
         return config_from_dict(json.loads(self.config.read_text()))
 
 
+def with_date(config: Config) -> Config:
+    """Give the prompts of a run their date: that of its first start, which its folder remembers.
+
+    Args:
+        config: of any command that reads the run's prompts.
+
+    Returns:
+        ``config`` with ``rollout.chat_template_date``: as set, else the run's, else today.
+    """
+    if config.rollout.chat_template_date is not None:
+        return config
+    old = _settings_in(RunFolder(Path(config.run.dir).resolve()).config)
+    found = old.get("rollout") if isinstance(old, dict) else None
+    date = found.get("chat_template_date") if isinstance(found, dict) else None
+    rollout = dataclasses.replace(
+        config.rollout, chat_template_date=date or datetime.date.today().isoformat()
+    )
+    return dataclasses.replace(config, rollout=rollout)
+
+
 def open_run(config: Config) -> RunFolder:
     """Make the run folder, or check that this command may continue what is in it.
 
     Raises:
         ConfigError: the folder holds a run with other settings; they are named.
     """
-    folder = RunFolder(Path(config.run.dir).resolve())
+    folder, config = RunFolder(Path(config.run.dir).resolve()), with_date(config)
     if folder.config.exists():
         _check_same(json.loads(folder.config.read_text()), config_to_dict(config), folder.root)
     folder.logs.mkdir(parents=True, exist_ok=True)
@@ -140,8 +162,9 @@ def wait_until_open(config: Config, seconds: float = 180.0) -> RunFolder:
     """
     folder = RunFolder(Path(config.run.dir).resolve())
     # A run that resumes with another layout has the old settings there until it is opened.
-    ours, deadline = config_to_dict(config), time.monotonic() + seconds
-    while _settings_in(folder.config) != ours:
+    deadline = time.monotonic() + seconds
+    # The date is the other process's, on whose clock it may be another day.
+    while _settings_in(folder.config) != config_to_dict(with_date(config)):
         if time.monotonic() > deadline:
             raise ConfigError(
                 f"{folder.config} was opened by another process and did not appear on "
@@ -219,13 +242,17 @@ def started_at() -> float:
 
 
 def _check_same(old: dict[str, Any], new: dict[str, Any], root: Path) -> None:
+    # A version without a setting did what its default says, and knew no date.
+    defaults = default_settings()
+    defaults["rollout"]["chat_template_date"] = new["rollout"]["chat_template_date"]
+    was = {section: defaults[section] | old.get(section, {}) for section in new}
     changed = [
-        f"{section}.{key}: was {old.get(section, {}).get(key)!r}, now {value!r}"
+        f"{section}.{key}: was {was[section].get(key)!r}, now {value!r}"
         for section, table in new.items()
         for key, value in table.items()
         if section not in FREE_SECTIONS or f"{section}.{key}" in FIXED_KEYS
         if f"{section}.{key}" not in FREE_KEYS
-        if old.get(section, {}).get(key) != value
+        if was[section].get(key) != value
     ]
     if changed:
         raise ConfigError(

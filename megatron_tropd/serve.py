@@ -16,7 +16,7 @@ from megatron_tropd.rollout.keeper import EngineKeeper
 from megatron_tropd.rollout.server import Place, RolloutServer
 from megatron_tropd.rollout.weight_sync import WeightVersions
 from megatron_tropd.rollout.wire import TOKEN_VARIABLE, Model, served_settings
-from megatron_tropd.run_folder import RunFolder
+from megatron_tropd.run_folder import RunFolder, with_date
 
 
 def serve(config: Config, *, number: int, host: str, port: int) -> int:
@@ -83,7 +83,7 @@ def _keeper(
     def make(model: Model) -> RolloutEngine:
         # Here and not before: the server answers while texts and headers are read.
         if not inputs:
-            inputs.append(load_inputs(config))
+            inputs.append(load_inputs(with_date(config)))
         return _engine(config, inputs[0], folder, number, model, wait)
 
     return EngineKeeper(make, WeightVersions(folder.weights), wait=wait)

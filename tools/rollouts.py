@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from megatron_tropd.config import GuidanceConfig, RolloutConfig
-from megatron_tropd.data.prompts import load_prompts
+from megatron_tropd.data.arguments import add_prompt_options, read_prompts
 from megatron_tropd.data.responses import load_responses
 from megatron_tropd.data.tokenizers import load_tokenizer, num_ids, stop_token_ids
 from megatron_tropd.errors import ConfigError, InputError, TrainingError
@@ -37,7 +37,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("--student", required=True, type=Path, help="HF folder of the student")
-    add("--prompts", required=True, type=Path, help="JSON lines with a prompt each")
+    add_prompt_options(parser)
     add("--out", required=True, type=Path, help="JSON lines to write or continue")
     add("--max-new-tokens", required=True, type=int, help="longest response, prefix included")
     add("--samples", type=int, default=4, help="samples per prompt (default 4)")
@@ -48,7 +48,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--top-p", type=float, default=1.0, help="nucleus (default 1: off)")
     add("--seed", type=int, default=1234, help="keys the samples (default 1234)")
     add("--stop-token-ids", type=int, nargs="*", default=[], help="further ids that end one")
-    add("--apply-chat-template", action="store_true", help="wrap prompts in the chat template")
     add("--responses", type=Path, help="of tools/teacher_responses.py, to cut prefixes from")
     add("--prefixed-per-prompt", type=int, default=1, help="samples with a prefix (default 1)")
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of the student")
@@ -127,20 +126,13 @@ def main(arguments: list[str] | None = None) -> None:
         ConfigError: an option is out of its range.
     """
     options = parse_arguments(arguments)
-    tokenizer, context = load_tokenizer(options.student), context_length(options.student)
-    if not 0 < options.max_new_tokens < context:
-        raise ConfigError(
-            f"--max-new-tokens must be in 1..{context - 1} for the student's context of {context} "
-            f"tokens, found {options.max_new_tokens}."
-        )
-    prompts = load_prompts(
-        options.prompts,
-        tokenizer,
-        apply_chat_template=options.apply_chat_template,
-        max_prompt_tokens=context - options.max_new_tokens,
-    )
+    tokenizer = load_tokenizer(options.student)
+    prompts, template = read_prompts(options, tokenizer, context_length(options.student))
     which = describe_round(options, len(prompts))
-    responses = load_responses(options.responses, prompts, tokenizer) if options.responses else None
+    responses = None
+    if options.responses:
+        filtered = options.filter_overlong_prompts
+        responses = load_responses(options.responses, prompts, tokenizer, filtered=filtered)
     longest = max(len(prompt.token_ids) for prompt in prompts) + options.max_new_tokens
     with ExitStack() as exits, tqdm(desc="rollouts", unit="rollout") as bar:
 
@@ -160,6 +152,7 @@ def main(arguments: list[str] | None = None) -> None:
                 stop_token_ids=stop_token_ids(options.student, options.stop_token_ids),
             ),
             weights=weights_identity(options.student),
+            template=template,
             resume=options.resume,
             progress=progress,
         )

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from megatron_tropd.data.prompts import load_prompts
+from megatron_tropd.data.arguments import add_prompt_options, read_prompts
 from megatron_tropd.data.tokenizers import load_tokenizer, num_ids, stop_token_ids
 from megatron_tropd.errors import ConfigError, InputError, TrainingError
 from megatron_tropd.rollout.engine import RolloutEngine, context_length
@@ -32,7 +32,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("--teacher", required=True, type=Path, help="HF folder of the teacher")
-    add("--prompts", required=True, type=Path, help="JSON lines with a prompt each")
+    add_prompt_options(parser)
     add("--out", required=True, type=Path, help="JSON lines to write or continue")
     add("--max-new-tokens", required=True, type=int, help="longest response")
     add("--samples", type=int, default=1, help="responses per prompt (default 1)")
@@ -40,7 +40,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--top-p", type=float, default=1.0, help="nucleus (default 1: off)")
     add("--seed", type=int, default=1234, help="keys the samples (default 1234)")
     add("--stop-token-ids", type=int, nargs="*", default=[], help="further ids that end one")
-    add("--apply-chat-template", action="store_true", help="wrap prompts in the chat template")
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of the teacher")
     add("--tensor-parallel", type=int, default=1, help="GPUs of the engine (default 1)")
     add("--memory", type=float, help="share of the GPU's memory, without CUDA GiB of KV cache")
@@ -57,16 +56,12 @@ def main(arguments: list[str] | None = None) -> None:
 
     Raises:
         InputError: a model, prompt or response file is missing or unusable.
+        ConfigError: an option is out of its range.
     """
     options = parse_arguments(arguments)
     cuda = torch.cuda.is_available()
     tokenizer = load_tokenizer(options.teacher)
-    prompts = load_prompts(
-        options.prompts,
-        tokenizer,
-        apply_chat_template=options.apply_chat_template,
-        max_prompt_tokens=context_length(options.teacher) - options.max_new_tokens,
-    )
+    prompts, template = read_prompts(options, tokenizer, context_length(options.teacher))
     longest = max(len(prompt.token_ids) for prompt in prompts)
     automatic = "bfloat16" if cuda else "float32"
     engines: list[RolloutEngine] = []
@@ -107,6 +102,7 @@ def main(arguments: list[str] | None = None) -> None:
                 samples=options.samples,
                 seed=options.seed,
                 teacher=model_identity(options.teacher),
+                template=template,
                 resume=options.resume,
                 progress=progress,
             )

@@ -1,110 +1,201 @@
-"""The prompts file, and which prompts belong to a step."""
+"""The prompts file, how its lines become token ids, and which prompts belong to a step."""
 
-import json
-from collections.abc import Iterator
+import datetime
+import sys
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jinja2 import TemplateError
 
+from megatron_tropd.config import PromptConfig
+from megatron_tropd.data.templates import conversation, render
 from megatron_tropd.data.types import Prompt
 from megatron_tropd.errors import ConfigError, InputError
 from megatron_tropd.losses.draws import Purpose, keyed_seed, keyed_uniform
+from megatron_tropd.text_files import read_json_lines
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-
-def read_json_lines(path: str | Path, what: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Objects of a JSON-lines file with their line numbers; blank lines are skipped.
-
-    Args:
-        path: the file.
-        what: what it is, for errors ("prompts file").
-
-    Yields:
-        (1-based line number, object).
-
-    Raises:
-        InputError: the file cannot be read, or a line is not a JSON object in UTF-8.
-    """
-    try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield number, parse_json_line(line, f"{path}, line {number}")
-    except OSError as error:
-        raise InputError(
-            f"The {what} {path} cannot be read: {error.strerror}. Check the path."
-        ) from None
-
-
-def parse_json_line(line: bytes, where: str) -> dict[str, Any]:
-    """The object in one line of a JSON-lines file.
-
-    Args:
-        line: UTF-8.
-        where: file and line number, for errors.
-
-    Returns:
-        The object.
-
-    Raises:
-        InputError: the line is not a JSON object.
-    """
-    try:
-        value = json.loads(line)
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both ValueErrors
-        raise InputError(f"{where}: expected a JSON object, found {error}.") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{where}: expected a JSON object, found {type(value).__name__}.")
-    return value
+_FORMS = '{"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]}'
+_FOR_TEMPLATE = ("tools", "continue_final_message")  # keys of a line that a template reads
+_MAX_NAMED = 100
+_PROBE = "A text of 1 line."
+_PLAIN = PromptConfig()
 
 
 def load_prompts(
     path: str | Path,
     tokenizer: "PreTrainedTokenizerBase",
+    settings: PromptConfig = _PLAIN,
     *,
-    apply_chat_template: bool = False,
     max_prompt_tokens: int | None = None,
+    filter_overlong: bool = False,
 ) -> list[Prompt]:
     """Read and tokenize a prompts file, all of it or an error.
 
     Args:
-        path: JSON lines: {"prompt": str} or {"messages": [{"role", "content"}, ...]}; other keys
-            are kept in ``Prompt.fields``.
+        path: JSON lines of the forms in docs/prompts.md; other keys are kept in ``Prompt.fields``.
         tokenizer: the student's.
-        apply_chat_template: wrap "prompt" as a user message; "messages" always are wrapped.
+        settings: how lines become token ids; a run's ``config.rollout`` is one.
         max_prompt_tokens: most tokens a prompt may have (context minus the response).
+        filter_overlong: leave longer prompts out, and say so on stderr.
 
     Returns:
-        Prompts in the order of the file, ``index`` counting from 0.
+        Prompts in the order of the file; ``index`` counts the lines that hold one from 0, those
+        left out included.
 
     Raises:
-        InputError: the file is missing or empty, a line is broken, or a prompt is empty or too
-            long; with the line number.
+        InputError: the file is missing, empty or of another format, a line is broken, or a prompt
+            is empty; with the line number. Prompts are too long: all of them are named.
     """
-    prompts: list[Prompt] = []
-    for number, fields in read_json_lines(path, "prompts file"):
-        where = f"{path}, line {number}"
-        text = _prompt_text(fields, tokenizer, apply_chat_template, where)
-        templated = apply_chat_template or "messages" in fields
-        # A chat template writes BOS itself.
-        ids = _encode(text, tokenizer, not templated, where)
-        if not ids:
-            raise InputError(f"{where}: the prompt has no tokens. Remove the line.")
-        if max_prompt_tokens is not None and len(ids) > max_prompt_tokens:
-            raise InputError(
-                f"{where}: the prompt has {len(ids)} tokens, at most {max_prompt_tokens} fit "
-                "(context of the models minus rollout.max_new_tokens). Shorten the prompt or "
-                "lower rollout.max_new_tokens."
-            )
-        prompts.append(Prompt(index=len(prompts), text=text, token_ids=ids, fields=fields))
+    prompts, leading = [], leading_ids(tokenizer)
+    for index, (number, fields) in enumerate(read_json_lines(path, "prompts file")):
+        text, ids = tokenize_line(fields, tokenizer, settings, f"{path}, line {number}", leading)
+        prompts.append(Prompt(index=index, text=text, token_ids=ids, fields=fields, line=number))
     if not prompts:
         raise InputError(f"The prompts file {path} is empty: expected one JSON object per line.")
-    return prompts
+    if max_prompt_tokens is None:
+        return prompts
+    return _short_enough(prompts, path, max_prompt_tokens, filter_overlong)
+
+
+def leading_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Find the ids that the tokenizer puts before a text, such as BOS.
+
+    Raises:
+        InputError: it changes the ids of the text itself when it adds special tokens.
+    """
+    # A text of more than one id, none of which is a special one.
+    bare = tokenizer.encode(_PROBE, add_special_tokens=False)
+    whole = tokenizer.encode(_PROBE)
+    for start in range(len(whole) - len(bare) + 1):
+        if whole[start : start + len(bare)] == bare:
+            return list(whole[:start])
+    raise InputError(
+        f"The tokenizer makes {bare} of {_PROBE!r}, and {whole} when it adds special tokens: "
+        "expected the same ids with others before or after them. Correct its post_processor."
+    )
+
+
+def tokenize_line(
+    fields: dict[str, Any],
+    tokenizer: "PreTrainedTokenizerBase",
+    settings: PromptConfig,
+    where: str,
+    leading: Sequence[int],
+) -> tuple[str, tuple[int, ...]]:
+    """Make text and token ids of one line of a prompts file; nothing else does.
+
+    A text that no template made gets the special tokens that the tokenizer puts before a text, once
+    (it may bring them itself), and none of those that it puts after one.
+
+    Args:
+        fields: the line.
+        tokenizer: the student's.
+        settings: how lines become token ids.
+        where: file and line number, for errors.
+        leading: of :func:`leading_ids`.
+
+    Returns:
+        The text that the model sees, and its ids.
+
+    Raises:
+        InputError: the line is no prompt; says what to write instead.
+    """
+    messages = _messages(fields, settings, tokenizer, where)
+    if messages is None:
+        text = str(fields["prompt"])
+    else:
+        text = _rendered(messages, fields, tokenizer, settings, where)
+    _check_text(text, where)
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    if messages is None:  # a chat template writes BOS itself
+        ids = ids if ids[: len(leading)] == list(leading) else [*leading, *ids]
+    if not ids:
+        raise InputError(f"{where}: the prompt has no tokens. Remove the line.")
+    if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
+        raise InputError(
+            f"{where}: the prompt begins with {tokenizer.bos_token} twice. Remove it from the line "
+            "or, if the chat template writes it twice, from the template."
+        )
+    return text, tuple(ids)
+
+
+def check_kwargs_are_read(prompts: Iterable[Prompt], settings: PromptConfig) -> None:
+    """Refuse arguments of a chat template that no prompt goes through.
+
+    Raises:
+        ConfigError: there are some, and every prompt is plain text.
+    """
+    if settings.chat_template_kwargs and not any(is_templated(p.fields, settings) for p in prompts):
+        raise ConfigError(
+            "rollout.chat_template_kwargs is set, but every prompt is plain text, which no chat "
+            "template reads. Set rollout.apply_chat_template = true, or remove it."
+        )
+
+
+def is_templated(fields: dict[str, Any], settings: PromptConfig) -> bool:
+    """Whether the prompt of a line is made by the chat template."""
+    return settings.apply_chat_template or not isinstance(fields.get("prompt"), str)
+
+
+def check_same_texts(
+    path: str | Path,
+    prompts: Iterable[Prompt],
+    student: "PreTrainedTokenizerBase",
+    teacher: "PreTrainedTokenizerBase",
+    settings: PromptConfig,
+) -> None:
+    """Refuse a pair whose chat templates make different texts of the same prompts.
+
+    Templates may differ in what these prompts do not use.
+
+    Args:
+        path: of the prompts, for errors.
+        prompts: those of :func:`load_prompts` with the student's tokenizer.
+        student: its tokenizer.
+        teacher: its tokenizer.
+        settings: those that the prompts were loaded with.
+
+    Raises:
+        InputError: the teacher's template makes another text, or none; shows where they part.
+    """
+    templates = (student.chat_template, teacher.chat_template)
+    specials = (student.special_tokens_map, teacher.special_tokens_map)
+    if templates[0] == templates[1] and specials[0] == specials[1]:
+        return
+    advice = "If the teacher knows the student's format, give both folders the same chat template."
+    for prompt in prompts:
+        if not is_templated(prompt.fields, settings):
+            continue
+        where = f"{path}, line {prompt.line}"
+        try:
+            text, _ = tokenize_line(prompt.fields, teacher, settings, where, ())
+        except InputError as error:
+            raise InputError(
+                f"The teacher's chat template makes no text where the student's does. {error} "
+                f"{advice}"
+            ) from None
+        if text != prompt.text:
+            raise InputError(
+                f"{where}: the chat templates of student and teacher make different texts. "
+                f"{_parting(prompt.text, text)} {advice}"
+            )
+
+
+def _parting(student: str, teacher: str) -> str:
+    same = next(
+        (i for i, (a, b) in enumerate(zip(student, teacher, strict=False)) if a != b),
+        min(len(student), len(teacher)),
+    )
+    shown = slice(max(0, same - 20), same + 40)
+    return (
+        f"From character {same} on: student {student[shown]!r}, teacher {teacher[shown]!r} (with "
+        "20 characters before)."
+    )
 
 
 def prompts_of_step(n_prompts: int, per_step: int, step: int, seed: int) -> list[int]:
@@ -141,51 +232,77 @@ def _permutation(n_prompts: int, epoch: int, seed: int) -> tuple[int, ...]:
     return tuple(np.argsort(draws, kind="stable").tolist())
 
 
-def _prompt_text(
-    fields: dict[str, Any], tokenizer: "PreTrainedTokenizerBase", wrap: bool, where: str
-) -> str:
-    messages = fields.get("messages")
-    if messages is None:
-        text = fields.get("prompt")
-        if not isinstance(text, str):
+def _messages(
+    fields: dict[str, Any],
+    settings: PromptConfig,
+    tokenizer: "PreTrainedTokenizerBase",
+    where: str,
+) -> list[dict[str, Any]] | None:
+    """The messages that a template is to render; None for a text that stands for itself."""
+    messages, prompt = fields.get("messages"), fields.get("prompt")
+    if messages is not None and prompt is not None:
+        raise InputError(
+            f'{where}: found both "prompt" and "messages", which may differ. Keep the one that is '
+            "meant."
+        )
+    if messages is None and not isinstance(prompt, str | list):
+        raise InputError(
+            f'{where}: expected "prompt" (a string) or "messages" (a list), found keys '
+            f"{sorted(fields)}. Write {_FORMS}."
+        )
+    if isinstance(prompt, str):
+        return _of_text(prompt, fields, settings, tokenizer, where)
+    return conversation(prompt if messages is None else messages, where)
+
+
+def _of_text(
+    prompt: str,
+    fields: dict[str, Any],
+    settings: PromptConfig,
+    tokenizer: "PreTrainedTokenizerBase",
+    where: str,
+) -> list[dict[str, Any]] | None:
+    if not prompt.strip():
+        raise InputError(f"{where}: the prompt is empty. Remove the line.")
+    if settings.apply_chat_template:
+        if tokenizer.bos_token and prompt.startswith(tokenizer.bos_token):
             raise InputError(
-                f'{where}: expected "prompt" (a string) or "messages" (a list), found keys '
-                f"{sorted(fields)}."
+                f"{where}: the prompt begins with {tokenizer.bos_token}, which the chat template "
+                "writes. Remove it; or, if the text is rendered already, set "
+                "rollout.apply_chat_template = false."
             )
-        if not text.strip():
-            raise InputError(f"{where}: the prompt is empty. Remove the line.")
-        if not wrap:
-            return text
-        messages = [{"role": "user", "content": text}]
-    return _render(messages, tokenizer, where)
+        return [{"role": "user", "content": prompt}]
+    if unread := [key for key in (*_FOR_TEMPLATE, "chat_template_kwargs") if fields.get(key)]:
+        raise InputError(
+            f"{where}: {', '.join(unread)} would be read by a chat template, but the prompt is "
+            'plain text. Write "messages" instead of "prompt", set '
+            "rollout.apply_chat_template = true, or remove the key."
+        )
+    return None
 
 
-def _render(messages: Any, tokenizer: "PreTrainedTokenizerBase", where: str) -> str:
-    good = isinstance(messages, list) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in messages
+def _rendered(
+    messages: list[dict[str, Any]],
+    fields: dict[str, Any],
+    tokenizer: "PreTrainedTokenizerBase",
+    settings: PromptConfig,
+    where: str,
+) -> str:
+    own = fields.get("chat_template_kwargs") or {}
+    if not isinstance(own, dict):
+        raise InputError(f'{where}: "chat_template_kwargs" must be an object, found {own!r:.60}.')
+    beside = {key: fields[key] for key in _FOR_TEMPLATE if fields.get(key) is not None}
+    date = settings.chat_template_date
+    return render(
+        messages,
+        tokenizer,
+        {**settings.chat_template_kwargs, **own, **beside},
+        date=datetime.date.fromisoformat(date) if date else datetime.date.today(),
+        where=where,
     )
-    if not good or not messages:
-        raise InputError(
-            f'{where}: "messages" must be a list of {{"role", "content"}} objects, not empty.'
-        )
-    if tokenizer.chat_template is None:
-        raise InputError(
-            f"{where}: needs a chat template, but the student's tokenizer has none. Give plain "
-            '"prompt" strings with rollout.apply_chat_template = false, or add the template.'
-        )
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
-        raise InputError(
-            f"{where}: the chat template refuses these messages ({error}). Change the messages "
-            "to what the template takes."
-        ) from None
-    return str(text)
 
 
-def _encode(
-    text: str, tokenizer: "PreTrainedTokenizerBase", special: bool, where: str
-) -> tuple[int, ...]:
+def _check_text(text: str, where: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -193,4 +310,30 @@ def _encode(
             f"{where}: the prompt holds half a surrogate pair at character {error.start}, which "
             "is no text. Remove it."
         ) from None
-    return tuple(tokenizer.encode(text, add_special_tokens=special))
+
+
+def _short_enough(
+    prompts: Sequence[Prompt], path: str | Path, most: int, filter_overlong: bool
+) -> list[Prompt]:
+    kept = [prompt for prompt in prompts if len(prompt.token_ids) <= most]
+    long = [prompt for prompt in prompts if len(prompt.token_ids) > most]
+    if not long:
+        return kept
+    named = ", ".join(f"line {p.line} ({len(p.token_ids)} tokens)" for p in long[:_MAX_NAMED])
+    if len(long) > _MAX_NAMED:
+        longest = max(len(p.token_ids) for p in long)
+        named += f" and {len(long) - _MAX_NAMED} more, of up to {longest} tokens"
+    limit = f"at most {most} fit (context of the models minus the longest response)"
+    if filter_overlong and kept:
+        print(
+            f"tropd: warning: {path}: {len(long)} of {len(prompts)} prompts are left out, {limit}: "
+            f"{named}.",
+            file=sys.stderr,
+        )
+        return kept
+    # The first line directly after the path, as in every other message.
+    raise InputError(
+        f"{path}, {named}: {len(long)} of {len(prompts)} prompts are too long, {limit}. Shorten or "
+        "remove them, allow fewer new tokens, or leave them out "
+        "(rollout.filter_overlong_prompts = true, or --filter-overlong-prompts of a tool)."
+    )

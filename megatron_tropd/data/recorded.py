@@ -12,7 +12,7 @@ response token, is optional. Shape suffixes: P = prompt, R = response, S = seque
 """
 
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from megatron_tropd.data.prompts import parse_json_line
 from megatron_tropd.data.types import Trajectory
 from megatron_tropd.errors import InputError
 from megatron_tropd.losses.draws import keyed_seed
+from megatron_tropd.text_files import lines_with_offsets, parse_json_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -181,14 +181,8 @@ class RecordedTrajectories(Dataset[dict[str, Tensor]]):
     ) -> dict[str, Any]:
         """Check one file and remember where its trajectories are; its header."""
         path, before = self._files[number_of_file], len(self)
-        if path.suffix == ".parquet":
-            raise InputError(
-                f"{path} is a parquet file; expected JSON lines. Convert it (pandas: "
-                "read_parquet, then to_json with orient='records', lines=True) and put the header "
-                f'{{"format": "{FORMAT}"}} on the first line.'
-            )
         header: dict[str, Any] = {}
-        for number, offset, line in _lines_of(path):
+        for number, offset, line in lines_with_offsets(path, "file of recorded trajectories"):
             where = f"{path}, line {number}"
             value = parse_json_line(line, where)
             if not header:
@@ -219,22 +213,6 @@ class RecordedTrajectories(Dataset[dict[str, Tensor]]):
                 "positions nothing of the response is left. Raise the sequence length."
             )
         self.num_truncated += 1
-
-
-def _lines_of(path: Path) -> Iterator[tuple[int, int, bytes]]:
-    """(1-based number, byte offset, line) of the lines that are not blank."""
-    offset = 0
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield number, offset, line
-                offset += len(line)
-    except OSError as error:
-        raise InputError(
-            f"The file of recorded trajectories {path} cannot be read: {error.strerror}. Check "
-            "the path."
-        ) from None
 
 
 def _check_header(

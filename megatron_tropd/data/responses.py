@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_tropd.data.prompts import read_json_lines
 from megatron_tropd.data.tokenizers import fingerprint, num_ids
 from megatron_tropd.data.types import Prompt
 from megatron_tropd.errors import InputError
+from megatron_tropd.text_files import read_json_lines
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -85,7 +85,11 @@ def response_record(
 
 
 def load_responses(
-    path: str | Path, prompts: Sequence[Prompt], tokenizer: "PreTrainedTokenizerBase"
+    path: str | Path,
+    prompts: Sequence[Prompt],
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    filtered: bool = False,
 ) -> dict[int, tuple[TeacherResponse, ...]]:
     """Read a responses file and check it against the prompts and the tokenizer of the run.
 
@@ -93,6 +97,7 @@ def load_responses(
         path: written by tools/teacher_responses.py.
         prompts: the run's prompts; each must have at least one response.
         tokenizer: the student's.
+        filtered: prompts of the file may have been left out, with them their responses are.
 
     Returns:
         Responses by ``Prompt.index``, in the order of their sample numbers.
@@ -105,8 +110,14 @@ def load_responses(
     _, header = next(lines, (0, None))
     _check_header(header, path, fingerprint(tokenizer))
     found: dict[int, dict[int, TeacherResponse]] = {}
+    by_index = {prompt.index: prompt for prompt in prompts}
     for number, record in lines:
-        response = _response(record, prompts, num_ids(tokenizer), f"{path}, line {number}")
+        where = f"{path}, line {number}"
+        index = record.get("prompt_index")
+        prompt = by_index.get(index) if type(index) is int else None
+        if prompt is None and filtered and type(index) is int:
+            continue
+        response = _response(record, prompt, len(prompts), num_ids(tokenizer), where, header)
         found.setdefault(response.prompt_index, {})[response.sample] = response
     missing = [prompt.index for prompt in prompts if prompt.index not in found]
     if missing:
@@ -133,20 +144,33 @@ def _check_header(header: dict[str, Any] | None, path: str | Path, expected: str
         )
 
 
+def _template_of(header: Mapping[str, Any] | None) -> str:
+    """What a run must set to have the prompts that the responses were written for."""
+    settings = (header or {}).get("settings") or {}
+    names = [name for name in ("chat_template_kwargs", "chat_template_date") if name in settings]
+    told = ", ".join(f"rollout.{name} = {settings[name]!r}" for name in names)
+    return f", or set what they were written with: {told}" if told else ""
+
+
 def _response(
-    record: dict[str, Any], prompts: Sequence[Prompt], vocab_size: int, where: str
+    record: dict[str, Any],
+    prompt: Prompt | None,
+    num_prompts: int,
+    vocab_size: int,
+    where: str,
+    header: Mapping[str, Any] | None,
 ) -> TeacherResponse:
     index, sample = record.get("prompt_index"), record.get("sample")
     ids, reason = record.get("token_ids"), record.get("finish_reason")
-    if type(index) is not int or not 0 <= index < len(prompts):
+    if type(index) is not int or prompt is None:
         raise InputError(
-            f"{where}: prompt_index must be in 0..{len(prompts) - 1}, found {index!r}. The file "
+            f"{where}: prompt_index must be in 0..{num_prompts - 1}, found {index!r}. The file "
             "belongs to other prompts; write it again."
         )
-    if record.get("prompt_sha") != prompt_fingerprint(prompts[index]):
+    if record.get("prompt_sha") != prompt_fingerprint(prompt):
         raise InputError(
             f"{where}: prompt {index} is not the one this response was written for. The prompts "
-            "changed; write the responses again."
+            f"or their template changed; write the responses again{_template_of(header)}."
         )
     if not isinstance(ids, list) or not ids or not all(isinstance(i, int) for i in ids):
         raise InputError(f"{where}: token_ids must be a list of ids, not empty, found {ids!r}.")

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -108,6 +109,18 @@ class ResumableLines:
         self._file.write("".join(lines).encode())
         self._file.flush()
         os.fsync(self._file.fileno())
+
+
+def recorded_settings(path: Path) -> dict[str, Any]:
+    """Read the settings that a file to be continued was made with; {} if it names none (yet).
+
+    Whether it may be continued, :class:`ResumableLines` says.
+    """
+    with suppress(OSError, ValueError), path.open("rb") as file:
+        header = json.loads(file.readline())
+        settings = header.get("settings") if isinstance(header, dict) else None
+        return settings if isinstance(settings, dict) else {}
+    return {}
 
 
 def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:

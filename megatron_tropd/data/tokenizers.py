@@ -89,21 +89,21 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def check_same_tokenizer(
-    student_folder: str | Path, teacher_folder: str | Path, *, chat_template: bool = False
+    student_folder: str | Path, teacher_folder: str | Path
 ) -> PreTrainedTokenizerBase:
     """Refuse a pair whose token ids mean different things.
 
     Args:
         student_folder: HF folder of the student.
         teacher_folder: HF folder of the teacher.
-        chat_template: also compare the chat templates (where prompts are wrapped in one).
 
     Returns:
         The student's tokenizer, which is the one used from here on.
 
     Raises:
-        InputError: a tokenizer cannot be read, or ids, BOS, EOS or the chat template differ;
-            the first differing ids are named.
+        InputError: a tokenizer cannot be read, or ids, BOS or EOS differ; the first differing ids
+            are named. Chat templates are compared by the texts they make
+            (:func:`megatron_tropd.data.prompts.check_same_texts`).
     """
     student, teacher = load_tokenizer(student_folder), load_tokenizer(teacher_folder)
     where = f"student {student_folder}, teacher {teacher_folder}"
@@ -123,11 +123,6 @@ def check_same_tokenizer(
                 f"{_spell(teacher, theirs)} ({where}). If that is only a setting, edit "
                 "tokenizer_config.json of one of them."
             )
-    if chat_template and student.chat_template != teacher.chat_template:
-        raise InputError(
-            f"Prompts are wrapped in a chat template, but the templates differ ({where}). If the "
-            "teacher knows the student's format, give both folders the same chat template."
-        )
     return student
 
 

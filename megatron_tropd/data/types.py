@@ -26,13 +26,15 @@ class Prompt:
     """One line of the prompts file."""
 
     index: int
-    """0-based position in the file; keys every random draw made for this prompt."""
+    """0-based among the prompts of the file; keys every random draw made for this prompt."""
     text: str
     """The prompt as the model sees it (after the chat template, if any)."""
     token_ids: tuple[int, ...]
     """[L] ids of ``text``, special tokens included."""
     fields: dict[str, Any]
     """The line as read (``answer`` and whatever else the grader wants)."""
+    line: int = 0
+    """1-based line in the file, for errors."""
 
 
 @dataclass(frozen=True)

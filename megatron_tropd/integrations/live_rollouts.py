@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -18,10 +18,18 @@ from torch import Tensor
 from megatron_tropd.config import GuidanceConfig, RolloutConfig
 from megatron_tropd.convert.families import model_shape
 from megatron_tropd.convert.hf_folder import HFFolder
+from megatron_tropd.convert.megatron_folder import open_model
 from megatron_tropd.data.prefixes import plan_requests
-from megatron_tropd.data.prompts import load_prompts, prompts_of_step
+from megatron_tropd.data.prompts import (
+    check_kwargs_are_read,
+    check_same_texts,
+    is_templated,
+    load_prompts,
+    prompts_of_step,
+)
 from megatron_tropd.data.recorded import recorded, training_item
 from megatron_tropd.data.responses import load_responses
+from megatron_tropd.data.templates import reads_clock
 from megatron_tropd.data.tokenizers import load_tokenizer, stop_token_ids
 from megatron_tropd.data.trajectories import assemble
 from megatron_tropd.data.types import Trajectory
@@ -32,6 +40,9 @@ from megatron_tropd.rollout.engine import RolloutEngine
 from megatron_tropd.rollout.pool import EnginePool
 from megatron_tropd.rollout.types import Sampling
 from megatron_tropd.settings import Anything, Count, Settings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -64,6 +75,8 @@ class LoopSettings(Settings):
     vocab_size: int | None = None
     """Columns that the loss knows, the first ones: only these are sampled. None: all of the
     student's."""
+    teacher: Path | None = None
+    """Its folder, to compare what both chat templates make of the prompts; None: not compared."""
 
 
 class LiveRollouts:
@@ -123,13 +136,14 @@ class LiveRollouts:
         args = get_args()
         check_arguments(args, self.settings.rollout)
         # Our loss ends where the tokenizer does; Megatron's counts padded columns as tokens.
-        distils = getattr(args, "tropd_teacher_load", None) is not None
+        teacher = getattr(args, "tropd_teacher_load", None)
         loop = LoopSettings(
             seq_length=args.seq_length,
             padded_vocab_size=args.padded_vocab_size,
             seed=args.seed,
             steps=args.train_iters,
-            vocab_size=int(get_tokenizer().vocab_size) if distils else None,
+            vocab_size=int(get_tokenizer().vocab_size) if teacher else None,
+            teacher=Path(teacher) if teacher else None,
         )
         self.start(loop, dtype=next(model.parameters()).dtype)
         return args
@@ -204,16 +218,35 @@ class LiveRollouts:
         self._prompts = load_prompts(
             rollout.prompts,
             tokenizer,
-            apply_chat_template=rollout.apply_chat_template,
+            rollout,
             max_prompt_tokens=room,
+            filter_overlong=rollout.filter_overlong_prompts,
         )
+        self._check_template(tokenizer)
         responses = self.settings.guidance.responses
-        self._responses = load_responses(responses, self._prompts, tokenizer) if responses else None
+        self._responses = None
+        if responses:
+            filtered = rollout.filter_overlong_prompts
+            self._responses = load_responses(responses, self._prompts, tokenizer, filtered=filtered)
         self._sampling = Sampling(
             temperature=rollout.temperature,
             top_p=rollout.top_p,
             stop_token_ids=stop_token_ids(folder, rollout.stop_token_ids),
         )
+
+    def _check_template(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        rollout, prompts = self.settings.rollout, self._prompts
+        check_kwargs_are_read(prompts, rollout)
+        if not any(is_templated(prompt.fields, rollout) for prompt in prompts):
+            return
+        if rollout.chat_template_date is None and reads_clock(tokenizer):
+            raise ConfigError(
+                "The chat template reads the clock, so that prompts would be others when the "
+                'training resumes. Give the rollouts a date: chat_template_date="2026-01-31".'
+            )
+        if self._loop.teacher is not None:
+            teacher = load_tokenizer(open_model(self._loop.teacher).companions)
+            check_same_texts(rollout.prompts, prompts, tokenizer, teacher, rollout)
 
     def _check(self) -> None:
         rollout, ranks = self.settings.rollout, self._ranks

@@ -126,7 +126,7 @@ def reference_answer(problem: Prompt) -> str:
     answer = problem.fields.get("answer")
     if isinstance(answer, bool) or not isinstance(answer, str | int | float):
         raise InputError(
-            f'Problem {problem.index} (line {problem.index + 1}) needs an "answer", a string or a '
+            f'Problem {problem.index} (line {problem.line}) needs an "answer", a string or a '
             f"number, found {answer!r}."
         )
     return str(answer)

@@ -93,6 +93,7 @@ def write_rollouts(
     which: Round,
     sampling: Sampling,
     weights: str,
+    template: Mapping[str, Any] | None = None,
     resume: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> int:
@@ -110,6 +111,7 @@ def write_rollouts(
         which: the round, recorded in the header and compared when the file is continued.
         sampling: temperature, top-p and stop ids.
         weights: identity of the student's weights (:func:`weights_identity`).
+        template: what the prompts' chat template read beside the messages, for the header.
         resume: continue an existing file; False: an existing file is an error.
         progress: called with (rollouts in the file, rollouts wanted) after every batch.
 
@@ -123,7 +125,7 @@ def write_rollouts(
     header = {
         "format": FORMAT,
         "tokenizer": fingerprint(tokenizer),
-        "settings": _settings(which, plans, sampling, weights),
+        "settings": {**_settings(which, plans, sampling, weights), **(template or {})},
     }
     key = ("prompt_index", "sample_index")
     with ResumableLines(path, header, key=key, resume=resume) as file:

@@ -4,7 +4,7 @@ The format is that of :mod:`megatron_tropd.data.responses`.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import batched
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,7 @@ def write_responses(
     samples: int = 1,
     seed: int = 1234,
     teacher: str = "",
+    template: Mapping[str, Any] | None = None,
     resume: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> int:
@@ -52,6 +53,7 @@ def write_responses(
         samples: responses per prompt.
         seed: keys the samples.
         teacher: identity of the teacher's weights (:func:`model_identity`).
+        template: what the prompts' chat template read beside the messages, for the header.
         resume: continue an existing file; False: an existing file is an error.
         progress: called with (responses in the file, responses wanted) after every batch.
 
@@ -70,6 +72,7 @@ def write_responses(
         "stop_token_ids": list(sampling.stop_token_ids),
         "max_new_tokens": max_new_tokens,
         "seed": seed,
+        **(template or {}),
     }
     header = header_record(tokenizer, settings)
     with ResumableLines(path, header, key=("prompt_index", "sample"), resume=resume) as file:

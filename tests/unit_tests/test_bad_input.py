@@ -57,11 +57,9 @@ def inputs(tmp_path_factory, tiny_model) -> Path:
 def dry_run(inputs, tmp_path, capsys) -> Callable[..., tuple[int, str]]:
     """``dry_run(*overrides)``: exit code and output; asserts that nothing was written."""
 
-    def run(*overrides: str) -> tuple[int, str]:
+    def run(*overrides: str, toml: Path = inputs / "tropd.toml") -> tuple[int, str]:
         folder = tmp_path / "run"
-        code = cli.main(
-            ["distill", str(inputs / "tropd.toml"), f"run.dir={folder}", "--dry-run", *overrides]
-        )
+        code = cli.main(["distill", str(toml), f"run.dir={folder}", "--dry-run", *overrides])
         assert not folder.exists()
         out, err = capsys.readouterr()
         return code, out + err
@@ -134,6 +132,78 @@ def test_responses_to_other_prompts_are_refused(dry_run, tmp_path):
     path.write_text("".join(json.dumps({"prompt": f"{i} - {i} ="}) + "\n" for i in range(8)))
     code, text = dry_run(f"rollout.prompts={path}")
     assert code == 2 and "responses.jsonl" in text
+
+
+def test_files_of_a_windows_editor(dry_run, inputs, tmp_path):
+    text = (inputs / "prompts.jsonl").read_text().replace("\n", "\r\n")
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(text, encoding="utf-8-sig")
+    assert dry_run(f"rollout.prompts={prompts}")[0] == 0
+    prompts.write_text(text, encoding="utf-16")
+    code, text = dry_run(f"rollout.prompts={prompts}")
+    assert code == 2 and "is UTF-16 text" in text and "iconv -f UTF-16" in text
+
+
+def test_long_prompts_are_all_named_or_left_out(dry_run, inputs, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    long = "".join(json.dumps({"prompt": n * "a"}) + "\n" for n in (245, 300))
+    prompts.write_text((inputs / "prompts.jsonl").read_text() + long)
+    code, text = dry_run(f"rollout.prompts={prompts}")
+    assert code == 2 and "line 9 (245 tokens), line 10 (300 tokens): 2 of 10 prompts" in text
+    code, text = dry_run(f"rollout.prompts={prompts}", "rollout.filter_overlong_prompts=true")
+    assert code == 0 and "prompts.jsonl: 2 of 10 prompts are left out" in text
+
+
+@pytest.fixture
+def chatting(inputs, tmp_path, dry_run, tiny_model) -> Callable[..., tuple[int, str]]:
+    """``chatting(student's template, teacher's, *overrides)``: a dry run on lines of messages."""
+    prompts = tmp_path / "messages.jsonl"
+    line = json.dumps({"messages": [{"role": "user", "content": "1 + 1 ="}]})
+    prompts.write_text(f"{line}\n" * 8)
+
+    def run(student: object, teacher: object, *overrides: str) -> tuple[int, str]:
+        folders = []
+        for name, template in (("student", student), ("teacher", teacher)):
+            folder = tmp_path / name
+            shutil.rmtree(folder, ignore_errors=True)
+            shutil.copytree(tiny_model("llama", tie_word_embeddings=True), folder)
+            path = folder / "tokenizer_config.json"
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
+            folders.append(f"model.{name}={folder}")
+        toml = tmp_path / "chat.toml"
+        text = (inputs / "tropd.toml").read_text()
+        toml.write_text(text.replace('responses = "responses.jsonl"', ""), encoding="utf-8-sig")
+        given = [f"rollout.prompts={prompts}", f"evaluation.problems={inputs / 'heldout.jsonl'}"]
+        return dry_run(*folders, *given, *overrides, toml=toml)
+
+    return run
+
+
+CHAT = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
+
+
+def test_templates_are_compared_whenever_one_is_used(chatting):
+    code, text = chatting(CHAT, CHAT.replace("[", "<"))
+    assert code == 2 and "messages.jsonl, line 1: the chat templates of student and" in text
+    unused = "{% if messages[0].role == 'system' %}S{% endif %}"
+    assert chatting(CHAT, unused + CHAT)[0] == 0
+    assert chatting(CHAT, unused + CHAT, "rollout.apply_chat_template=true")[0] == 0
+
+
+def test_templates_under_names_are_chosen_by_name(chatting):
+    named = [{"name": name, "template": name + CHAT} for name in ("rag", "tool_use")]
+    code, text = chatting(named, named)
+    assert code == 2 and "no chat template 'default', but rag, tool_use" in text
+    code, text = chatting(named, named, "rollout.chat_template_kwargs.chat_template=rag")
+    assert code == 0 and '"chat_template": "rag"' in text
+
+
+def test_arguments_of_the_template_are_printed_and_misspelt_ones_refused(chatting):
+    template = "{% if not think %}<think></think>{% endif %}" + CHAT
+    code, text = chatting(template, template, "rollout.chat_template_kwargs={think = false}")
+    assert code == 0 and '"think": false' in text
+    code, text = chatting(template, template, "rollout.chat_template_kwargs={thnk = false}")
+    assert code == 2 and "does not read thnk" in text and "reads think" in text
 
 
 def test_a_truncated_model_file_is_refused(dry_run, inputs, tmp_path, tiny_model):

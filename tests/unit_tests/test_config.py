@@ -67,8 +67,8 @@ def test_defaults_are_the_published_method(toml: Path):
 
 def test_every_setting_is_documented():
     for section in dataclasses.fields(Config):
-        source = Path(inspect.getfile(section.type)).read_text()
-        body = source.split(f"class {section.type.__name__}(")[1].split("@dataclass")[0]
+        classes = [c for c in section.type.__mro__ if dataclasses.is_dataclass(c)]
+        body = "".join(inspect.getsource(c) for c in classes)
         for field in dataclasses.fields(section.type):
             after = body.split(f"\n    {field.name}:")[1].split("\n    ")
             assert '"""' in after[1], f"{section.name}.{field.name} has no docstring"
@@ -98,6 +98,7 @@ def test_paths_are_relative_to_the_file_and_overrides_to_the_shell(toml: Path, m
         ("guidance.schedule=constant", "guidance", "schedule", "constant"),
         ("loss.mask_first_ids=[5]", "loss", "mask_first_ids", (5,)),
         ("run.wandb_project=name", "run", "wandb_project", "name"),
+        ("rollout.chat_template_date='2026-01-31'", "rollout", "chat_template_date", "2026-01-31"),
     ],
 )
 def test_overrides(toml: Path, override: str, section: str, name: str, value: object):
@@ -143,6 +144,18 @@ def test_overrides(toml: Path, override: str, section: str, name: str, value: ob
         ("rollout.steps_ahead=2", r"rollout\.steps_ahead must be one of \[0, 1\], found 2"),
         ("rollout.temperature=0", r"rollout\.temperature must be above 0"),
         ("rollout.top_p=0", r"rollout\.top_p must be in"),
+        ("rollout.chat_template_kwargs=3", r"must be a table such as \{key = value\}, found 3"),
+        ('rollout.chat_template_kwargs={"a": 1}', r"must be a table such as .*found '\{\"a\""),
+        ("rollout.chat_template_kwargs={a = 2026-01-31}", r"kwargs\.a must be a string.*in quotes"),
+        (
+            "rollout.chat_template_kwargs={a = [{b = nan}]}",
+            r"kwargs\.a\[0\]\.b must be .* found nan",
+        ),
+        ("rollout.chat_template_date=2026-01-31", r"must be str, found .*Put it in quotes"),
+        ("rollout.chat_template_date=today", r"must look like 2026-01-31, found 'today'"),
+        ("rollout.chat_template_date='20260131'", r"must look like 2026-01-31, found '20260131'"),
+        ("rollout.prompts.x=1", r"\[rollout\.prompts\] must be a table, found"),
+        ("train.lr_schedule.x=1", r"train\.lr_schedule must be one of"),
         ("rollout.max_new_tokens=0", r"rollout\.max_new_tokens must be at least 1"),
         ("guidance.prefixed_per_prompt=5", r"exceeds rollout\.samples_per_prompt = 4"),
         ("guidance.beta=-1", r"guidance\.beta must be at least 0"),
@@ -158,6 +171,41 @@ def test_overrides(toml: Path, override: str, section: str, name: str, value: ob
 def test_bad_values(toml: Path, override: str, message: str):
     with pytest.raises(ConfigError, match=message):
         load_config(toml, [override])
+
+
+def test_arguments_of_a_template_are_a_table_everywhere(toml: Path, tmp_path: Path):
+    expected = {
+        "enable_thinking": False,
+        "effort": "low",
+        "chat template": 1.5,
+        "tools": [{"type": "function", "function": {"name": "f", "é\x7f": []}}],
+    }
+    lines = """
+        [rollout.chat_template_kwargs]
+        enable_thinking = false
+        effort = "low"
+        "chat template" = 1.5
+        [[rollout.chat_template_kwargs.tools]]
+        type = "function"
+        function = { name = "f", "é\\u007f" = [] }
+    """
+    in_file = tmp_path / "job" / "table.toml"
+    in_file.write_text(SMALLEST + lines)
+    inline = (
+        'rollout.chat_template_kwargs={"chat template" = 1.5, effort = "high", '
+        'tools = [{type = "function", function = {name = "f", "é\\u007f" = []}}]}'
+    )
+    dotted = ("enable_thinking=false", "effort=low")
+    for config in (
+        load_config(in_file),
+        load_config(toml, [inline, *(f"rollout.chat_template_kwargs.{text}" for text in dotted)]),
+    ):
+        assert config.rollout.chat_template_kwargs == expected
+        saved = json.loads(json.dumps(config_to_dict(config)))
+        assert config_from_dict(saved) == config
+        copy = tmp_path / "copy.toml"
+        copy.write_text(config_to_toml(config))
+        assert load_config(copy) == config
 
 
 def test_there_may_be_any_number_of_servers(toml: Path):

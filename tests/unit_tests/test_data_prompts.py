@@ -1,12 +1,15 @@
 """Prompts: the file, its errors, and the order of the steps."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from tiny_models import write_tiny_tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from megatron_tropd.config import PromptConfig
 from megatron_tropd.data.prompts import load_prompts, prompts_of_step
 from megatron_tropd.errors import ConfigError, InputError
 
@@ -50,7 +53,7 @@ def test_chat_template(tmp_path: Path, chat_tokenizer: PreTrainedTokenizerBase):
     chat, plain = load_prompts(path, chat_tokenizer)
     assert chat.text == "<s>[system]s[user]u[assistant]"
     assert plain.text == "ab"
-    _, wrapped = load_prompts(path, chat_tokenizer, apply_chat_template=True)
+    _, wrapped = load_prompts(path, chat_tokenizer, PromptConfig(apply_chat_template=True))
     assert wrapped.text == "<s>[user]ab[assistant]"
     for prompt in (chat, wrapped):
         assert prompt.token_ids.count(chat_tokenizer.bos_token_id) == 1
@@ -66,16 +69,21 @@ def test_chat_template(tmp_path: Path, chat_tokenizer: PreTrainedTokenizerBase):
         (({"text": "a"},), r"line 1: expected \"prompt\".*found keys \['text'\]"),
         (({"prompt": 3},), r"line 1: expected \"prompt\" \(a string\)"),
         (({"prompt": "a"}, {"prompt": " \n"}), "line 2: the prompt is empty"),
-        (({"prompt": "a" * 9},), "line 1: the prompt has 9 tokens, at most 8 fit"),
+        (
+            ({"prompt": "a" * 9}, {"prompt": "a"}, "", {"prompt": "a" * 12}),
+            r"jsonl, line 1 \(9 tokens\), line 4 \(12 tokens\): 2 of 3 prompts .*at most 8 fit",
+        ),
         (
             ({"prompt": "ab\ud800"},),
             "line 1: the prompt holds half a surrogate pair at character 2",
         ),
         (({"messages": []},), 'line 1: "messages" must be a list'),
-        (({"messages": [{"content": "u"}]},), 'line 1: "messages" must be a list'),
+        (({"messages": [{"content": "u"}]},), "line 1: message 1 must be an object such as"),
+        (({"prompt": "a", "messages": []},), 'line 1: found both "prompt" and "messages"'),
+        (({"prompt": "a", "tools": [{}]},), "line 1: tools would be read by a chat template"),
         (
             ({"messages": [{"role": "user", "content": "u"}]},),
-            "line 1: needs a chat template, but the student's tokenizer has none",
+            "line 1: needs a chat template, but the tokenizer has none",
         ),
     ],
 )
@@ -101,6 +109,49 @@ def test_unreadable_files(tmp_path: Path, tokenizer):
     path.write_bytes(b'{"prompt": "a"}\n{"prompt": "\xe9"}\n')
     with pytest.raises(InputError, match=r"line 2: expected a JSON object, found .*utf-8"):
         load_prompts(path, tokenizer)
+
+
+def test_long_prompts_can_be_left_out(tmp_path: Path, tokenizer, capsys):
+    """The others keep their places in the file, which key their draws and name their responses."""
+    path = _file(tmp_path, {"prompt": "a" * 9}, {"prompt": "b"}, "", {"prompt": "c"})
+    kept = load_prompts(path, tokenizer, max_prompt_tokens=8, filter_overlong=True)
+    assert [(p.text, p.index, p.line) for p in kept] == [("b", 1, 2), ("c", 2, 4)]
+    warning = capsys.readouterr().err
+    assert "1 of 3 prompts are left out" in warning and "line 1 (9 tokens)" in warning
+    path = _file(tmp_path, {"prompt": "a" * 9})
+    with pytest.raises(InputError, match="1 of 1 prompts are too long"):
+        load_prompts(path, tokenizer, max_prompt_tokens=8, filter_overlong=True)
+
+
+@pytest.fixture
+def affixes(tokenizer: PreTrainedTokenizerBase) -> Iterator[PreTrainedTokenizerBase]:
+    """A tokenizer whose post-processor puts BOS before a text and EOS after it."""
+    before = tokenizer.backend_tokenizer.post_processor
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    yield tokenizer
+    tokenizer.backend_tokenizer.post_processor = before or TemplateProcessing(
+        single="$A", special_tokens=[]
+    )
+
+
+def test_a_prompt_begins_with_bos_once_and_does_not_end(tmp_path: Path, affixes, monkeypatch):
+    assert affixes.encode("ab")[-1] == affixes.eos_token_id
+    path = _file(tmp_path, {"prompt": "ab"}, {"prompt": "<s>ab"}, {"prompt": "<s>"})
+    plain, marked, alone = load_prompts(path, affixes)
+    ab = affixes.encode("ab", add_special_tokens=False)
+    assert list(plain.token_ids) == list(marked.token_ids) == [1, *ab]
+    assert alone.token_ids == (1,)
+    with pytest.raises(InputError, match="line 1: the prompt begins with <s> twice"):
+        load_prompts(_file(tmp_path, {"prompt": "<s><s>ab"}), affixes)
+    monkeypatch.setattr(affixes, "chat_template", TEMPLATE)
+    (chat,) = load_prompts(_file(tmp_path, {"prompt": [{"role": "u", "content": "a"}]}), affixes)
+    assert chat.token_ids.count(1) == 1 and 2 not in chat.token_ids
+    with pytest.raises(InputError, match=r"line 1: .*which the chat template writes"):
+        load_prompts(
+            _file(tmp_path, {"prompt": "<s>a"}), affixes, PromptConfig(apply_chat_template=True)
+        )
 
 
 def test_steps_walk_through_epochs():

@@ -142,12 +142,23 @@ def test_bad_lines_are_named(tmp_path: Path, change: Callable, message: str) -> 
         open_file(write(tmp_path / "r.jsonl", records))
 
 
+def assert_same_items(first: RecordedTrajectories, second: RecordedTrajectories) -> None:
+    assert len(first) == len(second)
+    for index in range(len(first)):
+        for name, value in first[index].items():
+            assert torch.equal(value, second[index][name])
+
+
 def test_bad_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"absent\.jsonl cannot be read: No such file"):
         open_file(tmp_path / "absent.jsonl")
-    with pytest.raises(InputError, match="is a parquet file; expected JSON lines"):
-        open_file(tmp_path / "r.parquet")
     path = write(tmp_path / "r.jsonl", many(3))
+    marked = tmp_path / "marked.jsonl"
+    marked.write_text(path.read_text(), encoding="utf-8-sig", newline="\r\n")
+    assert_same_items(open_file(marked), open_file(path))
+    (tmp_path / "r.parquet").write_bytes(b"PAR1")
+    with pytest.raises(InputError, match="is a Parquet file, expected UTF-8 text"):
+        open_file(tmp_path / "r.parquet")
     path.write_text(path.read_text()[:-9])
     with pytest.raises(InputError, match="line 4: expected a JSON object"):
         open_file(path)

@@ -52,6 +52,23 @@ def test_round_trip(tmp_path: Path, tokenizer: PreTrainedTokenizerBase):
     )
 
 
+def test_responses_to_prompts_that_were_left_out_are_not_missed(tmp_path: Path, tokenizer):
+    path = _write(tmp_path, _records(tokenizer))
+    kept = [PROMPTS[0], PROMPTS[2]]
+    assert sorted(load_responses(path, kept, tokenizer, filtered=True)) == [0, 2]
+    with pytest.raises(InputError, match="line 3: prompt_index must be in"):
+        load_responses(path, kept, tokenizer)
+
+
+def test_the_template_of_the_responses_is_named(tmp_path: Path, tokenizer):
+    records = _records(tokenizer)
+    records[0]["settings"]["chat_template_date"] = "2026-01-31"
+    others = [Prompt(i, f"p{i}", (1, 6 + i), {}) for i in range(3)]
+    expected = r"line 2: prompt 0 .*set what .*rollout.chat_template_date = '2026-01-31'"
+    with pytest.raises(InputError, match=expected):
+        load_responses(_write(tmp_path, records), others, tokenizer)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -41,7 +41,7 @@ def _swap(first: str, second: str) -> Callable[[dict], object]:
 
 
 def test_same_tokenizer(pair: tuple[Path, Path]):
-    tokenizer = check_same_tokenizer(*pair, chat_template=True)
+    tokenizer = check_same_tokenizer(*pair)
     assert tokenizer.decode(tokenizer.encode("One two"), skip_special_tokens=True) == "One two"
     assert fingerprint(tokenizer) == fingerprint(load_tokenizer(pair[1]))
 
@@ -92,13 +92,6 @@ def test_differing_special_token(pair: tuple[Path, Path], name: str):
     _edit(pair[1] / "tokenizer_config.json", lambda c: c.update({f"{name}_token": "<unk>"}))
     with pytest.raises(InputError, match=f"agree on {name}_token_id, found .* and 0 '<unk>'"):
         check_same_tokenizer(*pair)
-
-
-def test_chat_template_matters_only_where_it_is_used(pair: tuple[Path, Path]):
-    _edit(pair[1] / "tokenizer_config.json", lambda c: c.update(chat_template="{{ messages }}"))
-    check_same_tokenizer(*pair)
-    with pytest.raises(InputError, match="the templates differ"):
-        check_same_tokenizer(*pair, chat_template=True)
 
 
 def test_unusable_folders(tmp_path: Path, pair: tuple[Path, Path]):

@@ -18,6 +18,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "megatron_tropd"
 # plain records: whoever may not enter the room may still take those.
 ARROWS: dict[str, set[str]] = {
     "errors": set(),
+    "text_files": set(),
     "exits": set(),
     "failures": {"exits"},
     "files": set(),
@@ -26,16 +27,16 @@ ARROWS: dict[str, set[str]] = {
     "nodes": set(),
     "settings": set(),
     "loss_config": {"settings"},
-    "config": {"loss_config", "settings"},
+    "config": {"loss_config", "settings", "text_files"},
     "losses": {"loss_config"},
-    "data": {"config", "files", "losses", "rollout.types", "token_ids"},
+    "data": {"config", "files", "losses", "rollout.types", "text_files", "token_ids"},
     "convert": {"config", "files", "token_ids"},
     "mcore": {"config", "convert", "data.types", "files", "losses"},
     "rollout": {"config", "convert", "data.types", "exits", "failures", "files", "settings"},
     "tasks": {"config", "convert", "data", "losses", "rollout.types"},
     "report": {"config", "data.types", "files"},
-    "planning": {"config", "convert", "settings"},
-    "cluster": {"config", "settings"},
+    "planning": {"config", "convert", "settings", "text_files"},
+    "cluster": {"config", "settings", "text_files"},
     "integrations": {
         *("config", "convert", "data", "loss_config", "losses", "mcore", "rollout", "settings"),
     },
@@ -43,7 +44,7 @@ ARROWS: dict[str, set[str]] = {
 OUTSIDE = {"megatron": {"mcore", "integrations", "doctor"}, "vllm": {"rollout", "doctor"}}
 KERNELS = PACKAGE / "losses" / "dense_triton.py"  # the one file that may import triton
 LIGHT = {
-    *("errors", "exits", "failures", "files", "token_ids", "watchdog", "nodes"),
+    *("errors", "exits", "failures", "files", "token_ids", "watchdog", "nodes", "text_files"),
     *("settings", "loss_config", "config", "cluster"),
 }
 """Rooms that need the standard library alone."""

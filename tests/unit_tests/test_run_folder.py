@@ -1,10 +1,12 @@
 """A run folder: made once, continued by the same settings only, never half-written."""
 
 import dataclasses
+import datetime
 import errno
 import json
 from contextlib import ExitStack
 from threading import Timer
+from typing import Any
 
 import pytest
 
@@ -23,17 +25,21 @@ from megatron_tropd.failures import Failure, read, report
 from megatron_tropd.files import write_json
 from megatron_tropd.launch import is_rank
 from megatron_tropd.rollout.wire import served_settings
-from megatron_tropd.run_folder import RunFolder, hold, open_run, wait_until_open
+from megatron_tropd.run_folder import RunFolder, hold, open_run, wait_until_open, with_date
 
 
 @pytest.fixture
 def config(tmp_path) -> Config:
     return Config(
         model=ModelConfig(student="s", teacher="t"),
-        rollout=RolloutConfig(prompts="p", max_new_tokens=8),
+        rollout=RolloutConfig(prompts="p", max_new_tokens=8, chat_template_date="2026-01-31"),
         train=TrainConfig(steps=4),
         run=RunConfig(dir=str(tmp_path / "run")),
     )
+
+
+def _with(config: Config, **rollout: Any) -> Config:
+    return dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, **rollout))
 
 
 def test_the_folder_keeps_the_resolved_settings(config):
@@ -79,6 +85,38 @@ def test_the_way_weights_take_to_servers_may_change_too(config):
     )
     assert open_run(other).read_config() == other
     assert served_settings(other) == served_settings(config)
+
+
+class _Tomorrow(datetime.date):
+    @classmethod
+    def today(cls) -> datetime.date:
+        return datetime.date(2031, 5, 6)
+
+
+def test_the_date_is_that_of_the_first_start(config, monkeypatch):
+    undated = _with(config, chat_template_date=None)
+    first = open_run(undated).read_config()
+    assert first.rollout.chat_template_date == datetime.date.today().isoformat()
+    monkeypatch.setattr(datetime, "date", _Tomorrow)
+    assert with_date(undated) == open_run(undated).read_config() == first
+    assert wait_until_open(undated, seconds=0).read_config() == first
+    assert served_settings(undated) == served_settings(first)
+    with pytest.raises(ConfigError, match=r"chat_template_date: was '20.*, now '2026-01-31'"):
+        open_run(config)
+    elsewhere = dataclasses.replace(undated, run=RunConfig(dir=config.run.dir + "2"))
+    assert with_date(elsewhere).rollout.chat_template_date == "2031-05-06"
+
+
+def test_a_run_of_a_version_without_a_setting_had_its_default(config):
+    folder = open_run(config)
+    old = json.loads(folder.config.read_text())
+    new = ("chat_template_kwargs", "chat_template_date", "filter_overlong_prompts", "top_p")
+    for name in new:
+        del old["rollout"][name]
+    write_json(folder.config, old)
+    with pytest.raises(ConfigError, match=r"chat_template_kwargs: was \{\}, now \{'a': 1\}"):
+        open_run(_with(config, chat_template_kwargs={"a": 1}))
+    assert open_run(_with(config, chat_template_date=None)).read_config().rollout.top_p == 1
 
 
 def test_the_kind_of_optimizer_may_not(config):

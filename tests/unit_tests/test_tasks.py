@@ -74,7 +74,10 @@ def test_exact_match_needs_problems_with_answers(tiny_llama: Path) -> None:
     tokenizer, engine = load_tokenizer(tiny_llama), FakeEngine(lambda request: [2])
     for problems, message in (
         ([], "no problem"),
-        ([Prompt(3, "x", (5,), {"prompt": "x"})], r"Problem 3 \(line 4\) needs an \"answer\""),
+        (
+            [Prompt(3, "x", (5,), {"prompt": "x"}, line=4)],
+            r"Problem 3 \(line 4\) needs an \"answer\"",
+        ),
     ):
         with pytest.raises(InputError, match=message):
             evaluate_exact_match(engine, problems, tokenizer, stop_token_ids=(2,), max_new_tokens=1)

@@ -1,0 +1,88 @@
+"""Options of the tools that read a prompts file, the same for all of them."""
+
+import argparse
+import datetime
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_tropd.config import PromptConfig
+from megatron_tropd.data.prompts import check_kwargs_are_read, is_templated, load_prompts
+from megatron_tropd.data.resumable import recorded_settings
+from megatron_tropd.data.templates import reads_clock
+from megatron_tropd.data.types import Prompt
+from megatron_tropd.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def add_prompt_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say how lines of ``--prompts`` become token ids."""
+    add = parser.add_argument
+    add("--prompts", required=True, type=Path, help="JSON lines with a prompt each")
+    add("--apply-chat-template", action="store_true", help="wrap prompts in the chat template")
+    add("--chat-template-kwargs", default="{}", help="what it reads beside messages, as JSON")
+    add("--chat-template-date", help="YYYY-MM-DD, for one that reads the clock (default: --out's)")
+    add("--filter-overlong-prompts", action="store_true", help="leave out prompts that do not fit")
+
+
+def read_prompts(
+    options: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase", context: int
+) -> tuple[list[Prompt], dict[str, Any]]:
+    """Read the prompts that the options name.
+
+    Args:
+        options: with those of :func:`add_prompt_options`, ``out`` and ``max_new_tokens``.
+        tokenizer: of the model that is sampled.
+        context: longest sequence the model takes.
+
+    Returns:
+        The prompts, and what the header of ``out`` must say of their template.
+
+    Raises:
+        InputError: the prompts are unusable.
+        ConfigError: an option is out of its range.
+    """
+    if not 0 < options.max_new_tokens < context:
+        raise ConfigError(
+            f"--max-new-tokens must be in 1..{context - 1} for the model's context of {context} "
+            f"tokens, found {options.max_new_tokens}."
+        )
+    # The same command continues a file, also on another day.
+    before = recorded_settings(options.out).get("chat_template_date")
+    date = options.chat_template_date or before
+    settings = PromptConfig(
+        apply_chat_template=options.apply_chat_template,
+        chat_template_kwargs=_table(options.chat_template_kwargs),
+        chat_template_date=date or datetime.date.today().isoformat(),
+    )
+    prompts = load_prompts(
+        options.prompts,
+        tokenizer,
+        settings,
+        max_prompt_tokens=context - options.max_new_tokens,
+        filter_overlong=options.filter_overlong_prompts,
+    )
+    check_kwargs_are_read(prompts, settings)
+    if not any(is_templated(prompt.fields, settings) for prompt in prompts):
+        return prompts, {}
+    recorded: dict[str, Any] = {}
+    if settings.chat_template_kwargs:
+        recorded["chat_template_kwargs"] = settings.chat_template_kwargs
+    if reads_clock(tokenizer):
+        recorded["chat_template_date"] = settings.chat_template_date
+    return prompts, recorded
+
+
+def _table(text: str) -> dict[str, Any]:
+    try:
+        table = json.loads(text)
+    except ValueError:
+        table = None
+    if not isinstance(table, dict):
+        raise ConfigError(
+            "--chat-template-kwargs must be a JSON object such as '{\"enable_thinking\": false}', "
+            f"found {text!r}."
+        )
+    return table
