@@ -23,6 +23,7 @@ from megatron_tropd.convert.to_hf import ToHF, megatron_to_hf
 from megatron_tropd.data.packing import LossCounts
 from megatron_tropd.data.prefixes import alpha
 from megatron_tropd.data.types import MicroBatch, Trajectory
+from megatron_tropd.engines import make_engine
 from megatron_tropd.errors import ConfigError, TrainingError
 from megatron_tropd.evaluation import Evaluator
 from megatron_tropd.files import replace_text, write_json
@@ -230,12 +231,10 @@ class Job:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
         def make(number: int) -> RolloutEngine:
-            return RolloutEngine(
+            return make_engine(
+                self.config,
+                self.inputs,
                 self.hf_folders[model],
-                dtype=str(self.dtype).removeprefix("torch."),
-                max_model_len=self.inputs.max_model_len,
-                memory=rollout.engine_memory,
-                tensor_parallel=rollout.engine_tensor_parallel,
                 threads=engine_threads(rollout.num_engines, local, self.ranks.world_size),
                 log_file=self.folder.logs / f"engine_{model}_{number:03d}.log",
             )
