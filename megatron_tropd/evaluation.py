@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 NUM_EXAMPLES = 20
 """Answers of an evaluation kept for the report."""
 GRADER = "marked"
+_LONGEST_CHARACTER = 4  # bytes of UTF-8, hence tokens
 _TEMPLATE = "chat_template"  # in the names of the settings that say how prompts are wrapped
 
 
@@ -188,10 +189,22 @@ def reverse_kl_of(
 
 
 def spell(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
-    """The text each token adds, so that joined they are the text (spaces included)."""
-    pieces, before = [], ""
-    for end in range(1, len(token_ids) + 1):
-        text = tokenizer.decode(list(token_ids[:end]), skip_special_tokens=False)
+    """The text each token adds, so that joined they are the text (spaces included).
+
+    A token is decoded beside the one before it, since its leading space may depend on that. The
+    token that completes a character has it; those with its first bytes add nothing. Bytes that
+    are no text are spelled by U+FFFD, as many as a decoder makes of them here.
+    """
+    ids = list(token_ids)
+    pieces: list[str] = []
+    start = read = 0
+    before = ""
+    for end in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[start:end], skip_special_tokens=False)
+        if text.endswith("\ufffd") and end - read < _LONGEST_CHARACTER and end < len(ids):
+            pieces.append("")
+            continue
         pieces.append(text[len(before) :])
-        before = text
+        start, read = read, end
+        before = tokenizer.decode(ids[start:read], skip_special_tokens=False)
     return pieces

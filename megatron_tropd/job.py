@@ -5,7 +5,8 @@ import os
 import resource
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -106,6 +107,8 @@ class Job:
         self.seconds_before = 0.0
         self.clock = Clock(self._progress)
         self._exit = ExitStack()
+        self._aside = ThreadPoolExecutor(1, "aside")
+        self._examples: Future[None] | None = None
 
     @property
     def step(self) -> int:
@@ -140,6 +143,7 @@ class Job:
             config.parallel, seed=config.train.seed, timeout_seconds=collectives
         )
         exits.push(_leave_groups)
+        exits.callback(self._aside.shutdown, cancel_futures=True)
         self.device = platform.device()
         self.dtype = models.resolve_dtype(config.model.dtype)
         self.inputs = load_inputs(config)
@@ -370,6 +374,13 @@ class Job:
             dp_group=self.ranks.dp_group,
         )
 
+    def aside[T](self, action: Callable[[], T]) -> "Future[T] | None":
+        """Do something for the records beside the step, on rank 0; None on the others.
+
+        ``action`` must not be collective. Actions are done one after the other.
+        """
+        return self._aside.submit(action) if self.is_main else None
+
     def prefix_alpha(self) -> float:
         """Longest teacher prefix of this step as a share of the response; 0 without guidance."""
         if self.inputs.responses is None:
@@ -405,13 +416,24 @@ class Job:
         examples = gather_examples(objective.examples)
         if not self.is_main:
             return
+        self._settle_examples()
         path = self.folder.trajectories / f"step_{self.step:06d}.jsonl"
-        lines = [
-            self.evaluator.example_line(trajectories[row], values)
-            for row, values in sorted(examples.items())
-        ]
-        path.parent.mkdir(exist_ok=True)
-        replace_text(path, "".join(lines))
+
+        def write() -> None:
+            lines = [
+                self.evaluator.example_line(trajectories[row], values)
+                for row, values in sorted(examples.items())
+            ]
+            path.parent.mkdir(exist_ok=True)
+            replace_text(path, "".join(lines))
+
+        self._examples = self.aside(write)
+
+    def _settle_examples(self) -> None:
+        """Wait for the dump that is being written: no checkpoint is made before its examples."""
+        if self._examples is not None:
+            self._examples.result()
+            self._examples = None
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Write the metrics of the step that just ended and move the progress bar."""
@@ -465,11 +487,13 @@ class Job:
 
     def evaluate(self) -> None:
         """Measure the student (and once the teacher) on the held-out problems."""
+        self._settle_examples()
         with self.clock("evaluation"):
             self.evaluator.run()
 
     def save(self, *, wait: bool = False) -> None:
         """Begin a checkpoint of the steps done so far; ``wait``: until it is complete."""
+        self._settle_examples()
         with self.clock("checkpoint"):
             extra = {"step": self.step, "seconds": self.elapsed()}
             files = self.rollouts.pending_files(is_main=self.is_main)

@@ -1,6 +1,8 @@
 """Metrics of a step: sums that do not depend on the split, and the right denominators."""
 
 import math
+import random
+import time
 
 import pytest
 import torch
@@ -191,6 +193,36 @@ def test_what_the_token_ids_alone_tell():
     assert metrics["truncated_share"] == 0.5
     assert metrics["prefix_share"] == 0.25 and metrics["prefix_longest"] == 4
     assert metrics["staleness"] == 0.5
+
+
+def counted_repetition(ids: list[int], n: int) -> float:
+    grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 7, 40])
+def test_repetition_is_what_counting_says(n):
+    draw = random.Random(n)
+    for size, largest in (
+        (0, 1),
+        (3, 5),
+        (50, 1),
+        (300, 2),
+        (400, 9),
+        (2000, 151_935),
+        (90, 2**40),
+    ):
+        ids = [draw.randint(0, largest) for _ in range(size)] + [0, largest] * (size // 10)
+        assert repetition(ids, n) == counted_repetition(ids, n)
+
+
+def test_repetition_of_a_large_step_takes_no_time():
+    draw = random.Random(0)
+    ids = tuple(draw.randrange(151_936) for _ in range(8096))
+    began = time.process_time()
+    for _ in range(32):
+        repetition(ids)
+    assert time.process_time() - began < 1, "512 took 6 s on every rank"
 
 
 @pytest.mark.parametrize(
