@@ -691,8 +691,20 @@ def _all(verdicts: Sequence[bool | None]) -> bool | None:
 
 
 def _compare_listing_and_number(listing: Listing, number: Number) -> bool | None:
-    doubtful = number.grouped or len(listing.items) == 1 or listing.comma == number.value
-    return None if doubtful or any(isinstance(i, Other) for i in listing.items) else False
+    items = listing.items
+    doubtful = number.grouped or len(items) == 1 or listing.comma == number.value
+    if not listing.brackets:  # 2 hours and 30 minutes, 5 and a half, 5 and 1/2: one number
+        doubtful |= any(_is_part(item) for item in items)
+        values = [item.value for item in items if isinstance(item, Number)]
+        doubtful |= len(values) == len(items) and sum(values) == number.value
+    return None if doubtful or any(isinstance(item, Other) for item in items) else False
+
+
+def _is_part(item: Answer) -> bool:
+    """Whether something may be a part of one number with the others."""
+    if isinstance(item, Words):
+        return bool(_NUMBER_WORDS & set(item.text.split()))
+    return isinstance(item, Number) and bool(item.unit)
 
 
 def _compare_words(one: Words, other: Words) -> bool | None:

@@ -230,7 +230,11 @@ answer: false ~ true
 answer: Paris ~ Rome
 answer: New York ~ Newyork
 answer: unknown ~ 10
-The answer is 5 apples and 3 pears ~ 5
+The answer is 5 and 3 ~ 5
+answer: 18 or 20 ~ 18
+answer: 0.1+0.2 ~ 0.4
+answer: 18.0000001 ~ 18
+answer: x5 ~ 5
 answer -5 ~ 5
 42 ~ 42
 no mark 42 ~ 42
@@ -306,6 +310,20 @@ answer: Paris, France ~ Paris
 answer: not Paris ~ Paris
 answer: ten ~ 10
 answer: CO2 ~ CO_2
+The answer is 5 apples and 3 pears ~ 5
+answer: 2 hours and 30 minutes ~ 2.5
+answer: 5 and a half ~ 5
+answer: 5 and a half ~ 5.5
+answer: 5 and 1/2 ~ 5.5
+answer: twenty-five ~ 5
+answer: 18 - 20 ~ 18
+answer: 5 x 3 ~ 5
+answer: 3.5.2 ~ 3.5
+answer: 5th ~ 5
+answer: 5e ~ 5
+answer: log 5 ~ 5
+answer: |5| ~ 5
+answer: 5 choose 2 ~ 5
 """
 """Perhaps the same, perhaps not; above all not right."""
 
