@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron_tropd.config import LossConfig
 from megatron_tropd.data.packing import LossCounts, pack
 from megatron_tropd.data.types import MicroBatch, Segment, Trajectory
-from megatron_tropd.objective import example_rows, segment_weights
+from megatron_tropd.objective import example_rows, gather_examples, segment_weights
 from megatron_tropd.step_metrics import (
     POSITION_BUCKETS,
     STUDENT_MEANS,
@@ -256,6 +256,13 @@ def test_a_selection_is_divided_by_the_tokens_it_keeps():
     separate = LossConfig(denominator="separate", **settings)
     assert segment_weights(separate, counts) == (12 / 2, 12 / 3)
     assert segment_weights(LossConfig(**settings), LossCounts(0, 0, 7)) == (1.0, 1.0)
+
+
+def test_examples_are_gathered_by_row():
+    assert gather_examples({5: {"tv": [0.5]}, 0: {"tv": [None]}}) == {
+        0: {"tv": [None]},
+        5: {"tv": [0.5]},
+    }
 
 
 def test_examples_are_spread_over_prompts_and_samples():
