@@ -81,15 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="write the HTML report of a run")
     report.add_argument("run", type=Path, help="run folder")
     report.set_defaults(command=_report)
-    evaluate = commands.add_parser("evaluate", help="accuracy of a model on a task file")
-    evaluate.add_argument("model", type=Path, help="HF folder, or run folder (its student)")
-    evaluate.add_argument("problems", type=Path, help='JSON lines with "prompt" and "answer"')
-    evaluate.add_argument("--max-new-tokens", type=int, default=None, help="longest answer")
-    evaluate.add_argument("--num-problems", type=int, default=None, help="only the first ones")
-    evaluate.add_argument("--chat-template", action="store_true", help="wrap prompts in it")
-    evaluate.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
-    evaluate.add_argument("--json", action="store_true", help="print one JSON object")
-    evaluate.set_defaults(command=_evaluate)
+    _add_evaluate(commands.add_parser("evaluate", help="measure a run's student, or any model"))
     _add_convert(commands.add_parser("convert", help="HF folder <-> Megatron checkpoint"))
     doctor = commands.add_parser("doctor", help="what is installed and what would be used")
     doctor.set_defaults(command=_doctor)
@@ -107,6 +99,24 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--port", type=int, default=0, help="0: any free one")
     parser.set_defaults(command=_serve)
+
+
+def _add_evaluate(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("model", type=Path, help="run folder (its student, with its settings), or HF folder")
+    add("problems", type=Path, nargs="?", help="JSON lines; default: the run's held-out problems")
+    add("--like", type=Path, metavar="RUN", help="use the settings of this run for an HF folder")
+    add("--max-new-tokens", type=int, default=None, help="longest answer, not the run's")
+    add("--num-problems", type=int, default=None, help="only the first ones, not the run's number")
+    add(
+        "--chat-template",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="whether to wrap prompts in it, whatever the run does",
+    )
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default=None, help="not the run's")
+    add("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(command=_evaluate)
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
@@ -337,24 +347,20 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from megatron_tropd.evaluation import evaluate_folder
+    from megatron_tropd.evaluate import Overrides, evaluate, result_lines
 
-    result = evaluate_folder(
+    result = evaluate(
         arguments.model,
         arguments.problems,
-        max_new_tokens=arguments.max_new_tokens,
-        num_problems=arguments.num_problems,
-        apply_chat_template=arguments.chat_template,
-        dtype=arguments.dtype,
+        like=arguments.like,
+        overrides=Overrides(
+            max_new_tokens=arguments.max_new_tokens,
+            num_problems=arguments.num_problems,
+            apply_chat_template=arguments.chat_template,
+            dtype=arguments.dtype,
+        ),
     )
-    if arguments.json:
-        print(json.dumps(result))
-    else:
-        print(
-            f"accuracy {100 * result['accuracy']:.1f} % "
-            f"(95 % interval {100 * result['ci_low']:.1f} .. {100 * result['ci_high']:.1f} %), "
-            f"{result['correct']} of {result['total']}"
-        )
+    print(json.dumps(result) if arguments.json else "\n".join(result_lines(result)))
     return 0
 
 

@@ -353,6 +353,11 @@ class Config(Settings):
             "trajectories. Change one of the three.",
         )
 
+    @property
+    def max_answer_tokens(self) -> int:
+        """Longest answer of an evaluation."""
+        return self.evaluation.max_new_tokens or self.rollout.max_new_tokens
+
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a TOML file, apply ``section.key=value`` overrides, check everything.

@@ -9,19 +9,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch.distributed as dist
 
-from megatron_tropd.config import PromptConfig
+from megatron_tropd.config import Config
 from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.convert.linked_folder import link_folder
-from megatron_tropd.data.prompts import load_prompts
-from megatron_tropd.data.tokenizers import load_tokenizer, stop_token_ids
 from megatron_tropd.data.types import Trajectory
-from megatron_tropd.errors import InputError
+from megatron_tropd.engines import engine_dtype
+from megatron_tropd.inputs import Inputs
 from megatron_tropd.losses.draws import Purpose, keyed_seed
 from megatron_tropd.report.records import read_lines
-from megatron_tropd.rollout.engine import RolloutEngine, context_length
-from megatron_tropd.rollout.types import SampleRequest, Sampling
-from megatron_tropd.run_folder import RunFolder
-from megatron_tropd.tasks.exact_match import Engine, evaluate_exact_match
+from megatron_tropd.rollout.types import Sample, SampleRequest, Sampling
+from megatron_tropd.tasks.exact_match import Engine, answer_greedily, grade_answers
 from megatron_tropd.tasks.graders import grade
 from megatron_tropd.tasks.reverse_kl import measure_reverse_kl
 
@@ -30,6 +27,9 @@ if TYPE_CHECKING:
 
 NUM_EXAMPLES = 20
 """Answers of an evaluation kept for the report."""
+GRADER = "marked"
+_LONGEST_CHARACTER = 4  # bytes of UTF-8, hence tokens
+_TEMPLATE = "chat_template"  # in the names of the settings that say how prompts are wrapped
 
 
 class Evaluator:
@@ -73,6 +73,7 @@ class Evaluator:
             "student_before": first["accuracy"],
             "student_after": last["accuracy"],
             "teacher": teacher[-1]["accuracy"],
+            "unjudged": last["unjudged"],
             "problems": last["total"],
         }
 
@@ -89,155 +90,130 @@ class Evaluator:
             "tokens": spell(tokenizer, ids),
             "segment": ["teacher"] * len(trajectory.prefix_ids)
             + ["student"] * len(trajectory.response_ids),
-            "correct": None if answer is None else grade(text, str(answer)),
+            "correct": None if answer is None else grade(text, str(answer), grader=GRADER),
             **values,
         }
         return json.dumps(record) + "\n"
 
     def _measure_accuracy(self, engine: Engine, model: Literal["student", "teacher"]) -> None:
         job = self._job
-        result = evaluate_exact_match(
-            engine,
-            job.inputs.problems,
-            job.inputs.tokenizer,
-            stop_token_ids=job.inputs.stop_token_ids,
-            max_new_tokens=job.config.evaluation.max_new_tokens
-            or job.config.rollout.max_new_tokens,
-        )
+        samples = sample_problems(job.config, job.inputs, engine)
+        if not job.is_main:  # every rank has the samples, one grades them
+            return
+        result = accuracy_of(job.inputs, samples)
         if model == "student":
-            self.shown = {"accuracy": f"{result.accuracy:.1%}"}
-        examples = [asdict(response) for response in result.responses[:NUM_EXAMPLES]]
-        self._write(
-            model,
-            {
-                "accuracy": result.accuracy,
-                "ci_low": result.ci_low,
-                "ci_high": result.ci_high,
-                "correct": result.correct,
-                "total": result.total,
-                "examples": examples,
-            },
-        )
+            self.shown = {"accuracy": f"{result['accuracy']:.1%}"}
+        self._write(model, result)
 
     def _measure_reverse_kl(self) -> None:
         job = self._job
-        room = job.config.evaluation.max_new_tokens or job.config.rollout.max_new_tokens
-        seed = job.config.train.seed
-        requests = [
-            SampleRequest(p.token_ids, room, keyed_seed(seed, Purpose.EVALUATION, p.index))
-            for p in job.inputs.problems
-        ]
-        sampling = Sampling(stop_token_ids=job.inputs.stop_token_ids)
-        samples = job.engines.generate(requests, sampling)
-        sequences = [
-            (request.token_ids, sample.token_ids)
-            for request, sample in zip(requests, samples, strict=True)
-        ]
+        samples = sample_problems(job.config, job.inputs, job.engines)
         record: list[Any] = [None]
         with tempfile.TemporaryDirectory() as scratch:
-            teacher = Path(scratch) / "teacher"
             # Rank 0's folder counts: the export collects there, and only it measures.
             job.export_student(Path(scratch) / "student")
             if job.is_main:
-                teacher.mkdir()
-                result = measure_reverse_kl(
-                    Path(scratch) / "student",
-                    link_folder(HFFolder(job.hf_folders["teacher"]), teacher),
-                    sequences,
-                    vocab_size=job.inputs.vocab_size,
-                )
-                record = [asdict(result)]
+                folders = Path(scratch) / "student", job.hf_folders["teacher"]
+                record = [reverse_kl_of(job.inputs, samples, *folders)]
         dist.broadcast_object_list(record, src=0)
         self.shown = {"held-out kl": f"{record[0]['reverse_kl']:.3f}"}
         self._write("student", record[0])
 
     def _write(self, model: str, record: dict[str, Any]) -> None:
-        if self._job.log_file is not None:
-            self._job.log_file.write_evaluation({"step": self._job.step, "model": model, **record})
+        job = self._job
+        if job.log_file is not None:
+            settings = evaluation_settings(job.config, job.inputs)
+            line = {"step": job.step, "model": model, **record, "settings": settings}
+            job.log_file.write_evaluation(line)
+
+
+def evaluation_settings(config: Config, inputs: Inputs) -> dict[str, Any]:
+    """What decides the result of an evaluation beside the model and the problems, JSON-ready."""
+    exact = config.evaluation.task == "exact_match"
+    templates = {name: value for name, value in asdict(config.rollout).items() if _TEMPLATE in name}
+    return {
+        "task": config.evaluation.task,
+        "problems": len(inputs.problems),
+        "max_new_tokens": config.max_answer_tokens,
+        "stop_token_ids": list(inputs.stop_token_ids),
+        **templates,
+        "dtype": engine_dtype(config.model.dtype),
+        **({"temperature": 0.0, "grader": GRADER} if exact else _drawn(config)),
+    }
+
+
+def _drawn(config: Config) -> dict[str, Any]:
+    return {"temperature": 1.0, "seed": config.train.seed}
+
+
+def sample_problems(config: Config, inputs: Inputs, engine: Engine) -> list[Sample]:
+    """What a model writes to the held-out problems; collective if the engine is.
+
+    Args:
+        config: its task says whether answers are greedy or drawn at temperature 1.
+        inputs: of ``config``.
+        engine: of the model.
+
+    Returns:
+        One sample per problem, in order.
+    """
+    room, stops = config.max_answer_tokens, inputs.stop_token_ids
+    if config.evaluation.task == "exact_match":
+        return answer_greedily(engine, inputs.problems, stop_token_ids=stops, max_new_tokens=room)
+    requests = [
+        SampleRequest(p.token_ids, room, keyed_seed(config.train.seed, Purpose.EVALUATION, p.index))
+        for p in inputs.problems
+    ]
+    return engine.generate(requests, Sampling(stop_token_ids=stops))
+
+
+def accuracy_of(inputs: Inputs, samples: Sequence[Sample]) -> dict[str, Any]:
+    """The graded samples as a record of evaluations.jsonl, with some examples."""
+    record = asdict(grade_answers(inputs.problems, samples, inputs.tokenizer, grader=GRADER))
+    return {**record, "examples": record.pop("responses")[:NUM_EXAMPLES]}
+
+
+def reverse_kl_of(
+    inputs: Inputs, samples: Sequence[Sample], student: Path, teacher: Path
+) -> dict[str, Any]:
+    """KL(student || teacher) on the student's samples as a record of evaluations.jsonl.
+
+    Args:
+        inputs: whose problems were sampled.
+        samples: of :func:`sample_problems`.
+        student: HF folder.
+        teacher: HF folder.
+    """
+    sequences = [
+        (problem.token_ids, sample.token_ids)
+        for problem, sample in zip(inputs.problems, samples, strict=True)
+    ]
+    with tempfile.TemporaryDirectory() as scratch:
+        places = Path(scratch) / "student", Path(scratch) / "teacher"
+        for place, folder in zip(places, (student, teacher), strict=True):
+            place.mkdir()
+            link_folder(HFFolder(folder), place)  # transformers would read what we do not
+        result = measure_reverse_kl(places[0], places[1], sequences, vocab_size=inputs.vocab_size)
+        return asdict(result)
 
 
 def spell(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
-    """The text each token adds, so that joined they are the text (spaces included)."""
-    pieces, before = [], ""
-    for end in range(1, len(token_ids) + 1):
-        text = tokenizer.decode(list(token_ids[:end]), skip_special_tokens=False)
-        pieces.append(text[len(before) :])
-        before = text
-    return pieces
+    """The text each token adds, so that joined they are the text (spaces included).
 
-
-def evaluate_folder(
-    model: Path,
-    problems: Path,
-    *,
-    max_new_tokens: int | None = None,
-    num_problems: int | None = None,
-    apply_chat_template: bool = False,
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
-) -> dict[str, Any]:
-    """Greedy exact-match accuracy of an HF folder, or of a run's trained student.
-
-    Args:
-        model: HF folder or run folder.
-        problems: JSON lines with "prompt" and "answer".
-        max_new_tokens: longest answer; None: the run's, or what the context leaves, at most 1024.
-        num_problems: only the first ones; None: all.
-        apply_chat_template: wrap prompts in the tokenizer's template.
-        dtype: of the engine; auto: bfloat16 with CUDA, else float32.
-
-    Returns:
-        accuracy, ci_low, ci_high, correct, total, model.
-
-    Raises:
-        InputError: a folder or file is missing or unusable.
+    A token is decoded beside the one before it, since its leading space may depend on that. The
+    token that completes a character has it; those with its first bytes add nothing. Bytes that
+    are no text are spelled by U+FFFD, as many as a decoder makes of them here.
     """
-    import torch
-
-    folder, run_tokens = _model_of(model)
-    tokenizer = load_tokenizer(folder)
-    context = context_length(folder)
-    prompts = load_prompts(
-        problems,
-        tokenizer,
-        PromptConfig(apply_chat_template=apply_chat_template),
-        max_prompt_tokens=context - 1,
-    )[:num_problems]
-    longest = max(len(p.token_ids) for p in prompts)
-    room = max_new_tokens or run_tokens or min(1024, context - longest)
-    cuda = torch.cuda.is_available()
-    with tempfile.TemporaryDirectory() as logs:
-        engine = RolloutEngine(
-            folder,
-            dtype={"auto": "bfloat16" if cuda else "float32"}.get(dtype, dtype),
-            max_model_len=longest + room,
-            memory=0.8 if cuda else 1.0,
-            log_file=Path(logs) / "engine.log",
-        )
-        with engine:
-            result = evaluate_exact_match(
-                engine,
-                prompts,
-                tokenizer,
-                stop_token_ids=stop_token_ids(folder),
-                max_new_tokens=room,
-            )
-    record = asdict(result)
-    record.pop("responses")
-    return {**record, "model": str(folder)}
-
-
-def _model_of(path: Path) -> tuple[Path, int | None]:
-    """(HF folder, longest answer of its run if it is one)."""
-    run = RunFolder(path)
-    if (path / "model.safetensors.index.json").exists() or not run.summary.parent.is_dir():
-        return path, None
-    config_text = run.config.read_text() if run.config.exists() else "{}"
-    if "rollout" not in json.loads(config_text):
-        return path, None
-    if not run.student.is_dir():
-        raise InputError(
-            f"Run {path} has no trained student yet: {run.student} is missing. Let the run finish "
-            "(the same command resumes it) or give an HF folder."
-        )
-    config = run.read_config()
-    return run.student, config.evaluation.max_new_tokens or config.rollout.max_new_tokens
+    ids = list(token_ids)
+    pieces: list[str] = []
+    start = read = 0
+    before = ""
+    for end in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[start:end], skip_special_tokens=False)
+        if text.endswith("\ufffd") and end - read < _LONGEST_CHARACTER and end < len(ids):
+            pieces.append("")
+            continue
+        pieces.append(text[len(before) :])
+        start, read = read, end
+        before = tokenizer.decode(ids[start:read], skip_special_tokens=False)
+    return pieces

@@ -29,6 +29,7 @@ from megatron_tropd.data.types import Prompt
 from megatron_tropd.errors import ConfigError, InputError
 from megatron_tropd.losses import HiddenStatesSignal, check_signal
 from megatron_tropd.rollout.engine_model import check_engine
+from megatron_tropd.tasks.exact_match import reference_answer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -89,9 +90,9 @@ def load_inputs(config: Config) -> Inputs:
     _check_micro_batch(config, _longest(prompts) + config.rollout.max_new_tokens)
     problems = _problems(config, tokenizer, context)
     _check_templates(config, prompts, problems, tokenizer, teacher)
-    answer = config.evaluation.max_new_tokens or config.rollout.max_new_tokens
     max_model_len = max(
-        _longest(prompts) + config.rollout.max_new_tokens, _longest(problems) + answer
+        _longest(prompts) + config.rollout.max_new_tokens,
+        _longest(problems) + config.max_answer_tokens,
     )
     _check_engines(config, student, teacher, max_model_len, evaluated=bool(problems))
     return Inputs(
@@ -181,8 +182,7 @@ def _problems(config: Config, tokenizer: "PreTrainedTokenizerBase", context: int
     path = config.evaluation.problems
     if path is None:
         return []
-    room = config.evaluation.max_new_tokens or config.rollout.max_new_tokens
-    problems = _prompts(config, path, tokenizer, context, room)
+    problems = _prompts(config, path, tokenizer, context, config.max_answer_tokens)
     if config.evaluation.task == "exact_match":
         for problem in problems:
             if "answer" not in problem.fields:
@@ -190,6 +190,7 @@ def _problems(config: Config, tokenizer: "PreTrainedTokenizerBase", context: int
                     f'{Path(path)}, line {problem.line}: the problem has no "answer", which '
                     'evaluation.task = "exact_match" needs. Add it or use "reverse_kl".'
                 )
+            reference_answer(problem)
     return problems[: config.evaluation.num_problems]
 
 

@@ -4,7 +4,8 @@ import os
 import resource
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from megatron_tropd.convert.to_hf import ToHF, megatron_to_hf
 from megatron_tropd.data.packing import LossCounts
 from megatron_tropd.data.prefixes import alpha
 from megatron_tropd.data.types import MicroBatch, Trajectory
+from megatron_tropd.engines import make_engine
 from megatron_tropd.errors import ConfigError, TrainingError
 from megatron_tropd.evaluation import Evaluator
 from megatron_tropd.files import replace_text, write_json
@@ -111,6 +113,8 @@ class Job:
         self.clock = Clock(self._progress)
         self._exit = ExitStack()
         self._compared = False
+        self._aside = ThreadPoolExecutor(1, "aside")
+        self._examples: Future[None] | None = None
 
     @property
     def step(self) -> int:
@@ -145,6 +149,7 @@ class Job:
             config.parallel, seed=config.train.seed, timeout_seconds=collectives
         )
         exits.push(_leave_groups)
+        exits.callback(self._aside.shutdown, cancel_futures=True)
         self.device = platform.device()
         self.dtype = models.resolve_dtype(config.model.dtype)
         self.inputs = load_inputs(config)
@@ -236,13 +241,10 @@ class Job:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
         def make(number: int) -> RolloutEngine:
-            return RolloutEngine(
+            return make_engine(
+                self.config,
+                self.inputs,
                 self.hf_folders[model],
-                dtype=str(self.dtype).removeprefix("torch."),
-                max_model_len=self.inputs.max_model_len,
-                vocab_size=self.inputs.vocab_size,
-                memory=rollout.engine_memory,
-                tensor_parallel=rollout.engine_tensor_parallel,
                 threads=engine_threads(rollout.num_engines, local, self.ranks.world_size),
                 log_file=self.folder.logs / f"engine_{model}_{number:03d}.log",
             )
@@ -376,6 +378,13 @@ class Job:
             dp_group=self.ranks.dp_group,
         )
 
+    def aside[T](self, action: Callable[[], T]) -> "Future[T] | None":
+        """Do something for the records beside the step, on rank 0; None on the others.
+
+        ``action`` must not be collective. Actions are done one after the other.
+        """
+        return self._aside.submit(action) if self.is_main else None
+
     def prefix_alpha(self) -> float:
         """Longest teacher prefix of this step as a share of the response; 0 without guidance."""
         if self.inputs.responses is None:
@@ -460,13 +469,24 @@ class Job:
         examples = gather_examples(objective.examples)
         if not self.is_main:
             return
+        self._settle_examples()
         path = self.folder.trajectories / f"step_{self.step:06d}.jsonl"
-        lines = [
-            self.evaluator.example_line(trajectories[row], values)
-            for row, values in sorted(examples.items())
-        ]
-        path.parent.mkdir(exist_ok=True)
-        replace_text(path, "".join(lines))
+
+        def write() -> None:
+            lines = [
+                self.evaluator.example_line(trajectories[row], values)
+                for row, values in sorted(examples.items())
+            ]
+            path.parent.mkdir(exist_ok=True)
+            replace_text(path, "".join(lines))
+
+        self._examples = self.aside(write)
+
+    def _settle_examples(self) -> None:
+        """Wait for the dump that is being written: no checkpoint is made before its examples."""
+        if self._examples is not None:
+            self._examples.result()
+            self._examples = None
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Write the metrics of the step that just ended and move the progress bar."""
@@ -515,11 +535,13 @@ class Job:
 
     def evaluate(self) -> None:
         """Measure the student (and once the teacher) on the held-out problems."""
+        self._settle_examples()
         with self.clock("evaluation"):
             self.evaluator.run()
 
     def save(self, *, wait: bool = False) -> None:
         """Begin a checkpoint of the steps done so far; ``wait``: until it is complete."""
+        self._settle_examples()
         with self.clock("checkpoint"):
             extra = {"step": self.step, "seconds": self.elapsed()}
             files = self.rollouts.pending_files(is_main=self.is_main)

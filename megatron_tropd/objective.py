@@ -149,7 +149,7 @@ def example_rows(num_samples: int, samples_per_prompt: int, wanted: int) -> list
 
 
 def gather_examples(mine: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
-    """Union of every rank's examples. Collectives: one gather of small objects."""
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, mine)
-    return {row: values for part in parts for row, values in sorted(part.items())}
+    """Union of every rank's examples on rank 0, nothing elsewhere. Collectives: one gather."""
+    parts: list[Any] | None = [{}] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(mine, parts, dst=0)
+    return {row: values for part in parts or () for row, values in sorted(part.items())}

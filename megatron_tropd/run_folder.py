@@ -135,6 +135,17 @@ def with_date(config: Config) -> Config:
     return dataclasses.replace(config, rollout=rollout)
 
 
+def run_of(path: Path) -> RunFolder | None:
+    """The run that a folder is, or whose exported student it is; None: neither."""
+    for root in (path, path.absolute().parent):
+        run = RunFolder(root)
+        settings = _settings_in(run.config)
+        if isinstance(settings, dict) and {"model", "rollout", "run"} <= settings.keys():
+            same = root == path or (run.student.exists() and path.samefile(run.student))
+            return run if same else None
+    return None
+
+
 def open_run(config: Config) -> RunFolder:
     """Make the run folder, or check that this command may continue what is in it.
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron_tropd import exits
 from megatron_tropd.config import Config
 from megatron_tropd.convert.megatron_folder import MegatronFolder
+from megatron_tropd.engines import make_engine
 from megatron_tropd.errors import ConfigError
 from megatron_tropd.inputs import Inputs, load_inputs
 from megatron_tropd.rollout.engine import RolloutEngine
@@ -97,24 +98,16 @@ def _engine(
     model: Model,
     wait: Callable[[float], object],
 ) -> RolloutEngine:
-    import torch
-
     source = {"student": inputs.student, "teacher": inputs.teacher}[model]
     path = source.path
     if isinstance(source, MegatronFolder):
         path = folder.initial_hf / model
         while not path.exists():  # the trainer makes it when it starts
             wait(1.0)
-    dtype = config.model.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if torch.cuda.is_available() else "float32"
-    return RolloutEngine(
+    return make_engine(
+        config,
+        inputs,
         path,
-        dtype=dtype,
-        max_model_len=inputs.max_model_len,
-        vocab_size=inputs.vocab_size,
-        memory=config.rollout.engine_memory,
-        tensor_parallel=config.rollout.engine_tensor_parallel,
         threads=int(os.environ.get("OMP_NUM_THREADS", "0")) or None,
         log_file=folder.logs / f"server_{number:03d}_{model}.log",
     )

@@ -120,7 +120,8 @@ def check_value(hint: Any, value: Any, where: str) -> None:
     elif origin is tuple:
         _check_tuple(args, value, where)
     elif origin is dict:
-        _check(isinstance(value, dict), f"{where} must be a table, {_found(value)}.")
+        table = "a table such as {key = value}"
+        _check(isinstance(value, dict), f"{where} must be {table}, {_found(value)}.")
         for key, item in value.items():
             check_value(args[0], key, f"a key of {where}")
             check_value(args[1], item, f"{where}.{key}")
@@ -166,7 +167,8 @@ def _check_tuple(args: tuple[Any, ...], value: Any, where: str) -> None:
 def _check_type(hint: Any, value: Any, where: str) -> None:
     kinds = (int, float) if hint is float else (hint,)
     good = isinstance(value, kinds) and (hint is bool or not isinstance(value, bool))
-    _check(good, f"{where} must be {hint.__name__}, {_found(value)}.")
+    quotes = " Put it in quotes." if hint is str else ""
+    _check(good, f"{where} must be {hint.__name__}, {_found(value)}.{quotes}")
 
 
 def _found(value: Any) -> str:

@@ -5,11 +5,11 @@ all-reduce make the global numbers. T = loss tokens of a micro-batch.
 """
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -46,6 +46,7 @@ POSITION_BUCKETS = 18
 """Response positions 0-7, 8-15, 16-31, 32-63, ... up to 2**20."""
 _NOTHING = 2**62
 _POSITION_BITS = 32
+_LARGEST_KEY = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -189,9 +190,20 @@ def trajectory_metrics(trajectories: Sequence[Trajectory], *, step: int) -> dict
 
 def repetition(token_ids: Sequence[int], n: int = 4) -> float:
     """Share of the n-grams of a response that already stood in it."""
-    grams = Counter(tuple(token_ids[i : i + n]) for i in range(len(token_ids) - n + 1))
-    total = sum(grams.values())
-    return 1 - len(grams) / total if total else 0.0
+    total = len(token_ids) - n + 1
+    if total <= 0:
+        return 0.0
+    _, ranks = np.unique(np.fromiter(token_ids, np.int64, len(token_ids)), return_inverse=True)
+    # One number for each n-gram, made as small as it must be to fit.
+    keys, distinct = ranks[:total], int(ranks.max()) + 1
+    size = distinct
+    for offset in range(1, n):
+        if size * distinct > _LARGEST_KEY:
+            _, keys = np.unique(keys, return_inverse=True)
+            size = total
+        keys, size = keys * distinct + ranks[offset : offset + total], size * distinct
+    keys.sort()
+    return 1 - (1 + np.count_nonzero(keys[1:] != keys[:-1])) / total
 
 
 def _buckets(positions_T: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """The training loop: rollout, teacher, student, weights back to the engine. Runs on every rank."""
 
+from functools import partial
 from typing import IO, TYPE_CHECKING
 
 from megatron_tropd.data.packing import count_loss_tokens, pack
@@ -55,6 +56,7 @@ def train_step(job: Job) -> None:
     step, clock = job.step, job.clock
     with clock("rollout"):
         trajectories = rollout(job)
+    told = job.aside(partial(trajectory_metrics, trajectories, step=step))
     # All ranks have just met; a crash from here on finds the checkpoint of the step before.
     job.poll_save()
     metrics = learn(job, trajectories)
@@ -63,7 +65,7 @@ def train_step(job: Job) -> None:
         job.sync_weights(step + 1)
     metrics |= {
         "prefix_alpha": job.prefix_alpha(),
-        **trajectory_metrics(trajectories, step=step),
+        **(told.result() if told else {}),
     }
     job.log(metrics)
     job.step += 1

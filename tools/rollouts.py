@@ -3,7 +3,8 @@
     python tools/rollouts.py --student DIR --prompts FILE --out FILE --max-new-tokens 128
 
 JSON lines, read by megatron_tropd.data.recorded. The student is a Hugging Face folder; one trained
-with Megatron is converted by tools/megatron_to_hf.py first. Interrupted, the same command goes on
+with Megatron is converted by tools/megatron_to_hf.py first. ``--run`` takes the student and all
+settings from a run, where no option says otherwise. Interrupted, the same command goes on
 where it stopped.
 """
 
@@ -15,13 +16,15 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from megatron_tropd.config import GuidanceConfig, RolloutConfig
+from megatron_tropd.config import Config, GuidanceConfig, RolloutConfig
 from megatron_tropd.data.arguments import add_prompt_options, read_prompts
 from megatron_tropd.data.responses import load_responses
 from megatron_tropd.data.tokenizers import load_tokenizer, num_ids, stop_token_ids
 from megatron_tropd.errors import ConfigError, InputError, TrainingError
 from megatron_tropd.rollout.engine import RolloutEngine, context_length
 from megatron_tropd.rollout.types import Sampling
+from megatron_tropd.run_defaults import parse_with_run
+from megatron_tropd.run_folder import RunFolder
 from megatron_tropd.tasks.rollouts import Round, weights_identity, write_rollouts
 
 
@@ -55,7 +58,21 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--memory", type=float, help="share of the GPU's memory, without CUDA GiB of KV cache")
     add("--threads", type=int, help="CPU threads (default: all)")
     add("--resume", action=argparse.BooleanOptionalAction, default=True, help="continue --out")
-    return parser.parse_args(arguments)
+    return parse_with_run(
+        parser,
+        arguments,
+        lambda config: {
+            "student": _student_of(config),
+            "samples": config.rollout.samples_per_prompt,
+            "tensor_parallel": config.rollout.engine_tensor_parallel,
+        },
+    )
+
+
+def _student_of(config: Config) -> str:
+    """The run's trained student, or the one it starts from."""
+    trained = RunFolder(Path(config.run.dir)).student
+    return str(trained) if trained.is_dir() else config.model.student
 
 
 def describe_round(options: argparse.Namespace, num_prompts: int) -> Round:

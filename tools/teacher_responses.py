@@ -2,7 +2,8 @@
 
     python tools/teacher_responses.py --teacher DIR --prompts FILE --out FILE --max-new-tokens 128
 
-JSON lines. Interrupted, the same command goes on where it stopped.
+JSON lines. ``--run my.toml`` takes teacher, prompts and all settings from the run that the
+responses are for, so that they fit. Interrupted, the same command goes on where it stopped.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from megatron_tropd.data.tokenizers import load_tokenizer, num_ids, stop_token_i
 from megatron_tropd.errors import ConfigError, InputError, TrainingError
 from megatron_tropd.rollout.engine import RolloutEngine, context_length
 from megatron_tropd.rollout.types import Sampling
+from megatron_tropd.run_defaults import parse_with_run
 from megatron_tropd.tasks.teacher_responses import model_identity, write_responses
 
 
@@ -45,7 +47,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--memory", type=float, help="share of the GPU's memory, without CUDA GiB of KV cache")
     add("--threads", type=int, help="CPU threads (default: all)")
     add("--resume", action=argparse.BooleanOptionalAction, default=True, help="continue --out")
-    return parser.parse_args(arguments)
+    return parse_with_run(
+        parser,
+        arguments,
+        lambda config: {
+            "teacher": config.model.teacher,
+            "tensor_parallel": config.rollout.engine_tensor_parallel,
+        },
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -72,7 +72,7 @@ class LoopSettings(Settings):
     """Keys prompts and samples."""
     steps: Count
     """Of the whole training: teacher prefixes fall to nothing over them."""
-    vocab_size: int | None = None
+    vocab_size: Count | None = None
     """Columns that the loss knows, the first ones: only these are sampled. None: all of the
     student's."""
     teacher: Path | None = None

@@ -299,10 +299,11 @@ function accuracyResult({ before, after, teacher }) {
     el("span", { class: "from" }, percent(before.accuracy)), el("span", { class: "arrow" }, "→"), el("span", { class: "to" }, percent(after.accuracy)),
     el("span", { class: gain < 0 ? "gain worse" : "gain" }, `${gain < 0 ? "−" : "+"}${Math.abs(gain).toFixed(1)} points`));
   const closed = isNumber(DATA.gap_closed) ? `, ${percent(DATA.gap_closed, 0)} of the gap to the teacher closed` : "";
+  const unjudged = after.unjudged ? `, ${after.unjudged} answers could not be judged and count as wrong` : "";
   const holder = el("div");
   onWidth(holder, (width) => drawBullet(holder, before, after, teacher, width));
   return [
-    el("div", { class: "label" }, `Exact match on ${after.total ?? "the"} held-out problems, greedy${closed}`),
+    el("div", { class: "label" }, `Exact match on ${after.total ?? "the"} held-out problems, greedy${closed}${unjudged}`),
     head, holder,
   ];
 }
@@ -578,8 +579,7 @@ function side(item, step, shade, withPrompt) {
   const students = item.segment.map((s, i) => (s === "student" ? i : -1)).filter((i) => i >= 0);
   const outliers = students.filter((i) => item.outlier[i]).length, masked = students.filter((i) => isMasked(item, i)).length;
   const caption = el("div", { class: "caption" }, el("b", {}, `Step ${step}`));
-  if (item.correct === true) caption.append(el("span", { class: "yes" }, "✓ correct"));
-  if (item.correct === false) caption.append(el("span", { class: "no" }, "✗ wrong"));
+  if (item.correct === true || item.correct === false) caption.append(verdict(item.correct));
   caption.append(el("span", {}, `${outliers} of ${students.length - masked} tokens outliers`));
   if (masked) caption.append(el("span", {}, `masked ${masked}`));
   if (item.segment.length > students.length) caption.append(el("span", {}, `prefix ${item.segment.length - students.length}`));
@@ -626,14 +626,20 @@ function answers() {
   return section("Held-out answers, before and after", "The first problems of the held-out file, answered greedily. Underlined: where a wrong answer leaves the teacher's text.", ...cards);
 }
 
+// A grader that cannot judge says null.
+function verdict(correct) {
+  if (correct === null) return el("span", {}, "? cannot be judged");
+  return el("span", { class: correct ? "yes" : "no" }, correct ? "✓ correct" : "✗ wrong");
+}
+
 function answer(item, label, teacher) {
   let same = item.response.length;
-  if (!item.correct && teacher && teacher !== item) {
+  if (item.correct === false && teacher && teacher !== item) {
     same = 0;
     while (same < item.response.length && item.response[same] === teacher.response[same]) same++;
   }
   return el("div", { class: "side" },
-    el("div", { class: "caption" }, el("b", {}, label), el("span", { class: item.correct ? "yes" : "no" }, item.correct ? "✓ correct" : "✗ wrong")),
+    el("div", { class: "caption" }, el("b", {}, label), verdict(item.correct)),
     el("div", { class: "answer" }, item.response.slice(0, same), el("span", { class: "off" }, item.response.slice(same))));
 }
 

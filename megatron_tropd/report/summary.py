@@ -9,8 +9,9 @@ def summary_table(summary: Mapping[str, Any]) -> str:
 
     Args:
         summary: ``student_before``, ``student_after``, ``teacher`` (exact match, 0..1) or the same
-            with the suffix ``_reverse_kl`` (nats per token); ``seconds``, ``steps``,
-            ``world_size``, ``tensor_parallel``, ``pipeline_parallel``. Absent ones are left out.
+            with the suffix ``_reverse_kl`` (nats per token); ``unjudged`` of ``problems``;
+            ``seconds``, ``steps``, ``world_size``, ``tensor_parallel``, ``pipeline_parallel``.
+            Absent ones are left out.
 
     Returns:
         Lines joined by newlines, without a final newline.
@@ -43,6 +44,10 @@ def _result_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     ):
         if summary.get(name) is not None:
             rows.append((f"{label}, exact match", f"{100 * summary[name]:.1f} %"))
+    if summary.get("unjudged"):
+        rows.append(
+            ("answers after, not judged", f"{summary['unjudged']} of {summary['problems']}")
+        )
     if (closed := gap_closed(summary)) is not None:
         rows.append(("gap to the teacher closed", f"{100 * closed:.0f} %"))
     for name, label in (("student_before", "student before"), ("student_after", "student after")):

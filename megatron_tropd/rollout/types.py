@@ -64,5 +64,5 @@ class EngineSettings(Settings):
     cut_from: str | None = None
     """HF folder of the first weights if the engine has the first columns of its vocabulary only;
     None: ``model_folder`` has them."""
-    vocab_size: int | None = None
+    vocab_size: Count | None = None
     """Columns of the engine's vocabulary; None: the model's."""

@@ -36,8 +36,8 @@ class GradedResponse:
     """What the model wrote, special tokens left out."""
     answer: str
     """The reference."""
-    correct: bool
-    """The grader's verdict."""
+    correct: bool | None
+    """The grader's verdict; None: it cannot judge."""
     finish_reason: str
     """"stop" or "length"."""
 
@@ -47,9 +47,11 @@ class EvaluationResult:
     """Accuracy on a set of problems."""
 
     accuracy: float
-    """correct / total, 0..1."""
+    """correct / total, 0..1: what cannot be judged is not correct."""
     correct: int
     """Problems solved."""
+    unjudged: int
+    """Answers of which the grader cannot tell whether they are correct."""
     total: int
     """Problems asked."""
     ci_low: float
@@ -85,14 +87,39 @@ def evaluate_exact_match(
     Raises:
         InputError: there is no problem, or one has no answer.
     """
-    answers = [reference_answer(problem) for problem in problems]
+    for problem in problems:
+        reference_answer(problem)  # before the work, not after it
+    samples = answer_greedily(
+        engine, problems, stop_token_ids=stop_token_ids, max_new_tokens=max_new_tokens
+    )
+    return grade_answers(problems, samples, tokenizer, grader=grader)
+
+
+def answer_greedily(
+    engine: Engine,
+    problems: Sequence[Prompt],
+    *,
+    stop_token_ids: tuple[int, ...],
+    max_new_tokens: int,
+) -> list[Sample]:
+    """One greedy sample for each problem; arguments and errors of :func:`evaluate_exact_match`."""
     if not problems:
         raise InputError("There is no problem to evaluate: the list is empty.")
     requests = [SampleRequest(problem.token_ids, max_new_tokens, 0) for problem in problems]
-    greedy = Sampling(temperature=0.0, stop_token_ids=stop_token_ids)
+    return engine.generate(requests, Sampling(temperature=0.0, stop_token_ids=stop_token_ids))
+
+
+def grade_answers(
+    problems: Sequence[Prompt],
+    samples: Sequence[Sample],
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    grader: str = "marked",
+) -> EvaluationResult:
+    """Grade what was sampled for each problem; as :func:`evaluate_exact_match`, without engine."""
     responses = []
-    samples = engine.generate(requests, greedy)
-    for problem, answer, sample in zip(problems, answers, samples, strict=True):
+    for problem, sample in zip(problems, samples, strict=True):
+        answer = reference_answer(problem)
         text = tokenizer.decode(list(sample.token_ids), skip_special_tokens=True)
         responses.append(
             GradedResponse(
@@ -104,10 +131,17 @@ def evaluate_exact_match(
                 finish_reason=sample.finish_reason,
             )
         )
-    correct = sum(response.correct for response in responses)
-    low, high = wilson_interval(correct, len(responses))
+    verdicts = [response.correct for response in responses]
+    correct, total = verdicts.count(True), len(verdicts)
+    low, high = wilson_interval(correct, total)
     return EvaluationResult(
-        correct / len(responses), correct, len(responses), low, high, tuple(responses)
+        accuracy=correct / total,
+        correct=correct,
+        unjudged=verdicts.count(None),
+        total=total,
+        ci_low=low,
+        ci_high=high,
+        responses=tuple(responses),
     )
 
 
@@ -124,7 +158,8 @@ def reference_answer(problem: Prompt) -> str:
         InputError: there is none.
     """
     answer = problem.fields.get("answer")
-    if isinstance(answer, bool) or not isinstance(answer, str | int | float):
+    good = isinstance(answer, str | int | float) and not isinstance(answer, bool)
+    if not good or not str(answer).strip():
         raise InputError(
             f'Problem {problem.index} (line {problem.line}) needs an "answer", a string or a '
             f"number, found {answer!r}."

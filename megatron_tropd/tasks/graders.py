@@ -1,69 +1,195 @@
 r"""Graders: is the answer in a response right?
 
 A grader finds the answer in a text; :func:`grade` compares it with the reference. Numbers are
-compared by value (``1,234.50`` equals ``1234.5``), anything else letter by letter without case
-and spaces.
+compared by value (``1,234.50`` equals ``1234.5``, ``\frac{3}{2}`` equals ``1.5``), lists item by
+item, and anything else as text without case, spaces and LaTeX's layout. If none of this tells
+whether two answers are the same (``x(x+1)`` and ``x^2+x``), the verdict is None: it cannot be
+judged, and is counted by itself.
 """
 
 import re
 from collections.abc import Callable
-from decimal import Decimal
+from dataclasses import dataclass
 
 from megatron_tropd.errors import ConfigError
-
-Grader = Callable[[str], str | None]
-"""Text -> the answer in it, or None where there is none."""
-
-_NUMBER = re.compile(r"[-+]?(?:\d[\d,]*)?\.?\d+")
-_MARKER = re.compile(r"\\boxed\s*\{|####|\banswer\b(?:\s+is\b)?\s*[:=]?", re.IGNORECASE)
+from megatron_tropd.tasks.answers import LITERAL, compare, read_answer, same_text
 
 
-def last_number(text: str) -> str | None:
+@dataclass(frozen=True)
+class Mark:
+    """What a response gives as its answer."""
+
+    text: str
+    """Without what explains it."""
+    whole: tuple[str, ...] = ()
+    """The same with it: the line, and everything to the end. Only compared as text."""
+
+
+Grader = Callable[[str], Mark | None]
+"""Text -> the answer in it, or None if there is none."""
+
+_LAST_NUMBER = re.compile(
+    r"(?:(?<![\w.)\]}])[-+\u2212]\s?)?"
+    rf"(?:\\[dt]?frac\s*\{{\s*\d+\s*\}}\s*\{{\s*\d+\s*\}}|(?<![\w.^\\/])(?<!\^\{{){LITERAL}"
+    r"(?:\s?/\s?\d+(?![\d.]))?(?:\s?\\?%|[^\W\d_]+)?)(?!\w|\^)"
+)
+_BOX = re.compile(r"\\[{}]|\\(?:boxed|fbox)\s*\{|[{}]")
+_BARE_BOX = re.compile(r"\\(?:boxed|fbox)\s+([^\s{$]+)")
+_TAGS = re.compile(r"<answer>([^<]*(?:<(?!/?answer>)[^<]*)*)</answer>")
+_BETWEEN_BOXES = re.compile(r"[\s$\\()\[\]]*(?:,|;|and|or)[\s$\\()\[\]]*")
+_MARK = re.compile(
+    r"####|<answer>"
+    r"|\banswers?\b[*_]{0,3}(?:\s+(?:to|for|of|in)\b[^.\n:=]{0,80}?)?(?:\s*\([^()\n]{0,40}\))?"
+    r"[*_]{0,3}(?:\s+(?:is|are|was|equals)\b|\s*[:=]|\s+[-\u2013\u2014]+(?=\s))[*_]{0,3}(?:\s*[:=])?"
+    r"|\banswers?\s+(?=[-+$]?\.?\d)"
+    r"|(?P<vague>\banswer\b)"
+    r"|(?:答案|答え)(?:应该|應該)?(?:是|为|為|は)?\s*[:=\uff1a]?",
+    re.IGNORECASE,
+)
+_NEXT_QUESTION = re.compile(
+    r"\n[ \t]*(?:#+ *)?[*_]*(?:question|problem|exercise|q|user|human|instruction)[*_]*"
+    r" *\d* *[:.]"
+    r"|<\|(?:im_start|start_header_id|user)",
+    re.IGNORECASE,
+)
+_NO_CONTENT = re.compile(r"[\s.,;:!?*_)\]'\"$`>]*|\s*(?:\\[\[(]|```\w*|--+)\s*")
+_EXPLANATION = re.compile(
+    r"(?:,?\s+(?:because|since|which|so that|given that|due to|according to)\b"
+    r"|,\s+(?:so|and so|where|as|hence|thus|therefore)\b"
+    r"|(?<=[^\s,;])\s+\((?=[^()]*[^\W\d_]{2})[^()]*\)[.*_$]*\s*$"
+    r"|[.!?]['\"*_)$]*\s+(?=[A-Z\\\"'(*])"
+    r"|。).*",
+    re.DOTALL,
+)
+_LONGEST_WHOLE = 2000
+
+
+def last_number(text: str) -> Mark | None:
     """The last number anywhere in the text.
 
     Args:
         text: a response.
 
     Returns:
-        The number as written, or None.
+        The number as written, a fraction or a percentage as a whole, or None.
     """
-    numbers = _NUMBER.findall(text)
-    return numbers[-1] if numbers else None
+    found = [match[0] for match in _LAST_NUMBER.finditer(text)]
+    return Mark(found[-1]) if found else None
 
 
-def marked_answer(text: str) -> str | None:
-    r"""The answer after the last marker: ``answer``, ``####`` or ``\boxed{``.
+def marked_answer(text: str) -> Mark | None:
+    r"""The answer after the last marker: ``answer is``, ``####`` or ``\boxed{``.
+
+    A marker within a box is part of the answer, and one after which nothing stands is none. What
+    follows the beginning of a next question does not count: models that were shown examples go on
+    with questions of their own. The bare word "answer" marks only if there is no clearer marker.
 
     Args:
         text: a response.
 
     Returns:
-        The last number between the marker and the end of its line (of its braces for
-        ``\boxed``), or what stands there where it holds no number; None without a marker.
+        The content of the braces for ``\boxed``, else the first line after the marker without what
+        explains it; None without a marker.
     """
-    markers = list(_MARKER.finditer(text))
-    if not markers:
+    places = _places(text)
+    first = next((place.start for place in places if place.clear), len(text))
+    following = _NEXT_QUESTION.search(text, first)
+    end = following.start() if following else len(text)
+    places = [place for place in places if place.start < end]
+    for clear in (True, False):
+        for place in reversed(places):
+            if place.clear is clear and (mark := place.read(text[:end])) is not None:
+                return mark
+    return None
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A marker in a text."""
+
+    start: int
+    after: int
+    """Where its answer begins."""
+    spans: tuple[tuple[int, int], ...] = ()
+    """Beginnings and ends of the contents of boxes; none: the answer is a line."""
+    clear: bool = True
+
+    @property
+    def end(self) -> int:
+        """Up to where other markers are part of the answer."""
+        return self.spans[-1][1] if self.spans else self.after
+
+    def read(self, text: str) -> Mark | None:
+        """What stands there; None if nothing does."""
+        if self.spans:
+            content = ", ".join(text[start:end].strip() for start, end in self.spans)
+            return Mark(content) if content.strip(", ") else None
+        rest = text[self.after :]
+        for line in rest.lstrip().split("\n")[:4]:
+            if not _NO_CONTENT.fullmatch(line):
+                line = line.lstrip(" \t:=*_>").rstrip()
+                if len(line) > _LONGEST_WHOLE:
+                    return Mark(line)
+                whole = (line, rest) if len(rest) <= _LONGEST_WHOLE else (line,)
+                short = _EXPLANATION.sub("", " ".join(line.split()))
+                return Mark(short.strip().rstrip("!") or line, whole)
         return None
-    marker = markers[-1]
-    rest = text[marker.end() :]
-    marked = _braced(rest) if marker.group().startswith("\\") else rest.strip().split("\n")[0]
-    return last_number(marked) or marked.strip() or None
 
 
-def _braced(text: str) -> str:
-    depth = 1
-    for position, letter in enumerate(text):
-        depth += (letter == "{") - (letter == "}")
+def _places(text: str) -> list[_Place]:
+    """Every marker outside boxes, and every box, in order."""
+    boxes = _joined(_boxes(text), text)
+    places, number = list(boxes), 0
+    for found in _MARK.finditer(text):
+        while number < len(boxes) and boxes[number].end <= found.start():
+            number += 1
+        if number == len(boxes) or found.start() < boxes[number].start:
+            clear = found["vague"] is None
+            places.append(_Place(found.start(), found.end(), clear=clear))
+    return sorted(places, key=lambda place: place.start)
+
+
+def _boxes(text: str) -> list[_Place]:
+    r"""The outermost ``\boxed{}`` and ``\fbox{}`` (one that is cut off ends with its line), and
+    ``<answer></answer>``."""
+    found_alike = (*_BARE_BOX.finditer(text), *_TAGS.finditer(text))
+    boxes = [_Place(found.start(), found.start(1), (found.span(1),)) for found in found_alike]
+    depth, opened = 0, None
+    for found in _BOX.finditer(text):
+        brace = found[0]
+        if brace.startswith("\\") and len(brace) == 2:
+            continue
+        if brace.startswith("\\") and opened is None:
+            opened, depth = (found.start(), found.end()), 0
+        if opened is None:
+            continue
+        depth += 1 if brace.endswith("{") else -1
         if depth == 0:
-            return text[:position]
-    return text
+            boxes.append(_Place(*opened, ((opened[1], found.start()),)))
+            opened = None
+    if opened is not None:
+        line = text.find("\n", opened[1])
+        boxes.append(_Place(*opened, ((opened[1], len(text) if line < 0 else line),)))
+    return sorted(boxes, key=lambda box: box.start)
+
+
+def _joined(boxes: list[_Place], text: str) -> list[_Place]:
+    r"""``\boxed{5} and \boxed{7}`` as one answer of two."""
+    joined: list[_Place] = []
+    for box in boxes:
+        before = joined[-1] if joined else None
+        if before and _BETWEEN_BOXES.fullmatch(text, before.end + 1, box.start):
+            joined[-1] = _Place(before.start, before.after, before.spans + box.spans)
+        else:
+            joined.append(box)
+    return joined
 
 
 GRADERS: dict[str, Grader] = {"marked": marked_answer, "last_number": last_number}
 """By the name used in settings. ``marked`` is the default: an answer nobody announced is wrong."""
 
 
-def grade(response: str, answer: str, *, grader: str = "marked") -> bool:
+def grade(response: str, answer: str, *, grader: str = "marked") -> bool | None:
     r"""Whether a response gives the reference answer.
 
     Args:
@@ -73,7 +199,8 @@ def grade(response: str, answer: str, *, grader: str = "marked") -> bool:
         grader: a key of :data:`GRADERS`, applied to the response.
 
     Returns:
-        True where both are the same number, or the same text.
+        True if both are the same number, list or text; False if not, or if there is no answer;
+        None if this cannot be judged.
 
     Raises:
         ConfigError: no grader of that name.
@@ -81,10 +208,11 @@ def grade(response: str, answer: str, *, grader: str = "marked") -> bool:
     if grader not in GRADERS:
         raise ConfigError(f"Unknown grader {grader!r}. Known: {', '.join(GRADERS)}.")
     found = GRADERS[grader](response)
-    return found is not None and _canonical(found) == _canonical(marked_answer(answer) or answer)
-
-
-def _canonical(text: str) -> Decimal | str:
-    compact = "".join(text.split()).casefold().strip("$.")
-    number = compact.removesuffix("%").replace(",", "")
-    return Decimal(number) if _NUMBER.fullmatch(number) else compact
+    if found is None:
+        return False
+    solution = marked_answer(answer)
+    reference = answer if solution is None else solution.text
+    texts = (found.text, *found.whole)
+    if any(same_text(text, wanted) for text in texts for wanted in {reference, answer}):
+        return True
+    return compare(read_answer(found.text), read_answer(reference))

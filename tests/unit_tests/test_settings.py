@@ -48,7 +48,7 @@ def _classes() -> dict[str, bool]:
             chosen = any("Literal[" in ast.unparse(part.annotation) for part in fields)
             named = node.name.endswith(("Config", "Settings"))
             bases = [ast.unparse(base) for base in node.bases]
-            if "Settings" in bases:
+            if "Settings" in bases or any(f"{module}.{base}" in found for base in bases):
                 found[f"{module}.{node.name}"] = True
             elif "frozen=True" in decorators and ("kw_only" in decorators or chosen or named):
                 found[f"{module}.{node.name}"] = False
@@ -78,7 +78,7 @@ def _parts(hint: Any) -> list[Any]:
     """An annotation taken apart: the types that its values are made of, ranges left on."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (UnionType, typing.Union, tuple, dict):
-        return [p for a in args if a not in (type(None), Ellipsis) for p in _parts(a)]
+        return [p for a in args if a not in (type(None), Ellipsis, Any) for p in _parts(a)]
     return [hint]
 
 

@@ -1,6 +1,8 @@
 """Metrics of a step: sums that do not depend on the split, and the right denominators."""
 
 import math
+import random
+import time
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from megatron_tropd.config import LossConfig
 from megatron_tropd.data.packing import LossCounts, pack
 from megatron_tropd.data.types import MicroBatch, Segment, Trajectory
 from megatron_tropd.losses.trouble import words
-from megatron_tropd.objective import example_rows, segment_weights
+from megatron_tropd.objective import example_rows, gather_examples, segment_weights
 from megatron_tropd.step_metrics import (
     POSITION_BUCKETS,
     STUDENT_MEANS,
@@ -231,6 +233,39 @@ def test_what_the_token_ids_alone_tell():
     assert metrics["staleness"] == 0.5
 
 
+def counted_repetition(ids: list[int], n: int) -> float:
+    grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 7, 40])
+def test_repetition_is_what_counting_says(n):
+    draw = random.Random(n)
+    for size, largest in (
+        (0, 1),
+        (3, 5),
+        (50, 1),
+        (300, 2),
+        (400, 9),
+        (2000, 151_935),
+        (90, 2**40),
+    ):
+        ids = [draw.randint(0, largest) for _ in range(size)] + [0, largest] * (size // 10)
+        assert repetition(ids, n) == counted_repetition(ids, n)
+
+
+def test_repetition_is_not_counted_in_python():
+    """Counting tuples took 6 s a step of 512 x 8,096 tokens."""
+    draw = random.Random(0)
+    ids = [draw.randrange(151_936) for _ in range(8096)]
+    seconds = {}
+    for count in (repetition, counted_repetition) * 3:
+        began = time.process_time()
+        count(ids, 4)
+        seconds[count] = min(time.process_time() - began, seconds.get(count, math.inf))
+    assert seconds[repetition] < seconds[counted_repetition] / 2
+
+
 @pytest.mark.parametrize(
     ("ids", "share"),
     [([1, 2, 3], 0.0), ([1, 2, 3, 4, 5], 0.0), ([1] * 8, 0.8), ([1, 2, 3, 4] * 2, 0.2)],
@@ -259,6 +294,13 @@ def test_a_selection_is_divided_by_the_tokens_it_keeps():
     separate = LossConfig(denominator="separate", **settings)
     assert segment_weights(separate, counts) == (12 / 2, 12 / 3)
     assert segment_weights(LossConfig(**settings), LossCounts(0, 0, 7)) == (1.0, 1.0)
+
+
+def test_examples_are_gathered_by_row():
+    assert gather_examples({5: {"tv": [0.5]}, 0: {"tv": [None]}}) == {
+        0: {"tv": [None]},
+        5: {"tv": [0.5]},
+    }
 
 
 def test_examples_are_spread_over_prompts_and_samples():

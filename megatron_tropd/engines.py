@@ -1,0 +1,42 @@
+"""The engine that a run's settings ask for: trainer, server and evaluation make it here."""
+
+from pathlib import Path
+
+import torch
+
+from megatron_tropd.config import Config
+from megatron_tropd.inputs import Inputs
+from megatron_tropd.rollout.engine import RolloutEngine
+
+
+def make_engine(
+    config: Config, inputs: Inputs, folder: Path, *, log_file: Path, threads: int | None = None
+) -> RolloutEngine:
+    """Start an engine that samples as the settings say; returns while it is still starting.
+
+    Args:
+        config: of the run.
+        inputs: what ``config`` names.
+        folder: HF folder of the first weights.
+        log_file: what the engine prints is appended here.
+        threads: CPU threads of the engine; None: as many as this process may use.
+
+    Returns:
+        The engine.
+    """
+    return RolloutEngine(
+        folder,
+        dtype=engine_dtype(config.model.dtype),
+        max_model_len=inputs.max_model_len,
+        vocab_size=inputs.vocab_size,
+        memory=config.rollout.engine_memory,
+        tensor_parallel=config.rollout.engine_tensor_parallel,
+        threads=threads,
+        log_file=log_file,
+    )
+
+
+def engine_dtype(name: str) -> str:
+    """The compute type that ``model.dtype`` stands for on this machine."""
+    automatic = "bfloat16" if torch.cuda.is_available() else "float32"
+    return automatic if name == "auto" else name

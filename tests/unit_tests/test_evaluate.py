@@ -1,0 +1,224 @@
+"""``tropd evaluate`` measures a run as the run measures itself, and says with which settings."""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from megatron_tropd import evaluate as command
+from megatron_tropd.cli import main
+from megatron_tropd.config import Config, config_from_dict, config_to_dict
+from megatron_tropd.errors import ConfigError, InputError
+from megatron_tropd.evaluate import Overrides, evaluate
+from megatron_tropd.evaluation import Evaluator
+from megatron_tropd.inputs import load_inputs
+from megatron_tropd.rollout.types import Sample, SampleRequest, Sampling
+
+TEMPLATE = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}ok "
+
+
+class Engine:
+    """Answers "answer 4" to everything; remembers what it was asked and made with."""
+
+    def __init__(self, config: Config, inputs: Any, folder: Path, **_: Any) -> None:
+        self.made = (config.model.dtype, inputs.max_model_len, inputs.vocab_size, folder)
+        self.text = inputs.tokenizer.encode("answer 4", add_special_tokens=False)
+        self.asked: list[tuple[list[SampleRequest], Sampling]] = []
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def generate(self, requests: Sequence[SampleRequest], sampling: Sampling) -> list[Sample]:
+        """The same to every request."""
+        self.asked.append((list(requests), sampling))
+        ids = tuple(self.text)
+        return [Sample(ids, (0.0,) * len(ids), "stop")] * len(requests)
+
+
+@pytest.fixture
+def engines(monkeypatch: pytest.MonkeyPatch) -> list[Engine]:
+    """Those that the command makes."""
+    made: list[Engine] = []
+
+    def make(*arguments: Any, **settings: Any) -> Engine:
+        made.append(Engine(*arguments, **settings))
+        return made[-1]
+
+    monkeypatch.setattr(command, "make_engine", make)
+    return made
+
+
+@pytest.fixture
+def problems(tmp_path: Path) -> Path:
+    """Six problems, of which "4" solves two; one cannot be judged."""
+    answers = ["4", "4", "5", "6", "four", "8"]
+    lines = [json.dumps({"prompt": f"{i}+1=", "answer": a}) for i, a in enumerate(answers)]
+    path = tmp_path / "heldout.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture
+def make_run(tiny_llama: Path, tiny_qwen3: Path, tmp_path: Path, problems: Path):
+    """``make_run(**sections)``: a finished run with settings that all differ from the defaults."""
+
+    def make(**sections: dict[str, Any]) -> tuple[Path, Config]:
+        root = tmp_path / "run"
+        student, teacher = root / "student_hf", tmp_path / "teacher"
+        for source, copy in ((tiny_llama, student), (tiny_qwen3, teacher)):
+            shutil.copytree(source, copy)
+            (copy / "chat_template.jinja").write_text(TEMPLATE)
+        config = config_from_dict(
+            {
+                "model": {"student": str(student), "teacher": str(teacher)},
+                "rollout": {
+                    **{"prompts": str(problems), "max_new_tokens": 9, "prompts_per_step": 2},
+                    **{"apply_chat_template": True, "stop_token_ids": [11, 7]},
+                },
+                "train": {"steps": 1, "seed": 77},
+                "run": {"dir": str(root)},
+                "evaluation": {"problems": str(problems), "num_problems": 5, "max_new_tokens": 6},
+            }
+            | sections
+        )
+        (root / "config.json").write_text(json.dumps(config_to_dict(config)))
+        (root / "summary.json").write_text('{"dtype": "bfloat16"}')
+        return root, config
+
+    return make
+
+
+def own_evaluation(config: Config) -> tuple[Engine, list[dict[str, Any]]]:
+    """The engine of the run's own evaluation, and what it wrote down."""
+    inputs = load_inputs(config)
+    engine = Engine(config, inputs, Path(config.model.student))
+    written: list[dict[str, Any]] = []
+    job = SimpleNamespace(
+        config=config,
+        inputs=inputs,
+        engines=engine,
+        step=1,
+        is_main=True,
+        log_file=SimpleNamespace(write_evaluation=written.append),
+    )
+    Evaluator(job).run()
+    return engine, written
+
+
+@pytest.mark.parametrize("given", ["run", "export", "other problems"])
+def test_a_run_is_asked_what_it_asks_itself(
+    make_run: Callable, engines: list[Engine], problems: Path, given: str
+) -> None:
+    run, config = make_run()
+    if given == "export":
+        result = evaluate(run / "student_hf", problems)
+    else:
+        result = evaluate(run, problems if given == "other problems" else None)
+    own, (record,) = own_evaluation(config)
+    assert engines[0].asked == own.asked
+    requests, sampling = own.asked[0]
+    assert len(requests) == 5 and {r.max_new_tokens for r in requests} == {6}
+    assert {7, 11} < set(sampling.stop_token_ids)
+    for name in ("accuracy", "correct", "unjudged", "total", "ci_low"):
+        assert result[name] == record[name], name
+    assert (result["correct"], result["unjudged"], result["total"]) == (2, 1, 5)
+    # The type that "auto" was on the machine of the run.
+    assert result["settings"] == record["settings"] | {"dtype": "bfloat16"}
+    assert result["settings"]["apply_chat_template"] is True
+    assert result["settings_from"] == str(run / "config.json") and result["overridden"] == []
+    assert engines[0].made[2:] == (own.made[2], run / "student_hf")
+
+
+def test_only_what_the_command_asks_for_is_another(
+    make_run: Callable, engines: list[Engine]
+) -> None:
+    run, _ = make_run()
+    overrides = Overrides(max_new_tokens=3, num_problems=2, apply_chat_template=False)
+    result = evaluate(run, overrides=replace(overrides, dtype="float32"))
+    requests, sampling = engines[0].asked[0]
+    assert [r.max_new_tokens for r in requests] == [3, 3]
+    assert {7, 11} < set(sampling.stop_token_ids)
+    assert result["settings"]["apply_chat_template"] is False
+    assert engines[0].made[0] == result["settings"]["dtype"] == "float32"
+    assert result["overridden"] == list(vars(overrides))
+
+
+def test_a_run_that_measures_its_divergence_is_measured_so(
+    make_run: Callable, engines: list[Engine], problems: Path, tmp_path: Path
+) -> None:
+    evaluation = {"problems": str(problems), "num_problems": 3, "task": "reverse_kl"}
+    run, _ = make_run(evaluation=evaluation)
+    result = evaluate(run)
+    assert result["reverse_kl"] > 0 and result["sequences"] == 3 and "accuracy" not in result
+    requests, sampling = engines[0].asked[0]
+    assert sampling.temperature == 1 and len({r.seed for r in requests}) == 3
+    assert result["settings"]["seed"] == 77 and {r.max_new_tokens for r in requests} == {9}
+    shutil.rmtree(tmp_path / "teacher")
+    with pytest.raises(InputError, match=r"teacher .* is gone"):
+        evaluate(run)
+
+
+def test_a_folder_of_no_run_says_what_is_assumed(
+    tiny_llama: Path, make_run: Callable, engines: list[Engine], problems: Path, tmp_path: Path
+) -> None:
+    run, _ = make_run()
+    folder = shutil.copytree(run / "student_hf", tmp_path / "elsewhere")
+    result = evaluate(folder, problems)
+    assert result["settings_from"].startswith("defaults")
+    assert result["settings"]["problems"] == 6
+    assert result["settings"]["apply_chat_template"] is False
+    assert "--chat-template" in result["notes"][0]
+    longest = max(len(r.token_ids) for r in engines[0].asked[0][0])
+    assert result["settings"]["max_new_tokens"] == 256 - longest
+    alike = evaluate(folder, problems, like=run)
+    assert alike["settings"] == evaluate(run)["settings"]
+    assert engines[-1].asked == engines[-2].asked
+    assert alike["notes"] == [] and evaluate(tiny_llama, problems)["notes"] == []
+
+
+def test_a_run_without_its_teacher_can_be_measured(
+    make_run: Callable, engines: list[Engine], tmp_path: Path
+) -> None:
+    run, _ = make_run()
+    shutil.rmtree(tmp_path / "teacher")
+    result = evaluate(run)
+    assert result["correct"] == 2 and "is gone" in result["notes"][0]
+
+
+def test_what_cannot_be_measured_is_named(
+    make_run: Callable, tiny_llama: Path, problems: Path, tmp_path: Path
+) -> None:
+    run, _ = make_run(evaluation={})
+    with pytest.raises(ConfigError, match=r"no held-out problems .* give a file"):
+        evaluate(run)
+    with pytest.raises(InputError, match="is no run folder"):
+        evaluate(tiny_llama, problems, like=tmp_path)
+    with pytest.raises(ConfigError, match="is no run folder, so it has no problems"):
+        evaluate(tiny_llama)
+    shutil.rmtree(run / "student_hf")
+    with pytest.raises(InputError, match="no trained student yet"):
+        evaluate(run, problems)
+    problems.write_text('{"prompt": "1", "answer": null}\n')
+    with pytest.raises(InputError, match='needs an "answer"'):
+        evaluate(tiny_llama, problems)
+
+
+def test_the_command_says_settings_and_their_source(
+    make_run: Callable, engines: list[Engine], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, _ = make_run()
+    assert main(["evaluate", str(run), "--max-new-tokens", "4"]) == 0
+    shown = capsys.readouterr().out
+    assert "accuracy 40.0 %" in shown and "2 of 5; 1 cannot be judged" in shown
+    assert "max_new_tokens 4" in shown and "apply_chat_template True" in shown
+    assert f"from {run / 'config.json'}; of this command: max_new_tokens" in shown
+    assert main(["evaluate", str(run), "--no-chat-template", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["settings"]["apply_chat_template"] is False
