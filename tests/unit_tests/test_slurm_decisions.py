@@ -8,8 +8,9 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -67,7 +68,8 @@ class Job:
         loaded = load_config(config, overrides)
         layout = make_layout(loaded, SITE)
         self.file = folder / "job.sbatch"
-        self.file.write_text(render_job(loaded, SITE, layout, path=config))
+        text = render_job(loaded, SITE, layout, path=config)
+        self.file.write_text(text.replace("look_seconds=1", "look_seconds=0.05"))
         for name, text in {"scontrol": SCONTROL, "srun": SRUN, "squeue": SQUEUE}.items():
             (self.fake / name).write_text(text)
             (self.fake / name).chmod(0o755)
@@ -313,14 +315,57 @@ def test_after_the_warning_the_end_of_the_time_requeues_and_scancel_does_not(job
 
 
 def _terminate_srun(job: Job) -> None:
+    for pid in _srun(job):
+        os.kill(pid, signal.SIGTERM)
+
+
+def _srun(job: Job) -> list[int]:
+    """Processes of the played srun: it and, for a moment, what it is about to start."""
+    found = []
     for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                command = (entry / "cmdline").read_bytes().decode().split("\0")
-            except OSError:
-                continue
+        with contextlib.suppress(OSError, ValueError):
+            pid, command = int(entry.name), (entry / "cmdline").read_bytes().decode().split("\0")
             if str(job.fake / "srun") in command[:3]:
-                os.kill(int(entry.name), signal.SIGTERM)
+                found.append(pid)
+    return found
+
+
+@pytest.fixture
+def busy_core() -> Iterator[int]:
+    """A core that two other processes keep busy."""
+    core = min(os.sched_getaffinity(0))
+    spin = f"import os\nos.sched_setaffinity(0, {{{core}}})\nwhile True: pass"
+    others = [subprocess.Popen([sys.executable, "-c", spin]) for _ in range(2)]
+    yield core
+    for other in others:
+        other.kill()
+        other.wait()
+
+
+def test_a_signal_in_the_moment_the_training_ends_leaves_its_code(job, busy_core):
+    """Slurm signals a job and its steps at once; on a busy node the script comes too late."""
+    for _ in range(3):
+        process = job.start("echo $$ >$FAKE/pid; mv $FAKE/pid $FAKE/up; sleep 20")
+        _when((job.fake / "up").exists)
+        training = int((job.fake / "up").read_text())
+        (job.fake / "up").unlink()
+        time.sleep(0.2)  # the script waits
+        # So far behind the others that it sees both events at once.
+        os.sched_setaffinity(process.pid, {busy_core})
+        os.sched_setscheduler(process.pid, os.SCHED_IDLE, os.sched_param(0))
+        os.kill(training, signal.SIGKILL)
+        while _state_of(training) not in "ZX":
+            pass
+        process.send_signal(signal.SIGTERM)
+        assert job.outcome()[0] == 137
+
+
+def _state_of(pid: int) -> str:
+    """``Z`` once it has ended, and still so when it is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0]
+    except OSError:
+        return "Z"
 
 
 def test_servers_have_nodes_of_their_own(tmp_path):
