@@ -270,6 +270,44 @@ def test_the_warning_reaches_the_training_and_requeues(job, end):
     assert "the time is nearly up" in said and "requeued at step 0" in said
 
 
+def test_a_warning_before_the_training_begins_is_kept(job):
+    """Here it comes while the script waits for an earlier job of the run to save."""
+    for name, state in {"other": "COMPLETING", "next": ""}.items():
+        (job.fake / name).write_text(state)
+    (job.run / "job_id").write_text("6\n")
+    process = job.start(WAIT)
+    _when((job.run / "job_id").exists)
+    _when(lambda: not (job.fake / "next").exists())  # it has looked once
+    process.send_signal(signal.SIGUSR1)
+    code, said = job.outcome()
+    assert (code, job.requeues) == (138, 1) and "the time is nearly up" in said
+    assert not job.calls("train")
+
+
+def test_a_warning_while_the_training_begins_reaches_it(job):
+    """The step is there before the script knows its number."""
+    text = job.file.read_text()
+    begun = '"${tropd[@]}" distill "${config[@]}" &\n'
+    assert begun in text
+    job.file.write_text(text.replace(begun, begun + "    kill -USR1 $$; sleep 0.5\n"))
+    code, said = job.finish(WAIT)
+    assert (code, job.requeues) == (138, 1) and "the time is nearly up" in said
+
+
+@pytest.mark.parametrize("value", [None, ""])
+@pytest.mark.parametrize("name", ["SLURM_JOB_ID", "SLURM_JOB_NODELIST"])
+def test_without_slurm_the_file_says_what_it_is_for(job, name, value):
+    variables = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-5]", name: value}
+    done = subprocess.run(
+        ["bash", str(job.file)],
+        env={k: v for k, v in (os.environ | variables).items() if v is not None},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and f"sbatch {job.file}" in done.stderr
+    assert not (job.run / "job_id").exists()
+
+
 def test_scancel_ends_the_job(job):
     """Slurm tells the steps by itself, and srun, which belongs to the script's group."""
     process = job.start(WAIT)
