@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from megatron_tropd import exits
+from megatron_tropd import environment, exits
 from megatron_tropd.config import Config
 from megatron_tropd.convert.megatron_folder import MegatronFolder
 from megatron_tropd.errors import ConfigError
@@ -114,6 +114,6 @@ def _engine(
         max_model_len=inputs.max_model_len,
         memory=config.rollout.engine_memory,
         tensor_parallel=config.rollout.engine_tensor_parallel,
-        threads=int(os.environ.get("OMP_NUM_THREADS", "0")) or None,
+        threads=environment.number("OMP_NUM_THREADS", 0) or None,
         log_file=folder.logs / f"server_{number:03d}_{model}.log",
     )

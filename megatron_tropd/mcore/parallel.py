@@ -1,6 +1,5 @@
 """The ranks of a run and the groups they form: Megatron's parallel state, read once."""
 
-import os
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -8,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_tropd.config import ParallelConfig
+from megatron_tropd.environment import number, variable
 from megatron_tropd.errors import ConfigError
 from megatron_tropd.mcore import platform
 
@@ -159,7 +159,7 @@ def shutdown() -> None:
 
 
 def _join(parallel: ParallelConfig, timeout: timedelta) -> None:
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = number("WORLD_SIZE", 1)
     if dist.is_initialized():
         world_size = dist.get_world_size()
     if world_size != parallel.world_size:
@@ -169,10 +169,10 @@ def _join(parallel: ParallelConfig, timeout: timedelta) -> None:
             "Change parallel.* or the number of processes started."
         )
     if platform.has_cuda():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(number("LOCAL_RANK", 0))
     if dist.is_initialized():
         return
-    if "RANK" in os.environ:
+    if variable("RANK"):
         dist.init_process_group(platform.distributed_backend(), timeout=timeout)
     else:
         dist.init_process_group(

@@ -22,26 +22,27 @@ ARROWS: dict[str, set[str]] = {
     "failures": {"exits"},
     "files": set(),
     "watchdog": {"exits", "failures"},
-    "nodes": set(),
+    "environment": set(),
+    "nodes": {"environment"},
     "loss_config": set(),
     "config": {"loss_config"},
     "losses": {"loss_config"},
     "data": {"config", "losses", "rollout.types"},
     "convert": {"config"},
-    "mcore": {"config", "convert", "data.types", "files", "losses"},
+    "mcore": {"config", "convert", "data.types", "environment", "files", "losses"},
     "rollout": {"config", "data.types", "exits", "failures", "files"},
     "tasks": {"config", "data", "losses", "rollout.types"},
     "report": {"config", "data.types", "files"},
     "planning": {"config", "convert"},
     "cluster": {"config"},
     "integrations": {
-        *("config", "convert", "data", "loss_config", "losses", "mcore", "rollout"),
+        *("config", "convert", "data", "environment", "loss_config", "losses", "mcore", "rollout"),
     },
 }
 OUTSIDE = {"megatron": {"mcore", "integrations", "doctor"}, "vllm": {"rollout", "doctor"}}
 KERNELS = PACKAGE / "losses" / "dense_triton.py"  # the one file that may import triton
 LIGHT = {
-    *("errors", "exits", "failures", "files", "watchdog", "nodes"),
+    *("errors", "exits", "environment", "failures", "files", "watchdog", "nodes"),
     *("loss_config", "config", "cluster"),
 }
 """Rooms that need the standard library alone."""
