@@ -110,12 +110,12 @@ class Run:
 
     def finish(self) -> tuple[int, str]:
         """(exit code, everything printed)."""
-        out, err = self.process.communicate(timeout=240)
+        out, err = self.process.communicate(timeout=500)
         return self.process.returncode, out + err
 
     def wait_for(self, condition: Callable[[], Any], what: str) -> Any:
         """Poll often: a save lasts a tenth of a second."""
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 500
         while not (found := condition()):
             assert self.process.poll() is None, f"ended before {what}: {self.finish()}"
             assert time.monotonic() < deadline, f"no {what} in time"
@@ -181,7 +181,7 @@ def start(config, tmp_path, monkeypatch) -> Callable[..., Run]:
     for run in started:
         if run.process.poll() is None:
             run.process.kill()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while any(run.processes() for run in started) and time.monotonic() < deadline:
         time.sleep(0.1)
     left = [pid for run in started for pid in run.processes()]

@@ -126,7 +126,7 @@ class Server:
     def end(self) -> int:
         """Ask it to leave; its exit code."""
         self.process.terminate()
-        return self.process.wait(20)
+        return self.process.wait(SECONDS)
 
 
 def largest_gap(folder: Path, requests: list[SampleRequest], samples: list[Sample]) -> float:
@@ -149,7 +149,7 @@ def _alive(pid: int) -> bool:
 
 
 def _wait_gone(pids: list[int]) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while any(map(_alive, pids)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not [pid for pid in pids if _alive(pid)], "processes were left behind"
@@ -447,7 +447,7 @@ def two_servers(toml: Path, run: Path, *overrides: str) -> Iterator[None]:
     both = [Server(toml, run, number, *overrides) for number in range(2)]
     try:
         yield
-        assert [server.process.wait(20) for server in both] == [0, 0]
+        assert [server.process.wait(SECONDS) for server in both] == [0, 0]
     finally:
         for server in both:
             server.process.kill()

@@ -82,7 +82,7 @@ def meet(port, monkeypatch):
 
     def make(count: int) -> list[Peers]:
         made.extend(Peers(Nodes(rank, count, "127.0.0.1", port)) for rank in range(count))
-        made[0].gather(10)
+        made[0].gather(60)
         return made
 
     yield make
@@ -91,7 +91,7 @@ def meet(port, monkeypatch):
 
 
 def _next(peers: Peers) -> tuple[int, nodes.Message | None]:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not (found := peers.messages()):
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -125,7 +125,7 @@ def test_the_others_stay_until_node_0_hangs_up(meet):
     assert waiting.is_alive()
     first.let_node_0_end()  # waits for nobody
     first.close()
-    waiting.join(10)
+    waiting.join(60)
     assert not waiting.is_alive()
 
 

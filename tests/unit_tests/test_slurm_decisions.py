@@ -112,7 +112,7 @@ class Job:
 
     def outcome(self) -> tuple[int, str]:
         """(exit code, what was said), once the script has ended."""
-        code = self.process.wait(timeout=20)
+        code = self.process.wait(timeout=60)
         self.end()
         return code, (self.fake / "said").read_text()
 
@@ -245,7 +245,7 @@ def test_submitting_again_forgets_the_count(job):
 
 
 def _when(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -406,10 +406,16 @@ def _state_of(pid: int) -> str:
         return "Z"
 
 
+def _calls(number: int) -> str:
+    """Shell that waits for so many starts of servers."""
+    starts = "$(cat $FAKE/serve.calls 2>/dev/null | wc -l)"
+    return f"until (({starts} >= {number})); do sleep 0.05; done"
+
+
 def test_servers_have_nodes_of_their_own(tmp_path):
     servers = ("rollout.placement=separate", "rollout.num_engines=5")
     job = Job(tmp_path, *servers, "rollout.engine_tensor_parallel=2")
-    job.finish("sleep 0.5; touch $RUN/summary.json")
+    job.finish(f"{_calls(5)}; touch $RUN/summary.json")
     calls = sorted(job.calls("serve"), key=lambda call: call.split("--number ")[1])
     for number, (call, node) in enumerate(zip(calls, (3, 3, 4, 4, 5), strict=True)):
         assert "--export=ALL" in call
@@ -446,7 +452,7 @@ def test_a_server_listens_on_the_address_that_the_trainer_knows(tmp_path, known,
     getent.chmod(0o755)
     scontrol = job.fake / "scontrol"
     scontrol.write_text(scontrol.read_text().replace("10.0.0.$", "node$"))
-    job.finish("sleep 0.3; touch $RUN/summary.json")
+    job.finish(f"{_calls(1)}; touch $RUN/summary.json")
     (call,) = job.calls("serve")
     assert call.endswith(f"--host {host}")
     assert job.calls("train")[0].startswith("node1 ")
@@ -456,7 +462,11 @@ def test_a_dead_server_is_started_again_and_an_unusable_one_is_not(tmp_path):
     job = Job(tmp_path, "rollout.placement=separate", "rollout.num_engines=2")
     job.file.write_text(job.file.read_text().replace("first_pause=5", "first_pause=0"))
     (job.fake / "serve").write_text('case "$*" in *"--number 0 "*) exit 75 ;; *) exit 2 ;; esac')
-    _, said = job.finish("sleep 2; touch $RUN/summary.json")
+    _, said = job.finish(
+        "for word in 'given up' 'cannot start'; do\n"
+        'until grep -q "$word" $FAKE/said; do sleep 0.05; done; done\n'
+        "touch $RUN/summary.json"
+    )
     numbers = [call.split("--number ")[1][0] for call in job.calls("serve")]
     assert numbers.count("0") == 8 and numbers.count("1") == 1
     assert "server 0 on n3 ended with code 75 and is started again" in said
@@ -471,5 +481,5 @@ def test_a_server_that_lasted_is_always_started_again(tmp_path):
     text = job.file.read_text().replace("first_pause=5", "first_pause=0")
     job.file.write_text(text.replace("soon=600", "soon=0"))
     (job.fake / "serve").write_text("exit 75")
-    _, said = job.finish("sleep 2; touch $RUN/summary.json")
+    _, said = job.finish(f"{_calls(9)}; touch $RUN/summary.json")
     assert len(job.calls("serve")) > 8 and "given up" not in said
