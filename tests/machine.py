@@ -28,6 +28,7 @@ PROGRAMS = {
     # With triplets and versions: x86_64-linux-gnu-g++-12.
     "compiler": r"(\w+-linux-gnu-)?(cc|c\+\+|c[89]9|cpp|[gp]\+\+|gcc|clang(\+\+)?|as|ld|nvcc|ptxas"
     r"|cuobjdump|nvdisasm)(-[\d.]+)?",
+    "git": r"git",
     "shellcheck": r"shellcheck",
     "slurm": r"s(batch|run|control|queue|info|cancel|alloc|acct|attach|bcast)|slurm\w*|munged?",
 }
@@ -89,6 +90,7 @@ _GATES: dict[str, Callable[[], str | None]] = {
     "chromium": lambda: _program("chromium"),
     "compiler": lambda: _program("compiler"),
     "data": _data,
+    "git": lambda: _program("git"),
     "mount": _mount,
     "shellcheck": lambda: _program("shellcheck"),
     "slurm": cluster.missing,
