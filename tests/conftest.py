@@ -10,6 +10,11 @@ import pytest
 _surroundings = machine.Surroundings()
 
 
+def pytest_configure() -> None:
+    """Refuse a wrong TROPD_TEST_HIDE before anything runs."""
+    machine.hidden_names()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Who uses the real data need not say so twice."""
     for item in items:

@@ -35,6 +35,7 @@ PROGRAMS = {
 """Programs of each name, as patterns."""
 _USUAL = {"chromium": ("chromium", "google-chrome"), "compiler": ("cc", "gcc", "clang")}
 """One of these must be there; else the program of that name."""
+_DATA = ("hf-meta", "models", "tinystories")
 _COMPILER_VARIABLES = ("CC", "CXX", "CUDACXX", "CUDA_HOME", "CUDA_PATH")
 
 
@@ -72,8 +73,10 @@ def _program(name: str) -> str | None:
 
 def _data() -> str | None:
     folder = data_folder()
-    text = f"no test data at {folder}; set TROPD_TEST_DATA to a folder that has it"
-    return None if folder.is_dir() else text
+    # The default may be there and be somebody else's.
+    lacking = [name for name in _DATA if not (folder / name).is_dir()]
+    text = f"no {lacking} at {folder}; set TROPD_TEST_DATA to a folder that has the test data"
+    return text if lacking else None
 
 
 @cache

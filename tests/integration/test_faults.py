@@ -17,8 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import hold
 import pytest
 import torch
+from hold import Hold
 from machine import why_not
 from reliability import record
 from safetensors.torch import load_file
@@ -29,6 +31,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 STEPS = 14
 STANDS_STILL = "run.timeout_minutes=0.4"
+HELD = "TROPD_TEST_HOLD"
 REPEATED = "the unfinished step and those since the last checkpoint (saved every 2) are repeated"
 TIMINGS = ("seconds_", "tokens_per_second", "peak_memory")
 # The wall clock jumps by a year with every look at it; a library has started a thread.
@@ -103,11 +106,13 @@ class Command:
 
     def _wait_for(self, condition: Callable[[], Any], what: str) -> Any:
         deadline = time.monotonic() + 600
-        while not (found := condition()):
-            assert self.process.poll() is None, f"ended before {what}: {self.process.communicate()}"
+        while True:
+            over = self.process.poll() is not None  # first: it may end between the two
+            if found := condition():
+                return found
+            assert not over, f"ended before {what}: {self.process.communicate()}"
             assert time.monotonic() < deadline, f"no {what} in time"
             time.sleep(0.01)
-        return found
 
     def pid(self, rank: int) -> int:
         """Process of a rank, from its heartbeat."""
@@ -182,7 +187,7 @@ def config(tmp_path_factory, tiny_model) -> Path:
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("site")
-    (folder / "sitecustomize.py").write_text(SITE)
+    (folder / "sitecustomize.py").write_text(SITE + hold.SITE)
     return folder
 
 
@@ -216,9 +221,12 @@ class Story:
         """What a fault did; it happens now if it has not happened yet."""
         if fault not in self._ended:
             # Only where something is to stand still: a busy machine is slow everywhere else too.
-            self.run.start(*([STANDS_STILL] if fault == "stopped rank" else []))
-            self.run.wait_for_steps(3)  # a checkpoint further
+            overrides = [STANDS_STILL] if fault == "stopped rank" else []
+            held = Hold(self.run.config.parent / "hold", step=3)  # a checkpoint further
+            self.run.start(*overrides, **{HELD: held.environment[HELD]})
+            self.run.wait_for_steps(3)
             self._faults[fault]()
+            held.release()
             self._ended[fault] = self.run.end()
             (self.disk / "ballast").unlink(missing_ok=True)
         return self._ended[fault]

@@ -19,6 +19,7 @@ import pytest
 import requests
 import torch
 import torch.distributed as dist
+from hold import Hold
 from reliability import record
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -405,10 +406,14 @@ class Run:
         if self.process is not None:
             self.process.kill()
 
-    def start(self) -> subprocess.Popen[str]:
+    def start(self, hold: Hold | None = None) -> subprocess.Popen[str]:
         """The trainer, in the background."""
         self.process = subprocess.Popen(
-            self.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            self.command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=os.environ | (hold.environment if hold else {}),
         )
         return self.process
 
@@ -420,13 +425,15 @@ class Run:
 
     def interrupted_at(self, step: int) -> None:
         """Run until ``step`` is logged, then SIGTERM."""
-        process, metrics = self.start(), self.folder / "metrics.jsonl"
+        hold = Hold(self.folder.with_name(f"{self.folder.name}_hold"), step=step)
+        process, metrics = self.start(hold), self.folder / "metrics.jsonl"
         deadline = time.monotonic() + SECONDS
         while not metrics.exists() or metrics.read_bytes().count(b"\n") < step:
             assert process.poll() is None, self.finish()
             assert time.monotonic() < deadline
-            time.sleep(0.002)
+            time.sleep(0.01)
         process.terminate()
+        hold.release()
         code, text = self.finish()
         assert code == 143, text
 

@@ -62,7 +62,7 @@ def test_up_and_down_can_be_given_twice_and_leave_nothing(cluster, tmp_path):
 
     def command(action: str) -> subprocess.CompletedProcess:
         arguments = [sys.executable, str(SCRIPT), action, "--folder", str(other.folder)]
-        return subprocess.run(arguments, capture_output=True, text=True, timeout=60)
+        return subprocess.run(arguments, capture_output=True, text=True, timeout=300)
 
     try:
         for _ in range(2):

@@ -58,6 +58,16 @@ def test_an_unknown_name_to_hide_is_an_error(monkeypatch):
         machine.hidden_names()
 
 
+def test_another_folder_of_this_name_is_no_test_data(tmp_path, monkeypatch):
+    monkeypatch.setenv("TROPD_TEST_" + "DATA", str(tmp_path))
+    monkeypatch.delenv(machine.HIDE, raising=False)
+    (tmp_path / "models").mkdir()
+    assert "no ['hf-meta', 'tinystories'] at" in machine.why_not("data")
+    for name in ("hf-meta", "tinystories"):
+        (tmp_path / name).mkdir()
+    assert machine.why_not("data") is None
+
+
 def test_only_one_place_knows_where_the_data_are():
     """And whether there are any: who asks it is skipped."""
     asks = re.compile(r"TROPD_TEST_" + r"DATA|shared/" + r"data|\"shared\"")

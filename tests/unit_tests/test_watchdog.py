@@ -39,7 +39,7 @@ with dog:
     if behaviour == "work":
         sys.exit()
     progress.enter("student" if behaviour == "spin" else "optimizer")
-    spin() if behaviour == "spin" else time.sleep(60)
+    spin() if behaviour == "spin" else time.sleep(600)
 """
 
 
@@ -61,7 +61,7 @@ def _run(folder: Path, behaviours: list[str]) -> list[tuple[int | None, str]]:
             if behaviour == "stop":
                 os.kill(rank.pid, signal.SIGSTOP)
         return [
-            (None, "") if behaviour == "stop" else (rank.wait(60), rank.stdout.read())
+            (None, "") if behaviour == "stop" else (rank.wait(300), rank.stdout.read())
             for rank, behaviour in zip(ranks, behaviours, strict=True)
         ]
     finally:
@@ -104,7 +104,7 @@ def test_a_job_that_was_suspended_goes_on(tmp_path):
         rank.send_signal(signal.SIGSTOP)
         time.sleep(3.0)  # longer than a phase may last
         rank.send_signal(signal.SIGCONT)
-        assert rank.wait(60) == 0
+        assert rank.wait(300) == 0
     assert not (tmp_path / "failure.json").exists()
 
 
