@@ -488,17 +488,23 @@ def our_packages() -> list[str]:
 
 
 def commit() -> dict[str, Any]:
-    """The commit of the checkout and whether tracked files differ from it."""
+    """The commit of the checkout and whether tracked files differ from it.
+
+    None and None where nobody knows: no git, an unpacked archive, somebody else's checkout.
+    """
 
     def git(*arguments: str) -> str:
         return subprocess.run(
             ["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=True
         ).stdout.strip()
 
-    return {
-        "commit": git("rev-parse", "HEAD"),
-        "modified": bool(git("status", "--porcelain", "--untracked-files=no")),
-    }
+    try:
+        return {
+            "commit": git("rev-parse", "HEAD"),
+            "modified": bool(git("status", "--porcelain", "--untracked-files=no")),
+        }
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": None, "modified": None}
 
 
 def shown_path(path: Path | str) -> str:

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +13,7 @@ from megatron_tropd import exits
 from megatron_tropd.cluster.cli import add_slurm
 from megatron_tropd.config import Config, config_to_dict, load_config
 from megatron_tropd.conversion import add_to_hf, add_to_megatron
+from megatron_tropd.environment import number
 from megatron_tropd.errors import ConfigError, InputError, TrainingError
 from megatron_tropd.failures import KINDS, Failure, kind_of, report
 from megatron_tropd.first_rank import FirstRank
@@ -274,13 +274,13 @@ def _distill_as_rank(config: Config) -> int:
     """torchrun started us: this process is a rank; rank 0 locks and opens the folder."""
     from megatron_tropd.run_folder import hold, patience
 
-    world = int(os.environ["WORLD_SIZE"])
+    world = number("WORLD_SIZE")
     if world != config.parallel.world_size:
         raise ConfigError(
             f"The launcher started {world} ranks, the config asks for tensor x pipeline x data = "
             f"{config.parallel.world_size}. Change parallel.* or the number of ranks."
         )
-    is_first = os.environ["RANK"] == "0"
+    is_first = number("RANK") == 0
     root = Path(config.run.dir).resolve()
     with hold(root, patience()) if is_first else nullcontext():
         return _as_rank(config, is_first=is_first)

@@ -1,6 +1,5 @@
 """What a rank holds during a run: models, engine, data, logs; and the phases around the step."""
 
-import os
 import resource
 import time
 from collections import defaultdict
@@ -24,6 +23,7 @@ from megatron_tropd.data.packing import LossCounts
 from megatron_tropd.data.prefixes import alpha
 from megatron_tropd.data.types import MicroBatch, Trajectory
 from megatron_tropd.engines import make_engine
+from megatron_tropd.environment import number
 from megatron_tropd.errors import ConfigError, TrainingError
 from megatron_tropd.evaluation import Evaluator
 from megatron_tropd.files import replace_text, write_json
@@ -238,7 +238,7 @@ class Job:
                 stopping=lambda: self._stop.requested,
                 direct=rollout.weight_transport == "direct",
             )
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        local = number("LOCAL_WORLD_SIZE", 1)
 
         def make(number: int) -> RolloutEngine:
             return make_engine(

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from megatron_tropd import exits
 from megatron_tropd.config import Config
+from megatron_tropd.environment import variable
 from megatron_tropd.errors import ConfigError
 from megatron_tropd.failures import Failure, report
 from megatron_tropd.first_rank import FirstRank, Rank, die_with_parent
@@ -38,7 +39,7 @@ LEAVE_SECONDS = 60.0
 
 def is_rank(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether torchrun or our own launcher already made this process a rank."""
-    return "RANK" in environment and "WORLD_SIZE" in environment
+    return all(variable(name, environment) for name in ("RANK", "WORLD_SIZE"))
 
 
 def start_first(config: Config, nodes: Nodes) -> FirstRank:
@@ -167,11 +168,11 @@ def _environment(local: int, nodes: Nodes) -> dict[str, str]:
         "WORLD_SIZE": str(local * nodes.count),
         "LOCAL_WORLD_SIZE": str(local),
         "MASTER_ADDR": nodes.address,
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
+        "OMP_NUM_THREADS": variable("OMP_NUM_THREADS") or str(threads),
         # Ranks and engines take turns on the same cores: idle threads must not spin on them.
-        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
+        "OMP_WAIT_POLICY": variable("OMP_WAIT_POLICY") or "PASSIVE",
         # Megatron's overlap of communication relies on the order of CUDA launches.
-        "CUDA_DEVICE_MAX_CONNECTIONS": os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "1"),
+        "CUDA_DEVICE_MAX_CONNECTIONS": variable("CUDA_DEVICE_MAX_CONNECTIONS") or "1",
     }
 
 

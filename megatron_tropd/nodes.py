@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
+from megatron_tropd.environment import number, variable
 from megatron_tropd.errors import ConfigError, TrainingError
 
 MEET_SECONDS = 300.0
@@ -59,15 +60,16 @@ def find_nodes(environment: Mapping[str, str] = os.environ) -> Nodes:
     srun did not start (also a batch script itself) is alone.
 
     Raises:
-        ConfigError: srun started several tasks on a node, or nobody says where node 0 is.
+        ConfigError: half of this is set, srun started several tasks on a node, or nobody says where
+            node 0 is.
     """
-    if "TROPD_NODES" in environment:
-        names = ("TROPD_NODES", "TROPD_NODE_RANK")
-        count, rank = (_number(environment, name) for name in names)
-    elif "SLURM_STEP_ID" in environment:
-        count = _number(environment, "SLURM_STEP_NUM_NODES")
-        rank = _number(environment, "SLURM_NODEID")
-        tasks = _number(environment, "SLURM_STEP_NUM_TASKS")
+    if any(variable(name, environment) for name in ("TROPD_NODES", "TROPD_NODE_RANK")):
+        count = _given("TROPD_NODES", environment)
+        rank = _given("TROPD_NODE_RANK", environment)
+    elif variable("SLURM_STEP_ID", environment):
+        count = _of_step("SLURM_STEP_NUM_NODES", environment)
+        rank = _of_step("SLURM_NODEID", environment)
+        tasks = _of_step("SLURM_STEP_NUM_TASKS", environment)
         if tasks != count:
             raise ConfigError(
                 f"srun started {tasks} tasks on {count} nodes, expected one on each: "
@@ -79,20 +81,31 @@ def find_nodes(environment: Mapping[str, str] = os.environ) -> Nodes:
         raise ConfigError(f"Node {rank} of {count} does not exist (TROPD_NODE_RANK counts from 0).")
     if count == 1:
         return Nodes()
-    address = environment.get("MASTER_ADDR")
+    address = variable("MASTER_ADDR", environment)
     if not address:
         raise ConfigError(
             f"The run has {count} nodes, and MASTER_ADDR does not say which is the first. Set "
             "MASTER_ADDR and MASTER_PORT before srun, or let `tropd slurm` write the job."
         )
-    return Nodes(rank, count, address, _number(environment, "MASTER_PORT"))
+    advice = "Set MASTER_PORT before srun to a port that is free on the first node."
+    port = number("MASTER_PORT", environment=environment, advice=advice)
+    if not 0 < port < 65536:
+        raise ConfigError(f"MASTER_PORT must be 1 to 65535, found {port}. {advice}")
+    return Nodes(rank, count, address, port)
 
 
-def _number(environment: Mapping[str, str], name: str) -> int:
-    text = environment.get(name, "")
-    if not text.isdecimal():
-        raise ConfigError(f"The environment variable {name} must be a number, found {text!r}.")
-    return int(text)
+def _given(name: str, environment: Mapping[str, str]) -> int:
+    advice = "Set TROPD_NODES (how many) and TROPD_NODE_RANK (from 0) on each node, or neither."
+    return number(name, environment=environment, advice=advice)
+
+
+def _of_step(name: str, environment: Mapping[str, str]) -> int:
+    advice = (
+        "srun sets it beside SLURM_STEP_ID. If Slurm did not start this command, or something "
+        "emptied it on the way: unset SLURM_STEP_ID (then this machine is alone), or set "
+        "TROPD_NODES and TROPD_NODE_RANK."
+    )
+    return number(name, environment=environment, advice=advice)
 
 
 class Peers:

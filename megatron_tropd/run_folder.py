@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron_tropd.config import Config, config_from_dict, config_to_dict, default_settings
+from megatron_tropd.environment import variable
 from megatron_tropd.errors import ConfigError, InputError
 from megatron_tropd.files import write_json
 
@@ -197,8 +198,8 @@ def patience() -> float:
 
     A file server may still hold that of a machine that died.
     """
-    again = "SLURM_RESTART_COUNT" in os.environ
-    again |= os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    again = variable("SLURM_RESTART_COUNT") is not None
+    again |= (variable("TORCHELASTIC_RESTART_COUNT") or "0") != "0"
     return LOCK_SECONDS if again else 0.0
 
 
@@ -249,7 +250,8 @@ def started_at() -> float:
     The launcher sets it for its ranks: processes of one machine share that clock, and nobody sets
     it.
     """
-    return float(os.environ.setdefault("TROPD_STARTED", repr(time.monotonic())))
+    os.environ["TROPD_STARTED"] = started = variable("TROPD_STARTED") or repr(time.monotonic())
+    return float(started)
 
 
 def _check_same(old: dict[str, Any], new: dict[str, Any], root: Path) -> None:

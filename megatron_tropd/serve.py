@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from megatron_tropd import exits
+from megatron_tropd import environment, exits
 from megatron_tropd.config import Config
 from megatron_tropd.convert.megatron_folder import MegatronFolder
 from megatron_tropd.engines import make_engine
@@ -108,6 +108,6 @@ def _engine(
         config,
         inputs,
         path,
-        threads=int(os.environ.get("OMP_NUM_THREADS", "0")) or None,
+        threads=environment.number("OMP_NUM_THREADS", 0) or None,
         log_file=folder.logs / f"server_{number:03d}_{model}.log",
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import IO, NoReturn
 
 from megatron_tropd import exits
+from megatron_tropd.environment import number
 from megatron_tropd.errors import ConfigError, InputError, TrainingError
 from megatron_tropd.failures import KINDS, Failure, kind_of, report
 from megatron_tropd.files import never_fail_to_print
@@ -23,8 +24,8 @@ class StopFlag:
         """Install the handlers."""
         self.signal: int | None = None
         """The first signal that came."""
-        for number in exits.STOP_SIGNALS:
-            signal.signal(number, self._set)
+        for stop in exits.STOP_SIGNALS:
+            signal.signal(stop, self._set)
 
     @property
     def requested(self) -> bool:
@@ -46,7 +47,7 @@ def run_rank(folder: RunFolder, *, announce: bool = False) -> int:
     Returns:
         0 when the run is complete, 128 + the signal after which it was left.
     """
-    rank = int(os.environ["RANK"])
+    rank = number("RANK")
     log = log_file(folder, rank)
     console = _redirect_output(log)
     stop, progress = StopFlag(), Progress()

@@ -1,27 +1,55 @@
-"""Fixtures every test may use: the optional real data and tiny models made on the fly."""
+"""What every test may use: optional parts of a machine, real data, tiny models made on the fly."""
 
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
+import machine
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+_surroundings = machine.Surroundings()
 
 
-def _data_folder() -> Path:
-    """Folder of the optional real models and data sets; it may be absent."""
-    return Path(os.environ.get("TROPD_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
+def pytest_configure() -> None:
+    """Refuse a wrong TROPD_TEST_HIDE before anything runs."""
+    machine.hidden_names()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Who uses the real data need not say so twice."""
+    for item in items:
+        if "shared_data" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.needs("data"))
+
+
+def _needs(item: pytest.Item) -> list[str]:
+    return [name for mark in item.iter_markers("needs") for name in mark.args]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Show the test what it needs. Around its fixtures too, of whatever scope."""
+    with _surroundings.of(_needs(item)):
+        return (yield)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test if the machine lacks what it needs."""
+    for name in _needs(item):
+        if reason := machine.why_not(name):
+            pytest.skip(reason)
+
+
+def pytest_unconfigure() -> None:
+    """Leave nothing behind."""
+    _surroundings.close()
 
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The real data; the test is skipped where it is absent."""
-    folder = _data_folder()
-    if not folder.is_dir():
-        pytest.skip(f"no test data at {folder}; set TROPD_TEST_DATA to a folder that has it")
-    return folder
+    return machine.data_folder()
 
 
 @pytest.fixture(scope="session")

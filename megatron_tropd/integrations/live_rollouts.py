@@ -33,6 +33,7 @@ from megatron_tropd.data.templates import reads_clock
 from megatron_tropd.data.tokenizers import load_tokenizer, stop_token_ids
 from megatron_tropd.data.trajectories import assemble
 from megatron_tropd.data.types import Trajectory
+from megatron_tropd.environment import number
 from megatron_tropd.errors import ConfigError
 from megatron_tropd.mcore.parallel import current_ranks
 from megatron_tropd.mcore.weights import export_weights
@@ -274,7 +275,7 @@ class LiveRollouts:
 
     def _start_engines(self, dtype: torch.dtype) -> EnginePool:
         rollout, ranks = self.settings.rollout, self._ranks
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        local = number("LOCAL_WORLD_SIZE", 1)
         engines_here = max(1, rollout.num_engines * local // ranks.world_size)
         longest = max(len(prompt.token_ids) for prompt in self._prompts)
 

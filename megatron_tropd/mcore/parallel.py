@@ -1,6 +1,5 @@
 """The ranks of a run and the groups they form: Megatron's parallel state, read once."""
 
-import os
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -9,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_tropd.config import ParallelConfig
+from megatron_tropd.environment import number, variable
 from megatron_tropd.errors import ConfigError
 from megatron_tropd.mcore import platform
 
@@ -160,7 +160,7 @@ def shutdown() -> None:
 
 
 def _join(parallel: ParallelConfig, timeout: timedelta) -> None:
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = number("WORLD_SIZE", 1)
     if dist.is_initialized():
         world_size = dist.get_world_size()
     if world_size != parallel.world_size:
@@ -177,19 +177,19 @@ def _join(parallel: ParallelConfig, timeout: timedelta) -> None:
     if platform.has_cuda():
         # Bound to it from the start: a barrier cannot guess another rank's device.
         group["device_id"] = platform.device()
-    if "RANK" not in os.environ:
+    if not variable("RANK"):
         group |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group(**group)
 
 
 def _local_device() -> int:
     """Number of this rank's CUDA device: each rank of a node has one to itself."""
-    number, available = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if number >= available:
-        ranks = os.environ.get("LOCAL_WORLD_SIZE", str(number + 1))
+    here, available = number("LOCAL_RANK", 0), torch.cuda.device_count()
+    if here >= available:
+        ranks = number("LOCAL_WORLD_SIZE", here + 1)
         raise ConfigError(
             f"Expected a GPU for each of the {ranks} ranks of this node, found {available}. Lower "
             "parallel.* (and rollout.num_engines) so that tensor x pipeline x data is the number "
             "of GPUs, or start on more nodes."
         )
-    return number
+    return here

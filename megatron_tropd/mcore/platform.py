@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.utils._device
 
+from megatron_tropd.environment import variable
 from megatron_tropd.errors import TrainingError
 
 _CPU = torch.device("cpu")
@@ -74,7 +75,7 @@ def check_device(environment: Mapping[str, str] = os.environ) -> None:
     Raises:
         TrainingError: torch does not find them; another node's may work.
     """
-    promised = environment.get("TROPD_GPUS_PER_NODE")
+    promised = variable("TROPD_GPUS_PER_NODE", environment)
     if has_cuda() or promised is None:
         return
     raise TrainingError(

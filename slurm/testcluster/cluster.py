@@ -122,12 +122,15 @@ class Cluster:
         self.folder = (folder or temporary / f"tropd-testcluster-{os.geteuid()}").resolve()
         self.config = self.folder / "slurm.conf"
         self._guard: subprocess.Popen | None = None
+        # As it was when there was a Slurm on PATH: that must still be so when we come down.
+        self._environment = dict(os.environ)
 
     @property
     def environment(self) -> dict[str, str]:
         """What a client (sbatch, srun, scontrol) must have in its environment."""
         # Leftovers of a job we may run in ourselves would send its options to ours.
-        clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH"))}
+        ours = self._environment.items()
+        clean = {k: v for k, v in ours if not k.startswith(("SLURM", "SBATCH"))}
         return clean | {"SLURM_CONF": str(self.config)}
 
     def up(self) -> None:

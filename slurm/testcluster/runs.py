@@ -416,11 +416,21 @@ def remount(disk: Path, mode: str) -> None:
 
 
 @contextmanager
-def small_file_system(folder: Path, megabytes: int) -> Iterator[Path]:
-    """Mount a file system of this size at ``folder`` as root, for as long as the block lasts."""
+def small_file_system(folder: Path, size: str) -> Iterator[Path]:
+    """Mount a file system of this size at ``folder`` as root, for as long as the block lasts.
+
+    Args:
+        folder: made if absent.
+        size: as ``mount`` takes it, for instance ``48m``.
+
+    Raises:
+        OSError: only root may do this, or not even root.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)]
-    subprocess.run(command, check=True)
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise OSError(f"{' '.join(command)}: {done.stderr.strip()}")
     try:
         yield folder
     finally:

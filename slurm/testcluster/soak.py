@@ -42,7 +42,7 @@ LAYOUT = (
     *("parallel.tensor=1", "parallel.pipeline=2", "rollout.num_engines=1"),
     *("rollout.max_new_tokens=16", "run.timeout_minutes=1.5"),
 )
-DISK_MEGABYTES = 48
+DISK_SIZE = "48m"
 REASONS: dict[str, tuple[str | None, ...]] = {
     "rank killed": ("killed",),
     # Alone, a launcher takes the ranks along and nobody is left to write.
@@ -116,7 +116,7 @@ def soak(options: argparse.Namespace, root: Path) -> tuple[Path, list[tuple[int,
         overrides, is_root = (*LAYOUT, f"train.steps={options.steps}"), os.geteuid() == 0
         if is_root:
             disk = root / "run" / "checkpoints"
-            exits.enter_context(small_file_system(disk, DISK_MEGABYTES))
+            exits.enter_context(small_file_system(disk, DISK_SIZE))
         run: LocalRun | SlurmRun
         if options.slurm:
             cluster = exits.enter_context(Cluster(root / "slurm"))

@@ -99,13 +99,13 @@ def test_everybody_gets_every_bit_and_who_is_lost_is_not_waited_for(
 ) -> None:
     processes = start(sender, tmp_path, {0: "", 2: ""})
     start_time = time.monotonic()
-    sender.gather([0, 1, 2], seconds=60.0, cuda=False, lost=lambda: {1})
-    assert sender.members == [0, 2] and time.monotonic() - start_time < 50
+    sender.gather([0, 1, 2], seconds=500.0, cuda=False, lost=lambda: {1})
+    assert sender.members == [0, 2] and time.monotonic() - start_time < 400
     for bucket in buckets(weights().items(), BYTES):
         sender.send(bucket)
     sender.end(complete=True)
     for process in processes:
-        process.join(60)
+        process.join(500)
     for server in (0, 2):
         check_taken(tmp_path, server)
     assert not (tmp_path / "weights").exists()
@@ -115,24 +115,24 @@ def test_when_one_is_killed_in_the_middle_the_others_take_the_rest_from_the_fold
     sender: Sender, tmp_path: Path
 ) -> None:
     processes = start(sender, tmp_path, {0: "", 1: "layer.2", 2: ""})
-    sender.gather([0, 1, 2], seconds=60.0, cuda=False)
+    sender.gather([0, 1, 2], seconds=500.0, cuda=False)
     assert sender.members == [0, 1, 2]
     stream = buckets(weights().items(), BYTES)
     sender.send(next(stream))
     sender.send(next(stream))
-    processes[1].join(60)
+    processes[1].join(500)
     assert processes[1].exitcode == -signal.SIGKILL
     before = time.monotonic()
     with pytest.raises(BroadcastBroken, match="a bucket was not sent"):
         for bucket in stream:
             sender.send(bucket)
     sender.end(complete=False)
-    assert time.monotonic() - before < 20, "a closed connection is noticed at once"
+    assert time.monotonic() - before < 25, "a closed connection is noticed at once"
     time.sleep(0.5)
     assert not (tmp_path / "taken_0").exists(), "the folder is waited for"
     WeightVersions(tmp_path / "weights").write(NAME, iter(weights().items()))
     for server in (0, 2):
-        processes[server].join(60)
+        processes[server].join(500)
         check_taken(tmp_path, server)
 
 

@@ -12,18 +12,26 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import hold
 import pytest
 import torch
+from hold import Hold
+from machine import why_not
 from reliability import record
 from safetensors.torch import load_file
+
+from slurm.testcluster.runs import small_file_system
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 STEPS = 14
+STANDS_STILL = "run.timeout_minutes=0.4"
+HELD = "TROPD_TEST_HOLD"
 REPEATED = "the unfinished step and those since the last checkpoint (saved every 2) are repeated"
 TIMINGS = ("seconds_", "tokens_per_second", "peak_memory")
 # The wall clock jumps by a year with every look at it; a library has started a thread.
@@ -65,14 +73,14 @@ class Command:
         self.back: list[float] = []
         """Seconds from each start to its first new step."""
 
-    def start(self, **environment: str) -> None:
+    def start(self, *overrides: str, **environment: str) -> None:
         path = os.pathsep.join([str(self._site), os.environ.get("PYTHONPATH", "")])
         self._mark = f"TROPD_TEST={self.folder}"
         self._before, self._started = self.steps_logged(), time.monotonic()
         self.process = subprocess.Popen(
             [
                 *(sys.executable, "-m", "megatron_tropd.cli", "distill", str(self.config)),
-                f"run.dir={self.folder}",
+                *(f"run.dir={self.folder}", *overrides),
             ],
             env=os.environ | {"PYTHONPATH": path, "TROPD_TEST": str(self.folder)} | environment,
             stdout=subprocess.PIPE,
@@ -98,11 +106,13 @@ class Command:
 
     def _wait_for(self, condition: Callable[[], Any], what: str) -> Any:
         deadline = time.monotonic() + 600
-        while not (found := condition()):
-            assert self.process.poll() is None, f"ended before {what}: {self.process.communicate()}"
+        while True:
+            over = self.process.poll() is not None  # first: it may end between the two
+            if found := condition():
+                return found
+            assert not over, f"ended before {what}: {self.process.communicate()}"
             assert time.monotonic() < deadline, f"no {what} in time"
             time.sleep(0.01)
-        return found
 
     def pid(self, rank: int) -> int:
         """Process of a rank, from its heartbeat."""
@@ -168,7 +178,7 @@ def config(tmp_path_factory, tiny_model) -> Path:
         dir = "unset"
         checkpoint_every = 2
         trajectories_every = 0
-        timeout_minutes = 0.4
+        timeout_minutes = 10
         tensorboard = false
     """)
     return toml
@@ -177,7 +187,7 @@ def config(tmp_path_factory, tiny_model) -> Path:
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("site")
-    (folder / "sitecustomize.py").write_text(SITE)
+    (folder / "sitecustomize.py").write_text(SITE + hold.SITE)
     return folder
 
 
@@ -185,11 +195,8 @@ def site(tmp_path_factory) -> Path:
 def small_disk(tmp_path_factory) -> Iterator[Path]:
     """A file system of 64 MiB, for root; another user gets a folder, and no full disk."""
     folder = tmp_path_factory.mktemp("disk")
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)]
-    mounted = subprocess.run(mount, capture_output=True).returncode == 0
-    yield folder
-    if mounted:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    with nullcontext() if why_not("mount") else small_file_system(folder, "64m"):
+        yield folder
 
 
 class Story:
@@ -213,9 +220,13 @@ class Story:
     def after(self, fault: str) -> Ended:
         """What a fault did; it happens now if it has not happened yet."""
         if fault not in self._ended:
-            self.run.start()
-            self.run.wait_for_steps(3)  # a checkpoint further
+            # Only where something is to stand still: a busy machine is slow everywhere else too.
+            overrides = [STANDS_STILL] if fault == "stopped rank" else []
+            held = Hold(self.run.config.parent / "hold", step=3)  # a checkpoint further
+            self.run.start(*overrides, **{HELD: held.environment[HELD]})
+            self.run.wait_for_steps(3)
             self._faults[fault]()
+            held.release()
             self._ended[fault] = self.run.end()
             (self.disk / "ballast").unlink(missing_ok=True)
         return self._ended[fault]
@@ -276,9 +287,8 @@ def _failure(ended: Ended) -> dict[str, Any]:
     return ended.failure
 
 
+@pytest.mark.needs("mount")
 def test_a_full_disk_ends_the_run_and_loses_nothing_complete(story):
-    if not os.path.ismount(story.disk):
-        pytest.skip("mounting a small file system takes root")
     ended = story.after("full disk")
     assert ended.code == 75, ended.text
     assert ended.left_running == []

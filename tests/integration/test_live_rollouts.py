@@ -117,7 +117,7 @@ def pretrain_by_torchrun(live: dict, arguments: str) -> subprocess.CompletedProc
 
 def engines_of(log_folder: Path) -> list[str]:
     """Processes that are alive and log into the folder; one just told to end gets a moment."""
-    for _ in range(20):
+    for _ in range(300):
         alive = []
         for process in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):

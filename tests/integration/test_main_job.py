@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from hold import Hold
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -97,8 +98,8 @@ def unevaluated(config) -> Path:
 class Run:
     """A run in the background, from the same command each time."""
 
-    def __init__(self, config: Path, folder: Path, *overrides: str):
-        self.folder = folder
+    def __init__(self, config: Path, folder: Path, *overrides: str, hold: Hold | None = None):
+        self.folder, self.hold = folder, hold
         self._before = self.steps_logged()
         self.process = subprocess.Popen(
             [*TROPD, "distill", str(config), f"run.dir={folder}", *overrides],
@@ -106,21 +107,23 @@ class Run:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            env=os.environ | (hold.environment if hold else {}),
         )
 
     def finish(self) -> tuple[int, str]:
         """(exit code, everything printed)."""
-        out, err = self.process.communicate(timeout=240)
+        out, err = self.process.communicate(timeout=500)
         return self.process.returncode, out + err
 
     def wait_for(self, condition: Callable[[], Any], what: str) -> Any:
-        """Poll often: a save lasts a tenth of a second."""
-        deadline = time.monotonic() + 240
-        while not (found := condition()):
-            assert self.process.poll() is None, f"ended before {what}: {self.finish()}"
+        deadline = time.monotonic() + 500
+        while True:
+            over = self.process.poll() is not None  # first: it may end between the two
+            if found := condition():
+                return found
+            assert not over, f"ended before {what}: {self.finish()}"
             assert time.monotonic() < deadline, f"no {what} in time"
-            time.sleep(0.002)
-        return found
+            time.sleep(0.01)
 
     def steps_logged(self) -> int:
         metrics = self.folder / "metrics.jsonl"
@@ -168,20 +171,24 @@ class Run:
 
 @pytest.fixture
 def start(config, tmp_path, monkeypatch) -> Callable[..., Run]:
-    """``start(*overrides)``: a run in this test's folder; nothing of it may be left at the end."""
+    """``start(*overrides)``: a run in this test's folder; nothing of it may be left at the end.
+
+    With ``step=`` or ``save=`` it stands still there until ``run.hold.release()``.
+    """
     folder = tmp_path / "run"
     monkeypatch.setenv("TROPD_TEST", str(folder))
     started: list[Run] = []
 
-    def make(*overrides: str, config: Path = config) -> Run:
-        started.append(Run(config, folder, *overrides))
+    def make(*overrides: str, config: Path = config, **where: int) -> Run:
+        hold = Hold(tmp_path / "hold", **where) if where else None
+        started.append(Run(config, folder, *overrides, hold=hold))
         return started[-1]
 
     yield make
     for run in started:
         if run.process.poll() is None:
             run.process.kill()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while any(run.processes() for run in started) and time.monotonic() < deadline:
         time.sleep(0.1)
     left = [pid for run in started for pid in run.processes()]
@@ -307,16 +314,16 @@ def test_other_settings_in_the_same_folder_are_refused(config, yardstick):
 @pytest.mark.timeout(1200)
 def test_whatever_interrupts_it_the_run_continues_bit_for_bit(start, yardstick):
     """One interruption after the other, each in a new start of the same command."""
-    run = start()
+    run = start(step=3)
     run.wait_for(lambda: run.steps_logged() >= 3, "step 3")
     first, engine, forked = run.named("megatron_tropd.")[1:]
     assert run.named("first_rank") == [first, forked] and run.engine() == engine
     run.process.kill()
     run.process.wait()
-    _kill_during_save(start(), step=4)
-    _stop(start(), signal.SIGTERM, 143)
-    _stop(start(), signal.SIGINT, 130)
-    _kill_engine(start())
+    _kill_during_save(start(save=4), step=4)
+    _stop(start(step=1), signal.SIGTERM, 143)
+    _stop(start(step=1), signal.SIGINT, 130)
+    _kill_engine(start(step=1))
     code, text = start().finish()
     assert code == 0, text
     _assert_same_run(run.folder, yardstick)
@@ -334,6 +341,7 @@ def _kill_during_save(run: Run, step: int) -> None:
 def _stop(run: Run, number: int, expected: int) -> None:
     run.wait_for_new_step()
     run.process.send_signal(number)
+    run.hold.release()
     code, text = run.finish()
     assert code == expected and "the same command resumes" in text
     saved = sorted(p.name for p in (run.folder / "checkpoints").iterdir())
@@ -344,6 +352,7 @@ def _stop(run: Run, number: int, expected: int) -> None:
 def _kill_engine(run: Run) -> None:
     run.wait_for_new_step()
     os.kill(run.engine(), signal.SIGKILL)
+    run.hold.release()
     code, text = run.finish()
     assert code == 75
     assert "rollout engine" in text and "signal 9" in text and "resume" in text

@@ -19,6 +19,7 @@ import pytest
 import requests
 import torch
 import torch.distributed as dist
+from hold import Hold
 from reliability import record
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -126,7 +127,7 @@ class Server:
     def end(self) -> int:
         """Ask it to leave; its exit code."""
         self.process.terminate()
-        return self.process.wait(20)
+        return self.process.wait(SECONDS)
 
 
 def largest_gap(folder: Path, requests: list[SampleRequest], samples: list[Sample]) -> float:
@@ -149,7 +150,7 @@ def _alive(pid: int) -> bool:
 
 
 def _wait_gone(pids: list[int]) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while any(map(_alive, pids)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not [pid for pid in pids if _alive(pid)], "processes were left behind"
@@ -405,10 +406,14 @@ class Run:
         if self.process is not None:
             self.process.kill()
 
-    def start(self) -> subprocess.Popen[str]:
+    def start(self, hold: Hold | None = None) -> subprocess.Popen[str]:
         """The trainer, in the background."""
         self.process = subprocess.Popen(
-            self.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            self.command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=os.environ | (hold.environment if hold else {}),
         )
         return self.process
 
@@ -420,13 +425,15 @@ class Run:
 
     def interrupted_at(self, step: int) -> None:
         """Run until ``step`` is logged, then SIGTERM."""
-        process, metrics = self.start(), self.folder / "metrics.jsonl"
+        hold = Hold(self.folder.with_name(f"{self.folder.name}_hold"), step=step)
+        process, metrics = self.start(hold), self.folder / "metrics.jsonl"
         deadline = time.monotonic() + SECONDS
         while not metrics.exists() or metrics.read_bytes().count(b"\n") < step:
             assert process.poll() is None, self.finish()
             assert time.monotonic() < deadline
-            time.sleep(0.002)
+            time.sleep(0.01)
         process.terminate()
+        hold.release()
         code, text = self.finish()
         assert code == 143, text
 
@@ -447,7 +454,7 @@ def two_servers(toml: Path, run: Path, *overrides: str) -> Iterator[None]:
     both = [Server(toml, run, number, *overrides) for number in range(2)]
     try:
         yield
-        assert [server.process.wait(20) for server in both] == [0, 0]
+        assert [server.process.wait(SECONDS) for server in both] == [0, 0]
     finally:
         for server in both:
             server.process.kill()

@@ -1,4 +1,4 @@
-"""A real Slurm for the tests of this folder; where there is none they are skipped."""
+"""A real Slurm for the tests of this folder, every one: where there is none they are skipped."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -7,23 +7,34 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from machine import why_not
 from reliability import record
 
-from slurm.testcluster.cluster import Cluster, missing
+from slurm.testcluster.cluster import Cluster
 from slurm.testcluster.runs import SMALL, LocalRun, Recovery, SlurmRun, assert_same_run
 
 ALL = "TROPD_SLURM_TESTS"
 """Set by ``make slurm-test``: all tests, and a missing Slurm is a failure."""
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The folder decides, so that no test can forget to ask."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.needs("slurm"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Who calls for a real Slurm is not to be told that all is well without one."""
+    reason = why_not("slurm")
+    if reason and os.environ.get(ALL):
+        pytest.fail(reason)
+
+
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Two nodes, up."""
-    reason = missing()
-    if reason and os.environ.get(ALL):
-        pytest.fail(reason)
-    if reason:
-        pytest.skip(reason)
     with Cluster(tmp_path_factory.mktemp("slurm")) as cluster:
         yield cluster
         left = cluster.job_processes()

@@ -62,7 +62,7 @@ def test_up_and_down_can_be_given_twice_and_leave_nothing(cluster, tmp_path):
 
     def command(action: str) -> subprocess.CompletedProcess:
         arguments = [sys.executable, str(SCRIPT), action, "--folder", str(other.folder)]
-        return subprocess.run(arguments, capture_output=True, text=True, timeout=60)
+        return subprocess.run(arguments, capture_output=True, text=True, timeout=300)
 
     try:
         for _ in range(2):
@@ -78,22 +78,6 @@ def test_up_and_down_can_be_given_twice_and_leave_nothing(cluster, tmp_path):
     assert (command("status").stdout, command("status").returncode) == ("down\n", 1)
 
 
-def test_a_folder_of_something_else_is_left_alone(tmp_path):
-    foreign = Cluster(tmp_path)
-    (tmp_path / "slurm.conf").write_text("ClusterName=real\n")
-    with pytest.raises(module.ClusterError, match="not a test cluster of this user"):
-        foreign.up()
-    foreign.down()
-    assert (tmp_path / "slurm.conf").read_text() == "ClusterName=real\n"
-
-
-def test_what_is_missing_is_said(monkeypatch):
-    monkeypatch.setattr(module, "_find", lambda program: None)
-    assert "apt-get install" in module.missing()
-    with pytest.raises(module.ClusterError, match="apt-get install"):
-        Cluster(Path("unused")).up()
-
-
 def test_a_killed_owner_takes_its_cluster_and_jobs_along(tmp_path):
     folder = tmp_path / "owned"
     owner = subprocess.Popen(
@@ -106,7 +90,8 @@ def test_a_killed_owner_takes_its_cluster_and_jobs_along(tmp_path):
         ],
         cwd=SCRIPT.parents[2],
     )
-    _await(Cluster(folder).job_processes, "the job's processes")
+    _await(lambda: Cluster(folder).job_processes() or owner.poll() is not None, "the job")
+    assert owner.poll() is None, "it could not start"
     owner.kill()
     owner.wait()
     _await(lambda: not Cluster(folder).processes() and not folder.exists(), "the end of it all")

@@ -47,7 +47,7 @@ def same(undisturbed, tmp_path_factory) -> Iterator[Callable[[SlurmRun], None]]:
 def run(cluster, same, tmp_path_factory) -> Iterator[SlurmRun]:
     """The run that meets everything; its checkpoints lie on a small file system of their own."""
     run = SlurmRun(cluster, tmp_path_factory.mktemp("faults") / "run", *LAYOUT)
-    with small_file_system(run.folder / "checkpoints", 48):
+    with small_file_system(run.folder / "checkpoints", "48m"):
         try:
             run.submit()
             yield run

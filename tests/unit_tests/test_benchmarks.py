@@ -29,6 +29,17 @@ def _record(scale: float, **more: float) -> dict[str, float]:
     return {k: v * scale for k, v in (phases | {"total": 10.0}).items()} | {"tokens": 1000}
 
 
+def test_without_git_nobody_knows_the_commit(step: ModuleType):
+    """As in an unpacked archive; the benchmark runs all the same."""
+    assert step.commit() == {"commit": None, "modified": None}
+
+
+@pytest.mark.needs("git")
+def test_a_folder_that_is_no_checkout_has_no_commit(step: ModuleType, tmp_path, monkeypatch):
+    monkeypatch.setattr(step, "REPOSITORY", tmp_path)
+    assert step.commit() == {"commit": None, "modified": None}
+
+
 def test_summary_is_the_median_of_all_rounds(step: ModuleType):
     row = step.summarise("x", [[_record(1), _record(2)], [_record(3)]])
     assert row["steps"] == 3 and row["tokens_per_second"] == 50.0

@@ -10,12 +10,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_tropd.cli import main
 from megatron_tropd.conversion import main_to_hf, main_to_megatron
 from megatron_tropd.convert import publish, to_hf, to_megatron, torch_dist  # noqa: F401 (named by PHASES)
 from megatron_tropd.convert.hf_folder import HFFolder
@@ -346,10 +348,15 @@ def test_verify_of_other_types(source: str, llama: Path, tmp_path: Path):
     if source != "pickled":
         commands += [["to-hf", "--megatron", megatron, "--hf", back, "--dtype", source]]
     for command in commands:
-        run = [sys.executable, "-m", "megatron_tropd.cli", "convert", *command, "--verify"]
-        said = subprocess.run(run, capture_output=True, text=True, cwd=REPOSITORY)
-        assert said.returncode == 0, said.stdout + said.stderr
-        assert "21 of 21 tensors are equal" in said.stdout and "verify: passed" in said.stdout
+        code = run_in_process(_convert, ["convert", *command, "--verify"], tmp_path / "said")
+        said = (tmp_path / "said").read_text()
+        assert code == 0, said
+        assert "21 of 21 tensors are equal" in said and "verify: passed" in said
+
+
+def _convert(arguments: list[str], said: Path) -> None:
+    with said.open("w") as file, redirect_stdout(file), redirect_stderr(file):
+        sys.exit(main(arguments))
 
 
 def test_verify_is_refused_before_the_conversion(llama: Path, tmp_path: Path, capsys):

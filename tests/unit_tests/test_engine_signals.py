@@ -37,5 +37,7 @@ for method in ("fork", "spawn"):
 def test_workers_with_handlers_of_their_own_outlive_the_signals(tmp_path):
     script = tmp_path / "engine.py"
     script.write_text(SCRIPT)
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=300
+    )
     assert done.stdout == "fork alive\nspawn alive\n", done.stderr

@@ -9,6 +9,7 @@ from megatron_tropd import files
 from megatron_tropd.errors import TrainingError
 from megatron_tropd.files import LossyFile, append_line, replace_text
 from megatron_tropd.report.metrics import MetricsLog
+from slurm.testcluster.runs import small_file_system
 
 
 @pytest.fixture(autouse=True)
@@ -19,13 +20,8 @@ def impatient(monkeypatch):
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 64 KiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a small file system takes root")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with small_file_system(tmp_path / "disk", "64k") as folder:
+        yield folder
 
 
 def _fill(folder):
@@ -34,6 +30,7 @@ def _fill(folder):
             file.write(b"\0" * 4096)
 
 
+@pytest.mark.needs("mount")
 def test_a_full_disk_tears_no_line_and_no_file(small_disk):
     log, table = small_disk / "metrics.jsonl", small_disk / "summary.json"
     append_line(log, "first\n")
@@ -54,6 +51,7 @@ def test_a_full_disk_tears_no_line_and_no_file(small_disk):
     assert log.read_text() == "first\nsecond\n", "the torn attempt was taken back"
 
 
+@pytest.mark.needs("mount")
 def test_a_read_only_disk_is_named(small_disk):
     log = small_disk / "metrics.jsonl"
     append_line(log, "first\n")
@@ -75,6 +73,7 @@ def test_a_hiccup_passes(tmp_path):
     assert len(attempts) == 3
 
 
+@pytest.mark.needs("mount")
 def test_a_log_on_a_full_disk_loses_lines_and_nothing_else(small_disk):
     _fill(small_disk)
     with (small_disk / "log").open("wb") as file:
@@ -88,6 +87,7 @@ def test_a_log_on_a_full_disk_loses_lines_and_nothing_else(small_disk):
     assert (small_disk / "log").read_text().endswith("after\n")
 
 
+@pytest.mark.needs("mount")
 def test_tensorboard_on_a_full_disk_costs_its_curves_only(small_disk, tmp_path, capsys):
     run = tmp_path / "run"
     run.mkdir()

@@ -17,7 +17,7 @@ def test_the_divergence_falls() -> None:
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=True,
         env={"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
     )

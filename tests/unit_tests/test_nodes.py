@@ -38,14 +38,28 @@ def test_two_launchers_on_one_machine():
     assert find_nodes(SRUN | explicit) == Nodes(1, 2, "first", 20123)
 
 
+def test_a_variable_set_to_nothing_is_not_set():
+    """As schedulers, wrappers and containers leave them."""
+    nothing = dict.fromkeys((*SRUN, "TROPD_NODES", "TROPD_NODE_RANK"), "")
+    assert find_nodes(nothing) == Nodes()
+    assert find_nodes(SRUN | {"TROPD_NODES": "", "TROPD_NODE_RANK": " "}) == find_nodes(SRUN)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"SLURM_STEP_NUM_TASKS": "32"}, "32 tasks on 4 nodes.*--ntasks-per-node=1"),
         ({"MASTER_ADDR": ""}, "4 nodes, and MASTER_ADDR does not say"),
-        ({"MASTER_PORT": "http"}, "MASTER_PORT must be a number, found 'http'"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT must be a number, found 'http'. Set MASTER_PORT"),
+        ({"MASTER_PORT": ""}, "MASTER_PORT must be a number, found nothing. Set MASTER_PORT"),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT must be 1 to 65535, found 70000. Set MASTER_PORT"),
+        ({"SLURM_NODEID": ""}, "SLURM_NODEID must be a number, found nothing.*unset SLURM_STEP_ID"),
+        ({"SLURM_STEP_NUM_NODES": ""}, "found nothing. srun sets it beside SLURM_STEP_ID"),
+        ({"SLURM_STEP_NUM_TASKS": "4(x2)"}, "found '4\\(x2\\)'. srun sets it beside"),
         ({"TROPD_NODES": "2", "TROPD_NODE_RANK": "2"}, "Node 2 of 2 does not exist"),
-        ({"TROPD_NODES": "2"}, "TROPD_NODE_RANK must be a number, found ''"),
+        ({"TROPD_NODES": "2"}, "TROPD_NODE_RANK must be a number, found nothing. Set TROPD_NODES"),
+        ({"TROPD_NODE_RANK": "1"}, "TROPD_NODES must be a number, found nothing.*on each node"),
+        ({"TROPD_NODES": "-2", "TROPD_NODE_RANK": "0"}, "TROPD_NODES must be a number, found '-2'"),
     ],
 )
 def test_contradictions_are_named(change, message):
@@ -68,7 +82,7 @@ def meet(port, monkeypatch):
 
     def make(count: int) -> list[Peers]:
         made.extend(Peers(Nodes(rank, count, "127.0.0.1", port)) for rank in range(count))
-        made[0].gather(10)
+        made[0].gather(60)
         return made
 
     yield make
@@ -77,7 +91,7 @@ def meet(port, monkeypatch):
 
 
 def _next(peers: Peers) -> tuple[int, nodes.Message | None]:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not (found := peers.messages()):
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -111,7 +125,7 @@ def test_the_others_stay_until_node_0_hangs_up(meet):
     assert waiting.is_alive()
     first.let_node_0_end()  # waits for nobody
     first.close()
-    waiting.join(10)
+    waiting.join(60)
     assert not waiting.is_alive()
 
 

@@ -3,12 +3,12 @@
 import dataclasses
 import json
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from machine import chromium
 from synthetic_run import write_synthetic_run
 
 from megatron_tropd.errors import InputError
@@ -26,8 +26,6 @@ from megatron_tropd.report.html import (
 )
 from megatron_tropd.report.records import read_run
 from megatron_tropd.report.summary import summary_table
-
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +60,7 @@ def test_page_asks_for_nothing_over_the_network(run: Path):
     assert not re.findall(r"<(?:link|img|iframe)\b|\bsrc=|@import|url\(", page)
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@pytest.mark.needs("chromium")
 @pytest.mark.parametrize("steps", [1, 40])
 def test_a_browser_draws_it(tmp_path: Path, steps: int):
     """Without a message on the console, and with every section."""
@@ -70,7 +68,7 @@ def test_a_browser_draws_it(tmp_path: Path, steps: int):
     options = "--headless --no-sandbox --disable-gpu --disable-background-networking --dump-dom"
     browser = subprocess.run(
         [
-            str(CHROMIUM),
+            chromium(),
             *options.split(),
             "--enable-logging=stderr",
             f"--user-data-dir={tmp_path / 'profile'}",

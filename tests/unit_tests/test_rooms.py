@@ -24,28 +24,30 @@ ARROWS: dict[str, set[str]] = {
     "files": set(),
     "token_ids": set(),
     "watchdog": {"exits", "failures"},
-    "nodes": set(),
+    "environment": set(),
+    "nodes": {"environment"},
     "settings": set(),
     "loss_config": {"settings"},
     "config": {"loss_config", "settings", "text_files"},
     "losses": {"loss_config"},
     "data": {"config", "files", "losses", "rollout.types", "text_files", "token_ids"},
     "convert": {"config", "files", "token_ids"},
-    "mcore": {"config", "convert", "data.types", "files", "losses"},
+    "mcore": {"config", "convert", "data.types", "environment", "files", "losses"},
     "rollout": {"config", "convert", "data.types", "exits", "failures", "files", "settings"},
     "tasks": {"config", "convert", "data", "losses", "rollout.types"},
     "report": {"config", "data.types", "files"},
     "planning": {"config", "convert", "settings", "text_files"},
     "cluster": {"config", "settings", "text_files"},
     "integrations": {
-        *("config", "convert", "data", "loss_config", "losses", "mcore", "rollout", "settings"),
+        *("config", "convert", "data", "environment", "loss_config", "losses", "mcore"),
+        *("rollout", "settings"),
     },
 }
 OUTSIDE = {"megatron": {"mcore", "integrations", "doctor"}, "vllm": {"rollout", "doctor"}}
 KERNELS = PACKAGE / "losses" / "dense_triton.py"  # the one file that may import triton
 LIGHT = {
-    *("errors", "exits", "failures", "files", "token_ids", "watchdog", "nodes", "text_files"),
-    *("settings", "loss_config", "config", "cluster"),
+    *("errors", "exits", "environment", "failures", "files", "token_ids", "watchdog", "nodes"),
+    *("text_files", "settings", "loss_config", "config", "cluster"),
 }
 """Rooms that need the standard library alone."""
 

@@ -8,8 +8,9 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -67,7 +68,8 @@ class Job:
         loaded = load_config(config, overrides)
         layout = make_layout(loaded, SITE)
         self.file = folder / "job.sbatch"
-        self.file.write_text(render_job(loaded, SITE, layout, path=config))
+        text = render_job(loaded, SITE, layout, path=config)
+        self.file.write_text(text.replace("look_seconds=1", "look_seconds=0.05"))
         for name, text in {"scontrol": SCONTROL, "srun": SRUN, "squeue": SQUEUE}.items():
             (self.fake / name).write_text(text)
             (self.fake / name).chmod(0o755)
@@ -110,7 +112,7 @@ class Job:
 
     def outcome(self) -> tuple[int, str]:
         """(exit code, what was said), once the script has ended."""
-        code = self.process.wait(timeout=20)
+        code = self.process.wait(timeout=60)
         self.end()
         return code, (self.fake / "said").read_text()
 
@@ -243,7 +245,7 @@ def test_submitting_again_forgets_the_count(job):
 
 
 def _when(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -266,6 +268,44 @@ def test_the_warning_reaches_the_training_and_requeues(job, end):
     code, said = job.outcome()
     assert (code, job.requeues) == (138, 1)
     assert "the time is nearly up" in said and "requeued at step 0" in said
+
+
+def test_a_warning_before_the_training_begins_is_kept(job):
+    """Here it comes while the script waits for an earlier job of the run to save."""
+    for name, state in {"other": "COMPLETING", "next": ""}.items():
+        (job.fake / name).write_text(state)
+    (job.run / "job_id").write_text("6\n")
+    process = job.start(WAIT)
+    _when((job.run / "job_id").exists)
+    _when(lambda: not (job.fake / "next").exists())  # it has looked once
+    process.send_signal(signal.SIGUSR1)
+    code, said = job.outcome()
+    assert (code, job.requeues) == (138, 1) and "the time is nearly up" in said
+    assert not job.calls("train")
+
+
+def test_a_warning_while_the_training_begins_reaches_it(job):
+    """The step is there before the script knows its number."""
+    text = job.file.read_text()
+    begun = '"${tropd[@]}" distill "${config[@]}" &\n'
+    assert begun in text
+    job.file.write_text(text.replace(begun, begun + "    kill -USR1 $$; sleep 0.5\n"))
+    code, said = job.finish(WAIT)
+    assert (code, job.requeues) == (138, 1) and "the time is nearly up" in said
+
+
+@pytest.mark.parametrize("value", [None, ""])
+@pytest.mark.parametrize("name", ["SLURM_JOB_ID", "SLURM_JOB_NODELIST"])
+def test_without_slurm_the_file_says_what_it_is_for(job, name, value):
+    variables = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-5]", name: value}
+    done = subprocess.run(
+        ["bash", str(job.file)],
+        env={k: v for k, v in (os.environ | variables).items() if v is not None},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and f"sbatch {job.file}" in done.stderr
+    assert not (job.run / "job_id").exists()
 
 
 def test_scancel_ends_the_job(job):
@@ -313,20 +353,69 @@ def test_after_the_warning_the_end_of_the_time_requeues_and_scancel_does_not(job
 
 
 def _terminate_srun(job: Job) -> None:
+    for pid in _srun(job):
+        os.kill(pid, signal.SIGTERM)
+
+
+def _srun(job: Job) -> list[int]:
+    """Processes of the played srun: it and, for a moment, what it is about to start."""
+    found = []
     for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                command = (entry / "cmdline").read_bytes().decode().split("\0")
-            except OSError:
-                continue
+        with contextlib.suppress(OSError, ValueError):
+            pid, command = int(entry.name), (entry / "cmdline").read_bytes().decode().split("\0")
             if str(job.fake / "srun") in command[:3]:
-                os.kill(int(entry.name), signal.SIGTERM)
+                found.append(pid)
+    return found
+
+
+@pytest.fixture
+def busy_core() -> Iterator[int]:
+    """A core that two other processes keep busy."""
+    core = min(os.sched_getaffinity(0))
+    spin = f"import os\nos.sched_setaffinity(0, {{{core}}})\nwhile True: pass"
+    others = [subprocess.Popen([sys.executable, "-c", spin]) for _ in range(2)]
+    yield core
+    for other in others:
+        other.kill()
+        other.wait()
+
+
+def test_a_signal_in_the_moment_the_training_ends_leaves_its_code(job, busy_core):
+    """Slurm signals a job and its steps at once; on a busy node the script comes too late."""
+    for _ in range(3):
+        process = job.start("echo $$ >$FAKE/pid; mv $FAKE/pid $FAKE/up; sleep 20")
+        _when((job.fake / "up").exists)
+        training = int((job.fake / "up").read_text())
+        (job.fake / "up").unlink()
+        time.sleep(0.2)  # the script waits
+        # So far behind the others that it sees both events at once.
+        os.sched_setaffinity(process.pid, {busy_core})
+        os.sched_setscheduler(process.pid, os.SCHED_IDLE, os.sched_param(0))
+        os.kill(training, signal.SIGKILL)
+        while _state_of(training) not in "ZX":
+            pass
+        process.send_signal(signal.SIGTERM)
+        assert job.outcome()[0] == 137
+
+
+def _state_of(pid: int) -> str:
+    """``Z`` once it has ended, and still so when it is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0]
+    except OSError:
+        return "Z"
+
+
+def _calls(number: int) -> str:
+    """Shell that waits for so many starts of servers."""
+    starts = "$(cat $FAKE/serve.calls 2>/dev/null | wc -l)"
+    return f"until (({starts} >= {number})); do sleep 0.05; done"
 
 
 def test_servers_have_nodes_of_their_own(tmp_path):
     servers = ("rollout.placement=separate", "rollout.num_engines=5")
     job = Job(tmp_path, *servers, "rollout.engine_tensor_parallel=2")
-    job.finish("sleep 0.5; touch $RUN/summary.json")
+    job.finish(f"{_calls(5)}; touch $RUN/summary.json")
     calls = sorted(job.calls("serve"), key=lambda call: call.split("--number ")[1])
     for number, (call, node) in enumerate(zip(calls, (3, 3, 4, 4, 5), strict=True)):
         assert "--export=ALL" in call
@@ -363,7 +452,7 @@ def test_a_server_listens_on_the_address_that_the_trainer_knows(tmp_path, known,
     getent.chmod(0o755)
     scontrol = job.fake / "scontrol"
     scontrol.write_text(scontrol.read_text().replace("10.0.0.$", "node$"))
-    job.finish("sleep 0.3; touch $RUN/summary.json")
+    job.finish(f"{_calls(1)}; touch $RUN/summary.json")
     (call,) = job.calls("serve")
     assert call.endswith(f"--host {host}")
     assert job.calls("train")[0].startswith("node1 ")
@@ -373,7 +462,11 @@ def test_a_dead_server_is_started_again_and_an_unusable_one_is_not(tmp_path):
     job = Job(tmp_path, "rollout.placement=separate", "rollout.num_engines=2")
     job.file.write_text(job.file.read_text().replace("first_pause=5", "first_pause=0"))
     (job.fake / "serve").write_text('case "$*" in *"--number 0 "*) exit 75 ;; *) exit 2 ;; esac')
-    _, said = job.finish("sleep 2; touch $RUN/summary.json")
+    _, said = job.finish(
+        "for word in 'given up' 'cannot start'; do\n"
+        'until grep -q "$word" $FAKE/said; do sleep 0.05; done; done\n'
+        "touch $RUN/summary.json"
+    )
     numbers = [call.split("--number ")[1][0] for call in job.calls("serve")]
     assert numbers.count("0") == 8 and numbers.count("1") == 1
     assert "server 0 on n3 ended with code 75 and is started again" in said
@@ -388,5 +481,5 @@ def test_a_server_that_lasted_is_always_started_again(tmp_path):
     text = job.file.read_text().replace("first_pause=5", "first_pause=0")
     job.file.write_text(text.replace("soon=600", "soon=0"))
     (job.fake / "serve").write_text("exit 75")
-    _, said = job.finish("sleep 2; touch $RUN/summary.json")
+    _, said = job.finish(f"{_calls(9)}; touch $RUN/summary.json")
     assert len(job.calls("serve")) > 8 and "given up" not in said

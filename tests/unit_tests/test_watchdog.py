@@ -25,6 +25,9 @@ folder, rank, behaviour = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 def spin():
     while True:
         pass
+(folder / f"ready_{rank}").touch()
+while len(list(folder.glob("ready_*"))) < int(sys.argv[4]):
+    time.sleep(0.01)  # on a busy machine one starts seconds after the other
 progress = Progress()
 dog = Watchdog(progress, folder=folder / "beats", failure=folder / "failure.json", rank=rank,
     world_size=3, timeout_minutes=0.03, say=lambda text: print("said:", text))
@@ -36,7 +39,7 @@ with dog:
     if behaviour == "work":
         sys.exit()
     progress.enter("student" if behaviour == "spin" else "optimizer")
-    spin() if behaviour == "spin" else time.sleep(60)
+    spin() if behaviour == "spin" else time.sleep(600)
 """
 
 
@@ -44,7 +47,7 @@ def _run(folder: Path, behaviours: list[str]) -> list[tuple[int | None, str]]:
     """(exit code, output) of three ranks; a stopped one is stopped after its first heartbeat."""
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", RANK, str(folder), str(rank), behaviour],
+            [sys.executable, "-c", RANK, str(folder), str(rank), behaviour, str(len(behaviours))],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -53,18 +56,22 @@ def _run(folder: Path, behaviours: list[str]) -> list[tuple[int | None, str]]:
     ]
     try:
         for rank, behaviour in zip(ranks, behaviours, strict=True):
-            while behaviour == "stop" and len(read_beats(folder / "beats", range(3))) < 3:
+            while behaviour == "stop" and not _in_the_optimizer(folder / "beats"):
                 time.sleep(0.02)
             if behaviour == "stop":
                 os.kill(rank.pid, signal.SIGSTOP)
         return [
-            (None, "") if behaviour == "stop" else (rank.wait(60), rank.stdout.read())
+            (None, "") if behaviour == "stop" else (rank.wait(300), rank.stdout.read())
             for rank, behaviour in zip(ranks, behaviours, strict=True)
         ]
     finally:
         for rank in ranks:
             rank.kill()
             rank.communicate()
+
+
+def _in_the_optimizer(beats: Path) -> bool:
+    return [beat.phase for beat in read_beats(beats, range(3)).values()] == ["optimizer"] * 3
 
 
 STOPPED = r"Stopped or gone: rank 1 \(.*no sign of life, last seen in 'optimizer' of step 5"
@@ -90,14 +97,14 @@ def test_the_rank_that_stands_still_is_named(tmp_path, behaviour, words, phase):
 
 
 def test_a_job_that_was_suspended_goes_on(tmp_path):
-    command = [sys.executable, "-c", RANK, str(tmp_path), "0", "work"]
+    command = [sys.executable, "-c", RANK, str(tmp_path), "0", "work", "1"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as rank:
         while not (tmp_path / "beats" / "rank_00000.json").exists():
             time.sleep(0.02)
         rank.send_signal(signal.SIGSTOP)
         time.sleep(3.0)  # longer than a phase may last
         rank.send_signal(signal.SIGCONT)
-        assert rank.wait(60) == 0
+        assert rank.wait(300) == 0
     assert not (tmp_path / "failure.json").exists()
 
 

@@ -1,0 +1,43 @@
+"""What environment variables say. One that is set to nothing counts as not set.
+
+Schedulers, job files and containers set variables to nothing where they mean none.
+"""
+
+import os
+from collections.abc import Mapping
+
+from megatron_tropd.errors import ConfigError
+
+
+def variable(name: str, environment: Mapping[str, str] = os.environ) -> str | None:
+    """Its value; None if it is not set, or blank."""
+    return environment.get(name, "").strip() or None
+
+
+def number(
+    name: str,
+    default: int | None = None,
+    *,
+    environment: Mapping[str, str] = os.environ,
+    advice: str = "Set it to one, or unset it.",
+) -> int:
+    """Its value as a number that is not negative.
+
+    Args:
+        name: of the variable.
+        default: if it is not set; None: it must be.
+        environment: where to look.
+        advice: what the user is to do about a bad value.
+
+    Raises:
+        ConfigError: it is no such number, or not set though it must be.
+    """
+    text = variable(name, environment)
+    if text is None and default is not None:
+        return default
+    if text is None or not (text.isascii() and text.isdigit()):
+        found = repr(text) if text else "nothing"
+        raise ConfigError(
+            f"The environment variable {name} must be a number, found {found}. {advice}"
+        )
+    return int(text)
