@@ -76,8 +76,6 @@ def forward_step(data_iterator: Any, model: torch.nn.Module) -> tuple[Tensor, An
 def datasets_provider(num_samples: list[int]) -> tuple[Any, Any, Any]:
     """Training, validation and test data of ``--data-path`` (or ``--mock-data``)."""
     args = get_args()
-    if args.tropd_trajectories is not None:
-        return tropd.recorded_trajectories(args), None, None
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     config = GPTDatasetConfig(
         random_seed=args.seed,

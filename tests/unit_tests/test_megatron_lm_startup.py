@@ -150,7 +150,7 @@ def test_megatron_lm_lays_out_experts_where_the_teacher_has_some(tiny_model) -> 
 
 def test_megatron_lm_evaluates_where_nobody_counts_iterations() -> None:
     """As with --skip-train, which never sets ``curr_iteration``."""
-    plugin = megatron_lm._Plugin(print, None)
+    plugin = megatron_lm._Plugin(None, None)
     plugin._teacher = Namespace(vocab_size=259, ranks=Namespace(tp_group=None))
     args = teach(Path("x"), seed=1, iteration=7, check_for_nan_in_loss_and_grad=True)
     assert plugin._step_loss(args).iteration == 7
@@ -305,7 +305,7 @@ def test_megatron_lm_draws_the_mask_of_the_trainer(group) -> None:
 
 
 def test_megatron_lm_deals_live_samples_as_megatron_does() -> None:
-    plugin = megatron_lm._Plugin(print, None)
+    plugin = megatron_lm._Plugin(None, None)
     plugin._teacher = Namespace(ranks=Namespace(dp_size=2, dp_rank=1))
     items = [{"sample_id": torch.tensor(i)} for i in range(8)]
     mine = plugin._own_share(items, 2, 2)
