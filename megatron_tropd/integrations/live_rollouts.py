@@ -292,7 +292,7 @@ def check_arguments(
             getattr(args, "step_batch_size_schedule", None) is not None,
             "no --step-batch-size-schedule",
         ),
-        (bool(args.iterations_to_skip), "no --iterations-to-skip"),
+        (bool(getattr(args, "iterations_to_skip", None)), "no --iterations-to-skip"),
         (args.overlap_param_gather, "no --overlap-param-gather"),
         (args.context_parallel_size != 1, "--context-parallel-size 1"),
         (chunks != 1, "no virtual pipeline stages"),

@@ -247,7 +247,7 @@ def _draw(items, group, **settings):
 
 def test_megatron_lm_takes_text_with_its_mask(group) -> None:
     mask = torch.zeros(2, 1, 4, 4, dtype=torch.bool).triu(1)
-    items = _items(loss_mask=torch.eye(2, 4), attention_mask=mask)
+    items = _items(loss_mask=torch.eye(2, 4), attention_mask=mask, dataset_id=torch.zeros(2))
     (batch,) = _draw(items, group)
     assert not batch.sampled and batch.attention_mask is None
     assert torch.equal(batch.loss_mask, torch.eye(2, 4).bool())
@@ -278,6 +278,9 @@ def test_megatron_lm_wants_masks_on_stages_without_data(group) -> None:
         (_items(loss_weights=torch.ones(2, 4)), {}, "response_positions, sample_id missing"),
         (_items(), {"shape": (2, 6)}, r"micro-batches of \[2, 6\] tokens .* found \[2, 4\]"),
         (_items(), {"masked": True}, "attention_mask in every item"),
+        # Of --sft and --dataloader-inter-document-masking; never to be dropped unused.
+        (_items(cu_seqlens=torch.zeros(2, 5)), {}, "found cu_seqlens besides, which the plug-in"),
+        (_items(prompt_length=torch.ones(2)), {}, "found prompt_length besides"),
     ],
 )
 def test_megatron_lm_refuses_other_items(items, settings, named, group) -> None:
