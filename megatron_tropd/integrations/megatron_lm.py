@@ -13,11 +13,12 @@ micro-batches. Everything else of the loop is Megatron's.
 T = loss tokens of a micro-batch, B = rows, S = sequence length, v = vocabulary shard, H = hidden.
 """
 
+import sys
 from argparse import Action, ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 from typing import get_args as choices_of
 
@@ -122,6 +123,36 @@ class _WithPerTokenLoss(Action):
     def __call__(self, parser: Any, namespace: Namespace, values: Any, option: Any = None) -> None:
         setattr(namespace, self.dest, values)
         namespace.calculate_per_token_loss = True
+        _expect_distillation()
+
+
+_NOT_ENTERED = (
+    "--tropd-teacher-load was given, but pretrain runs outside of megatron_lm.distillation(). Call "
+    "it inside: with distillation(): pretrain(...)."
+)
+
+
+def _expect_distillation() -> None:
+    """Have Megatron's loop refuse to start with a teacher unless :func:`distillation` is entered.
+
+    A script that only parses the options would train plainly. Where Megatron's loop is not
+    imported, as in a parser by itself, there is nothing to do.
+    """
+    training = sys.modules.get("megatron.training.training")
+    original = getattr(training, "get_forward_backward_func", None)
+    if original is None or isinstance(original, partial) or hasattr(original, "unguarded"):
+        return
+
+    @wraps(original)
+    def refuse_or_get(*args: Any, **kwargs: Any) -> Any:
+        from megatron.training import get_args
+
+        if getattr(get_args(), "tropd_teacher_load", None) is not None:
+            raise ConfigError(_NOT_ENTERED)
+        return original(*args, **kwargs)
+
+    refuse_or_get.unguarded = original  # type: ignore[attr-defined]
+    vars(training)["get_forward_backward_func"] = refuse_or_get
 
 
 @contextmanager
@@ -171,10 +202,7 @@ def distilling(forward_step: ForwardStep) -> ForwardStep:
         from megatron.training import get_args
 
         if getattr(get_args(), "tropd_teacher_load", None) is not None:
-            raise ConfigError(
-                "--tropd-teacher-load was given, but pretrain runs outside of "
-                "megatron_lm.distillation(). Call it inside: with distillation(): pretrain(...)."
-            )
+            raise ConfigError(_NOT_ENTERED)
         return forward_step(data_iterator, model, *args, **kwargs)
 
     return step
@@ -346,9 +374,10 @@ class _Plugin:
         """Name in ``megatron.training.training`` -> function, the same without a teacher."""
         training = self._training
         log = PrintedLog(training.training_log, training.print_rank_last)
+        schedule = training.get_forward_backward_func
         return {
             "get_forward_backward_func": partial(
-                self.get_forward_backward_func, training.get_forward_backward_func
+                self.get_forward_backward_func, getattr(schedule, "unguarded", schedule)
             ),
             "build_train_valid_test_data_iterators": partial(
                 self.build_data, training.build_train_valid_test_data_iterators

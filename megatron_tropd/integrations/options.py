@@ -73,8 +73,8 @@ REFUSED = (
     Refusal("rl_use_sequence_packing", "it has data of its own"),
     Refusal(
         "dataloader_inter_document_masking",
-        "its rows are told apart by cu_seqlens, which the models do not get here; use "
-        "--reset-attention-mask --reset-position-ids, which hide the other documents as well",
+        "its rows are told apart by cu_seqlens, which the models do not get here; "
+        "--reset-attention-mask hides the other documents, too, where they end in the EOD token",
     ),
     Refusal(
         "sft",
@@ -136,6 +136,7 @@ def check_refused(args: Namespace) -> None:
             "--tropd-teacher-load does not go with CUDA graphs of full iterations: lengths differ "
             "between steps. Drop --cuda-graph-impl full_iteration."
         )
+    _check_mask_is_read(args)
     if getattr(args, "tropd_trajectories", None) is None:
         return
     for refusal in BESIDE_TRAJECTORIES:
@@ -144,6 +145,23 @@ def check_refused(args: Namespace) -> None:
         raise ConfigError(
             "--tropd-trajectories does not go with --dataloader-type external: Megatron's loaders "
             "read them. Use single or cyclic."
+        )
+
+
+def _check_mask_is_read(args: Namespace) -> None:
+    """Megatron's causal attention reads a given mask in its plainest implementation only."""
+    if not getattr(args, "reset_attention_mask", False):
+        return
+    fused = getattr(args, "bf16", False) and getattr(args, "masked_softmax_fusion", False)
+    needed = {
+        "--transformer-impl local": getattr(args, "transformer_impl", "local") != "local",
+        "--no-masked-softmax-fusion": fused,
+        "no --window-size": bool(getattr(args, "window_size", None)),
+    }
+    if missing := [option for option, is_missing in needed.items() if is_missing]:
+        raise ConfigError(
+            f"--reset-attention-mask needs {', '.join(missing)}: other attention of Megatron's "
+            "hides what comes later and nothing else. Change that, or drop it."
         )
 
 

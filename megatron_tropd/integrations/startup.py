@@ -158,6 +158,7 @@ def open_teacher(args: Namespace, vocab_size: int) -> HFFolder | MegatronFolder:
     except ConfigError as error:
         raise ConfigError(_in_options(error)) from None
     _check_expert_shards(args, folder)
+    _check_mask_is_read(args, folder)
     if folder.config["vocab_size"] < vocab_size:
         raise ConfigError(
             f"Expected a teacher with at least the {vocab_size} ids of the student's tokenizer, "
@@ -181,6 +182,20 @@ def _check_expert_shards(args: Namespace, folder: HFFolder | MegatronFolder) -> 
         raise ConfigError(
             "The teacher is a mixture of experts: expected --expert-tensor-parallel-size "
             f"{tensor}, as --tensor-model-parallel-size, found {args.expert_tensor_parallel_size}. "
+            "Drop it."
+        )
+
+
+def _check_mask_is_read(args: Namespace, folder: HFFolder | MegatronFolder) -> None:
+    """As ``options.check_refused`` of the student, for the teacher's attention."""
+    from megatron_tropd.mcore.models import has_transformer_engine
+
+    if not getattr(args, "reset_attention_mask", False):
+        return
+    if has_transformer_engine() or any(model_shape(folder.config).windows):
+        raise ConfigError(
+            "--reset-attention-mask needs a teacher without sliding windows and an environment "
+            "without Transformer Engine: other attention of Megatron's does not read the mask. "
             "Drop it."
         )
 

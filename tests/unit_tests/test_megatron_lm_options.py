@@ -126,6 +126,44 @@ def test_plugin_refuses_trajectories_beside_samples_of_its_own(monkeypatch) -> N
         plugin.check(Namespace(tropd_teacher_load="x", tropd_trajectories="here"))
 
 
+def test_a_teacher_without_distillation_is_refused(monkeypatch) -> None:
+    """A script that took only add_arguments would train plainly."""
+    import megatron.training
+    from megatron.training import training
+
+    schedule = training.get_forward_backward_func
+    schedule = getattr(schedule, "unguarded", schedule)  # another test may have parsed a teacher
+    monkeypatch.setattr(training, "get_forward_backward_func", schedule)
+    parser = megatron_lm.add_arguments(argparse.ArgumentParser())
+    plain = parser.parse_args([])
+    assert training.get_forward_backward_func is schedule
+    for _ in range(2):
+        args = parser.parse_args(["--tropd-teacher-load", "x"])
+    monkeypatch.setattr(megatron.training, "get_args", lambda: args)
+    with pytest.raises(ConfigError, match="outside of megatron_lm"):
+        training.get_forward_backward_func()
+    plugin = megatron_lm._Plugin(training, None)
+    assert plugin.replacements()["get_forward_backward_func"].args == (schedule,)
+    monkeypatch.setattr(megatron.training, "get_args", lambda: plain)
+    assert training.get_forward_backward_func(pp_size=1, vp_size=None) is schedule(1, None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"transformer_impl": "transformer_engine"}, "needs --transformer-impl local:"),
+        ({"masked_softmax_fusion": True, "bf16": True}, "needs --no-masked-softmax-fusion:"),
+        ({"window_size": (7, 0)}, "needs no --window-size:"),
+    ],
+)
+def test_masks_are_refused_where_attention_does_not_read_them(settings, named) -> None:
+    plain = {"transformer_impl": "local", "masked_softmax_fusion": True, "bf16": False}
+    options.check_refused(Namespace(**plain, reset_attention_mask=True))
+    options.check_refused(Namespace(**plain | settings))
+    with pytest.raises(ConfigError, match=named):
+        options.check_refused(Namespace(**plain | settings, reset_attention_mask=True))
+
+
 def test_everything_that_is_replaced_is_asked_of_the_version() -> None:
     training = SimpleNamespace(**{name: print for name in startup.REPLACED})
     training.training_log = lambda loss_dict, total_loss_dict, skipped_iter: None

@@ -136,6 +136,14 @@ def test_megatron_lm_refuses_teachers_that_do_not_fit(tiny_model, tmp_path: Path
         startup.open_teacher(teach(tmp_path), 259)
 
 
+def test_megatron_lm_refuses_teachers_that_do_not_read_a_mask(tiny_model) -> None:
+    dense, windows = tiny_model("qwen3"), tiny_model("mistral")
+    startup.open_teacher(teach(dense, reset_attention_mask=True), 259)
+    startup.open_teacher(teach(windows), 259)
+    with pytest.raises(ConfigError, match="a teacher without sliding windows"):
+        startup.open_teacher(teach(windows, reset_attention_mask=True), 259)
+
+
 def test_megatron_lm_lays_out_experts_where_the_teacher_has_some(tiny_model) -> None:
     # Valid for a student whose experts are whole on each rank: 4 expert ranks, 2 replicas.
     shared = {"expert_model_parallel_size": 4, "data_parallel_size": 2}
