@@ -4,6 +4,7 @@ Megatron's wheels carry the loop (``megatron.training.pretrain``) but no script 
 one does, with megatron-core 0.17, 0.18 and 0.19. All options are Megatron's own.
 """
 
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -21,10 +22,19 @@ from megatron.training.arguments import core_transformer_config_from_args
 from megatron.training.utils import get_blend_and_blend_per_split
 from torch import Tensor
 
+NOT_HERE = (
+    *("sft", "fim_data", "dataloader_inter_document_masking", "logits_load_dir"),
+    *("spec", "heterogeneous_layers_config_path", "experimental_attention_variant"),
+    *("multi_latent_attention", "mtp_num_layers", "qk_l2_norm", "yaml_cfg"),
+)
+"""Options for data, layers and losses that this script has no code for."""
+
 
 def model_provider(pre_process: bool = True, post_process: bool = True, **_: Any) -> GPTModel:
     """This pipeline stage's part of the model."""
     args = get_args()
+    if asked := [name for name in NOT_HERE if getattr(args, name, None)]:
+        raise SystemExit(f"This script does not know {asked}; Megatron's pretrain_gpt.py does.")
     if args.transformer_impl == "local":
         spec = get_gpt_layer_local_spec(
             args.num_experts,
@@ -75,18 +85,16 @@ def datasets_provider(num_samples: list[int]) -> tuple[Any, Any, Any]:
     """Training, validation and test data of ``--data-path`` (or ``--mock-data``)."""
     args = get_args()
     blend, blend_per_split = get_blend_and_blend_per_split(args)
+    settings = {field.name for field in fields(GPTDatasetConfig)} & vars(args).keys()
     config = GPTDatasetConfig(
         random_seed=args.seed,
         sequence_length=args.seq_length,
         blend=blend,
         blend_per_split=blend_per_split,
-        split=args.split,
         path_to_cache=args.data_cache_path,
         tokenizer=get_tokenizer(),
-        reset_position_ids=args.reset_position_ids,
-        reset_attention_mask=args.reset_attention_mask,
-        eod_mask_loss=args.eod_mask_loss,
         create_attention_mask=args.create_attention_mask_in_dataloader,
+        **{name: getattr(args, name) for name in settings},
     )
     dataset = MockGPTDataset if args.mock_data else GPTDataset
     return BlendedMegatronDatasetBuilder(dataset, num_samples, lambda: True, config).build()

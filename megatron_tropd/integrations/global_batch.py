@@ -29,6 +29,8 @@ TRAJECTORY = (
     "sample_id",
 )
 """Keys of a recorded or fresh trajectory."""
+_BESIDE = frozenset({"attention_mask", "dataset_id"})
+"""What items may hold besides: the mask, used where it is asked for, and where a blend took it."""
 _NOTHING, _TEXT, _TRAJECTORY = 0, 1, 2
 
 
@@ -187,6 +189,12 @@ def _check(
             f"Expected items with {', '.join(TEXT)} (Megatron's GPT datasets) or with "
             f"{', '.join(TRAJECTORY)} (recorded trajectories), found {', '.join(item)}: "
             f"{', '.join(missing)} missing. Use one of these datasets."
+        )
+    if unknown := [name for name in item if name not in expected and name not in _BESIDE]:
+        raise InputError(
+            f"Expected items of {', '.join(expected)}, found {', '.join(unknown)} besides, which "
+            "the plug-in would drop unused (cu_seqlens: the rows would be taken for one sequence "
+            "each). Leave them out of the items, or use another dataset."
         )
     if needs_mask and "attention_mask" not in item:
         raise InputError(

@@ -25,10 +25,7 @@ MicroBatch = dict[str, Tensor]
 
 
 class LiveBatches:
-    """An endless iterator of micro-batches, sampled anew for every global batch.
-
-    Not with ``--iterations-to-skip``, whose steps clear no gradients.
-    """
+    """An endless iterator of micro-batches, sampled anew for every global batch."""
 
     def __init__(self, rollouts: LiveRollouts) -> None:
         """Nothing is started yet.

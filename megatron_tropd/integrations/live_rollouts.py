@@ -329,6 +329,11 @@ def check_arguments(
         *more,
         (args.global_batch_size != batch, f"--global-batch-size {batch} (prompts x samples)"),
         (args.rampup_batch_size is not None, "no --rampup-batch-size"),
+        (
+            getattr(args, "step_batch_size_schedule", None) is not None,
+            "no --step-batch-size-schedule",
+        ),
+        (bool(getattr(args, "iterations_to_skip", None)), "no --iterations-to-skip"),
         (args.overlap_param_gather, "no --overlap-param-gather"),
         (args.context_parallel_size != 1, "--context-parallel-size 1"),
         (chunks != 1, "no virtual pipeline stages"),

@@ -13,11 +13,12 @@ micro-batches. Everything else of the loop is Megatron's.
 T = loss tokens of a micro-batch, B = rows, S = sequence length, v = vocabulary shard, H = hidden.
 """
 
+import sys
 from argparse import Action, ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 from typing import get_args as choices_of
 
@@ -29,8 +30,9 @@ from torch.utils.data import default_collate
 from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.convert.megatron_folder import MegatronFolder
 from megatron_tropd.errors import ConfigError
-from megatron_tropd.integrations import startup
+from megatron_tropd.integrations import options, startup
 from megatron_tropd.integrations.global_batch import Batch, draw, share
+from megatron_tropd.integrations.printed_log import PrintedLog
 from megatron_tropd.loss_config import PRESETS, Importance, LossConfig
 from megatron_tropd.losses import (
     HiddenStatesSignal,
@@ -53,6 +55,11 @@ Rollouts = Callable[[torch.nn.Module, int], Sequence[Mapping[str, Tensor]]]
 """(this stage's student, unwrapped; iteration, 0-based) -> the global batch, one item per sample
 (``data.recorded.training_item``), the same list on every rank. Called on all ranks, between
 steps; with --overlap-param-gather the student's weights are not complete then."""
+_parser: ArgumentParser | None = None
+"""The one that got the ``--tropd-*`` arguments last: the script's own options are in it."""
+_LOSS = "distillation loss"
+_SPIKY = 10
+"""A loss this many times the largest so far is spiky, as in Megatron's pretrain_gpt.py."""
 _METRICS = ("tv", "reverse_kl", "forward_kl", "student_entropy", "teacher_entropy")
 
 
@@ -65,6 +72,8 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     Returns:
         The same parser. Without any of the arguments a script trains as if it had not been called.
     """
+    global _parser
+    _parser = parser
     group = parser.add_argument_group("tropd", "distillation from a frozen teacher")
     add = group.add_argument
     add(
@@ -83,6 +92,12 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
         "--tropd-trajectories",
         metavar="FILE",
         help="recorded trajectories (tools/rollouts.py) to train on in place of --data-path",
+    )
+    add(
+        "--tropd-accept-options",
+        metavar="OPTION",
+        nargs="+",
+        help="options that megatron_tropd does not know and that change neither batch nor loss",
     )
     add("--tropd-method", choices=list(PRESETS), help="the loss (docs/losses.md)")
     _add_loss_settings(group)
@@ -109,6 +124,36 @@ class _WithPerTokenLoss(Action):
     def __call__(self, parser: Any, namespace: Namespace, values: Any, option: Any = None) -> None:
         setattr(namespace, self.dest, values)
         namespace.calculate_per_token_loss = True
+        _expect_distillation()
+
+
+_NOT_ENTERED = (
+    "--tropd-teacher-load was given, but pretrain runs outside of megatron_lm.distillation(). Call "
+    "it inside: with distillation(): pretrain(...)."
+)
+
+
+def _expect_distillation() -> None:
+    """Have Megatron's loop refuse to start with a teacher unless :func:`distillation` is entered.
+
+    A script that only parses the options would train plainly. Where Megatron's loop is not
+    imported, as in a parser by itself, there is nothing to do.
+    """
+    training = sys.modules.get("megatron.training.training")
+    original = getattr(training, "get_forward_backward_func", None)
+    if original is None or isinstance(original, partial) or hasattr(original, "unguarded"):
+        return
+
+    @wraps(original)
+    def refuse_or_get(*args: Any, **kwargs: Any) -> Any:
+        from megatron.training import get_args
+
+        if getattr(get_args(), "tropd_teacher_load", None) is not None:
+            raise ConfigError(_NOT_ENTERED)
+        return original(*args, **kwargs)
+
+    refuse_or_get.unguarded = original  # type: ignore[attr-defined]
+    vars(training)["get_forward_backward_func"] = refuse_or_get
 
 
 @contextmanager
@@ -129,14 +174,16 @@ def distillation(rollouts: Rollouts | None = None) -> Iterator[None]:
     startup.check_version()
     from megatron.training import global_vars, training
 
-    plugin = _Plugin(training.get_forward_backward_func, rollouts)
+    plugin = _Plugin(training, rollouts)
     if global_vars._GLOBAL_ARGS is not None:
         plugin.check(global_vars.get_args())
-    training.get_forward_backward_func = plugin.get_forward_backward_func
+    replaced = plugin.replacements()
+    originals = {name: getattr(training, name) for name in replaced}
+    vars(training).update(replaced)
     try:
         yield
     finally:
-        training.get_forward_backward_func = plugin.original
+        vars(training).update(originals)
 
 
 def distilling(forward_step: ForwardStep) -> ForwardStep:
@@ -156,10 +203,7 @@ def distilling(forward_step: ForwardStep) -> ForwardStep:
         from megatron.training import get_args
 
         if getattr(get_args(), "tropd_teacher_load", None) is not None:
-            raise ConfigError(
-                "--tropd-teacher-load was given, but pretrain runs outside of "
-                "megatron_lm.distillation(). Call it inside: with distillation(): pretrain(...)."
-            )
+            raise ConfigError(_NOT_ENTERED)
         return forward_step(data_iterator, model, *args, **kwargs)
 
     return step
@@ -183,6 +227,8 @@ class StepLoss:
     """0-based; with the seed, the sample and the place in it, key of the mask draws."""
     check_finite: bool
     """Whether to have Megatron look for NaN and Inf in each micro-batch's loss."""
+    check_spiky: bool = False
+    """Whether to have it look for sums far above those of the first hundred micro-batches."""
 
 
 @dataclass(frozen=True)
@@ -247,8 +293,7 @@ def loss_of_states(scored: Scored, model: torch.nn.Module, hidden_TH: Tensor) ->
     loss = output.loss
     if torch.is_grad_enabled() and model.ddp_config.overlap_grad_reduce:  # type: ignore[union-attr]
         loss = SomeGradient.apply(loss, weight_vH)
-    if settings.check_finite:
-        _check_finite(loss, partial(first_trouble, output.values, scored))
+    _check(loss, settings, partial(first_trouble, output.values, scored))
     num_tokens = torch.tensor(len(hidden_TH), dtype=torch.int, device=loss.device)
     return loss, num_tokens, report_of(output.values, settings)
 
@@ -315,36 +360,77 @@ class _ScoredBatches:
 
 
 class _Plugin:
-    """The schedule that Megatron's loop gets while distilling."""
+    """What Megatron's loop gets in place of its own functions while distilling."""
 
-    def __init__(self, original: Callable[..., Any], rollouts: Rollouts | None) -> None:
-        self.original = original
+    def __init__(self, training: Any, rollouts: Rollouts | None) -> None:
+        """Replace nothing yet; ``training`` is ``megatron.training.training``."""
+        self._training = training
         self._rollouts = rollouts
         self._folder: HFFolder | MegatronFolder | None = None
         self._config = LossConfig()
         self._teacher: Any = None
         self._fresh: tuple[int, Sequence[Mapping[str, Tensor]]] | None = None
 
+    def replacements(self) -> dict[str, Callable[..., Any]]:
+        """Name in ``megatron.training.training`` -> function, the same without a teacher."""
+        training = self._training
+        log = PrintedLog(training.training_log, training.print_rank_last)
+        schedule = training.get_forward_backward_func
+        return {
+            "get_forward_backward_func": partial(
+                self.get_forward_backward_func, getattr(schedule, "unguarded", schedule)
+            ),
+            "build_train_valid_test_data_iterators": partial(
+                self.build_data, training.build_train_valid_test_data_iterators
+            ),
+            "training_log": partial(_if_distilling, log.training_log, training.training_log),
+            "print_rank_last": log.print_rank_last,
+        }
+
     def check(self, args: Namespace) -> None:
         """Check arguments and the teacher's folder, once."""
         if not hasattr(args, "tropd_teacher_load"):
             raise ConfigError(
                 "Expected the --tropd-* arguments in Megatron's parser, found none. Give Megatron "
-                "megatron_lm.add_arguments as extra_args_provider."
+                "megatron_lm.add_arguments as extra_args_provider, and options on the command "
+                "line, not in --yaml-cfg."
             )
         if args.tropd_teacher_load is None:
             startup.check_lone_arguments(args)
             return
         if self._folder is None:
             startup.check_arguments(args)
+            if self._rollouts is not None and args.tropd_trajectories is not None:
+                raise ConfigError(
+                    "--tropd-trajectories was given to a script that samples its data itself "
+                    "(distillation(rollouts)). Drop it."
+                )
+            _check_unknown_options(args)
             self._config = startup.loss_config(args)
             self._folder = startup.open_teacher(args, _vocab_size())
 
-    def get_forward_backward_func(self, *args: Any, **kwargs: Any) -> Callable[..., Any]:
+    def build_data(self, original: Callable[..., Any], provider: Callable[..., Any]) -> Any:
+        """Megatron's iterators of the script's datasets, or of ``--tropd-trajectories``."""
+        from megatron.training import get_args
+
+        args = get_args()
+        self.check(args)
+        if args.tropd_trajectories is None:
+            return original(provider)
+
+        def recorded_only(num_samples: Any) -> tuple[Any, None, None]:
+            return recorded_trajectories(args), None, None
+
+        recorded_only.is_distributed = True  # type: ignore[attr-defined]
+        return original(recorded_only)
+
+    def get_forward_backward_func(
+        self, original: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Callable[..., Any]:
         """Megatron's schedule, preceded by the teacher's pass where there is a teacher."""
         from megatron.training import get_args
 
-        schedule = self.original(*args, **kwargs)
+        schedule = original(*args, **kwargs)
         settings = get_args()
         self.check(settings)
         if settings.tropd_teacher_load is None:
@@ -409,6 +495,7 @@ class _Plugin:
             # Only training counts them; --skip-train evaluates at the one that was loaded.
             iteration=getattr(args, "curr_iteration", args.iteration),
             check_finite=args.check_for_nan_in_loss_and_grad,
+            check_spiky=getattr(args, "check_for_spiky_loss", False),
         )
 
     def _fresh_items(self, model: Any, iteration: int) -> Sequence[Mapping[str, Tensor]]:
@@ -449,7 +536,7 @@ class _Plugin:
 
 
 def recorded_trajectories(args: Namespace) -> Any:
-    """The dataset of ``--tropd-trajectories``, for a script's datasets provider.
+    """The dataset of ``--tropd-trajectories``, which stands in place of the script's datasets.
 
     Args:
         args: Megatron's.
@@ -462,12 +549,19 @@ def recorded_trajectories(args: Namespace) -> Any:
     """
     from megatron_tropd.data.recorded import RecordedTrajectories
 
-    return RecordedTrajectories(
+    dataset = RecordedTrajectories(
         args.tropd_trajectories,
         seq_length=args.seq_length,
         vocab_size=_vocab_size(),
         tokenizer=startup.student_tokenizer(args),
     )
+    if args.rank == 0:
+        print(
+            f"tropd: training on the {len(dataset)} trajectories of {args.tropd_trajectories}; "
+            "nothing to validate on",
+            flush=True,
+        )
+    return dataset
 
 
 def build_teacher(folder: HFFolder | MegatronFolder, args: Namespace, vocab_size: int) -> Any:
@@ -512,6 +606,30 @@ def build_teacher(folder: HFFolder | MegatronFolder, args: Namespace, vocab_size
     return Teacher(model, ranks=ranks, vocab_size=vocab_size, weight_vH=weight_vH)
 
 
+def _if_distilling(
+    ours: Callable[..., Any], theirs: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    from megatron.training import get_args
+
+    function = theirs if get_args().tropd_teacher_load is None else ours
+    return function(*args, **kwargs)
+
+
+def _check_unknown_options(args: Namespace) -> None:
+    """Refuse options of Megatron's that nobody has looked at; name those of the script."""
+    defaults = options.megatron_defaults()
+    options.check_unknown(args, defaults, args.tropd_accept_options or [])
+    if _parser is None or args.rank != 0:
+        return
+    accepted = options.named(args.tropd_accept_options or [])
+    if own := options.of_the_script(args, _parser, defaults.keys() | accepted):
+        print(
+            f"tropd: {' '.join(own)}: the script's own. While distilling, its forward_step and "
+            "loss are not run; what the options do there is not done.",
+            flush=True,
+        )
+
+
 def _vocab_size() -> int:
     """Ids of the student's tokenizer; the rows above them are padding in both models."""
     from megatron.training import get_tokenizer
@@ -543,22 +661,33 @@ def first_trouble(values: dict[str, Tensor], scored: Scored) -> str:
     )
 
 
-def _check_finite(loss: Tensor, what: Callable[[], str]) -> None:
-    """Megatron's own check of each micro-batch's loss (--check-for-nan-in-loss-and-grad)."""
+def _check(loss: Tensor, settings: StepLoss, what: Callable[[], str]) -> None:
+    """Megatron's own checks of each micro-batch's loss, which its ``loss_func`` makes.
+
+    --check-for-nan-in-loss-and-grad and --check-for-spiky-loss.
+    """
     from megatron.core.rerun_state_machine import get_rerun_state_machine
 
-    def rejected(result: Tensor, found: Callable[[Tensor], Tensor]) -> bool:
+    def no_number(result: Tensor, found: Callable[[Tensor], Tensor]) -> bool:
         bad = bool(found(result))  # Megatron asks the same of what this returns
         if bad:
             # Its message names a test that is run again, and must be the same each time.
             print(f"tropd: the loss is not finite in {what()}", flush=True)
         return bad
 
-    for found, name in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
-        get_rerun_state_machine().validate_result(
+    machine = get_rerun_state_machine()
+    checks: list[tuple[Callable[[Tensor], Any], str, bool]] = []
+    if settings.check_finite:
+        for found, name in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
+            checks.append((partial(no_number, found=found), f"found {name}", True))
+    if settings.check_spiky:
+        spiky = partial(machine.is_unexpectedly_large, threshold=_SPIKY, context=_LOSS)
+        checks.append((spiky, "found a spike", False))
+    for rejects, found_what, fatal in checks:
+        machine.validate_result(
             result=loss,
-            rejection_func=partial(rejected, found=found),
-            message=f"found {name} in the distillation loss",
+            rejection_func=rejects,
+            message=f"{found_what} in the {_LOSS}",
             tolerance=0.0,
-            fatal=True,
+            fatal=fatal,
         )

@@ -20,12 +20,20 @@ from megatron_tropd.convert.megatron_folder import (
 )
 from megatron_tropd.data.tokenizers import check_same_tokenizer, load_tokenizer
 from megatron_tropd.errors import ConfigError, InputError
+from megatron_tropd.integrations import options
 from megatron_tropd.loss_config import LossConfig, preset
 from megatron_tropd.losses import HiddenStatesSignal, check_signal
 from megatron_tropd.settings import Amount, check_value
 
 SUPPORTED = ("0.17", "0.18", "0.19")
 """Versions of megatron-core whose training loop was run with the plug-in."""
+REPLACED = (
+    "get_forward_backward_func",
+    "build_train_valid_test_data_iterators",
+    "training_log",
+    "print_rank_last",
+)
+"""What ``megatron.training.training`` must have: the plug-in puts its own in place of it."""
 _OPTIONS = {
     "parallel.tensor ": "--tensor-model-parallel-size ",
     "parallel.tensor.": "--tensor-model-parallel-size.",
@@ -64,7 +72,7 @@ def _missing() -> list[str]:
         return [*missing, "megatron.training (its training loop)"]
     from megatron.training import training
 
-    for name in ("pretrain", "get_forward_backward_func"):
+    for name in ("pretrain", *REPLACED):
         if not hasattr(training, name):
             missing.append(f"megatron.training.training.{name}")
     return missing
@@ -108,44 +116,10 @@ def check_arguments(args: Namespace) -> None:
     Raises:
         ConfigError: names the option and what to change.
     """
-    for found, option, why in (
-        (_set(args, "context_parallel_size", 1), "--context-parallel-size", "sequences are whole"),
-        (
-            _set(args, "virtual_pipeline_model_parallel_size"),
-            "an interleaved pipeline (--num-layers-per-virtual-pipeline-stage, "
-            "--num-virtual-stages-per-pipeline-rank)",
-            "the teacher has one chunk per stage",
-        ),
-        (_set(args, "mtp_num_layers"), "--mtp-num-layers", "there is one loss per token"),
-        (_set(args, "fp16"), "--fp16", "use --bf16 or 32 bits"),
-        (_set(args, "use_torch_fsdp2"), "--use-torch-fsdp2", "use Megatron's DDP"),
-        (_set(args, "use_megatron_fsdp"), "--use-megatron-fsdp", "use Megatron's DDP"),
-        (_set(args, "hybrid_layer_pattern"), "--hybrid-layer-pattern", "use a GPTModel"),
-        (_set(args, "use_mup"), "--use-mup", "it scales the logits, which are not made"),
-        (
-            _set(args, "overlap_moe_expert_parallel_comm"),
-            "--overlap-moe-expert-parallel-comm",
-            "it has a schedule of its own",
-        ),
-        (
-            _set(args, "defer_embedding_wgrad_compute"),
-            "--defer-embedding-wgrad-compute",
-            "the output layer is not run",
-        ),
-        (_set(args, "perform_rl_step"), "--perform-rl-step", "it has data of its own"),
-        (_set(args, "use_tp_pp_dp_mapping"), "--use-tp-pp-dp-mapping", "use the default order"),
-        (
-            getattr(args, "cuda_graph_impl", "none") == "full_iteration"
-            or "full_iteration" in str(getattr(args, "cuda_graph_scope", "")),
-            "CUDA graphs of full iterations",
-            "lengths differ between steps",
-        ),
-    ):
-        if found:
-            raise ConfigError(f"--tropd-method does not go with {option}: {why}. Drop it.")
+    options.check_refused(args)
     if not args.calculate_per_token_loss:
         raise ConfigError(
-            "--tropd-method needs --calculate-per-token-loss: micro-batches differ in their "
+            "--tropd-teacher-load needs --calculate-per-token-loss: micro-batches differ in their "
             "number of loss tokens. Add it."
         )
     if args.tropd_beta is not None:
@@ -194,6 +168,7 @@ def open_teacher(args: Namespace, vocab_size: int) -> HFFolder | MegatronFolder:
     except ConfigError as error:
         raise ConfigError(_in_options(error)) from None
     _check_expert_shards(args, folder)
+    _check_mask_is_read(args, folder)
     shape = model_shape(folder.config)
     if shape.vocab < vocab_size:
         raise ConfigError(
@@ -213,10 +188,24 @@ def open_teacher(args: Namespace, vocab_size: int) -> HFFolder | MegatronFolder:
 def _check_expert_shards(args: Namespace, folder: HFFolder | MegatronFolder) -> None:
     mixture = model_shape(folder.config).experts is not None
     tensor = args.tensor_model_parallel_size
-    if mixture and _set(args, "expert_tensor_parallel_size", tensor):
+    if mixture and getattr(args, "expert_tensor_parallel_size", None) not in (None, tensor):
         raise ConfigError(
             "The teacher is a mixture of experts: expected --expert-tensor-parallel-size "
             f"{tensor}, as --tensor-model-parallel-size, found {args.expert_tensor_parallel_size}. "
+            "Drop it."
+        )
+
+
+def _check_mask_is_read(args: Namespace, folder: HFFolder | MegatronFolder) -> None:
+    """As ``options.check_refused`` of the student, for the teacher's attention."""
+    from megatron_tropd.mcore.models import has_transformer_engine
+
+    if not getattr(args, "reset_attention_mask", False):
+        return
+    if has_transformer_engine() or any(model_shape(folder.config).windows):
+        raise ConfigError(
+            "--reset-attention-mask needs a teacher without sliding windows and an environment "
+            "without Transformer Engine: other attention of Megatron's does not read the mask. "
             "Drop it."
         )
 
@@ -255,15 +244,11 @@ def check_lone_arguments(args: Namespace) -> None:
         if name.startswith("tropd_") and value is not None and value is not False
     ]
     if given:
-        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        shown = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise ConfigError(
-            f"{options} given without --tropd-teacher-load: expected the teacher's HF folder or "
+            f"{shown} given without --tropd-teacher-load: expected the teacher's HF folder or "
             "Megatron checkpoint. Add it, or drop them for plain training."
         )
-
-
-def _set(args: Namespace, name: str, off: Any = None) -> bool:
-    return getattr(args, name, off) not in (off, None, False, 0)
 
 
 def _in_options(error: Exception) -> str:

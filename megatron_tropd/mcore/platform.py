@@ -17,6 +17,7 @@ import socket
 import sys
 import warnings
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -127,8 +128,9 @@ def prepare_training() -> None:
     _patch_norms()
     from megatron.core.datasets import utils as dataset_utils
 
-    # The wheel has the compiled helpers, not the Makefile that this looks for.
-    dataset_utils.compile_helpers = lambda: None
+    # A wheel has the compiled helpers, not the Makefile that this looks for.
+    if not Path(dataset_utils.__file__).with_name("Makefile").exists():
+        dataset_utils.compile_helpers = lambda: None
     _training_prepared = True
 
 

@@ -230,6 +230,8 @@ def test_megatrons_arguments_are_checked(tmp_path: Path) -> None:
         ("global_batch_size", 16, r"--global-batch-size 8 \(prompts x samples\)"),
         ("overlap_param_gather", True, "no --overlap-param-gather"),
         ("virtual_pipeline_model_parallel_size", 2, "no virtual pipeline stages"),
+        ("iterations_to_skip", [3], "no --iterations-to-skip"),
+        ("step_batch_size_schedule", "0:8 1K:16", "no --step-batch-size-schedule"),
     ):
         with pytest.raises(ConfigError, match=message):
             check_arguments(SimpleNamespace(**vars(good) | {name: value}), rollout)

@@ -163,6 +163,14 @@ def test_megatron_lm_reads_the_teachers_folder_as_a_run_does(tiny_qwen3: Path, t
         startup.open_teacher(teach(folder), 259)
 
 
+def test_megatron_lm_refuses_teachers_that_do_not_read_a_mask(tiny_model) -> None:
+    dense, windows = tiny_model("qwen3"), tiny_model("mistral")
+    startup.open_teacher(teach(dense, reset_attention_mask=True), 259)
+    startup.open_teacher(teach(windows), 259)
+    with pytest.raises(ConfigError, match="a teacher without sliding windows"):
+        startup.open_teacher(teach(windows, reset_attention_mask=True), 259)
+
+
 def test_megatron_lm_lays_out_experts_where_the_teacher_has_some(tiny_model) -> None:
     # Valid for a student whose experts are whole on each rank: 4 expert ranks, 2 replicas.
     shared = {"expert_model_parallel_size": 4, "data_parallel_size": 2}
@@ -177,7 +185,7 @@ def test_megatron_lm_lays_out_experts_where_the_teacher_has_some(tiny_model) -> 
 
 def test_megatron_lm_evaluates_where_nobody_counts_iterations() -> None:
     """As with --skip-train, which never sets ``curr_iteration``."""
-    plugin = megatron_lm._Plugin(print, None)
+    plugin = megatron_lm._Plugin(None, None)
     plugin._teacher = Namespace(vocab_size=259, ranks=Namespace(tp_group=None))
     args = teach(Path("x"), seed=1, iteration=7, check_for_nan_in_loss_and_grad=True)
     assert plugin._step_loss(args).iteration == 7
@@ -274,7 +282,7 @@ def _draw(items, group, **settings):
 
 def test_megatron_lm_takes_text_with_its_mask(group) -> None:
     mask = torch.zeros(2, 1, 4, 4, dtype=torch.bool).triu(1)
-    items = _items(loss_mask=torch.eye(2, 4), attention_mask=mask)
+    items = _items(loss_mask=torch.eye(2, 4), attention_mask=mask, dataset_id=torch.zeros(2))
     (batch,) = _draw(items, group)
     assert not batch.sampled and batch.attention_mask is None
     assert torch.equal(batch.loss_mask, torch.eye(2, 4).bool())
@@ -305,6 +313,9 @@ def test_megatron_lm_wants_masks_on_stages_without_data(group) -> None:
         (_items(loss_weights=torch.ones(2, 4)), {}, "response_positions, sample_id missing"),
         (_items(), {"shape": (2, 6)}, r"micro-batches of \[2, 6\] tokens .* found \[2, 4\]"),
         (_items(), {"masked": True}, "attention_mask in every item"),
+        # Of --sft and --dataloader-inter-document-masking; never to be dropped unused.
+        (_items(cu_seqlens=torch.zeros(2, 5)), {}, "found cu_seqlens besides, which the plug-in"),
+        (_items(prompt_length=torch.ones(2)), {}, "found prompt_length besides"),
     ],
 )
 def test_megatron_lm_refuses_other_items(items, settings, named, group) -> None:
@@ -332,7 +343,7 @@ def test_megatron_lm_draws_the_mask_of_the_trainer(group) -> None:
 
 
 def test_megatron_lm_deals_live_samples_as_megatron_does() -> None:
-    plugin = megatron_lm._Plugin(print, None)
+    plugin = megatron_lm._Plugin(None, None)
     plugin._teacher = Namespace(ranks=Namespace(dp_size=2, dp_rank=1))
     items = [{"sample_id": torch.tensor(i)} for i in range(8)]
     mine = plugin._own_share(items, 2, 2)
