@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_tropd.errors import ConfigError
 from megatron_tropd.loss_config import LossConfig
+from megatron_tropd.losses.targets import LossTargets
 
 _NO_FLOATS = {"ids_T": torch.int64, "topk_ids_TK": torch.int64, "is_teacher_T": torch.bool}
 """Field -> dtype; every other field is of any floating-point type."""
@@ -185,7 +186,7 @@ the loss of their token. Ids are looked up as nan if they are not in the vocabul
 def with_allowed_values(
     owner: str,
     record: Any,
-    is_teacher_T: Tensor,
+    targets: LossTargets,
     *,
     vocab_size: int,
     config: LossConfig,
@@ -195,7 +196,7 @@ def with_allowed_values(
     Args:
         owner: how messages call it.
         record: of the targets or the teacher, checked by :func:`check_tensors`.
-        is_teacher_T: [T] bool the tokens that the student did not write.
+        targets: say which tokens are read: not those of weight 0.
         vocab_size: real columns.
         config: the loss, which may read only some of it.
 
@@ -215,11 +216,17 @@ def with_allowed_values(
         elif part.axes in ("T", "TK"):
             tensor, rule = part.tensor, VALUES.get(part.field)
             if rule is not None and rule.read(config):
-                allowed = rule.allowed(tensor)
-                allowed = allowed | is_teacher_T if rule.of_student else allowed
-                tensor = _nan_unless(allowed, part, rule)
+                unread_T = _unread(targets, rule)
+                unread = unread_T if tensor.dim() == 1 else unread_T[:, None]
+                tensor = _nan_unless(rule.allowed(tensor) | unread, part, rule)
             changed[part.field] = tensor.float()
     return replace(record, **changed) if changed else record
+
+
+def _unread(targets: LossTargets, rule: Values) -> Tensor:
+    """[T] bool the tokens at which nobody reads a tensor, whatever it holds there."""
+    unread_T = targets.is_teacher_T if rule.of_student else torch.zeros_like(targets.is_teacher_T)
+    return unread_T if targets.weights_T is None else unread_T | (targets.weights_T == 0)
 
 
 def _nan_unless(allowed: Tensor, part: _Given, rule: Values) -> Tensor:
