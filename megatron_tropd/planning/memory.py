@@ -14,6 +14,8 @@ from megatron_tropd.planning.setup import Setup
 
 LOSS_BUDGET = {"cpu": 72 * 2**20, "gpu": 4096 * 2**20}
 """Bytes of the loss's chunk buffers; a test compares them with ``losses.chunks``."""
+_ALIGNED = 64
+"""Columns at whose multiples the rows of these buffers begin on a GPU."""
 ENGINE_WORKSPACE = 2 * 2**30
 """Bytes of an engine's own activations and graphs on each of its GPUs, awake or asleep: sleeping
 gives back weights and cache. An assumption."""
@@ -192,9 +194,9 @@ def optimizer_bytes(made: Setup, held: Held) -> float:
 def loss_bytes(made: Setup) -> float:
     """What the loss of one micro-batch adds at the last stage.
 
-    Logits of both models in float32 for a chunk of tokens, within a budget (twice the chunks
-    where collectives overlap); the student's hidden states [T, H] and, in float32, their gradient;
-    the output layer's gradient [v, H] in float32; per-token values.
+    Logits of both models in float32 for a chunk of tokens and the gradient of bfloat16, within a
+    budget (twice the chunks where collectives overlap); the student's hidden states [T, H] and, in
+    float32, their gradient; the output layer's gradient [v, H] in float32; per-token values.
     """
     tokens, shard = made.work.most_loss_tokens, made.vocab_shard
     hidden = made.student.shape.hidden
@@ -204,9 +206,15 @@ def loss_bytes(made: Setup) -> float:
 
 
 def chunk_bytes(made: Setup, tokens: int) -> float:
-    """The loss's chunk buffers: logits of all tokens, or as many rows as the budget holds."""
-    kind = "cpu" if made.hardware.layers == "cpu" else "gpu"
-    return min(LOSS_BUDGET[kind], 2 * _FLOAT32 * tokens * made.vocab_shard)
+    """The loss's chunk buffers: logits of all tokens, or as many rows as the budget holds.
+
+    On a GPU rows begin at multiples of 64 columns, and the gradient of bfloat16 has a buffer too.
+    """
+    if made.hardware.layers == "cpu":
+        return min(LOSS_BUDGET["cpu"], 2 * _FLOAT32 * tokens * made.vocab_shard)
+    of_column = 2 * _FLOAT32 + (made.element if made.element == 2 else 0)
+    columns = -(-made.vocab_shard // _ALIGNED) * _ALIGNED
+    return min(LOSS_BUDGET["gpu"], of_column * tokens * columns)
 
 
 def engine_memory(made: Setup, model: Model | None = None) -> Engine:

@@ -8,6 +8,7 @@ import inspect
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from megatron_tropd.config import Config, ParallelConfig, load_config
 from megatron_tropd.errors import ConfigError
 from megatron_tropd.losses import chunks
 from megatron_tropd.losses.dense import DenseSpec
-from megatron_tropd.losses.signals import LogitsSignal
+from megatron_tropd.losses.signals import HiddenStatesSignal
 from megatron_tropd.losses.vocab_parallel import shard_of
 from megatron_tropd.planning import PRESETS, load_hardware, make_plan, plan_table, setup
 from megatron_tropd.planning import memory as planned_memory
@@ -299,11 +300,13 @@ def test_a_pipeline_waits_for_its_stages(small: Config):
     assert took[1] == pytest.approx(took[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("tokens", "columns"), [(50, 400), (3000, 700)])
-def test_the_loss_buffers_are_those_of_the_loss(tokens: int, columns: int, monkeypatch):
+def test_the_loss_buffers_are_those_of_the_loss(tokens: int, columns: int, dtype, monkeypatch):
     """Whole logits where they fit the budget, else as many rows as it holds. As with kernels."""
     monkeypatch.setattr(chunks, "needs_scratch", lambda device: False)
-    signal = LogitsSignal(torch.zeros(tokens, columns), columns)
+    hidden_TH, weight_vH = torch.zeros(tokens, 8, dtype=dtype), torch.zeros(columns, 8, dtype=dtype)
+    signal = HiddenStatesSignal(hidden_TH, weight_vH, columns)
     shard = shard_of(columns, vocab_size=columns, group=None, bounds=None)
     pair = chunks.Pair(
         student=signal,
@@ -317,10 +320,11 @@ def test_the_loss_buffers_are_those_of_the_loss(tokens: int, columns: int, monke
     )
     real = chunks._Buffers(pair, count=1)
     monkeypatch.setitem(planned_memory.LOSS_BUDGET, "gpu", 4 * 2**20)
-    made = dataclasses.make_dataclass("Made", ["vocab_shard", "hardware"])(columns, H100)
-    assert planned_memory.chunk_bytes(made, tokens) == pytest.approx(
-        real._logits.untyped_storage().nbytes(), rel=0.03
-    )
+    made = SimpleNamespace(vocab_shard=columns, hardware=H100, element=dtype.itemsize)
+    taken = real._logits.untyped_storage().nbytes()
+    if real._rounded is not None:
+        taken += real._rounded.untyped_storage().nbytes()
+    assert planned_memory.chunk_bytes(made, tokens) == pytest.approx(taken, rel=0.03)
 
 
 def test_a_token_takes_as_much_cache_as_the_engine_counts(small: Config):
