@@ -254,7 +254,8 @@ def test_spiky_losses_are_looked_for(value, expected, monkeypatch) -> None:
     megatron_lm._check(torch.tensor(value), settings, lambda: "row 1")
     assert machine.found == expected
     machine.found.clear()
-    megatron_lm._check(torch.tensor(value), SimpleNamespace(check_finite=False, check_spiky=False))
+    settings = SimpleNamespace(check_finite=False, check_spiky=False)
+    megatron_lm._check(torch.tensor(value), settings, lambda: "row 1")
     assert not machine.found
 
 

@@ -415,13 +415,13 @@ def test_megatron_lm_names_the_token_whose_loss_is_no_number(
     scored = megatron_lm.Scored(batch, None, step)
     values = {name: torch.zeros(3) for name in ("loss", "student_logprob", "teacher_logprob")}
     what = partial(megatron_lm.first_trouble, values, scored)
-    megatron_lm._check_finite(values["loss"].sum(), what)
+    megatron_lm._check(values["loss"].sum(), step, what)
     assert capsys.readouterr().out == ""
     for name in ("loss", broken):
         if name:
             values[name][1:] = loss
     with pytest.raises(RuntimeError, match=r"found (NaN|Inf) in the distillation loss"):
-        megatron_lm._check_finite(values["loss"].sum(), what)
+        megatron_lm._check(values["loss"].sum(), step, what)
     said = capsys.readouterr().out
     assert "iteration 5, row 0 of the micro-batch (sample 40), position 2" in said
     assert "predicts token 7" in said and says in said
