@@ -94,7 +94,6 @@ class RolloutEngine:
         self._max_model_len = max_model_len
         self._log_file = Path(log_file)
         self._place = self._log_file.with_suffix(".model")
-        self._config = write_engine_folder(source, self._place, vocab_size)
         self._settings = EngineSettings(
             model_folder=str(self._place),
             cut_from=None if vocab_size == columns else str(source.path.resolve()),
@@ -107,6 +106,7 @@ class RolloutEngine:
             prefix_caching=prefix_caching,
             cuda=cuda,
         )
+        self._config = write_engine_folder(source, self._place, vocab_size)
         self._waiting_for = "start"
         self._asleep = False
         devices = _visible_devices(os.environ, tensor_parallel) if cuda else None

@@ -263,13 +263,18 @@ def test_an_engine_of_fewer_columns_samples_from_these_alone(
 def test_settings_that_vllm_refuses_are_no_reason_to_start_again(
     tiny_llama: Path, tmp_path: Path
 ) -> None:
+    settings = {"max_model_len": 64, "dtype": "float99"}
     with (
-        RolloutEngine(
-            tiny_llama, max_model_len=64, log_file=tmp_path / "log", max_num_seqs=0
-        ) as engine,
-        pytest.raises(ConfigError, match="max_num_seqs"),
+        RolloutEngine(tiny_llama, log_file=tmp_path / "log", **settings) as engine,
+        pytest.raises(ConfigError, match="float99"),
     ):
         engine.wait_ready()
+
+
+def test_settings_without_meaning_leave_nothing_behind(tiny_llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="max_num_seqs must be at least 1, found 0"):
+        RolloutEngine(tiny_llama, max_model_len=64, log_file=tmp_path / "log", max_num_seqs=0)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_restart_repeats_bit_for_bit_and_a_death_is_an_error_that_quotes_the_log(
