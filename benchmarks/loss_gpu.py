@@ -1,7 +1,7 @@
 """Time and memory of the losses from hidden states on one GPU, beside the bare matrix products.
 
     python benchmarks/loss_gpu.py             # a table
-    python benchmarks/loss_gpu.py --write     # and benchmarks/results/gpu-loss-<hardware>.json
+    python benchmarks/loss_gpu.py --write     # and benchmarks/results/losses-<hardware>.json
     python benchmarks/loss_gpu.py --quick     # small sizes: does everything run?
 
 Every row goes from bfloat16 hidden states and output layers of student and teacher to the
@@ -64,7 +64,7 @@ def main() -> None:
         dist.destroy_process_group()
     print(table(result))
     if options.write is not None:
-        path = Path(options.write or RESULTS / f"gpu-loss-{describe_hardware()[0]}.json")
+        path = Path(options.write or RESULTS / f"losses-{describe_hardware()[0]}.json")
         path.write_text(json.dumps(result, indent=2) + "\n")
         print(f"Written: {path.name}")
 
