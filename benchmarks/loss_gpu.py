@@ -1,7 +1,7 @@
 """Time and memory of the losses from hidden states on one GPU, beside the bare matrix products.
 
     python benchmarks/loss_gpu.py             # a table
-    python benchmarks/loss_gpu.py --write     # and benchmarks/results/gpu-loss-<hardware>.json
+    python benchmarks/loss_gpu.py --write     # and benchmarks/results/losses-<hardware>.json
     python benchmarks/loss_gpu.py --quick     # small sizes: does everything run?
 
 Every row goes from bfloat16 hidden states and output layers of student and teacher to the
@@ -21,6 +21,7 @@ events.
 import argparse
 import json
 import os
+import re
 import statistics
 import tempfile
 import time
@@ -63,7 +64,7 @@ def main() -> None:
         dist.destroy_process_group()
     print(table(result))
     if options.write is not None:
-        path = Path(options.write or RESULTS / f"gpu-loss-{describe_hardware()[0]}.json")
+        path = Path(options.write or RESULTS / f"losses-{describe_hardware()[0]}.json")
         path.write_text(json.dumps(result, indent=2) + "\n")
         print(f"Written: {path.name}")
 
@@ -75,6 +76,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--vocab", type=int, default=VOCAB, help=f"V (default {VOCAB})")
     parser.add_argument("--hidden", type=int, default=HIDDEN, help=f"H (default {HIDDEN})")
     parser.add_argument("--rounds", type=int, default=5, help="timed calls (default 5)")
+    parser.add_argument("--rows", default="", help="only rows whose name this pattern finds")
     parser.add_argument("--quick", action="store_true", help="small sizes, two rounds")
     parser.add_argument("--write", nargs="?", const="", metavar="PATH", help="write the result")
     options = parser.parse_args()
@@ -85,7 +87,11 @@ def parse_arguments() -> argparse.Namespace:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """All figures."""
-    cases = [case for case in our_cases() if case.name.startswith("ours hidden")]
+    cases = [
+        case
+        for case in our_cases()
+        if case.name.startswith("ours hidden") and re.search(options.rows, case.name)
+    ]
     errors = {
         case.name: {kind: gradient_error(case, getattr(torch, kind)) for kind in DTYPES}
         for case in cases
@@ -115,7 +121,7 @@ def measure_size(
     cases: list[Case], tokens: int, options: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """Every row at one number of tokens."""
-    inputs = inputs_on_gpu(tokens, options.vocab, options.hidden, torch.bfloat16)
+    inputs = inputs_on_gpu(tokens, options.vocab, options.hidden)
     tile = fastest_tile(inputs)
     rows = []
     for case in cases:
@@ -224,29 +230,22 @@ def fastest_tile(inputs: Inputs) -> int:
     return min(best, key=best.__getitem__)
 
 
-def inputs_on_gpu(tokens: int, vocab: int, hidden: int, dtype: torch.dtype) -> Inputs:
-    """``make_inputs``, drawn on the device (on a CPU this size takes a minute)."""
-    with torch.device("cuda"):
-        small = make_inputs_on("cuda", tokens, vocab, hidden, dtype)
-    return small
-
-
-def make_inputs_on(device: str, tokens: int, vocab: int, hidden: int, dtype: torch.dtype) -> Inputs:
-    """Two correlated models with logits of standard deviation 3, as in ``loss_cases``."""
-    draw = torch.Generator(device=device).manual_seed(1)
+def inputs_on_gpu(tokens: int, vocab: int, hidden: int) -> Inputs:
+    """Two correlated models as in ``loss_cases``, drawn on the device: a CPU takes a minute."""
+    draw = torch.Generator(device="cuda").manual_seed(1)
 
     def pair(rows: int, scale: float) -> tuple[Tensor, Tensor]:
-        student = scale * torch.randn(rows, hidden, generator=draw, device=device)
-        noise = torch.randn(rows, hidden, generator=draw, device=device)
-        teacher = 0.9 * student + 0.44 * scale * noise
-        return student.to(dtype).requires_grad_(), teacher.to(dtype)
+        first, noise = torch.randn(2, rows, hidden, generator=draw, device="cuda") * scale
+        teacher = 0.9 * first + 0.44 * noise
+        return first.to(torch.bfloat16).requires_grad_(), teacher.to(torch.bfloat16)
 
     hidden_TH, teacher_TH = pair(tokens, 1.0)
     weight_vH, teacher_vH = pair(vocab, 3.0 / hidden**0.5)
-    ids_T = torch.randint(vocab, (tokens,), generator=draw, device=device)
-    uniforms_T = torch.rand(tokens, generator=draw, device=device)
-    group = dist.group.WORLD
-    return Inputs(hidden_TH, weight_vH, teacher_TH, teacher_vH, ids_T, uniforms_T, group)
+    ids_T = torch.randint(vocab, (tokens,), generator=draw, device="cuda")
+    uniforms_T = torch.rand(tokens, generator=draw, device="cuda")
+    assert dist.group.WORLD is not None
+    models = hidden_TH, weight_vH, teacher_TH, teacher_vH
+    return Inputs(*models, ids_T, uniforms_T, dist.group.WORLD)
 
 
 def gradient_error(case: Case, dtype: torch.dtype) -> float:

@@ -56,6 +56,11 @@ def why_not(name: str) -> str | None:
     return _GATES[name]()
 
 
+def _everybody_needs() -> frozenset[str]:
+    """With a GPU a C compiler: Triton builds the launchers of its kernels with it."""
+    return frozenset({"compiler"} if Path("/dev/nvidiactl").exists() else ())
+
+
 def hidden_names() -> frozenset[str]:
     """What ``TROPD_TEST_HIDE`` names."""
     names = frozenset(filter(None, os.environ.get(HIDE, "").split(",")))
@@ -115,7 +120,7 @@ class Surroundings:
     @contextmanager
     def of(self, needed: Iterable[str]) -> Iterator[None]:
         """The environment for a test with these needs, until the block ends."""
-        shown = frozenset(needed) & PROGRAMS.keys() - hidden_names()
+        shown = frozenset({*needed, *_everybody_needs()}) & PROGRAMS.keys() - hidden_names()
         before = {name: os.environ.get(name) for name in ("PATH", *_COMPILER_VARIABLES)}
         os.environ["PATH"] = self._path_with(shown)
         if "compiler" not in shown:

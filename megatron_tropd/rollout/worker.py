@@ -200,9 +200,10 @@ def _serve(connection: Connection) -> None:
 def _is_refusal(error: Exception) -> bool:
     """Whether vLLM does not take model or settings: the next start would fail alike.
 
-    Memory that somebody else still holds is a ValueError too, and may be free the next time.
+    Memory that somebody else still holds is a ValueError too, and may be free the next time. A
+    package that is missing will still be missing.
     """
-    kinds = (AssertionError, NotImplementedError, ValueError, TypeError, LookupError)
+    kinds = (AssertionError, NotImplementedError, ValueError, TypeError, LookupError, ImportError)
     return isinstance(error, kinds) and "memory" not in str(error).lower()
 
 

@@ -124,6 +124,7 @@ def test_models_that_vllm_does_not_run_are_refused_by_name(
         (ValueError("Free memory on device cuda:0 (1.0/80.0 GiB) on startup is less"), True),
         (RuntimeError("CUDA error: device lost"), True),
         (NotImplementedError("Encoder only"), False),
+        (ModuleNotFoundError("No module named 'flashinfer'"), False),
     ],
 )
 def test_only_what_may_pass_is_tried_again(error: Exception, again: bool) -> None:
