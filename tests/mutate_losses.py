@@ -471,6 +471,12 @@ MUTATIONS = (
         "    pass",
     ),
     Mutation(
+        "without weight: its numbers have to be allowed",
+        "tensors.py",
+        "unread_T | (targets.weights_T == 0)",
+        "unread_T",
+    ),
+    Mutation(
         "without weight: the teacher's coefficient",
         "terms.py",
         "teacher_T=_times(factor_T, self.teacher_T),",

@@ -1007,6 +1007,8 @@ def test_probabilities_are_no_log_probs(monkeypatch):
     ):
         with pytest.raises(ValueError, match=r"log-probs in nats, not above 0 in teacher\."):
             _loss(student, signal, torch.arange(2))
+        unread = _loss(student, signal, torch.arange(2), known=dict(weights_T=torch.zeros(2)))
+        assert unread.loss_T.tolist() == [0, 0]
         with monkeypatch.context() as patch:
             patch.setattr(tensors, "can_be_asked", lambda tensor: False)
             known = dict(uniforms_T=torch.full((2,), 0.999))
