@@ -497,8 +497,8 @@ MUTATIONS = (
     Mutation(
         "nan hides outside the band",
         "terms.py",
-        "inside_T = ~((rho_T < config.importance_low) | (rho_T > config.importance_high))",
-        "inside_T = (rho_T >= config.importance_low) & (rho_T <= config.importance_high)",
+        "outside_T = (rho_T < config.importance_low) | (rho_T > config.importance_high)",
+        "outside_T = ~((rho_T >= config.importance_low) & (rho_T <= config.importance_high))",
     ),
     # What callers change.
     Mutation(
@@ -571,8 +571,8 @@ MUTATIONS = (
     Mutation(
         "output layer's gradient in half precision",
         "products.py",
-        "total_vH.addmm_(grad_Tv.t(), hidden_TH.float())",
-        "total_vH.addmm_(grad_Tv.t().bfloat16().float(), hidden_TH.float())",
+        "high = grad_Tv.float().t(), hidden_TH.float()",
+        "high = grad_Tv.bfloat16().float().t(), hidden_TH.float()",
     ),
     # Ranks.
     Mutation(
@@ -660,7 +660,7 @@ def places(mutation: Mutation) -> int:
 def copy_to(folder: Path) -> None:
     """Package and tests, without what the losses do not need."""
     ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
-    for name in ("megatron_tropd", "tests"):
+    for name in ("megatron_tropd", "tests", "slurm"):  # conftest imports the last
         shutil.copytree(REPOSITORY / name, folder / name, ignore=ignore)
     shutil.copy(REPOSITORY / "pyproject.toml", folder)
 

@@ -105,8 +105,7 @@ def check_inputs(
             "loss.importance to 'none'."
         )
     how: dict[str, Any] = dict(vocab_size=student.vocab_size, config=config)
-    written = targets.is_teacher_T
     return (
-        with_allowed_values("targets", targets, written, **how),
-        with_allowed_values("teacher", signal, written, **how),
+        with_allowed_values("targets", targets, targets, **how),
+        with_allowed_values("teacher", signal, targets, **how),
     )

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_tropd.errors import ConfigError
 from megatron_tropd.loss_config import LossConfig
+from megatron_tropd.losses.targets import LossTargets
 
 _NO_FLOATS = {"ids_T": torch.int64, "topk_ids_TK": torch.int64, "is_teacher_T": torch.bool}
 """Field -> dtype; every other field is of any floating-point type."""
@@ -185,17 +186,17 @@ the loss of their token. Ids are looked up as nan if they are not in the vocabul
 def with_allowed_values(
     owner: str,
     record: Any,
-    is_teacher_T: Tensor,
+    targets: LossTargets,
     *,
     vocab_size: int,
     config: LossConfig,
 ) -> Any:
-    """A record whose numbers may be used.
+    """A record whose numbers may be used. Nobody reads those of a token of weight 0.
 
     Args:
         owner: how messages call it.
         record: of the targets or the teacher, checked by :func:`check_tensors`.
-        is_teacher_T: [T] bool the tokens that the student did not write.
+        targets: say which tokens have no weight, and which the student did not write.
         vocab_size: real columns.
         config: the loss, which may read only some of it.
 
@@ -205,19 +206,19 @@ def with_allowed_values(
     Raises:
         ValueError: one is not allowed, on a CPU; or an id is outside the vocabulary.
     """
+    is_teacher_T, weights_T = targets.is_teacher_T, targets.weights_T
+    unread_T = torch.zeros_like(is_teacher_T) if weights_T is None else weights_T == 0
     changed: dict[str, Tensor] = {}
     for part in _tensors_of(owner, record):
-        if part.field in _NO_FLOATS:
-            if part.tensor.dtype == torch.int64:
-                top_k = part.field == "topk_ids_TK"
-                what = f"the {owner}'s top-k" if top_k else part.name
-                check_ids(part.tensor, vocab_size, what)
-        elif part.axes in ("T", "TK"):
-            tensor, rule = part.tensor, VALUES.get(part.field)
+        tensor, rule = part.tensor, VALUES.get(part.field)
+        unread = unread_T.unsqueeze(-1) if part.axes == "TK" else unread_T
+        if tensor.dtype == torch.int64:
+            what = f"the {owner}'s top-k" if part.field == "topk_ids_TK" else part.name
+            check_ids(tensor.masked_fill(unread, 0), vocab_size, what)
+        elif part.field not in _NO_FLOATS and part.axes in ("T", "TK"):
             if rule is not None and rule.read(config):
-                allowed = rule.allowed(tensor)
-                allowed = allowed | is_teacher_T if rule.of_student else allowed
-                tensor = _nan_unless(allowed, part, rule)
+                unread = unread | is_teacher_T if rule.of_student else unread
+                tensor = _nan_unless(rule.allowed(tensor) | unread, part, rule)
             changed[part.field] = tensor.float()
     return replace(record, **changed) if changed else record
 
