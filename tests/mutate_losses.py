@@ -1,6 +1,6 @@
 """Does the test-suite notice a wrong loss? Each mutation here plants one known mistake.
 
-    python tests/mutate_losses.py             all mutations, ten minutes or so
+    python tests/mutate_losses.py             all mutations, half an hour or so
     python tests/mutate_losses.py sign floor  those whose name contains one of the words
 
 Package and tests are copied to a temporary folder, the mistake is written into the copy, and the
@@ -305,6 +305,18 @@ MUTATIONS = (
         "((uniforms_T >= trust_T) & (trust_T < 1))",
         "(uniforms_T >= trust_T)",
     ),
+    Mutation(
+        "input: numbers of tokens without weight are looked at",
+        "tensors.py",
+        "rule.allowed(tensor) | unread, part",
+        "rule.allowed(tensor), part",
+    ),
+    Mutation(
+        "input: ids of tokens without weight are looked at",
+        "tensors.py",
+        "check_ids(tensor.masked_fill(unread, 0), vocab_size, what)",
+        "check_ids(tensor, vocab_size, what)",
+    ),
     # Settings made in Python.
     Mutation(
         "settings: any name passes for a choice",
@@ -323,8 +335,8 @@ MUTATIONS = (
     Mutation(
         "settings: nan and infinity lie in every range",
         "../settings.py",
-        "return above and below and math.isfinite(value)",
-        "return not math.isfinite(value) or (above and below)",
+        "return above and below and _is_finite(value)",
+        "return not _is_finite(value) or (above and below)",
         tests=SETTINGS,
     ),
     Mutation(
@@ -494,12 +506,6 @@ MUTATIONS = (
         "silent_T = (self.student_T == 0) & (self.reward_T == 0) & (self.teacher_T == 0)",
         "silent_T = self.student_T == 0",
     ),
-    Mutation(
-        "nan hides outside the band",
-        "terms.py",
-        "outside_T = (rho_T < config.importance_low) | (rho_T > config.importance_high)",
-        "outside_T = ~((rho_T >= config.importance_low) & (rho_T <= config.importance_high))",
-    ),
     # What callers change.
     Mutation(
         "in place: reported values are what backward reads",
@@ -567,6 +573,19 @@ MUTATIONS = (
         "objective.py",
         "maker.main_grad.add_(weight_vH)",
         "maker.main_grad.copy_(weight_vH)",
+    ),
+    Mutation(
+        "rounded: a column named twice gets the last part alone",
+        "chunks.py",
+        "sums_tv.gather(-1, local_tK).to(rounded_tw.dtype)",
+        "(dense_tK + pushes_tK).to(rounded_tw.dtype)",
+    ),
+    Mutation(
+        "rounded: columns of other ranks are written here",
+        "chunks.py",
+        "places_tK = torch.where(mine_tK, local_tK, rounded_tw.shape[-1] - 1)",
+        "places_tK = local_tK",
+        several_ranks=True,
     ),
     Mutation(
         "output layer's gradient in half precision",

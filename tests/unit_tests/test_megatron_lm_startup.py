@@ -77,11 +77,12 @@ def test_megatron_lm_teacher_turns_on_the_per_token_loss() -> None:
 def test_megatron_lm_settings_have_the_names_of_the_config() -> None:
     args = arguments(
         *["--tropd-teacher-load", "x", "--tropd-method", "tropd_clip", "--tropd-tau", "-1.5"],
-        *["--tropd-importance", "truncated", "--tropd-top-k", "8"],
+        *["--tropd-importance", "truncated"],
     )
     config = startup.loss_config(args)
     assert (config.outlier, config.tau, config.importance) == ("clip", -1.5, "truncated")
-    assert config.top_k == 8
+    method = ["--tropd-method", "tropd", "--tropd-top-k", "8"]
+    assert startup.loss_config(arguments("--tropd-teacher-load", "x", *method)).top_k == 8
 
 
 @pytest.mark.parametrize(
@@ -92,6 +93,9 @@ def test_megatron_lm_settings_have_the_names_of_the_config() -> None:
         ("--tropd-method tropd_clip --tropd-tau nan", "--tropd-tau must be a number and finite"),
         ("--tropd-method tropd --tropd-beta nan", "--tropd-beta must be at least 0 and finite"),
         ("--tropd-method tropd --tropd-top-k 600", "vocabulary of 259 tokens, found 600"),
+        ("--tropd-method opd --tropd-tau -2", "opd does not read --tropd-tau"),
+        ("--tropd-method tropd_mask --tropd-top-k 8", "tropd_mask does not read --tropd-top-k"),
+        ("--tropd-method tropd --tropd-jsd-beta 0.2", "tropd does not read --tropd-jsd-beta"),
     ],
 )
 def test_megatron_lm_refuses_losses(options: str, named: str, tiny_model) -> None:
@@ -415,13 +419,13 @@ def test_megatron_lm_names_the_token_whose_loss_is_no_number(
     scored = megatron_lm.Scored(batch, None, step)
     values = {name: torch.zeros(3) for name in ("loss", "student_logprob", "teacher_logprob")}
     what = partial(megatron_lm.first_trouble, values, scored)
-    megatron_lm._check_finite(values["loss"].sum(), what)
+    megatron_lm._check(values["loss"].sum(), step, what)
     assert capsys.readouterr().out == ""
     for name in ("loss", broken):
         if name:
             values[name][1:] = loss
     with pytest.raises(RuntimeError, match=r"found (NaN|Inf) in the distillation loss"):
-        megatron_lm._check_finite(values["loss"].sum(), what)
+        megatron_lm._check(values["loss"].sum(), step, what)
     said = capsys.readouterr().out
     assert "iteration 5, row 0 of the micro-batch (sample 40), position 2" in said
     assert "predicts token 7" in said and says in said
