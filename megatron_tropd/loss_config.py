@@ -98,11 +98,8 @@ class LossConfig(Settings, section="loss"):
             self.tau is None or self.floor is None,
             "loss.tau and loss.floor both fix the floor of the log-ratio. Give one of them.",
         )
-        needs_tau = self.objective == "policy_gradient" and (
-            self.region == "threshold" or (self.region != "none" and self.outlier == "clip")
-        )
         _require(
-            self.reward_floor is not None or not needs_tau,
+            self.reward_floor is not None or not self.needs_tau,
             f"loss.region = {self.region!r} with loss.outlier = {self.outlier!r} needs loss.tau, "
             "a log-ratio in nats such as -2.5 (the paper does not publish its value), or "
             "loss.floor.",
@@ -149,6 +146,13 @@ class LossConfig(Settings, section="loss"):
             possible or not asked,
             f"loss.{what} goes with {where} only, found objective = {self.objective!r}, region = "
             f"{self.region!r}. Change one of them.",
+        )
+
+    @property
+    def needs_tau(self) -> bool:
+        """Whether the loss reads the floor of the log-ratio."""
+        return self.objective == "policy_gradient" and (
+            self.region == "threshold" or (self.region != "none" and self.outlier == "clip")
         )
 
     @property

@@ -7,6 +7,7 @@ by another door.
 
 import difflib
 import math
+import sys
 import types
 import typing
 from collections.abc import Iterable
@@ -31,7 +32,7 @@ class Range:
     def __contains__(self, value: float) -> bool:
         above = value >= self.least if self.ends[0] == "[" else value > self.least
         below = value <= self.most if self.ends[1] == "]" else value < self.most
-        return above and below and math.isfinite(value)
+        return above and below and _is_finite(value)
 
     def __str__(self) -> str:
         if self.least == -math.inf and self.most == math.inf:
@@ -141,8 +142,13 @@ def nearest(value: object, known: Iterable[object], *, likeness: float = 0.6) ->
 def _check_range(given: Any, value: Any, where: str) -> None:
     if isinstance(given, Range):
         hint = f" {given.hint}" if given.hint else ""
-        finite = "" if math.isfinite(value) else " and finite"
+        finite = "" if _is_finite(value) else " and finite"
         _check(value in given, f"{where} must be {given}{finite}, found {value}.{hint}")
+
+
+def _is_finite(value: float) -> bool:
+    # Not ``math.isfinite``: a whole number too large for a float is an OverflowError there.
+    return abs(value) <= sys.float_info.max
 
 
 def _check_choice(choices: tuple[Any, ...], value: Any, where: str) -> None:

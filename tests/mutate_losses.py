@@ -1,6 +1,6 @@
 """Does the test-suite notice a wrong loss? Each mutation here plants one known mistake.
 
-    python tests/mutate_losses.py             all mutations, ten minutes or so
+    python tests/mutate_losses.py             all mutations, half an hour or so
     python tests/mutate_losses.py sign floor  those whose name contains one of the words
 
 Package and tests are copied to a temporary folder, the mistake is written into the copy, and the
@@ -305,6 +305,18 @@ MUTATIONS = (
         "((uniforms_T >= trust_T) & (trust_T < 1))",
         "(uniforms_T >= trust_T)",
     ),
+    Mutation(
+        "input: numbers of tokens without weight are looked at",
+        "tensors.py",
+        "rule.allowed(tensor) | unread, part",
+        "rule.allowed(tensor), part",
+    ),
+    Mutation(
+        "input: ids of tokens without weight are looked at",
+        "tensors.py",
+        "check_ids(tensor.masked_fill(unread, 0), vocab_size, what)",
+        "check_ids(tensor, vocab_size, what)",
+    ),
     # Settings made in Python.
     Mutation(
         "settings: any name passes for a choice",
@@ -323,8 +335,8 @@ MUTATIONS = (
     Mutation(
         "settings: nan and infinity lie in every range",
         "../settings.py",
-        "return above and below and math.isfinite(value)",
-        "return not math.isfinite(value) or (above and below)",
+        "return above and below and _is_finite(value)",
+        "return not _is_finite(value) or (above and below)",
         tests=SETTINGS,
     ),
     Mutation(
@@ -471,12 +483,6 @@ MUTATIONS = (
         "    pass",
     ),
     Mutation(
-        "without weight: its numbers have to be allowed",
-        "tensors.py",
-        "unread_T | (targets.weights_T == 0)",
-        "unread_T",
-    ),
-    Mutation(
         "without weight: the teacher's coefficient",
         "terms.py",
         "teacher_T=_times(factor_T, self.teacher_T),",
@@ -575,6 +581,19 @@ MUTATIONS = (
         "maker.main_grad.copy_(weight_vH)",
     ),
     Mutation(
+        "rounded: a column named twice gets the last part alone",
+        "chunks.py",
+        "sums_tv.gather(-1, local_tK).to(rounded_tw.dtype)",
+        "(dense_tK + pushes_tK).to(rounded_tw.dtype)",
+    ),
+    Mutation(
+        "rounded: columns of other ranks are written here",
+        "chunks.py",
+        "places_tK = torch.where(mine_tK, local_tK, rounded_tw.shape[-1] - 1)",
+        "places_tK = local_tK",
+        several_ranks=True,
+    ),
+    Mutation(
         "output layer's gradient in half precision",
         "products.py",
         "high = grad_Tv.float().t(), hidden_TH.float()",
@@ -666,7 +685,7 @@ def places(mutation: Mutation) -> int:
 def copy_to(folder: Path) -> None:
     """Package and tests, without what the losses do not need."""
     ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
-    for name in ("megatron_tropd", "tests"):
+    for name in ("megatron_tropd", "tests", "slurm"):  # conftest imports the last
         shutil.copytree(REPOSITORY / name, folder / name, ignore=ignore)
     shutil.copy(REPOSITORY / "pyproject.toml", folder)
 

@@ -5,6 +5,8 @@ Nothing here imports ``megatron.training``; arguments are Megatron's parsed name
 
 import re
 from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -78,6 +80,14 @@ def _missing() -> list[str]:
     return missing
 
 
+_READ: dict[str, Callable[[LossConfig], bool]] = {
+    "top_k": lambda loss: replace(loss, top_k=1).support > 0,
+    "tau": lambda loss: loss.needs_tau,
+    "jsd_beta": lambda loss: loss.objective == "jsd",
+}
+"""Setting that ``--tropd-*`` gives -> whether a loss reads it."""
+
+
 def loss_config(args: Namespace) -> LossConfig:
     """The loss that the ``--tropd-*`` arguments describe.
 
@@ -98,6 +108,7 @@ def loss_config(args: Namespace) -> LossConfig:
         config = preset(args.tropd_method, **changes)
     except ConfigError as error:
         raise ConfigError(_in_options(error)) from None
+    _check_all_are_read(args, config)
     if config.needs_student_pass:
         raise ConfigError(
             f"--tropd-method {args.tropd_method} chooses tokens or rewards by the whole batch, "
@@ -105,6 +116,16 @@ def loss_config(args: Namespace) -> LossConfig:
             "trainer (tropd distill) or another method."
         )
     return config
+
+
+def _check_all_are_read(args: Namespace, config: LossConfig) -> None:
+    given = [name for name in _READ if getattr(args, f"tropd_{name}") is not None]
+    if unread := [name for name in given if not _READ[name](config)]:
+        shown = ", ".join(f"--tropd-{name.replace('_', '-')}" for name in unread)
+        raise ConfigError(
+            f"--tropd-method {args.tropd_method} does not read {shown}, which would change "
+            "nothing. Drop it, or choose a method that does (docs/losses.md)."
+        )
 
 
 def check_arguments(args: Namespace) -> None:

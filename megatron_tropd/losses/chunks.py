@@ -94,13 +94,17 @@ class Chunk:
         if not shard.real:
             return out_tv
         local_tK, mine_tK, pushes_tK = _sparse(ids_t, term, statistics, shard)
+        pushes_tK = torch.where(mine_tK, pushes_tK, 0.0)
         if rounded_tw is None:
-            return out_tv.scatter_add_(-1, local_tK, torch.where(mine_tK, pushes_tK, 0.0))
-        sums_tK = torch.empty_like(pushes_tK)
-        self._picked(local_tK, spec).write_gradient(*known, sums_tK)
-        sums_tK += _all_parts(local_tK, mine_tK, pushes_tK)
+            return _add_in_order(out_tv, local_tK, pushes_tK)
+        dense_tK = torch.empty_like(pushes_tK)
+        self._picked(local_tK, spec).write_gradient(*known, dense_tK)
+        # Nobody reads the student's logits any more. In their place a column that is named twice
+        # gets everything that is pushed at it.
+        sums_tv = self.student_tv.scatter_(-1, local_tK, dense_tK)
+        _add_in_order(sums_tv, local_tK, pushes_tK)
         places_tK = torch.where(mine_tK, local_tK, rounded_tw.shape[-1] - 1)
-        rounded_tw.scatter_(-1, places_tK, sums_tK.to(rounded_tw.dtype))
+        rounded_tw.scatter_(-1, places_tK, sums_tv.gather(-1, local_tK).to(rounded_tw.dtype))
         return out_tv
 
     def _picked(self, local_tK: Tensor, spec: DenseSpec) -> Passes:
@@ -114,16 +118,14 @@ class Chunk:
         return passes_for(self.student_tv.gather(-1, local_tK), teacher_tK, spec, scratch)
 
 
-def _all_parts(local_tK: Tensor, mine_tK: Tensor, pushes_tK: Tensor) -> Tensor:
-    """Everything that is pushed at a column, at each of its places.
+def _add_in_order(out_tv: Tensor, local_tK: Tensor, pushes_tK: Tensor) -> Tensor:
+    """``out_tv`` plus the pushes: the token's column first, for it may be in the top-k, too.
 
-    The token's column may be in the top-k, too; both then hold the same sum, bit for bit.
+    A GPU adds what one call has for a column in any order, and other bits would come out.
     """
-    both_tK = (local_tK[:, 1:] == local_tK[:, :1]) & mine_tK[:, 1:] & mine_tK[:, :1]
-    sampled_t1, topk_tK = pushes_tK.split([1, pushes_tK.shape[-1] - 1], dim=-1)
-    of_topk_t1 = torch.where(both_tK, topk_tK, 0.0).sum(dim=-1, keepdim=True)
-    of_sampled_tK = torch.where(both_tK, sampled_t1, 0.0)
-    return torch.cat([sampled_t1 + of_topk_t1, topk_tK + of_sampled_tK], dim=-1)
+    for part in (slice(0, 1), slice(1, None)):
+        out_tv.scatter_add_(-1, local_tK[:, part], pushes_tK[:, part])
+    return out_tv
 
 
 def _sparse(

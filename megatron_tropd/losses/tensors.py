@@ -191,12 +191,12 @@ def with_allowed_values(
     vocab_size: int,
     config: LossConfig,
 ) -> Any:
-    """A record whose numbers may be used.
+    """A record whose numbers may be used. Nobody reads those of a token of weight 0.
 
     Args:
         owner: how messages call it.
         record: of the targets or the teacher, checked by :func:`check_tensors`.
-        targets: say which tokens are read: not those of weight 0.
+        targets: say which tokens have no weight, and which the student did not write.
         vocab_size: real columns.
         config: the loss, which may read only some of it.
 
@@ -206,27 +206,21 @@ def with_allowed_values(
     Raises:
         ValueError: one is not allowed, on a CPU; or an id is outside the vocabulary.
     """
+    is_teacher_T, weights_T = targets.is_teacher_T, targets.weights_T
+    unread_T = torch.zeros_like(is_teacher_T) if weights_T is None else weights_T == 0
     changed: dict[str, Tensor] = {}
     for part in _tensors_of(owner, record):
-        if part.field in _NO_FLOATS:
-            if part.tensor.dtype == torch.int64:
-                top_k = part.field == "topk_ids_TK"
-                what = f"the {owner}'s top-k" if top_k else part.name
-                check_ids(part.tensor, vocab_size, what)
-        elif part.axes in ("T", "TK"):
-            tensor, rule = part.tensor, VALUES.get(part.field)
+        tensor, rule = part.tensor, VALUES.get(part.field)
+        unread = unread_T.unsqueeze(-1) if part.axes == "TK" else unread_T
+        if tensor.dtype == torch.int64:
+            what = f"the {owner}'s top-k" if part.field == "topk_ids_TK" else part.name
+            check_ids(tensor.masked_fill(unread, 0), vocab_size, what)
+        elif part.field not in _NO_FLOATS and part.axes in ("T", "TK"):
             if rule is not None and rule.read(config):
-                unread_T = _unread(targets, rule)
-                unread = unread_T if tensor.dim() == 1 else unread_T[:, None]
+                unread = unread | is_teacher_T if rule.of_student else unread
                 tensor = _nan_unless(rule.allowed(tensor) | unread, part, rule)
             changed[part.field] = tensor.float()
     return replace(record, **changed) if changed else record
-
-
-def _unread(targets: LossTargets, rule: Values) -> Tensor:
-    """[T] bool the tokens at which nobody reads a tensor, whatever it holds there."""
-    unread_T = targets.is_teacher_T if rule.of_student else torch.zeros_like(targets.is_teacher_T)
-    return unread_T if targets.weights_T is None else unread_T | (targets.weights_T == 0)
 
 
 def _nan_unless(allowed: Tensor, part: _Given, rule: Values) -> Tensor:

@@ -20,10 +20,13 @@ from megatron_tropd.losses import (
     LogitsSignal,
     LossConfig,
     LossTargets,
+    TopKSignal,
+    chunks,
     dense,
     products,
     required_signal,
     sharded_rows,
+    tensors,
     top_k_signal,
     tropd_loss,
     tropd_loss_from_hidden,
@@ -149,6 +152,54 @@ def test_a_row_without_weight_is_silent_whatever_it_holds(name, entrance):
             for found, good in zip(grads, expected[2], strict=True):
                 torch.testing.assert_close(found, good, rtol=1e-5, atol=1e-6, msg=fault)
             assert torch.all(grads[0][BROKEN] == 0), fault
+
+
+def _answers(ids, logprobs):
+    """A teacher's answers: log p of the token, and the same few ids and log-probs for each."""
+    rows = torch.tensor(ids).expand(NUM, -1), torch.tensor(logprobs).expand(NUM, -1)
+    return TopKSignal(torch.full((NUM,), -6.0), *(part.clone() for part in rows))
+
+
+@pytest.mark.parametrize("name", ["tropd", "tropd_expected", "opd", "local_support"])
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_row_without_weight_may_lack_a_label_and_an_answer(name, asked, monkeypatch):
+    """Padding of labels (-100) and of answers, on a device that is asked and on one that is not."""
+    monkeypatch.setattr(tensors, "can_be_asked", lambda tensor: asked)
+    inputs = Inputs()
+    inputs.targets.weights_T[BROKEN] = 0.0
+    runs = []
+    for spoilt in (False, True):
+        signal = _answers([3, 1, 7, 0], [-1.0, -2.0, -3.0, -4.0])
+        if spoilt:
+            inputs.targets.ids_T[BROKEN] = -100
+            signal.sampled_logprobs_T[BROKEN] = 1.0
+            signal.topk_ids_TK[BROKEN], signal.topk_logprobs_TK[BROKEN] = VOCAB + 3, 1.0
+        leaf = inputs.student.clone().requires_grad_()
+        output = tropd_loss(
+            leaf, inputs.targets, signal, config=_config(name), vocab_size=VOCAB, group=None
+        )
+        output.loss_T.sum().backward()
+        runs.append((output.loss_T.detach(), leaf.grad))
+    for found, good in zip(*runs, strict=True):
+        assert torch.equal(found, good)
+
+
+@pytest.mark.parametrize("name", ["tropd", "tropd_expected", "local_support"])
+def test_an_id_that_an_answer_names_twice(name, monkeypatch):
+    """A short answer padded with an id of it: both parts reach a gradient in bfloat16, too."""
+    inputs = Inputs(dtype=torch.bfloat16)
+    signal = _answers([3, 1, 7, 3], [-1.0, -2.0, -3.0, -4.0])
+    monkeypatch.setenv("TROPD_PLAIN", "1")
+    grads = []
+    for dtype in (torch.bfloat16, None):
+        monkeypatch.setattr(chunks, "gradient_dtype", lambda pair, dtype=dtype: dtype)
+        leaves = [inputs.hidden.clone().requires_grad_(), inputs.weight.clone().requires_grad_()]
+        output = tropd_loss_from_hidden(
+            *leaves, inputs.targets, signal, config=_config(name), vocab_size=VOCAB, group=None
+        )
+        grads.append(torch.autograd.grad(output.loss, leaves))
+    for found, expected in zip(*grads, strict=True):
+        assert (found - expected).float().norm() < 0.02 * expected.float().norm()
 
 
 @every_method

@@ -77,11 +77,12 @@ def test_megatron_lm_teacher_turns_on_the_per_token_loss() -> None:
 def test_megatron_lm_settings_have_the_names_of_the_config() -> None:
     args = arguments(
         *["--tropd-teacher-load", "x", "--tropd-method", "tropd_clip", "--tropd-tau", "-1.5"],
-        *["--tropd-importance", "truncated", "--tropd-top-k", "8"],
+        *["--tropd-importance", "truncated"],
     )
     config = startup.loss_config(args)
     assert (config.outlier, config.tau, config.importance) == ("clip", -1.5, "truncated")
-    assert config.top_k == 8
+    method = ["--tropd-method", "tropd", "--tropd-top-k", "8"]
+    assert startup.loss_config(arguments("--tropd-teacher-load", "x", *method)).top_k == 8
 
 
 @pytest.mark.parametrize(
@@ -92,6 +93,9 @@ def test_megatron_lm_settings_have_the_names_of_the_config() -> None:
         ("--tropd-method tropd_clip --tropd-tau nan", "--tropd-tau must be a number and finite"),
         ("--tropd-method tropd --tropd-beta nan", "--tropd-beta must be at least 0 and finite"),
         ("--tropd-method tropd --tropd-top-k 600", "vocabulary of 259 tokens, found 600"),
+        ("--tropd-method opd --tropd-tau -2", "opd does not read --tropd-tau"),
+        ("--tropd-method tropd_mask --tropd-top-k 8", "tropd_mask does not read --tropd-top-k"),
+        ("--tropd-method tropd --tropd-jsd-beta 0.2", "tropd does not read --tropd-jsd-beta"),
     ],
 )
 def test_megatron_lm_refuses_losses(options: str, named: str, tiny_model) -> None:

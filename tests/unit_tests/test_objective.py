@@ -1099,3 +1099,10 @@ def test_every_mutation_still_has_its_place():
     assert len(mutate_losses.MUTATIONS) >= 10
     for mutation in mutate_losses.MUTATIONS:
         assert mutate_losses.places(mutation) == 1, mutation.name
+
+
+def test_the_copy_that_mutations_are_tried_on_can_be_tested(tmp_path):
+    """A package that the tests begin to import has to be in it."""
+    mutate_losses.copy_to(tmp_path)
+    tests = ("tests/unit_tests/test_loss_config.py::test_it_can_be_read_without_torch",)
+    assert mutate_losses.tests_fail(tmp_path, tests) == (False, "")

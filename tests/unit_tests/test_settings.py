@@ -171,6 +171,13 @@ def test_ranges(hint: Any, good: list, words: str):
     assert str(typing.get_args(hint)[1]) == words
 
 
+@pytest.mark.parametrize("hint", [Anything, Count, Finite, float])
+def test_a_number_too_large_for_a_float_is_refused(hint: Any):
+    """TOML has whole numbers of any length."""
+    with pytest.raises(ConfigError, match="^x must be .* and finite, found 1000"):
+        check_value(hint, 10**400, "x")
+
+
 def test_a_class_cannot_leave_the_checks_out():
     with pytest.raises(TypeError, match="write _check_together"):
 
