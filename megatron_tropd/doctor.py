@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
+from megatron_tropd.environment import hidden_gpus, listed_gpus
+
 PROBE_SECONDS = 300.0
 """Longest a probe process may take; the first import after an installation is slow."""
 SHARED_MEMORY = Path("/dev/shm")
@@ -177,14 +179,13 @@ def check_cuda() -> Check:
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         return Check("CUDA", Status.OK, f"{len(names)} x {names[0]}; {built}")
-    if shutil.which("nvidia-smi") and subprocess.run(
-        ["nvidia-smi", "-L"], capture_output=True, text=True, check=False
-    ).stdout.startswith("GPU "):
+    if listed_gpus() and not hidden_gpus():
         return Check(
             "CUDA",
             Status.FAIL,
             f"nvidia-smi lists a device, torch cannot use it; {built}",
-            f"Install a driver for CUDA {torch.version.cuda}, or hide the device.",
+            f"Install a driver for CUDA {torch.version.cuda}, or hide the device: "
+            'CUDA_VISIBLE_DEVICES="".',
         )
     return Check("CUDA", Status.OK, f"no device: everything runs on the CPU; {built}")
 

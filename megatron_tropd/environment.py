@@ -4,6 +4,8 @@ Schedulers, job files and containers set variables to nothing where they mean no
 """
 
 import os
+import shutil
+import subprocess
 from collections.abc import Mapping
 
 from megatron_tropd.errors import ConfigError
@@ -41,3 +43,16 @@ def number(
             f"The environment variable {name} must be a number, found {found}. {advice}"
         )
     return int(text)
+
+
+def hidden_gpus(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether CUDA_VISIBLE_DEVICES names none: somebody wants the CPU."""
+    return environment.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1")
+
+
+def listed_gpus() -> int:
+    """How many GPUs the driver's own tool lists; 0 without it."""
+    if shutil.which("nvidia-smi") is None:
+        return 0
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())

@@ -50,7 +50,12 @@ _TEXTS = {
     ),
     "device": ("CUDA error", "uncorrectable ECC"),
 }
-_FAILS_AGAIN = ("out of memory", "device-side assert")
+_FAILS_AGAIN = (
+    *("out of memory", "device-side assert", "illegal memory access", "illegal instruction"),
+    *("misaligned address", "invalid argument", "invalid configuration argument"),
+    *("invalid device ordinal", "invalid device function", "no kernel image"),
+)
+"""A CUDA error of a program, not of its device."""
 _TYPES = {"DistBackendError", "DistNetworkError", "DistStoreError"}  # of torch.distributed
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.utils._device
 
-from megatron_tropd.environment import variable
+from megatron_tropd.environment import hidden_gpus, listed_gpus, variable
 from megatron_tropd.errors import TrainingError
 
 _CPU = torch.device("cpu")
@@ -71,18 +71,25 @@ def distributed_backend() -> str:
 
 
 def check_device(environment: Mapping[str, str] = os.environ) -> None:
-    """Refuse to train on the CPU where the job's site file promises GPUs.
+    """Refuse to train on the CPU of a machine that has GPUs, if nobody asked for that.
 
     Raises:
-        TrainingError: torch does not find them; another node's may work.
+        TrainingError: torch does not find GPUs that the site file promises or the driver lists;
+            another node's may work.
     """
-    promised = variable("TROPD_GPUS_PER_NODE", environment)
-    if has_cuda() or promised is None:
+    if has_cuda() or hidden_gpus(environment):
         return
+    promised = variable("TROPD_GPUS_PER_NODE", environment)
+    listed = 0 if promised else listed_gpus()
+    if not promised and not listed:
+        return
+    who = f"should have {promised} GPUs (gpus_per_node of the site file)"
+    if listed:
+        who = f"has {listed} (nvidia-smi -L)"
     raise TrainingError(
-        f"{socket.gethostname()} should have {promised} GPUs (gpus_per_node of the site file), and "
-        "torch finds none: the node's driver does not work, or torch is a build without CUDA "
-        "(`tropd doctor`).",
+        f"{socket.gethostname()} {who}, and torch finds none: the node's driver does not work, or "
+        "torch is a build without CUDA (`tropd doctor`). To train on the CPU all the same, set "
+        'CUDA_VISIBLE_DEVICES="".',
         kind="device",
     )
 

@@ -37,6 +37,9 @@ class DistBackendError(RuntimeError):
         (RuntimeError("CUDA error: uncorrectable ECC error encountered"), "device"),
         (RuntimeError("CUDA error: out of memory"), "bug"),
         (RuntimeError("CUDA error: device-side assert triggered"), "bug"),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), "bug"),
+        (RuntimeError("CUDA error: invalid device ordinal"), "bug"),
+        (RuntimeError("CUDA error: no kernel image is available for execution"), "bug"),
         (KeyError("x"), "bug"),
     ],
 )

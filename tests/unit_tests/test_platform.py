@@ -60,6 +60,24 @@ def test_a_node_whose_gpus_do_not_work_is_not_trained_on() -> None:
     check_device({})
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="its GPU works")
+def test_a_machine_with_a_broken_driver_does_not_train_on_its_cpu(tmp_path, monkeypatch) -> None:
+    from megatron_tropd.mcore.platform import check_device
+
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 'GPU 0: one'\necho 'GPU 1: another'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    with pytest.raises(
+        TrainingError, match=r'has 2 \(nvidia-smi.*finds none.*DEVICES=""'
+    ) as caught:
+        check_device({})
+    assert caught.value.kind == "device"
+    check_device({"CUDA_VISIBLE_DEVICES": ""})  # asked for
+    tool.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'\nexit 9\n")
+    check_device({})
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the patches are for machines without CUDA")
 def test_without_cuda_the_patches_are_in_place_once() -> None:
     run(
