@@ -57,7 +57,7 @@ def test_readme_settings_load(tmp_path: Path):
             overrides.append(f"{section}.{key.strip()}={value.strip()}")
     assert load_config(path).parallel.world_size == 1
     config = load_config(path, overrides)
-    assert config.parallel.world_size == 8 and config.rollout.num_engines == 2
+    assert config.parallel.world_size == 8 and config.rollout.num_engines == 8
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(REPOSITORY)))
