@@ -174,7 +174,7 @@ def test_ranges(hint: Any, good: list, words: str):
 @pytest.mark.parametrize("hint", [Anything, Count, Finite, float])
 def test_a_number_too_large_for_a_float_is_refused(hint: Any):
     """TOML has whole numbers of any length."""
-    with pytest.raises(ConfigError, match="^x must be .* and finite, found 1000"):
+    with pytest.raises(ConfigError, match=r"^x must be .* and finite, found 1000"):
         check_value(hint, 10**400, "x")
 
 
