@@ -400,11 +400,13 @@ class _Plugin:
             return
         if self._folder is None:
             startup.check_arguments(args)
-            if self._rollouts is not None and args.tropd_trajectories is not None:
-                raise ConfigError(
-                    "--tropd-trajectories was given to a script that samples its data itself "
-                    "(distillation(rollouts)). Drop it."
-                )
+            if self._rollouts is not None:
+                if args.tropd_trajectories is not None:
+                    raise ConfigError(
+                        "--tropd-trajectories was given to a script that samples its data itself "
+                        "(distillation(rollouts)). Drop it."
+                    )
+                options.check_beside_rollouts(args)
             _check_unknown_options(args)
             self._config = startup.loss_config(args)
             self._folder = startup.open_teacher(args, _vocab_size())

@@ -100,6 +100,14 @@ _SEEN_OTHERWISE = frozenset(
 """Options that are refused by an attribute that Megatron derives from them."""
 _INSTEAD = "--tropd-trajectories stands in place of the text and its validation"
 _NO_MASK = "trajectories are one to a row, with a loss where their loss_weights say"
+BESIDE_ROLLOUTS = (
+    *(
+        Refusal(name, _NO_MASK)
+        for name in ("reset_position_ids", "reset_attention_mask", "eod_mask_loss")
+    ),
+    Refusal("iterations_to_skip", "Megatron skips text only"),
+)
+"""What trajectories in place of text leave no room for, be they fresh or recorded."""
 BESIDE_TRAJECTORIES = (
     *(
         Refusal(name, _INSTEAD)
@@ -109,11 +117,7 @@ BESIDE_TRAJECTORIES = (
             *("full_validation", "multiple_validation_sets", "skip_train"),
         )
     ),
-    *(
-        Refusal(name, _NO_MASK)
-        for name in ("reset_position_ids", "reset_attention_mask", "eod_mask_loss")
-    ),
-    Refusal("iterations_to_skip", "Megatron skips text only"),
+    *BESIDE_ROLLOUTS,
 )
 """What ``--tropd-trajectories`` leaves no room for."""
 
@@ -146,6 +150,12 @@ def check_refused(args: Namespace) -> None:
             "--tropd-trajectories does not go with --dataloader-type external: Megatron's loaders "
             "read them. Use single or cyclic."
         )
+
+
+def check_beside_rollouts(args: Namespace) -> None:
+    """Refuse what fresh trajectories leave no room for; raises ConfigError."""
+    for refusal in BESIDE_ROLLOUTS:
+        _refuse(args, refusal, "distillation(rollouts)")
 
 
 def _check_mask_is_read(args: Namespace) -> None:

@@ -128,7 +128,7 @@ def write_gradient(
         coefficients: the factors.
         spec: which w.
         scratch: not used.
-        out_Tv: [T, v] float32, any strides, overwritten; may be ``student_Tv`` itself.
+        out_Tv: [T, v] float32 or bfloat16, any strides, overwritten; may be ``student_Tv`` itself.
 
     Memory traffic: 12 T v bytes, 8 T v where the teacher takes no part.
     """

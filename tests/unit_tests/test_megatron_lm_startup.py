@@ -18,7 +18,7 @@ from megatron_tropd.data.packing import pack
 from megatron_tropd.data.recorded import recorded, training_item
 from megatron_tropd.data.types import Trajectory
 from megatron_tropd.errors import ConfigError, InputError
-from megatron_tropd.integrations import global_batch, megatron_lm, startup
+from megatron_tropd.integrations import global_batch, megatron_lm, options, startup
 from megatron_tropd.loss_config import LossConfig
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "megatron_lm"
@@ -128,6 +128,15 @@ def test_megatron_lm_refuses_what_it_was_not_made_for(settings, named, tiny_mode
     startup.check_arguments(teach(folder))
     with pytest.raises(ConfigError, match=named):
         startup.check_arguments(teach(folder, **settings))
+
+
+@pytest.mark.parametrize("refusal", options.BESIDE_ROLLOUTS, ids=lambda refusal: refusal.name)
+def test_megatron_lm_refuses_what_fresh_trajectories_would_ignore(refusal, tiny_model) -> None:
+    args = teach(tiny_model("qwen3"), masked_softmax_fusion=False, transformer_impl="local")
+    vars(args)[refusal.name] = [3]
+    plugin = megatron_lm._Plugin(None, lambda student, iteration: [])
+    with pytest.raises(ConfigError, match=rf"^distillation\(rollouts\) does not go with {refusal}"):
+        plugin.check(args)
 
 
 def test_megatron_lm_refuses_teachers_that_do_not_fit(tiny_model, tmp_path: Path) -> None:
