@@ -465,6 +465,42 @@ def test_a_git_lfs_pointer_is_called_one(name: str, who: str, make: Make, comman
     assert "4711 bytes" in text and "git lfs pull" in text
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "generation_config.json"])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(b"\xef\xbb\xbf{}", "byte order mark"), (b'{"a": ' + b"[" * 200_000, "as JSON: maximum rec")],
+)
+def test_json_that_nobody_reads_names_its_file(
+    name: str, content: bytes, said: str, make: Make, command
+):
+    folder = make()
+    (folder / name).write_bytes(content)
+    code, text = command("distill", f"model.student={folder}")
+    assert code == 2 and f"{folder / name} " in text and said in text
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.float8_e4m3fn])
+def test_weights_that_are_no_floats_are_refused(dtype: torch.dtype, make: Make, command):
+    folder = make(lambda found: found | {"model.norm.weight": found["model.norm.weight"].to(dtype)})
+    code, text = command("distill", f"model.student={folder}")
+    assert code == 2 and f"model.norm.weight ({dtype})" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("model-00001-of-00001.safetensors", f"name it {SINGLE}"),
+        ("model.gguf", "GGUF is not read"),
+        ("pytorch_model.bin", "--allow-pickle"),
+    ],
+)
+def test_weights_under_another_name_are_named(name: str, said: str, make: Make):
+    folder = make()
+    (folder / SINGLE).rename(folder / name)
+    with pytest.raises(InputError, match=f"Found {name}: .*{said}"):
+        HFFolder(folder)
+
+
 def test_a_link_to_nothing_is_called_one(make: Make):
     folder = make()
     (folder / SINGLE).unlink()
