@@ -260,7 +260,7 @@ def _encoding_hint(line: bytes) -> str:
 
 
 def _json_hint(line: bytes) -> str:
-    if line.startswith(b"["):
+    if re.match(rb'\[\s*([{\["]|$)', line):
         return (
             " The file holds one array; write each of its objects on a line of its own: "
             "jq -c '.[]' OLD > NEW."
