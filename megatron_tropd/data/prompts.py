@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _FORMS = '{"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]}'
 _FOR_TEMPLATE = ("tools", "continue_final_message")  # keys of a line that a template reads
+_READ_BY_US = ("prompt", "messages", "chat_template_kwargs", *_FOR_TEMPLATE)
 _MAX_NAMED = 100
 _PROBE = "A text of 1 line."
 _PLAIN = PromptConfig()
@@ -110,6 +111,8 @@ def tokenize_line(
         text = str(fields["prompt"])
     else:
         text = _rendered(messages, fields, tokenizer, settings, where)
+        if isinstance(fields.get("prompt"), str):
+            _check_rendered_once(fields["prompt"], text, tokenizer, where)
     _check_text(text, where)
     ids = tokenizer.encode(text, add_special_tokens=False)
     if messages is None:  # a chat template writes BOS itself
@@ -246,9 +249,10 @@ def _messages(
             "meant."
         )
     if messages is None and not isinstance(prompt, str | list):
+        found = f"keys {sorted(fields)}" if prompt is None else f"prompt {prompt!r:.60}"
         raise InputError(
-            f'{where}: expected "prompt" (a string) or "messages" (a list), found keys '
-            f"{sorted(fields)}. Write {_FORMS}."
+            f'{where}: expected "prompt" (a string) or "messages" (a list), found {found}. Write '
+            f"{_FORMS}."
         )
     if isinstance(prompt, str):
         return _of_text(prompt, fields, settings, tokenizer, where)
@@ -265,12 +269,6 @@ def _of_text(
     if not prompt.strip():
         raise InputError(f"{where}: the prompt is empty. Remove the line.")
     if settings.apply_chat_template:
-        if tokenizer.bos_token and prompt.startswith(tokenizer.bos_token):
-            raise InputError(
-                f"{where}: the prompt begins with {tokenizer.bos_token}, which the chat template "
-                "writes. Remove it; or, if the text is rendered already, set "
-                "rollout.apply_chat_template = false."
-            )
         return [{"role": "user", "content": prompt}]
     if unread := [key for key in (*_FOR_TEMPLATE, "chat_template_kwargs") if fields.get(key)]:
         raise InputError(
@@ -299,7 +297,24 @@ def _rendered(
         {**settings.chat_template_kwargs, **own, **beside},
         date=datetime.date.fromisoformat(date) if date else datetime.date.today(),
         where=where,
+        beside=[
+            key for key, value in fields.items() if value is not None and key not in _READ_BY_US
+        ],
     )
+
+
+def _check_rendered_once(
+    prompt: str, text: str, tokenizer: "PreTrainedTokenizerBase", where: str
+) -> None:
+    """Refuse a text that a chat template was applied to before."""
+    before = text.partition(prompt.strip())[0]
+    tokens = [token.content for token in tokenizer.added_tokens_decoder.values()]
+    for token in filter(prompt.lstrip().startswith, filter(None, tokens)):
+        if token in before or token == tokenizer.bos_token:
+            raise InputError(
+                f"{where}: the prompt begins with {token}, which the chat template writes. Remove "
+                "it; or, if the text is rendered already, set rollout.apply_chat_template = false."
+            )
 
 
 def _check_text(text: str, where: str) -> None:
