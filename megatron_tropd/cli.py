@@ -154,9 +154,10 @@ def _distill(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
     if arguments.dry_run:
         from megatron_tropd.inputs import load_inputs
-        from megatron_tropd.run_folder import with_date
+        from megatron_tropd.run_folder import check_run, with_date
 
         config = with_date(config)
+        check_run(config)
         inputs = load_inputs(config)
         print(json.dumps(config_to_dict(config), indent=2))
         print(_plan(config, inputs))
