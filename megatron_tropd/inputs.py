@@ -147,7 +147,7 @@ def _prompts(
     context: int,
     room: int,
     *,
-    filter_overlong: bool = False,
+    filter_overlong: bool | None = None,
 ) -> list[Prompt]:
     if room >= context:
         raise ConfigError(

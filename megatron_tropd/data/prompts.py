@@ -33,7 +33,7 @@ def load_prompts(
     settings: PromptConfig = _PLAIN,
     *,
     max_prompt_tokens: int | None = None,
-    filter_overlong: bool = False,
+    filter_overlong: bool | None = False,
 ) -> list[Prompt]:
     """Read and tokenize a prompts file, all of it or an error.
 
@@ -42,7 +42,7 @@ def load_prompts(
         tokenizer: the student's.
         settings: how lines become token ids; a run's ``config.rollout`` is one.
         max_prompt_tokens: most tokens a prompt may have (context minus the response).
-        filter_overlong: leave longer prompts out, and say so on stderr.
+        filter_overlong: leave longer prompts out, and say so on stderr; None: no setting does.
 
     Returns:
         Prompts in the order of the file; ``index`` counts the lines that hold one from 0, those
@@ -114,7 +114,8 @@ def tokenize_line(
         if isinstance(fields.get("prompt"), str):
             _check_rendered_once(fields["prompt"], text, tokenizer, where)
     _check_text(text, where)
-    ids = tokenizer.encode(text, add_special_tokens=False)
+    # Not verbose: transformers would warn of the first long text and of no other.
+    ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)
     if messages is None:  # a chat template writes BOS itself
         ids = ids if ids[: len(leading)] == list(leading) else [*leading, *ids]
     if not ids:
@@ -328,7 +329,7 @@ def _check_text(text: str, where: str) -> None:
 
 
 def _short_enough(
-    prompts: Sequence[Prompt], path: str | Path, most: int, filter_overlong: bool
+    prompts: Sequence[Prompt], path: str | Path, most: int, filter_overlong: bool | None
 ) -> list[Prompt]:
     kept = [prompt for prompt in prompts if len(prompt.token_ids) <= most]
     long = [prompt for prompt in prompts if len(prompt.token_ids) > most]
@@ -346,9 +347,13 @@ def _short_enough(
             file=sys.stderr,
         )
         return kept
+    advice = "Shorten or remove them, or allow fewer new tokens."
+    if filter_overlong is not None:
+        advice = (
+            "Shorten or remove them, allow fewer new tokens, or leave them out "
+            "(rollout.filter_overlong_prompts = true, or --filter-overlong-prompts of a tool)."
+        )
     # The first line directly after the path, as in every other message.
     raise InputError(
-        f"{path}, {named}: {len(long)} of {len(prompts)} prompts are too long, {limit}. Shorten or "
-        "remove them, allow fewer new tokens, or leave them out "
-        "(rollout.filter_overlong_prompts = true, or --filter-overlong-prompts of a tool)."
+        f"{path}, {named}: {len(long)} of {len(prompts)} prompts are too long, {limit}. {advice}"
     )
