@@ -14,8 +14,8 @@ from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.convert.megatron_folder import MegatronFolder, open_model
 from megatron_tropd.data.prompts import (
     check_kwargs_are_read,
+    check_same_beginnings,
     check_same_texts,
-    is_templated,
     load_prompts,
 )
 from megatron_tropd.data.responses import TeacherResponse, load_responses
@@ -170,11 +170,10 @@ def _check_templates(
     tokenizer: "PreTrainedTokenizerBase",
     teacher: HFFolder | MegatronFolder,
 ) -> None:
-    """Compare the texts that both models' chat templates make, if one makes any."""
-    if not any(is_templated(p.fields, config.rollout) for p in prompts + problems):
-        return
+    """Compare what both models' tokenizers and chat templates make of the same lines."""
     teachers = load_tokenizer(teacher.companions)
     for path, texts in ((config.rollout.prompts, prompts), (config.evaluation.problems, problems)):
+        check_same_beginnings(str(path), texts, tokenizer, teachers, config.rollout)
         check_same_texts(str(path), texts, tokenizer, teachers, config.rollout)
 
 

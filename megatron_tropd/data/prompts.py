@@ -190,6 +190,36 @@ def check_same_texts(
             )
 
 
+def check_same_beginnings(
+    path: str | Path,
+    prompts: Iterable[Prompt],
+    student: "PreTrainedTokenizerBase",
+    teacher: "PreTrainedTokenizerBase",
+    settings: PromptConfig,
+) -> None:
+    """Refuse a pair whose tokenizers put different ids (BOS or none) before the plain prompts.
+
+    Args:
+        path: of the prompts, for errors.
+        prompts: those of :func:`load_prompts`.
+        student: its tokenizer.
+        teacher: its tokenizer.
+        settings: those that the prompts were loaded with.
+
+    Raises:
+        InputError: they differ, and a prompt is plain text; shows both.
+    """
+    plain = next((p for p in prompts if not is_templated(p.fields, settings)), None)
+    ids = {who: leading_ids(tok) for who, tok in (("student", student), ("teacher", teacher))}
+    if plain and ids["student"] != ids["teacher"]:
+        begins = [f"the {who}'s with {student.decode(found)!r}" for who, found in ids.items()]
+        raise InputError(
+            f"{path}, line {plain.line}: the tokenizers begin a text differently, "
+            f"{' and '.join(begins)}: one of the models would read prompts as it never did. Give "
+            "both folders the same tokenizer files."
+        )
+
+
 def _parting(student: str, teacher: str) -> str:
     same = next(
         (i for i, (a, b) in enumerate(zip(student, teacher, strict=False)) if a != b),

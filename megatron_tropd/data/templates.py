@@ -279,12 +279,9 @@ def _parsed(template: str) -> tuple[jinja2.Environment, jinja2.nodes.Template]:
 @lru_cache
 def _flags(template: str) -> frozenset[str]:
     """Names that a template compares with true or false: ``enable_thinking is false``."""
-    tests = [
-        test
-        for test in _parsed(template)[1].find_all(jinja2.nodes.Test)
-        if test.name in ("true", "false", "boolean") and isinstance(test.node, _NAME)
-    ]
-    return frozenset(test.node.name for test in tests)
+    tests = _parsed(template)[1].find_all(jinja2.nodes.Test)
+    compared = [t.node for t in tests if t.name in ("true", "false", "boolean")]
+    return frozenset(node.name for node in compared if isinstance(node, _NAME))
 
 
 @lru_cache

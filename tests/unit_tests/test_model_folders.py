@@ -15,6 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
 from megatron_tropd import cli
@@ -592,6 +594,19 @@ def test_only_commands_that_have_it_name_the_option(make: Make, command, tmp_pat
         open_teacher(args, 259)
     shutil.copytree(companions, checkpoint / "hf")
     assert command("distill", f"model.student={checkpoint}")[0] == 0
+
+
+def test_a_pair_begins_its_texts_alike(make: Make, settings: Path, command):
+    """Here one tokenizer writes BOS before a text and the other does not."""
+    folder = make()
+    path = folder / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.save(str(path))
+    for who in ("student", "teacher"):
+        code, text = command("distill", f"model.{who}={folder}")
+        assert code == 2 and "prompts.jsonl, line 1: the tokenizers begin a text" in text
+        assert f"the {who}'s with '<s>'" in text and "'s with ''" in text
 
 
 def test_odd_forms_hinder_no_tokenizer(make: Make):
