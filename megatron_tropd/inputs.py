@@ -14,7 +14,6 @@ from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.convert.megatron_folder import MegatronFolder, open_model
 from megatron_tropd.data.prompts import (
     check_kwargs_are_read,
-    check_same_beginnings,
     check_same_texts,
     load_prompts,
 )
@@ -173,7 +172,6 @@ def _check_templates(
     """Compare what both models' tokenizers and chat templates make of the same lines."""
     teachers = load_tokenizer(teacher.companions)
     for path, texts in ((config.rollout.prompts, prompts), (config.evaluation.problems, problems)):
-        check_same_beginnings(str(path), texts, tokenizer, teachers, config.rollout)
         check_same_texts(str(path), texts, tokenizer, teachers, config.rollout)
 
 

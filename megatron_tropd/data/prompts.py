@@ -148,12 +148,12 @@ def is_templated(fields: dict[str, Any], settings: PromptConfig) -> bool:
 
 def check_same_texts(
     path: str | Path,
-    prompts: Iterable[Prompt],
+    prompts: Sequence[Prompt],
     student: "PreTrainedTokenizerBase",
     teacher: "PreTrainedTokenizerBase",
     settings: PromptConfig,
 ) -> None:
-    """Refuse a pair whose chat templates make different texts of the same prompts.
+    """Refuse a pair whose tokenizers and chat templates make different texts of the same prompts.
 
     Templates may differ in what these prompts do not use.
 
@@ -165,8 +165,10 @@ def check_same_texts(
         settings: those that the prompts were loaded with.
 
     Raises:
-        InputError: the teacher's template makes another text, or none; shows where they part.
+        InputError: the teacher's template makes another text, or none, or its tokenizer begins a
+            plain text otherwise; shows where they part.
     """
+    _check_same_beginnings(prompts, student, teacher, settings, path)
     templates = (student.chat_template, teacher.chat_template)
     specials = (student.special_tokens_map, teacher.special_tokens_map)
     if templates[0] == templates[1] and specials[0] == specials[1]:
@@ -190,25 +192,14 @@ def check_same_texts(
             )
 
 
-def check_same_beginnings(
-    path: str | Path,
-    prompts: Iterable[Prompt],
+def _check_same_beginnings(
+    prompts: Sequence[Prompt],
     student: "PreTrainedTokenizerBase",
     teacher: "PreTrainedTokenizerBase",
     settings: PromptConfig,
+    path: str | Path,
 ) -> None:
-    """Refuse a pair whose tokenizers put different ids (BOS or none) before the plain prompts.
-
-    Args:
-        path: of the prompts, for errors.
-        prompts: those of :func:`load_prompts`.
-        student: its tokenizer.
-        teacher: its tokenizer.
-        settings: those that the prompts were loaded with.
-
-    Raises:
-        InputError: they differ, and a prompt is plain text; shows both.
-    """
+    """Refuse tokenizers of which one puts BOS, say, before a plain text and the other does not."""
     plain = next((p for p in prompts if not is_templated(p.fields, settings)), None)
     ids = {who: leading_ids(tok) for who, tok in (("student", student), ("teacher", teacher))}
     if plain and ids["student"] != ids["teacher"]:
