@@ -199,7 +199,7 @@ class HFFolder:
 
 @contextmanager
 def naming(where: str) -> Iterator[None]:
-    """Let errors of the block, about a config.json, begin with the folder that it is from."""
+    """Let errors of the block begin with the folder, or the line of a file, that they are about."""
     try:
         yield
     except InputError as error:
