@@ -41,13 +41,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         arguments.overrides += rest
     command: Callable[[argparse.Namespace], int] = arguments.command
-    return _exit_code(lambda: command(arguments))
+    return exit_code(lambda: command(arguments))
 
 
-def _exit_code(action: Callable[[], int]) -> int:
+def exit_code(action: Callable[[], int | None]) -> int:
     """Do something; an error that has a name becomes a message and an exit code."""
     try:
-        return action()
+        return action() or exits.COMPLETE
     except (ConfigError, InputError) as error:
         print(f"tropd: {error}", file=sys.stderr)
         return exits.CONFIG
@@ -154,9 +154,10 @@ def _distill(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
     if arguments.dry_run:
         from megatron_tropd.inputs import load_inputs
-        from megatron_tropd.run_folder import with_date
+        from megatron_tropd.run_folder import check_run, with_date
 
         config = with_date(config)
+        check_run(config)
         inputs = load_inputs(config)
         print(json.dumps(config_to_dict(config), indent=2))
         print(_plan(config, inputs))
@@ -178,7 +179,7 @@ def _distill_as_launcher(config: Config, nodes: Nodes) -> int:
         nullcontext() if complete else start_first(config, nodes) as first,
         Peers(nodes) as peers,
     ):
-        code = _exit_code(share)
+        code = exit_code(share)
         peers.end(code)
         peers.let_node_0_end()
         return code

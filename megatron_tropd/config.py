@@ -432,6 +432,32 @@ def config_from_dict(tables: dict[str, Any]) -> Config:
     return _build(Config, tables, "")
 
 
+def read_settings(path: Path) -> dict[str, dict[str, Any]]:
+    """The tables in config.json of a run folder, whatever version wrote them.
+
+    Raises:
+        ConfigError: the file cannot be read, or is no run's.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"{path} cannot be read as the settings of a run ({error}). Put it back, or give "
+            "another folder."
+        ) from None
+    if not is_run_settings(found):
+        raise ConfigError(
+            f"{path} holds no settings of a run, but another program's. Give another folder."
+        )
+    return found
+
+
+def is_run_settings(value: Any) -> bool:
+    """Whether the content of a config.json is a run's, and no model's."""
+    known = isinstance(value, dict) and {"model", "rollout", "run"} <= value.keys()
+    return known and all(isinstance(section, dict) for section in value.values())
+
+
 def settings_from_table(cls: Any, table: dict[str, Any]) -> Any:
     """An instance of a dataclass of settings, checked as strictly as a config.
 

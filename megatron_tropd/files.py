@@ -46,31 +46,6 @@ def patiently(action: Callable[[], Any], path: Path) -> None:
             time.sleep(pause)
 
 
-_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-
-
-def lfs_pointer(path: Path) -> str | None:
-    """What to say of a file that Git LFS has not fetched: a few lines of text stand in its place.
-
-    Returns:
-        A sentence that names the file, its size and the remedy; None: it is no pointer.
-    """
-    try:
-        with path.open("rb") as file:
-            beginning = file.read(200)
-    except OSError:
-        return None
-    if not beginning.startswith(_LFS_POINTER):
-        return None
-    size = next(
-        (x[5:] for x in beginning.decode(errors="replace").split("\n") if x[:5] == "size "), "?"
-    )
-    return (
-        f"{path} is a Git LFS pointer: it stands for a file of {size} bytes that was not fetched. "
-        f"Run git lfs pull in {path.parent} (after git lfs install), or download the file again."
-    )
-
-
 def read_patiently[T](action: Callable[[], T]) -> T:
     """Call ``action`` until it can read, for about a minute.
 

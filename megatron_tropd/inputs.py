@@ -1,7 +1,6 @@
 """Everything a run reads, checked before anything is started or written."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,12 +9,11 @@ from megatron_tropd.config import Config
 from megatron_tropd.convert.checks import check_parallel, check_tensors
 from megatron_tropd.convert.companions import CONFIG
 from megatron_tropd.convert.families import model_shape
-from megatron_tropd.convert.hf_folder import HFFolder
+from megatron_tropd.convert.hf_folder import HFFolder, naming
 from megatron_tropd.convert.megatron_folder import MegatronFolder, open_model
 from megatron_tropd.data.prompts import (
     check_kwargs_are_read,
     check_same_texts,
-    is_templated,
     load_prompts,
 )
 from megatron_tropd.data.responses import TeacherResponse, load_responses
@@ -147,7 +145,7 @@ def _prompts(
     context: int,
     room: int,
     *,
-    filter_overlong: bool = False,
+    filter_overlong: bool | None = None,
 ) -> list[Prompt]:
     if room >= context:
         raise ConfigError(
@@ -170,9 +168,7 @@ def _check_templates(
     tokenizer: "PreTrainedTokenizerBase",
     teacher: HFFolder | MegatronFolder,
 ) -> None:
-    """Compare the texts that both models' chat templates make, if one makes any."""
-    if not any(is_templated(p.fields, config.rollout) for p in prompts + problems):
-        return
+    """Compare what both models' tokenizers and chat templates make of the same lines."""
     teachers = load_tokenizer(teacher.companions)
     for path, texts in ((config.rollout.prompts, prompts), (config.evaluation.problems, problems)):
         check_same_texts(str(path), texts, tokenizer, teachers, config.rollout)
@@ -185,12 +181,8 @@ def _problems(config: Config, tokenizer: "PreTrainedTokenizerBase", context: int
     problems = _prompts(config, path, tokenizer, context, config.max_answer_tokens)
     if config.evaluation.task == "exact_match":
         for problem in problems:
-            if "answer" not in problem.fields:
-                raise ConfigError(
-                    f'{Path(path)}, line {problem.line}: the problem has no "answer", which '
-                    'evaluation.task = "exact_match" needs. Add it or use "reverse_kl".'
-                )
-            reference_answer(problem)
+            with naming(path):
+                reference_answer(problem)
     return problems[: config.evaluation.num_problems]
 
 

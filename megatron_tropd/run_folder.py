@@ -16,7 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from megatron_tropd.config import Config, config_from_dict, config_to_dict, default_settings
+from megatron_tropd.config import (
+    Config,
+    config_from_dict,
+    config_to_dict,
+    default_settings,
+    is_run_settings,
+    read_settings,
+)
 from megatron_tropd.environment import variable
 from megatron_tropd.errors import ConfigError, InputError
 from megatron_tropd.files import write_json
@@ -113,7 +120,7 @@ class RunFolder:
                 f"{self.root} is not a run folder: {self.config} is missing. Give the folder that "
                 "`tropd distill` wrote (run.dir)."
             )
-        return config_from_dict(json.loads(self.config.read_text()))
+        return config_from_dict(read_settings(self.config))
 
 
 def with_date(config: Config) -> Config:
@@ -128,8 +135,7 @@ def with_date(config: Config) -> Config:
     if config.rollout.chat_template_date is not None:
         return config
     old = _settings_in(RunFolder(Path(config.run.dir).resolve()).config)
-    found = old.get("rollout") if isinstance(old, dict) else None
-    date = found.get("chat_template_date") if isinstance(found, dict) else None
+    date = old["rollout"].get("chat_template_date") if is_run_settings(old) else None
     rollout = dataclasses.replace(
         config.rollout, chat_template_date=date or datetime.date.today().isoformat()
     )
@@ -140,22 +146,31 @@ def run_of(path: Path) -> RunFolder | None:
     """The run that a folder is, or whose exported student it is; None: neither."""
     for root in (path, path.absolute().parent):
         run = RunFolder(root)
-        settings = _settings_in(run.config)
-        if isinstance(settings, dict) and {"model", "rollout", "run"} <= settings.keys():
+        if is_run_settings(_settings_in(run.config)):
             same = root == path or (run.student.exists() and path.samefile(run.student))
             return run if same else None
     return None
+
+
+def check_run(config: Config) -> None:
+    """Check that this command may continue what is in the run folder, if there is anything.
+
+    Raises:
+        ConfigError: the folder holds a run with other settings, which are named, or is no run's.
+    """
+    folder = RunFolder(Path(config.run.dir).resolve())
+    if folder.config.exists():
+        _check_same(read_settings(folder.config), config_to_dict(with_date(config)), folder.root)
 
 
 def open_run(config: Config) -> RunFolder:
     """Make the run folder, or check that this command may continue what is in it.
 
     Raises:
-        ConfigError: the folder holds a run with other settings; they are named.
+        ConfigError: as :func:`check_run`.
     """
     folder, config = RunFolder(Path(config.run.dir).resolve()), with_date(config)
-    if folder.config.exists():
-        _check_same(json.loads(folder.config.read_text()), config_to_dict(config), folder.root)
+    check_run(config)
     folder.logs.mkdir(parents=True, exist_ok=True)
     folder.failure.unlink(missing_ok=True)
     # A rank that dies before its first heartbeat must not be described by one of an earlier start.

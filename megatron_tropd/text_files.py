@@ -1,4 +1,4 @@
-"""Text files that a user names: TOML, and JSON with one object on each line.
+"""Text files that a user names: TOML, JSON, and JSON with one object on each line.
 
 All readers of such files are here, so that a byte order mark, Windows' line ends, UTF-16, Parquet,
 a compressed file or a Git LFS pointer means the same wherever it turns up. UTF-8 is read, with or
@@ -29,11 +29,6 @@ _FORMATS = (
     (b"PK\x03\x04", "a zip archive", "Unpack it: unzip '{path}'"),
     (b"PAR1", "a Parquet file", _PARQUET),
     (b"ARROW1", "an Arrow file", _PARQUET.replace("read_parquet", "read_feather")),
-    (
-        b"version https://git-lfs.github.com/spec/",
-        "a Git LFS pointer, which stands for a file that was not downloaded",
-        "Download it: git lfs pull --include '{name}'",
-    ),
     # UTF-32's mark begins like UTF-16's.
     (codecs.BOM_UTF32_LE, "UTF-32 text", "Save it as UTF-8: {iconv}"),
     (codecs.BOM_UTF32_BE, "UTF-32 text", "Save it as UTF-8: {iconv}"),
@@ -41,6 +36,7 @@ _FORMATS = (
     (codecs.BOM_UTF16_BE, "UTF-16 text", "Save it as UTF-8: {iconv}"),
 )
 """(first bytes, what it is, what to do)."""
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def foreign_format(head: bytes, path: Path) -> str | None:
@@ -53,12 +49,14 @@ def foreign_format(head: bytes, path: Path) -> str | None:
     Returns:
         The end of a sentence that starts with the file's name; None if nothing is known of it.
     """
+    if head.startswith(_LFS_POINTER):
+        return _lfs_pointer(head, path)
     for magic, found, remedy in _FORMATS:
         if head.startswith(magic):
             iconv = (
                 f"iconv -f {found.split()[0]} -t UTF-8 '{path}' > '{path.stem}-utf8{path.suffix}'"
             )
-            advice = remedy.format(path=path, name=path.name, stem=path.stem, iconv=iconv)
+            advice = remedy.format(path=path, stem=path.stem, iconv=iconv)
             return f"is {found}, expected UTF-8 text. {advice}."
     if b"\x00" in head[:4]:
         return (
@@ -66,6 +64,57 @@ def foreign_format(head: bytes, path: Path) -> str | None:
             "as UTF-8; else give another file."
         )
     return None
+
+
+def lfs_pointer(path: Path) -> str | None:
+    """Say that a file is what Git LFS leaves in place of one that it has not fetched.
+
+    Returns:
+        A sentence that names the file, its size and the remedy; None: it is no pointer.
+    """
+    try:
+        with path.open("rb") as file:
+            head = file.read(_HEAD)
+    except OSError:
+        return None
+    return f"{path} {_lfs_pointer(head, path)}" if head.startswith(_LFS_POINTER) else None
+
+
+def _lfs_pointer(head: bytes, path: Path) -> str:
+    size = re.search(rb"^size (\d+)", head, re.MULTILINE)
+    return (
+        f"is a Git LFS pointer: it stands for a file of {size[1].decode() if size else '?'} bytes "
+        f"that was not fetched. Run git lfs pull in {path.parent} (after git lfs install), or "
+        "download the file again."
+    )
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file of a model folder, as strictly as transformers and vLLM do.
+
+    Raises:
+        InputError: it is missing, cannot be read, or holds something else.
+    """
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing: {path.parent} is not a complete HF folder.") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}.") from None
+    if foreign := foreign_format(content[:_HEAD], path):
+        raise InputError(f"{path} {foreign}")
+    if content.startswith(codecs.BOM_UTF8):
+        raise InputError(
+            f"{path} begins with a byte order mark, which transformers and vLLM do not read. "
+            f"Remove it: sed -i '1s/^\\xEF\\xBB\\xBF//' '{path}'."
+        )
+    try:
+        value = json.loads(content.decode())
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read as JSON: {error}. Copy it again.") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path} must hold a JSON object, found {type(value).__name__}.")
+    return value
 
 
 def read_toml(
@@ -190,10 +239,9 @@ def parse_json_line(line: bytes, where: str) -> dict[str, Any]:
         value = json.loads(line.decode())
     except UnicodeDecodeError as error:
         raise InputError(
-            f"{where}: expected a JSON object, found {error}. If the file is Latin-1, save it as "
-            "UTF-8: iconv -f LATIN1 -t UTF-8 OLD > NEW."
+            f"{where}: expected a JSON object, found {error}.{_encoding_hint(line)}"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(
             f"{where}: expected a JSON object, found {error}.{_json_hint(line.strip())}"
         ) from None
@@ -205,8 +253,14 @@ def parse_json_line(line: bytes, where: str) -> dict[str, Any]:
     return value
 
 
+def _encoding_hint(line: bytes) -> str:
+    if re.search(rb"[\x00-\x08\x0e-\x1f]", line):
+        return " It is no text; give a file with a JSON object on each line."
+    return " If the file is Latin-1, save it as UTF-8: iconv -f LATIN1 -t UTF-8 OLD > NEW."
+
+
 def _json_hint(line: bytes) -> str:
-    if line.startswith(b"["):
+    if re.match(rb'\[\s*([{\["]|$)', line):
         return (
             " The file holds one array; write each of its objects on a line of its own: "
             "jq -c '.[]' OLD > NEW."
@@ -221,4 +275,6 @@ def _json_hint(line: bytes) -> str:
         return " No comma may stand before } or ]; remove it."
     if b"\r" in line:
         return " Lines end with a carriage return alone; end them with a line feed."
+    if not line.startswith(b"{"):
+        return " Write one on each line, with its keys in double quotes."
     return ""

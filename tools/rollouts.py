@@ -16,11 +16,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from megatron_tropd.cli import exit_code
 from megatron_tropd.config import Config, GuidanceConfig, RolloutConfig
 from megatron_tropd.data.arguments import add_prompt_options, read_prompts
 from megatron_tropd.data.responses import load_responses
 from megatron_tropd.data.tokenizers import load_tokenizer, num_ids, stop_token_ids
-from megatron_tropd.errors import ConfigError, InputError, TrainingError
+from megatron_tropd.errors import ConfigError
 from megatron_tropd.rollout.engine import RolloutEngine, context_length
 from megatron_tropd.rollout.types import Sampling
 from megatron_tropd.run_defaults import parse_with_run
@@ -177,7 +178,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ConfigError, InputError, TrainingError) as error:
-        sys.exit(f"error: {error}")
+    sys.exit(exit_code(main))

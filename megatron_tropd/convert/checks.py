@@ -3,7 +3,12 @@
 from typing import Any
 
 from megatron_tropd.config import ParallelConfig
-from megatron_tropd.convert.accounting import account, check_shapes, expected_tensors
+from megatron_tropd.convert.accounting import (
+    account,
+    check_shapes,
+    check_types,
+    expected_tensors,
+)
 from megatron_tropd.convert.families import model_shape, plan
 from megatron_tropd.convert.hf_folder import EMBEDDING, HEAD, HFFolder, naming
 from megatron_tropd.errors import ConfigError, InputError
@@ -54,8 +59,9 @@ def check_tensors(folder: HFFolder) -> None:
     Only where a tied model carries its output layer too are two tensors read: they must be one.
 
     Raises:
-        InputError: the model is quantised, or a tensor is missing, surplus, or of another shape
-            than config.json says, or the output layer of a tied model is not its embedding.
+        InputError: the model is quantised, or a tensor is missing, surplus, no float, or of
+            another shape than config.json says, or the output layer of a tied model is not its
+            embedding.
     """
     where = f"Model folder {folder.path}"
     with naming(where):
@@ -63,6 +69,7 @@ def check_tensors(folder: HFFolder) -> None:
     redundant = account(folder.config, entries, folder.names, where)
     expected = expected_tensors(entries)
     check_shapes(expected, {name: folder.shape(name) for name in expected}, where, folder.config)
+    check_types({name: folder.dtype(name) for name in expected}, where)
     if not all(folder.equal(EMBEDDING, name) for name in redundant):
         raise not_tied(where)
 

@@ -5,7 +5,6 @@ config.json says. Trainer, converter and planner read through it. A reader with 
 (vLLM, transformers) gets a folder made of it: :mod:`megatron_tropd.convert.linked_folder`.
 """
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from megatron_tropd.convert.companions import CONFIG
 from megatron_tropd.convert.families import model_shape
 from megatron_tropd.convert.safetensors_file import SafetensorsFile, Stored
 from megatron_tropd.errors import InputError
-from megatron_tropd.files import lfs_pointer
+from megatron_tropd.text_files import lfs_pointer, read_json_object
 from megatron_tropd.token_ids import parse_token_ids
 
 INDEX = "model.safetensors.index.json"
@@ -185,19 +184,22 @@ class HFFolder:
                     f"{self.path / name} is a link to {(self.path / name).readlink()}, which is "
                     "not there. Download the model again, or copy the file itself."
                 )
-        others = sorted(p.name for p in self.path.glob("*.bin"))
-        hint = (
-            f"Found {others[0]}: convert it to safetensors, or give --allow-pickle to tropd "
-            "convert to-megatron."
-            if others
-            else "Download or export the model again."
-        )
+        hint = "Download or export the model again."
+        if others := sorted(p.name for p in self.path.glob("*.bin")):
+            hint = (
+                f"Found {others[0]}: convert it to safetensors, or give --allow-pickle to tropd "
+                "convert to-megatron."
+            )
+        elif others := sorted(p.name for p in self.path.glob("*.safetensors")):
+            hint = f"Found {others[0]}: name it {SINGLE} if it is the whole model. Else: {hint}"
+        elif others := sorted(p.name for p in self.path.glob("*.gguf")):
+            hint = f"Found {others[0]}: GGUF is not read. Download the model in safetensors."
         return f"Model folder {self.path} holds neither {SINGLE} nor {INDEX}. {hint}"
 
 
 @contextmanager
 def naming(where: str) -> Iterator[None]:
-    """Let errors of the block, about a config.json, begin with the folder that it is from."""
+    """Let errors of the block begin with the folder, or the line of a file, that they are about."""
     try:
         yield
     except InputError as error:
@@ -242,7 +244,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         InputError: it is missing or holds something else.
     """
-    config = read_json(folder / CONFIG)
+    config = read_json_object(folder / CONFIG)
     ids = parse_token_ids(config.get("eos_token_id"), f"{folder / CONFIG}: eos_token_id")
     if "eos_token_id" in config and not isinstance(config["eos_token_id"], int):
         numbers = [token for token in ids if isinstance(token, int)]
@@ -251,30 +253,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of a model folder.
-
-    Raises:
-        InputError: the file is missing or holds something else.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing: {path.parent} is not a complete HF folder.") from None
-    except (OSError, ValueError) as error:
-        raise InputError(lfs_pointer(path) or f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path} must hold a JSON object, found {type(value).__name__}.")
-    return value
-
-
 def read_weight_map(index: Path) -> dict[str, str]:
     """Tensor -> name of its file, from an index.
 
     Raises:
         InputError: the index is missing or holds something else.
     """
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{index} has no weight_map. Download or export the model again.")
     for name, file_name in weight_map.items():

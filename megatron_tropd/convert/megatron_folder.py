@@ -15,7 +15,7 @@ from megatron_tropd.convert.accounting import (
 )
 from megatron_tropd.convert.companions import CONFIG, SUBFOLDER
 from megatron_tropd.convert.families import Entry, model_shape
-from megatron_tropd.convert.hf_folder import HFFolder, naming, read_config, read_json
+from megatron_tropd.convert.hf_folder import HFFolder, naming, read_config
 from megatron_tropd.convert.layout import (
     Place,
     is_extra_state,
@@ -25,6 +25,7 @@ from megatron_tropd.convert.layout import (
 )
 from megatron_tropd.convert.torch_dist import METADATA, TorchDistReader
 from megatron_tropd.errors import InputError
+from megatron_tropd.text_files import read_json_object
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _EMBEDDING = "embedding.word_embeddings.weight"
@@ -227,7 +228,7 @@ def _own_companions(path: Path, checkpoint: Path) -> Path:
     # A run of ours keeps its checkpoints in <run>/checkpoints and its settings in <run>.
     settings = checkpoint.parent.parent / CONFIG
     if settings.is_file():
-        model = read_json(settings).get("model")
+        model = read_json_object(settings).get("model")
         if isinstance(model, dict) and "student" in model:
             student = companions_of(model["student"])
             if (student / CONFIG).is_file():
@@ -250,7 +251,7 @@ def _remedy(checkpoint: Path) -> str:
 
 def _read_checksums(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """(records, names that tensors had) of a converted checkpoint; of any other: none."""
-    content = read_json(path) if path.is_file() else {}
+    content = read_json_object(path) if path.is_file() else {}
     records, stored = content.get("tensors", {}), content.get("stored_as", {})
     whole = isinstance(records, dict) and isinstance(stored, dict)
     fields = ("dtype", "shape", "crc32")

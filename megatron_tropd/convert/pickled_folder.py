@@ -20,7 +20,7 @@ from megatron_tropd.convert.hf_folder import (
     stored_names,
 )
 from megatron_tropd.errors import InputError
-from megatron_tropd.files import lfs_pointer
+from megatron_tropd.text_files import lfs_pointer
 
 _SINGLE, _INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 

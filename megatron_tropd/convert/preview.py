@@ -15,7 +15,6 @@ from megatron_tropd.convert.hf_folder import (
     INDEX,
     HFFolder,
     read_config,
-    read_json,
     read_weight_map,
     stored_names,
 )
@@ -32,6 +31,7 @@ from megatron_tropd.convert.to_megatron import (
     padded_vocab,
 )
 from megatron_tropd.errors import InputError
+from megatron_tropd.text_files import read_json_object
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,9 @@ def _source(config: dict[str, Any], job: ToMegatron) -> tuple[list[str], Mapping
     if not isinstance(dtype, torch.dtype):
         raise InputError(f"{job.hf / CONFIG} has dtype {name!r}, which torch does not know.")
     shapes = [shape for entry in entries for shape in entry.operation.hf_shapes().values()]
-    notes = [_compare_size(read_json(index), sum(map(prod, shapes)) * dtype.itemsize, weights)]
+    notes = [
+        _compare_size(read_json_object(index), sum(map(prod, shapes)) * dtype.itemsize, weights)
+    ]
     types = {name: job.dtype or dtype for e in entries for name in e.operation.hf_shapes()}
     return [*_not_stored(names, types, redundant), *notes], types
 

@@ -51,7 +51,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from megatron_tropd.convert.budget import Budget
 from megatron_tropd.errors import InputError
-from megatron_tropd.files import lfs_pointer
+from megatron_tropd.text_files import lfs_pointer
 
 METADATA, COMMON, BACKEND = ".metadata", "common.pt", "metadata.json"
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _FORMS = '{"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]}'
 _FOR_TEMPLATE = ("tools", "continue_final_message")  # keys of a line that a template reads
+_READ_BY_US = ("prompt", "messages", "chat_template_kwargs", *_FOR_TEMPLATE)
 _MAX_NAMED = 100
 _PROBE = "A text of 1 line."
 _PLAIN = PromptConfig()
@@ -32,7 +33,7 @@ def load_prompts(
     settings: PromptConfig = _PLAIN,
     *,
     max_prompt_tokens: int | None = None,
-    filter_overlong: bool = False,
+    filter_overlong: bool | None = False,
 ) -> list[Prompt]:
     """Read and tokenize a prompts file, all of it or an error.
 
@@ -41,7 +42,7 @@ def load_prompts(
         tokenizer: the student's.
         settings: how lines become token ids; a run's ``config.rollout`` is one.
         max_prompt_tokens: most tokens a prompt may have (context minus the response).
-        filter_overlong: leave longer prompts out, and say so on stderr.
+        filter_overlong: leave longer prompts out, and say so on stderr; None: no setting does.
 
     Returns:
         Prompts in the order of the file; ``index`` counts the lines that hold one from 0, those
@@ -110,8 +111,11 @@ def tokenize_line(
         text = str(fields["prompt"])
     else:
         text = _rendered(messages, fields, tokenizer, settings, where)
+        if isinstance(fields.get("prompt"), str):
+            _check_rendered_once(fields["prompt"], text, tokenizer, where)
     _check_text(text, where)
-    ids = tokenizer.encode(text, add_special_tokens=False)
+    # Not verbose: transformers would warn of the first long text and of no other.
+    ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)
     if messages is None:  # a chat template writes BOS itself
         ids = ids if ids[: len(leading)] == list(leading) else [*leading, *ids]
     if not ids:
@@ -144,12 +148,12 @@ def is_templated(fields: dict[str, Any], settings: PromptConfig) -> bool:
 
 def check_same_texts(
     path: str | Path,
-    prompts: Iterable[Prompt],
+    prompts: Sequence[Prompt],
     student: "PreTrainedTokenizerBase",
     teacher: "PreTrainedTokenizerBase",
     settings: PromptConfig,
 ) -> None:
-    """Refuse a pair whose chat templates make different texts of the same prompts.
+    """Refuse a pair whose tokenizers and chat templates make different texts of the same prompts.
 
     Templates may differ in what these prompts do not use.
 
@@ -161,8 +165,10 @@ def check_same_texts(
         settings: those that the prompts were loaded with.
 
     Raises:
-        InputError: the teacher's template makes another text, or none; shows where they part.
+        InputError: the teacher's template makes another text, or none, or its tokenizer begins a
+            plain text otherwise; shows where they part.
     """
+    _check_same_beginnings(prompts, student, teacher, settings, path)
     templates = (student.chat_template, teacher.chat_template)
     specials = (student.special_tokens_map, teacher.special_tokens_map)
     if templates[0] == templates[1] and specials[0] == specials[1]:
@@ -184,6 +190,25 @@ def check_same_texts(
                 f"{where}: the chat templates of student and teacher make different texts. "
                 f"{_parting(prompt.text, text)} {advice}"
             )
+
+
+def _check_same_beginnings(
+    prompts: Sequence[Prompt],
+    student: "PreTrainedTokenizerBase",
+    teacher: "PreTrainedTokenizerBase",
+    settings: PromptConfig,
+    path: str | Path,
+) -> None:
+    """Refuse tokenizers of which one puts BOS, say, before a plain text and the other does not."""
+    plain = next((p for p in prompts if not is_templated(p.fields, settings)), None)
+    ids = {who: leading_ids(tok) for who, tok in (("student", student), ("teacher", teacher))}
+    if plain and ids["student"] != ids["teacher"]:
+        begins = [f"the {who}'s with {student.decode(found)!r}" for who, found in ids.items()]
+        raise InputError(
+            f"{path}, line {plain.line}: the tokenizers begin a text differently, "
+            f"{' and '.join(begins)}: one of the models would read prompts as it never did. Give "
+            "both folders the same tokenizer files."
+        )
 
 
 def _parting(student: str, teacher: str) -> str:
@@ -246,9 +271,10 @@ def _messages(
             "meant."
         )
     if messages is None and not isinstance(prompt, str | list):
+        found = f"keys {sorted(fields)}" if prompt is None else f"prompt {prompt!r:.60}"
         raise InputError(
-            f'{where}: expected "prompt" (a string) or "messages" (a list), found keys '
-            f"{sorted(fields)}. Write {_FORMS}."
+            f'{where}: expected "prompt" (a string) or "messages" (a list), found {found}. Write '
+            f"{_FORMS}."
         )
     if isinstance(prompt, str):
         return _of_text(prompt, fields, settings, tokenizer, where)
@@ -265,12 +291,6 @@ def _of_text(
     if not prompt.strip():
         raise InputError(f"{where}: the prompt is empty. Remove the line.")
     if settings.apply_chat_template:
-        if tokenizer.bos_token and prompt.startswith(tokenizer.bos_token):
-            raise InputError(
-                f"{where}: the prompt begins with {tokenizer.bos_token}, which the chat template "
-                "writes. Remove it; or, if the text is rendered already, set "
-                "rollout.apply_chat_template = false."
-            )
         return [{"role": "user", "content": prompt}]
     if unread := [key for key in (*_FOR_TEMPLATE, "chat_template_kwargs") if fields.get(key)]:
         raise InputError(
@@ -299,7 +319,24 @@ def _rendered(
         {**settings.chat_template_kwargs, **own, **beside},
         date=datetime.date.fromisoformat(date) if date else datetime.date.today(),
         where=where,
+        beside=[
+            key for key, value in fields.items() if value is not None and key not in _READ_BY_US
+        ],
     )
+
+
+def _check_rendered_once(
+    prompt: str, text: str, tokenizer: "PreTrainedTokenizerBase", where: str
+) -> None:
+    """Refuse a text that a chat template was applied to before."""
+    before = text.partition(prompt.strip())[0]
+    tokens = [token.content for token in tokenizer.added_tokens_decoder.values()]
+    for token in filter(prompt.lstrip().startswith, filter(None, tokens)):
+        if token in before or token == tokenizer.bos_token:
+            raise InputError(
+                f"{where}: the prompt begins with {token}, which the chat template writes. Remove "
+                "it; or, if the text is rendered already, set rollout.apply_chat_template = false."
+            )
 
 
 def _check_text(text: str, where: str) -> None:
@@ -313,7 +350,7 @@ def _check_text(text: str, where: str) -> None:
 
 
 def _short_enough(
-    prompts: Sequence[Prompt], path: str | Path, most: int, filter_overlong: bool
+    prompts: Sequence[Prompt], path: str | Path, most: int, filter_overlong: bool | None
 ) -> list[Prompt]:
     kept = [prompt for prompt in prompts if len(prompt.token_ids) <= most]
     long = [prompt for prompt in prompts if len(prompt.token_ids) > most]
@@ -331,9 +368,13 @@ def _short_enough(
             file=sys.stderr,
         )
         return kept
+    advice = "Shorten or remove them, or allow fewer new tokens."
+    if filter_overlong is not None:
+        advice = (
+            "Shorten or remove them, allow fewer new tokens, or leave them out "
+            "(rollout.filter_overlong_prompts = true, or --filter-overlong-prompts of a tool)."
+        )
     # The first line directly after the path, as in every other message.
     raise InputError(
-        f"{path}, {named}: {len(long)} of {len(prompts)} prompts are too long, {limit}. Shorten or "
-        "remove them, allow fewer new tokens, or leave them out "
-        "(rollout.filter_overlong_prompts = true, or --filter-overlong-prompts of a tool)."
+        f"{path}, {named}: {len(long)} of {len(prompts)} prompts are too long, {limit}. {advice}"
     )

@@ -89,6 +89,8 @@ class ResumableLines:
         end = number = 0
         for number, line in enumerate(self._file, start=1):
             if not line.endswith(b"\n"):
+                if number == 1 and not _line(header).startswith(line):
+                    raise _not_ours(self.path)
                 number -= 1
                 break
             end += len(line)
@@ -105,10 +107,19 @@ class ResumableLines:
         return tuple(record.get(name, -1) for name in self._key)
 
     def _write(self, records: Sequence[Mapping[str, Any]]) -> None:
-        lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        self._file.write("".join(lines).encode())
+        self._file.write(b"".join(map(_line, records)))
         self._file.flush()
         os.fsync(self._file.fileno())
+
+
+def _line(record: Mapping[str, Any]) -> bytes:
+    return (json.dumps(record, ensure_ascii=False) + "\n").encode()
+
+
+def _not_ours(path: Path) -> InputError:
+    return InputError(
+        f"{path} is another file: it does not begin as what is to be written there. Name a new one."
+    )
 
 
 def recorded_settings(path: Path) -> dict[str, Any]:
@@ -126,11 +137,15 @@ def recorded_settings(path: Path) -> dict[str, Any]:
 def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:
     try:
         value = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
+        if number == 1:
+            raise _not_ours(path) from None
         raise InputError(
             f"{path}, line {number}: expected a JSON object, found {error}. Cut the file off "
             "before that line to continue it."
         ) from None
+    if number == 1 and not (isinstance(value, dict) and isinstance(value.get("settings"), dict)):
+        raise _not_ours(path)
     if not isinstance(value, dict):
         raise InputError(f"{path}, line {number}: expected a JSON object, found {value!r:.60}.")
     return value
@@ -138,7 +153,7 @@ def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:
 
 def _check_header(found: Mapping[str, Any], expected: Mapping[str, Any], path: Path) -> None:
     mine = {**expected, **expected["settings"]}
-    theirs = {**found, **(found.get("settings") or {})}
+    theirs = {**found, **found["settings"]}
     differing = [
         f"{name}: {theirs.get(name)!r} in the file, {mine[name]!r} asked for"
         for name in mine

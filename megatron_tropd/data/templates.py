@@ -8,7 +8,7 @@ their words.
 
 import datetime
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +59,11 @@ def _message(message: Any, where: str) -> Message:
         )
     # Data sets fill in null for the keys of other messages; templates ask whether a key is there.
     checked = {key: value for key, value in message.items() if value is not None}
+    if checked.get("function_call"):
+        raise InputError(
+            f"{where}: function_call is an older form that chat templates do not read. Write "
+            '"tool_calls": [{"type": "function", "function": {"name": ..., "arguments": {}}}].'
+        )
     calls = checked.pop("tool_calls", None)
     if calls:
         checked["tool_calls"] = _tool_calls(calls, where)
@@ -102,15 +107,22 @@ def _tool_calls(calls: Any, where: str) -> list[Any]:
 def _tool_call(call: dict[str, Any], where: str) -> dict[str, Any]:
     if isinstance(call.get("function"), dict):
         return call | {"function": _tool_call(call["function"], where)}
-    if not isinstance(call.get("arguments"), str):
-        return call
-    try:
-        return call | {"arguments": json.loads(call["arguments"])}
-    except ValueError as error:
+    arguments = call.get("arguments") or {}  # as vLLM reads null and the empty text
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except (ValueError, RecursionError) as error:
+            raise InputError(
+                f"{where}: the arguments of a tool call are not JSON ({error}): "
+                f"{arguments!r:.60}. Write an object."
+            ) from None
+    if not isinstance(arguments, dict):
         raise InputError(
-            f"{where}: the arguments of a tool call are not JSON ({error}): "
-            f"{call['arguments']!r:.60}. Write an object."
-        ) from None
+            f"{where}: the arguments of a tool call must be an object, found {arguments!r:.60}."
+        )
+    if not isinstance(call.get("name"), str):
+        raise InputError(f"{where}: a tool call has no name, found keys {sorted(call)}. Add it.")
+    return call | {"arguments": arguments}
 
 
 def render(
@@ -120,6 +132,7 @@ def render(
     *,
     date: datetime.date,
     where: str,
+    beside: Collection[str] = (),
 ) -> str:
     """Make the text of a conversation, ready for the answer.
 
@@ -130,18 +143,35 @@ def render(
             several, ``continue_final_message`` has a last assistant message continued.
         date: what a template that reads the clock is told, at midnight.
         where: file and line, for errors.
+        beside: further keys of the line, which no template is given.
 
     Returns:
         The text, with special tokens as the template writes them.
 
     Raises:
-        InputError: there is no such template, it reads no such argument, it refuses the messages or
-            drops words of them, or the last message is the assistant's and is not to be continued.
+        InputError: there is no such template, it reads no such argument or one of ``beside``, it
+            refuses the messages or drops words of them, or the last message is the assistant's and
+            is not to be continued.
     """
     rest = dict(arguments)
     name, continued = rest.pop("chat_template", None), rest.pop("continue_final_message", False)
     template = choose_template(tokenizer, name, tools=bool(rest.get("tools")), where=where)
     _check_arguments(template, rest, where)
+    if astray := sorted(_variables(template) & set(beside)):
+        raise InputError(
+            f"{where}: the chat template reads {', '.join(astray)}, but is given what stands in "
+            '"chat_template_kwargs" of the line (or of the settings) alone. Move it there, or '
+            "rename the key."
+        )
+    if not isinstance(continued, bool):
+        raise InputError(
+            f"{where}: continue_final_message must be true or false, found {continued!r:.60}."
+        )
+    if "tool_calls" not in template and any("tool_calls" in message for message in messages):
+        raise InputError(
+            f"{where}: the chat template does not read tool_calls of messages, and would drop "
+            "them. Write the calls as content, or choose another template."
+        )
     prefilled = messages[-1]["role"] == "assistant"
     if prefilled and not continued:
         raise InputError(
@@ -223,22 +253,41 @@ def _check_arguments(template: str, arguments: Mapping[str, Any], where: str) ->
             "rollout.chat_template_kwargs or from the line). Remove it or correct the name; the "
             f"template reads {', '.join(sorted(known)) or 'nothing beside the messages'}."
         )
+    for name, value in arguments.items():
+        spelled = isinstance(value, str) and value.lower() in ("true", "false")
+        if spelled or (name in _flags(template) and not isinstance(value, bool | None)):
+            raise InputError(
+                f"{where}: {name} of the chat template must be true or false, found {value!r:.60}: "
+                "the template would take it for something else. Write it without quotes."
+            )
     tools = arguments.get("tools") or []
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise InputError(f'{where}: "tools" must be a list of JSON schemas, found {tools!r:.60}.')
 
 
-@lru_cache
-def _variables(template: str) -> frozenset[str]:
-    """Names that a template asks its caller for."""
+def _parsed(template: str) -> tuple[jinja2.Environment, jinja2.nodes.Template]:
     try:
         environment = _compile_jinja_template(template).environment
-        tree = environment.parse(template)
+        return environment, environment.parse(template)
     except jinja2.TemplateSyntaxError as error:
         raise InputError(
             f"The chat template is not valid ({error}, line {error.lineno}). Copy the tokenizer's "
             "files of the model again."
         ) from None
+
+
+@lru_cache
+def _flags(template: str) -> frozenset[str]:
+    """Names that a template compares with true or false: ``enable_thinking is false``."""
+    tests = _parsed(template)[1].find_all(jinja2.nodes.Test)
+    compared = [t.node for t in tests if t.name in ("true", "false", "boolean")]
+    return frozenset(node.name for node in compared if isinstance(node, _NAME))
+
+
+@lru_cache
+def _variables(template: str) -> frozenset[str]:
+    """Names that a template asks its caller for."""
+    environment, tree = _parsed(template)
     if any(node.name == "random" for node in tree.find_all(jinja2.nodes.Filter)):
         raise InputError(
             "The chat template draws at random (its filter `random`), so that a prompt is another "

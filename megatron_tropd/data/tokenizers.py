@@ -8,12 +8,11 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from megatron_tropd.errors import ConfigError, InputError
-from megatron_tropd.files import lfs_pointer
+from megatron_tropd.text_files import lfs_pointer, read_json_object
 from megatron_tropd.token_ids import parse_token_ids
 
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
@@ -44,14 +43,24 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False, **_readable_config(folder)
         )
+    except InputError:
+        raise
     except Exception as error:  # the tokenizers library raises bare Exception on a broken file
-        if pointer := next(filter(None, (lfs_pointer(folder / name) for name in _FILES)), None):
-            raise InputError(pointer) from None
+        for name in _FILES:
+            _check_readable(folder / name)
         reason = " ".join(str(error).split())[:200]
         raise InputError(
             f"The tokenizer in {folder} cannot be read ({type(error).__name__}: {reason}). "
             "Copy the tokenizer files of the model again."
         ) from error
+
+
+def _check_readable(path: Path) -> None:
+    """Refuse a file of a tokenizer that is not what its name says, by its own fault."""
+    if path.suffix == ".json" and path.is_file():
+        read_json_object(path)
+    if pointer := lfs_pointer(path):
+        raise InputError(pointer)
 
 
 def _readable_config(folder: Path) -> dict[str, PreTrainedConfig]:
@@ -61,7 +70,7 @@ def _readable_config(folder: Path) -> dict[str, PreTrainedConfig]:
     takes its EOS from there.
     """
     path = folder / "config.json"
-    config = _read_json(path) if path.is_file() else {}
+    config = read_json_object(path) if path.is_file() else {}
     eos = config.pop("eos_token_id", None)
     plain = eos if isinstance(eos, list) else [eos]
     if "model_type" not in config or all(token is None or type(token) is int for token in plain):
@@ -183,7 +192,7 @@ def _eos_in(path: Path, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Ids under ``eos_token_id`` of a JSON file, which need not exist."""
     if not path.is_file():
         return set()
-    settings = _read_json(path)
+    settings = read_json_object(path)
     where, vocabulary = f"{path}: eos_token_id", tokenizer.get_vocab()
     tokens = parse_token_ids(settings.get("eos_token_id"), where)
     ids = {vocabulary.get(t, -1) if isinstance(t, str) else t for t in tokens}
@@ -193,15 +202,3 @@ def _eos_in(path: Path, tokenizer: PreTrainedTokenizerBase) -> set[int]:
             f"0..{len(tokenizer) - 1} and no other. Correct one of the two."
         )
     return ids
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            lfs_pointer(path) or f"{path} is not readable JSON ({error}). Copy it again."
-        ) from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path} must hold a JSON object, found {type(content).__name__}.")
-    return content

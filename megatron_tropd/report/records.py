@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_tropd.config import read_settings
 from megatron_tropd.errors import InputError
 
 
@@ -41,6 +42,7 @@ def read_run(folder: str | Path) -> RunRecords:
 
     Raises:
         InputError: no such folder, no ``config.json`` in it, or a file that is not JSON.
+        ConfigError: ``config.json`` is no run's.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
@@ -50,7 +52,7 @@ def read_run(folder: str | Path) -> RunRecords:
         )
     return RunRecords(
         folder=folder,
-        config=_read_json(folder / "config.json"),
+        config=read_settings(folder / "config.json"),
         metrics=read_lines(folder / "metrics.jsonl"),
         evaluations=read_lines(folder / "evaluations.jsonl"),
         summary=_read_json(folder / "summary.json"),

@@ -40,10 +40,16 @@ _NAME = re.compile(
 )
 _CHOICE = re.compile(
     r"(?:(?:option|choice) )?(?:\(([a-j])\)|([a-j])(?=[).:]|$))"
-    r"(?:[).:]+|$| (?=[a-z\d]))(?: ?[^ ].*)?"
+    # Another letter beside it, or a word against it, is no text of the option.
+    r"(?:[).:]+|$| (?=[a-z\d]))(?! ?(?:(?:or|and)\b|is (?:wrong|incorrect|false|not)\b)"
+    r"| ?\(?[a-j][).:]*(?: |$))(?: ?[^ ].*)?"
 )
 _SINGLE_CHOICE = re.compile(r"(?:(?:option|choice) )?([a-j])")
-_YES_NO = re.compile(r"(yes|no|true|false)(?: ?(?:[,.;:!]|- ).*)?")
+_YES_NO = re.compile(
+    r"(yes|no|true|false)"
+    # true, false, true are three answers; yes, no remainder is one.
+    r"(?: ?(?:[,.;:!]|- )(?! ?(?:(?:or|and|but) )?(?:yes|no|true|false)(?: ?[^\w ]|$)).*)?"
+)
 _WORD = re.compile(r"[^\W\d_]+(?:['.-][^\W\d_]+)*")
 _CODE = re.compile(r"[^\W\d_]+\d\w*")
 
@@ -70,7 +76,7 @@ _UNIT_NAMES = {
 }
 _SCALES = {
     **{"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12},
-    "dozen": 12,
+    **{"dozen": 12, "lakh": 10**5, "crore": 10**7, "bn": 10**9},
 }
 _NUMBER_WORDS = _set(
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
@@ -83,9 +89,20 @@ _CHANGES_A_NUMBER = _NUMBER_WORDS | _set(
     "not no never neither nor least most than over under above below between except plus minus "
     "times divided squared cubed cube root factorial power mod modulo remainder choose log ln exp "
     "sin cos tan sqrt negative if unless otherwise but wait either maybe through until infinity pi "
-    "base"
+    "base cannot doubled tripled quadrupled halved tens score gross mil mn bil onward onwards "
+    "upward upwards unsure"
 )
 """Words beside a number that make it another number, or several, or none."""
+_CHANGES_WHAT_FOLLOWS = re.compile(
+    r"\b(?:(?:opposite|inverse|reciprocal|complement|squares?|cubes?|roots?|multiples?|factors|"
+    r"divisors?|logarithm|doubles?|triples?|quadruple) of|divisible by|unequal to|double|doubling|"
+    r"triple|tripling|quadruple|without|excluding|beyond|exceed|exceeds|exceeding) $"
+)
+_DENIES_WHAT_PRECEDES = re.compile(
+    r"(?: ?[ai]\b(?! \w)"
+    r"| (?:is|was|seems|looks) (?:wrong|incorrect|impossible|invalid|false|too)\b)"
+)
+"""The imaginary unit among them: 5 i, but 5 a day."""
 
 
 @dataclass(frozen=True)
@@ -251,11 +268,12 @@ _INNERMOST = [
         re.compile(r"(?<![\d.^*/)])(\d+)\s*\\frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}"),
         r"(\1+\2/\3)",
     ),
-    (re.compile(r"\\frac\s*\{\s*([\w.]*)\s*\}\s*\{\s*([\w.]*)\s*\}"), r"(\1/\2)"),
+    (re.compile(r"\\frac\s*\{\s*([\w.]*)\s*\}\s*\{\s*([\d.]+|\w)\s*\}"), r"(\1/\2)"),
     (re.compile(r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}"), r"((\1)/(\2))"),
     (re.compile(r"\\sqrt\s*([\d])"), r"sqrt(\1)"),
     (re.compile(r"\\sqrt\s*\{([^{}]*)\}"), r"sqrt(\1)"),
-    (re.compile(r"\^\s*\{\s*([\w.]*)\s*\}"), r"^\1"),
+    # x^{2y} is not x^{2}y, nor 10^{2}5 10^{25}.
+    (re.compile(r"\^\s*\{\s*(-?[\d.]+|\w)\s*\}(?![\d.])"), r"^\1"),
     (re.compile(r"\^\s*\{([^{}]*)\}"), r"^(\1)"),
 ]
 
@@ -276,10 +294,17 @@ def normalise(text: str) -> str:
     text = reduce(lambda t, rule: rule[0].sub(rule[1], t), _LATEX, text.replace("\\$", "$"))
     text = _braces(text).casefold()
     text = re.sub(r"^\s*([-+±]) +(?=[\d.$(])", r"\1", text)
-    text = " ".join(text.split()).replace(" ^", "^").strip(" \"'")
+    text = _unquoted(" ".join(text.split()).replace(" ^", "^"))
     if text[:1] == text[-1:] in ("*", "_"):
         text = text.strip("*_ ")
-    return _trimmed(text).strip(" \"'")
+    return _unquoted(_trimmed(text))
+
+
+def _unquoted(text: str) -> str:
+    """The text without the quotes around it; a lone one at the end is a prime: x'."""
+    quoted = text.strip(' "')
+    bare = quoted.lstrip("' \"")
+    return bare.rstrip("' \"") if bare != quoted else quoted
 
 
 def _trimmed(text: str) -> str:
@@ -347,11 +372,19 @@ def _read(text: str, *, inside: bool = False) -> Answer:
     if (found := _NAME.match(text)) and (rest := text[found.end() :]) and "=" not in rest:
         return Named(found[1].strip("\\ "), _read(rest, inside=True))
     before, equals, after = text.rpartition("=")
-    if equals and all(_constant(part.strip()) is not None for part in before.split("=")):
+    if equals and all(_equals(part, after) for part in before.split("=")):
         return _read(after.strip(), inside=True)
     if (inner := _unwrapped(text, "()")) is not None:
         return _read(inner, inside=True)
     return _words(text) or _number_in_a_sentence(text) or Other(_key(text))
+
+
+def _equals(constant: str, result: str) -> bool:
+    """Whether a constant may be what follows its equals sign."""
+    value = _constant(constant.strip())
+    if value is None:
+        return False
+    return compare(Number(value), _read(result.strip(), inside=True)) is not False
 
 
 def _number(text: str) -> Number | None:
@@ -380,7 +413,7 @@ def _with_suffix(text: str) -> tuple[Number | None, str]:
         return None, ""
     body, suffix = text[: found.start()], text[found.start() :]
     scale, _, rest = suffix.partition(" ")
-    factor = _SCALES.get(scale, 1)
+    factor = _SCALES.get(scale.removesuffix("s"), 1)
     if factor != 1:
         suffix = rest
     unit = _unit(suffix, attached=bool(body) and not body.endswith((" ", "-")))
@@ -577,6 +610,8 @@ def _number_in_a_sentence(text: str) -> Number | None:
         return None
     number = found[0]
     before, after = text[: number.start()], text[number.end() :]
+    if _CHANGES_WHAT_FOLLOWS.search(before) or _DENIES_WHAT_PRECEDES.match(after):
+        return None
     percent = re.match(r" ?(?:%|per ?cent\b)", after)
     rest = before + " " + (after[percent.end() :] if percent else after)
     if not all(_is_harmless(token) for token in rest.replace(",", " ").replace(";", " ").split()):

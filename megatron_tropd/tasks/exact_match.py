@@ -158,11 +158,14 @@ def reference_answer(problem: Prompt) -> str:
         InputError: there is none.
     """
     answer = problem.fields.get("answer")
-    good = isinstance(answer, str | int | float) and not isinstance(answer, bool)
+    good = isinstance(answer, str | int) and not isinstance(answer, bool)
+    if isinstance(answer, float):
+        good = math.isfinite(answer)
     if not good or not str(answer).strip():
+        found = repr(answer) if "answer" in problem.fields else "none"
         raise InputError(
             f'Problem {problem.index} (line {problem.line}) needs an "answer", a string or a '
-            f"number, found {answer!r}."
+            f'number, found {found}. Add it, or use evaluation.task = "reverse_kl".'
         )
     return str(answer)
 

@@ -114,6 +114,33 @@ def test_a_last_turn_of_the_assistant_is_continued_if_asked_for(text):
             {"messages": [USER, {"role": "assistant", "tool_calls": [{"arguments": "{"}]}]},
             "message 2: the arguments of a tool call are not JSON",
         ),
+        (
+            {
+                "messages": [
+                    USER,
+                    {"role": "assistant", "tool_calls": [{"name": "f", "arguments": 3}]},
+                ]
+            },
+            "message 2: the arguments of a tool call must be an object, found 3",
+        ),
+        (
+            {"messages": [USER, {"role": "assistant", "tool_calls": [{"function": None}]}]},
+            "message 2: a tool call has no name",
+        ),
+        (
+            {
+                "messages": [
+                    USER,
+                    {"role": "assistant", "content": "", "function_call": {"name": "f"}},
+                ]
+            },
+            'message 2: function_call is an older form.*Write "tool_calls"',
+        ),
+        (
+            {"messages": [USER, ANSWER], "continue_final_message": "false"},
+            "continue_final_message must be true or false, found 'false'",
+        ),
+        ({"prompt": 5}, r"expected \"prompt\".*found prompt 5. Write \{"),
         ({"messages": [USER], "tools": [{"name": "f"}]}, "the chat template does not read tools"),
         ({"messages": [USER], "chat_template_kwargs": 3}, '"chat_template_kwargs" must be an obj'),
         (
@@ -199,6 +226,52 @@ def test_names_that_a_template_sets_itself_are_no_arguments(text, folder: Path):
     assert text(line, tokenizer, chat_template_kwargs={"day": "Friday"}) == "Fridayu"
     with pytest.raises(InputError, match=r"does not read words .* template reads day\."):
         text(line, tokenizer, chat_template_kwargs={"words": "x"})
+
+
+THINKING = "{% if enable_thinking is defined and enable_thinking is false %}SILENT{% endif %}"
+
+
+def test_an_argument_beside_the_messages_is_not_silently_dropped(text, folder: Path):
+    tokenizer, line = _tokenizer(folder, THINKING + PLAIN), {"messages": [USER]}
+    with pytest.raises(InputError, match=r'reads enable_thinking.*"chat_template_kwargs".*Move it'):
+        text(line | {"enable_thinking": False}, tokenizer)
+    assert text(line | {"enable_thinking": None, "answer": "4"}, tokenizer).startswith("<s>")
+    assert text({"prompt": "u", "enable_thinking": False}, tokenizer) == "u"  # no template
+
+
+def test_a_switch_of_a_template_takes_true_and_false_alone(text, folder: Path):
+    tokenizer, line = _tokenizer(folder, "{{ effort }}" + THINKING + PLAIN), {"messages": [USER]}
+    off = {"enable_thinking": False}
+    assert text(line, tokenizer, chat_template_kwargs=off).startswith("SILENT")
+    for value in ("false", "no", 0):
+        with pytest.raises(InputError, match=r"enable_thinking .* must be true or false, found"):
+            text(line | {"chat_template_kwargs": {"enable_thinking": value}}, tokenizer)
+    with pytest.raises(InputError, match=r"effort .* must be true or false, found 'False'"):
+        text(line, tokenizer, chat_template_kwargs={"effort": "False"})
+
+
+def test_a_text_is_not_rendered_twice(text, folder: Path):
+    header = "<unk>{{ messages[0].content }}"
+    for begin, template in (("<unk>", header), ("<s>", PLAIN), ("<s>", header)):
+        with pytest.raises(
+            InputError, match=f"begins with {begin}, which the chat template writes"
+        ):
+            text({"prompt": f"{begin}u"}, _tokenizer(folder, template), apply_chat_template=True)
+    assert text({"prompt": "<unk>u"}, _tokenizer(folder, PLAIN), apply_chat_template=True)
+
+
+def test_a_template_that_reads_no_tool_calls_is_noticed(text, folder: Path):
+    called = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    deaf = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    with pytest.raises(InputError, match="does not read tool_calls of messages"):
+        text({"messages": [USER, called, USER]}, _tokenizer(folder, deaf))
+
+
+def test_calls_without_arguments_have_none(text):
+    for arguments in (None, "", "{}", {}):
+        call = {"function": {"name": "f", "arguments": arguments}}
+        called = {"role": "assistant", "content": None, "tool_calls": [call]}
+        assert "<{}>" in text({"messages": [USER, called, USER]})
 
 
 def test_arguments_that_no_prompt_reads_are_refused(tmp_path: Path, chat):

@@ -96,10 +96,21 @@ def test_the_engine_s_config_has_the_windows_that_were_read(family: str, change:
         {"sliding_window": None, "is_causal": True, "logit_scale": 1.0, "new_key": None},
         {"use_mrope": False, "use_qk_norm": False, "pruned_heads": {}, "temperature": 0.6},
         {"sliding_window": 128},
+        # Found in published configs: SmolLM2, Falcon3.
+        {"is_llama_config": True, "rope_interleaved": False, "activation": "swiglu"},
+        {"rope_scaling": {"type": "linear", "rope_type": "linear", "factor": 1.0}},
     ],
 )
 def test_keys_that_change_nothing_pass(change: dict) -> None:
     assert model_shape(config_of("llama", **change)) == model_shape(config_of("llama"))
+
+
+def test_a_published_mixture_says_its_norms_and_biases() -> None:
+    """As Qwen3-Coder-30B-A3B does."""
+    said = {"qkv_bias": False, "use_qk_norm": True, "shared_expert_intermediate_size": 0}
+    model_shape(config_of("qwen3_moe", **said))
+    with pytest.raises(InputError, match="use_qk_norm = False, expected True"):
+        model_shape(config_of("qwen3_moe", use_qk_norm=False))
 
 
 @pytest.mark.parametrize(
@@ -143,6 +154,19 @@ def test_keys_that_change_nothing_pass(change: dict) -> None:
             {"rope_theta": 5e5, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
             "rope_theta = 500000.0 and 10000.0",
         ),
+        ("llama", {"activation": "geglu"}, "activation = 'geglu'"),
+        ("llama", {"rope_theta": float("inf")}, "positive rope_theta, found inf"),
+        ("llama", {"rope_theta": float("nan")}, "positive rope_theta, found nan"),
+        ("llama", {"rope_scaling": LLAMA3 | {"factor": float("inf")}}, "positive factor"),
+        # transformers scales other frequencies than vLLM where these are the wrong way round.
+        ("llama", {"rope_scaling": LLAMA3 | {"low_freq_factor": 5.0}}, "less than high_freq"),
+        ("llama", {"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}}, "less than high_freq"),
+        (
+            "llama",
+            {"rope_scaling": LLAMA3, "rope_parameters": {"rope_type": "default"}},
+            "rope_scaling.rope_type = 'llama3' and rope_parameters.rope_type = 'default'",
+        ),
+        ("llama", {"rope_scaling": LLAMA3 | {"type": "linear"}}, "'llama3' and rope_scaling.type"),
     ],
 )
 def test_keys_that_make_two_models_are_refused(family: str, change: dict, named: str) -> None:

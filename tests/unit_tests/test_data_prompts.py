@@ -121,6 +121,8 @@ def test_long_prompts_can_be_left_out(tmp_path: Path, tokenizer, capsys):
     path = _file(tmp_path, {"prompt": "a" * 9})
     with pytest.raises(InputError, match="1 of 1 prompts are too long"):
         load_prompts(path, tokenizer, max_prompt_tokens=8, filter_overlong=True)
+    with pytest.raises(InputError, match=r"allow fewer new tokens\.$"):  # of held-out problems
+        load_prompts(path, tokenizer, max_prompt_tokens=8, filter_overlong=None)
 
 
 @pytest.fixture

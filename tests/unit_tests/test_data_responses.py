@@ -14,6 +14,7 @@ from megatron_tropd.data.responses import (
     load_responses,
     response_record,
 )
+from megatron_tropd.data.resumable import ResumableLines
 from megatron_tropd.data.types import Prompt
 from megatron_tropd.errors import InputError
 
@@ -97,6 +98,32 @@ def test_bad_files(
     change(records)
     with pytest.raises(InputError, match=message):
         load_responses(_write(tmp_path, records), PROMPTS, tokenizer)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"model_type": "llama"}',  # one line, without its end
+        b'{"prompt": "a"}\n{"prompt": "b"}\n',
+        b"\x00" * 40,
+        b"[" * 200_000,
+        b"weights\n" * 3,
+    ],
+    ids=["json", "prompts", "zeros", "deep", "text"],
+)
+def test_another_file_is_not_written_over(tmp_path: Path, content: bytes):
+    path = tmp_path / "config.json"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"config\.json is another file"):
+        ResumableLines(path, {"format": "x", "settings": {}}, key=["prompt"])
+    assert path.read_bytes() == content
+
+
+def test_a_header_that_was_cut_off_is_written_again(tmp_path: Path):
+    path, header = tmp_path / "out.jsonl", {"format": "x", "settings": {"seed": 1}}
+    path.write_bytes(b'{"format": "x", "set')
+    ResumableLines(path, header, key=["prompt"]).close()
+    assert json.loads(path.read_text()) == header
 
 
 def test_unreadable_files(tmp_path: Path, tokenizer: PreTrainedTokenizerBase):

@@ -122,7 +122,7 @@ def test_unusable_stop_tokens(pair: tuple[Path, Path]):
         stop_token_ids(pair[0])
     assert stop_token_ids(pair[0], (4,)) == (4,)
     (pair[0] / "generation_config.json").write_text("{")
-    with pytest.raises(InputError, match="not readable JSON"):
+    with pytest.raises(InputError, match="cannot be read as JSON"):
         stop_token_ids(pair[0])
 
 

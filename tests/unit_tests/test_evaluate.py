@@ -206,9 +206,10 @@ def test_what_cannot_be_measured_is_named(
     shutil.rmtree(run / "student_hf")
     with pytest.raises(InputError, match="no trained student yet"):
         evaluate(run, problems)
-    problems.write_text('{"prompt": "1", "answer": null}\n')
-    with pytest.raises(InputError, match='needs an "answer"'):
-        evaluate(tiny_llama, problems)
+    for answer in ("", ', "answer": null', ', "answer": NaN', ', "answer": [1]'):
+        problems.write_text(f'\n{{"prompt": "1"{answer}}}\n')
+        with pytest.raises(InputError, match=f'^{problems}: .*line 2.* needs an "answer"'):
+            evaluate(tiny_llama, problems)
 
 
 def test_the_command_says_settings_and_their_source(

@@ -14,6 +14,19 @@ from megatron_tropd.tasks.exact_match import wilson_interval
 from megatron_tropd.tasks.graders import grade, last_number, marked_answer
 
 SAME = r"""
+answer: 3 millions ~ 3000000
+answer: 2 lakh ~ 200000
+answer: `5` ~ 5
+answer: 'Paris' ~ Paris
+answer: 5 a day ~ 5
+answer: 25 square meters ~ 25
+answer: increased by a factor of 5 ~ 5
+The greatest common factor is 5, so the answer is the greatest common factor 5 ~ 5
+Answer: C. not enough information ~ C
+answer: yes, no remainder is left ~ yes
+answer: 36 / 2 = 18 eggs ~ 18
+\boxed{x^{12}} ~ x^12
+\boxed{10^{-2}} ~ 0.01
 \boxed{\frac{3}{2}} ~ 1.5
 \boxed{\frac32} ~ 3/2
 \boxed{\dfrac{3}{2}} ~ \tfrac{3}{2}
@@ -227,6 +240,8 @@ Answer: B. Paris ~ C
 Answer: A ~ B
 answer: yes ~ no
 answer: false ~ true
+answer: true, false, true ~ true, true, true
+answer: 5 millions ~ 5
 answer: Paris ~ Rome
 answer: New York ~ Newyork
 answer: unknown ~ 10
@@ -245,6 +260,33 @@ answer: ~ 5
 """Wrong, whoever looks at it."""
 
 CANNOT_JUDGE = r"""
+answer: the square of 5 ~ 5
+answer: the reciprocal of 5 ~ 5
+answer: double 5 ~ 5
+answer: 5 doubled ~ 5
+answer: 5 tens ~ 5
+answer: 5 mil ~ 5
+answer: multiples of 5 ~ 5
+answer: divisible by 5 ~ 5
+answer: exceeds 5 ~ 5
+answer: it cannot be 5 ~ 5
+answer: 5 is wrong ~ 5
+answer: 5 upwards ~ 5
+answer: 5 i ~ 5
+answer: 6=5 ~ 5
+answer: 9*2=19 ~ 19
+\boxed{x'} ~ x
+\boxed{5'} ~ 5
+Answer: A' ~ A
+Answer: (A) or (B) ~ A
+\boxed{A. B} ~ A
+Answer: A is wrong ~ A
+answer: true, false ~ true
+answer: true, false, true ~ true
+answer: yes, but no ~ yes
+\boxed{x^{2}y} ~ x^{2y}
+\boxed{10^{2}5} ~ 10^{25}
+\boxed{\frac{1}{2x}} ~ 1/2x
 \boxed{0.33} ~ 1/3
 \boxed{0.666} ~ 2/3
 \boxed{0.6666} ~ 2/3

@@ -15,6 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
 from megatron_tropd import cli
@@ -465,6 +467,42 @@ def test_a_git_lfs_pointer_is_called_one(name: str, who: str, make: Make, comman
     assert "4711 bytes" in text and "git lfs pull" in text
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "generation_config.json"])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(b"\xef\xbb\xbf{}", "byte order mark"), (b'{"a": ' + b"[" * 200_000, "as JSON: maximum rec")],
+)
+def test_json_that_nobody_reads_names_its_file(
+    name: str, content: bytes, said: str, make: Make, command
+):
+    folder = make()
+    (folder / name).write_bytes(content)
+    code, text = command("distill", f"model.student={folder}")
+    assert code == 2 and f"{folder / name} " in text and said in text
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.float8_e4m3fn])
+def test_weights_that_are_no_floats_are_refused(dtype: torch.dtype, make: Make, command):
+    folder = make(lambda found: found | {"model.norm.weight": found["model.norm.weight"].to(dtype)})
+    code, text = command("distill", f"model.student={folder}")
+    assert code == 2 and f"model.norm.weight ({dtype})" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("model-00001-of-00001.safetensors", f"name it {SINGLE}"),
+        ("model.gguf", "GGUF is not read"),
+        ("pytorch_model.bin", "--allow-pickle"),
+    ],
+)
+def test_weights_under_another_name_are_named(name: str, said: str, make: Make):
+    folder = make()
+    (folder / SINGLE).rename(folder / name)
+    with pytest.raises(InputError, match=f"Found {name}: .*{said}"):
+        HFFolder(folder)
+
+
 def test_a_link_to_nothing_is_called_one(make: Make):
     folder = make()
     (folder / SINGLE).unlink()
@@ -556,6 +594,19 @@ def test_only_commands_that_have_it_name_the_option(make: Make, command, tmp_pat
         open_teacher(args, 259)
     shutil.copytree(companions, checkpoint / "hf")
     assert command("distill", f"model.student={checkpoint}")[0] == 0
+
+
+def test_a_pair_begins_its_texts_alike(make: Make, settings: Path, command):
+    """Here one tokenizer writes BOS before a text and the other does not."""
+    folder = make()
+    path = folder / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.save(str(path))
+    for who in ("student", "teacher"):
+        code, text = command("distill", f"model.{who}={folder}")
+        assert code == 2 and "prompts.jsonl, line 1: the tokenizers begin a text" in text
+        assert f"the {who}'s with '<s>'" in text and "'s with ''" in text
 
 
 def test_odd_forms_hinder_no_tokenizer(make: Make):

@@ -3,12 +3,14 @@
 import argparse
 import datetime
 import json
+import runpy
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from megatron_tropd import exits
 from megatron_tropd.config import PromptConfig
 from megatron_tropd.data.arguments import add_prompt_options, read_prompts
 from megatron_tropd.data.prompts import load_prompts
@@ -147,3 +149,12 @@ def test_both_tools_have_the_options(prompts: Path):
     options = ["--prompts", "p", "--out", "o", "--max-new-tokens", "8", "--chat-template-date", "x"]
     for tool, model in ((rollouts, "--student"), (teacher_responses, "--teacher")):
         assert tool.parse_arguments([model, "m", *options]).chat_template_date == "x"
+
+
+@pytest.mark.parametrize("tool", [rollouts, teacher_responses])
+def test_a_user_s_mistake_ends_a_tool_as_it_ends_a_command(tool, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["tool", "--run", "absent.toml", "--out", "out.jsonl"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(tool.__file__, run_name="__main__")
+    assert ended.value.code == exits.CONFIG
+    assert "absent.toml does not exist" in capsys.readouterr().err

@@ -31,7 +31,7 @@ ARROWS: dict[str, set[str]] = {
     "config": {"loss_config", "settings", "text_files"},
     "losses": {"loss_config"},
     "data": {"config", "files", "losses", "rollout.types", "text_files", "token_ids"},
-    "convert": {"config", "files", "token_ids"},
+    "convert": {"config", "files", "text_files", "token_ids"},
     "mcore": {"config", "convert", "data.types", "environment", "files", "losses"},
     "rollout": {"config", "convert", "data.types", "exits", "failures", "files", "settings"},
     "tasks": {"config", "convert", "data", "losses", "rollout.types"},

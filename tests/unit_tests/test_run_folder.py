@@ -5,6 +5,7 @@ import datetime
 import errno
 import json
 from contextlib import ExitStack
+from pathlib import Path
 from threading import Timer
 from typing import Any
 
@@ -24,6 +25,7 @@ from megatron_tropd.errors import ConfigError, InputError
 from megatron_tropd.failures import Failure, read, report
 from megatron_tropd.files import write_json
 from megatron_tropd.launch import is_rank
+from megatron_tropd.report.records import read_run
 from megatron_tropd.rollout.wire import served_settings
 from megatron_tropd.run_folder import RunFolder, hold, open_run, wait_until_open, with_date
 
@@ -186,6 +188,40 @@ def test_the_folder_that_another_process_opens_is_waited_for(config):
 def test_a_folder_that_is_no_run_is_named(tmp_path):
     with pytest.raises(InputError, match="is not a run folder"):
         RunFolder(tmp_path).read_config()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{"model": ', "cannot be read as the settings of a run"),
+        ("\x00" * 40, "cannot be read as the settings of a run"),
+        ('{"model_type": "llama", "architectures": ["Llama"]}', "holds no settings of a"),
+        ('{"model": 1, "rollout": 2, "run": 3}', "holds no settings of a run"),
+        ("[]", "holds no settings of a run"),
+    ],
+    ids=["cut", "zeros", "model", "numbers", "list"],
+)
+def test_a_config_that_is_no_run_s_is_named(config, content: str, said: str, capsys):
+    folder = RunFolder(Path(config.run.dir))
+    folder.root.mkdir()
+    folder.config.write_text(content)
+    for command in (lambda: open_run(config), folder.read_config, lambda: read_run(folder.root)):
+        with pytest.raises(ConfigError, match=f"{folder.config} {said}"):
+            command()
+    with_date(_with(config, chat_template_date=None))
+    assert main(["report", str(folder.root)]) == exits.CONFIG
+    assert sorted(folder.root.iterdir()) == [folder.config]
+
+
+def test_a_dry_run_says_that_the_folder_holds_another_run(config, tmp_path, capsys):
+    open_run(config)
+    toml = tmp_path / "other.toml"
+    toml.write_text(
+        '[model]\nstudent="s"\nteacher="t"\n[rollout]\nprompts="p"\nmax_new_tokens=9\n[train]\n'
+        f'steps=4\n[run]\ndir="{config.run.dir}"\n'
+    )
+    assert main(["distill", str(toml), "--dry-run"]) == exits.CONFIG
+    assert "rollout.max_new_tokens: was 8, now 9" in capsys.readouterr().err
 
 
 def test_json_is_written_whole_or_not_at_all(tmp_path):

@@ -135,7 +135,7 @@ def test_rollouts_are_never_mixed(write: Callable[..., int], tmp_path: Path) -> 
         with pytest.raises(InputError, match=message):
             write(path, BatchEngine(), **changed)
     assert path.read_bytes() == before
-    path.write_bytes(before.replace(b'"seed"', b'seed"', 4))
+    path.write_bytes(before.replace(b"\n{", b"\n", 1))
     with pytest.raises(InputError, match=r"line \d: expected a JSON object.*Cut the file off"):
         write(path, BatchEngine())
 

@@ -10,7 +10,12 @@ from megatron_tropd.cluster.site import load_site
 from megatron_tropd.config import load_config
 from megatron_tropd.errors import ConfigError, InputError
 from megatron_tropd.planning.hardware import load_hardware
-from megatron_tropd.text_files import lines_with_offsets, read_json_lines, read_toml
+from megatron_tropd.text_files import (
+    lines_with_offsets,
+    read_json_lines,
+    read_json_object,
+    read_toml,
+)
 
 LINES = '{"prompt": "é"}\n\n{"prompt": "b"}\n'
 OBJECTS = [(1, {"prompt": "é"}), (3, {"prompt": "b"})]
@@ -70,6 +75,8 @@ def test_other_formats_say_how_to_make_text_of_them(tmp_path: Path, content, mes
         ('{"prompt": "a"}\r{"prompt": "b"}\r', "line 1: .*carriage return alone"),
         ('{"prompt": "a"}{"prompt": "b"}\n', "line 1: .*Extra data"),
         ("<!DOCTYPE html>\n", "line 1: .*looks like a web page"),
+        ("prompt,answer\n", "line 1: .*Write one on each line"),
+        ('{"x": ' + "[" * 200_000 + "\n", "line 1: .*recursion"),
     ],
 )
 def test_json_that_is_no_json_lines_says_what_to_write(tmp_path: Path, content: str, message: str):
@@ -100,6 +107,31 @@ def test_other_encodings_are_named_with_their_line(tmp_path: Path):
     path = _write(tmp_path, b'{"prompt": "a"}\n{"prompt": "\xe9"}\n')
     with pytest.raises(InputError, match=r"line 2: .*utf-8.*iconv -f LATIN1"):
         list(read_json_lines(path, "prompts file"))
+
+
+def test_bytes_that_are_no_text_are_not_taken_for_latin_1(tmp_path: Path):
+    path = _write(tmp_path, b"\x80\x04\x95pickled\x00")
+    with pytest.raises(InputError, match=r"line 1: .*It is no text"):
+        list(read_json_lines(path, "prompts file"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        *FOREIGN[:2],
+        (POINTER, "is a Git LFS pointer: .* of 12345 bytes"),
+        (b'\xef\xbb\xbf{"a": 1}', "begins with a byte order mark.*sed -i"),
+        (b'{"a": ' + b"[" * 200_000, "cannot be read as JSON: maximum recursion"),
+        (b'{"a": 1,}', "cannot be read as JSON: "),
+        (b"[]", "must hold a JSON object, found list"),
+    ],
+)
+def test_json_of_a_model_folder_is_read_as_transformers_reads_it(
+    tmp_path: Path, content: bytes, message: str
+):
+    path = _write(tmp_path, content, "config.json")
+    with pytest.raises(InputError, match=f"(?s){path} {message}"):
+        read_json_object(path)
 
 
 def test_folders_and_absent_files(tmp_path: Path):

@@ -27,6 +27,7 @@ from megatron_tropd.convert.families._keys import (
     check_keys,
     check_numbers,
     check_windows,
+    is_positive,
     new_fields,
     requirements_of,
     written_config,
@@ -214,10 +215,10 @@ def _check_sizes(config: PretrainedConfig) -> None:
                 f"config.json must have {field} of at least 1, found {getattr(config, field)}."
             )
     theta = config.rope_parameters.get("rope_theta")
-    if not isinstance(theta, int | float) or theta <= 0:
+    if not is_positive(theta):
         raise InputError(f"config.json must have a positive rope_theta, found {theta!r}.")
     factor = config.rope_parameters.get("factor", 1.0)
-    if isinstance(factor, bool) or not isinstance(factor, int | float) or factor <= 0:
+    if not is_positive(factor):
         raise InputError(
             f"config.json must have a positive factor of the rotary scaling, found {factor!r}."
         )

@@ -6,6 +6,7 @@ So a key is known and carried, or known and without effect on logits, or refused
 engine gets a config.json of its own, written from what was carried (:func:`written_config`).
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
@@ -42,6 +43,8 @@ HARMLESS = frozenset(
             "auto_map",
             "tokenizer_class",
             "name",
+            "name_or_path",
+            "is_llama_config",
         ),
         *("model_name", "license", "license_name", "language", "base_model", "prefix"),
         *("base_model_name_or_path", "unsloth_version", "unsloth_fixed", "unsloth_training"),
@@ -86,6 +89,7 @@ NEUTRAL = (
     Requirement("head_dtype", ("model",), _REMOVE),
     Requirement("alibi", (False,), _REMOVE),
     Requirement("rope_interleaved", (False,), _REMOVE),
+    Requirement("activation", ("swiglu", "silu"), _REMOVE),
     Requirement("num_nextn_predict_layers", (0,), _REMOVE),
 )
 """Keys that some reader of a folder knows beside transformers, with the values that change
@@ -94,7 +98,11 @@ nothing."""
 
 def requirements_of(family: Family) -> tuple[Requirement, ...]:
     """Everything that is asked of fields of a family's config."""
-    own = [Requirement(name, (getattr(family, name),)) for name in ("qkv_bias", "qk_norm")]
+    own = [
+        Requirement("qkv_bias", (family.qkv_bias,)),
+        Requirement("qk_norm", (family.qk_norm,)),
+        Requirement("use_qk_norm", (family.qk_norm,)),
+    ]
     every = (*COMMON_REQUIREMENTS, *NEUTRAL, *own, *family.requirements)
     return tuple(each for each in every if each.field not in family.ignores)
 
@@ -213,6 +221,7 @@ def _check_rope(hf_config: Mapping[str, Any], rope: Mapping[str, Any]) -> None:
     kind = rope.get("rope_type")
     if kind not in _ROPE_KEYS:  # refused by its name elsewhere
         return
+    _check_said_once(hf_config)
     theta = hf_config.get("rope_theta")
     if theta is not None and theta != rope["rope_theta"]:
         raise InputError(
@@ -227,10 +236,36 @@ def _check_rope(hf_config: Mapping[str, Any], rope: Mapping[str, Any]) -> None:
                 f"config.json has {key} = {value!r} in its rotary scaling, which rope_type "
                 f"{kind!r} does not know. Remove it, or choose another model."
             )
-        if not isinstance(value, int | float) or value <= 0:
+        if not is_positive(value):
             raise InputError(
                 f"config.json must have a positive {key} in its rotary scaling, found {value!r}."
             )
+    if kind == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
+        raise InputError(
+            f"config.json has low_freq_factor = {rope['low_freq_factor']}, expected less than "
+            f"high_freq_factor = {rope['high_freq_factor']}: readers disagree on which frequencies "
+            "are scaled. Correct them."
+        )
+
+
+def is_positive(value: Any) -> bool:
+    """Whether a value of a JSON file is a finite number above 0."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and 0 < value < math.inf
+
+
+def _check_said_once(hf_config: Mapping[str, Any]) -> None:
+    """Refuse a rotary embedding that config.json says twice, in two ways."""
+    said: dict[str, tuple[str, Any]] = {}
+    for table in ("rope_scaling", "rope_parameters"):
+        for key, value in (hf_config.get(table) or {}).items():
+            meaning, name = ("rope_type" if key == "type" else key), f"{table}.{key}"
+            first, found = said.setdefault(meaning, (name, value))
+            if found != value:
+                raise InputError(
+                    f"config.json has {first} = {found!r} and {name} = {value!r}, two values of "
+                    "one setting. Remove the wrong one."
+                )
 
 
 def written_config(
