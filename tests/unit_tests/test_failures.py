@@ -7,7 +7,7 @@ import os
 import pytest
 
 from megatron_tropd import exits
-from megatron_tropd.cli import _exit_code
+from megatron_tropd.cli import exit_code
 from megatron_tropd.errors import ConfigError, InputError, TrainingError
 from megatron_tropd.failures import KINDS, Failure, kind_of, read, report
 
@@ -82,10 +82,10 @@ def test_a_command_that_cannot_write_says_so_and_may_be_repeated(capsys):
     def fail(number: int) -> int:
         raise OSError(number, os.strerror(number), "run/config.json")
 
-    assert _exit_code(lambda: fail(errno.EROFS)) == 75
+    assert exit_code(lambda: fail(errno.EROFS)) == 75
     assert "Read-only file system: 'run/config.json'" in capsys.readouterr().err
     with pytest.raises(FileNotFoundError):
-        _exit_code(lambda: fail(errno.ENOENT))
+        exit_code(lambda: fail(errno.ENOENT))
 
 
 def test_a_job_script_can_read_the_exit_code_with_sed(tmp_path):
