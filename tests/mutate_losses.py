@@ -583,14 +583,14 @@ MUTATIONS = (
     Mutation(
         "rounded: a column named twice gets the last part alone",
         "chunks.py",
-        "sums_tv.gather(-1, local_tK).to(rounded_tw.dtype)",
-        "(dense_tK + pushes_tK).to(rounded_tw.dtype)",
+        "sums_tv.gather(-1, local_tK).to(out_tv.dtype)",
+        "(dense_tK + pushes_tK).to(out_tv.dtype)",
     ),
     Mutation(
-        "rounded: columns of other ranks are written here",
+        "shifted shard: columns of other ranks are pushed here",
         "chunks.py",
-        "places_tK = torch.where(mine_tK, local_tK, rounded_tw.shape[-1] - 1)",
-        "places_tK = local_tK",
+        "pushes_tK = torch.where(mine_tK, pushes_tK, 0.0)",
+        "pushes_tK = pushes_tK + 0.0",
         several_ranks=True,
     ),
     Mutation(

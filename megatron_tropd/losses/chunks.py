@@ -64,9 +64,9 @@ class Chunk:
     """[t, v] float32 buffer of the student's logits."""
     teacher_tv: Tensor | None
     """[t, v] float32 buffer of the teacher's; None: not at hand."""
-    rounded_tw: Tensor | None
-    """[t, v + 1] buffer of a gradient in lower precision, of which nobody reads the last column;
-    None: it takes the place of the student's logits."""
+    rounded_tv: Tensor | None
+    """[t, v] buffer of a gradient in lower precision; None: it takes the place of the student's
+    logits."""
     passes: Passes
     statistics: TokenStatistics
 
@@ -80,10 +80,10 @@ class Chunk:
             shard: where the columns lie.
 
         Returns:
-            [t, v] float32, or rounded once to the precision of ``rounded_tw``.
+            [t, v] float32, or rounded once to the precision of ``rounded_tv``.
         """
-        statistics, rounded_tw = self.statistics, self.rounded_tw
-        out_tv = self.student_tv if rounded_tw is None else rounded_tw[:, : shard.real]
+        statistics, rounded_tv = self.statistics, self.rounded_tv
+        out_tv = self.student_tv if rounded_tv is None else rounded_tv
         coefficients = RowCoefficients(
             student_T=-term.mass(statistics, spec), reward_T=term.reward_T, teacher_T=term.teacher_T
         )
@@ -95,17 +95,15 @@ class Chunk:
             return out_tv
         local_tK, mine_tK, pushes_tK = _sparse(ids_t, term, statistics, shard)
         pushes_tK = torch.where(mine_tK, pushes_tK, 0.0)
-        if rounded_tw is None:
+        if rounded_tv is None:
             return _add_in_order(out_tv, local_tK, pushes_tK)
         dense_tK = torch.empty_like(pushes_tK)
         self._picked(local_tK, spec).write_gradient(*known, dense_tK)
-        # Nobody reads the student's logits any more. In their place a column that is named twice
-        # gets everything that is pushed at it.
+        # Nobody reads the student's logits any more. In their place a column gets everything that
+        # is pushed at it, however often it is named; the first one is for those held elsewhere.
         sums_tv = self.student_tv.scatter_(-1, local_tK, dense_tK)
         _add_in_order(sums_tv, local_tK, pushes_tK)
-        places_tK = torch.where(mine_tK, local_tK, rounded_tw.shape[-1] - 1)
-        rounded_tw.scatter_(-1, places_tK, sums_tv.gather(-1, local_tK).to(rounded_tw.dtype))
-        return out_tv
+        return out_tv.scatter_(-1, local_tK, sums_tv.gather(-1, local_tK).to(out_tv.dtype))
 
     def _picked(self, local_tK: Tensor, spec: DenseSpec) -> Passes:
         """The passes over a few columns alone.
@@ -194,8 +192,8 @@ def gradient_chunks(pair: Pair, statistics: TokenStatistics) -> Iterator[Chunk]:
     for rows in buffers.chunks(len(pair.ids_T)):
         student_tv, teacher_tv, passes = buffers.fill(pair, rows, 0)
         passes.prepare()
-        rounded_tw = buffers.rounded(rows)
-        yield Chunk(rows, student_tv, teacher_tv, rounded_tw, passes, statistics.rows(rows))
+        rounded_tv = buffers.rounded(rows)
+        yield Chunk(rows, student_tv, teacher_tv, rounded_tv, passes, statistics.rows(rows))
 
 
 def _steps(
@@ -225,10 +223,10 @@ class _Buffers:
         models, stride = 2 if pair.full else 1, _row_stride(columns, pair.device)
         shape = (count, models, self._rows, stride)
         self._logits = torch.empty(shape, dtype=torch.float32, device=pair.device)[..., :columns]
-        dtype, wider = gradient_dtype(pair), _row_stride(columns + 1, pair.device)
-        self._rounded: Tensor | None = None
+        dtype, self._rounded = gradient_dtype(pair), None
         if dtype is not None:
-            self._rounded = torch.empty(self._rows, wider, dtype=dtype, device=pair.device)
+            rounded = torch.empty(self._rows, stride, dtype=dtype, device=pair.device)
+            self._rounded = rounded[:, :columns]
 
     def rounded(self, rows: slice) -> Tensor | None:
         """Where the gradient at some rows goes, if not into the place of the logits."""
@@ -269,7 +267,7 @@ def rows_of_chunk(pair: Pair, *, count: int) -> int:
     models, stride = 2 if pair.full else 1, _row_stride(pair.shard.widest, pair.device)
     of_row, dtype = 4 * count * models * stride, gradient_dtype(pair)
     if dtype is not None:
-        of_row += dtype.itemsize * _row_stride(pair.shard.widest + 1, pair.device)
+        of_row += dtype.itemsize * stride
     return _chunk_rows(budget, of_row)
 
 

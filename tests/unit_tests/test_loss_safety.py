@@ -545,13 +545,15 @@ def test_words_that_travel_are_those_of_the_table(plain, metrics, monkeypatch):
 
 
 def _tied_rows(columns):
-    """Rows of bfloat16 numbers, of few values, all equal, mostly excluded; of both zeros."""
+    """Rows of bfloat16 numbers, of few values, all equal, mostly excluded, all but the last
+    excluded; of both zeros."""
     rows = torch.randn(24, columns, generator=torch.Generator().manual_seed(columns)) * 3
     rows[:8] = rows[:8].bfloat16().float()
     rows[8:16] = rows[8:16].round()
     rows[16:18] = 1.0
     rows[18:20, columns // 3 :] = -torch.inf
     rows[20:22] = -torch.inf
+    rows[21, -1] = 1.0
     rows[22:, ::2] = 0.0
     rows[22:, 1::2] = -0.0
     return rows
