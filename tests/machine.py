@@ -56,7 +56,7 @@ def why_not(name: str) -> str | None:
     return _GATES[name]()
 
 
-def _everybody_needs() -> frozenset[str]:
+def everybody_needs() -> frozenset[str]:
     """With a GPU a C compiler: Triton builds the launchers of its kernels with it."""
     return frozenset({"compiler"} if Path("/dev/nvidiactl").exists() else ())
 
@@ -120,7 +120,7 @@ class Surroundings:
     @contextmanager
     def of(self, needed: Iterable[str]) -> Iterator[None]:
         """The environment for a test with these needs, until the block ends."""
-        shown = frozenset({*needed, *_everybody_needs()}) & PROGRAMS.keys() - hidden_names()
+        shown = frozenset({*needed, *everybody_needs()}) & PROGRAMS.keys() - hidden_names()
         before = {name: os.environ.get(name) for name in ("PATH", *_COMPILER_VARIABLES)}
         os.environ["PATH"] = self._path_with(shown)
         if "compiler" not in shown:
