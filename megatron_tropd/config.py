@@ -314,6 +314,24 @@ class RunConfig(Settings, section="run"):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MegatronConfig(Settings, section="megatron"):
+    """Options of Megatron's own, handed on as they are (docs/megatron_options.md)."""
+
+    model: dict[str, Any] = field(default_factory=dict)
+    """Fields of TransformerConfig, for the student: recomputation, offloading, FP8, experts."""
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    """Fields of OptimizerConfig: CPU offload, precision of the states."""
+    ddp: dict[str, Any] = field(default_factory=dict)
+    """Fields of DistributedDataParallelConfig: buckets, overlap of communication."""
+    teacher: dict[str, Any] = field(default_factory=dict)
+    """Fields of TransformerConfig, for the teacher, which takes nothing from model."""
+
+    def _check_together(self) -> None:
+        for f in fields(self):
+            _require_plain(getattr(self, f.name), f"megatron.{f.name}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config(Settings):
     """One distillation run."""
 
@@ -325,6 +343,7 @@ class Config(Settings):
     guidance: GuidanceConfig = GuidanceConfig()
     loss: LossConfig = field(default_factory=LossConfig)
     evaluation: EvaluationConfig = EvaluationConfig()
+    megatron: MegatronConfig = field(default_factory=MegatronConfig)
 
     def _check_together(self) -> None:
         world, engines = self.parallel.world_size, self.rollout.num_engines

@@ -203,14 +203,15 @@ class Job:
             padded_vocab_size=self._padded_vocab_size,
         )
         self.student = Student(
-            build(inputs.student, who="student"),
+            build(inputs.student, who="student", options=config.megatron.model),
             train=config.train,
             parallel=config.parallel,
             ranks=self.ranks,
             dtype=self.dtype,
+            megatron=config.megatron,
         )
         self.teacher = Teacher(
-            build(inputs.teacher, who="teacher"),
+            build(inputs.teacher, who="teacher", options=config.megatron.teacher),
             ranks=self.ranks,
             vocab_size=inputs.vocab_size,
         )

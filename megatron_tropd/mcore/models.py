@@ -1,6 +1,7 @@
 """Megatron models from HF folders: the same function as transformers computes, sharded."""
 
 import copy
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -23,6 +24,7 @@ from megatron_tropd.convert.sizes import stage_sizes
 from megatron_tropd.mcore import platform
 from megatron_tropd.mcore.attention import FusedAttention
 from megatron_tropd.mcore.load import load_checkpoint
+from megatron_tropd.mcore.options import with_options
 from megatron_tropd.mcore.parallel import Ranks
 from megatron_tropd.mcore.weights import load_weights
 
@@ -90,11 +92,35 @@ def layer_spec(shape: ModelShape) -> ModuleSpec:
 
 
 def transformer_config(
-    shape: ModelShape, parallel: ParallelConfig, dtype: torch.dtype
+    shape: ModelShape,
+    parallel: ParallelConfig,
+    dtype: torch.dtype,
+    options: Mapping[str, Any] | None = None,
+    *,
+    table: str = "megatron.model",
 ) -> TransformerConfig:
-    """Megatron's description of the model; losses are per token, lengths vary."""
+    """Megatron's description of the model; losses are per token, lengths vary.
+
+    Args:
+        shape: of the model.
+        parallel: the layout.
+        dtype: of parameters and activations.
+        options: fields of Megatron's that the user set.
+        table: where, for messages.
+
+    Raises:
+        ConfigError: Megatron refuses the options.
+    """
+    return with_options(
+        TransformerConfig, _own_settings(shape, parallel, dtype), options or {}, table=table
+    )
+
+
+def _own_settings(
+    shape: ModelShape, parallel: ParallelConfig, dtype: torch.dtype
+) -> dict[str, Any]:
     cuda = platform.has_cuda()
-    return TransformerConfig(
+    return dict(
         num_layers=shape.layers,
         hidden_size=shape.hidden,
         ffn_hidden_size=shape.ffn,
@@ -139,6 +165,7 @@ def build_model(
     dtype: torch.dtype,
     padded_vocab_size: int,
     who: str = "model",
+    options: Mapping[str, Any] | None = None,
 ) -> GPTModel:
     """This rank's part of the model in ``folder``, weights loaded, on this rank's device.
 
@@ -151,6 +178,7 @@ def build_model(
         dtype: of parameters and activations.
         padded_vocab_size: rows of the embeddings, from :func:`padded_vocab_size`.
         who: how messages call the model.
+        options: fields of Megatron's TransformerConfig that the user set.
 
     Returns:
         Megatron's GPTModel, not wrapped; ``forward(tokens, positions, None)`` gives this shard's
@@ -164,7 +192,8 @@ def build_model(
     """
     check_parallel(folder.config, parallel, who=who)
     shape = model_shape(folder.config)
-    config = transformer_config(shape, parallel, dtype)
+    table = "megatron.teacher" if who == "teacher" else "megatron.model"
+    config = transformer_config(shape, parallel, dtype, options, table=table)
     # GPTModel is announced as deprecated in favour of HybridModel, which lacks the hook that
     # hands hidden states to a loss.
     model = GPTModel(

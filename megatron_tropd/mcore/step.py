@@ -26,11 +26,12 @@ from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
-from megatron_tropd.config import ParallelConfig, TrainConfig
+from megatron_tropd.config import MegatronConfig, ParallelConfig, TrainConfig
 from megatron_tropd.data.types import MicroBatch
 from megatron_tropd.losses import HiddenStatesSignal
 from megatron_tropd.mcore import platform
 from megatron_tropd.mcore.hidden import Rows, loss_token_states, output_weight
+from megatron_tropd.mcore.options import with_options
 from megatron_tropd.mcore.parallel import Ranks
 
 __all__ = [
@@ -88,13 +89,27 @@ class Student:
         parallel: ParallelConfig,
         ranks: Ranks,
         dtype: torch.dtype,
+        megatron: MegatronConfig | None = None,
     ) -> None:
-        """Wrap ``model`` for training. ``dtype`` bfloat16 keeps fp32 main weights and gradients."""
+        """Wrap ``model`` for training. ``dtype`` bfloat16 keeps fp32 main weights and gradients.
+
+        Args:
+            model: not wrapped.
+            train: the optimizer's settings.
+            parallel: the layout.
+            ranks: this rank's place.
+            dtype: of the model.
+            megatron: further options of Megatron's for optimizer and DDP.
+
+        Raises:
+            ConfigError: Megatron refuses the options.
+        """
+        megatron = megatron or MegatronConfig()
         self.model = model
         self.ranks = ranks
-        self.chunk = _wrap(model, parallel=parallel, dtype=dtype)
+        self.chunk = _wrap(model, _ddp_config(parallel, megatron), dtype)
         self.optimizer = get_megatron_optimizer(
-            _optimizer_config(train, parallel, dtype),
+            _optimizer_config(train, parallel, dtype, megatron),
             [self.chunk],
             # Side groups for host tensors; without CUDA the groups are gloo already.
             use_gloo_process_groups=platform.has_cuda(),
@@ -309,24 +324,30 @@ def _forward_only(
 
 
 def _wrap(
-    model: GPTModel, *, parallel: ParallelConfig, dtype: torch.dtype
+    model: GPTModel, ddp_config: DistributedDataParallelConfig, dtype: torch.dtype
 ) -> DistributedDataParallel:
     module = Float16Module(model.config, model) if dtype == torch.bfloat16 else model
-    ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
-        overlap_grad_reduce=False,
-        use_distributed_optimizer=parallel.distributed_optimizer,
-        average_in_collective=False,
-    )
     chunk = DistributedDataParallel(config=model.config, ddp_config=ddp_config, module=module)
     chunk.broadcast_params()
     return chunk
 
 
+def _ddp_config(
+    parallel: ParallelConfig, megatron: MegatronConfig
+) -> DistributedDataParallelConfig:
+    own = dict(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=False,
+        use_distributed_optimizer=parallel.distributed_optimizer,
+        average_in_collective=False,
+    )
+    return with_options(DistributedDataParallelConfig, own, megatron.ddp, table="megatron.ddp")
+
+
 def _optimizer_config(
-    train: TrainConfig, parallel: ParallelConfig, dtype: torch.dtype
+    train: TrainConfig, parallel: ParallelConfig, dtype: torch.dtype, megatron: MegatronConfig
 ) -> OptimizerConfig:
-    return OptimizerConfig(
+    own = dict(
         optimizer="adam",
         lr=train.lr,
         min_lr=train.min_lr,
@@ -339,6 +360,7 @@ def _optimizer_config(
         params_dtype=dtype,
         use_distributed_optimizer=parallel.distributed_optimizer,
     )
+    return with_options(OptimizerConfig, own, megatron.optimizer, table="megatron.optimizer")
 
 
 def _scheduler(optimizer: Any, train: TrainConfig) -> OptimizerParamScheduler:
