@@ -408,7 +408,7 @@ PLAN_KEYS = {
 }
 ESTIMATE_KEYS = {
     *("parallel", "rollout", "training_nodes", "engine_nodes", "fits", "obstacle"),
-    *("memory_bytes", "engine_bytes", "host_bytes", "checkpoint_bytes", "sent_bytes"),
+    *("megatron", "memory_bytes", "engine_bytes", "host_bytes", "checkpoint_bytes", "sent_bytes"),
     *("seconds", "warnings"),
 }
 
