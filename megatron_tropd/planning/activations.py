@@ -145,6 +145,7 @@ def activations(
         kept += 8 * positions  # the ids, for the embedding
     if stage == parallel.pipeline - 1:
         kept += positions * _final(w)
+        again = max(0.0, again - positions * _final(w))  # which is gone by then
     flying = min(parallel.pipeline - stage, micro_batches)
     away = positions * _offloaded(w, options.offload) * _layers_away(options, num_layers, flying)
     return Activations(kept * flying - away, again, away)
@@ -153,21 +154,42 @@ def activations(
 def _layers_kept(
     w: Widths, recompute: Recompute, layers: int, positions: int, length: int
 ) -> tuple[float, float]:
-    """Of one micro-batch: bytes that stay, and bytes made again by the largest unit."""
+    """Of one micro-batch: bytes that stay, and how many more there are at the worst moment."""
     whole, unit = recompute.whole_layers(layers), recompute.unit(layers)
     tables = length * _rotary_tables(w)
     one = positions * saved_per_position(w) + tables
     if not whole:
         kept = positions * kept_per_position(w, recompute) + tables
-        return layers * kept, one - kept
+        return layers * kept, positions * _made_again(w, recompute)
     start = positions * _input(w)
     if recompute.distributed:
         start *= w.heads / w.shape.heads
     angles = length * w.head_dim * _FLOAT32
     kept = -(-whole // unit) * start + angles + (layers - whole) * one
+    again = unit * one - (layers - whole) * one  # the other layers are through by then
     # The first norm's input is the unit's, except where a CPU makes a float32 copy of it.
     copied = w.layers == "cpu" and w.element == 2
-    return kept, unit * one - (0 if copied or recompute.distributed else start)
+    again -= 0 if copied or recompute.distributed else start
+    if whole % unit and whole > unit:
+        again -= start  # of the smaller unit at the end
+    return kept, max(0.0, again)
+
+
+def _made_again(w: Widths, recompute: Recompute) -> float:
+    """Bytes for one position while modules of one layer are recomputed, one after the other.
+
+    By the time of core attention more than it needs is gone, of the MLP.
+    """
+    experts = w.shape.experts
+    inner = 0.0 if experts or not _fused_norm(w) else _norm(w) - _input(w)
+    activation = experts.per_token * w.ffn * w.element if experts and _fused_norm(w) else 0.0
+    sizes = {
+        "mlp": 0.0 if experts else inner + _transformed(w),
+        "moe": _transformed(w) if experts else 0.0,
+        "moe_act": activation,
+        "layernorm": 0.0 if _fused_norm(w) and not experts else _norm(w) - _input(w),
+    }
+    return max((sizes.get(module, 0.0) for module in recompute.modules), default=0.0)
 
 
 def _offloaded(w: Widths, modules: frozenset[str]) -> float:
