@@ -21,10 +21,17 @@ _DISTRIBUTED_NAMES = frozenset(
         *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK"),
         *("GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_NAME", "ROLE_WORLD_SIZE"),
         *("MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS"),
-        # Expandable segments and vLLM's sleep mode exclude each other.
-        *("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"),
     ]
 )
+_TRAINER_NAMES = frozenset(
+    [
+        # Expandable segments and vLLM's sleep mode exclude each other.
+        *("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"),
+        # One queue keeps Megatron's collectives in order; vLLM's streams would wait for each other.
+        "CUDA_DEVICE_MAX_CONNECTIONS",
+    ]
+)
+"""What is set for the trainer's kernels and memory, not for vLLM's."""
 _prepared: "EngineProcess | None" = None
 
 
@@ -115,7 +122,7 @@ def leave_to_parent() -> None:
 def engine_environment(
     base: Mapping[str, str], *, threads: int, cuda_devices: str | None
 ) -> dict[str, str]:
-    """Environment of the child: the parent's without its place in the distributed job.
+    """Environment of the child: the parent's without its place in the job and its CUDA settings.
 
     Args:
         base: the parent's environment.
@@ -128,7 +135,7 @@ def engine_environment(
     kept = {
         name: value
         for name, value in base.items()
-        if name not in _DISTRIBUTED_NAMES and not name.startswith("TORCHELASTIC_")
+        if name not in _DISTRIBUTED_NAMES | _TRAINER_NAMES and not name.startswith("TORCHELASTIC_")
     }
     ours = {
         "OMP_NUM_THREADS": str(threads),
@@ -147,5 +154,9 @@ def engine_environment(
             "TORCHDYNAMO_DISABLE": "1",
         }
     else:
-        ours["CUDA_VISIBLE_DEVICES"] = cuda_devices
+        ours |= {
+            "CUDA_VISIBLE_DEVICES": cuda_devices,
+            # A forked worker would keep our pipe open, and the death of its engine be no error.
+            "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+        }
     return kept | ours
