@@ -254,8 +254,12 @@ class RolloutEngine:
         self._process.kill()
 
     def close(self) -> None:
-        """End the child process; harmless when it has ended already."""
+        """End the child process and what it started; harmless when it has ended already.
+
+        Returns when their device memory is free, unless the driver takes longer.
+        """
         remove_engine_folder(self._place)
+        workers = process.descendants(self.pid)
         self._connection.close()
         if self._waiting_for:
             self._process.kill()
@@ -264,6 +268,7 @@ class RolloutEngine:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        process.wait_gone(workers, _CLOSE_SECONDS)
 
     def __enter__(self) -> Self:
         return self

@@ -11,7 +11,8 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Collection, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import IO
@@ -117,6 +118,35 @@ def leave_to_parent() -> None:
         _prepared.connection.close()
         _prepared.child.returncode = 0  # not ours to wait for
         _prepared = None
+
+
+def descendants(pid: int) -> list[int]:
+    """Processes that a process started, and those that these started; none if it is gone."""
+    found = []
+    for children in Path("/proc").glob(f"{pid}/task/*/children"):
+        with contextlib.suppress(OSError):
+            for child in map(int, children.read_text().split()):
+                found += [child, *descendants(child)]
+    return found
+
+
+def wait_gone(pids: Collection[int], seconds: float) -> None:
+    """Wait until processes that lost their parent have ended, if they do in time.
+
+    Only then is their device memory free. vLLM's workers end by themselves.
+    """
+    deadline = time.monotonic() + seconds
+    while any(map(_is_alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def _is_alive(pid: int) -> bool:
+    """Whether a process runs; one that nobody has waited for holds no memory any more."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in "ZX"
 
 
 def engine_environment(

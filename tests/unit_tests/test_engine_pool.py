@@ -130,7 +130,7 @@ def test_an_engine_that_fails_is_told_to_sleep_and_its_first_error_is_raised() -
 class FakeChild:
     """Stands for the process of an engine and for both ends of its pipe."""
 
-    pid = 1
+    pid = 2**30  # nobody's
 
     def __init__(self) -> None:
         self.sent: list[tuple[str, ...]] = []
