@@ -182,6 +182,12 @@ class RolloutConfig(PromptConfig, section="rollout"):
     """GPUs of one engine. More than 1 needs CUDA."""
     engine_memory: Positive = 0.4
     """Share of each GPU's memory the engine may take; without CUDA, GiB of KV cache."""
+    max_num_seqs: Count | None = None
+    """Most sequences an engine decodes together. None: vLLM's default (256; 1024 on a GPU of 70 GiB
+    or more that is no A100)."""
+    max_num_batched_tokens: Count | None = None
+    """Most tokens in one forward pass of an engine, prompts included. None: vLLM's default (8192,
+    or 16384 on such a GPU; without CUDA what one prompt needs)."""
     max_engine_gap: Amount | None = None
     """Largest mean difference of the log-probs that engine and trainer give the samples of the
     first step, in nats; above it the run stops. None: 0.001 in float32, 0.1 in bfloat16 (far above
@@ -189,6 +195,12 @@ class RolloutConfig(PromptConfig, section="rollout"):
 
     def _check_together(self) -> None:
         super()._check_together()
+        sequences, tokens = self.max_num_seqs, self.max_num_batched_tokens
+        _require(
+            sequences is None or tokens is None or sequences <= tokens,
+            f"rollout.max_num_batched_tokens must be at least rollout.max_num_seqs = {sequences}, "
+            f"for each sequence decodes a token, found {tokens}.",
+        )
         _require(
             self.weight_transport == "folder" or self.placement == "separate",
             'rollout.weight_transport = "direct" needs rollout.placement = "separate", found '

@@ -42,7 +42,7 @@ from megatron_tropd.rollout.engine import RolloutEngine
 from megatron_tropd.rollout.pool import EnginePool
 from megatron_tropd.rollout.process import engine_threads
 from megatron_tropd.rollout.served import ServerPool
-from megatron_tropd.rollout.weight_sync import WeightVersions
+from megatron_tropd.rollout.weight_sync import Export, WeightVersions
 from megatron_tropd.rollout.wire import Model, served_settings
 from megatron_tropd.rollouts import Rollouts
 from megatron_tropd.run_folder import RunFolder, started_at
@@ -325,7 +325,8 @@ class Job:
 
     def sync_weights(self, version: int) -> None:
         """Stream the student's weights, seen ``version`` steps, as HF tensors to every engine."""
-        tensors = weights.export_weights(
+        export = partial(
+            weights.export_weights,
             self.student.model,
             # Columns that the teacher lacks are not sampled: the loss knows nothing of them.
             self.inputs.student.config | {"vocab_size": self.inputs.vocab_size},
@@ -334,7 +335,7 @@ class Job:
             receivers=self.engines.owners,
             explicit_lm_head=True,
         )
-        self.engines.load_tensors(tensors, version=version)
+        self.engines.load_tensors(Export(export), version=version)
         self.rollouts.weights_version = version
 
     def objective(

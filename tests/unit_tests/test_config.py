@@ -141,6 +141,7 @@ def test_overrides(toml: Path, override: str, section: str, name: str, value: ob
             "rollout.weight_transport=direct",
             r'"direct" needs rollout\.placement = "separate", found "colocated"',
         ),
+        ("rollout.max_num_seqs=0", r"rollout\.max_num_seqs must be at least 1"),
         ("rollout.steps_ahead=2", r"rollout\.steps_ahead must be one of \[0, 1\], found 2"),
         ("rollout.temperature=0", r"rollout\.temperature must be above 0"),
         ("rollout.top_p=0", r"rollout\.top_p must be in"),
