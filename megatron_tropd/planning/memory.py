@@ -287,11 +287,11 @@ def host_bytes(made: Setup) -> float:
 
 
 def engine_host_bytes(made: Setup) -> float:
-    """Of a node's own memory: weights on their way to its engines, and those of sleeping engines.
+    """Of a node's own memory: weights on their way to its engines.
 
-    Each colocated engine gets the whole student through a file in shared memory and, asleep, keeps
-    a copy of its weights there; both for every engine of the node at the same time. What goes to
-    separate ones directly is kept on the first node until it is in the run's folder, too.
+    Each colocated engine gets the whole student through a file in shared memory, all engines of the
+    node at the same time; asleep it keeps no weights. What goes to separate ones directly is kept
+    on the first node until it is in the run's folder, too.
     """
     if made.hardware.layers == "cpu":
         return 0.0
@@ -299,7 +299,7 @@ def engine_host_bytes(made: Setup) -> float:
         return float(made.student.parameters * made.element) if made.direct else 0.0
     world = made.parallel.world_size
     engines = -(-made.rollout.num_engines * min(made.hardware.gpus_per_node, world) // world)
-    return 2.0 * engines * made.student.parameters * made.element
+    return float(engines * made.student.parameters * made.element)
 
 
 def checkpoint_bytes(made: Setup) -> float:

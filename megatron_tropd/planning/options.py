@@ -15,7 +15,7 @@ from megatron_tropd.errors import ConfigError
 COUNTED = {
     "model": {
         *("recompute_granularity", "recompute_method", "recompute_num_layers"),
-        *("recompute_modules", "distribute_saved_activations"),
+        *("recompute_modules", "distribute_saved_activations", "moe_layer_recompute"),
         *("fine_grained_activation_offloading", "offload_modules", "activation_offload_fraction"),
     },
     "optimizer": {
@@ -28,6 +28,14 @@ COUNTED = {
 """Options that the plan counts, by table."""
 _DEFAULT_MODULES = ("core_attn",)
 """Megatron's own choice for selective recomputation."""
+_MODULES = (
+    *("core_attn", "mlp", "moe", "moe_act", "layernorm"),
+    *("mla_up_proj", "shared_experts", "gdn_norm_out"),
+)
+_OFFLOADED = (
+    *("attn_norm", "qkv_linear", "core_attn", "attn_proj", "mlp_norm"),
+    *("expert_fc1", "moe_act", "fused_group_mlp"),
+)
 _ATTENTION = frozenset({"attn_proj", "core_attn", "qkv_linear"})
 """Modules of a dense layer whose inputs can go to the host; Megatron has none of its MLP."""
 _BYTES = {"float32": 4, "fp32": 4, "float16": 2, "fp16": 2, "bfloat16": 2, "bf16": 2}
@@ -176,10 +184,10 @@ def offloading(configured: Options, *, mixture: bool, sharded: bool) -> list[Opt
     plain = replace(configured, recompute=Recompute())
     mlp, *_, every = recomputing(configured, layers=1, mixture=mixture)
     away = [] if plain.offload or mixture else [replace(mlp, offload=_ATTENTION)]
-    if plain.states.precision_aware or plain.states.on_host:
-        return away
+    if not sharded or plain.states.precision_aware:
+        return away  # the hybrid optimizer is a kind of distributed one
     for share in (0.5, 1.0):
-        states = States(on_host=share, precision_aware=sharded)
+        states = States(on_host=share, precision_aware=True)
         away += [replace(way, states=states) for way in (plain, mlp, every)]
     return away
 
@@ -210,11 +218,13 @@ def _recompute_table(recompute: Recompute) -> dict[str, Any]:
 def _recompute(model: Mapping[str, Any]) -> Recompute:
     granularity = model.get("recompute_granularity")
     method: Any = model.get("recompute_method")
+    if model.get("moe_layer_recompute", False):  # its old name
+        modules = _modules(model) | {"moe"}
+        return Recompute(method="selective", modules=modules)
     if granularity is None:
         return Recompute()
     if granularity == "selective":
-        modules = model.get("recompute_modules", _DEFAULT_MODULES)
-        return Recompute(method="selective", modules=frozenset(modules))
+        return Recompute(method="selective", modules=_modules(model))
     _one_of(granularity, ("full", "selective"), "recompute_granularity")
     _one_of(method, ("uniform", "block"), "recompute_method")
     layers = model.get("recompute_num_layers")
@@ -227,12 +237,16 @@ def _recompute(model: Mapping[str, Any]) -> Recompute:
     return Recompute(method=method, layers=layers, distributed=shared)
 
 
+def _modules(model: Mapping[str, Any]) -> frozenset[str]:
+    return _names(model.get("recompute_modules", _DEFAULT_MODULES), _MODULES, "recompute_modules")
+
+
 def _offload(model: Mapping[str, Any]) -> dict[str, Any]:
     if not model.get("fine_grained_activation_offloading", False):
         return {}
     fraction = _fraction(model.get("activation_offload_fraction", 1.0), "model", "activation")
     return {
-        "offload": frozenset(model.get("offload_modules", ())),
+        "offload": _names(model.get("offload_modules", ()), _OFFLOADED, "offload_modules"),
         "offload_fraction": fraction,
     }
 
@@ -268,6 +282,14 @@ def _fraction(value: Any, table: str, what: str) -> float:
             f"{value!r}. Change it."
         )
     return float(value)
+
+
+def _names(value: Any, known: tuple[str, ...], name: str) -> frozenset[str]:
+    if not isinstance(value, list | tuple):
+        raise ConfigError(f"megatron.model.{name} must be a list of names, found {value!r}.")
+    for item in value:
+        _one_of(item, known, name)
+    return frozenset(value)
 
 
 def _one_of(value: Any, known: tuple[str, ...], name: str, table: str = "model") -> None:

@@ -18,7 +18,6 @@ from megatron_tropd.planning.communication import (
 from megatron_tropd.planning.memory import (
     cache_bytes_per_token,
     cache_tokens,
-    engine_memory,
     offloaded_parameters,
     stage_activations,
     updated_parameters,
@@ -26,8 +25,10 @@ from megatron_tropd.planning.memory import (
 from megatron_tropd.planning.parameters import Model
 from megatron_tropd.planning.setup import Setup
 
-MOST_SEQUENCES = 256
-"""Sequences an engine decodes together; a test compares it with ``rollout.engine``."""
+MOST_SEQUENCES = {"cpu": 256, "gpu": 256, "large gpu": 1024}
+"""Sequences that vLLM decodes together by default."""
+_LARGE = 70 * 2**30
+"""Bytes of memory from which on vLLM takes a GPU for large, unless it is an A100."""
 _FLOAT32 = 4
 _READ_AND_WRITTEN = 7 * _FLOAT32
 """Adam on the host, a parameter: gradient, weight and moments read, the last three written."""
@@ -233,14 +234,22 @@ def concurrent_sequences(made: Setup) -> int:
     """Sequences an engine decodes together: its own limit, its work, its cache."""
     mine = -(-made.work.trajectories // made.rollout.num_engines)
     room = int(cache_tokens(made) // (made.work.prompt + made.work.mean_response))
-    return max(1, min(MOST_SEQUENCES, mine, room))
+    return max(1, min(most_sequences(made), mine, room))
+
+
+def most_sequences(made: Setup) -> int:
+    """``rollout.max_num_seqs``, or vLLM's default for the device."""
+    hardware = made.hardware
+    large = hardware.memory_gb * 1e9 >= _LARGE and "a100" not in hardware.name.lower()
+    default = "cpu" if hardware.layers == "cpu" else "large gpu" if large else "gpu"
+    return made.rollout.max_num_seqs or MOST_SEQUENCES[default]
 
 
 def sync_seconds(made: Setup) -> float:
     """New weights on their way, one process writing.
 
-    Colocated: the engine wakes with its old weights, the new ones are written into shared memory
-    and read. Separate: they are written into the run's folder. Directly: one GPU sends them once,
+    Colocated: they are written into shared memory and read; the engine dropped its own when it fell
+    asleep. Separate: they are written into the run's folder. Directly: one GPU sends them once,
     after a copy to the host, which is written while the next step trains.
     """
     weights, hardware = made.student.parameters * made.element, made.hardware
@@ -249,26 +258,15 @@ def sync_seconds(made: Setup) -> float:
         return weights / (network * 1e9) + weights / (hardware.host_copy_gb_s * 1e9)
     if made.separate:
         return weights / (hardware.shared_folder_gb_s * 1e9)
-    return (2 * weights + _offloaded_bytes(made)) / (hardware.host_copy_gb_s * 1e9)
+    return 2 * weights / (hardware.host_copy_gb_s * 1e9)
 
 
 def _arrival_seconds(made: Setup) -> float:
-    """Weights of an engine on the move beside :func:`sync_seconds`.
-
-    Separate: new ones are read from the run's folder, unless they came directly. Colocated: those
-    of an engine that falls asleep are copied to the host.
-    """
-    if made.direct:
+    """Separate engines read new weights from the run's folder, unless they came directly."""
+    if not made.separate or made.direct:
         return 0.0
-    if made.separate:
-        bandwidth = made.hardware.shared_folder_gb_s * 1e9
-        return made.student.parameters * made.element / bandwidth
-    return _offloaded_bytes(made) / (made.hardware.host_copy_gb_s * 1e9)
-
-
-def _offloaded_bytes(made: Setup) -> float:
-    """What a sleeping engine keeps in the host's memory, of each of its GPUs."""
-    return 0.0 if made.hardware.layers == "cpu" else engine_memory(made).weights
+    bandwidth = made.hardware.shared_folder_gb_s * 1e9
+    return made.student.parameters * made.element / bandwidth
 
 
 def _weights_read(made: Setup, sequences: int) -> float:

@@ -4,7 +4,6 @@ Bytes are compared with real tensors in ``tests/distributed/test_planned_bytes.p
 """
 
 import dataclasses
-import inspect
 import json
 import shutil
 from pathlib import Path
@@ -29,9 +28,8 @@ from megatron_tropd.planning.parameters import open_architecture
 from megatron_tropd.planning.recommend import recommend
 from megatron_tropd.planning.report import SCHEMA
 from megatron_tropd.planning.seconds import MOST_SEQUENCES, layer_flops, pass_seconds
-from megatron_tropd.rollout.engine import RolloutEngine
 from megatron_tropd.rollout.types import EngineSettings
-from megatron_tropd.rollout.worker import _cpu_cache_bytes
+from megatron_tropd.rollout.worker import _CPU_SEQUENCES, _cpu_cache_bytes
 
 RECIPES = Path(__file__).resolve().parents[2] / "configs" / "recipes"
 TOMLS = sorted(RECIPES.glob("*.toml"))
@@ -94,6 +92,7 @@ def test_recipes_and_their_plans_agree(path: Path):
     assert plan.asked.fits
     chosen, best = plan.asked.made, plan.recommended.best.made
     assert (chosen.parallel, chosen.rollout) == (best.parallel, best.rollout)
+    assert chosen.options == best.options
 
 
 @pytest.mark.parametrize("path", TOMLS, ids=lambda path: path.stem)
@@ -119,6 +118,7 @@ def test_no_recipe_is_missing():
         "qwen3_1.7b": 8,
         "qwen3_30b_a3b": 256,
         "qwen3_8b": 32,
+        "qwen3_8b_one_node": 8,
         "r1_distill_qwen_1.5b": 8,
     }
 
@@ -336,6 +336,7 @@ def test_a_token_takes_as_much_cache_as_the_engine_counts(small: Config):
         memory=1.0,
         tensor_parallel=1,
         max_num_seqs=1,
+        max_num_batched_tokens=None,
         prefix_caching=True,
         cuda=False,
     )
@@ -346,8 +347,7 @@ def test_a_token_takes_as_much_cache_as_the_engine_counts(small: Config):
 def test_constants_are_those_of_the_trainer():
     megabytes = {"cpu": chunks._MEMORY_MIB["cpu"], "gpu": chunks._MEMORY_MIB_ELSEWHERE}
     assert {k: v / 2**20 for k, v in planned_memory.LOSS_BUDGET.items()} == megabytes
-    default = inspect.signature(RolloutEngine).parameters["max_num_seqs"].default
-    assert default == MOST_SEQUENCES
+    assert MOST_SEQUENCES["cpu"] == _CPU_SEQUENCES
 
 
 def test_more_gpus_than_one_are_recommended_where_one_does_not_hold_the_models():
