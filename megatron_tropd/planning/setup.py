@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from megatron_tropd.config import Config, ParallelConfig, RolloutConfig
-from megatron_tropd.convert.checks import check_parallel
+from megatron_tropd.convert.checks import check_layout
 from megatron_tropd.convert.sizes import padded_vocab_size
 from megatron_tropd.errors import ConfigError
 from megatron_tropd.planning.hardware import Hardware
@@ -151,7 +151,7 @@ def _padded_vocab(student: str, teacher: str, tensor: int) -> int:
 
 def _check(made: Setup) -> None:
     for model in (made.student, made.teacher):
-        check_parallel(model.config, made.parallel, who=model.who)
+        check_layout(model.shape, made.parallel, who=model.who)
         if made.work.longest > model.shape.context:
             raise ConfigError(
                 f"A prompt of {made.work.prompt} tokens and rollout.max_new_tokens = "
