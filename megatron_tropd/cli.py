@@ -78,6 +78,9 @@ def _parser() -> argparse.ArgumentParser:
     add_slurm(commands.add_parser("slurm", help="write or submit the Slurm job of a run"))
     _add_serve(commands.add_parser("serve", help="one rollout server of a run"))
     _add_plan(commands.add_parser("plan", help="memory, traffic and seconds before anything runs"))
+    _add_rehearse(
+        commands.add_parser("rehearse", help="execute one step at full size, on fake tensors")
+    )
     report = commands.add_parser("report", help="write the HTML report of a run")
     report.add_argument("run", type=Path, help="run folder")
     report.set_defaults(command=_report)
@@ -138,6 +141,22 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(command=_plan_run)
+
+
+def _add_rehearse(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", type=Path, help="TOML file; models may be a config.json alone")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument(
+        "--rank",
+        type=int,
+        action="append",
+        default=[],
+        help="which; may be repeated; default: one of the first, a middle and the last stage",
+    )
+    parser.add_argument("--gpus-per-node", type=int, default=8, help="of the cluster")
+    parser.add_argument("--prompt-tokens", type=int, default=512, help="length of a prompt")
+    parser.add_argument("--json", action="store_true", help="print one JSON object with everything")
+    parser.set_defaults(command=_rehearse)
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
@@ -222,6 +241,19 @@ def _plan_run(arguments: argparse.Namespace) -> int:
         response_tokens=arguments.response_tokens,
     )
     print(json.dumps(plan_json(plan)) if arguments.json else plan_table(plan))
+    return 0
+
+
+def _rehearse(arguments: argparse.Namespace) -> int:
+    from megatron_tropd.rehearsal import rehearsal_json, rehearsal_table, rehearse
+
+    rehearsed = rehearse(
+        load_config(arguments.config, arguments.overrides),
+        ranks=arguments.rank,
+        prompt_tokens=arguments.prompt_tokens,
+        gpus_per_node=arguments.gpus_per_node,
+    )
+    print(json.dumps(rehearsal_json(rehearsed)) if arguments.json else rehearsal_table(rehearsed))
     return 0
 
 

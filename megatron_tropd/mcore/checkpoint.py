@@ -108,7 +108,7 @@ class Checkpoints:
         self._on_first_rank(lambda: _fresh(unfinished, files), unfinished)
         forget_results()
         request = dist_checkpointing.save(
-            self._state(student, extra=extra, is_loading=False),
+            self.state(student, extra=extra, is_loading=False),
             str(unfinished),
             async_sharded_save=True,
             async_strategy="mcore",
@@ -193,7 +193,7 @@ class Checkpoints:
         """
         path = self.folder / f"step_{step:06d}"
         self._together(lambda: self._check(path), path)
-        wanted = self._state(student, extra={}, is_loading=True)
+        wanted = self.state(student, extra={}, is_loading=True)
         state = self._together(lambda: self._read(wanted, path), path)
         student.model.load_state_dict(state["model"], strict=True)
         student.optimizer.load_state_dict(state["optimizer"])
@@ -272,7 +272,11 @@ class Checkpoints:
 
         return read_patiently(read)
 
-    def _state(self, student: Student, *, extra: dict[str, Any], is_loading: bool) -> dict:
+    def state(self, student: Student, *, extra: dict[str, Any], is_loading: bool) -> dict:
+        """What a checkpoint holds, as Megatron's sharded state dictionary of this rank.
+
+        Collectives: Megatron's gather of the optimizer's states.
+        """
         metadata = self._metadata()
         model = student.model.sharded_state_dict(metadata=metadata)
         optimizer = student.optimizer.sharded_state_dict(

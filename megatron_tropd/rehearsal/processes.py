@@ -1,0 +1,102 @@
+"""A process for each rank to rehearse, as many at a time as there are cores."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+
+from megatron_tropd.config import Config, config_to_dict
+from megatron_tropd.errors import ConfigError, InputError
+from megatron_tropd.planning import PROMPT_TOKENS, Setup, load_hardware, setup
+from megatron_tropd.planning.hardware import Hardware
+from megatron_tropd.rehearsal.record import RankReport, Request
+
+_RANK = "megatron_tropd.rehearsal.rank"
+_SHOWN = 12
+"""Last lines of what a process printed, if it ends without a word."""
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """The rehearsed ranks of a config."""
+
+    setup: Setup
+    ranks: list[RankReport]
+
+
+def rehearse(
+    config: Config,
+    *,
+    ranks: Sequence[int] = (),
+    prompt_tokens: int = PROMPT_TOKENS,
+    gpus_per_node: int = 8,
+    micro_batches: int | None = None,
+) -> Rehearsal:
+    """Execute one step of a config on fake tensors.
+
+    Args:
+        config: the run; of its files only both models' config.json are read.
+        ranks: which; none: one of the first, of a middle and of the last stage.
+        prompt_tokens: assumed length of a prompt; responses are as long as allowed.
+        gpus_per_node: of the cluster.
+        micro_batches: to run; None: as many as fill the pipeline, and one more.
+
+    Raises:
+        InputError: a config.json is missing or not supported, or the step fails on a rank: shapes
+            that do not fit, tensors on two devices, values that only a device knows.
+        ConfigError: the trainer would refuse the settings, or there is no such rank.
+    """
+    made = setup(config, rehearsed_hardware(gpus_per_node), prompt_tokens=prompt_tokens)
+    wanted = list(ranks) or default_ranks(made)
+    world = made.parallel.world_size
+    if unknown := [rank for rank in wanted if not 0 <= rank < world]:
+        raise ConfigError(f"--rank must be between 0 and {world - 1}, found {unknown[0]}.")
+    if micro_batches is not None and micro_batches < 1:
+        raise ConfigError(f"--micro-batches must be at least 1, found {micro_batches}.")
+    requests = [
+        Request(config_to_dict(config), rank, prompt_tokens, gpus_per_node, micro_batches)
+        for rank in wanted
+    ]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        return Rehearsal(made, list(pool.map(_run, requests)))
+
+
+def rehearsed_hardware(gpus_per_node: int) -> Hardware:
+    """What the plan beside a rehearsal is made for: the layers that are rehearsed."""
+    return replace(load_hardware("h100"), layers="local", gpus_per_node=gpus_per_node)
+
+
+def default_ranks(made: Setup) -> list[int]:
+    """The first rank of the first stage, of a middle one and of the last."""
+    of_stage = made.parallel.tensor * made.parallel.data
+    stages = sorted({0, made.parallel.pipeline // 2, made.last_stage})
+    if made.parallel.pipeline == 2:
+        stages = [0, 1]
+    return [stage * of_stage for stage in stages]
+
+
+def _run(request: Request) -> RankReport:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run(
+        [sys.executable, "-m", _RANK],
+        input=json.dumps(asdict(request)),
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    lines = run.stdout.splitlines()
+    answer = json.loads(lines[-1]) if lines and lines[-1].startswith("{") else {}
+    if "report" in answer:
+        return RankReport.of(answer["report"])
+    if "config" in answer:
+        raise ConfigError(answer["config"])
+    if "input" in answer:
+        raise InputError(answer["input"])
+    last = "\n".join(run.stderr.splitlines()[-_SHOWN:])
+    raise InputError(
+        f"The rehearsal of rank {request.rank} ended with code {run.returncode}, and printed "
+        f"last:\n{last}"
+    )

@@ -1,0 +1,167 @@
+"""The process that rehearses one rank: a request as JSON on stdin, the report on stdout.
+
+Nothing of Megatron may be imported before the process believes in a GPU, so imports are inside.
+"""
+
+import json
+import os
+import resource
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from megatron_tropd.config import Config, config_from_dict
+from megatron_tropd.errors import ConfigError, InputError, TrainingError
+from megatron_tropd.planning import setup
+from megatron_tropd.planning.memory import Memory, memory_of_stage
+from megatron_tropd.rehearsal import cuda, world
+from megatron_tropd.rehearsal.events import Events, line_of, line_running
+from megatron_tropd.rehearsal.memory import Tracker
+from megatron_tropd.rehearsal.processes import rehearsed_hardware
+from megatron_tropd.rehearsal.record import Count, PhaseBytes, RankReport, Request
+from megatron_tropd.rehearsal.tensors import Device
+from megatron_tropd.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from megatron_tropd.rehearsal.step import RehearsedJob
+
+_MAKERS = 8
+"""Lines shown that hold most of a peak."""
+
+
+def main() -> int:
+    """Answer one request."""
+    request, answer_to = Request(**json.load(sys.stdin)), _keep_stdout()
+    warnings.simplefilter("ignore")
+    config = config_from_dict(request.config)
+    try:
+        answer: dict[str, Any] = {"report": rehearse_rank(config, request).values()}
+    except (ConfigError, InputError) as error:
+        kind = "config" if isinstance(error, ConfigError) else "input"
+        answer = {kind: str(error)}
+    except Exception as error:
+        traceback.print_exc()
+        answer = {"input": _failure(request.rank, error)}
+    print(json.dumps(answer), file=answer_to, flush=True)
+    return 0
+
+
+def rehearse_rank(config: Config, request: Request) -> RankReport:
+    """Be a rank from its start to its first checkpoint. The process can do nothing else after.
+
+    Args:
+        config: the run.
+        request: which rank, and the lengths.
+    """
+    start = time.perf_counter()
+    made = setup(
+        config,
+        rehearsed_hardware(request.gpus_per_node),
+        prompt_tokens=request.prompt_tokens,
+    )
+    device = Device(Tracker(line_running), Events())
+    cuda.believe(device, gpus=request.gpus_per_node)
+    with device, tempfile.TemporaryDirectory() as folder:
+        others = world.join(device, rank=request.rank, world_size=made.parallel.world_size)
+        from megatron_tropd.rehearsal.step import RehearsedJob
+
+        job = RehearsedJob(made, RunFolder(Path(folder)), device, others)
+        counts = _rehearse(job, request.micro_batches)
+        return _report(job, counts, time.perf_counter() - start)
+
+
+def _rehearse(job: "RehearsedJob", wanted: int | None) -> dict[str, Counter[Any]]:
+    """Build, two steps, export, checkpoint; the events of all, as of one whole step.
+
+    The first step leaves the optimizer's states, and its one micro-batch less tells what each
+    further one adds.
+    """
+    device, parallel = job.rehearsed, job.setup.parallel
+    whole = job.setup.work.most_micro_batches
+    run = min(whole, parallel.pipeline + 1 if wanted is None else wanted)
+    job.build()
+    before = device.events.take()
+    job.learn(max(run - 1, 1))
+    fewer = device.events.take()
+    device.tracker.forget_phases("build")
+    job.learn(run)
+    more = device.events.take()
+    job.export()
+    job.save()
+    after = device.events.take()
+    job.run_micro_batches = run
+    added = whole - run if run > 1 else 0
+    return {
+        name: before[name] + _whole_step(more[name], fewer[name], added) + after[name]
+        for name in before
+    }
+
+
+def _whole_step(more: Counter[Any], fewer: Counter[Any], added: int) -> Counter[Any]:
+    """Events of a step of which only some micro-batches were run."""
+    return Counter({event: n + added * max(n - fewer[event], 0) for event, n in more.items()})
+
+
+def _report(job: "RehearsedJob", counts: dict[str, Counter[Any]], seconds: float) -> RankReport:
+    tracker, ranks = job.rehearsed.tracker, job.ranks
+    planned = _planned(memory_of_stage(job.setup, ranks.pp_rank))
+    phases = [
+        PhaseBytes(
+            name=name,
+            peak=phase.peak,
+            end=phase.end,
+            planned=planned.get(name),
+            makers=phase.makers.most_common(_MAKERS),
+        )
+        for name, phase in tracker.phases.items()
+    ]
+    return RankReport(
+        rank=ranks.rank,
+        stage=ranks.pp_rank,
+        tensor_rank=ranks.tp_rank,
+        data_rank=ranks.dp_rank,
+        micro_batches=job.setup.work.most_micro_batches,
+        run_micro_batches=job.run_micro_batches,
+        phases=phases,
+        collectives=[Count(count=n, **vars(c)) for c, n in counts["collectives"].items()],
+        waits=[Count(count=n, **vars(c)) for c, n in counts["waits"].items()],
+        kernels=[Count(count=n, **vars(c)) for c, n in counts["kernels"].items()],
+        engine_bytes=job.engines.received,
+        checkpoint_bytes=job.checkpoint_bytes,
+        host_peak=job.rehearsed.host_tracker.most,
+        seconds=seconds,
+        resident_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10,
+    )
+
+
+def _planned(memory: Memory) -> dict[str, float]:
+    """The planner's bytes by the trainer's names of phases; engines are not rehearsed."""
+    phases, asleep = memory.phases, memory.engine_asleep
+    return {
+        "between steps": memory.resident,
+        "teacher": phases["teacher"] - asleep,
+        "student": phases["student"] - asleep,
+    }
+
+
+def _failure(rank: int, error: Exception) -> str:
+    """What a user can act on: the error, and the last line of ours or Megatron's."""
+    line = line_of(error)
+    kind = "" if isinstance(error, TrainingError) else f"{type(error).__name__}: "
+    return f"The step fails on rank {rank}, at {line}: {kind}{error}"
+
+
+def _keep_stdout() -> IO[str]:
+    """Stdout for the answer; what anybody else prints goes to stderr."""
+    answer_to = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    return answer_to
+
+
+if __name__ == "__main__":
+    sys.exit(main())

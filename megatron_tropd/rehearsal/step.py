@@ -1,0 +1,298 @@
+"""The step itself: the trainer's own functions, on models without weights and made-up samples."""
+
+import io
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedTensor,
+    ShardedTensorFactory,
+    is_main_replica,
+)
+from torch import Tensor
+
+from megatron_tropd.config import config_to_dict
+from megatron_tropd.convert.accounting import expected_tensors
+from megatron_tropd.convert.families import plan
+from megatron_tropd.convert.hf_folder import HFFolder, read_config
+from megatron_tropd.data.types import Trajectory
+from megatron_tropd.files import write_json
+from megatron_tropd.inputs import Inputs
+from megatron_tropd.job import Clock, Job
+from megatron_tropd.mcore import models, parallel, platform, step
+from megatron_tropd.mcore.checkpoint import Checkpoints
+from megatron_tropd.mcore.hidden import unwrap
+from megatron_tropd.planning import Setup
+from megatron_tropd.rehearsal.tensors import CPU, Device, known
+from megatron_tropd.rehearsal.world import World
+from megatron_tropd.run_folder import RunFolder
+from megatron_tropd.train import learn
+from megatron_tropd.watchdog import Progress
+
+
+class ArchitectureFolder(HFFolder):
+    """config.json, and weights of the shapes it says, which hold nothing."""
+
+    def __init__(self, path: Path, device: Device, dtype: torch.dtype) -> None:
+        """Read config.json alone."""
+        self.path = path
+        self.config = read_config(path)
+        self._device, self._dtype = device, dtype
+        self._shapes = expected_tensors(plan(self.config))
+        self._stored_as = {}
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Names of all tensors the architecture has."""
+        return frozenset(self._shapes)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The models' type."""
+        return self._dtype
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        return self._shapes[name]
+
+    def read(self, name: str, *, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
+        """Part of a tensor, on the host."""
+        shape = list(self._shapes[name])
+        shape[dim] = len(range(shape[dim])[start:stop])
+        return self._device.blank(shape, self._dtype, CPU)
+
+
+class PhaseClock(Clock):
+    """The trainer's clock, which also says whose memory and collectives are counted."""
+
+    def __init__(self, progress: Progress, device: Device) -> None:
+        """Begin before the first phase."""
+        super().__init__(progress)
+        self._device = device
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Count what the block does under ``phase``."""
+        events = self._device.events
+        outer, events.phase = events.phase, phase
+        try:
+            with self._device.tracker.phase(phase), super().__call__(phase):
+                yield
+        finally:
+            events.phase = outer
+
+
+class Kept(list):
+    """Hidden states of the micro-batches that were run, and room for those of the others."""
+
+    def __init__(self, made: list[Any], room: list[Tensor]) -> None:
+        """``room``: as large as what is missing."""
+        super().__init__(made)
+        self._room = room
+
+
+class Receivers:
+    """The engines, as far as new weights go: those that ranks own copy them to the host."""
+
+    def __init__(self, owners: tuple[int, ...], rank: int) -> None:
+        """``owners``: ranks with an engine."""
+        self.owners = owners
+        self.received = 0
+        """Bytes that this rank's engine got."""
+        self._mine = rank in owners
+
+    def load_tensors(self, tensors: Iterable[tuple[str, Tensor | None]], *, version: int) -> None:
+        """Exhaust the export, one tensor at a time on the host."""
+        for _, tensor in tensors:
+            if tensor is not None and self._mine:
+                self.received += tensor.detach().to("cpu").nbytes
+
+
+class RehearsedJob(Job):
+    """A rank of a run with fake tensors, without engines, prompts and weights."""
+
+    def __init__(self, setup: Setup, folder: RunFolder, device: Device, world: World) -> None:
+        """Nothing is built yet.
+
+        Args:
+            setup: the run, as the planner reads it.
+            folder: an empty one.
+            device: where tensors go.
+            world: the other ranks.
+        """
+        folder.root.mkdir(parents=True, exist_ok=True)
+        write_json(folder.config, config_to_dict(setup.config))
+        super().__init__(folder, console=io.StringIO(), stop=_NeverStop())
+        self.setup, self.rehearsed, self.world = setup, device, world
+        self.clock = PhaseClock(self._progress, device)
+        # Engine and trainer are compared by numbers.
+        self._compared = True
+        self._missing = 0
+        self.run_micro_batches = 0
+        """Of the last step."""
+        self.checkpoint_bytes = 0
+        """That this rank would write."""
+
+    def build(self) -> None:
+        """Process groups and both models, wrapped and with an optimizer."""
+        config = self.config
+        with self.clock("build"):
+            self.ranks = parallel.initialize(config.parallel, seed=config.train.seed)
+            self.device = platform.device()
+            self.dtype = models.resolve_dtype(config.model.dtype)
+            self.inputs = self._inputs()
+            self.is_main = self.ranks.is_main
+            self.engines = self._receivers()
+            self.rollouts = _Version()
+            self._build_models()
+            self.checkpoints = Checkpoints(
+                self.folder.checkpoints,
+                keep=config.run.keep_checkpoints,
+                ranks=self.ranks,
+                distributed_optimizer=config.parallel.distributed_optimizer,
+                say=lambda _: None,
+            )
+        for model in (self.teacher, self.student):
+            model.score = self._keeping(model.score, model.model)
+
+    def learn(self, micro_batches: int) -> None:
+        """Teacher, student and optimizer: the trainer's own step.
+
+        Args:
+            micro_batches: to run, of those of the step.
+        """
+        self._missing = self.setup.work.most_micro_batches - micro_batches
+        original = step.run_schedule
+
+        def announced(model: torch.nn.Module, batches: Any, **options: Any) -> list[Any]:
+            self._announce(unwrap(model).config, batches)
+            return original(model, batches, **options)
+
+        step.run_schedule = announced
+        try:
+            learn(self, trajectories(self.setup, micro_batches=micro_batches))
+        finally:
+            step.run_schedule = original
+        with self.rehearsed.tracker.phase("between steps"):
+            pass
+
+    def export(self) -> None:
+        """New weights to the engines."""
+        with self.clock("sync"):
+            self.sync_weights(1)
+
+    def save(self, *, wait: bool = False) -> None:
+        """What a checkpoint is made of; nothing is written."""
+        with self.clock("checkpoint"):
+            state = self.checkpoints.state(self.student, extra={"step": 1}, is_loading=False)
+            self.checkpoint_bytes = bytes_to_write(state)
+
+    def _keeping(self, score: Any, model: Any) -> Any:
+        """Hold as much as if all micro-batches of the step had been scored."""
+
+        def kept(batches: Any) -> list[Any]:
+            mask = known(batches[0].loss_mask)
+            tokens = int(mask.sum()) if mask is not None and self.ranks.is_last_stage else 0
+            room = [
+                torch.empty(tokens, model.config.hidden_size, dtype=self.dtype, device=self.device)
+                for _ in range(self._missing if tokens else 0)
+            ]
+            return Kept(score(batches), room)
+
+        return kept
+
+    def _announce(self, config: Any, micro_batches: Any) -> None:
+        """Neighbours send what this stage would send: hidden states of each micro-batch."""
+        ranks = self.ranks
+        shards = ranks.tp_size if config.sequence_parallel else 1
+        shapes = [
+            (batch.tokens.shape[1] // shards, batch.tokens.shape[0], config.hidden_size)
+            for batch in micro_batches
+        ]
+        place = {"tp_rank": ranks.tp_rank, "dp_rank": ranks.dp_rank}
+        for pp_rank in (ranks.pp_rank - 1, ranks.pp_rank + 1):
+            if 0 <= pp_rank < ranks.pp_size:
+                self.world.expect_shapes(ranks.global_rank(pp_rank=pp_rank, **place), shapes)
+
+    def _inputs(self) -> Inputs:
+        def folder(path: str) -> ArchitectureFolder:
+            return ArchitectureFolder(Path(path), self.rehearsed, self.dtype)
+
+        made = self.setup
+        return Inputs(
+            student=folder(self.config.model.student),
+            teacher=folder(self.config.model.teacher),
+            tokenizer=None,  # type: ignore[arg-type]
+            vocab_size=min(made.student.shape.vocab, made.teacher.shape.vocab),
+            context=min(made.student.shape.context, made.teacher.shape.context),
+            stop_token_ids=(),
+            prompts=[],
+            responses=None,
+            problems=[],
+            max_model_len=made.work.longest,
+        )
+
+    def _receivers(self) -> Any:
+        rollout, ranks = self.config.rollout, self.ranks
+        block = max(ranks.world_size // rollout.num_engines, 1)
+        separate = rollout.placement == "separate"
+        owners = (0,) if separate else tuple(range(0, ranks.world_size, block))
+        return Receivers(owners, ranks.rank)
+
+    def examples_due(self) -> bool:
+        """No examples: their numbers are made up."""
+        return False
+
+
+class _NeverStop:
+    requested = False
+
+
+class _Version:
+    weights_version = 0
+
+
+def bytes_to_write(state: Any) -> int:
+    """Of the tensors that this rank writes of a sharded state dictionary: copies once, by one."""
+    if isinstance(state, ShardedTensorFactory):
+        return bytes_to_write(state.build())
+    if isinstance(state, ShardedTensor):
+        return (
+            state.data.nbytes if is_main_replica(state.replica_id) and state.data is not None else 0
+        )
+    if isinstance(state, dict):
+        return sum(map(bytes_to_write, state.values()))
+    return sum(map(bytes_to_write, state)) if isinstance(state, list | tuple) else 0
+
+
+def trajectories(setup: Setup, *, micro_batches: int | None = None) -> list[Trajectory]:
+    """The longest step that memory has to hold, as the planner assumes it.
+
+    Args:
+        setup: the run.
+        micro_batches: of each replica; None: all of the step.
+    """
+    work, config = setup.work, setup.config
+    count = work.trajectories
+    if micro_batches is not None:
+        rows = config.train.tokens_per_micro_batch // work.longest
+        count = min(count, micro_batches * rows * setup.parallel.data)
+    response = (1,) * work.longest_response
+    taught = work.longest_response // 2 if config.guidance.responses else 0
+    prompt, logprobs = (1,) * work.prompt, (-1.0,) * (work.longest_response - taught)
+    return [
+        Trajectory(
+            step=0,
+            prompt_index=number // config.rollout.samples_per_prompt,
+            sample_index=number % config.rollout.samples_per_prompt,
+            prompt_ids=prompt,
+            prefix_ids=response[:taught],
+            response_ids=response[taught:],
+            rollout_logprobs=logprobs,
+            finish_reason="stop",
+            weights_version=0,
+        )
+        for number in range(count)
+    ]

@@ -1,0 +1,103 @@
+"""The other ranks, who are not there: process groups that answer at once, with the right shapes."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import FakeWork
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._pytree import tree_flatten
+
+from megatron_tropd.rehearsal.events import Collective, Events
+from megatron_tropd.rehearsal.tensors import Device, on_device, set_known
+
+
+def join(device: Device, *, rank: int, world_size: int) -> "World":
+    """Be ``rank`` of a world whose other ranks do not exist."""
+    world = World(device.events)
+    device.collective = world.answer
+    _replace_objects(world)
+    new_group = dist.new_group
+
+    def fake_group(*args: Any, **kwargs: Any) -> Any:
+        kwargs["backend"] = "fake"
+        kwargs.pop("pg_options", None)
+        return new_group(*args, **kwargs)
+
+    dist.new_group = fake_group
+    torch.distributed.new_group = fake_group
+    dist.init_process_group(backend="fake", store=FakeStore(), rank=rank, world_size=world_size)
+    return world
+
+
+class World:
+    """Answers collectives: outputs keep what they hold, and what neighbours send is told before."""
+
+    def __init__(self, events: Events) -> None:
+        """Nobody has sent anything."""
+        self._events = events
+        self._shapes: dict[int, list[tuple[int, ...]]] = {}
+
+    def expect_shapes(self, sender: int, shapes: Iterable[tuple[int, ...]]) -> None:
+        """Tell which shapes a rank will announce, in this order."""
+        self._shapes[sender] = list(shapes)
+
+    def answer(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Note a collective; what it returns looks like the real one's."""
+        group = next(
+            dist.ProcessGroup.unbox(a) for a in args if isinstance(a, torch._C.ScriptObject)
+        )
+        name = func._schema.name.removeprefix("c10d::").strip("_")
+        given = self._given(name, args)
+        self.note(name, group, given)
+        if name == "recv":
+            self._receive(args[0][0], dist.get_global_rank(group, args[2]))
+        work = FakeWork().boxed()
+        returns = len(func._schema.returns)
+        return {0: None, 1: work, 2: (args[0], work)}[returns]
+
+    def note(self, name: str, group: dist.ProcessGroup, tensors: list[Tensor]) -> None:
+        """Count one call."""
+        size = sum(t.numel() * t.element_size() for t in tensors)
+        where = "cuda" if any(on_device(t) for t in tensors) else "cpu"
+        title = group.group_desc if group.group_desc != "undefined" else group.group_name
+        self._events.collectives[
+            Collective(self._events.phase, name, title, group.size(), size, where)
+        ] += 1
+
+    def _given(self, name: str, args: tuple) -> list[Tensor]:
+        """What this rank puts in."""
+        second = ("allgather", "reduce_scatter", "alltoall", "gather", "scatter", "_base")
+        is_second = any(part in name for part in second)
+        value = args[1] if is_second else args[0]
+        return [leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, Tensor)]
+
+    def _receive(self, tensor: Tensor, sender: int) -> None:
+        shapes = self._shapes.get(sender)
+        if tensor.dtype == torch.int64 and tensor.numel() == 3 and shapes:
+            set_known(tensor, torch.tensor(shapes.pop(0)))
+
+
+def _replace_objects(world: World) -> None:
+    """Objects travel between hosts: every other rank says what this one says."""
+
+    def all_gather_object(objects: list[Any], mine: Any, group: Any = None) -> None:
+        world.note("all_gather_object", group or dist.group.WORLD, [])
+        objects[:] = [mine] * len(objects)
+
+    def gather_object(
+        mine: Any, objects: Any = None, dst: int = 0, group: Any = None, **_: Any
+    ) -> None:
+        world.note("gather_object", group or dist.group.WORLD, [])
+        if objects is not None:
+            objects[:] = [mine] * len(objects)
+
+    def broadcast_object_list(
+        objects: list[Any], src: int = 0, group: Any = None, **_: Any
+    ) -> None:
+        world.note("broadcast_object_list", group or dist.group.WORLD, [])
+
+    for function in (all_gather_object, gather_object, broadcast_object_list):
+        setattr(dist, function.__name__, function)
