@@ -18,7 +18,8 @@ from megatron_tropd.planning.parameters import Model
 from megatron_tropd.planning.setup import Setup
 
 MOST_SEQUENCES = 256
-"""Sequences an engine decodes together; a test compares it with ``rollout.engine``."""
+"""Sequences an engine decodes together without ``rollout.max_num_seqs``: vLLM's default on a CPU
+and on smaller GPUs. It is 1024 on large ones, which the estimate leaves out."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,7 @@ def concurrent_sequences(made: Setup) -> int:
     """Sequences an engine decodes together: its own limit, its work, its cache."""
     mine = -(-made.work.trajectories // made.rollout.num_engines)
     room = int(cache_tokens(made) // (made.work.prompt + made.work.mean_response))
-    return max(1, min(MOST_SEQUENCES, mine, room))
+    return max(1, min(made.rollout.max_num_seqs or MOST_SEQUENCES, mine, room))
 
 
 def sync_seconds(made: Setup) -> float:
