@@ -175,9 +175,10 @@ class RolloutConfig(PromptConfig, section="rollout"):
     separate: servers."""
     steps_ahead: Literal[0, 1] = 0
     """1: sample for the next step while this one trains, so samples are one step old."""
-    weight_transport: Literal["folder", "direct"] = "folder"
-    """How a server gets new weights: from the run folder; direct: broadcast to servers that are
-    ready (NCCL on CUDA, else gloo), and from the folder for the others (docs/serving.md)."""
+    weight_transport: Literal["auto", "folder", "direct"] = "auto"
+    """How engines get new weights. auto: colocated on CUDA from GPU to GPU, else as folder; folder:
+    colocated through shared memory, servers from the run folder; direct: broadcast to servers that
+    are ready (NCCL on CUDA, else gloo), and from the folder for the others (docs/serving.md)."""
     engine_tensor_parallel: Count = 1
     """GPUs of one engine. More than 1 needs CUDA."""
     engine_memory: Positive = 0.4
@@ -202,11 +203,16 @@ class RolloutConfig(PromptConfig, section="rollout"):
             f"for each sequence decodes a token, found {tokens}.",
         )
         _require(
-            self.weight_transport == "folder" or self.placement == "separate",
+            self.weight_transport != "direct" or self.placement == "separate",
             'rollout.weight_transport = "direct" needs rollout.placement = "separate", found '
-            '"colocated": an engine beside its trainer gets weights through shared memory. Remove '
-            "one of the two.",
+            '"colocated": an engine beside its trainer gets weights on its GPU or through shared '
+            "memory. Remove one of the two.",
         )
+
+    @property
+    def colocated_transport(self) -> Literal["auto", "folder"]:
+        """``weight_transport`` of engines beside the trainer."""
+        return "folder" if self.weight_transport == "folder" else "auto"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -154,7 +154,7 @@ def _as_in_run(run: RunFolder, folder: Path, problems: Path | None, notes: list[
             max_new_tokens=room,
             prompts_per_step=1,
             placement="colocated",
-            weight_transport="folder",
+            weight_transport="auto",
             num_engines=1,
             steps_ahead=0,
         ),

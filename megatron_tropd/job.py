@@ -263,6 +263,7 @@ class Job:
             world_size=self.ranks.world_size,
             num_engines=rollout.num_engines,
             make_engine=make,
+            transport=None if model == "teacher" else rollout.colocated_transport,
         )
 
     def _check_options(self) -> None:
@@ -332,7 +333,7 @@ class Job:
             self.inputs.student.config | {"vocab_size": self.inputs.vocab_size},
             self.ranks,
             padded_vocab_size=self._padded_vocab_size,
-            receivers=self.engines.owners,
+            receivers=self.engines.receivers,
             explicit_lm_head=True,
         )
         self.engines.load_tensors(Export(export), version=version)

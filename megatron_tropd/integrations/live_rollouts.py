@@ -300,6 +300,7 @@ class LiveRollouts:
             world_size=ranks.world_size,
             num_engines=rollout.num_engines,
             make_engine=make,
+            transport=rollout.colocated_transport,
         )
 
     def _push_weights(self, model: torch.nn.Module, step: int) -> None:
@@ -309,7 +310,7 @@ class LiveRollouts:
             self._folder.config | {"vocab_size": self._columns},
             self._ranks,
             padded_vocab_size=self._loop.padded_vocab_size,
-            receivers=self._engines.owners,
+            receivers=self._engines.receivers,
             explicit_lm_head=True,
         )
         self._engines.load_tensors(Export(export), version=step)

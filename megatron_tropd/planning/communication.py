@@ -32,8 +32,8 @@ class Communication:
     tied_embedding: float
     """Gradients of a tied embedding, between its first stage and its last."""
     weight_sync: float
-    """The student, written and read: in shared memory for a colocated engine, in the run's folder
-    for separate ones."""
+    """The student, to a colocated engine's GPU; or written and read, in shared memory or, for
+    separate engines, in the run's folder."""
 
 
 def communication(made: Setup) -> Communication:
@@ -42,6 +42,7 @@ def communication(made: Setup) -> Communication:
     # A loss that looks at the student first takes one more pass.
     passes = 2 + made.config.loss.needs_student_pass
     again = repeated(made)
+    ways = 2 if made.through_folder or made.direct else 1
     return Communication(
         tensor_teacher=tensor_bytes(made, teacher, passes=1),
         tensor_student=tensor_bytes(made, student, passes=passes - 2 + student_sums(made)),
@@ -51,7 +52,7 @@ def communication(made: Setup) -> Communication:
         pipeline_student=pipeline_bytes(made, student, passes=passes),
         data=max(data_bytes(made, stage) for stage in {0, made.last_stage}),
         tied_embedding=tied_embedding_bytes(made),
-        weight_sync=2.0 * student.parameters * made.element,
+        weight_sync=float(ways * student.parameters * made.element),
     )
 
 

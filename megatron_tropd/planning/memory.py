@@ -20,6 +20,8 @@ ENGINE_WORKSPACE = 2 * 2**30
 """Bytes of an engine's own activations and graphs on each of its GPUs, awake or asleep: sleeping
 gives back weights and cache. An assumption."""
 _FLOAT32 = 4
+_BUCKET = 256 * 2**20
+"""Bytes of weights that an engine reads at a time; a test compares it with the trainer's."""
 _ON_HOST = 4 * _FLOAT32
 """Bytes in the host's memory of a parameter that it updates: gradient, weight, two moments."""
 _VALUES_OF_A_TOKEN = 16
@@ -72,6 +74,12 @@ class Memory:
     kv_cache: float
     engine_asleep: float
     """What stays of the three while the trainer computes."""
+    update: float
+    """Temporaries of the optimizer."""
+    export: float
+    """Tensors on their way to the engine."""
+    saving: float
+    """Optimizer states on their way to a checkpoint."""
 
     @property
     def resident(self) -> float:
@@ -79,17 +87,28 @@ class Memory:
         return self.weights + self.gradients + self.optimizer + self.teacher_weights
 
     @property
-    def phases(self) -> dict[str, float]:
-        """Peak of each phase."""
-        awake = self.engine_weights + self.engine_workspace + max(self.kv_cache, 0.0)
-        training = self.resident + self.engine_asleep + self.teacher_hidden
+    def trainer(self) -> dict[str, float]:
+        """Peak of each phase, what an engine holds left out."""
+        signals = self.resident + self.teacher_hidden
         # The loss is gone by the time the gradients have reached a layer.
-        backward = self.backward + self.recomputed
-        passing = max(self.activations, self.student_hidden) + max(backward, self.loss)
+        backward = max(self.backward + self.recomputed, self.loss)
         return {
-            "rollout": self.resident + awake,
-            "teacher": training + self.teacher_forward,
-            "student": training + passing,
+            "rollout": self.resident,
+            "teacher": signals + self.teacher_forward,
+            "student": signals + max(self.activations, self.student_hidden) + backward,
+            "optimizer": signals + self.update,
+            "sync": self.resident + self.export,
+            "checkpoint": self.resident + self.saving,
+        }
+
+    @property
+    def phases(self) -> dict[str, float]:
+        """Peak of each phase; an engine is awake to sample, and half awake to take weights."""
+        woken = self.engine_weights + self.engine_workspace
+        awake = {"rollout": woken + max(self.kv_cache, 0.0), "sync": woken}
+        return {
+            phase: size + awake.get(phase, self.engine_asleep)
+            for phase, size in self.trainer.items()
         }
 
     @property
@@ -127,6 +146,9 @@ def memory_of_stage(made: Setup, stage: int) -> Memory:
         engine_workspace=engine.workspace,
         kv_cache=engine.cache,
         engine_asleep=engine.asleep,
+        update=_update_bytes(made, student),
+        export=_export_bytes(made),
+        saving=_saving_bytes(made, student),
     )
 
 
@@ -242,12 +264,43 @@ def chunk_bytes(made: Setup, tokens: int) -> float:
     """The loss's chunk buffers: logits of all tokens, or as many rows as the budget holds.
 
     On a GPU rows begin at multiples of 64 columns, and the gradient of bfloat16 has a buffer too.
+    Under tensor parallelism two chunks share the budget if one does not hold all tokens, so that
+    collectives hide behind products.
     """
+    logits = 2 * _FLOAT32
     if made.hardware.layers == "cpu":
-        return min(LOSS_BUDGET["cpu"], 2 * _FLOAT32 * tokens * made.vocab_shard)
-    of_column = 2 * _FLOAT32 + (made.element if made.element == 2 else 0)
+        return min(LOSS_BUDGET["cpu"], logits * tokens * made.vocab_shard)
     columns = -(-made.vocab_shard // _ALIGNED) * _ALIGNED
-    return min(LOSS_BUDGET["gpu"], of_column * tokens * columns)
+    gradient, budget = made.element if made.element == 2 else 0, LOSS_BUDGET["gpu"]
+    two = 2 if made.parallel.tensor > 1 else 1
+    rows = budget // (columns * (two * logits + gradient))
+    if rows >= tokens:
+        return float(tokens * columns * (logits + gradient))
+    return float(rows * columns * (two * logits + gradient))
+
+
+def _update_bytes(made: Setup, held: Held) -> float:
+    """Temporaries of Adam: torch's on a GPU, and gradients that become float32."""
+    updated = updated_parameters(made, held) * (1 - made.options.states.on_host)
+    torch_adam = _FLOAT32 if made.hardware.layers == "local" else 0
+    converted = 0 if made.gradient_element == _FLOAT32 else _FLOAT32
+    return updated * (torch_adam + converted)
+
+
+def _export_bytes(made: Setup) -> float:
+    """The largest tensor, gathered and put together; the buffer that an engine reads."""
+    largest = made.padded_vocab * made.student.shape.hidden * made.element
+    staged = 0 if made.separate or made.through_folder else max(largest, _BUCKET)
+    return float(2 * largest + staged)
+
+
+def _saving_bytes(made: Setup, held: Held) -> float:
+    """One state of the distributed optimizer: each replica's share, and all of them together."""
+    p = made.parallel
+    if not p.distributed_optimizer or made.hardware.layers == "cpu":
+        return 0.0  # without CUDA they are gathered on the host
+    dense, experts = held.dense * (1 + 1 / p.data), held.experts * (1 + 1 / p.expert_replicas)
+    return _FLOAT32 * max(dense, experts)
 
 
 def engine_memory(made: Setup, model: Model | None = None) -> Engine:
@@ -289,17 +342,18 @@ def host_bytes(made: Setup) -> float:
 def engine_host_bytes(made: Setup) -> float:
     """Of a node's own memory: weights on their way to its engines.
 
-    Each colocated engine gets the whole student through a file in shared memory, all engines of the
-    node at the same time; asleep it keeps no weights. What goes to separate ones directly is kept
-    on the first node until it is in the run's folder, too.
+    Through a folder each colocated engine gets the whole student in shared memory, all engines of
+    the node at the same time; from GPU to GPU it takes nothing there. Asleep it keeps no weights.
+    What goes to separate ones directly is kept on the first node until it is in the run's folder.
     """
+    weights = float(made.student.parameters * made.element)
     if made.hardware.layers == "cpu":
         return 0.0
     if made.separate:
-        return float(made.student.parameters * made.element) if made.direct else 0.0
+        return weights if made.direct else 0.0
     world = made.parallel.world_size
     engines = -(-made.rollout.num_engines * min(made.hardware.gpus_per_node, world) // world)
-    return float(engines * made.student.parameters * made.element)
+    return engines * weights if made.through_folder else 0.0
 
 
 def checkpoint_bytes(made: Setup) -> float:

@@ -261,10 +261,11 @@ def _rollout(
     ahead: Literal[0, 1],
     share: float,
 ) -> RolloutConfig:
+    transport = made.rollout.weight_transport
     return replace(
         made.rollout,
         placement=placement,
-        weight_transport=made.rollout.weight_transport if placement == "separate" else "folder",
+        weight_transport="auto" if (placement, transport) == ("colocated", "direct") else transport,
         num_engines=engines,
         engine_tensor_parallel=size,
         steps_ahead=ahead,

@@ -246,11 +246,12 @@ def most_sequences(made: Setup) -> int:
 
 
 def sync_seconds(made: Setup) -> float:
-    """New weights on their way, one process writing.
+    """New weights on their way.
 
-    Colocated: they are written into shared memory and read; the engine dropped its own when it fell
-    asleep. Separate: they are written into the run's folder. Directly: one GPU sends them once,
-    after a copy to the host, which is written while the next step trains.
+    Colocated: each GPU of an engine gets all of them over the node's links, lays them into a buffer
+    there, and the engine reads that; or, through shared memory, one process writes and reads them.
+    Separate: they are written into the run's folder. Directly: one GPU sends them once, after a
+    copy to the host, which is written while the next step trains.
     """
     weights, hardware = made.student.parameters * made.element, made.hardware
     if made.direct:
@@ -258,7 +259,11 @@ def sync_seconds(made: Setup) -> float:
         return weights / (network * 1e9) + weights / (hardware.host_copy_gb_s * 1e9)
     if made.separate:
         return weights / (hardware.shared_folder_gb_s * 1e9)
-    return 2 * weights / (hardware.host_copy_gb_s * 1e9)
+    if made.through_folder:
+        return 2 * weights / (hardware.host_copy_gb_s * 1e9)
+    p = made.parallel
+    arriving = weights / hardware.link(p.tensor * p.pipeline) if p.world_size > p.data else 0.0
+    return arriving + 4 * weights / hardware.memory_bandwidth
 
 
 def _arrival_seconds(made: Setup) -> float:

@@ -62,6 +62,13 @@ class Setup:
         return self.rollout.weight_transport == "direct"
 
     @property
+    def through_folder(self) -> bool:
+        """Whether new weights are written to a file, in memory or in the run's folder."""
+        if self.separate:
+            return not self.direct
+        return self.rollout.weight_transport == "folder" or self.hardware.layers == "cpu"
+
+    @property
     def engine_nodes(self) -> int:
         """Nodes that only sample; an engine lies within one node."""
         if not self.separate:

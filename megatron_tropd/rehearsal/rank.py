@@ -141,12 +141,7 @@ def _report(job: "RehearsedJob", counts: dict[str, Counter[Any]], seconds: float
 
 def _planned(memory: Memory) -> dict[str, float]:
     """The planner's bytes by the trainer's names of phases; engines are not rehearsed."""
-    phases, asleep = memory.phases, memory.engine_asleep
-    return {
-        "between steps": memory.resident,
-        "teacher": phases["teacher"] - asleep,
-        "student": phases["student"] - asleep,
-    }
+    return memory.trainer | {"between steps": memory.resident}
 
 
 def _failure(rank: int, error: Exception) -> str:

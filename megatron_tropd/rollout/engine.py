@@ -96,6 +96,7 @@ class RolloutEngine:
         columns = model_shape(source.config).vocab
         vocab_size = columns if vocab_size is None else min(vocab_size, columns)
         self._expected = expected_tensors(source.config, vocab_size)
+        self._missing: dict[str, tuple[int, ...]] = {}
         self._max_model_len = max_model_len
         self._log_file = Path(log_file)
         self._place = self._log_file.with_suffix(".model")
@@ -139,6 +140,11 @@ class RolloutEngine:
     def forgets(self) -> bool:
         """Whether sleeping drops the weights; without CUDA an engine never sleeps."""
         return self._settings.cuda
+
+    @property
+    def gpus(self) -> int:
+        """How many it uses; 1 without CUDA."""
+        return self._settings.tensor_parallel
 
     @property
     def weight_bytes(self) -> int:
@@ -207,6 +213,45 @@ class RolloutEngine:
         check_complete(self._expected, tensor_shapes(Path(folder)), Path(folder))
         self._wake("weights")
         self._ask("load_weights", str(folder))
+        self.has_weights = True
+
+    def begin_weights(self) -> None:
+        """Begin to replace the weights by those that follow, buffer by buffer, on the GPUs.
+
+        Raises:
+            TrainingError: here and in the two calls that follow: the engine died, or it has no
+                weights that can be used.
+        """
+        self.has_weights = False
+        self._missing = dict(self._expected)
+        self._wake("weights")
+        self._ask("begin_weights")
+
+    def take_weights(self, update: Mapping[str, Any]) -> None:
+        """Load what lies in a buffer; on return the engine has read it.
+
+        Args:
+            update: from :func:`~megatron_tropd.rollout.channels.update_info`.
+        """
+        for name, shape in zip(update["names"], update["shapes"], strict=True):
+            expected = self._missing.pop(name, None)
+            if expected != tuple(shape):
+                raise TrainingError(
+                    f"The engine's model has no weights {name} of shape {shape}"
+                    + (f", expected {list(expected)}." if expected else " that it still needs."),
+                    kind="engine",
+                )
+        self._ask("take_weights", update)
+
+    def finish_weights(self) -> None:
+        """Use the weights that came; cached prefixes are forgotten."""
+        if self._missing:
+            raise TrainingError(
+                f"The engine's model still needs {len(self._missing)} tensors, "
+                f"{next(iter(self._missing))} first.",
+                kind="engine",
+            )
+        self._ask("finish_weights")
         self.has_weights = True
 
     def receive_weights(self, offer: Offer, folder: str | Path) -> bool:

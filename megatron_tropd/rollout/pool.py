@@ -1,8 +1,10 @@
 """The engines of a run: which rank owns one, and how all ranks use them together."""
 
+import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, Self
+from pathlib import Path
+from typing import Any, Literal, Self
 
 import torch
 import torch.distributed as dist
@@ -10,9 +12,20 @@ from torch import Tensor
 
 from megatron_tropd.errors import ConfigError, InputError, TrainingError
 from megatron_tropd.failures import kind_of
+from megatron_tropd.rollout.channels import (
+    DeviceChannel,
+    FolderChannel,
+    Seat,
+    WeightChannel,
+    device_groups,
+    export_by_ipc,
+    this_seat,
+)
 from megatron_tropd.rollout.engine import RolloutEngine
 from megatron_tropd.rollout.types import Sample, SampleRequest, Sampling
-from megatron_tropd.rollout.weight_sync import WeightMailbox
+from megatron_tropd.rollout.weight_sync import roomy_root
+
+Transport = Literal["auto", "folder"]
 
 _SHARED = (ConfigError, InputError, TrainingError, OSError)
 """Errors after which a rank can still take part in what follows."""
@@ -32,6 +45,7 @@ class EnginePool:
         world_size: int,
         num_engines: int,
         make_engine: Callable[[int], RolloutEngine],
+        transport: Transport | None = "auto",
     ) -> None:
         """Start this rank's engine, if it owns one.
 
@@ -40,23 +54,36 @@ class EnginePool:
             world_size: divisible by ``num_engines``.
             num_engines: how many engines the world has.
             make_engine: called with the engine's number on the rank that owns it.
+            transport: of new weights: from GPU to GPU if each GPU of an engine is that of a rank
+                ("auto"), or through a folder; None: they keep the weights they start with.
+
+        Raises:
+            ConfigError: an engine cannot be made, or shared memory has no room for the weights.
         """
         block = world_size // num_engines
         self.owners = tuple(range(0, world_size, block))
         self._number = rank // block if rank in self.owners else None
         self._engine: RolloutEngine | None = None
-        self._mailbox: WeightMailbox | None = None
+        self._channel: WeightChannel | None = None
         self._asked = False
         self._settled: list[Sample] | None = None
         self._tensors: Iterable[tuple[str, Tensor | None]] = iter(())
         self._filled = True
         """Whether the engines have weights; those that they start with, at first."""
-        self._forgetful = any(together(lambda: self._make(make_engine)))
+        seats = together(lambda: self._make(make_engine))
+        self._forgetful = any(seat.forgets for seat in seats)
+        if transport is not None:
+            self._channel = _open_channel(seats, rank, transport)
 
     @property
     def owns_engine(self) -> bool:
         """Whether this rank has an engine."""
         return self._number is not None
+
+    @property
+    def receivers(self) -> tuple[int, ...]:
+        """Ranks that need the tensors of :meth:`load_tensors`; the others may have None."""
+        return self._channel.receivers if self._channel else ()
 
     def generate(self, requests: Sequence[SampleRequest], sampling: Sampling) -> list[Sample]:
         """Continue every request, spread evenly over the engines.
@@ -112,7 +139,7 @@ class EnginePool:
         """Give every engine the weights that come out of ``tensors``.
 
         Args:
-            tensors: HF names and tensors, ``None`` on ranks without an engine; exhausted on every
+            tensors: HF names and tensors, ``None`` but on :attr:`receivers`; exhausted on every
                 rank, since making them is collective. Gone through again if the same weights are
                 sampled after a sleep, so no iterator where engines sleep
                 (:class:`~megatron_tropd.rollout.weight_sync.Export`).
@@ -141,9 +168,9 @@ class EnginePool:
         if self._engine is not None:
             self._engine.close()
             self._engine = None
-        if self._mailbox is not None:
-            self._mailbox.close()
-            self._mailbox = None
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
 
     def __enter__(self) -> Self:
         return self
@@ -151,12 +178,10 @@ class EnginePool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _make(self, make_engine: Callable[[int], RolloutEngine]) -> bool:
-        if self._number is None:
-            return False
-        self._engine = make_engine(self._number)
-        self._mailbox = WeightMailbox()
-        return self._engine.forgets
+    def _make(self, make_engine: Callable[[int], RolloutEngine]) -> Seat:
+        if self._number is not None:
+            self._engine = make_engine(self._number)
+        return this_seat(self._engine, socket.gethostname())
 
     def _slept(self) -> None:
         self._filled = self._filled and not self._forgetful
@@ -174,20 +199,9 @@ class EnginePool:
         together(lambda: self._load(self._tensors))
         self._filled = True
 
-    def _load(self, again: Iterable[tuple[str, Tensor | None]]) -> None:
-        folder, tensors = None, iter(again)
-        try:
-            if self._mailbox is not None:
-                folder = self._mailbox.write(tensors)
-        finally:
-            for _ in tensors:  # making them is collective, also where they cannot be written
-                pass
-        if torch.cuda.is_available():
-            # What torch keeps for later is memory the waking engine needs.
-            torch.cuda.empty_cache()
-        if self._engine is not None and self._mailbox is not None and folder is not None:
-            self._engine.load_weights(folder)
-            self._mailbox.clear()
+    def _load(self, tensors: Iterable[tuple[str, Tensor | None]]) -> None:
+        assert self._channel is not None, "these engines keep the weights they start with"
+        self._channel.send(iter(tensors), self._engine)
 
     def _cut(self, requests: Sequence[SampleRequest]) -> list[list[SampleRequest]]:
         return cut_units(requests, len(self.owners))
@@ -226,6 +240,24 @@ def asleep_after(engine: RolloutEngine) -> Iterator[RolloutEngine]:
             engine.sleep()
         raise
     engine.sleep()
+
+
+def _open_channel(seats: Sequence[Seat], rank: int, transport: Transport) -> WeightChannel:
+    """The way of the weights; collective."""
+    mine, owners = seats[rank], [number for number, seat in enumerate(seats) if seat.engine_gpus]
+    groups = device_groups(seats) if transport == "auto" else "rollout.weight_transport = folder"
+    if not isinstance(groups, str) and mine.device is not None:
+        device = torch.device("cuda", mine.device)
+        return DeviceChannel(groups, rank=rank, uuid=mine.uuid, device=device, export=export_by_ipc)
+    if mine.device is not None and rank == 0:
+        print(f"Weights go to the engines through shared memory: {groups}.", flush=True)
+    here = [seat for seat in seats if seat.host == mine.host and seat.engine_gpus]
+
+    def root() -> Path | None:
+        return roomy_root(len(here), mine.weight_bytes) if mine.engine_gpus else None
+
+    # Together: ranks whose node has room must not wait for one whose node has none.
+    return FolderChannel(owners, together(root)[rank])
 
 
 def cut_units[T](requests: Sequence[T], count: int) -> list[list[T]]:

@@ -26,7 +26,7 @@ class ServerPool:
     and does not depend on which servers are alive.
     """
 
-    owners = (0,)
+    owners = receivers = (0,)
 
     def __init__(
         self,

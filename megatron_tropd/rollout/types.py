@@ -57,12 +57,12 @@ class EngineSettings(Settings):
     """GPUs of the engine; 1 without CUDA."""
     max_num_seqs: Count | None
     """Most sequences decoded together; None: vLLM's default."""
-    max_num_batched_tokens: Count | None
-    """Most tokens of one forward pass; None: vLLM's default."""
     prefix_caching: bool
     """Share the KV cache of equal beginnings within one call."""
     cuda: bool
     """Whether the child runs on CUDA."""
+    max_num_batched_tokens: Count | None = None
+    """Most tokens of one forward pass; None: vLLM's default."""
     cut_from: str | None = None
     """HF folder of the first weights if the engine has the first columns of its vocabulary only;
     None: ``model_folder`` has them."""

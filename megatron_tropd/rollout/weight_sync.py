@@ -8,6 +8,7 @@ the engine maps the files and loads them in place. An engine of the same rank ge
 import fcntl
 import os
 import shutil
+import socket
 import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -20,11 +21,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_tropd.errors import TrainingError
+from megatron_tropd.errors import ConfigError, TrainingError
 
 _PREFIX = "tropd-weights-"
 _LOCK = "owner.lock"
 _WRITER = "writer.txt"
+SHARED_MEMORY = Path("/dev/shm")
 BUCKET_BYTES = 256 * 2**20
 VISIBLE_SECONDS = 60.0
 """After so long a network file system shows everyone what one machine wrote."""
@@ -143,14 +145,13 @@ class WeightMailbox:
     free are left-overs and are removed when the next mailbox is made.
     """
 
-    def __init__(self, root: Path | None = None, *, bucket_bytes: int = BUCKET_BYTES) -> None:
+    def __init__(self, root: Path, *, bucket_bytes: int = BUCKET_BYTES) -> None:
         """Make the folder and remove those of dead runs.
 
         Args:
-            root: where; None: /dev/shm, or the temporary folder where there is none.
+            root: where; :func:`roomy_root` finds one.
             bucket_bytes: tensors are written in files of about this size.
         """
-        root = root or _shared_memory()
         remove_stale(root)
         self._bucket_bytes = bucket_bytes
         name = f"{_PREFIX}{uuid.uuid4().hex}"
@@ -253,9 +254,38 @@ def remove_stale(root: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _shared_memory() -> Path:
-    shared = Path("/dev/shm")
-    return shared if os.access(shared, os.W_OK) else Path(tempfile.gettempdir())
+def roomy_root(engines: int, weight_bytes: int) -> Path:
+    """Where the engines of this node can get their weights: shared memory, or the temporary folder.
+
+    Args:
+        engines: that get them at the same time.
+        weight_bytes: of one version.
+
+    Returns:
+        The first of the two that has room, without what dead runs have left.
+
+    Raises:
+        ConfigError: neither has; says what is needed, what is there, and what to do.
+    """
+    needed, found = engines * weight_bytes, []
+    for root in dict.fromkeys((SHARED_MEMORY, Path(tempfile.gettempdir()))):
+        if not os.access(root, os.W_OK):
+            found.append(f"{root} cannot be written")
+            continue
+        remove_stale(root)
+        free = shutil.disk_usage(root).free
+        if free >= needed:
+            if found:
+                print(f"Weights go to the engines through {root}: {found[0]}.", flush=True)
+            return root
+        found.append(f"{root} has {free / 2**30:.1f} GiB free")
+    raise ConfigError(
+        f"The engines of {socket.gethostname()} get the student's weights through shared memory, "
+        f"{engines} x {weight_bytes / 2**30:.1f} GiB at a time, but {' and '.join(found)}. Enlarge "
+        f"shared memory (docker run --shm-size={-(-needed // 2**30) + 1}g, or --ipc=host; under "
+        "Kubernetes an emptyDir with medium Memory), or set TMPDIR to a folder with so much room "
+        "(slower), or lower rollout.num_engines."
+    )
 
 
 def _save(bucket: dict[str, Tensor], path: Path) -> None:

@@ -25,9 +25,10 @@ from megatron_tropd.rollout.types import EngineSettings, Sample, SampleRequest, 
 from megatron_tropd.rollout.wire import Offer
 from megatron_tropd.rollout.worker_extension import WorkerExtension
 
+CPU_SEQUENCES = 256
+"""Decoded together without CUDA, if ``max_num_seqs`` does not say: vLLM's default there."""
 _PARENT_POLL_SECONDS = 0.5
 _GIB = 2**30
-_CPU_SEQUENCES = 256  # decoded together, vLLM's default on CPU
 _CPU_BLOCK = 128  # tokens of a KV block, vLLM's choice on CPU
 _CHATTY_LOGGERS = ("vllm.renderers.base", "vllm.v1.core.block_pool")
 
@@ -85,15 +86,16 @@ def _cuda_arguments(settings: EngineSettings) -> dict[str, Any]:
     return {
         "gpu_memory_utilization": settings.memory,
         "enable_sleep_mode": True,
+        "weight_transfer_config": {"backend": "ipc"},
         **{name: limit for name, limit in limits.items() if limit is not None},
     }
 
 
 def _cpu_arguments(settings: EngineSettings) -> dict[str, Any]:
-    sequences = settings.max_num_seqs or _CPU_SEQUENCES
+    sequences = settings.max_num_seqs or CPU_SEQUENCES
     return {
         "max_num_seqs": sequences,
-        "kv_cache_memory_bytes": _cpu_cache_bytes(settings, sequences),
+        "kv_cache_memory_bytes": _cpu_cache_bytes(settings),
         "enforce_eager": True,
         # A prompt cut in two rewinds its generator, which a CPU generator cannot do.
         "enable_chunked_prefill": False,
@@ -102,7 +104,7 @@ def _cpu_arguments(settings: EngineSettings) -> dict[str, Any]:
     }
 
 
-def _cpu_cache_bytes(settings: EngineSettings, sequences: int) -> int:
+def _cpu_cache_bytes(settings: EngineSettings) -> int:
     """KV cache for every sequence at full length, within ``settings.memory`` GiB."""
     from transformers import AutoConfig
 
@@ -112,6 +114,7 @@ def _cpu_cache_bytes(settings: EngineSettings, sequences: int) -> int:
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     element = 4 if settings.dtype == "float32" else 2
     per_token = 2 * config.num_hidden_layers * kv_heads * size * element
+    sequences = settings.max_num_seqs or CPU_SEQUENCES
     blocks = -(-settings.max_model_len // _CPU_BLOCK) * sequences + 1
     # The cache is zeroed at start-up, so memory nobody can use costs seconds.
     return min(int(settings.memory * _GIB), blocks * _CPU_BLOCK * per_token)
@@ -175,6 +178,27 @@ def load_weights(llm: Any, folder: str) -> None:
     llm.reset_prefix_cache()
 
 
+def begin_weights(llm: Any) -> None:
+    """Begin to replace the weights by vLLM's ``ipc`` transfer, of packed buffers.
+
+    Args:
+        llm: the engine.
+    """
+    llm.collective_rpc("tropd_forget_packed_experts")
+    llm.init_weight_transfer_engine({"init_info": {"packed": True}})
+    llm.start_weight_update()
+
+
+def finish_weights(llm: Any) -> None:
+    """Use the weights that came since :func:`begin_weights`.
+
+    Args:
+        llm: the engine.
+    """
+    llm.finish_weight_update()
+    llm.reset_prefix_cache()
+
+
 def receive_weights(llm: Any, offer: Offer, folder: str, expected: Mapping[str, Any]) -> bool:
     """Replace the weights by those of a broadcast; whether every worker has them.
 
@@ -211,6 +235,9 @@ def _serve(connection: Connection) -> None:
     commands: dict[str, Callable[..., Any]] = {
         "generate": lambda *arguments: generate(llm, *arguments),
         "load_weights": lambda folder: load_weights(llm, folder),
+        "begin_weights": lambda: begin_weights(llm),
+        "take_weights": lambda update: llm.update_weights({"update_info": update}),
+        "finish_weights": lambda: finish_weights(llm),
         "receive_weights": lambda *arguments: receive_weights(llm, *arguments),
         # Level 2 drops the weights: they are replaced before they are used again.
         "sleep": lambda: llm.sleep(level=2),

@@ -24,6 +24,8 @@ class RecordingEngine:
     """Writes down what is asked of it; awake after every use, as vLLM is, and empty after sleep."""
 
     forgets = True
+    gpus = 1
+    weight_bytes = 4
 
     def __init__(self, *, fails: bool = False) -> None:
         self.calls: list[str] = []

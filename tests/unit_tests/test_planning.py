@@ -46,7 +46,7 @@ from megatron_tropd.planning.seconds import (
     repeated_products,
 )
 from megatron_tropd.rollout.types import EngineSettings
-from megatron_tropd.rollout.worker import _CPU_SEQUENCES, _cpu_cache_bytes
+from megatron_tropd.rollout.worker import CPU_SEQUENCES, _cpu_cache_bytes
 
 RECIPES = Path(__file__).resolve().parents[2] / "configs" / "recipes"
 TOMLS = sorted(RECIPES.glob("*.toml"))
@@ -226,7 +226,7 @@ def test_separate_engines_have_gpus_of_their_own(small: Config):
     sent_ahead = estimate(setup(dataclasses.replace(small, rollout=ahead), H100)).seconds
     beside = sent_ahead.training - sent_ahead.sync
     assert sent_ahead.total == pytest.approx(max(sent_ahead.rollout, beside) + sent_ahead.sync)
-    assert recommend(sent.made, 8).best.made.rollout.weight_transport == "folder", "colocated"
+    assert recommend(sent.made, 8).best.made.rollout.weight_transport == "auto", "colocated"
 
 
 def test_a_separate_engine_must_leave_the_reserve():
@@ -364,7 +364,7 @@ def test_a_token_takes_as_much_cache_as_the_engine_counts(small: Config):
 def test_constants_are_those_of_the_trainer():
     megabytes = {"cpu": chunks._MEMORY_MIB["cpu"], "gpu": chunks._MEMORY_MIB_ELSEWHERE}
     assert {k: v / 2**20 for k, v in planned_memory.LOSS_BUDGET.items()} == megabytes
-    assert MOST_SEQUENCES["cpu"] == _CPU_SEQUENCES
+    assert MOST_SEQUENCES["cpu"] == CPU_SEQUENCES
 
 
 def test_more_gpus_than_one_are_recommended_where_one_does_not_hold_the_models():
