@@ -118,9 +118,9 @@ def learn(job: Job, trajectories: list[Trajectory]) -> dict[str, object]:
     with clock("student"):
         objective = job.objective(batches, signals, trajectories, counts)
         job.student.forward_backward(batches, objective)
-        sums = objective.sums.reduce()
-    job.check_finite(sums.first_bad_token, trajectories)
-    metrics = sums.metrics()
+        totals = objective.sums.reduce()
+    job.check_finite(totals.first_bad_token, trajectories)
+    metrics = totals.metrics()
     job.check_engine_gap(metrics, trajectories)
     with clock("optimizer"):
         grad_norm, lr = job.update()

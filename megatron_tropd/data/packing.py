@@ -167,6 +167,8 @@ def _micro_batch(
         logprobs[b, middle:last] = t.rollout_logprobs
         key = keyed_seed(t.prompt_index, t.sample_index)
         uniforms[b, first:last] = keyed_uniform(seed, step, key, np.arange(last - first))
+    # Counted here, where a number costs nothing: a GPU would have to be waited for.
+    loss_at = np.flatnonzero((segments != Segment.PROMPT) & ~masked)
     return MicroBatch(
         tokens=torch.from_numpy(ids["tokens"]),
         labels=torch.from_numpy(ids["labels"]),
@@ -176,5 +178,8 @@ def _micro_batch(
         rollout_logprobs=torch.from_numpy(logprobs),
         uniforms=torch.from_numpy(uniforms),
         masked=torch.from_numpy(masked),
+        loss_at=torch.from_numpy(loss_at),
+        loss_rows=torch.from_numpy(np.array(rows, np.int64)[loss_at // length]),
+        student_at=torch.from_numpy(np.flatnonzero(segments.flat[loss_at] == Segment.STUDENT)),
         rows=tuple(rows),
     )

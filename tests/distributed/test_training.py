@@ -175,8 +175,9 @@ def _train(
             choices=choices,
         )
         result = learner.train_step(batches, objective)
-        metrics = objective.sums.reduce().metrics()
-        assert objective.sums.first_bad_token is None
+        totals = objective.sums.reduce()
+        assert totals.first_bad_token is None
+        metrics = totals.metrics()
         shown = [metrics[name] for name in ("loss", "tv", "reverse_kl", "selected_share")]
         history.append([result.grad_norm, *(math.nan if x is None else x for x in shown)])
     return history
