@@ -503,8 +503,9 @@ def _one_hot_teacher(student: str, sequence_parallel: bool, out: str) -> None:
         teacher_written=nothing.bool(),
         rollout_logprobs=nothing,
         response_positions=nothing.long(),
-        sample_ids=torch.zeros(ROWS),
+        sample_ids=torch.zeros(ROWS, dtype=torch.int64),
         attention_mask=None,
+        loss_at=loss_places(weights[None])[0],
         sampled=False,
     )
     signal = HiddenStatesSignal(one_hot_TV, identity_vV.contiguous(), vocab)
