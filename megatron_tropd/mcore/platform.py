@@ -47,6 +47,7 @@ _FACTORIES = (
     "zeros",
     "zeros_like",
 )
+_CUDA_ROW_MULTIPLE = 128
 _prepared = False
 _training_prepared = False
 
@@ -59,6 +60,15 @@ def has_cuda() -> bool:
 def device() -> torch.device:
     """The device of this process' models: its CUDA device, or the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else _CPU
+
+
+def row_multiple() -> int:
+    """What lengths of rows are rounded up to.
+
+    On CUDA kernels are chosen, and some compiled, for each shape; products and attention are fast
+    at multiples of their tiles.
+    """
+    return _CUDA_ROW_MULTIPLE if has_cuda() else 1
 
 
 def distributed_backend() -> str:

@@ -143,6 +143,8 @@ def _train(
             dp_size=ranks.dp_size,
             tokens_per_micro_batch=TRAIN.tokens_per_micro_batch,
             pad_multiple=ranks.tp_size,
+            # Rounded up as on a GPU, where numbers have to stay what they are.
+            rounded_to=64 if layout.sequence_parallel else 1,
             seed=7,
             step=step,
             loss=loss,
