@@ -370,8 +370,8 @@ def _accept_torch_adam() -> None:
 
     @functools.wraps(set_states)
     def set_states_without_step(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
-        # The loader skips what is no tensor.
-        set_states(self, model_param, {"step": None, **tensors})
+        # The loader skips what is no tensor. Slices of buffers bring a count of this process.
+        set_states(self, model_param, {**tensors, "step": None})
 
     @functools.wraps(load)
     def load_with_own_steps(self: Any, state_dict: dict[str, Any]) -> None:
