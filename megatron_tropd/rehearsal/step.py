@@ -186,7 +186,12 @@ class RehearsedJob(Job):
     def save(self, *, wait: bool = False) -> None:
         """What a checkpoint is made of; nothing is written."""
         with self.clock("checkpoint"):
-            state = self.checkpoints.state(self.student, extra={"step": 1}, is_loading=False)
+            state = self.checkpoints.state(
+                self.student,
+                extra={},
+                sharding=self.config.run.checkpoint_sharding,
+                is_loading=False,
+            )
             self.checkpoint_bytes = bytes_to_write(state)
 
     def _keeping(self, score: Any, model: Any) -> Any:
