@@ -8,7 +8,6 @@ Paths in a TOML file are relative to the file; paths given as ``key=value`` over
 import dataclasses
 import datetime
 import json
-import math
 import os
 import tomllib
 import types
@@ -20,6 +19,7 @@ from typing import Annotated, Any, Literal
 
 from megatron_tropd.errors import ConfigError
 from megatron_tropd.loss_config import LossConfig
+from megatron_tropd.megatron_config import MegatronConfig
 from megatron_tropd.settings import (
     Amount,
     Anything,
@@ -30,6 +30,7 @@ from megatron_tropd.settings import (
     Settings,
     Share,
     nearest,
+    require_plain,
 )
 from megatron_tropd.text_files import read_toml
 
@@ -130,7 +131,7 @@ class PromptConfig(Settings, section="rollout"):
     begins, also after a resumption."""
 
     def _check_together(self) -> None:
-        _require_plain(self.chat_template_kwargs, "rollout.chat_template_kwargs")
+        require_plain(self.chat_template_kwargs, "rollout.chat_template_kwargs")
         date = self.chat_template_date
         _require(
             date is None or _is_date(date),
@@ -143,24 +144,6 @@ def _is_date(text: str) -> bool:
         return datetime.date.fromisoformat(text).isoformat() == text
     except ValueError:
         return False
-
-
-def _require_plain(value: Any, where: str) -> None:
-    """Refuse what JSON and TOML do not both have, so that it stays what it is in every file."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            _require(isinstance(key, str), f"{where}: keys must be strings, found {key!r}.")
-            _require_plain(item, f"{where}.{key}")
-    elif isinstance(value, list):
-        for number, item in enumerate(value):
-            _require_plain(item, f"{where}[{number}]")
-    else:
-        good = isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
-        _require(
-            good,
-            f"{where} must be a string, a finite number, true, false, a list or a table, found "
-            f"{value!r}. Put a date in quotes; leave out what is empty.",
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,6 +182,12 @@ class RolloutConfig(PromptConfig, section="rollout"):
     """GPUs of one engine. More than 1 needs CUDA."""
     engine_memory: Positive = 0.4
     """Share of each GPU's memory the engine may take; without CUDA, GiB of KV cache."""
+    max_num_seqs: Count | None = None
+    """Most sequences an engine decodes together. None: vLLM's default (256; 1024 on a GPU of 70 GiB
+    or more that is no A100)."""
+    max_num_batched_tokens: Count | None = None
+    """Most tokens in one forward pass of an engine, prompts included. None: vLLM's default (8192,
+    or 16384 on such a GPU; without CUDA what one prompt needs)."""
     max_engine_gap: Amount | None = None
     """Largest mean difference of the log-probs that engine and trainer give the samples of the
     first step, in nats; above it the run stops. None: 0.001 in float32, 0.1 in bfloat16 (far above
@@ -206,6 +195,12 @@ class RolloutConfig(PromptConfig, section="rollout"):
 
     def _check_together(self) -> None:
         super()._check_together()
+        sequences, tokens = self.max_num_seqs, self.max_num_batched_tokens
+        _require(
+            sequences is None or tokens is None or sequences <= tokens,
+            f"rollout.max_num_batched_tokens must be at least rollout.max_num_seqs = {sequences}, "
+            f"for each sequence decodes a token, found {tokens}.",
+        )
         _require(
             self.weight_transport == "folder" or self.placement == "separate",
             'rollout.weight_transport = "direct" needs rollout.placement = "separate", found '
@@ -330,6 +325,7 @@ class Config(Settings):
     guidance: GuidanceConfig = GuidanceConfig()
     loss: LossConfig = field(default_factory=LossConfig)
     evaluation: EvaluationConfig = EvaluationConfig()
+    megatron: MegatronConfig = field(default_factory=MegatronConfig)
 
     def _check_together(self) -> None:
         world, engines = self.parallel.world_size, self.rollout.num_engines

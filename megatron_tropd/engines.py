@@ -31,6 +31,8 @@ def make_engine(
         vocab_size=inputs.vocab_size,
         memory=config.rollout.engine_memory,
         tensor_parallel=config.rollout.engine_tensor_parallel,
+        max_num_seqs=config.rollout.max_num_seqs,
+        max_num_batched_tokens=config.rollout.max_num_batched_tokens,
         threads=threads,
         log_file=log_file,
     )

@@ -173,7 +173,14 @@ def _environment(local: int, nodes: Nodes) -> dict[str, str]:
         "OMP_WAIT_POLICY": variable("OMP_WAIT_POLICY") or "PASSIVE",
         # Megatron's overlap of communication relies on the order of CUDA launches.
         "CUDA_DEVICE_MAX_CONNECTIONS": variable("CUDA_DEVICE_MAX_CONNECTIONS") or "1",
+        **_allocator(),
     }
+
+
+def _allocator() -> dict[str, str]:
+    """Segments that grow, for micro-batches of many lengths; a user's own setting stays."""
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    return {} if any(map(variable, names)) else {names[0]: "expandable_segments:True"}
 
 
 class _Supervisor:

@@ -9,7 +9,7 @@ from megatron_tropd.convert.accounting import (
     check_types,
     expected_tensors,
 )
-from megatron_tropd.convert.families import model_shape, plan
+from megatron_tropd.convert.families import ModelShape, model_shape, plan
 from megatron_tropd.convert.hf_folder import EMBEDDING, HEAD, HFFolder, naming
 from megatron_tropd.errors import ConfigError, InputError
 
@@ -26,7 +26,11 @@ def check_parallel(hf_config: dict[str, Any], parallel: ParallelConfig, *, who: 
         ConfigError: a size does not divide.
         InputError: the architecture is not supported.
     """
-    shape = model_shape(hf_config)
+    check_layout(model_shape(hf_config), parallel, who=who)
+
+
+def check_layout(shape: ModelShape, parallel: ParallelConfig, *, who: str) -> None:
+    """:func:`check_parallel` of an architecture that is known."""
     tensor, pipeline = parallel.tensor, parallel.pipeline
     sharded = [("attention heads", shape.heads), ("key/value heads", shape.kv_heads)]
     if shape.experts is None:

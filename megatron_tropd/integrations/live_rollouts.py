@@ -9,6 +9,7 @@ import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -40,6 +41,7 @@ from megatron_tropd.mcore.weights import export_weights
 from megatron_tropd.rollout.engine import RolloutEngine
 from megatron_tropd.rollout.pool import EnginePool
 from megatron_tropd.rollout.types import Sampling
+from megatron_tropd.rollout.weight_sync import Export
 from megatron_tropd.settings import Anything, Count, Settings
 
 if TYPE_CHECKING:
@@ -287,6 +289,8 @@ class LiveRollouts:
                 vocab_size=self._columns,
                 memory=rollout.engine_memory,
                 tensor_parallel=rollout.engine_tensor_parallel,
+                max_num_seqs=rollout.max_num_seqs,
+                max_num_batched_tokens=rollout.max_num_batched_tokens,
                 threads=max(1, len(os.sched_getaffinity(0)) // engines_here),
                 log_file=self.settings.log_folder / f"engine_{number:03d}.log",
             )
@@ -299,7 +303,8 @@ class LiveRollouts:
         )
 
     def _push_weights(self, model: torch.nn.Module, step: int) -> None:
-        tensors = export_weights(
+        export = partial(
+            export_weights,
             model,
             self._folder.config | {"vocab_size": self._columns},
             self._ranks,
@@ -307,7 +312,7 @@ class LiveRollouts:
             receivers=self._engines.owners,
             explicit_lm_head=True,
         )
-        self._engines.load_tensors(tensors, version=step)
+        self._engines.load_tensors(Export(export), version=step)
 
 
 def check_arguments(

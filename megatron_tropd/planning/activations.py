@@ -2,7 +2,7 @@ r"""Bytes that a forward pass leaves for the backward pass.
 
 Per position and layer, after Korthikanti et al., "Reducing Activation Recomputation in Large
 Transformer Models" (arXiv 2205.05198, section 4), with gated MLPs, grouped queries, fused attention
-(no scores), no dropout, and no recomputation, for the trainer does none.
+(no scores) and no dropout. What is recomputed or offloaded is taken off at the end.
 
 Letters: h = hidden, a = query columns, g = key columns, f = MLP columns of one rank (the last
 three divided by the tensor-parallel size t), k = experts of a token, e = bytes of an element.
@@ -15,9 +15,11 @@ from megatron_tropd.config import ParallelConfig
 from megatron_tropd.convert.families import Experts, ModelShape
 from megatron_tropd.convert.sizes import stage_sizes
 from megatron_tropd.planning.hardware import Layers
+from megatron_tropd.planning.options import Options, Recompute
 
 _STATISTIC = 4
 """Bytes of a norm's or a softmax's statistic, float32."""
+_FLOAT32 = 4
 _PER_ROUTE = 32
 """Bytes of the ids that bring one routed token to its expert and back; measured."""
 
@@ -73,15 +75,45 @@ def widths(shape: ModelShape, parallel: ParallelConfig, element: int, layers: La
     )
 
 
+@dataclass(frozen=True)
+class Activations:
+    """Bytes that the passes of a stage need."""
+
+    kept: float
+    """Saved tensors, most at a time, those on the host left out."""
+    recomputed: float
+    """Saved tensors of what is computed again together, while its gradients are taken."""
+    on_host: float
+    """Saved tensors that wait there."""
+
+
 def saved_per_position(w: Widths) -> float:
     """Bytes of one layer for one position: attention, MLP or mixture, two norms."""
-    mlp = _mixture(w, w.shape.experts) if w.shape.experts else _mlp(w)
-    return _norms(w) + _attention(w) + mlp
+    return 2 * _norm(w) + _attention(w) + _transformed(w)
 
 
-def saved(
+def kept_per_position(w: Widths, recompute: Recompute) -> float:
+    """The same where modules are recomputed (``recompute_granularity = "selective"``)."""
+    if recompute.method != "selective":
+        return saved_per_position(w)
+    modules = recompute.modules
+    first, second, transformed = _norm(w), _norm(w), _transformed(w)
+    attention = _attention(w, recomputed="core_attn" in modules)
+    if "layernorm" in modules:  # TE's norms belong to the products, save the one before a mixture
+        first = first if _fused_norm(w) else _input(w)
+        second = second if _fused_norm(w) and not w.shape.experts else _input(w)
+    if ("moe" if w.shape.experts else "mlp") in modules:
+        transformed = 0.0
+        second = _input(w) if _fused_norm(w) and not w.shape.experts else second
+    elif "moe_act" in modules and w.shape.experts and w.layers == "transformer_engine":
+        transformed -= w.shape.experts.per_token * w.ffn * w.element
+    return first + attention + second + transformed
+
+
+def activations(
     shape: ModelShape,
     parallel: ParallelConfig,
+    options: Options,
     *,
     stage: int,
     positions: int,
@@ -89,8 +121,8 @@ def saved(
     micro_batches: int,
     element: int,
     layers: Layers,
-) -> float:
-    """Most bytes of saved tensors that a rank of a stage holds at a time.
+) -> Activations:
+    """What a rank of a stage holds of its passes, most at a time.
 
     The schedule is 1F1B: stage i of p begins the backward pass of its first micro-batch when it
     has p - i of them in flight.
@@ -98,6 +130,7 @@ def saved(
     Args:
         shape: of the model.
         parallel: the layout.
+        options: what is recomputed, and what is offloaded.
         stage: 0-based pipeline stage.
         positions: of a micro-batch, padding included.
         length: of its rows.
@@ -107,13 +140,87 @@ def saved(
     """
     w = widths(shape, parallel, element, layers)
     num_layers = stage_sizes(shape.layers, parallel.pipeline)[stage]
-    bytes_of_one = positions * num_layers * saved_per_position(w)
-    bytes_of_one += length * num_layers * _rotary_tables(w)
+    kept, again = _layers_kept(w, options.recompute, num_layers, positions, length)
     if stage == 0:
-        bytes_of_one += 8 * positions  # the ids, for the embedding
+        kept += 8 * positions  # the ids, for the embedding
     if stage == parallel.pipeline - 1:
-        bytes_of_one += positions * _final(w)
-    return bytes_of_one * min(parallel.pipeline - stage, micro_batches)
+        kept += positions * _final(w)
+        again = max(0.0, again - positions * _final(w))  # which is gone by then
+    flying = min(parallel.pipeline - stage, micro_batches)
+    away = positions * _offloaded(w, options.offload) * _layers_away(options, num_layers, flying)
+    return Activations(kept * flying - away, again, away)
+
+
+def _layers_kept(
+    w: Widths, recompute: Recompute, layers: int, positions: int, length: int
+) -> tuple[float, float]:
+    """Of one micro-batch: bytes that stay, and how many more there are at the worst moment."""
+    whole, unit = recompute.whole_layers(layers), recompute.unit(layers)
+    tables = length * _rotary_tables(w)
+    one = positions * saved_per_position(w) + tables
+    if not whole:
+        kept = positions * kept_per_position(w, recompute) + tables
+        return layers * kept, positions * _made_again(w, recompute)
+    start = positions * _input(w)
+    if recompute.distributed:
+        start *= w.heads / w.shape.heads
+    angles = length * w.head_dim * _FLOAT32
+    kept = -(-whole // unit) * start + angles + (layers - whole) * one
+    again = unit * one - (layers - whole) * one  # the other layers are through by then
+    # The first norm's input is the unit's, except where a CPU makes a float32 copy of it.
+    copied = w.layers == "cpu" and w.element == 2
+    again -= 0 if copied or recompute.distributed else start
+    if whole % unit and whole > unit:
+        again -= start  # of the smaller unit at the end
+    return kept, max(0.0, again)
+
+
+def _made_again(w: Widths, recompute: Recompute) -> float:
+    """Bytes for one position while modules of one layer are recomputed, one after the other.
+
+    By the time of core attention more than it needs is gone, of the MLP.
+    """
+    experts = w.shape.experts
+    inner = 0.0 if experts or not _fused_norm(w) else _norm(w) - _input(w)
+    activation = experts.per_token * w.ffn * w.element if experts and _fused_norm(w) else 0.0
+    sizes = {
+        "mlp": 0.0 if experts else inner + _transformed(w),
+        "moe": _transformed(w) if experts else 0.0,
+        "moe_act": activation,
+        "layernorm": 0.0 if _fused_norm(w) and not experts else _norm(w) - _input(w),
+    }
+    return max((sizes.get(module, 0.0) for module in recompute.modules), default=0.0)
+
+
+def _offloaded(w: Widths, modules: frozenset[str]) -> float:
+    """Bytes of one layer and position that go to the host; tensors on a CPU never do.
+
+    Of the projection to queries, keys and values nothing is freed where norms of heads keep it.
+    """
+    if w.layers == "cpu":
+        return 0.0
+    fused, experts = _fused_norm(w), w.shape.experts
+    routes = experts.per_token if experts and fused else 0
+    columns = {
+        "attn_norm": 0.0 if fused else w.sharded_hidden,
+        "mlp_norm": 0.0 if fused and not experts else w.sharded_hidden,
+        "qkv_linear": w.sharded_hidden * (2 if fused else 1),
+        "core_attn": w.query + w.key + (0.0 if w.shape.qk_norm else w.fused_qkv),
+        "attn_proj": w.query,
+        "expert_fc1": routes * w.routed_hidden,
+        "moe_act": routes * 2 * w.ffn,
+        "fused_group_mlp": routes * (w.routed_hidden + 3 * w.ffn),
+    }
+    return w.element * sum(columns.get(module, 0.0) for module in modules)
+
+
+def _layers_away(options: Options, layers: int, flying: int) -> float:
+    """Layers, of all micro-batches in flight, whose offloaded tensors are on the host at a time.
+
+    The layer that is needed next is back, and the one before it on its way.
+    """
+    eligible = flying * (layers - options.recompute.whole_layers(layers))
+    return max(0.0, eligible - 2) * options.offload_fraction
 
 
 def _one_norm(w: Widths, columns: float, groups: float = 1) -> float:
@@ -123,20 +230,36 @@ def _one_norm(w: Widths, columns: float, groups: float = 1) -> float:
     return columns * w.element + groups * _STATISTIC
 
 
-def _norms(w: Widths) -> float:
-    return 2 * (_one_norm(w, w.sharded_hidden) + w.sharded_hidden * w.element)
+def _input(w: Widths) -> float:
+    """The residual stream, or the output of a norm."""
+    return w.sharded_hidden * w.element
 
 
-def _attention(w: Widths) -> float:
+def _norm(w: Widths) -> float:
+    """A norm and its output, which the product after it keeps."""
+    return _one_norm(w, w.sharded_hidden) + _input(w)
+
+
+def _fused_norm(w: Widths) -> bool:
+    """Whether a norm is part of the product that follows it."""
+    return w.layers == "transformer_engine"
+
+
+def _transformed(w: Widths) -> float:
+    return _mixture(w, w.shape.experts) if w.shape.experts else _mlp(w)
+
+
+def _attention(w: Widths, *, recomputed: bool = False) -> float:
     """Queries, keys, values, output (the projection's input too), logarithms of the sums.
 
     A value is a view of the fused projection and keeps all of it, except where keys and values
-    are repeated for every query head.
+    are repeated for every query head, as a CPU's kernels need them. Recomputation begins from
+    queries, keys and values as they were before.
     """
-    repeats = w.shape.heads > w.shape.kv_heads and w.layers != "transformer_engine"
+    repeats = w.shape.heads > w.shape.kv_heads and w.layers == "cpu" and not recomputed
     kept = 4 * w.query if repeats else 2 * w.query + w.key + w.fused_qkv
-    kept *= w.element
-    return kept + w.heads * _STATISTIC + _qk_norms(w, projection_is_kept=not repeats)
+    sums = 0.0 if recomputed else w.heads * _STATISTIC
+    return kept * w.element + sums + _qk_norms(w, projection_is_kept=not repeats)
 
 
 def _qk_norms(w: Widths, *, projection_is_kept: bool) -> float:

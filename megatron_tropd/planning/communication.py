@@ -6,6 +6,7 @@ all-gather half of that.
 
 from dataclasses import dataclass
 
+from megatron_tropd.convert.sizes import stage_sizes
 from megatron_tropd.planning.parameters import Model
 from megatron_tropd.planning.setup import Setup
 
@@ -40,19 +41,47 @@ def communication(made: Setup) -> Communication:
     student, teacher = made.student, made.teacher
     # A loss that looks at the student first takes one more pass.
     passes = 2 + made.config.loss.needs_student_pass
-    # Sharded inputs are gathered once more for the gradient of the weights.
-    sums = passes + (0.5 if made.parallel.sequence_parallel else 0)
+    again = repeated(made)
     return Communication(
         tensor_teacher=tensor_bytes(made, teacher, passes=1),
-        tensor_student=tensor_bytes(made, student, passes=sums),
+        tensor_student=tensor_bytes(made, student, passes=passes - 2 + student_sums(made)),
         expert_teacher=sum(expert_bytes(made, teacher, passes=1)),
-        expert_student=sum(expert_bytes(made, student, passes=passes)),
+        expert_student=sum(expert_bytes(made, student, passes=passes + again.routes)),
         pipeline_teacher=pipeline_bytes(made, teacher, passes=1),
         pipeline_student=pipeline_bytes(made, student, passes=passes),
         data=max(data_bytes(made, stage) for stage in {0, made.last_stage}),
         tied_embedding=tied_embedding_bytes(made),
         weight_sync=2.0 * student.parameters * made.element,
     )
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """Shares of a forward pass that recomputation takes once more."""
+
+    layers: float
+    """Of the layers, whole."""
+    sums: float
+    """Of the collectives over the tensor-parallel group."""
+    routes: float
+    """Of the tokens' ways to their experts and back."""
+
+
+def repeated(made: Setup) -> Repeated:
+    """What the options have the student's backward pass do again, on the first stage."""
+    recompute = made.options.recompute
+    layers = stage_sizes(made.student.shape.layers, made.parallel.pipeline)[0]
+    whole = recompute.whole_layers(layers) / layers
+    experts = made.student.shape.experts is not None
+    mlp = 0.5 if "mlp" in recompute.modules and not experts else 0.0  # one of two sums
+    routes = 1.0 if "moe" in recompute.modules and experts else 0.0
+    return Repeated(layers=whole, sums=whole + mlp, routes=whole + routes)
+
+
+def student_sums(made: Setup) -> float:
+    """Forward passes whose collectives equal those of the student's forward and backward."""
+    # Sharded inputs are gathered once more for the gradient of the weights.
+    return 2 + repeated(made).sums + (0.5 if made.parallel.sequence_parallel else 0)
 
 
 def tensor_bytes(made: Setup, model: Model, *, passes: float) -> float:
@@ -93,7 +122,7 @@ def pipeline_bytes(made: Setup, model: Model, *, passes: float) -> float:
 
 
 def data_bytes(made: Setup, stage: int) -> float:
-    """Float32 gradients over the replicas; with the distributed optimizer, new weights back."""
+    """Gradients over the replicas; with the distributed optimizer, new weights back."""
     held, p = made.held(made.student, stage), made.parallel
     return _reduced(made, held.dense, p.data) + _reduced(made, held.experts, p.expert_replicas)
 
@@ -109,5 +138,5 @@ def tied_embedding_bytes(made: Setup) -> float:
 def _reduced(made: Setup, parameters: int, replicas: int) -> float:
     ring = (replicas - 1) / replicas
     if made.parallel.distributed_optimizer:
-        return parameters * (_FLOAT32 + made.element) * ring
-    return 2 * parameters * _FLOAT32 * ring
+        return parameters * (made.gradient_element + made.element) * ring
+    return 2 * parameters * made.gradient_element * ring

@@ -5,6 +5,7 @@ from functools import cached_property
 
 from megatron_tropd.planning.communication import Communication, communication
 from megatron_tropd.planning.memory import Memory, fullest_stages, memory, obstacle
+from megatron_tropd.planning.options import describe_options
 from megatron_tropd.planning.seconds import Seconds, seconds
 from megatron_tropd.planning.setup import Setup
 
@@ -69,6 +70,7 @@ def layout_name(made: Setup) -> str:
     for name in ("uneven_stages", "sequence_parallel", "distributed_optimizer"):
         if getattr(p, name):
             parts.append(name.replace("_", " "))
+    parts += describe_options(made.options)
     gpus = rollout.engine_tensor_parallel
     engines = f"{_many(rollout.num_engines, 'engine')} of {_many(gpus, 'GPU')}"
     if made.separate:

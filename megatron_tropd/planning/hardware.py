@@ -37,6 +37,10 @@ class Hardware(Settings):
     """Share of every bandwidth that is reached. An assumption."""
     host_copy_gb_s: Positive = 5.0
     """From a GPU to a file in shared memory, or back: one thread copies. An assumption."""
+    host_link_gb_s: Positive = 32.0
+    """Peak between one GPU and the host's memory, in one direction (PCIe)."""
+    host_memory_gb_s: Positive = 40.0
+    """What one rank's Adam on the host reaches of its memory's bandwidth. An assumption."""
     shared_folder_gb_s: Positive = 2.0
     """What one node writes to the run's folder, which all nodes see, or reads. An assumption."""
     decode_overhead_ms: Positive = 3.0
@@ -71,15 +75,21 @@ class Hardware(Settings):
         """Reached bytes/s of one GPU's memory."""
         return self.memory_gb_s * 1e9 * self.achieved_bandwidth
 
+    @property
+    def host_link(self) -> float:
+        """Reached bytes/s between one GPU and the host's memory."""
+        return self.host_link_gb_s * 1e9 * self.achieved_bandwidth
+
     def link(self, neighbours: int) -> float:
         """Reached bytes/s between ranks of a group that spans ``neighbours`` adjacent ranks."""
         peak = self.intra_node_gb_s if neighbours <= self.gpus_per_node else self.network_gb_s
         return peak * 1e9 * self.achieved_bandwidth
 
 
-# NVIDIA's data sheets of the SXM parts: dense bf16 without sparsity; NVLink's figure counts both
-# directions and is halved here. The network is a choice of the cluster: one adapter of 400 Gb/s
-# (A100: 200 Gb/s) for each GPU, as in NVIDIA's own DGX systems.
+# NVIDIA's data sheets of the SXM parts: dense bf16 without sparsity; NVLink's figure and PCIe's
+# (Gen4 x16 for the A100, Gen5 x16) count both directions and are halved here. The network is a
+# choice of the cluster: one adapter of 400 Gb/s (A100: 200 Gb/s) for each GPU, as in NVIDIA's own
+# DGX systems.
 PRESETS = {
     preset.name: preset
     for preset in (
@@ -98,6 +108,7 @@ PRESETS = {
             memory_gb_s=3350,
             intra_node_gb_s=450,
             network_gb_s=50,
+            host_link_gb_s=64,
         ),
         Hardware(
             name="h200",
@@ -106,6 +117,7 @@ PRESETS = {
             memory_gb_s=4800,
             intra_node_gb_s=450,
             network_gb_s=50,
+            host_link_gb_s=64,
         ),
     )
 }

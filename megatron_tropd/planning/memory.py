@@ -8,7 +8,7 @@ trainer computes. A separate one has GPUs of its own, which hold nothing else.
 
 from dataclasses import dataclass
 
-from megatron_tropd.planning.activations import saved, widths
+from megatron_tropd.planning.activations import Activations, activations, widths
 from megatron_tropd.planning.parameters import Held, Model
 from megatron_tropd.planning.setup import Setup
 
@@ -20,6 +20,8 @@ ENGINE_WORKSPACE = 2 * 2**30
 """Bytes of an engine's own activations and graphs on each of its GPUs, awake or asleep: sleeping
 gives back weights and cache. An assumption."""
 _FLOAT32 = 4
+_ON_HOST = 4 * _FLOAT32
+"""Bytes in the host's memory of a parameter that it updates: gradient, weight, two moments."""
 _VALUES_OF_A_TOKEN = 16
 """32-bit words that the loss reports of a token; measured."""
 
@@ -58,6 +60,8 @@ class Memory:
     """The student's own hidden states of the whole step, for losses that look at them first."""
     activations: float
     """Saved for the student's backward pass, most at a time."""
+    recomputed: float
+    """Saved while one unit of layers, or the modules of one layer, are computed again."""
     backward: float
     """Gradients of activations on their way through one layer."""
     loss: float
@@ -80,7 +84,8 @@ class Memory:
         awake = self.engine_weights + self.engine_workspace + max(self.kv_cache, 0.0)
         training = self.resident + self.engine_asleep + self.teacher_hidden
         # The loss is gone by the time the gradients have reached a layer.
-        passing = max(self.activations, self.student_hidden) + max(self.backward, self.loss)
+        backward = self.backward + self.recomputed
+        passing = max(self.activations, self.student_hidden) + max(backward, self.loss)
         return {
             "rollout": self.resident + awake,
             "teacher": training + self.teacher_forward,
@@ -104,31 +109,39 @@ def memory_of_stage(made: Setup, stage: int) -> Memory:
     last = stage == made.last_stage
     engine = Engine(0.0, 0.0, 0.0, 0.0) if made.separate else engine_memory(made)
     scores = last and made.config.loss.needs_student_pass
+    passes = stage_activations(made, stage)
     return Memory(
         stage=stage,
         weights=student.total * made.element,
-        gradients=student.total * _FLOAT32,
+        gradients=student.total * made.gradient_element,
         optimizer=optimizer_bytes(made, student),
         teacher_weights=teacher.total * made.element,
         teacher_hidden=_hidden_states(made, made.teacher) if last else 0.0,
         teacher_forward=_working_set(made, made.teacher),
         student_hidden=_hidden_states(made, made.student) if scores else 0.0,
-        activations=saved(
-            made.student.shape,
-            made.parallel,
-            stage=stage,
-            positions=made.work.most_positions,
-            length=made.work.longest,
-            micro_batches=made.work.most_micro_batches,
-            element=made.element,
-            layers=made.hardware.layers,
-        ),
+        activations=passes.kept,
+        recomputed=passes.recomputed,
         backward=_working_set(made, made.student),
         loss=loss_bytes(made) if last else 0.0,
         engine_weights=engine.weights,
         engine_workspace=engine.workspace,
         kv_cache=engine.cache,
         engine_asleep=engine.asleep,
+    )
+
+
+def stage_activations(made: Setup, stage: int) -> Activations:
+    """What the student's passes hold on a stage."""
+    return activations(
+        made.student.shape,
+        made.parallel,
+        made.options,
+        stage=stage,
+        positions=made.work.most_positions,
+        length=made.work.longest,
+        micro_batches=made.work.most_micro_batches,
+        element=made.element,
+        layers=made.hardware.layers,
     )
 
 
@@ -179,16 +192,36 @@ def engine_obstacle(made: Setup) -> str:
 
 
 def optimizer_bytes(made: Setup, held: Held) -> float:
-    """Adam's two moments in float32 and, for bfloat16 weights, the float32 ones.
+    """Adam's two moments and, for bfloat16 weights, the main ones.
+
+    The distributed optimizer shards them. What the host updates has its moments there, its main
+    weights only with ``use_precision_aware_optimizer``: Megatron copies them, and keeps the
+    originals.
+    """
+    states, updated = made.options.states, updated_parameters(made, held)
+    away = 0.0 if made.hardware.layers == "cpu" else states.on_host
+    main = states.main if made.element == 2 else 0.0
+    main_stays = 1.0 - (away if states.precision_aware else 0.0)
+    return updated * (states.moments * (1 - away) + main * main_stays)
+
+
+def updated_parameters(made: Setup, held: Held) -> float:
+    """Parameters that one rank's optimizer updates.
 
     The distributed optimizer shards them over the replicas: all of them for dense parameters,
     those that hold the same experts for these.
     """
-    per_parameter = (3 if made.element == 2 else 2) * _FLOAT32
-    if not made.parallel.distributed_optimizer:
-        return held.total * per_parameter
     p = made.parallel
-    return per_parameter * (held.dense / p.data + held.experts / p.expert_replicas)
+    if not p.distributed_optimizer:
+        return float(held.total)
+    return held.dense / p.data + held.experts / p.expert_replicas
+
+
+def offloaded_parameters(made: Setup) -> float:
+    """Of those of the first stage, how many the host updates; a CPU offloads nothing."""
+    if made.hardware.layers == "cpu":
+        return 0.0
+    return made.options.states.on_host * updated_parameters(made, made.held(made.student, 0))
 
 
 def loss_bytes(made: Setup) -> float:
@@ -247,11 +280,18 @@ def cache_tokens(made: Setup, model: Model | None = None) -> int:
 
 
 def host_bytes(made: Setup) -> float:
-    """Of a node's own memory: weights on their way to its engines, and those of sleeping engines.
+    """Of a node's own memory: what engines take, and what the trainer offloads."""
+    ranks = min(made.hardware.gpus_per_node, made.parallel.world_size)
+    away = stage_activations(made, 0).on_host + _ON_HOST * offloaded_parameters(made)
+    return engine_host_bytes(made) + ranks * away
 
-    Each colocated engine gets the whole student through a file in shared memory and, asleep, keeps
-    a copy of its weights there; both for every engine of the node at the same time. What goes to
-    separate ones directly is kept on the first node until it is in the run's folder, too.
+
+def engine_host_bytes(made: Setup) -> float:
+    """Of a node's own memory: weights on their way to its engines.
+
+    Each colocated engine gets the whole student through a file in shared memory, all engines of the
+    node at the same time; asleep it keeps no weights. What goes to separate ones directly is kept
+    on the first node until it is in the run's folder, too.
     """
     if made.hardware.layers == "cpu":
         return 0.0
@@ -259,7 +299,7 @@ def host_bytes(made: Setup) -> float:
         return float(made.student.parameters * made.element) if made.direct else 0.0
     world = made.parallel.world_size
     engines = -(-made.rollout.num_engines * min(made.hardware.gpus_per_node, world) // world)
-    return 2.0 * engines * made.student.parameters * made.element
+    return float(engines * made.student.parameters * made.element)
 
 
 def checkpoint_bytes(made: Setup) -> float:

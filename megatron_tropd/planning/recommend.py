@@ -6,9 +6,11 @@ from math import isqrt
 from typing import Literal
 
 from megatron_tropd.config import ParallelConfig, RolloutConfig
+from megatron_tropd.convert.sizes import stage_sizes
 from megatron_tropd.errors import ConfigError
 from megatron_tropd.planning.estimate import Estimate, estimate, layout_name
 from megatron_tropd.planning.memory import engine_memory, engine_obstacle, fullest_stages
+from megatron_tropd.planning.options import Options, Recompute, effort, offloading, recomputing
 from megatron_tropd.planning.seconds import rollout_seconds
 from megatron_tropd.planning.setup import Setup, check_engines
 
@@ -36,11 +38,12 @@ def recommend(made: Setup, gpus: int) -> Recommendation:
     """Rank every layout of a number of GPUs by its expected seconds per step.
 
     Tensor parallelism stays within a node, sequence parallelism goes with it, the optimizer is
-    sharded wherever there are replicas. Engines are either colocated, each GPU belonging to one, or
-    have whole nodes of their own. Everything else is as configured, ``rollout.steps_ahead`` (which
-    changes what is learnt, not only how fast) and ``train.tokens_per_micro_batch`` among it; the
-    best layout with the other ``steps_ahead`` is named beside. Of layouts whose estimates differ by
-    less than 5 % the one with the least parallelism is taken.
+    sharded wherever there are replicas. Recomputation is looked at for layouts that do not fit
+    without, offloading if no layout fits. Engines are either colocated, each GPU belonging to one,
+    or have whole nodes of their own. Everything else is as configured, ``rollout.steps_ahead``
+    (which changes what is learnt, not only how fast) and ``train.tokens_per_micro_batch`` among it;
+    the best layout with the other ``steps_ahead`` is named beside. Of layouts whose estimates
+    differ by less than 5 % the one with the fewest options and the least parallelism is taken.
 
     Args:
         made: the run.
@@ -68,6 +71,15 @@ def recommend(made: Setup, gpus: int) -> Recommendation:
     return Recommendation(best, why, beside if asked else None)
 
 
+def _estimates(made: Setup, gpus: int, ahead: Literal[0, 1]) -> list[Estimate]:
+    """Every layout that the trainer accepts; with offloading where none fits without."""
+    kept = _every_layout(made, gpus, ahead, offload=False)
+    if not kept or any(e.fits for e in kept):
+        return kept
+    away = _every_layout(made, gpus, ahead, offload=True)
+    return [min(pair, key=lambda e: (not e.fits, e.peak)) for pair in zip(kept, away, strict=True)]
+
+
 def _nearest(estimates: list[Estimate]) -> tuple[Estimate, str]:
     nearest = min(estimates, key=lambda e: e.peak)
     return nearest, (
@@ -91,34 +103,65 @@ def _fastest(fitting: list[Estimate]) -> tuple[Estimate, str]:
     )
 
 
-def _complexity(made: Setup) -> tuple[bool, int]:
+def _complexity(made: Setup) -> tuple[bool, int, int]:
     p = made.parallel
-    # How many ranks a replica's weights are spread over.
-    return made.separate, p.pipeline * max(p.tensor, p.shards_of_expert * p.expert)
+    # Last, how many ranks a replica's weights are spread over.
+    return (
+        made.separate,
+        effort(made.options),
+        p.pipeline * max(p.tensor, p.shards_of_expert * p.expert),
+    )
 
 
-def _estimates(made: Setup, gpus: int, ahead: Literal[0, 1]) -> list[Estimate]:
+def _every_layout(made: Setup, gpus: int, ahead: Literal[0, 1], *, offload: bool) -> list[Estimate]:
     """Every layout that the trainer accepts, with the engines that sample fastest beside it."""
     estimates = []
     if not ahead or made.hardware.layers == "cpu":
-        estimates += _with_engines(made, gpus, _colocated(made, gpus, ahead))
+        engines = _colocated(made, gpus, ahead)
+        estimates += _with_engines(made, gpus, engines, offload=offload)
     node = made.hardware.gpus_per_node
     all_nodes = gpus // node if gpus % node == 0 else 1
     step = -(-all_nodes // _MOST_SPLITS)
     for nodes in range(step, all_nodes, step):
         engines = _apart(made, nodes, ahead)
-        estimates += _with_engines(made, gpus - nodes * node, engines)
+        estimates += _with_engines(made, gpus - nodes * node, engines, offload=offload)
     return estimates
 
 
-def _with_engines(made: Setup, gpus: int, engines: list[RolloutConfig]) -> list[Estimate]:
+def _with_engines(
+    made: Setup, gpus: int, engines: list[RolloutConfig], *, offload: bool
+) -> list[Estimate]:
     """Every layout of the trainer's GPUs, with the best of the engines that it leaves room for."""
     laid_out = list(_laid_out(made, gpus, engines[0]))
     if not laid_out:
         return []
     # How fast engines are depends on them alone, not on how the trainer is laid out.
     timed = [(rollout, rollout_seconds(one)) for rollout, one in _usable(laid_out[0], engines)]
-    return [estimate(replace(one, rollout=_choose(one, timed))) for one in laid_out]
+    return [_with_options(one, timed, offload=offload) for one in laid_out]
+
+
+def _with_options(
+    one: Setup, timed: list[tuple[RolloutConfig, float]], *, offload: bool
+) -> Estimate:
+    """A layout with as little recomputation and offloading as it needs."""
+    looked_at = []
+    for ways in _ways(one, offload=offload):
+        setups = [replace(one, options=options) for options in ways]
+        estimates = [estimate(replace(s, rollout=_choose(s, timed))) for s in setups]
+        if fitting := [e for e in estimates if e.fits]:
+            return _fastest(fitting)[0]
+        looked_at += estimates
+    return min(looked_at, key=lambda e: e.peak)
+
+
+def _ways(one: Setup, *, offload: bool) -> list[list[Options]]:
+    """Nothing recomputed, then as little as fits; or what can be offloaded."""
+    shape, plain = one.student.shape, replace(one.options, recompute=Recompute())
+    layers, mixture = stage_sizes(shape.layers, one.parallel.pipeline)[0], bool(shape.experts)
+    if offload and one.hardware.layers != "cpu":
+        sharded = one.parallel.distributed_optimizer
+        return [offloading(plain, mixture=mixture, sharded=sharded) or [plain]]
+    return [[plain], recomputing(plain, layers=layers, mixture=mixture)]
 
 
 def _usable(one: Setup, engines: list[RolloutConfig]) -> Iterator[tuple[RolloutConfig, Setup]]:

@@ -1,5 +1,6 @@
 """A plan as a table for a person, or as JSON."""
 
+import json
 import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -12,9 +13,11 @@ from megatron_tropd.planning.memory import (
     Memory,
     cache_tokens,
     checkpoint_bytes,
+    engine_host_bytes,
     engine_memory,
     host_bytes,
 )
+from megatron_tropd.planning.options import tables
 from megatron_tropd.planning.recommend import Recommendation
 from megatron_tropd.planning.seconds import concurrent_sequences
 from megatron_tropd.planning.setup import Setup
@@ -33,6 +36,7 @@ _ITEMS = {
     "student hidden states": "student_hidden",
     "activations": "activations",
     "backward pass": "backward",
+    "recomputed": "recomputed",
     "loss": "loss",
     "engine weights": "engine_weights",
     "engine workspace": "engine_workspace",
@@ -51,6 +55,7 @@ _SENT = {
     "tied embedding": "tied_embedding",
     "weights to the engine": "weight_sync",
 }
+_UNKNOWN = "not counted below: {}"
 _PHASES = ("rollout", "teacher", "student", "optimizer", "sync")
 
 
@@ -106,6 +111,7 @@ def _estimate_json(one: Estimate) -> dict[str, Any]:
         | {"concurrent_sequences": concurrent_sequences(made), "cache_tokens": cache_tokens(made)},
         "training_nodes": made.training_nodes,
         "engine_nodes": made.engine_nodes,
+        "megatron": tables(made.options),
         "fits": one.fits,
         "obstacle": one.obstacle,
         "memory_bytes": [asdict(s) | {"phases": s.phases, "peak": s.peak} for s in one.memory],
@@ -138,6 +144,8 @@ def _heading(made: Setup) -> str:
             ("rates", rates),
             ("step", step),
             ("layout", layout_name(made)),
+            *[("unknown", _UNKNOWN.format(", ".join(made.options.uncounted)))]
+            * bool(made.options.uncounted),
         ]
     )
 
@@ -187,9 +195,15 @@ def _elsewhere(made: Setup) -> str:
     """What is not on a GPU."""
     kept = made.config.run.keep_checkpoints
     disk = f"A checkpoint is about {checkpoint_bytes(made) / 1e9:.3g} GB on disk, {kept} are kept."
-    if host := host_bytes(made):
-        return f"Engines take {host / 1e9:.3g} GB of each node's own memory. {disk}"
-    return disk
+    engines = engine_host_bytes(made)
+    offloaded = host_bytes(made) - engines
+    takers = {"Engines": engines, "What the trainer offloads": offloaded}
+    host = [
+        f"{who} take{'s' if who[0] == 'W' else ''} {size / 1e9:.3g} GB of each node's own memory."
+        for who, size in takers.items()
+        if size
+    ]
+    return " ".join([*host, disk])
 
 
 def _shown_stages(stages: Sequence[Memory]) -> list[Memory]:
@@ -230,11 +244,22 @@ def _recommended_block(plan: Plan) -> str:
             f"{best.peak / 1e9:.1f} GB at most on a training GPU",
         ),
     ]
+    if options := _overrides(best.made):
+        lines.append(("options", options))
     lines += [("WARNING", f"here {text}") for text in slow_phases(best)]
     if other:
         when = "one step ahead" if other.made.rollout.steps_ahead else "on policy"
         lines.append((when, f"{layout_name(other.made)}: {other.seconds.total:.1f} s a step"))
     return _lines(lines)
+
+
+def _overrides(made: Setup) -> str:
+    """Megatron's options as words of the command line."""
+    return " ".join(
+        f"megatron.{table}.{name}={json.dumps(value, separators=(',', ':'))}"
+        for table, values in tables(made.options).items()
+        for name, value in values.items()
+    )
 
 
 def _lines(pairs: Sequence[tuple[str, str]]) -> str:

@@ -11,14 +11,27 @@ from megatron_tropd.planning.communication import (
     Communication,
     expert_bytes,
     pipeline_bytes,
+    repeated,
+    student_sums,
     tensor_bytes,
 )
-from megatron_tropd.planning.memory import cache_bytes_per_token, cache_tokens, engine_memory
+from megatron_tropd.planning.memory import (
+    cache_bytes_per_token,
+    cache_tokens,
+    offloaded_parameters,
+    stage_activations,
+    updated_parameters,
+)
 from megatron_tropd.planning.parameters import Model
 from megatron_tropd.planning.setup import Setup
 
-MOST_SEQUENCES = 256
-"""Sequences an engine decodes together; a test compares it with ``rollout.engine``."""
+MOST_SEQUENCES = {"cpu": 256, "gpu": 256, "large gpu": 1024}
+"""Sequences that vLLM decodes together by default."""
+_LARGE = 70 * 2**30
+"""Bytes of memory from which on vLLM takes a GPU for large, unless it is an A100."""
+_FLOAT32 = 4
+_READ_AND_WRITTEN = 7 * _FLOAT32
+"""Adam on the host, a parameter: gradient, weight and moments read, the last three written."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +77,8 @@ def seconds(made: Setup, sent: Communication) -> Seconds:
         made: the run.
         sent: its communication.
     """
-    student = pass_seconds(made, made.student, backward=True) + _reduction_seconds(made, sent)
+    passes = pass_seconds(made, made.student, backward=True)
+    student = passes + _reduction_seconds(made, sent, passes)
     if made.config.loss.needs_student_pass:
         student += pass_seconds(made, made.student, backward=False)
     return Seconds(
@@ -116,19 +130,46 @@ def pass_seconds(made: Setup, model: Model, *, backward: bool) -> float:
     m = work.micro_batches
     stages = stage_sizes(model.shape.layers, p.pipeline)
     one_layer = layer_seconds(made, model, work.positions / m)
-    products = [(3 if backward else 1) * layers * one_layer for layers in stages]
+    each = 3 + repeated_products(made) if backward else 1
+    products = [each * layers * one_layer for layers in stages]
     if backward:
         products[-1] += loss_flops(made, work.loss_tokens / m) / hardware.flops
-    passes = (2.5 if p.sequence_parallel else 2) if backward else 1
-    return (m + p.pipeline - 1) * (max(products) / p.tensor + _talk(made, model, passes) / m)
+    slot = max(products) / p.tensor + _talk(made, model, backward=backward) / m
+    if backward:  # offloaded tensors move beside the products, there and back
+        slot = max(slot, 2 * _moved_bytes(made) / hardware.host_link)
+    return (m + p.pipeline - 1) * slot
 
 
-def _talk(made: Setup, model: Model, passes: float) -> float:
+def repeated_products(made: Setup) -> float:
+    """Share of the student's forward products that its backward pass repeats."""
+    model, work = made.student, made.work
+    modules, again = made.options.recompute.modules, repeated(made)
+    if again.layers or not modules:
+        return again.layers
+    forward = layer_flops(model, 1, work.mean)
+    attention = forward - 2 * model.active / model.shape.layers
+    share = attention / forward if "core_attn" in modules else 0.0
+    if model.shape.experts:
+        routed = 2 * model.active_experts / model.shape.layers
+        return share + (routed / forward if "moe" in modules else 0.0)
+    mlp = 6 * model.shape.hidden * model.shape.ffn
+    return share + (mlp / forward if "mlp" in modules else 0.0)
+
+
+def _moved_bytes(made: Setup) -> float:
+    """Activations of one micro-batch that a rank of the first stage sends to the host."""
+    flying = min(made.parallel.pipeline, made.work.most_micro_batches)
+    return stage_activations(made, 0).on_host / flying
+
+
+def _talk(made: Setup, model: Model, *, backward: bool) -> float:
     """Seconds of the collectives of one stage and all micro-batches."""
     p, hardware = made.parallel, made.hardware
-    exchanged, gathered = expert_bytes(made, model, passes=min(passes, 2))
-    summed = tensor_bytes(made, model, passes=passes) + gathered
-    across = pipeline_bytes(made, model, passes=min(passes, 2))
+    routes = 2 + repeated(made).routes if backward else 1
+    exchanged, gathered = expert_bytes(made, model, passes=routes)
+    sums = student_sums(made) if backward else 1
+    summed = tensor_bytes(made, model, passes=sums) + gathered
+    across = pipeline_bytes(made, model, passes=2 if backward else 1)
     return (
         summed / hardware.link(p.tensor)
         + exchanged / hardware.link(p.shards_of_expert * p.expert)
@@ -136,24 +177,34 @@ def _talk(made: Setup, model: Model, passes: float) -> float:
     )
 
 
-def _reduction_seconds(made: Setup, sent: Communication) -> float:
-    # The distributed optimizer's share for new weights belongs to the optimizer; it is small and
-    # goes over the same links, so it is counted here.
-    p, hardware = made.parallel, made.hardware
+def _reduction_seconds(made: Setup, sent: Communication, passes: float) -> float:
+    """Gradients over the replicas, beside the last backward pass where they overlap.
+
+    The distributed optimizer's share for new weights belongs to the optimizer; it is small and
+    goes over the same links, so it is counted here. ``overlap_param_gather`` hides nothing: the
+    weights go to the engines before the next forward pass.
+    """
+    p, hardware, element = made.parallel, made.hardware, made.gradient_element
     over_replicas = sent.data / hardware.link(p.tensor * p.data)
+    if made.options.overlap_gradients:
+        gradients = element / (element + made.element) if p.distributed_optimizer else 1.0
+        last_backward = passes * 2 / 3 / (made.work.micro_batches + p.pipeline - 1)
+        over_replicas -= min(over_replicas * gradients, last_backward)
     return over_replicas + sent.tied_embedding / hardware.link(p.world_size)
 
 
 def optimizer_seconds(made: Setup) -> float:
     """Adam reads gradient, weight and two moments, writes the last three and the bfloat16 weight.
 
-    Before it, gradients are cleared and their norm is taken.
+    Before it, gradients are cleared and their norm is taken. What the host updates goes there as
+    float32 gradients and comes back as float32 weights.
     """
-    held, p = made.held(made.student, 0), made.parallel
-    updated = float(held.total)
-    if p.distributed_optimizer:
-        updated = held.dense / p.data + held.experts / p.expert_replicas
-    return (8 * held.total + 30 * updated) / made.hardware.memory_bandwidth
+    hardware, held = made.hardware, made.held(made.student, 0)
+    away = offloaded_parameters(made)
+    updated = updated_parameters(made, held) - away
+    on_gpu = (2 * made.gradient_element * held.total + 30 * updated) / hardware.memory_bandwidth
+    moved = 2 * _FLOAT32 * away / hardware.host_link
+    return on_gpu + moved + _READ_AND_WRITTEN * away / (hardware.host_memory_gb_s * 1e9)
 
 
 def rollout_seconds(made: Setup) -> float:
@@ -183,14 +234,22 @@ def concurrent_sequences(made: Setup) -> int:
     """Sequences an engine decodes together: its own limit, its work, its cache."""
     mine = -(-made.work.trajectories // made.rollout.num_engines)
     room = int(cache_tokens(made) // (made.work.prompt + made.work.mean_response))
-    return max(1, min(MOST_SEQUENCES, mine, room))
+    return max(1, min(most_sequences(made), mine, room))
+
+
+def most_sequences(made: Setup) -> int:
+    """``rollout.max_num_seqs``, or vLLM's default for the device."""
+    hardware = made.hardware
+    large = hardware.memory_gb * 1e9 >= _LARGE and "a100" not in hardware.name.lower()
+    default = "cpu" if hardware.layers == "cpu" else "large gpu" if large else "gpu"
+    return made.rollout.max_num_seqs or MOST_SEQUENCES[default]
 
 
 def sync_seconds(made: Setup) -> float:
     """New weights on their way, one process writing.
 
-    Colocated: the engine wakes with its old weights, the new ones are written into shared memory
-    and read. Separate: they are written into the run's folder. Directly: one GPU sends them once,
+    Colocated: they are written into shared memory and read; the engine dropped its own when it fell
+    asleep. Separate: they are written into the run's folder. Directly: one GPU sends them once,
     after a copy to the host, which is written while the next step trains.
     """
     weights, hardware = made.student.parameters * made.element, made.hardware
@@ -199,26 +258,15 @@ def sync_seconds(made: Setup) -> float:
         return weights / (network * 1e9) + weights / (hardware.host_copy_gb_s * 1e9)
     if made.separate:
         return weights / (hardware.shared_folder_gb_s * 1e9)
-    return (2 * weights + _offloaded_bytes(made)) / (hardware.host_copy_gb_s * 1e9)
+    return 2 * weights / (hardware.host_copy_gb_s * 1e9)
 
 
 def _arrival_seconds(made: Setup) -> float:
-    """Weights of an engine on the move beside :func:`sync_seconds`.
-
-    Separate: new ones are read from the run's folder, unless they came directly. Colocated: those
-    of an engine that falls asleep are copied to the host.
-    """
-    if made.direct:
+    """Separate engines read new weights from the run's folder, unless they came directly."""
+    if not made.separate or made.direct:
         return 0.0
-    if made.separate:
-        bandwidth = made.hardware.shared_folder_gb_s * 1e9
-        return made.student.parameters * made.element / bandwidth
-    return _offloaded_bytes(made) / (made.hardware.host_copy_gb_s * 1e9)
-
-
-def _offloaded_bytes(made: Setup) -> float:
-    """What a sleeping engine keeps in the host's memory, of each of its GPUs."""
-    return 0.0 if made.hardware.layers == "cpu" else engine_memory(made).weights
+    bandwidth = made.hardware.shared_folder_gb_s * 1e9
+    return made.student.parameters * made.element / bandwidth
 
 
 def _weights_read(made: Setup, sequences: int) -> float:

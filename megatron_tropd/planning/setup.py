@@ -5,10 +5,11 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from megatron_tropd.config import Config, ParallelConfig, RolloutConfig
-from megatron_tropd.convert.checks import check_parallel
+from megatron_tropd.convert.checks import check_layout
 from megatron_tropd.convert.sizes import padded_vocab_size
 from megatron_tropd.errors import ConfigError
 from megatron_tropd.planning.hardware import Hardware
+from megatron_tropd.planning.options import Options, options
 from megatron_tropd.planning.parameters import Held, Model, open_architecture
 from megatron_tropd.planning.workload import PROMPT_TOKENS, Workload, workload
 
@@ -18,13 +19,15 @@ class Setup:
     """A pair, its layout, one step's work, and the machines."""
 
     config: Config
-    """Of the run; ``parallel`` and ``rollout`` below replace its own."""
+    """Of the run; ``parallel``, ``rollout`` and ``options`` below replace its own."""
     parallel: ParallelConfig
     rollout: RolloutConfig
     student: Model
     teacher: Model
     work: Workload
     hardware: Hardware
+    options: Options
+    """Of Megatron's own, replacing the config's."""
     element: int
     """Bytes of a weight or activation: 2 for bfloat16, 4 for float32."""
 
@@ -37,6 +40,11 @@ class Setup:
     def vocab_shard(self) -> int:
         """Rows of the output layers on one rank."""
         return self.padded_vocab // self.parallel.tensor
+
+    @property
+    def gradient_element(self) -> int:
+        """Bytes of an element of the buffer of gradients."""
+        return 4 if self.options.gradients_in_fp32 else self.element
 
     @property
     def last_stage(self) -> int:
@@ -129,6 +137,7 @@ def setup(
             response_tokens=response_tokens,
         ),
         hardware=hardware,
+        options=options(config.megatron),
         element=2 if kind == "bfloat16" else 4,
     )
     _check(made)
@@ -142,7 +151,7 @@ def _padded_vocab(student: str, teacher: str, tensor: int) -> int:
 
 def _check(made: Setup) -> None:
     for model in (made.student, made.teacher):
-        check_parallel(model.config, made.parallel, who=model.who)
+        check_layout(model.shape, made.parallel, who=model.who)
         if made.work.longest > model.shape.context:
             raise ConfigError(
                 f"A prompt of {made.work.prompt} tokens and rollout.max_new_tokens = "

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 from collections.abc import Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any, Self
 
@@ -32,6 +33,8 @@ from megatron_tropd.rollout.wire import Offer
 
 _LOG_LINES_QUOTED = 15
 _CLOSE_SECONDS = 5.0
+_MEMORY = ("weights", "kv_cache")
+"""What an engine gives back asleep, by vLLM's names; each is woken by itself."""
 
 
 class RolloutEngine:
@@ -51,7 +54,8 @@ class RolloutEngine:
         memory: float = 1.0,
         tensor_parallel: int = 1,
         threads: int | None = None,
-        max_num_seqs: int = 256,
+        max_num_seqs: int | None = None,
+        max_num_batched_tokens: int | None = None,
         prefix_caching: bool = True,
         vocab_size: int | None = None,
     ) -> None:
@@ -65,7 +69,8 @@ class RolloutEngine:
             memory: share of each GPU's memory; without CUDA, GiB of KV cache.
             tensor_parallel: GPUs of the engine, from this rank's device on; 1 without CUDA.
             threads: CPU threads of the engine; None: as many as this process may use.
-            max_num_seqs: sequences decoded together.
+            max_num_seqs: most sequences decoded together; None: vLLM's default.
+            max_num_batched_tokens: most tokens of one forward pass; None: vLLM's default.
             prefix_caching: share the KV cache of equal beginnings within one call.
             vocab_size: the engine has so many columns of the vocabulary, the first ones: others
                 are never sampled and log-probs are over these. None: all of the model's.
@@ -103,12 +108,15 @@ class RolloutEngine:
             memory=memory,
             tensor_parallel=tensor_parallel,
             max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
             prefix_caching=prefix_caching,
             cuda=cuda,
         )
         self._config = write_engine_folder(source, self._place, vocab_size)
         self._waiting_for = "start"
-        self._asleep = False
+        self._asleep: set[str] = set()
+        self.has_weights = True
+        """Whether it can sample. An engine that slept cannot, before it is given weights again."""
         devices = _visible_devices(os.environ, tensor_parallel) if cuda else None
         threads = threads or len(os.sched_getaffinity(0))
         self._start(engine_environment(os.environ, threads=threads, cuda_devices=devices))
@@ -126,6 +134,17 @@ class RolloutEngine:
     def pid(self) -> int:
         """Process id of the child."""
         return self._process.pid
+
+    @property
+    def forgets(self) -> bool:
+        """Whether sleeping drops the weights; without CUDA an engine never sleeps."""
+        return self._settings.cuda
+
+    @property
+    def weight_bytes(self) -> int:
+        """Size of one version of the weights on their way to the engine."""
+        element = torch.finfo(getattr(torch, self._settings.dtype)).bits // 8
+        return sum(map(prod, self._expected.values())) * element
 
     def wait_ready(self) -> None:
         """Wait until the engine has loaded its model.
@@ -160,7 +179,12 @@ class RolloutEngine:
         for index, request in enumerate(requests):
             self._check_request(index, request)
         self.wait_ready()
-        self.wake()
+        if not self.has_weights:
+            raise TrainingError(
+                "The rollout engine dropped its weights when it slept and was given none since.",
+                kind="engine",
+            )
+        self._wake("kv_cache")
         self._send("generate", list(requests), sampling)
 
     def finish_generate(self) -> list[Sample]:
@@ -181,10 +205,9 @@ class RolloutEngine:
             TrainingError: the engine died; quotes its log.
         """
         check_complete(self._expected, tensor_shapes(Path(folder)), Path(folder))
-        self.wait_ready()
-        self.wake()
-        self._send("load_weights", str(folder))
-        self._receive()
+        self._wake("weights")
+        self._ask("load_weights", str(folder))
+        self.has_weights = True
 
     def receive_weights(self, offer: Offer, folder: str | Path) -> bool:
         """Replace the weights by those that a trainer broadcasts.
@@ -194,39 +217,49 @@ class RolloutEngine:
             folder: of the versions, where the rest is taken from if the broadcast breaks.
 
         Returns:
-            Whether the engine took part and has them; if not, it has those from before.
+            Whether the engine took part and has them; if not, it has what it had before.
 
         Raises:
             TrainingError: the engine died, by tensors that do not fit or do not come either way;
                 quotes its log.
         """
-        self.wait_ready()
-        self.wake()
-        self._send("receive_weights", offer, str(folder), self._expected)
-        return self._receive()
+        self._wake("weights")
+        taken = self._ask("receive_weights", offer, str(folder), self._expected)
+        self.has_weights |= taken
+        return taken
 
     def sleep(self) -> None:
-        """Give the GPU memory back while the trainer works. Nothing to do without CUDA."""
-        if self._settings.cuda and not self._asleep:
-            self.wait_ready()
-            self._send("sleep")
-            self._receive()
-            self._asleep = True
+        """Give the GPU memory back while the trainer works. Nothing to do without CUDA.
 
-    def wake(self) -> None:
-        """Undo :meth:`sleep`; generating and loading do so by themselves."""
-        if self._asleep:
-            self._send("wake")
-            self._receive()
-            self._asleep = False
+        The weights are dropped, not copied to the host: new ones come before the next samples.
+        New weights wake the memory for weights, generating wakes the cache.
+        """
+        if self.forgets and len(self._asleep) < len(_MEMORY):
+            self._ask("sleep")
+            self._asleep = set(_MEMORY)
+            self.has_weights = False
+
+    def _wake(self, part: str) -> None:
+        if part in self._asleep:
+            self._ask("wake", part)
+            self._asleep.remove(part)
+
+    def _ask(self, command: str, *arguments: Any) -> Any:
+        self.wait_ready()
+        self._send(command, *arguments)
+        return self._receive()
 
     def kill(self) -> None:
         """End the child process at once, from any thread; whoever waits for it gets its death."""
         self._process.kill()
 
     def close(self) -> None:
-        """End the child process; harmless when it has ended already."""
+        """End the child process and what it started; harmless when it has ended already.
+
+        Returns when their device memory is free, unless the driver takes longer.
+        """
         remove_engine_folder(self._place)
+        workers = process.descendants(self.pid)
         self._connection.close()
         if self._waiting_for:
             self._process.kill()
@@ -235,6 +268,7 @@ class RolloutEngine:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        process.wait_gone(workers, _CLOSE_SECONDS)
 
     def __enter__(self) -> Self:
         return self

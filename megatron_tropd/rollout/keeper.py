@@ -159,6 +159,8 @@ class EngineKeeper:
             self._engines.pop("teacher").close()
         if model == "teacher" and "teacher" not in self._engines:
             self._engines["student"].sleep()
+            if not self._engines["student"].has_weights:
+                self.weights = None  # the next unit for the student loads what it names
             self._start("teacher")
         return self._engines[model]
 

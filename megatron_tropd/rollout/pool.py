@@ -1,7 +1,7 @@
 """The engines of a run: which rank owns one, and how all ranks use them together."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Self
 
 import torch
@@ -48,7 +48,10 @@ class EnginePool:
         self._mailbox: WeightMailbox | None = None
         self._asked = False
         self._settled: list[Sample] | None = None
-        together(lambda: self._make(make_engine))
+        self._tensors: Iterable[tuple[str, Tensor | None]] = iter(())
+        self._filled = True
+        """Whether the engines have weights; those that they start with, at first."""
+        self._forgetful = any(together(lambda: self._make(make_engine)))
 
     @property
     def owns_engine(self) -> bool:
@@ -65,20 +68,26 @@ class EnginePool:
         Returns:
             One sample per request, in order, on every rank.
 
-        Collectives: those of :func:`share`; as many more where others were asked for before.
+        Collectives: those of :func:`share`; as many more where others were asked for before, and
+        those of :meth:`load_tensors` where the engines dropped their weights.
         """
         self._settle()
+        self._fill()
         units = self._cut(requests)
-        return merge_units(share(lambda: self._generate(units, sampling), self.owners))
+        samples = merge_units(share(lambda: self._generate(units, sampling), self.owners))
+        self._slept()
+        return samples
 
     def start_generate(self, requests: Sequence[SampleRequest], sampling: Sampling) -> None:
         """Ask for samples without waiting; one call at a time may be under way.
 
-        Args and errors as :meth:`generate`. Engines that sleep between calls cannot do it.
+        Args and errors as :meth:`generate`.
 
-        Collectives: one gather of the outcome.
+        Collectives: one gather of the outcome, and those of :meth:`load_tensors` where the engines
+        dropped their weights.
         """
         assert not self._asked, "start_generate before finish_generate"
+        self._fill()
         units = self._cut(requests)
 
         def mine() -> None:
@@ -104,14 +113,18 @@ class EnginePool:
 
         Args:
             tensors: HF names and tensors, ``None`` on ranks without an engine; exhausted on every
-                rank, since making them is collective.
+                rank, since making them is collective. Gone through again if the same weights are
+                sampled after a sleep, so no iterator where engines sleep
+                (:class:`~megatron_tropd.rollout.weight_sync.Export`).
             version: optimizer steps they have seen.
 
         Collectives: those of ``tensors``, a gather of the outcome, and those of :func:`share` for
         samples that were asked for and are still being made: they are of the weights before.
         """
         self._settle()
+        self._tensors = tensors
         together(lambda: self._load(tensors))
+        self._filled = True
 
     def sleep(self) -> None:
         """Give every engine's device memory back until the next call."""
@@ -121,6 +134,7 @@ class EnginePool:
                 self._engine.sleep()
 
         together(mine)
+        self._slept()
 
     def close(self) -> None:
         """End this rank's engine; not collective, harmless twice."""
@@ -137,13 +151,31 @@ class EnginePool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _make(self, make_engine: Callable[[int], RolloutEngine]) -> None:
-        if self._number is not None:
-            self._engine = make_engine(self._number)
-            self._mailbox = WeightMailbox()
+    def _make(self, make_engine: Callable[[int], RolloutEngine]) -> bool:
+        if self._number is None:
+            return False
+        self._engine = make_engine(self._number)
+        self._mailbox = WeightMailbox()
+        return self._engine.forgets
 
-    def _load(self, tensors: Iterable[tuple[str, Tensor | None]]) -> None:
-        folder = None
+    def _slept(self) -> None:
+        self._filled = self._filled and not self._forgetful
+
+    def _fill(self) -> None:
+        """Give engines that slept since they got their weights the same ones again."""
+        if self._filled:
+            return
+        if isinstance(self._tensors, Iterator):
+            raise TrainingError(
+                "Engines dropped their weights when they slept and have been given none since that "
+                "can be given again.",
+                kind="engine",
+            )
+        together(lambda: self._load(self._tensors))
+        self._filled = True
+
+    def _load(self, again: Iterable[tuple[str, Tensor | None]]) -> None:
+        folder, tensors = None, iter(again)
         try:
             if self._mailbox is not None:
                 folder = self._mailbox.write(tensors)
@@ -177,6 +209,7 @@ class EnginePool:
         if not self._asked or self._settled is not None:
             return
         self._settled = merge_units(share(self._fetch, self.owners))
+        self._slept()
 
 
 @contextmanager
@@ -184,12 +217,15 @@ def asleep_after(engine: RolloutEngine) -> Iterator[RolloutEngine]:
     """Use an engine; its device memory is the trainer's again on the way out.
 
     Every way of sampling goes through here, so that none can leave an engine awake. It wakes by
-    itself: to take new weights, or to generate.
+    itself: its memory for weights to take them, its cache to generate.
     """
     try:
         yield engine
-    finally:
-        engine.sleep()
+    except BaseException:
+        with suppress(TrainingError):  # it may be gone: the first error says why
+            engine.sleep()
+        raise
+    engine.sleep()
 
 
 def cut_units[T](requests: Sequence[T], count: int) -> list[list[T]]:

@@ -11,7 +11,8 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Collection, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import IO
@@ -21,10 +22,17 @@ _DISTRIBUTED_NAMES = frozenset(
         *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK"),
         *("GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_NAME", "ROLE_WORLD_SIZE"),
         *("MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS"),
-        # Expandable segments and vLLM's sleep mode exclude each other.
-        *("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"),
     ]
 )
+_TRAINER_NAMES = frozenset(
+    [
+        # Expandable segments and vLLM's sleep mode exclude each other.
+        *("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"),
+        # One queue keeps Megatron's collectives in order; vLLM's streams would wait for each other.
+        "CUDA_DEVICE_MAX_CONNECTIONS",
+    ]
+)
+"""What is set for the trainer's kernels and memory, not for vLLM's."""
 _prepared: "EngineProcess | None" = None
 
 
@@ -112,10 +120,39 @@ def leave_to_parent() -> None:
         _prepared = None
 
 
+def descendants(pid: int) -> list[int]:
+    """Processes that a process started, and those that these started; none if it is gone."""
+    found = []
+    for children in Path("/proc").glob(f"{pid}/task/*/children"):
+        with contextlib.suppress(OSError):
+            for child in map(int, children.read_text().split()):
+                found += [child, *descendants(child)]
+    return found
+
+
+def wait_gone(pids: Collection[int], seconds: float) -> None:
+    """Wait until processes that lost their parent have ended, if they do in time.
+
+    Only then is their device memory free. vLLM's workers end by themselves.
+    """
+    deadline = time.monotonic() + seconds
+    while any(map(_is_alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def _is_alive(pid: int) -> bool:
+    """Whether a process runs; one that nobody has waited for holds no memory any more."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in "ZX"
+
+
 def engine_environment(
     base: Mapping[str, str], *, threads: int, cuda_devices: str | None
 ) -> dict[str, str]:
-    """Environment of the child: the parent's without its place in the distributed job.
+    """Environment of the child: the parent's without its place in the job and its CUDA settings.
 
     Args:
         base: the parent's environment.
@@ -128,7 +165,7 @@ def engine_environment(
     kept = {
         name: value
         for name, value in base.items()
-        if name not in _DISTRIBUTED_NAMES and not name.startswith("TORCHELASTIC_")
+        if name not in _DISTRIBUTED_NAMES | _TRAINER_NAMES and not name.startswith("TORCHELASTIC_")
     }
     ours = {
         "OMP_NUM_THREADS": str(threads),
@@ -147,5 +184,9 @@ def engine_environment(
             "TORCHDYNAMO_DISABLE": "1",
         }
     else:
-        ours["CUDA_VISIBLE_DEVICES"] = cuda_devices
+        ours |= {
+            "CUDA_VISIBLE_DEVICES": cuda_devices,
+            # A forked worker would keep our pipe open, and the death of its engine be no error.
+            "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+        }
     return kept | ours

@@ -165,6 +165,7 @@ class ServerPool:
         return share(mine, self.owners)[0]
 
     def _hand_over(self, name: WeightsName, tensors: Iterable[tuple[str, Tensor | None]]) -> None:
+        tensors = iter(tensors)
         try:
             if self._direct is not None:
                 if self._pending is not None:

@@ -55,8 +55,10 @@ class EngineSettings(Settings):
     """Share of each GPU's memory; without CUDA, GiB of KV cache."""
     tensor_parallel: Count
     """GPUs of the engine; 1 without CUDA."""
-    max_num_seqs: Count
-    """Sequences decoded together."""
+    max_num_seqs: Count | None
+    """Most sequences decoded together; None: vLLM's default."""
+    max_num_batched_tokens: Count | None
+    """Most tokens of one forward pass; None: vLLM's default."""
     prefix_caching: bool
     """Share the KV cache of equal beginnings within one call."""
     cuda: bool

@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -28,6 +28,17 @@ _WRITER = "writer.txt"
 BUCKET_BYTES = 256 * 2**20
 VISIBLE_SECONDS = 60.0
 """After so long a network file system shows everyone what one machine wrote."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """A model's tensors under their HF names, made anew by everyone who goes through them."""
+
+    make: Callable[[], Iterator[tuple[str, Tensor | None]]]
+    """Making them is collective."""
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor | None]]:
+        return self.make()
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from megatron_tropd.rollout.worker_extension import WorkerExtension
 
 _PARENT_POLL_SECONDS = 0.5
 _GIB = 2**30
+_CPU_SEQUENCES = 256  # decoded together, vLLM's default on CPU
 _CPU_BLOCK = 128  # tokens of a KV block, vLLM's choice on CPU
 _CHATTY_LOGGERS = ("vllm.renderers.base", "vllm.v1.core.block_pool")
 
@@ -40,46 +41,68 @@ def build_llm(settings: EngineSettings) -> Any:
     Returns:
         ``vllm.LLM``.
     """
-    if settings.cuda:
-        device: dict[str, Any] = {
-            "gpu_memory_utilization": settings.memory,
-            "enable_sleep_mode": True,
-        }
-    else:
-        device = {
-            "kv_cache_memory_bytes": _cpu_cache_bytes(settings),
-            "enforce_eager": True,
-            # A prompt cut in two rewinds its generator, which a CPU generator cannot do.
-            "enable_chunked_prefill": False,
-            "max_num_batched_tokens": max(4096, settings.max_model_len, settings.max_num_seqs),
-        }
+    arguments = engine_arguments(settings)
     from vllm import LLM
 
     for name in _CHATTY_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
-    llm = LLM(
-        settings.model_folder,
-        dtype=settings.dtype,
-        max_model_len=settings.max_model_len,
-        max_num_seqs=settings.max_num_seqs,
-        tensor_parallel_size=settings.tensor_parallel,
-        enable_prefix_caching=settings.prefix_caching,
-        skip_tokenizer_init=True,
-        worker_extension_cls=f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}",
-        generation_config="vllm",
-        logprobs_mode="raw_logprobs",
-        load_format="dummy" if settings.cut_from else "safetensors",
-        trust_remote_code=False,
-        disable_log_stats=True,
-        seed=0,
-        **device,
-    )
+    llm = LLM(**arguments)
     if settings.cut_from:
         llm.collective_rpc("tropd_load_first_rows", args=(settings.cut_from, settings.vocab_size))
     return llm
 
 
-def _cpu_cache_bytes(settings: EngineSettings) -> int:
+def engine_arguments(settings: EngineSettings) -> dict[str, Any]:
+    """What ``vllm.LLM`` is called with; tests/unit_tests/test_vllm_on_cuda.py reviews it for CUDA.
+
+    Args:
+        settings: from the parent.
+    """
+    device = _cuda_arguments(settings) if settings.cuda else _cpu_arguments(settings)
+    return {
+        "model": settings.model_folder,
+        "dtype": settings.dtype,
+        "max_model_len": settings.max_model_len,
+        "tensor_parallel_size": settings.tensor_parallel,
+        "enable_prefix_caching": settings.prefix_caching,
+        "skip_tokenizer_init": True,
+        "worker_extension_cls": f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}",
+        "generation_config": "vllm",
+        "logprobs_mode": "raw_logprobs",
+        "load_format": "dummy" if settings.cut_from else "safetensors",
+        "trust_remote_code": False,
+        "disable_log_stats": True,
+        "seed": 0,
+        **device,
+    }
+
+
+def _cuda_arguments(settings: EngineSettings) -> dict[str, Any]:
+    limits = {
+        "max_num_seqs": settings.max_num_seqs,
+        "max_num_batched_tokens": settings.max_num_batched_tokens,
+    }
+    return {
+        "gpu_memory_utilization": settings.memory,
+        "enable_sleep_mode": True,
+        **{name: limit for name, limit in limits.items() if limit is not None},
+    }
+
+
+def _cpu_arguments(settings: EngineSettings) -> dict[str, Any]:
+    sequences = settings.max_num_seqs or _CPU_SEQUENCES
+    return {
+        "max_num_seqs": sequences,
+        "kv_cache_memory_bytes": _cpu_cache_bytes(settings, sequences),
+        "enforce_eager": True,
+        # A prompt cut in two rewinds its generator, which a CPU generator cannot do.
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": settings.max_num_batched_tokens
+        or max(4096, settings.max_model_len, sequences),
+    }
+
+
+def _cpu_cache_bytes(settings: EngineSettings, sequences: int) -> int:
     """KV cache for every sequence at full length, within ``settings.memory`` GiB."""
     from transformers import AutoConfig
 
@@ -89,7 +112,7 @@ def _cpu_cache_bytes(settings: EngineSettings) -> int:
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     element = 4 if settings.dtype == "float32" else 2
     per_token = 2 * config.num_hidden_layers * kv_heads * size * element
-    blocks = -(-settings.max_model_len // _CPU_BLOCK) * settings.max_num_seqs + 1
+    blocks = -(-settings.max_model_len // _CPU_BLOCK) * sequences + 1
     # The cache is zeroed at start-up, so memory nobody can use costs seconds.
     return min(int(settings.memory * _GIB), blocks * _CPU_BLOCK * per_token)
 
@@ -189,8 +212,9 @@ def _serve(connection: Connection) -> None:
         "generate": lambda *arguments: generate(llm, *arguments),
         "load_weights": lambda folder: load_weights(llm, folder),
         "receive_weights": lambda *arguments: receive_weights(llm, *arguments),
-        "sleep": lambda: llm.sleep(level=1),
-        "wake": lambda: llm.wake_up(),
+        # Level 2 drops the weights: they are replaced before they are used again.
+        "sleep": lambda: llm.sleep(level=2),
+        "wake": lambda part: llm.wake_up(tags=[part]),
     }
     while True:
         command, *arguments = connection.recv()

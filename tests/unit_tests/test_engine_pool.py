@@ -1,28 +1,39 @@
 """Engines beside the trainer give their memory back whenever nobody samples."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
 from megatron_tropd.errors import TrainingError
+from megatron_tropd.rollout.engine import RolloutEngine
 from megatron_tropd.rollout.pool import EnginePool
 from megatron_tropd.rollout.types import Sample, SampleRequest, Sampling
+from megatron_tropd.rollout.weight_sync import Export, WeightsName
+from megatron_tropd.rollout.wire import Offer
 
 REQUESTS = [SampleRequest((1, 2), 4, seed) for seed in range(3)]
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, stop_token_ids=())
+OFFER = Offer("id", WeightsName(1, "me"), "host", 1, "key", 0, 1.0)
 
 
 class RecordingEngine:
-    """Writes down what is asked of it; awake after every use, as vLLM is."""
+    """Writes down what is asked of it; awake after every use, as vLLM is, and empty after sleep."""
+
+    forgets = True
 
     def __init__(self, *, fails: bool = False) -> None:
         self.calls: list[str] = []
         self.fails = fails
+        self.has_weights = True
         self._asked: list[SampleRequest] = []
 
     def start_generate(self, requests: list[SampleRequest], sampling: Sampling) -> None:
-        self.calls.append("wake, start")
+        assert self.has_weights
+        self.calls.append("wake cache, start")
         self._asked = list(requests)
 
     def finish_generate(self) -> list[Sample]:
@@ -35,11 +46,16 @@ class RecordingEngine:
         self.start_generate(requests, sampling)
         return self.finish_generate()
 
-    def load_weights(self, folder: object) -> None:
-        self.calls.append("wake, load")
+    def load_weights(self, folder: Path) -> None:
+        found = [load_file(path)["a"].item() for path in folder.glob("*.safetensors")]
+        self.calls.append(f"wake weights, load {found}")
+        self.has_weights = True
 
     def sleep(self) -> None:
+        if self.fails and self._asked:
+            raise TrainingError("gone", kind="engine")
         self.calls.append("sleep")
+        self.has_weights = False
 
     def close(self) -> None:
         pass
@@ -57,29 +73,131 @@ def _pool(engine: RecordingEngine) -> EnginePool:
     return EnginePool(rank=0, world_size=1, num_engines=1, make_engine=lambda _: engine)  # type: ignore[arg-type,return-value]
 
 
+def _weights(value: int) -> Export:
+    return Export(lambda: iter([("a", torch.tensor(float(value)))]))
+
+
 @pytest.mark.usefixtures("one_rank")
-def test_an_engine_sleeps_after_every_way_of_sampling() -> None:
+def test_an_engine_sleeps_after_every_way_of_sampling_and_gets_weights_before_the_next() -> None:
     engine = RecordingEngine()
     with _pool(engine) as pool:
         pool.sleep()  # while the models are built
-        pool.load_tensors(iter([]), version=0)
+        pool.load_tensors(_weights(0), version=0)
         pool.start_generate(REQUESTS, SAMPLING)  # the rollout of a step
         assert [sample.token_ids for sample in pool.finish_generate()] == [(0,), (1,), (2,)]
-        pool.load_tensors(iter([]), version=1)
+        pool.load_tensors(_weights(1), version=1)
         pool.generate(REQUESTS, SAMPLING)  # an evaluation
-        pool.start_generate(REQUESTS, SAMPLING)
-        pool.load_tensors(iter([]), version=2)  # the samples are those of the weights before
+        pool.start_generate(REQUESTS, SAMPLING)  # the same weights again
+        pool.load_tensors(_weights(2), version=2)  # the samples are those of the weights before
         assert len(pool.finish_generate()) == 3
-    sampled = ["wake, start", "finish", "sleep"]
-    expected = ["sleep", "wake, load", *sampled, "wake, load", *sampled, *sampled, "wake, load"]
-    assert engine.calls == expected
+    sampled = ["wake cache, start", "finish", "sleep"]
+    loaded = [f"wake weights, load [{value}.0]" for value in range(3)]
+    evaluated = [loaded[1], *sampled, loaded[1], *sampled]
+    assert engine.calls == ["sleep", loaded[0], *sampled, *evaluated, loaded[2]]
 
 
 @pytest.mark.usefixtures("one_rank")
-def test_an_engine_that_fails_is_asleep_too() -> None:
+def test_an_engine_that_keeps_its_weights_is_given_them_once() -> None:
+    engine = RecordingEngine()
+    engine.forgets = False
+    engine.sleep = lambda: None  # type: ignore[method-assign]  # as without CUDA
+    with _pool(engine) as pool:
+        pool.load_tensors(iter([("a", torch.tensor(3.0))]), version=0)
+        pool.generate(REQUESTS, SAMPLING)
+        pool.generate(REQUESTS, SAMPLING)
+    assert sum("load" in call for call in engine.calls) == 1
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_weights_that_can_be_made_only_once_are_not_sampled_after_a_sleep() -> None:
+    engine = RecordingEngine()
+    with _pool(engine) as pool:
+        pool.load_tensors(iter([("a", torch.tensor(3.0))]), version=0)
+        pool.generate(REQUESTS, SAMPLING)
+        with pytest.raises(TrainingError, match="dropped their weights when they slept"):
+            pool.generate(REQUESTS, SAMPLING)
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_an_engine_that_fails_is_told_to_sleep_and_its_first_error_is_raised() -> None:
     engine = RecordingEngine(fails=True)
     with _pool(engine) as pool:
         pool.start_generate(REQUESTS, SAMPLING)
         with pytest.raises(TrainingError, match="lost"):
             pool.finish_generate()
-    assert engine.calls[-1] == "sleep"
+
+
+class FakeChild:
+    """Stands for the process of an engine and for both ends of its pipe."""
+
+    pid = 2**30  # nobody's
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[str, ...]] = []
+        self.child = self.connection = self
+
+    def send(self, message: tuple[str, ...]) -> None:
+        self.sent.append(message)
+
+    def recv(self) -> tuple[str, object]:
+        return "ok", self.sent[-1][0] == "receive_weights"
+
+    def wait(self, seconds: float) -> int:
+        return 0
+
+    def close(self) -> None:
+        pass
+
+    def keep_output(self, log_file: Path) -> None:
+        pass
+
+    @property
+    def commands(self) -> list[str]:
+        """Commands with their part of the memory, in order, since the start."""
+        return [
+            " ".join(message[: 2 if message[0] == "wake" else 1])
+            for message in self.sent
+            if message[0] not in ("print_to", "start")
+        ]
+
+
+@pytest.fixture
+def child(monkeypatch: pytest.MonkeyPatch) -> FakeChild:
+    """A machine with a GPU whose engine does whatever it is told."""
+    child = FakeChild()
+    monkeypatch.setattr("megatron_tropd.rollout.process.take", lambda _: child)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    return child
+
+
+def test_memory_for_weights_wakes_to_load_them_and_the_cache_to_sample(
+    child: FakeChild, tiny_llama: Path, tmp_path: Path
+) -> None:
+    with RolloutEngine(tiny_llama, max_model_len=16, log_file=tmp_path / "log") as engine:
+        engine.generate(REQUESTS, SAMPLING)  # with the weights it started with
+        engine.sleep()
+        engine.sleep()
+        assert not engine.has_weights
+        with pytest.raises(TrainingError, match="was given none since"):
+            engine.generate(REQUESTS, SAMPLING)
+        engine.load_weights(tiny_llama)
+        engine.generate(REQUESTS, SAMPLING)
+        engine.load_weights(tiny_llama)  # awake: nothing to wake
+        engine.generate(REQUESTS, SAMPLING)
+        engine.sleep()
+        engine.load_weights(tiny_llama)
+        engine.sleep()  # half awake
+        assert engine.receive_weights(OFFER, tmp_path)
+        engine.generate(REQUESTS, SAMPLING)
+    assert child.commands == [
+        *("generate", "sleep"),
+        *("wake weights", "load_weights", "wake kv_cache", "generate"),
+        *("load_weights", "generate", "sleep"),
+        *("wake weights", "load_weights", "sleep"),
+        *("wake weights", "receive_weights", "wake kv_cache", "generate"),
+    ]
+    assert engine.weight_bytes == 4 * sum(
+        t.numel() for t in load_file(tiny_llama / "model.safetensors").values()
+    )

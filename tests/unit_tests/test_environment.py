@@ -48,6 +48,14 @@ def test_readers_take_nothing_for_not_set(monkeypatch):
     check_device()
 
 
+def test_segments_of_the_trainers_memory_grow_unless_the_user_says_otherwise(monkeypatch):
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "")
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "")
+    assert launch._environment(1, Nodes())["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512")
+    assert launch._environment(1, Nodes())["PYTORCH_ALLOC_CONF"] == ""
+
+
 def test_numbers_are_read_in_one_place():
     """``int("")`` is a traceback, and ``in os.environ`` takes nothing for something."""
     reads = re.compile(r"(?:int|float)\(os\.environ|in os\.environ\b|\bos\.environ\[[^]]*\] ==")

@@ -4,7 +4,6 @@ Bytes are compared with real tensors in ``tests/distributed/test_planned_bytes.p
 """
 
 import dataclasses
-import inspect
 import json
 import shutil
 from pathlib import Path
@@ -20,18 +19,34 @@ from megatron_tropd.losses import chunks
 from megatron_tropd.losses.dense import DenseSpec
 from megatron_tropd.losses.signals import HiddenStatesSignal
 from megatron_tropd.losses.vocab_parallel import shard_of
-from megatron_tropd.planning import PRESETS, load_hardware, make_plan, plan_table, setup
+from megatron_tropd.megatron_fields import verdicts
+from megatron_tropd.planning import (
+    PRESETS,
+    Hardware,
+    Setup,
+    load_hardware,
+    make_plan,
+    plan_table,
+    setup,
+)
 from megatron_tropd.planning import memory as planned_memory
 from megatron_tropd.planning.activations import saved_per_position, widths
 from megatron_tropd.planning.communication import communication, expert_bytes
 from megatron_tropd.planning.estimate import estimate
+from megatron_tropd.planning.options import COUNTED, Options
 from megatron_tropd.planning.parameters import open_architecture
 from megatron_tropd.planning.recommend import recommend
 from megatron_tropd.planning.report import SCHEMA
-from megatron_tropd.planning.seconds import MOST_SEQUENCES, layer_flops, pass_seconds
-from megatron_tropd.rollout.engine import RolloutEngine
+from megatron_tropd.planning.seconds import (
+    MOST_SEQUENCES,
+    layer_flops,
+    loss_flops,
+    optimizer_seconds,
+    pass_seconds,
+    repeated_products,
+)
 from megatron_tropd.rollout.types import EngineSettings
-from megatron_tropd.rollout.worker import _cpu_cache_bytes
+from megatron_tropd.rollout.worker import _CPU_SEQUENCES, _cpu_cache_bytes
 
 RECIPES = Path(__file__).resolve().parents[2] / "configs" / "recipes"
 TOMLS = sorted(RECIPES.glob("*.toml"))
@@ -94,6 +109,7 @@ def test_recipes_and_their_plans_agree(path: Path):
     assert plan.asked.fits
     chosen, best = plan.asked.made, plan.recommended.best.made
     assert (chosen.parallel, chosen.rollout) == (best.parallel, best.rollout)
+    assert chosen.options == best.options
 
 
 @pytest.mark.parametrize("path", TOMLS, ids=lambda path: path.stem)
@@ -119,6 +135,7 @@ def test_no_recipe_is_missing():
         "qwen3_1.7b": 8,
         "qwen3_30b_a3b": 256,
         "qwen3_8b": 32,
+        "qwen3_8b_one_node": 8,
         "r1_distill_qwen_1.5b": 8,
     }
 
@@ -336,18 +353,18 @@ def test_a_token_takes_as_much_cache_as_the_engine_counts(small: Config):
         memory=1.0,
         tensor_parallel=1,
         max_num_seqs=1,
+        max_num_batched_tokens=None,
         prefix_caching=True,
         cuda=False,
     )
-    two_blocks = _cpu_cache_bytes(settings)  # of 128 tokens each
+    two_blocks = _cpu_cache_bytes(settings, 1)  # of 128 tokens each
     assert planned_memory.cache_bytes_per_token(made) == two_blocks / 256
 
 
 def test_constants_are_those_of_the_trainer():
     megabytes = {"cpu": chunks._MEMORY_MIB["cpu"], "gpu": chunks._MEMORY_MIB_ELSEWHERE}
     assert {k: v / 2**20 for k, v in planned_memory.LOSS_BUDGET.items()} == megabytes
-    default = inspect.signature(RolloutEngine).parameters["max_num_seqs"].default
-    assert default == MOST_SEQUENCES
+    assert MOST_SEQUENCES["cpu"] == _CPU_SEQUENCES
 
 
 def test_more_gpus_than_one_are_recommended_where_one_does_not_hold_the_models():
@@ -408,7 +425,7 @@ PLAN_KEYS = {
 }
 ESTIMATE_KEYS = {
     *("parallel", "rollout", "training_nodes", "engine_nodes", "fits", "obstacle"),
-    *("memory_bytes", "engine_bytes", "host_bytes", "checkpoint_bytes", "sent_bytes"),
+    *("megatron", "memory_bytes", "engine_bytes", "host_bytes", "checkpoint_bytes", "sent_bytes"),
     *("seconds", "warnings"),
 }
 
@@ -540,3 +557,171 @@ def test_bad_hardware_is_refused(text: str, message: str, tmp_path: Path):
     with pytest.raises(ConfigError) as error:
         load_hardware(str(path))
     assert message in str(error.value)
+
+
+UNIFORM = [
+    "megatron.model.recompute_granularity=full",
+    "megatron.model.recompute_method=uniform",
+    "megatron.model.recompute_num_layers=1",
+]
+HYBRID = [
+    "megatron.optimizer.optimizer_cpu_offload=true",
+    "megatron.optimizer.optimizer_offload_fraction=0.25",
+]
+
+
+def _with(*words: str, hardware: Hardware = H100) -> Setup:
+    """Qwen3-1.7B from Qwen3-4B on 8 GPUs, DP 8, with options."""
+    return setup(load_config(RECIPES / "qwen3_1.7b.toml", words), hardware)
+
+
+def test_a_recomputed_layer_keeps_its_input_alone():
+    """And while one is computed again, all that it saves otherwise."""
+    (plain,), (whole,) = (estimate(_with(*words)).memory for words in ([], UNIFORM))
+    positions, final = 8704, 8704 * (2048 * 2 + 4 + 1)
+    one = positions * saved_per_position(
+        widths(_with().student.shape, ParallelConfig(), 2, "transformer_engine")
+    )
+    rotary, angles = 8607 * 4 * 128 * 2, 8607 * 128 * 4
+    assert plain.recomputed == 0
+    assert whole.activations == 8 * positions + final + 28 * positions * 2048 * 2 + angles
+    assert whole.recomputed == one + rotary - positions * 2048 * 2 - final
+    assert whole.phases["student"] < plain.phases["student"]
+
+
+def test_selective_recomputation_as_megatron_means_it():
+    """Its default, core attention, is next to nothing with kernels that keep no scores."""
+    selective = "megatron.model.recompute_granularity=selective"
+    modules = 'megatron.model.recompute_modules=["mlp"]'
+    plain, attention, mlp = (_with(*w) for w in ([], [selective], [selective, modules]))
+    kept = [estimate(made).memory[0].activations for made in (plain, attention, mlp)]
+    assert kept[0] - kept[1] == 28 * 8704 * 16 * 4
+    # Transformer Engine's norm is part of the MLP: its output and statistic go, too.
+    assert kept[0] - kept[2] == 28 * 8704 * (2048 * 2 + 4 + 3 * 6144 * 2)
+
+
+def test_recomputation_costs_what_it_computes_again():
+    free = dataclasses.replace(H100, intra_node_gb_s=1e9)
+    plain, whole = (_with(*words, hardware=free) for words in ([], UNIFORM))
+    took = [pass_seconds(made, made.student, backward=True) for made in (plain, whole)]
+    loss = loss_flops(plain, plain.work.loss_tokens) / free.flops
+    assert took[1] - loss == pytest.approx(4 / 3 * (took[0] - loss))
+    assert pass_seconds(whole, whole.teacher, backward=False) == pytest.approx(
+        pass_seconds(plain, plain.teacher, backward=False)
+    )
+    sums = [_with("parallel.tensor=2", "parallel.data=4", *words) for words in ([], UNIFORM)]
+    sent = [communication(made).tensor_student for made in sums]
+    assert sent[1] == pytest.approx(1.5 * sent[0])
+
+
+def test_some_layers_of_a_stage_are_recomputed():
+    words = [*UNIFORM[:1], "megatron.model.recompute_method=block"]
+    seven, all_of_them = (
+        _with(*words, f"megatron.model.recompute_num_layers={n}") for n in (7, 100)
+    )
+    assert repeated_products(seven) == 1 / 4
+    assert repeated_products(all_of_them) == 1
+    (stage,), (every,) = (estimate(made).memory for made in (seven, all_of_them))
+    assert stage.recomputed == 0, "the other layers are through by then"
+    assert every.activations == estimate(_with(*UNIFORM)).memory[0].activations
+
+
+def test_the_hybrid_optimizer_leaves_what_megatron_leaves_on_the_gpu():
+    """Main weights stay where it copies them; being precision-aware, they are the copies."""
+    aware = "megatron.optimizer.use_precision_aware_optimizer=true"
+    shard = 1_720_574_976 / 8
+    made = [_with(*words) for words in ([], HYBRID, [*HYBRID, aware])]
+    held = [estimate(one).memory[0].optimizer for one in made]
+    assert held == pytest.approx([12 * shard, (4 + 8 * 3 / 4) * shard, 12 * 3 / 4 * shard])
+    host = [planned_memory.host_bytes(one) for one in made]
+    assert host[1] - host[0] == pytest.approx(8 * 16 * shard / 4)
+    assert optimizer_seconds(made[1]) > optimizer_seconds(made[0])
+
+
+def test_a_cpu_has_no_host_to_offload_to():
+    cpu = dataclasses.replace(H100, layers="cpu", memory_gb=512)
+    one = "rollout.engine_tensor_parallel=1"
+    plain, hybrid = (_with(one, *words, hardware=cpu) for words in ([], HYBRID))
+    assert estimate(plain).memory == estimate(hybrid).memory
+
+
+def test_states_and_gradients_of_lower_precision():
+    words = [
+        "megatron.optimizer.use_precision_aware_optimizer=true",
+        "megatron.optimizer.exp_avg_dtype=bfloat16",
+        "megatron.optimizer.exp_avg_sq_dtype=bfloat16",
+    ]
+    shard = 1_720_574_976 / 8
+    low = estimate(_with(*words, "megatron.ddp.grad_reduce_in_fp32=false")).memory[0]
+    whole = estimate(_with(*words, "megatron.optimizer.store_param_remainders=false")).memory[0]
+    assert low.gradients == 2 * 1_720_574_976
+    assert low.optimizer == pytest.approx((2 + 2 + 2) * shard)
+    assert whole.optimizer == pytest.approx((4 + 2 + 2) * shard)
+
+
+def test_offloaded_activations_wait_on_the_host():
+    """Two layers are on the GPU: the one in use and the one on its way."""
+    words = [
+        "megatron.model.fine_grained_activation_offloading=true",
+        'megatron.model.offload_modules=["core_attn","attn_proj","qkv_linear"]',
+    ]
+    plain, away = _with(), _with(*words)
+    # Two outputs of the norm, queries and keys after rotation, the output of attention.
+    moved = 26 * 8704 * (2 * 2048 + 2048 + 1024 + 2048) * 2
+    first, second = (estimate(made).memory[0].activations for made in (plain, away))
+    assert first - second == moved
+    engines = planned_memory.engine_host_bytes(away)
+    assert planned_memory.host_bytes(away) - engines == 8 * moved
+    slow = dataclasses.replace(H100, host_link_gb_s=1)
+    assert pass_seconds(_with(*words, hardware=slow), away.student, backward=True) == pytest.approx(
+        2 * away.work.micro_batches * moved / slow.host_link
+    )
+
+
+def test_gradients_beside_the_last_backward_pass_are_not_waited_for():
+    overlap = "megatron.ddp.overlap_grad_reduce=true"
+    waiting, beside = (estimate(_with(*words)).seconds.student for words in ([], [overlap]))
+    assert beside < waiting
+
+
+def test_recomputation_is_recommended_only_where_it_is_needed(capsys):
+    config = load_config(RECIPES / "qwen3_8b.toml")
+    assert recommend(setup(config, H100), 32).best.made.options == Options()
+    one_node = recommend(setup(config, H100), 8).best
+    assert one_node.fits and one_node.made.options.recompute.method != "none"
+    assert not one_node.made.options.states.on_host, "offloading if nothing fits without"
+    assert main(["plan", str(RECIPES / "qwen3_8b.toml"), "--gpus", "8"]) == 0
+    assert "megatron.model.recompute_granularity=" in capsys.readouterr().out
+
+
+def test_offloading_is_recommended_if_nothing_fits_without():
+    less = dataclasses.replace(H100, memory_gb=64)
+    best = recommend(setup(load_config(RECIPES / "qwen3_8b.toml"), less), 8).best
+    assert best.made.options.states.on_host > 0
+
+
+def test_options_that_the_plan_does_not_count_are_named(capsys):
+    recipe = str(RECIPES / "qwen3_1.7b.toml")
+    assert main(["plan", recipe, "megatron.model.mlp_chunks_for_training=2"]) == 0
+    assert "not counted below: model.mlp_chunks_for_training" in capsys.readouterr().out
+
+
+def test_counted_options_are_megatrons():
+    for table, names in COUNTED.items():
+        assert names <= verdicts(table).keys()
+
+
+OPTION_ERRORS = {
+    "recompute_granularity=half": "must be one of full, selective, found 'half'",
+    "recompute_granularity=full": "recompute_method must be one of uniform, block, found None",
+    "recompute_granularity=selective recompute_modules=mlp": "must be a list of names",
+    'recompute_granularity=selective recompute_modules=["mpl"]': "core_attn, mlp, moe",
+    "recompute_granularity=full recompute_method=block": "recompute_num_layers must be a whole",
+}
+
+
+@pytest.mark.parametrize("words", OPTION_ERRORS)
+def test_bad_options_are_refused(words: str, capsys):
+    overrides = [f"megatron.model.{word}" for word in words.split()]
+    assert main(["plan", str(RECIPES / "qwen3_1.7b.toml"), *overrides]) == 2
+    assert OPTION_ERRORS[words] in capsys.readouterr().err

@@ -45,6 +45,7 @@ class CountingEngine:
         self.killed = threading.Event()
         self.loaded: list[Path] = []
         self.offers: Iterator[bool | TrainingError] = iter([])
+        self.has_weights = True
 
     def wait_ready(self) -> None:
         pass
@@ -55,6 +56,7 @@ class CountingEngine:
 
     def load_weights(self, folder: Path) -> None:
         self.loaded.append(folder)
+        self.has_weights = True
 
     def receive_weights(self, _: wire.Offer, __: Path) -> bool:
         end = next(self.offers)
@@ -66,7 +68,7 @@ class CountingEngine:
         self.killed.set()
 
     def sleep(self) -> None:
-        pass
+        self.has_weights = False
 
     close = sleep
 
@@ -278,6 +280,25 @@ def test_a_unit_that_kills_every_engine_is_given_up(start, tmp_path: Path) -> No
     start(0, die)
     with pytest.raises(TrainingError, match=r"Unit 0 of 1 failed 3 times.*out of memory"):
         Dispatch(units(1), [client(tmp_path)], QUICK).wait()
+
+
+def test_weights_that_were_dropped_for_the_teachers_engine_are_loaded_again(tmp_path: Path) -> None:
+    engines: dict[str, CountingEngine] = {}
+
+    def make(model: wire.Model) -> CountingEngine:
+        engines[model] = CountingEngine(lambda _: None)
+        return engines[model]
+
+    versions = WeightVersions(tmp_path / "weights")
+    versions.write(WEIGHTS, iter([("a", torch.zeros(1))]))
+    keeper = EngineKeeper(make, versions, wait=lambda _: None)  # type: ignore[arg-type]
+    keeper.start()
+    student = wire.Unit("a", "student", WEIGHTS, (), Sampling(), PATIENCE)
+    for unit in (student, student, dataclasses.replace(student, model="teacher", weights=None)):
+        keeper.run(unit)
+    assert len(engines["student"].loaded) == 1 and keeper.weights is None
+    keeper.run(student)
+    assert len(engines["student"].loaded) == 2 and keeper.weights == WEIGHTS
 
 
 def test_a_server_whose_engine_keeps_dying_ends(

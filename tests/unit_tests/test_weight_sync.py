@@ -101,7 +101,7 @@ def test_tied_models_must_bring_an_explicit_output_layer(
     )
 
 
-def test_the_engine_does_not_inherit_its_parents_place_in_the_job() -> None:
+def test_the_engine_inherits_neither_its_parents_place_in_the_job_nor_its_cuda_settings() -> None:
     base = {
         "PATH": "/bin",
         "RANK": "3",
@@ -109,6 +109,10 @@ def test_the_engine_does_not_inherit_its_parents_place_in_the_job() -> None:
         "TORCHELASTIC_RUN_ID": "x",
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "4,5",
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+        "NCCL_SOCKET_IFNAME": "ib0",
     }
     cpu = engine_environment(base, threads=2, cuda_devices=None)
     assert cpu["PATH"] == "/bin"
@@ -118,6 +122,8 @@ def test_the_engine_does_not_inherit_its_parents_place_in_the_job() -> None:
     gpu = engine_environment(base, threads=2, cuda_devices="5")
     assert gpu["CUDA_VISIBLE_DEVICES"] == "5"
     assert "TORCHDYNAMO_DISABLE" not in gpu
+    assert not [name for name in gpu if "ALLOC_CONF" in name or "CONNECTIONS" in name]
+    assert gpu["NCCL_SOCKET_IFNAME"] == "ib0"
 
 
 def test_versions_are_complete_named_by_their_writer_and_pruned(tmp_path: Path) -> None:
