@@ -1,20 +1,20 @@
 """How long training stands still for a checkpoint: written at once, and in the background.
 
     python benchmarks/checkpoint.py [--layers N] [--hidden N] [--rounds N] [--folder DIR]
+        [--sharding fully_reshardable|dp_reshardable]
 
-Two gloo ranks (tensor parallel) train a random Llama in fp32 with Adam on random tokens and save
+Two gloo ranks (tensor parallel; with ``--sharding`` two replicas that share an optimizer) train a random Llama in fp32 with Adam on random tokens and save
 it. *at once*: a step, a save, waiting for it. *background*: a step, the start of a save, then steps
 with a poll after each until the checkpoint is complete. Both in every round; medians of rank 0.
 Writing takes its share of the cores and the disk: the steps meanwhile are counted too.
 
-The result goes to ``benchmarks/results/checkpoint-<hardware>.json``.
+The result goes to ``benchmarks/results/checkpoint[-<sharding>]-<hardware>.json``.
 """
 
 import argparse
 import json
 import os
 import shutil
-import socket
 import statistics
 import tempfile
 import time
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 from step import REPOSITORY, commit, describe_hardware, our_packages
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -58,7 +59,7 @@ def trajectories(step: int, vocab: int) -> list[Trajectory]:
 class Training:
     """A student that takes steps and saves."""
 
-    def __init__(self, model: Path, folder: Path) -> None:
+    def __init__(self, model: Path, folder: Path, sharding: str | None) -> None:
         from megatron_tropd.convert.families import model_shape
         from megatron_tropd.convert.hf_folder import HFFolder
         from megatron_tropd.mcore import models, parallel, platform
@@ -67,14 +68,17 @@ class Training:
 
         platform.prepare_platform()
         layout, source = ParallelConfig(tensor=RANKS), HFFolder(model)
+        if sharding:
+            layout = ParallelConfig(data=RANKS, distributed_optimizer=True)
+        self._sharding = {"sharding": sharding} if sharding else {}
         self.ranks = parallel.initialize(layout, seed=1)
         self._vocab = model_shape(source.config).vocab
         shared = {"ranks": self.ranks, "parallel": layout, "dtype": torch.float32}
-        padded = models.padded_vocab_size(source.config, tensor=RANKS)
+        padded = models.padded_vocab_size(source.config, tensor=layout.tensor)
         network = models.build_model(source, padded_vocab_size=padded, **shared)
         self._student = Student(network, train=TRAIN, **shared)
         self._checkpoints = Checkpoints(
-            folder, keep=1, ranks=self.ranks, distributed_optimizer=False
+            folder, keep=1, ranks=self.ranks, distributed_optimizer=layout.distributed_optimizer
         )
         self._steps = 0
 
@@ -82,8 +86,9 @@ class Training:
         """Seconds of an optimizer step."""
         from megatron_tropd.mcore.step import cross_entropy
 
-        place = {"dp_rank": 0, "dp_size": 1, "tokens_per_micro_batch": 512}
-        batches = pack(trajectories(self._steps, self._vocab), seed=0, step=0, **place)
+        place = {"dp_rank": self.ranks.dp_rank, "dp_size": self.ranks.dp_size}
+        given = trajectories(self._steps, self._vocab)
+        batches = pack(given, **place, tokens_per_micro_batch=512, seed=0, step=0)
         start = time.perf_counter()
         self._student.train_step(batches, cross_entropy)
         self._steps += 1
@@ -120,16 +125,15 @@ class Training:
         }
 
     def _save(self) -> None:
-        self._checkpoints.save(self._student, step=self._steps, extra={})
+        self._checkpoints.save(self._student, step=self._steps, extra={}, **self._sharding)
 
 
-def work(rank: int, port: int, model: str, folder: str, rounds: int) -> None:
+def work(rank: int, model: str, folder: str, rounds: int, sharding: str | None) -> None:
     """One rank."""
     torch.set_num_threads(1)
-    local = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "LOCAL_WORLD_SIZE": RANKS}
-    os.environ.update({name: str(value) for name, value in local.items()})
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    training = Training(Path(model), Path(folder) / "checkpoints")
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS)
+    training = Training(Path(model), Path(folder) / "checkpoints", sharding)
     training.round()  # the first save makes what later ones find
     measured = [training.round() for _ in range(rounds)]
     if rank == 0:
@@ -142,9 +146,11 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--sharding", choices=["fully_reshardable", "dp_reshardable"])
     parser.add_argument("--folder", type=Path, default=None, help="default: the temporary folder")
     arguments = parser.parse_args()
     slug, hardware = describe_hardware()
+    sharding = arguments.sharding or ""
     hardware["load_average_before"] = round(os.getloadavg()[0], 2)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as scratch:
         config = LlamaConfig(
@@ -156,12 +162,9 @@ def main() -> None:
         )
         model = LlamaForCausalLM(config)
         model.save_pretrained(Path(scratch) / "model")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         mp.spawn(
             work,
-            (port, str(Path(scratch) / "model"), scratch, arguments.rounds),
+            (str(Path(scratch) / "model"), scratch, arguments.rounds, arguments.sharding),
             nprocs=RANKS,
         )
         measured = json.loads((Path(scratch) / "rounds.json").read_text())
@@ -169,7 +172,7 @@ def main() -> None:
         disk = shutil.disk_usage(scratch).free / 2**30
     result: dict[str, Any] = {
         "hardware": hardware | {"free_gib": round(disk, 1)},
-        "command": "python benchmarks/checkpoint.py",
+        "command": "python benchmarks/checkpoint.py" + (sharding and f" --sharding {sharding}"),
         **commit(),
         "versions": {name: version(name) for name in our_packages()},
         "settings": {name: getattr(arguments, name) for name in ("layers", "hidden", "rounds")},
@@ -180,7 +183,8 @@ def main() -> None:
         },
         "rounds": measured,
     }
-    out = REPOSITORY / "benchmarks" / "results" / f"checkpoint-{slug}.json"
+    name = "-".join(filter(None, ["checkpoint", sharding, slug]))
+    out = REPOSITORY / "benchmarks" / "results" / f"{name}.json"
     out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps({k: v for k, v in result.items() if k != "rounds"}, indent=1))
 

@@ -8,10 +8,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tropd.config import LossConfig
-from megatron_tropd.data.types import MicroBatch, Segment, Trajectory
+from megatron_tropd.data.packing import count_loss_tokens
+from megatron_tropd.data.types import MicroBatch, Segment, Trajectory, upload
 from megatron_tropd.loss_config import PRESETS, preset
 from megatron_tropd.losses import LossTargets, TeacherSignal, token_statistics_from_hidden
-from megatron_tropd.losses.selection import future_mean, group_normalise, top_share
+from megatron_tropd.losses.selection import (
+    future_mean,
+    group_normalise,
+    num_selected,
+    top_share,
+)
 from megatron_tropd.losses.terms import rewards
 
 
@@ -91,8 +97,15 @@ def choose(
     lengths = [len(part) for part in hidden]
     selected = made = None
     if config.select == "student_entropy":
+        total = count_loss_tokens(trajectories, config).student
         chosen_T = top_share(
-            entropy_T, config.select_share, tokens.student_T, keys_T=tokens.keys_T, group=dp_group
+            entropy_T,
+            num_selected(config.select_share, total),
+            tokens.student_T,
+            keys_T=tokens.keys_T,
+            # Rows and lengths of the n-th micro-batch are the same on every rank; tokens are not.
+            longest=sum(batch.tokens.numel() for batch in batches),
+            group=dp_group,
         )
         selected = list((chosen_T | ~tokens.student_T).split(lengths))
     if config.future != "none" or config.group_normalise:
@@ -112,12 +125,16 @@ def _far_rewards(
     reward_T = rewards(log_ratio_T, config)
     if config.future == "mean":
         reward_T = future_mean(
-            reward_T, tokens.student_T, rows_T=tokens.rows_T, positions_T=tokens.positions_T
+            reward_T,
+            tokens.student_T,
+            rows_T=tokens.own_rows_T,
+            positions_T=tokens.positions_T,
+            shape=tokens.shape,
         )
     if config.group_normalise:
         numbers: dict[int, int] = {}
         of_row = [numbers.setdefault(t.prompt_index, len(numbers)) for t in trajectories]
-        groups_T = torch.tensor(of_row, device=tokens.rows_T.device)[tokens.rows_T]
+        groups_T = upload(torch.tensor(of_row), tokens.rows_T.device)[tokens.rows_T]
         reward_T = group_normalise(
             reward_T, tokens.student_T, groups_T, num_groups=len(numbers), group=dp_group
         )
@@ -154,20 +171,30 @@ class _Tokens:
     """[T] bool, written by the student."""
     rows_T: Tensor
     """[T] int64 index of the trajectory in the step's list."""
+    own_rows_T: Tensor
+    """[T] int64 the same, counted among the rows of this rank."""
     positions_T: Tensor
     """[T] int64 index within prefix + response."""
+    shape: tuple[int, int]
+    """Rows of this rank, and positions of the longest."""
 
     @classmethod
     def of(cls, batches: Sequence[MicroBatch]) -> "_Tokens":
         """In the order of the micro-batches."""
-        student, rows, positions = [], [], []
+        student = [b.of_loss_tokens(b.segments) == Segment.STUDENT for b in batches]
+        positions = [b.of_loss_tokens(b.response_positions) for b in batches]
+        own_rows, rows, longest = [], 0, 0
         for batch in batches:
-            mask = batch.loss_mask
-            row_of_b = torch.tensor(batch.rows, device=mask.device)
-            student.append(batch.segments[mask] == Segment.STUDENT)
-            rows.append(row_of_b[mask.nonzero()[:, 0]])
-            positions.append(batch.response_positions[mask])
-        return cls(torch.cat(student), torch.cat(rows), torch.cat(positions))
+            length = batch.tokens.shape[1]
+            own_rows.append(batch.loss_at // length + rows)
+            rows, longest = rows + len(batch.rows), max(longest, length)
+        return cls(
+            torch.cat(student),
+            torch.cat([batch.loss_rows for batch in batches]),
+            torch.cat(own_rows),
+            torch.cat(positions),
+            (rows, longest),
+        )
 
     @property
     def keys_T(self) -> Tensor:
@@ -179,12 +206,11 @@ def targets_of(
     batch: MicroBatch, *, weights_T: Tensor | None = None, rewards_T: Tensor | None = None
 ) -> LossTargets:
     """The loss tokens of a micro-batch as the loss takes them."""
-    mask = batch.loss_mask
     return LossTargets(
-        ids_T=batch.labels[mask],
-        is_teacher_T=batch.segments[mask] == Segment.TEACHER,
-        uniforms_T=batch.uniforms[mask],
+        ids_T=batch.of_loss_tokens(batch.labels),
+        is_teacher_T=batch.of_loss_tokens(batch.segments) == Segment.TEACHER,
+        uniforms_T=batch.of_loss_tokens(batch.uniforms),
         weights_T=weights_T,
-        rollout_logprobs_T=batch.rollout_logprobs[mask],
+        rollout_logprobs_T=batch.of_loss_tokens(batch.rollout_logprobs),
         rewards_T=rewards_T,
     )

@@ -298,6 +298,11 @@ class RunConfig(Settings, section="run"):
     """Steps between checkpoints; the last step is always kept; 0: only the last."""
     keep_checkpoints: Count = 2
     """Newest complete checkpoints kept."""
+    checkpoint_sharding: Literal["fully_reshardable", "dp_reshardable"] = "fully_reshardable"
+    """Form of the distributed optimizer's state in the checkpoints of checkpoint_every; Megatron's
+    names. fully_reshardable: resumes under any layout; a save gathers 12 bytes a parameter on each
+    replica. dp_reshardable: nothing is gathered; resumes under any parallel.data, the other axes as
+    they were. The last checkpoint, and one that a signal asks for, is fully_reshardable."""
     timeout_minutes: Positive = 30.0
     """Longest a phase of a step may last, rollout and evaluation included, before the run is taken
     to hang and ends (exit code 75)."""
@@ -346,6 +351,12 @@ class Config(Settings):
             f"loss.importance = {self.loss.importance!r} needs rollout.temperature = 1 and "
             f"rollout.top_p = 1, found {self.rollout.temperature} and {self.rollout.top_p}: the "
             "engine reports probabilities at temperature 1 over the whole vocabulary. Change one.",
+        )
+        _require(
+            self.run.checkpoint_sharding == "fully_reshardable"
+            or self.parallel.distributed_optimizer,
+            'run.checkpoint_sharding = "dp_reshardable" is a form of the distributed optimizer\'s '
+            "state, found parallel.distributed_optimizer = false. Remove one of the two.",
         )
         samples = self.rollout.prompts_per_step * self.rollout.samples_per_prompt
         _require(

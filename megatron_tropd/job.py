@@ -31,7 +31,7 @@ from megatron_tropd.inputs import load_inputs
 from megatron_tropd.losses import TeacherSignal
 from megatron_tropd.losses.trouble import words
 from megatron_tropd.mcore import models, parallel, platform, weights
-from megatron_tropd.mcore.checkpoint import Checkpoints
+from megatron_tropd.mcore.checkpoint import ANY_LAYOUT, Checkpoints
 from megatron_tropd.mcore.options_check import check_options, unreviewed
 from megatron_tropd.mcore.step import NotFinite, Student, Teacher, output_weight
 from megatron_tropd.objective import StepObjective, example_rows, gather_examples
@@ -569,7 +569,14 @@ class Job:
         with self.clock("checkpoint"):
             extra = {"step": self.step, "seconds": self.elapsed()}
             files = self.rollouts.pending_files(is_main=self.is_main)
-            self.checkpoints.save(self.student, step=self.step, extra=extra, files=files)
+            self.checkpoints.save(
+                self.student,
+                step=self.step,
+                extra=extra,
+                files=files,
+                # The run may go on under another layout: it ends here, or was asked to.
+                sharding=ANY_LAYOUT if wait else self.config.run.checkpoint_sharding,
+            )
             if wait:
                 self.checkpoints.wait()
 

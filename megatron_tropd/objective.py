@@ -69,7 +69,7 @@ class StepObjective:
         self._counted = counted
         self._example_rows = frozenset(example_rows)
         self.sums = StepSums.zeros(device)
-        self.examples: dict[int, dict[str, list[float | None]]] = {}
+        self._kept: list[tuple[MicroBatch, dict[str, Tensor]]] = []
 
     def __call__(
         self, hidden_TH: Tensor, output_weight_vH: Tensor, batch: MicroBatch, index: int
@@ -88,28 +88,33 @@ class StepObjective:
         if self._counted:
             values = output.values | {"selected": (weights_T != 0).float()}
             self.sums.add(values["loss"], values, batch)
-            self._keep(values, batch)
+            if self._example_rows.intersection(batch.rows):
+                shown = {n: values[key] for n, key in EXAMPLE_VALUES.items() if key in values}
+                self._kept.append((batch, shown))
         return output.loss, {}
 
     def _weights_of(self, batch: MicroBatch, index: int) -> Tensor:
         """[T] float32 factor of each loss token."""
         teacher, student = self._weights
-        is_teacher_T = batch.segments[batch.loss_mask] == Segment.TEACHER
-        factors = torch.tensor([student, teacher], dtype=torch.float32, device=is_teacher_T.device)
-        weights_T = factors[is_teacher_T.long()]
+        is_teacher_T = batch.of_loss_tokens(batch.segments) == Segment.TEACHER
+        weights_T = torch.where(is_teacher_T, teacher, student)
         selected = self._choices.selected
         return weights_T if selected is None else weights_T * selected[index]
 
-    def _keep(self, values: dict[str, Tensor], batch: MicroBatch) -> None:
-        for b in [b for b, row in enumerate(batch.rows) if row in self._example_rows]:
-            written_S = batch.segments[b] != Segment.PROMPT
-            carries_loss = batch.loss_mask[b][written_S].tolist()
-            mine_T = batch.loss_mask.nonzero()[:, 0] == b
-            self.examples[batch.rows[b]] = {
-                name: _spread(values[key][mine_T].tolist(), carries_loss)
-                for name, key in EXAMPLE_VALUES.items()
-                if key in values
-            }
+    @property
+    def examples(self) -> dict[int, dict[str, list[float | None]]]:
+        """Trajectory -> name -> a value per written token; waits for the device."""
+        found = {}
+        for batch, shown in self._kept:
+            for b in [b for b, row in enumerate(batch.rows) if row in self._example_rows]:
+                written_S = batch.segments[b] != Segment.PROMPT
+                carries_loss = batch.loss_mask[b][written_S].tolist()
+                mine_T = batch.loss_rows == batch.rows[b]
+                found[batch.rows[b]] = {
+                    name: _spread(values_T[mine_T].tolist(), carries_loss)
+                    for name, values_T in shown.items()
+                }
+        return found
 
 
 def segment_weights(config: LossConfig, counts: LossCounts) -> tuple[float, float]:

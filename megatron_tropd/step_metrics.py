@@ -1,12 +1,12 @@
 """From per-token values of the loss to the numbers of one step (METRICS of docs/metrics.md).
 
 Each last-stage rank adds up its micro-batches into one vector; one SUM, one MAX and one MIN
-all-reduce make the global numbers. T = loss tokens of a micro-batch.
+all-reduce make the global numbers. T = loss tokens of a micro-batch, U = those of the student.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_tropd.data.types import MicroBatch, Segment, Trajectory
+from megatron_tropd.data.types import MicroBatch, Trajectory
 from megatron_tropd.losses.trouble import BITS, trouble
 
 STUDENT_MEANS = {
@@ -71,9 +71,7 @@ class StepSums:
     """float64 [1] largest |trainer - engine| log-prob."""
     bad_token: Tensor
     """int64 [1] trajectory, position and finding of the first token whose loss is no number, in
-    one number; 2**62 if there is none. Known after :meth:`reduce`."""
-    _bad_rows: list[tuple[tuple[int, ...], Tensor]] = field(default_factory=list)
-    """Of each micro-batch its trajectories and, [B], position and finding of their first one."""
+    one number; 2**62 if there is none."""
 
     @classmethod
     def zeros(cls, device: torch.device) -> "StepSums":
@@ -91,76 +89,80 @@ class StepSums:
         Args:
             loss_T: [T] weighted loss per token.
             values: [T] each, from the loss.
-            batch: whose ``loss_mask`` selects the T tokens.
+            batch: whose ``loss_at`` says which tokens the T are.
         """
-        mask = batch.loss_mask
-        student_T = batch.segments[mask] == Segment.STUDENT
-        gap_T = (values["student_logprob"] - batch.rollout_logprobs[mask])[student_T].double()
+        student = batch.student_at
+
+        def of_student(values_T: Tensor) -> Tensor:
+            return values_T.index_select(0, student)
+
+        engine_T = batch.of_loss_tokens(batch.rollout_logprobs)
+        gap_U = of_student(values["student_logprob"] - engine_T).double()
         absent = torch.full_like(loss_T, math.nan)
         scalars = {
             "loss": loss_T.double().sum(),
-            "tokens_teacher": (~student_T).double().sum(),
-            "tokens_student": student_T.double().sum(),
-            "engine_gap_mean": gap_T.abs().sum(),
-            "engine_ratio_mean": gap_T.exp().sum(),
+            "tokens_teacher": self.sums.new_full((), len(loss_T) - len(student)),
+            "tokens_student": self.sums.new_full((), len(student)),
+            "engine_gap_mean": gap_U.abs().sum(),
+            "engine_ratio_mean": gap_U.exp().sum(),
         }
         for metric, key in STUDENT_MEANS.items():
-            scalars[metric] = values.get(key, absent)[student_T].double().sum()
-        buckets_T = _buckets(batch.response_positions[mask][student_T])
+            scalars[metric] = of_student(values.get(key, absent)).double().sum()
+        buckets_U = _buckets(of_student(batch.of_loss_tokens(batch.response_positions)))
         by_position = torch.zeros_like(self.sums[len(_SCALARS) :]).view(2, POSITION_BUCKETS)
-        by_position[0].index_add_(0, buckets_T, values["trust"][student_T].double())
-        by_position[1].index_add_(0, buckets_T, torch.ones_like(gap_T))
+        by_position[0].index_add_(0, buckets_U, of_student(values["trust"]).double())
+        by_position[1].index_add_(0, buckets_U, torch.ones_like(gap_U))
         self.sums += torch.cat(
             [torch.stack([scalars[name] for name in _SCALARS]), by_position.flatten()]
         )
-        if gap_T.numel():
-            self.gap_max = torch.maximum(self.gap_max, gap_T.abs().max()[None])
+        if gap_U.numel():
+            self.gap_max = torch.maximum(self.gap_max, gap_U.abs().max()[None])
         self._note_trouble(trouble(values | {"loss": loss_T}), batch)
 
     def _note_trouble(self, found_T: Tensor, batch: MicroBatch) -> None:
-        """Remember the first bad token of each row, on its device: nobody waits for it here."""
-        mask = batch.loss_mask
-        found_BS = torch.zeros_like(batch.segments).masked_scatter(mask, found_T)
-        key_BS = (batch.response_positions << BITS) | found_BS
-        first_B = torch.where(found_BS > 0, key_BS, _NOTHING).amin(dim=1)
-        self._bad_rows.append((batch.rows, first_B))
+        """Remember the first bad token, on its device: nobody waits for it here."""
+        positions_T = batch.of_loss_tokens(batch.response_positions)
+        key_T = (batch.loss_rows << _POSITION_BITS) | (positions_T << BITS) | found_T
+        key_T = torch.where(found_T > 0, key_T, _NOTHING)
+        self.bad_token = torch.cat([self.bad_token, key_T]).amin(dim=0, keepdim=True)
 
-    def _first_bad_key(self) -> int:
-        """Of this rank; waits for the device."""
-        if not self._bad_rows:
-            return _NOTHING
-        rows = [row for batch_rows, _ in self._bad_rows for row in batch_rows]
-        keys = torch.cat([first_B for _, first_B in self._bad_rows]).tolist()
-        bad = [(row, key) for row, key in zip(rows, keys, strict=True) if key != _NOTHING]
-        return min(((row << _POSITION_BITS) | key for row, key in bad), default=_NOTHING)
-
-    def reduce(self) -> "StepSums":
-        """Sums of the whole world, equal on every rank.
+    def reduce(self) -> "StepTotals":
+        """Sums of the whole world, equal on every rank; the one place where a step waits for them.
 
         Collectives: all-reduces of [scalars + 2 x buckets], [1] and [1].
         """
-        self.bad_token.fill_(self._first_bad_key())
         dist.all_reduce(self.sums)
         dist.all_reduce(self.gap_max, dist.ReduceOp.MAX)
         dist.all_reduce(self.bad_token, dist.ReduceOp.MIN)
-        return self
+        *sums, gap_max = torch.cat([self.sums, self.gap_max]).tolist()
+        return StepTotals(sums, gap_max, int(self.bad_token))
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """:class:`StepSums` of the whole world, as numbers of the host."""
+
+    sums: list[float]
+    gap_max: float
+    bad_token: int
 
     @property
     def first_bad_token(self) -> BadToken | None:
-        """The first token whose loss is not finite (after :meth:`reduce`), the same everywhere."""
-        key = int(self.bad_token)
-        if key == _NOTHING:
+        """The first token whose loss is not finite, the same everywhere."""
+        if self.bad_token == _NOTHING:
             return None
-        position = (key & ((1 << _POSITION_BITS) - 1)) >> BITS
-        return BadToken(key >> _POSITION_BITS, position, key & ((1 << BITS) - 1))
+        position = (self.bad_token & ((1 << _POSITION_BITS) - 1)) >> BITS
+        finding = self.bad_token & ((1 << BITS) - 1)
+        return BadToken(self.bad_token >> _POSITION_BITS, position, finding)
 
     def metrics(self) -> dict[str, Any]:
-        """Means and counts of the step (after :meth:`reduce`); null where nothing was counted."""
-        scalars = dict(zip(_SCALARS, self.sums[: len(_SCALARS)].tolist(), strict=True))
+        """Means and counts of the step; null where nothing was counted."""
+        scalars = dict(zip(_SCALARS, self.sums, strict=False))
         teacher, student = scalars.pop("tokens_teacher"), scalars.pop("tokens_student")
         loss = scalars.pop("loss")
         means = {name: _ratio(value, student) for name, value in scalars.items()}
-        accepted, counts = self.sums[len(_SCALARS) :].view(2, POSITION_BUCKETS).tolist()
+        by_bucket = self.sums[len(_SCALARS) :]
+        accepted, counts = by_bucket[:POSITION_BUCKETS], by_bucket[POSITION_BUCKETS:]
         filled = [i for i, count in enumerate(counts) if count]
         by_position = [_ratio(a, c) for a, c in zip(accepted, counts, strict=True)]
         return {
@@ -168,7 +170,7 @@ class StepSums:
             "tokens_student": int(student),
             "tokens_teacher": int(teacher),
             **means,
-            "engine_gap_max": float(self.gap_max),
+            "engine_gap_max": self.gap_max,
             "acceptance_by_position": by_position[: max(filled, default=-1) + 1],
         }
 

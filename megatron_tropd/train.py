@@ -7,6 +7,7 @@ from megatron_tropd.data.packing import count_loss_tokens, pack
 from megatron_tropd.data.types import Trajectory
 from megatron_tropd.errors import TrainingError
 from megatron_tropd.job import Job
+from megatron_tropd.mcore import platform
 from megatron_tropd.run_folder import RunFolder
 from megatron_tropd.step_metrics import trajectory_metrics
 
@@ -107,6 +108,7 @@ def learn(job: Job, trajectories: list[Trajectory]) -> dict[str, object]:
             dp_size=ranks.dp_size,
             tokens_per_micro_batch=config.train.tokens_per_micro_batch,
             pad_multiple=ranks.tp_size if config.parallel.sequence_parallel else 1,
+            rounded_to=platform.row_multiple(),
             seed=config.train.seed,
             step=job.step,
             loss=config.loss,
@@ -118,9 +120,9 @@ def learn(job: Job, trajectories: list[Trajectory]) -> dict[str, object]:
     with clock("student"):
         objective = job.objective(batches, signals, trajectories, counts)
         job.student.forward_backward(batches, objective)
-        sums = objective.sums.reduce()
-    job.check_finite(sums.first_bad_token, trajectories)
-    metrics = sums.metrics()
+        totals = objective.sums.reduce()
+    job.check_finite(totals.first_bad_token, trajectories)
+    metrics = totals.metrics()
     job.check_engine_gap(metrics, trajectories)
     with clock("optimizer"):
         grad_norm, lr = job.update()

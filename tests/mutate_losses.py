@@ -364,23 +364,23 @@ MUTATIONS = (
     Mutation(
         "naming: the place in the trajectory is lost",
         "../step_metrics.py",
-        "key_BS = (batch.response_positions << BITS) | found_BS",
-        "key_BS = found_BS",
+        "| (positions_T << BITS) | found_T",
+        "| found_T",
         tests=METRICS,
     ),
     Mutation(
         "naming: the last trajectory is named",
         "../step_metrics.py",
-        "return min(((row << _POSITION_BITS)",
-        "return max(((row << _POSITION_BITS)",
+        "(batch.loss_rows << _POSITION_BITS)",
+        "((99 - batch.loss_rows) << _POSITION_BITS)",
         tests=METRICS,
     ),
     Mutation(
         "naming: the host waits for every micro-batch",
         "../step_metrics.py",
-        "        self._bad_rows.append((batch.rows, first_B))",
-        "        assert (found_BS >= 0).all().item()\n"
-        "        self._bad_rows.append((batch.rows, first_B))",
+        "        key_T = torch.where(found_T > 0, key_T, _NOTHING)",
+        "        assert (found_T >= 0).all().item()\n"
+        "        key_T = torch.where(found_T > 0, key_T, _NOTHING)",
         tests=METRICS,
     ),
     # Passes over the vocabulary.

@@ -5,6 +5,7 @@ The same rows come out at every layout; only who holds them and how they are gro
 the loss, a sum over tokens divided by a global count, does not see the grouping.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -38,6 +39,7 @@ def pack(
     dp_size: int,
     tokens_per_micro_batch: int,
     pad_multiple: int = 1,
+    rounded_to: int = 1,
     seed: int,
     step: int,
     loss: LossConfig = _NO_MASK,
@@ -53,6 +55,8 @@ def pack(
         dp_size: number of replicas; divides the number of trajectories.
         tokens_per_micro_batch: most padded positions B x S of one micro-batch on one rank.
         pad_multiple: S is a multiple of it (sequence parallelism: the tensor-parallel size).
+        rounded_to: S is a multiple of it, too, unless one row would exceed the budget; so a device
+            that compiles for a shape, or is fast at some, meets few of them.
         seed: ``train.seed``; keys the mask draws.
         step: training step; keys the mask draws.
         loss: says which tokens are masked.
@@ -68,7 +72,14 @@ def pack(
             f"{len(trajectories)} trajectories cannot be dealt evenly to {dp_size} data-parallel "
             "ranks. Change rollout.prompts_per_step, samples_per_prompt or parallel.data."
         )
-    lengths = [_padded_length(t, pad_multiple) for t in trajectories]
+    most = tokens_per_micro_batch // pad_multiple * pad_multiple
+    lengths = [
+        max(
+            _padded_length(t, pad_multiple),
+            min(_padded_length(t, math.lcm(pad_multiple, rounded_to)), most),
+        )
+        for t in trajectories
+    ]
     if lengths and max(lengths) > tokens_per_micro_batch:
         raise ConfigError(
             f"train.tokens_per_micro_batch = {tokens_per_micro_batch} is less than one trajectory "
@@ -167,6 +178,8 @@ def _micro_batch(
         logprobs[b, middle:last] = t.rollout_logprobs
         key = keyed_seed(t.prompt_index, t.sample_index)
         uniforms[b, first:last] = keyed_uniform(seed, step, key, np.arange(last - first))
+    # Counted here, where a number costs nothing: a GPU would have to be waited for.
+    loss_at = np.flatnonzero((segments != Segment.PROMPT) & ~masked)
     return MicroBatch(
         tokens=torch.from_numpy(ids["tokens"]),
         labels=torch.from_numpy(ids["labels"]),
@@ -176,5 +189,8 @@ def _micro_batch(
         rollout_logprobs=torch.from_numpy(logprobs),
         uniforms=torch.from_numpy(uniforms),
         masked=torch.from_numpy(masked),
+        loss_at=torch.from_numpy(loss_at),
+        loss_rows=torch.from_numpy(np.array(rows, np.int64)[loss_at // length]),
+        student_at=torch.from_numpy(np.flatnonzero(segments.flat[loss_at] == Segment.STUDENT)),
         rows=tuple(rows),
     )

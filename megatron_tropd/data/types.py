@@ -1,7 +1,8 @@
 """What crosses from data to the other rooms: frozen records, shapes on every field.
 
-B = rows of a micro-batch, S = padded length. Position s of a row predicts the token at s + 1:
-``labels``, ``segments`` and all per-token values at s belong to that next token.
+B = rows of a micro-batch, S = padded length, T = labels with a loss, U = those the student wrote.
+Position s of a row predicts the token at s + 1: ``labels``, ``segments`` and all per-token values
+at s belong to that next token.
 """
 
 import dataclasses
@@ -82,19 +83,41 @@ class MicroBatch:
     masked: Tensor
     """[B, S] bool, true where a teacher's or student's label is left out of the loss
     (``loss.mask_first_ids``, ``loss.mask_truncated``)."""
+    loss_at: Tensor
+    """[T] int64 b x S + s of each label that takes part in the loss, ascending."""
+    loss_rows: Tensor
+    """[T] int64 index of its trajectory in the list that was packed."""
+    student_at: Tensor
+    """[U] int64 those of the T labels that the student wrote."""
     rows: tuple[int, ...]
     """[B] index of each row's trajectory in the list that was packed."""
 
     @property
     def loss_mask(self) -> Tensor:
-        """[B, S] bool, true where the label takes part in the loss."""
+        """[B, S] bool, true where the label takes part in the loss.
+
+        On a GPU an index of places (``loss_at``), never this mask: the host would have to wait for
+        the number of them, which the packer knows.
+        """
         return (self.segments != Segment.PROMPT) & ~self.masked
+
+    def of_loss_tokens(self, values_BS: Tensor) -> Tensor:
+        """[T] the values at the labels that take part in the loss."""
+        return values_BS.flatten().index_select(0, self.loss_at)
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same batch with its tensors on ``device``."""
         tensors: dict[str, Any] = {
-            f.name: value.to(device)
+            f.name: upload(value, device)
             for f in dataclasses.fields(self)
             if isinstance(value := getattr(self, f.name), Tensor)
         }
         return dataclasses.replace(self, **tensors)
+
+
+def upload(values: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on ``device``; the host does not wait for the copy."""
+    if device.type != "cuda" or not values.is_cpu:
+        return values.to(device)
+    # From memory that can be paged out, the driver copies while the host stands still.
+    return values.pin_memory().to(device, non_blocking=True)

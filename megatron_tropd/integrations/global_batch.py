@@ -56,6 +56,8 @@ class Batch:
     """[B] int64 key of each row's random draws."""
     attention_mask: Tensor | None
     """[B, 1, S, S] bool, true where nothing is to be seen; None: causal."""
+    loss_at: Tensor
+    """[T] int64 b x S + s of each label that has a loss, ascending."""
     sampled: bool
     """Whether the rows are trajectories; else they are given text."""
 
@@ -63,6 +65,10 @@ class Batch:
     def loss_mask(self) -> Tensor:
         """[B, S] bool, true where the label has a loss."""
         return self.loss_weights != 0
+
+    def of_loss_tokens(self, values_BS: Tensor) -> Tensor:
+        """[T] the values at the labels that have a loss."""
+        return values_BS.flatten().index_select(0, self.loss_at)
 
 
 def draw(
@@ -133,13 +139,33 @@ def share(
             "on this one. Let the datasets provider build its datasets on every rank."
         )
     sampled = int(kind) == _TRAJECTORY
+    places = loss_places(floats[:, 0])
     return [
-        _batch(ints[n], floats[n], masks[n].bool() if masked else None, sampled)
+        _batch(ints[n], floats[n], masks[n].bool() if masked else None, places[n], sampled)
         for n in range(count)
     ]
 
 
-def _batch(ints: Tensor, floats: Tensor, mask: Tensor | None, sampled: bool) -> Batch:
+def loss_places(weights_NBS: Tensor) -> list[Tensor]:
+    """Where the labels with a loss are: ``Batch.loss_at`` of N micro-batches.
+
+    The one place where a step asks its device for the number of them.
+
+    Args:
+        weights_NBS: [N, B, S].
+
+    Returns:
+        N times [T] int64.
+    """
+    carries = (weights_NBS != 0).flatten(1)
+    counts = carries.sum(dim=1).tolist()
+    places = carries.flatten().nonzero()[:, 0] % max(carries.shape[1], 1)
+    return list(places.split(counts))
+
+
+def _batch(
+    ints: Tensor, floats: Tensor, mask: Tensor | None, loss_at: Tensor, sampled: bool
+) -> Batch:
     tokens, labels, position_ids, written, places, ids = ints
     weights, logprobs = floats
     return Batch(
@@ -152,6 +178,7 @@ def _batch(ints: Tensor, floats: Tensor, mask: Tensor | None, sampled: bool) -> 
         response_positions=places,
         sample_ids=ids[:, 0],
         attention_mask=mask,
+        loss_at=loss_at,
         sampled=sampled,
     )
 

@@ -39,7 +39,7 @@ from megatron_tropd.losses import (
     LossTargets,
     align_output_weight,
     equal_bounds,
-    keyed_uniform,
+    keyed_uniform_rows,
     tropd_loss_from_hidden,
     unrounded_gradient,
 )
@@ -294,26 +294,25 @@ def loss_of_states(scored: Scored, model: torch.nn.Module, hidden_TH: Tensor) ->
     if torch.is_grad_enabled() and model.ddp_config.overlap_grad_reduce:  # type: ignore[union-attr]
         loss = SomeGradient.apply(loss, weight_vH)
     _check(loss, settings, partial(first_trouble, output.values, scored))
-    num_tokens = torch.tensor(len(hidden_TH), dtype=torch.int, device=loss.device)
+    num_tokens = loss.new_full((), len(hidden_TH), dtype=torch.int)
     return loss, num_tokens, report_of(output.values, settings)
 
 
 def targets_of(scored: Scored) -> LossTargets:
     """The loss tokens of a micro-batch as the loss takes them."""
     batch, settings = scored.batch, scored.loss
-    mask = batch.loss_mask
+    of = batch.of_loss_tokens
     uniforms = torch.zeros_like(batch.loss_weights)
     if settings.config.region == "bernoulli":
-        positions = batch.response_positions.cpu().numpy()
-        for row, sample in enumerate(batch.sample_ids.tolist()):
-            drawn = keyed_uniform(settings.seed, settings.iteration, sample, positions[row])
-            uniforms[row] = torch.from_numpy(drawn)
+        uniforms = keyed_uniform_rows(
+            settings.seed, settings.iteration, batch.sample_ids, batch.response_positions
+        )
     return LossTargets(
-        ids_T=batch.labels[mask],
-        is_teacher_T=batch.teacher_written[mask],
-        uniforms_T=uniforms[mask],
-        weights_T=batch.loss_weights[mask],
-        rollout_logprobs_T=batch.rollout_logprobs[mask] if batch.sampled else None,
+        ids_T=of(batch.labels),
+        is_teacher_T=of(batch.teacher_written),
+        uniforms_T=of(uniforms),
+        weights_T=of(batch.loss_weights),
+        rollout_logprobs_T=of(batch.rollout_logprobs) if batch.sampled else None,
     )
 
 
@@ -335,7 +334,7 @@ def report_of(values: dict[str, Tensor], settings: StepLoss) -> Report:
     if settings.metrics:
         shown |= {name.replace("_", " "): values[name] for name in _METRICS}
     return {
-        name: torch.stack([value_T.sum(), value_T.new_tensor(float(len(value_T)))])
+        name: torch.stack([value_T.sum(), value_T.new_full((), len(value_T))])
         for name, value_T in shown.items()
     }
 
@@ -654,7 +653,7 @@ def first_trouble(values: dict[str, Tensor], scored: Scored) -> str:
     if not len(bad):
         return "every token's loss is finite, their sum is not"
     first = int(bad[0])
-    row, place = batch.loss_mask.nonzero()[first].tolist()
+    row, place = divmod(int(batch.loss_at[first]), batch.tokens.shape[1])
     sample = f" (sample {int(batch.sample_ids[row])})" if batch.sampled else ""
     return (
         f"iteration {scored.loss.iteration + 1}, row {row} of the micro-batch{sample}, position "

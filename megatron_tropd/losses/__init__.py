@@ -6,7 +6,12 @@ Usable alone: :func:`tropd_loss` takes the logits of any training loop and a pro
 
 from megatron_tropd.loss_config import PRESETS, LossConfig, preset
 from megatron_tropd.losses.align import align_logits, align_output_weight
-from megatron_tropd.losses.draws import Purpose, keyed_seed, keyed_uniform
+from megatron_tropd.losses.draws import (
+    Purpose,
+    keyed_seed,
+    keyed_uniform,
+    keyed_uniform_rows,
+)
 from megatron_tropd.losses.objective import (
     token_statistics,
     token_statistics_from_hidden,
@@ -51,6 +56,7 @@ __all__ = [
     "equal_bounds",
     "keyed_seed",
     "keyed_uniform",
+    "keyed_uniform_rows",
     "preset",
     "required_signal",
     "token_statistics",

@@ -22,6 +22,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from megatron_tropd.losses import tensors
+
 Reward = Literal["trust", "trust_clip", "log_ratio", "mixture"]
 """w_v: min(p,q) r | min(p,q) r + (q - min(p,q)) max(r, tau) | q r | q log((b p + (1-b) q) / q)."""
 
@@ -74,7 +76,7 @@ class RowCoefficients:
     def silence(self, out_Tv: Tensor) -> None:
         """Set the rows whose factors are all 0 to 0, whatever they hold: 0 x nan would be nan."""
         silent_T = (self.student_T == 0) & (self.reward_T == 0) & (self.teacher_T == 0)
-        if out_Tv.is_cpu:
+        if tensors.can_be_asked(out_Tv):
             out_Tv.index_fill_(0, silent_T.nonzero()[:, 0], 0.0)
         else:
             out_Tv.masked_fill_(silent_T.unsqueeze(-1), 0.0)
@@ -241,7 +243,8 @@ class _Both:
         torch.sub(self.log_p, self.log_q, out=self.ratio)
         # Columns that a model excludes are rare; only they need the branch 0 x inf = 0. A sum is
         # finite only if all its terms are; asking a GPU would cost more than the branch.
-        self._excluded = not self.ratio.is_cpu or not bool(self.ratio.sum().isfinite())
+        asked = tensors.can_be_asked(self.ratio)
+        self._excluded = not asked or not bool(self.ratio.sum().isfinite())
 
     def total(self, name: str, spec: DenseSpec) -> Tensor:
         """[rows] one of :data:`SUMS`."""

@@ -48,7 +48,9 @@ def max_and_sum_exp(logits_Tv: Tensor, scratch: Scratch) -> Tensor:
     """
     num, columns = logits_Tv.shape
     if num == 0 or columns == 0:
-        return logits_Tv.new_tensor([-torch.inf, 0.0], dtype=torch.float32).repeat(num, 1)
+        stats_T2 = logits_Tv.new_zeros(num, 2, dtype=torch.float32)
+        stats_T2[:, 0].fill_(-torch.inf)
+        return stats_T2
     pieces = triton.cdiv(columns, _PIECE)
     parts_TP2 = logits_Tv.new_empty(num, pieces, 2, dtype=torch.float32)
     _launch(_max_and_sum_exp_kernel, logits_Tv, logits_Tv, *logits_Tv.stride(), parts_TP2)

@@ -296,7 +296,7 @@ class _GradientMaker:
             self.hidden_grad_TH = torch.empty_like(student.hidden_TH, dtype=dtype)
         if weight and self._wanted:
             self.weight_grad_vH = torch.empty_like(student.output_weight_vH, dtype=torch.float32)
-            self.weight_grad_vH[self._pair.shard.real :] = 0.0
+            self.weight_grad_vH[self._pair.shard.real :].zero_()
         for_each_chunk(self._pair, self._use)
         return self.values()["loss"].sum()
 

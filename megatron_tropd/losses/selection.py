@@ -3,6 +3,8 @@ r"""What depends on the whole batch: which tokens are trained, and rewards that 
 A loss sees one token at a time. These functions take a number per token of this rank and give one
 back, as if all ranks' tokens lay on one rank: the result does not depend on how they are dealt out.
 
+Nothing asks a device for a number: how many tokens there are, the caller knows before.
+
 Shape suffixes: T = tokens of this rank, N = tokens of all ranks, G = groups.
 """
 
@@ -14,6 +16,8 @@ from torch import Tensor
 
 _EPS = 1e-6
 """Added to a standard deviation, so that equal rewards become 0."""
+_NO_KEY = torch.iinfo(torch.int64).max
+"""Of what is no candidate; no token has it."""
 
 
 def num_selected(share: float, total: int) -> int:
@@ -24,47 +28,51 @@ def num_selected(share: float, total: int) -> int:
 
 def top_share(
     values_T: Tensor,
-    share: float,
+    count: int,
     candidates_T: Tensor,
     *,
     keys_T: Tensor,
+    longest: int,
     group: dist.ProcessGroup | None,
 ) -> Tensor:
-    """The tokens with the largest values of the global batch, exactly ``num_selected`` of them.
+    """The tokens with the largest values of the global batch, exactly ``count`` of them.
 
     Args:
         values_T: [T] float32 what is compared, such as the student's entropy.
-        share: of all candidates, in (0, 1].
+        count: at most the candidates of all ranks (:func:`num_selected`).
         candidates_T: [T] bool, the tokens to choose from.
         keys_T: [T] int64 a number that names each token in every layout; of equal values the
             lower key is taken.
+        longest: no rank has more tokens; the same on every rank.
         group: the ranks that hold the other tokens; None: there are none.
 
     Returns:
         [T] bool, true for the chosen ones.
 
-    Collectives: 2 all-gathers, of [1] and of [largest T, 2] int64.
+    Collectives: 1 all-gather of [longest, 2] int64.
 
     Source: entropy-based selection of TrOPD's ablation, arXiv 2606.01249, and of REOPOLD's second
     phase, arXiv 2603.11137.
     """
-    chosen = values_T[candidates_T].double()
-    # Two columns of 8 bytes, so that one collective moves both.
-    mine_T2 = torch.stack([chosen.view(torch.int64), keys_T[candidates_T]], dim=-1)
-    all_N2 = _gather_rows(mine_T2, group)
-    count = num_selected(share, len(all_N2))
     if not count:
         return torch.zeros_like(candidates_T)
-    values_N, keys_N = all_N2[:, 0].contiguous().view(torch.float64), all_N2[:, 1]
+    # What is no candidate comes last: behind a candidate of -inf, too.
+    compared_T = torch.where(candidates_T, values_T.double(), -torch.inf)
+    named_T = torch.where(candidates_T, keys_T, _NO_KEY)
+    values_N, keys_N = _gather(compared_T, named_T, longest, group)
     by_key = keys_N.argsort()
-    last = by_key[values_N[by_key].argsort(stable=True, descending=True)][count - 1]
-    larger_T = values_T.double() > values_N[last]
-    equal_T = values_T.double() == values_N[last]
-    return candidates_T & (larger_T | (equal_T & (keys_T <= keys_N[last])))
+    last = by_key[values_N[by_key].argsort(stable=True, descending=True)][count - 1 : count]
+    value, key = values_N.index_select(0, last), keys_N.index_select(0, last)
+    return candidates_T & ((compared_T > value) | ((compared_T == value) & (keys_T <= key)))
 
 
 def future_mean(
-    rewards_T: Tensor, candidates_T: Tensor, *, rows_T: Tensor, positions_T: Tensor
+    rewards_T: Tensor,
+    candidates_T: Tensor,
+    *,
+    rows_T: Tensor,
+    positions_T: Tensor,
+    shape: tuple[int, int],
 ) -> Tensor:
     r"""Reward plus the mean reward of the later tokens of the same trajectory.
 
@@ -73,8 +81,9 @@ def future_mean(
     Args:
         rewards_T: [T] float32.
         candidates_T: [T] bool, the tokens that have a reward (student tokens).
-        rows_T: [T] int64 the trajectory of each token; trajectories are whole.
+        rows_T: [T] int64 the trajectory of each token, counted on this rank; they are whole.
         positions_T: [T] int64 place of each token in its trajectory, 0 and up.
+        shape: trajectories of this rank, and places of the longest.
 
     Returns:
         [T] float32, the last token of a trajectory unchanged, 0 where there is no reward. An
@@ -84,16 +93,12 @@ def future_mean(
 
     Source: TOP-D, arXiv 2607.04751.
     """
-    if not len(rewards_T):
-        return rewards_T.clone()
     counted_T = candidates_T & rewards_T.isfinite()
     # Tables of trajectories x places: rewards and their number. The last column stays empty.
-    rows_T = rows_T.unique(return_inverse=True)[1]
-    shape = (2, int(rows_T.max()) + 1, int(positions_T.max()) + 2)
-    tables = rewards_T.new_zeros(shape, dtype=torch.float64)
-    at = rows_T[counted_T], positions_T[counted_T]
-    tables[0][at] = rewards_T[counted_T].double()
-    tables[1][at] = 1.0
+    rows, places = shape
+    tables = rewards_T.new_zeros(2, rows, places + 1, dtype=torch.float64)
+    tables[0].index_put_((rows_T, positions_T), torch.where(counted_T, rewards_T.double(), 0.0))
+    tables[1].index_put_((rows_T, positions_T), counted_T.double())
     later_T, number_T = tables.flip(-1).cumsum(-1).flip(-1)[:, rows_T, positions_T + 1]
     raised_T = rewards_T + later_T / number_T.clamp(min=1)
     return torch.where(candidates_T, raised_T, 0.0).to(rewards_T.dtype)
@@ -126,16 +131,16 @@ def group_normalise(
     Source: TOP-D, arXiv 2607.04751.
     """
     counted_T = candidates_T & rewards_T.isfinite()
-    counted = rewards_T[counted_T].double()
-    groups = groups_T[counted_T]
-    totals_2G = counted.new_zeros(2, num_groups)
-    totals_2G[0].index_add_(0, groups, counted)
-    totals_2G[1].index_add_(0, groups, torch.ones_like(counted))
+    finite_T = torch.where(counted_T, rewards_T.double(), 0.0)
+    totals_2G = finite_T.new_zeros(2, num_groups)
+    totals_2G[0].index_add_(0, groups_T, finite_T)
+    totals_2G[1].index_add_(0, groups_T, counted_T.double())
     _sum(totals_2G, group)
     counts_G = totals_2G[1].clamp(min=1)
     mean_G = totals_2G[0] / counts_G
-    squares_G = counted.new_zeros(num_groups)
-    squares_G.index_add_(0, groups, (counted - mean_G[groups]) ** 2)
+    squares_G = finite_T.new_zeros(num_groups)
+    apart_T = torch.where(counted_T, finite_T - mean_G[groups_T], 0.0)
+    squares_G.index_add_(0, groups_T, apart_T**2)
     _sum(squares_G, group)
     deviation_G = (squares_G / counts_G).sqrt() + _EPS
     standard_T = (rewards_T.double() - mean_G[groups_T]) / deviation_G[groups_T]
@@ -151,19 +156,17 @@ def _sum(tensor: Tensor, group: dist.ProcessGroup | None) -> None:
         dist.all_reduce(tensor, group=group)
 
 
-def _gather_rows(mine_T2: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """[N, 2] every rank's rows, one rank after the other."""
+def _gather(
+    values_T: Tensor, keys_T: Tensor, longest: int, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor]:
+    """([N] float64, [N] int64) of every rank, one after the other, filled up to ``longest``."""
     if group is None or _alone(group):
-        return mine_T2
-    size = group.size()
-    counts = mine_T2.new_empty(size)
-    dist.all_gather_into_tensor(counts, mine_T2.new_tensor([len(mine_T2)]), group=group)
-    lengths = counts.tolist()
-    if not any(lengths):
-        return mine_T2
-    padded = mine_T2.new_zeros(max(lengths), 2)
-    padded[: len(mine_T2)] = mine_T2
-    everything = mine_T2.new_empty(size * max(lengths), 2)
-    dist.all_gather_into_tensor(everything, padded, group=group)
-    parts = everything.view(size, -1, 2)
-    return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
+        return values_T, keys_T
+    # Two rows of 8 bytes a number, so that one collective moves both.
+    mine = keys_T.new_full((2, longest), _NO_KEY)
+    mine[0].view(torch.float64).fill_(-torch.inf)
+    mine[0, : len(values_T)] = values_T.view(torch.int64)
+    mine[1, : len(keys_T)] = keys_T
+    everything = mine.new_empty(group.size(), 2, longest)
+    dist.all_gather_into_tensor(everything.view(-1), mine.view(-1), group=group)
+    return everything[:, 0].flatten().view(torch.float64), everything[:, 1].flatten()

@@ -130,8 +130,8 @@ class AllGather:
             return
         self._values = values.contiguous()  # has to outlive the collective
         self._parts = values.new_empty((group.size(), *values.shape))
-        self._work = dist.all_gather(
-            list(self._parts.unbind(0)), self._values, group=group, async_op=True
+        self._work = dist.all_gather_into_tensor(
+            self._parts.view(-1), self._values.view(-1), group=group, async_op=True
         )
 
     def wait(self) -> Tensor:

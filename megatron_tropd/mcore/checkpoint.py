@@ -4,7 +4,7 @@ Saving copies the state to host memory and returns; threads write it while train
 ``.step_000123.tmp``, which is renamed to ``step_000123`` once every rank has written, the files are
 on disk and their checksums beside them: a name without the dot is always complete. Weights,
 optimizer, learning-rate schedule, RNG states and the caller's ``extra`` (data position) load under
-any TP x PP x DP x EP.
+any TP x PP x DP x EP; those saved as ``dp_reshardable`` under any DP.
 """
 
 import contextlib
@@ -15,6 +15,7 @@ import shutil
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -25,7 +26,7 @@ from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_tropd.errors import InputError, TrainingError
+from megatron_tropd.errors import ConfigError, InputError, TrainingError
 from megatron_tropd.files import is_missing, read_patiently
 from megatron_tropd.mcore.async_save import SaveQueue, ThreadCaller, forget_results
 from megatron_tropd.mcore.checksums import (
@@ -39,6 +40,13 @@ from megatron_tropd.mcore.parallel import Ranks
 from megatron_tropd.mcore.step import Student
 
 _NAME = re.compile(r"step_(\d{6,})")
+ANY_LAYOUT, ANY_DATA = "fully_reshardable", "dp_reshardable"
+"""Two forms of a distributed optimizer's state (Megatron's ``distrib_optim_sharding_type``).
+
+For the first every rank gathers the whole state of its part of the model, 12 bytes a parameter in
+host memory, so that it can be cut at parameters. In the second it writes its own slice of the
+buffers as they lie: nothing is sent, and only the number of replicas may change.
+"""
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,7 @@ class Checkpoints:
         self.distributed_optimizer = distributed_optimizer
         self._say = say
         self._queue = SaveQueue()
+        self._sharding_of: dict[int, str] = {}
         self._save: _Save | None = None
         self._removal: threading.Thread | None = None
 
@@ -83,6 +92,7 @@ class Checkpoints:
         step: int,
         extra: dict[str, Any],
         files: Mapping[str, bytes] = MappingProxyType({}),
+        sharding: str = ANY_LAYOUT,
     ) -> None:
         """Begin to write the state after ``step`` optimizer steps; waits for the save before.
 
@@ -94,26 +104,30 @@ class Checkpoints:
             step: optimizer steps done.
             extra: small JSON-like state of the caller, equal on all ranks.
             files: further small files of the caller by name; rank 0's count.
+            sharding: of a distributed optimizer's state, :data:`ANY_LAYOUT` or :data:`ANY_DATA`.
 
         Raises:
             TrainingError: the folder could not be written; older checkpoints are untouched.
 
-        Collectives: Megatron's exchange of what each rank writes; a gather of small objects.
+        Collectives: Megatron's exchange of what each rank writes; a gather of small objects; for
+        :data:`ANY_LAYOUT` all-gathers of a distributed optimizer's state over the replicas.
         """
         self.wait()
         final = self.folder / f"step_{step:06d}"
-        if step in self._steps_of_first_rank():
+        before = self._sharding_of.get(step, sharding)
+        if step in self._steps_of_first_rank() and before in (sharding, ANY_LAYOUT):
             return
         unfinished = self.folder / f".{final.name}.tmp"
         self._on_first_rank(lambda: _fresh(unfinished, files), unfinished)
         forget_results()
         request = dist_checkpointing.save(
-            self.state(student, extra=extra, is_loading=False),
+            self.state(student, extra=extra, sharding=sharding, is_loading=False),
             str(unfinished),
             async_sharded_save=True,
             async_strategy="mcore",
         )
         self._save = _Save(unfinished, final, self._queue.start(request))
+        self._sharding_of[step] = sharding
 
     def poll(self) -> None:
         """Complete the save in flight if every rank has written; returns at once if not.
@@ -190,17 +204,44 @@ class Checkpoints:
         Raises:
             InputError: files are missing, cut short or changed (they are named); on every rank.
             TrainingError: a file could not be read, though tried for a minute; on every rank.
+            ConfigError: it loads under other layouts only; on every rank.
         """
         path = self.folder / f"step_{step:06d}"
         self._together(lambda: self._check(path), path)
-        wanted = self.state(student, extra={}, is_loading=True)
-        state = self._together(lambda: self._read(wanted, path), path)
+        saved = self._together(lambda: _saved_extra(path), path)
+        self._check_layout(saved, student, path)
+        self._sharding_of[step] = sharding = saved.get("sharding", ANY_LAYOUT)
+        wanted = self.state(student, extra={}, sharding=sharding, is_loading=True)
+        if saved["layout"] != self._layout():
+            wanted.pop("rng")
+        state = self._together(lambda: _read(wanted, path), path)
         student.model.load_state_dict(state["model"], strict=True)
-        student.optimizer.load_state_dict(state["optimizer"])
+        with torch.no_grad():  # Megatron copies into the parameters themselves if they are float32
+            student.optimizer.load_state_dict(state["optimizer"])
         student.scheduler.load_state_dict(state["scheduler"])
         if "rng" in state:
             _set_rng(state["rng"])
         return state["extra"]
+
+    def _check_layout(self, saved: Mapping[str, Any], student: Student, path: Path) -> None:
+        """Refuse a checkpoint that cannot be cut as this run needs it; it is not damaged."""
+        if saved.get("sharding", ANY_LAYOUT) == ANY_LAYOUT:
+            return
+        was, now = _cut(saved), _cut(self._about(student, ANY_DATA))
+        if was != now:
+            raise ConfigError(
+                f"{path} was saved with run.checkpoint_sharding = {ANY_DATA!r}: expected {was}, as "
+                f"the run had them (parallel.data may differ), found {now}. Resume with these. "
+                "To change them, stop the run with a signal (Ctrl-C, SIGTERM): the checkpoint that "
+                f"it saves then is {ANY_LAYOUT!r}, and so is its last one."
+            )
+
+    def _about(self, student: Student, sharding: str) -> dict[str, Any]:
+        """What a checkpoint says of how it is cut."""
+        if not self.distributed_optimizer:
+            return {"layout": self._layout()}
+        bucket = student.chunk.ddp_config.bucket_size
+        return {"layout": self._layout(), "sharding": sharding, "bucket": bucket}
 
     def _check(self, path: Path) -> None:
         """Compare this rank's share of the files with their checksums. No collectives.
@@ -255,29 +296,15 @@ class Checkpoints:
                 _remove(target)
                 path.rename(target)
 
-    def _read(self, wanted: dict[str, Any], path: Path) -> dict[str, Any]:
-        """The state of a checkpoint, in the form of ``wanted``. No collectives."""
-
-        def read() -> dict[str, Any]:
-            try:
-                common = dist_checkpointing.load_common_state_dict(str(path))
-                if common["extra"]["layout"] != self._layout():
-                    wanted.pop("rng", None)
-                # Megatron's check that the ranks want every part once is a collective, in which
-                # the others would wait for a rank that cannot read. Saving has made it.
-                return dist_checkpointing.load(wanted, str(path), validate_access_integrity=False)
-            except CheckpointException as error:
-                # No Exception; behind it is what the file system said.
-                raise next(iter(_causes(error)), error) from error
-
-        return read_patiently(read)
-
-    def state(self, student: Student, *, extra: dict[str, Any], is_loading: bool) -> dict:
+    def state(
+        self, student: Student, *, extra: dict[str, Any], sharding: str, is_loading: bool
+    ) -> dict[str, Any]:
         """What a checkpoint holds, as Megatron's sharded state dictionary of this rank.
 
-        Collectives: Megatron's gather of the optimizer's states.
+        Collectives: Megatron's gather of a distributed optimizer's states, if any layout is to
+        read them.
         """
-        metadata = self._metadata()
+        metadata = self._metadata(sharding)
         model = student.model.sharded_state_dict(metadata=metadata)
         optimizer = student.optimizer.sharded_state_dict(
             {"model": model}, is_loading=is_loading, metadata=metadata
@@ -287,17 +314,17 @@ class Checkpoints:
             "optimizer": optimizer,
             "scheduler": student.scheduler.state_dict(),
             "rng": self._rng(),
-            "extra": extra | {"layout": self._layout()},
+            "extra": extra | self._about(student, sharding),
         }
 
-    def _metadata(self) -> dict[str, Any]:
+    def _metadata(self, sharding: str) -> dict[str, Any]:
         metadata: dict[str, Any] = {
             "singleton_local_shards": False,
             "chained_optim_avoid_prefix": True,
             "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
         }
         if self.distributed_optimizer:
-            metadata["distrib_optim_sharding_type"] = "fully_reshardable"
+            metadata["distrib_optim_sharding_type"] = sharding
         return metadata
 
     def _layout(self) -> list[int]:
@@ -351,6 +378,44 @@ def complete_steps(folder: Path) -> list[int]:
     return sorted(int(m.group(1)) for m in matches if m)
 
 
+def _cut(about: Mapping[str, Any]) -> dict[str, Any]:
+    """What :data:`ANY_DATA` depends on, by the names of the settings."""
+    tensor, pipeline, _, expert = about["layout"]
+    return {
+        "parallel.tensor": tensor,
+        "parallel.pipeline": pipeline,
+        "parallel.expert": expert,
+        "parallel.distributed_optimizer": "sharding" in about,
+        "megatron.ddp.bucket_size": about.get("bucket"),
+    }
+
+
+def _saved_extra(path: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself. No collectives."""
+    return _reading(lambda: dist_checkpointing.load_common_state_dict(str(path))["extra"])
+
+
+def _read(wanted: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The state of a checkpoint, in the form of ``wanted``. No collectives."""
+    # Megatron's check that the ranks want every part once is a collective, in which the others
+    # would wait for a rank that cannot read. Saving has made it.
+    load = partial(dist_checkpointing.load, wanted, str(path), validate_access_integrity=False)
+    return _reading(load)
+
+
+def _reading[T](load: Callable[[], T]) -> T:
+    """Call ``load`` until the file system answers; raise what that said."""
+
+    def read() -> T:
+        try:
+            return load()
+        except CheckpointException as error:
+            # No Exception; behind it is what the file system said.
+            raise next(iter(_causes(error)), error) from error
+
+    return read_patiently(read)
+
+
 def _causes(error: BaseException) -> list[BaseException]:
     """What each rank met: CheckpointException is no Exception and hides it in a dictionary."""
     if isinstance(error, CheckpointException):
@@ -398,7 +463,10 @@ def _publish(unfinished: Path, final: Path, checksums: dict[str, Checksum]) -> N
             _fsync(path)
     write_checksums(unfinished, checksums)
     _fsync(unfinished)
-    _remove(final)
+    if final.exists():
+        old = final.with_name(f".{final.name}.old")
+        _remove(old)
+        final.rename(old)
     unfinished.rename(final)
     _fsync(final.parent)
 

@@ -36,8 +36,8 @@ class Rows(Protocol):
         ...
 
     @property
-    def loss_mask(self) -> Tensor:
-        """[B, S] bool, true where the label carries loss."""
+    def loss_at(self) -> Tensor:
+        """[T] int64 b x S + s of each label that carries loss, none twice."""
         ...
 
 
@@ -54,8 +54,8 @@ def loss_token_states(
 
     Returns:
         [T, H] hidden states of the loss tokens on the last stage, whole on every tensor-parallel
-        rank and rows in [B, S] order; the stage's output elsewhere. The gradients that the ranks
-        give it are summed over them.
+        rank and in the order of ``loss_at``; the stage's output elsewhere. The gradients that the
+        ranks give it are summed over them.
 
     Collectives: those of the model's forward; with sequence parallelism 1 all-gather.
     """
@@ -67,9 +67,9 @@ def loss_token_states(
         input_ids=batch.tokens, position_ids=batch.position_ids, attention_mask=attention_mask
     )
     if _TAKES_PROCESSOR:
-        extra |= {"output_processor": _states_at, "output_processor_context": batch.loss_mask}
+        extra |= {"output_processor": _states_at, "output_processor_context": batch.loss_at}
         return model(**inputs, **extra)
-    with _postprocessing(gpt, _states_at, batch.loss_mask):
+    with _postprocessing(gpt, _states_at, batch.loss_at):
         return model(**inputs, **extra)
 
 
@@ -114,7 +114,7 @@ def _inside_ddp(model: torch.nn.Module) -> torch.nn.Module:
 def _states_at(
     *, hidden_states: Tensor, output_layer: torch.nn.Module, context: Tensor, config: Any, **_: Any
 ) -> Tensor:
-    """[S(/tp), B, H] -> [T, H], rows in [B, S] order; gradients of the shards are summed."""
+    """[S(/tp), B, H] -> [T, H] in the order of ``loss_at``; gradients of shards are summed."""
     # A DDP that overlaps its parameter all-gather waits for it in hooks of the layers' calls.
     for hook in output_layer._forward_pre_hooks.values():
         hook(output_layer, ())
@@ -122,9 +122,31 @@ def _states_at(
         whole = gather_from_sequence_parallel_region(
             hidden_states, tensor_parallel_output_grad=True
         )
-        return whole.transpose(0, 1)[context]
+        return _rows_at(whole, context)
     # Rows first: before 0.19 the sum of a gradient that is not contiguous gets lost in Megatron.
-    return copy_to_tensor_model_parallel_region(hidden_states.transpose(0, 1)[context])
+    return copy_to_tensor_model_parallel_region(_rows_at(hidden_states, context))
+
+
+def _rows_at(hidden_SBH: Tensor, at_T: Tensor) -> Tensor:
+    length, rows, _ = hidden_SBH.shape
+    at_T = at_T % length * rows + at_T // length
+    return _PickRows.apply(hidden_SBH.flatten(0, 1), at_T)
+
+
+class _PickRows(torch.autograd.Function):
+    """Some rows of a tensor, none twice: the gradient is copied, where torch's own would add."""
+
+    @staticmethod
+    def forward(ctx: Any, all_NH: Tensor, at_T: Tensor) -> Tensor:
+        ctx.save_for_backward(at_T)
+        ctx.num = len(all_NH)
+        return all_NH.index_select(0, at_T)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (at_T,) = ctx.saved_tensors
+        grad_NH = grads[0].new_zeros(ctx.num, grads[0].shape[1])
+        return grad_NH.index_copy_(0, at_T, grads[0]), None
 
 
 @contextmanager

@@ -47,6 +47,7 @@ _FACTORIES = (
     "zeros",
     "zeros_like",
 )
+_CUDA_ROW_MULTIPLE = 128
 _prepared = False
 _training_prepared = False
 
@@ -59,6 +60,15 @@ def has_cuda() -> bool:
 def device() -> torch.device:
     """The device of this process' models: its CUDA device, or the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else _CPU
+
+
+def row_multiple() -> int:
+    """What lengths of rows are rounded up to.
+
+    On CUDA kernels are chosen, and some compiled, for each shape; products and attention are fast
+    at multiples of their tiles.
+    """
+    return _CUDA_ROW_MULTIPLE if has_cuda() else 1
 
 
 def distributed_backend() -> str:
@@ -360,8 +370,8 @@ def _accept_torch_adam() -> None:
 
     @functools.wraps(set_states)
     def set_states_without_step(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
-        # The loader skips what is no tensor.
-        set_states(self, model_param, {"step": None, **tensors})
+        # The loader skips what is no tensor. Slices of buffers bring a count of this process.
+        set_states(self, model_param, {**tensors, "step": None})
 
     @functools.wraps(load)
     def load_with_own_steps(self: Any, state_dict: dict[str, Any]) -> None:

@@ -275,11 +275,11 @@ def cross_entropy(
 
     Collectives: 3 all-reduces of [T] (Megatron's vocabulary-parallel cross entropy).
     """
-    labels_T = batch.labels[batch.loss_mask]
+    labels_T = batch.of_loss_tokens(batch.labels)
     logits_Tv = F.linear(hidden_TH, weight_vH)
     # Megatron overwrites fp32 logits; nobody reads these again.
     loss = vocab_parallel_cross_entropy(logits_Tv.float().unsqueeze(1), labels_T.unsqueeze(1)).sum()
-    count = torch.tensor(labels_T.numel(), dtype=torch.float32, device=loss.device)
+    count = loss.new_full((), len(labels_T), dtype=torch.float32)
     return loss, {"loss": loss.detach(), "tokens": count}
 
 
@@ -328,7 +328,8 @@ def _student_forward(
         loss_sum, report = loss_fn(hidden_TH, weight_vH, batch, index)
         if model.ddp_config.overlap_grad_reduce:
             loss_sum = SomeGradient.apply(loss_sum, weight_vH)
-        return loss_sum, batch.loss_mask.sum().to(torch.int), report
+        num_tokens = loss_sum.new_full((), len(batch.loss_at), dtype=torch.int)
+        return loss_sum, num_tokens, report
 
     return loss_token_states(model, batch), loss
 

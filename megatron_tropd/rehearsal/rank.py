@@ -68,6 +68,7 @@ def rehearse_rank(config: Config, request: Request) -> RankReport:
     cuda.believe(device, gpus=request.gpus_per_node)
     with device, tempfile.TemporaryDirectory() as folder:
         others = world.join(device, rank=request.rank, world_size=made.parallel.world_size)
+        world.route_evenly()
         from megatron_tropd.rehearsal.step import RehearsedJob
 
         job = RehearsedJob(made, RunFolder(Path(folder)), device, others)

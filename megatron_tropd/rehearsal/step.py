@@ -26,7 +26,7 @@ from megatron_tropd.mcore import models, parallel, platform, step
 from megatron_tropd.mcore.checkpoint import Checkpoints
 from megatron_tropd.mcore.hidden import unwrap
 from megatron_tropd.planning import Setup
-from megatron_tropd.rehearsal.tensors import CPU, Device, known
+from megatron_tropd.rehearsal.tensors import CPU, Device
 from megatron_tropd.rehearsal.world import World
 from megatron_tropd.run_folder import RunFolder
 from megatron_tropd.train import learn
@@ -186,15 +186,19 @@ class RehearsedJob(Job):
     def save(self, *, wait: bool = False) -> None:
         """What a checkpoint is made of; nothing is written."""
         with self.clock("checkpoint"):
-            state = self.checkpoints.state(self.student, extra={"step": 1}, is_loading=False)
+            state = self.checkpoints.state(
+                self.student,
+                extra={},
+                sharding=self.config.run.checkpoint_sharding,
+                is_loading=False,
+            )
             self.checkpoint_bytes = bytes_to_write(state)
 
     def _keeping(self, score: Any, model: Any) -> Any:
         """Hold as much as if all micro-batches of the step had been scored."""
 
         def kept(batches: Any) -> list[Any]:
-            mask = known(batches[0].loss_mask)
-            tokens = int(mask.sum()) if mask is not None and self.ranks.is_last_stage else 0
+            tokens = len(batches[0].loss_at) if self.ranks.is_last_stage else 0
             room = [
                 torch.empty(tokens, model.config.hidden_size, dtype=self.dtype, device=self.device)
                 for _ in range(self._missing if tokens else 0)

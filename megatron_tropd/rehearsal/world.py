@@ -1,4 +1,8 @@
-"""The other ranks, who are not there: process groups that answer at once, with the right shapes."""
+"""The other ranks, who are not there: process groups that answer at once, with the right shapes.
+
+What is known of a tensor that this rank gives to an all-gather is known of the others' too: every
+rank of a rehearsal does the same.
+"""
 
 from collections.abc import Iterable
 from typing import Any
@@ -11,7 +15,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_flatten
 
 from megatron_tropd.rehearsal.events import Collective, Events
-from megatron_tropd.rehearsal.tensors import Device, on_device, set_known
+from megatron_tropd.rehearsal.tensors import Device, known, on_device, set_known
 
 
 def join(device: Device, *, rank: int, world_size: int) -> "World":
@@ -54,6 +58,8 @@ class World:
         self.note(name, group, given)
         if name == "recv":
             self._receive(args[0][0], dist.get_global_rank(group, args[2]))
+        elif name == "allgather_base" and (mine := known(args[1])) is not None:
+            set_known(args[0], torch.cat([mine.flatten()] * group.size()).view(args[0].shape))
         work = FakeWork().boxed()
         returns = len(func._schema.returns)
         return {0: None, 1: work, 2: (args[0], work)}[returns]
@@ -101,3 +107,28 @@ def _replace_objects(world: World) -> None:
 
     for function in (all_gather_object, gather_object, broadcast_object_list):
         setattr(dist, function.__name__, function)
+
+
+def route_evenly() -> None:
+    """Let every router of a mixture send each expert as many tokens as any other.
+
+    Where tokens go is up to numbers; even routes are what planning assumes and training aims at.
+    """
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    original = TopKRouter.routing
+
+    def routing(self: TopKRouter, *args: Any, **kwargs: Any) -> Any:
+        probabilities, routes = original(self, *args, **kwargs)
+        if routes is not None and on_device(routes):
+            set_known(routes, _even_routes(*routes.shape, self.topk))
+        return probabilities, routes
+
+    TopKRouter.routing = routing
+
+
+def _even_routes(tokens: int, experts: int, of_token: int) -> Tensor:
+    """[tokens, experts] bool: the next ``of_token`` experts for each token in turn."""
+    first = torch.arange(tokens) * of_token
+    chosen = (first[:, None] + torch.arange(of_token)) % experts
+    return torch.zeros(tokens, experts, dtype=torch.bool).scatter_(1, chosen, True)

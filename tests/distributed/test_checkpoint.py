@@ -21,7 +21,7 @@ from test_training import TRAIN, recorded_trajectories
 from megatron_tropd import files
 from megatron_tropd.config import ParallelConfig
 from megatron_tropd.data.packing import pack
-from megatron_tropd.errors import InputError, TrainingError
+from megatron_tropd.errors import ConfigError, InputError, TrainingError
 from tests.ranks import leave_layout, run_with_env
 
 
@@ -174,8 +174,83 @@ def test_a_checkpoint_continues_under_other_layouts(dtype, distributed_optimizer
         torch.testing.assert_close(norms, expected, rtol=rtol, atol=1e-4)
 
 
-def _saved(checkpoints, learner, step: int) -> None:
-    checkpoints.save(learner, step=step, extra={"step": step})
+TP2_DP2 = ParallelConfig(tensor=2, data=2, distributed_optimizer=True)
+
+
+def _sharding_of(path: Path) -> str:
+    from megatron_tropd.mcore.checkpoint import _saved_extra
+
+    return _saved_extra(path)["sharding"]
+
+
+def _save_slices(folder: str, out: str) -> None:
+    import torch.distributed as dist
+
+    layout = ParallelConfig(data=2, distributed_optimizer=True)
+    learner, ranks = _student(folder, layout)
+    _some_steps(learner, ranks, 0, 3)
+    checkpoints = _checkpoints(Path(out), ranks, layout)
+    gathered, all_gather = [], dist.all_gather
+    dist.all_gather = lambda parts, *_: (gathered.append(parts[0].numel()), all_gather(parts, *_))
+    for sharding in ("fully_reshardable", "dp_reshardable"):
+        gathered.clear()
+        checkpoints.save(learner, step=3, extra={}, sharding=sharding)
+        checkpoints.wait()
+        if sharding == "fully_reshardable":
+            parameters = sum(p.numel() for p in learner.model.parameters())
+            assert parameters <= 2 * sum(gathered) / 3 < 1.01 * parameters
+            shutil.rmtree(Path(out, "step_000003")) if ranks.is_main else None
+            dist.barrier()
+    assert not gathered, "every rank writes what it has"
+    uninterrupted = _some_steps(learner, ranks, 3, 6)
+    _saved(checkpoints, learner, 6, sharding="dp_reshardable")
+    _saved(checkpoints, learner, 6, sharding="dp_reshardable")
+    assert _sharding_of(Path(out, "step_000006")) == "dp_reshardable"
+    _saved(checkpoints, learner, 6)  # as a run that is stopped right after it has saved
+    assert _sharding_of(Path(out, "step_000006")) == "fully_reshardable"
+    assert [p.name for p in sorted(Path(out).glob("step_*"))] == ["step_000003", "step_000006"]
+    if ranks.is_main:
+        Path(out, "norms.json").write_text(json.dumps(uninterrupted))
+
+
+def _read_slices(folder: str, out: str) -> None:
+    import torch.distributed as dist
+
+    world = int(os.environ["WORLD_SIZE"])
+    expected = json.loads(Path(out, "norms.json").read_text())
+    layout = ParallelConfig(data=world, distributed_optimizer=True)
+    learner, ranks = _student(folder, layout)
+    assert _checkpoints(Path(out), ranks, layout).load(learner, 3)["sharding"] == "dp_reshardable"
+    norms = _some_steps(learner, ranks, 3, 6)
+    torch.testing.assert_close(norms, expected, rtol=1e-4, atol=1e-4)
+    assert norms == expected or world != 2, "the layout that wrote it continues bit for bit"
+    if world < 4:
+        return
+    dist.barrier()
+    leave_layout()
+    learner, ranks = _student(folder, TP2_DP2)
+    checkpoints = _checkpoints(Path(out), ranks, TP2_DP2)
+    with pytest.raises(ConfigError, match=r"dp_reshardable.*parallel.tensor': 1.*tensor': 2"):
+        checkpoints.load(learner, 3)
+    assert checkpoints.load_newest(learner) is not None, "of step 6, when the run was stopped"
+    shutil.rmtree(Path(out, "step_000006"), ignore_errors=True)
+    dist.barrier()
+    with pytest.raises(ConfigError, match=r"parallel\.data may differ"):
+        checkpoints.load_newest(learner)
+    assert checkpoints.steps() == [3], "it is not damaged"
+
+
+def test_a_checkpoint_of_slices_gathers_nothing_and_loads_under_other_replicas(
+    tmp_path, tiny_model
+):
+    model = tiny_model("llama", tie_word_embeddings=True, num_key_value_heads=4)
+    run_with_env(2, _save_slices, str(model), str(tmp_path))
+    for world in (2, 1, 4):
+        run_with_env(world, _read_slices, str(model), str(tmp_path))
+
+
+def _saved(checkpoints, learner, step: int, **how) -> None:
+    checkpoints.save(learner, step=step, extra={"step": step}, **how)
     checkpoints.wait()
 
 

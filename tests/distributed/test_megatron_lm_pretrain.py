@@ -36,6 +36,7 @@ from megatron_tropd.convert.to_megatron import ToMegatron, hf_to_megatron
 from megatron_tropd.data.packing import LossCounts, count_loss_tokens, pack
 from megatron_tropd.data.recorded import recorded, training_item
 from megatron_tropd.data.types import MicroBatch, Segment, Trajectory
+from megatron_tropd.integrations.global_batch import loss_places
 from tests.ranks import free_port, leave_layout, run_with_env
 
 pytestmark = pytest.mark.slow
@@ -320,9 +321,14 @@ def _given_text(drawn: list[dict[str, Any]]) -> tuple[list[MicroBatch], LossCoun
             rollout_logprobs=nothing,
             uniforms=nothing,
             masked=nothing.bool(),
+            loss_at=loss_at,
+            loss_rows=loss_at // SEQUENCE,
+            student_at=torch.arange(len(loss_at)),
             rows=tuple(range(ROWS)),
         )
-        for batch in drawn
+        for batch, loss_at in zip(
+            drawn, loss_places(torch.stack([batch["loss_weights"] for batch in drawn])), strict=True
+        )
     ]
     return batches, LossCounts(0, sum(int(batch.loss_mask.sum()) for batch in batches), 0)
 
@@ -497,8 +503,9 @@ def _one_hot_teacher(student: str, sequence_parallel: bool, out: str) -> None:
         teacher_written=nothing.bool(),
         rollout_logprobs=nothing,
         response_positions=nothing.long(),
-        sample_ids=torch.zeros(ROWS),
+        sample_ids=torch.zeros(ROWS, dtype=torch.int64),
         attention_mask=None,
+        loss_at=loss_places(weights[None])[0],
         sampled=False,
     )
     signal = HiddenStatesSignal(one_hot_TV, identity_vV.contiguous(), vocab)

@@ -143,6 +143,8 @@ def _train(
             dp_size=ranks.dp_size,
             tokens_per_micro_batch=TRAIN.tokens_per_micro_batch,
             pad_multiple=ranks.tp_size,
+            # Rounded up as on a GPU, where numbers have to stay what they are.
+            rounded_to=64 if layout.sequence_parallel else 1,
             seed=7,
             step=step,
             loss=loss,
@@ -175,8 +177,9 @@ def _train(
             choices=choices,
         )
         result = learner.train_step(batches, objective)
-        metrics = objective.sums.reduce().metrics()
-        assert objective.sums.first_bad_token is None
+        totals = objective.sums.reduce()
+        assert totals.first_bad_token is None
+        metrics = totals.metrics()
         shown = [metrics[name] for name in ("loss", "tv", "reverse_kl", "selected_share")]
         history.append([result.grad_norm, *(math.nan if x is None else x for x in shown)])
     return history

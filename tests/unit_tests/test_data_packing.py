@@ -1,6 +1,7 @@
 """Packing: what a row holds, that nothing is lost, and that the layout changes nothing."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -141,6 +142,25 @@ def test_layout_changes_no_token(dp_size: int, budget: int, pad_multiple: int):
     assert all(shape == shapes[0] for shape in shapes)
     assert sum(rows for rows, _ in shapes[0]) == len(trajectories) // dp_size
     assert all(length % pad_multiple == 0 for _, length in shapes[0])
+
+
+@pytest.mark.parametrize(("multiple", "rounded_to"), [(1, 16), (4, 16), (6, 16)])
+def test_rows_are_rounded_up_unless_one_would_not_fit(multiple, rounded_to):
+    trajectories = _trajectories()
+    longest = max(len(t.prompt_ids + t.prefix_ids + t.response_ids) for t in trajectories) - 1
+    least = -(-longest // multiple) * multiple
+    assert 16 < least < 32
+    for budget in (least, 200):
+        settings = dict(pad_multiple=multiple, tokens_per_micro_batch=budget)
+        batches = _pack(trajectories, **settings, rounded_to=rounded_to)
+        assert {token for batch in batches for token in _tokens_of([batch])} == _tokens_of(
+            _pack(trajectories)
+        )
+        lengths = {batch.tokens.shape[1] for batch in batches}
+        assert all(length % multiple == 0 for length in lengths)
+        rounded = {length for length in lengths if length % math.lcm(multiple, rounded_to) == 0}
+        assert rounded == (lengths if budget == 200 else lengths - {least})
+        assert all(batch.tokens.numel() <= budget for batch in batches)
 
 
 def test_order_of_the_list_changes_no_draw():

@@ -419,7 +419,7 @@ def test_megatron_lm_names_the_token_whose_loss_is_no_number(
         tokens=zeros, labels=torch.tensor([[5, 6, 7], [8, 9, 10]]), position_ids=zeros,
         loss_weights=weights, teacher_written=zeros.bool(), rollout_logprobs=weights,
         response_positions=zeros, sample_ids=torch.tensor([40, 41]), attention_mask=None,
-        sampled=True,
+        loss_at=global_batch.loss_places(weights[None])[0], sampled=True,
     )  # fmt: skip
     step = megatron_lm.StepLoss(
         config=LossConfig(), beta=0.0, vocab_size=12, group=None, metrics=False, seed=0,

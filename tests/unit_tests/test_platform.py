@@ -34,6 +34,14 @@ def run(script: str) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+def test_rows_are_rounded_up_on_a_gpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_tropd.mcore import platform
+
+    assert platform.row_multiple() == 1
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert platform.row_multiple() == 128
+
+
 def test_a_gpu_run_never_touches_the_patches() -> None:
     run(
         "import torch\ntorch.cuda.is_available = lambda: True\n"

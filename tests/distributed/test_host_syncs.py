@@ -1,0 +1,103 @@
+"""How often the host of a GPU would wait for it in a step: by the calls that a CPU's run makes."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from megatron_tropd.config import LossConfig, ParallelConfig, TrainConfig
+from megatron_tropd.data.packing import count_loss_tokens, pack
+from megatron_tropd.loss_config import preset
+from tests.distributed.test_training import recorded_trajectories
+from tests.ranks import leave_layout, run_with_env
+
+METHODS = {"tropd": LossConfig(), "exact": LossConfig(region="exact"), "top_d": preset("top_d")}
+ROWS_OF_CHUNK = 16
+
+
+def count_all(student: str, teacher: str, out: str) -> None:
+    """Calls of a step by method and number of micro-batches."""
+    import torch.distributed as dist
+
+    from megatron_tropd.losses import chunks, tensors
+    from megatron_tropd.mcore import platform
+
+    os.environ["TROPD_PLAIN"] = "1"  # the passes that a GPU without Triton takes
+    tensors.can_be_asked = lambda _: False
+    chunks._chunk_rows = lambda *_: ROWS_OF_CHUNK
+    dist.init_process_group(platform.distributed_backend())
+    found = {}
+    for method in METHODS:
+        for micro_batches in (2, 4):
+            found[f"{method} {micro_batches}"] = _count(student, teacher, method, micro_batches)
+            leave_layout()
+    Path(out).write_text(json.dumps(found))
+
+
+def _count(student: str, teacher: str, method: str, micro_batches: int) -> dict[str, int]:
+    from megatron_tropd.choices import choose
+    from megatron_tropd.convert.hf_folder import HFFolder
+    from megatron_tropd.mcore import models, parallel, platform
+    from megatron_tropd.mcore.step import Student, Teacher, output_weight
+    from megatron_tropd.objective import StepObjective
+    from tests.host_syncs import host_syncs
+
+    layout, loss = ParallelConfig(), METHODS[method]
+    train = TrainConfig(steps=3, tokens_per_micro_batch=48)
+    ranks = parallel.initialize(layout, seed=1)
+    kind = models.resolve_dtype("float32")
+    build = dict(ranks=ranks, parallel=layout, dtype=kind, padded_vocab_size=259)
+    learner = Student(
+        models.build_model(HFFolder(Path(student)), **build),
+        train=train, parallel=layout, ranks=ranks, dtype=kind,
+    )  # fmt: skip
+    scorer = Teacher(
+        models.build_model(HFFolder(Path(teacher)), **build), ranks=ranks, vocab_size=259
+    )
+    trajectories = recorded_trajectories(0, count=micro_batches)
+    place = dict(dp_rank=0, dp_size=1, tokens_per_micro_batch=48, pad_multiple=48)
+    packed = pack(trajectories, **place, seed=7, step=0, loss=loss)
+    assert len(packed) == micro_batches
+    batches = [batch.to(platform.device()) for batch in packed]
+    counts = count_loss_tokens(trajectories, loss)
+    with host_syncs() as found:
+        signals, choices = scorer.score(batches), None
+        if loss.needs_student_pass:
+            hidden = learner.score(batches)
+            choices = choose(
+                batches, trajectories, signals, hidden, output_weight(learner.model),
+                config=loss, vocab_size=259, tp_group=ranks.tp_group, dp_group=ranks.dp_group,
+            )  # fmt: skip
+        objective = StepObjective(
+            signals, config=loss, beta=0.5, vocab_size=259, group=ranks.tp_group, counts=counts,
+            counted=True, device=platform.device(), choices=choices,
+        )  # fmt: skip
+        learner.forward_backward(batches, objective)
+        sums = objective.sums.reduce()
+        assert sums.first_bad_token is None
+        sums.metrics()
+    return found
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory, tiny_model) -> dict[str, dict[str, int]]:
+    out = tmp_path_factory.mktemp("syncs") / "found.json"
+    pair = tiny_model("llama", tie_word_embeddings=True), tiny_model("qwen3", seed=5)
+    run_with_env(1, count_all, *map(str, pair), str(out))
+    return json.loads(out.read_text())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_host_waits_for_no_micro_batch(method, found):
+    few, many = found[f"{method} 2"], found[f"{method} 4"]
+    more = {call: many[call] - few.get(call, 0) for call in many if many[call] > few.get(call, 0)}
+    assert not more, f"{sum(more.values()) / 2:g} times for each: {json.dumps(more, indent=1)}"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_host_waits_once_a_step_for_the_numbers_of_all(method, found):
+    """Sums and the key of a bad token: the second is there when the first is."""
+    calls = found[f"{method} 2"]
+    assert sum(calls.values()) == 2, json.dumps(calls, indent=1)
+    assert all("step_metrics.py" in call for call in calls)
