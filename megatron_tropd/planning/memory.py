@@ -20,6 +20,10 @@ ENGINE_WORKSPACE = 2 * 2**30
 """Bytes of an engine's own activations and graphs on each of its GPUs, awake or asleep: sleeping
 gives back weights and cache. An assumption."""
 _FLOAT32 = 4
+_LOGITS = 2 * _FLOAT32
+"""Bytes of both models' logits of one token and column."""
+_GROUP, _OF_CANDIDATE = 32, 20
+"""Columns of a group from which the largest logits are taken, and bytes of such a column."""
 _BUCKET = 256 * 2**20
 """Bytes of weights that an engine reads at a time; a test compares it with the trainer's."""
 _ON_HOST = 4 * _FLOAT32
@@ -257,7 +261,7 @@ def loss_bytes(made: Setup) -> float:
     hidden = made.student.shape.hidden
     values = 4 * _VALUES_OF_A_TOKEN * tokens
     gradients = hidden * (tokens * (made.element + _FLOAT32) + shard * _FLOAT32)
-    return chunk_bytes(made, tokens) + gradients + values
+    return chunk_bytes(made, tokens) + candidate_bytes(made, tokens) + gradients + values
 
 
 def chunk_bytes(made: Setup, tokens: int) -> float:
@@ -267,16 +271,31 @@ def chunk_bytes(made: Setup, tokens: int) -> float:
     Under tensor parallelism two chunks share the budget if one does not hold all tokens, so that
     collectives hide behind products.
     """
-    logits = 2 * _FLOAT32
     if made.hardware.layers == "cpu":
-        return min(LOSS_BUDGET["cpu"], logits * tokens * made.vocab_shard)
-    columns = -(-made.vocab_shard // _ALIGNED) * _ALIGNED
-    gradient, budget = made.element if made.element == 2 else 0, LOSS_BUDGET["gpu"]
+        return min(LOSS_BUDGET["cpu"], _LOGITS * tokens * made.vocab_shard)
+    rows, gradient = _chunk_rows(made, tokens), made.element if made.element == 2 else 0
+    two = 2 if rows < tokens and made.parallel.tensor > 1 else 1
+    return float(rows * _columns(made) * (two * _LOGITS + gradient))
+
+
+def _chunk_rows(made: Setup, tokens: int) -> int:
+    """Tokens of one chunk of the loss on a GPU."""
     two = 2 if made.parallel.tensor > 1 else 1
-    rows = budget // (columns * (two * logits + gradient))
-    if rows >= tokens:
-        return float(tokens * columns * (logits + gradient))
-    return float(rows * columns * (two * logits + gradient))
+    of_column = two * _LOGITS + (made.element if made.element == 2 else 0)
+    rows = LOSS_BUDGET["gpu"] // (_columns(made) * of_column)
+    return min(tokens, rows // 16 * 16 if rows > 16 else max(rows, 1))
+
+
+def _columns(made: Setup) -> int:
+    return -(-made.vocab_shard // _ALIGNED) * _ALIGNED
+
+
+def candidate_bytes(made: Setup, tokens: int) -> float:
+    """What a chunk's search for the teacher's k largest logits takes on a GPU."""
+    groups = made.config.loss.support * _GROUP
+    if made.hardware.layers == "cpu" or groups >= made.vocab_shard:
+        return 0.0
+    return float(_chunk_rows(made, tokens) * groups * _OF_CANDIDATE)
 
 
 def _update_bytes(made: Setup, held: Held) -> float:

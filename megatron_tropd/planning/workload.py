@@ -1,6 +1,7 @@
 """What one optimizer step consists of: trajectories, positions, micro-batches."""
 
 from dataclasses import dataclass
+from math import lcm
 
 from megatron_tropd.config import Config, ParallelConfig
 from megatron_tropd.errors import ConfigError
@@ -56,6 +57,7 @@ def workload(
     config: Config,
     parallel: ParallelConfig,
     *,
+    rounded_to: int = 1,
     prompt_tokens: int = PROMPT_TOKENS,
     response_tokens: float | None = None,
 ) -> Workload:
@@ -64,6 +66,7 @@ def workload(
     Args:
         config: the run.
         parallel: the layout, not necessarily the config's.
+        rounded_to: rows are rounded up to multiples of it, as far as a micro-batch allows.
         prompt_tokens: length of every prompt.
         response_tokens: average length of a response; None: all as long as allowed.
 
@@ -82,7 +85,9 @@ def workload(
             f"found {mean_response:g}."
         )
     multiple = parallel.tensor if parallel.sequence_parallel else 1
-    longest = -(-(prompt_tokens + longest_response - 1) // multiple) * multiple
+    real = prompt_tokens + longest_response - 1
+    most = room // multiple * multiple
+    longest = max(_up(real, multiple), min(_up(real, lcm(multiple, rounded_to)), most))
     if longest > room:
         raise ConfigError(
             f"train.tokens_per_micro_batch = {room} is less than the longest possible trajectory: "
@@ -110,3 +115,7 @@ def workload(
         most_micro_batches=-(-rows // held),
         most_positions=max(held * longest, min(room, rows * longest)),
     )
+
+
+def _up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

@@ -98,7 +98,7 @@ class Receivers:
 
     def __init__(self, owners: tuple[int, ...], rank: int) -> None:
         """``owners``: ranks with an engine."""
-        self.owners = owners
+        self.owners = self.receivers = owners
         self.received = 0
         """Bytes that this rank's engine got."""
         self._mine = rank in owners

@@ -15,10 +15,11 @@ import torch
 from megatron_tropd.cli import main
 from megatron_tropd.config import Config, ParallelConfig, load_config
 from megatron_tropd.errors import ConfigError
-from megatron_tropd.losses import chunks
+from megatron_tropd.losses import chunks, vocab_parallel
 from megatron_tropd.losses.dense import DenseSpec
 from megatron_tropd.losses.signals import HiddenStatesSignal
 from megatron_tropd.losses.vocab_parallel import shard_of
+from megatron_tropd.mcore import platform
 from megatron_tropd.megatron_fields import verdicts
 from megatron_tropd.planning import (
     PRESETS,
@@ -45,6 +46,8 @@ from megatron_tropd.planning.seconds import (
     pass_seconds,
     repeated_products,
 )
+from megatron_tropd.planning.setup import row_multiple
+from megatron_tropd.rollout import weight_sync
 from megatron_tropd.rollout.types import EngineSettings
 from megatron_tropd.rollout.worker import CPU_SEQUENCES, _cpu_cache_bytes
 
@@ -318,9 +321,13 @@ def test_a_pipeline_waits_for_its_stages(small: Config):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("tokens", "columns"), [(50, 400), (3000, 700)])
-def test_the_loss_buffers_are_those_of_the_loss(tokens: int, columns: int, dtype, monkeypatch):
-    """Whole logits where they fit the budget, else as many rows as it holds. As with kernels."""
+@pytest.mark.parametrize(("tokens", "columns"), [(50, 400), (3000, 700), (400, 700)])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_loss_buffers_are_those_of_the_loss(tokens, columns, dtype, ranks, monkeypatch):
+    """Whole logits where they fit the budget, else as many rows as it holds. As with kernels.
+
+    Two chunks share it where collectives hide behind products.
+    """
     monkeypatch.setattr(chunks, "needs_scratch", lambda device: False)
     hidden_TH, weight_vH = torch.zeros(tokens, 8, dtype=dtype), torch.zeros(columns, 8, dtype=dtype)
     signal = HiddenStatesSignal(hidden_TH, weight_vH, columns)
@@ -335,9 +342,12 @@ def test_the_loss_buffers_are_those_of_the_loss(tokens: int, columns: int, dtype
         device=torch.device("meta"),
         memory_mib=4,
     )
-    real = chunks._Buffers(pair, count=1)
+    real = chunks._Buffers(pair, count=ranks)
     monkeypatch.setitem(planned_memory.LOSS_BUDGET, "gpu", 4 * 2**20)
-    made = SimpleNamespace(vocab_shard=columns, hardware=H100, element=dtype.itemsize)
+    parallel = SimpleNamespace(tensor=ranks)
+    made = SimpleNamespace(
+        vocab_shard=columns, hardware=H100, element=dtype.itemsize, parallel=parallel
+    )
     taken = real._logits.untyped_storage().nbytes()
     if real._rounded is not None:
         taken += real._rounded.untyped_storage().nbytes()
@@ -357,7 +367,7 @@ def test_a_token_takes_as_much_cache_as_the_engine_counts(small: Config):
         prefix_caching=True,
         cuda=False,
     )
-    two_blocks = _cpu_cache_bytes(settings, 1)  # of 128 tokens each
+    two_blocks = _cpu_cache_bytes(settings)  # of 128 tokens each
     assert planned_memory.cache_bytes_per_token(made) == two_blocks / 256
 
 
@@ -365,6 +375,9 @@ def test_constants_are_those_of_the_trainer():
     megabytes = {"cpu": chunks._MEMORY_MIB["cpu"], "gpu": chunks._MEMORY_MIB_ELSEWHERE}
     assert {k: v / 2**20 for k, v in planned_memory.LOSS_BUDGET.items()} == megabytes
     assert MOST_SEQUENCES["cpu"] == CPU_SEQUENCES
+    assert planned_memory._BUCKET == weight_sync.BUCKET_BYTES
+    assert planned_memory._GROUP == vocab_parallel._GROUP
+    assert row_multiple(H100) == platform._CUDA_ROW_MULTIPLE
 
 
 def test_more_gpus_than_one_are_recommended_where_one_does_not_hold_the_models():
@@ -582,7 +595,7 @@ def test_a_recomputed_layer_keeps_its_input_alone():
     one = positions * saved_per_position(
         widths(_with().student.shape, ParallelConfig(), 2, "transformer_engine")
     )
-    rotary, angles = 8607 * 4 * 128 * 2, 8607 * 128 * 4
+    rotary, angles = 8704 * 4 * 128 * 2, 8704 * 128 * 4
     assert plain.recomputed == 0
     assert whole.activations == 8 * positions + final + 28 * positions * 2048 * 2 + angles
     assert whole.recomputed == one + rotary - positions * 2048 * 2 - final
