@@ -375,6 +375,18 @@ def engine_host_bytes(made: Setup) -> float:
     return engines * weights if made.through_folder else 0.0
 
 
+def saving_host_bytes(made: Setup) -> float:
+    """About what a save takes of a node's own memory, until it is written.
+
+    Every rank gathers the main weights and moments of its part of the model there, those of all
+    replicas (``checkpoint_sharding = "fully_reshardable"``, as at least the last save is).
+    """
+    ranks = min(made.hardware.gpus_per_node, made.parallel.world_size)
+    held = made.held(made.student, 0)
+    states = 3 * _FLOAT32 if made.parallel.distributed_optimizer else 0
+    return ranks * held.total * float(states + made.element)
+
+
 def checkpoint_bytes(made: Setup) -> float:
     """About what one checkpoint takes on disk: the student's weights and optimizer states."""
     states = 12 if made.element == 2 else 8

@@ -16,6 +16,7 @@ from megatron_tropd.planning.memory import (
     engine_host_bytes,
     engine_memory,
     host_bytes,
+    saving_host_bytes,
 )
 from megatron_tropd.planning.options import tables
 from megatron_tropd.planning.recommend import Recommendation
@@ -117,6 +118,7 @@ def _estimate_json(one: Estimate) -> dict[str, Any]:
         "memory_bytes": [asdict(s) | {"phases": s.phases, "peak": s.peak} for s in one.memory],
         "engine_bytes": asdict(engine) | {"total": engine.total},
         "host_bytes": host_bytes(made),
+        "saving_host_bytes": saving_host_bytes(made),
         "checkpoint_bytes": checkpoint_bytes(made),
         "sent_bytes": asdict(one.communication),
         "seconds": asdict(one.seconds) | {"total": one.seconds.total},
@@ -196,14 +198,13 @@ def _elsewhere(made: Setup) -> str:
     kept = made.config.run.keep_checkpoints
     disk = f"A checkpoint is about {checkpoint_bytes(made) / 1e9:.3g} GB on disk, {kept} are kept."
     engines = engine_host_bytes(made)
-    offloaded = host_bytes(made) - engines
-    takers = {"Engines": engines, "What the trainer offloads": offloaded}
-    host = [
-        f"{who} take{'s' if who[0] == 'W' else ''} {size / 1e9:.3g} GB of each node's own memory."
-        for who, size in takers.items()
-        if size
-    ]
-    return " ".join([*host, disk])
+    takers = {
+        "engines": engines,
+        "what is offloaded": host_bytes(made) - engines,
+        "a save": saving_host_bytes(made),
+    }
+    host = [f"{who} {size / 1e9:.3g} GB" for who, size in takers.items() if size]
+    return f"Of each node's own memory: {', '.join(host)}. {disk}"
 
 
 def _shown_stages(stages: Sequence[Memory]) -> list[Memory]:

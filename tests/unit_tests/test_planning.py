@@ -438,7 +438,15 @@ PLAN_KEYS = {
 }
 ESTIMATE_KEYS = {
     *("parallel", "rollout", "training_nodes", "engine_nodes", "fits", "obstacle"),
-    *("megatron", "memory_bytes", "engine_bytes", "host_bytes", "checkpoint_bytes", "sent_bytes"),
+    *(
+        "megatron",
+        "memory_bytes",
+        "engine_bytes",
+        "host_bytes",
+        "saving_host_bytes",
+        "checkpoint_bytes",
+        "sent_bytes",
+    ),
     *("seconds", "warnings"),
 }
 
