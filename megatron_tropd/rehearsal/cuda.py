@@ -49,6 +49,11 @@ def believe(device: Device, *, gpus: int, capability: tuple[int, int] = (9, 0)) 
     _take_kernels_of_cuda()
 
 
+def _replace(owner: Any, **replacements: Any) -> None:
+    for name, value in replacements.items():
+        setattr(owner, name, value)
+
+
 def _answer_queries(gpus: int, capability: tuple[int, int], events: Events) -> None:
     properties = type(
         "Properties",
@@ -83,11 +88,10 @@ def _answer_queries(gpus: int, capability: tuple[int, int], events: Events) -> N
         "is_current_stream_capturing": lambda: False,
         "synchronize": lambda device=None: events.wait("synchronize"),
     }
-    for name, value in replacements.items():
-        setattr(torch.cuda, name, value)
-    torch.accelerator.current_device_index = lambda: 0
+    _replace(torch.cuda, **replacements)
+    _replace(torch.accelerator, current_device_index=lambda: 0)
     # Of the optimizers: whether a graph is being captured; whether tensors are many at a time.
-    torch.optim.Optimizer._accelerator_graph_capture_health_check = lambda self: None
+    _replace(torch.optim.Optimizer, _accelerator_graph_capture_health_check=lambda self: None)
     for module in ("torch.utils._foreach_utils", "torch.optim.optimizer"):
         importlib.import_module(module)._foreach_supported_types.append(FakeTensor)
 
@@ -145,8 +149,7 @@ def _answer_streams(events: Events) -> None:
         "default_stream": lambda device=None: stream,
         "set_stream": lambda stream: None,
     }
-    for name, value in replacements.items():
-        setattr(torch.cuda, name, value)
+    _replace(torch.cuda, **replacements)
     for name in ("range_push", "range_pop", "mark"):
         setattr(torch.cuda.nvtx, name, lambda *_, **__: None)
 
@@ -160,13 +163,17 @@ def _answer_random_states() -> None:
     def set_state(state: Tensor, device: Any = None, **_: Any) -> None:
         generator.set_state(state)
 
+    seed = generator.manual_seed
     for module in (torch.cuda, torch.cuda.random):
-        module.get_rng_state, module.set_rng_state = get_state, set_state
-        module.manual_seed = module.manual_seed_all = generator.manual_seed
+        _replace(module, get_rng_state=get_state, set_rng_state=set_state)
+        _replace(module, manual_seed=seed, manual_seed_all=seed)
     from megatron.core.tensor_parallel import random
 
-    random._get_cuda_rng_state = lambda device=None, clone=False, graph_safe=False: get_state()
-    random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: set_state(state)
+    _replace(
+        random,
+        _get_cuda_rng_state=lambda device=None, clone=False, graph_safe=False: get_state(),
+        _set_cuda_rng_state=lambda state, device=-1, graph_safe=False: set_state(state),
+    )
 
 
 def _send_factories(device: Device) -> None:
@@ -254,15 +261,16 @@ def _send_tensors(device: Device) -> None:
 
         return call
 
-    Tensor.to, Tensor.cuda, Tensor.cpu = to, cuda, cpu  # type: ignore[assignment, method-assign]
+    _replace(Tensor, to=to, cuda=cuda, cpu=cpu)
     for owner in (torch, Tensor):
         for name, answer in (("isnan", False), ("isinf", False), ("isfinite", True)):
             setattr(owner, name, asking(getattr(owner, name), answer))
     del FakeTensor.tolist  # asks for one number after the other
     for name in ("tolist", "numpy", "__array__"):
         setattr(Tensor, name, reading(getattr(Tensor, name)))
-    Tensor.pin_memory = lambda self, *_, **__: self  # type: ignore[method-assign, assignment]
-    Tensor.record_stream = lambda self, stream: None  # type: ignore[method-assign]
+    _replace(
+        Tensor, pin_memory=lambda self, *_, **__: self, record_stream=lambda self, stream: None
+    )
 
 
 def _wanted_device(args: tuple, kwargs: dict[str, Any]) -> tuple[Any, tuple]:
@@ -290,15 +298,18 @@ def _tell_python() -> None:
         name = original_type(self).replace("torch.cuda.", "torch.")
         return name.replace("torch.", "torch.cuda.", 1) if on_device(self) else name
 
-    Tensor.type = type_name  # type: ignore[method-assign, assignment]
-    FakeTensor.is_cuda = property(lambda self: self.device.type == "cuda")
-    FakeTensor.is_cpu = property(lambda self: self.device.type == "cpu")
-    FakeTensor.get_device = lambda self: 0 if on_device(self) else -1
+    _replace(Tensor, type=type_name)
+    _replace(
+        FakeTensor,
+        is_cuda=property(lambda self: self.device.type == "cuda"),
+        is_cpu=property(lambda self: self.device.type == "cpu"),
+        get_device=lambda self: 0 if on_device(self) else -1,
+    )
 
 
 def _tell_cpp() -> None:
     """Autograd's engine wants a driver for what is on CUDA: to C++ all is on the CPU."""
-    fake_tensor.init_gpu_context = lambda device=None: None
+    _replace(fake_tensor, init_gpu_context=lambda device=None: None)
 
     def device_of(args: Any) -> torch.device:
         return torch.device("meta") if args[0].fake_mode.in_kernel_invocation else CPU
@@ -311,7 +322,7 @@ def _tell_cpp() -> None:
             return device_of(args)
         return original(cls, func, types, args, kwargs or {})
 
-    FakeTensor.__torch_dispatch__ = classmethod(dispatch)  # type: ignore[assignment]
+    _replace(FakeTensor, __torch_dispatch__=classmethod(dispatch))
 
 
 def _swap_parameters() -> None:
@@ -342,7 +353,7 @@ def _swap_parameters() -> None:
                 self._buffers[name] = fn(buffer)
         return self
 
-    torch.nn.Module._apply = apply  # type: ignore[method-assign, assignment]
+    _replace(torch.nn.Module, _apply=apply)
 
 
 def _launch_nothing(device: Device) -> None:
@@ -361,13 +372,13 @@ def _launch_nothing(device: Device) -> None:
 
         return call
 
-    torch.compile = compile
+    _replace(torch, compile=compile)
     from triton.runtime.jit import JITFunction
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         device.events.kernel(self.fn.__name__)
 
-    JITFunction.run = run
+    _replace(JITFunction, run=run)
 
 
 def _take_kernels_of_cuda() -> None:
@@ -399,5 +410,4 @@ def _take_kernels_of_cuda() -> None:
             query, key, value, attn_mask, query.requires_grad, dropout_p, is_causal, scale=scale
         )[0]
 
-    functional.rms_norm = rms_norm
-    functional.scaled_dot_product_attention = attention
+    _replace(functional, rms_norm=rms_norm, scaled_dot_product_attention=attention)

@@ -132,7 +132,7 @@ def _report(job: "RehearsedJob", counts: dict[str, Counter[Any]], seconds: float
         collectives=[Count(count=n, **vars(c)) for c, n in counts["collectives"].items()],
         waits=[Count(count=n, **vars(c)) for c, n in counts["waits"].items()],
         kernels=[Count(count=n, **vars(c)) for c, n in counts["kernels"].items()],
-        engine_bytes=job.engines.received,
+        engine_bytes=job.receivers.received,
         checkpoint_bytes=job.checkpoint_bytes,
         host_peak=job.rehearsed.host_tracker.most,
         seconds=seconds,

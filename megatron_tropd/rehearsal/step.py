@@ -4,7 +4,7 @@ import io
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core.dist_checkpointing.mapping import (
@@ -124,7 +124,7 @@ class RehearsedJob(Job):
         """
         folder.root.mkdir(parents=True, exist_ok=True)
         write_json(folder.config, config_to_dict(setup.config))
-        super().__init__(folder, console=io.StringIO(), stop=_NeverStop())
+        super().__init__(folder, console=io.StringIO(), stop=cast(Any, _NeverStop()))
         self.setup, self.rehearsed, self.world = setup, device, world
         self.clock = PhaseClock(self._progress, device)
         # Engine and trainer are compared by numbers.
@@ -144,8 +144,9 @@ class RehearsedJob(Job):
             self.dtype = models.resolve_dtype(config.model.dtype)
             self.inputs = self._inputs()
             self.is_main = self.ranks.is_main
-            self.engines = self._receivers()
-            self.rollouts = _Version()
+            self.receivers = self._receivers()
+            self.engines = cast(Any, self.receivers)
+            self.rollouts = cast(Any, _Version())
             self._build_models()
             self.checkpoints = Checkpoints(
                 self.folder.checkpoints,
@@ -155,7 +156,7 @@ class RehearsedJob(Job):
                 say=lambda _: None,
             )
         for model in (self.teacher, self.student):
-            model.score = self._keeping(model.score, model.model)
+            setattr(model, "score", self._keeping(model.score, model.model))  # noqa: B010
 
     def learn(self, micro_batches: int) -> None:
         """Teacher, student and optimizer: the trainer's own step.
@@ -170,7 +171,7 @@ class RehearsedJob(Job):
             self._announce(unwrap(model).config, batches)
             return original(model, batches, **options)
 
-        step.run_schedule = announced
+        setattr(step, "run_schedule", announced)  # noqa: B010
         try:
             learn(self, trajectories(self.setup, micro_batches=micro_batches))
         finally:
@@ -228,7 +229,7 @@ class RehearsedJob(Job):
         return Inputs(
             student=folder(self.config.model.student),
             teacher=folder(self.config.model.teacher),
-            tokenizer=None,  # type: ignore[arg-type]
+            tokenizer=cast(Any, None),
             vocab_size=min(made.student.shape.vocab, made.teacher.shape.vocab),
             context=min(made.student.shape.context, made.teacher.shape.context),
             stop_token_ids=(),
@@ -238,7 +239,7 @@ class RehearsedJob(Job):
             max_model_len=made.work.longest,
         )
 
-    def _receivers(self) -> Any:
+    def _receivers(self) -> Receivers:
         rollout, ranks = self.config.rollout, self.ranks
         block = max(ranks.world_size // rollout.num_engines, 1)
         separate = rollout.placement == "separate"

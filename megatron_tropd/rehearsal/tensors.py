@@ -90,9 +90,9 @@ def set_known(tensor: Tensor, values: Tensor | None) -> None:
     """Keep values of a fake tensor, or forget them; numbers are never kept."""
     if not isinstance(tensor, FakeTensor):
         return
-    keeps = values is not None and not values.dtype.is_floating_point
-    keeps = keeps and values.numel() <= _LARGEST_KNOWN and tensor.shape == values.shape
-    tensor._rehearsed_values = values.detach() if keeps else None  # type: ignore[attr-defined]
+    if values is not None and not (_is_knowable(values) and tensor.shape == values.shape):
+        values = None
+    tensor._rehearsed_values = values  # type: ignore[attr-defined]
 
 
 class Device(TorchDispatchMode):
@@ -125,8 +125,8 @@ class Device(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.namespace == "c10d" and self.collective is not None:
             return self.collective(func, args, kwargs)
-        flat, _ = tree_flatten((args, kwargs))
-        fakes = [leaf for leaf in flat if isinstance(leaf, FakeTensor)]
+        tensors = _tensors_of(args, kwargs)
+        fakes = [tensor for tensor in tensors if isinstance(tensor, FakeTensor)]
         if not fakes:
             return self._factory(func, args, kwargs)
         if func is _aten._local_scalar_dense.default:
@@ -134,7 +134,7 @@ class Device(TorchDispatchMode):
         if kwargs.get("device") is not None:
             # Python's wish for another device was answered before; this is what C++ believes.
             kwargs = kwargs | {"device": fakes[0].device}
-        return self._operate(func, args, kwargs, flat)
+        return self._operate(func, args, kwargs, tensors)
 
     def _factory(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         if not is_cuda(kwargs.get("device")):
@@ -151,30 +151,35 @@ class Device(TorchDispatchMode):
             set_known(out, func(*args, **kwargs | {"device": CPU}))
         return out
 
-    def _operate(self, func: Any, args: tuple, kwargs: dict[str, Any], flat: list[Any]) -> Any:
-        values = self._values(func, args, kwargs, flat)
+    def _operate(
+        self, func: Any, args: tuple, kwargs: dict[str, Any], tensors: list[Tensor]
+    ) -> Any:
+        values = self._values(func, args, kwargs, tensors)
         if func in _COUNTED or (func in _INDEX and _has_mask(args)):
             return self._counted(func, args, kwargs, values)
         if func in _INDEX and any(i is not None and not on_device(i) for i in args[1]):
             self.events.wait("index from the host")
         run = _BY_SHAPE.get(func, func)
+        if not all(isinstance(tensor, FakeTensor) for tensor in tensors):
+            args, kwargs = self._faked(args), self._faked(kwargs)
         with self.fake:
-            out = run(*self._faked(args), **self._faked(kwargs))
+            out = run(*args, **kwargs)
         self._note(out)
-        for fake, value in zip(_tensors(out), _tensors(values), strict=False):
-            set_known(fake, value)
+        if values is not None:
+            for fake, value in zip(_tensors(out), _tensors(values), strict=False):
+                set_known(fake, value)
         return out
 
-    def _values(self, func: Any, args: tuple, kwargs: dict[str, Any], flat: list[Any]) -> Any:
+    def _values(self, func: Any, args: tuple, kwargs: dict[str, Any], tensors: list[Tensor]) -> Any:
         """The result of ``func`` on known values; None if one is not."""
-        tensors = [leaf for leaf in flat if isinstance(leaf, Tensor)]
         if func in _FILLED and all(t.numel() <= _LARGEST_KNOWN for t in tensors):
             blank = torch.empty(tensors[0].shape, dtype=tensors[0].dtype)
             return func(
                 blank, *args[1:], **kwargs | ({"device": CPU} if "device" in kwargs else {})
             )
         if any(known(t) is None or t.numel() > _LARGEST_KNOWN for t in tensors):
-            self._forget_written(func, args, kwargs)
+            if func._schema.is_mutable:
+                self._forget_written(func, args, kwargs)
             return None
         args, kwargs = tree_map_only(Tensor, known, (args, kwargs))
         if is_cuda(kwargs.get("device")):
@@ -302,6 +307,17 @@ def _in_backward() -> bool:
 
 def _has_mask(args: tuple) -> bool:
     return any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+
+
+def _tensors_of(args: tuple, kwargs: dict[str, Any]) -> list[Tensor]:
+    """Tensors among the arguments of an operation, and in lists of them."""
+    found: list[Tensor] = []
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += [one for one in value if isinstance(one, Tensor)]
+    return found
 
 
 def _tensors(values: Any) -> list[Tensor]:

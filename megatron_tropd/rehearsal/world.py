@@ -64,8 +64,10 @@ class World:
         returns = len(func._schema.returns)
         return {0: None, 1: work, 2: (args[0], work)}[returns]
 
-    def note(self, name: str, group: dist.ProcessGroup, tensors: list[Tensor]) -> None:
-        """Count one call."""
+    def note(self, name: str, group: dist.ProcessGroup | None, tensors: list[Tensor]) -> None:
+        """Count one call; ``group`` None: of all ranks."""
+        group = group or dist.group.WORLD
+        assert group is not None
         size = sum(t.numel() * t.element_size() for t in tensors)
         where = "cuda" if any(on_device(t) for t in tensors) else "cpu"
         title = group.group_desc if group.group_desc != "undefined" else group.group_name
@@ -90,20 +92,20 @@ def _replace_objects(world: World) -> None:
     """Objects travel between hosts: every other rank says what this one says."""
 
     def all_gather_object(objects: list[Any], mine: Any, group: Any = None) -> None:
-        world.note("all_gather_object", group or dist.group.WORLD, [])
+        world.note("all_gather_object", group, [])
         objects[:] = [mine] * len(objects)
 
     def gather_object(
         mine: Any, objects: Any = None, dst: int = 0, group: Any = None, **_: Any
     ) -> None:
-        world.note("gather_object", group or dist.group.WORLD, [])
+        world.note("gather_object", group, [])
         if objects is not None:
             objects[:] = [mine] * len(objects)
 
     def broadcast_object_list(
         objects: list[Any], src: int = 0, group: Any = None, **_: Any
     ) -> None:
-        world.note("broadcast_object_list", group or dist.group.WORLD, [])
+        world.note("broadcast_object_list", group, [])
 
     for function in (all_gather_object, gather_object, broadcast_object_list):
         setattr(dist, function.__name__, function)
@@ -121,7 +123,7 @@ def route_evenly() -> None:
     def routing(self: TopKRouter, *args: Any, **kwargs: Any) -> Any:
         probabilities, routes = original(self, *args, **kwargs)
         if routes is not None and on_device(routes):
-            set_known(routes, _even_routes(*routes.shape, self.topk))
+            set_known(routes, _even_routes(len(routes), routes.shape[1], self.topk))
         return probabilities, routes
 
     TopKRouter.routing = routing
