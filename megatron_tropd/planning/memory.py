@@ -19,6 +19,8 @@ _ALIGNED = 64
 ENGINE_WORKSPACE = 2 * 2**30
 """Bytes of an engine's own activations and graphs on each of its GPUs, awake or asleep: sleeping
 gives back weights and cache. An assumption."""
+TEACHER_SHARE = 0.85
+"""Of a GPU's memory for the teacher's engine, which is gone before the models are built."""
 _FLOAT32 = 4
 _VALUES_OF_A_TOKEN = 16
 """32-bit words that the loss reports of a token; measured."""
@@ -164,10 +166,10 @@ def obstacle(made: Setup, stages: list[Memory]) -> str:
 def engine_obstacle(made: Setup) -> str:
     """Why an engine cannot hold one trajectory, or nothing if it can.
 
-    The first evaluation by exact match starts engines of the teacher, of the same size.
+    An evaluation by exact match starts engines of the teacher before anything else.
     """
     evaluation, models = made.config.evaluation, [made.student]
-    if evaluation.problems and evaluation.task == "exact_match":
+    if evaluation.problems and evaluation.task == "exact_match" and evaluation.teacher:
         models.append(made.teacher)
     for model in models:
         if (tokens := cache_tokens(made, model)) < made.work.longest:
@@ -229,7 +231,10 @@ def engine_memory(made: Setup, model: Model | None = None) -> Engine:
     if made.hardware.layers == "cpu":
         cache = rollout.engine_memory * 2**30
         return Engine(weights, 0.0, cache, weights + cache)
-    share = rollout.engine_memory * made.hardware.memory_gb * 1e9
+    of_memory = rollout.engine_memory
+    if model.who == "teacher" and not made.separate:
+        of_memory = max(of_memory, TEACHER_SHARE)
+    share = of_memory * made.hardware.memory_gb * 1e9
     cache = share - weights - ENGINE_WORKSPACE
     return Engine(weights, ENGINE_WORKSPACE, cache, ENGINE_WORKSPACE)
 
@@ -247,19 +252,21 @@ def cache_tokens(made: Setup, model: Model | None = None) -> int:
 
 
 def host_bytes(made: Setup) -> float:
-    """Of a node's own memory: weights on their way to its engines, and those of sleeping engines.
+    """Of a node's own memory: weights on their way to its engines.
 
-    Each colocated engine gets the whole student through a file in shared memory and, asleep, keeps
-    a copy of its weights there; both for every engine of the node at the same time. What goes to
-    separate ones directly is kept on the first node until it is in the run's folder, too.
+    Colocated engines get the student on their GPUs, or through shared memory, all of the node at
+    the same time, if ``rollout.weight_transport = "folder"``. What goes to separate ones directly
+    is kept on the first node until it is in the run's folder, too.
     """
     if made.hardware.layers == "cpu":
         return 0.0
     if made.separate:
         return float(made.student.parameters * made.element) if made.direct else 0.0
+    if made.rollout.weight_transport != "folder":
+        return 0.0
     world = made.parallel.world_size
     engines = -(-made.rollout.num_engines * min(made.hardware.gpus_per_node, world) // world)
-    return 2.0 * engines * made.student.parameters * made.element
+    return float(engines * made.student.parameters * made.element)
 
 
 def checkpoint_bytes(made: Setup) -> float:
