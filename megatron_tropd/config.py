@@ -282,6 +282,8 @@ class EvaluationConfig(Settings, section="evaluation"):
     fresh student samples, measured with transformers."""
     num_problems: Count = 500
     """How many of them, from the top of the file."""
+    teacher: bool = True
+    """exact_match: also grade the teacher, once, before the models are built."""
     every: Number = 0
     """Steps between evaluations; 0: only before the first and after the last step."""
     max_new_tokens: Count | None = None

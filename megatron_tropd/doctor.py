@@ -147,15 +147,24 @@ def check_machine() -> Check:
 
 
 def check_shared_memory() -> Check:
-    """Room where the trainer leaves the weights for the engine."""
+    """Room where the trainer leaves the weights for its engines, unless they meet on the GPU."""
+    import torch
+
+    name = "shared memory"
     if not SHARED_MEMORY.is_dir():
-        return Check("shared memory", Status.NOTE, "none", "Weights go through a temporary folder.")
-    free = shutil.disk_usage(SHARED_MEMORY).free / 2**30
-    text = f"{free:.1f} GiB free in {SHARED_MEMORY}"
-    if free < MIN_SHARED_GIB:
-        advice = "The student's weights must fit. In a container: --shm-size or --ipc=host."
-        return Check("shared memory", Status.NOTE, text, advice)
-    return Check("shared memory", Status.OK, text)
+        return Check(name, Status.NOTE, "none", "Weights go through a temporary folder.")
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    element = 2 if torch.cuda.is_available() else 4
+    text = (
+        f"{free / 2**30:.1f} GiB free in {SHARED_MEMORY}: weights of {free / element / 1e9:.1f} "
+        "billion parameters, divided by the node's engines"
+    )
+    if torch.cuda.is_available():
+        text += "; not used where weights go from GPU to GPU (rollout.weight_transport)"
+    if free < MIN_SHARED_GIB * 2**30:
+        advice = "In a container: --shm-size or --ipc=host. Else weights go through TMPDIR, slower."
+        return Check(name, Status.NOTE, text, advice)
+    return Check(name, Status.OK, text)
 
 
 def check_compiler() -> Check:

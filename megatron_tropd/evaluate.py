@@ -10,8 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron_tropd.config import (
     Config,
     EvaluationConfig,
@@ -175,7 +173,7 @@ def _assumed(folder: Path, problems: Path | None, overrides: Overrides, notes: l
                 prompts=str(problems),
                 max_new_tokens=1,
                 prompts_per_step=1,
-                engine_memory=0.8 if torch.cuda.is_available() else 1.0,
+                engine_memory=1.0,  # GiB without CUDA; with it this engine is alone
             ),
             guidance=GuidanceConfig(prefixed_per_prompt=0),
             train=TrainConfig(steps=1, tokens_per_micro_batch=_ALL),
@@ -201,7 +199,7 @@ def _measure(
     teacher = _teacher_folder(config, inputs, source)
     with tempfile.TemporaryDirectory() as logs:
         log_file = Path(logs) / "engine.log"
-        with make_engine(config, inputs, folder, log_file=log_file) as engine:
+        with make_engine(config, inputs, folder, log_file=log_file, alone=True) as engine:
             samples = sample_problems(config, inputs, engine)
     if teacher is not None:
         return reverse_kl_of(inputs, samples, folder, teacher)

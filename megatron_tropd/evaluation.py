@@ -42,19 +42,36 @@ class Evaluator:
         """The newest result, for the progress bar."""
 
     def run(self) -> None:
-        """Measure the student; before the first step the teacher too."""
+        """Measure the student."""
         job = self._job
         if not job.inputs.problems:
             return
         if job.config.evaluation.task == "reverse_kl":
             self._measure_reverse_kl()
             return
-        if job.step == 0:
-            # Two engines share the device for a moment: the student's gives its memory back.
-            job.engines.sleep()
-            with job.start_engines("teacher") as engines:
-                self._measure_accuracy(engines, "teacher")
         self._measure_accuracy(job.engines, "student")
+
+    def teacher_is_due(self) -> bool:
+        """Whether the teacher is to be measured and has not been, with these settings.
+
+        Collectives: one broadcast of an object: what rank 0 finds in the run's folder counts.
+        """
+        job, evaluation = self._job, self._job.config.evaluation
+        if not (job.inputs.problems and evaluation.teacher and evaluation.task == "exact_match"):
+            return False
+        settings = json.loads(json.dumps(evaluation_settings(job.config, job.inputs)))
+        due = [
+            not any(
+                record["model"] == "teacher" and record.get("settings") == settings
+                for record in (read_lines(job.folder.evaluations) if job.is_main else ())
+            )
+        ]
+        dist.broadcast_object_list(due, src=0)
+        return due[0]
+
+    def measure_teacher(self, engines: Engine) -> None:
+        """Grade the teacher's answers."""
+        self._measure_accuracy(engines, "teacher")
 
     def summary(self) -> dict[str, Any]:
         """The entries of summary.json that come from evaluations."""
@@ -72,7 +89,7 @@ class Evaluator:
         return {
             "student_before": first["accuracy"],
             "student_after": last["accuracy"],
-            "teacher": teacher[-1]["accuracy"],
+            "teacher": teacher[-1]["accuracy"] if teacher else None,
             "unjudged": last["unjudged"],
             "problems": last["total"],
         }

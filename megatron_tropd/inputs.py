@@ -213,7 +213,7 @@ def _check_engines(
 ) -> None:
     """Refuse models that no engine will run; the teacher has one only to be evaluated."""
     sampled = {config.model.student: student}
-    if evaluated and config.evaluation.task == "exact_match":
+    if evaluated and config.evaluation.task == "exact_match" and config.evaluation.teacher:
         sampled[config.model.teacher] = teacher
     for who, folder in sampled.items():
         check_engine(

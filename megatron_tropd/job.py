@@ -37,9 +37,10 @@ from megatron_tropd.mcore.step import NotFinite, Student, Teacher, output_weight
 from megatron_tropd.objective import StepObjective, example_rows, gather_examples
 from megatron_tropd.report.metrics import MetricsLog
 from megatron_tropd.rollout.client import ClientSettings
+from megatron_tropd.rollout.device_memory import free_bytes, wait_for_memory
 from megatron_tropd.rollout.dispatch import Patience
 from megatron_tropd.rollout.engine import RolloutEngine
-from megatron_tropd.rollout.pool import EnginePool
+from megatron_tropd.rollout.pool import EnginePool, together
 from megatron_tropd.rollout.process import engine_threads
 from megatron_tropd.rollout.served import ServerPool
 from megatron_tropd.rollout.weight_sync import Export, WeightVersions
@@ -166,6 +167,9 @@ class Job:
         )
         self.evaluator = Evaluator(self)
         self.hf_folders = self._hf_folders()
+        self.log_file = self._open_log()
+        self._measure_teacher()
+        self._say_that_engines_start("student")
         self.engines = self.start_engines("student")
         exits.enter_context(self.engines)
         self.rollouts = Rollouts(config, self.inputs, self.engines)
@@ -173,18 +177,42 @@ class Job:
             # vLLM measures the device's free memory while it starts: nobody else may allocate.
             self.engines.sleep()
         self._build_models()
-        self.log_file = (
-            MetricsLog(
-                self.folder.root,
-                tensorboard=config.run.tensorboard,
-                wandb_project=config.run.wandb_project,
-                config=config_to_dict(config),
-            )
-            if self.is_main
-            else None
+
+    def _open_log(self) -> MetricsLog | None:
+        if not self.is_main:
+            return None
+        run = self.config.run
+        log = MetricsLog(
+            self.folder.root,
+            tensorboard=run.tensorboard,
+            wandb_project=run.wandb_project,
+            config=config_to_dict(self.config),
         )
-        if self.log_file is not None:
-            exits.callback(self.log_file.close)
+        self._exit.callback(log.close)
+        return log
+
+    def _measure_teacher(self) -> None:
+        """Grade the teacher while nobody else has models on the devices; once in a run."""
+        if not self.evaluator.teacher_is_due():
+            return
+        self._say_that_engines_start("teacher")
+        before = free_bytes()
+        with self.clock("evaluation"):
+            with self.start_engines("teacher") as engines:
+                self.evaluator.measure_teacher(engines)
+            together(lambda: wait_for_memory(before, "the teacher's engine"))
+
+    def _say_that_engines_start(self, model: Model) -> None:
+        """On CUDA that takes a while, in which nothing moves."""
+        if not (self.is_main and platform.has_cuda()):
+            return
+        where = "servers" if self.config.rollout.placement == "separate" else "engines"
+        log = self.folder.logs / f"engine_{model}_000.log"
+        logged = f" Its log: {log}." if where == "engines" else ""
+        self._warn(
+            f"waiting for the {model}'s rollout {where}: vLLM compiles and captures graphs when it "
+            f"starts, for about a minute, longer the first time.{logged}"
+        )
 
     def _build_models(self) -> None:
         config, inputs = self.config, self.inputs
@@ -256,6 +284,7 @@ class Job:
                 self.hf_folders[model],
                 threads=engine_threads(rollout.num_engines, local, self.ranks.world_size),
                 log_file=self.folder.logs / f"engine_{model}_{number:03d}.log",
+                alone=model == "teacher",  # its engines have ended before anything is built
             )
 
         return EnginePool(
@@ -303,7 +332,7 @@ class Job:
             self.step, self.seconds_before = extra["step"], extra["seconds"]
             self.rollouts.restore(self.checkpoints.folder / f"step_{self.step:06d}")
         if self.log_file is not None:
-            # Before the first step nothing but the teacher's evaluation can be kept.
+            # Before the first step nothing but the teacher's evaluation is kept.
             # The last evaluation comes before the last save and is made again with the summary.
             at_the_end = self.step == self.config.train.steps
             self.log_file.truncate_after(
@@ -558,7 +587,7 @@ class Job:
         return True
 
     def evaluate(self) -> None:
-        """Measure the student (and once the teacher) on the held-out problems."""
+        """Measure the student on the held-out problems."""
         self._settle_examples()
         with self.clock("evaluation"):
             self.evaluator.run()

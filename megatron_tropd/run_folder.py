@@ -33,8 +33,11 @@ FREE_SECTIONS = ("run", "parallel")
 """Sections that may change when a run resumes: they alter no number but timings and round-off."""
 FIXED_KEYS = ("parallel.distributed_optimizer",)
 """Exceptions: the two kinds of optimizer save their states in different forms."""
-FREE_KEYS = ("rollout.weight_transport",)
-"""Further keys that alter no number."""
+FREE_KEYS = (
+    *("rollout.weight_transport", "rollout.engine_memory", "rollout.max_num_seqs"),
+    *("rollout.max_num_batched_tokens", "evaluation.teacher"),
+)
+"""Further keys that alter no number of the student but round-off."""
 LOCK_SECONDS = 180.0
 """How long a job that Slurm starts again waits for the lock of its earlier attempt."""
 

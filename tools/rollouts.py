@@ -13,7 +13,6 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from megatron_tropd.cli import exit_code
@@ -21,8 +20,9 @@ from megatron_tropd.config import Config, GuidanceConfig, RolloutConfig
 from megatron_tropd.data.arguments import add_prompt_options, read_prompts
 from megatron_tropd.data.responses import load_responses
 from megatron_tropd.data.tokenizers import load_tokenizer, num_ids, stop_token_ids
+from megatron_tropd.engines import add_engine_options, tool_engine
 from megatron_tropd.errors import ConfigError
-from megatron_tropd.rollout.engine import RolloutEngine, context_length
+from megatron_tropd.rollout.engine import context_length
 from megatron_tropd.rollout.types import Sampling
 from megatron_tropd.run_defaults import parse_with_run
 from megatron_tropd.run_folder import RunFolder
@@ -54,10 +54,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--stop-token-ids", type=int, nargs="*", default=[], help="further ids that end one")
     add("--responses", type=Path, help="of tools/teacher_responses.py, to cut prefixes from")
     add("--prefixed-per-prompt", type=int, default=1, help="samples with a prefix (default 1)")
-    add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of the student")
-    add("--tensor-parallel", type=int, default=1, help="GPUs of the engine (default 1)")
-    add("--memory", type=float, help="share of the GPU's memory, without CUDA GiB of KV cache")
-    add("--threads", type=int, help="CPU threads (default: all)")
+    add_engine_options(parser)
     add("--resume", action=argparse.BooleanOptionalAction, default=True, help="continue --out")
     return parse_with_run(
         parser,
@@ -108,31 +105,6 @@ def describe_round(options: argparse.Namespace, num_prompts: int) -> Round:
     )
 
 
-def make_engine(options: argparse.Namespace, max_model_len: int, vocab_size: int) -> RolloutEngine:
-    """An engine that serves the student.
-
-    Args:
-        options: of :func:`parse_arguments`.
-        max_model_len: longest prompt and response.
-        vocab_size: ids of the tokenizer, which are what the loss knows.
-
-    Returns:
-        The engine, still starting.
-    """
-    cuda = torch.cuda.is_available()
-    automatic = "bfloat16" if cuda else "float32"
-    return RolloutEngine(
-        options.student,
-        max_model_len=max_model_len,
-        vocab_size=vocab_size,
-        log_file=options.out.with_name(options.out.name + ".engine.log"),
-        dtype=automatic if options.dtype == "auto" else options.dtype,
-        memory=options.memory or (0.9 if cuda else 1.0),
-        tensor_parallel=options.tensor_parallel,
-        threads=options.threads,
-    )
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Write the file.
 
@@ -159,7 +131,12 @@ def main(arguments: list[str] | None = None) -> None:
             bar.update(done - bar.n)
 
         added = write_rollouts(
-            lambda: exits.enter_context(make_engine(options, longest, num_ids(tokenizer))),
+            lambda: exits.enter_context(
+                # The ids of the tokenizer are what the loss knows.
+                tool_engine(
+                    options, options.student, max_model_len=longest, vocab_size=num_ids(tokenizer)
+                )
+            ),
             which.plan(prompts, responses),
             tokenizer,
             options.out,

@@ -10,12 +10,12 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from megatron_tropd.cli import exit_code
 from megatron_tropd.data.arguments import add_prompt_options, read_prompts
 from megatron_tropd.data.tokenizers import load_tokenizer, num_ids, stop_token_ids
+from megatron_tropd.engines import add_engine_options, tool_engine
 from megatron_tropd.rollout.engine import RolloutEngine, context_length
 from megatron_tropd.rollout.types import Sampling
 from megatron_tropd.run_defaults import parse_with_run
@@ -42,10 +42,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--top-p", type=float, default=1.0, help="nucleus (default 1: off)")
     add("--seed", type=int, default=1234, help="keys the samples (default 1234)")
     add("--stop-token-ids", type=int, nargs="*", default=[], help="further ids that end one")
-    add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of the teacher")
-    add("--tensor-parallel", type=int, default=1, help="GPUs of the engine (default 1)")
-    add("--memory", type=float, help="share of the GPU's memory, without CUDA GiB of KV cache")
-    add("--threads", type=int, help="CPU threads (default: all)")
+    add_engine_options(parser)
     add("--resume", action=argparse.BooleanOptionalAction, default=True, help="continue --out")
     return parse_with_run(
         parser,
@@ -68,24 +65,18 @@ def main(arguments: list[str] | None = None) -> None:
         ConfigError: an option is out of its range.
     """
     options = parse_arguments(arguments)
-    cuda = torch.cuda.is_available()
     tokenizer = load_tokenizer(options.teacher)
     prompts, template = read_prompts(options, tokenizer, context_length(options.teacher))
     longest = max(len(prompt.token_ids) for prompt in prompts)
-    automatic = "bfloat16" if cuda else "float32"
     engines: list[RolloutEngine] = []
 
     def start() -> RolloutEngine:
         engines.append(
-            RolloutEngine(
+            tool_engine(
+                options,
                 options.teacher,
                 max_model_len=longest + options.max_new_tokens,
                 vocab_size=num_ids(tokenizer),  # others would mean nothing to the student
-                log_file=options.out.with_name(options.out.name + ".engine.log"),
-                dtype=automatic if options.dtype == "auto" else options.dtype,
-                memory=options.memory or (0.9 if cuda else 1.0),
-                tensor_parallel=options.tensor_parallel,
-                threads=options.threads,
             )
         )
         return engines[0]

@@ -19,6 +19,8 @@ _ALIGNED = 64
 ENGINE_WORKSPACE = 2 * 2**30
 """Bytes of an engine's own activations and graphs on each of its GPUs, awake or asleep: sleeping
 gives back weights and cache. An assumption."""
+TEACHER_SHARE = 0.85
+"""Of a GPU's memory for the teacher's engine, which is gone before the models are built."""
 _FLOAT32 = 4
 _LOGITS = 2 * _FLOAT32
 """Bytes of both models' logits of one token and column."""
@@ -203,10 +205,10 @@ def obstacle(made: Setup, stages: list[Memory]) -> str:
 def engine_obstacle(made: Setup) -> str:
     """Why an engine cannot hold one trajectory, or nothing if it can.
 
-    The first evaluation by exact match starts engines of the teacher, of the same size.
+    An evaluation by exact match starts engines of the teacher before anything else.
     """
     evaluation, models = made.config.evaluation, [made.student]
-    if evaluation.problems and evaluation.task == "exact_match":
+    if evaluation.problems and evaluation.task == "exact_match" and evaluation.teacher:
         models.append(made.teacher)
     for model in models:
         if (tokens := cache_tokens(made, model)) < made.work.longest:
@@ -334,7 +336,10 @@ def engine_memory(made: Setup, model: Model | None = None) -> Engine:
     if made.hardware.layers == "cpu":
         cache = rollout.engine_memory * 2**30
         return Engine(weights, 0.0, cache, weights + cache)
-    share = rollout.engine_memory * made.hardware.memory_gb * 1e9
+    of_memory = rollout.engine_memory
+    if model.who == "teacher" and not made.separate:
+        of_memory = max(of_memory, TEACHER_SHARE)
+    share = of_memory * made.hardware.memory_gb * 1e9
     cache = share - weights - ENGINE_WORKSPACE
     return Engine(weights, ENGINE_WORKSPACE, cache, ENGINE_WORKSPACE)
 

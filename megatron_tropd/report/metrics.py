@@ -50,7 +50,8 @@ class MetricsLog:
     def truncate_after(self, step: int, *, evaluations: int | None = None) -> None:
         """Forget everything later than ``step``: records, torn last lines, trajectory dumps.
 
-        Call it when resuming from a checkpoint of ``step``, before the first write.
+        But not the teacher's evaluation, which knows no steps. Call it when resuming from a
+        checkpoint of ``step``, before the first write.
 
         Args:
             step: last step kept.
@@ -60,7 +61,11 @@ class MetricsLog:
         for name, last in limits.items():
             path = self._folder / name
             if path.is_file():
-                kept = [record for record in read_lines(path) if record["step"] <= last]
+                kept = [
+                    record
+                    for record in read_lines(path)
+                    if record["step"] <= last or record.get("model") == "teacher"
+                ]
                 replace_text(path, "".join(_line(record) for record in kept))
         for path in (self._folder / "trajectories").glob("step_*.jsonl"):
             if int(path.stem.removeprefix("step_")) > step:

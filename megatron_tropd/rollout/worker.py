@@ -132,7 +132,7 @@ def generate(llm: Any, requests: Sequence[SampleRequest], sampling: Sampling) ->
         One sample per request, in order.
     """
     # What is cached decides how prompts are chunked, and with it the last bits.
-    llm.reset_prefix_cache()
+    forget_prefixes(llm)
     prompts = [{"prompt_token_ids": list(request.token_ids)} for request in requests]
     params = [_sampling_params(request, sampling) for request in requests]
     outputs = llm.generate(prompts, params, use_tqdm=False)
@@ -175,7 +175,17 @@ def load_weights(llm: Any, folder: str) -> None:
     """
     llm.collective_rpc("tropd_forget_packed_experts")
     llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
-    llm.reset_prefix_cache()
+    forget_prefixes(llm)
+
+
+def forget_prefixes(llm: Any) -> None:
+    """Forget cached keys and values: they are of other weights, or decide how prompts are cut.
+
+    Args:
+        llm: the engine, which samples nothing now.
+    """
+    if not llm.reset_prefix_cache():
+        raise RuntimeError("vLLM did not empty its prefix cache")
 
 
 def begin_weights(llm: Any) -> None:
@@ -196,7 +206,7 @@ def finish_weights(llm: Any) -> None:
         llm: the engine.
     """
     llm.finish_weight_update()
-    llm.reset_prefix_cache()
+    forget_prefixes(llm)
 
 
 def receive_weights(llm: Any, offer: Offer, folder: str, expected: Mapping[str, Any]) -> bool:
@@ -211,7 +221,7 @@ def receive_weights(llm: Any, offer: Offer, folder: str, expected: Mapping[str, 
     taken = llm.collective_rpc("tropd_receive_weights", args=(offer, folder, expected))
     if any(taken) and not all(taken):
         raise RuntimeError(f"workers have different weights: {taken}")
-    llm.reset_prefix_cache()
+    forget_prefixes(llm)
     return all(taken)
 
 

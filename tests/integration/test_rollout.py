@@ -23,7 +23,7 @@ from megatron_tropd.data.tokenizers import load_tokenizer
 from megatron_tropd.errors import ConfigError, InputError, TrainingError
 from megatron_tropd.rollout import process
 from megatron_tropd.rollout.engine import RolloutEngine
-from megatron_tropd.rollout.engine_model import check_engine
+from megatron_tropd.rollout.engine_model import check_engine, write_engine_folder
 from megatron_tropd.rollout.types import Sample, SampleRequest, Sampling
 from megatron_tropd.rollout.weight_sync import WeightMailbox
 from tools import teacher_responses
@@ -169,7 +169,7 @@ def test_requests_that_do_not_fit_are_refused(engine: RolloutEngine) -> None:
 
 
 def test_incomplete_weights_are_refused_and_change_nothing(
-    engine: RolloutEngine, tiny_qwen3: Path
+    engine: RolloutEngine, tiny_qwen3: Path, tmp_path: Path
 ) -> None:
     before = engine.generate(REQUESTS, SAMPLING)
     complete = updated_weights(tiny_qwen3, seed=1)
@@ -182,7 +182,7 @@ def test_incomplete_weights_are_refused_and_change_nothing(
         (unknown, r"unknown 1 \(model.layers.9.mlp.up_proj.weight\)"),
     )
     for tensors, message in cases:
-        with WeightMailbox() as mailbox, pytest.raises(InputError, match=message):
+        with WeightMailbox(tmp_path) as mailbox, pytest.raises(InputError, match=message):
             engine.load_weights(mailbox.write(tensors.items()))
     assert engine.generate(REQUESTS, SAMPLING) == before
 
@@ -191,7 +191,7 @@ def check_updates(engine: RolloutEngine, folder: Path, scratch: Path) -> Path:
     """New weights twice, then the first ones again; returns the folder of the new ones."""
     new = updated_weights(folder, seed=2)
     changed = save_as_model(scratch / "changed", folder, new)
-    with WeightMailbox(bucket_bytes=30_000) as mailbox:
+    with WeightMailbox(scratch, bucket_bytes=30_000) as mailbox:
         first = engine.generate(REQUESTS, SAMPLING)
         assert largest_gap(folder, REQUESTS, first) < 1e-4
         for _ in range(2):
@@ -216,6 +216,76 @@ def test_new_weights_take_effect_in_an_untied_model(
     folder = tiny_model(family)
     with start(folder, tmp_path) as engine:
         check_updates(engine, folder, tmp_path)
+
+
+FROM_GPU_TO_GPU = """
+import json, sys
+from types import SimpleNamespace
+import torch
+from safetensors.torch import load_file
+from vllm import LLM
+from megatron_tropd.rollout import worker
+from megatron_tropd.rollout.channels import DeviceChannel
+from megatron_tropd.rollout.types import EngineSettings, SampleRequest, Sampling
+
+folder, new, requests = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+settings = EngineSettings(folder, "float32", 128, 0.25, 1, None, True, cuda=False)
+transfer = {"weight_transfer_config": {"backend": "ipc"}}
+llm = LLM(**worker.engine_arguments(settings) | transfer)
+
+# A handle that is opened gives the buffer; the engine's GPU is the CPU. All else is vLLM's.
+buffers = []
+torch.multiprocessing.reductions.rebuild_cuda_tensor = lambda *handle: buffers[handle[7]]
+torch.cuda.get_device_properties = lambda _: SimpleNamespace(uuid="GPU-0")
+torch.accelerator.synchronize = lambda *_: None
+
+def export(buffer):
+    buffers.append(buffer)
+    return (*range(7), len(buffers) - 1)
+
+engine = SimpleNamespace(
+    begin_weights=lambda: worker.begin_weights(llm),
+    take_weights=lambda update: llm.update_weights({"update_info": update}),
+    finish_weights=lambda: worker.finish_weights(llm),
+)
+channel = DeviceChannel(
+    {0: (0,)}, rank=0, uuid="GPU-0", device=torch.device("cpu"), export=export, bucket_bytes=30_000
+)
+weights = load_file(new + "/model.safetensors")
+for _ in range(2):
+    channel.send(iter(weights.items()), engine)
+samples = worker.generate(llm, [SampleRequest(*r) for r in requests], Sampling())
+print(json.dumps([[s.token_ids, s.logprobs, s.finish_reason] for s in samples]), flush=True)
+import os
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("family", "change"), [("qwen2", {"head_dim": 32, "hidden_size": 128}), ("qwen3_moe", {})]
+)
+def test_new_weights_take_effect_buffer_by_buffer(
+    family: str, change: dict, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """By vLLM's own ``ipc`` transfer into a real engine; only the handles are no GPU's."""
+    folder = tiny_model(family, **change)
+    changed = save_as_model(tmp_path / "changed", folder, updated_weights(folder, seed=2))
+    engines = tmp_path / "engine.model"
+    write_engine_folder(HFFolder(folder), engines, 259)
+    requests = [dataclasses.astuple(request) for request in REQUESTS]
+    run = subprocess.run(
+        [sys.executable, "-c", FROM_GPU_TO_GPU, engines, changed, json.dumps(requests)],
+        env=process.engine_environment(os.environ, threads=1, cuda_devices=None),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    samples = [
+        Sample(tuple(ids), tuple(logprobs), reason)
+        for ids, logprobs, reason in json.loads(run.stdout.splitlines()[-1])
+    ]
+    assert largest_gap(changed, REQUESTS, samples) < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -246,7 +316,7 @@ def test_an_engine_of_fewer_columns_samples_from_these_alone(
     settings = {"max_model_len": 128, "memory": 0.25, "threads": 1, "vocab_size": columns}
     with (
         RolloutEngine(folder, log_file=tmp_path / "engine.log", **settings) as engine,
-        WeightMailbox() as mailbox,
+        WeightMailbox(tmp_path) as mailbox,
     ):
         samples = engine.generate(REQUESTS, Sampling())
         with pytest.raises(InputError, match="misshapen"):
@@ -280,7 +350,7 @@ def test_settings_without_meaning_leave_nothing_behind(tiny_llama: Path, tmp_pat
 def test_a_restart_repeats_bit_for_bit_and_a_death_is_an_error_that_quotes_the_log(
     tiny_qwen2: Path, tmp_path: Path
 ) -> None:
-    with start(tiny_qwen2, tmp_path) as engine, WeightMailbox() as mailbox:
+    with start(tiny_qwen2, tmp_path) as engine, WeightMailbox(tmp_path) as mailbox:
         changed = check_updates(engine, tiny_qwen2, tmp_path)
         engine.load_weights(mailbox.write(updated_weights(tiny_qwen2, seed=2).items()))
         samples = engine.generate(REQUESTS, SAMPLING)

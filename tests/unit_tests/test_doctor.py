@@ -3,6 +3,7 @@
 import importlib.metadata
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -41,6 +42,25 @@ def test_apex_of_nvidia_needs_its_extensions(on_path: Path):
     assert "without its CUDA extensions" in doctor.check_apex().text
     _module(on_path, "amp_C")
     assert doctor.check_apex().status is Status.OK
+
+
+@pytest.mark.parametrize(
+    ("free", "cuda", "status", "said"),
+    [
+        (64, False, Status.OK, "64.0 GiB free in /dev/shm: weights of 17.2 billion parameters"),
+        (64, True, Status.OK, "34.4 billion parameters, divided by the node's engines; not used"),
+        (0, True, Status.NOTE, "0.0 billion parameters"),
+    ],
+)
+def test_shared_memory_is_shown_as_what_it_holds(
+    monkeypatch: pytest.MonkeyPatch, free: int, cuda: bool, status: Status, said: str
+):
+    usage = SimpleNamespace(free=free * 2**30)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    check = doctor.check_shared_memory()
+    assert check.status is status and said in check.text
+    assert bool(check.advice) == (status is Status.NOTE)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import torch
 
 from megatron_tropd.cli import main
 from megatron_tropd.config import Config, ParallelConfig, load_config
+from megatron_tropd.engines import MEMORY_ALONE
 from megatron_tropd.errors import ConfigError
 from megatron_tropd.losses import chunks, vocab_parallel
 from megatron_tropd.losses.dense import DenseSpec
@@ -239,11 +240,14 @@ def test_a_separate_engine_must_leave_the_reserve():
 
 
 def test_the_teacher_must_fit_the_engines_that_evaluate_it():
-    path = RECIPES / "qwen3_30b_a3b.toml"
-    one = estimate(setup(load_config(path, ["evaluation.problems=held_out.jsonl"]), H100))
+    """They have most of their GPUs, for no model is there yet."""
+    path, evaluated = RECIPES / "qwen3_30b_a3b.toml", "evaluation.problems=held_out.jsonl"
+    assert estimate(setup(load_config(path, [evaluated]), H100)).fits
+    small = [evaluated, "rollout.engine_tensor_parallel=4", "rollout.engine_memory=0.3"]
+    one = estimate(setup(load_config(path, small), H100))
     assert "an engine of the teacher has room for 0 tokens" in one.obstacle
-    kl = ["evaluation.problems=held_out.jsonl", "evaluation.task=reverse_kl"]
-    assert estimate(setup(load_config(path, kl), H100)).fits
+    for otherwise in ("evaluation.task=reverse_kl", "evaluation.teacher=false"):
+        assert estimate(setup(load_config(path, [*small, otherwise]), H100)).fits
 
 
 def test_activations_by_hand(small: Config):
@@ -375,6 +379,7 @@ def test_constants_are_those_of_the_trainer():
     megabytes = {"cpu": chunks._MEMORY_MIB["cpu"], "gpu": chunks._MEMORY_MIB_ELSEWHERE}
     assert {k: v / 2**20 for k, v in planned_memory.LOSS_BUDGET.items()} == megabytes
     assert MOST_SEQUENCES["cpu"] == CPU_SEQUENCES
+    assert planned_memory.TEACHER_SHARE == MEMORY_ALONE
     assert planned_memory._BUCKET == weight_sync.BUCKET_BYTES
     assert planned_memory._GROUP == vocab_parallel._GROUP
     assert row_multiple(H100) == platform._CUDA_ROW_MULTIPLE

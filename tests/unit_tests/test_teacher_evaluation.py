@@ -1,0 +1,174 @@
+"""The teacher is measured once in a run, before anything else has memory on the devices."""
+
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from megatron_tropd import job as jobs
+from megatron_tropd.config import config_from_dict, config_to_dict
+from megatron_tropd.data.types import Prompt
+from megatron_tropd.errors import TrainingError
+from megatron_tropd.evaluation import Evaluator, evaluation_settings
+from megatron_tropd.job import Job
+from megatron_tropd.report.metrics import MetricsLog
+from megatron_tropd.report.records import read_lines
+from megatron_tropd.rollout.device_memory import wait_for_memory
+from megatron_tropd.rollout.types import Sample, SampleRequest, Sampling
+from megatron_tropd.run_folder import RunFolder
+
+GIB = 2**30
+INPUTS = SimpleNamespace(
+    problems=[Prompt(0, (1, 2), "1+1=", {"answer": "2"})],
+    stop_token_ids=(0,),
+    tokenizer=SimpleNamespace(decode=lambda *_, **__: "2"),
+)
+
+
+@pytest.fixture(autouse=True)
+def one_rank() -> Iterator[None]:
+    """A default process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def make_job(root: Path, **evaluation: Any) -> Job:
+    """Rank 0 of a run with one held-out problem, of which nothing is started."""
+    tables = {
+        "model": {"student": "s", "teacher": "t"},
+        "rollout": {"prompts": "p", "max_new_tokens": 4},
+        "train": {"steps": 5},
+        "run": {"dir": str(root), "tensorboard": False},
+        "evaluation": {"problems": "h", **evaluation},
+    }
+    root.mkdir(exist_ok=True)
+    settings = config_to_dict(config_from_dict(tables))
+    (root / "config.json").write_text(json.dumps(settings))
+    made = Job(RunFolder(root), console=io.StringIO(), stop=SimpleNamespace(requested=False))  # type: ignore[arg-type]
+    made.is_main, made.inputs = True, INPUTS  # type: ignore[assignment]
+    made.evaluator = Evaluator(made)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "due"),
+    [
+        ({}, True),
+        ({"teacher": False}, False),
+        ({"task": "reverse_kl"}, False),
+    ],
+)
+def test_the_teacher_is_measured_unless_the_settings_say_otherwise(
+    tmp_path: Path, evaluation: dict[str, Any], due: bool
+) -> None:
+    assert make_job(tmp_path, **evaluation).evaluator.teacher_is_due() is due
+
+
+def test_a_run_that_resumes_keeps_what_it_measured(tmp_path: Path) -> None:
+    job = make_job(tmp_path)
+    settings = evaluation_settings(job.config, job.inputs)
+    with_settings = {"step": 0, "model": "teacher", "accuracy": 1.0, "settings": settings}
+    log = MetricsLog(tmp_path, tensorboard=False)
+    log.write_evaluation(with_settings)
+    log.write_evaluation(with_settings | {"model": "student"})
+    assert not job.evaluator.teacher_is_due()
+    log.truncate_after(-1)  # killed before the first checkpoint
+    assert [r["model"] for r in read_lines(job.folder.evaluations)] == ["teacher"]
+    assert not job.evaluator.teacher_is_due()
+    assert make_job(tmp_path, max_new_tokens=7).evaluator.teacher_is_due(), "answers were shorter"
+
+
+def test_without_the_teacher_a_summary_has_none(tmp_path: Path) -> None:
+    job = make_job(tmp_path, teacher=False)
+    log = MetricsLog(tmp_path, tensorboard=False)
+    log.write_evaluation(
+        {"step": 0, "model": "student", "accuracy": 0.5, "unjudged": 0, "total": 1}
+    )
+    assert job.evaluator.summary()["teacher"] is None
+
+
+class Engines:
+    """A pool that writes down what happens to it."""
+
+    owners = receivers = (0,)
+
+    def __init__(self, model: str, calls: list[str]) -> None:
+        self.model, self.calls = model, calls
+        calls.append(f"{model}: start")
+
+    def generate(self, requests: list[SampleRequest], sampling: Sampling) -> list[Sample]:
+        self.calls.append(f"{self.model}: generate")
+        return [Sample((2,), (-1.0,), "stop") for _ in requests]
+
+    def sleep(self) -> None:
+        self.calls.append(f"{self.model}: sleep")
+
+    def __enter__(self) -> "Engines":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.calls.append(f"{self.model}: close")
+
+
+def test_the_teachers_engine_is_gone_before_others_take_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    job = make_job(tmp_path)
+    ranks = SimpleNamespace(rank=0, world_size=1, is_main=True)
+    monkeypatch.setattr(jobs.platform, "prepare_platform", lambda: None)
+    monkeypatch.setattr(jobs.platform, "check_device", lambda: None)
+    monkeypatch.setattr(jobs.platform, "has_cuda", lambda: True)
+    monkeypatch.setattr(jobs.platform, "device", lambda: "cuda:0")
+    monkeypatch.setattr(jobs.parallel, "initialize", lambda *_, **__: ranks)
+    monkeypatch.setattr(jobs.parallel, "shutdown", lambda: None)
+    monkeypatch.setattr(jobs, "load_inputs", lambda _: INPUTS)
+    monkeypatch.setattr(jobs, "Checkpoints", lambda *_, **__: None)
+    monkeypatch.setattr(jobs, "Rollouts", lambda *_: None)
+    monkeypatch.setattr(jobs, "free_bytes", lambda: calls.append("look at memory") or 70 * GIB)
+    monkeypatch.setattr(
+        jobs, "wait_for_memory", lambda before, who: calls.append(f"wait for {before // GIB} GiB")
+    )
+    monkeypatch.setattr(job, "_hf_folders", lambda: {})
+    monkeypatch.setattr(job, "_build_models", lambda: calls.append("build models"))
+    monkeypatch.setattr(job, "start_engines", lambda model: Engines(model, calls))
+    with job:
+        assert calls == [
+            *("look at memory", "teacher: start", "teacher: generate", "teacher: close"),
+            *("wait for 70 GiB", "student: start", "student: sleep", "build models"),
+        ]
+    del calls[:]
+    assert job.console.getvalue().count("waiting for the") == 2  # type: ignore[attr-defined]
+    (record,) = read_lines(job.folder.evaluations)
+    assert (record["model"], record["step"], record["total"]) == ("teacher", 0, 1)
+    with make_and_patch(tmp_path, monkeypatch, calls):
+        assert calls == ["student: start", "student: sleep", "build models"], "resumed"
+
+
+def make_and_patch(root: Path, monkeypatch: pytest.MonkeyPatch, calls: list[str]) -> Job:
+    """The next start in the same folder."""
+    job = make_job(root)
+    monkeypatch.setattr(job, "_hf_folders", lambda: {})
+    monkeypatch.setattr(job, "_build_models", lambda: calls.append("build models"))
+    monkeypatch.setattr(job, "start_engines", lambda model: Engines(model, calls))
+    return job
+
+
+def test_memory_that_comes_back_is_waited_for() -> None:
+    free = iter([10 * GIB, 40 * GIB, 70 * GIB - 2**20])
+    wait_for_memory(70 * GIB, "the engine", free=lambda: next(free))
+    assert next(free, None) is None
+    wait_for_memory(None, "the engine")  # without CUDA there is nothing to wait for
+
+
+def test_memory_that_does_not_come_back_is_an_error_with_the_numbers() -> None:
+    expected = r"70\.0 GiB were free .* before the engine started, and 0 s after it ended 10\.0 GiB"
+    with pytest.raises(TrainingError, match=expected) as caught:
+        wait_for_memory(70 * GIB, "the engine", seconds=0, free=lambda: 10 * GIB)
+    assert caught.value.kind == "device"
