@@ -52,6 +52,7 @@ def check_options(config: Config, *, student: dict[str, Any], teacher: dict[str,
     check_types(megatron)
     for table, options in megatron.tables():
         _check_machine(table, options)
+    _check_recomputation(megatron.model)
     _check_overlap(config)
     _check_offloading(megatron)
     _check_scaling(megatron.teacher)
@@ -83,10 +84,23 @@ def _check_machine(table: Table, options: dict[str, Any]) -> None:
             continue
         here = {"CUDA": platform.has_cuda(), "Transformer Engine": models.has_transformer_engine()}
         if not here[verdict.needs]:
-            raise ConfigError(
-                f"megatron.{table}.{name} = {options[name]!r} needs {_wanted(verdict.needs)}, "
-                f"found {_found()}. Remove it here (tropd doctor says what is installed)."
-            )
+            raise _missing(f"megatron.{table}.{name} = {options[name]!r}", verdict.needs)
+
+
+def _check_recomputation(model: dict[str, Any]) -> None:
+    """Refuse modules whose outputs Megatron drops by means of Transformer Engine."""
+    asked = set(model.get("recompute_modules", ())) & {"layernorm", "moe_act"}
+    if asked and not models.has_transformer_engine():
+        raise _missing(
+            f"{', '.join(sorted(asked))} in megatron.model.recompute_modules", "Transformer Engine"
+        )
+
+
+def _missing(what: str, needs: str) -> ConfigError:
+    return ConfigError(
+        f"{what} needs {_wanted(needs)}, found {_found()}. Remove it here (tropd doctor says what "
+        "is installed)."
+    )
 
 
 def _wanted(needs: str) -> str:
