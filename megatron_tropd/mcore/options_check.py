@@ -4,6 +4,7 @@ import dataclasses
 import os
 from typing import Any
 
+import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer import TransformerConfig
@@ -54,9 +55,9 @@ def check_options(config: Config, *, student: dict[str, Any], teacher: dict[str,
         _check_machine(table, options)
     _check_recomputation(megatron.model)
     _check_overlap(config)
-    _check_offloading(megatron)
-    _check_scaling(megatron.teacher)
     dtype = models.resolve_dtype(config.model.dtype)
+    _check_offloading(megatron, dtype)
+    _check_scaling(megatron.teacher)
     built = models.transformer_config(model_shape(student), parallel, dtype, megatron.model)
     models.transformer_config(
         model_shape(teacher), parallel, dtype, megatron.teacher, table="teacher"
@@ -130,15 +131,20 @@ def _check_overlap(config: Config) -> None:
         )
 
 
-def _check_offloading(megatron: MegatronConfig) -> None:
-    if megatron.optimizer.get("optimizer_cpu_offload") and not megatron.optimizer.get(
-        "use_precision_aware_optimizer"
-    ):
-        raise ConfigError(
-            "megatron.optimizer.optimizer_cpu_offload needs "
-            "megatron.optimizer.use_precision_aware_optimizer = true, whose path it takes. Set it "
-            "too."
-        )
+def _check_offloading(megatron: MegatronConfig, dtype: torch.dtype) -> None:
+    optimizer = megatron.optimizer
+    if optimizer.get("optimizer_cpu_offload"):
+        if not optimizer.get("use_precision_aware_optimizer"):
+            raise ConfigError(
+                "megatron.optimizer.optimizer_cpu_offload needs "
+                "megatron.optimizer.use_precision_aware_optimizer = true, whose path it takes. Set "
+                "it too."
+            )
+        if dtype != torch.bfloat16:
+            raise ConfigError(
+                'megatron.optimizer.optimizer_cpu_offload needs model.dtype = "bfloat16", found '
+                f"{dtype}: Megatron's optimizer takes no slices of float32 parameters. Change one."
+            )
     if not megatron.model.get("fine_grained_activation_offloading"):
         return
     from megatron.core.utils import is_te_min_version
