@@ -132,19 +132,8 @@ def _check_overlap(config: Config) -> None:
 
 
 def _check_offloading(megatron: MegatronConfig, dtype: torch.dtype) -> None:
-    optimizer = megatron.optimizer
-    if optimizer.get("optimizer_cpu_offload"):
-        if not optimizer.get("use_precision_aware_optimizer"):
-            raise ConfigError(
-                "megatron.optimizer.optimizer_cpu_offload needs "
-                "megatron.optimizer.use_precision_aware_optimizer = true, whose path it takes. Set "
-                "it too."
-            )
-        if dtype != torch.bfloat16:
-            raise ConfigError(
-                'megatron.optimizer.optimizer_cpu_offload needs model.dtype = "bfloat16", found '
-                f"{dtype}: Megatron's optimizer takes no slices of float32 parameters. Change one."
-            )
+    if megatron.optimizer.get("optimizer_cpu_offload"):
+        _check_offloaded_optimizer(megatron.optimizer, dtype)
     if not megatron.model.get("fine_grained_activation_offloading"):
         return
     from megatron.core.utils import is_te_min_version
@@ -154,6 +143,25 @@ def _check_offloading(megatron: MegatronConfig, dtype: torch.dtype) -> None:
             "megatron.model.fine_grained_activation_offloading needs the environment variable "
             "NVTE_CPU_OFFLOAD_V1=1 from Transformer Engine 2.10 on: without it weights are "
             "offloaded too. Export it and start again."
+        )
+
+
+def _check_offloaded_optimizer(optimizer: dict[str, Any], dtype: torch.dtype) -> None:
+    offload = "megatron.optimizer.optimizer_cpu_offload"
+    if not optimizer.get("use_precision_aware_optimizer"):
+        raise ConfigError(
+            f"{offload} needs megatron.optimizer.use_precision_aware_optimizer = true, whose path "
+            "it takes. Set it too."
+        )
+    if ignored := optimizer.keys() & {"exp_avg_dtype", "exp_avg_sq_dtype"}:
+        raise ConfigError(
+            f"{offload} keeps Adam's states in float32, so {', '.join(sorted(ignored))} beside it "
+            "would do nothing. Remove one of the two."
+        )
+    if dtype != torch.bfloat16:
+        raise ConfigError(
+            f'{offload} needs model.dtype = "bfloat16", found {dtype}: Megatron\'s optimizer takes '
+            "no slices of float32 parameters. Change one of the two."
         )
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import enum
 import math
 import re
+import tomllib
 import typing
 from collections import Counter
 from pathlib import Path
@@ -76,8 +77,15 @@ def check(parallel: ParallelConfig | None = None, **tables: dict[str, Any]) -> N
     options_check.check_options(config(parallel, **tables), student=LLAMA, teacher=LLAMA)
 
 
+@pytest.fixture(autouse=True)
+def laptop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without CUDA, whatever this one is."""
+    monkeypatch.setattr(platform, "has_cuda", lambda: False)
+    monkeypatch.setattr(models, "has_transformer_engine", lambda: False)
+
+
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def gpu(laptop: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine that says it has CUDA and Transformer Engine."""
     monkeypatch.setattr(platform, "has_cuda", lambda: True)
     monkeypatch.setattr(models, "has_transformer_engine", lambda: True)
@@ -294,6 +302,8 @@ def test_offloading_of_the_optimizer_wants_its_path_and_bfloat16(gpu) -> None:
     with pytest.raises(ConfigError, match=r"needs megatron\.optimizer\.use_precision_aware"):
         check(optimizer=asked)
     asked["use_precision_aware_optimizer"] = True
+    with pytest.raises(ConfigError, match="so exp_avg_dtype beside it would do nothing"):
+        check(optimizer=asked | {"exp_avg_dtype": "bfloat16"})
     made = config(optimizer=asked)
     whole = dataclasses.replace(made.model, dtype="float32")
     with pytest.raises(ConfigError, match=r'needs model\.dtype = "bfloat16", found torch\.float32'):
@@ -330,6 +340,25 @@ def test_options_reach_the_models_and_the_optimizer() -> None:
         made.train, made.parallel, torch.float32, made.megatron, model=built[0]
     )
     assert not optimizer.decoupled_weight_decay and optimizer.lr == made.train.lr
+
+
+def _snippet(number: int) -> dict[str, Any]:
+    text = Path(__file__).parents[2].joinpath("docs", "megatron_options.md").read_text()
+    blocks = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 2
+    return tomllib.loads(blocks[number])["megatron"]
+
+
+def test_the_first_snippet_of_the_docs_is_good_here() -> None:
+    check(**_snippet(0))
+
+
+def test_the_second_snippet_of_the_docs_is_good_on_a_gpu(gpu, monkeypatch) -> None:
+    with pytest.raises(ConfigError, match="only supported with distributed optimizer"):
+        check(**_snippet(1))
+    # What is left of Megatron's own checks looks for Transformer Engine, which is not here.
+    monkeypatch.setattr(options_check, "optimizer_config", lambda *args, **kwargs: None)
+    check(ParallelConfig(data=8, distributed_optimizer=True), **_snippet(1))
 
 
 def test_rows_are_padded_as_products_in_few_bits_want_them() -> None:
