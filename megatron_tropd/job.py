@@ -296,8 +296,8 @@ class Job:
         )
 
     def _check_options(self) -> None:
-        models = {"student": self.inputs.student.config, "teacher": self.inputs.teacher.config}
-        check_options(self.config, **models)
+        pair = {"student": self.inputs.student.config, "teacher": self.inputs.teacher.config}
+        check_options(self.config, **pair)
         if not self.is_main:
             return
         for line in self.config.megatron.lines():
