@@ -8,6 +8,7 @@ import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from megatron_tropd.losses.dense import DenseSpec
 from megatron_tropd.losses.signals import HiddenStatesSignal
 from megatron_tropd.losses.vocab_parallel import shard_of
 from megatron_tropd.mcore import platform
+from megatron_tropd.megatron_config import MegatronConfig
 from megatron_tropd.megatron_fields import verdicts
 from megatron_tropd.planning import (
     PRESETS,
@@ -35,7 +37,7 @@ from megatron_tropd.planning import memory as planned_memory
 from megatron_tropd.planning.activations import saved_per_position, widths
 from megatron_tropd.planning.communication import communication, expert_bytes
 from megatron_tropd.planning.estimate import estimate
-from megatron_tropd.planning.options import COUNTED, Options
+from megatron_tropd.planning.options import COUNTED, Options, options
 from megatron_tropd.planning.parameters import open_architecture
 from megatron_tropd.planning.recommend import recommend
 from megatron_tropd.planning.report import SCHEMA
@@ -242,7 +244,8 @@ def test_a_separate_engine_must_leave_the_reserve():
 def test_the_teacher_must_fit_the_engines_that_evaluate_it():
     """They have most of their GPUs, for no model is there yet."""
     path, evaluated = RECIPES / "qwen3_30b_a3b.toml", "evaluation.problems=held_out.jsonl"
-    assert estimate(setup(load_config(path, [evaluated]), H100)).fits
+    large = ["rollout.num_engines=32", "rollout.engine_tensor_parallel=8"]
+    assert estimate(setup(load_config(path, [evaluated, *large]), H100)).fits
     small = [evaluated, "rollout.engine_tensor_parallel=4", "rollout.engine_memory=0.3"]
     one = estimate(setup(load_config(path, small), H100))
     assert "an engine of the teacher has room for 0 tokens" in one.obstacle
@@ -737,17 +740,23 @@ def test_counted_options_are_megatrons():
         assert names <= verdicts(table).keys()
 
 
-OPTION_ERRORS = {
-    "recompute_granularity=half": "must be one of full, selective, found 'half'",
-    "recompute_granularity=full": "recompute_method must be one of uniform, block, found None",
-    "recompute_granularity=selective recompute_modules=mlp": "must be a list of names",
-    'recompute_granularity=selective recompute_modules=["mpl"]': "core_attn, mlp, moe",
-    "recompute_granularity=full recompute_method=block": "recompute_num_layers must be a whole",
-}
+FULL, SELECTIVE = {"recompute_granularity": "full"}, {"recompute_granularity": "selective"}
+OPTION_ERRORS = [
+    ({"recompute_granularity": "half"}, "must be one of full, selective, found 'half'"),
+    (FULL, "recompute_method must be one of uniform, block, found None"),
+    (FULL | {"recompute_method": "block"}, "recompute_num_layers must be a whole"),
+    (SELECTIVE | {"recompute_modules": "mlp"}, "recompute_modules must be a list of names"),
+    (SELECTIVE | {"recompute_modules": ["mpl"]}, "core_attn, mlp, moe, moe_act"),
+]
 
 
-@pytest.mark.parametrize("words", OPTION_ERRORS)
-def test_bad_options_are_refused(words: str, capsys):
-    overrides = [f"megatron.model.{word}" for word in words.split()]
-    assert main(["plan", str(RECIPES / "qwen3_1.7b.toml"), *overrides]) == 2
-    assert OPTION_ERRORS[words] in capsys.readouterr().err
+@pytest.mark.parametrize(("model", "message"), OPTION_ERRORS)
+def test_bad_options_are_refused_without_megatron(model: dict[str, Any], message: str):
+    with pytest.raises(ConfigError, match=message):
+        options(MegatronConfig(model=model))
+
+
+def test_bad_options_end_the_command(capsys):
+    recipe = str(RECIPES / "qwen3_1.7b.toml")
+    assert main(["plan", recipe, "megatron.model.recompute_granularity=full"]) == 2
+    assert "recompute_method must be one of" in capsys.readouterr().err
