@@ -35,6 +35,11 @@ def engine(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[R
         yield engine
 
 
+def tokens(engine: RolloutEngine) -> list[tuple[int, ...]]:
+    """What it samples now."""
+    return [sample.token_ids for sample in engine.generate(REQUESTS, Sampling())]
+
+
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     """On the GPU, with an explicit output layer, as the trainer exports them."""
     weights = {n: t.cuda().bfloat16() for n, t in load_file(folder / "model.safetensors").items()}
@@ -52,7 +57,7 @@ def channel(engine: RolloutEngine) -> DeviceChannel:
 def test_weights_go_from_gpu_to_gpu_and_sleep_gives_the_memory_back(
     engine: RolloutEngine, folder: Path, tmp_path: Path
 ) -> None:
-    first = engine.generate(REQUESTS, Sampling())
+    first = tokens(engine)
     awake = free_bytes()
     engine.sleep()
     asleep = free_bytes()
@@ -62,15 +67,15 @@ def test_weights_go_from_gpu_to_gpu_and_sleep_gives_the_memory_back(
     way, old = channel(engine), weights_of(folder)
     new = {name: tensor * 0.9 for name, tensor in old.items()}
     way.send(iter(old.items()), engine)
-    assert engine.generate(REQUESTS, Sampling()) == first
+    assert tokens(engine) == first
     engine.sleep()
     way.send(iter(new.items()), engine)
-    through_gpu = engine.generate(REQUESTS, Sampling())
+    through_gpu = tokens(engine)
     assert through_gpu != first
     copies = {name: tensor.cpu().contiguous() for name, tensor in new.items()}
     save_file(copies, tmp_path / "model.safetensors")
     engine.load_weights(tmp_path)
-    assert engine.generate(REQUESTS, Sampling()) == through_gpu
+    assert tokens(engine) == through_gpu
 
 
 def test_the_memory_of_a_closed_engine_comes_back(folder: Path, tmp_path: Path) -> None:
