@@ -101,6 +101,7 @@ def row_sums(
         parts_TPD,
         NUM=len(spec.sums),
         REWARD=spec.reward or "",
+        SMALL_MIX=spec.mix <= 0.5,
         **{f"{name.upper()}_AT": slot for name, slot in slots.items()},
     )
     return parts_TPD[:, 0] if pieces == 1 else parts_TPD.sum(dim=1)
@@ -151,6 +152,7 @@ def write_gradient(
         *(out_Tv, *out_Tv.stride()),
         REWARD=(spec.reward or "") if with_teacher else "",
         TEACHER=spec.teacher and with_teacher,
+        SMALL_MIX=spec.mix <= 0.5,
     )
 
 
@@ -207,7 +209,8 @@ def _row_sums_kernel(
     student, student_row, student_column, student_norm,
     teacher, teacher_row, teacher_column, teacher_norm,
     tau, mix, rest, parts, columns, pieces,
-    PIECE: tl.constexpr, BLOCK: tl.constexpr, NUM: tl.constexpr, REWARD: tl.constexpr,
+    PIECE: tl.constexpr, BLOCK: tl.constexpr,
+    NUM: tl.constexpr, REWARD: tl.constexpr, SMALL_MIX: tl.constexpr,
     TV_AT: tl.constexpr, REVERSE_KL_AT: tl.constexpr, FORWARD_KL_AT: tl.constexpr,
     STUDENT_ENTROPY_AT: tl.constexpr, TEACHER_ENTROPY_AT: tl.constexpr,
     REWARD_AT: tl.constexpr, TEACHER_TO_MIXTURE_AT: tl.constexpr,
@@ -240,9 +243,9 @@ def _row_sums_kernel(
         if TEACHER_ENTROPY_AT >= 0:
             teacher_entropy -= _times(p, log_p)
         if REWARD_AT >= 0:
-            reward += _reward(log_q, log_p, tau, mix, rest, REWARD)
+            reward += _reward(log_q, log_p, tau, mix, rest, REWARD, SMALL_MIX)
         if TEACHER_TO_MIXTURE_AT >= 0:
-            teacher_to_mixture += _times(p, _over_mixture(log_p - log_q, mix, rest))
+            teacher_to_mixture += _times(p, _over_mixture(log_p - log_q, mix, rest, SMALL_MIX))
     parts += NUM * tl.program_id(0).to(tl.int64)
     _store_sum(parts, TV_AT, tv)
     _store_sum(parts, REVERSE_KL_AT, reverse_kl)
@@ -259,7 +262,8 @@ def _gradient_kernel(
     teacher, teacher_row, teacher_column, teacher_norm,
     tau, mix, rest, student_factors, reward_factors, teacher_factors,
     out, out_row, out_column, columns, pieces,
-    PIECE: tl.constexpr, BLOCK: tl.constexpr, REWARD: tl.constexpr, TEACHER: tl.constexpr,
+    PIECE: tl.constexpr, BLOCK: tl.constexpr,
+    REWARD: tl.constexpr, TEACHER: tl.constexpr, SMALL_MIX: tl.constexpr,
 ):  # fmt: skip
     row, first, stop = _piece_of_row(columns, pieces, PIECE)
     student, student_max, student_log_sum = _start_row(student, student_norm, row, student_row)
@@ -278,7 +282,9 @@ def _gradient_kernel(
             if TEACHER:
                 grad += _times(teacher_factor, tl.exp(log_p))
             if REWARD != "":
-                grad += _times(reward_factor, _reward(log_q, log_p, tau, mix, rest, REWARD))
+                grad += _times(
+                    reward_factor, _reward(log_q, log_p, tau, mix, rest, REWARD, SMALL_MIX)
+                )
         tl.store(out + at.to(tl.int64) * out_column, grad, mask=at < columns)
 
 
@@ -313,20 +319,28 @@ def _times(weights, values):
 
 
 @triton.jit
-def _log_mixture(ratio, mix, rest):
+def _log_mixture(ratio, mix, rest, SMALL_MIX: tl.constexpr):
     """log((b p + (1 - b) q) / q), in the form that keeps its digits: see ``dense``."""
     share = tl.exp(tl.minimum(ratio, _HUGE_RATIO, propagate_nan=_ALL_NAN))
-    inside = tl.where(mix <= 0.5, _log1p(mix * (share - 1.0)), tl.log(mix * share + rest))
+    # A constant: chosen when the kernel runs, every column would pay for both forms.
+    if SMALL_MIX:
+        inside = _log1p(mix * (share - 1.0))
+    else:
+        inside = tl.log(mix * share + rest)
     return tl.where(ratio >= _HUGE_RATIO, ratio + tl.log(mix), inside)
 
 
 @triton.jit
-def _over_mixture(ratio, mix, rest):
+def _over_mixture(ratio, mix, rest, SMALL_MIX: tl.constexpr):
     """log(p / (b p + (1 - b) q)), likewise."""
-    inverse = tl.exp(-tl.maximum(ratio, -_HUGE_RATIO, propagate_nan=_ALL_NAN))
-    # Where p / q is infinite the difference would be nan.
-    over = tl.where(ratio >= _HUGE_RATIO, -tl.log(mix), ratio - _log_mixture(ratio, mix, rest))
-    return tl.where(mix <= 0.5, over, -_log1p(rest * (inverse - 1.0)))
+    if SMALL_MIX:
+        over = ratio - _log_mixture(ratio, mix, rest, SMALL_MIX)
+        # If p / q is infinite the difference would be nan.
+        over = tl.where(ratio >= _HUGE_RATIO, -tl.log(mix), over)
+    else:
+        inverse = tl.exp(-tl.maximum(ratio, -_HUGE_RATIO, propagate_nan=_ALL_NAN))
+        over = -_log1p(rest * (inverse - 1.0))
+    return over
 
 
 @triton.jit
@@ -337,13 +351,13 @@ def _log1p(value):
 
 
 @triton.jit
-def _reward(log_q, log_p, tau, mix, rest, REWARD: tl.constexpr):
+def _reward(log_q, log_p, tau, mix, rest, REWARD: tl.constexpr, SMALL_MIX: tl.constexpr):
     """w of a block: see ``dense.Reward``."""
     q, p, ratio = tl.exp(log_q), tl.exp(log_p), log_p - log_q
     if REWARD == "log_ratio":
         reward = _times(q, ratio)
     elif REWARD == "mixture":
-        reward = _times(q, _log_mixture(ratio, mix, rest))
+        reward = _times(q, _log_mixture(ratio, mix, rest, SMALL_MIX))
     else:
         tl.static_assert(REWARD == "trust" or REWARD == "trust_clip")
         inside = tl.minimum(p, q, propagate_nan=_ALL_NAN)
