@@ -69,7 +69,7 @@ def measure(options: argparse.Namespace, folder: Path, cuda: bool) -> dict[str, 
     with clock("start"):
         engine = RolloutEngine(
             options.model,
-            max_model_len=256,
+            max_model_len=128,
             log_file=folder / "engine.log",
             dtype=dtype,
             memory=options.memory,
