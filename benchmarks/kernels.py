@@ -102,7 +102,7 @@ def main() -> None:
     result = loaded(launches) if options.loaded else compiled(launches)
     print(table(result))
     if options.write:
-        Path(options.write).write_text(json.dumps(result, indent=1) + "\n")
+        Path(options.write).write_text(as_text(result))
 
 
 # --- What the losses launch ----------------------------------------------------------------------
@@ -384,6 +384,13 @@ def _result(what: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
         "widths": WIDTHS,
         "rows": rows,
     }
+
+
+def as_text(result: dict[str, Any]) -> str:
+    """JSON with a line for each variant."""
+    head = json.dumps({name: value for name, value in result.items() if name != "rows"}, indent=1)
+    rows = ",\n".join(map(json.dumps, result["rows"]))
+    return head.removesuffix("\n}") + f',\n "rows": [\n{rows}\n]\n}}\n'
 
 
 def table(result: dict[str, Any]) -> str:
