@@ -55,9 +55,11 @@ class Part:
     seconds: int
     """Time limit."""
     needs: tuple[str, ...] = ()
-    """Modules without which it is skipped."""
+    """Packages without which it is skipped."""
     numbers: Callable[[Path, str], dict[str, Any]] = lambda folder, log: {}
     """Key numbers, from its folder and its log."""
+    imports: str = ""
+    """A module that has to import, too."""
 
 
 def parts() -> list[Part]:
@@ -75,7 +77,7 @@ def parts() -> list[Part]:
             "gpu suite",
             (python, "-m", "pytest", "tests/gpu", *junit),
             360,
-            ("pytest", "megatron.core"),
+            ("pytest", "megatron"),
             suite_numbers,
         ),
         Part(
@@ -95,13 +97,14 @@ def parts() -> list[Part]:
             ("triton",),
             loss_numbers,
         ),
-        Part("step, local layers", (*step, "local"), 120, ("megatron.core",), last_json),
+        Part("step, local layers", (*step, "local"), 120, ("megatron",), last_json),
         Part(
             "step, Transformer Engine",
             (*step, "te"),
             120,
-            ("megatron.core", "transformer_engine.pytorch"),
+            ("megatron", "transformer_engine"),
             last_json,
+            "transformer_engine.pytorch",
         ),
         Part(
             "vLLM: sleep and reload",
@@ -114,7 +117,7 @@ def parts() -> list[Part]:
             "quickstart",
             (python, "-m", "megatron_tropd.cli", *quickstart),
             400,
-            ("megatron.core", "vllm"),
+            ("megatron", "vllm"),
             run_numbers,
         ),
     ]
@@ -338,13 +341,16 @@ def no_gpu(device: dict[str, Any]) -> str:
 def lacking(part: Part) -> str | None:
     """Why a part cannot run here; None: it can."""
     for name in part.needs:
-        package = name.split(".")[0]
-        try:
-            # This imports the package of a submodule.
-            if find_spec(package) is None or find_spec(name) is None:
-                return f"{package} not installed"
-        except Exception as error:
-            return f"{package} does not import: {type(error).__name__}: {error}"
+        if find_spec(name) is None:
+            return f"{name} not installed"
+    if not part.imports:
+        return None
+    # torch first: it loads the CUDA libraries that lie in packages of their own.
+    probe = [sys.executable, "-c", f"import torch, {part.imports}"]
+    run = subprocess.run(probe, capture_output=True, text=True)
+    if run.returncode:
+        reason = (run.stderr.strip().splitlines() or ["no reason given"])[-1]
+        return f"{part.imports} does not import: {reason}"
     return None
 
 
