@@ -362,7 +362,6 @@ def loaded(launches: dict[str, Launch]) -> dict[str, Any]:
     """Registers and spills of every variant as this GPU's driver gives them, beside ptxas's own."""
     major, minor = torch.cuda.get_device_capability()
     rows, capability = [], 10 * major + minor
-    torch.cuda.init()
     for launch in launches.values():
         code = launch.kernel.warmup(*launch.arguments, grid=(1,), **launch.settings)
         code._init_handles()
