@@ -144,9 +144,9 @@ class Traffic(TorchDispatchMode):
         return result
 
     def _collective(self, name: str, args: Any) -> None:
-        kind = name.split(".")[1].strip("_")
-        if kind in ("barrier", "wait"):
-            return
+        # Torch has several operations for each.
+        kinds = {"allgather": "all-gather", "allreduce": "all-reduce"}
+        kind = next((kinds[part] for part in kinds if part in name), name)
         # Outputs of a gather are named first: what this rank sends is the last tensor.
         sent = [x for x in tree_leaves(args) if isinstance(x, Tensor)][-1]
         self.collectives.append((kind, sent.nbytes))
