@@ -37,7 +37,7 @@ PROMPTS = REPOSITORY / "examples" / "arithmetic" / "prompts.jsonl"
 NEW_TOKENS = 32
 GREEDY = Sampling(temperature=0.0)
 NORM = "model.norm.weight"
-CLOSE = {"float32": 1e-3, "bfloat16": 0.2}
+CLOSE = {"float32": 1e-3, "bfloat16": 0.5}
 """Largest difference of a log-prob from transformers' in float32."""
 
 
