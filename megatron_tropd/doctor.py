@@ -11,6 +11,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -178,16 +179,23 @@ def check_shared_memory() -> Check:
 
 
 def check_compiler() -> Check:
-    """A C compiler: Triton builds its launchers with it on a GPU; nothing on a CPU needs it."""
+    """What Triton builds its launchers with on a GPU; nothing on a CPU needs it.
+
+    Those that it looks for: another that is called cc does not help it.
+    """
     import torch
 
     name = "C compiler"
-    found = next((path for path in map(shutil.which, ("cc", "gcc", "clang")) if path), None)
-    if found:
-        return Check(name, Status.OK, found)
+    choices = (os.environ.get("CC"), shutil.which("gcc"), shutil.which("clang"))
+    found = next((path for path in choices if path), None)
+    headers = Path(sysconfig.get_paths()["include"], "Python.h").is_file()
+    text = f"{found or 'none'}{'' if headers else ', no Python.h'}"
     if not torch.cuda.is_available():
-        return Check(name, Status.OK, "none, and none needed without CUDA")
-    return Check(name, Status.NOTE, "none", "Triton needs one with CUDA: apt-get install gcc")
+        return Check(name, Status.OK, f"{text}; none is needed without CUDA")
+    if found and headers:
+        return Check(name, Status.OK, text)
+    advice = "Triton needs both with CUDA: apt-get install gcc python3-dev (of this Python)."
+    return Check(name, Status.NOTE, text, advice)
 
 
 def check_cuda() -> Check:
@@ -237,7 +245,7 @@ def check_transformer_engine() -> Check:
             name,
             Status.NOTE,
             f"{version} does not import ({error}): Megatron-Core's own layers are used",
-            "Build it for this torch: .venv/bin/uv pip install --no-build-isolation '.[te]'",
+            "Build it for this torch, as the README says under 'With GPUs'.",
         )
     advice = "Megatron-Core would use it and needs CUDA then: uninstall transformer-engine."
     return Check(name, Status.FAIL, f"{version} in an environment without CUDA", advice)
@@ -361,8 +369,11 @@ def _try_backend(backend: str, device: str) -> Check:
 
 
 def _import_error(module: str) -> str | None:
-    """Why a module does not import in a fresh process; None if it does."""
-    return _probe(f"import {module}\nprint('ok')")[1]
+    """Why a module does not import in a fresh process, after torch; None if it does.
+
+    torch first, as in a run: it loads the CUDA libraries that lie in packages of their own.
+    """
+    return _probe(f"import torch\nimport {module}\nprint('ok')")[1]
 
 
 def _probe(code: str) -> tuple[str, str | None]:

@@ -103,6 +103,7 @@ def row_sums(
         parts_TPD,
         NUM=len(spec.sums),
         REWARD=spec.reward or "",
+        SMALL_MIX=spec.mix <= 0.5,
         **{f"{name.upper()}_AT": slot for name, slot in slots.items()},
     )
     return parts_TPD[:, 0] if pieces == 1 else parts_TPD.sum(dim=1)
@@ -153,6 +154,7 @@ def write_gradient(
         *(out_Tv, *out_Tv.stride()),
         REWARD=(spec.reward or "") if with_teacher else "",
         TEACHER=spec.teacher and with_teacher,
+        SMALL_MIX=spec.mix <= 0.5,
     )
 
 
@@ -178,19 +180,20 @@ def _max_and_sum_exp_kernel(
     logits, row_stride, column_stride, parts, columns, pieces,
     PIECE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row, first, stop = _piece_of_row(columns, pieces, PIECE)
+    row, first, whole, stop = _piece_of_row(columns, pieces, PIECE, BLOCK)
     logits += row * row_stride
     largest = tl.full([BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
-    for start in range(first, stop, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        value = _load(logits, at, column_stride, columns)
-        # Of a lane that has seen -inf only, -inf - -inf would be nan.
-        rise = tl.where(value == float("-inf"), float("-inf"), value - largest)
-        # The smaller of the two exponentials; the other one is 1.
-        smaller = tl.exp(-tl.abs(rise))
-        total = tl.where(rise > 0.0, total * smaller + 1.0, total + smaller)
-        largest = tl.maximum(largest, value, propagate_nan=_ALL_NAN)
+    for TAIL in tl.static_range(2):
+        for start in range(whole if TAIL else first, stop if TAIL else whole, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            value = _load(logits, at, column_stride, columns, TAIL)
+            # Of a lane that has seen -inf only, -inf - -inf would be nan.
+            rise = tl.where(value == float("-inf"), float("-inf"), value - largest)
+            # The smaller of the two exponentials; the other one is 1.
+            smaller = tl.exp(-tl.abs(rise))
+            total = tl.where(rise > 0.0, total * smaller + 1.0, total + smaller)
+            largest = tl.maximum(largest, value, propagate_nan=_ALL_NAN)
     _store_max_and_sum_exp(parts + 2 * tl.program_id(0).to(tl.int64), largest, total)
 
 
@@ -209,12 +212,13 @@ def _row_sums_kernel(
     student, student_row, student_column, student_norm,
     teacher, teacher_row, teacher_column, teacher_norm,
     tau, mix, rest, parts, columns, pieces,
-    PIECE: tl.constexpr, BLOCK: tl.constexpr, NUM: tl.constexpr, REWARD: tl.constexpr,
+    PIECE: tl.constexpr, BLOCK: tl.constexpr,
+    NUM: tl.constexpr, REWARD: tl.constexpr, SMALL_MIX: tl.constexpr,
     TV_AT: tl.constexpr, REVERSE_KL_AT: tl.constexpr, FORWARD_KL_AT: tl.constexpr,
     STUDENT_ENTROPY_AT: tl.constexpr, TEACHER_ENTROPY_AT: tl.constexpr,
     REWARD_AT: tl.constexpr, TEACHER_TO_MIXTURE_AT: tl.constexpr,
 ):  # fmt: skip
-    row, first, stop = _piece_of_row(columns, pieces, PIECE)
+    row, first, whole, stop = _piece_of_row(columns, pieces, PIECE, BLOCK)
     student, student_max, student_log_sum = _start_row(student, student_norm, row, student_row)
     teacher, teacher_max, teacher_log_sum = _start_row(teacher, teacher_norm, row, teacher_row)
     tv = tl.zeros([BLOCK], tl.float32)
@@ -224,27 +228,32 @@ def _row_sums_kernel(
     teacher_entropy = tl.zeros([BLOCK], tl.float32)
     reward = tl.zeros([BLOCK], tl.float32)
     teacher_to_mixture = tl.zeros([BLOCK], tl.float32)
-    for start in range(first, stop, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        # Two subtractions: max + log_sum would round to the precision of the largest logit.
-        log_q = _load(student, at, student_column, columns) - student_max - student_log_sum
-        log_p = _load(teacher, at, teacher_column, columns) - teacher_max - teacher_log_sum
-        # Past the last column the logits are -inf, so that every term is 0.
-        q, p = tl.exp(log_q), tl.exp(log_p)
-        if TV_AT >= 0:
-            tv += q - tl.minimum(p, q, propagate_nan=_ALL_NAN)
-        if REVERSE_KL_AT >= 0:
-            reverse_kl -= _times(q, log_p - log_q)
-        if FORWARD_KL_AT >= 0:
-            forward_kl += _times(p, log_p - log_q)
-        if STUDENT_ENTROPY_AT >= 0:
-            student_entropy -= _times(q, log_q)
-        if TEACHER_ENTROPY_AT >= 0:
-            teacher_entropy -= _times(p, log_p)
-        if REWARD_AT >= 0:
-            reward += _reward(log_q, log_p, tau, mix, rest, REWARD)
-        if TEACHER_TO_MIXTURE_AT >= 0:
-            teacher_to_mixture += _times(p, _over_mixture(log_p - log_q, mix, rest))
+    for TAIL in tl.static_range(2):
+        for start in range(whole if TAIL else first, stop if TAIL else whole, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            # Two subtractions: max + log_sum would round to the precision of the largest logit.
+            log_q = (
+                _load(student, at, student_column, columns, TAIL) - student_max - student_log_sum
+            )
+            log_p = (
+                _load(teacher, at, teacher_column, columns, TAIL) - teacher_max - teacher_log_sum
+            )
+            # Past the last column the logits are -inf, so that every term is 0.
+            q, p = tl.exp(log_q), tl.exp(log_p)
+            if TV_AT >= 0:
+                tv += q - tl.minimum(p, q, propagate_nan=_ALL_NAN)
+            if REVERSE_KL_AT >= 0:
+                reverse_kl -= _times(q, log_p - log_q)
+            if FORWARD_KL_AT >= 0:
+                forward_kl += _times(p, log_p - log_q)
+            if STUDENT_ENTROPY_AT >= 0:
+                student_entropy -= _times(q, log_q)
+            if TEACHER_ENTROPY_AT >= 0:
+                teacher_entropy -= _times(p, log_p)
+            if REWARD_AT >= 0:
+                reward += _reward(log_q, log_p, tau, mix, rest, REWARD, SMALL_MIX)
+            if TEACHER_TO_MIXTURE_AT >= 0:
+                teacher_to_mixture += _times(p, _over_mixture(log_p - log_q, mix, rest, SMALL_MIX))
     parts += NUM * tl.program_id(0).to(tl.int64)
     _store_sum(parts, TV_AT, tv)
     _store_sum(parts, REVERSE_KL_AT, reverse_kl)
@@ -261,36 +270,48 @@ def _gradient_kernel(
     teacher, teacher_row, teacher_column, teacher_norm,
     tau, mix, rest, student_factors, reward_factors, teacher_factors,
     out, out_row, out_column, columns, pieces,
-    PIECE: tl.constexpr, BLOCK: tl.constexpr, REWARD: tl.constexpr, TEACHER: tl.constexpr,
+    PIECE: tl.constexpr, BLOCK: tl.constexpr,
+    REWARD: tl.constexpr, TEACHER: tl.constexpr, SMALL_MIX: tl.constexpr,
 ):  # fmt: skip
-    row, first, stop = _piece_of_row(columns, pieces, PIECE)
+    row, first, whole, stop = _piece_of_row(columns, pieces, PIECE, BLOCK)
     student, student_max, student_log_sum = _start_row(student, student_norm, row, student_row)
     teacher, teacher_max, teacher_log_sum = _start_row(teacher, teacher_norm, row, teacher_row)
     out += row * out_row
     student_factor = tl.load(student_factors + row)
     reward_factor = tl.load(reward_factors + row)
     teacher_factor = tl.load(teacher_factors + row)
-    for start in range(first, stop, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        log_q = _load(student, at, student_column, columns) - student_max - student_log_sum
-        # A factor of 0 silences its part, whatever it is: nan, or an infinite reward.
-        grad = _times(student_factor, tl.exp(log_q))
-        if TEACHER or REWARD != "":
-            log_p = _load(teacher, at, teacher_column, columns) - teacher_max - teacher_log_sum
-            if TEACHER:
-                grad += _times(teacher_factor, tl.exp(log_p))
-            if REWARD != "":
-                grad += _times(reward_factor, _reward(log_q, log_p, tau, mix, rest, REWARD))
-        tl.store(out + at.to(tl.int64) * out_column, grad, mask=at < columns)
+    for TAIL in tl.static_range(2):
+        for start in range(whole if TAIL else first, stop if TAIL else whole, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            log_q = (
+                _load(student, at, student_column, columns, TAIL) - student_max - student_log_sum
+            )
+            # A factor of 0 silences its part, whatever it is: nan, or an infinite reward.
+            grad = _times(student_factor, tl.exp(log_q))
+            if TEACHER or REWARD != "":
+                log_p = (
+                    _load(teacher, at, teacher_column, columns, TAIL)
+                    - teacher_max
+                    - teacher_log_sum
+                )
+                if TEACHER:
+                    grad += _times(teacher_factor, tl.exp(log_p))
+                if REWARD != "":
+                    grad += _times(
+                        reward_factor, _reward(log_q, log_p, tau, mix, rest, REWARD, SMALL_MIX)
+                    )
+            _store(out, at, out_column, columns, grad, TAIL)
 
 
 @triton.jit
-def _piece_of_row(columns, pieces, PIECE: tl.constexpr):
-    """Row of this program, first column of its piece, and the column after its last."""
+def _piece_of_row(columns, pieces, PIECE: tl.constexpr, BLOCK: tl.constexpr):
+    """Row of this program; of its piece the first column, the end of whole blocks, and the end."""
     program = tl.program_id(0)
     first = (program % pieces) * PIECE
+    stop = tl.minimum(first + PIECE, columns)
     # int64: a row times its stride exceeds int32 from 2^31 logits on, 14,135 rows of 151,936.
-    return (program // pieces).to(tl.int64), first, tl.minimum(first + PIECE, columns)
+    row = (program // pieces).to(tl.int64)
+    return row, first, first + (stop - first) // BLOCK * BLOCK, stop
 
 
 @triton.jit
@@ -300,12 +321,23 @@ def _start_row(logits, norm, row, row_stride):
 
 
 @triton.jit
-def _load(row, at, column_stride, columns):
+def _load(row, at, column_stride, columns, TAIL: tl.constexpr):
     """A block of a row, -inf past its end."""
-    # The row's end, not the piece's, which a block never crosses: of it the compiler knows what
-    # it is a multiple of, hence how many columns it may load at once.
     place = row + at.to(tl.int64) * column_stride
-    return tl.load(place, mask=at < columns, other=float("-inf")).to(tl.float32)
+    # Only a tail is masked: a mask that may end anywhere, as at 50,257 columns, would make every
+    # load one of a single column.
+    block = tl.load(place, mask=at < columns, other=float("-inf")) if TAIL else tl.load(place)
+    return block.to(tl.float32)
+
+
+@triton.jit
+def _store(row, at, column_stride, columns, block, TAIL: tl.constexpr):
+    """Write a block of a row, and nothing past its end."""
+    place = row + at.to(tl.int64) * column_stride
+    if TAIL:
+        tl.store(place, block, mask=at < columns)
+    else:
+        tl.store(place, block)
 
 
 @triton.jit
@@ -315,20 +347,25 @@ def _times(weights, values):
 
 
 @triton.jit
-def _log_mixture(ratio, mix, rest):
+def _log_mixture(ratio, mix, rest, SMALL_MIX: tl.constexpr):
     """log((b p + (1 - b) q) / q), in the form that keeps its digits: see ``dense``."""
     share = tl.exp(tl.minimum(ratio, _HUGE_RATIO, propagate_nan=_ALL_NAN))
-    inside = tl.where(mix <= 0.5, _log1p(mix * (share - 1.0)), tl.log(mix * share + rest))
+    # A constant: chosen when the kernel runs, every column would pay for both forms.
+    inside = _log1p(mix * (share - 1.0)) if SMALL_MIX else tl.log(mix * share + rest)
     return tl.where(ratio >= _HUGE_RATIO, ratio + tl.log(mix), inside)
 
 
 @triton.jit
-def _over_mixture(ratio, mix, rest):
+def _over_mixture(ratio, mix, rest, SMALL_MIX: tl.constexpr):
     """log(p / (b p + (1 - b) q)), likewise."""
-    inverse = tl.exp(-tl.maximum(ratio, -_HUGE_RATIO, propagate_nan=_ALL_NAN))
-    # Where p / q is infinite the difference would be nan.
-    over = tl.where(ratio >= _HUGE_RATIO, -tl.log(mix), ratio - _log_mixture(ratio, mix, rest))
-    return tl.where(mix <= 0.5, over, -_log1p(rest * (inverse - 1.0)))
+    if SMALL_MIX:
+        over = ratio - _log_mixture(ratio, mix, rest, SMALL_MIX)
+        # If p / q is infinite the difference would be nan.
+        over = tl.where(ratio >= _HUGE_RATIO, -tl.log(mix), over)
+    else:
+        inverse = tl.exp(-tl.maximum(ratio, -_HUGE_RATIO, propagate_nan=_ALL_NAN))
+        over = -_log1p(rest * (inverse - 1.0))
+    return over
 
 
 @triton.jit
@@ -339,13 +376,13 @@ def _log1p(value):
 
 
 @triton.jit
-def _reward(log_q, log_p, tau, mix, rest, REWARD: tl.constexpr):
+def _reward(log_q, log_p, tau, mix, rest, REWARD: tl.constexpr, SMALL_MIX: tl.constexpr):
     """w of a block: see ``dense.Reward``."""
     q, p, ratio = tl.exp(log_q), tl.exp(log_p), log_p - log_q
     if REWARD == "log_ratio":
         reward = _times(q, ratio)
     elif REWARD == "mixture":
-        reward = _times(q, _log_mixture(ratio, mix, rest))
+        reward = _times(q, _log_mixture(ratio, mix, rest, SMALL_MIX))
     else:
         tl.static_assert(REWARD == "trust" or REWARD == "trust_clip")
         inside = tl.minimum(p, q, propagate_nan=_ALL_NAN)

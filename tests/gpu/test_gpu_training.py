@@ -18,7 +18,8 @@ from tests.ranks import free_port
 
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
-pytestmark = pytest.mark.gpu
+# Triton and torch.compile build what launches their kernels.
+pytestmark = [pytest.mark.gpu, pytest.mark.needs("compiler")]
 
 RUNS = [*(("tp1", "float32", method) for method in METHODS), ("tp1", "bfloat16", "tropd")]
 PROGRAM = "import json, sys; from tests.distributed.test_training import train_all; "
@@ -52,12 +53,17 @@ def _train_on(device: str, arguments: list[object]) -> None:
     }
     if device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
-    subprocess.run(
+    run = subprocess.run(
         [sys.executable, "-c", PROGRAM, json.dumps(arguments)],
         env=environment,
         cwd=Path(__file__).resolve().parents[2],
-        check=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=500,
     )
+    tail = "\n".join(run.stdout.splitlines()[-100:])
+    assert run.returncode == 0, f"training on {device} ended with {run.returncode}:\n{tail}"
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -43,6 +43,9 @@ pytestmark = [
     # numpy, in the interpreter, of the infinities that the kernels mask afterwards.
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
 ]
+if not INTERPRETED:
+    # Triton builds what launches its kernels.
+    pytestmark.append(pytest.mark.needs("compiler"))
 cuda_only = pytest.mark.skipif(INTERPRETED, reason="needs a GPU, not the interpreter")
 
 PAIRS = ("ordinary", "excluded", "huge", "underflow")

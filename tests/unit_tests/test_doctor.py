@@ -84,6 +84,47 @@ def test_transformer_engine(
     assert ("undefined symbol" in check.text) == bool(source)
 
 
+def test_transformer_engine_is_imported_as_in_a_run(on_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Alone it does not find libnccl, which torch has loaded by then."""
+    source = "import sys\nassert 'torch' in sys.modules, 'libnccl.so.2: cannot open'"
+    _module(on_path, "transformer_engine.pytorch", source)
+    monkeypatch.setenv("PYTHONPATH", str(on_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert doctor.check_transformer_engine().status is Status.OK
+
+
+@pytest.mark.parametrize(
+    ("programs", "headers", "cuda", "status"),
+    [
+        (["gcc"], True, True, Status.OK),
+        (["clang"], True, True, Status.OK),
+        (["cc"], True, True, Status.NOTE),  # Triton does not look for it
+        (["gcc"], False, True, Status.NOTE),
+        ([], False, False, Status.OK),
+    ],
+)
+def test_what_triton_builds_with(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    programs: list[str],
+    headers: bool,
+    cuda: bool,
+    status: Status,
+):
+    for name in programs:
+        (tmp_path / name).write_text("")
+        (tmp_path / name).chmod(0o755)
+    if headers:
+        (tmp_path / "Python.h").touch()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(doctor.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    check = doctor.check_compiler()
+    assert check.status is status
+    assert ("apt-get install" in check.advice) == (status is Status.NOTE)
+
+
 def test_missing_or_wrong_package_fails(monkeypatch: pytest.MonkeyPatch):
     wanted = ["torch>=999", "no-such-package", 'vllm==0.1; extra == "gpu"']
     monkeypatch.setattr(importlib.metadata, "requires", lambda _: wanted)

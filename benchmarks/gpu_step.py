@@ -1,0 +1,218 @@
+"""Training steps of a real size on one device, with random weights: seconds and memory.
+
+    python benchmarks/gpu_step.py                  # Qwen3-1.7B <- Qwen3-4B, layers as in a run
+    python benchmarks/gpu_step.py --layers local   # Megatron's own, even if there are others
+    python benchmarks/gpu_step.py --layers te      # refused without Transformer Engine
+
+Everything of a step but the rollout: the teacher scores, the student runs forward and backward with
+exact TrOPD, the optimizer steps, the weights are exported. The models are those of a run, from
+their config.json alone. Layers of any kind get the same weights, so that the first losses of two
+runs can be compared. Without a GPU it runs on the CPU, which small models are for.
+
+The last line of the output is one JSON object.
+"""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from megatron_tropd.config import ParallelConfig, TrainConfig
+from megatron_tropd.convert.hf_folder import read_config
+from megatron_tropd.data.packing import count_loss_tokens, pack
+from megatron_tropd.data.types import MicroBatch, Trajectory
+from megatron_tropd.loss_config import preset
+from megatron_tropd.mcore import models, parallel, platform
+from megatron_tropd.mcore.step import Student, Teacher
+from megatron_tropd.mcore.weights import export_weights
+from megatron_tropd.objective import StepObjective
+
+MODELS = Path(__file__).resolve().parents[1] / "configs" / "recipes" / "models"
+LOSS = preset("tropd_exact")
+
+
+def main() -> None:
+    """Run, and print the figures."""
+    options = parse_arguments()
+    layers = chosen_layers(options.layers)
+    with patch.object(models, "has_transformer_engine", lambda: layers == "te"):
+        print(json.dumps(measure(options) | {"layers": layers}))
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line; None: that of the process."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add = parser.add_argument
+    add("--student", type=Path, default=MODELS / "Qwen3-1.7B", help="folder of a config.json")
+    add("--teacher", type=Path, default=MODELS / "Qwen3-4B", help="folder of a config.json")
+    add("--layers", choices=("auto", "local", "te"), default="auto")
+    add("--steps", type=int, default=3, help="the last one is reported (default 3)")
+    add("--samples", type=int, default=16, help="of a step (default 16)")
+    add("--tokens", type=int, default=2048, help="new ones of a sample (default 2048)")
+    add("--micro-batch", type=int, default=8192, help="tokens (default 8192)")
+    return parser.parse_args(arguments)
+
+
+def chosen_layers(wanted: str) -> str:
+    """``te`` or ``local``; what a run takes, if it is ``auto``."""
+    there = models.has_transformer_engine()
+    if wanted == "te" and not there:
+        raise SystemExit("Transformer Engine does not import here, or there is no GPU.")
+    return ("te" if there else "local") if wanted == "auto" else wanted
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Figures of the last step, and the loss of the first."""
+    ranks = parallel.initialize(ParallelConfig(), seed=1)
+    student, teacher = _models(options, ranks)
+    losses = []
+    for step in range(options.steps):
+        phases = _Phases()
+        metrics = _step(student, teacher, ranks, options, step, phases)
+        losses.append(metrics["loss"])
+    parallel.shutdown()
+    tokens = options.samples * options.tokens
+    total = sum(phases.seconds.values())
+    return {
+        "device": torch.cuda.get_device_name() if platform.has_cuda() else "cpu",
+        "versions": {name: version(name) for name in ("torch", "megatron-core")},
+        "losses": losses,
+        "grad_norm": metrics["grad_norm"],
+        "seconds": phases.seconds | {"total": total},
+        "peak_gib": phases.peaks,
+        "loss_tokens_per_second": tokens / total,
+    }
+
+
+def _models(options: argparse.Namespace, ranks: parallel.Ranks) -> tuple[Student, Teacher]:
+    dtype, layout = models.resolve_dtype("auto"), ParallelConfig()
+    folders: list[Any] = [
+        SimpleNamespace(config=read_config(path)) for path in (options.student, options.teacher)
+    ]
+    width = models.padded_vocab_size(*(folder.config for folder in folders), tensor=1)
+    settings: dict[str, Any] = dict(
+        ranks=ranks, parallel=layout, dtype=dtype, padded_vocab_size=width
+    )
+    with patch.object(models, "load_weights", _draw_weights):
+        built = [models.build_model(folder, **settings) for folder in folders]
+    train = TrainConfig(steps=options.steps, lr=1e-5, tokens_per_micro_batch=options.micro_batch)
+    student = Student(built[0], train=train, parallel=layout, ranks=ranks, dtype=dtype)
+    vocab_size = min(folder.config["vocab_size"] for folder in folders)
+    return student, Teacher(built[1], ranks=ranks, vocab_size=vocab_size)
+
+
+def _draw_weights(model: torch.nn.Module, *_: Any, **__: Any) -> None:
+    """In place of loading: the same for any kind of layers, whatever their parameters' order."""
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            if parameter.dim() == 1:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+                continue
+            draw = torch.Generator(parameter.device).manual_seed(parameter.numel())
+            parameter.normal_(std=0.02, generator=draw)
+
+
+def _step(
+    student: Student,
+    teacher: Teacher,
+    ranks: parallel.Ranks,
+    options: argparse.Namespace,
+    step: int,
+    phases: "_Phases",
+) -> dict[str, float]:
+    trajectories = _trajectories(options, teacher.vocab_size, step)
+    student_config = read_config(options.student)
+    batches = _batches(trajectories, options, step)
+    with phases("teacher"):
+        signals = teacher.score(batches)
+    objective = StepObjective(
+        signals,
+        config=LOSS,
+        beta=0.0,
+        vocab_size=teacher.vocab_size,
+        group=ranks.tp_group,
+        counts=count_loss_tokens(trajectories, LOSS),
+        counted=True,
+        device=platform.device(),
+    )
+    with phases("student"):
+        student.forward_backward(batches, objective)
+    with phases("optimizer"):
+        grad_norm, _ = student.update()
+    with phases("export"):
+        for _ in export_weights(
+            student.model, student_config, ranks, padded_vocab_size=student.model.vocab_size
+        ):
+            pass
+    return objective.sums.reduce().metrics() | {"grad_norm": grad_norm}
+
+
+def _batches(
+    trajectories: list[Trajectory], options: argparse.Namespace, step: int
+) -> list[MicroBatch]:
+    packed = pack(
+        trajectories,
+        dp_rank=0,
+        dp_size=1,
+        tokens_per_micro_batch=options.micro_batch,
+        seed=7,
+        step=step,
+        loss=LOSS,
+    )
+    return [batch.to(platform.device()) for batch in packed]
+
+
+def _trajectories(options: argparse.Namespace, vocab_size: int, step: int) -> list[Trajectory]:
+    draw = torch.Generator().manual_seed(step)
+    return [
+        Trajectory(
+            step=step,
+            prompt_index=number // 4,
+            sample_index=number % 4,
+            prompt_ids=tuple(torch.randint(vocab_size, (64,), generator=draw).tolist()),
+            prefix_ids=(),
+            response_ids=tuple(
+                torch.randint(vocab_size, (options.tokens,), generator=draw).tolist()
+            ),
+            rollout_logprobs=(-1.0,) * options.tokens,
+            finish_reason="stop",
+            weights_version=step,
+        )
+        for number in range(options.samples)
+    ]
+
+
+class _Phases:
+    """Seconds and peak memory of the phases of a step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.peaks: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        cuda = platform.has_cuda()
+        wait: Callable[[], object] = torch.cuda.synchronize if cuda else (lambda: None)
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        wait()
+        start = time.perf_counter()
+        yield
+        wait()
+        self.seconds[name] = time.perf_counter() - start
+        if cuda:
+            self.peaks[name] = torch.cuda.max_memory_allocated() / 2**30
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    main()
