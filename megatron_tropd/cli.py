@@ -154,11 +154,13 @@ def _distill(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
     if arguments.dry_run:
         from megatron_tropd.inputs import load_inputs
+        from megatron_tropd.mcore.options_check import check_options
         from megatron_tropd.run_folder import check_run, with_date
 
         config = with_date(config)
         check_run(config)
         inputs = load_inputs(config)
+        check_options(config, student=inputs.student.config, teacher=inputs.teacher.config)
         print(json.dumps(config_to_dict(config), indent=2))
         print(_plan(config, inputs))
         return exits.COMPLETE
@@ -322,6 +324,7 @@ def _plan(config: Config, inputs: "Inputs") -> str:
             f"teacher responses: {guidance}",
             f"held-out:   {len(inputs.problems)} problems",
             f"steps:      {config.train.steps}",
+            *(f"option:     {line}" for line in config.megatron.lines()),
             f"run folder: {Path(config.run.dir).resolve()}",
             "dry run: nothing was written.",
         ]

@@ -8,7 +8,6 @@ Paths in a TOML file are relative to the file; paths given as ``key=value`` over
 import dataclasses
 import datetime
 import json
-import math
 import os
 import tomllib
 import types
@@ -20,6 +19,7 @@ from typing import Annotated, Any, Literal
 
 from megatron_tropd.errors import ConfigError
 from megatron_tropd.loss_config import LossConfig
+from megatron_tropd.megatron_config import MegatronConfig
 from megatron_tropd.settings import (
     Amount,
     Anything,
@@ -30,6 +30,7 @@ from megatron_tropd.settings import (
     Settings,
     Share,
     nearest,
+    require_plain,
 )
 from megatron_tropd.text_files import read_toml
 
@@ -130,7 +131,7 @@ class PromptConfig(Settings, section="rollout"):
     begins, also after a resumption."""
 
     def _check_together(self) -> None:
-        _require_plain(self.chat_template_kwargs, "rollout.chat_template_kwargs")
+        require_plain(self.chat_template_kwargs, "rollout.chat_template_kwargs")
         date = self.chat_template_date
         _require(
             date is None or _is_date(date),
@@ -143,24 +144,6 @@ def _is_date(text: str) -> bool:
         return datetime.date.fromisoformat(text).isoformat() == text
     except ValueError:
         return False
-
-
-def _require_plain(value: Any, where: str) -> None:
-    """Refuse what JSON and TOML do not both have, so that it stays what it is in every file."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            _require(isinstance(key, str), f"{where}: keys must be strings, found {key!r}.")
-            _require_plain(item, f"{where}.{key}")
-    elif isinstance(value, list):
-        for number, item in enumerate(value):
-            _require_plain(item, f"{where}[{number}]")
-    else:
-        good = isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
-        _require(
-            good,
-            f"{where} must be a string, a finite number, true, false, a list or a table, found "
-            f"{value!r}. Put a date in quotes; leave out what is empty.",
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -330,6 +313,7 @@ class Config(Settings):
     guidance: GuidanceConfig = GuidanceConfig()
     loss: LossConfig = field(default_factory=LossConfig)
     evaluation: EvaluationConfig = EvaluationConfig()
+    megatron: MegatronConfig = field(default_factory=MegatronConfig)
 
     def _check_together(self) -> None:
         world, engines = self.parallel.world_size, self.rollout.num_engines

@@ -294,9 +294,11 @@ def _check(config: Config, console: Sequence[int]) -> dict[str, Any]:
 def _outcome(config: Config) -> dict[str, Any]:
     from megatron_tropd.failures import kind_of
     from megatron_tropd.inputs import load_inputs
+    from megatron_tropd.mcore.options_check import check_options
 
     try:
-        load_inputs(config)
+        inputs = load_inputs(config)
+        check_options(config, student=inputs.student.config, teacher=inputs.teacher.config)
     except BaseException as error:
         kind = kind_of(error)
         if kind in ("config", "input", "disk"):

@@ -32,6 +32,7 @@ from megatron_tropd.losses import TeacherSignal
 from megatron_tropd.losses.trouble import words
 from megatron_tropd.mcore import models, parallel, platform, weights
 from megatron_tropd.mcore.checkpoint import ANY_LAYOUT, Checkpoints
+from megatron_tropd.mcore.options_check import check_options, unreviewed
 from megatron_tropd.mcore.step import NotFinite, Student, Teacher, output_weight
 from megatron_tropd.objective import StepObjective, example_rows, gather_examples
 from megatron_tropd.report.metrics import MetricsLog
@@ -154,6 +155,7 @@ class Job:
         self.dtype = models.resolve_dtype(config.model.dtype)
         self.inputs = load_inputs(config)
         self.is_main = self.ranks.is_main
+        self._check_options()
         self._check_steps_ahead()
         self.checkpoints = Checkpoints(
             self.folder.checkpoints,
@@ -203,14 +205,15 @@ class Job:
             padded_vocab_size=self._padded_vocab_size,
         )
         self.student = Student(
-            build(inputs.student, who="student"),
+            build(inputs.student, who="student", options=config.megatron.model),
             train=config.train,
             parallel=config.parallel,
             ranks=self.ranks,
             dtype=self.dtype,
+            megatron=config.megatron,
         )
         self.teacher = Teacher(
-            build(inputs.teacher, who="teacher"),
+            build(inputs.teacher, who="teacher", options=config.megatron.teacher),
             ranks=self.ranks,
             vocab_size=inputs.vocab_size,
         )
@@ -261,6 +264,19 @@ class Job:
             num_engines=rollout.num_engines,
             make_engine=make,
         )
+
+    def _check_options(self) -> None:
+        pair = {"student": self.inputs.student.config, "teacher": self.inputs.teacher.config}
+        check_options(self.config, **pair)
+        if not self.is_main:
+            return
+        for line in self.config.megatron.lines():
+            print(f"Megatron's options: {line}", flush=True)
+        if new := unreviewed(self.config.megatron):
+            self._warn(
+                f"{', '.join(new)}: of a Megatron-Core that this version was not made for; nobody "
+                "has looked at what they do here."
+            )
 
     def _check_steps_ahead(self) -> None:
         rollout = self.config.rollout

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from megatron_tropd.config import (
     Config,
@@ -27,6 +27,7 @@ from megatron_tropd.config import (
 from megatron_tropd.environment import variable
 from megatron_tropd.errors import ConfigError, InputError
 from megatron_tropd.files import write_json
+from megatron_tropd.megatron_fields import Table, may_change
 
 FREE_SECTIONS = ("run", "parallel")
 """Sections that may change when a run resumes: they alter no number but timings and round-off."""
@@ -273,17 +274,35 @@ def _check_same(old: dict[str, Any], new: dict[str, Any], root: Path) -> None:
     # A version without a setting did what its default says, and knew no date.
     defaults = default_settings()
     defaults["rollout"]["chat_template_date"] = new["rollout"]["chat_template_date"]
-    was = {section: defaults[section] | old.get(section, {}) for section in new}
+    was, now = (
+        dict(_flat({section: defaults[section] | some.get(section, {}) for section in new}))
+        for some in (old, new)
+    )
     changed = [
-        f"{section}.{key}: was {was[section].get(key)!r}, now {value!r}"
-        for section, table in new.items()
-        for key, value in table.items()
-        if section not in FREE_SECTIONS or f"{section}.{key}" in FIXED_KEYS
-        if f"{section}.{key}" not in FREE_KEYS
-        if was[section].get(key) != value
+        f"{key}: was {was.get(key)!r}, now {now.get(key)!r}"
+        for key in {**now, **{key: None for key in was if key.startswith("megatron.")}}
+        if was.get(key) != now.get(key) and not _is_free(key)
     ]
     if changed:
         raise ConfigError(
             f"{root} holds a run with other settings ({'; '.join(changed)}). Give the old settings "
             "to resume it, or another run.dir."
         )
+
+
+def _flat(settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """(section.key, value); an option of Megatron's is a key of its own, absent if not set."""
+    for section, table in settings.items():
+        for key, value in table.items():
+            if section == "megatron":
+                yield from ((f"megatron.{key}.{name}", option) for name, option in value.items())
+            else:
+                yield f"{section}.{key}", value
+
+
+def _is_free(key: str) -> bool:
+    section, _, rest = key.partition(".")
+    if section == "megatron":
+        table, _, name = rest.partition(".")
+        return may_change(cast(Table, table), name)
+    return key in FREE_KEYS or (section in FREE_SECTIONS and key not in FIXED_KEYS)

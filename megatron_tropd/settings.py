@@ -132,6 +132,24 @@ def check_value(hint: Any, value: Any, where: str) -> None:
             _check_range(Range(), value, where)
 
 
+def require_plain(value: Any, where: str) -> None:
+    """Refuse what JSON and TOML do not both have, so that it stays what it is in every file."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _check(isinstance(key, str), f"{where}: keys must be strings, found {key!r}.")
+            require_plain(item, f"{where}.{key}")
+    elif isinstance(value, list):
+        for number, item in enumerate(value):
+            require_plain(item, f"{where}[{number}]")
+    else:
+        good = isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
+        _check(
+            good,
+            f"{where} must be a string, a finite number, true, false, a list or a table, found "
+            f"{value!r}. Put a date in quotes; leave out what is empty.",
+        )
+
+
 def nearest(value: object, known: Iterable[object], *, likeness: float = 0.6) -> str:
     """`` Did you mean 'exact'?`` for "Exact", or nothing if nothing is near."""
     names = {str(name).lower(): name for name in known}

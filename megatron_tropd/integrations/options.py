@@ -8,10 +8,10 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Set
 from dataclasses import dataclass
 from functools import cache
-from importlib.resources import files
 from typing import Any
 
 from megatron_tropd.errors import ConfigError
+from megatron_tropd.megatron_fields import named_lists
 
 
 @dataclass(frozen=True)
@@ -257,12 +257,5 @@ def reviewed() -> frozenset[str]:
 @cache
 def classes() -> dict[str, frozenset[str]]:
     """``megatron_options.txt``: honoured, harmless, older and modelopt -> names."""
-    found: dict[str, set[str]] = {}
-    names: set[str] = set()
-    text = files("megatron_tropd.integrations").joinpath("megatron_options.txt").read_text()
-    for line in text.splitlines():
-        if line.startswith("["):
-            names = found.setdefault(line.strip("[]"), set())
-        elif not line.startswith("#"):
-            names |= set(line.split())
-    return {name: frozenset(names) for name, names in found.items()}
+    lists = named_lists("megatron_tropd.integrations", "megatron_options.txt")
+    return {name: frozenset(names) for name, names in lists}

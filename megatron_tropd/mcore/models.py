@@ -1,6 +1,7 @@
 """Megatron models from HF folders: the same function as transformers computes, sharded."""
 
 import copy
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -23,8 +24,10 @@ from megatron_tropd.convert.sizes import stage_sizes
 from megatron_tropd.mcore import platform
 from megatron_tropd.mcore.attention import FusedAttention
 from megatron_tropd.mcore.load import load_checkpoint
+from megatron_tropd.mcore.options import with_options
 from megatron_tropd.mcore.parallel import Ranks
 from megatron_tropd.mcore.weights import load_weights
+from megatron_tropd.megatron_fields import Table
 
 
 class RMSNorm(torch.nn.Module):
@@ -61,19 +64,20 @@ def has_transformer_engine() -> bool:
     return bool(HAVE_TE) and platform.has_cuda()
 
 
-def layer_spec(shape: ModelShape) -> ModuleSpec:
+def layer_spec(config: TransformerConfig) -> ModuleSpec:
     """Transformer Engine's layers where it imports, else Megatron's own with our norm and
     attention."""
-    experts = shape.experts.count if shape.experts else None
+    experts = config.num_moe_experts
     if has_transformer_engine():
         return get_gpt_layer_with_transformer_engine_spec(
-            qk_layernorm=shape.qk_norm,
+            qk_layernorm=config.qk_layernorm,
             num_experts=experts,
-            moe_grouped_gemm=experts is not None,
+            moe_grouped_gemm=config.moe_grouped_gemm,
+            use_te_activation_func=config.use_te_activation_func,
         )
     spec = copy.deepcopy(
         get_gpt_layer_local_spec(
-            qk_layernorm=shape.qk_norm, normalization="RMSNorm", num_experts=experts
+            qk_layernorm=config.qk_layernorm, normalization="RMSNorm", num_experts=experts
         )
     )
     if experts is not None:
@@ -83,18 +87,42 @@ def layer_spec(shape: ModelShape) -> ModuleSpec:
     spec.submodules.pre_mlp_layernorm = RMSNorm
     attention = spec.submodules.self_attention.submodules
     attention.core_attention = FusedAttention
-    if shape.qk_norm:
+    if config.qk_layernorm:
         attention.q_layernorm = RMSNorm
         attention.k_layernorm = RMSNorm
     return spec
 
 
 def transformer_config(
-    shape: ModelShape, parallel: ParallelConfig, dtype: torch.dtype
+    shape: ModelShape,
+    parallel: ParallelConfig,
+    dtype: torch.dtype,
+    options: Mapping[str, Any] | None = None,
+    *,
+    table: Table = "model",
 ) -> TransformerConfig:
-    """Megatron's description of the model; losses are per token, lengths vary."""
+    """Megatron's description of the model; losses are per token, lengths vary.
+
+    Args:
+        shape: of the model.
+        parallel: the layout.
+        dtype: of parameters and activations.
+        options: fields of Megatron's that the user set.
+        table: where, for messages.
+
+    Raises:
+        ConfigError: Megatron refuses the options.
+    """
+    return with_options(
+        TransformerConfig, _own_settings(shape, parallel, dtype), options or {}, table=table
+    )
+
+
+def _own_settings(
+    shape: ModelShape, parallel: ParallelConfig, dtype: torch.dtype
+) -> dict[str, Any]:
     cuda = platform.has_cuda()
-    return TransformerConfig(
+    return dict(
         num_layers=shape.layers,
         hidden_size=shape.hidden,
         ffn_hidden_size=shape.ffn,
@@ -139,6 +167,7 @@ def build_model(
     dtype: torch.dtype,
     padded_vocab_size: int,
     who: str = "model",
+    options: Mapping[str, Any] | None = None,
 ) -> GPTModel:
     """This rank's part of the model in ``folder``, weights loaded, on this rank's device.
 
@@ -151,6 +180,7 @@ def build_model(
         dtype: of parameters and activations.
         padded_vocab_size: rows of the embeddings, from :func:`padded_vocab_size`.
         who: how messages call the model.
+        options: fields of Megatron's TransformerConfig that the user set.
 
     Returns:
         Megatron's GPTModel, not wrapped; ``forward(tokens, positions, None)`` gives this shard's
@@ -164,12 +194,13 @@ def build_model(
     """
     check_parallel(folder.config, parallel, who=who)
     shape = model_shape(folder.config)
-    config = transformer_config(shape, parallel, dtype)
+    table: Table = "teacher" if who == "teacher" else "model"
+    config = transformer_config(shape, parallel, dtype, options, table=table)
     # GPTModel is announced as deprecated in favour of HybridModel, which lacks the hook that
     # hands hidden states to a loss.
     model = GPTModel(
         config,
-        _block_spec(shape, stage_sizes(shape.layers, ranks.pp_size)[ranks.pp_rank]),
+        _block_spec(config, stage_sizes(shape.layers, ranks.pp_size)[ranks.pp_rank]),
         vocab_size=padded_vocab_size,
         max_sequence_length=shape.context,
         pre_process=ranks.is_first_stage,
@@ -227,8 +258,8 @@ def _expert_settings(shape: ModelShape, parallel: ParallelConfig) -> dict[str, A
     }
 
 
-def _block_spec(shape: ModelShape, layers: int) -> Any:
-    spec = layer_spec(shape)
+def _block_spec(config: TransformerConfig, layers: int) -> Any:
+    spec = layer_spec(config)
     if has_transformer_engine():
         return spec
     return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=RMSNorm)

@@ -7,6 +7,7 @@ tokens of a micro-batch, v = this rank's vocabulary shard, H = hidden size.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,15 +23,20 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel.fine_grained_activation_offload import (
+    FineGrainedActivationOffloadingInterface,
+)
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
-from megatron_tropd.config import ParallelConfig, TrainConfig
+from megatron_tropd.config import MegatronConfig, ParallelConfig, TrainConfig
 from megatron_tropd.data.types import MicroBatch
 from megatron_tropd.losses import HiddenStatesSignal
 from megatron_tropd.mcore import platform
-from megatron_tropd.mcore.hidden import Rows, loss_token_states, output_weight
+from megatron_tropd.mcore.hidden import Rows, SomeGradient, loss_token_states, output_weight
+from megatron_tropd.mcore.options import with_options
 from megatron_tropd.mcore.parallel import Ranks
 
 __all__ = [
@@ -88,13 +94,27 @@ class Student:
         parallel: ParallelConfig,
         ranks: Ranks,
         dtype: torch.dtype,
+        megatron: MegatronConfig | None = None,
     ) -> None:
-        """Wrap ``model`` for training. ``dtype`` bfloat16 keeps fp32 main weights and gradients."""
+        """Wrap ``model`` for training. ``dtype`` bfloat16 keeps fp32 main weights and gradients.
+
+        Args:
+            model: not wrapped.
+            train: the optimizer's settings.
+            parallel: the layout.
+            ranks: this rank's place.
+            dtype: of the model.
+            megatron: further options of Megatron's for optimizer and DDP.
+
+        Raises:
+            ConfigError: Megatron refuses the options.
+        """
+        megatron = megatron or MegatronConfig()
         self.model = model
         self.ranks = ranks
-        self.chunk = _wrap(model, parallel=parallel, dtype=dtype)
+        self.chunk = _wrap(model, ddp_config(parallel, megatron), dtype)
         self.optimizer = get_megatron_optimizer(
-            _optimizer_config(train, parallel, dtype),
+            optimizer_config(train, parallel, dtype, megatron, model=model.config),
             [self.chunk],
             # Side groups for host tensors; without CUDA the groups are gloo already.
             use_gloo_process_groups=platform.has_cuda(),
@@ -158,9 +178,10 @@ class Student:
         Collectives: as :meth:`Teacher.score`.
         """
         self.model.eval()
-        return run_schedule(
-            self.model, micro_batches, forward_step=_forward_only, forward_only=True
-        )
+        with _nothing_offloaded(self.model.config):
+            return run_schedule(
+                self.model, micro_batches, forward_step=_forward_only, forward_only=True
+            )
 
     def update(self) -> tuple[float, float]:
         """Clip, step, advance the schedule. Returns (grad norm before clipping, rate used).
@@ -170,8 +191,18 @@ class Student:
         """
         lr = self.optimizer.param_groups[0]["lr"]
         _, grad_norm, _ = self.optimizer.step()
+        self._gather_parameters()
         self.scheduler.step(increment=1)
         return float(grad_norm or 0.0), float(lr)
+
+    @torch.no_grad()
+    def _gather_parameters(self) -> None:
+        """Complete the weights, which hooks of the next forward pass would.
+
+        They go to engines and checkpoints before that.
+        """
+        if self.chunk.ddp_config.overlap_param_gather:
+            self.chunk.start_param_sync(force_sync=True)
 
     def train_step(self, micro_batches: Sequence[MicroBatch], loss_fn: LossFn) -> StepResult:
         """:meth:`forward_backward` and :meth:`update` together."""
@@ -296,6 +327,8 @@ def _student_forward(
         assert weight_vH is not None, "only the last stage has a loss"
         loss_sum, report = loss_fn(hidden_TH, weight_vH, batch, index)
         num_tokens = loss_sum.new_full((), len(batch.loss_at), dtype=torch.int)
+        if model.ddp_config.overlap_grad_reduce:
+            loss_sum = SomeGradient.apply(loss_sum, weight_vH)
         return loss_sum, num_tokens, report
 
     return loss_token_states(model, batch), loss
@@ -310,24 +343,53 @@ def _forward_only(
 
 
 def _wrap(
-    model: GPTModel, *, parallel: ParallelConfig, dtype: torch.dtype
+    model: GPTModel, ddp_config: DistributedDataParallelConfig, dtype: torch.dtype
 ) -> DistributedDataParallel:
     module = Float16Module(model.config, model) if dtype == torch.bfloat16 else model
-    ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
-        overlap_grad_reduce=False,
-        use_distributed_optimizer=parallel.distributed_optimizer,
-        average_in_collective=False,
-    )
     chunk = DistributedDataParallel(config=model.config, ddp_config=ddp_config, module=module)
     chunk.broadcast_params()
     return chunk
 
 
-def _optimizer_config(
-    train: TrainConfig, parallel: ParallelConfig, dtype: torch.dtype
+@contextmanager
+def _nothing_offloaded(config: TransformerConfig) -> Iterator[None]:
+    """Keep fine-grained offloading out of passes that save nothing for a backward pass.
+
+    It learns from the first pass what the following ones will save.
+    """
+    if not config.fine_grained_activation_offloading:
+        yield
+        return
+    FineGrainedActivationOffloadingInterface.disable_offload()
+    config.fine_grained_activation_offloading = False
+    try:
+        yield
+    finally:
+        config.fine_grained_activation_offloading = True
+        FineGrainedActivationOffloadingInterface.enable_offload()
+
+
+def ddp_config(parallel: ParallelConfig, megatron: MegatronConfig) -> DistributedDataParallelConfig:
+    """Megatron's description of buckets and reduction; raises ConfigError if it refuses it."""
+    own = dict(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=False,
+        use_distributed_optimizer=parallel.distributed_optimizer,
+        average_in_collective=False,
+    )
+    return with_options(DistributedDataParallelConfig, own, megatron.ddp, table="ddp")
+
+
+def optimizer_config(
+    train: TrainConfig,
+    parallel: ParallelConfig,
+    dtype: torch.dtype,
+    megatron: MegatronConfig,
+    *,
+    model: TransformerConfig,
 ) -> OptimizerConfig:
-    return OptimizerConfig(
+    """Megatron's description of the optimizer; raises ConfigError if it refuses it."""
+    own = dict(
         optimizer="adam",
         lr=train.lr,
         min_lr=train.min_lr,
@@ -339,7 +401,12 @@ def _optimizer_config(
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
         use_distributed_optimizer=parallel.distributed_optimizer,
+        overlap_param_gather=bool(megatron.ddp.get("overlap_param_gather")),
+        fp8_recipe=model.fp8_recipe if model.fp8 else None,
+        pin_cpu_grads=platform.has_cuda(),
+        pin_cpu_params=platform.has_cuda(),
     )
+    return with_options(OptimizerConfig, own, megatron.optimizer, table="optimizer")
 
 
 def _scheduler(optimizer: Any, train: TrainConfig) -> OptimizerParamScheduler:

@@ -7,16 +7,14 @@ with and without tied embeddings (whose own gradient goes the usual way to the s
 with a reduction that overlaps the backward pass, which insists on seeing a gradient.
 """
 
-from contextlib import contextmanager
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_training import LAYOUTS, TRAIN, recorded_trajectories
 
-from megatron_tropd.config import ParallelConfig
+from megatron_tropd.config import MegatronConfig, ParallelConfig
 from megatron_tropd.data.packing import count_loss_tokens, pack
 from megatron_tropd.loss_config import preset
 from tests.ranks import leave_layout, run_with_env
@@ -31,14 +29,12 @@ def _relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 class _Recorded:
     """An objective, and the exact sum of the output layer's gradients it makes."""
 
-    def __init__(self, objective, shadow, *, hide_main_grad: bool, overlapped: bool) -> None:
+    def __init__(self, objective, shadow, *, hide_main_grad: bool) -> None:
         self.objective, self.shadow = objective, shadow
-        self.hide_main_grad, self.overlapped = hide_main_grad, overlapped
+        self.hide_main_grad = hide_main_grad
         self.exact: torch.Tensor | None = None
 
     def __call__(self, hidden, weight, batch, index):
-        from megatron_tropd.mcore.hidden import SomeGradient
-
         copy = weight.detach().clone().requires_grad_()
         if self.exact is None:
             self.exact = torch.zeros_like(weight, dtype=torch.float32)
@@ -49,10 +45,7 @@ class _Recorded:
             self.exact += copy.grad
         if self.hide_main_grad:
             weight = weight.view_as(weight)
-        loss, report = self.objective(hidden, weight, batch, index)
-        if self.overlapped:  # as the plug-in does
-            loss = SomeGradient.apply(loss, weight)
-        return loss, report
+        return self.objective(hidden, weight, batch, index)
 
 
 def _gradients(
@@ -61,6 +54,7 @@ def _gradients(
     dtype: torch.dtype,
     *,
     hide_main_grad: bool = False,
+    overlap: bool = False,
 ) -> tuple[Gradients, torch.Tensor | None, torch.Tensor]:
     """(main gradients of this rank, exact ones of its output layer, rows of it no token reads)."""
     from megatron_tropd.convert.hf_folder import HFFolder
@@ -79,7 +73,9 @@ def _gradients(
         )
         for folder in folders
     ]
-    student = Student(built[0], train=TRAIN, parallel=layout, ranks=ranks, dtype=dtype)
+    options = MegatronConfig(ddp={"overlap_grad_reduce": True} if overlap else {})
+    wrapping = {"train": TRAIN, "parallel": layout, "ranks": ranks, "dtype": dtype}
+    student = Student(built[0], megatron=options, **wrapping)
     teacher = Teacher(built[1], ranks=ranks, vocab_size=259)
     trajectories = recorded_trajectories(0)
     batches = pack(
@@ -105,12 +101,7 @@ def _gradients(
         )
         for _ in range(2)
     )
-    recorded = _Recorded(
-        objective,
-        shadow,
-        hide_main_grad=hide_main_grad,
-        overlapped=student.chunk.ddp_config.overlap_grad_reduce,
-    )
+    recorded = _Recorded(objective, shadow, hide_main_grad=hide_main_grad)
     assert len(batches) > 2
     student.forward_backward(batches, recorded)
     found = {name: p.main_grad.clone() for name, p in built[0].named_parameters()}
@@ -144,24 +135,10 @@ def _check_layout(folders: tuple[str, str], name: str) -> None:
     assert ours < 1e-6 and theirs > 1e-3, (name, tied, ours, theirs)
 
 
-@contextmanager
-def _overlapping():
-    from megatron_tropd.mcore import step
-
-    plain = step.DistributedDataParallelConfig
-
-    def overlap(**settings):
-        return plain(**(settings | {"overlap_grad_reduce": True}))
-
-    with mock.patch.object(step, "DistributedDataParallelConfig", overlap):
-        yield
-
-
 def _check_overlap(folders: tuple[str, str]) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         expected, _, _ = _gradients(folders, LAYOUTS["dp2"], dtype)
-        with _overlapping():
-            found, _, _ = _gradients(folders, LAYOUTS["dp2"], dtype)
+        found, _, _ = _gradients(folders, LAYOUTS["dp2"], dtype, overlap=True)
         for name, gradient in found.items():
             torch.testing.assert_close(gradient, expected[name], rtol=1e-6, atol=1e-7)
 

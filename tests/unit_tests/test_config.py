@@ -208,6 +208,38 @@ def test_arguments_of_a_template_are_a_table_everywhere(toml: Path, tmp_path: Pa
         assert load_config(copy) == config
 
 
+def test_options_of_megatron_are_tables_everywhere(toml: Path, tmp_path: Path):
+    text = """
+        [megatron.model]
+        recompute_granularity = "selective"
+        recompute_modules = ["core_attn", "mlp"]
+        [megatron.ddp]
+        bucket_size = 1000
+    """
+    whole = tmp_path / "whole.toml"
+    whole.write_text(SMALLEST + text)
+    overrides = [
+        "megatron.model.recompute_granularity=selective",
+        'megatron.model.recompute_modules=["core_attn", "mlp"]',
+        "megatron.ddp.bucket_size=1000",
+    ]
+    for config in (load_config(whole), load_config(toml, overrides)):
+        assert config.megatron.model == {
+            "recompute_granularity": "selective",
+            "recompute_modules": ["core_attn", "mlp"],
+        }
+        assert config.megatron.ddp == {"bucket_size": 1000}
+        assert config.megatron.optimizer == config.megatron.teacher == {}
+        assert config_from_dict(json.loads(json.dumps(config_to_dict(config)))) == config
+    for override, message in (
+        ("megatron.model=full", r"megatron\.model must be a table"),
+        ("megatron.optimizer.optimizer_offload_fraction=inf", r"optimizer_offload_fraction .*inf"),
+        ("megatron.modle.fp8=hybrid", r"Did you mean megatron\.model\?"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_config(toml, [override])
+
+
 def test_there_may_be_any_number_of_servers(toml: Path):
     config = load_config(toml, ["rollout.placement=separate", "rollout.num_engines=3"])
     assert config.parallel.world_size == 1 and config.rollout.num_engines == 3

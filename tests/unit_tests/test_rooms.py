@@ -28,11 +28,16 @@ ARROWS: dict[str, set[str]] = {
     "nodes": {"environment"},
     "settings": set(),
     "loss_config": {"settings"},
-    "config": {"loss_config", "settings", "text_files"},
+    "megatron_fields": set(),
+    "megatron_config": {"megatron_fields", "settings"},
+    "config": {"loss_config", "megatron_config", "settings", "text_files"},
     "losses": {"loss_config"},
     "data": {"config", "files", "losses", "rollout.types", "text_files", "token_ids"},
     "convert": {"config", "files", "text_files", "token_ids"},
-    "mcore": {"config", "convert", "data.types", "environment", "files", "losses"},
+    "mcore": {
+        *("config", "convert", "data.types", "environment", "files", "losses"),
+        *("megatron_config", "megatron_fields", "settings"),
+    },
     "rollout": {"config", "convert", "data.types", "exits", "failures", "files", "settings"},
     "tasks": {"config", "convert", "data", "losses", "rollout.types"},
     "report": {"config", "data.types", "files"},
@@ -40,14 +45,15 @@ ARROWS: dict[str, set[str]] = {
     "cluster": {"config", "settings", "text_files"},
     "integrations": {
         *("config", "convert", "data", "environment", "loss_config", "losses", "mcore"),
-        *("rollout", "settings"),
+        *("megatron_fields", "rollout", "settings"),
     },
 }
 OUTSIDE = {"megatron": {"mcore", "integrations", "doctor"}, "vllm": {"rollout", "doctor"}}
 KERNELS = PACKAGE / "losses" / "dense_triton.py"  # the one file that may import triton
 LIGHT = {
     *("errors", "exits", "environment", "failures", "files", "token_ids", "watchdog", "nodes"),
-    *("text_files", "settings", "loss_config", "config", "cluster"),
+    *("text_files", "settings", "loss_config", "megatron_fields", "megatron_config", "config"),
+    "cluster",
 }
 """Rooms that need the standard library alone."""
 

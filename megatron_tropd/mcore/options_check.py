@@ -1,0 +1,160 @@
+"""Megatron's own options, checked before anything is built."""
+
+import dataclasses
+import os
+from typing import Any
+
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.transformer import TransformerConfig
+
+from megatron_tropd.config import Config
+from megatron_tropd.convert.families import model_shape
+from megatron_tropd.errors import ConfigError
+from megatron_tropd.mcore import models, platform
+from megatron_tropd.mcore.options import typed
+from megatron_tropd.mcore.step import ddp_config, optimizer_config
+from megatron_tropd.megatron_config import MegatronConfig
+from megatron_tropd.megatron_fields import Table, verdicts
+
+DATACLASSES: dict[Table, type] = {
+    "model": TransformerConfig,
+    "optimizer": OptimizerConfig,
+    "ddp": DistributedDataParallelConfig,
+    "teacher": TransformerConfig,
+}
+"""Table of a config -> whose fields it has."""
+
+
+def check_types(megatron: MegatronConfig) -> None:
+    """Check names and types alone: for a plan, which is made for another machine.
+
+    Raises:
+        ConfigError: the installed Megatron has no such field, or it has another type.
+    """
+    for table, options in megatron.tables():
+        typed(DATACLASSES[table], options, table=table)
+
+
+def check_options(config: Config, *, student: dict[str, Any], teacher: dict[str, Any]) -> None:
+    """Check that this machine can build what the options ask for.
+
+    Args:
+        config: of the run.
+        student: content of its config.json.
+        teacher: of the teacher's.
+
+    Raises:
+        ConfigError: a name or a type is wrong, something is missing here, options do not go
+            together, or Megatron refuses them.
+    """
+    megatron, parallel = config.megatron, config.parallel
+    check_types(megatron)
+    for table, options in megatron.tables():
+        _check_machine(table, options)
+    _check_recomputation(megatron.model)
+    _check_overlap(config)
+    _check_offloading(megatron)
+    _check_scaling(megatron.teacher)
+    dtype = models.resolve_dtype(config.model.dtype)
+    built = models.transformer_config(model_shape(student), parallel, dtype, megatron.model)
+    models.transformer_config(
+        model_shape(teacher), parallel, dtype, megatron.teacher, table="teacher"
+    )
+    ddp_config(parallel, megatron)
+    optimizer_config(config.train, parallel, dtype, megatron, model=built)
+
+
+def unreviewed(megatron: MegatronConfig) -> list[str]:
+    """The options that are set and that nobody has looked at: of a newer Megatron."""
+    return [
+        f"megatron.{table}.{name}"
+        for table, options in megatron.tables()
+        for name in options
+        if name not in verdicts(table)
+    ]
+
+
+def _check_machine(table: Table, options: dict[str, Any]) -> None:
+    """Refuse what needs a library or a device that is not here."""
+    defaults = {f.name: f.default for f in dataclasses.fields(DATACLASSES[table])}
+    for name, value in typed(DATACLASSES[table], options, table=table).items():
+        verdict = verdicts(table).get(name)
+        if verdict is None or not verdict.needs or value == defaults[name]:
+            continue
+        here = {"CUDA": platform.has_cuda(), "Transformer Engine": models.has_transformer_engine()}
+        if not here[verdict.needs]:
+            raise _missing(f"megatron.{table}.{name} = {options[name]!r}", verdict.needs)
+
+
+def _check_recomputation(model: dict[str, Any]) -> None:
+    """Refuse modules whose outputs Megatron drops by means of Transformer Engine."""
+    asked = set(model.get("recompute_modules", ())) & {"layernorm", "moe_act"}
+    if asked and not models.has_transformer_engine():
+        raise _missing(
+            f"{', '.join(sorted(asked))} in megatron.model.recompute_modules", "Transformer Engine"
+        )
+
+
+def _missing(what: str, needs: str) -> ConfigError:
+    return ConfigError(
+        f"{what} needs {_wanted(needs)}, found {_found()}. Remove it here (tropd doctor says what "
+        "is installed)."
+    )
+
+
+def _wanted(needs: str) -> str:
+    return "a CUDA device" if needs == "CUDA" else f"{needs} on CUDA"
+
+
+def _found() -> str:
+    if not platform.has_cuda():
+        return "no CUDA device"
+    return "a CUDA device, but no Transformer Engine that imports"
+
+
+def _check_overlap(config: Config) -> None:
+    ddp = config.megatron.ddp
+    if not ddp.get("overlap_param_gather"):
+        return
+    # Megatron's DDP does not look; its command line does.
+    if not config.parallel.distributed_optimizer:
+        raise ConfigError(
+            "megatron.ddp.overlap_param_gather gathers what the distributed optimizer has spread: "
+            "set parallel.distributed_optimizer = true, or remove it."
+        )
+    if not ddp.get("overlap_grad_reduce"):
+        raise ConfigError(
+            "megatron.ddp.overlap_param_gather needs megatron.ddp.overlap_grad_reduce = true, "
+            "whose buckets it gathers. Set it too."
+        )
+
+
+def _check_offloading(megatron: MegatronConfig) -> None:
+    if megatron.optimizer.get("optimizer_cpu_offload") and not megatron.optimizer.get(
+        "use_precision_aware_optimizer"
+    ):
+        raise ConfigError(
+            "megatron.optimizer.optimizer_cpu_offload needs "
+            "megatron.optimizer.use_precision_aware_optimizer = true, whose path it takes. Set it "
+            "too."
+        )
+    if not megatron.model.get("fine_grained_activation_offloading"):
+        return
+    from megatron.core.utils import is_te_min_version
+
+    if is_te_min_version("2.10.0") and os.environ.get("NVTE_CPU_OFFLOAD_V1", "0") != "1":
+        raise ConfigError(
+            "megatron.model.fine_grained_activation_offloading needs the environment variable "
+            "NVTE_CPU_OFFLOAD_V1=1 from Transformer Engine 2.10 on: without it weights are "
+            "offloaded too. Export it and start again."
+        )
+
+
+def _check_scaling(teacher: dict[str, Any]) -> None:
+    if teacher.get("fp8") and teacher.get("fp8_recipe", "delayed") == "delayed":
+        raise ConfigError(
+            'megatron.teacher.fp8 with fp8_recipe = "delayed" (Megatron\'s default): delayed '
+            "scaling takes its factors from training passes, of which the teacher has none. Set "
+            'megatron.teacher.fp8_recipe = "tensorwise", "blockwise" or "mxfp8".'
+        )

@@ -1,0 +1,47 @@
+"""Megatron's own options in a config.
+
+What passes at all, ``megatron_fields`` says: a name that is ours or refused is found without
+Megatron, on a login node. Whether the installed version has a field, and of which type,
+``mcore.options`` says.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from megatron_tropd.megatron_fields import Table, verdicts
+from megatron_tropd.settings import Settings, require_plain
+
+
+@dataclass(frozen=True, kw_only=True)
+class MegatronConfig(Settings, section="megatron"):
+    """Options of Megatron's own, handed on as they are (docs/megatron_options.md)."""
+
+    model: dict[str, Any] = field(default_factory=dict)
+    """Fields of TransformerConfig, for the student: recomputation, offloading, FP8, experts."""
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    """Fields of OptimizerConfig: CPU offload, precision of the states."""
+    ddp: dict[str, Any] = field(default_factory=dict)
+    """Fields of DistributedDataParallelConfig: buckets, overlap of communication."""
+    teacher: dict[str, Any] = field(default_factory=dict)
+    """Fields of TransformerConfig, for the teacher, which takes nothing from model."""
+
+    def _check_together(self) -> None:
+        for table, options in self.tables():
+            require_plain(options, f"megatron.{table}")
+            for name in options:
+                if verdict := verdicts(table).get(name):
+                    verdict.check(f"megatron.{table}.{name}")
+
+    def tables(self) -> Iterator[tuple[Table, dict[str, Any]]]:
+        """Each table with its name."""
+        for f in fields(self):
+            yield f.name, getattr(self, f.name)  # type: ignore[misc]
+
+    def lines(self) -> list[str]:
+        """What is set, one line an option, as a command line would have it."""
+        return [
+            f"megatron.{table}.{name}={value!r}"
+            for table, options in self.tables()
+            for name, value in options.items()
+        ]

@@ -1,0 +1,382 @@
+"""Megatron's options change memory and time, not what is learnt.
+
+Every option that runs without CUDA trains for a few steps under tensor, pipeline, sequence, data
+and expert parallelism. Losses, gradients of all parameters, weights after each update (as engines
+get them) and hidden states of a forward pass are compared with those of a run without options, on
+every rank. An option that did nothing would pass such a comparison, so what it does is counted:
+passes through attention and MLPs, buckets, reductions that began during the backward pass.
+"""
+
+import json
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from test_training import recorded_trajectories
+
+from megatron_tropd.config import LossConfig, MegatronConfig, ParallelConfig, TrainConfig
+from megatron_tropd.data.packing import count_loss_tokens, pack
+from tests.ranks import leave_layout, run_with_env
+
+STEPS = 3
+# With a small epsilon Adam makes as large a step of a gradient that is round-off as of any other.
+TRAIN = TrainConfig(steps=STEPS, lr=1e-2, adam_eps=1e-3, tokens_per_micro_batch=64)
+DENSE = ("qwen3", {"num_hidden_layers": 4})
+TIED = ("llama", {"num_hidden_layers": 4, "tie_word_embeddings": True})
+MIXTURE = ("qwen3_moe", {"num_hidden_layers": 2})
+_TP2_SP_PP2 = ParallelConfig(tensor=2, pipeline=2, sequence_parallel=True)
+_TP2_DP2 = ParallelConfig(tensor=2, data=2, distributed_optimizer=True)
+_PP2_DP2 = ParallelConfig(pipeline=2, data=2)
+_TP2_SP_EP2 = ParallelConfig(
+    tensor=2, data=2, expert=2, sequence_parallel=True, distributed_optimizer=True
+)
+Model = tuple[str, dict[str, Any]]
+"""Family and what is changed of its tiny model."""
+SETTINGS: dict[str, tuple[ParallelConfig, Model, str]] = {
+    "tp2_sp_pp2": (_TP2_SP_PP2, DENSE, "float32"),
+    "tp2_sp_pp2_bf16": (_TP2_SP_PP2, DENSE, "bfloat16"),
+    "tp2_dp2_spread": (_TP2_DP2, DENSE, "float32"),
+    "tp2_dp2_spread_bf16": (_TP2_DP2, DENSE, "bfloat16"),
+    "pp2_dp2_tied": (_PP2_DP2, TIED, "float32"),
+    "pp2_dp2_spread_tied": (replace(_PP2_DP2, distributed_optimizer=True), TIED, "float32"),
+    "tp2_sp_ep2_spread": (_TP2_SP_EP2, MIXTURE, "float32"),
+}
+"""Layout ("spread": its optimizer is distributed), student, type."""
+
+
+def _full(method: str, layers: int) -> dict[str, Any]:
+    return {
+        "recompute_granularity": "full",
+        "recompute_method": method,
+        "recompute_num_layers": layers,
+    }
+
+
+def _selective(*modules: str) -> dict[str, Any]:
+    return {"recompute_granularity": "selective", "recompute_modules": list(modules)}
+
+
+OVERLAP = {"overlap_grad_reduce": True, "bucket_size": 20_000}
+GATHER = OVERLAP | {"overlap_param_gather": True}
+PADDED = {"pad_buckets_for_high_nccl_busbw": True}
+IN_FP32 = {"reduce_scatter_with_fp32_accumulation": True}
+RECOMPUTED = {
+    "full_uniform": (_full("uniform", 1), {"attention": 2, "mlp": 2}),
+    "full_uniform_by_two": (_full("uniform", 2), {"attention": 2, "mlp": 2}),
+    "full_block": (_full("block", 1), {"attention": 1.5, "mlp": 1.5}),
+    "attention": (_selective("core_attn"), {"attention": 2, "mlp": 1}),
+    "mlp": (_selective("mlp"), {"attention": 1, "mlp": 2}),
+    "both": (_selective("core_attn", "mlp"), {"attention": 2, "mlp": 2}),
+}
+"""Options of the model, and how often each module runs against a run without."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run with options."""
+
+    setting: str
+    name: str
+    model: dict[str, Any] = field(default_factory=dict)
+    ddp: dict[str, Any] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    exact: bool = True
+    """Whether all numbers are bit for bit those without; else to round-off."""
+    counts: dict[str, float] = field(default_factory=dict)
+    """How often modules run, against a run without."""
+
+    @property
+    def id(self) -> str:
+        """Its name in files and reports."""
+        return f"{self.setting}-{self.name}"
+
+    @property
+    def options(self) -> MegatronConfig:
+        """As a config has them."""
+        return MegatronConfig(model=self.model, ddp=self.ddp, optimizer=self.optimizer)
+
+
+CASES = [
+    *(
+        Case("tp2_sp_pp2", name, model=model, counts=counts)
+        for name, (model, counts) in RECOMPUTED.items()
+    ),
+    Case(
+        "tp2_sp_pp2", "mlp_chunks", {"mlp_chunks_for_training": 2}, counts={"mlp": 2}, exact=False
+    ),
+    Case("tp2_sp_pp2", "activation_fusion", {"bias_activation_fusion": True}, exact=False),
+    Case("tp2_sp_pp2", "residual_fusion", {"bias_dropout_fusion": True}),
+    Case("tp2_sp_pp2", "no_clone", {"clone_scatter_output_in_embedding": False}),
+    Case("tp2_sp_pp2", "plain_p2p", {"batch_p2p_comm": False}),
+    Case("tp2_sp_pp2", "deterministic", {"deterministic_mode": True}, exact=False),
+    Case("tp2_sp_pp2", "high_threshold", optimizer={"grad_norm_skip_threshold": 1e9}),
+    Case("tp2_sp_pp2_bf16", "full", _full("uniform", 1), counts={"attention": 2, "mlp": 2}),
+    Case("tp2_sp_pp2_bf16", "overlap", ddp=OVERLAP),
+    Case(
+        "tp2_dp2_spread",
+        "distributed_activations",
+        _full("uniform", 1) | {"distribute_saved_activations": True},
+        counts={"attention": 2, "mlp": 2},
+    ),
+    # Other buckets are other shards of the optimizer, and another order of the norm's sum.
+    Case("tp2_dp2_spread", "overlap", ddp=OVERLAP, exact=False),
+    Case("tp2_dp2_spread", "gather", ddp=GATHER, exact=False),
+    Case("tp2_dp2_spread", "padded", ddp=GATHER | PADDED, exact=False),
+    Case(
+        "tp2_dp2_spread",
+        "gather_full",
+        _full("block", 1),
+        GATHER,
+        counts={"attention": 1.25},
+        exact=False,
+    ),
+    Case("tp2_dp2_spread_bf16", "gather", ddp=GATHER, exact=False),
+    Case("tp2_dp2_spread_bf16", "fp32_sums", ddp=IN_FP32),
+    Case("tp2_dp2_spread_bf16", "overlapped_fp32_sums", ddp=OVERLAP | IN_FP32, exact=False),
+    Case("pp2_dp2_tied", "overlap", ddp=OVERLAP),
+    Case("pp2_dp2_tied", "overlap_mlp", _selective("mlp"), OVERLAP, counts={"mlp": 2}),
+    Case("pp2_dp2_spread_tied", "gather", ddp=GATHER, exact=False),
+    Case("pp2_dp2_spread_tied", "gather_mlp", _selective("mlp"), GATHER, exact=False),
+    Case("tp2_sp_ep2_spread", "full", _full("uniform", 1), counts={"attention": 2, "mlp": 2}),
+    Case("tp2_sp_ep2_spread", "experts", _selective("moe"), counts={"attention": 1, "mlp": 2}),
+    Case("tp2_sp_ep2_spread", "router_in_fp64", {"moe_router_dtype": "fp64"}, exact=False),
+    Case("tp2_sp_ep2_spread", "gather", ddp=GATHER, exact=False),
+]
+
+
+def _train_all(models: dict[str, tuple[str, str]], cases: list[Case], out: str) -> None:
+    """Every case beside the run without options of its layout, in one spawn of four ranks."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    found = {}
+    for setting in SETTINGS:
+        mine = [case for case in cases if case.setting == setting]
+        if mine:
+            found |= _compare_setting(setting, models[setting], mine)
+            leave_layout()
+    if dist.get_rank() == 0:
+        Path(out).write_text(json.dumps(found))
+
+
+def _compare_setting(setting: str, folders: tuple[str, str], cases: list[Case]) -> dict[str, Any]:
+    from megatron_tropd.mcore import parallel
+
+    ranks = parallel.initialize(SETTINGS[setting][0], seed=1)
+    bench = Bench(setting, folders, ranks)
+    plain, plain_counts = bench.train(MegatronConfig())
+    assert min(norm[0] for norm in plain["norm"]) > 0
+    found = {}
+    for case in cases:
+        with _own_reduce_scatter():
+            numbers, counts = bench.train(case.options)
+        found[case.id] = _over_ranks(_differences(numbers, plain), counts, plain_counts)
+    return found
+
+
+@contextmanager
+def _own_reduce_scatter():
+    """Give later runs of this process Megatron's default: a DDP changes it for all."""
+    from megatron.core.distributed import param_and_grad_buffer
+
+    with mock.patch.object(
+        param_and_grad_buffer,
+        "dist_reduce_scatter_func",
+        param_and_grad_buffer.dist_reduce_scatter_func,
+    ):
+        yield
+
+
+def _differences(found: dict[str, list], plain: dict[str, list]) -> dict[str, float]:
+    """Largest difference of each kind of number, against the largest number of its tensor."""
+    return {
+        kind: max(
+            (
+                float((a - b).abs().max() / b.abs().max().clamp(min=1e-30))
+                for a, b in zip(found[kind], plain[kind], strict=True)
+                if b.numel()
+            ),
+            default=0.0,
+        )
+        for kind in plain
+    }
+
+
+def _over_ranks(
+    differences: dict[str, float], counts: Counter[str], plain: Counter[str]
+) -> dict[str, Any]:
+    import torch.distributed as dist
+
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, (differences, counts, plain))
+    return {
+        "differences": {kind: max(p[0][kind] for p in parts) for kind in differences},
+        "counts": dict(sum((p[1] for p in parts), Counter())),
+        "plain": dict(sum((p[2] for p in parts), Counter())),
+    }
+
+
+class Bench:
+    """A layout, its recorded micro-batches and the teacher's signals for them."""
+
+    def __init__(self, setting: str, folders: tuple[str, str], ranks) -> None:
+        from megatron_tropd.convert.hf_folder import HFFolder
+        from megatron_tropd.mcore import models
+        from megatron_tropd.mcore.step import Teacher
+
+        self.layout, _, dtype = SETTINGS[setting]
+        self.ranks, self.dtype = ranks, models.resolve_dtype(dtype)
+        self.student, teacher = (HFFolder(Path(folder)) for folder in folders)
+        self.building = {
+            "ranks": ranks,
+            "parallel": self.layout,
+            "dtype": self.dtype,
+            "padded_vocab_size": 320,
+        }
+        self.trajectories = [recorded_trajectories(step) for step in range(STEPS)]
+        self.batches = [self._pack(step) for step in range(STEPS)]
+        assert min(map(len, self.batches)) > 1
+        scorer = Teacher(models.build_model(teacher, **self.building), ranks=ranks, vocab_size=259)
+        self.signals = [scorer.score(batches) for batches in self.batches]
+
+    def _pack(self, step: int) -> list:
+        return pack(
+            self.trajectories[step],
+            dp_rank=self.ranks.dp_rank,
+            dp_size=self.ranks.dp_size,
+            tokens_per_micro_batch=TRAIN.tokens_per_micro_batch,
+            pad_multiple=2,
+            seed=7,
+            step=step,
+        )
+
+    def objective(self, step: int):
+        from megatron_tropd.objective import StepObjective
+
+        return StepObjective(
+            self.signals[step],
+            # Without draws: they would turn round-off into other tokens.
+            config=LossConfig(region="none", outlier="clip"),
+            beta=0.5,
+            vocab_size=259,
+            group=self.ranks.tp_group,
+            counts=count_loss_tokens(self.trajectories[step]),
+            counted=self.ranks.is_last_stage and self.ranks.tp_rank == 0,
+            device=torch.device("cpu"),
+        )
+
+    def train(self, options: MegatronConfig) -> tuple[dict[str, list], Counter[str]]:
+        """Numbers of every step, and how often things happened."""
+        from megatron_tropd.mcore import models
+        from megatron_tropd.mcore.step import Student
+
+        model = models.build_model(
+            self.student, who="student", options=options.model, **self.building
+        )
+        learner = Student(
+            model,
+            train=TRAIN,
+            parallel=self.layout,
+            ranks=self.ranks,
+            dtype=self.dtype,
+            megatron=options,
+        )
+        counts = _count(learner)
+        found: dict[str, list] = {kind: [] for kind in ("loss", "norm", "grad", "weight", "states")}
+        for step in range(STEPS):
+            objective = self.objective(step)
+            learner.forward_backward(self.batches[step], objective)
+            found["grad"] += [p.main_grad.clone() for p in self._reduced(learner)]
+            metrics = objective.sums.reduce().metrics()
+            norm, _ = learner.update()
+            found["loss"].append(torch.tensor([metrics["loss"], metrics["reverse_kl"]]))
+            found["norm"].append(torch.tensor([norm]))
+            found["weight"] += [p.detach().clone() for p in model.parameters()]
+        kept = counts.copy()
+        found["states"] = learner.score(self.batches[0])
+        return found, kept
+
+    def _reduced(self, learner) -> list[torch.nn.Parameter]:
+        """The parameters whose gradients this rank has in full."""
+        spread = self.layout.distributed_optimizer
+        return [] if spread else list(learner.model.parameters())
+
+
+def _count(learner) -> Counter[str]:
+    """Count passes through modules, buckets, and reductions that begin in the backward pass."""
+    counts: Counter[str] = Counter()
+
+    def counting(kind: str):
+        return lambda *_: counts.update([kind])
+
+    for layer in learner.model.decoder.layers:
+        layer.self_attention.core_attention.register_forward_hook(counting("attention"))
+        getattr(layer.mlp, "experts", layer.mlp).register_forward_hook(counting("mlp"))
+    chunk = learner.chunk
+    groups = chunk.bucket_groups + chunk.expert_parallel_bucket_groups
+    counts["buckets"] = sum(len(group.buckets) for group in groups)
+    finalize, backward = learner.model.config.finalize_model_grads_func, [True]
+
+    def finalized(*args, **kwargs) -> None:
+        backward[0] = False
+        finalize(*args, **kwargs)
+        backward[0] = True
+
+    learner.model.config.finalize_model_grads_func = finalized
+    for group in groups:
+        group.start_grad_sync = _counted(group.start_grad_sync, counts, backward)
+    return counts
+
+
+def _counted(start, counts: Counter[str], backward: list[bool]):
+    def call(*args, **kwargs):
+        counts["early"] += backward[0]
+        return start(*args, **kwargs)
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory, tiny_model) -> dict[str, Any]:
+    """Case -> largest differences over all ranks, and counts."""
+    teacher = str(tiny_model("llama", hidden_size=96, seed=5))
+    folders = {
+        setting: (str(tiny_model(family, **changes)), teacher)
+        for setting, (_, (family, changes), _) in SETTINGS.items()
+    }
+    out = tmp_path_factory.mktemp("options") / "found.json"
+    run_with_env(4, _train_all, folders, CASES, str(out))
+    return json.loads(out.read_text())
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_nothing_is_learnt_otherwise(case: Case, found) -> None:
+    differences = found[case.id]["differences"]
+    if case.exact:
+        assert not any(differences.values()), differences
+        return
+    in_bfloat16 = SETTINGS[case.setting][2] == "bfloat16"
+    limits = dict.fromkeys(differences, 1e-5)
+    if in_bfloat16:  # a weight whose last bit differs
+        limits |= {"weight": 2**-8, "states": 2**-5}
+    assert all(differences[kind] <= limit for kind, limit in limits.items()), differences
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.counts], ids=lambda case: case.id)
+def test_what_is_not_kept_is_computed_again(case: Case, found) -> None:
+    counts, plain = found[case.id]["counts"], found[case.id]["plain"]
+    assert {kind: counts[kind] / plain[kind] for kind in case.counts} == case.counts
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.ddp.get("overlap_grad_reduce")], ids=lambda case: case.id
+)
+def test_reductions_begin_in_the_backward_pass(case: Case, found) -> None:
+    counts, plain = found[case.id]["counts"], found[case.id]["plain"]
+    assert not plain.get("early") and counts["early"] > 0
+    assert counts["buckets"] > plain["buckets"]
