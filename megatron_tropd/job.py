@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from megatron_tropd import deterministic
 from megatron_tropd.choices import BatchChoices, choose, loss_name, loss_of_step
 from megatron_tropd.config import Config, LossConfig, config_to_dict
 from megatron_tropd.convert.megatron_folder import MegatronFolder
@@ -145,6 +146,10 @@ class Job:
         config, exits = self.config, self._exit
         platform.prepare_platform()
         platform.check_device()
+        if config.run.deterministic:
+            direct = config.rollout.weight_transport == "direct"
+            deterministic.check_transport(direct=direct, cuda=platform.has_cuda())
+            platform.be_deterministic()
         _, collectives = limits(config.run.timeout_minutes)
         self.ranks = parallel.initialize(
             config.parallel, seed=config.train.seed, timeout_seconds=collectives

@@ -26,6 +26,7 @@ from tests.ranks import leave_layout, run_with_env
 STEPS = 10
 LAYOUTS = {
     "tp1": ParallelConfig(),
+    "tp1_deterministic": ParallelConfig(),
     "tp2": ParallelConfig(tensor=2),
     "pp2": ParallelConfig(pipeline=2),
     "tp2_pp2": ParallelConfig(tensor=2, pipeline=2),
@@ -95,7 +96,10 @@ def train_all(student: str, teacher: str, runs: list[Run], out: str) -> None:
     dist.init_process_group(platform.distributed_backend())
     for run in runs:
         layout, dtype, method = run
+        if layout.endswith("deterministic"):
+            platform.be_deterministic()
         history = _train(student, teacher, LAYOUTS[layout], dtype, method)
+        torch.use_deterministic_algorithms(False)
         leave_layout()
         if dist.get_rank() == 0:
             Path(out, history_file(run)).write_text(json.dumps(history))
@@ -227,6 +231,13 @@ def test_losses_and_grad_norms_do_not_depend_on_the_layout(layout, method, histo
         atol=1e-6 if method == "tropd" else 1e-5,
         equal_nan=True,
     )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_deterministic_mode_changes_no_bit_on_a_cpu(method, histories):
+    """Nor does a second run of the same process; and every operation has an algorithm for it."""
+    found, expected = (histories[n, "float32", method] for n in ("tp1_deterministic", "tp1"))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_the_methods_do_what_they_say_to_the_batch(histories):

@@ -26,11 +26,12 @@ ARROWS: dict[str, set[str]] = {
     "watchdog": {"exits", "failures"},
     "environment": set(),
     "nodes": {"environment"},
+    "deterministic": {"environment"},
     "settings": set(),
     "loss_config": {"settings"},
     "megatron_fields": set(),
     "megatron_config": {"megatron_fields", "settings"},
-    "config": {"loss_config", "megatron_config", "settings", "text_files"},
+    "config": {"deterministic", "loss_config", "megatron_config", "settings", "text_files"},
     "losses": {"loss_config"},
     "data": {"config", "files", "losses", "rollout.types", "text_files", "token_ids"},
     "convert": {"config", "files", "text_files", "token_ids"},
@@ -52,7 +53,15 @@ OUTSIDE = {"megatron": {"mcore", "integrations", "doctor"}, "vllm": {"rollout", 
 KERNELS = PACKAGE / "losses" / "dense_triton.py"  # the one file that may import triton
 LIGHT = {
     *("errors", "exits", "environment", "failures", "files", "token_ids", "watchdog", "nodes"),
-    *("text_files", "settings", "loss_config", "megatron_fields", "megatron_config", "config"),
+    *(
+        "deterministic",
+        "text_files",
+        "settings",
+        "loss_config",
+        "megatron_fields",
+        "megatron_config",
+        "config",
+    ),
     "cluster",
 }
 """Rooms that need the standard library alone."""
