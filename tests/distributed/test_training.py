@@ -136,6 +136,7 @@ def _train(
         ranks=ranks,
         dtype=kind,
     )
+    assert learner.model.config.deterministic_mode is torch.are_deterministic_algorithms_enabled()
     scorer = Teacher(models.build_model(folders[1], **build), ranks=ranks, vocab_size=259)
     history = []
     for step in range(STEPS):
