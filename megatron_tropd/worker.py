@@ -136,4 +136,7 @@ def work(folder: RunFolder) -> NoReturn:
 
 
 if __name__ == "__main__":
+    from megatron_tropd.first_rank import die_with
+
+    die_with(int(sys.argv[2]))
     work(RunFolder(Path(sys.argv[1])))

@@ -24,6 +24,7 @@ from megatron_tropd.errors import ConfigError
 from megatron_tropd.failures import Failure, read, report
 from megatron_tropd.nodes import Nodes, Peers
 from megatron_tropd.run_folder import RunFolder
+from tests.ranks import free_port
 
 HEEDS = "trap 'exit 0' TERM; touch $READY; while :; do sleep 0.05; done"
 PATIENCE = 60.0
@@ -177,7 +178,7 @@ def test_the_end_of_node_0_is_the_end_of_all(run, folder, tmp_path, monkeypatch)
     """By its word, and by its death."""
     config = _config(folder, 4)
     monkeypatch.setattr(launch, "wait_until_open", lambda _: folder)
-    port = launch._free_port()
+    port = free_port()
     for last, code in ({"end": 1}, 1), (None, 75):
         with (
             Peers(Nodes(0, 2, "127.0.0.1", port)) as first,
