@@ -290,8 +290,8 @@ class RunConfig(Settings, section="run"):
     """Longest a phase of a step may last, rollout and evaluation included, before the run is taken
     to hang and ends (exit code 75)."""
     deterministic: bool = False
-    """Whether the same run again gives the same bits on GPUs, too, for some speed. On a CPU it does
-    anyway. Refused with what cannot (docs/reliability.md)."""
+    """Whether the same run again is to give the same bits on GPUs, too, for some speed (on a CPU it
+    does anyway). What cannot is refused by name (docs/reliability.md)."""
     trajectories_every: Number = 25
     """Steps between dumps of example trajectories with per-token values; 0: none."""
     num_trajectories: Number = 8

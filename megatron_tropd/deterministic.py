@@ -6,7 +6,8 @@ vLLM's when it is imported. So they are set before any of that, in whatever proc
 its children inherit them: launcher, ranks, engines, servers. What follows from settings alone is
 refused when a config is read. Standard library only.
 
-On a CPU nothing of this is needed, nor does it change a bit.
+On a CPU a run gives the same bits with the mode and without it; not the same in both, for a few
+sums are made in another order.
 """
 
 import os

@@ -150,9 +150,10 @@ class Job:
             direct = config.rollout.weight_transport == "direct"
             deterministic.check_transport(direct=direct, cuda=platform.has_cuda())
             platform.be_deterministic()
-        _, collectives = limits(config.run.timeout_minutes)
         self.ranks = parallel.initialize(
-            config.parallel, seed=config.train.seed, timeout_seconds=collectives
+            config.parallel,
+            seed=config.train.seed,
+            timeout_seconds=limits(config.run.timeout_minutes).collectives,
         )
         exits.push(_leave_groups)
         exits.callback(self._aside.shutdown, cancel_futures=True)
