@@ -543,7 +543,8 @@ class Job:
 
     def stopping(self) -> bool:
         """Whether any rank was asked to stop. Collectives: one all-reduce of [1]."""
-        flag = torch.tensor([int(self._stop.requested)], device=self.device)
+        # On the host, over gloo: nobody waits for a GPU to be told.
+        flag = torch.tensor([int(self._stop.requested)])
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         return bool(flag)
 
