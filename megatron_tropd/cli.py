@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -84,6 +85,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_evaluate(commands.add_parser("evaluate", help="measure a run's student, or any model"))
     _add_convert(commands.add_parser("convert", help="HF folder <-> Megatron checkpoint"))
     doctor = commands.add_parser("doctor", help="what is installed and what would be used")
+    doctor.add_argument("config", type=Path, nargs="?", help="TOML file: are its options good here")
+    doctor.add_argument("overrides", nargs="*", metavar="section.key=value")
     doctor.set_defaults(command=_doctor)
     return parser
 
@@ -214,6 +217,7 @@ def _plan_run(arguments: argparse.Namespace) -> int:
     from megatron_tropd.planning import load_hardware, make_plan, plan_json, plan_table
 
     config = load_config(arguments.config, arguments.overrides)
+    _check_option_types(config)
     hardware = load_hardware(arguments.hardware)
     if arguments.gpus_per_node is not None:
         hardware = replace(hardware, gpus_per_node=arguments.gpus_per_node)
@@ -226,6 +230,14 @@ def _plan_run(arguments: argparse.Namespace) -> int:
     )
     print(json.dumps(plan_json(plan)) if arguments.json else plan_table(plan))
     return 0
+
+
+def _check_option_types(config: Config) -> None:
+    """Refuse options that the installed Megatron does not have; without Megatron, none."""
+    if config.megatron.lines() and find_spec("megatron") is not None:
+        from megatron_tropd.mcore.options_check import check_types
+
+        check_types(config.megatron)
 
 
 def _lead(config: Config, peers: Peers, first: FirstRank | None) -> int:
@@ -371,10 +383,11 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _doctor(_: argparse.Namespace) -> int:
+def _doctor(arguments: argparse.Namespace) -> int:
     from megatron_tropd import doctor
 
-    return doctor.main([])
+    words = [arguments.config, *arguments.overrides] if arguments.config else []
+    return doctor.main(list(map(str, words)))
 
 
 if __name__ == "__main__":

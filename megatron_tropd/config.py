@@ -356,6 +356,12 @@ class Config(Settings):
         )
 
     @property
+    def pad_multiple(self) -> int:
+        """What the padded length of a row is a multiple of, so that the models can compute it."""
+        shards = self.parallel.tensor if self.parallel.sequence_parallel else 1
+        return shards * self.megatron.token_multiple
+
+    @property
     def max_answer_tokens(self) -> int:
         """Longest answer of an evaluation."""
         return self.evaluation.max_new_tokens or self.rollout.max_new_tokens

@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
+from megatron_tropd.config import Config, load_config
 from megatron_tropd.environment import hidden_gpus, listed_gpus
+from megatron_tropd.errors import ConfigError, InputError
 
 PROBE_SECONDS = 300.0
 """Longest a probe process may take; the first import after an installation is slow."""
@@ -69,16 +71,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print every check and what would be used.
 
     Args:
-        argv: takes no arguments; anything is refused.
+        argv: nothing, or a TOML file and ``section.key=value`` overrides.
 
     Returns:
-        0 if the main job can run here, 1 if not, 2 after an unexpected argument.
+        0 if the main job can run here, 1 if not.
+
+    Raises:
+        ConfigError: the file is no config.
     """
-    if argv:
-        print(f"tropd doctor takes no arguments, found {' '.join(argv)}.", file=sys.stderr)
-        return 2
+    config = load_config(argv[0], argv[1:]) if argv else None
     failed = 0
-    for check in run_checks():
+    for check in run_checks(config):
         failed += check.status is Status.FAIL
         print(_format(check), flush=True)
     if failed:
@@ -97,8 +100,12 @@ def would_use() -> str:
     return "the CPU with gloo, in float32"
 
 
-def run_checks() -> list[Check]:
-    """Every check, in the order they are shown. Takes some seconds: vLLM and Megatron import."""
+def run_checks(config: Config | None = None) -> list[Check]:
+    """Every check, in the order they are shown. Takes some seconds: vLLM and Megatron import.
+
+    Args:
+        config: of a run, whose options of Megatron's are looked at, too.
+    """
     versions = [check_python(), check_packages()]
     if any(check.status is Status.FAIL for check in versions):
         # Without its packages there is nothing further to look at.
@@ -106,7 +113,10 @@ def run_checks() -> list[Check]:
     hardware = [check_machine(), check_shared_memory(), check_compiler()]
     hardware += [check_cuda(), *check_backends()]
     optional = [check_transformer_engine(), check_apex()]
-    return [*versions, *hardware, *optional, check_model_configs(), check_megatron(), check_vllm()]
+    checks = [*versions, *hardware, *optional, check_model_configs(), check_megatron()]
+    if config is not None and checks[-1].status is not Status.FAIL:
+        checks.append(check_options(config))
+    return [*checks, check_vllm()]
 
 
 def check_python() -> Check:
@@ -277,6 +287,24 @@ def check_megatron() -> Check:
     fused = {"transformer_engine": "Transformer Engine's", "apex": "Apex's"}
     adam = fused.get(optimizer.split(".")[0], "torch's")
     return Check("Megatron-Core", Status.OK, f"{version}; layers: {layers}; Adam: {adam}")
+
+
+def check_options(config: Config) -> Check:
+    """Megatron's own options in a config: which are in force, and whether they can be here."""
+    from megatron_tropd.convert.megatron_folder import open_model
+    from megatron_tropd.mcore import options_check
+
+    name, pair = "Megatron's options", (config.model.student, config.model.teacher)
+    try:
+        student, teacher = (open_model(path).config for path in pair)
+        options_check.check_options(config, student=student, teacher=teacher)
+    except (ConfigError, InputError) as error:
+        return Check(name, Status.FAIL, str(error))
+    text = ", ".join(config.megatron.lines()) or "none set"
+    if new := options_check.unreviewed(config.megatron):
+        advice = f"Nobody has looked at what these do: {', '.join(new)}."
+        return Check(name, Status.NOTE, text, advice)
+    return Check(name, Status.OK, text)
 
 
 def check_vllm() -> Check:

@@ -226,8 +226,7 @@ def _check_engines(
 
 
 def _check_micro_batch(config: Config, longest: int) -> None:
-    parallel, room = config.parallel, config.train.tokens_per_micro_batch
-    multiple = parallel.tensor if parallel.sequence_parallel else 1
+    room, multiple = config.train.tokens_per_micro_batch, config.pad_multiple
     needed = -(-(longest - 1) // multiple) * multiple
     if needed > room:
         raise ConfigError(

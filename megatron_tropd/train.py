@@ -107,7 +107,7 @@ def learn(job: Job, trajectories: list[Trajectory]) -> dict[str, object]:
             dp_rank=ranks.dp_rank,
             dp_size=ranks.dp_size,
             tokens_per_micro_batch=config.train.tokens_per_micro_batch,
-            pad_multiple=ranks.tp_size if config.parallel.sequence_parallel else 1,
+            pad_multiple=config.pad_multiple,
             rounded_to=platform.row_multiple(),
             seed=config.train.seed,
             step=job.step,

@@ -4,6 +4,7 @@ import dataclasses
 import os
 from typing import Any
 
+import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer import TransformerConfig
@@ -54,9 +55,9 @@ def check_options(config: Config, *, student: dict[str, Any], teacher: dict[str,
         _check_machine(table, options)
     _check_recomputation(megatron.model)
     _check_overlap(config)
-    _check_offloading(megatron)
-    _check_scaling(megatron.teacher)
     dtype = models.resolve_dtype(config.model.dtype)
+    _check_offloading(megatron, dtype)
+    _check_scaling(megatron.teacher)
     built = models.transformer_config(model_shape(student), parallel, dtype, megatron.model)
     models.transformer_config(
         model_shape(teacher), parallel, dtype, megatron.teacher, table="teacher"
@@ -130,15 +131,9 @@ def _check_overlap(config: Config) -> None:
         )
 
 
-def _check_offloading(megatron: MegatronConfig) -> None:
-    if megatron.optimizer.get("optimizer_cpu_offload") and not megatron.optimizer.get(
-        "use_precision_aware_optimizer"
-    ):
-        raise ConfigError(
-            "megatron.optimizer.optimizer_cpu_offload needs "
-            "megatron.optimizer.use_precision_aware_optimizer = true, whose path it takes. Set it "
-            "too."
-        )
+def _check_offloading(megatron: MegatronConfig, dtype: torch.dtype) -> None:
+    if megatron.optimizer.get("optimizer_cpu_offload"):
+        _check_offloaded_optimizer(megatron.optimizer, dtype)
     if not megatron.model.get("fine_grained_activation_offloading"):
         return
     from megatron.core.utils import is_te_min_version
@@ -148,6 +143,25 @@ def _check_offloading(megatron: MegatronConfig) -> None:
             "megatron.model.fine_grained_activation_offloading needs the environment variable "
             "NVTE_CPU_OFFLOAD_V1=1 from Transformer Engine 2.10 on: without it weights are "
             "offloaded too. Export it and start again."
+        )
+
+
+def _check_offloaded_optimizer(optimizer: dict[str, Any], dtype: torch.dtype) -> None:
+    offload = "megatron.optimizer.optimizer_cpu_offload"
+    if not optimizer.get("use_precision_aware_optimizer"):
+        raise ConfigError(
+            f"{offload} needs megatron.optimizer.use_precision_aware_optimizer = true, whose path "
+            "it takes. Set it too."
+        )
+    if ignored := optimizer.keys() & {"exp_avg_dtype", "exp_avg_sq_dtype"}:
+        raise ConfigError(
+            f"{offload} keeps Adam's states in float32, so {', '.join(sorted(ignored))} beside it "
+            "would do nothing. Remove one of the two."
+        )
+    if dtype != torch.bfloat16:
+        raise ConfigError(
+            f'{offload} needs model.dtype = "bfloat16", found {dtype}: Megatron\'s optimizer takes '
+            "no slices of float32 parameters. Change one of the two."
         )
 
 

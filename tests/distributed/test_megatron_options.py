@@ -61,12 +61,13 @@ def _selective(*modules: str) -> dict[str, Any]:
     return {"recompute_granularity": "selective", "recompute_modules": list(modules)}
 
 
+FULL = _full("uniform", 1)
 OVERLAP = {"overlap_grad_reduce": True, "bucket_size": 20_000}
 GATHER = OVERLAP | {"overlap_param_gather": True}
 PADDED = {"pad_buckets_for_high_nccl_busbw": True}
 IN_FP32 = {"reduce_scatter_with_fp32_accumulation": True}
 RECOMPUTED = {
-    "full_uniform": (_full("uniform", 1), {"attention": 2, "mlp": 2}),
+    "full_uniform": (FULL, {"attention": 2, "mlp": 2}),
     "full_uniform_by_two": (_full("uniform", 2), {"attention": 2, "mlp": 2}),
     "full_block": (_full("block", 1), {"attention": 1.5, "mlp": 1.5}),
     "attention": (_selective("core_attn"), {"attention": 2, "mlp": 1}),
@@ -89,6 +90,9 @@ class Case:
     """Whether all numbers are bit for bit those without; else to round-off."""
     counts: dict[str, float] = field(default_factory=dict)
     """How often modules run, against a run without."""
+
+    resumed: bool = False
+    """Whether it begins with a checkpoint that a run without options has saved after a step."""
 
     @property
     def id(self) -> str:
@@ -115,12 +119,12 @@ CASES = [
     Case("tp2_sp_pp2", "plain_p2p", {"batch_p2p_comm": False}),
     Case("tp2_sp_pp2", "deterministic", {"deterministic_mode": True}, exact=False),
     Case("tp2_sp_pp2", "high_threshold", optimizer={"grad_norm_skip_threshold": 1e9}),
-    Case("tp2_sp_pp2_bf16", "full", _full("uniform", 1), counts={"attention": 2, "mlp": 2}),
+    Case("tp2_sp_pp2_bf16", "full", FULL, counts={"attention": 2, "mlp": 2}),
     Case("tp2_sp_pp2_bf16", "overlap", ddp=OVERLAP),
     Case(
         "tp2_dp2_spread",
         "distributed_activations",
-        _full("uniform", 1) | {"distribute_saved_activations": True},
+        FULL | {"distribute_saved_activations": True},
         counts={"attention": 2, "mlp": 2},
     ),
     # Other buckets are other shards of the optimizer, and another order of the norm's sum.
@@ -135,6 +139,7 @@ CASES = [
         counts={"attention": 1.25},
         exact=False,
     ),
+    Case("tp2_dp2_spread", "resumed", FULL, GATHER, exact=False, resumed=True),
     Case("tp2_dp2_spread_bf16", "gather", ddp=GATHER, exact=False),
     Case("tp2_dp2_spread_bf16", "fp32_sums", ddp=IN_FP32),
     Case("tp2_dp2_spread_bf16", "overlapped_fp32_sums", ddp=OVERLAP | IN_FP32, exact=False),
@@ -142,10 +147,11 @@ CASES = [
     Case("pp2_dp2_tied", "overlap_mlp", _selective("mlp"), OVERLAP, counts={"mlp": 2}),
     Case("pp2_dp2_spread_tied", "gather", ddp=GATHER, exact=False),
     Case("pp2_dp2_spread_tied", "gather_mlp", _selective("mlp"), GATHER, exact=False),
-    Case("tp2_sp_ep2_spread", "full", _full("uniform", 1), counts={"attention": 2, "mlp": 2}),
+    Case("tp2_sp_ep2_spread", "full", FULL, counts={"attention": 2, "mlp": 2}),
     Case("tp2_sp_ep2_spread", "experts", _selective("moe"), counts={"attention": 1, "mlp": 2}),
     Case("tp2_sp_ep2_spread", "router_in_fp64", {"moe_router_dtype": "fp64"}, exact=False),
     Case("tp2_sp_ep2_spread", "gather", ddp=GATHER, exact=False),
+    Case("tp2_sp_ep2_spread", "resumed", FULL, GATHER, exact=False, resumed=True),
 ]
 
 
@@ -158,23 +164,26 @@ def _train_all(models: dict[str, tuple[str, str]], cases: list[Case], out: str) 
     for setting in SETTINGS:
         mine = [case for case in cases if case.setting == setting]
         if mine:
-            found |= _compare_setting(setting, models[setting], mine)
+            checkpoints = Path(out).with_name(setting)
+            found |= _compare_setting(setting, models[setting], mine, checkpoints)
             leave_layout()
     if dist.get_rank() == 0:
         Path(out).write_text(json.dumps(found))
 
 
-def _compare_setting(setting: str, folders: tuple[str, str], cases: list[Case]) -> dict[str, Any]:
+def _compare_setting(
+    setting: str, folders: tuple[str, str], cases: list[Case], checkpoints: Path
+) -> dict[str, Any]:
     from megatron_tropd.mcore import parallel
 
     ranks = parallel.initialize(SETTINGS[setting][0], seed=1)
-    bench = Bench(setting, folders, ranks)
-    plain, plain_counts = bench.train(MegatronConfig())
-    assert min(norm[0] for norm in plain["norm"]) > 0
+    bench = Bench(setting, folders, ranks, checkpoints)
+    plain, plain_counts = bench.train(MegatronConfig(), save=any(c.resumed for c in cases))
+    assert min(float(norm) for (norm,) in plain["norm"]) > 0
     found = {}
     for case in cases:
         with _own_reduce_scatter():
-            numbers, counts = bench.train(case.options)
+            numbers, counts = bench.train(case.options, resume=case.resumed)
         found[case.id] = _over_ranks(_differences(numbers, plain), counts, plain_counts)
     return found
 
@@ -192,18 +201,23 @@ def _own_reduce_scatter():
         yield
 
 
-def _differences(found: dict[str, list], plain: dict[str, list]) -> dict[str, float]:
+Numbers = dict[str, list[list[torch.Tensor]]]
+"""Kind -> step -> tensors."""
+
+
+def _differences(found: Numbers, plain: Numbers) -> dict[str, float]:
     """Largest difference of each kind of number, against the largest number of its tensor."""
     return {
         kind: max(
             (
                 float((a - b).abs().max() / b.abs().max().clamp(min=1e-30))
-                for a, b in zip(found[kind], plain[kind], strict=True)
+                for step, expected in zip(steps, plain[kind][-len(steps) :], strict=True)
+                for a, b in zip(step, expected, strict=True)
                 if b.numel()
             ),
             default=0.0,
         )
-        for kind in plain
+        for kind, steps in found.items()
     }
 
 
@@ -224,12 +238,15 @@ def _over_ranks(
 class Bench:
     """A layout, its recorded micro-batches and the teacher's signals for them."""
 
-    def __init__(self, setting: str, folders: tuple[str, str], ranks) -> None:
+    def __init__(
+        self, setting: str, folders: tuple[str, str], ranks, checkpoints: Path | None = None
+    ) -> None:
         from megatron_tropd.convert.hf_folder import HFFolder
         from megatron_tropd.mcore import models
         from megatron_tropd.mcore.step import Teacher
 
         self.layout, _, dtype = SETTINGS[setting]
+        self.folder = checkpoints
         self.ranks, self.dtype = ranks, models.resolve_dtype(dtype)
         self.student, teacher = (HFFolder(Path(folder)) for folder in folders)
         self.building = {
@@ -270,36 +287,61 @@ class Bench:
             device=torch.device("cpu"),
         )
 
-    def train(self, options: MegatronConfig) -> tuple[dict[str, list], Counter[str]]:
-        """Numbers of every step, and how often things happened."""
+    def train(
+        self, options: MegatronConfig, *, save: bool = False, resume: bool = False
+    ) -> tuple[Numbers, Counter[str]]:
+        """Numbers of every step, and how often things happened.
+
+        Args:
+            options: of Megatron's.
+            save: a checkpoint after the first step.
+            resume: from that checkpoint.
+        """
+        learner = self._learner(options)
+        counts = _count(learner)
+        found: Numbers = {kind: [] for kind in ("loss", "norm", "grad", "weight")}
+        if resume:
+            self._checkpoints().load(learner, 1)
+        for step in range(int(resume), STEPS):
+            objective = self.objective(step)
+            learner.forward_backward(self.batches[step], objective)
+            found["grad"].append([p.main_grad.clone() for p in self._reduced(learner)])
+            metrics = objective.sums.reduce().metrics()
+            norm, _ = learner.update()
+            found["loss"].append([torch.tensor([metrics["loss"], metrics["reverse_kl"]])])
+            found["norm"].append([torch.tensor(norm)])
+            found["weight"].append([p.detach().clone() for p in learner.model.parameters()])
+            if save and step == 0:
+                checkpoints = self._checkpoints()
+                checkpoints.save(learner, step=1, extra={})
+                checkpoints.wait()
+        kept = counts.copy()
+        found["states"] = [learner.score(self.batches[0])]
+        return found, kept
+
+    def _learner(self, options: MegatronConfig):
         from megatron_tropd.mcore import models
         from megatron_tropd.mcore.step import Student
 
-        model = models.build_model(
-            self.student, who="student", options=options.model, **self.building
-        )
-        learner = Student(
-            model,
+        return Student(
+            models.build_model(self.student, who="student", options=options.model, **self.building),
             train=TRAIN,
             parallel=self.layout,
             ranks=self.ranks,
             dtype=self.dtype,
             megatron=options,
         )
-        counts = _count(learner)
-        found: dict[str, list] = {kind: [] for kind in ("loss", "norm", "grad", "weight", "states")}
-        for step in range(STEPS):
-            objective = self.objective(step)
-            learner.forward_backward(self.batches[step], objective)
-            found["grad"] += [p.main_grad.clone() for p in self._reduced(learner)]
-            metrics = objective.sums.reduce().metrics()
-            norm, _ = learner.update()
-            found["loss"].append(torch.tensor([metrics["loss"], metrics["reverse_kl"]]))
-            found["norm"].append(torch.tensor([norm]))
-            found["weight"] += [p.detach().clone() for p in model.parameters()]
-        kept = counts.copy()
-        found["states"] = learner.score(self.batches[0])
-        return found, kept
+
+    def _checkpoints(self):
+        from megatron_tropd.mcore.checkpoint import Checkpoints
+
+        return Checkpoints(
+            self.folder,
+            keep=1,
+            ranks=self.ranks,
+            distributed_optimizer=self.layout.distributed_optimizer,
+            say=print,
+        )
 
     def _reduced(self, learner) -> list[torch.nn.Parameter]:
         """The parameters whose gradients this rank has in full."""

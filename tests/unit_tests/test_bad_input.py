@@ -68,8 +68,9 @@ def dry_run(inputs, tmp_path, capsys) -> Callable[..., tuple[int, str]]:
 
 
 def test_a_good_config_says_what_would_run(dry_run):
-    code, text = dry_run("parallel.tensor=2")
+    code, text = dry_run("parallel.tensor=2", "megatron.ddp.bucket_size=9")
     assert code == 0
+    assert "option:     megatron.ddp.bucket_size=9" in text
     assert "TP 2 x PP 1 x DP 1" in text and "8 prompts have one" in text
     assert '"lr": 5e-06' in text and "nothing was written" in text
 
@@ -94,6 +95,10 @@ def test_a_good_config_says_what_would_run(dry_run):
         (["guidance.responses=gone.jsonl"], ["gone.jsonl", "cannot be read"]),
         (["guidance.prefixed_per_prompt=3"], ["exceeds", "samples_per_prompt = 2"]),
         (["evaluation.problems=gone.jsonl"], ["gone.jsonl", "cannot be read"]),
+        (["megatron.model.num_layers=2"], ["num_layers is set by the model's folder"]),
+        (["megatron.ddp.bucket_sise=2"], ["no such field", "Did you mean 'bucket_size'?"]),
+        (["megatron.model.recompute_granularity=full"], ["Megatron refuses", "recompute_method"]),
+        (["megatron.teacher.fp8=hybrid"], ["needs Transformer Engine", "no CUDA device"]),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(dry_run, overrides, expected):

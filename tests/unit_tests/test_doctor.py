@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_tropd import doctor
+from megatron_tropd import cli, doctor
+from megatron_tropd.config import load_config
 from megatron_tropd.doctor import Check, Status
+from megatron_tropd.errors import ConfigError
 
 
 @pytest.fixture
@@ -118,14 +120,38 @@ def test_exit_code(
     status: Status,
     code: int,
 ):
-    monkeypatch.setattr(doctor, "run_checks", lambda: [Check("thing", status, "text", "advice")])
+    monkeypatch.setattr(
+        doctor, "run_checks", lambda config: [Check("thing", status, "text", "advice")]
+    )
     assert doctor.main([]) == code
     out = capsys.readouterr().out
     assert "thing" in out and "advice" in out
 
 
-def test_arguments_are_refused():
-    assert doctor.main(["--fix"]) == 2
+def test_what_is_no_config_is_refused(monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(ConfigError, match=r"nowhere\.toml does not exist"):
+        doctor.main(["nowhere.toml"])
+    assert cli.main(["doctor", "nowhere.toml"]) == 2
+
+
+def test_options_of_a_config_are_looked_at(tmp_path: Path, tiny_model):
+    (tmp_path / "c.toml").write_text(f"""
+        model = {{student = "{tiny_model("llama")}", teacher = "{tiny_model("llama")}"}}
+        rollout = {{prompts = "p", max_new_tokens = 8}}
+        train = {{steps = 1}}
+        run = {{dir = "r"}}
+    """)
+
+    def found(*overrides: str) -> tuple[Status, str]:
+        check = doctor.check_options(load_config(tmp_path / "c.toml", overrides))
+        return check.status, check.text
+
+    assert found() == (Status.OK, "none set")
+    assert found("megatron.ddp.bucket_size=9") == (Status.OK, "megatron.ddp.bucket_size=9")
+    status, text = found("megatron.ddp.bucket_size=x")
+    assert status is Status.FAIL and "must be int" in text
+    status, text = found("model.student=nowhere")
+    assert status is Status.FAIL and "nowhere" in text
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from megatron_tropd import exits
 from megatron_tropd.cli import main
 from megatron_tropd.config import (
     Config,
+    MegatronConfig,
     ModelConfig,
     ParallelConfig,
     RolloutConfig,
@@ -119,6 +120,24 @@ def test_a_run_of_a_version_without_a_setting_had_its_default(config):
     with pytest.raises(ConfigError, match=r"chat_template_kwargs: was \{\}, now \{'a': 1\}"):
         open_run(_with(config, chat_template_kwargs={"a": 1}))
     assert open_run(_with(config, chat_template_date=None)).read_config().rollout.top_p == 1
+
+
+def test_options_of_megatron_that_change_no_number_may_change(config):
+    def given(**tables: dict[str, Any]) -> Config:
+        return dataclasses.replace(config, megatron=MegatronConfig(**tables))
+
+    full = {"recompute_granularity": "full", "recompute_method": "block"}
+    folder = open_run(given(model=full | {"moe_router_dtype": "fp64"}))
+    other = given(model={"moe_router_dtype": "fp64"}, ddp={"overlap_grad_reduce": True})
+    assert open_run(other).read_config() == other
+    with pytest.raises(ConfigError, match=r"megatron\.model\.moe_router_dtype: was 'fp64', now N"):
+        open_run(given())
+    with pytest.raises(ConfigError, match=r"megatron\.teacher\.moe_router_dtype: was None, now 'f"):
+        open_run(given(model=other.megatron.model, teacher=other.megatron.model))
+    old = json.loads(folder.config.read_text())
+    del old["megatron"]
+    write_json(folder.config, old)
+    assert open_run(given(model=full)).read_config().megatron.model == full
 
 
 def test_the_kind_of_optimizer_may_not(config):
