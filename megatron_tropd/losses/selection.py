@@ -12,12 +12,10 @@ import math
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 _EPS = 1e-6
 """Added to a standard deviation, so that equal rewards become 0."""
-_BLOCK = 256
 _NO_KEY = torch.iinfo(torch.int64).max
 """Of what is no candidate; no token has it."""
 
@@ -101,7 +99,7 @@ def future_mean(
     tables = rewards_T.new_zeros(2, rows, places + 1, dtype=torch.float64)
     tables[0].index_put_((rows_T, positions_T), torch.where(counted_T, rewards_T.double(), 0.0))
     tables[1].index_put_((rows_T, positions_T), counted_T.double())
-    later_T, number_T = _sums_to_the_end(tables)[:, rows_T, positions_T + 1]
+    later_T, number_T = tables.flip(-1).cumsum(-1).flip(-1)[:, rows_T, positions_T + 1]
     raised_T = rewards_T + later_T / number_T.clamp(min=1)
     return torch.where(candidates_T, raised_T, 0.0).to(rewards_T.dtype)
 
@@ -147,20 +145,6 @@ def group_normalise(
     deviation_G = (squares_G / counts_G).sqrt() + _EPS
     standard_T = (rewards_T.double() - mean_G[groups_T]) / deviation_G[groups_T]
     return torch.where(candidates_T, standard_T, 0.0).to(rewards_T.dtype)
-
-
-def _sums_to_the_end(values: Tensor) -> Tensor:
-    """[..., P] of each place the sum from there on.
-
-    By products with triangles, a block and then blocks: torch has no ``cumsum`` for GPUs that gives
-    the same bits each time.
-    """
-    num = values.shape[-1]
-    blocks = F.pad(values, (0, -num % _BLOCK)).unflatten(-1, (-1, _BLOCK))
-    count = blocks.shape[-2]
-    within = blocks @ values.new_ones(_BLOCK, _BLOCK).tril()
-    after = within[..., 0] @ values.new_ones(count, count).tril(-1)
-    return (within + after.unsqueeze(-1)).flatten(-2)[..., :num]
 
 
 def _alone(group: dist.ProcessGroup | None) -> bool:

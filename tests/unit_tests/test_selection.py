@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 
-from megatron_tropd.losses import selection
 from megatron_tropd.losses.selection import (
     future_mean,
     group_normalise,
@@ -70,13 +69,6 @@ def test_future_mean_by_hand():
     rewards[3] = -math.inf
     found = future_mean(rewards, candidates, **at)
     assert found.tolist() == [0.0, 1 + 2.0, 2.0, -math.inf, 12.0, 7.0]
-
-
-@pytest.mark.parametrize("places", [1, 255, 256, 257, 1000])
-def test_sums_to_the_end_are_those_of_cumsum(places):
-    values = torch.randn(2, 3, places, dtype=torch.float64)
-    expected = values.flip(-1).cumsum(-1).flip(-1)
-    torch.testing.assert_close(selection._sums_to_the_end(values), expected, rtol=0, atol=1e-11)
 
 
 def test_group_normalise_by_hand():
