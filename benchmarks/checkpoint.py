@@ -3,10 +3,11 @@
     python benchmarks/checkpoint.py [--layers N] [--hidden N] [--rounds N] [--folder DIR]
         [--sharding fully_reshardable|dp_reshardable]
 
-Two gloo ranks (tensor parallel; with ``--sharding`` two replicas that share an optimizer) train a random Llama in fp32 with Adam on random tokens and save
-it. *at once*: a step, a save, waiting for it. *background*: a step, the start of a save, then steps
-with a poll after each until the checkpoint is complete. Both in every round; medians of rank 0.
-Writing takes its share of the cores and the disk: the steps meanwhile are counted too.
+Two gloo ranks (tensor parallel; with ``--sharding`` two replicas that share an optimizer) train a
+random Llama in fp32 with Adam on random tokens and save it. *at once*: a step, a save, waiting for
+it. *background*: a step, the start of a save, then steps with a poll after each until the
+checkpoint is complete. Both in every round; medians of rank 0. Writing takes its share of the cores
+and the disk: the steps meanwhile are counted too.
 
 The result goes to ``benchmarks/results/checkpoint[-<sharding>]-<hardware>.json``.
 """

@@ -169,6 +169,7 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
 
 
 def _distill(arguments: argparse.Namespace) -> int:
+    from megatron_tropd.deterministic import set_environment
     from megatron_tropd.launch import is_rank
     from megatron_tropd.run_folder import started_at
 
@@ -186,6 +187,8 @@ def _distill(arguments: argparse.Namespace) -> int:
         print(json.dumps(config_to_dict(config), indent=2))
         print(_plan(config, inputs))
         return exits.COMPLETE
+    # Whoever starts a process hands it on, before CUDA or an engine reads it.
+    set_environment(config.run.deterministic)
     return _distill_as_rank(config) if is_rank() else _distill_as_launcher(config, find_nodes())
 
 

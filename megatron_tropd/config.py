@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from megatron_tropd import deterministic
 from megatron_tropd.errors import ConfigError
 from megatron_tropd.loss_config import LossConfig
 from megatron_tropd.megatron_config import MegatronConfig
@@ -308,6 +309,9 @@ class RunConfig(Settings, section="run"):
     timeout_minutes: Positive = 30.0
     """Longest a phase of a step may last, rollout and evaluation included, before the run is taken
     to hang and ends (exit code 75)."""
+    deterministic: bool = False
+    """Whether the same run again is to give the same bits on GPUs, too, for some speed (on a CPU it
+    does anyway). What cannot is refused by name (docs/reliability.md)."""
     trajectories_every: Number = 25
     """Steps between dumps of example trajectories with per-token values; 0: none."""
     num_trajectories: Number = 8
@@ -360,6 +364,9 @@ class Config(Settings):
             'run.checkpoint_sharding = "dp_reshardable" is a form of the distributed optimizer\'s '
             "state, found parallel.distributed_optimizer = false. Remove one of the two.",
         )
+        if self.run.deterministic:
+            deterministic.check_options("model", self.megatron.model)
+            deterministic.check_options("teacher", self.megatron.teacher)
         samples = self.rollout.prompts_per_step * self.rollout.samples_per_prompt
         _require(
             samples % self.parallel.data == 0,

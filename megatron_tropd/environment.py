@@ -10,6 +10,9 @@ from collections.abc import Mapping
 
 from megatron_tropd.errors import ConfigError
 
+STORE_DESCRIPTOR = "TROPD_STORE_FD"
+"""Variable of rank 0: the listening socket on which it is to open the store of the run."""
+
 
 def variable(name: str, environment: Mapping[str, str] = os.environ) -> str | None:
     """Its value; None if it is not set, or blank."""

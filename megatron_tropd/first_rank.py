@@ -32,6 +32,7 @@ from typing import IO, Any, NoReturn, Protocol, Self
 
 from megatron_tropd import exits
 from megatron_tropd.config import Config, config_from_dict, config_to_dict
+from megatron_tropd.environment import STORE_DESCRIPTOR
 from megatron_tropd.errors import ConfigError, InputError, TrainingError
 from megatron_tropd.rollout import process
 from megatron_tropd.run_folder import RunFolder
@@ -92,7 +93,12 @@ class FirstRank:
     """The launcher's side. A context manager: a process that did not become a rank is killed."""
 
     def __init__(
-        self, environment: Mapping[str, str], *, engine_threads: int = 0, shown: str = ""
+        self,
+        environment: Mapping[str, str],
+        *,
+        engine_threads: int = 0,
+        shown: str = "",
+        listener: socket.socket | None = None,
     ) -> None:
         """Start it: its imports begin now.
 
@@ -101,19 +107,21 @@ class FirstRank:
                 are imported.
             engine_threads: CPU threads of the engine that it will own; 0: none is prepared.
             shown: ends the command line of the process and of those it forks, for ``ps``.
+            listener: where the ranks will meet, if it becomes rank 0; closed with this.
         """
+        self.listener = listener
         self._output = tempfile.TemporaryFile()  # noqa: SIM115
         ours, theirs = socket.socketpair()
         console = [os.dup(1), os.dup(2)]
         passed = [theirs.fileno(), *console]
+        numbers = [os.getpid(), engine_threads, *passed]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", __name__, *map(str, [engine_threads, *passed]), shown],
+            [sys.executable, "-m", __name__, *map(str, numbers), shown],
             env=environment,
             stdout=self._output,
             stderr=self._output,
-            pass_fds=passed,
+            pass_fds=[*passed, *([listener.fileno()] if listener else [])],
             start_new_session=True,
-            preexec_fn=die_with_parent,
         )
         for descriptor in console:
             os.close(descriptor)
@@ -133,6 +141,8 @@ class FirstRank:
         with contextlib.suppress(OSError):
             self._lines.close()
         self._output.close()
+        if self.listener is not None:
+            self.listener.close()
 
     def wait_ready(self) -> None:
         """Wait until its imports are done, or it has ended."""
@@ -193,9 +203,15 @@ class FirstRank:
         return None
 
 
-def die_with_parent() -> None:
-    """Have this process killed when the one that started it ends."""
+def die_with(parent: int) -> None:
+    """Have this process killed when its parent ends; end it at once if that has happened.
+
+    The process says so itself, first of all: what the parent would run between fork and exec
+    (``preexec_fn``) may meet a lock that one of its threads held.
+    """
     ctypes.CDLL(None).prctl(_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(exits.RESTART)
 
 
 @contextmanager
@@ -220,8 +236,8 @@ def _as_error(kind: str, message: str) -> Exception:
 
 def main() -> NoReturn:
     """Import, answer the launcher, become a rank."""
-    engine_threads, link, *console = map(int, sys.argv[1:-1])
-    launcher = os.getppid()
+    launcher, engine_threads, link, *console = map(int, sys.argv[1:-1])
+    die_with(launcher)
     if engine_threads:
         process.prepare(engine_threads)
     _import()
@@ -236,7 +252,8 @@ def main() -> NoReturn:
     if request["fork"] and _can_fork():
         gc.freeze()  # collecting garbage would copy what is shared
         for place in others:
-            pid = _fork_for(launcher, partial(_become_other, folder, place, console, lines))
+            become = partial(_become_other, folder, place, console, lines, mine)
+            pid = _fork_for(launcher, become)
             if pid is None:
                 break  # the launcher starts the rest
             pids.append(pid)
@@ -276,9 +293,9 @@ def _check(config: Config, console: Sequence[int]) -> dict[str, Any]:
     if not _can_fork():
         return _outcome(config)
     reader, writer = os.pipe()
-    pid = os.fork()
+    parent, pid = os.getpid(), os.fork()
     if pid == 0:
-        die_with_parent()
+        die_with(parent)
         _print_to(console)
         os.write(writer, json.dumps(_outcome(config)).encode())
         os._exit(0)
@@ -344,9 +361,7 @@ def _belong_to(launcher: int, between: int) -> None:
     os.setsid()
     while os.getppid() == between:
         time.sleep(0.001)
-    die_with_parent()
-    if os.getppid() != launcher:  # it died before we said so, or adopts nobody
-        os._exit(exits.RESTART)
+    die_with(launcher)  # or end, if it adopts nobody
 
 
 def _print_to(console: Sequence[int]) -> None:
@@ -369,9 +384,15 @@ def _keep_output(folder: Path, rank: int) -> None:
 
 
 def _become_other(
-    folder: Path, place: Mapping[str, str], console: Sequence[int], lines: IO[str]
+    folder: Path,
+    place: Mapping[str, str],
+    console: Sequence[int],
+    lines: IO[str],
+    of_first: Mapping[str, str],
 ) -> NoReturn:
     process.leave_to_parent()
+    if STORE_DESCRIPTOR in of_first:  # else others would find a port that nobody answers
+        os.close(int(of_first[STORE_DESCRIPTOR]))
     _become(folder, place, console, lines)
 
 

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from megatron_tropd import deterministic
 from megatron_tropd.choices import BatchChoices, choose, loss_name, loss_of_step
 from megatron_tropd.config import Config, LossConfig, config_to_dict
 from megatron_tropd.convert.megatron_folder import MegatronFolder
@@ -146,9 +147,14 @@ class Job:
         config, exits = self.config, self._exit
         platform.prepare_platform()
         platform.check_device()
-        _, collectives = limits(config.run.timeout_minutes)
+        if config.run.deterministic:
+            direct = config.rollout.weight_transport == "direct"
+            deterministic.check_transport(direct=direct, cuda=platform.has_cuda())
+            platform.be_deterministic()
         self.ranks = parallel.initialize(
-            config.parallel, seed=config.train.seed, timeout_seconds=collectives
+            config.parallel,
+            seed=config.train.seed,
+            timeout_seconds=limits(config.run.timeout_minutes).collectives,
         )
         exits.push(_leave_groups)
         exits.callback(self._aside.shutdown, cancel_futures=True)
@@ -568,7 +574,8 @@ class Job:
 
     def stopping(self) -> bool:
         """Whether any rank was asked to stop. Collectives: one all-reduce of [1]."""
-        flag = torch.tensor([int(self._stop.requested)], device=self.device)
+        # On the host, over gloo: nobody waits for a GPU to be told.
+        flag = torch.tensor([int(self._stop.requested)])
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         return bool(flag)
 

@@ -15,13 +15,14 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_tropd import exits
 from megatron_tropd.config import Config
-from megatron_tropd.environment import variable
+from megatron_tropd.environment import STORE_DESCRIPTOR, variable
 from megatron_tropd.errors import ConfigError
 from megatron_tropd.failures import Failure, report
-from megatron_tropd.first_rank import FirstRank, Rank, die_with_parent
+from megatron_tropd.first_rank import FirstRank, Rank
 from megatron_tropd.nodes import Nodes, Peers
 from megatron_tropd.rollout.process import engine_threads
 from megatron_tropd.run_folder import RunFolder, wait_until_open
@@ -33,6 +34,8 @@ GRACE_SECONDS = 300.0
 FAILURE_GRACE_SECONDS = 5.0
 """Between the death of one rank and SIGKILL for the others, which wait for it in a collective."""
 _GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd")
+_BACKLOG = 4096
+"""Ranks that may call before rank 0 answers."""
 LEAVE_SECONDS = 60.0
 """How long node 0, its own ranks gone, waits for the other nodes to say the same."""
 
@@ -47,7 +50,25 @@ def start_first(config: Config, nodes: Nodes) -> FirstRank:
     local = max(1, config.parallel.world_size // nodes.count)
     threads = _engine_threads(config, local, nodes)
     run = str(Path(config.run.dir).resolve())
-    return FirstRank(_environment(local, nodes), engine_threads=threads, shown=run)
+    return FirstRank(
+        _environment(local, nodes),
+        engine_threads=threads,
+        shown=run,
+        listener=listen(nodes) if nodes.rank == 0 else None,
+    )
+
+
+def listen(nodes: Nodes) -> socket.socket:
+    """Where the ranks will meet: rank 0 takes this very socket over.
+
+    A port that was free a moment ago, and is named to others, may be taken when they come.
+    """
+    how: dict[str, Any] = {"backlog": _BACKLOG}
+    if nodes.count == 1:
+        return socket.create_server((nodes.address, 0), **how)
+    if socket.has_dualstack_ipv6():
+        how |= {"family": socket.AF_INET6, "dualstack_ipv6": True}
+    return socket.create_server(("", 0), **how)
 
 
 def _engine_threads(config: Config, local: int, nodes: Nodes) -> int:
@@ -79,9 +100,9 @@ def lead(world_size: int, folder: RunFolder, peers: Peers, first: FirstRank | No
     """
     local = ranks_per_node(world_size, peers.nodes)
     peers.gather()
-    port = _free_port()
-    peers.send({"start": port})
-    return _run(local, folder, peers, port, first)
+    with (first and first.listener) or listen(peers.nodes) as listener:
+        peers.send({"start": listener.getsockname()[1]})
+        return _run(local, folder, peers, listener, first)
 
 
 def follow(config: Config, peers: Peers, first: FirstRank | None = None) -> int:
@@ -116,20 +137,23 @@ def ranks_per_node(world_size: int, nodes: Nodes) -> int:
     return world_size // nodes.count
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
-
-
-def _run(local: int, folder: RunFolder, peers: Peers, port: int, first: FirstRank | None) -> int:
+def _run(
+    local: int,
+    folder: RunFolder,
+    peers: Peers,
+    meeting: socket.socket | int,
+    first: FirstRank | None,
+) -> int:
+    """``meeting``: where the ranks meet, on node 0 the socket, else its port."""
     if first is not None:
         first.wait_ready()  # while a signal still ends us at once
     received: list[int] = []
     previous = {
         s: signal.signal(s, lambda number, _: received.append(number)) for s in exits.STOP_SIGNALS
     }
-    ranks = _start(local, folder, peers.nodes, port, first)
+    ranks = _start(local, folder, peers.nodes, meeting, first)
+    if isinstance(meeting, socket.socket):
+        meeting.close()  # only rank 0 holds it now: whoever looks for it after its end is refused
     try:
         return _Supervisor(ranks, received, peers, folder).run()
     finally:
@@ -139,8 +163,13 @@ def _run(local: int, folder: RunFolder, peers: Peers, port: int, first: FirstRan
 
 
 def _start(
-    local: int, folder: RunFolder, nodes: Nodes, port: int, first: FirstRank | None
+    local: int,
+    folder: RunFolder,
+    nodes: Nodes,
+    meeting: socket.socket | int,
+    first: FirstRank | None,
 ) -> list[Rank]:
+    port = meeting if isinstance(meeting, int) else meeting.getsockname()[1]
     places = [
         {
             "RANK": str(nodes.rank * local + local_rank),
@@ -149,14 +178,17 @@ def _start(
         }
         for local_rank in range(local)
     ]
+    descriptors = []
+    if isinstance(meeting, socket.socket):
+        descriptors = [meeting.fileno()]
+        places[0][STORE_DESCRIPTOR] = str(meeting.fileno())
     ranks: list[Rank] = first.run(folder, places) if first else []
-    command = [sys.executable, "-m", "megatron_tropd.worker", str(folder.root)]
+    command = [sys.executable, "-m", "megatron_tropd.worker", str(folder.root), str(os.getpid())]
     shared = _environment(local, nodes)
     for place in places[len(ranks) :]:
+        passed = descriptors if STORE_DESCRIPTOR in place else []
         ranks.append(
-            subprocess.Popen(
-                command, env=shared | place, start_new_session=True, preexec_fn=die_with_parent
-            )
+            subprocess.Popen(command, env=shared | place, pass_fds=passed, start_new_session=True)
         )
     return ranks
 
@@ -168,6 +200,9 @@ def _environment(local: int, nodes: Nodes) -> dict[str, str]:
         "WORLD_SIZE": str(local * nodes.count),
         "LOCAL_WORLD_SIZE": str(local),
         "MASTER_ADDR": nodes.address,
+        # torch's word for: somebody else has opened the store (rank 0, on the socket it was given).
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
         "OMP_NUM_THREADS": variable("OMP_NUM_THREADS") or str(threads),
         # Ranks and engines take turns on the same cores: idle threads must not spin on them.
         "OMP_WAIT_POLICY": variable("OMP_WAIT_POLICY") or "PASSIVE",

@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron_tropd import environment, exits
 from megatron_tropd.config import Config
 from megatron_tropd.convert.megatron_folder import MegatronFolder
+from megatron_tropd.deterministic import set_environment
 from megatron_tropd.engines import make_engine
 from megatron_tropd.errors import ConfigError
 from megatron_tropd.inputs import Inputs, load_inputs
@@ -37,6 +38,7 @@ def serve(config: Config, *, number: int, host: str, port: int) -> int:
         TrainingError: the engine keeps dying.
     """
     _check(config, number)
+    set_environment(config.run.deterministic)
     folder = RunFolder(Path(config.run.dir).resolve())
     if folder.read_summary():
         return exits.COMPLETE

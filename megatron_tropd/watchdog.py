@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from megatron_tropd import exits
 from megatron_tropd.failures import Failure, read, report
@@ -30,12 +31,22 @@ _LONGEST_BEAT = 10.0  # seconds between heartbeats; less where the limit is shor
 _LINE = 512  # bytes of a heartbeat, so that it is overwritten in place
 
 
-def limits(timeout_minutes: float) -> tuple[float, float]:
-    """Seconds a phase may last, and seconds after which collectives give up by themselves.
+class Limits(NamedTuple):
+    """Seconds until somebody gives up, each longer than the one before."""
 
-    The second is longer, so that the report comes first; it also holds for :data:`START`.
-    """
-    return 60 * timeout_minutes, 120 * timeout_minutes + 300
+    phase: float
+    """A phase may last so long."""
+    start: float
+    """And :data:`START`."""
+    collectives: float
+    """Of every process group: later than our report, which says what is the matter."""
+
+
+def limits(timeout_minutes: float) -> Limits:
+    """Those of ``run.timeout_minutes``."""
+    start = 120 * timeout_minutes + 300
+    # Noticing takes a beat, and the report reads those of all ranks twice; see ``_watch``.
+    return Limits(60 * timeout_minutes, start, start + 60 + 15 * _LONGEST_BEAT)
 
 
 class Progress:
@@ -104,7 +115,7 @@ class Watchdog:
         self._progress, self._folder, self._failure = progress, folder, failure
         self._rank, self._world_size, self._minutes = rank, world_size, timeout_minutes
         self._say = say
-        self._limit, self._limit_at_start = limits(timeout_minutes)
+        self._limit, self._limit_at_start, _ = limits(timeout_minutes)
         self.period = min(_LONGEST_BEAT, self._limit / 10)
         self._beat = 0
         self._training = threading.get_ident()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import IO, NoReturn
 
 from megatron_tropd import exits
+from megatron_tropd.deterministic import set_environment
 from megatron_tropd.environment import number
 from megatron_tropd.errors import ConfigError, InputError, TrainingError
 from megatron_tropd.failures import KINDS, Failure, kind_of, report
@@ -56,6 +57,7 @@ def run_rank(folder: RunFolder, *, announce: bool = False) -> int:
         print(f"tropd: rank {rank}: {message}", file=console)
 
     config = folder.read_config()
+    set_environment(config.run.deterministic)
     watchdog = Watchdog(
         progress,
         folder=folder.heartbeats,
@@ -134,4 +136,7 @@ def work(folder: RunFolder) -> NoReturn:
 
 
 if __name__ == "__main__":
+    from megatron_tropd.first_rank import die_with
+
+    die_with(int(sys.argv[2]))
     work(RunFolder(Path(sys.argv[1])))

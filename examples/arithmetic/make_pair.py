@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import random
-import socket
 import tempfile
 import time
 from collections import deque
@@ -24,6 +23,7 @@ from typing import Any
 
 import sentencepiece as spm
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 from problems import Problem, problems, with_slips
 from transformers import (
@@ -42,6 +42,7 @@ from megatron_tropd.data.packing import pack
 from megatron_tropd.data.prompts import load_prompts
 from megatron_tropd.data.tokenizers import load_tokenizer
 from megatron_tropd.data.types import MicroBatch, Segment, Trajectory
+from megatron_tropd.mcore import platform
 from megatron_tropd.mcore.models import build_model, padded_vocab_size
 from megatron_tropd.mcore.parallel import initialize, shutdown
 from megatron_tropd.mcore.step import StepResult, Student, cross_entropy
@@ -236,7 +237,7 @@ def _trajectory(
 
 
 def train_rank(
-    rank: int, first: Path, out: Path, recipe: Recipe, tensor_parallel: int, port: int, log: Path
+    rank: int, first: Path, out: Path, recipe: Recipe, tensor_parallel: int, log: Path
 ) -> None:
     """One rank of the training: from the HF folder ``first`` to the HF folder ``out``.
 
@@ -246,11 +247,12 @@ def train_rank(
         out: where the trained model goes.
         recipe: how to train.
         tensor_parallel: number of ranks.
-        port: a free port of this machine, where the ranks meet.
-        log: JSON lines, one every ``LOG_EVERY`` steps.
+        log: JSON lines, one every ``LOG_EVERY`` steps; the ranks meet in its folder.
     """
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(tensor_parallel)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    store = dist.FileStore(str(log.with_name("store")), tensor_parallel)
+    backend = platform.distributed_backend()
+    dist.init_process_group(backend, store=store, rank=rank, world_size=tensor_parallel)
     parallel = ParallelConfig(tensor=tensor_parallel)
     ranks = initialize(parallel, recipe.seed)
     folder = HFFolder(first)
@@ -320,14 +322,11 @@ def make(name: str, recipe: Recipe, out: Path, tensor_parallel: int) -> dict[str
     with tempfile.TemporaryDirectory() as scratch:
         first = Path(scratch) / "first"
         parameters = write_first_weights(first, recipe)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         log = Path(scratch) / "log.jsonl"
         began = time.perf_counter()
         mp.spawn(
             train_rank,
-            (first, out / name, recipe, tensor_parallel, port, log),
+            (first, out / name, recipe, tensor_parallel, log),
             nprocs=tensor_parallel,
         )
         seconds = round(time.perf_counter() - began)

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_tropd.data.types import upload
 from megatron_tropd.errors import InputError
 
 TEXT = ("tokens", "labels", "loss_mask", "position_ids")
@@ -98,8 +99,8 @@ def draw(
         InputError: the data ended; an item lacks keys or has another shape; there are none to take
             masks from.
 
-    Collectives: on ``group`` 3 broadcasts, of 1 and [N, 6, B, S] int64 and [N, 2, B, S] float32;
-    with ``masked`` 1 of [N, B, S, S] bytes.
+    Collectives: on ``group`` 3 broadcasts, of [1 + N] and [N, 6, B, S] int64 and [N, 2, B, S]
+    float32; with ``masked`` 1 of [N, B, S, S] bytes.
     """
     try:
         items = [] if iterator is None else [next(iterator) for _ in range(count)]
@@ -122,45 +123,48 @@ def share(
     device: torch.device,
 ) -> list[Batch]:
     """:func:`draw` for items at hand: N of them on the first rank of ``group``, or none."""
-    kind = torch.full((1,), _kind(items), device=device)
-    ints = torch.zeros(count, 6, *shape, dtype=torch.int64, device=device)
-    floats = torch.zeros(count, 2, *shape, dtype=torch.float32, device=device)
-    masks = torch.zeros(count, shape[0], 1, shape[1], shape[1], dtype=torch.uint8, device=device)
+    # On the host first: one copy for each, and none that the host waits for.
+    head = torch.zeros(1 + count, dtype=torch.int64)
+    ints = torch.zeros(count, 6, *shape, dtype=torch.int64)
+    floats = torch.zeros(count, 2, *shape, dtype=torch.float32)
+    masks = torch.zeros(count, shape[0], 1, shape[1], shape[1], dtype=torch.uint8)
     masks = masks if masked else masks[:0]
     if group.rank() == 0 and items:
-        _fill(items, ints, floats, masks, int(kind))
+        head[0] = _kind(items)
+        _fill(items, ints, floats, masks, _kind(items))
+        head[1:] = (floats[:, 0] != 0).flatten(1).sum(dim=1)
+    head, ints, floats, masks = (upload(tensor, device) for tensor in (head, ints, floats, masks))
     source = dist.get_global_rank(group, 0)
-    for tensor in (kind, ints, floats, masks):
+    for tensor in (head, ints, floats, masks):
         if tensor.numel():
             dist.broadcast(tensor, source, group=group)
-    if masked and int(kind) == _NOTHING:
+    kind, *counts = head.tolist()  # the one place where a step waits for its device
+    if masked and kind == _NOTHING:
         raise InputError(
             "Expected data on every pipeline stage, as --reset-attention-mask is on, found none "
             "on this one. Let the datasets provider build its datasets on every rank."
         )
-    sampled = int(kind) == _TRAJECTORY
-    places = loss_places(floats[:, 0])
+    sampled = kind == _TRAJECTORY
+    places = loss_places(floats[:, 0], counts)
     return [
         _batch(ints[n], floats[n], masks[n].bool() if masked else None, places[n], sampled)
         for n in range(count)
     ]
 
 
-def loss_places(weights_NBS: Tensor) -> list[Tensor]:
+def loss_places(weights_NBS: Tensor, counts: Sequence[int]) -> list[Tensor]:
     """Where the labels with a loss are: ``Batch.loss_at`` of N micro-batches.
-
-    The one place where a step asks its device for the number of them.
 
     Args:
         weights_NBS: [N, B, S].
+        counts: [N] how many labels have a loss; the device is not asked for it.
 
     Returns:
         N times [T] int64.
     """
     carries = (weights_NBS != 0).flatten(1)
-    counts = carries.sum(dim=1).tolist()
-    places = carries.flatten().nonzero()[:, 0] % max(carries.shape[1], 1)
-    return list(places.split(counts))
+    places = carries.flatten().nonzero_static(size=sum(counts))[:, 0]
+    return list((places % max(carries.shape[1], 1)).split(list(counts)))
 
 
 def _batch(

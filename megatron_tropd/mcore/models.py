@@ -156,6 +156,7 @@ def _own_settings(
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
+        deterministic_mode=torch.are_deterministic_algorithms_enabled(),
         **_window_settings(shape),
         **_expert_settings(shape, parallel),
     )

@@ -1,5 +1,6 @@
 """The ranks of a run and the groups they form: Megatron's parallel state, read once."""
 
+import os
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -8,12 +9,14 @@ import torch
 import torch.distributed as dist
 
 from megatron_tropd.config import ParallelConfig
-from megatron_tropd.environment import number, variable
+from megatron_tropd.environment import STORE_DESCRIPTOR, number, variable
 from megatron_tropd.errors import ConfigError
 from megatron_tropd.mcore import platform
 
 _TIMEOUT_SECONDS = 2 * 3600.0
 """Ranks without an engine wait this long for a rollout, or for an evaluation on rank 0."""
+_store: Any = None
+"""The server of rank 0, which lives as long as the process."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +182,23 @@ def _join(parallel: ParallelConfig, timeout: timedelta) -> None:
         group["device_id"] = platform.device()
     if not variable("RANK"):
         group |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    _open_store(timeout)
     dist.init_process_group(**group)
+
+
+def _open_store(timeout: timedelta) -> None:
+    """Serve the ranks' store on the socket that our launcher has held since it named its port."""
+    global _store
+    descriptor = os.environ.pop(STORE_DESCRIPTOR, None)
+    if descriptor is not None:
+        _store = dist.TCPStore(
+            os.environ["MASTER_ADDR"],
+            number("MASTER_PORT"),
+            is_master=True,
+            wait_for_workers=False,
+            timeout=timeout,
+            master_listen_fd=int(descriptor),
+        )
 
 
 def _local_device() -> int:

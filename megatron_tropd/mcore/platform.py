@@ -62,6 +62,13 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else _CPU
 
 
+def be_deterministic() -> None:
+    """Have torch take algorithms that give equal bits, or raise where an operation has none."""
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
+
+
 def row_multiple() -> int:
     """What lengths of rows are rounded up to.
 

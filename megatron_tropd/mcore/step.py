@@ -326,9 +326,9 @@ def _student_forward(
     def loss(hidden_TH: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         assert weight_vH is not None, "only the last stage has a loss"
         loss_sum, report = loss_fn(hidden_TH, weight_vH, batch, index)
+        num_tokens = loss_sum.new_full((), len(batch.loss_at), dtype=torch.int)
         if model.ddp_config.overlap_grad_reduce:
             loss_sum = SomeGradient.apply(loss_sum, weight_vH)
-        num_tokens = loss_sum.new_full((), len(batch.loss_at), dtype=torch.int)
         return loss_sum, num_tokens, report
 
     return loss_token_states(model, batch), loss

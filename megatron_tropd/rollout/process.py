@@ -176,6 +176,7 @@ def engine_environment(
         "TRANSFORMERS_OFFLINE": "1",
     }
     if cuda_devices is None:
+        kept.pop("VLLM_BATCH_INVARIANT", None)  # a switch of kernels for GPUs
         ours |= {
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             # Threads that spin while they wait starve each other on a busy machine.

@@ -309,6 +309,11 @@ def _packed(step: int) -> tuple[list[MicroBatch], LossCounts]:
     return batches, count_loss_tokens(trajectories)
 
 
+def _loss_places(drawn: list[dict[str, Any]]) -> list[torch.Tensor]:
+    weights = torch.stack([batch["loss_weights"] for batch in drawn])
+    return loss_places(weights, [int(of_batch.count_nonzero()) for of_batch in weights])
+
+
 def _given_text(drawn: list[dict[str, Any]]) -> tuple[list[MicroBatch], LossCounts]:
     """What the plug-in drew, as micro-batches of tokens that a student wrote."""
     nothing = torch.zeros(ROWS, SEQUENCE)
@@ -327,9 +332,7 @@ def _given_text(drawn: list[dict[str, Any]]) -> tuple[list[MicroBatch], LossCoun
             student_at=torch.arange(len(loss_at)),
             rows=tuple(range(ROWS)),
         )
-        for batch, loss_at in zip(
-            drawn, loss_places(torch.stack([batch["loss_weights"] for batch in drawn])), strict=True
-        )
+        for batch, loss_at in zip(drawn, _loss_places(drawn), strict=True)
     ]
     return batches, LossCounts(0, sum(int(batch.loss_mask.sum()) for batch in batches), 0)
 
@@ -506,7 +509,7 @@ def _one_hot_teacher(student: str, sequence_parallel: bool, out: str) -> None:
         response_positions=nothing.long(),
         sample_ids=torch.zeros(ROWS, dtype=torch.int64),
         attention_mask=None,
-        loss_at=loss_places(weights[None])[0],
+        loss_at=loss_places(weights[None], [int(weights.count_nonzero())])[0],
         sampled=False,
     )
     signal = HiddenStatesSignal(one_hot_TV, identity_vV.contiguous(), vocab)

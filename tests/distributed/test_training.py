@@ -26,6 +26,8 @@ from tests.ranks import leave_layout, run_with_env
 STEPS = 10
 LAYOUTS = {
     "tp1": ParallelConfig(),
+    "tp1_deterministic": ParallelConfig(),
+    "tp1_deterministic_again": ParallelConfig(),
     "tp2": ParallelConfig(tensor=2),
     "pp2": ParallelConfig(pipeline=2),
     "tp2_pp2": ParallelConfig(tensor=2, pipeline=2),
@@ -95,7 +97,10 @@ def train_all(student: str, teacher: str, runs: list[Run], out: str) -> None:
     dist.init_process_group(platform.distributed_backend())
     for run in runs:
         layout, dtype, method = run
+        if "deterministic" in layout:
+            platform.be_deterministic()
         history = _train(student, teacher, LAYOUTS[layout], dtype, method)
+        torch.use_deterministic_algorithms(False)
         leave_layout()
         if dist.get_rank() == 0:
             Path(out, history_file(run)).write_text(json.dumps(history))
@@ -132,6 +137,7 @@ def _train(
         ranks=ranks,
         dtype=kind,
     )
+    assert learner.model.config.deterministic_mode is torch.are_deterministic_algorithms_enabled()
     scorer = Teacher(models.build_model(folders[1], **build), ranks=ranks, vocab_size=259)
     history = []
     for step in range(STEPS):
@@ -227,6 +233,14 @@ def test_losses_and_grad_norms_do_not_depend_on_the_layout(layout, method, histo
         atol=1e-6 if method == "tropd" else 1e-5,
         equal_nan=True,
     )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_deterministic_mode_gives_the_same_bits_again(method, histories):
+    """Every operation has an algorithm for it; some add in another order than without."""
+    names = ("tp1_deterministic", "tp1_deterministic_again")
+    found, expected = (histories[name, "float32", method] for name in names)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_the_methods_do_what_they_say_to_the_batch(histories):

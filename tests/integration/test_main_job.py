@@ -81,6 +81,7 @@ def config(tmp_path_factory, pair) -> Path:
         every = 3
         [run]
         dir = "unset"
+        deterministic = true
         checkpoint_every = 2
         trajectories_every = 3
     """)

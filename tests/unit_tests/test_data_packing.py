@@ -163,6 +163,21 @@ def test_rows_are_rounded_up_unless_one_would_not_fit(multiple, rounded_to):
         assert all(batch.tokens.numel() <= budget for batch in batches)
 
 
+@pytest.mark.parametrize("loss", [LossConfig(), LossConfig(mask_first_ids=(1, 2, 3))], ids=str)
+def test_places_are_those_of_the_masks(loss):
+    trajectories, labels = _trajectories(), 0
+    for batch in _pack(trajectories, loss=loss, pad_multiple=4):
+        mask = batch.loss_mask
+        assert torch.equal(batch.loss_at, mask.flatten().nonzero()[:, 0])
+        assert torch.equal(batch.of_loss_tokens(batch.labels), batch.labels[mask])
+        assert torch.equal(batch.loss_rows, torch.tensor(batch.rows)[mask.nonzero()[:, 0]])
+        student = batch.segments[mask] == Segment.STUDENT
+        assert torch.equal(batch.student_at, student.nonzero()[:, 0])
+        labels += len(batch.loss_at)
+    counts = count_loss_tokens(trajectories, loss)
+    assert labels == counts.teacher + counts.student > 0
+
+
 def test_order_of_the_list_changes_no_draw():
     trajectories = _trajectories()
     draws = {}

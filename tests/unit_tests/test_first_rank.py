@@ -90,6 +90,41 @@ def test_forked_ranks_die_with_the_launcher():
         time.sleep(0.01)
 
 
+FIRST = """
+import os, time
+from megatron_tropd.first_rank import FirstRank
+first = FirstRank(os.environ)
+first.wait_ready()
+print(first.process.pid, flush=True)
+time.sleep(600)
+"""
+
+
+def test_the_first_rank_dies_with_the_launcher():
+    with subprocess.Popen([sys.executable, "-c", FIRST], stdout=subprocess.PIPE) as launcher:
+        assert launcher.stdout is not None
+        try:
+            pid = int(launcher.stdout.readline())
+            assert os.getsid(pid) == pid and _state(pid) not in ("gone", "Z")
+        finally:
+            launcher.kill()
+    deadline = time.monotonic() + 60
+    while _state(pid) not in ("gone", "Z"):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_process_whose_launcher_is_gone_already_ends():
+    script = "from megatron_tropd.first_rank import die_with; die_with(1); raise SystemExit(3)"
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 75
+
+
+def test_nothing_runs_between_fork_and_exec():
+    """It may meet a lock that another thread held when the process was forked."""
+    package = REPOSITORY / "megatron_tropd"
+    assert not [p for p in package.rglob("*.py") if "preexec_fn=" in p.read_text()]
+
+
 def test_who_adopts_nobody_is_given_no_ranks():
     command = [sys.executable, "-c", FORKING, "0"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)

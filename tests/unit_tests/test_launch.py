@@ -6,6 +6,7 @@ import socket
 import subprocess
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from megatron_tropd.errors import ConfigError
 from megatron_tropd.failures import Failure, read, report
 from megatron_tropd.nodes import Nodes, Peers
 from megatron_tropd.run_folder import RunFolder
+from tests.ranks import free_port
 
 HEEDS = "trap 'exit 0' TERM; touch $READY; while :; do sleep 0.05; done"
 PATIENCE = 60.0
@@ -177,7 +179,7 @@ def test_the_end_of_node_0_is_the_end_of_all(run, folder, tmp_path, monkeypatch)
     """By its word, and by its death."""
     config = _config(folder, 4)
     monkeypatch.setattr(launch, "wait_until_open", lambda _: folder)
-    port = launch._free_port()
+    port = free_port()
     for last, code in ({"end": 1}, 1), (None, 75):
         with (
             Peers(Nodes(0, 2, "127.0.0.1", port)) as first,
@@ -193,6 +195,50 @@ def test_the_end_of_node_0_is_the_end_of_all(run, folder, tmp_path, monkeypatch)
             timer.join()
     failure = read(folder.failure)
     assert failure is not None and "Lost node 0" in failure.message
+
+
+def test_nobody_else_gets_the_port_at_which_the_ranks_meet(monkeypatch):
+    """From its choice on it belongs to the launcher, and then to rank 0; early ranks wait."""
+    import torch.distributed as dist
+
+    from megatron_tropd.mcore import parallel
+
+    listener = launch.listen(Nodes())
+    address, port = listener.getsockname()
+    assert address == "127.0.0.1", "a run of one node is nobody else's"
+    with pytest.raises(OSError, match="in use"):
+        socket.create_server((address, port))
+    early = socket.create_connection((address, port), PATIENCE)
+    monkeypatch.setenv("MASTER_ADDR", address)
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    monkeypatch.setenv("TROPD_STORE_FD", str(listener.detach()))
+    parallel._open_store(timedelta(seconds=PATIENCE))
+    assert "TROPD_STORE_FD" not in os.environ, "engines have no use for it"
+    for value in (b"1", b"2"):
+        client = dist.TCPStore(address, port, is_master=False, wait_for_workers=False)
+        client.set("key", value)
+        assert parallel._store.get("key") == value
+    early.close()
+    parallel._store = None
+
+
+@pytest.mark.parametrize("nodes", [Nodes(), Nodes(0, 2, "127.0.0.1", 1)])
+def test_rank_0_alone_is_given_the_socket(nodes, folder, monkeypatch):
+    started: list[tuple[dict[str, str], list[int]]] = []
+    monkeypatch.setattr(
+        subprocess,
+        "Popen",
+        lambda _, env, pass_fds, **__: started.append((env, pass_fds)),
+    )
+    with launch.listen(nodes) as listener:
+        launch._start(2, folder, nodes, listener, None)
+        launch._start(2, folder, Nodes(1, 2), listener.getsockname()[1], None)
+        (first, given), *others = started
+        assert first["TROPD_STORE_FD"] == str(listener.fileno()) and given == [listener.fileno()]
+        ports = {env["MASTER_PORT"] for env, _ in started}
+        assert ports == {str(listener.getsockname()[1])}
+    assert [env["RANK"] for env, _ in started] == ["0", "1", "2", "3"]
+    assert all("TROPD_STORE_FD" not in env and not passed for env, passed in others)
 
 
 def test_ranks_are_shared_equally():

@@ -20,6 +20,7 @@ from megatron_tropd.data.types import Trajectory
 from megatron_tropd.errors import ConfigError, InputError
 from megatron_tropd.integrations import global_batch, megatron_lm, options, startup
 from megatron_tropd.loss_config import LossConfig
+from tests.host_syncs import host_syncs
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "megatron_lm"
 
@@ -355,6 +356,25 @@ def test_megatron_lm_draws_the_mask_of_the_trainer(group) -> None:
     assert len(torch.cat(expected).unique()) == 4 * 6
 
 
+def test_megatron_lm_waits_for_the_device_once_a_step(group) -> None:
+    """For the kind of data and the numbers of labels, however many micro-batches there are."""
+    settings = megatron_lm.StepLoss(LossConfig(), 1.0, 20, group, False, 11, 5, False)
+    ids = (9, 9), (), (7,) * 5
+    item = default_collate(
+        [training_item(recorded(Trajectory(5, 0, 0, *ids, (-1.0,) * 5, "stop", 5)), 12)]
+    )
+    for count in (1, 3):
+        with host_syncs() as found:
+            for batch in _draw([item] * count, group, shape=(1, 12)):
+                targets = megatron_lm.targets_of(megatron_lm.Scored(batch, None, settings))
+                values = {
+                    name: targets.uniforms_T
+                    for name in ("loss", "student_logprob", "k1", "outlier")
+                }
+                megatron_lm.report_of(values, settings)
+        assert list(found.values()) == [1], found
+
+
 def test_megatron_lm_deals_live_samples_as_megatron_does() -> None:
     plugin = megatron_lm._Plugin(None, None)
     plugin._teacher = Namespace(ranks=Namespace(dp_size=2, dp_rank=1))
@@ -419,7 +439,7 @@ def test_megatron_lm_names_the_token_whose_loss_is_no_number(
         tokens=zeros, labels=torch.tensor([[5, 6, 7], [8, 9, 10]]), position_ids=zeros,
         loss_weights=weights, teacher_written=zeros.bool(), rollout_logprobs=weights,
         response_positions=zeros, sample_ids=torch.tensor([40, 41]), attention_mask=None,
-        loss_at=global_batch.loss_places(weights[None])[0], sampled=True,
+        loss_at=global_batch.loss_places(weights[None], [3])[0], sampled=True,
     )  # fmt: skip
     step = megatron_lm.StepLoss(
         config=LossConfig(), beta=0.0, vocab_size=12, group=None, metrics=False, seed=0,

@@ -26,11 +26,12 @@ ARROWS: dict[str, set[str]] = {
     "watchdog": {"exits", "failures"},
     "environment": set(),
     "nodes": {"environment"},
+    "deterministic": {"environment"},
     "settings": set(),
     "loss_config": {"settings"},
     "megatron_fields": set(),
     "megatron_config": {"megatron_fields", "settings"},
-    "config": {"loss_config", "megatron_config", "settings", "text_files"},
+    "config": {"deterministic", "loss_config", "megatron_config", "settings", "text_files"},
     "losses": {"loss_config"},
     "data": {"config", "files", "losses", "rollout.types", "text_files", "token_ids"},
     "convert": {"config", "files", "text_files", "token_ids"},
@@ -61,7 +62,15 @@ TRITON = {KERNELS, PACKAGE / "rehearsal" / "cuda.py"}
 """Who may import triton: where kernels are written, and where their launches are caught."""
 LIGHT = {
     *("errors", "exits", "environment", "failures", "files", "token_ids", "watchdog", "nodes"),
-    *("text_files", "settings", "loss_config", "megatron_fields", "megatron_config", "config"),
+    *(
+        "deterministic",
+        "text_files",
+        "settings",
+        "loss_config",
+        "megatron_fields",
+        "megatron_config",
+        "config",
+    ),
     "cluster",
 }
 """Rooms that need the standard library alone."""
