@@ -155,7 +155,12 @@ class Device(TorchDispatchMode):
         self, func: Any, args: tuple, kwargs: dict[str, Any], tensors: list[Tensor]
     ) -> Any:
         values = self._values(func, args, kwargs, tensors)
-        if func in _COUNTED or (func in _INDEX and _has_mask(args)):
+        if func is _aten.index_put_.default and _is_fill(args):
+            mask = args[1][0]
+            shape = [*mask.shape, *[1] * (args[0].dim() - mask.dim())]
+            mask = self._operate(_aten.view.default, (mask, shape), {}, [mask])
+            func, args = _aten.masked_fill_.Tensor, (args[0], mask, args[2])
+        elif func in _COUNTED or (func in _INDEX and _has_mask(args)):
             return self._counted(func, args, kwargs, values)
         if func in _INDEX and any(i is not None and not on_device(i) for i in args[1]):
             self.events.wait("index from the host")
@@ -213,7 +218,8 @@ class Device(TorchDispatchMode):
                 raise self._unknown("the number of places in a mask")
             indices += [self.to_device(i, noted=False) for i in mask.nonzero().unbind(1)]
         name = _aten.index.Tensor if func in _COUNTED else func
-        return self._operate(name, (args[0], indices, *args[2:]), kwargs, [args[0], *indices])
+        args = (args[0], indices, *args[2:])
+        return self._operate(name, args, kwargs, _tensors_of(args, kwargs))
 
     def _unknown(self, what: str) -> CannotRehearse:
         return CannotRehearse(
@@ -303,6 +309,11 @@ def _is_large(args: tuple) -> bool:
 
 def _in_backward() -> bool:
     return torch._C._current_autograd_node() is not None
+
+
+def _is_fill(args: tuple) -> bool:
+    """Whether torch fills the places of a mask with one number, for which nobody has to wait."""
+    return len(args[1]) == 1 and _has_mask(args) and args[2].numel() == 1 and len(args) < 4
 
 
 def _has_mask(args: tuple) -> bool:

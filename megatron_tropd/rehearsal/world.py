@@ -50,12 +50,7 @@ class World:
 
     def answer(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Note a collective; what it returns looks like the real one's."""
-        group = next(
-            dist.ProcessGroup.unbox(a) for a in args if isinstance(a, torch._C.ScriptObject)
-        )
-        name = func._schema.name.removeprefix("c10d::").strip("_")
-        given = self._given(name, args)
-        self.note(name, group, given)
+        name, group = self.record(func, args)
         if name == "recv":
             self._receive(args[0][0], dist.get_global_rank(group, args[2]))
         elif name == "allgather_base" and (mine := known(args[1])) is not None:
@@ -63,6 +58,15 @@ class World:
         work = FakeWork().boxed()
         returns = len(func._schema.returns)
         return {0: None, 1: work, 2: (args[0], work)}[returns]
+
+    def record(self, func: Any, args: tuple) -> tuple[str, dist.ProcessGroup]:
+        """Note an operation of torch's ``c10d``: its name, and the group it is of."""
+        group = next(
+            dist.ProcessGroup.unbox(a) for a in args if isinstance(a, torch._C.ScriptObject)
+        )
+        name = func._schema.name.removeprefix("c10d::").strip("_")
+        self.note(name, group, self._given(name, args))
+        return name, group
 
     def note(self, name: str, group: dist.ProcessGroup | None, tensors: list[Tensor]) -> None:
         """Count one call; ``group`` None: of all ranks."""
