@@ -237,7 +237,7 @@ class HandOver:
 
         pool = self._pools[way]
         start = time.perf_counter()
-        pool.load_tensors(iter(self._tensors.items()), version=step)
+        pool.load_tensors(self._tensors.items(), version=step)
         trainer = time.perf_counter() - start
         pool.generate([SampleRequest((5, 6, 7), 1, seed) for seed in range(2)], Sampling())
         samples = time.perf_counter() - start

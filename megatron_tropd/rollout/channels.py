@@ -104,7 +104,7 @@ class DeviceChannel:
         export: Callable[[Tensor], tuple[Any, ...]],
         bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
-        """Meet the ranks of the same engine; collective on all ranks.
+        """Meet the ranks of the same engine.
 
         Args:
             groups: ranks of each engine's GPUs, by the rank that owns it (:func:`device_groups`).
@@ -119,10 +119,11 @@ class DeviceChannel:
         self._bucket_bytes = bucket_bytes
         self._takes_part = rank in self.receivers
         self._group: dist.ProcessGroup | None = None
-        for ranks in groups.values():
-            if len(ranks) > 1:
-                group = dist.new_group(list(ranks), backend="gloo")
-                self._group = group if rank in ranks else self._group
+        mine = next((list(ranks) for ranks in groups.values() if rank in ranks), [])
+        if len(mine) > 1:
+            # By its members alone: beside a default group that is bound to a device, those who are
+            # none would split NCCL's communicator, and wait there for members who do not.
+            self._group = dist.new_group(mine, backend="gloo", use_local_synchronization=True)
 
     def send(self, tensors: Tensors, engine: RolloutEngine | None) -> None:
         """Hand the weights over, one buffer after the other."""

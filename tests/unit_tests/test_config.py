@@ -174,6 +174,13 @@ def test_bad_values(toml: Path, override: str, message: str):
         load_config(toml, [override])
 
 
+def test_a_pass_of_the_engine_holds_a_token_of_each_sequence(toml: Path):
+    limits = ["rollout.max_num_seqs=64", "rollout.max_num_batched_tokens=63"]
+    with pytest.raises(ConfigError, match=r"at least rollout\.max_num_seqs = 64.*found 63"):
+        load_config(toml, limits)
+    assert load_config(toml, limits[:1]).rollout.max_num_seqs == 64
+
+
 def test_arguments_of_a_template_are_a_table_everywhere(toml: Path, tmp_path: Path):
     expected = {
         "enable_thinking": False,
