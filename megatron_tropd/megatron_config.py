@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from megatron_tropd.errors import ConfigError
 from megatron_tropd.megatron_fields import Table, verdicts
 from megatron_tropd.settings import Settings, require_plain
 
@@ -30,8 +31,7 @@ class MegatronConfig(Settings, section="megatron"):
         for table, options in self.tables():
             require_plain(options, f"megatron.{table}")
             for name in options:
-                if verdict := verdicts(table).get(name):
-                    verdict.check(f"megatron.{table}.{name}")
+                _check_verdict(table, name, options)
 
     @property
     def token_multiple(self) -> int:
@@ -52,3 +52,16 @@ class MegatronConfig(Settings, section="megatron"):
             for table, options in self.tables()
             for name, value in options.items()
         ]
+
+
+def _check_verdict(table: Table, name: str, options: dict[str, Any]) -> None:
+    verdict = verdicts(table).get(name)
+    if verdict is None:  # unknown here: of another version, or misspelt
+        return
+    verdict.check(f"megatron.{table}.{name}")
+    # One that is there and off is no mistake: a command line switches off what a file has.
+    if verdict.switch and verdict.switch not in options:
+        raise ConfigError(
+            f"megatron.{table}.{name} does nothing without megatron.{table}.{verdict.switch}. Set "
+            "that, too, or remove this one."
+        )

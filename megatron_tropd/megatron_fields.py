@@ -29,6 +29,8 @@ class Verdict:
     """Whether a run that resumes may have another value."""
     needs: str = ""
     """What the machine must have: "CUDA" or "Transformer Engine"; empty: nothing."""
+    switch: str = ""
+    """Field that must be set, too, for this one to do anything; empty: none."""
 
     def check(self, where: str) -> None:
         """Raise ConfigError if it is not ``passes``."""
@@ -59,10 +61,11 @@ def _verdict(rule: str) -> Verdict:
     kind, *rest = rule.split(", ")
     words = set(rest)
     needs = next(iter(words & {"CUDA", "Transformer Engine"}), "")
+    switch = next((word.removeprefix("with ") for word in rest if word.startswith("with ")), "")
     student, may_change = "student" in words, "may change" in words
-    if kind != "passes" or len(words) != bool(needs) + student + may_change:
+    if kind != "passes" or len(words) != bool(needs) + bool(switch) + student + may_change:
         raise ValueError(f"megatron_fields.txt: [{rule}] is no verdict")
-    return Verdict("passes", student=student, may_change=may_change, needs=needs)
+    return Verdict("passes", "", student, may_change, needs, switch)
 
 
 def _for_teacher(verdict: Verdict) -> Verdict:

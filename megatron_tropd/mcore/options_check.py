@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
@@ -58,12 +58,33 @@ def check_options(config: Config, *, student: dict[str, Any], teacher: dict[str,
     dtype = models.resolve_dtype(config.model.dtype)
     _check_offloading(megatron, dtype)
     _check_scaling(megatron.teacher)
-    built = models.transformer_config(model_shape(student), parallel, dtype, megatron.model)
-    models.transformer_config(
-        model_shape(teacher), parallel, dtype, megatron.teacher, table="teacher"
-    )
+    built = _built("model", student, config, dtype)
+    _built("teacher", teacher, config, dtype)
     ddp_config(parallel, megatron)
     optimizer_config(config.train, parallel, dtype, megatron, model=built)
+
+
+def _built(
+    table: Literal["model", "teacher"],
+    about: dict[str, Any],
+    config: Config,
+    dtype: torch.dtype,
+) -> TransformerConfig:
+    """Megatron's description of a model, whose options all do something."""
+    options, shape = getattr(config.megatron, table), model_shape(about)
+    of_experts = [name for name in options if name.startswith("moe_")]
+    if of_experts and shape.experts is None:
+        raise ConfigError(
+            f"megatron.{table}.{of_experts[0]} is for mixtures of experts, and this model is "
+            "dense. Remove it."
+        )
+    built = models.transformer_config(shape, config.parallel, dtype, options, table=table)
+    if built.activation_func_fp8_input_store and not built.bias_activation_fusion:
+        raise ConfigError(
+            f"megatron.{table}.activation_func_fp8_input_store does nothing without "
+            f"megatron.{table}.bias_activation_fusion = true. Set that, too, or remove this one."
+        )
+    return built
 
 
 def unreviewed(megatron: MegatronConfig) -> list[str]:
@@ -127,7 +148,7 @@ def _check_overlap(config: Config) -> None:
     if not ddp.get("overlap_grad_reduce"):
         raise ConfigError(
             "megatron.ddp.overlap_param_gather needs megatron.ddp.overlap_grad_reduce = true, "
-            "whose buckets it gathers. Set it too."
+            "whose buckets it gathers, found false. Change one of the two."
         )
 
 

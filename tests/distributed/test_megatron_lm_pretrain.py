@@ -53,7 +53,8 @@ LAYOUTS = {
     ),
     "tp2_pp2": (
         4,
-        "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --overlap-grad-reduce",
+        "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --overlap-grad-reduce "
+        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
     ),
 }
 RESUMED = ("tp2-text", "pp2-text", "tp2_pp2-text", "tp2-trajectories")

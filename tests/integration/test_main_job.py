@@ -232,6 +232,29 @@ def test_a_mixture_is_sampled_as_it_is_trained(start, unevaluated, tiny_model):
     AutoModelForCausalLM.from_pretrained(run.folder / "student_hf")
 
 
+RECOMPUTED = (
+    "megatron.model.recompute_granularity=full",
+    "megatron.model.recompute_method=uniform",
+    "megatron.model.recompute_num_layers=1",
+)
+
+
+def test_megatrons_options_are_in_force_and_change_no_number(start, yardstick):
+    run = start(*RECOMPUTED, "megatron.ddp.overlap_grad_reduce=true")
+    code, text = run.finish()
+    assert code == 0, text
+    _assert_same_run(run.folder, yardstick)
+    (log,) = (run.folder / "logs").glob("rank_*0.log")
+    assert "Megatron's options: megatron.model.recompute_granularity='full'" in log.read_text()
+
+
+def test_megatron_refuses_an_option_before_anything_is_written(start):
+    run = start(RECOMPUTED[0])
+    code, text = run.finish()
+    assert code == 2 and "[megatron.model]: Megatron refuses" in text
+    assert not (run.folder / "config.json").exists()
+
+
 def _assert_same_run(folder: Path, yardstick: Path) -> None:
     for name in ("metrics.jsonl", "evaluations.jsonl"):
         assert _records(folder / name) == _records(yardstick / name), name

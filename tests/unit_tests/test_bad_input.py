@@ -68,9 +68,9 @@ def dry_run(inputs, tmp_path, capsys) -> Callable[..., tuple[int, str]]:
 
 
 def test_a_good_config_says_what_would_run(dry_run):
-    code, text = dry_run("parallel.tensor=2", "megatron.ddp.bucket_size=9")
+    code, text = dry_run("parallel.tensor=2", "megatron.ddp.overlap_grad_reduce=true")
     assert code == 0
-    assert "option:     megatron.ddp.bucket_size=9" in text
+    assert "option:     megatron.ddp.overlap_grad_reduce=True" in text
     assert "TP 2 x PP 1 x DP 1" in text and "8 prompts have one" in text
     assert '"lr": 5e-06' in text and "nothing was written" in text
 

@@ -222,6 +222,7 @@ def test_options_of_megatron_are_tables_everywhere(toml: Path, tmp_path: Path):
         recompute_granularity = "selective"
         recompute_modules = ["core_attn", "mlp"]
         [megatron.ddp]
+        overlap_grad_reduce = true
         bucket_size = 1000
     """
     whole = tmp_path / "whole.toml"
@@ -229,14 +230,14 @@ def test_options_of_megatron_are_tables_everywhere(toml: Path, tmp_path: Path):
     overrides = [
         "megatron.model.recompute_granularity=selective",
         'megatron.model.recompute_modules=["core_attn", "mlp"]',
-        "megatron.ddp.bucket_size=1000",
+        "megatron.ddp={overlap_grad_reduce = true, bucket_size = 1000}",
     ]
     for config in (load_config(whole), load_config(toml, overrides)):
         assert config.megatron.model == {
             "recompute_granularity": "selective",
             "recompute_modules": ["core_attn", "mlp"],
         }
-        assert config.megatron.ddp == {"bucket_size": 1000}
+        assert config.megatron.ddp == {"overlap_grad_reduce": True, "bucket_size": 1000}
         assert config.megatron.optimizer == config.megatron.teacher == {}
         assert config_from_dict(json.loads(json.dumps(config_to_dict(config)))) == config
     for override, message in (

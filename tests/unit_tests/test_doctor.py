@@ -167,9 +167,10 @@ def test_options_of_a_config_are_looked_at(tmp_path: Path, tiny_model):
         return check.status, check.text
 
     assert found() == (Status.OK, "none set")
-    assert found("megatron.ddp.bucket_size=9") == (Status.OK, "megatron.ddp.bucket_size=9")
-    status, text = found("megatron.ddp.bucket_size=x")
-    assert status is Status.FAIL and "must be int" in text
+    overlap = "megatron.ddp.overlap_grad_reduce="
+    assert found(f"{overlap}true") == (Status.OK, f"{overlap}True")
+    status, text = found(f"{overlap}yes")
+    assert status is Status.FAIL and "must be bool" in text
     status, text = found("model.student=nowhere")
     assert status is Status.FAIL and "nowhere" in text
 

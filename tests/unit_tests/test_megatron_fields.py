@@ -57,6 +57,8 @@ FULL = {
     "recompute_method": "uniform",
     "recompute_num_layers": 1,
 }
+OVERLAP = {"overlap_grad_reduce": True}
+PRECISE = {"use_precision_aware_optimizer": True}
 BLOCKWISE = {"fp8": "e4m3", "fp8_recipe": "blockwise"}
 
 
@@ -123,6 +125,26 @@ def _settings() -> dict[str, list[str]]:
     hints = typing.get_type_hints(Config)
     names = [f.name for f in dataclasses.fields(Config)]
     return {name: [f.name for f in dataclasses.fields(hints[name])] for name in names}
+
+
+def test_a_switch_passes_and_may_be_off() -> None:
+    for table in (*TABLES, "teacher"):
+        for name, verdict in verdicts(table).items():
+            if verdict.switch and verdict.kind == "passes":
+                assert verdicts(table)[verdict.switch].kind == "passes", name
+    MegatronConfig(model={"cpu_offloading": False, "cpu_offloading_num_layers": 2})
+
+
+def test_experts_have_options_of_their_own() -> None:
+    with pytest.raises(ConfigError, match="variable sequence length"):
+        check_mixture(moe_token_dispatcher_type="allgather")
+    check_mixture(moe_router_dtype="fp64")
+
+
+def check_mixture(**options: Any) -> None:
+    mixtral = LLAMA | {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}
+    mixtral |= {"num_local_experts": 4, "num_experts_per_tok": 2}
+    options_check.check_options(config(model=options), student=mixtral, teacher=LLAMA)
 
 
 def test_what_passes_is_read_by_megatron_core() -> None:
@@ -197,6 +219,11 @@ def _fits(hint: Any, value: Any) -> bool:
         ({"model": {"hidden_dropout": 0.1}}, "another model than the engine"),
         ({"ddp": {"num_buckets": 2}}, "bucket_size says the same"),
         ({"teacher": {"recompute_granularity": "full"}}, "teacher has no backward pass"),
+        (
+            {"model": {"recompute_modules": ["mlp"]}},
+            "recompute_modules does nothing without megatron.model.recompute_granularity. Set that",
+        ),
+        ({"ddp": {"bucket_size": 9}}, "does nothing without megatron.ddp.overlap_grad_reduce"),
     ],
 )
 def test_what_is_ours_or_refused_is_named_without_megatron(tables, message) -> None:
@@ -213,17 +240,21 @@ def test_what_is_ours_or_refused_is_named_without_megatron(tables, message) -> N
             r"no such field\. Did you mean 'recompute_granularity'\?",
         ),
         ({"model": {"recompute_granularity": "ful"}}, r"one of \['full', .* Did you mean 'full'\?"),
-        ({"model": {"recompute_num_layers": True}}, r"must be int, found True \(bool\)"),
-        ({"model": {"recompute_modules": "mlp"}}, r"must be a list such as \[a, b\], found 'mlp'"),
-        ({"model": {"recompute_modules": ["mlp", 3]}}, r"recompute_modules\[1\] must be str"),
-        ({"optimizer": {"exp_avg_dtype": "bfloat"}}, r"must be a type of torch in quotes"),
+        ({"model": FULL | {"recompute_num_layers": True}}, r"must be int, found True \(bool\)"),
+        ({"model": FULL | {"recompute_modules": "mlp"}}, r"must be a list .* found 'mlp' \(str\)"),
+        ({"model": FULL | {"recompute_modules": ["mlp", 3]}}, r"_modules\[1\] must be str"),
+        (
+            {"optimizer": PRECISE | {"exp_avg_dtype": "bfloat"}},
+            r"must be a type of torch in quotes",
+        ),
         ({"model": {"attention_backend": "flsh"}}, r"Did you mean 'flash'\?"),
         (
             {"model": {"recompute_granularity": "full"}},
             r"\[megatron\.model\]: Megatron refuses recompute_granularity = 'full': Using .* "
             r'recompute_method must be "block" or "uniform"',
         ),
-        ({"model": {"moe_token_dispatcher_type": "allgather"}}, "variable sequence length"),
+        ({"model": {"moe_router_dtype": "fp64"}}, r"is for mixtures of experts, and this model"),
+        ({"model": {"activation_func_fp8_input_store": True}}, "nothing without .*_fusion = true"),
         ({"model": {"fp8": "hybrid"}}, "needs Transformer Engine on CUDA, found no CUDA device"),
         (
             {"teacher": {"fp8": "hybrid"}},
@@ -235,7 +266,10 @@ def test_what_is_ours_or_refused_is_named_without_megatron(tables, message) -> N
         ),
         ({"optimizer": {"optimizer_cpu_offload": True}}, "needs Transformer Engine on CUDA"),
         ({"ddp": {"nccl_ub": True}}, "megatron.ddp.nccl_ub = True needs a CUDA device, found no"),
-        ({"ddp": {"overlap_param_gather": True}}, "set parallel.distributed_optimizer = true"),
+        (
+            {"ddp": OVERLAP | {"overlap_param_gather": True}},
+            "set parallel.distributed_optimizer = true",
+        ),
     ],
 )
 def test_what_cannot_be_here_is_said_before_anything_is_built(tables, message) -> None:
@@ -246,7 +280,7 @@ def test_what_cannot_be_here_is_said_before_anything_is_built(tables, message) -
 def test_gathers_need_buckets() -> None:
     spread = ParallelConfig(data=2, distributed_optimizer=True)
     with pytest.raises(ConfigError, match=r"needs megatron\.ddp\.overlap_grad_reduce = true"):
-        check(spread, ddp={"overlap_param_gather": True})
+        check(spread, ddp={"overlap_param_gather": True, "overlap_grad_reduce": False})
     check(spread, ddp={"overlap_param_gather": True, "overlap_grad_reduce": True})
 
 
@@ -255,11 +289,11 @@ def test_gathers_need_buckets() -> None:
     [
         {"model": FULL},
         {"model": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}},
-        {"model": {"moe_router_dtype": "fp64"}, "teacher": {"bias_activation_fusion": True}},
+        {"teacher": {"bias_activation_fusion": True}},
         {"ddp": {"overlap_grad_reduce": True, "bucket_size": 1000}},
         {"optimizer": {"grad_norm_skip_threshold": 3}},
         # As Megatron has them: they ask for nothing that is not here.
-        {"model": {"attention_backend": "auto", "fp8_margin": 0}, "ddp": {"nccl_ub": False}},
+        {"model": {"attention_backend": "auto"}, "ddp": {"nccl_ub": False}},
     ],
 )
 def test_what_this_machine_can_do_passes(tables) -> None:
@@ -388,6 +422,7 @@ def test_a_verdict_that_is_none_is_noticed() -> None:
     from megatron_tropd.megatron_fields import _verdict
 
     assert _verdict("passes, CUDA, student") == Verdict("passes", student=True, needs="CUDA")
+    assert _verdict("passes, with fp8") == Verdict("passes", switch="fp8")
     for rule in ("passes, sometimes", "allowed", "passes, CUDA, Transformer Engine"):
         with pytest.raises(ValueError, match="is no verdict"):
             _verdict(rule)
