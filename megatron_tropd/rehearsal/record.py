@@ -1,6 +1,6 @@
 """What a rehearsed rank reports, as plain values."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 
@@ -101,4 +101,3 @@ class Request:
     gpus_per_node: int
     micro_batches: int | None = None
     """To run; None: as many as fill the pipeline, and one more."""
-    extra: dict[str, Any] = field(default_factory=dict)
