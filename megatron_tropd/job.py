@@ -225,8 +225,7 @@ class Job:
         if self.is_main and platform.has_cuda() and not models.has_transformer_engine():
             self._warn(
                 "Transformer Engine does not import: Megatron-Core's own layers run, with torch's "
-                'attention, and keep more activations. Plan with layers = "local", or install it '
-                "(README.md)."
+                'attention and Adam. Plan with layers = "local", or install it (README.md).'
             )
         self._padded_vocab_size = models.padded_vocab_size(
             inputs.student.config, inputs.teacher.config, tensor=config.parallel.tensor
