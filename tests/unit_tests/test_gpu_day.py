@@ -193,6 +193,25 @@ def test_numbers_of_an_unfinished_run(gpu_day, tmp_path):
     assert found["median seconds"] == {"seconds/total": 2.0}
 
 
+@pytest.mark.slow
+def test_the_training_step_runs_on_a_cpu_too(gpu_day, tiny_model):
+    teacher = tiny_model("qwen3", hidden_size=96, num_hidden_layers=4, seed=5)
+    sizes = ("--samples", "4", "--tokens", "20", "--micro-batch", "128")
+    command = (sys.executable, BENCHMARKS / "gpu_step.py", "--layers", "local", *sizes)
+    models = ("--student", tiny_model("qwen3", tie_word_embeddings=True), "--teacher", teacher)
+    run = subprocess.run(
+        [*command, *models],
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    found = gpu_day.last_json(BENCHMARKS, run.stdout)
+    assert found["layers"] == "local" and len(found["losses"]) == 3
+    assert all(0 < loss < 1 for loss in found["losses"]) and found["grad_norm"] > 0
+    assert found["seconds"].keys() == {"teacher", "student", "optimizer", "export", "total"}
+
+
 @pytest.mark.needs("shellcheck")
 def test_the_script_is_clean():
     subprocess.run(["shellcheck", BENCHMARKS / "gpu_day.sh"], check=True)

@@ -7,6 +7,7 @@ of the CPU environment, for Megatron-Core would take its paths.
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,10 +18,12 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral")
 MIXTURES = ("qwen3_moe", "mixtral")
 
-PROGRAM = """
+PROLOGUE = """
 import json, sys
 from pathlib import Path
 import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from megatron_tropd.mcore import platform, models, parallel
 from megatron_tropd.mcore.weights import export_weights
 from megatron_tropd.config import ParallelConfig
@@ -37,6 +40,33 @@ def for_transformer_engine(truth):
     return answer
 
 torch.cuda.is_available = for_transformer_engine(torch.cuda.is_available)
+"""
+
+MARKS = """
+names = "sequence_parallel", "tensor_model_parallel", "partition_dim", "allreduce"
+places = ParallelConfig(tensor=2, sequence_parallel=True)
+dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+ranks = parallel.initialize(places, seed=1)
+
+def marks(path, with_te):
+    models.has_transformer_engine = lambda: with_te
+    folder = HFFolder(path)
+    width = models.padded_vocab_size(folder.config, tensor=2)
+    model = models.build_model(
+        folder, ranks=ranks, parallel=places, dtype=torch.float32, padded_vocab_size=width
+    )
+    found = {}
+    for name, parameter in model.named_parameters():
+        # Where it is not said, gradients are summed over the data-parallel ranks.
+        default = {"allreduce": True}
+        found[name] = {x: getattr(parameter, x, default.get(x)) for x in names}
+        found[name]["shape"] = list(parameter.shape)
+    return found
+
+print(json.dumps([marks(Path(sys.argv[1]), with_te) for with_te in (True, False)]))
+"""
+
+PROGRAM = """
 models.has_transformer_engine = lambda: True
 
 def leaves(tree):
@@ -103,14 +133,9 @@ def _why_not() -> str | None:
     return run.stderr.strip().splitlines()[-1] if run.returncode else None
 
 
-@pytest.fixture(scope="module")
-def found(tiny_model, tmp_path_factory):
-    """What was found of a model of every family."""
-    if reason := _why_not():
-        pytest.skip(f"Transformer Engine does not import: {reason}")
-    folders = {name: str(tiny_model(name)) for name in FAMILIES}
+def _run(program: str, *arguments: str):
     run = subprocess.run(
-        [sys.executable, "-c", PROGRAM, json.dumps(folders), str(tmp_path_factory.mktemp("te"))],
+        [sys.executable, "-c", PROLOGUE + program, *arguments],
         cwd=REPOSITORY,
         env=os.environ | {"PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
@@ -118,6 +143,15 @@ def found(tiny_model, tmp_path_factory):
     )
     assert run.returncode == 0, run.stderr[-6000:]
     return json.loads(run.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def found(tiny_model, tmp_path_factory):
+    """What was found of a model of every family."""
+    if reason := _why_not():
+        pytest.skip(f"Transformer Engine does not import: {reason}")
+    folders = {name: str(tiny_model(name)) for name in FAMILIES}
+    return _run(PROGRAM, json.dumps(folders), str(tmp_path_factory.mktemp("te")))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -138,3 +172,24 @@ def test_a_converted_checkpoint_has_the_names_that_the_layers_ask_for(family, fo
     assert "error" not in one, one["error"]
     assert one["tensors"] == one["expected tensors"]
     assert set(one["objects"]) <= set(one["expected objects"])
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+def test_parameters_carry_the_marks_of_megatrons_own_layers(family, found, tiny_model):
+    """By them gradients are summed over ranks: of norms under sequence parallelism, of experts.
+
+    ``partition_stride`` differs for grouped experts; nothing here reads it.
+    """
+    te, local = _run(MARKS, str(tiny_model(family)))
+    renamed = {"self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight"}
+    renamed["mlp.linear_fc1.layer_norm_weight"] = "pre_mlp_layernorm.weight"
+    for name, marks in te.items():
+        layer, _, rest = name.removeprefix("decoder.layers.").partition(".")
+        own = f"decoder.layers.{layer}.{renamed[rest]}" if rest in renamed else name
+        expert = re.fullmatch(r"(.*\.experts)\.(linear_fc\d)\.weight(\d+)", own)
+        if expert:
+            own = f"{expert[1]}.local_experts.{expert[3]}.{expert[2]}.weight"
+        assert marks == local.pop(own), name
+        assert marks["allreduce"] == (".mlp.experts." not in name)
+        assert bool(marks["sequence_parallel"]) == ("norm" in name or "router" in name), name
+    assert not local
