@@ -136,6 +136,7 @@ def _report(job: "RehearsedJob", counts: dict[str, Counter[Any]], seconds: float
         checkpoint_bytes=job.checkpoint_bytes,
         host_peak=job.rehearsed.host_tracker.most,
         seconds=seconds,
+        cpu_seconds=time.process_time(),
         resident_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10,
     )
 

@@ -69,7 +69,8 @@ class RankReport:
     host_peak: int
     """Most bytes of large tensors of the host."""
     seconds: float
-    """That the rehearsal of this rank took."""
+    """That the rehearsal of this rank took, and of them the processor's."""
+    cpu_seconds: float
     resident_bytes: int
     """Peak memory of the process that rehearsed."""
 

@@ -113,7 +113,8 @@ def _findings(rehearsal: Rehearsal) -> list[str]:
 def _of_rank(rank: RankReport) -> str:
     title = (
         f"rank {rank.rank} (stage {rank.stage}, tensor {rank.tensor_rank}, data {rank.data_rank}): "
-        f"rehearsed in {rank.seconds:.0f} s with {rank.resident_bytes / 2**30:.1f} GiB"
+        f"rehearsed in {rank.seconds:.0f} s ({rank.cpu_seconds:.0f} s of a core) with "
+        f"{rank.resident_bytes / 2**30:.1f} GiB"
     )
     sent = f"  checkpoint: writes {rank.checkpoint_bytes / 1e9:.2f} GB"
     if rank.engine_bytes:

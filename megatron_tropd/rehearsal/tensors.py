@@ -304,7 +304,9 @@ def _is_knowable(out: Any) -> bool:
 
 def _is_large(args: tuple) -> bool:
     """Whether a factory is asked for more than a laptop should hold."""
-    return bool(args) and isinstance(args[0], list) and prod(args[0]) > _LARGEST_KNOWN
+    if not args or not isinstance(args[0], list):
+        return False
+    return all(isinstance(size, int) for size in args[0]) and prod(args[0]) > _LARGEST_KNOWN
 
 
 def _in_backward() -> bool:
