@@ -275,6 +275,18 @@ def test_what_is_ours_or_refused_is_named_without_megatron(tables, message) -> N
             {"model": {"recompute_granularity": "selective", "recompute_modules": ["layernorm"]}},
             "layernorm in megatron.model.recompute_modules needs Transformer Engine on CUDA",
         ),
+        (
+            {"model": {"recompute_granularity": "selective", "recompute_modules": ["moe"]}},
+            'moe is of mixtures of experts, and this model is dense. Say "mlp"',
+        ),
+        (
+            {"model": FULL | {"recompute_modules": ["mlp"]}},
+            "recompute_modules is for recompute_granularity = \"selective\", found 'full'",
+        ),
+        (
+            {"ddp": {"pad_buckets_for_high_nccl_busbw": True}},
+            "does nothing without parallel.distributed_optimizer = true",
+        ),
         ({"optimizer": {"optimizer_cpu_offload": True}}, "needs Transformer Engine on CUDA"),
         ({"ddp": {"nccl_ub": True}}, "megatron.ddp.nccl_ub = True needs a CUDA device, found no"),
         (
