@@ -11,7 +11,14 @@ from typing import Any
 
 from megatron_tropd.errors import ConfigError
 from megatron_tropd.megatron_fields import Table, verdicts
-from megatron_tropd.settings import Settings, require_plain
+from megatron_tropd.settings import Range, Settings, check_range, require_plain
+
+_RANGES = {
+    "at least 1": Range(1),
+    "above 0": Range(0, ends="(]"),
+    "from 0 to 1": Range(0, 1),
+}
+"""Words of ``megatron_fields.txt`` -> where a number may lie."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +65,11 @@ def _check_verdict(table: Table, name: str, options: dict[str, Any]) -> None:
     verdict = verdicts(table).get(name)
     if verdict is None:  # unknown here: of another version, or misspelt
         return
-    verdict.check(f"megatron.{table}.{name}")
+    where, value = f"megatron.{table}.{name}", options[name]
+    verdict.check(where)
+    # What is no number, the types of the installed version refuse.
+    if verdict.range and isinstance(value, int | float) and not isinstance(value, bool):
+        check_range(_RANGES[verdict.range], value, where)
     # One that is there and off is no mistake: a command line switches off what a file has.
     if verdict.switch and verdict.switch not in options:
         raise ConfigError(

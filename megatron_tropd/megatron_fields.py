@@ -13,6 +13,7 @@ from typing import Literal
 from megatron_tropd.errors import ConfigError
 
 Table = Literal["model", "optimizer", "ddp", "teacher"]
+_RANGES = {"at least 1", "above 0", "from 0 to 1"}
 _NO_BACKWARD = "the teacher has no backward pass"
 
 
@@ -31,6 +32,8 @@ class Verdict:
     """What the machine must have: "CUDA" or "Transformer Engine"; empty: nothing."""
     switch: str = ""
     """Field that must be set, too, for this one to do anything; empty: none."""
+    range: str = ""
+    """Where its number may lie, such as "at least 1"; Megatron looks at few. Empty: anywhere."""
 
     def check(self, where: str) -> None:
         """Raise ConfigError if it is not ``passes``."""
@@ -62,10 +65,12 @@ def _verdict(rule: str) -> Verdict:
     words = set(rest)
     needs = next(iter(words & {"CUDA", "Transformer Engine"}), "")
     switch = next((word.removeprefix("with ") for word in rest if word.startswith("with ")), "")
+    ranges = words & _RANGES
     student, may_change = "student" in words, "may change" in words
-    if kind != "passes" or len(words) != bool(needs) + bool(switch) + student + may_change:
+    known = bool(needs) + bool(switch) + student + may_change + bool(ranges)
+    if kind != "passes" or len(words) != known:
         raise ValueError(f"megatron_fields.txt: [{rule}] is no verdict")
-    return Verdict("passes", "", student, may_change, needs, switch)
+    return Verdict("passes", "", student, may_change, needs, switch, "".join(ranges))
 
 
 def _for_teacher(verdict: Verdict) -> Verdict:

@@ -112,7 +112,7 @@ def check_value(hint: Any, value: Any, where: str) -> None:
     if origin is Annotated:
         _check_type(args[0], value, where)
         for given in args[1:]:
-            _check_range(given, value, where)
+            check_range(given, value, where)
     elif origin in (types.UnionType, typing.Union):
         if value is not None or type(None) not in args:
             check_value(next(a for a in args if a is not type(None)), value, where)
@@ -129,7 +129,7 @@ def check_value(hint: Any, value: Any, where: str) -> None:
     elif hint is not Any:
         _check_type(origin or hint, value, where)
         if hint is float:
-            _check_range(Range(), value, where)
+            check_range(Range(), value, where)
 
 
 def require_plain(value: Any, where: str) -> None:
@@ -157,7 +157,8 @@ def nearest(value: object, known: Iterable[object], *, likeness: float = 0.6) ->
     return f" Did you mean {names[close[0]]!r}?" if close else ""
 
 
-def _check_range(given: Any, value: Any, where: str) -> None:
+def check_range(given: Any, value: Any, where: str) -> None:
+    """Raise ConfigError if a number is outside of a :class:`Range`; what else is given is none."""
     if isinstance(given, Range):
         hint = f" {given.hint}" if given.hint else ""
         finite = "" if _is_finite(value) else " and finite"

@@ -9,6 +9,8 @@ any TP x PP x DP x EP; those saved as ``dp_reshardable`` under any DP.
 
 import contextlib
 import errno
+import hashlib
+import json
 import os
 import re
 import shutil
@@ -36,6 +38,7 @@ from megatron_tropd.mcore.checksums import (
     share,
     write_checksums,
 )
+from megatron_tropd.mcore.models import has_transformer_engine
 from megatron_tropd.mcore.parallel import Ranks
 from megatron_tropd.mcore.step import Student
 
@@ -227,21 +230,34 @@ class Checkpoints:
         """Refuse a checkpoint that cannot be cut as this run needs it; it is not damaged."""
         if saved.get("sharding", ANY_LAYOUT) == ANY_LAYOUT:
             return
-        was, now = _cut(saved), _cut(self._about(student, ANY_DATA))
-        if was != now:
-            raise ConfigError(
-                f"{path} was saved with run.checkpoint_sharding = {ANY_DATA!r}: expected {was}, as "
-                f"the run had them (parallel.data may differ), found {now}. Resume with these. "
-                "To change them, stop the run with a signal (Ctrl-C, SIGTERM): the checkpoint that "
-                f"it saves then is {ANY_LAYOUT!r}, and so is its last one."
-            )
+        now = self._about(student, ANY_DATA)
+        if saved.get("slices") == now["slices"]:
+            return
+        was, kept = saved.get("cut_by", {}), now["cut_by"]
+        other = [
+            f"{key} was {was.get(key)}, is {kept[key]}" for key in kept if was.get(key) != kept[key]
+        ]
+        raise ConfigError(
+            f"{path} was saved with run.checkpoint_sharding = {ANY_DATA!r}, in slices of the "
+            f"optimizer's buffers, and those are cut otherwise now: "
+            f"{'; '.join(other) or 'other layers, or another version of Megatron-Core'}. "
+            "Resume with what it was (parallel.data may differ). To change it, stop the run with a "
+            f"signal (Ctrl-C, SIGTERM): the checkpoint that it saves then is {ANY_LAYOUT!r}, and "
+            "so is its last one."
+        )
 
     def _about(self, student: Student, sharding: str) -> dict[str, Any]:
-        """What a checkpoint says of how it is cut."""
-        if not self.distributed_optimizer:
-            return {"layout": self._layout()}
-        bucket = student.chunk.ddp_config.bucket_size
-        return {"layout": self._layout(), "sharding": sharding, "bucket": bucket}
+        """What a checkpoint says of how it is cut.
+
+        Collectives: for :data:`ANY_DATA` a gather of small objects.
+        """
+        about: dict[str, Any] = {"layout": self._layout()}
+        if self.distributed_optimizer:
+            about["sharding"] = sharding
+        if sharding == ANY_DATA:
+            parts = sorted({str(part) for part in _gather(_slices(student))})
+            about |= {"slices": parts, "cut_by": _cut_by(student)}
+        return about
 
     def _check(self, path: Path) -> None:
         """Compare this rank's share of the files with their checksums. No collectives.
@@ -378,15 +394,41 @@ def complete_steps(folder: Path) -> list[int]:
     return sorted(int(m.group(1)) for m in matches if m)
 
 
-def _cut(about: Mapping[str, Any]) -> dict[str, Any]:
-    """What :data:`ANY_DATA` depends on, by the names of the settings."""
-    tensor, pipeline, _, expert = about["layout"]
+def _slices(student: Student) -> str:
+    """Digest of where each parameter lies in the buffers of this rank's optimizer.
+
+    Two that differ would give one parameter the state of another. The number of replicas is not in
+    it: only the padding behind the last parameter of a bucket depends on that.
+    """
+    names = {p: name for name, p in student.chunk.module.named_parameters()}
+    lies = [
+        [
+            str(bucket.grad_data.dtype),
+            [(names[p], *bucket.param_to_index[p]) for p in bucket.params_list],
+        ]
+        for buffer in (*student.chunk.buffers, *student.chunk.expert_parallel_buffers)
+        for bucket in buffer.buckets
+    ]
+    return hashlib.sha256(json.dumps(lies).encode()).hexdigest()
+
+
+def _cut_by(student: Student) -> dict[str, Any]:
+    """What usually decides it, by the names of the settings."""
+    config, ddp = student.model.config, student.chunk.ddp_config
+    of_experts = {
+        "parallel.expert": config.expert_model_parallel_size,
+        "parallel.expert_tensor": config.expert_tensor_parallel_size,
+        "megatron.model.moe_grouped_gemm": config.moe_grouped_gemm,
+    }
     return {
-        "parallel.tensor": tensor,
-        "parallel.pipeline": pipeline,
-        "parallel.expert": expert,
-        "parallel.distributed_optimizer": "sharding" in about,
-        "megatron.ddp.bucket_size": about.get("bucket"),
+        "parallel.tensor": config.tensor_model_parallel_size,
+        "parallel.pipeline": config.pipeline_model_parallel_size,
+        **(of_experts if config.num_moe_experts else {}),
+        "parallel.distributed_optimizer": ddp.use_distributed_optimizer,
+        "megatron.ddp.overlap_grad_reduce": ddp.overlap_grad_reduce,
+        "megatron.ddp.bucket_size": ddp.bucket_size,
+        "megatron.ddp.grad_reduce_in_fp32": ddp.grad_reduce_in_fp32,
+        "Transformer Engine's layers": has_transformer_engine(),
     }
 
 

@@ -78,6 +78,12 @@ def _built(
             f"megatron.{table}.{of_experts[0]} is for mixtures of experts, and this model is "
             "dense. Remove it."
         )
+    modules = set(options.get("recompute_modules", ()))
+    if shape.experts is None and (unused := modules & {"moe", "moe_act", "shared_experts"}):
+        raise ConfigError(
+            f"megatron.{table}.recompute_modules: {', '.join(sorted(unused))} is of mixtures of "
+            'experts, and this model is dense. Say "mlp" for its MLPs.'
+        )
     built = models.transformer_config(shape, config.parallel, dtype, options, table=table)
     if built.activation_func_fp8_input_store and not built.bias_activation_fusion:
         raise ConfigError(
@@ -110,7 +116,12 @@ def _check_machine(table: Table, options: dict[str, Any]) -> None:
 
 
 def _check_recomputation(model: dict[str, Any]) -> None:
-    """Refuse modules whose outputs Megatron drops by means of Transformer Engine."""
+    """Refuse modules that Megatron would not look at, or drops by Transformer Engine's means."""
+    if "recompute_modules" in model and model["recompute_granularity"] != "selective":
+        raise ConfigError(
+            'megatron.model.recompute_modules is for recompute_granularity = "selective", found '
+            f"{model['recompute_granularity']!r}. Change one of the two."
+        )
     asked = set(model.get("recompute_modules", ())) & {"layernorm", "moe_act"}
     if asked and not models.has_transformer_engine():
         raise _missing(
@@ -137,6 +148,12 @@ def _found() -> str:
 
 def _check_overlap(config: Config) -> None:
     ddp = config.megatron.ddp
+    for name in ("pad_buckets_for_high_nccl_busbw", "reduce_scatter_with_fp32_accumulation"):
+        if ddp.get(name) and not config.parallel.distributed_optimizer:
+            raise ConfigError(
+                f"megatron.ddp.{name} does nothing without parallel.distributed_optimizer = true. "
+                "Set that, too, or remove this one."
+            )
     if not ddp.get("overlap_param_gather"):
         return
     # Megatron's DDP does not look; its command line does.

@@ -12,20 +12,32 @@ import shutil
 import stat
 import subprocess
 import threading
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from test_training import TRAIN, recorded_trajectories
 
 from megatron_tropd import files
-from megatron_tropd.config import ParallelConfig
+from megatron_tropd.config import MegatronConfig, ParallelConfig
 from megatron_tropd.data.packing import pack
 from megatron_tropd.errors import ConfigError, InputError, TrainingError
 from tests.ranks import leave_layout, run_with_env
 
 
-def _student(folder: str, layout: ParallelConfig, dtype: str = "float32", **options):
+def _student(
+    folder: str,
+    layout: ParallelConfig,
+    dtype: str = "float32",
+    *,
+    ddp: dict[str, Any] | None = None,
+    change: Callable[[Any], None] = lambda _: None,
+    **options,
+):
+    """``ddp``: options of Megatron's; ``change``: what to do to the model before it is wrapped."""
     from megatron_tropd.convert.hf_folder import HFFolder
     from megatron_tropd.mcore import models, parallel
     from megatron_tropd.mcore.step import Student
@@ -37,7 +49,15 @@ def _student(folder: str, layout: ParallelConfig, dtype: str = "float32", **opti
     model = models.build_model(
         source, ranks=ranks, parallel=layout, dtype=kind, padded_vocab_size=padded
     )
-    learner = Student(model, train=TRAIN, parallel=layout, ranks=ranks, dtype=kind)
+    change(model)
+    learner = Student(
+        model,
+        train=TRAIN,
+        parallel=layout,
+        ranks=ranks,
+        dtype=kind,
+        megatron=MegatronConfig(ddp=ddp or {}),
+    )
     return learner, ranks
 
 
@@ -230,7 +250,7 @@ def _read_slices(folder: str, out: str) -> None:
     leave_layout()
     learner, ranks = _student(folder, TP2_DP2)
     checkpoints = _checkpoints(Path(out), ranks, TP2_DP2)
-    with pytest.raises(ConfigError, match=r"dp_reshardable.*parallel.tensor': 1.*tensor': 2"):
+    with pytest.raises(ConfigError, match=r"dp_reshardable.*: parallel.tensor was 1, is 2\."):
         checkpoints.load(learner, 3)
     assert checkpoints.load_newest(learner) is not None, "of step 6, when the run was stopped"
     shutil.rmtree(Path(out, "step_000006"), ignore_errors=True)
@@ -247,6 +267,59 @@ def test_a_checkpoint_of_slices_gathers_nothing_and_loads_under_other_replicas(
     run_with_env(2, _save_slices, str(model), str(tmp_path))
     for world in (2, 1, 4):
         run_with_env(world, _read_slices, str(model), str(tmp_path))
+
+
+def _attention_last(model) -> None:
+    """Other layers list the same parameters in another order, as Transformer Engine's do."""
+    for layer in model.decoder.layers:
+        layer._modules["self_attention"] = layer._modules.pop("self_attention")
+
+
+def _cut_otherwise(folder: str, mixture: str, out: str) -> None:
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    spread = {"data": 2, "distributed_optimizer": True}
+    layout, root = ParallelConfig(**spread), Path(out, "dense")
+    learner, ranks = _student(folder, layout)
+    _some_steps(learner, ranks, 0, 2)
+    _saved(_checkpoints(root, ranks, layout), learner, 2, sharding="dp_reshardable")
+    uninterrupted = _some_steps(learner, ranks, 2, 4)
+    # One bucket holds this model with overlap and without; padding follows after the last slice.
+    for ddp in ({"pad_buckets_for_high_nccl_busbw": True}, {"overlap_grad_reduce": True}):
+        leave_layout()
+        learner, ranks = _student(folder, layout, ddp=ddp)
+        _checkpoints(root, ranks, layout).load(learner, 2)
+        torch.testing.assert_close(
+            _some_steps(learner, ranks, 2, 4), uninterrupted, rtol=1e-5, atol=1e-5
+        )
+    others: list[tuple[dict[str, Any], str]] = [
+        ({"change": _attention_last}, "other layers"),
+        (
+            {"ddp": {"overlap_grad_reduce": True, "bucket_size": 5000}},
+            r"megatron\.ddp\.bucket_size was None, is 5000",
+        ),
+    ]
+    for how, said in others:
+        leave_layout()
+        learner, ranks = _student(folder, layout, **how)
+        with pytest.raises(ConfigError, match=said):
+            _checkpoints(root, ranks, layout).load_newest(learner)
+        assert _checkpoints(root, ranks, layout).steps() == [2], "it is not damaged"
+    leave_layout()
+    layout = ParallelConfig(tensor=2, sequence_parallel=True, distributed_optimizer=True)
+    root = Path(out, "mixture")
+    learner, ranks = _student(mixture, layout)
+    _saved(_checkpoints(root, ranks, layout), learner, 2, sharding="dp_reshardable")
+    leave_layout()
+    learner, ranks = _student(mixture, replace(layout, expert_tensor=1))
+    with pytest.raises(ConfigError, match=r"parallel\.expert_tensor was 2, is 1"):
+        _checkpoints(root, ranks, layout).load_newest(learner)
+
+
+def test_slices_of_other_buffers_are_refused_by_name(tmp_path, tiny_model):
+    model = tiny_model("llama", num_key_value_heads=4)
+    run_with_env(2, _cut_otherwise, str(model), str(tiny_model("qwen3_moe")), str(tmp_path))
 
 
 def _saved(checkpoints, learner, step: int, **how) -> None:

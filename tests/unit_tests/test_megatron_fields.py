@@ -59,6 +59,7 @@ FULL = {
 }
 OVERLAP = {"overlap_grad_reduce": True}
 PRECISE = {"use_precision_aware_optimizer": True}
+OFFLOADED = PRECISE | {"optimizer_cpu_offload": True}
 BLOCKWISE = {"fp8": "e4m3", "fp8_recipe": "blockwise"}
 
 
@@ -224,6 +225,16 @@ def _fits(hint: Any, value: Any) -> bool:
             "recompute_modules does nothing without megatron.model.recompute_granularity. Set that",
         ),
         ({"ddp": {"bucket_size": 9}}, "does nothing without megatron.ddp.overlap_grad_reduce"),
+        # Megatron would go round in a loop of units of no layer.
+        ({"model": FULL | {"recompute_num_layers": 0}}, "num_layers must be at least 1, found 0."),
+        ({"ddp": OVERLAP | {"bucket_size": -5}}, "bucket_size must be at least 1, found -5."),
+        ({"model": {"mlp_chunks_for_training": 0}}, "must be at least 1, found 0."),
+        # It would skip every update.
+        ({"optimizer": {"grad_norm_skip_threshold": 0.0}}, "must be above 0, found 0.0."),
+        (
+            {"optimizer": OFFLOADED | {"optimizer_offload_fraction": 1.5}},
+            "optimizer_offload_fraction must be in [0, 1], found 1.5.",
+        ),
     ],
 )
 def test_what_is_ours_or_refused_is_named_without_megatron(tables, message) -> None:
@@ -263,6 +274,18 @@ def test_what_is_ours_or_refused_is_named_without_megatron(tables, message) -> N
         (
             {"model": {"recompute_granularity": "selective", "recompute_modules": ["layernorm"]}},
             "layernorm in megatron.model.recompute_modules needs Transformer Engine on CUDA",
+        ),
+        (
+            {"model": {"recompute_granularity": "selective", "recompute_modules": ["moe"]}},
+            'moe is of mixtures of experts, and this model is dense. Say "mlp"',
+        ),
+        (
+            {"model": FULL | {"recompute_modules": ["mlp"]}},
+            "recompute_modules is for recompute_granularity = \"selective\", found 'full'",
+        ),
+        (
+            {"ddp": {"pad_buckets_for_high_nccl_busbw": True}},
+            "does nothing without parallel.distributed_optimizer = true",
         ),
         ({"optimizer": {"optimizer_cpu_offload": True}}, "needs Transformer Engine on CUDA"),
         ({"ddp": {"nccl_ub": True}}, "megatron.ddp.nccl_ub = True needs a CUDA device, found no"),

@@ -28,7 +28,7 @@ from megatron_tropd.settings import (
 )
 
 PACKAGE = Path(__file__).resolve().parents[2] / "megatron_tropd"
-RECORDS = {"Failure", "Family", "Setup", "Verdict"}
+RECORDS = {"Failure", "Family", "Recompute", "Setup", "Verdict"}
 """Made by the program alone, although their fields are given by name as those of settings are."""
 
 
