@@ -5,7 +5,8 @@
 Each part is a command with a time limit and a log of its own. A part that fails, hangs or lacks a
 package leaves the others alone; the JSON says of each what became of it, and is written anew after
 each. ``--resume`` leaves out the parts that are done in it. Exit codes: 0 if every part was done or
-skipped for a reason, 1 if one failed, 2 without a GPU.
+skipped for a reason, 1 if one failed, 2 without a GPU, 128 + n after signal n (the part under way
+is ended and recorded first).
 
 Standard library only: it has to say what is missing.
 """
@@ -33,6 +34,7 @@ MINUTES = 30.0
 RESERVE_SECONDS = 20.0
 """Of the whole time, for stopping the last part and writing."""
 GRACE_SECONDS = 10.0
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PACKAGES = (
     *("torch", "triton", "megatron-core", "vllm", "transformers", "transformer-engine"),
     *("nvidia-cudnn-cu13", "nvidia-nccl-cu13"),
@@ -239,6 +241,10 @@ class Day:
         except OSError as error:
             record |= {"rc": None, "error": str(error)}
             status = "failed"
+        except BaseException:  # a signal: the caller's time is over
+            record |= {"rc": None, "status": "interrupted"}
+            self.record(part.name, record | {"seconds": round(time.monotonic() - start, 1)})
+            raise
         record |= {"status": status, "seconds": round(time.monotonic() - start, 1)}
         text = log.read_text(errors="replace") if log.exists() else ""
         if status != "done":
@@ -310,6 +316,18 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         except subprocess.TimeoutExpired:
             continue
     process.wait()
+
+
+def _leave_by_signals() -> None:
+    """Leave by an exception: parts are in sessions of their own and would stay on the GPU."""
+
+    def leave(number: int, frame: object) -> None:
+        for one in STOPS:  # a second one must not cut the end of the part short
+            signal.signal(one, signal.SIG_IGN)
+        sys.exit(128 + number)
+
+    for one in STOPS:
+        signal.signal(one, leave)
 
 
 def find_device() -> dict[str, Any]:
@@ -428,6 +446,7 @@ def main(arguments: Sequence[str] | None = None, of: Sequence[Part] | None = Non
     name = f"gpu-day-{len(device['names'])}x-{slug(device['names'][0])}.json"
     folder = options.out.resolve() if options.out else None
     day = Day((folder or RESULTS) / name, folder or LOGS, device, resume=options.resume)
+    _leave_by_signals()
     run_all(chosen, day, options.minutes)
     print(f"Written: {day.path}")
     bad = [

@@ -57,6 +57,18 @@ class Rank(Protocol):
     def terminate(self) -> None: ...
 
 
+def kill_session(leader: int) -> None:
+    """Kill the process that leads a session, and what it started in it; harmless if it is gone.
+
+    Args:
+        leader: its process id. To the system 1 would mean every process, 0 the caller's own group.
+    """
+    if leader <= 1:
+        raise ValueError(f"Expected the process id of a child, found {leader}; nothing was killed.")
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(leader, signal.SIGKILL)
+
+
 class ForkedRank:
     """A child that somebody else forked; as much of ``subprocess.Popen`` as a :class:`Rank` has."""
 
@@ -135,8 +147,7 @@ class FirstRank:
 
     def __exit__(self, *_: object) -> None:
         if not self._is_rank:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
+            kill_session(self.process.pid)
             self.process.wait()
         with contextlib.suppress(OSError):
             self._lines.close()

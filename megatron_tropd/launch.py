@@ -22,7 +22,7 @@ from megatron_tropd.config import Config
 from megatron_tropd.environment import STORE_DESCRIPTOR, variable
 from megatron_tropd.errors import ConfigError
 from megatron_tropd.failures import Failure, report
-from megatron_tropd.first_rank import FirstRank, Rank
+from megatron_tropd.first_rank import FirstRank, Rank, kill_session
 from megatron_tropd.nodes import Nodes, Peers
 from megatron_tropd.rollout.process import engine_threads
 from megatron_tropd.run_folder import RunFolder, wait_until_open
@@ -371,10 +371,6 @@ def report_killed(codes: Sequence[int | None], folder: RunFolder, first_rank: in
 
 def _kill(ranks: Sequence[Rank]) -> None:
     for rank in ranks:
-        try:
-            # The whole session: a rank's engine goes with it.
-            os.killpg(rank.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
+        kill_session(rank.pid)  # its engine goes with it
     for rank in ranks:
         rank.wait()

@@ -205,6 +205,7 @@ class _Sent:
     def finish(self) -> None:
         self._flush()
         self._tell(lambda engine: engine.finish_weights())
+        self.channel.wait_for_each_other()  # the workers have let go of the buffers on every GPU
         self._buffer = None
         if torch.cuda.is_available():
             torch.cuda.ipc_collect()

@@ -12,7 +12,7 @@ import pytest
 from megatron_tropd import launch
 from megatron_tropd.config import load_config
 from megatron_tropd.errors import InputError, TrainingError
-from megatron_tropd.first_rank import FirstRank, ForkedRank, _adopting
+from megatron_tropd.first_rank import FirstRank, ForkedRank, _adopting, kill_session
 from megatron_tropd.nodes import Nodes
 from megatron_tropd.rollout import process
 from megatron_tropd.rollout.process import engine_environment
@@ -188,3 +188,12 @@ def test_a_prepared_process_is_taken_where_it_fits() -> None:
     for started in (taken, other):
         started.child.kill()
         started.child.wait()
+
+
+@pytest.mark.parametrize("leader", [1, 0, -1])
+def test_nobody_kills_every_process(leader: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(os, "killpg", lambda *arguments: asked.append(arguments))
+    with pytest.raises(ValueError, match="nothing was killed"):
+        kill_session(leader)
+    assert not asked

@@ -94,6 +94,34 @@ def _has_ended(pid: int) -> bool:
     return False
 
 
+INTERRUPTED = """
+import os, signal, sys, threading
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import gpu_day
+gpu_day.GRACE_SECONDS = 2.0
+gpu_day.find_device = lambda: {"names": ["NVIDIA Test GPU"]}
+out = Path(sys.argv[2])
+part = gpu_day.Part("hanging", (sys.executable, "-c", sys.argv[3], "{out}"), 60)
+sys.exit(gpu_day.main(["--out", str(out)], [part]))
+"""
+
+
+def test_a_signal_ends_the_part_under_way_and_it_is_recorded(tmp_path):
+    command = [*_python(INTERRUPTED), str(BENCHMARKS), str(tmp_path), HANG]
+    day = subprocess.Popen(command)
+    place = tmp_path / "hanging" / "child"
+    for _ in range(200):
+        if place.exists() and place.read_text():
+            break
+        time.sleep(0.05)
+    day.terminate()
+    assert day.wait(30) == 128 + 15
+    assert _has_ended(int(place.read_text())), "what a part started goes on computing"
+    (path,) = tmp_path.glob("gpu-day-*.json")
+    assert json.loads(path.read_text())["parts"]["hanging"]["status"] == "interrupted"
+
+
 def test_parts_that_are_done_are_left_out_when_asked(gpu_day, on_a_gpu, tmp_path):
     parts = _short_parts(gpu_day, tmp_path)[:2]
     command = ["--out", str(tmp_path / "out")]

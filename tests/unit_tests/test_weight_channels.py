@@ -94,6 +94,15 @@ def test_an_engine_reads_one_buffer_after_the_other(
     assert [buffer.numel() for buffer in buffers.values()] == [100, 200]
 
 
+def test_buffers_are_given_up_once_the_workers_on_every_gpu_have_let_go(
+    channel: DeviceChannel, buffers: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = ReadingEngine(buffers)
+    monkeypatch.setattr(channel, "wait_for_each_other", lambda: engine.calls.append("wait"))
+    channel.send(iter(_weights().items()), engine)  # type: ignore[arg-type]
+    assert engine.calls[-2:] == ["finish", "wait"]
+
+
 def test_after_a_failure_the_export_goes_on_for_the_other_ranks(
     channel: DeviceChannel, buffers: dict[str, Tensor]
 ) -> None:
