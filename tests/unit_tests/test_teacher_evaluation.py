@@ -25,6 +25,8 @@ from megatron_tropd.run_folder import RunFolder
 GIB = 2**30
 INPUTS = SimpleNamespace(
     problems=[Prompt(0, (1, 2), "1+1=", {"answer": "2"})],
+    student=SimpleNamespace(config={}),
+    teacher=SimpleNamespace(config={}),
     stop_token_ids=(0,),
     tokenizer=SimpleNamespace(decode=lambda *_, **__: "2"),
 )
@@ -129,6 +131,7 @@ def test_the_teachers_engine_is_gone_before_others_take_memory(
     monkeypatch.setattr(jobs.parallel, "initialize", lambda *_, **__: ranks)
     monkeypatch.setattr(jobs.parallel, "shutdown", lambda: None)
     monkeypatch.setattr(jobs, "load_inputs", lambda _: INPUTS)
+    monkeypatch.setattr(jobs, "check_options", lambda *_, **__: None)
     monkeypatch.setattr(jobs, "Checkpoints", lambda *_, **__: None)
     monkeypatch.setattr(jobs, "Rollouts", lambda *_: None)
     monkeypatch.setattr(jobs, "free_bytes", lambda: calls.append("look at memory") or 70 * GIB)
