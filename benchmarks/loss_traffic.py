@@ -1,7 +1,7 @@
 """What the losses from hidden states read, write, hold and send on a GPU: counted, without one.
 
     python benchmarks/loss_traffic.py           # Qwen3's vocabulary, H 4096, TP 1 and 8
-    python benchmarks/loss_traffic.py --write   # and benchmarks/results/loss-traffic.json
+    python benchmarks/loss_traffic.py --write   # and benchmarks/results/traffic-counted.json
 
 The losses run on fake CUDA tensors and a fake process group, and every operation is counted: what a
 kernel must read and write once, whatever caches do, and every collective. Bytes for each token are
@@ -43,7 +43,7 @@ from megatron_tropd.losses import (
     tropd_loss_from_hidden,
 )
 
-RESULT = Path(__file__).with_name("results") / "loss-traffic.json"
+RESULT = Path(__file__).with_name("results") / "traffic-counted.json"
 VOCAB, HIDDEN = 151_936, 4096
 ROWS = {
     "OPD": (preset("opd"), False),

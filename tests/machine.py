@@ -12,9 +12,10 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -160,3 +161,22 @@ def _without(hide: re.Pattern[str], folder: str, links: Path) -> str:
         if not hide.fullmatch(name):
             (links / name).symlink_to(Path(folder).absolute() / name)
     return str(links)
+
+
+@contextmanager
+def torch_as_it_was() -> Iterator[None]:
+    """Take the CPU platform's patches of torch's factories away: "cuda" means CUDA, if only fake.
+
+    Importing ``megatron_tropd.mcore`` patches them for the process, as an earlier test may have.
+    """
+    import torch
+
+    from megatron_tropd.mcore import platform
+
+    owners = [(torch, name) for name in platform._FACTORIES] + [(torch.Tensor, "to")]
+    with ExitStack() as undo:
+        for owner, name in owners:
+            function = getattr(owner, name)
+            original = getattr(function, "__wrapped__", function)
+            undo.enter_context(patch.object(owner, name, original))
+        yield

@@ -105,6 +105,7 @@ def _really(config: Config, folder: Path, layout: dict[str, Any]) -> None:
             )
             return made
 
+    os.environ["TROPD_PLAIN"] = "1"  # the server that forks ranks has another environment
     platform.prepare_platform()
     world = World(Place.events)
     recorder = _Recorder(world)

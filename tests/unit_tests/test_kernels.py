@@ -17,6 +17,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.machine import torch_as_it_was
+
 pytest.importorskip("triton")
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 # Per block (CUDA programming guide, "Technical Specifications per Compute Capability"), of which
@@ -54,7 +56,8 @@ def launches(kernels):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "WIDTHS", {"": kernels.WIDTHS[ROWS_OF_ANY_WIDTH]})
         patch.setattr(kernels, "DTYPES", (torch.bfloat16, torch.float32))
-        return kernels.recorded()
+        with torch_as_it_was():
+            return kernels.recorded()
 
 
 def _threads(variant: str) -> int:

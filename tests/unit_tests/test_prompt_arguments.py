@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tropd import exits
+from megatron_tropd import engines, exits
 from megatron_tropd.config import PromptConfig
 from megatron_tropd.data.arguments import add_prompt_options, read_prompts
 from megatron_tropd.data.prompts import load_prompts
@@ -120,7 +120,7 @@ def test_the_tools_write_what_the_template_read(
     shutil.copytree(tiny_llama, folder)
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": TEMPLATE}))
-    monkeypatch.setattr(tool, "RolloutEngine", _Engine)
+    monkeypatch.setattr(engines, "RolloutEngine", _Engine)
     out = tmp_path / "out.jsonl"
     options = [f"--{model}", str(folder), "--prompts", str(prompts), "--out", str(out)]
     options += ["--max-new-tokens", "200", "--apply-chat-template", "--filter-overlong-prompts"]
