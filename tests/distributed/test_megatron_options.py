@@ -315,7 +315,7 @@ class Bench:
             learner.forward_backward(self.batches[step], objective)
             found["grad"].append([p.main_grad.clone() for p in self._reduced(learner)])
             metrics = objective.sums.reduce().metrics()
-            norm, _ = learner.update()
+            norm = learner.update().grad_norm
             found["loss"].append([torch.tensor([metrics["loss"], metrics["reverse_kl"]])])
             found["norm"].append([torch.tensor(norm)])
             found["weight"].append([p.detach().clone() for p in learner.model.parameters()])
