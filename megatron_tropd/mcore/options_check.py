@@ -59,6 +59,11 @@ def check_options(config: Config, *, student: dict[str, Any], teacher: dict[str,
     _check_offloading(megatron, dtype)
     _check_scaling(megatron.teacher)
     built = _built("model", student, config, dtype)
+    if megatron.optimizer.get("apply_wd_to_qk_layernorm") and not built.qk_layernorm:
+        raise ConfigError(
+            "megatron.optimizer.apply_wd_to_qk_layernorm is for models that normalise queries and "
+            "keys, and the student has no such norms. Remove it."
+        )
     _built("teacher", teacher, config, dtype)
     ddp_config(parallel, megatron)
     optimizer_config(config.train, parallel, dtype, megatron, model=built)
@@ -121,6 +126,11 @@ def _check_recomputation(model: dict[str, Any]) -> None:
         raise ConfigError(
             'megatron.model.recompute_modules is for recompute_granularity = "selective", found '
             f"{model['recompute_granularity']!r}. Change one of the two."
+        )
+    if model.get("recompute_modules") == []:
+        raise ConfigError(
+            "megatron.model.recompute_modules = [] recomputes nothing. Name modules (Megatron's "
+            'default is ["core_attn"]), or remove it and recompute_granularity.'
         )
     asked = set(model.get("recompute_modules", ())) & {"layernorm", "moe_act"}
     if asked and not models.has_transformer_engine():

@@ -38,7 +38,11 @@ def _student(
     change: Callable[[Any], None] = lambda _: None,
     **options,
 ):
-    """``ddp``, ``optimizer``: options of Megatron's; ``change``: what to do to the model before it is wrapped."""
+    """A learner and its rank.
+
+    ``ddp``, ``optimizer``: options of Megatron's; ``change``: what to do to the model before it is
+    wrapped.
+    """
     from megatron_tropd.convert.hf_folder import HFFolder
     from megatron_tropd.mcore import models, parallel
     from megatron_tropd.mcore.step import Student

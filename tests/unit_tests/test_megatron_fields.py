@@ -276,6 +276,11 @@ def test_what_is_ours_or_refused_is_named_without_megatron(tables, message) -> N
             "layernorm in megatron.model.recompute_modules needs Transformer Engine on CUDA",
         ),
         (
+            {"model": {"recompute_granularity": "selective", "recompute_modules": []}},
+            r"megatron\.model\.recompute_modules = \[\] recomputes nothing",
+        ),
+        ({"optimizer": {"apply_wd_to_qk_layernorm": True}}, "the student has no such norms"),
+        (
             {"model": {"recompute_granularity": "selective", "recompute_modules": ["moe"]}},
             'moe is of mixtures of experts, and this model is dense. Say "mlp"',
         ),
@@ -315,6 +320,7 @@ def test_gathers_need_buckets() -> None:
         {"teacher": {"bias_activation_fusion": True}},
         {"ddp": {"overlap_grad_reduce": True, "bucket_size": 1000}},
         {"optimizer": {"grad_norm_skip_threshold": 3}},
+        {"optimizer": {"apply_wd_to_qk_layernorm": False}},
         # As Megatron has them: they ask for nothing that is not here.
         {"model": {"attention_backend": "auto"}, "ddp": {"nccl_ub": False}},
     ],
