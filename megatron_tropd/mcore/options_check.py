@@ -164,6 +164,12 @@ def _check_overlap(config: Config) -> None:
                 f"megatron.ddp.{name} does nothing without parallel.distributed_optimizer = true. "
                 "Set that, too, or remove this one."
             )
+    if ddp.get("reduce_scatter_with_fp32_accumulation") and ddp.get("grad_reduce_in_fp32", True):
+        raise ConfigError(
+            "megatron.ddp.reduce_scatter_with_fp32_accumulation is for gradients that travel in "
+            "bfloat16, and here they do in float32. Set megatron.ddp.grad_reduce_in_fp32 = false, "
+            "too, or remove this one."
+        )
     if not ddp.get("overlap_param_gather"):
         return
     # Megatron's DDP does not look; its command line does.

@@ -65,8 +65,8 @@ FULL = _full("uniform", 1)
 OVERLAP = {"overlap_grad_reduce": True, "bucket_size": 20_000}
 GATHER = OVERLAP | {"overlap_param_gather": True}
 PADDED = {"pad_buckets_for_high_nccl_busbw": True}
-IN_FP32 = {"reduce_scatter_with_fp32_accumulation": True}
 ROUNDED = {"grad_reduce_in_fp32": False}
+IN_FP32 = ROUNDED | {"reduce_scatter_with_fp32_accumulation": True}
 LATE = ROUNDED | {"param_name_patterns_for_fp32_local_accumulation": ["all"]}
 RECOMPUTED = {
     "full_uniform": (FULL, {"attention": 2, "mlp": 2}),
@@ -94,7 +94,7 @@ class Case:
     """How often modules run, against a run without."""
 
     rounded: bool = False
-    """Whether gradients are summed in bfloat16."""
+    """Whether gradients are rounded to bfloat16 before they are summed over the replicas."""
     resumed: bool = False
     """Whether it begins with a checkpoint that a run without options has saved after a step."""
 
@@ -147,10 +147,16 @@ CASES = [
     ),
     Case("tp2_dp2_spread", "resumed", FULL, GATHER, exact=False, resumed=True),
     Case("tp2_dp2_spread_bf16", "gather", ddp=GATHER, exact=False),
-    Case("tp2_dp2_spread_bf16", "fp32_sums", ddp=IN_FP32),
+    Case("tp2_dp2_spread_bf16", "fp32_sums", ddp=IN_FP32, exact=False, rounded=True),
     Case("tp2_dp2_spread_bf16", "rounded", ddp=ROUNDED | GATHER, exact=False, rounded=True),
     Case("tp2_dp2_spread_bf16", "rounded_at_last", ddp=LATE, exact=False, rounded=True),
-    Case("tp2_dp2_spread_bf16", "overlapped_fp32_sums", ddp=OVERLAP | IN_FP32, exact=False),
+    Case(
+        "tp2_dp2_spread_bf16",
+        "overlapped_fp32_sums",
+        ddp=OVERLAP | IN_FP32,
+        exact=False,
+        rounded=True,
+    ),
     Case("pp2_dp2_tied", "overlap", ddp=OVERLAP),
     Case("pp2_dp2_tied", "overlap_mlp", _selective("mlp"), OVERLAP, counts={"mlp": 2}),
     Case("pp2_dp2_spread_tied", "gather", ddp=GATHER, exact=False),

@@ -305,6 +305,14 @@ def test_what_cannot_be_here_is_said_before_anything_is_built(tables, message) -
         check(**tables)
 
 
+def test_sums_in_float32_are_for_gradients_in_less() -> None:
+    spread = ParallelConfig(data=2, distributed_optimizer=True)
+    summed = {"reduce_scatter_with_fp32_accumulation": True}
+    with pytest.raises(ConfigError, match=r"Set megatron\.ddp\.grad_reduce_in_fp32 = false"):
+        check(spread, ddp=summed)
+    check(spread, ddp=summed | {"grad_reduce_in_fp32": False})
+
+
 def test_gathers_need_buckets() -> None:
     spread = ParallelConfig(data=2, distributed_optimizer=True)
     with pytest.raises(ConfigError, match=r"needs megatron\.ddp\.overlap_grad_reduce = true"):
