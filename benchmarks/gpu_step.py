@@ -147,13 +147,13 @@ def _step(
     with phases("student"):
         student.forward_backward(batches, objective)
     with phases("optimizer"):
-        grad_norm, _ = student.update()
+        update = student.update()
     with phases("export"):
         for _ in export_weights(
             student.model, student_config, ranks, padded_vocab_size=student.model.vocab_size
         ):
             pass
-    return objective.sums.reduce().metrics() | {"grad_norm": grad_norm}
+    return objective.sums.reduce().metrics() | {"grad_norm": update.grad_norm}
 
 
 def _batches(

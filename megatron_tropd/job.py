@@ -34,7 +34,7 @@ from megatron_tropd.losses.trouble import words
 from megatron_tropd.mcore import models, parallel, platform, weights
 from megatron_tropd.mcore.checkpoint import ANY_LAYOUT, Checkpoints
 from megatron_tropd.mcore.options_check import check_options, unreviewed
-from megatron_tropd.mcore.step import NotFinite, Student, Teacher, output_weight
+from megatron_tropd.mcore.step import NotFinite, Student, Teacher, Update, output_weight
 from megatron_tropd.objective import StepObjective, example_rows, gather_examples
 from megatron_tropd.report.metrics import MetricsLog
 from megatron_tropd.rollout.client import ClientSettings
@@ -463,20 +463,26 @@ class Job:
             f"{words(bad.finding)} The weights were not updated. {self._last_checkpoint()}"
         )
 
-    def update(self) -> tuple[float, float]:
-        """Change the weights: (gradient norm before clipping, learning rate).
+    def update(self) -> Update:
+        """Change the weights, if the gradient's norm lets it; say so if it does not.
 
         Raises:
             TrainingError: the gradient is not finite; weights, engines and checkpoints are as they
                 were.
         """
         try:
-            return self.student.update()
+            update = self.student.update()
         except NotFinite as error:
             raise TrainingError(
                 f"{error} Step {self.step + 1} ends here; every token's loss was finite. The "
                 f"weights were not updated. {self._last_checkpoint()} Lower train.lr, then resume."
             ) from None
+        if update.skipped and self.is_main:
+            self._warn(
+                f"step {self.step + 1}: the gradient norm is {update.grad_norm:.4g}, above "
+                "megatron.optimizer.grad_norm_skip_threshold: the weights stay as they were."
+            )
+        return update
 
     def check_engine_gap(self, metrics: dict[str, Any], trajectories: list[Trajectory]) -> None:
         """Stop before the optimizer if engine and trainer do not compute the same model.

@@ -125,11 +125,12 @@ def learn(job: Job, trajectories: list[Trajectory]) -> dict[str, object]:
     metrics = totals.metrics()
     job.check_engine_gap(metrics, trajectories)
     with clock("optimizer"):
-        grad_norm, lr = job.update()
+        update = job.update()
     job.keep_examples(objective, trajectories)
     return {
         **metrics,
         "masked_tokens": counts.masked,
-        "grad_norm": grad_norm,
-        "lr": lr,
+        "grad_norm": update.grad_norm,
+        "lr": update.lr,
+        "update_skipped": int(update.skipped),
     }

@@ -79,6 +79,7 @@ def _metrics(step: int, steps: int, draw: random.Random) -> dict[str, Any]:
         "loss": noisy(0.05 + 0.8 * decay, 0.15),
         "grad_norm": noisy(0.4 + 2.2 * decay, 0.2),
         "lr": 0.001,
+        "update_skipped": 0,
         "tokens_student": int(128 * length * (1 - 0.2 * alpha)),
         "tokens_teacher": int(128 * length * 0.2 * alpha),
         "outlier_share": noisy(tv, 0.08),

@@ -59,6 +59,11 @@ def check_options(config: Config, *, student: dict[str, Any], teacher: dict[str,
     _check_offloading(megatron, dtype)
     _check_scaling(megatron.teacher)
     built = _built("model", student, config, dtype)
+    if megatron.optimizer.get("apply_wd_to_qk_layernorm") and not built.qk_layernorm:
+        raise ConfigError(
+            "megatron.optimizer.apply_wd_to_qk_layernorm is for models that normalise queries and "
+            "keys, and the student has no such norms. Remove it."
+        )
     _built("teacher", teacher, config, dtype)
     ddp_config(parallel, megatron)
     optimizer_config(config.train, parallel, dtype, megatron, model=built)
@@ -122,6 +127,11 @@ def _check_recomputation(model: dict[str, Any]) -> None:
             'megatron.model.recompute_modules is for recompute_granularity = "selective", found '
             f"{model['recompute_granularity']!r}. Change one of the two."
         )
+    if model.get("recompute_modules") == []:
+        raise ConfigError(
+            "megatron.model.recompute_modules = [] recomputes nothing. Name modules (Megatron's "
+            'default is ["core_attn"]), or remove it and recompute_granularity.'
+        )
     asked = set(model.get("recompute_modules", ())) & {"layernorm", "moe_act"}
     if asked and not models.has_transformer_engine():
         raise _missing(
@@ -154,6 +164,12 @@ def _check_overlap(config: Config) -> None:
                 f"megatron.ddp.{name} does nothing without parallel.distributed_optimizer = true. "
                 "Set that, too, or remove this one."
             )
+    if ddp.get("reduce_scatter_with_fp32_accumulation") and ddp.get("grad_reduce_in_fp32", True):
+        raise ConfigError(
+            "megatron.ddp.reduce_scatter_with_fp32_accumulation is for gradients that travel in "
+            "bfloat16, and here they do in float32. Set megatron.ddp.grad_reduce_in_fp32 = false, "
+            "too, or remove this one."
+        )
     if not ddp.get("overlap_param_gather"):
         return
     # Megatron's DDP does not look; its command line does.

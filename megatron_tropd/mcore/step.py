@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +45,7 @@ __all__ = [
     "StepResult",
     "Student",
     "Teacher",
+    "Update",
     "cross_entropy",
     "output_weight",
     "run_schedule",
@@ -75,6 +76,26 @@ class NotFinite(ArithmeticError):
         """``names``: parameters of this rank whose gradient is not finite."""
         where = f", first in {', '.join(names[:3])} on this rank" if names else ""
         super().__init__(f"The gradient norm is {norm}{where}.")
+
+
+class _TooLarge(ArithmeticError):
+    """The norm of the gradient is above megatron.optimizer.grad_norm_skip_threshold."""
+
+    def __init__(self, norm: float) -> None:
+        super().__init__(norm)
+        self.norm = norm
+
+
+class Update(NamedTuple):
+    """What became of an optimizer's step, equal on all ranks."""
+
+    grad_norm: float
+    """Global norm before clipping."""
+    lr: float
+    """Learning rate of this step."""
+    skipped: bool
+    """Whether the norm was above megatron.optimizer.grad_norm_skip_threshold, and so weights and
+    Adam's moments are as they were."""
 
 
 def broken_gradients(model: torch.nn.Module) -> list[str]:
@@ -131,14 +152,18 @@ class Student:
         """Have the optimizer stop between the gradient's norm and the first weight it changes."""
         norm_of = self.optimizer.get_grad_norm
 
-        def finite_norm() -> float:
+        def good_norm() -> float:
             norm = norm_of()
             if norm is not None and not math.isfinite(norm):
                 raise NotFinite(float(norm), broken_gradients(self.model))
+            # Megatron would skip, too, but not on a rank that has no part of the states: the others
+            # would wait for it in the next collective.
+            if norm is not None and norm > self.optimizer.config.grad_norm_skip_threshold:
+                raise _TooLarge(float(norm))
             return norm
 
         # Megatron's step asks for it once, before it clips.
-        self.optimizer.get_grad_norm = finite_norm
+        self.optimizer.get_grad_norm = good_norm
 
     def forward_backward(
         self, micro_batches: Sequence[MicroBatch], loss_fn: LossFn
@@ -183,17 +208,22 @@ class Student:
                 self.model, micro_batches, forward_step=_forward_only, forward_only=True
             )
 
-    def update(self) -> tuple[float, float]:
-        """Clip, step, advance the schedule. Returns (grad norm before clipping, rate used).
+    def update(self) -> Update:
+        """Clip, step, advance the schedule.
 
         Raises:
             NotFinite: the gradient's norm is, on every rank; nothing was changed.
         """
-        lr = self.optimizer.param_groups[0]["lr"]
-        _, grad_norm, _ = self.optimizer.step()
+        # train.lr's, not that of a group of parameters with another (decoupled_lr).
+        lr, skipped = float(self.scheduler.get_lr({})), False
+        try:
+            _, grad_norm, _ = self.optimizer.step()
+        except _TooLarge as error:
+            grad_norm, skipped = error.norm, True
         self._gather_parameters()
+        # The rate belongs to the step's number, whatever becomes of the step.
         self.scheduler.step(increment=1)
-        return float(grad_norm or 0.0), float(lr)
+        return Update(float(grad_norm or 0.0), lr, skipped)
 
     @torch.no_grad()
     def _gather_parameters(self) -> None:
@@ -207,8 +237,8 @@ class Student:
     def train_step(self, micro_batches: Sequence[MicroBatch], loss_fn: LossFn) -> StepResult:
         """:meth:`forward_backward` and :meth:`update` together."""
         reports = self.forward_backward(micro_batches, loss_fn)
-        grad_norm, lr = self.update()
-        return StepResult(reports, grad_norm, lr)
+        update = self.update()
+        return StepResult(reports, update.grad_norm, update.lr)
 
 
 class Teacher:

@@ -2,7 +2,7 @@
 
 What each does was read in megatron-core 0.19.2: recompute.py, transformer/transformer_layer.py,
 optimizer/distrib_optimizer.py, optimizer/cpu_offloading. Their types and names are checked by the
-trainer; here only what the arithmetic needs.
+trainer, ranges by ``MegatronConfig``; here only what the arithmetic needs.
 """
 
 from collections.abc import Mapping
@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from megatron_tropd.config import MegatronConfig
 from megatron_tropd.errors import ConfigError
+from megatron_tropd.settings import check_value
 
 COUNTED = {
     "model": {
@@ -228,11 +229,12 @@ def _recompute(model: Mapping[str, Any]) -> Recompute:
     _one_of(granularity, ("full", "selective"), "recompute_granularity")
     _one_of(method, ("uniform", "block"), "recompute_method")
     layers = model.get("recompute_num_layers")
-    if not isinstance(layers, int) or isinstance(layers, bool) or layers < 1:
+    if layers is None:
         raise ConfigError(
-            "megatron.model.recompute_num_layers must be a whole number above 0 with "
-            f'recompute_granularity = "full", found {layers!r}. Set it.'
+            'recompute_granularity = "full" needs megatron.model.recompute_num_layers: how many '
+            "layers are computed again together, or in a stage. Set it."
         )
+    check_value(int, layers, "megatron.model.recompute_num_layers")
     shared = bool(model.get("distribute_saved_activations", False))
     return Recompute(method=method, layers=layers, distributed=shared)
 
@@ -244,7 +246,7 @@ def _modules(model: Mapping[str, Any]) -> frozenset[str]:
 def _offload(model: Mapping[str, Any]) -> dict[str, Any]:
     if not model.get("fine_grained_activation_offloading", False):
         return {}
-    fraction = _fraction(model.get("activation_offload_fraction", 1.0), "model", "activation")
+    fraction = _share(model, "activation_offload_fraction", 1.0, table="model")
     return {
         "offload": _names(model.get("offload_modules", ()), _OFFLOADED, "offload_modules"),
         "offload_fraction": fraction,
@@ -257,7 +259,7 @@ def _states(optimizer: Mapping[str, Any]) -> States:
         # The hybrid optimizer keeps float32, whatever the types that were asked for; only with
         # precision awareness does it start from the bfloat16 weights, else from main weights that
         # stay on the GPU.
-        share = _fraction(optimizer.get("optimizer_offload_fraction", 0.0), "optimizer", "CPU")
+        share = _share(optimizer, "optimizer_offload_fraction", 0.0, table="optimizer")
         return States(on_host=share, precision_aware=aware)
     if not aware:
         return States()
@@ -275,12 +277,9 @@ def _bytes(optimizer: Mapping[str, Any], name: str, known: Mapping[str, int]) ->
     return known[value]
 
 
-def _fraction(value: Any, table: str, what: str) -> float:
-    if not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise ConfigError(
-            f"megatron.{table}: the share of {what} offload must be between 0 and 1, found "
-            f"{value!r}. Change it."
-        )
+def _share(options: Mapping[str, Any], name: str, default: float, *, table: str) -> float:
+    value = options.get(name, default)
+    check_value(float, value, f"megatron.{table}.{name}")
     return float(value)
 
 

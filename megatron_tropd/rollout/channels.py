@@ -8,6 +8,7 @@ rank, they go through a folder in shared memory.
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -123,7 +124,9 @@ class DeviceChannel:
         if len(mine) > 1:
             # By its members alone: beside a default group that is bound to a device, those who are
             # none would split NCCL's communicator, and wait there for members who do not.
-            self._group = dist.new_group(mine, backend="gloo", use_local_synchronization=True)
+            self._group = dist.new_group(
+                mine, timeout=_timeout(), backend="gloo", use_local_synchronization=True
+            )
 
     def send(self, tensors: Tensors, engine: RolloutEngine | None) -> None:
         """Hand the weights over, one buffer after the other."""
@@ -302,6 +305,14 @@ def this_seat(engine: RolloutEngine | None, host: str) -> Seat:
     if engine is None:
         return Seat(host, device, uuid)
     return Seat(host, device, uuid, engine.gpus, engine.forgets, engine.weight_bytes)
+
+
+def _timeout() -> timedelta:
+    """That of the default group, which is above the watchdog's; torch gives new ones its own."""
+    world = dist.group.WORLD
+    assert world is not None
+    found: timedelta = world._get_backend(world._device_types[0]).options._timeout
+    return found
 
 
 def _give_cache_back() -> None:

@@ -34,10 +34,15 @@ def _student(
     dtype: str = "float32",
     *,
     ddp: dict[str, Any] | None = None,
+    optimizer: dict[str, Any] | None = None,
     change: Callable[[Any], None] = lambda _: None,
     **options,
 ):
-    """``ddp``: options of Megatron's; ``change``: what to do to the model before it is wrapped."""
+    """A learner and its rank.
+
+    ``ddp``, ``optimizer``: options of Megatron's; ``change``: what to do to the model before it is
+    wrapped.
+    """
     from megatron_tropd.convert.hf_folder import HFFolder
     from megatron_tropd.mcore import models, parallel
     from megatron_tropd.mcore.step import Student
@@ -56,7 +61,7 @@ def _student(
         parallel=layout,
         ranks=ranks,
         dtype=kind,
-        megatron=MegatronConfig(ddp=ddp or {}),
+        megatron=MegatronConfig(ddp=ddp or {}, optimizer=optimizer or {}),
     )
     return learner, ranks
 

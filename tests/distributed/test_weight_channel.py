@@ -1,12 +1,13 @@
 """Weights for an engine of two GPUs: both ranks there hand over the same buffers together."""
 
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_on_ranks
+from ranks import run_on_ranks, run_with_env
 
 from megatron_tropd.errors import TrainingError
 from megatron_tropd.rollout.channels import DeviceChannel
@@ -83,3 +84,22 @@ def _floats(buffer: torch.Tensor) -> torch.Tensor:
 def test_every_gpu_of_an_engine_has_its_buffer(fails: bool) -> None:
     """A failure of the engine leaves no rank waiting."""
     run_on_ranks(3, hand_over, fails)
+
+
+def wait_as_long() -> None:
+    dist.init_process_group("gloo", timeout=timedelta(hours=7))
+    channel = DeviceChannel(
+        GROUPS,
+        rank=dist.get_rank(),
+        uuid="",
+        device=torch.device("cpu"),
+        export=lambda buffer: (),
+    )
+    assert channel._group is not None
+    gloo = channel._group._get_backend(torch.device("cpu"))
+    assert gloo.options._timeout == timedelta(hours=7)
+
+
+def test_no_group_gives_up_before_the_watchdog() -> None:
+    """A group of torch's own time-out would, if the run's is a long one."""
+    run_with_env(2, wait_as_long)

@@ -276,6 +276,11 @@ def test_what_is_ours_or_refused_is_named_without_megatron(tables, message) -> N
             "layernorm in megatron.model.recompute_modules needs Transformer Engine on CUDA",
         ),
         (
+            {"model": {"recompute_granularity": "selective", "recompute_modules": []}},
+            r"megatron\.model\.recompute_modules = \[\] recomputes nothing",
+        ),
+        ({"optimizer": {"apply_wd_to_qk_layernorm": True}}, "the student has no such norms"),
+        (
             {"model": {"recompute_granularity": "selective", "recompute_modules": ["moe"]}},
             'moe is of mixtures of experts, and this model is dense. Say "mlp"',
         ),
@@ -300,6 +305,14 @@ def test_what_cannot_be_here_is_said_before_anything_is_built(tables, message) -
         check(**tables)
 
 
+def test_sums_in_float32_are_for_gradients_in_less() -> None:
+    spread = ParallelConfig(data=2, distributed_optimizer=True)
+    summed = {"reduce_scatter_with_fp32_accumulation": True}
+    with pytest.raises(ConfigError, match=r"Set megatron\.ddp\.grad_reduce_in_fp32 = false"):
+        check(spread, ddp=summed)
+    check(spread, ddp=summed | {"grad_reduce_in_fp32": False})
+
+
 def test_gathers_need_buckets() -> None:
     spread = ParallelConfig(data=2, distributed_optimizer=True)
     with pytest.raises(ConfigError, match=r"needs megatron\.ddp\.overlap_grad_reduce = true"):
@@ -315,6 +328,7 @@ def test_gathers_need_buckets() -> None:
         {"teacher": {"bias_activation_fusion": True}},
         {"ddp": {"overlap_grad_reduce": True, "bucket_size": 1000}},
         {"optimizer": {"grad_norm_skip_threshold": 3}},
+        {"optimizer": {"apply_wd_to_qk_layernorm": False}},
         # As Megatron has them: they ask for nothing that is not here.
         {"model": {"attention_backend": "auto"}, "ddp": {"nccl_ub": False}},
     ],

@@ -744,7 +744,19 @@ FULL, SELECTIVE = {"recompute_granularity": "full"}, {"recompute_granularity": "
 OPTION_ERRORS = [
     ({"recompute_granularity": "half"}, "must be one of full, selective, found 'half'"),
     (FULL, "recompute_method must be one of uniform, block, found None"),
-    (FULL | {"recompute_method": "block"}, "recompute_num_layers must be a whole"),
+    (FULL | {"recompute_method": "block"}, "needs megatron.model.recompute_num_layers"),
+    (
+        FULL | {"recompute_method": "block", "recompute_num_layers": True},
+        "recompute_num_layers must be int, found True",
+    ),
+    (
+        {
+            "fine_grained_activation_offloading": True,
+            "offload_modules": [],
+            "activation_offload_fraction": "half",
+        },
+        "activation_offload_fraction must be float, found 'half'",
+    ),
     (SELECTIVE | {"recompute_modules": "mlp"}, "recompute_modules must be a list of names"),
     (SELECTIVE | {"recompute_modules": ["mpl"]}, "core_attn, mlp, moe, moe_act"),
 ]
