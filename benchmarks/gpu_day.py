@@ -74,7 +74,12 @@ def parts() -> list[Part]:
         *("parallel.tensor=1", "rollout.num_engines=1"),
     )
     return [
-        Part("doctor", (python, "-m", "megatron_tropd.cli", "doctor"), 120, numbers=doctor_numbers),
+        Part(
+            "doctor",
+            (python, "-m", "megatron_tropd.cli", "doctor"),
+            120,
+            numbers=doctor_numbers,
+        ),
         Part(
             "gpu suite",
             (python, "-m", "pytest", "tests/gpu", *junit),

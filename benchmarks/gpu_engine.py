@@ -28,8 +28,8 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_tropd.convert.hf_folder import EMBEDDING, HEAD, HFFolder
-from megatron_tropd.rollout.engine import RolloutEngine
-from megatron_tropd.rollout.types import Sample, SampleRequest, Sampling
+from megatron_tropd.data.samples import Sample, SampleRequest, Sampling
+from megatron_tropd.rollout.engines.engine import RolloutEngine
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 STUDENT = REPOSITORY / "examples" / "arithmetic" / "student"

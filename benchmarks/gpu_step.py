@@ -27,14 +27,14 @@ from unittest.mock import patch
 import torch
 
 from megatron_tropd.config import ParallelConfig, TrainConfig
+from megatron_tropd.config.loss import preset
 from megatron_tropd.convert.hf_folder import read_config
 from megatron_tropd.data.packing import count_loss_tokens, pack
 from megatron_tropd.data.types import MicroBatch, Trajectory
-from megatron_tropd.loss_config import preset
+from megatron_tropd.distill.step_loss import StepObjective
 from megatron_tropd.mcore import models, parallel, platform
 from megatron_tropd.mcore.step import Student, Teacher
 from megatron_tropd.mcore.weights import export_weights
-from megatron_tropd.objective import StepObjective
 
 MODELS = Path(__file__).resolve().parents[1] / "configs" / "recipes" / "models"
 LOSS = preset("tropd_exact")

@@ -302,7 +302,7 @@ def our_cases() -> list[Case]:
 
 def build_ours(case: Case, inputs: Inputs) -> Callable[[], Tensor]:
     """One of our rows, the teacher's hidden states and output layer on the same ranks."""
-    from megatron_tropd.loss_config import preset
+    from megatron_tropd.config.loss import preset
     from megatron_tropd.losses import LossTargets, tropd_loss, tropd_loss_from_hidden
 
     _, entrance, rest = case.name.split(" ", 2)

@@ -371,7 +371,7 @@ def main(job_path: str, result_path: str, rank: str) -> None:
         Path(result_path).write_text(json.dumps(result))
     dist.barrier()  # nobody leaves while another still waits for it
     dist.destroy_process_group()
-    # Not through the interpreter's own clearing up, see megatron_tropd.worker.leave (the peers'
+    # Not through the interpreter's own clearing up: see megatron_tropd.launch.rank.leave (peers'
     # environment has no megatron_tropd).
     sys.stdout.flush()
     sys.stderr.flush()

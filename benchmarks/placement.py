@@ -206,7 +206,7 @@ class HandOver:
         from safetensors.torch import load_file
 
         from megatron_tropd.config import load_config
-        from megatron_tropd.rollout.served import ServerPool
+        from megatron_tropd.rollout.engines.served import ServerPool
 
         self._config = load_config(words[0], words[1:])
         tensors = load_file(student / "model.safetensors")
@@ -215,11 +215,11 @@ class HandOver:
         self._pools: dict[str, ServerPool] = {way: self._pool(way) for way in ("folder", "direct")}
 
     def _pool(self, way: str) -> Any:
-        from megatron_tropd.rollout.client import ClientSettings
-        from megatron_tropd.rollout.dispatch import Patience
-        from megatron_tropd.rollout.served import ServerPool
-        from megatron_tropd.rollout.weight_sync import WeightVersions
-        from megatron_tropd.rollout.wire import served_settings
+        from megatron_tropd.rollout.engines.client import ClientSettings
+        from megatron_tropd.rollout.engines.dispatch import Patience
+        from megatron_tropd.rollout.engines.served import ServerPool
+        from megatron_tropd.rollout.engines.wire import served_settings
+        from megatron_tropd.rollout.weights.weight_sync import WeightVersions
 
         run = Path(self._config.run.dir).resolve()
         return ServerPool(
@@ -233,7 +233,7 @@ class HandOver:
 
     def once(self, way: str, step: int) -> dict[str, float]:
         """Seconds of one hand-over of weights that no server has yet."""
-        from megatron_tropd.rollout.types import SampleRequest, Sampling
+        from megatron_tropd.data.samples import SampleRequest, Sampling
 
         pool = self._pools[way]
         start = time.perf_counter()

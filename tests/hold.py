@@ -15,7 +15,7 @@ def _hold(path):
         _time.sleep(0.01)
 
 def _hold_after_step(number, path):
-    from megatron_tropd import files
+    from megatron_tropd.base import files
     append, logged = files.append_line, [0]
     def append_and_hold(file, line):
         append(file, line)

@@ -3,7 +3,7 @@
 Ranks are fresh processes, forked from a server that has done the imports and nothing else: no
 group, no thread, no patch of the CPU platform, no state of an earlier test. As all forked children
 of multiprocessing they end without the interpreter's clearing up (why that matters:
-``megatron_tropd.worker.leave``).
+``megatron_tropd.launch.rank.leave``).
 """
 
 import multiprocessing
@@ -19,7 +19,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 PRELOADED = [
-    "megatron_tropd.job",
+    "megatron_tropd.distill.job",
     "megatron_tropd.integrations.megatron_lm",
     "torch.distributed.checkpoint",
     "transformers.models.llama.modeling_llama",

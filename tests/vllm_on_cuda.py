@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
-from megatron_tropd.rollout.process import engine_environment  # noqa: E402
+from megatron_tropd.rollout.engines.process import engine_environment  # noqa: E402
 
 environment = engine_environment(os.environ, threads=1, cuda_devices="")
 os.environ.clear()
@@ -78,10 +78,11 @@ from vllm.v1.executor.abstract import SLEEP_TAGS  # noqa: E402
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner  # noqa: E402
 from vllm.v1.worker.gpu_worker import Worker  # noqa: E402
 
-from megatron_tropd.rollout import worker  # noqa: E402
-from megatron_tropd.rollout.channels import DeviceChannel  # noqa: E402
-from megatron_tropd.rollout.types import EngineSettings, SampleRequest, Sampling  # noqa: E402
-from megatron_tropd.rollout.worker_extension import WorkerExtension  # noqa: E402
+from megatron_tropd.data.samples import SampleRequest, Sampling  # noqa: E402
+from megatron_tropd.rollout.engines import worker  # noqa: E402
+from megatron_tropd.rollout.engines.settings import EngineSettings  # noqa: E402
+from megatron_tropd.rollout.engines.worker_extension import WorkerExtension  # noqa: E402
+from megatron_tropd.rollout.weights.channels import DeviceChannel  # noqa: E402
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "one GPU": {"tensor_parallel": 1},

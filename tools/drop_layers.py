@@ -14,8 +14,8 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
+from megatron_tropd.base.errors import InputError
 from megatron_tropd.convert.hf_folder import HFFolder
-from megatron_tropd.errors import InputError
 
 _LAYER = re.compile(r"^(model\.layers\.)(\d+)(\..+)$")
 _PER_LAYER = ("layer_types",)

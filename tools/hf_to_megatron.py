@@ -6,7 +6,7 @@ Example: python tools/hf_to_megatron.py --hf Qwen3-1.7B --megatron Qwen3-1.7B-me
 
 import sys
 
-from megatron_tropd.conversion import main_to_megatron
+from megatron_tropd.cli.convert import main_to_megatron
 
 if __name__ == "__main__":
     sys.exit(main_to_megatron())

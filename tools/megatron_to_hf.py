@@ -6,7 +6,7 @@ Example: python tools/megatron_to_hf.py --megatron runs/x/checkpoints/step_00010
 
 import sys
 
-from megatron_tropd.conversion import main_to_hf
+from megatron_tropd.cli.convert import main_to_hf
 
 if __name__ == "__main__":
     sys.exit(main_to_hf())

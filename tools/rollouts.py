@@ -15,17 +15,17 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron_tropd.cli import exit_code
+from megatron_tropd.base.errors import ConfigError
+from megatron_tropd.cli.main import exit_code
 from megatron_tropd.config import Config, GuidanceConfig, RolloutConfig
+from megatron_tropd.config.run_defaults import parse_with_run
+from megatron_tropd.config.run_folder import RunFolder
 from megatron_tropd.data.arguments import add_prompt_options, read_prompts
 from megatron_tropd.data.responses import load_responses
+from megatron_tropd.data.samples import Sampling
 from megatron_tropd.data.tokenizers import load_tokenizer, num_ids, stop_token_ids
-from megatron_tropd.engines import add_engine_options, tool_engine
-from megatron_tropd.errors import ConfigError
-from megatron_tropd.rollout.engine import context_length
-from megatron_tropd.rollout.types import Sampling
-from megatron_tropd.run_defaults import parse_with_run
-from megatron_tropd.run_folder import RunFolder
+from megatron_tropd.distill.engines import add_engine_options, tool_engine
+from megatron_tropd.rollout.engines.engine import context_length
 from megatron_tropd.tasks.rollouts import Round, weights_identity, write_rollouts
 
 

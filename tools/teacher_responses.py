@@ -12,13 +12,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron_tropd.cli import exit_code
+from megatron_tropd.cli.main import exit_code
+from megatron_tropd.config.run_defaults import parse_with_run
 from megatron_tropd.data.arguments import add_prompt_options, read_prompts
+from megatron_tropd.data.samples import Sampling
 from megatron_tropd.data.tokenizers import load_tokenizer, num_ids, stop_token_ids
-from megatron_tropd.engines import add_engine_options, tool_engine
-from megatron_tropd.rollout.engine import RolloutEngine, context_length
-from megatron_tropd.rollout.types import Sampling
-from megatron_tropd.run_defaults import parse_with_run
+from megatron_tropd.distill.engines import add_engine_options, tool_engine
+from megatron_tropd.rollout.engines.engine import RolloutEngine, context_length
 from megatron_tropd.tasks.teacher_responses import model_identity, write_responses
 
 

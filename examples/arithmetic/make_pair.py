@@ -47,7 +47,7 @@ from megatron_tropd.mcore.models import build_model, padded_vocab_size
 from megatron_tropd.mcore.parallel import initialize, shutdown
 from megatron_tropd.mcore.step import StepResult, Student, cross_entropy
 from megatron_tropd.mcore.weights import save_hf
-from megatron_tropd.rollout.engine import RolloutEngine
+from megatron_tropd.rollout.engines.engine import RolloutEngine
 from megatron_tropd.tasks.exact_match import evaluate_exact_match
 
 NUM_PROMPTS, NUM_HELD_OUT = 4000, 1000

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from megatron_tropd.base.errors import InputError
 from megatron_tropd.data.tokenizers import load_tokenizer
-from megatron_tropd.errors import InputError
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
+from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.cluster.site import Site
 from megatron_tropd.config import Config
-from megatron_tropd.errors import ConfigError
 
 
 @dataclass(frozen=True)

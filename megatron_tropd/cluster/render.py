@@ -7,10 +7,10 @@ from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
+from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.cluster.layout import Layout
 from megatron_tropd.cluster.site import Site
 from megatron_tropd.config import Config, config_to_toml
-from megatron_tropd.errors import ConfigError
 
 
 def copy_config(config: Config) -> tuple[Path, str]:

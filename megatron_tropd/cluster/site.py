@@ -4,10 +4,10 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megatron_tropd.base.errors import ConfigError
+from megatron_tropd.base.text_files import read_toml
 from megatron_tropd.config import settings_from_table
-from megatron_tropd.errors import ConfigError
-from megatron_tropd.settings import Count, Number, Settings
-from megatron_tropd.text_files import read_toml
+from megatron_tropd.config.settings import Count, Number, Settings
 
 _PLACES = re.compile(r"--(array|nodes|ntasks)\b|-[aNn]")
 _OURS_OF_SRUN = re.compile(r"--(container-(image|mounts|workdir|env)|output|open-mode|export)\b")

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_tropd.base.errors import InputError
 from megatron_tropd.convert.families import Entry, model_shape
 from megatron_tropd.convert.safetensors_writer import tensor_bytes
-from megatron_tropd.errors import InputError
 
 CHECKSUMS = "tensors.json"
 """File beside the tensors of a converted checkpoint: type, shape and CRC-32 of every HF tensor."""

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from megatron_tropd.base.errors import ConfigError, InputError
 from megatron_tropd.config import ParallelConfig
 from megatron_tropd.convert.accounting import (
     account,
@@ -11,7 +12,6 @@ from megatron_tropd.convert.accounting import (
 )
 from megatron_tropd.convert.families import ModelShape, model_shape, plan
 from megatron_tropd.convert.hf_folder import EMBEDDING, HEAD, HFFolder, naming
-from megatron_tropd.errors import ConfigError, InputError
 
 
 def check_parallel(hf_config: dict[str, Any], parallel: ParallelConfig, *, who: str) -> None:

@@ -16,12 +16,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from megatron_tropd.base.errors import InputError
+from megatron_tropd.base.text_files import lfs_pointer, read_json_object
+from megatron_tropd.base.token_ids import parse_token_ids
 from megatron_tropd.convert.companions import CONFIG
 from megatron_tropd.convert.families import model_shape
 from megatron_tropd.convert.safetensors_file import SafetensorsFile, Stored
-from megatron_tropd.errors import InputError
-from megatron_tropd.text_files import lfs_pointer, read_json_object
-from megatron_tropd.token_ids import parse_token_ids
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_tropd.base.errors import InputError
+from megatron_tropd.base.text_files import read_json_object
 from megatron_tropd.convert.accounting import (
     CHECKSUMS,
     check_not_quantised,
@@ -24,8 +26,6 @@ from megatron_tropd.convert.layout import (
     per_layer_names,
 )
 from megatron_tropd.convert.torch_dist import METADATA, TorchDistReader
-from megatron_tropd.errors import InputError
-from megatron_tropd.text_files import read_json_object
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _EMBEDDING = "embedding.word_embeddings.weight"

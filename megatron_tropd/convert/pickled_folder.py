@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_tropd.base.errors import InputError
+from megatron_tropd.base.text_files import lfs_pointer
 from megatron_tropd.convert.hf_folder import (
     INDEX,
     SINGLE,
@@ -19,8 +21,6 @@ from megatron_tropd.convert.hf_folder import (
     read_weight_map,
     stored_names,
 )
-from megatron_tropd.errors import InputError
-from megatron_tropd.text_files import lfs_pointer
 
 _SINGLE, _INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 

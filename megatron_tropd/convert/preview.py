@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from megatron_tropd.base.errors import InputError
+from megatron_tropd.base.text_files import read_json_object
 from megatron_tropd.convert.accounting import account
 from megatron_tropd.convert.companions import CONFIG, config_dtype, left_out
 from megatron_tropd.convert.families import Entry, describe, plan
@@ -30,8 +32,6 @@ from megatron_tropd.convert.to_megatron import (
     check_source,
     padded_vocab,
 )
-from megatron_tropd.errors import InputError
-from megatron_tropd.text_files import read_json_object
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_tropd.base.errors import InputError
 from megatron_tropd.convert.hf_folder import INDEX, SINGLE, HFFolder
-from megatron_tropd.errors import InputError
 
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_tropd.errors import InputError
+from megatron_tropd.base.errors import InputError
 
 _OF_A_MODEL = ("config.json", "*.safetensors*", "latest_checkpointed_iteration.txt", ".metadata")
 

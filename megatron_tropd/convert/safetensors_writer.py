@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import _TYPES
 from torch import Tensor
 
+from megatron_tropd.base.errors import InputError
 from megatron_tropd.convert.hf_folder import INDEX, SINGLE
-from megatron_tropd.errors import InputError
 
 _NAMES = {dtype: name for name, dtype in _TYPES.items()}
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_tropd.base.errors import InputError
 from megatron_tropd.convert.accounting import CHECKSUMS, check_types, checksum, converted
 from megatron_tropd.convert.budget import Budget
 from megatron_tropd.convert.companions import copy_companions, set_config_dtype
@@ -18,7 +19,6 @@ from megatron_tropd.convert.megatron_folder import MegatronFolder
 from megatron_tropd.convert.publish import claim, publishing
 from megatron_tropd.convert.safetensors_writer import SafetensorsWriter, Spec
 from megatron_tropd.convert.to_megatron import Progress
-from megatron_tropd.errors import InputError
 
 _TIED = {HEAD: EMBEDDING}
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_tropd.base.errors import ConfigError, InputError
 from megatron_tropd.config import ParallelConfig
 from megatron_tropd.convert.accounting import (
     CHECKSUMS,
@@ -38,7 +39,6 @@ from megatron_tropd.convert.megatron_folder import TRACKER
 from megatron_tropd.convert.pickled_folder import PickledFolder, open_source
 from megatron_tropd.convert.publish import claim, publishing
 from megatron_tropd.convert.torch_dist import Part, write_checkpoint
-from megatron_tropd.errors import ConfigError, InputError
 
 RELEASE = "release"
 _VOCAB_MULTIPLE = 128  # Megatron's --make-vocab-size-divisible-by

@@ -49,9 +49,9 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from megatron_tropd.base.errors import InputError
+from megatron_tropd.base.text_files import lfs_pointer
 from megatron_tropd.convert.budget import Budget
-from megatron_tropd.errors import InputError
-from megatron_tropd.text_files import lfs_pointer
 
 METADATA, COMMON, BACKEND = ".metadata", "common.pt", "metadata.json"
 

@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.config import PromptConfig
 from megatron_tropd.data.prompts import check_kwargs_are_read, is_templated, load_prompts
 from megatron_tropd.data.resumable import recorded_settings
 from megatron_tropd.data.templates import reads_clock
 from megatron_tropd.data.types import Prompt
-from megatron_tropd.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.config import LossConfig
 from megatron_tropd.data.types import MicroBatch, Segment, Trajectory
-from megatron_tropd.errors import ConfigError
 from megatron_tropd.losses.draws import keyed_seed, keyed_uniform
 
 _NO_MASK = LossConfig()

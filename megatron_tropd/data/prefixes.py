@@ -12,9 +12,9 @@ from typing import Literal
 
 from megatron_tropd.config import GuidanceConfig, RolloutConfig
 from megatron_tropd.data.responses import TeacherResponse
+from megatron_tropd.data.samples import SampleRequest
 from megatron_tropd.data.types import Prompt
 from megatron_tropd.losses.draws import Purpose, keyed_seed
-from megatron_tropd.rollout.types import SampleRequest
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from megatron_tropd.base.errors import ConfigError, InputError
+from megatron_tropd.base.text_files import read_json_lines
 from megatron_tropd.config import PromptConfig
 from megatron_tropd.data.templates import conversation, render
 from megatron_tropd.data.types import Prompt
-from megatron_tropd.errors import ConfigError, InputError
 from megatron_tropd.losses.draws import Purpose, keyed_seed, keyed_uniform
-from megatron_tropd.text_files import read_json_lines
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from megatron_tropd.base.errors import InputError
+from megatron_tropd.base.text_files import lines_with_offsets, parse_json_line
 from megatron_tropd.data.types import Trajectory
-from megatron_tropd.errors import InputError
 from megatron_tropd.losses.draws import keyed_seed
-from megatron_tropd.text_files import lines_with_offsets, parse_json_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_tropd.base.errors import InputError
+from megatron_tropd.base.text_files import read_json_lines
 from megatron_tropd.data.tokenizers import fingerprint, num_ids
 from megatron_tropd.data.types import Prompt
-from megatron_tropd.errors import InputError
-from megatron_tropd.text_files import read_json_lines
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
-from megatron_tropd.errors import InputError
+from megatron_tropd.base.errors import InputError
 
 
 class ResumableLines:

@@ -16,7 +16,7 @@ import jinja2.meta
 import jinja2.nodes
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from megatron_tropd.errors import InputError
+from megatron_tropd.base.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from megatron_tropd.errors import ConfigError, InputError
-from megatron_tropd.text_files import lfs_pointer, read_json_object
-from megatron_tropd.token_ids import parse_token_ids
+from megatron_tropd.base.errors import ConfigError, InputError
+from megatron_tropd.base.text_files import lfs_pointer, read_json_object
+from megatron_tropd.base.token_ids import parse_token_ids
 
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 _MAX_NAMED = 5  # differing ids spelled out in an error

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_tropd.base.errors import InputError
+from megatron_tropd.base.text_files import read_json_lines
 from megatron_tropd.data.prefixes import PlannedSample
+from megatron_tropd.data.samples import Sample
 from megatron_tropd.data.types import Trajectory
-from megatron_tropd.errors import InputError
-from megatron_tropd.rollout.types import Sample
-from megatron_tropd.text_files import read_json_lines
 
 
 def assemble(

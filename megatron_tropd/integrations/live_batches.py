@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from megatron_tropd.base.errors import ConfigError, TrainingError
 from megatron_tropd.data.recorded import recorded, training_item
 from megatron_tropd.data.types import Trajectory
-from megatron_tropd.errors import ConfigError, TrainingError
 from megatron_tropd.integrations.live_rollouts import LiveRollouts, LoopSettings, check_arguments
 from megatron_tropd.mcore.parallel import current_ranks
 

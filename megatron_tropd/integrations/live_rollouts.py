@@ -16,7 +16,10 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor
 
+from megatron_tropd.base.environment import number
+from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.config import GuidanceConfig, RolloutConfig
+from megatron_tropd.config.settings import Anything, Count, Settings
 from megatron_tropd.convert.families import model_shape
 from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.convert.megatron_folder import open_model
@@ -30,19 +33,16 @@ from megatron_tropd.data.prompts import (
 )
 from megatron_tropd.data.recorded import recorded, training_item
 from megatron_tropd.data.responses import load_responses
+from megatron_tropd.data.samples import Sampling
 from megatron_tropd.data.templates import reads_clock
 from megatron_tropd.data.tokenizers import load_tokenizer, stop_token_ids
 from megatron_tropd.data.trajectories import assemble
 from megatron_tropd.data.types import Trajectory
-from megatron_tropd.environment import number
-from megatron_tropd.errors import ConfigError
 from megatron_tropd.mcore.parallel import current_ranks
 from megatron_tropd.mcore.weights import export_weights
-from megatron_tropd.rollout.engine import RolloutEngine
-from megatron_tropd.rollout.pool import EnginePool
-from megatron_tropd.rollout.types import Sampling
-from megatron_tropd.rollout.weight_sync import Export
-from megatron_tropd.settings import Anything, Count, Settings
+from megatron_tropd.rollout.engines.engine import RolloutEngine
+from megatron_tropd.rollout.engines.pool import EnginePool
+from megatron_tropd.rollout.weights.weight_sync import Export
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -27,13 +27,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from megatron_tropd.base.errors import ConfigError
+from megatron_tropd.config.loss import PRESETS, Importance, LossConfig
 from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.convert.megatron_folder import MegatronFolder
-from megatron_tropd.errors import ConfigError
 from megatron_tropd.integrations import options, startup
 from megatron_tropd.integrations.global_batch import Batch, draw, share
 from megatron_tropd.integrations.printed_log import PrintedLog
-from megatron_tropd.loss_config import PRESETS, Importance, LossConfig
 from megatron_tropd.losses import (
     HiddenStatesSignal,
     LossTargets,

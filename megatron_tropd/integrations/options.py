@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from megatron_tropd.errors import ConfigError
-from megatron_tropd.megatron_fields import named_lists
+from megatron_tropd.base.errors import ConfigError
+from megatron_tropd.config.megatron_fields import named_lists
 
 
 @dataclass(frozen=True)

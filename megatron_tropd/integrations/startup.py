@@ -11,7 +11,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from megatron_tropd.base.errors import ConfigError, InputError
 from megatron_tropd.config import ParallelConfig
+from megatron_tropd.config.loss import LossConfig, preset
+from megatron_tropd.config.settings import Amount, check_value
 from megatron_tropd.convert.checks import check_parallel, check_tensors
 from megatron_tropd.convert.families import model_shape
 from megatron_tropd.convert.hf_folder import HFFolder
@@ -21,11 +24,8 @@ from megatron_tropd.convert.megatron_folder import (
     is_megatron_folder,
 )
 from megatron_tropd.data.tokenizers import check_same_tokenizer, load_tokenizer
-from megatron_tropd.errors import ConfigError, InputError
 from megatron_tropd.integrations import options
-from megatron_tropd.loss_config import LossConfig, preset
 from megatron_tropd.losses import HiddenStatesSignal, check_signal
-from megatron_tropd.settings import Amount, check_value
 
 SUPPORTED = ("0.17", "0.18", "0.19")
 """Versions of megatron-core whose training loop was run with the plug-in."""

@@ -4,7 +4,7 @@ Usable alone: :func:`tropd_loss` takes the logits of any training loop and a pro
 :func:`tropd_loss_from_hidden` hidden states and the output layer.
 """
 
-from megatron_tropd.loss_config import PRESETS, LossConfig, preset
+from megatron_tropd.config.loss import PRESETS, LossConfig, preset
 from megatron_tropd.losses.align import align_logits, align_output_weight
 from megatron_tropd.losses.draws import (
     Purpose,

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_tropd.errors import ConfigError
-from megatron_tropd.loss_config import LossConfig
+from megatron_tropd.base.errors import ConfigError
+from megatron_tropd.config.loss import LossConfig
 from megatron_tropd.losses.signals import (
     FullSignal,
     HiddenStatesSignal,

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_tropd.loss_config import LossConfig
+from megatron_tropd.config.loss import LossConfig
 from megatron_tropd.losses import products
 from megatron_tropd.losses import vocab_parallel as vp
 from megatron_tropd.losses.align import align_logits

@@ -13,8 +13,8 @@ from typing import ClassVar, Protocol, runtime_checkable
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_tropd.errors import ConfigError
-from megatron_tropd.loss_config import LossConfig
+from megatron_tropd.base.errors import ConfigError
+from megatron_tropd.config.loss import LossConfig
 from megatron_tropd.losses import products
 from megatron_tropd.losses import vocab_parallel as vp
 from megatron_tropd.losses.dense import sum_names

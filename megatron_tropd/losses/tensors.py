@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_tropd.errors import ConfigError
-from megatron_tropd.loss_config import LossConfig
+from megatron_tropd.base.errors import ConfigError
+from megatron_tropd.config.loss import LossConfig
 from megatron_tropd.losses.targets import LossTargets
 
 _NO_FLOATS = {"ids_T": torch.int64, "topk_ids_TK": torch.int64, "is_teacher_T": torch.bool}

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from megatron_tropd.loss_config import LossConfig
+from megatron_tropd.config.loss import LossConfig
 from megatron_tropd.losses.dense import DenseSpec, Reward, sum_names
 from megatron_tropd.losses.signals import needed_sums
 from megatron_tropd.losses.statistics import METRICS, TokenStatistics

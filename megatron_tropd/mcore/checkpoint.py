@@ -28,8 +28,8 @@ from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_tropd.errors import ConfigError, InputError, TrainingError
-from megatron_tropd.files import is_missing, read_patiently
+from megatron_tropd.base.errors import ConfigError, InputError, TrainingError
+from megatron_tropd.base.files import is_missing, read_patiently
 from megatron_tropd.mcore.async_save import SaveQueue, ThreadCaller, forget_results
 from megatron_tropd.mcore.checksums import (
     Checksum,

@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron_tropd.errors import InputError
-from megatron_tropd.files import is_missing, read_patiently
+from megatron_tropd.base.errors import InputError
+from megatron_tropd.base.files import is_missing, read_patiently
 
 CHECKSUMS = "checksums.json"
 

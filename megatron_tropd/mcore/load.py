@@ -8,8 +8,8 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_tropd.base.errors import InputError
 from megatron_tropd.convert.megatron_folder import MegatronFolder
-from megatron_tropd.errors import InputError
 
 
 def load_checkpoint(model: torch.nn.Module, folder: MegatronFolder) -> None:

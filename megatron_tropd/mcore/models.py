@@ -15,6 +15,7 @@ from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from megatron_tropd.config import ParallelConfig
+from megatron_tropd.config.megatron_fields import Table
 from megatron_tropd.convert.checks import check_parallel
 from megatron_tropd.convert.families import ModelShape, model_shape, rope_inverse_frequencies
 from megatron_tropd.convert.hf_folder import HFFolder
@@ -27,7 +28,6 @@ from megatron_tropd.mcore.load import load_checkpoint
 from megatron_tropd.mcore.options import with_options
 from megatron_tropd.mcore.parallel import Ranks
 from megatron_tropd.mcore.weights import load_weights
-from megatron_tropd.megatron_fields import Table
 
 
 class RMSNorm(torch.nn.Module):

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from megatron_tropd.errors import ConfigError
-from megatron_tropd.megatron_fields import Table
-from megatron_tropd.settings import check_value, nearest
+from megatron_tropd.base.errors import ConfigError
+from megatron_tropd.config.megatron_fields import Table
+from megatron_tropd.config.settings import check_value, nearest
 
 
 def with_options[T](

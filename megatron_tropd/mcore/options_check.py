@@ -9,14 +9,14 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer import TransformerConfig
 
+from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.config import Config
+from megatron_tropd.config.megatron import MegatronConfig
+from megatron_tropd.config.megatron_fields import Table, verdicts
 from megatron_tropd.convert.families import model_shape
-from megatron_tropd.errors import ConfigError
 from megatron_tropd.mcore import models, platform
 from megatron_tropd.mcore.options import typed
 from megatron_tropd.mcore.step import ddp_config, optimizer_config
-from megatron_tropd.megatron_config import MegatronConfig
-from megatron_tropd.megatron_fields import Table, verdicts
 
 DATACLASSES: dict[Table, type] = {
     "model": TransformerConfig,

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_tropd.base.environment import STORE_DESCRIPTOR, number, variable
+from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.config import ParallelConfig
-from megatron_tropd.environment import STORE_DESCRIPTOR, number, variable
-from megatron_tropd.errors import ConfigError
 from megatron_tropd.mcore import platform
 
 _TIMEOUT_SECONDS = 2 * 3600.0

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 import torch.utils._device
 
-from megatron_tropd.environment import hidden_gpus, listed_gpus, variable
-from megatron_tropd.errors import TrainingError
+from megatron_tropd.base.environment import hidden_gpus, listed_gpus, variable
+from megatron_tropd.base.errors import TrainingError
 
 _CPU = torch.device("cpu")
 _FACTORIES = (

@@ -21,13 +21,13 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_tropd.base.errors import InputError, TrainingError
 from megatron_tropd.convert.checks import check_tensors
 from megatron_tropd.convert.companions import copy_companions
 from megatron_tropd.convert.families import Entry, ModelShape, model_shape, plan
 from megatron_tropd.convert.hf_folder import INDEX, SINGLE, HFFolder
 from megatron_tropd.convert.megatron_folder import MegatronFolder
 from megatron_tropd.convert.sizes import stage_sizes
-from megatron_tropd.errors import InputError, TrainingError
 from megatron_tropd.mcore import platform
 from megatron_tropd.mcore.parallel import Ranks
 

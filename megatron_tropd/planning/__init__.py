@@ -4,8 +4,8 @@ Arithmetic on two config.json files, a layout and a cluster; no weights, no GPU,
 docs/planning.md has the formulas and what they were checked against.
 """
 
+from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.config import Config
-from megatron_tropd.errors import ConfigError
 from megatron_tropd.planning.estimate import Estimate, estimate
 from megatron_tropd.planning.hardware import PRESETS, Hardware, load_hardware
 from megatron_tropd.planning.recommend import Recommendation, recommend

@@ -4,9 +4,17 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from megatron_tropd.errors import ConfigError
-from megatron_tropd.settings import Count, Positive, Range, Settings, Share, check_value, nearest
-from megatron_tropd.text_files import read_toml
+from megatron_tropd.base.errors import ConfigError
+from megatron_tropd.base.text_files import read_toml
+from megatron_tropd.config.settings import (
+    Count,
+    Positive,
+    Range,
+    Settings,
+    Share,
+    check_value,
+    nearest,
+)
 
 Reserve = Annotated[float, Range(0, 1, "()", "reserve = 1 leaves no memory.")]
 Layers = Literal["transformer_engine", "local", "cpu"]

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.config import MegatronConfig
-from megatron_tropd.errors import ConfigError
-from megatron_tropd.settings import check_value
+from megatron_tropd.config.settings import check_value
 
 COUNTED = {
     "model": {

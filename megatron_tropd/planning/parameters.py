@@ -12,12 +12,12 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from megatron_tropd.base.errors import InputError
 from megatron_tropd.config import ParallelConfig
 from megatron_tropd.convert.families import Entry, ModelShape, model_shape, plan
 from megatron_tropd.convert.hf_folder import naming, read_config
 from megatron_tropd.convert.megatron_folder import companions_of
 from megatron_tropd.convert.sizes import stage_sizes
-from megatron_tropd.errors import InputError
 
 
 @dataclass(frozen=True)

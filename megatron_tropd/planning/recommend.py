@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 from math import isqrt
 from typing import Literal
 
+from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.config import ParallelConfig, RolloutConfig
 from megatron_tropd.convert.sizes import stage_sizes
-from megatron_tropd.errors import ConfigError
 from megatron_tropd.planning.estimate import Estimate, estimate, layout_name
 from megatron_tropd.planning.memory import engine_memory, engine_obstacle, fullest_stages
 from megatron_tropd.planning.options import Options, Recompute, effort, offloading, recomputing

@@ -4,10 +4,10 @@ import json
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.config import Config, ParallelConfig, RolloutConfig
 from megatron_tropd.convert.checks import check_layout
 from megatron_tropd.convert.sizes import padded_vocab_size
-from megatron_tropd.errors import ConfigError
 from megatron_tropd.planning.hardware import Hardware
 from megatron_tropd.planning.options import Options, options
 from megatron_tropd.planning.parameters import Held, Model, open_architecture

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from math import lcm
 
+from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.config import Config, ParallelConfig
-from megatron_tropd.errors import ConfigError
 
 PROMPT_TOKENS = 512
 """Assumed length of a prompt where none is given: planning reads no texts."""

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 
+from megatron_tropd.base.errors import ConfigError, InputError
 from megatron_tropd.config import Config, config_to_dict
-from megatron_tropd.errors import ConfigError, InputError
 from megatron_tropd.planning import PROMPT_TOKENS, Setup, load_hardware, setup
 from megatron_tropd.planning.hardware import Hardware
 from megatron_tropd.rehearsal.record import RankReport, Request

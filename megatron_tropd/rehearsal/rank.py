@@ -15,8 +15,9 @@ from collections import Counter
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from megatron_tropd.base.errors import ConfigError, InputError, TrainingError
 from megatron_tropd.config import Config, config_from_dict
-from megatron_tropd.errors import ConfigError, InputError, TrainingError
+from megatron_tropd.config.run_folder import RunFolder
 from megatron_tropd.planning import setup
 from megatron_tropd.planning.memory import Memory, memory_of_stage
 from megatron_tropd.rehearsal import cuda, world
@@ -25,7 +26,6 @@ from megatron_tropd.rehearsal.memory import Tracker
 from megatron_tropd.rehearsal.processes import rehearsed_hardware
 from megatron_tropd.rehearsal.record import Count, PhaseBytes, RankReport, Request
 from megatron_tropd.rehearsal.tensors import Device
-from megatron_tropd.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from megatron_tropd.rehearsal.step import RehearsedJob

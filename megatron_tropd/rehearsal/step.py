@@ -14,23 +14,23 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 from torch import Tensor
 
+from megatron_tropd.base.files import write_json
+from megatron_tropd.base.progress import Progress
 from megatron_tropd.config import config_to_dict
+from megatron_tropd.config.run_folder import RunFolder
 from megatron_tropd.convert.accounting import expected_tensors
 from megatron_tropd.convert.families import plan
 from megatron_tropd.convert.hf_folder import HFFolder, read_config
 from megatron_tropd.data.types import Trajectory
-from megatron_tropd.files import write_json
-from megatron_tropd.inputs import Inputs
-from megatron_tropd.job import Clock, Job
+from megatron_tropd.distill.inputs import Inputs
+from megatron_tropd.distill.job import Clock, Job
+from megatron_tropd.distill.loop import learn
 from megatron_tropd.mcore import models, parallel, platform, step
 from megatron_tropd.mcore.checkpoint import Checkpoints
 from megatron_tropd.mcore.hidden import unwrap
 from megatron_tropd.planning import Setup
 from megatron_tropd.rehearsal.tensors import CPU, Device
 from megatron_tropd.rehearsal.world import World
-from megatron_tropd.run_folder import RunFolder
-from megatron_tropd.train import learn
-from megatron_tropd.watchdog import Progress
 
 
 class ArchitectureFolder(HFFolder):

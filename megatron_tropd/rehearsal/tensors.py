@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from megatron_tropd.errors import InputError
+from megatron_tropd.base.errors import InputError
 from megatron_tropd.rehearsal.events import Events, line_running
 from megatron_tropd.rehearsal.memory import Tracker
 

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_tropd.errors import ConfigError
-from megatron_tropd.files import append_line, replace_text
+from megatron_tropd.base.errors import ConfigError
+from megatron_tropd.base.files import append_line, replace_text
 from megatron_tropd.report.records import finite, read_lines
 
 METRICS = "metrics.jsonl"

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_tropd.base.errors import InputError
 from megatron_tropd.config import read_settings
-from megatron_tropd.errors import InputError
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from megatron_tropd.base.errors import InputError
+from megatron_tropd.data.samples import Sample, SampleRequest, Sampling
 from megatron_tropd.data.types import Prompt
-from megatron_tropd.errors import InputError
-from megatron_tropd.rollout.types import Sample, SampleRequest, Sampling
 from megatron_tropd.tasks.graders import grade
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from megatron_tropd.errors import ConfigError
+from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.tasks.answers import LITERAL, compare, read_answer, same_text
 
 

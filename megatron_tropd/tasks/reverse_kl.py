@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from megatron_tropd.errors import InputError
+from megatron_tropd.base.errors import InputError
 
 _Z_95 = 1.959963984540054
 _TOKENS_PER_BATCH = 4096

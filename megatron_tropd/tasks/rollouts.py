@@ -13,6 +13,7 @@ from itertools import batched
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.config import GuidanceConfig, RolloutConfig
 from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.data.prefixes import PlannedSample, plan_requests
@@ -20,10 +21,9 @@ from megatron_tropd.data.prompts import prompts_of_step
 from megatron_tropd.data.recorded import FORMAT
 from megatron_tropd.data.responses import TeacherResponse
 from megatron_tropd.data.resumable import ResumableLines
+from megatron_tropd.data.samples import Sample, Sampling
 from megatron_tropd.data.tokenizers import fingerprint
 from megatron_tropd.data.types import Prompt
-from megatron_tropd.errors import ConfigError
-from megatron_tropd.rollout.types import Sample, Sampling
 from megatron_tropd.tasks.exact_match import Engine
 
 if TYPE_CHECKING:

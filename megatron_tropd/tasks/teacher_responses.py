@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.data.responses import TeacherResponse, header_record, response_record
 from megatron_tropd.data.resumable import ResumableLines
+from megatron_tropd.data.samples import Sample, SampleRequest, Sampling
 from megatron_tropd.data.types import Prompt
 from megatron_tropd.losses.draws import Purpose, keyed_seed
-from megatron_tropd.rollout.types import Sample, SampleRequest, Sampling
 from megatron_tropd.tasks.exact_match import Engine
 
 if TYPE_CHECKING:

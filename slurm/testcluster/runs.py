@@ -44,8 +44,8 @@ SMALL = {
 WARNING_SECONDS = 240
 """Slurm looks at time limits, in whole minutes, twice a minute."""
 ROLES = {
-    "rank": "megatron_tropd.first_rank",
-    "engine": "megatron_tropd.rollout.worker",
+    "rank": "megatron_tropd.launch.first_rank",
+    "engine": "megatron_tropd.rollout.engines.worker",
     "launcher": "distill",
     "server": "serve",
 }

@@ -21,10 +21,10 @@ import pytest
 import torch
 from test_training import TRAIN, recorded_trajectories
 
-from megatron_tropd import files
+from megatron_tropd.base import files
+from megatron_tropd.base.errors import ConfigError, InputError, TrainingError
 from megatron_tropd.config import MegatronConfig, ParallelConfig
 from megatron_tropd.data.packing import pack
-from megatron_tropd.errors import ConfigError, InputError, TrainingError
 from tests.ranks import leave_layout, run_with_env
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from megatron_tropd.config import LossConfig, ParallelConfig, TrainConfig
+from megatron_tropd.config.loss import preset
 from megatron_tropd.data.packing import count_loss_tokens, pack
-from megatron_tropd.loss_config import preset
 from tests.distributed.test_training import recorded_trajectories
 from tests.ranks import leave_layout, run_with_env
 
@@ -36,11 +36,11 @@ def count_all(student: str, teacher: str, out: str) -> None:
 
 
 def _count(student: str, teacher: str, method: str, micro_batches: int) -> dict[str, int]:
-    from megatron_tropd.choices import choose
     from megatron_tropd.convert.hf_folder import HFFolder
+    from megatron_tropd.distill.step_loss import StepObjective
+    from megatron_tropd.distill.token_choices import choose
     from megatron_tropd.mcore import models, parallel, platform
     from megatron_tropd.mcore.step import Student, Teacher, output_weight
-    from megatron_tropd.objective import StepObjective
     from tests.host_syncs import host_syncs
 
     layout, loss = ParallelConfig(), METHODS[method]

@@ -15,10 +15,10 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from megatron_tropd.base.errors import TrainingError
 from megatron_tropd.config import ParallelConfig
 from megatron_tropd.convert.families import model_shape, plan
 from megatron_tropd.convert.hf_folder import HFFolder
-from megatron_tropd.errors import TrainingError
 from tests.ranks import run_with_env
 
 TOLERANCE = 1e-4

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from test_training import LAYOUTS, TRAIN, recorded_trajectories
 
 from megatron_tropd.config import MegatronConfig, ParallelConfig
+from megatron_tropd.config.loss import preset
 from megatron_tropd.data.packing import count_loss_tokens, pack
-from megatron_tropd.loss_config import preset
 from tests.ranks import leave_layout, run_with_env
 
 Gradients = dict[str, torch.Tensor]
@@ -58,9 +58,9 @@ def _gradients(
 ) -> tuple[Gradients, torch.Tensor | None, torch.Tensor]:
     """(main gradients of this rank, exact ones of its output layer, rows of it no token reads)."""
     from megatron_tropd.convert.hf_folder import HFFolder
+    from megatron_tropd.distill.step_loss import StepObjective
     from megatron_tropd.mcore import models, parallel
     from megatron_tropd.mcore.step import Student, Teacher, output_weight
-    from megatron_tropd.objective import StepObjective
 
     ranks = parallel.initialize(layout, seed=1)
     built = [

@@ -256,11 +256,11 @@ def _own_trainer(setting: Setting) -> None:
 
 def _train(setting: Setting, kind: str, drawn_by: str, lr: float = 1e-2) -> list[list[float]]:
     from megatron_tropd.config import ParallelConfig, TrainConfig
+    from megatron_tropd.config.loss import preset
     from megatron_tropd.convert.hf_folder import HFFolder
-    from megatron_tropd.loss_config import preset
+    from megatron_tropd.distill.step_loss import StepObjective
     from megatron_tropd.mcore import models, parallel
     from megatron_tropd.mcore.step import Student, Teacher
-    from megatron_tropd.objective import StepObjective
 
     layout, dtype = ParallelConfig(), torch.float32
     ranks = parallel.initialize(layout, seed=1)
@@ -458,10 +458,10 @@ def _one_hot_teacher(student: str, sequence_parallel: bool, out: str) -> None:
     from megatron.core.tensor_parallel import mappings
 
     from megatron_tropd.config import ParallelConfig, TrainConfig
+    from megatron_tropd.config.loss import preset
     from megatron_tropd.convert.hf_folder import HFFolder
     from megatron_tropd.integrations import megatron_lm
     from megatron_tropd.integrations.global_batch import Batch
-    from megatron_tropd.loss_config import preset
     from megatron_tropd.losses import HiddenStatesSignal
     from megatron_tropd.mcore import models, parallel
     from megatron_tropd.mcore.step import Student

@@ -287,7 +287,7 @@ class Bench:
         )
 
     def objective(self, step: int):
-        from megatron_tropd.objective import StepObjective
+        from megatron_tropd.distill.step_loss import StepObjective
 
         return StepObjective(
             self.signals[step],

@@ -206,9 +206,9 @@ def _measure_all(student: dict[str, str], teacher: str, runs: list[Run], out: st
 def _measure(config: Config) -> dict[str, float]:
     """Bytes of one rank in a real step."""
     from megatron_tropd.convert.hf_folder import HFFolder
+    from megatron_tropd.distill.step_loss import StepObjective
     from megatron_tropd.mcore import models, parallel, platform
     from megatron_tropd.mcore.step import Student, Teacher
-    from megatron_tropd.objective import StepObjective
 
     ranks = parallel.initialize(config.parallel, seed=1)
     folders = HFFolder(config.model.student), HFFolder(config.model.teacher)

@@ -85,13 +85,13 @@ class _Recorder(TorchDispatchMode):
 
 def _really(config: Config, folder: Path, layout: dict[str, Any]) -> None:
     """One rank: two steps, an export and the state of a checkpoint, on real tensors."""
+    from megatron_tropd.config.run_folder import RunFolder
     from megatron_tropd.convert.megatron_folder import open_model
     from megatron_tropd.mcore import platform
     from megatron_tropd.rehearsal.events import Events, line_running
     from megatron_tropd.rehearsal.memory import Tracker
     from megatron_tropd.rehearsal.step import RehearsedJob
     from megatron_tropd.rehearsal.world import World
-    from megatron_tropd.run_folder import RunFolder
 
     class Place:
         events, tracker = Events(), Tracker(line_running)

@@ -5,12 +5,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_tropd.errors import InputError, TrainingError
+from megatron_tropd.base.errors import InputError, TrainingError
 from tests.ranks import run_with_env
 
 
 def _foreseen(rank: int) -> None:
-    from megatron_tropd.rollout.pool import together
+    from megatron_tropd.rollout.engines.pool import together
 
     def action() -> int:
         if rank == 1:
@@ -32,7 +32,7 @@ def _foreseen(rank: int) -> None:
 
 def _shared(rank: int) -> None:
     """What owners have, in their order; others have nothing to send."""
-    from megatron_tropd.rollout.pool import share
+    from megatron_tropd.rollout.engines.pool import share
 
     assert share(lambda: [rank] * (rank + 1), (1, 0)) == [[1, 1], [0]]
     assert share(lambda: {"from": rank}, (1,)) == [{"from": 1}]
@@ -40,7 +40,7 @@ def _shared(rank: int) -> None:
 
 def _unforeseen(rank: int) -> None:
     """The others are in a collective that will never end: no gather could tell them."""
-    from megatron_tropd.rollout.pool import together
+    from megatron_tropd.rollout.engines.pool import together
 
     def action() -> None:
         if rank == 1:

@@ -18,9 +18,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_tropd.config import LossConfig, ParallelConfig, TrainConfig
+from megatron_tropd.config.loss import preset
 from megatron_tropd.data.packing import count_loss_tokens, pack
 from megatron_tropd.data.types import Segment, Trajectory
-from megatron_tropd.loss_config import preset
 from tests.ranks import leave_layout, run_with_env
 
 STEPS = 10
@@ -113,11 +113,11 @@ def history_file(run: Run) -> str:
 def _train(
     student: str, teacher: str, layout: ParallelConfig, dtype: str, method: str
 ) -> list[list[float]]:
-    from megatron_tropd.choices import choose, loss_of_step
     from megatron_tropd.convert.hf_folder import HFFolder
+    from megatron_tropd.distill.step_loss import StepObjective
+    from megatron_tropd.distill.token_choices import choose, loss_of_step
     from megatron_tropd.mcore import models, parallel, platform
     from megatron_tropd.mcore.step import Student, Teacher, output_weight
-    from megatron_tropd.objective import StepObjective
 
     ranks = parallel.initialize(layout, seed=1)
     folders = HFFolder(Path(student)), HFFolder(Path(teacher))

@@ -15,10 +15,10 @@ import pytest
 import torch
 from ranks import PRELOADED
 
-from megatron_tropd.errors import InputError
-from megatron_tropd.rollout.broadcast import BroadcastBroken, Receiver, Sender, buckets
-from megatron_tropd.rollout.weight_sync import WeightsName, WeightVersions
-from megatron_tropd.rollout.wire import Offer
+from megatron_tropd.base.errors import InputError
+from megatron_tropd.rollout.engines.wire import Offer
+from megatron_tropd.rollout.weights.broadcast import BroadcastBroken, Receiver, Sender, buckets
+from megatron_tropd.rollout.weights.weight_sync import WeightsName, WeightVersions
 
 NAME = WeightsName(7, "me")
 SHAPES = {f"layer.{i}": (64, 16 + i) for i in range(6)} | {"norm": (3,), "scale": ()}

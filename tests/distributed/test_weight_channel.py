@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from ranks import run_on_ranks, run_with_env
 
-from megatron_tropd.errors import TrainingError
-from megatron_tropd.rollout.channels import DeviceChannel
+from megatron_tropd.base.errors import TrainingError
+from megatron_tropd.rollout.weights.channels import DeviceChannel
 
 GROUPS = {0: (0, 1)}
 

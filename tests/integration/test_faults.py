@@ -43,7 +43,7 @@ if os.environ.get("TEST_CLOCK"):
         looks[0] += 1
         return wall() + (3e7 if looks[0] % 2 else -3e7)
     time.time = jumping
-if os.environ.get("TEST_THREAD") and "megatron_tropd.first_rank" in sys.orig_argv:
+if os.environ.get("TEST_THREAD") and "megatron_tropd.launch.first_rank" in sys.orig_argv:
     threading.Thread(target=threading.Event().wait, daemon=True).start()
 """
 
@@ -338,7 +338,7 @@ def test_all_faults_together_change_no_bit(story, config, site, tmp_path):
     calm = Command(config, tmp_path / "calm", site)
     calm.start(TEST_THREAD="1")
     calm.wait_for_steps(1)
-    assert any("megatron_tropd.worker" in command for command in calm.processes())
+    assert any("megatron_tropd.launch.rank" in command for command in calm.processes())
     ended = calm.end()
     assert ended.code == 0, ended.text
     assert _numbers(story.folder) == _numbers(calm.folder)

@@ -20,11 +20,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from megatron_tropd.base.errors import ConfigError, TrainingError
 from megatron_tropd.config import RolloutConfig
 from megatron_tropd.data.prompts import load_prompts
 from megatron_tropd.data.responses import TeacherResponse, header_record, response_record
 from megatron_tropd.data.tokenizers import load_tokenizer
-from megatron_tropd.errors import ConfigError, TrainingError
 from megatron_tropd.integrations.live_batches import LiveBatches
 from megatron_tropd.integrations.live_rollouts import LiveRollouts, LiveSettings, check_arguments
 from tests.ranks import run_with_env

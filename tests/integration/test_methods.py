@@ -61,8 +61,8 @@ def _config(path: Path, texts: Path, run: Path):
 
 
 def _train_all(texts: str, out: str) -> None:
-    from megatron_tropd.job import Job
-    from megatron_tropd.run_folder import open_run
+    from megatron_tropd.config.run_folder import open_run
+    from megatron_tropd.distill.job import Job
 
     class Never:
         requested = False
@@ -85,7 +85,7 @@ def _train_all(texts: str, out: str) -> None:
 
 def _save_and_train(job: Any) -> list[int]:
     """The checkpoints that are complete when the step after a save ends."""
-    from megatron_tropd.train import train_step
+    from megatron_tropd.distill.loop import train_step
 
     job.step = 1
     job.save()
@@ -96,9 +96,9 @@ def _save_and_train(job: Any) -> list[int]:
 
 def _train(job: Any, config: Any) -> dict[str, Any]:
     """Train with other settings in the same job: new models, the engine gets their weights."""
-    from megatron_tropd.inputs import load_inputs
-    from megatron_tropd.rollouts import Rollouts
-    from megatron_tropd.train import learn, rollout, train_step
+    from megatron_tropd.distill.inputs import load_inputs
+    from megatron_tropd.distill.loop import learn, rollout, train_step
+    from megatron_tropd.distill.rollouts import Rollouts
 
     job.config, job.step = config, 0
     job.inputs = load_inputs(config)

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from megatron_tropd.conversion import main_to_hf
+from megatron_tropd.cli.convert import main_to_hf
 from megatron_tropd.data.recorded import RecordedTrajectories
 from megatron_tropd.data.tokenizers import load_tokenizer
 from tools import rollouts

@@ -16,16 +16,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from megatron_tropd.base.errors import ConfigError, InputError, TrainingError
 from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.data.prompts import load_prompts
 from megatron_tropd.data.responses import load_responses
+from megatron_tropd.data.samples import Sample, SampleRequest, Sampling
 from megatron_tropd.data.tokenizers import load_tokenizer
-from megatron_tropd.errors import ConfigError, InputError, TrainingError
-from megatron_tropd.rollout import process
-from megatron_tropd.rollout.engine import RolloutEngine
-from megatron_tropd.rollout.engine_model import check_engine, write_engine_folder
-from megatron_tropd.rollout.types import Sample, SampleRequest, Sampling
-from megatron_tropd.rollout.weight_sync import WeightMailbox
+from megatron_tropd.rollout.engines import process
+from megatron_tropd.rollout.engines.engine import RolloutEngine
+from megatron_tropd.rollout.engines.engine_model import check_engine, write_engine_folder
+from megatron_tropd.rollout.weights.weight_sync import WeightMailbox
 from tools import teacher_responses
 
 pytestmark = pytest.mark.timeout(600)
@@ -224,9 +224,10 @@ from types import SimpleNamespace
 import torch
 from safetensors.torch import load_file
 from vllm import LLM
-from megatron_tropd.rollout import worker
-from megatron_tropd.rollout.channels import DeviceChannel
-from megatron_tropd.rollout.types import EngineSettings, SampleRequest, Sampling
+from megatron_tropd.rollout.engines import worker
+from megatron_tropd.rollout.weights.channels import DeviceChannel
+from megatron_tropd.rollout.engines.settings import EngineSettings
+from megatron_tropd.data.samples import SampleRequest, Sampling
 
 folder, new, requests = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 settings = EngineSettings(folder, "float32", 128, 0.25, 1, None, True, cuda=False)
@@ -375,8 +376,8 @@ def test_ctrl_c_and_sigterm_leave_the_engine_to_its_parent(
 ORPHAN = """
 import sys, time
 from pathlib import Path
-from megatron_tropd.rollout.engine import RolloutEngine
-from megatron_tropd.rollout.weight_sync import WeightMailbox
+from megatron_tropd.rollout.engines.engine import RolloutEngine
+from megatron_tropd.rollout.weights.weight_sync import WeightMailbox
 from tools import teacher_responses
 engine = RolloutEngine(sys.argv[1], max_model_len=64, log_file=sys.argv[2] + "/engine.log")
 mailbox = WeightMailbox(Path(sys.argv[2]))

@@ -24,16 +24,16 @@ from reliability import record
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from megatron_tropd.base.errors import ServersLost
 from megatron_tropd.config import load_config
-from megatron_tropd.errors import ServersLost
-from megatron_tropd.rollout import wire
-from megatron_tropd.rollout.client import ClientSettings
-from megatron_tropd.rollout.dispatch import Patience
-from megatron_tropd.rollout.engine import RolloutEngine
-from megatron_tropd.rollout.pool import cut_units, merge_units
-from megatron_tropd.rollout.served import ServerPool
-from megatron_tropd.rollout.types import Sample, SampleRequest, Sampling
-from megatron_tropd.rollout.weight_sync import WeightVersions, write_buckets
+from megatron_tropd.data.samples import Sample, SampleRequest, Sampling
+from megatron_tropd.rollout.engines import wire
+from megatron_tropd.rollout.engines.client import ClientSettings
+from megatron_tropd.rollout.engines.dispatch import Patience
+from megatron_tropd.rollout.engines.engine import RolloutEngine
+from megatron_tropd.rollout.engines.pool import cut_units, merge_units
+from megatron_tropd.rollout.engines.served import ServerPool
+from megatron_tropd.rollout.weights.weight_sync import WeightVersions, write_buckets
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 

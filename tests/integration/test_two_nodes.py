@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from hold import Hold
 
-from megatron_tropd.launch import LEAVE_SECONDS
+from megatron_tropd.launch.launcher import LEAVE_SECONDS
 from tests.ranks import free_port
 
 pytestmark = pytest.mark.slow

@@ -9,11 +9,11 @@ import pytest
 from tiny_models import write_tiny_tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from megatron_tropd.base.errors import ConfigError, InputError
 from megatron_tropd.config import PromptConfig
 from megatron_tropd.data.prompts import check_kwargs_are_read, check_same_texts, load_prompts
 from megatron_tropd.data.templates import reads_clock
 from megatron_tropd.data.tokenizers import load_tokenizer
-from megatron_tropd.errors import ConfigError, InputError
 
 PLAIN = (
     "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m['content'] }}"

@@ -9,13 +9,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_tropd.choices import BatchChoices, choose, loss_name, loss_of_step
 from megatron_tropd.config import LossConfig
+from megatron_tropd.config.loss import PRESETS, preset
 from megatron_tropd.data.packing import count_loss_tokens, pack
 from megatron_tropd.data.types import MicroBatch, Segment, Trajectory
-from megatron_tropd.loss_config import PRESETS, preset
+from megatron_tropd.distill.step_loss import StepObjective
+from megatron_tropd.distill.token_choices import BatchChoices, choose, loss_name, loss_of_step
 from megatron_tropd.losses import HiddenStatesSignal
-from megatron_tropd.objective import StepObjective
 
 VOCAB, HIDDEN, BETA = 41, 8, 0.5
 CPU = torch.device("cpu")

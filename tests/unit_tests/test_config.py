@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.config import (
     Config,
     LossConfig,
@@ -15,8 +16,7 @@ from megatron_tropd.config import (
     config_to_toml,
     load_config,
 )
-from megatron_tropd.errors import ConfigError
-from megatron_tropd.loss_config import PRESETS, preset
+from megatron_tropd.config.loss import PRESETS, preset
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TOMLS = sorted(

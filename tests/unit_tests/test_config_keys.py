@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_tropd.base.errors import InputError
 from megatron_tropd.convert.families import FAMILIES, engine_config, model_shape, new_fields
-from megatron_tropd.errors import InputError
 
 LLAMA = {
     "model_type": "llama",

@@ -17,8 +17,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_tropd.cli import main
-from megatron_tropd.conversion import main_to_hf, main_to_megatron
+from megatron_tropd.base.errors import InputError
+from megatron_tropd.cli.convert import main_to_hf, main_to_megatron
+from megatron_tropd.cli.main import main
 from megatron_tropd.convert import publish, to_hf, to_megatron, torch_dist  # noqa: F401 (named by PHASES)
 from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.convert.layout import layout, object_name
@@ -26,7 +27,6 @@ from megatron_tropd.convert.megatron_folder import MegatronFolder
 from megatron_tropd.convert.to_hf import ToHF, megatron_to_hf
 from megatron_tropd.convert.to_megatron import ToMegatron, hf_to_megatron
 from megatron_tropd.convert.torch_dist import TorchDistReader
-from megatron_tropd.errors import InputError
 from tests.ranks import run_in_process
 from tests.tiny_models import FAMILIES
 
@@ -699,7 +699,7 @@ def _convert_and_die(owner: str, name: str, call: int, direction: str, command: 
 
 INTERRUPTER = """
 import os, signal, sys, time
-from megatron_tropd import conversion
+from megatron_tropd.cli import convert as conversion
 from megatron_tropd.convert import to_hf, to_megatron
 
 # A shell's background jobs ignore Ctrl-C, and so would we.

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from megatron_tropd.base.errors import ConfigError, InputError
 from megatron_tropd.config import ParallelConfig
 from megatron_tropd.convert.checks import check_parallel
 from megatron_tropd.convert.families import (
@@ -28,7 +29,6 @@ from megatron_tropd.convert.ops import (
     Sharded,
     VocabularyRows,
 )
-from megatron_tropd.errors import ConfigError, InputError
 
 LLAMA = {
     "model_type": "llama",

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.config import LossConfig
 from megatron_tropd.data.packing import count_loss_tokens, masked_tokens, pack
 from megatron_tropd.data.types import MicroBatch, Segment, Trajectory
-from megatron_tropd.errors import ConfigError
 from megatron_tropd.losses.draws import keyed_seed, keyed_uniform
 
 

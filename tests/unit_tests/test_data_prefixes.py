@@ -7,9 +7,9 @@ import pytest
 from megatron_tropd.config import GuidanceConfig, RolloutConfig
 from megatron_tropd.data.prefixes import alpha, plan_requests, prefix_length
 from megatron_tropd.data.responses import TeacherResponse
+from megatron_tropd.data.samples import Sample
 from megatron_tropd.data.trajectories import assemble
 from megatron_tropd.data.types import Prompt
-from megatron_tropd.rollout.types import Sample
 
 
 def _response(length: int, reason: str = "stop", prompt: int = 0, sample: int = 0):

@@ -9,9 +9,9 @@ from tiny_models import write_tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from megatron_tropd.base.errors import ConfigError, InputError
 from megatron_tropd.config import PromptConfig
 from megatron_tropd.data.prompts import load_prompts, prompts_of_step
-from megatron_tropd.errors import ConfigError, InputError
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"

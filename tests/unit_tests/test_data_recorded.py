@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from megatron_tropd.base.errors import InputError
 from megatron_tropd.data.packing import pack
 from megatron_tropd.data.recorded import (
     FORMAT,
@@ -17,7 +18,6 @@ from megatron_tropd.data.recorded import (
     training_item,
 )
 from megatron_tropd.data.types import Segment, Trajectory
-from megatron_tropd.errors import InputError
 
 HEADER = {"format": FORMAT, "tokenizer": "0" * 16, "settings": {}}
 LINE = {

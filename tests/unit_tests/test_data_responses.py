@@ -8,6 +8,7 @@ import pytest
 from tiny_models import write_tiny_tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from megatron_tropd.base.errors import InputError
 from megatron_tropd.data.responses import (
     TeacherResponse,
     header_record,
@@ -16,7 +17,6 @@ from megatron_tropd.data.responses import (
 )
 from megatron_tropd.data.resumable import ResumableLines
 from megatron_tropd.data.types import Prompt
-from megatron_tropd.errors import InputError
 
 PROMPTS = [Prompt(i, f"p{i}", (1, 5 + i), {}) for i in range(3)]
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from tiny_models import write_tiny_tokenizer
 
+from megatron_tropd.base.errors import ConfigError, InputError
 from megatron_tropd.data.tokenizers import (
     check_same_tokenizer,
     fingerprint,
     load_tokenizer,
     stop_token_ids,
 )
-from megatron_tropd.errors import ConfigError, InputError
 
 
 @pytest.fixture

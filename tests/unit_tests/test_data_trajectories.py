@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_tropd.base.errors import InputError
 from megatron_tropd.data.trajectories import read_trajectories, write_trajectories
 from megatron_tropd.data.types import Trajectory
-from megatron_tropd.errors import InputError
 
 ONE = Trajectory(
     step=3,

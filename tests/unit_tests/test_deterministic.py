@@ -5,10 +5,10 @@ import os
 import pytest
 import torch
 
-from megatron_tropd import deterministic
+from megatron_tropd.base import deterministic
+from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.config import Config, config_from_dict
-from megatron_tropd.errors import ConfigError
-from megatron_tropd.rollout.process import engine_environment
+from megatron_tropd.rollout.engines.process import engine_environment
 
 SET = {
     "NCCL_ALGO": "Ring",
@@ -120,8 +120,9 @@ def test_torch_and_megatron_take_the_mode(monkeypatch):
 
 def test_the_rank_sets_it_before_it_trains(tmp_path, monkeypatch):
     """Under torchrun nobody else has."""
-    from megatron_tropd import train, worker
-    from megatron_tropd.run_folder import RunFolder
+    from megatron_tropd.config.run_folder import RunFolder
+    from megatron_tropd.distill import loop as train
+    from megatron_tropd.launch import rank as worker
 
     for name in SET:
         monkeypatch.setenv(name, "")

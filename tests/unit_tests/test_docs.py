@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_tropd.base.failures import KINDS
 from megatron_tropd.config import load_config
-from megatron_tropd.failures import KINDS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TEXTS = [

@@ -8,10 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_tropd import cli, doctor
+from megatron_tropd.base.errors import ConfigError
+from megatron_tropd.cli import doctor
+from megatron_tropd.cli.doctor import Check, Status
+from megatron_tropd.cli.main import main as cli
 from megatron_tropd.config import load_config
-from megatron_tropd.doctor import Check, Status
-from megatron_tropd.errors import ConfigError
 
 
 @pytest.fixture

@@ -9,20 +9,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_tropd.base.errors import ConfigError, InputError, TrainingError
 from megatron_tropd.config import RolloutConfig
 from megatron_tropd.convert.families import model_shape
 from megatron_tropd.convert.hf_folder import HFFolder
-from megatron_tropd.errors import ConfigError, InputError, TrainingError
-from megatron_tropd.job import Job
-from megatron_tropd.rollout.engine import RolloutEngine
-from megatron_tropd.rollout.engine_model import (
+from megatron_tropd.distill.job import Job
+from megatron_tropd.rollout.engines.engine import RolloutEngine
+from megatron_tropd.rollout.engines.engine_model import (
     check_engine,
     expected_tensors,
     first_rows,
     remove_engine_folder,
     write_engine_folder,
 )
-from megatron_tropd.rollout.worker import _is_refusal
+from megatron_tropd.rollout.engines.worker import _is_refusal
 
 VOCAB = 259
 

@@ -8,12 +8,12 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from megatron_tropd.errors import TrainingError
-from megatron_tropd.rollout.engine import RolloutEngine
-from megatron_tropd.rollout.pool import EnginePool
-from megatron_tropd.rollout.types import Sample, SampleRequest, Sampling
-from megatron_tropd.rollout.weight_sync import Export, WeightsName
-from megatron_tropd.rollout.wire import Offer
+from megatron_tropd.base.errors import TrainingError
+from megatron_tropd.data.samples import Sample, SampleRequest, Sampling
+from megatron_tropd.rollout.engines.engine import RolloutEngine
+from megatron_tropd.rollout.engines.pool import EnginePool
+from megatron_tropd.rollout.engines.wire import Offer
+from megatron_tropd.rollout.weights.weight_sync import Export, WeightsName
 
 REQUESTS = [SampleRequest((1, 2), 4, seed) for seed in range(3)]
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, stop_token_ids=())
@@ -167,7 +167,7 @@ class FakeChild:
 def child(monkeypatch: pytest.MonkeyPatch) -> FakeChild:
     """A machine with a GPU whose engine does whatever it is told."""
     child = FakeChild()
-    monkeypatch.setattr("megatron_tropd.rollout.process.take", lambda _: child)
+    monkeypatch.setattr("megatron_tropd.rollout.engines.process.take", lambda _: child)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from megatron_tropd.rollout import process
+from megatron_tropd.rollout.engines import process
 
 PARENT = """
 import subprocess, sys

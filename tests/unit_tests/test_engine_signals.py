@@ -5,8 +5,8 @@ import sys
 
 SCRIPT = """
 import multiprocessing, os, signal, sys, time
-from megatron_tropd.exits import STOP_SIGNALS
-from megatron_tropd.rollout.worker import shield_children
+from megatron_tropd.base.exits import STOP_SIGNALS
+from megatron_tropd.rollout.engines.worker import shield_children
 
 def work(connection):
     # As vLLM's WorkerProc.worker_main does.

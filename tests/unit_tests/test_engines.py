@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_tropd import engines
 from megatron_tropd.config import config_from_dict
+from megatron_tropd.distill import engines
 
 INPUTS = SimpleNamespace(max_model_len=64, vocab_size=90)
 

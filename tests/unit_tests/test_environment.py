@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 import megatron_tropd
-from megatron_tropd import launch
-from megatron_tropd.environment import number, variable
-from megatron_tropd.errors import ConfigError
-from megatron_tropd.launch import is_rank
+from megatron_tropd.base.environment import number, variable
+from megatron_tropd.base.errors import ConfigError
+from megatron_tropd.config.run_folder import patience, started_at
+from megatron_tropd.launch import launcher as launch
+from megatron_tropd.launch.launcher import is_rank
+from megatron_tropd.launch.nodes import Nodes
 from megatron_tropd.mcore.platform import check_device
-from megatron_tropd.nodes import Nodes
-from megatron_tropd.run_folder import patience, started_at
 
 
 @pytest.mark.parametrize(

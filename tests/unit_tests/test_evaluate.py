@@ -10,14 +10,15 @@ from typing import Any
 
 import pytest
 
-from megatron_tropd import evaluate as command
-from megatron_tropd.cli import main
+from megatron_tropd.base.errors import ConfigError, InputError
+from megatron_tropd.cli import evaluate as command
+from megatron_tropd.cli.evaluate import Overrides, evaluate
+from megatron_tropd.cli.main import main
 from megatron_tropd.config import Config, config_from_dict, config_to_dict
-from megatron_tropd.errors import ConfigError, InputError
-from megatron_tropd.evaluate import Overrides, evaluate
-from megatron_tropd.evaluation import Evaluator
-from megatron_tropd.inputs import load_inputs
-from megatron_tropd.rollout.types import Sample, SampleRequest, Sampling
+from megatron_tropd.config.run_folder import RunFolder
+from megatron_tropd.data.samples import Sample, SampleRequest, Sampling
+from megatron_tropd.distill.evaluation import Evaluator
+from megatron_tropd.distill.inputs import load_inputs
 
 TEMPLATE = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}ok "
 
@@ -101,15 +102,16 @@ def own_evaluation(config: Config) -> tuple[Engine, list[dict[str, Any]]]:
     inputs = load_inputs(config)
     engine = Engine(config, inputs, Path(config.model.student))
     written: list[dict[str, Any]] = []
-    job = SimpleNamespace(
-        config=config,
-        inputs=inputs,
-        engines=engine,
-        step=1,
+    evaluator = Evaluator(
+        config,
+        inputs,
+        RunFolder(Path(config.run.dir)),
         is_main=True,
-        log_file=SimpleNamespace(write_evaluation=written.append),
+        log=SimpleNamespace(write_evaluation=written.append),
     )
-    Evaluator(job).run()
+    evaluator.measure_student(
+        engine, step=1, export=lambda _: None, teacher=Path(config.model.teacher)
+    )
     return engine, written
 
 

@@ -6,10 +6,10 @@ import os
 
 import pytest
 
-from megatron_tropd import exits
-from megatron_tropd.cli import exit_code
-from megatron_tropd.errors import ConfigError, InputError, TrainingError
-from megatron_tropd.failures import KINDS, Failure, kind_of, read, report
+from megatron_tropd.base import exits
+from megatron_tropd.base.errors import ConfigError, InputError, TrainingError
+from megatron_tropd.base.failures import KINDS, Failure, kind_of, read, report
+from megatron_tropd.cli.main import exit_code
 
 
 class DistBackendError(RuntimeError):

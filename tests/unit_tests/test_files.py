@@ -5,9 +5,9 @@ import subprocess
 
 import pytest
 
-from megatron_tropd import files
-from megatron_tropd.errors import TrainingError
-from megatron_tropd.files import LossyFile, append_line, replace_text
+from megatron_tropd.base import files
+from megatron_tropd.base.errors import TrainingError
+from megatron_tropd.base.files import LossyFile, append_line, replace_text
 from megatron_tropd.report.metrics import MetricsLog
 from slurm.testcluster.runs import small_file_system
 

@@ -9,20 +9,20 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tropd import launch
+from megatron_tropd.base.errors import InputError, TrainingError
 from megatron_tropd.config import load_config
-from megatron_tropd.errors import InputError, TrainingError
-from megatron_tropd.first_rank import FirstRank, ForkedRank, _adopting, kill_session
-from megatron_tropd.nodes import Nodes
-from megatron_tropd.rollout import process
-from megatron_tropd.rollout.process import engine_environment
-from megatron_tropd.run_folder import RunFolder
+from megatron_tropd.config.run_folder import RunFolder
+from megatron_tropd.launch import launcher as launch
+from megatron_tropd.launch.first_rank import FirstRank, ForkedRank, _adopting, kill_session
+from megatron_tropd.launch.nodes import Nodes
+from megatron_tropd.rollout.engines import process
+from megatron_tropd.rollout.engines.process import engine_environment
 
 REPOSITORY = Path(__file__).parents[2]
 FORKING = """
 import os, signal, sys, time
 from functools import partial
-from megatron_tropd.first_rank import _fork_for
+from megatron_tropd.launch.first_rank import _fork_for
 new_session = os.setsid
 os.setsid = lambda: time.sleep(0.2) or new_session()
 ends = (
@@ -34,7 +34,7 @@ print(*(_fork_for(int(sys.argv[1]), end) for end in ends), flush=True)
 """
 LAUNCHER = f"""
 import os, subprocess, sys, time
-from megatron_tropd.first_rank import _adopting
+from megatron_tropd.launch.first_rank import _adopting
 with _adopting():
     command = [sys.executable, "-c", {FORKING!r}, str(os.getpid())]
     subprocess.run(command, start_new_session=True)
@@ -92,7 +92,7 @@ def test_forked_ranks_die_with_the_launcher():
 
 FIRST = """
 import os, time
-from megatron_tropd.first_rank import FirstRank
+from megatron_tropd.launch.first_rank import FirstRank
 first = FirstRank(os.environ)
 first.wait_ready()
 print(first.process.pid, flush=True)
@@ -115,7 +115,8 @@ def test_the_first_rank_dies_with_the_launcher():
 
 
 def test_a_process_whose_launcher_is_gone_already_ends():
-    script = "from megatron_tropd.first_rank import die_with; die_with(1); raise SystemExit(3)"
+    module = "megatron_tropd.launch.parent"
+    script = f"from {module} import die_with; die_with(1); raise SystemExit(3)"
     assert subprocess.run([sys.executable, "-c", script]).returncode == 75
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tropd.errors import ConfigError
+from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.tasks.exact_match import wilson_interval
 from megatron_tropd.tasks.graders import grade, last_number, marked_answer
 

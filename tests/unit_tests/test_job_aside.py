@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from megatron_tropd import job as jobs
 from megatron_tropd.config import config_from_dict, config_to_dict
-from megatron_tropd.job import Job
-from megatron_tropd.run_folder import RunFolder
+from megatron_tropd.config.run_folder import RunFolder
+from megatron_tropd.distill import job as jobs
+from megatron_tropd.distill.job import Job
 
 
 @pytest.fixture

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tropd import launch
-from megatron_tropd.cli import _lead_alone, main
+from megatron_tropd.base.errors import ConfigError
+from megatron_tropd.base.failures import Failure, read, report
+from megatron_tropd.cli.main import _lead_alone, main
 from megatron_tropd.config import (
     Config,
     ModelConfig,
@@ -21,10 +22,9 @@ from megatron_tropd.config import (
     RunConfig,
     TrainConfig,
 )
-from megatron_tropd.errors import ConfigError
-from megatron_tropd.failures import Failure, read, report
-from megatron_tropd.nodes import Nodes, Peers
-from megatron_tropd.run_folder import RunFolder
+from megatron_tropd.config.run_folder import RunFolder
+from megatron_tropd.launch import launcher as launch
+from megatron_tropd.launch.nodes import Nodes, Peers
 from tests.ranks import free_port
 
 HEEDS = "trap 'exit 0' TERM; touch $READY; while :; do sleep 0.05; done"

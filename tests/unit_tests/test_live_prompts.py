@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_tropd.base.errors import ConfigError, InputError
 from megatron_tropd.config import RolloutConfig
-from megatron_tropd.errors import ConfigError, InputError
 from megatron_tropd.integrations.live_rollouts import LiveRollouts, LiveSettings, LoopSettings
 
 TEMPLATE = "{{ strftime_now('%d %b') }}{% for m in messages %}[{{ m.content }}]{% endfor %}"

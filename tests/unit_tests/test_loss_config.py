@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from megatron_tropd.errors import ConfigError
-from megatron_tropd.loss_config import PRESETS, LossConfig, preset
+from megatron_tropd.base.errors import ConfigError
+from megatron_tropd.config.loss import PRESETS, LossConfig, preset
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "local_support")
 REGIONS = ("bernoulli", "expected", "exact", "threshold", "none")
@@ -241,7 +241,7 @@ def test_a_config_is_frozen_and_keyword_only():
 
 def test_it_can_be_read_without_torch():
     code = (
-        "import sys; import megatron_tropd.loss_config; "
+        "import sys; import megatron_tropd.config.loss; "
         "assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

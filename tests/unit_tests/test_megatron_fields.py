@@ -17,6 +17,7 @@ import megatron.core
 import pytest
 import torch
 
+from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.config import (
     Config,
     MegatronConfig,
@@ -26,11 +27,10 @@ from megatron_tropd.config import (
     RunConfig,
     TrainConfig,
 )
-from megatron_tropd.errors import ConfigError
+from megatron_tropd.config.megatron_fields import Verdict, named_lists, verdicts
 from megatron_tropd.mcore import models, options_check, platform, step
 from megatron_tropd.mcore.options import typed
 from megatron_tropd.mcore.options_check import DATACLASSES
-from megatron_tropd.megatron_fields import Verdict, named_lists, verdicts
 
 TABLES = ("model", "optimizer", "ddp")
 PASSING = [
@@ -105,7 +105,7 @@ def test_every_field_of_the_installed_megatron_was_looked_at(table) -> None:
 def test_no_field_has_two_verdicts() -> None:
     names = Counter(
         (header.partition(":")[0], name)
-        for header, some in named_lists("megatron_tropd", "megatron_fields.txt")
+        for header, some in named_lists("megatron_tropd.config", "megatron_fields.txt")
         for name in some
     )
     assert {table for table, _ in names} == set(TABLES)
@@ -456,7 +456,7 @@ def test_passes_without_gradients_do_not_teach_the_offloading(monkeypatch) -> No
 
 
 def test_a_verdict_that_is_none_is_noticed() -> None:
-    from megatron_tropd.megatron_fields import _verdict
+    from megatron_tropd.config.megatron_fields import _verdict
 
     assert _verdict("passes, CUDA, student") == Verdict("passes", student=True, needs="CUDA")
     assert _verdict("passes, with fp8") == Verdict("passes", switch="fp8")

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_tropd.errors import ConfigError
+from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.integrations import megatron_lm, options, startup
 from megatron_tropd.integrations.printed_log import PrintedLog
 from tests.ranks import run_in_process

@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.utils.data import default_collate
 
+from megatron_tropd.base.errors import ConfigError, InputError
+from megatron_tropd.config.loss import LossConfig
 from megatron_tropd.data.packing import pack
 from megatron_tropd.data.recorded import recorded, training_item
 from megatron_tropd.data.types import Trajectory
-from megatron_tropd.errors import ConfigError, InputError
 from megatron_tropd.integrations import global_batch, megatron_lm, options, startup
-from megatron_tropd.loss_config import LossConfig
 from tests.host_syncs import host_syncs
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "megatron_lm"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_tropd.errors import ConfigError
+from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.report.metrics import MetricsLog
 from megatron_tropd.report.records import read_lines
 

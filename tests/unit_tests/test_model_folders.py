@@ -19,9 +19,10 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
-from megatron_tropd import cli
+from megatron_tropd.base.errors import InputError
+from megatron_tropd.cli.convert import main_to_hf, main_to_megatron
+from megatron_tropd.cli.main import main as cli
 from megatron_tropd.config import ParallelConfig, load_config
-from megatron_tropd.conversion import main_to_hf, main_to_megatron
 from megatron_tropd.convert.checks import check_parallel, check_tensors
 from megatron_tropd.convert.families import model_shape
 from megatron_tropd.convert.hf_folder import EMBEDDING, HEAD, INDEX, SINGLE, HFFolder, read_config
@@ -31,10 +32,9 @@ from megatron_tropd.convert.to_hf import ToHF, megatron_to_hf
 from megatron_tropd.convert.to_megatron import ToMegatron, hf_to_megatron
 from megatron_tropd.convert.torch_dist import TorchDistReader
 from megatron_tropd.data.tokenizers import load_tokenizer, stop_token_ids
-from megatron_tropd.errors import InputError
-from megatron_tropd.inputs import load_inputs
+from megatron_tropd.distill.inputs import load_inputs
 from megatron_tropd.planning.parameters import open_architecture
-from megatron_tropd.rollout.engine import RolloutEngine, context_length, expected_tensors
+from megatron_tropd.rollout.engines.engine import RolloutEngine, context_length, expected_tensors
 from megatron_tropd.tasks.rollouts import weights_identity
 from megatron_tropd.tasks.teacher_responses import model_identity
 

@@ -6,10 +6,18 @@ import time
 
 import pytest
 
-from megatron_tropd import nodes
-from megatron_tropd.errors import ConfigError
-from megatron_tropd.exits import CONFIG, FAILED, RESTART, is_failure, is_stop, stopped_by, worst
-from megatron_tropd.nodes import NodeLost, Nodes, Peers, find_nodes
+from megatron_tropd.base.errors import ConfigError
+from megatron_tropd.base.exits import (
+    CONFIG,
+    FAILED,
+    RESTART,
+    is_failure,
+    is_stop,
+    stopped_by,
+    worst,
+)
+from megatron_tropd.launch import nodes
+from megatron_tropd.launch.nodes import NodeLost, Nodes, Peers, find_nodes
 
 SRUN = {
     "SLURM_STEP_ID": "0",

@@ -16,7 +16,7 @@ from reference import Tokens
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_tropd.errors import ConfigError
+from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.losses import (
     PRESETS,
     HiddenStatesSignal,

@@ -13,17 +13,17 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_tropd.cli import main
+from megatron_tropd.base.errors import ConfigError
+from megatron_tropd.cli.main import main
 from megatron_tropd.config import Config, ParallelConfig, load_config
-from megatron_tropd.engines import MEMORY_ALONE
-from megatron_tropd.errors import ConfigError
+from megatron_tropd.config.megatron import MegatronConfig
+from megatron_tropd.config.megatron_fields import verdicts
+from megatron_tropd.distill.engines import MEMORY_ALONE
 from megatron_tropd.losses import chunks, vocab_parallel
 from megatron_tropd.losses.dense import DenseSpec
 from megatron_tropd.losses.signals import HiddenStatesSignal
 from megatron_tropd.losses.vocab_parallel import shard_of
 from megatron_tropd.mcore import platform
-from megatron_tropd.megatron_config import MegatronConfig
-from megatron_tropd.megatron_fields import verdicts
 from megatron_tropd.planning import (
     PRESETS,
     Hardware,
@@ -50,9 +50,9 @@ from megatron_tropd.planning.seconds import (
     repeated_products,
 )
 from megatron_tropd.planning.setup import row_multiple
-from megatron_tropd.rollout import weight_sync
-from megatron_tropd.rollout.types import EngineSettings
-from megatron_tropd.rollout.worker import CPU_SEQUENCES, _cpu_cache_bytes
+from megatron_tropd.rollout.engines.settings import EngineSettings
+from megatron_tropd.rollout.engines.worker import CPU_SEQUENCES, _cpu_cache_bytes
+from megatron_tropd.rollout.weights import weight_sync
 
 RECIPES = Path(__file__).resolve().parents[2] / "configs" / "recipes"
 TOMLS = sorted(RECIPES.glob("*.toml"))

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_tropd.base.errors import ConfigError, InputError, TrainingError
 from megatron_tropd.config import ParallelConfig
 from megatron_tropd.convert.hf_folder import HFFolder
-from megatron_tropd.errors import ConfigError, InputError, TrainingError
 
 FINGERPRINT = """
 import torch

@@ -10,14 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tropd import engines, exits
+from megatron_tropd.base import exits
+from megatron_tropd.base.errors import ConfigError, InputError
 from megatron_tropd.config import PromptConfig
 from megatron_tropd.data.arguments import add_prompt_options, read_prompts
 from megatron_tropd.data.prompts import load_prompts
 from megatron_tropd.data.responses import load_responses
+from megatron_tropd.data.samples import Sample, SampleRequest, Sampling
 from megatron_tropd.data.tokenizers import load_tokenizer
-from megatron_tropd.errors import ConfigError, InputError
-from megatron_tropd.rollout.types import Sample, SampleRequest, Sampling
+from megatron_tropd.distill import engines
 from tools import rollouts, teacher_responses
 
 TEMPLATE = "{{ strftime_now('%d %b') }}{{ effort }}{{ messages[0].content }}"

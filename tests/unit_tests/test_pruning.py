@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_tropd.base.errors import InputError
 from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.convert.pruning import drop_layers
-from megatron_tropd.errors import InputError
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])

@@ -134,7 +134,7 @@ def test_autograd_keeps_what_it_keeps_on_a_gpu(answer):
 
 @program(
     """
-    from megatron_tropd import step_metrics
+    from megatron_tropd.distill import metrics as step_metrics
     from megatron_tropd.mcore import step
     import inspect
     source = inspect.getsource(step.broken_gradients)

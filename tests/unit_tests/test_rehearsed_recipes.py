@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_tropd.base.errors import ConfigError, InputError
 from megatron_tropd.config import load_config
-from megatron_tropd.errors import ConfigError, InputError
 from megatron_tropd.rehearsal import Rehearsal, rehearsal_table, rehearse
 from megatron_tropd.rehearsal.report import findings
 

@@ -11,7 +11,7 @@ import pytest
 from machine import chromium
 from synthetic_run import write_synthetic_run
 
-from megatron_tropd.errors import InputError
+from megatron_tropd.base.errors import InputError
 from megatron_tropd.report.html import (
     MAX_ANSWERS,
     MAX_DUMPS,

@@ -16,17 +16,17 @@ import pytest
 import requests
 import torch
 
-from megatron_tropd.cli import main
-from megatron_tropd.errors import ConfigError, InputError, ServersLost, TrainingError
-from megatron_tropd.rollout import keeper as keeper_module
-from megatron_tropd.rollout import wire
-from megatron_tropd.rollout.client import ClientSettings, ServerClient, ServerError
-from megatron_tropd.rollout.dispatch import Dispatch, Patience
-from megatron_tropd.rollout.keeper import EngineKeeper
-from megatron_tropd.rollout.pool import cut_units, merge_units
-from megatron_tropd.rollout.server import Place, RolloutServer
-from megatron_tropd.rollout.types import Sample, SampleRequest, Sampling
-from megatron_tropd.rollout.weight_sync import WeightsName, WeightVersions
+from megatron_tropd.base.errors import ConfigError, InputError, ServersLost, TrainingError
+from megatron_tropd.cli.main import main
+from megatron_tropd.data.samples import Sample, SampleRequest, Sampling
+from megatron_tropd.rollout.engines import keeper as keeper_module
+from megatron_tropd.rollout.engines import wire
+from megatron_tropd.rollout.engines.client import ClientSettings, ServerClient, ServerError
+from megatron_tropd.rollout.engines.dispatch import Dispatch, Patience
+from megatron_tropd.rollout.engines.keeper import EngineKeeper
+from megatron_tropd.rollout.engines.pool import cut_units, merge_units
+from megatron_tropd.rollout.engines.server import Place, RolloutServer
+from megatron_tropd.rollout.weights.weight_sync import WeightsName, WeightVersions
 
 WEIGHTS = WeightsName(3, "trainer")
 PATIENCE = 60.0
@@ -514,7 +514,7 @@ def test_a_second_server_of_the_same_number_takes_over(start, tmp_path: Path) ->
 def test_a_server_that_is_told_to_stop_first_ends_what_is_asked_of_it(
     start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megatron_tropd.rollout.server.IDLE_SECONDS", 0.5)
+    monkeypatch.setattr("megatron_tropd.rollout.engines.server.IDLE_SECONDS", 0.5)
     generating = threading.Event()
 
     def generate(_: CountingEngine) -> None:

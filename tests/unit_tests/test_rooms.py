@@ -8,71 +8,50 @@ import ast
 import json
 import subprocess
 import sys
+from collections.abc import Collection
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "megatron_tropd"
 
-# The rooms each room may import, itself and `errors` aside. `data.types` and `rollout.types` are
-# plain records: whoever may not enter the room may still take those.
+# The rooms each room may import, itself apart. Arrows point down: no circle.
 ARROWS: dict[str, set[str]] = {
-    "errors": set(),
-    "text_files": set(),
-    "exits": set(),
-    "failures": {"exits"},
-    "files": set(),
-    "token_ids": set(),
-    "watchdog": {"exits", "failures"},
-    "environment": set(),
-    "nodes": {"environment"},
-    "deterministic": {"environment"},
-    "settings": set(),
-    "loss_config": {"settings"},
-    "megatron_fields": set(),
-    "megatron_config": {"megatron_fields", "settings"},
-    "config": {"deterministic", "loss_config", "megatron_config", "settings", "text_files"},
-    "losses": {"loss_config"},
-    "data": {"config", "files", "losses", "rollout.types", "text_files", "token_ids"},
-    "convert": {"config", "files", "text_files", "token_ids"},
-    "mcore": {
-        *("config", "convert", "data.types", "environment", "files", "losses"),
-        *("megatron_config", "megatron_fields", "settings"),
+    "base": set(),
+    "config": {"base"},
+    "cluster": {"base", "config"},
+    "losses": {"base", "config"},
+    "data": {"base", "config", "losses"},
+    "convert": {"base", "config"},
+    "planning": {"base", "config", "convert"},
+    "report": {"base", "config"},
+    "mcore": {"base", "config", "convert", "data", "losses"},
+    "rollout": {"base", "config", "convert", "data"},
+    "tasks": {"base", "config", "convert", "data", "losses"},
+    "distill": {
+        *("base", "config", "convert", "data", "losses", "mcore", "report", "rollout", "tasks"),
     },
-    "rollout": {"config", "convert", "data.types", "exits", "failures", "files", "settings"},
-    "tasks": {"config", "convert", "data", "losses", "rollout.types"},
-    "report": {"config", "data.types", "files"},
-    "planning": {"config", "convert", "settings", "text_files"},
-    "cluster": {"config", "settings", "text_files"},
+    "integrations": {"base", "config", "convert", "data", "losses", "mcore", "rollout"},
     "rehearsal": {
-        *("config", "convert", "data.types", "files", "inputs", "job", "mcore", "planning"),
-        *("run_folder", "train", "watchdog"),
+        *("base", "config", "convert", "data", "distill", "mcore", "planning"),
     },
-    "integrations": {
-        *("config", "convert", "data", "environment", "loss_config", "losses", "mcore"),
-        *("megatron_fields", "rollout", "settings"),
+    "launch": {"base", "config", "distill", "mcore", "rollout"},
+    "cli": {
+        *("base", "cluster", "config", "convert", "data", "distill", "launch", "mcore"),
+        *("planning", "rehearsal", "report", "rollout"),
     },
 }
+TOP_LEVEL = {"__init__"}
+"""Modules beside the rooms."""
 OUTSIDE = {
-    "megatron": {"mcore", "integrations", "doctor", "rehearsal"},
-    "vllm": {"rollout", "doctor"},
+    "megatron": {"mcore", "integrations", "cli", "rehearsal"},
+    "vllm": {"rollout", "cli"},
 }
 KERNELS = PACKAGE / "losses" / "dense_triton.py"
 TRITON = {KERNELS, PACKAGE / "rehearsal" / "cuda.py"}
 """Who may import triton: where kernels are written, and where their launches are caught."""
-LIGHT = {
-    *("errors", "exits", "environment", "failures", "files", "token_ids", "watchdog", "nodes"),
-    *(
-        "deterministic",
-        "text_files",
-        "settings",
-        "loss_config",
-        "megatron_fields",
-        "megatron_config",
-        "config",
-    ),
-    "cluster",
-}
+LIGHT = {"base", "config", "cluster"}
 """Rooms that need the standard library alone."""
 
 
@@ -102,14 +81,9 @@ def _imports_triton(source: str) -> bool:
 
 
 def _rooms_entered(source: str) -> set[str]:
-    """The rooms a file imports, records apart: {"losses", "data.types"}."""
-    entered = set()
-    for name in _imports(source):
-        parts = name.split(".")
-        if parts[0] == "megatron_tropd" and len(parts) > 1:
-            records = parts[1:3] in (["data", "types"], ["rollout", "types"])
-            entered.add(".".join(parts[1:3]) if records else parts[1])
-    return entered
+    """The rooms a file imports."""
+    names = [name.split(".") for name in _imports(source)]
+    return {parts[1] for parts in names if parts[0] == "megatron_tropd" and len(parts) > 1}
 
 
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -123,15 +97,37 @@ def test_source_keeps_to_its_room(path: Path):
     if path not in TRITON:
         names = sorted(path.name for path in TRITON)
         assert not _imports_triton(source), f"only {names} may import triton"
-    if room in ARROWS:
-        allowed = ARROWS[room] | {room, "errors", f"{room}.types"}
-        allowed |= {f"{r}.types" for r in ARROWS[room]}
+    if room not in TOP_LEVEL:
+        allowed = ARROWS[room] | {room}
         assert _rooms_entered(source) <= allowed, f"{room} may import {sorted(allowed)} only"
 
 
 def test_every_room_has_its_arrows():
-    rooms = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
-    assert rooms <= ARROWS.keys()
+    assert {path.name for path in PACKAGE.iterdir() if list(path.glob("*.py"))} == ARROWS.keys()
+    assert {path.stem for path in PACKAGE.glob("*.py")} == TOP_LEVEL
+
+
+def test_no_circle():
+    """Neither of rooms nor of modules; imports in functions and for type checkers count."""
+    modules = {_module(path): _imports(path.read_text()) for path in FILES}
+    graph = {
+        name: {_nearest(target, modules) for target in found} for name, found in modules.items()
+    }
+    for arrows in (ARROWS, {name: found - {None, name} for name, found in graph.items()}):
+        TopologicalSorter(arrows).prepare()  # raises CycleError, which names the circle
+
+
+def _module(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+
+
+def _nearest(name: str, modules: Collection[str]) -> str | None:
+    """The module that ``name`` is or is in; None: outside of the package."""
+    for candidate in (name, f"{name}.__init__", name.rpartition(".")[0]):
+        if candidate in modules:
+            return candidate
+    package = f"{name.rpartition('.')[0]}.__init__"
+    return package if package in modules and package != "megatron_tropd.__init__" else None
 
 
 def _loaded(batches: list[list[str]], watched: list[str]) -> list[list[str]]:
@@ -152,7 +148,8 @@ def _loaded(batches: list[list[str]], watched: list[str]) -> list[list[str]]:
 
 
 def _modules(rooms: set[str]) -> list[str]:
-    paths = [path.relative_to(PACKAGE.parent) for path in FILES if _room(path) in rooms]
+    found = [path for path in FILES if _room(path) in rooms and path.stem != "__main__"]
+    paths = [path.relative_to(PACKAGE.parent) for path in found]
     return [".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in paths]
 
 
@@ -176,10 +173,12 @@ def test_losses_are_imported_without_triton():
 
 def test_these_tests_can_fail():
     assert _imports_triton(KERNELS.read_text()) and not _imports_triton("import tritonclient\n")
+    with pytest.raises(CycleError):
+        TopologicalSorter({"a": {"b"}, "b": {"a"}}).prepare()
     source = "def f():\n    import vllm\n    from megatron.core import parallel_state\n"
     assert _outside(source) == {"vllm", "megatron"}
     assert _outside("import megatron_tropd.config\n") == set()
-    assert _rooms_entered("from megatron_tropd.data.types import Prompt") == {"data.types"}
+    assert _rooms_entered("from megatron_tropd.data.types import Prompt") == {"data"}
     assert _rooms_entered("from megatron_tropd.data import prompts") == {"data"}
     assert _rooms_entered("from megatron_tropd import rollout, config") == {"rollout", "config"}
     assert _loaded([["json"], ["tomllib"]], ["tomllib", "torch"]) == [[], ["tomllib"]]

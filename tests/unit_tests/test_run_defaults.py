@@ -7,8 +7,8 @@ from types import ModuleType
 
 import pytest
 
+from megatron_tropd.base.errors import ConfigError, InputError
 from megatron_tropd.config import config_to_dict, load_config
-from megatron_tropd.errors import ConfigError, InputError
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 

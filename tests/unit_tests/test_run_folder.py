@@ -11,8 +11,11 @@ from typing import Any
 
 import pytest
 
-from megatron_tropd import exits
-from megatron_tropd.cli import main
+from megatron_tropd.base import exits
+from megatron_tropd.base.errors import ConfigError, InputError
+from megatron_tropd.base.failures import Failure, read, report
+from megatron_tropd.base.files import write_json
+from megatron_tropd.cli.main import main
 from megatron_tropd.config import (
     Config,
     MegatronConfig,
@@ -22,13 +25,10 @@ from megatron_tropd.config import (
     RunConfig,
     TrainConfig,
 )
-from megatron_tropd.errors import ConfigError, InputError
-from megatron_tropd.failures import Failure, read, report
-from megatron_tropd.files import write_json
-from megatron_tropd.launch import is_rank
+from megatron_tropd.config.run_folder import RunFolder, hold, open_run, wait_until_open, with_date
+from megatron_tropd.launch.launcher import is_rank
 from megatron_tropd.report.records import read_run
-from megatron_tropd.rollout.wire import served_settings
-from megatron_tropd.run_folder import RunFolder, hold, open_run, wait_until_open, with_date
+from megatron_tropd.rollout.engines.wire import served_settings
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal
 
 import pytest
 
-from megatron_tropd.errors import ConfigError
-from megatron_tropd.loss_config import LossConfig
-from megatron_tropd.settings import (
+from megatron_tropd.base.errors import ConfigError
+from megatron_tropd.config.loss import LossConfig
+from megatron_tropd.config.settings import (
     Amount,
     Anything,
     Between,
@@ -70,7 +70,7 @@ def test_every_dataclass_of_settings_checks_itself():
     names = {name.rpartition(".")[2] for name in CLASSES}
     assert {"Config", "LossConfig", "TrainConfig", "Site", "Container", "Hardware"} <= names
     assert [name for name, checked in CLASSES.items() if not checked] == [
-        "megatron_tropd.settings.Range"
+        "megatron_tropd.config.settings.Range"
     ]
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tropd.cli import main
+from megatron_tropd.base.errors import ConfigError
+from megatron_tropd.cli.main import main
 from megatron_tropd.cluster.layout import make_layout
 from megatron_tropd.cluster.render import render_job
 from megatron_tropd.cluster.site import Container, Site, load_site
 from megatron_tropd.config import load_config
-from megatron_tropd.errors import ConfigError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 EXAMPLE = REPOSITORY / "slurm" / "site.example.toml"

@@ -11,15 +11,15 @@ import torch.distributed as dist
 from megatron_tropd.config import LossConfig
 from megatron_tropd.data.packing import LossCounts, pack
 from megatron_tropd.data.types import MicroBatch, Segment, Trajectory
-from megatron_tropd.losses.trouble import words
-from megatron_tropd.objective import example_rows, gather_examples, segment_weights
-from megatron_tropd.step_metrics import (
+from megatron_tropd.distill.metrics import (
     POSITION_BUCKETS,
     STUDENT_MEANS,
     StepSums,
     repetition,
     trajectory_metrics,
 )
+from megatron_tropd.distill.step_loss import example_rows, gather_examples, segment_weights
+from megatron_tropd.losses.trouble import words
 
 CPU = torch.device("cpu")
 

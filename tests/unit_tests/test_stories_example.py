@@ -8,9 +8,9 @@ from types import ModuleType
 import pytest
 from tiny_models import write_tiny_tokenizer
 
+from megatron_tropd.base.errors import InputError
 from megatron_tropd.data.prompts import load_prompts
 from megatron_tropd.data.tokenizers import load_tokenizer
-from megatron_tropd.errors import InputError
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "stories" / "make_stories.py"
 

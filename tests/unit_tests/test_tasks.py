@@ -9,12 +9,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from megatron_tropd.base.errors import InputError
 from megatron_tropd.data.prompts import load_prompts
 from megatron_tropd.data.responses import load_responses
+from megatron_tropd.data.samples import Sample, SampleRequest, Sampling
 from megatron_tropd.data.tokenizers import load_tokenizer
 from megatron_tropd.data.types import Prompt
-from megatron_tropd.errors import InputError
-from megatron_tropd.rollout.types import Sample, SampleRequest, Sampling
 from megatron_tropd.tasks.exact_match import evaluate_exact_match
 from megatron_tropd.tasks.reverse_kl import measure_reverse_kl
 from megatron_tropd.tasks.teacher_responses import model_identity, write_responses

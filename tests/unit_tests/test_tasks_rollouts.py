@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from megatron_tropd.base.errors import ConfigError, InputError
 from megatron_tropd.config import GuidanceConfig, RolloutConfig
 from megatron_tropd.data.prefixes import PlannedSample, plan_requests
 from megatron_tropd.data.prompts import prompts_of_step
 from megatron_tropd.data.recorded import RecordedTrajectories
 from megatron_tropd.data.responses import TeacherResponse
+from megatron_tropd.data.samples import Sample, SampleRequest, Sampling
 from megatron_tropd.data.tokenizers import load_tokenizer
 from megatron_tropd.data.types import Prompt
-from megatron_tropd.errors import ConfigError, InputError
-from megatron_tropd.rollout.types import Sample, SampleRequest, Sampling
 from megatron_tropd.tasks.rollouts import Round, weights_identity, write_rollouts
 from tools import rollouts as tool
 

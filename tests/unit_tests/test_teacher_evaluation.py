@@ -10,17 +10,17 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from megatron_tropd import job as jobs
+from megatron_tropd.base.errors import TrainingError
 from megatron_tropd.config import config_from_dict, config_to_dict
+from megatron_tropd.config.run_folder import RunFolder
+from megatron_tropd.data.samples import Sample, SampleRequest, Sampling
 from megatron_tropd.data.types import Prompt
-from megatron_tropd.errors import TrainingError
-from megatron_tropd.evaluation import Evaluator, evaluation_settings
-from megatron_tropd.job import Job
+from megatron_tropd.distill import job as jobs
+from megatron_tropd.distill.evaluation import Evaluator, evaluation_settings
+from megatron_tropd.distill.job import Job
 from megatron_tropd.report.metrics import MetricsLog
 from megatron_tropd.report.records import read_lines
-from megatron_tropd.rollout.device_memory import wait_for_memory
-from megatron_tropd.rollout.types import Sample, SampleRequest, Sampling
-from megatron_tropd.run_folder import RunFolder
+from megatron_tropd.rollout.engines.device_memory import wait_for_memory
 
 GIB = 2**30
 INPUTS = SimpleNamespace(
@@ -54,7 +54,7 @@ def make_job(root: Path, **evaluation: Any) -> Job:
     (root / "config.json").write_text(json.dumps(settings))
     made = Job(RunFolder(root), console=io.StringIO(), stop=SimpleNamespace(requested=False))  # type: ignore[arg-type]
     made.is_main, made.inputs = True, INPUTS  # type: ignore[assignment]
-    made.evaluator = Evaluator(made)
+    made.evaluator = Evaluator(made.config, INPUTS, made.folder, is_main=True, log=None)  # type: ignore[arg-type]
     return made
 
 

@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tropd.cluster.site import load_site
-from megatron_tropd.config import load_config
-from megatron_tropd.errors import ConfigError, InputError
-from megatron_tropd.planning.hardware import load_hardware
-from megatron_tropd.text_files import (
+from megatron_tropd.base.errors import ConfigError, InputError
+from megatron_tropd.base.text_files import (
     lines_with_offsets,
     read_json_lines,
     read_json_object,
     read_toml,
 )
+from megatron_tropd.cluster.site import load_site
+from megatron_tropd.config import load_config
+from megatron_tropd.planning.hardware import load_hardware
 
 LINES = '{"prompt": "é"}\n\n{"prompt": "b"}\n'
 OBJECTS = [(1, {"prompt": "é"}), (3, {"prompt": "b"})]

@@ -77,7 +77,7 @@ ONE_GPU = {
     "worker": "vllm.v1.worker.gpu_worker.Worker",
     "executor": "uni",
     "tensor_parallel": 1,
-    "extension": "megatron_tropd.rollout.worker_extension.WorkerExtension",
+    "extension": "megatron_tropd.rollout.engines.worker_extension.WorkerExtension",
     "sleep_mode": [True, "cumem"],
     "cumem": True,
     "logprobs_mode": "raw_logprobs",

@@ -12,13 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tropd.watchdog import Beat, Progress, Watchdog, _suspects, limits, read_beats
+from megatron_tropd.base.progress import Progress, limits
+from megatron_tropd.launch.watchdog import Beat, Watchdog, _suspects, read_beats
 
 RANK = """
 import sys, time
 from pathlib import Path
-from megatron_tropd import watchdog
-from megatron_tropd.watchdog import Progress, Watchdog
+from megatron_tropd.launch import watchdog
+from megatron_tropd.base.progress import Progress
+from megatron_tropd.launch.watchdog import Watchdog
 read_beats = watchdog.read_beats
 watchdog.read_beats = lambda *where: (print("reads all heartbeats"), read_beats(*where))[1]
 folder, rank, behaviour = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]

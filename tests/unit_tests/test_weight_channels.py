@@ -13,10 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_tropd.errors import ConfigError, TrainingError
-from megatron_tropd.rollout import channels, pool
-from megatron_tropd.rollout.channels import DeviceChannel, Seat, device_groups
-from megatron_tropd.rollout.weight_sync import roomy_root
+from megatron_tropd.base.errors import ConfigError, TrainingError
+from megatron_tropd.rollout.engines import pool
+from megatron_tropd.rollout.weights import channels
+from megatron_tropd.rollout.weights.channels import DeviceChannel, Seat, device_groups
+from megatron_tropd.rollout.weights.weight_sync import roomy_root
 
 CPU = torch.device("cpu")
 
@@ -187,7 +188,7 @@ def disks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[int, int
     """Sets the GiB that shared memory and the temporary folder have free."""
     usage = collections.namedtuple("usage", "total used free")
     shared, temporary = tmp_path / "shm", tmp_path / "tmp"
-    monkeypatch.setattr("megatron_tropd.rollout.weight_sync.SHARED_MEMORY", shared)
+    monkeypatch.setattr("megatron_tropd.rollout.weights.weight_sync.SHARED_MEMORY", shared)
     monkeypatch.setattr("tempfile.gettempdir", lambda: str(temporary))
 
     def set_free(of_shared: int, of_temporary: int) -> Free:

@@ -9,19 +9,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_tropd.base.errors import InputError, TrainingError
 from megatron_tropd.convert.hf_folder import HFFolder
-from megatron_tropd.errors import InputError, TrainingError
-from megatron_tropd.rollout.client import ClientSettings
-from megatron_tropd.rollout.direct import DirectTransport
-from megatron_tropd.rollout.dispatch import Dispatch, Patience
-from megatron_tropd.rollout.engine import (
+from megatron_tropd.rollout.engines.client import ClientSettings
+from megatron_tropd.rollout.engines.dispatch import Dispatch, Patience
+from megatron_tropd.rollout.engines.engine import (
     check_complete,
     engine_environment,
     tensor_shapes,
 )
-from megatron_tropd.rollout.engine_model import expected_tensors
-from megatron_tropd.rollout.served import ServerPool
-from megatron_tropd.rollout.weight_sync import (
+from megatron_tropd.rollout.engines.engine_model import expected_tensors
+from megatron_tropd.rollout.engines.served import ServerPool
+from megatron_tropd.rollout.weights.direct import DirectTransport
+from megatron_tropd.rollout.weights.weight_sync import (
     WeightMailbox,
     WeightsName,
     WeightVersions,
@@ -208,8 +208,8 @@ def test_the_end_of_a_run_does_not_wait_for_a_folder_that_nobody_needs(
             written.append(name)
             time.sleep(0.3)
 
-    monkeypatch.setattr("megatron_tropd.rollout.weight_sync.write_buckets", slowly)
-    monkeypatch.setattr("megatron_tropd.rollout.direct._Broadcast.finish", lambda _: {0})
+    monkeypatch.setattr("megatron_tropd.rollout.weights.weight_sync.write_buckets", slowly)
+    monkeypatch.setattr("megatron_tropd.rollout.weights.direct._Broadcast.finish", lambda _: {0})
     types = {"a": torch.float32, "b": torch.bfloat16, "c": torch.float32, "d": torch.bfloat16}
     tensors = ((name, torch.zeros(2, dtype=dtype)) for name, dtype in types.items())
     transport = direct_transport(tmp_path)
@@ -242,7 +242,7 @@ def test_a_full_disk_ends_a_run_when_a_server_needs_the_folder_or_one_step_later
     message = r"after step 1 could not be handed to the rollout servers.*has 0 MiB free"
     with pytest.raises(TrainingError, match=message):
         direct_transport(tmp_path).hand_over(WeightsName(1, "me"), iter(tensors))
-    monkeypatch.setattr("megatron_tropd.rollout.direct._Broadcast.finish", lambda _: {0})
+    monkeypatch.setattr("megatron_tropd.rollout.weights.direct._Broadcast.finish", lambda _: {0})
     transport = direct_transport(tmp_path)
     assert transport.hand_over(WeightsName(1, "me"), iter(tensors)) == {0}
     with pytest.raises(TrainingError, match=message) as caught:

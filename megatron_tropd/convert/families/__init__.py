@@ -16,6 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from megatron_tropd.base.errors import InputError
 from megatron_tropd.convert.families._base import (
     Entry,
     Experts,
@@ -33,7 +34,6 @@ from megatron_tropd.convert.families._keys import (
     written_config,
 )
 from megatron_tropd.convert.ops import Replicated, VocabularyRows
-from megatron_tropd.errors import InputError
 
 __all__ = [
     "FAMILIES",

@@ -6,8 +6,8 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from megatron_tropd.base.errors import InputError
 from megatron_tropd.convert.ops import Operation
-from megatron_tropd.errors import InputError
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,13 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
+from megatron_tropd.base.errors import InputError
 from megatron_tropd.convert.families._base import (
     COMMON_REQUIREMENTS,
     Family,
     ModelShape,
     Requirement,
 )
-from megatron_tropd.errors import InputError
 
 CARRIED = frozenset(
     [

@@ -1,0 +1,570 @@
+"""Every setting of a run: frozen dataclasses, read from TOML, checked once, written as JSON.
+
+Needs only the standard library, so a config can be checked on a login node without torch.
+Paths in a TOML file are relative to the file; paths given as ``key=value`` overrides and
+``run.dir`` are relative to the current directory. Unknown keys are errors.
+"""
+
+import dataclasses
+import datetime
+import json
+import os
+import tomllib
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from megatron_tropd.base import deterministic
+from megatron_tropd.base.errors import ConfigError
+from megatron_tropd.base.text_files import read_toml
+from megatron_tropd.config.loss import LossConfig
+from megatron_tropd.config.megatron import MegatronConfig
+from megatron_tropd.config.settings import (
+    Amount,
+    Anything,
+    Count,
+    Number,
+    Positive,
+    Range,
+    Settings,
+    Share,
+    nearest,
+    require_plain,
+)
+
+PATH = {"path": True}  # metadata of the fields that name an input file or folder
+_GREEDY = "On-policy samples are drawn at random (evaluation is greedy by itself)."
+Temperature = Annotated[float, Range(0, ends="(]", hint=_GREEDY)]
+Moment = Annotated[float, Range(0, 1, "[)")]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(Settings, section="model"):
+    """The pair: two model folders, each an HF folder (config.json, *.safetensors, tokenizer) or a
+    Megatron checkpoint made by ``tropd convert``."""
+
+    student: str = field(metadata=PATH)
+    """Folder of the student: architecture and first weights."""
+    teacher: str = field(metadata=PATH)
+    """Folder of the teacher. Frozen. Same tokenizer as the student (checked)."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute type of both models. auto: bfloat16 with CUDA, float32 without."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig(Settings, section="parallel"):
+    """How the ranks are laid out. World size = tensor x pipeline x data."""
+
+    tensor: Count = 1
+    """Tensor-parallel ranks of student and teacher."""
+    pipeline: Count = 1
+    """Pipeline stages of student and teacher."""
+    data: Count = 1
+    """Data-parallel replicas of the student."""
+    expert: Count = 1
+    """Ranks that share the experts of a mixture, taken from the replicas; divides data, or, with
+    expert_tensor = 1, tensor x data."""
+    expert_tensor: Count | None = None
+    """Tensor-parallel ranks of each expert: 1 keeps experts whole, so routed tokens are sent once
+    and not gathered over the tensor-parallel ranks too. None: tensor."""
+    uneven_stages: bool = False
+    """Accept layers that pipeline does not divide: the first stages take one more."""
+    sequence_parallel: bool = False
+    """Shard activations between the tensor-parallel regions along the sequence."""
+    distributed_optimizer: bool = False
+    """Shard optimizer states over the data-parallel ranks."""
+
+    def _check_together(self) -> None:
+        _require(
+            self.expert_tensor in (None, 1, self.tensor),
+            f"parallel.expert_tensor must be 1 or parallel.tensor = {self.tensor}, found "
+            f"{self.expert_tensor}.",
+        )
+        whole = self.shards_of_expert < self.tensor
+        sharers = self.tensor * self.data if whole else self.data
+        _require(
+            sharers % self.expert == 0,
+            f"parallel.expert = {self.expert} must divide parallel."
+            f"{'tensor x data' if whole else 'data'}, found {sharers}: the replicas share the "
+            "experts. Change one of the two.",
+        )
+        _require(
+            self.tensor > 1 or not self.sequence_parallel,
+            "parallel.sequence_parallel = true needs parallel.tensor of at least 2, found 1. "
+            "Raise parallel.tensor or set sequence_parallel = false.",
+        )
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks (processes) of the run."""
+        return self.tensor * self.pipeline * self.data
+
+    @property
+    def shards_of_expert(self) -> int:
+        """Tensor-parallel ranks of each expert."""
+        return self.tensor if self.expert_tensor is None else self.expert_tensor
+
+    @property
+    def expert_replicas(self) -> int:
+        """Ranks that hold the same part of the same experts."""
+        return self.tensor * self.data // (self.shards_of_expert * self.expert)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptConfig(Settings, section="rollout"):
+    """How a line of a prompts file becomes token ids (docs/prompts.md)."""
+
+    apply_chat_template: bool = False
+    """Wrap each prompt in the tokenizer's chat template ("messages" always are)."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """What the chat template reads beside the messages: {enable_thinking = false}, tools, or
+    chat_template, the name of one of several templates. A line's own keys come first."""
+    chat_template_date: str | None = None
+    """The date (YYYY-MM-DD) that a template which reads the clock is told. None: the day the run
+    begins, also after a resumption."""
+
+    def _check_together(self) -> None:
+        require_plain(self.chat_template_kwargs, "rollout.chat_template_kwargs")
+        date = self.chat_template_date
+        _require(
+            date is None or _is_date(date),
+            f"rollout.chat_template_date must look like 2026-01-31, found {date!r}.",
+        )
+
+
+def _is_date(text: str) -> bool:
+    try:
+        return datetime.date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig(PromptConfig, section="rollout"):
+    """What the student samples at every step, and the engine that samples it."""
+
+    prompts: str = field(metadata=PATH)
+    """JSON lines, one object a line: {"prompt": str} or {"messages": [...]} (docs/prompts.md)."""
+    max_new_tokens: Count
+    """Longest response in tokens, a teacher prefix included."""
+    prompts_per_step: Count = 128
+    """Prompts of one optimizer step (global)."""
+    samples_per_prompt: Count = 4
+    """Responses sampled for each prompt, each with a seed of its own."""
+    temperature: Temperature = 1.0
+    """Sampling temperature. Log-probs in the loss are always at temperature 1."""
+    top_p: Share = 1.0
+    """Nucleus of the sampling distribution; 1 samples the whole vocabulary."""
+    stop_token_ids: tuple[Number, ...] = ()
+    """Further ids that end a response, beside every EOS of the student's folder (tokenizer,
+    generation_config.json, config.json)."""
+    filter_overlong_prompts: bool = False
+    """Leave out prompts that are too long for the models' context, instead of refusing the file."""
+    placement: Literal["colocated", "separate"] = "colocated"
+    """colocated: engines share the trainer's devices and sleep while it trains; separate: each is a
+    server of its own (``tropd serve``, docs/serving.md)."""
+    num_engines: Count = 1
+    """colocated: engines on the first ranks of equal blocks of the world, which it divides;
+    separate: servers."""
+    steps_ahead: Literal[0, 1] = 0
+    """1: sample for the next step while this one trains, so samples are one step old."""
+    weight_transport: Literal["auto", "folder", "direct"] = "auto"
+    """How engines get new weights. auto: colocated on CUDA from GPU to GPU, else as folder; folder:
+    colocated through shared memory, servers from the run folder; direct: broadcast to servers that
+    are ready (NCCL on CUDA, else gloo), and from the folder for the others (docs/serving.md)."""
+    engine_tensor_parallel: Count = 1
+    """GPUs of one engine. More than 1 needs CUDA."""
+    engine_memory: Positive = 0.4
+    """Share of each GPU's memory the engine may take; without CUDA, GiB of KV cache."""
+    max_num_seqs: Count | None = None
+    """Most sequences an engine decodes together. None: vLLM's default (256; 1024 on a GPU of 70 GiB
+    or more that is no A100)."""
+    max_num_batched_tokens: Count | None = None
+    """Most tokens in one forward pass of an engine, prompts included. None: vLLM's default (8192,
+    or 16384 on such a GPU; without CUDA what one prompt needs)."""
+    max_engine_gap: Amount | None = None
+    """Largest mean difference of the log-probs that engine and trainer give the samples of the
+    first step, in nats; above it the run stops. None: 0.001 in float32, 0.1 in bfloat16 (far above
+    round-off); 0: never."""
+
+    def _check_together(self) -> None:
+        super()._check_together()
+        sequences, tokens = self.max_num_seqs, self.max_num_batched_tokens
+        _require(
+            sequences is None or tokens is None or sequences <= tokens,
+            f"rollout.max_num_batched_tokens must be at least rollout.max_num_seqs = {sequences}, "
+            f"for each sequence decodes a token, found {tokens}.",
+        )
+        _require(
+            self.weight_transport != "direct" or self.placement == "separate",
+            'rollout.weight_transport = "direct" needs rollout.placement = "separate", found '
+            '"colocated": an engine beside its trainer gets weights on its GPU or through shared '
+            "memory. Remove one of the two.",
+        )
+
+    @property
+    def colocated_transport(self) -> Literal["auto", "folder"]:
+        """``weight_transport`` of engines beside the trainer."""
+        return "folder" if self.weight_transport == "folder" else "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuidanceConfig(Settings, section="guidance"):
+    """Off-policy guidance: some trajectories start with a prefix written by the teacher."""
+
+    responses: str | None = field(default=None, metadata=PATH)
+    """JSON lines written by tools/teacher_responses.py. None: no guidance."""
+    prefixed_per_prompt: Number = 1
+    """How many of a prompt's samples carry a teacher prefix."""
+    prefix_length: Literal["longest", "uniform"] = "longest"
+    """longest: floor(alpha(t) x response length); uniform: a keyed draw between 0 and that."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """alpha(t), the share of the response a prefix may have: half a cosine from 1 to 0 over the
+    steps, or always 1 (GKD's off-policy share: the teacher's response, then the student)."""
+    beta: Amount = 0.001
+    """Weight of -log q(x) on teacher tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Settings, section="train"):
+    """Optimisation, by Megatron-Core's optimizer, scheduler and schedules."""
+
+    steps: Count
+    """Optimizer steps of the run (T of the prefix schedule)."""
+    lr: Positive = 5e-6
+    """Peak learning rate of Adam."""
+    min_lr: Amount = 0.0
+    """Learning rate at the end of a decaying schedule."""
+    lr_schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """Shape after the warm-up."""
+    warmup_steps: Number = 0
+    """Steps of linear warm-up from 0."""
+    weight_decay: Amount = 0.0
+    """Decoupled weight decay."""
+    adam_betas: tuple[Moment, Moment] = (0.9, 0.95)
+    """Adam's two averaging constants."""
+    adam_eps: Positive = 1e-8
+    """Adam's epsilon."""
+    clip_grad: Amount = 1.0
+    """Largest global gradient norm; 0 switches clipping off."""
+    tokens_per_micro_batch: Count = 16384
+    """Padded tokens one micro-batch may hold on one data-parallel rank (memory knob)."""
+    seed: Anything = 1234
+    """Keys every random draw: prompt order, sampling, trust-region mask, prefixes."""
+
+    def _check_together(self) -> None:
+        _require(
+            self.min_lr <= self.lr,
+            f"train.min_lr must be between 0 and train.lr = {self.lr}, found {self.min_lr}.",
+        )
+        _require(
+            self.warmup_steps <= self.steps,
+            f"train.warmup_steps must be in 0..{self.steps} (train.steps), found "
+            f"{self.warmup_steps}.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig(Settings, section="evaluation"):
+    """What is measured on held-out problems, before, during and after the run."""
+
+    problems: str | None = field(default=None, metadata=PATH)
+    """JSON lines of held-out problems, {"prompt", "answer"} for exact_match. None: none."""
+    task: Literal["exact_match", "reverse_kl"] = "exact_match"
+    """exact_match: greedy answers graded; reverse_kl: exact KL(student || teacher) per token on
+    fresh student samples, measured with transformers."""
+    num_problems: Count = 500
+    """How many of them, from the top of the file."""
+    teacher: bool = True
+    """exact_match: also grade the teacher, once, before the models are built."""
+    every: Number = 0
+    """Steps between evaluations; 0: only before the first and after the last step."""
+    max_new_tokens: Count | None = None
+    """Longest answer; None: rollout.max_new_tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(Settings, section="run"):
+    """The run's folder and what is kept in it."""
+
+    dir: str
+    """Folder of the run, made if absent; the same command in the same folder resumes."""
+    checkpoint_every: Number = 50
+    """Steps between checkpoints; the last step is always kept; 0: only the last."""
+    keep_checkpoints: Count = 2
+    """Newest complete checkpoints kept."""
+    checkpoint_sharding: Literal["fully_reshardable", "dp_reshardable"] = "fully_reshardable"
+    """Form of the distributed optimizer's state in the checkpoints of checkpoint_every; Megatron's
+    names. fully_reshardable: resumes under any layout; a save gathers 12 bytes a parameter on each
+    replica. dp_reshardable: nothing is gathered; resumes under any parallel.data, the other axes as
+    they were. The last checkpoint, and one that a signal asks for, is fully_reshardable."""
+    timeout_minutes: Positive = 30.0
+    """Longest a phase of a step may last, rollout and evaluation included, before the run is taken
+    to hang and ends (exit code 75)."""
+    deterministic: bool = False
+    """Whether the same run again is to give the same bits on GPUs, too, for some speed (on a CPU it
+    does anyway). What cannot is refused by name (docs/reliability.md)."""
+    trajectories_every: Number = 25
+    """Steps between dumps of example trajectories with per-token values; 0: none."""
+    num_trajectories: Number = 8
+    """Trajectories of one dump."""
+    tensorboard: bool = True
+    """Also write TensorBoard event files."""
+    wandb_project: str | None = None
+    """Also log to this Weights & Biases project."""
+
+    def _check_together(self) -> None:
+        _require(bool(self.dir), "run.dir must name a folder, found an empty string.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Settings):
+    """One distillation run."""
+
+    model: ModelConfig
+    rollout: RolloutConfig
+    train: TrainConfig
+    run: RunConfig
+    parallel: ParallelConfig = ParallelConfig()
+    guidance: GuidanceConfig = GuidanceConfig()
+    loss: LossConfig = field(default_factory=LossConfig)
+    evaluation: EvaluationConfig = EvaluationConfig()
+    megatron: MegatronConfig = field(default_factory=MegatronConfig)
+
+    def _check_together(self) -> None:
+        world, engines = self.parallel.world_size, self.rollout.num_engines
+        _require(
+            self.rollout.placement == "separate" or world % engines == 0,
+            f"rollout.num_engines must divide the world size {world} (tensor x pipeline x data), "
+            f"found {engines}.",
+        )
+        _require(
+            self.guidance.prefixed_per_prompt <= self.rollout.samples_per_prompt,
+            f"guidance.prefixed_per_prompt = {self.guidance.prefixed_per_prompt} exceeds "
+            f"rollout.samples_per_prompt = {self.rollout.samples_per_prompt}.",
+        )
+        exact_probabilities = self.rollout.temperature == 1 and self.rollout.top_p == 1
+        _require(
+            self.loss.importance == "none" or exact_probabilities,
+            f"loss.importance = {self.loss.importance!r} needs rollout.temperature = 1 and "
+            f"rollout.top_p = 1, found {self.rollout.temperature} and {self.rollout.top_p}: the "
+            "engine reports probabilities at temperature 1 over the whole vocabulary. Change one.",
+        )
+        _require(
+            self.run.checkpoint_sharding == "fully_reshardable"
+            or self.parallel.distributed_optimizer,
+            'run.checkpoint_sharding = "dp_reshardable" is a form of the distributed optimizer\'s '
+            "state, found parallel.distributed_optimizer = false. Remove one of the two.",
+        )
+        if self.run.deterministic:
+            deterministic.check_options("model", self.megatron.model)
+            deterministic.check_options("teacher", self.megatron.teacher)
+        samples = self.rollout.prompts_per_step * self.rollout.samples_per_prompt
+        _require(
+            samples % self.parallel.data == 0,
+            f"rollout.prompts_per_step x samples_per_prompt = {samples} must be divisible by "
+            f"parallel.data = {self.parallel.data}: every replica trains on equally many "
+            "trajectories. Change one of the three.",
+        )
+
+    @property
+    def pad_multiple(self) -> int:
+        """What the padded length of a row is a multiple of, so that the models can compute it."""
+        shards = self.parallel.tensor if self.parallel.sequence_parallel else 1
+        return shards * self.megatron.token_multiple
+
+    @property
+    def max_answer_tokens(self) -> int:
+        """Longest answer of an evaluation."""
+        return self.evaluation.max_new_tokens or self.rollout.max_new_tokens
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a TOML file, apply ``section.key=value`` overrides, check everything.
+
+    Args:
+        path: the TOML file. Relative input paths in it are taken from its folder.
+        overrides: ``section.key=value``; value in TOML syntax, bare words are strings.
+
+    Returns:
+        The checked config, input paths made absolute; ``~`` means home in every path.
+
+    Raises:
+        ConfigError: the file is missing or not TOML, a key is unknown or missing, a value has the
+            wrong type or does not fit.
+    """
+    path = Path(path)
+    tables = read_toml(path, "Config file")
+    _anchor_paths(tables, path.resolve().parent)
+    for override in overrides:
+        _apply_override(tables, override)
+    config = _build(Config, tables, "")
+    run = dataclasses.replace(config.run, dir=os.path.expanduser(config.run.dir))
+    return dataclasses.replace(config, run=run)
+
+
+def config_to_dict(config: Config) -> dict[str, Any]:
+    """Plain nested dictionary of every setting, JSON-ready."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def default_settings() -> dict[str, dict[str, Any]]:
+    """Every setting that has a default, as :func:`config_to_dict` would have it."""
+    return {
+        name: {
+            f.name: json.loads(json.dumps(_default(f)))
+            for f in fields(section)
+            if f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
+        }
+        for name, section in _sections().items()
+    }
+
+
+def _default(f: "dataclasses.Field[Any]") -> Any:
+    return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+
+
+def config_to_toml(config: Config) -> str:
+    """Every setting as a TOML file that :func:`load_config` reads from anywhere.
+
+    Input paths are absolute, as in any loaded config; so must ``run.dir`` be.
+    """
+    lines = []
+    for section, table in config_to_dict(config).items():
+        lines.append(f"\n[{section}]")
+        # TOML has no null: it leaves out what is None by default.
+        lines += [f"{key} = {_toml(value)}" for key, value in table.items() if value is not None]
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, dict):
+        entries = (f"{json.dumps(key)} = {_toml(item)}" for key, item in value.items())
+        return "{" + ", ".join(entries) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    # DEL is the one character that JSON takes as it is and TOML does not.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def config_from_dict(tables: dict[str, Any]) -> Config:
+    """Inverse of :func:`config_to_dict` (resolved JSON of a run folder)."""
+    return _build(Config, tables, "")
+
+
+def read_settings(path: Path) -> dict[str, dict[str, Any]]:
+    """The tables in config.json of a run folder, whatever version wrote them.
+
+    Raises:
+        ConfigError: the file cannot be read, or is no run's.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"{path} cannot be read as the settings of a run ({error}). Put it back, or give "
+            "another folder."
+        ) from None
+    if not is_run_settings(found):
+        raise ConfigError(
+            f"{path} holds no settings of a run, but another program's. Give another folder."
+        )
+    return found
+
+
+def is_run_settings(value: Any) -> bool:
+    """Whether the content of a config.json is a run's, and no model's."""
+    known = isinstance(value, dict) and {"model", "rollout", "run"} <= value.keys()
+    return known and all(isinstance(section, dict) for section in value.values())
+
+
+def settings_from_table(cls: Any, table: dict[str, Any]) -> Any:
+    """An instance of a dataclass of settings, checked as strictly as a config.
+
+    Raises:
+        ConfigError: a key is unknown or missing, or a value has the wrong type or does not fit.
+    """
+    return _build(cls, table, "")
+
+
+def _sections() -> dict[str, Any]:
+    hints = typing.get_type_hints(Config)
+    return {f.name: hints[f.name] for f in fields(Config)}
+
+
+def _anchor_paths(tables: dict[str, Any], folder: Path) -> None:
+    for name, section in _sections().items():
+        table = tables.get(name)
+        if not isinstance(table, dict):
+            continue
+        for f in fields(section):
+            value = table.get(f.name)
+            if f.metadata.get("path") and isinstance(value, str):
+                table[f.name] = str(folder / Path(value).expanduser())
+
+
+def _apply_override(tables: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    section_name, dot, name = key.strip().partition(".")
+    if not equals or not dot or not name:
+        raise ConfigError(f"Override {override!r} must look like section.key=value.")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    section = _sections().get(section_name)
+    if section is not None and isinstance(value, str):
+        is_path = any(f.name == name and f.metadata.get("path") for f in fields(section))
+        if is_path:
+            value = str(Path(value).expanduser().resolve())
+    *within, last = (section_name, *name.split("."))
+    table = tables
+    for depth, key in enumerate(within):
+        table = table.setdefault(key, {})
+        place = ".".join(within[: depth + 1])
+        _require(isinstance(table, dict), f"[{place}] must be a table, found {table!r}.")
+    table[last] = value
+
+
+def _build(cls: Any, table: Any, where: str) -> Any:
+    _require(isinstance(table, dict), f"[{where}] must be a table, found {table!r}.")
+    hints = typing.get_type_hints(cls)
+    known = {f.name: f for f in fields(cls)}
+    prefix = f"{where}." if where else ""
+    for name in table:
+        if name not in known:
+            hint = nearest(name, known).replace("'", prefix, 1).replace("'", "")
+            raise ConfigError(
+                f"Unknown config key {prefix}{name}.{hint} Known here: {', '.join(known)}."
+            )
+    values = {}
+    for name, f in known.items():
+        if name in table:
+            values[name] = _convert(hints[name], table[name], prefix + name)
+        elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"Config key {prefix}{name} is missing and has no default.")
+    return cls(**values)
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    """A value of TOML or JSON as Python has it; whether it fits is the dataclass's to say."""
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, where)
+    if hint is Any:
+        return value
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union) and value is not None:
+        return _convert(next(a for a in args if a is not type(None)), value, where)
+    if origin is tuple and isinstance(value, list):
+        return tuple(_convert(args[0], item, where) for item in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    return value

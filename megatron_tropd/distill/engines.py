@@ -1,0 +1,95 @@
+"""The engine that a run's settings ask for: trainer, server and evaluation make it here."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_tropd.config import Config
+from megatron_tropd.distill.inputs import Inputs
+from megatron_tropd.rollout.engines.engine import RolloutEngine
+
+MEMORY_ALONE = 0.85
+"""Share of its GPUs' memory for an engine that has them to itself but for processes without models;
+a test compares it with the plan's."""
+
+
+def make_engine(
+    config: Config,
+    inputs: Inputs,
+    folder: Path,
+    *,
+    log_file: Path,
+    threads: int | None = None,
+    alone: bool = False,
+) -> RolloutEngine:
+    """Start an engine that samples as the settings say; returns while it is still starting.
+
+    Args:
+        config: of the run.
+        inputs: what ``config`` names.
+        folder: HF folder of the first weights.
+        log_file: what the engine prints is appended here.
+        threads: CPU threads of the engine; None: as many as this process may use.
+        alone: no model is on its GPUs, so that it takes more than ``rollout.engine_memory``.
+
+    Returns:
+        The engine.
+    """
+    memory = config.rollout.engine_memory
+    if alone and torch.cuda.is_available():
+        memory = max(memory, MEMORY_ALONE)
+    return RolloutEngine(
+        folder,
+        dtype=engine_dtype(config.model.dtype),
+        max_model_len=inputs.max_model_len,
+        vocab_size=inputs.vocab_size,
+        memory=memory,
+        tensor_parallel=config.rollout.engine_tensor_parallel,
+        max_num_seqs=config.rollout.max_num_seqs,
+        max_num_batched_tokens=config.rollout.max_num_batched_tokens,
+        threads=threads,
+        log_file=log_file,
+    )
+
+
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    """Options of a tool that starts one engine, on GPUs that it has to itself."""
+    add = parser.add_argument
+    add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of the model")
+    add("--tensor-parallel", type=int, default=1, help="GPUs of the engine (default 1)")
+    add("--memory", type=float, help="share of the GPU's memory, without CUDA GiB of KV cache")
+    add("--max-num-seqs", type=int, help="most sequences decoded together (default: vLLM's)")
+    add("--max-num-batched-tokens", type=int, help="most tokens of one pass (default: vLLM's)")
+    add("--threads", type=int, help="CPU threads (default: all)")
+
+
+def tool_engine(options: argparse.Namespace, folder: Path, **settings: Any) -> RolloutEngine:
+    """The engine that :func:`add_engine_options` ask for; still starting.
+
+    Args:
+        options: parsed; ``out`` is the tool's file, beside which the engine's log lies.
+        folder: HF folder of the model.
+        settings: the others of :class:`~megatron_tropd.rollout.engines.engine.RolloutEngine`.
+
+    Raises:
+        InputError, ConfigError: the folder or an option is unusable.
+    """
+    return RolloutEngine(
+        folder,
+        log_file=options.out.with_name(options.out.name + ".engine.log"),
+        dtype=engine_dtype(options.dtype),
+        memory=options.memory or (MEMORY_ALONE if torch.cuda.is_available() else 1.0),
+        tensor_parallel=options.tensor_parallel,
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        threads=options.threads,
+        **settings,
+    )
+
+
+def engine_dtype(name: str) -> str:
+    """The compute type that ``model.dtype`` stands for on this machine."""
+    automatic = "bfloat16" if torch.cuda.is_available() else "float32"
+    return automatic if name == "auto" else name

@@ -1,0 +1,259 @@
+"""When and with what a run is evaluated, and what of it is written down."""
+
+import json
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_tropd.config import Config
+from megatron_tropd.config.run_folder import RunFolder
+from megatron_tropd.convert.hf_folder import HFFolder
+from megatron_tropd.convert.linked_folder import link_folder
+from megatron_tropd.data.samples import Sample, SampleRequest, Sampling
+from megatron_tropd.data.types import Trajectory
+from megatron_tropd.distill.engines import engine_dtype
+from megatron_tropd.distill.inputs import Inputs
+from megatron_tropd.losses.draws import Purpose, keyed_seed
+from megatron_tropd.report.metrics import MetricsLog
+from megatron_tropd.report.records import read_lines
+from megatron_tropd.tasks.exact_match import Engine, answer_greedily, grade_answers
+from megatron_tropd.tasks.graders import grade
+from megatron_tropd.tasks.reverse_kl import measure_reverse_kl
+
+NUM_EXAMPLES = 20
+"""Answers of an evaluation kept for the report."""
+GRADER = "marked"
+_LONGEST_CHARACTER = 4  # bytes of UTF-8, hence tokens
+_TEMPLATE = "chat_template"  # in the names of the settings that say how prompts are wrapped
+
+
+class Evaluator:
+    """Evaluations of one run."""
+
+    def __init__(
+        self,
+        config: Config,
+        inputs: Inputs,
+        folder: RunFolder,
+        *,
+        is_main: bool,
+        log: MetricsLog | None,
+    ) -> None:
+        """Measure nothing yet.
+
+        Args:
+            config: of the run.
+            inputs: of ``config``.
+            folder: of the run.
+            is_main: whether this rank grades and writes.
+            log: where it writes; None on the other ranks.
+        """
+        self._config, self._inputs, self._folder = config, inputs, folder
+        self._is_main, self._log = is_main, log
+        self.shown: dict[str, str] = {}
+        """The newest result, for the progress bar."""
+
+    def measure_student(
+        self, engines: Engine, *, step: int, export: Callable[[Path], None], teacher: Path
+    ) -> None:
+        """Measure the student, if the run has held-out problems; collective.
+
+        Args:
+            engines: with the student's newest weights.
+            step: optimizer steps it has seen.
+            export: writes the student as an HF folder; collective.
+            teacher: the teacher's HF folder.
+        """
+        if not self._inputs.problems:
+            return
+        if self._config.evaluation.task == "reverse_kl":
+            self._measure_reverse_kl(engines, step, export, teacher)
+        elif result := self._accuracy(engines):
+            self.shown = {"accuracy": f"{result['accuracy']:.1%}"}
+            self._write("student", step, result)
+
+    def teacher_is_due(self) -> bool:
+        """Whether the teacher is to be measured and has not been, with these settings.
+
+        Collectives: one broadcast of an object: what rank 0 finds in the run's folder counts.
+        """
+        evaluation = self._config.evaluation
+        exact = evaluation.task == "exact_match"
+        if not (self._inputs.problems and evaluation.teacher and exact):
+            return False
+        settings = json.loads(json.dumps(evaluation_settings(self._config, self._inputs)))
+        due = [
+            not any(
+                record["model"] == "teacher" and record.get("settings") == settings
+                for record in (read_lines(self._folder.evaluations) if self._is_main else ())
+            )
+        ]
+        dist.broadcast_object_list(due, src=0)
+        return due[0]
+
+    def measure_teacher(self, engines: Engine) -> None:
+        """Grade the teacher's answers; collective."""
+        if result := self._accuracy(engines):
+            self._write("teacher", 0, result)
+
+    def summary(self) -> dict[str, Any]:
+        """The entries of summary.json that come from evaluations."""
+        records = read_lines(self._folder.evaluations)
+        student = [record for record in records if record["model"] == "student"]
+        teacher = [record for record in records if record["model"] == "teacher"]
+        if not student:
+            return {}
+        first, last = student[0], student[-1]
+        if "reverse_kl" in first:
+            return {
+                "student_before_reverse_kl": first["reverse_kl"],
+                "student_after_reverse_kl": last["reverse_kl"],
+            }
+        return {
+            "student_before": first["accuracy"],
+            "student_after": last["accuracy"],
+            "teacher": teacher[-1]["accuracy"] if teacher else None,
+            "unjudged": last["unjudged"],
+            "problems": last["total"],
+        }
+
+    def example_line(self, trajectory: Trajectory, values: Mapping[str, list[float]]) -> str:
+        """One trajectory with its per-token values, as a line of a dump for the report."""
+        tokenizer, ids = self._inputs.tokenizer, trajectory.prefix_ids + trajectory.response_ids
+        # Their positions are no indices: prompts may have been left out.
+        prompt = next(p for p in self._inputs.prompts if p.index == trajectory.prompt_index)
+        text = tokenizer.decode(list(ids), skip_special_tokens=True)
+        answer = prompt.fields.get("answer")
+        record = {
+            "step": trajectory.step,
+            "prompt": prompt.text,
+            "tokens": spell(tokenizer, ids),
+            "segment": ["teacher"] * len(trajectory.prefix_ids)
+            + ["student"] * len(trajectory.response_ids),
+            "correct": None if answer is None else grade(text, str(answer), grader=GRADER),
+            **values,
+        }
+        return json.dumps(record) + "\n"
+
+    def _accuracy(self, engine: Engine) -> dict[str, Any] | None:
+        """The graded answers; None on the ranks that do not grade (all have the samples)."""
+        samples = sample_problems(self._config, self._inputs, engine)
+        return accuracy_of(self._inputs, samples) if self._is_main else None
+
+    def _measure_reverse_kl(
+        self, engines: Engine, step: int, export: Callable[[Path], None], teacher: Path
+    ) -> None:
+        samples = sample_problems(self._config, self._inputs, engines)
+        record: list[Any] = [None]
+        with tempfile.TemporaryDirectory() as scratch:
+            # Rank 0's folder counts: the export collects there, and only it measures.
+            student = Path(scratch) / "student"
+            export(student)
+            if self._is_main:
+                record = [reverse_kl_of(self._inputs, samples, student, teacher)]
+        dist.broadcast_object_list(record, src=0)
+        self.shown = {"held-out kl": f"{record[0]['reverse_kl']:.3f}"}
+        self._write("student", step, record[0])
+
+    def _write(self, model: str, step: int, record: dict[str, Any]) -> None:
+        if self._log is not None:
+            settings = evaluation_settings(self._config, self._inputs)
+            self._log.write_evaluation(
+                {"step": step, "model": model, **record, "settings": settings}
+            )
+
+
+def evaluation_settings(config: Config, inputs: Inputs) -> dict[str, Any]:
+    """What decides the result of an evaluation beside the model and the problems, JSON-ready."""
+    exact = config.evaluation.task == "exact_match"
+    templates = {name: value for name, value in asdict(config.rollout).items() if _TEMPLATE in name}
+    return {
+        "task": config.evaluation.task,
+        "problems": len(inputs.problems),
+        "max_new_tokens": config.max_answer_tokens,
+        "stop_token_ids": list(inputs.stop_token_ids),
+        **templates,
+        "dtype": engine_dtype(config.model.dtype),
+        **({"temperature": 0.0, "grader": GRADER} if exact else _drawn(config)),
+    }
+
+
+def _drawn(config: Config) -> dict[str, Any]:
+    return {"temperature": 1.0, "seed": config.train.seed}
+
+
+def sample_problems(config: Config, inputs: Inputs, engine: Engine) -> list[Sample]:
+    """What a model writes to the held-out problems; collective if the engine is.
+
+    Args:
+        config: its task says whether answers are greedy or drawn at temperature 1.
+        inputs: of ``config``.
+        engine: of the model.
+
+    Returns:
+        One sample per problem, in order.
+    """
+    room, stops = config.max_answer_tokens, inputs.stop_token_ids
+    if config.evaluation.task == "exact_match":
+        return answer_greedily(engine, inputs.problems, stop_token_ids=stops, max_new_tokens=room)
+    requests = [
+        SampleRequest(p.token_ids, room, keyed_seed(config.train.seed, Purpose.EVALUATION, p.index))
+        for p in inputs.problems
+    ]
+    return engine.generate(requests, Sampling(stop_token_ids=stops))
+
+
+def accuracy_of(inputs: Inputs, samples: Sequence[Sample]) -> dict[str, Any]:
+    """The graded samples as a record of evaluations.jsonl, with some examples."""
+    record = asdict(grade_answers(inputs.problems, samples, inputs.tokenizer, grader=GRADER))
+    return {**record, "examples": record.pop("responses")[:NUM_EXAMPLES]}
+
+
+def reverse_kl_of(
+    inputs: Inputs, samples: Sequence[Sample], student: Path, teacher: Path
+) -> dict[str, Any]:
+    """KL(student || teacher) on the student's samples as a record of evaluations.jsonl.
+
+    Args:
+        inputs: whose problems were sampled.
+        samples: of :func:`sample_problems`.
+        student: HF folder.
+        teacher: HF folder.
+    """
+    sequences = [
+        (problem.token_ids, sample.token_ids)
+        for problem, sample in zip(inputs.problems, samples, strict=True)
+    ]
+    with tempfile.TemporaryDirectory() as scratch:
+        places = Path(scratch) / "student", Path(scratch) / "teacher"
+        for place, folder in zip(places, (student, teacher), strict=True):
+            place.mkdir()
+            link_folder(HFFolder(folder), place)  # transformers would read what we do not
+        result = measure_reverse_kl(places[0], places[1], sequences, vocab_size=inputs.vocab_size)
+        return asdict(result)
+
+
+def spell(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
+    """The text each token adds, so that joined they are the text (spaces included).
+
+    A token is decoded beside the one before it, since its leading space may depend on that. The
+    token that completes a character has it; those with its first bytes add nothing. Bytes that
+    are no text are spelled by U+FFFD, as many as a decoder makes of them here.
+    """
+    ids = list(token_ids)
+    pieces: list[str] = []
+    start = read = 0
+    before = ""
+    for end in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[start:end], skip_special_tokens=False)
+        if text.endswith("\ufffd") and end - read < _LONGEST_CHARACTER and end < len(ids):
+            pieces.append("")
+            continue
+        pieces.append(text[len(before) :])
+        start, read = read, end
+        before = tokenizer.decode(ids[start:read], skip_special_tokens=False)
+    return pieces

@@ -1,0 +1,240 @@
+"""Everything a run reads, checked before anything is started or written."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from megatron_tropd.base.errors import ConfigError, InputError
+from megatron_tropd.config import Config
+from megatron_tropd.convert.checks import check_parallel, check_tensors
+from megatron_tropd.convert.companions import CONFIG
+from megatron_tropd.convert.families import model_shape
+from megatron_tropd.convert.hf_folder import HFFolder, naming
+from megatron_tropd.convert.megatron_folder import MegatronFolder, open_model
+from megatron_tropd.data.prompts import (
+    check_kwargs_are_read,
+    check_same_texts,
+    load_prompts,
+)
+from megatron_tropd.data.responses import TeacherResponse, load_responses
+from megatron_tropd.data.tokenizers import (
+    check_same_tokenizer,
+    load_tokenizer,
+    num_ids,
+    stop_token_ids,
+)
+from megatron_tropd.data.types import Prompt
+from megatron_tropd.losses import HiddenStatesSignal, check_signal
+from megatron_tropd.rollout.engines.engine_model import check_engine
+from megatron_tropd.tasks.exact_match import reference_answer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The pair's folders, the tokenizer and all texts of a run."""
+
+    student: HFFolder | MegatronFolder
+    teacher: HFFolder | MegatronFolder
+    tokenizer: "PreTrainedTokenizerBase"
+    vocab_size: int
+    """Columns that are real in both models; what lies above is padding."""
+    context: int
+    """Longest sequence both models take."""
+    stop_token_ids: tuple[int, ...]
+    prompts: list[Prompt]
+    responses: dict[int, tuple[TeacherResponse, ...]] | None
+    problems: list[Prompt]
+    """Held-out problems, at most evaluation.num_problems; empty without evaluation."""
+    max_model_len: int
+    """Longest sequence the rollout engine will see."""
+
+
+def load_inputs(config: Config) -> Inputs:
+    """Read and check models' headers, tokenizers, prompts, responses and problems.
+
+    Raises:
+        InputError: a file is missing or unusable; names file and line.
+        ConfigError: a setting does not fit the models or the texts.
+    """
+    student, teacher = open_model(config.model.student), open_model(config.model.teacher)
+    for who, folder in (("student", student), ("teacher", teacher)):
+        _check_config(folder, who)
+        if isinstance(folder, HFFolder):  # the other kind is checked when it is opened
+            check_tensors(folder)
+        check_parallel(folder.config, config.parallel, who=who)
+    _check_experts(config, student, teacher)
+    tokenizer = check_same_tokenizer(student.companions, teacher.companions)
+    shapes = [model_shape(folder.config) for folder in (student, teacher)]
+    vocab_size = min(shape.vocab for shape in shapes)
+    if num_ids(tokenizer) > vocab_size:
+        raise InputError(
+            f"The tokenizer has {num_ids(tokenizer)} ids, but student and teacher share only "
+            f"{vocab_size} vocabulary columns. A tokenizer file does not belong to its model, or "
+            "its class added a token (name a pad_token in tokenizer_config.json)."
+        )
+    check_signal(config.loss, HiddenStatesSignal, vocab_size=vocab_size)
+    if unknown := [i for i in config.loss.mask_first_ids if not 0 <= i < vocab_size]:
+        raise ConfigError(
+            f"loss.mask_first_ids must be below the vocabulary of {vocab_size} tokens, found "
+            f"{unknown}: they would never occur. Look the ids up in the student's tokenizer."
+        )
+    context = min(shape.context for shape in shapes)
+    prompts = _training_prompts(config, tokenizer, context)
+    responses = _responses(config, prompts, tokenizer)
+    _check_micro_batch(config, _longest(prompts) + config.rollout.max_new_tokens)
+    problems = _problems(config, tokenizer, context)
+    _check_templates(config, prompts, problems, tokenizer, teacher)
+    max_model_len = max(
+        _longest(prompts) + config.rollout.max_new_tokens,
+        _longest(problems) + config.max_answer_tokens,
+    )
+    _check_engines(config, student, teacher, max_model_len, evaluated=bool(problems))
+    return Inputs(
+        student=student,
+        teacher=teacher,
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        context=context,
+        stop_token_ids=stop_token_ids(student.companions, config.rollout.stop_token_ids),
+        prompts=prompts,
+        responses=responses,
+        problems=problems,
+        max_model_len=max_model_len,
+    )
+
+
+def _training_prompts(
+    config: Config, tokenizer: "PreTrainedTokenizerBase", context: int
+) -> list[Prompt]:
+    rollout = config.rollout
+    prompts = _prompts(
+        config,
+        rollout.prompts,
+        tokenizer,
+        context,
+        rollout.max_new_tokens,
+        filter_overlong=rollout.filter_overlong_prompts,
+    )
+    check_kwargs_are_read(prompts, rollout)
+    if len(prompts) < rollout.prompts_per_step:
+        raise ConfigError(
+            f"rollout.prompts_per_step = {rollout.prompts_per_step} exceeds the {len(prompts)} "
+            f"prompts of {rollout.prompts}. Lower it or add prompts."
+        )
+    return prompts
+
+
+def _responses(
+    config: Config, prompts: list[Prompt], tokenizer: "PreTrainedTokenizerBase"
+) -> dict[int, tuple[TeacherResponse, ...]] | None:
+    path = config.guidance.responses
+    if not path:
+        return None
+    filtered = config.rollout.filter_overlong_prompts
+    return load_responses(path, prompts, tokenizer, filtered=filtered)
+
+
+def _prompts(
+    config: Config,
+    path: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    context: int,
+    room: int,
+    *,
+    filter_overlong: bool | None = None,
+) -> list[Prompt]:
+    if room >= context:
+        raise ConfigError(
+            f"rollout.max_new_tokens = {room} leaves no room for a prompt in the models' context "
+            f"of {context} tokens. Lower it."
+        )
+    return load_prompts(
+        path,
+        tokenizer,
+        config.rollout,
+        max_prompt_tokens=context - room,
+        filter_overlong=filter_overlong,
+    )
+
+
+def _check_templates(
+    config: Config,
+    prompts: list[Prompt],
+    problems: list[Prompt],
+    tokenizer: "PreTrainedTokenizerBase",
+    teacher: HFFolder | MegatronFolder,
+) -> None:
+    """Compare what both models' tokenizers and chat templates make of the same lines."""
+    teachers = load_tokenizer(teacher.companions)
+    for path, texts in ((config.rollout.prompts, prompts), (config.evaluation.problems, problems)):
+        check_same_texts(str(path), texts, tokenizer, teachers, config.rollout)
+
+
+def _problems(config: Config, tokenizer: "PreTrainedTokenizerBase", context: int) -> list[Prompt]:
+    path = config.evaluation.problems
+    if path is None:
+        return []
+    problems = _prompts(config, path, tokenizer, context, config.max_answer_tokens)
+    if config.evaluation.task == "exact_match":
+        for problem in problems:
+            with naming(path):
+                reference_answer(problem)
+    return problems[: config.evaluation.num_problems]
+
+
+def _check_experts(config: Config, *models: HFFolder | MegatronFolder) -> None:
+    found = [model_shape(model.config).experts for model in models]
+    if config.parallel.expert > 1 and not any(found):
+        raise ConfigError(
+            f"parallel.expert = {config.parallel.expert} needs a mixture of experts, but student "
+            "and teacher are dense. Set parallel.expert = 1."
+        )
+
+
+def _check_config(folder: HFFolder | MegatronFolder, who: str) -> None:
+    """Refuse a config.json that cannot be read, by the name of its file."""
+    try:
+        model_shape(folder.config)
+    except InputError as error:
+        raise InputError(f"{who} {folder.companions / CONFIG}: {error}") from None
+
+
+def _check_engines(
+    config: Config,
+    student: HFFolder | MegatronFolder,
+    teacher: HFFolder | MegatronFolder,
+    max_model_len: int,
+    *,
+    evaluated: bool,
+) -> None:
+    """Refuse models that no engine will run; the teacher has one only to be evaluated."""
+    sampled = {config.model.student: student}
+    if evaluated and config.evaluation.task == "exact_match" and config.evaluation.teacher:
+        sampled[config.model.teacher] = teacher
+    for who, folder in sampled.items():
+        check_engine(
+            folder.config,
+            max_model_len,
+            cuda=torch.cuda.is_available(),
+            who=who,
+            tensor_parallel=config.rollout.engine_tensor_parallel,
+        )
+
+
+def _check_micro_batch(config: Config, longest: int) -> None:
+    room, multiple = config.train.tokens_per_micro_batch, config.pad_multiple
+    needed = -(-(longest - 1) // multiple) * multiple
+    if needed > room:
+        raise ConfigError(
+            f"train.tokens_per_micro_batch = {room} is less than the longest possible trajectory: "
+            f"prompt and rollout.max_new_tokens make {needed} positions. Raise it or lower "
+            "rollout.max_new_tokens."
+        )
+
+
+def _longest(prompts: list[Prompt]) -> int:
+    return max((len(p.token_ids) for p in prompts), default=0)

@@ -1,0 +1,213 @@
+"""Units on their way through the servers: a queue, and one thread for each server.
+
+A server takes the next unit when it is free, so the least loaded one does. A unit whose server
+died, hung or failed goes back into the queue for the next server that is ready; which server makes
+a unit changes no bit of it.
+"""
+
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Self
+
+from megatron_tropd.base.errors import ServersLost, TrainingError
+from megatron_tropd.config.settings import Amount, Count, Settings
+from megatron_tropd.rollout.engines import wire
+from megatron_tropd.rollout.engines.client import ServerClient, ServerError, UnitError
+
+
+@dataclass(frozen=True)
+class Patience(Settings):
+    """How long to wait for what."""
+
+    lost_seconds: Amount = 600.0
+    """No server has answered for so long: the run cannot go on."""
+    stopping_seconds: Amount = 10.0
+    """The same for a run that was asked to stop."""
+    first_pause: Amount = 0.25
+    """Before a server that failed is asked again; doubles each time, with jitter."""
+    longest_pause: Amount = 10.0
+    unit_seconds: Amount = 1800.0
+    """Longest time an engine may take for one unit."""
+    unit_failures: Count = 5
+    """Engines that may die over one unit."""
+    join_seconds: Amount = 30.0
+    """Longest wait for an engine that is to have new weights directly."""
+
+    @classmethod
+    def within(cls, phase_seconds: float) -> Self:
+        """For a trainer whose phases may last so long: its watchdog must not come first."""
+        half = phase_seconds / 2
+        return cls(
+            lost_seconds=min(cls.lost_seconds, half),
+            unit_seconds=half,
+            join_seconds=min(cls.join_seconds, half),
+        )
+
+
+@dataclass
+class _Progress:
+    """What all threads of a dispatch know; guarded by ``changed``."""
+
+    waiting: deque[int]
+    samples: dict[int, wire.UnitSamples] = field(default_factory=dict)
+    failures: dict[int, int] = field(default_factory=dict)
+    troubles: dict[int, str] = field(default_factory=dict)
+    error: Exception | None = None
+    last_answer: float = field(default_factory=time.monotonic)
+    closed: bool = False
+    changed: threading.Condition = field(default_factory=threading.Condition)
+
+
+class Dispatch:
+    """Some units being made; :meth:`wait` has their samples."""
+
+    def __init__(
+        self,
+        units: Sequence[wire.Unit],
+        clients: Sequence[ServerClient],
+        patience: Patience,
+        stopping: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Start at once, in the background.
+
+        Args:
+            units: in the order of the result.
+            clients: one per server, of this dispatch alone.
+            patience: time-outs.
+            stopping: whether the run was asked to stop.
+        """
+        self._units = units
+        self._stopping = stopping
+        self._patience = patience
+        self._now = _Progress(deque(range(len(units))))
+        for client in clients:
+            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+
+    def wait(self) -> list[wire.UnitSamples]:
+        """The samples of every unit, in order.
+
+        Raises:
+            ServersLost: no server answered for ``lost_seconds``; says what was wrong with each.
+            TrainingError: a unit failed again and again.
+            InputError: a unit can be made by no server.
+        """
+        now = self._now
+        with now.changed:
+            while not self._over() and not self._lost():
+                now.changed.wait(0.5)
+            now.closed = True
+            now.changed.notify_all()
+            if now.error is not None:
+                raise now.error
+            if len(now.samples) < len(self._units):
+                raise ServersLost(self._what_was_wrong())
+            return [now.samples[index] for index in range(len(self._units))]
+
+    def _over(self) -> bool:
+        return self._now.error is not None or len(self._now.samples) == len(self._units)
+
+    def _lost(self) -> bool:
+        patience = self._patience
+        limit = patience.stopping_seconds if self._stopping() else patience.lost_seconds
+        return time.monotonic() - self._now.last_answer > limit
+
+    def _what_was_wrong(self) -> str:
+        each = "; ".join(f"server {n} {why}" for n, why in sorted(self._now.troubles.items()))
+        seconds = time.monotonic() - self._now.last_answer
+        return (
+            f"No rollout server has answered for {seconds:.0f} s: {each}. Start "
+            "the servers (`tropd serve CONFIG --number K`) and the same command again to resume."
+        )
+
+    def _serve(self, client: ServerClient) -> None:
+        """The life of one thread: units for one server until none is left."""
+        failures = 0
+        while not self._finished():
+            try:
+                state = client.state()
+                self._answered(client, f"is {state}")
+                if state != "ready":
+                    self._pause(1)
+                    continue
+                self._one_unit(client)
+                failures = 0
+            except ServerError as error:
+                failures += 1
+                self._troubled(client, str(error))
+                self._pause(failures)
+            except Exception as error:  # no server could do better
+                self._fail(error)
+        client.close()
+
+    def _one_unit(self, client: ServerClient) -> None:
+        index = self._take()
+        if index is None:
+            return
+        try:
+            made = client.generate(self._units[index], wanted=partial(self._wanted, client))
+        except BaseException as error:
+            self._give_back(index, error)
+            raise
+        with self._now.changed:
+            self._now.samples[index] = made
+            self._now.last_answer = time.monotonic()
+            self._now.changed.notify_all()
+
+    def _take(self) -> int | None:
+        """The next unit; waits while others may still give one back."""
+        now = self._now
+        with now.changed:
+            now.changed.wait_for(lambda: now.waiting or now.closed or self._over(), 5.0)
+            return now.waiting.popleft() if now.waiting and not now.closed else None
+
+    def _give_back(self, index: int, error: BaseException) -> None:
+        now = self._now
+        with now.changed:
+            now.waiting.appendleft(index)
+            if isinstance(error, UnitError):
+                now.failures[index] = now.failures.get(index, 0) + 1
+                if now.failures[index] >= self._patience.unit_failures:
+                    now.error = TrainingError(
+                        f"Unit {index} of {len(self._units)} failed {now.failures[index]} times, "
+                        f"at last: a server {error}",
+                        kind="engine",
+                    )
+            now.changed.notify_all()
+
+    def _finished(self) -> bool:
+        with self._now.changed:
+            return self._now.closed or self._over()
+
+    def _wanted(self, client: ServerClient) -> bool:
+        self._answered(client, "is generating")
+        return not self._finished()
+
+    def _answered(self, client: ServerClient, state: str) -> None:
+        with self._now.changed:
+            self._now.last_answer = time.monotonic()
+            self._now.troubles[client.number] = state
+
+    def _troubled(self, client: ServerClient, trouble: str) -> None:
+        with self._now.changed:
+            news = self._now.troubles.get(client.number) != trouble
+            if news and not self._now.closed and not self._over():
+                print(f"rollout server {client.number} {trouble}", flush=True)
+            self._now.troubles[client.number] = trouble
+
+    def _fail(self, error: Exception) -> None:
+        with self._now.changed:
+            self._now.error = self._now.error or error
+            self._now.changed.notify_all()
+
+    def _pause(self, failures: int) -> None:
+        """Exponential back-off with jitter; over early when the units are done."""
+        longest = min(self._patience.longest_pause, self._patience.first_pause * 2**failures)
+        now = self._now
+        with now.changed:
+            seconds = longest * random.uniform(0.5, 1.0)
+            now.changed.wait_for(lambda: now.closed or self._over(), seconds)

@@ -1,0 +1,219 @@
+"""The engine of one server: on the weights a unit asks for, and started again when it dies."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megatron_tropd.base.errors import InputError, TrainingError
+from megatron_tropd.data.samples import Sample
+from megatron_tropd.rollout.engines.engine import RolloutEngine
+from megatron_tropd.rollout.engines.wire import Model, Offer, Unit
+from megatron_tropd.rollout.weights.weight_sync import VISIBLE_SECONDS, WeightsName, WeightVersions
+
+MOST_FAILURES = 5
+"""Deaths of the engine without a unit finished in between, after which the server gives up."""
+START_SECONDS = 3600.0
+"""Longest start of an engine."""
+
+
+class EngineKeeper:
+    """Runs units and takes weights, one after the other; used by one thread, watched by others."""
+
+    def __init__(
+        self,
+        make_engine: Callable[[Model], RolloutEngine],
+        versions: WeightVersions,
+        *,
+        wait: Callable[[float], object],
+        first_pause: float = 1.0,
+    ) -> None:
+        """Nothing is started yet.
+
+        Args:
+            make_engine: starts an engine on the first weights of a model; may take long.
+            versions: where the student's newer weights come from.
+            wait: sleeps so many seconds, or less when the server ends.
+            first_pause: seconds before an engine that died is started again; doubles each time.
+        """
+        self._make_engine = make_engine
+        self._versions = versions
+        self._wait = wait
+        self._first_pause = first_pause
+        self._engines: dict[Model, RolloutEngine] = {}
+        self.state = "starting"
+        """starting, loading, generating or ready."""
+        self.weights: WeightsName | None = None
+        """What the student's engine has; None: its first weights."""
+        self.failures = 0
+        """Deaths since the last unit that was finished."""
+        self.restarts = 0
+        """Starts of an engine after a death."""
+        self.last_error = ""
+        self._closed = False
+
+    @property
+    def engine_pid(self) -> int | None:
+        """Process id of the student's engine."""
+        engine = self._engines.get("student")
+        return engine.pid if engine else None
+
+    def start(self) -> None:
+        """Have the student's engine ready, with a pause after each death.
+
+        Raises:
+            InputError, ConfigError: the model cannot be served.
+            TrainingError: the engine died :data:`MOST_FAILURES` times.
+        """
+        while "student" not in self._engines:
+            if self._closed:  # that is why the engine died
+                raise TrainingError("The server ends.", kind="engine")
+            if self.failures:
+                self._wait(self._first_pause * 2 ** (self.failures - 1))
+                self.restarts += 1
+            try:
+                self._start("student")
+            except TrainingError as error:
+                self._died("student", error)
+                if self.given_up:
+                    raise
+        self.state = "ready"
+
+    def run(self, unit: Unit) -> list[Sample]:
+        """The samples of a unit, from the weights it names.
+
+        Raises:
+            InputError: a request does not fit the model.
+            TrainingError: the engine died or took too long, or the weights are not there.
+        """
+        try:
+            folder = self._find(unit)
+        finally:
+            self.state = "ready"
+        try:
+            engine = self._engine_of(unit.model)
+            if folder is not None:
+                self._load(engine, unit.weights, folder)
+            self.state = "generating"
+            with _time_limit(engine, unit.seconds, "generating a unit"):
+                samples = engine.generate(unit.requests, unit.sampling)
+        except TrainingError as error:
+            self._died(unit.model, error)
+            raise
+        finally:
+            self.state = "ready" if "student" in self._engines else "starting"
+        self.failures = 0
+        return samples
+
+    def receive(self, offer: Offer) -> None:
+        """Have the student's engine take new weights directly from the trainer.
+
+        Raises:
+            TrainingError: it did not take part and has the weights it had, or it died.
+        """
+        self.state, before = "loading", self.weights
+        try:
+            engine = self._engine_of("student")
+            self.weights = None  # until it has all of them it has none that can be used
+            with _time_limit(engine, START_SECONDS, "receiving weights"):
+                taken = engine.receive_weights(offer, self._versions.folder)
+            self.weights = offer.weights if taken else before
+        except TrainingError as error:
+            self._died("student", error)
+            raise
+        finally:
+            self.state = "ready" if "student" in self._engines else "starting"
+        if not taken:
+            raise TrainingError("The engine came too late for the broadcast.", kind="engine")
+
+    def close(self) -> None:
+        """End the engines for good; from any thread."""
+        self._closed = True
+        for engine in list(self._engines.values()):
+            engine.kill()
+            engine.close()
+        self._engines.clear()
+
+    def _find(self, unit: Unit) -> Path | None:
+        """Where the weights of a unit are; None: the engine has them."""
+        if unit.weights is None:
+            if unit.model == "student":
+                raise InputError("Expected a unit for the student to name its weights, found none.")
+            return None
+        if unit.weights == self.weights:
+            return None
+        deadline = time.monotonic() + VISIBLE_SECONDS
+        while True:
+            try:
+                return self._versions.find(unit.weights)
+            except TrainingError:
+                if time.monotonic() > deadline:
+                    raise
+            self.state = "loading"
+            self._wait(0.5)
+
+    def _engine_of(self, model: Model) -> RolloutEngine:
+        """The engine for a unit. The teacher's lives until the next unit for the student."""
+        if model == "student" and "teacher" in self._engines:
+            self._engines.pop("teacher").close()
+        if model == "teacher" and "teacher" not in self._engines:
+            self._engines["student"].sleep()
+            if not self._engines["student"].has_weights:
+                self.weights = None  # the next unit for the student loads what it names
+            self._start("teacher")
+        return self._engines[model]
+
+    def _load(self, engine: RolloutEngine, name: WeightsName | None, folder: Path) -> None:
+        self.state = "loading"
+        with _time_limit(engine, START_SECONDS, "loading weights"):
+            try:
+                engine.load_weights(folder)
+            except InputError as error:  # the trainer wrote them, not the user: a hiccup passes
+                raise TrainingError(str(error), kind="disk") from None
+        self.weights = name
+
+    def _start(self, model: Model) -> None:
+        self.state = "starting"
+        engine = self._make_engine(model)
+        self._engines[model] = engine
+        with _time_limit(engine, START_SECONDS, "starting"):
+            engine.wait_ready()
+        if model == "student":
+            self.weights = None
+
+    def _died(self, model: Model, error: TrainingError) -> None:
+        self.failures += 1
+        self.last_error = str(error)
+        print(f"engine: {error}", flush=True)
+        if engine := self._engines.pop(model, None):
+            engine.close()
+
+    @property
+    def given_up(self) -> bool:
+        """Whether the engine died so often that starting it again is pointless."""
+        return self.failures >= MOST_FAILURES
+
+
+@contextmanager
+def _time_limit(engine: RolloutEngine, seconds: float, doing: str) -> Iterator[None]:
+    """Kill an engine that is not done in time; its death then says so."""
+    expired = threading.Event()
+
+    def expire() -> None:
+        expired.set()
+        engine.kill()
+
+    timer = threading.Timer(seconds, expire)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except TrainingError as error:
+        if expired.is_set():
+            raise TrainingError(
+                f"The engine was {doing} for more than {seconds:g} s.", kind="engine"
+            ) from error
+        raise
+    finally:
+        timer.cancel()

@@ -1,0 +1,329 @@
+"""The engines of a run: which rank owns one, and how all ranks use them together."""
+
+import socket
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_tropd.base.errors import ConfigError, InputError, TrainingError
+from megatron_tropd.base.failures import kind_of
+from megatron_tropd.data.samples import Sample, SampleRequest, Sampling
+from megatron_tropd.rollout.engines.engine import RolloutEngine
+from megatron_tropd.rollout.weights.channels import (
+    DeviceChannel,
+    FolderChannel,
+    Seat,
+    WeightChannel,
+    device_groups,
+    export_by_ipc,
+    this_seat,
+)
+from megatron_tropd.rollout.weights.weight_sync import roomy_root
+
+Transport = Literal["auto", "folder"]
+
+_SHARED = (ConfigError, InputError, TrainingError, OSError)
+"""Errors after which a rank can still take part in what follows."""
+
+
+class EnginePool:
+    """One engine on the first rank of each of ``num_engines`` equal blocks of the world.
+
+    Every method but :meth:`close` is collective: all ranks call it with the same arguments, and a
+    failure of one engine is raised on all of them.
+    """
+
+    def __init__(
+        self,
+        *,
+        rank: int,
+        world_size: int,
+        num_engines: int,
+        make_engine: Callable[[int], RolloutEngine],
+        transport: Transport | None = "auto",
+    ) -> None:
+        """Start this rank's engine, if it owns one.
+
+        Args:
+            rank: of this process.
+            world_size: divisible by ``num_engines``.
+            num_engines: how many engines the world has.
+            make_engine: called with the engine's number on the rank that owns it.
+            transport: of new weights: from GPU to GPU if each GPU of an engine is that of a rank
+                ("auto"), or through a folder; None: they keep the weights they start with.
+
+        Raises:
+            ConfigError: an engine cannot be made, or shared memory has no room for the weights.
+        """
+        block = world_size // num_engines
+        self.owners = tuple(range(0, world_size, block))
+        self._number = rank // block if rank in self.owners else None
+        self._engine: RolloutEngine | None = None
+        self._channel: WeightChannel | None = None
+        self._asked = False
+        self._settled: list[Sample] | None = None
+        self._tensors: Iterable[tuple[str, Tensor | None]] = iter(())
+        self._filled = True
+        """Whether the engines have weights; those that they start with, at first."""
+        seats = together(lambda: self._make(make_engine))
+        self._forgetful = any(seat.forgets for seat in seats)
+        if transport is not None:
+            self._channel = _open_channel(seats, rank, transport)
+
+    @property
+    def owns_engine(self) -> bool:
+        """Whether this rank has an engine."""
+        return self._number is not None
+
+    @property
+    def receivers(self) -> tuple[int, ...]:
+        """Ranks that need the tensors of :meth:`load_tensors`; the others may have None."""
+        return self._channel.receivers if self._channel else ()
+
+    def generate(self, requests: Sequence[SampleRequest], sampling: Sampling) -> list[Sample]:
+        """Continue every request, spread evenly over the engines.
+
+        Args:
+            requests: the same list on every rank.
+            sampling: shared settings.
+
+        Returns:
+            One sample per request, in order, on every rank.
+
+        Collectives: those of :func:`share`; as many more where others were asked for before, and
+        those of :meth:`load_tensors` where the engines dropped their weights.
+        """
+        self._settle()
+        self._fill()
+        units = self._cut(requests)
+        samples = merge_units(share(lambda: self._generate(units, sampling), self.owners))
+        self._slept()
+        return samples
+
+    def start_generate(self, requests: Sequence[SampleRequest], sampling: Sampling) -> None:
+        """Ask for samples without waiting; one call at a time may be under way.
+
+        Args and errors as :meth:`generate`.
+
+        Collectives: one gather of the outcome, and those of :meth:`load_tensors` where the engines
+        dropped their weights.
+        """
+        assert not self._asked, "start_generate before finish_generate"
+        self._fill()
+        units = self._cut(requests)
+
+        def mine() -> None:
+            if self._engine is not None and self._number is not None:
+                self._engine.start_generate(units[self._number], sampling)
+
+        together(mine)
+        self._asked, self._settled = True, None
+
+    def finish_generate(self) -> list[Sample]:
+        """The samples of the last :meth:`start_generate`, on every rank.
+
+        Collectives: those of :func:`share`.
+        """
+        assert self._asked, "finish_generate without start_generate"
+        self._settle()
+        samples, self._asked, self._settled = self._settled, False, None
+        assert samples is not None
+        return samples
+
+    def load_tensors(self, tensors: Iterable[tuple[str, Tensor | None]], *, version: int) -> None:
+        """Give every engine the weights that come out of ``tensors``.
+
+        Args:
+            tensors: HF names and tensors, ``None`` but on :attr:`receivers`; exhausted on every
+                rank, since making them is collective. Gone through again if the same weights are
+                sampled after a sleep, so no iterator where engines sleep
+                (:class:`~megatron_tropd.rollout.weights.weight_sync.Export`).
+            version: optimizer steps they have seen.
+
+        Collectives: those of ``tensors``, a gather of the outcome, and those of :func:`share` for
+        samples that were asked for and are still being made: they are of the weights before.
+        """
+        self._settle()
+        self._tensors = tensors
+        together(lambda: self._load(tensors))
+        self._filled = True
+
+    def sleep(self) -> None:
+        """Give every engine's device memory back until the next call."""
+
+        def mine() -> None:
+            if self._engine is not None:
+                self._engine.sleep()
+
+        together(mine)
+        self._slept()
+
+    def close(self) -> None:
+        """End this rank's engine; not collective, harmless twice."""
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _make(self, make_engine: Callable[[int], RolloutEngine]) -> Seat:
+        if self._number is not None:
+            self._engine = make_engine(self._number)
+        return this_seat(self._engine, socket.gethostname())
+
+    def _slept(self) -> None:
+        self._filled = self._filled and not self._forgetful
+
+    def _fill(self) -> None:
+        """Give engines that slept since they got their weights the same ones again."""
+        if self._filled:
+            return
+        if isinstance(self._tensors, Iterator):
+            raise TrainingError(
+                "Engines dropped their weights when they slept and have been given none since that "
+                "can be given again.",
+                kind="engine",
+            )
+        together(lambda: self._load(self._tensors))
+        self._filled = True
+
+    def _load(self, tensors: Iterable[tuple[str, Tensor | None]]) -> None:
+        assert self._channel is not None, "these engines keep the weights they start with"
+        self._channel.send(iter(tensors), self._engine)
+
+    def _cut(self, requests: Sequence[SampleRequest]) -> list[list[SampleRequest]]:
+        return cut_units(requests, len(self.owners))
+
+    def _generate(self, units: list[list[SampleRequest]], sampling: Sampling) -> list[Sample]:
+        if self._engine is None or self._number is None:
+            return []
+        with asleep_after(self._engine) as engine:
+            return engine.generate(units[self._number], sampling)
+
+    def _fetch(self) -> list[Sample]:
+        if self._engine is None:
+            return []
+        with asleep_after(self._engine) as engine:
+            return engine.finish_generate()
+
+    def _settle(self) -> None:
+        """Wait for samples that were asked for and keep them: engines do one thing at a time."""
+        if not self._asked or self._settled is not None:
+            return
+        self._settled = merge_units(share(self._fetch, self.owners))
+        self._slept()
+
+
+@contextmanager
+def asleep_after(engine: RolloutEngine) -> Iterator[RolloutEngine]:
+    """Use an engine; its device memory is the trainer's again on the way out.
+
+    Every way of sampling goes through here, so that none can leave an engine awake. It wakes by
+    itself: its memory for weights to take them, its cache to generate.
+    """
+    try:
+        yield engine
+    except BaseException:
+        with suppress(TrainingError):  # it may be gone: the first error says why
+            engine.sleep()
+        raise
+    engine.sleep()
+
+
+def _open_channel(seats: Sequence[Seat], rank: int, transport: Transport) -> WeightChannel:
+    """The way of the weights; collective."""
+    mine, owners = seats[rank], [number for number, seat in enumerate(seats) if seat.engine_gpus]
+    groups = device_groups(seats) if transport == "auto" else "rollout.weight_transport = folder"
+    if not isinstance(groups, str) and mine.device is not None:
+        device = torch.device("cuda", mine.device)
+        return DeviceChannel(groups, rank=rank, uuid=mine.uuid, device=device, export=export_by_ipc)
+    if mine.device is not None and rank == 0:
+        print(f"Weights go to the engines through shared memory: {groups}.", flush=True)
+    here = [seat for seat in seats if seat.host == mine.host and seat.engine_gpus]
+
+    def root() -> Path | None:
+        return roomy_root(len(here), mine.weight_bytes) if mine.engine_gpus else None
+
+    # Together: ranks whose node has room must not wait for one whose node has none.
+    return FolderChannel(owners, together(root)[rank])
+
+
+def cut_units[T](requests: Sequence[T], count: int) -> list[list[T]]:
+    """Cut into ``count`` units, by index alone: unit i has requests i, i + count, ..."""
+    return [list(requests[number::count]) for number in range(count)]
+
+
+def merge_units[T](units: Sequence[Sequence[T]]) -> list[T]:
+    """Inverse of :func:`cut_units`."""
+    merged: list[Any] = [None] * sum(map(len, units))
+    for number, unit in enumerate(units):
+        merged[number :: len(units)] = unit
+    return merged
+
+
+def share[T](action: Callable[[], T], owners: Sequence[int]) -> list[T]:
+    """Run ``action`` on every rank; what it returned on each of ``owners``, on every rank.
+
+    Raises:
+        As :func:`together`.
+
+    Collectives: one gather of the outcome, one broadcast of objects from each owner.
+    """
+    mine: list[T] = []
+    together(lambda: mine.append(action()))
+    shared = []
+    for owner in owners:
+        # Not through the gather: that takes room for every rank's share, as large as the largest.
+        part = list(mine)
+        dist.broadcast_object_list(part, src=owner)
+        shared += part
+    return shared
+
+
+def together(action: Callable[[], Any]) -> list[Any]:
+    """Run ``action`` on every rank and gather what it returned.
+
+    Returns:
+        The results, by rank.
+
+    Raises:
+        The first error, on every rank: as it was raised where it was, elsewhere as ConfigError,
+        InputError, or TrainingError of the same kind. An error nobody foresaw (CUDA out of memory,
+        a lost connection) is raised on its rank alone, which then has to end.
+
+    Collectives: one gather of objects.
+    """
+    outcome: tuple[Any, Exception | None]
+    try:
+        outcome = (action(), None)
+    except _SHARED as error:
+        # Not any other: ``action`` may contain collectives, in which the others would wait for us
+        # while we wait for them below, and the reason would never be told.
+        outcome = (None, error)
+    outcomes: list[Any] = [None] * dist.get_world_size()
+    # As text: not every exception survives pickling.
+    met = outcome[1]
+    dist.all_gather_object(outcomes, (outcome[0], met and (str(met), kind_of(met))))
+    if met is not None:
+        raise met
+    for _, failure in outcomes:
+        if failure is not None:
+            raise _as_error(*failure)
+    return [result for result, _ in outcomes]
+
+
+def _as_error(message: str, kind: str) -> Exception:
+    known = {"config": ConfigError, "input": InputError}
+    return known[kind](message) if kind in known else TrainingError(message, kind=kind)

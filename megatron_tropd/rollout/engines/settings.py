@@ -1,0 +1,34 @@
+"""How an engine is built."""
+
+from dataclasses import dataclass
+
+from megatron_tropd.config.settings import Count, Positive, Settings
+
+
+@dataclass(frozen=True)
+class EngineSettings(Settings):
+    """How one engine is built; what the parent hands to its child process."""
+
+    model_folder: str
+    """HF folder: config.json as we read it, safetensors of the first weights."""
+    dtype: str
+    """"float32" or "bfloat16"."""
+    max_model_len: Count
+    """Longest prompt + response in tokens."""
+    memory: Positive
+    """Share of each GPU's memory; without CUDA, GiB of KV cache."""
+    tensor_parallel: Count
+    """GPUs of the engine; 1 without CUDA."""
+    max_num_seqs: Count | None
+    """Most sequences decoded together; None: vLLM's default."""
+    prefix_caching: bool
+    """Share the KV cache of equal beginnings within one call."""
+    cuda: bool
+    """Whether the child runs on CUDA."""
+    max_num_batched_tokens: Count | None = None
+    """Most tokens of one forward pass; None: vLLM's default."""
+    cut_from: str | None = None
+    """HF folder of the first weights if the engine has the first columns of its vocabulary only;
+    None: ``model_folder`` has them."""
+    vocab_size: Count | None = None
+    """Columns of the engine's vocabulary; None: the model's."""

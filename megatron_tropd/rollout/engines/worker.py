@@ -1,0 +1,322 @@
+"""The engine's side of the pipe: one vLLM ``LLM`` inside a process of its own.
+
+Started by :class:`megatron_tropd.rollout.engines.process.EngineProcess` as
+``python -m megatron_tropd.rollout.engines.worker FD PARENT_PID``. Messages are
+``(command, *arguments)``. The first names the log; each of the others gets one reply,
+``("ok", value)`` or ``("error", text)``. The process ends when the pipe closes or its parent is
+gone.
+"""
+
+import logging
+import multiprocessing.resource_tracker
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from multiprocessing.connection import Connection
+from typing import Any
+
+from megatron_tropd.base.exits import STOP_SIGNALS
+from megatron_tropd.base.files import never_fail_to_print
+from megatron_tropd.data.samples import Sample, SampleRequest, Sampling
+from megatron_tropd.rollout.engines.settings import EngineSettings
+from megatron_tropd.rollout.engines.wire import Offer
+from megatron_tropd.rollout.engines.worker_extension import WorkerExtension
+
+CPU_SEQUENCES = 256
+"""Decoded together without CUDA, if ``max_num_seqs`` does not say: vLLM's default there."""
+_PARENT_POLL_SECONDS = 0.5
+_GIB = 2**30
+_CPU_BLOCK = 128  # tokens of a KV block, vLLM's choice on CPU
+_CHATTY_LOGGERS = ("vllm.renderers.base", "vllm.v1.core.block_pool")
+
+
+def build_llm(settings: EngineSettings) -> Any:
+    """The vLLM engine, scheduler and model in this process.
+
+    Args:
+        settings: from the parent.
+
+    Returns:
+        ``vllm.LLM``.
+    """
+    arguments = engine_arguments(settings)
+    from vllm import LLM
+
+    for name in _CHATTY_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    llm = LLM(**arguments)
+    if settings.cut_from:
+        llm.collective_rpc("tropd_load_first_rows", args=(settings.cut_from, settings.vocab_size))
+    return llm
+
+
+def engine_arguments(settings: EngineSettings) -> dict[str, Any]:
+    """What ``vllm.LLM`` is called with; tests/unit_tests/test_vllm_on_cuda.py reviews it for CUDA.
+
+    Args:
+        settings: from the parent.
+    """
+    device = _cuda_arguments(settings) if settings.cuda else _cpu_arguments(settings)
+    return {
+        "model": settings.model_folder,
+        "dtype": settings.dtype,
+        "max_model_len": settings.max_model_len,
+        "tensor_parallel_size": settings.tensor_parallel,
+        "enable_prefix_caching": settings.prefix_caching,
+        "skip_tokenizer_init": True,
+        "worker_extension_cls": f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}",
+        "generation_config": "vllm",
+        "logprobs_mode": "raw_logprobs",
+        "load_format": "dummy" if settings.cut_from else "safetensors",
+        "trust_remote_code": False,
+        "disable_log_stats": True,
+        "seed": 0,
+        **device,
+    }
+
+
+def _cuda_arguments(settings: EngineSettings) -> dict[str, Any]:
+    limits = {
+        "max_num_seqs": settings.max_num_seqs,
+        "max_num_batched_tokens": settings.max_num_batched_tokens,
+    }
+    return {
+        "gpu_memory_utilization": settings.memory,
+        "enable_sleep_mode": True,
+        "weight_transfer_config": {"backend": "ipc"},
+        **{name: limit for name, limit in limits.items() if limit is not None},
+    }
+
+
+def _cpu_arguments(settings: EngineSettings) -> dict[str, Any]:
+    sequences = settings.max_num_seqs or CPU_SEQUENCES
+    return {
+        "max_num_seqs": sequences,
+        "kv_cache_memory_bytes": _cpu_cache_bytes(settings),
+        "enforce_eager": True,
+        # A prompt cut in two rewinds its generator, which a CPU generator cannot do.
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": settings.max_num_batched_tokens
+        or max(4096, settings.max_model_len, sequences),
+    }
+
+
+def _cpu_cache_bytes(settings: EngineSettings) -> int:
+    """KV cache for every sequence at full length, within ``settings.memory`` GiB."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(settings.model_folder, local_files_only=True)
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    element = 4 if settings.dtype == "float32" else 2
+    per_token = 2 * config.num_hidden_layers * kv_heads * size * element
+    sequences = settings.max_num_seqs or CPU_SEQUENCES
+    blocks = -(-settings.max_model_len // _CPU_BLOCK) * sequences + 1
+    # The cache is zeroed at start-up, so memory nobody can use costs seconds.
+    return min(int(settings.memory * _GIB), blocks * _CPU_BLOCK * per_token)
+
+
+def generate(llm: Any, requests: Sequence[SampleRequest], sampling: Sampling) -> list[Sample]:
+    """Continue every request; a function of weights, requests and sampling alone.
+
+    Args:
+        llm: the engine.
+        requests: what to continue, each with a seed of its own.
+        sampling: shared settings.
+
+    Returns:
+        One sample per request, in order.
+    """
+    # What is cached decides how prompts are chunked, and with it the last bits.
+    forget_prefixes(llm)
+    prompts = [{"prompt_token_ids": list(request.token_ids)} for request in requests]
+    params = [_sampling_params(request, sampling) for request in requests]
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    return [_sample(output.outputs[0]) for output in outputs]
+
+
+def _sampling_params(request: SampleRequest, sampling: Sampling) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        seed=request.seed,
+        max_tokens=request.max_new_tokens,
+        stop_token_ids=list(sampling.stop_token_ids),
+        ignore_eos=True,
+        logprobs=0,
+        flat_logprobs=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def _sample(completion: Any) -> Sample:
+    flat = completion.logprobs
+    return Sample(
+        token_ids=tuple(completion.token_ids),
+        logprobs=tuple(flat.logprobs[start] for start in flat.start_indices),
+        finish_reason=completion.finish_reason,
+    )
+
+
+def load_weights(llm: Any, folder: str) -> None:
+    """Replace the weights in place by those of a folder of safetensors with HF names.
+
+    Args:
+        llm: the engine.
+        folder: complete, ``lm_head.weight`` included for tied models (checked by the parent).
+    """
+    llm.collective_rpc("tropd_forget_packed_experts")
+    llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
+    forget_prefixes(llm)
+
+
+def forget_prefixes(llm: Any) -> None:
+    """Forget cached keys and values: they are of other weights, or decide how prompts are cut.
+
+    Args:
+        llm: the engine, which samples nothing now.
+    """
+    if not llm.reset_prefix_cache():
+        raise RuntimeError("vLLM did not empty its prefix cache")
+
+
+def begin_weights(llm: Any) -> None:
+    """Begin to replace the weights by vLLM's ``ipc`` transfer, of packed buffers.
+
+    Args:
+        llm: the engine.
+    """
+    llm.collective_rpc("tropd_forget_packed_experts")
+    llm.init_weight_transfer_engine({"init_info": {"packed": True}})
+    llm.start_weight_update()
+
+
+def finish_weights(llm: Any) -> None:
+    """Use the weights that came since :func:`begin_weights`.
+
+    Args:
+        llm: the engine.
+    """
+    llm.finish_weight_update()
+    forget_prefixes(llm)
+
+
+def receive_weights(llm: Any, offer: Offer, folder: str, expected: Mapping[str, Any]) -> bool:
+    """Replace the weights by those of a broadcast; whether every worker has them.
+
+    Args:
+        llm: the engine.
+        offer: where the broadcast is.
+        folder: of the versions.
+        expected: shape by name of everything that must come.
+    """
+    taken = llm.collective_rpc("tropd_receive_weights", args=(offer, folder, expected))
+    if any(taken) and not all(taken):
+        raise RuntimeError(f"workers have different weights: {taken}")
+    forget_prefixes(llm)
+    return all(taken)
+
+
+def _serve(connection: Connection) -> None:
+    import_module("vllm")  # whoever starts us may not know yet what to serve
+    import_module("vllm.entrypoints.llm")
+    _, log_file = connection.recv()
+    _print_to(log_file)
+    _, settings = connection.recv()
+    if settings.tensor_parallel > 1:
+        shield_children()
+    try:
+        llm = build_llm(settings)
+    except Exception as error:
+        if not _is_refusal(error):
+            raise
+        traceback.print_exc()
+        connection.send(("refused", f"{type(error).__name__}: {error}"))
+        return
+    connection.send(("ok", None))
+    commands: dict[str, Callable[..., Any]] = {
+        "generate": lambda *arguments: generate(llm, *arguments),
+        "load_weights": lambda folder: load_weights(llm, folder),
+        "begin_weights": lambda: begin_weights(llm),
+        "take_weights": lambda update: llm.update_weights({"update_info": update}),
+        "finish_weights": lambda: finish_weights(llm),
+        "receive_weights": lambda *arguments: receive_weights(llm, *arguments),
+        # Level 2 drops the weights: they are replaced before they are used again.
+        "sleep": lambda: llm.sleep(level=2),
+        "wake": lambda part: llm.wake_up(tags=[part]),
+    }
+    while True:
+        command, *arguments = connection.recv()
+        connection.send(("ok", commands[command](*arguments)))
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether vLLM does not take model or settings: the next start would fail alike.
+
+    Memory that somebody else still holds is a ValueError too, and may be free the next time. A
+    package that is missing will still be missing.
+    """
+    kinds = (AssertionError, NotImplementedError, ValueError, TypeError, LookupError, ImportError)
+    return isinstance(error, kinds) and "memory" not in str(error).lower()
+
+
+def shield_children() -> None:
+    """Keep a job's signals from processes that this one starts and that set handlers of their own.
+
+    So do vLLM's workers of a tensor-parallel engine, and SIGTERM would end them before the run has
+    saved. A mask is inherited, and no handler lifts it. They end when this process does.
+    """
+    # Started later, it would lift the mask (CPython 3.12).
+    multiprocessing.resource_tracker.ensure_running()
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+
+
+def _print_to(log_file: str) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    descriptor = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+
+
+def _watch_parent(parent_pid: int) -> None:
+    while os.getppid() == parent_pid:
+        time.sleep(_PARENT_POLL_SECONDS)
+    os._exit(1)
+
+
+def main() -> None:
+    """Serve the parent until it closes the pipe or dies."""
+    connection, parent_pid = Connection(int(sys.argv[1])), int(sys.argv[2])
+    # Ctrl-C and a job's signals reach every process: the parent decides when we end.
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_watch_parent, args=(parent_pid,), daemon=True).start()
+    never_fail_to_print()
+    code = 1
+    try:
+        _serve(connection)
+    except EOFError:
+        code = 0
+    except Exception as error:
+        traceback.print_exc()
+        connection.send(("error", f"{type(error).__name__}: {error}"))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # No teardown: vLLM's can hang, and everything here dies with the process.
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main()
