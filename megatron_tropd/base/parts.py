@@ -1,0 +1,49 @@
+"""Find a part of a run by name: one of ours, or one of the user's own.
+
+A part is an attribute of a module. Ours are the modules of one package, so that a new file in it is
+all that a new part needs. ``"package.module:attribute"`` names a part that lives elsewhere.
+"""
+
+import importlib
+import pkgutil
+from typing import Any
+
+from megatron_tropd.base.errors import ConfigError
+
+
+def part_names(package: str) -> list[str]:
+    """The names of our own parts in ``package``, such as "megatron_tropd.losses.methods"."""
+    found = importlib.import_module(package)
+    return sorted(m.name for m in pkgutil.iter_modules(found.__path__) if m.name[0] != "_")
+
+
+def load_part(package: str, name: str, *, attribute: str, setting: str) -> Any:
+    """Import the part that a setting names.
+
+    Args:
+        package: where ours are.
+        name: a module of it, or "package.module:attribute" of any that can be imported.
+        attribute: what our modules call the part.
+        setting: for the message, such as "loss.method".
+
+    Returns:
+        The attribute.
+
+    Raises:
+        ConfigError: there is no such part.
+    """
+    module, colon, wanted = name.partition(":")
+    if not colon:
+        if name not in part_names(package):
+            raise ConfigError(
+                f"{setting} = {name!r}: expected one of {', '.join(part_names(package))}, or "
+                '"package.module:attribute" of your own.'
+            )
+        module, wanted = f"{package}.{name}", attribute
+    try:
+        return getattr(importlib.import_module(module), wanted)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"{setting} = {name!r} cannot be imported: {error}. Give a module on PYTHONPATH and "
+            'its attribute, as in "my_package.my_module:MyPart".'
+        ) from None
