@@ -69,8 +69,10 @@ def rehearse_rank(config: Config, request: Request) -> RankReport:
     with device, tempfile.TemporaryDirectory() as folder:
         others = world.join(device, rank=request.rank, world_size=made.parallel.world_size)
         world.route_evenly()
+        from megatron_tropd.rehearsal import engines
         from megatron_tropd.rehearsal.step import RehearsedJob
 
+        engines.believe(made, others, Path(folder))
         job = RehearsedJob(made, RunFolder(Path(folder)), device, others)
         counts = _rehearse(job, request.micro_batches)
         return _report(job, counts, time.perf_counter() - start)
@@ -132,7 +134,8 @@ def _report(job: "RehearsedJob", counts: dict[str, Counter[Any]], seconds: float
         collectives=[Count(count=n, **vars(c)) for c, n in counts["collectives"].items()],
         waits=[Count(count=n, **vars(c)) for c, n in counts["waits"].items()],
         kernels=[Count(count=n, **vars(c)) for c, n in counts["kernels"].items()],
-        engine_bytes=job.receivers.received,
+        engine_bytes=job.engine_bytes,
+        engine_buffers=job.engine.updates,
         checkpoint_bytes=job.checkpoint_bytes,
         host_peak=job.rehearsed.host_tracker.most,
         seconds=seconds,

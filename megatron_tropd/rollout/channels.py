@@ -125,7 +125,11 @@ class DeviceChannel:
             # By its members alone: beside a default group that is bound to a device, those who are
             # none would split NCCL's communicator, and wait there for members who do not.
             self._group = dist.new_group(
-                mine, timeout=_timeout(), backend="gloo", use_local_synchronization=True
+                mine,
+                timeout=_timeout(),
+                backend="gloo",
+                use_local_synchronization=True,
+                group_desc="GPUS_OF_AN_ENGINE",
             )
 
     def send(self, tensors: Tensors, engine: RolloutEngine | None) -> None:

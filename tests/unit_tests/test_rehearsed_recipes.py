@@ -7,10 +7,13 @@ import pytest
 
 from megatron_tropd.config import load_config
 from megatron_tropd.errors import ConfigError, InputError
+from megatron_tropd.planning import Setup
 from megatron_tropd.rehearsal import Rehearsal, rehearsal_table, rehearse
+from megatron_tropd.rehearsal.record import Count
 from megatron_tropd.rehearsal.report import findings
 
 RECIPES = Path(__file__).resolve().parents[2] / "configs" / "recipes"
+CHANNELS, WRITER = "megatron_tropd/rollout/channels.py", "megatron_tropd/rollout/weight_sync.py"
 NAMES = sorted(path.stem for path in RECIPES.glob("*.toml"))
 
 
@@ -42,6 +45,50 @@ def test_a_recipe_agrees_with_its_plan(name: str, rehearsals: dict[str, Rehearsa
     assert rank.resident_bytes < 6 * 2**30
     assert rank.collectives and rank.waits and rank.kernels
     assert f"rank {rank.rank}" in rehearsal_table(rehearsal)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_new_weights_go_from_gpu_to_gpu(name: str, rehearsals: dict[str, Rehearsal]):
+    """By the trainer's own channel: one buffer after the other, which the host waits for twice."""
+    rehearsal = rehearsals[name]
+    (rank,), made = rehearsal.ranks, rehearsal.setup
+    waits = {(one.line.split(":")[0], one.what): one.count for one in rank.waits if _synced(one)}
+    waits.pop(("megatron_tropd/job.py", "synchronize"))  # of the clock, when the phase is over
+    buffers = (waits.pop((CHANNELS, "synchronize a stream")) - 1) // 2
+    assert waits == {}, "nothing goes through the host"
+    owns = rank.rank % (made.parallel.world_size // made.rollout.num_engines) == 0
+    assert rank.engine_buffers == (buffers if owns else 0)
+    assert rank.engine_bytes == _exported(made)
+    shape = made.student.shape
+    largest = max(2**28, made.element * shape.vocab * shape.hidden)
+    assert rank.engine_bytes / largest <= buffers < 2 * rank.engine_bytes / 2**28 + 2
+    gpus = made.rollout.engine_tensor_parallel
+    meetings = sum(one.count for one in rank.collectives if _synced(one) and one.what == "barrier")
+    assert meetings == (2 * buffers + 2 if gpus > 1 else 0)
+
+
+def test_new_weights_go_through_a_folder_if_asked():
+    config = load_config(
+        RECIPES / "qwen3_1.7b.toml",
+        ["rollout.weight_transport=folder", "rollout.num_engines=1"],
+    )
+    rehearsal = rehearse(config, ranks=[0], micro_batches=1)
+    (rank,) = rehearsal.ranks
+    assert findings(rehearsal) == []
+    of_the_host = [one for one in rank.waits if _synced(one) and one.what == "to the host"]
+    assert {one.line.split(":")[0] for one in of_the_host} == {WRITER}
+    assert sum(one.count for one in of_the_host) == 312, "each tensor, the output layer's too"
+    assert (rank.engine_buffers, rank.engine_bytes) == (0, _exported(rehearsal.setup))
+
+
+def _synced(one: Count) -> bool:
+    return one.phase == "sync"
+
+
+def _exported(made: Setup) -> int:
+    """Bytes of a student as an engine gets it: a tied output layer, too."""
+    shape = made.student.shape
+    return made.element * (made.student.parameters + shape.tied * shape.vocab * shape.hidden)
 
 
 def test_a_rank_that_does_not_exist_is_refused():

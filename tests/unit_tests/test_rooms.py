@@ -46,7 +46,7 @@ ARROWS: dict[str, set[str]] = {
     "cluster": {"config", "settings", "text_files"},
     "rehearsal": {
         *("config", "convert", "data.types", "files", "inputs", "job", "mcore", "planning"),
-        *("run_folder", "train", "watchdog"),
+        *("rollout", "run_folder", "train", "watchdog"),
     },
     "integrations": {
         *("config", "convert", "data", "environment", "loss_config", "losses", "mcore"),
