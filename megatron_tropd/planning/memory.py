@@ -320,7 +320,7 @@ def _export_bytes(made: Setup, stage: int) -> float:
         has_it = stage == 0 or (stage == made.last_stage and not made.student.shape.tied)
         sent, shards = max(largest if has_it else 0, _BUCKET), made.parallel.tensor
         return float(sent * (1 + 1 / shards) if shards > 1 else sent)
-    staged = 0 if made.separate or made.through_folder else max(largest, _BUCKET)
+    staged = 0 if made.through_folder else max(largest, _BUCKET)
     return float(2 * largest + staged)
 
 

@@ -74,6 +74,7 @@ def believe(made: Setup, world: World, folder: Path) -> None:
     setattr(pool, "roomy_root", lambda engines, weight_bytes: folder)  # noqa: B010
     setattr(weight_sync, "_save", lambda bucket, path: None)  # noqa: B010
     setattr(direct, "_Broadcast", _broadcasting(made, world))  # noqa: B010
+    setattr(direct, "_BackgroundWrite", _Unwritten)  # noqa: B010
 
 
 def seat(made: Setup, rank: int) -> Seat:
@@ -89,6 +90,16 @@ def seat(made: Setup, rank: int) -> Seat:
         forgets=engine is not None,
         weight_bytes=engine.weight_bytes if engine else 0,
     )
+
+
+class _Unwritten(direct._BackgroundWrite):
+    """A version whose buckets are copied to the host; another thread cannot rehearse."""
+
+    def start(self) -> None:
+        """Nothing is written."""
+
+    def wait(self) -> None:
+        """Nobody writes."""
 
 
 def _broadcasting(made: Setup, world: World) -> type:

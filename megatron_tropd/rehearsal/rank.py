@@ -1,4 +1,4 @@
-"""The process that rehearses one rank: a request as JSON on stdin, the report on stdout.
+"""The process that rehearses one rank: a line of JSON on stdin, the report on stdout.
 
 Nothing of Megatron may be imported before the process believes in a GPU, so imports are inside.
 """
@@ -8,6 +8,7 @@ import os
 import resource
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import warnings
@@ -36,7 +37,8 @@ _MAKERS = 8
 
 def main() -> int:
     """Answer one request."""
-    request, answer_to = Request(**json.load(sys.stdin)), _keep_stdout()
+    request, answer_to = Request(**json.loads(sys.stdin.readline())), _keep_stdout()
+    threading.Thread(target=_end_with_asker, daemon=True).start()
     warnings.simplefilter("ignore")
     config = config_from_dict(request.config)
     try:
@@ -154,6 +156,12 @@ def _failure(rank: int, error: Exception) -> str:
     line = line_of(error)
     kind = "" if isinstance(error, TrainingError) else f"{type(error).__name__}: "
     return f"The step fails on rank {rank}, at {line}: {kind}{error}"
+
+
+def _end_with_asker() -> None:
+    """End when stdin does: whoever asked is gone, or has had enough."""
+    os.read(0, 1)
+    os._exit(1)
 
 
 def _keep_stdout() -> IO[str]:

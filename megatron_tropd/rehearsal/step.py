@@ -130,11 +130,14 @@ class RehearsedJob(Job):
         """Process groups and both models, wrapped and with an optimizer."""
         config = self.config
         with self.clock("build"):
+            self._be_deterministic()
             self.ranks = parallel.initialize(config.parallel, seed=config.train.seed)
             self.device = platform.device()
             self.dtype = models.resolve_dtype(config.model.dtype)
             self.inputs = self._inputs()
             self.is_main = self.ranks.is_main
+            self._check_options()
+            self._check_steps_ahead()
             self.hf_folders = {"student": self.inputs.student.path}
             self.engines = self._start_engines()
             self.rollouts = cast(Any, _Version())
@@ -183,12 +186,12 @@ class RehearsedJob(Job):
         self.engine_bytes = counted.bytes
 
     def save(self, *, wait: bool = False) -> None:
-        """What a checkpoint is made of; nothing is written."""
+        """What the last checkpoint is made of, which any layout can load; nothing is written."""
         with self.clock("checkpoint"):
             state = self.checkpoints.state(
                 self.student,
                 extra={},
-                sharding=self.config.run.checkpoint_sharding,
+                sharding="fully_reshardable",
                 is_loading=False,
             )
             self.checkpoint_bytes = bytes_to_write(state)

@@ -38,7 +38,8 @@ def join(device: Device, *, rank: int, world_size: int) -> "World":
         store=FakeStore(),
         rank=rank,
         world_size=world_size,
-        pg_options=FakeProcessGroup.Options(),  # who makes a group reads the time-out of this one
+        # Who makes a group reads the time-out of this one.
+        pg_options=FakeProcessGroup.Options(),  # type: ignore[call-arg]
     )
     return world
 

@@ -1,6 +1,12 @@
 """Every recipe is rehearsed at its full size, and agrees with its plan."""
 
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -81,6 +87,26 @@ def test_new_weights_go_through_a_folder_if_asked():
     assert (rank.engine_buffers, rank.engine_bytes) == (0, _exported(rehearsal.setup))
 
 
+def test_stages_of_a_tied_student_agree_with_the_plan():
+    """Its embedding is saved by itself; a stage without receivers gathers only what it sends."""
+    config = load_config(
+        RECIPES / "qwen3_1.7b.toml",
+        [
+            *("parallel.pipeline=3", "parallel.data=2", "parallel.uneven_stages=true"),
+            *("rollout.num_engines=1", "rollout.weight_transport=folder"),
+        ],
+    )
+    rehearsal = rehearse(config, ranks=[0, 2, 4], micro_batches=1)
+    assert findings(rehearsal) == []
+    differences = {
+        (rank.stage, phase.name): phase.difference
+        for rank in rehearsal.ranks
+        for phase in rank.phases
+        if phase.name in ("sync", "checkpoint")
+    }
+    assert differences == {key: pytest.approx(0, abs=0.03) for key in differences}
+
+
 def _synced(one: Count) -> bool:
     return one.phase == "sync"
 
@@ -100,3 +126,65 @@ def test_a_layout_that_does_not_fit_is_refused():
     config = load_config(RECIPES / "qwen3_8b.toml", ["parallel.tensor=16", "parallel.data=1"])
     with pytest.raises((ConfigError, InputError), match="must divide"):
         rehearse(config)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -15)])
+def test_nothing_is_left_of_a_rehearsal_that_is_ended(number: signal.Signals, code: int):
+    """Ctrl-C as a script sends it: to the command alone, which has processes of its own."""
+    command = [sys.executable, "-m", "megatron_tropd.cli"]
+    with subprocess.Popen(
+        [*command, "rehearse", str(RECIPES / "qwen3_8b.toml")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        process_group=0,
+    ) as run:
+        assert _within(60, lambda: len(_of_group(run.pid)) == 3), "two ranks, two processes"
+        run.send_signal(number)
+        assert run.wait(10) == code
+        assert _within(10, lambda: _of_group(run.pid) == set())
+
+
+def _of_group(group: int) -> set[int]:
+    """Processes of a process group that still run."""
+    found = set()
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            state, _, its_group = (folder / "stat").read_text().rsplit(")", 1)[1].split()[:3]
+            if int(its_group) == group and state != "Z":
+                found.add(int(folder.name))
+    return found
+
+
+def _within(seconds: float, happens: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + seconds
+    while not happens():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            [
+                "megatron.model.recompute_granularity=selective",
+                'megatron.model.recompute_modules=["moe"]',
+            ],
+            "this model is dense",
+        ),
+        (["megatron.model.fp8=hybrid"], "needs Transformer Engine"),
+        (
+            [
+                "run.deterministic=true",
+                "rollout.placement=separate",
+                "rollout.weight_transport=direct",
+            ],
+            "run.deterministic on GPUs needs rollout.weight_transport",
+        ),
+    ],
+)
+def test_what_the_trainer_refuses_is_refused(overrides: list[str], message: str):
+    with pytest.raises((ConfigError, InputError), match=message):
+        rehearse(load_config(RECIPES / "qwen3_1.7b.toml", overrides), micro_batches=1)
