@@ -107,6 +107,15 @@ def test_stages_of_a_tied_student_agree_with_the_plan():
     assert differences == {key: pytest.approx(0, abs=0.03) for key in differences}
 
 
+def test_copies_of_gradients_are_gone_when_the_engines_wake():
+    """Gradients in bfloat16 become float32 for the update: 4 bytes a parameter that stayed."""
+    config = load_config(
+        RECIPES / "qwen3_1.7b.toml",
+        ["megatron.ddp.grad_reduce_in_fp32=false", "parallel.distributed_optimizer=false"],
+    )
+    assert findings(rehearse(config, ranks=[0], micro_batches=1)) == []
+
+
 def _synced(one: Count) -> bool:
     return one.phase == "sync"
 
