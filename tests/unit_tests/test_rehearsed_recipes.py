@@ -97,7 +97,6 @@ def test_stages_of_a_tied_student_agree_with_the_plan():
         ],
     )
     rehearsal = rehearse(config, ranks=[0, 2, 4], micro_batches=1)
-    assert findings(rehearsal) == []
     differences = {
         (rank.stage, phase.name): phase.difference
         for rank in rehearsal.ranks
