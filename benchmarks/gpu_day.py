@@ -530,6 +530,7 @@ def run_all(chosen: Sequence[Part], day: Day, minutes: float) -> None:
             continue
         if reason := lacking(part):
             day.record(part.name, {"status": f"skipped: {reason}"})
+            print(f"{part.name}: skipped: {reason}", flush=True)
             continue
         grace = GRACE_SECONDS if part.grace is None else part.grace
         # Part and saving end in time; a limit cut below half would show nothing.
