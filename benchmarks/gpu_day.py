@@ -12,6 +12,7 @@ Standard library only: it has to say what is missing.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -34,6 +35,12 @@ MINUTES = 30.0
 RESERVE_SECONDS = 20.0
 """Of the whole time, for stopping the last part and writing."""
 GRACE_SECONDS = 10.0
+"""From SIGTERM to SIGKILL, for a part that saves nothing."""
+TROPD_GRACE_SECONDS = 300.0
+"""The longest that ``tropd`` lets a run save (GRACE_SECONDS of its launcher)."""
+MEMORY_SECONDS = 30.0
+"""Longest wait for the GPU memory of the part before."""
+MEMORY_SLACK_MIB = 512
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PACKAGES = (
     *("torch", "triton", "megatron-core", "vllm", "transformers", "transformer-engine"),
@@ -62,10 +69,12 @@ class Part:
     """Key numbers, from its folder and its log."""
     imports: str = ""
     """A module that has to import, too."""
+    grace: float | None = None
+    """Seconds to end in after SIGTERM; None: ``GRACE_SECONDS``."""
 
 
 def parts() -> list[Part]:
-    """All parts, in order: what is quick and tells most comes first."""
+    """All parts, those of most worth first: the last ones are dropped when time runs out."""
     python = sys.executable
     step = (python, "benchmarks/gpu_step.py", "--layers")
     junit = ("-p", "no:cacheprovider", "--junitxml", "{out}/junit.xml")
@@ -87,6 +96,22 @@ def parts() -> list[Part]:
             ("pytest", "megatron"),
             suite_numbers,
         ),
+        Part("step, local layers", (*step, "local"), 120, ("megatron",), last_json),
+        Part(
+            "vLLM: sleep and reload",
+            (python, "benchmarks/gpu_engine.py"),
+            240,
+            ("vllm",),
+            last_json,
+        ),
+        Part(
+            "quickstart",
+            (python, "-m", "megatron_tropd.cli", *quickstart),
+            400,
+            ("megatron", "vllm"),
+            run_numbers,
+            grace=TROPD_GRACE_SECONDS,
+        ),
         Part(
             "kernels",
             (python, "benchmarks/kernels.py", "--loaded", "--write", "{out}/kernels.json"),
@@ -104,7 +129,6 @@ def parts() -> list[Part]:
             ("triton",),
             loss_numbers,
         ),
-        Part("step, local layers", (*step, "local"), 120, ("megatron",), last_json),
         Part(
             "step, Transformer Engine",
             (*step, "te"),
@@ -112,20 +136,6 @@ def parts() -> list[Part]:
             ("megatron", "transformer_engine"),
             last_json,
             "transformer_engine.pytorch",
-        ),
-        Part(
-            "vLLM: sleep and reload",
-            (python, "benchmarks/gpu_engine.py"),
-            240,
-            ("vllm",),
-            last_json,
-        ),
-        Part(
-            "quickstart",
-            (python, "-m", "megatron_tropd.cli", *quickstart),
-            400,
-            ("megatron", "vllm"),
-            run_numbers,
         ),
     ]
 
@@ -223,6 +233,7 @@ class Day:
         self.parts: dict[str, dict[str, Any]] = {}
         if resume and path.exists():
             self.parts = json.loads(path.read_text())["parts"]
+        self._free_at_first = free_memory()
         self._head = {
             "what": "a first hour on one GPU",
             "device": device,
@@ -236,11 +247,16 @@ class Day:
         folder = self.logs / re.sub(r"\W+", "-", part.name.lower()).strip("-")
         folder.mkdir(parents=True, exist_ok=True)
         log = folder / "log.txt"
-        record: dict[str, Any] = {"command": shown(part), "limit": round(limit), "log": log.name}
+        record: dict[str, Any] = {
+            **{"command": shown(part), "limit": round(limit), "log": log.name},
+            "memory before": self.wait_for_memory(limit),
+        }
         start = time.monotonic()
         try:
             record["rc"] = run_command(
-                [word.replace("{out}", str(folder)) for word in part.command], log, limit
+                [word.replace("{out}", str(folder)) for word in part.command],
+                *(log, limit),
+                grace=GRACE_SECONDS if part.grace is None else part.grace,
             )
             status = {0: "done", None: "timed out"}.get(record["rc"], "failed")
         except OSError as error:
@@ -261,6 +277,19 @@ class Day:
             record["numbers lacking"] = f"{type(error).__name__}: {error}"
         self.record(part.name, record)
 
+    def wait_for_memory(self, limit: float) -> dict[str, Any]:
+        """Free MiB of each GPU, once the part before has given back what it took, or too late."""
+        begun = time.monotonic()
+        while True:
+            free, waited = free_memory(), time.monotonic() - begun
+            first = self._free_at_first
+            back = len(free) == len(first) and all(
+                now >= then - MEMORY_SLACK_MIB for now, then in zip(free, first, strict=True)
+            )
+            if back or not free or waited >= min(MEMORY_SECONDS, limit):
+                return {"free_mib": free, "waited": round(waited, 1), "all is back": back}
+            time.sleep(0.5)
+
     def record(self, name: str, record: dict[str, Any]) -> None:
         """Keep what became of a part, and write everything."""
         self.parts[name] = record | {"time": time.strftime("%Y-%m-%d %H:%M")}
@@ -274,13 +303,14 @@ class Day:
         return self.parts.get(name, {}).get("status") == "done"
 
 
-def run_command(command: Sequence[str], log: Path, limit: float) -> int | None:
+def run_command(command: Sequence[str], log: Path, limit: float, *, grace: float) -> int | None:
     """Run a command, its output into ``log``.
 
     Args:
         command: program and arguments.
         log: overwritten.
         limit: seconds; then the command and what it started are ended.
+        grace: seconds that the command has to end by itself when asked to.
 
     Returns:
         The exit code; None: it ran into the limit.
@@ -306,21 +336,56 @@ def run_command(command: Sequence[str], log: Path, limit: float) -> int | None:
         except subprocess.TimeoutExpired:
             return None
         finally:
-            _end(process)
+            _end(process, grace)
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a command and all of its group: engines and ranks would keep the GPU's memory."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
+def _end(process: subprocess.Popen[bytes], grace: float) -> None:
+    """End a command and all it started: engines and ranks would keep the GPU's memory."""
+    started = _session(process.pid) | _descendants(process.pid)
+    if process.poll() is None:  # only the command: it tells its own to save
+        process.terminate()
         try:
-            os.killpg(process.pid, number)
-        except ProcessLookupError:
-            break
-        try:
-            process.wait(GRACE_SECONDS)
+            process.wait(grace)
         except subprocess.TimeoutExpired:
-            continue
+            started |= _descendants(process.pid)
+    for pid in started | _session(process.pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     process.wait()
+
+
+def _session(leader: int) -> set[int]:
+    """Processes of a session, its leader dead or alive."""
+    return {pid for pid, (_, session) in _processes().items() if session == leader}
+
+
+def _descendants(root: int) -> set[int]:
+    """Processes that a live one started, and so on: ranks may have sessions of their own."""
+    table, found = _processes(), {root}
+    while more := {pid for pid, (parent, _) in table.items() if parent in found} - found:
+        found |= more
+    return found & table.keys()
+
+
+def _processes() -> dict[int, tuple[int, int]]:
+    """Parent and session of every process that is not a zombie."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, parent, _, session = path.read_text().rpartition(")")[2].split()[:4]
+            if state != "Z":
+                found[int(path.parent.name)] = int(parent), int(session)
+    return found
+
+
+def free_memory() -> list[int]:
+    """Free MiB of each GPU by nvidia-smi; none if it does not say."""
+    query = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
+    try:
+        said = subprocess.run(query, capture_output=True, text=True, timeout=20)
+        return [int(line) for line in said.stdout.split("\n") if line.strip()]
+    except (OSError, ValueError, subprocess.TimeoutExpired):
+        return []
 
 
 def _leave_by_signals() -> None:
@@ -461,7 +526,7 @@ def main(arguments: Sequence[str] | None = None, of: Sequence[Part] | None = Non
 
 
 def run_all(chosen: Sequence[Part], day: Day, minutes: float) -> None:
-    """Every part in turn; one that no time is left for is recorded as not reached."""
+    """Every part in turn; one that too little time is left for is dropped by name."""
     end = time.monotonic() + 60 * minutes - RESERVE_SECONDS
     for part in chosen:
         left = end - time.monotonic()
@@ -470,11 +535,17 @@ def run_all(chosen: Sequence[Part], day: Day, minutes: float) -> None:
             continue
         if reason := lacking(part):
             day.record(part.name, {"status": f"skipped: {reason}"})
-        elif left < min(30, part.seconds):
-            day.record(part.name, {"status": "not reached", "seconds left": max(0, round(left))})
+            print(f"{part.name}: skipped: {reason}", flush=True)
+            continue
+        grace = GRACE_SECONDS if part.grace is None else part.grace
+        # Part and saving end in time; a limit cut below half would show nothing.
+        limit = min(part.seconds, left - grace)
+        if limit < part.seconds / 2:
+            dropped = {"status": "dropped: too little time", "seconds left": max(0, round(left))}
+            day.record(part.name, dropped | {"seconds needed": round(part.seconds / 2 + grace)})
         else:
             print(f"{part.name} ...", flush=True)
-            day.run(part, min(part.seconds, left))
+            day.run(part, limit)
         record = day.parts[part.name]
         print(f"{part.name}: {record['status']} ({record.get('seconds', 0)} s)", flush=True)
 

@@ -54,6 +54,11 @@ def make_engine(
     )
 
 
+def memory_alone() -> float:
+    """``rollout.engine_memory`` of an engine that nothing else needs memory beside."""
+    return MEMORY_ALONE if torch.cuda.is_available() else 1.0
+
+
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
     """Options of a tool that starts one engine, on GPUs that it has to itself."""
     add = parser.add_argument
@@ -80,7 +85,7 @@ def tool_engine(options: argparse.Namespace, folder: Path, **settings: Any) -> R
         folder,
         log_file=options.out.with_name(options.out.name + ".engine.log"),
         dtype=engine_dtype(options.dtype),
-        memory=options.memory or (MEMORY_ALONE if torch.cuda.is_available() else 1.0),
+        memory=options.memory or memory_alone(),
         tensor_parallel=options.tensor_parallel,
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=options.max_num_batched_tokens,

@@ -143,10 +143,7 @@ class Job:
         config, exits = self.config, self._exit
         platform.prepare_platform()
         platform.check_device()
-        if config.run.deterministic:
-            direct = config.rollout.weight_transport == "direct"
-            deterministic.check_transport(direct=direct, cuda=platform.has_cuda())
-            platform.be_deterministic()
+        self._be_deterministic()
         self.ranks = parallel.initialize(
             config.parallel,
             seed=config.train.seed,
@@ -181,6 +178,12 @@ class Job:
             # vLLM measures the device's free memory while it starts: nobody else may allocate.
             self.engines.sleep()
         self._build_models()
+
+    def _be_deterministic(self) -> None:
+        if self.config.run.deterministic:
+            direct = self.config.rollout.weight_transport == "direct"
+            deterministic.check_transport(direct=direct, cuda=platform.has_cuda())
+            platform.be_deterministic()
 
     def _open_log(self) -> MetricsLog | None:
         if not self.is_main:

@@ -164,6 +164,13 @@ def _check_overlap(config: Config) -> None:
                 f"megatron.ddp.{name} does nothing without parallel.distributed_optimizer = true. "
                 "Set that, too, or remove this one."
             )
+    # Only if it is asked for by name: "auto" is float32 on a machine that merely looks at a config.
+    if not ddp.get("grad_reduce_in_fp32", True) and config.model.dtype == "float32":
+        raise ConfigError(
+            "megatron.ddp.grad_reduce_in_fp32 = false lets gradients travel in the type of the "
+            'weights, which model.dtype = "float32" makes float32: it does nothing. Set '
+            'model.dtype = "bfloat16", or remove it.'
+        )
     if ddp.get("reduce_scatter_with_fp32_accumulation") and ddp.get("grad_reduce_in_fp32", True):
         raise ConfigError(
             "megatron.ddp.reduce_scatter_with_fp32_accumulation is for gradients that travel in "

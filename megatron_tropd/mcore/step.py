@@ -220,6 +220,8 @@ class Student:
             _, grad_norm, _ = self.optimizer.step()
         except _TooLarge as error:
             grad_norm, skipped = error.norm, True
+        # Copies of gradients in float32, if there are any: the engines need that memory now.
+        self.optimizer.zero_grad()
         self._gather_parameters()
         # The rate belongs to the step's number, whatever becomes of the step.
         self.scheduler.step(increment=1)

@@ -28,6 +28,8 @@ _GROUP, _OF_CANDIDATE = 32, 20
 """Columns of a group from which the largest logits are taken, and bytes of such a column."""
 _BUCKET = 256 * 2**20
 """Bytes of weights that an engine reads at a time; a test compares it with the trainer's."""
+_BUCKET_PARAMETERS, _OF_REPLICA = 40_000_000, 1_000_000
+"""Megatron's size of a bucket of gradients: at least, and for each replica."""
 _ON_HOST = 4 * _FLOAT32
 """Bytes in the host's memory of a parameter that it updates: gradient, weight, two moments."""
 _VALUES_OF_A_TOKEN = 16
@@ -153,8 +155,8 @@ def memory_of_stage(made: Setup, stage: int) -> Memory:
         kv_cache=engine.cache,
         engine_asleep=engine.asleep,
         update=_update_bytes(made, student),
-        export=_export_bytes(made),
-        saving=_saving_bytes(made, student),
+        export=_export_bytes(made, stage),
+        saving=_saving_bytes(made, student, stage),
     )
 
 
@@ -308,20 +310,55 @@ def _update_bytes(made: Setup, held: Held) -> float:
     return updated * (torch_adam + converted)
 
 
-def _export_bytes(made: Setup) -> float:
-    """The largest tensor, gathered and put together; the buffer that an engine reads."""
+def _export_bytes(made: Setup, stage: int) -> float:
+    """The largest tensor, gathered and put together; the buffer that an engine reads.
+
+    A stage of which no rank receives gathers what it sends, and puts nothing together.
+    """
     largest = made.padded_vocab * made.student.shape.hidden * made.element
-    staged = 0 if made.separate or made.through_folder else max(largest, _BUCKET)
+    if stage not in receiving_stages(made):
+        has_it = stage == 0 or (stage == made.last_stage and not made.student.shape.tied)
+        sent, shards = max(largest if has_it else 0, _BUCKET), made.parallel.tensor
+        return float(sent * (1 + 1 / shards) if shards > 1 else sent)
+    staged = 0 if made.through_folder else max(largest, _BUCKET)
     return float(2 * largest + staged)
 
 
-def _saving_bytes(made: Setup, held: Held) -> float:
+def receiving_stages(made: Setup) -> set[int]:
+    """Stages of ranks that get all new weights: for a file, or a buffer on an engine's GPU."""
+    if made.separate:
+        return {0}
+    block = made.parallel.world_size // made.rollout.num_engines
+    gpus = 1 if made.through_folder else made.rollout.engine_tensor_parallel
+    of_stage = made.parallel.tensor * made.parallel.data
+    owners = range(0, made.parallel.world_size, block)
+    return {rank // of_stage for owner in owners for rank in (owner, owner + gpus - 1)}
+
+
+def _saving_bytes(made: Setup, held: Held, stage: int) -> float:
     """One state of the distributed optimizer: each replica's share, and all of them together."""
     p = made.parallel
     if not p.distributed_optimizer or made.hardware.layers == "cpu":
         return 0.0  # without CUDA they are gathered on the host
-    dense, experts = held.dense * (1 + 1 / p.data), held.experts * (1 + 1 / p.expert_replicas)
-    return _FLOAT32 * max(dense, experts)
+    dense, experts = largest_buckets(made, held, stage)
+    return _FLOAT32 * max(dense * (1 + 1 / p.data), experts * (1 + 1 / p.expert_replicas))
+
+
+def largest_buckets(made: Setup, held: Held, stage: int) -> tuple[float, float]:
+    """Parameters of the largest bucket of gradients: (of dense ones, of experts).
+
+    An embedding that two stages share has its own. If gradients are reduced beside the backward
+    pass, the first stage has many: the last to be full takes the embedding, too.
+    """
+    p, shape = made.parallel, made.student.shape
+    embedding = made.vocab_shard * shape.hidden
+    shared = shape.tied and p.pipeline > 1 and stage in (0, made.last_stage)
+    alone = embedding if shared else 0
+    dense, experts = float(held.dense - alone), float(held.experts)
+    if made.options.overlap_gradients and stage == 0:
+        limit = max(_BUCKET_PARAMETERS, _OF_REPLICA * p.data)
+        dense, experts = min(dense, limit + embedding - alone), min(experts, limit)
+    return max(dense, alone), experts
 
 
 def engine_memory(made: Setup, model: Model | None = None) -> Engine:

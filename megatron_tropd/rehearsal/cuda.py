@@ -15,6 +15,7 @@ import torch.utils._device
 from torch import Tensor
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.multiprocessing import reductions
 from torch.utils._pytree import tree_map_only
 
 from megatron_tropd.rehearsal.events import Events
@@ -64,6 +65,7 @@ def _answer_queries(gpus: int, capability: tuple[int, int], events: Events) -> N
             "multi_processor_count": 132,
             "major": capability[0],
             "minor": capability[1],
+            "uuid": "rehearsed",
         },
     )()
     replacements: dict[str, Any] = {
@@ -85,11 +87,14 @@ def _answer_queries(gpus: int, capability: tuple[int, int], events: Events) -> N
         "memory_reserved": lambda device=None: 0,
         "mem_get_info": lambda device=None: (_MEMORY, _MEMORY),
         "empty_cache": lambda: None,
+        "ipc_collect": lambda: None,
         "is_current_stream_capturing": lambda: False,
         "synchronize": lambda device=None: events.wait("synchronize"),
     }
     _replace(torch.cuda, **replacements)
     _replace(torch.accelerator, current_device_index=lambda: 0)
+    # What another process needs to open a tensor of the device.
+    _replace(reductions, reduce_tensor=lambda tensor: (None, (tensor.shape,)))
     # Of the optimizers: whether a graph is being captured; whether tensors are many at a time.
     _replace(torch.optim.Optimizer, _accelerator_graph_capture_health_check=lambda self: None)
     for module in ("torch.utils._foreach_utils", "torch.optim.optimizer"):
@@ -194,6 +199,9 @@ def _send_factories(device: Device) -> None:
         @functools.wraps(factory)
         def call(like: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             wanted = kwargs.pop("device", None)
+            if str(wanted) == "meta":
+                dtype = kwargs.get("dtype") or like.dtype
+                return torch.empty(like.shape, dtype=dtype, device="meta")
             if wanted is not None and is_cuda(wanted) != on_device(like):
                 like = (
                     device.blank(like.shape, like.dtype, CUDA)

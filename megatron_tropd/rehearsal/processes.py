@@ -4,9 +4,13 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from typing import IO
 
 from megatron_tropd.base.errors import ConfigError, InputError
 from megatron_tropd.config import Config, config_to_dict
@@ -60,8 +64,13 @@ def rehearse(
         Request(config_to_dict(config), rank, prompt_tokens, gpus_per_node, micro_batches)
         for rank in wanted
     ]
+    processes = _Processes()
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        return Rehearsal(made, list(pool.map(_run, requests)))
+        try:
+            return Rehearsal(made, list(pool.map(processes.run, requests)))
+        except BaseException:  # one rank fails, or the user has had enough
+            processes.end()
+            raise
 
 
 def rehearsed_hardware(gpus_per_node: int) -> Hardware:
@@ -78,16 +87,54 @@ def default_ranks(made: Setup) -> list[int]:
     return [stage * of_stage for stage in stages]
 
 
-def _run(request: Request) -> RankReport:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    run = subprocess.run(
-        [sys.executable, "-m", _RANK],
-        input=json.dumps(asdict(request)),
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
-    lines = run.stdout.splitlines()
+class _Processes:
+    """Those that rehearse. Each ends when its stdin does, so none outlives this one."""
+
+    def __init__(self) -> None:
+        self._running: list[subprocess.Popen[str]] = []
+        self._lock = threading.Lock()
+        self._ended = False
+
+    def run(self, request: Request) -> RankReport:
+        """Rehearse one rank in a new process, and wait for it."""
+        with tempfile.TemporaryFile("w+") as errors:
+            process = self._start(errors)
+            assert process.stdin is not None and process.stdout is not None
+            with suppress(BrokenPipeError), process.stdin, process.stdout:
+                process.stdin.write(json.dumps(asdict(request)) + "\n")
+                process.stdin.flush()
+                printed = process.stdout.read()
+            process.wait()
+            errors.seek(0)
+            return _report(request, process.returncode, printed, errors.read())
+
+    def end(self) -> None:
+        """End all that run; none will start."""
+        with self._lock:
+            self._ended = True
+            for process in self._running:
+                process.kill()
+
+    def _start(self, errors: IO[str]) -> "subprocess.Popen[str]":
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        with self._lock:
+            if self._ended:
+                raise CancelledError
+            process = subprocess.Popen(
+                [sys.executable, "-m", _RANK],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env=environment,
+            )
+            self._running.append(process)
+        return process
+
+
+def _report(request: Request, code: int, printed: str, errors: str) -> RankReport:
+    """What a process answered; raises what it says went wrong."""
+    lines = printed.splitlines()
     answer = json.loads(lines[-1]) if lines and lines[-1].startswith("{") else {}
     if "report" in answer:
         return RankReport.of(answer["report"])
@@ -95,8 +142,7 @@ def _run(request: Request) -> RankReport:
         raise ConfigError(answer["config"])
     if "input" in answer:
         raise InputError(answer["input"])
-    last = "\n".join(run.stderr.splitlines()[-_SHOWN:])
+    last = "\n".join(errors.splitlines()[-_SHOWN:])
     raise InputError(
-        f"The rehearsal of rank {request.rank} ended with code {run.returncode}, and printed "
-        f"last:\n{last}"
+        f"The rehearsal of rank {request.rank} ended with code {code}, and printed last:\n{last}"
     )

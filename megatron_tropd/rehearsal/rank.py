@@ -1,4 +1,4 @@
-"""The process that rehearses one rank: a request as JSON on stdin, the report on stdout.
+"""The process that rehearses one rank: a line of JSON on stdin, the report on stdout.
 
 Nothing of Megatron may be imported before the process believes in a GPU, so imports are inside.
 """
@@ -8,6 +8,7 @@ import os
 import resource
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import warnings
@@ -36,7 +37,8 @@ _MAKERS = 8
 
 def main() -> int:
     """Answer one request."""
-    request, answer_to = Request(**json.load(sys.stdin)), _keep_stdout()
+    request, answer_to = Request(**json.loads(sys.stdin.readline())), _keep_stdout()
+    threading.Thread(target=_end_with_asker, daemon=True).start()
     warnings.simplefilter("ignore")
     config = config_from_dict(request.config)
     try:
@@ -69,8 +71,10 @@ def rehearse_rank(config: Config, request: Request) -> RankReport:
     with device, tempfile.TemporaryDirectory() as folder:
         others = world.join(device, rank=request.rank, world_size=made.parallel.world_size)
         world.route_evenly()
+        from megatron_tropd.rehearsal import engines
         from megatron_tropd.rehearsal.step import RehearsedJob
 
+        engines.believe(made, others, Path(folder))
         job = RehearsedJob(made, RunFolder(Path(folder)), device, others)
         counts = _rehearse(job, request.micro_batches)
         return _report(job, counts, time.perf_counter() - start)
@@ -132,7 +136,8 @@ def _report(job: "RehearsedJob", counts: dict[str, Counter[Any]], seconds: float
         collectives=[Count(count=n, **vars(c)) for c, n in counts["collectives"].items()],
         waits=[Count(count=n, **vars(c)) for c, n in counts["waits"].items()],
         kernels=[Count(count=n, **vars(c)) for c, n in counts["kernels"].items()],
-        engine_bytes=job.receivers.received,
+        engine_bytes=job.engine_bytes,
+        engine_buffers=job.engine.updates,
         checkpoint_bytes=job.checkpoint_bytes,
         host_peak=job.rehearsed.host_tracker.most,
         seconds=seconds,
@@ -151,6 +156,12 @@ def _failure(rank: int, error: Exception) -> str:
     line = line_of(error)
     kind = "" if isinstance(error, TrainingError) else f"{type(error).__name__}: "
     return f"The step fails on rank {rank}, at {line}: {kind}{error}"
+
+
+def _end_with_asker() -> None:
+    """End when stdin does: whoever asked is gone, or has had enough."""
+    os.read(0, 1)
+    os._exit(1)
 
 
 def _keep_stdout() -> IO[str]:

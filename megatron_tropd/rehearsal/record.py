@@ -63,7 +63,9 @@ class RankReport:
     kernels: list[Count]
     """Launches of Triton kernels."""
     engine_bytes: int
-    """New weights that this rank's rollout engine gets."""
+    """New weights that reach this rank on their way to a rollout engine."""
+    engine_buffers: int
+    """Buffers that the engine which this rank owns reads them from, on its GPUs."""
     checkpoint_bytes: int
     """Tensors that this rank writes to a checkpoint."""
     host_peak: int

@@ -118,7 +118,9 @@ def _of_rank(rank: RankReport) -> str:
     )
     sent = f"  checkpoint: writes {rank.checkpoint_bytes / 1e9:.2f} GB"
     if rank.engine_bytes:
-        sent += f"; its engine gets {rank.engine_bytes / 1e9:.2f} GB"
+        sent += f"; {rank.engine_bytes / 1e9:.2f} GB of new weights reach it for an engine"
+        if rank.engine_buffers:
+            sent += f", its own, in {rank.engine_buffers} buffers"
     return "\n".join([title, sent, _collectives(rank), _waits(rank)])
 
 

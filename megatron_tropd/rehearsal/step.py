@@ -1,7 +1,7 @@
 """The step itself: the trainer's own functions, on models without weights and made-up samples."""
 
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -22,15 +22,19 @@ from megatron_tropd.convert.accounting import expected_tensors
 from megatron_tropd.convert.families import plan
 from megatron_tropd.convert.hf_folder import HFFolder, read_config
 from megatron_tropd.data.types import Trajectory
+from megatron_tropd.distill import job
 from megatron_tropd.distill.inputs import Inputs
 from megatron_tropd.distill.job import Clock, Job
 from megatron_tropd.distill.loop import learn
-from megatron_tropd.mcore import models, parallel, platform, step
+from megatron_tropd.mcore import models, parallel, platform, step, weights
 from megatron_tropd.mcore.checkpoint import Checkpoints
 from megatron_tropd.mcore.hidden import unwrap
 from megatron_tropd.planning import Setup
+from megatron_tropd.rehearsal.engines import Counted, RecordingEngine
 from megatron_tropd.rehearsal.tensors import CPU, Device
 from megatron_tropd.rehearsal.world import World
+from megatron_tropd.rollout.engines.pool import EnginePool
+from megatron_tropd.rollout.engines.served import ServerPool
 
 
 class ArchitectureFolder(HFFolder):
@@ -93,25 +97,8 @@ class Kept(list):
         self._room = room
 
 
-class Receivers:
-    """The engines, as far as new weights go: those that ranks own copy them to the host."""
-
-    def __init__(self, owners: tuple[int, ...], rank: int) -> None:
-        """``owners``: ranks with an engine."""
-        self.owners = self.receivers = owners
-        self.received = 0
-        """Bytes that this rank's engine got."""
-        self._mine = rank in owners
-
-    def load_tensors(self, tensors: Iterable[tuple[str, Tensor | None]], *, version: int) -> None:
-        """Exhaust the export, one tensor at a time on the host."""
-        for _, tensor in tensors:
-            if tensor is not None and self._mine:
-                self.received += tensor.detach().to("cpu").nbytes
-
-
 class RehearsedJob(Job):
-    """A rank of a run with fake tensors, without engines, prompts and weights."""
+    """A rank of a run with fake tensors, without prompts and weights; engines only write down."""
 
     def __init__(self, setup: Setup, folder: RunFolder, device: Device, world: World) -> None:
         """Nothing is built yet.
@@ -132,6 +119,10 @@ class RehearsedJob(Job):
         self._missing = 0
         self.run_micro_batches = 0
         """Of the last step."""
+        self.engine = RecordingEngine(setup)
+        """This rank's, if it owns one."""
+        self.engine_bytes = 0
+        """Of new weights that reach this rank on their way to an engine."""
         self.checkpoint_bytes = 0
         """That this rank would write."""
 
@@ -139,13 +130,16 @@ class RehearsedJob(Job):
         """Process groups and both models, wrapped and with an optimizer."""
         config = self.config
         with self.clock("build"):
+            self._be_deterministic()
             self.ranks = parallel.initialize(config.parallel, seed=config.train.seed)
             self.device = platform.device()
             self.dtype = models.resolve_dtype(config.model.dtype)
             self.inputs = self._inputs()
             self.is_main = self.ranks.is_main
-            self.receivers = self._receivers()
-            self.engines = cast(Any, self.receivers)
+            self._check_options()
+            self._check_steps_ahead()
+            self.hf_folders = {"student": self.inputs.student.path}
+            self.engines = self._start_engines()
             self.rollouts = cast(Any, _Version())
             self._build_models()
             self.checkpoints = Checkpoints(
@@ -181,16 +175,23 @@ class RehearsedJob(Job):
 
     def export(self) -> None:
         """New weights to the engines."""
-        with self.clock("sync"):
-            self.sync_weights(1)
+        original = weights.export_weights
+        counted = Counted(original)
+        setattr(weights, "export_weights", counted)  # noqa: B010
+        try:
+            with self.clock("sync"):
+                self.sync_weights(1)
+        finally:
+            weights.export_weights = original
+        self.engine_bytes = counted.bytes
 
     def save(self, *, wait: bool = False) -> None:
-        """What a checkpoint is made of; nothing is written."""
+        """What the last checkpoint is made of, which any layout can load; nothing is written."""
         with self.clock("checkpoint"):
             state = self.checkpoints.state(
                 self.student,
                 extra={},
-                sharding=self.config.run.checkpoint_sharding,
+                sharding="fully_reshardable",
                 is_loading=False,
             )
             self.checkpoint_bytes = bytes_to_write(state)
@@ -239,12 +240,13 @@ class RehearsedJob(Job):
             max_model_len=made.work.longest,
         )
 
-    def _receivers(self) -> Receivers:
-        rollout, ranks = self.config.rollout, self.ranks
-        block = max(ranks.world_size // rollout.num_engines, 1)
-        separate = rollout.placement == "separate"
-        owners = (0,) if separate else tuple(range(0, ranks.world_size, block))
-        return Receivers(owners, ranks.rank)
+    def _start_engines(self) -> EnginePool | ServerPool:
+        original = job.make_engine
+        setattr(job, "make_engine", lambda *_, **__: self.engine)  # noqa: B010
+        try:
+            return self.start_engines("student")
+        finally:
+            job.make_engine = original
 
     def examples_due(self) -> bool:
         """No examples: their numbers are made up."""

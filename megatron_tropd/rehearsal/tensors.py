@@ -137,6 +137,8 @@ class Device(TorchDispatchMode):
         return self._operate(func, args, kwargs, tensors)
 
     def _factory(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if str(kwargs.get("device")) == "meta":
+            return func(*args, **kwargs)
         if not is_cuda(kwargs.get("device")):
             # C++ takes fake tensors to be on the CPU: what the engine of autograd makes like them
             # belongs on the device. Python says where it wants what.

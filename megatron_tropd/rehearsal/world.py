@@ -4,15 +4,16 @@ What is known of a tensor that this rank gives to an all-gather is known of the 
 rank of a rehearsal does the same.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import FakeWork
+from torch._C._distributed_c10d import FakeProcessGroup, FakeWork
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_map_only
 
 from megatron_tropd.rehearsal.events import Collective, Events
 from megatron_tropd.rehearsal.tensors import Device, known, on_device, set_known
@@ -32,7 +33,14 @@ def join(device: Device, *, rank: int, world_size: int) -> "World":
 
     dist.new_group = fake_group
     torch.distributed.new_group = fake_group
-    dist.init_process_group(backend="fake", store=FakeStore(), rank=rank, world_size=world_size)
+    dist.init_process_group(
+        backend="fake",
+        store=FakeStore(),
+        rank=rank,
+        world_size=world_size,
+        # Who makes a group reads the time-out of this one.
+        pg_options=FakeProcessGroup.Options(),  # type: ignore[call-arg]
+    )
     return world
 
 
@@ -43,10 +51,24 @@ class World:
         """Nobody has sent anything."""
         self._events = events
         self._shapes: dict[int, list[tuple[int, ...]]] = {}
+        self._sayings: dict[type, Callable[[int], Any]] = {}
 
     def expect_shapes(self, sender: int, shapes: Iterable[tuple[int, ...]]) -> None:
         """Tell which shapes a rank will announce, in this order."""
         self._shapes[sender] = list(shapes)
+
+    def let_each_say(self, kind: type, saying: Callable[[int], Any]) -> None:
+        """Tell what each rank says if objects of ``kind`` are gathered, by its global rank."""
+        self._sayings[kind] = saying
+
+    def gathered(self, mine: Any, group: dist.ProcessGroup | None) -> list[Any]:
+        """What every rank of a group says, if this one says ``mine``."""
+        ranks = dist.get_process_group_ranks(group)
+        said = [mine] * len(ranks)
+        for kind, saying in self._sayings.items():
+            by_rank = [partial(_say, saying(rank)) for rank in ranks]
+            said = [tree_map_only(kind, say, one) for say, one in zip(by_rank, said, strict=True)]
+        return said
 
     def answer(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Note a collective; what it returns looks like the real one's."""
@@ -72,11 +94,15 @@ class World:
         """Count one call; ``group`` None: of all ranks."""
         group = group or dist.group.WORLD
         assert group is not None
+        title = group.group_desc if group.group_desc != "undefined" else group.group_name
+        self.count(name, title, group.size(), tensors)
+
+    def count(self, name: str, title: str, ranks: int, tensors: list[Tensor]) -> None:
+        """Count one call of a group that is none of this process' own."""
         size = sum(t.numel() * t.element_size() for t in tensors)
         where = "cuda" if any(on_device(t) for t in tensors) else "cpu"
-        title = group.group_desc if group.group_desc != "undefined" else group.group_name
         self._events.collectives[
-            Collective(self._events.phase, name, title, group.size(), size, where)
+            Collective(self._events.phase, name, title, ranks, size, where)
         ] += 1
 
     def _given(self, name: str, args: tuple) -> list[Tensor]:
@@ -92,19 +118,23 @@ class World:
             set_known(tensor, torch.tensor(shapes.pop(0)))
 
 
+def _say(said: Any, _: Any) -> Any:
+    return said
+
+
 def _replace_objects(world: World) -> None:
-    """Objects travel between hosts: every other rank says what this one says."""
+    """Objects travel between hosts: what each rank says is told before, or what this one says."""
 
     def all_gather_object(objects: list[Any], mine: Any, group: Any = None) -> None:
         world.note("all_gather_object", group, [])
-        objects[:] = [mine] * len(objects)
+        objects[:] = world.gathered(mine, group)
 
     def gather_object(
         mine: Any, objects: Any = None, dst: int = 0, group: Any = None, **_: Any
     ) -> None:
         world.note("gather_object", group, [])
         if objects is not None:
-            objects[:] = [mine] * len(objects)
+            objects[:] = world.gathered(mine, group)
 
     def broadcast_object_list(
         objects: list[Any], src: int = 0, group: Any = None, **_: Any

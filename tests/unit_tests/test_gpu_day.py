@@ -140,7 +140,7 @@ def test_what_no_time_is_left_for_is_said(gpu_day, on_a_gpu, tmp_path):
     parts = _short_parts(gpu_day, tmp_path)[:1]
     assert gpu_day.main(["--out", str(tmp_path / "out"), "--minutes", "0.5"], parts) == 0
     (path,) = (tmp_path / "out").glob("*.json")
-    assert json.loads(path.read_text())["parts"]["good"]["status"] == "not reached"
+    assert json.loads(path.read_text())["parts"]["good"]["status"] == "dropped: too little time"
     assert not (tmp_path / "count").exists()
 
 
@@ -170,6 +170,63 @@ def test_a_dry_run_shows_every_part():
     assert run.returncode == 0, run.stderr
     for name in ("gpu suite", "kernels", "losses", "local layers", "Transformer Engine", "vLLM"):
         assert re.search(f"^(?! ).*{name}", run.stdout, re.MULTILINE), name
+
+
+def _nvidia_smi(folder: Path, monkeypatch, lines: str) -> None:
+    program = folder / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\n{lines}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+
+def test_memory_of_the_part_before_is_waited_for(gpu_day, on_a_gpu, tmp_path, monkeypatch):
+    calls = tmp_path / "calls"
+    count = f"echo x >> {calls}; n=$(wc -l < {calls})"
+    _nvidia_smi(tmp_path, monkeypatch, f"{count}; [ $n = 2 ] && echo 1000 || echo 80000")
+    assert gpu_day.main(["--out", str(tmp_path / "out")], _short_parts(gpu_day, tmp_path)[:1]) == 0
+    (path,) = (tmp_path / "out").glob("*.json")
+    found = json.loads(path.read_text())["parts"]["good"]["memory before"]
+    assert found["free_mib"] == [80000] and found["all is back"] and found["waited"] >= 0.5
+
+
+def test_memory_that_does_not_come_back_is_said(gpu_day, on_a_gpu, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_day, "MEMORY_SECONDS", 0.6)
+    calls = tmp_path / "calls"
+    _nvidia_smi(tmp_path, monkeypatch, f"[ -e {calls} ] && echo 9 || echo 80000; touch {calls}")
+    assert gpu_day.main(["--out", str(tmp_path / "out")], _short_parts(gpu_day, tmp_path)[:1]) == 0
+    (path,) = (tmp_path / "out").glob("*.json")
+    found = json.loads(path.read_text())["parts"]["good"]["memory before"]
+    assert found["free_mib"] == [9] and not found["all is back"]
+
+
+SAVES = """
+import pathlib, signal, subprocess, sys, time
+code = "import time; time.sleep(100)"
+child = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+pathlib.Path(sys.argv[1], "child").write_text(str(child.pid))
+def save(*_):
+    time.sleep(3)
+    pathlib.Path(sys.argv[1], "saved").touch()
+    sys.exit(0)
+signal.signal(signal.SIGTERM, save)
+time.sleep(100)
+"""
+
+
+def test_a_part_may_save_and_leaves_no_process(gpu_day, on_a_gpu, tmp_path):
+    part = gpu_day.Part("saving", (*_python(SAVES), "{out}"), 2, grace=20.0)
+    assert gpu_day.main(["--out", str(tmp_path)], [part]) == 1
+    assert (tmp_path / "saving" / "saved").exists(), "killed while it saved"
+    assert _has_ended(int((tmp_path / "saving" / "child").read_text()))
+
+
+def test_parts_of_tropd_have_the_time_that_it_promises(gpu_day):
+    from megatron_tropd import launch
+
+    assert gpu_day.TROPD_GRACE_SECONDS >= launch.GRACE_SECONDS
+    for part in gpu_day.parts():
+        if "distill" in part.command:
+            assert part.grace == gpu_day.TROPD_GRACE_SECONDS
 
 
 def test_everything_fits_into_half_an_hour(gpu_day):

@@ -313,6 +313,19 @@ def test_sums_in_float32_are_for_gradients_in_less() -> None:
     check(spread, ddp=summed | {"grad_reduce_in_fp32": False})
 
 
+def test_gradients_in_float32_weights_travel_in_nothing_less() -> None:
+    with pytest.raises(ConfigError, match=r"float32: it does nothing"):
+        _check_dtype("float32", {"grad_reduce_in_fp32": False})
+    _check_dtype("float32", {"grad_reduce_in_fp32": True})
+    _check_dtype("bfloat16", {"grad_reduce_in_fp32": False})
+
+
+def _check_dtype(dtype: str, ddp: dict[str, Any]) -> None:
+    asked = config(ddp=ddp)
+    asked = dataclasses.replace(asked, model=dataclasses.replace(asked.model, dtype=dtype))
+    options_check.check_options(asked, student=LLAMA, teacher=LLAMA)
+
+
 def test_gathers_need_buckets() -> None:
     spread = ParallelConfig(data=2, distributed_optimizer=True)
     with pytest.raises(ConfigError, match=r"needs megatron\.ddp\.overlap_grad_reduce = true"):

@@ -1,16 +1,25 @@
 """Every recipe is rehearsed at its full size, and agrees with its plan."""
 
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from megatron_tropd.base.errors import ConfigError, InputError
 from megatron_tropd.config import load_config
+from megatron_tropd.planning import Setup
 from megatron_tropd.rehearsal import Rehearsal, rehearsal_table, rehearse
+from megatron_tropd.rehearsal.record import Count
 from megatron_tropd.rehearsal.report import findings
 
 RECIPES = Path(__file__).resolve().parents[2] / "configs" / "recipes"
+CHANNELS, WRITER = "megatron_tropd/rollout/channels.py", "megatron_tropd/rollout/weight_sync.py"
 NAMES = sorted(path.stem for path in RECIPES.glob("*.toml"))
 
 
@@ -44,6 +53,78 @@ def test_a_recipe_agrees_with_its_plan(name: str, rehearsals: dict[str, Rehearsa
     assert f"rank {rank.rank}" in rehearsal_table(rehearsal)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_new_weights_go_from_gpu_to_gpu(name: str, rehearsals: dict[str, Rehearsal]):
+    """By the trainer's own channel: one buffer after the other, which the host waits for twice."""
+    rehearsal = rehearsals[name]
+    (rank,), made = rehearsal.ranks, rehearsal.setup
+    waits = {(one.line.split(":")[0], one.what): one.count for one in rank.waits if _synced(one)}
+    waits.pop(("megatron_tropd/job.py", "synchronize"))  # of the clock, when the phase is over
+    buffers = (waits.pop((CHANNELS, "synchronize a stream")) - 1) // 2
+    assert waits == {}, "nothing goes through the host"
+    owns = rank.rank % (made.parallel.world_size // made.rollout.num_engines) == 0
+    assert rank.engine_buffers == (buffers if owns else 0)
+    assert rank.engine_bytes == _exported(made)
+    shape = made.student.shape
+    largest = max(2**28, made.element * shape.vocab * shape.hidden)
+    assert rank.engine_bytes / largest <= buffers < 2 * rank.engine_bytes / 2**28 + 2
+    gpus = made.rollout.engine_tensor_parallel
+    meetings = sum(one.count for one in rank.collectives if _synced(one) and one.what == "barrier")
+    assert meetings == (2 * buffers + 2 if gpus > 1 else 0)
+
+
+def test_new_weights_go_through_a_folder_if_asked():
+    config = load_config(
+        RECIPES / "qwen3_1.7b.toml",
+        ["rollout.weight_transport=folder", "rollout.num_engines=1"],
+    )
+    rehearsal = rehearse(config, ranks=[0], micro_batches=1)
+    (rank,) = rehearsal.ranks
+    assert findings(rehearsal) == []
+    of_the_host = [one for one in rank.waits if _synced(one) and one.what == "to the host"]
+    assert {one.line.split(":")[0] for one in of_the_host} == {WRITER}
+    assert sum(one.count for one in of_the_host) == 311, "each tensor, the output layer's too"
+    assert (rank.engine_buffers, rank.engine_bytes) == (0, _exported(rehearsal.setup))
+
+
+def test_stages_of_a_tied_student_agree_with_the_plan():
+    """Its embedding is saved by itself; a stage without receivers gathers only what it sends."""
+    config = load_config(
+        RECIPES / "qwen3_1.7b.toml",
+        [
+            *("parallel.pipeline=3", "parallel.data=2", "parallel.uneven_stages=true"),
+            *("rollout.num_engines=1", "rollout.weight_transport=folder"),
+        ],
+    )
+    rehearsal = rehearse(config, ranks=[0, 2, 4], micro_batches=1)
+    differences = {
+        (rank.stage, phase.name): phase.difference
+        for rank in rehearsal.ranks
+        for phase in rank.phases
+        if phase.name in ("sync", "checkpoint")
+    }
+    assert differences == {key: pytest.approx(0, abs=0.03) for key in differences}
+
+
+def test_copies_of_gradients_are_gone_when_the_engines_wake():
+    """Gradients in bfloat16 become float32 for the update: 4 bytes a parameter that stayed."""
+    config = load_config(
+        RECIPES / "qwen3_1.7b.toml",
+        ["megatron.ddp.grad_reduce_in_fp32=false", "parallel.distributed_optimizer=false"],
+    )
+    assert findings(rehearse(config, ranks=[0], micro_batches=1)) == []
+
+
+def _synced(one: Count) -> bool:
+    return one.phase == "sync"
+
+
+def _exported(made: Setup) -> int:
+    """Bytes of a student as an engine gets it: a tied output layer, too."""
+    shape = made.student.shape
+    return made.element * (made.student.parameters + shape.tied * shape.vocab * shape.hidden)
+
+
 def test_a_rank_that_does_not_exist_is_refused():
     with pytest.raises(ConfigError, match="--rank must be between 0 and 31, found 32"):
         rehearse(load_config(RECIPES / "qwen3_8b.toml"), ranks=[32])
@@ -53,3 +134,65 @@ def test_a_layout_that_does_not_fit_is_refused():
     config = load_config(RECIPES / "qwen3_8b.toml", ["parallel.tensor=16", "parallel.data=1"])
     with pytest.raises((ConfigError, InputError), match="must divide"):
         rehearse(config)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -15)])
+def test_nothing_is_left_of_a_rehearsal_that_is_ended(number: signal.Signals, code: int):
+    """Ctrl-C as a script sends it: to the command alone, which has processes of its own."""
+    command = [sys.executable, "-m", "megatron_tropd.cli"]
+    with subprocess.Popen(
+        [*command, "rehearse", str(RECIPES / "qwen3_8b.toml")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        process_group=0,
+    ) as run:
+        assert _within(60, lambda: len(_of_group(run.pid)) == 3), "two ranks, two processes"
+        run.send_signal(number)
+        assert run.wait(10) == code
+        assert _within(10, lambda: _of_group(run.pid) == set())
+
+
+def _of_group(group: int) -> set[int]:
+    """Processes of a process group that still run."""
+    found = set()
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            state, _, its_group = (folder / "stat").read_text().rsplit(")", 1)[1].split()[:3]
+            if int(its_group) == group and state != "Z":
+                found.add(int(folder.name))
+    return found
+
+
+def _within(seconds: float, happens: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + seconds
+    while not happens():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            [
+                "megatron.model.recompute_granularity=selective",
+                'megatron.model.recompute_modules=["moe"]',
+            ],
+            "this model is dense",
+        ),
+        (["megatron.model.fp8=hybrid"], "needs Transformer Engine"),
+        (
+            [
+                "run.deterministic=true",
+                "rollout.placement=separate",
+                "rollout.weight_transport=direct",
+            ],
+            "run.deterministic on GPUs needs rollout.weight_transport",
+        ),
+    ],
+)
+def test_what_the_trainer_refuses_is_refused(overrides: list[str], message: str):
+    with pytest.raises((ConfigError, InputError), match=message):
+        rehearse(load_config(RECIPES / "qwen3_1.7b.toml", overrides), micro_batches=1)

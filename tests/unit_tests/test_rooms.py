@@ -34,7 +34,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "integrations": {"base", "config", "convert", "data", "losses", "mcore", "rollout"},
     "rehearsal": {
-        *("base", "config", "convert", "data", "distill", "mcore", "planning"),
+        *("base", "config", "convert", "data", "distill", "mcore", "planning", "rollout"),
     },
     "launch": {"base", "config", "distill", "mcore", "rollout"},
     "cli": {

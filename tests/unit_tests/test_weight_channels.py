@@ -6,7 +6,9 @@ them is in test_vllm_on_cuda.py and, with a real engine, in tests/integration/te
 
 import collections
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -237,3 +239,15 @@ def test_on_gpus_a_pool_takes_the_device_and_elsewhere_the_folder(
     assert not capsys.readouterr().out
     assert isinstance(pool._open_channel(gpu, 0, "folder"), channels.FolderChannel)
     assert "shared memory: rollout.weight_transport = folder" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("hides", [True, False])
+def test_the_time_of_the_default_group_or_a_long_one(monkeypatch, hides) -> None:
+    wanted = timedelta(minutes=7)
+    options = SimpleNamespace() if hides else SimpleNamespace(_timeout=wanted)
+    world = SimpleNamespace(
+        _device_types=["cpu"], _get_backend=lambda _: SimpleNamespace(options=options)
+    )
+    default = SimpleNamespace(group=SimpleNamespace(WORLD=world))
+    monkeypatch.setattr(channels, "dist", default)
+    assert channels._timeout() == (timedelta(days=1) if hides else wanted)

@@ -125,7 +125,11 @@ class DeviceChannel:
             # By its members alone: beside a default group that is bound to a device, those who are
             # none would split NCCL's communicator, and wait there for members who do not.
             self._group = dist.new_group(
-                mine, timeout=_timeout(), backend="gloo", use_local_synchronization=True
+                mine,
+                timeout=_timeout(),
+                backend="gloo",
+                use_local_synchronization=True,
+                group_desc="GPUS_OF_AN_ENGINE",
             )
 
     def send(self, tensors: Tensors, engine: RolloutEngine | None) -> None:
@@ -307,11 +311,19 @@ def this_seat(engine: RolloutEngine | None, host: str) -> Seat:
     return Seat(host, device, uuid, engine.gpus, engine.forgets, engine.weight_bytes)
 
 
+_LONGEST_WAIT = timedelta(days=1)
+"""Above every watchdog's, for a torch that does not say how long the default group waits."""
+
+
 def _timeout() -> timedelta:
     """That of the default group, which is above the watchdog's; torch gives new ones its own."""
     world = dist.group.WORLD
     assert world is not None
-    found: timedelta = world._get_backend(world._device_types[0]).options._timeout
+    try:
+        # Torch says it nowhere in public.
+        found: timedelta = world._get_backend(world._device_types[0]).options._timeout
+    except (AttributeError, IndexError, RuntimeError):
+        return _LONGEST_WAIT
     return found
 
 

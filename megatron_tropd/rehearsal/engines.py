@@ -1,0 +1,128 @@
+"""The rollout engines, as far as new weights go: the trainer's own ways to them, nobody at the end.
+
+Pools and channels are the trainer's. What is made up: the places of the other ranks, what opens a
+buffer in another process, the files, and the engine itself, which writes down what it is told.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Self, cast
+
+from torch import Tensor
+
+from megatron_tropd.planning import Setup
+from megatron_tropd.rehearsal.world import World
+from megatron_tropd.rollout import direct, pool, weight_sync
+from megatron_tropd.rollout.weights.channels import Seat
+
+
+class RecordingEngine:
+    """What a channel calls of an engine beside the trainer."""
+
+    forgets = True
+    """Asleep it drops its weights, as every engine on CUDA does."""
+
+    def __init__(self, made: Setup) -> None:
+        """Nothing is received yet."""
+        self.gpus = made.rollout.engine_tensor_parallel
+        self.weight_bytes = made.student.parameters * made.element
+        self.updates = 0
+        """Buffers that it was told to read."""
+
+    def begin_weights(self) -> None:
+        """Buffers follow."""
+
+    def take_weights(self, update: dict[str, Any]) -> None:
+        """Read one buffer."""
+        assert update["ipc_handles"]
+        self.updates += 1
+
+    def finish_weights(self) -> None:
+        """That was the last one."""
+
+    def load_weights(self, folder: Path) -> None:
+        """Read files."""
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class Counted:
+    """An export that counts the bytes which reach this rank."""
+
+    def __init__(self, export: Callable[..., Iterator[tuple[str, Tensor | None]]]) -> None:
+        """``export``: :func:`~megatron_tropd.mcore.weights.export_weights`."""
+        self.bytes = 0
+        self._export = export
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor | None]]:
+        """Go through the tensors."""
+        for name, tensor in self._export(*args, **kwargs):
+            self.bytes += 0 if tensor is None else tensor.nbytes
+            yield name, tensor
+
+
+def believe(made: Setup, world: World, folder: Path) -> None:
+    """Let the trainer find every rank on a GPU of its own, and write no weights.
+
+    Args:
+        made: the run.
+        world: the other ranks.
+        folder: an empty one.
+    """
+    world.let_each_say(Seat, lambda rank: seat(made, rank))
+    setattr(pool, "roomy_root", lambda engines, weight_bytes: folder)  # noqa: B010
+    setattr(weight_sync, "_save", lambda bucket, path: None)  # noqa: B010
+    setattr(direct, "_Broadcast", _broadcasting(made, world))  # noqa: B010
+    setattr(direct, "_BackgroundWrite", _Unwritten)  # noqa: B010
+
+
+def seat(made: Setup, rank: int) -> Seat:
+    """Where a rank sits, if ranks fill one node after the other, as launchers place them."""
+    node, rollout = made.hardware.gpus_per_node, made.rollout
+    block = made.parallel.world_size // rollout.num_engines
+    engine = RecordingEngine(made) if rank % block == 0 else None
+    return Seat(
+        host=f"node {rank // node}",
+        device=rank % node,
+        uuid=f"GPU-{rank}",
+        engine_gpus=engine.gpus if engine else 0,
+        forgets=engine is not None,
+        weight_bytes=engine.weight_bytes if engine else 0,
+    )
+
+
+class _Unwritten(direct._BackgroundWrite):
+    """A version whose buckets are copied to the host; another thread cannot rehearse."""
+
+    def start(self) -> None:
+        """Nothing is written."""
+
+    def wait(self) -> None:
+        """Nobody writes."""
+
+
+def _broadcasting(made: Setup, world: World) -> type:
+    """A broadcast that every server takes part in, with all of its GPUs."""
+    servers = made.rollout.num_engines
+    ranks = 1 + servers * made.rollout.engine_tensor_parallel
+
+    class Broadcast:
+        goes_on, broken = True, False
+
+        def __init__(self, *_: Any) -> None:
+            """Servers are not asked."""
+
+        def __enter__(self) -> Self:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            """Nobody to leave."""
+
+        def send(self, bucket: Any) -> None:
+            world.count("broadcast", "trainer and servers", ranks, [cast(Tensor, bucket.flat)])
+
+        def finish(self) -> set[int]:
+            return set(range(servers))
+
+    return Broadcast
