@@ -1,5 +1,6 @@
 """``tropd serve``: one rollout server of a run, from its config."""
 
+import argparse
 import os
 import signal
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from pathlib import Path
 from megatron_tropd.base import environment, exits
 from megatron_tropd.base.deterministic import set_environment
 from megatron_tropd.base.errors import ConfigError
-from megatron_tropd.config import Config
+from megatron_tropd.config import Config, load_config
 from megatron_tropd.config.run_folder import RunFolder, with_date
 from megatron_tropd.convert.megatron_folder import MegatronFolder
 from megatron_tropd.distill.engines import make_engine
@@ -19,6 +20,25 @@ from megatron_tropd.rollout.engines.keeper import EngineKeeper
 from megatron_tropd.rollout.engines.server import Place, RolloutServer
 from megatron_tropd.rollout.engines.wire import TOKEN_VARIABLE, Model, served_settings
 from megatron_tropd.rollout.weights.weight_sync import WeightVersions
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Give ``parser`` the arguments of ``tropd serve``."""
+    parser.add_argument("config", type=Path, help="TOML file of the run")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument(
+        "--number", type=int, required=True, help="of this server, below rollout.num_engines"
+    )
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on; beyond loopback with a token"
+    )
+    parser.add_argument("--port", type=int, default=0, help="0: any free one")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Serve until the run is complete or a signal comes."""
+    config = load_config(arguments.config, arguments.overrides)
+    return serve(config, number=arguments.number, host=arguments.host, port=arguments.port)
 
 
 def serve(config: Config, *, number: int, host: str, port: int) -> int:
