@@ -2,9 +2,10 @@
 
 import argparse
 import json
+import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,9 +56,12 @@ def run(arguments: argparse.Namespace) -> int:
         return exits.COMPLETE
     # Whoever starts a process hands it on, before CUDA or an engine reads it.
     set_environment(config.run.deterministic)
-    if all(variable(name) for name in ("RANK", "WORLD_SIZE")):
-        return _be_rank(config)
-    return _start_ranks(config, find_nodes())
+    return _be_rank(config) if is_rank() else _start_ranks(config, find_nodes())
+
+
+def is_rank(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether torchrun, or whoever started this process, made it a rank."""
+    return all(variable(name, environment) for name in ("RANK", "WORLD_SIZE"))
 
 
 def _start_ranks(config: Config, nodes: Nodes) -> int:
