@@ -54,6 +54,7 @@ LEAVE_SECONDS = 60.0
 _GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd")
 _BACKLOG = 4096
 """Ranks that may call before rank 0 answers."""
+_OFTEN = "(SIGKILL without a reason in the logs: often the node ran out of memory.)"
 
 
 class Ranks:
@@ -73,9 +74,8 @@ class Ranks:
             )
         self._config, self._nodes, self._local = config, nodes, world // nodes.count
         self.port = 0
-        """Where the ranks meet; known on node 0."""
-        self._store: int | None = None
-        """The descriptor of the listening socket in rank 0."""
+        """Where the ranks meet; known on node 0, whose first rank has the socket."""
+        self._socket = -1
         self.processes: list[subprocess.Popen] = []
         self._orders: list[IO[str]] = []
 
@@ -92,30 +92,26 @@ class Ranks:
         """Start them, if that has not happened: their imports take seconds."""
         if self.processes:
             return
-        nodes = self._nodes
-        with listen(nodes) if nodes.rank == 0 else nullcontext() as listener:
+        with listen(self._nodes) if self._nodes.rank == 0 else nullcontext() as listener:
             if listener is not None:
-                self.port, self._store = listener.getsockname()[1], listener.fileno()
-            for local_rank in range(self._local):
-                self._start(local_rank, listener if local_rank == 0 else None)
+                self.port, self._socket = listener.getsockname()[1], listener.fileno()
+            for number in range(self._local):
+                self._start(number, [self._socket] if number == 0 and listener else [])
         # Only rank 0 holds the socket now: whoever looks for it after its end is refused.
 
-    def _start(self, local_rank: int, listener: socket.socket | None) -> None:
+    def _start(self, local_rank: int, descriptors: Sequence[int]) -> None:
         rank = self._nodes.rank * self._local + local_rank
-        environment = rank_environment(self._local, self._nodes)
-        environment |= {"RANK": str(rank), "LOCAL_RANK": str(local_rank)}
-        run = str(Path(self._config.run.dir).resolve())  # for whoever looks at ``ps``
         threads = _engine_threads(self._config, rank, self._local)
+        run = str(Path(self._config.run.dir).resolve())  # for whoever looks at ``ps``
+        place = {"RANK": str(rank), "LOCAL_RANK": str(local_rank)}
         ours, theirs = socket.socketpair()
         with ours, theirs:
+            command = [sys.executable, "-m", "megatron_tropd.launch.rank"]
             child = subprocess.Popen(
-                [
-                    *(sys.executable, "-m", "megatron_tropd.launch.rank"),
-                    *(str(os.getpid()), str(threads), run),
-                ],
-                env=environment,
+                [*command, str(os.getpid()), str(threads), run],
+                env=rank_environment(self._local, self._nodes) | place,
                 stdin=theirs.fileno(),
-                pass_fds=[listener.fileno()] if listener else [],
+                pass_fds=descriptors,
                 start_new_session=True,
             )
             self.processes.append(child)
@@ -138,8 +134,7 @@ class Ranks:
         if code < 0:
             raise TrainingError(
                 f"The first rank of this node was killed by {signal.Signals(-code).name} before "
-                "the run began. Start the same command again. (SIGKILL without a reason in the "
-                "logs: often the node ran out of memory.)",
+                f"the run began. Start the same command again. {_OFTEN}",
                 kind="killed",
             )
         return code or exits.FAILED
@@ -158,8 +153,8 @@ class Ranks:
         self.start()
         for number in range(self._local):
             environment = {"MASTER_PORT": str(port)}
-            if number == 0 and self._store is not None:
-                environment[STORE_DESCRIPTOR] = str(self._store)
+            if number == self._nodes.rank == 0:
+                environment[STORE_DESCRIPTOR] = str(self._socket)
             with contextlib.suppress(OSError):  # it has ended, which is seen at once
                 self._order(number, run=str(folder.root), environment=environment)
         return supervise(self.processes, folder, peers)
@@ -173,12 +168,11 @@ def listen(nodes: Nodes) -> socket.socket:
 
     A port that was free a moment ago, and is named to others, may be taken when they come.
     """
-    how: dict[str, Any] = {"backlog": _BACKLOG}
     if nodes.count == 1:
-        return socket.create_server((nodes.address, 0), **how)
-    if socket.has_dualstack_ipv6():
-        how |= {"family": socket.AF_INET6, "dualstack_ipv6": True}
-    return socket.create_server(("", 0), **how)
+        return socket.create_server((nodes.address, 0), backlog=_BACKLOG)
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    return socket.create_server(("", 0), family=family, backlog=_BACKLOG, dualstack_ipv6=both)
 
 
 def _engine_threads(config: Config, rank: int, local: int) -> int:
@@ -192,28 +186,27 @@ def _engine_threads(config: Config, rank: int, local: int) -> int:
 
 
 def rank_environment(local: int, nodes: Nodes) -> dict[str, str]:
-    """What all ranks of a node have in common."""
+    """What all ranks of a node have in common; what the user has set stays."""
     threads = max(1, len(os.sched_getaffinity(0)) // local)
-    return os.environ | {
+    ours = {
+        "OMP_NUM_THREADS": str(threads),
+        # Ranks and engines take turns on the same cores: idle threads must not spin on them.
+        "OMP_WAIT_POLICY": "PASSIVE",
+        # Megatron's overlap of communication relies on the order of CUDA launches.
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+    }
+    if not variable("PYTORCH_CUDA_ALLOC_CONF"):  # the older name
+        ours["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # for batches of many lengths
+    return {
+        **os.environ,
+        **{name: variable(name) or value for name, value in ours.items()},
         "WORLD_SIZE": str(local * nodes.count),
         "LOCAL_WORLD_SIZE": str(local),
         "MASTER_ADDR": nodes.address,
         # torch's word for: somebody else has opened the store (rank 0, on the socket it was given).
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RESTART_COUNT": "0",
-        "OMP_NUM_THREADS": variable("OMP_NUM_THREADS") or str(threads),
-        # Ranks and engines take turns on the same cores: idle threads must not spin on them.
-        "OMP_WAIT_POLICY": variable("OMP_WAIT_POLICY") or "PASSIVE",
-        # Megatron's overlap of communication relies on the order of CUDA launches.
-        "CUDA_DEVICE_MAX_CONNECTIONS": variable("CUDA_DEVICE_MAX_CONNECTIONS") or "1",
-        **_allocator(),
     }
-
-
-def _allocator() -> dict[str, str]:
-    """Segments that grow, for micro-batches of many lengths; a user's own setting stays."""
-    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-    return {} if any(map(variable, names)) else {names[0]: "expandable_segments:True"}
 
 
 def kill(ranks: Sequence[subprocess.Popen]) -> None:
@@ -271,12 +264,11 @@ class _Supervisor:
         folder: RunFolder,
     ) -> None:
         self._ranks, self._peers, self._folder = ranks, peers, folder
-        self._received = received
-        self._forwarded = 0
+        self._received, self._forwarded = received, 0
         self._left: dict[int, int] = {}
         self._end: int | None = None
         self._failure = exits.COMPLETE
-        self._killed = 0
+        self._killed: set[int] = set()
         self._deadline = math.inf
 
     def run(self) -> int:
@@ -284,7 +276,7 @@ class _Supervisor:
         while None in [rank.poll() for rank in self._ranks]:
             self._look_at_ranks()
             self._forward_signals()
-            self._listen(0.05)
+            self._listen()
             if self._end is not None or time.monotonic() > self._deadline:
                 break
         self._look_at_ranks()
@@ -292,31 +284,31 @@ class _Supervisor:
         return self._agree()
 
     def _look_at_ranks(self) -> None:
-        codes = [rank.returncode for rank in self._ranks]
-        if self._received and -signal.SIGTERM in codes:
-            # Stopped as asked (by us, or by Slurm, which signals every process of a step), but so
-            # early that it could not say so to the others.
-            self._limit(FAILURE_GRACE_SECONDS)
-            codes = [0 if code == -signal.SIGTERM else code for code in codes]
-        # We have killed nobody yet: whoever ended by another signal did not choose to.
-        killed = sum(code is not None and code < 0 for code in codes)
-        if killed > self._killed:
-            self._killed = killed
-            report_killed(codes, self._folder, self._peers.nodes.rank * len(codes))
-        if failure := exits.worst(exits.RESTART if code < 0 else code for code in codes if code):
-            self._fail(failure)
+        ended = {n: r.returncode for n, r in enumerate(self._ranks) if r.returncode}
+        for number, code in ended.items():
+            if self._received and code == -signal.SIGTERM:
+                # Stopped as asked (by us, or by Slurm, which signals every process of a step), but
+                # so early that it could not say so to the others.
+                self._limit(FAILURE_GRACE_SECONDS)
+                continue
+            # We have killed nobody yet: whoever ended by another signal did not choose to.
+            if code < 0 and number not in self._killed:
+                self._killed.add(number)
+                rank = self._peers.nodes.rank * len(self._ranks) + number
+                _report_killed(rank, signal.Signals(-code), self._folder)
+            self._fail(exits.RESTART if code < 0 else code)
 
-    def _listen(self, seconds: float) -> None:
-        for node, message in self._peers.messages(seconds):
+    def _listen(self) -> None:
+        for node, message in self._peers.messages(0.05):
             if message is None:
                 self._miss(node)
             elif "end" in message:
                 self._end = int(message["end"])
             elif "left" in message:
-                self._left[node] = int(message["left"])
-                if exits.is_failure(self._left[node]):
-                    self._fail(self._left[node])
-                elif exits.is_stop(self._left[node]):
+                self._left[node] = code = int(message["left"])
+                if exits.is_failure(code):
+                    self._fail(code)
+                elif exits.is_stop(code):
                     self._limit(GRACE_SECONDS)
 
     def _miss(self, node: int) -> None:
@@ -337,18 +329,15 @@ class _Supervisor:
         self._deadline = min(self._deadline, time.monotonic() + seconds)
 
     def _forward_signals(self) -> None:
-        if len(self._received) == self._forwarded:
-            return
         # Slurm sends SIGTERM to this process, and srun passes on its own: that is one request.
         new = set(self._received[self._forwarded :]) - set(self._received[: self._forwarded])
         self._forwarded = len(self._received)
         if self._received.count(signal.SIGINT) > 1:
             self._deadline = 0.0
-        if not new:
-            return
-        for rank in self._ranks:
-            rank.terminate()
-        if new != {exits.TIME_LIMIT_SIGNAL}:
+        if new:
+            for rank in self._ranks:
+                rank.terminate()
+        if new - {exits.TIME_LIMIT_SIGNAL}:
             self._limit(GRACE_SECONDS)
 
     def _own_code(self) -> int:
@@ -362,43 +351,25 @@ class _Supervisor:
             self._peers.end(self._own_code())
             signals = len(self._received)
             while self._end is None and 0 not in self._left and len(self._received) == signals:
-                self._listen(0.05)
+                self._listen()
             return self._own_code() if self._end is None else self._end
         if exits.is_failure(self._own_code()):
             # Their ranks may wait for ours: nobody has to wait for the wait to time out.
             self._peers.send({"end": self._own_code()})
         while len(self._left) < nodes.count - 1 and time.monotonic() < deadline:
-            self._listen(0.05)
+            self._listen()
         missing = [exits.RESTART] * (nodes.count - 1 - len(self._left))
         return exits.worst([self._own_code(), *self._left.values(), *missing])
 
 
-def report_killed(codes: Sequence[int | None], folder: RunFolder, first_rank: int = 0) -> None:
-    """Write down which rank a signal ended: it could not do so itself.
-
-    Args:
-        codes: of this node's ranks; None: still running.
-        folder: of the run.
-        first_rank: of this node.
-    """
-    beats = read_beats(folder.heartbeats, range(first_rank, first_rank + len(codes)))
-    for rank, code in enumerate(codes, first_rank):
-        if code is None or code >= 0:
-            continue
-        beat = beats.get(rank)
-        where = f" in {beat.phase!r} of step {beat.step}" if beat else ""
-        message = (
-            f"Rank {rank} was killed by signal {-code} ({signal.Signals(-code).name}){where}. "
-            "Start the same command again to resume. (SIGKILL without a reason in the logs: often "
-            "the node ran out of memory.)"
-        )
-        report(
-            folder.failure,
-            Failure(
-                kind="killed",
-                message=message,
-                rank=rank,
-                step=beat.step if beat else None,
-                phase=beat.phase if beat else None,
-            ),
-        )
+def _report_killed(rank: int, by: signal.Signals, folder: RunFolder) -> None:
+    """Write down which rank a signal ended: it could not do so itself."""
+    beat = read_beats(folder.heartbeats, [rank]).get(rank)
+    step, phase = (beat.step, beat.phase) if beat else (None, None)
+    where = f" in {phase!r} of step {step}" if beat else ""
+    message = (
+        f"Rank {rank} was killed by signal {by.value} ({by.name}){where}. Start the same command "
+        f"again to resume. {_OFTEN}"
+    )
+    failure = Failure(kind="killed", message=message, rank=rank, step=step, phase=phase)
+    report(folder.failure, failure)

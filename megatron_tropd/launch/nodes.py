@@ -14,11 +14,12 @@ import contextlib
 import hmac
 import json
 import os
-import selectors
 import socket
+import struct
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
 from typing import Any, Self
 
 from megatron_tropd.base.environment import number, variable
@@ -109,16 +110,6 @@ def find_nodes(environment: Mapping[str, str] = os.environ) -> Nodes:
     return Nodes(rank, count, address, port)
 
 
-@dataclass(eq=False)
-class _Link:
-    """A connection to another launcher, or to somebody who has not said yet who it is."""
-
-    socket: socket.socket
-    node: int | None = None
-    unread: bytes = b""
-    """The beginning of a message."""
-
-
 class Peers:
     """The other launchers. A context manager; with one node there are none and nothing happens.
 
@@ -134,11 +125,12 @@ class Peers:
         """
         self.nodes = nodes
         self._token = os.environ.get("TROPD_SERVER_TOKEN", "")
-        self._selector = selectors.DefaultSelector()
         self._inbox: list[tuple[int, Message | None]] = []
-        self._links: dict[int, _Link] = {}
+        self._links: dict[Connection, int | None] = {}
+        """Whose they are; None: of somebody who has not said yet who it is."""
         self._names = {0: nodes.address}
         """Hosts of the nodes that have ever come."""
+        self._servers: list[socket.socket] = []
         if nodes.count > 1:
             (self._connect if nodes.rank else self._listen)()
 
@@ -198,21 +190,23 @@ class Peers:
     def let_node_0_end(self) -> None:
         """Any other node: wait until node 0 hangs up. A bad exit code makes srun kill all tasks."""
         deadline = time.monotonic() + LAST_SECONDS
-        while 0 in self._links and self.nodes.rank and time.monotonic() < deadline:
+        while 0 in self._links.values() and time.monotonic() < deadline:
             self._listen_for(0.5)
 
     def send(self, message: Message) -> None:
         """Say something to node 0, or as node 0 to everybody; whoever is gone misses it."""
-        for link in self._links.values():
-            with contextlib.suppress(OSError):
-                link.socket.sendall(json.dumps(message).encode() + b"\n")
+        for link, node in self._links.items():
+            if node is not None:
+                with contextlib.suppress(OSError):
+                    link.send_bytes(json.dumps(message).encode())
 
     def close(self) -> None:
         """Hang up; harmless twice."""
-        for key in list((self._selector.get_map() or {}).values()):
-            self._selector.unregister(key.fileobj)
-            key.fileobj.close()  # type: ignore[union-attr]
-        self._links.clear()
+        for link in self._links:
+            link.close()
+        for server in self._servers:
+            server.close()
+        self._links, self._servers = {}, []
 
     def _listen(self) -> None:
         try:
@@ -220,15 +214,14 @@ class Peers:
             server = socket.create_server(("", self.nodes.port), backlog=self.nodes.count)
         except OSError as error:
             raise NodeLost(f"Cannot listen on MASTER_PORT {self.nodes.port}: {error}.") from None
-        self._selector.register(server, selectors.EVENT_READ)
+        self._servers.append(server)
 
     def _connect(self) -> None:
         deadline = time.monotonic() + MEET_SECONDS
         place = (self.nodes.address, self.nodes.port)
-        while True:
+        while not self._links:
             try:
-                connection = socket.create_connection(place, timeout=10.0)
-                break
+                self._links[_lasting(socket.create_connection(place, timeout=10.0))] = 0
             except OSError as error:
                 if time.monotonic() > deadline:
                     raise NodeLost(
@@ -236,55 +229,43 @@ class Peers:
                         f"(MASTER_ADDR, MASTER_PORT) for {MEET_SECONDS:.0f} s: {error}."
                     ) from None
                 time.sleep(0.2)
-        self._links[0] = self._link(connection, node=0)
         self.send({"node": self.nodes.rank, "host": socket.gethostname(), "token": self._token})
 
-    def _link(self, connection: socket.socket, node: int | None = None) -> _Link:
-        """Wait for messages without limit, but notice when the other machine is not there."""
-        connection.settimeout(None)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for option, value in _KEEPALIVE.items():
-            connection.setsockopt(socket.IPPROTO_TCP, option, value)
-        link = _Link(connection, node)
-        self._selector.register(connection, selectors.EVENT_READ, link)
-        return link
-
     def _listen_for(self, seconds: float) -> None:
-        for key, _ in self._selector.select(seconds):
-            if key.data is None:
+        for ready in wait([*self._servers, *self._links], seconds):
+            if isinstance(ready, socket.socket):
                 with contextlib.suppress(OSError):  # it has hung up already
-                    self._link(key.fileobj.accept()[0])  # type: ignore[union-attr]
-            elif not self._read(key.data):
-                self._drop(key.data)
+                    self._links[_lasting(ready.accept()[0])] = None
+            elif isinstance(ready, Connection) and not self._read(ready):
+                ready.close()
+                if (node := self._links.pop(ready)) is not None:
+                    self._inbox.append((node, None))
 
-    def _read(self, link: _Link) -> bool:
-        """Take what has come; false: the connection broke, talks nonsense, or is a stranger's."""
+    def _read(self, link: Connection) -> bool:
+        """Take a message; false: the connection broke, talks nonsense, or is a stranger's."""
         try:
-            data = link.socket.recv(_LONGEST_MESSAGE)
-            *lines, link.unread = (link.unread + data).split(b"\n")
-            messages = [dict(json.loads(line)) for line in lines]
-        except (OSError, ValueError, TypeError):
+            message = dict(json.loads(link.recv_bytes(_LONGEST_MESSAGE)))
+        except (EOFError, OSError, ValueError, TypeError):
             return False
-        for message in messages:
-            if link.node is not None:
-                self._inbox.append((link.node, message))
-            elif not self._welcome(link, message):
-                return False
-        return bool(data) and len(link.unread) < _LONGEST_MESSAGE
-
-    def _welcome(self, link: _Link, hello: Message) -> bool:
-        """Let a launcher in; anybody else (port scanners exist) is hung up on."""
-        node: Any = hello.get("node")
-        token = str(hello.get("token"))
-        trusted = hmac.compare_digest(token.encode(), self._token.encode())
-        if not trusted or node not in range(1, self.nodes.count) or node in self._names:
+        if (node := self._links[link]) is not None:
+            self._inbox.append((node, message))
+            return True
+        # Let a launcher in; anybody else (port scanners exist) is hung up on.
+        new: Any = message.get("node")
+        token = str(message.get("token")).encode()
+        trusted = hmac.compare_digest(token, self._token.encode())
+        if not trusted or new not in range(1, self.nodes.count) or new in self._names:
             return False
-        link.node, self._links[node], self._names[node] = node, link, str(hello.get("host"))
+        self._links[link], self._names[new] = new, str(message.get("host"))
         return True
 
-    def _drop(self, link: _Link) -> None:
-        self._selector.unregister(link.socket)
-        link.socket.close()
-        if link.node is not None:
-            del self._links[link.node]
-            self._inbox.append((link.node, None))
+
+def _lasting(connection: socket.socket) -> Connection:
+    """Wait for messages without limit, but notice when the other machine is not there."""
+    connection.settimeout(None)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    # The rest of a message that has begun does not take long.
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 10, 0))
+    for option, value in _KEEPALIVE.items():
+        connection.setsockopt(socket.IPPROTO_TCP, option, value)
+    return Connection(connection.detach())

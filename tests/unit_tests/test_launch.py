@@ -88,14 +88,22 @@ class ShellRanks:
         return launch.supervise(self._start(*self._texts), folder, peers)
 
 
-def _signal(tmp_path: Path, *numbers: int) -> threading.Thread:
-    """Send them to this process once two ranks are ready; then there is a file ``sent``."""
+def _signal(
+    tmp_path: Path, *numbers: int, first: Callable[[], object] = lambda: None
+) -> threading.Thread:
+    """Send them to this process once it and two ranks listen; then there is a file ``sent``."""
+    before = signal.getsignal(signal.SIGUSR1)
+
+    def listening() -> bool:
+        ready = all((tmp_path / f"ready_{rank}").exists() for rank in range(2))
+        return ready and signal.getsignal(signal.SIGUSR1) != before
 
     def send() -> None:
         deadline = time.monotonic() + PATIENCE
-        while not all((tmp_path / f"ready_{rank}").exists() for rank in range(2)):
+        while not listening():
             assert time.monotonic() < deadline
             time.sleep(0.01)
+        first()
         for number in numbers:
             os.kill(os.getpid(), number)
             time.sleep(0.15)
@@ -178,16 +186,11 @@ def _config(folder: RunFolder, ranks: int) -> Config:
 def test_ranks_that_lose_each_other_when_stopped_leave_no_failure(start, folder, tmp_path):
     """A job that found one would requeue a run that somebody has stopped."""
 
-    def lose_and_stop() -> None:
-        deadline = time.monotonic() + PATIENCE
-        while not (tmp_path / "ready_1").exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        report(folder.failure, Failure(kind="lost_peer", message="Connection closed by peer"))
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    thread = threading.Thread(target=lose_and_stop)
-    thread.start()
+    thread = _signal(
+        tmp_path,
+        signal.SIGTERM,
+        first=lambda: report(folder.failure, Failure(kind="lost_peer", message="Broken pipe")),
+    )
     ranks = ShellRanks(start, *2 * ["touch $READY; exec sleep 600"])
     with Peers(Nodes()) as peers:
         assert _train(_config(folder, 2), ranks, peers) == 143
