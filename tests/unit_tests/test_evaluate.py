@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from megatron_tropd.base.errors import ConfigError, InputError
-from megatron_tropd.cli import evaluate as command
+from megatron_tropd.cli import measure as command
 from megatron_tropd.cli.main import main
 from megatron_tropd.cli.measure import Overrides, evaluate
 from megatron_tropd.config import Config, config_from_dict, config_to_dict
