@@ -6,6 +6,7 @@ the inputs of a run, which it answers with a line or ends, and to train.
 """
 
 import atexit
+import contextlib
 import ctypes
 import json
 import os
@@ -157,7 +158,7 @@ def main() -> NoReturn:
             order = _next_order(orders)
     os.environ.update(order["environment"])
     folder = RunFolder(Path(order["run"]))
-    with log_file(folder, number("RANK")).open("ab") as log:
+    with contextlib.suppress(OSError), log_file(folder, number("RANK")).open("ab") as log:
         log.write(printed)
     code = run_rank(folder)
     # A stop that was asked for is no failure: the launcher knows the signal.
