@@ -209,12 +209,13 @@ def rank_environment(local: int, nodes: Nodes) -> dict[str, str]:
     }
 
 
-def kill(ranks: Sequence[subprocess.Popen]) -> None:
-    """Kill processes and wait for them."""
+def kill(ranks: list[subprocess.Popen]) -> None:
+    """Kill processes, wait for them and forget them: their numbers may be others' soon."""
     for rank in ranks:
         kill_session(rank.pid)  # its engine goes with it
     for rank in ranks:
         rank.wait()
+    ranks.clear()
 
 
 def kill_session(leader: int) -> None:
@@ -229,11 +230,11 @@ def kill_session(leader: int) -> None:
         os.killpg(leader, signal.SIGKILL)
 
 
-def supervise(ranks: Sequence[subprocess.Popen], folder: RunFolder, peers: Peers) -> int:
+def supervise(ranks: list[subprocess.Popen], folder: RunFolder, peers: Peers) -> int:
     """Wait for the ranks of this node, then for the other nodes; pass signals on meanwhile.
 
     Args:
-        ranks: each leads a session.
+        ranks: each leads a session; empty on return, all have ended.
         folder: of the run.
         peers: the launchers of the other nodes.
 
@@ -258,7 +259,7 @@ class _Supervisor:
 
     def __init__(
         self,
-        ranks: Sequence[subprocess.Popen],
+        ranks: list[subprocess.Popen],
         received: list[int],
         peers: Peers,
         folder: RunFolder,

@@ -130,6 +130,18 @@ def test_the_code_is_that_of_the_cause(run, ranks, code):
     assert time.monotonic() - before < PATIENCE
 
 
+def test_nobody_is_killed_twice(start, folder, monkeypatch):
+    """The number of a process that was waited for may be another's by then."""
+    killed, kill = [], os.killpg
+    monkeypatch.setattr(os, "killpg", lambda *target: killed.append(target) or kill(*target))
+    ranks = start("exit 0", "sleep 600", "exit 75")
+    numbers = {(rank.pid, signal.SIGKILL) for rank in ranks}
+    with Peers(Nodes()) as peers:
+        assert launch.supervise(ranks, folder, peers) == 75
+    assert set(killed) == numbers and len(killed) == 3
+    assert not ranks
+
+
 def test_the_worst_code_is_that_of_all(run, monkeypatch):
     monkeypatch.setattr(launch, "FAILURE_GRACE_SECONDS", PATIENCE)
     assert run("exit 75", "exit 1") == 1
