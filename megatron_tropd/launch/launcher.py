@@ -157,7 +157,7 @@ class Ranks:
                 environment[STORE_DESCRIPTOR] = str(self._socket)
             with contextlib.suppress(OSError):  # it has ended, which is seen at once
                 self._order(number, run=str(folder.root), environment=environment)
-        return supervise(self.processes, folder, peers)
+        return Supervisor(self.processes, folder, peers).run()
 
     def _order(self, number: int, **order: Any) -> None:
         print(json.dumps(order), file=self._orders[number], flush=True)
@@ -230,42 +230,20 @@ def kill_session(leader: int) -> None:
         os.killpg(leader, signal.SIGKILL)
 
 
-def supervise(ranks: list[subprocess.Popen], folder: RunFolder, peers: Peers) -> int:
-    """Wait for the ranks of this node, then for the other nodes; pass signals on meanwhile.
-
-    Args:
-        ranks: each leads a session; empty on return, all have ended.
-        folder: of the run.
-        peers: the launchers of the other nodes.
-
-    Returns:
-        The exit code of the run, on which all nodes agree unless one is gone.
-    """
-    received: list[int] = []
-    previous = {
-        stop: signal.signal(stop, lambda number, _: received.append(number))
-        for stop in exits.STOP_SIGNALS
-    }
-    try:
-        return _Supervisor(ranks, received, peers, folder).run()
-    finally:
-        kill(ranks)
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-class _Supervisor:
+class Supervisor:
     """Waits for this node's ranks; listens to signals and to the other nodes meanwhile."""
 
-    def __init__(
-        self,
-        ranks: list[subprocess.Popen],
-        received: list[int],
-        peers: Peers,
-        folder: RunFolder,
-    ) -> None:
-        self._ranks, self._peers, self._folder = ranks, peers, folder
-        self._received, self._forwarded = received, 0
+    def __init__(self, ranks: list[subprocess.Popen], folder: RunFolder, peers: Peers) -> None:
+        """Nothing is watched yet.
+
+        Args:
+            ranks: each leads a session; emptied when all have ended.
+            folder: of the run.
+            peers: the launchers of the other nodes.
+        """
+        self._ranks, self._folder, self._peers = ranks, folder, peers
+        self._received: list[int] = []
+        self._forwarded = 0
         self._left: dict[int, int] = {}
         self._end: int | None = None
         self._failure = exits.COMPLETE
@@ -273,16 +251,30 @@ class _Supervisor:
         self._deadline = math.inf
 
     def run(self) -> int:
-        # All of them, each time: a death that nobody asks for is not noticed.
-        while None in [rank.poll() for rank in self._ranks]:
+        """Wait for the ranks, then for the other nodes.
+
+        Returns:
+            The exit code of the run, on which all nodes agree unless one is gone.
+        """
+        old = {s: signal.signal(s, self._receive) for s in exits.STOP_SIGNALS}
+        try:
+            # All of them, each time: a death that nobody asks for is not noticed.
+            while None in [rank.poll() for rank in self._ranks]:
+                self._look_at_ranks()
+                self._forward_signals()
+                self._listen()
+                if self._end is not None or time.monotonic() > self._deadline:
+                    break
             self._look_at_ranks()
-            self._forward_signals()
-            self._listen()
-            if self._end is not None or time.monotonic() > self._deadline:
-                break
-        self._look_at_ranks()
-        kill(self._ranks)
-        return self._agree()
+            kill(self._ranks)
+            return self._agree()
+        finally:
+            kill(self._ranks)
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+    def _receive(self, number: int, _: object) -> None:
+        self._received.append(number)
 
     def _look_at_ranks(self) -> None:
         ended = {n: r.returncode for n, r in enumerate(self._ranks) if r.returncode}

@@ -26,7 +26,7 @@ from megatron_tropd.config import (
 )
 from megatron_tropd.config.run_folder import RunFolder
 from megatron_tropd.launch import launcher as launch
-from megatron_tropd.launch.launcher import Ranks
+from megatron_tropd.launch.launcher import Ranks, Supervisor
 from megatron_tropd.launch.nodes import Nodes, Peers
 from tests.ranks import free_port
 
@@ -68,7 +68,7 @@ def run(folder, start):
 
     def make(*texts: str) -> int:
         with Peers(Nodes()) as peers:
-            return launch.supervise(start(*texts), folder, peers)
+            return Supervisor(start(*texts), folder, peers).run()
 
     return make
 
@@ -85,7 +85,7 @@ class ShellRanks:
         """They start when they run."""
 
     def run(self, folder: RunFolder, peers: Peers, port: int) -> int:
-        return launch.supervise(self._start(*self._texts), folder, peers)
+        return Supervisor(self._start(*self._texts), folder, peers).run()
 
 
 def _signal(
@@ -137,7 +137,7 @@ def test_nobody_is_killed_twice(start, folder, monkeypatch):
     ranks = start("exit 0", "sleep 600", "exit 75")
     numbers = {(rank.pid, signal.SIGKILL) for rank in ranks}
     with Peers(Nodes()) as peers:
-        assert launch.supervise(ranks, folder, peers) == 75
+        assert Supervisor(ranks, folder, peers).run() == 75
     assert set(killed) == numbers and len(killed) == 3
     assert not ranks
 
@@ -222,7 +222,7 @@ def test_the_end_of_node_0_is_the_end_of_all(start, folder):
             speak = (lambda first=first, last=last: first.send(last)) if last else first.close
             timer = threading.Timer(0.5, speak)
             timer.start()
-            assert launch.supervise(start(HEEDS, HEEDS), folder, second) == code
+            assert Supervisor(start(HEEDS, HEEDS), folder, second).run() == code
             timer.join()
     failure = read(folder.failure)
     assert failure is not None and "Lost node 0" in failure.message
@@ -264,7 +264,7 @@ def test_rank_0_alone_is_given_the_socket(count, folder, monkeypatch):
         return child(["true"], **options)
 
     monkeypatch.setattr(subprocess, "Popen", start)
-    monkeypatch.setattr(launch, "supervise", lambda *_: 0)
+    monkeypatch.setattr(Supervisor, "run", lambda _: 0)
     monkeypatch.setattr(Ranks, "_order", lambda _, number, **order: orders.append(order))
     config, port = _config(folder, 2 * count), 0
     for node in range(count):
@@ -306,7 +306,7 @@ def test_a_failing_node_0_tells_the_others_at_once(start, folder):
     before = time.monotonic()
     with Peers(Nodes(0, 2, "127.0.0.1", port)) as peers:
         peers.gather()
-        assert launch.supervise(start("exit 75"), folder, peers) == 75
+        assert Supervisor(start("exit 75"), folder, peers).run() == 75
     thread.join()
     assert heard[0] - before < launch.LEAVE_SECONDS / 2
 
