@@ -16,7 +16,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megatron_tropd.base.errors import ConfigError
-from megatron_tropd.cli.main import exit_code
+from megatron_tropd.base.failures import exit_code
 from megatron_tropd.config import Config, GuidanceConfig, RolloutConfig
 from megatron_tropd.config.run_defaults import parse_with_run
 from megatron_tropd.config.run_folder import RunFolder

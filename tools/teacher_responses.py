@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron_tropd.cli.main import exit_code
+from megatron_tropd.base.failures import exit_code
 from megatron_tropd.config.run_defaults import parse_with_run
 from megatron_tropd.data.arguments import add_prompt_options, read_prompts
 from megatron_tropd.data.samples import Sampling

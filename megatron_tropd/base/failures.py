@@ -8,7 +8,10 @@ import contextlib
 import errno
 import json
 import os
+import signal
 import socket
+import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -154,3 +157,23 @@ def kind_of(error: BaseException) -> str:
         if not again and any(word in text for word in words):
             return kind
     return "lost_peer" if type(error).__name__ in _TYPES else "bug"
+
+
+def exit_code(action: Callable[[], object]) -> int:
+    """Do something; its exit code, if it returns one. Errors that have names become messages."""
+    try:
+        code = action()
+        return code if isinstance(code, int) else exits.COMPLETE
+    except (ConfigError, InputError) as error:
+        print(f"tropd: {error}", file=sys.stderr)
+        return exits.CONFIG
+    except TrainingError as error:
+        print(f"tropd: {error}", file=sys.stderr)
+        return KINDS[error.kind]
+    except OSError as error:
+        if kind_of(error) != "disk":
+            raise
+        print(f"tropd: {error}. Make room or mend the file system.", file=sys.stderr)
+        return KINDS["disk"]
+    except KeyboardInterrupt:
+        return exits.stopped_by(signal.SIGINT)

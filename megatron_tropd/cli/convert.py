@@ -20,6 +20,18 @@ DEFAULT_PROMPTS = ("The capital of France is", "def fibonacci(n):", "Once upon a
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Give ``parser`` the arguments of ``tropd convert``."""
+    directions = parser.add_subparsers(required=True, metavar="DIRECTION")
+    add_to_megatron(directions.add_parser("to-megatron", help="HF folder to Megatron checkpoint"))
+    add_to_hf(directions.add_parser("to-hf", help="Megatron checkpoint to HF folder"))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Convert in the direction that was asked for."""
+    return arguments.convert(arguments)
+
+
 def add_to_megatron(parser: argparse.ArgumentParser) -> None:
     """Arguments of HF -> Megatron."""
     parser.add_argument("--hf", type=Path, required=True, help="HF folder to read")
@@ -46,7 +58,7 @@ def add_to_megatron(parser: argparse.ArgumentParser) -> None:
         help="read pytorch_model.bin where there are no safetensors (tensors only, no code runs)",
     )
     _add_common(parser)
-    parser.set_defaults(command=_guarded(to_megatron))
+    parser.set_defaults(convert=_guarded(to_megatron))
 
 
 def add_to_hf(parser: argparse.ArgumentParser) -> None:
@@ -68,7 +80,7 @@ def add_to_hf(parser: argparse.ArgumentParser) -> None:
         "--max-shard-size", type=_size, default=5 * 10**9, help="of a weight file (default 5GB)"
     )
     _add_common(parser)
-    parser.set_defaults(command=_guarded(to_hf))
+    parser.set_defaults(convert=_guarded(to_hf))
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
@@ -90,7 +102,7 @@ def main_to_megatron(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Convert an HF folder to a Megatron checkpoint.")
     add_to_megatron(parser)
     arguments = parser.parse_args(argv)
-    return arguments.command(arguments)
+    return run(arguments)
 
 
 def main_to_hf(argv: Sequence[str] | None = None) -> int:
@@ -98,7 +110,7 @@ def main_to_hf(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Convert a Megatron checkpoint to an HF folder.")
     add_to_hf(parser)
     arguments = parser.parse_args(argv)
-    return arguments.command(arguments)
+    return run(arguments)
 
 
 def to_megatron(arguments: argparse.Namespace) -> int:

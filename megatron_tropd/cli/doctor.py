@@ -4,6 +4,7 @@ Each check looks at one thing and says what to do about it. Megatron-Core and vL
 processes of their own: a broken one must not take the doctor down.
 """
 
+import argparse
 import importlib.metadata
 import importlib.util
 import os
@@ -12,7 +13,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -68,11 +68,17 @@ class Check:
     """What to do about it, if anything."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Give ``parser`` the arguments of ``tropd doctor``."""
+    parser.add_argument("config", type=Path, nargs="?", help="TOML file: are its options good here")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+
+
+def run(arguments: argparse.Namespace) -> int:
     """Print every check and what would be used.
 
     Args:
-        argv: nothing, or a TOML file and ``section.key=value`` overrides.
+        arguments: of the command.
 
     Returns:
         0 if the main job can run here, 1 if not.
@@ -80,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         ConfigError: the file is no config.
     """
-    config = load_config(argv[0], argv[1:]) if argv else None
+    config = load_config(arguments.config, arguments.overrides) if arguments.config else None
     failed = 0
     for check in run_checks(config):
         failed += check.status is Status.FAIL

@@ -14,7 +14,7 @@ from megatron_tropd.cluster.site import load_site
 from megatron_tropd.config import load_config
 
 
-def add_slurm(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Give ``parser`` the arguments of ``tropd slurm``."""
     parser.add_argument("config", type=Path, help="TOML file of the run")
     parser.add_argument(
@@ -33,10 +33,10 @@ def add_slurm(parser: argparse.ArgumentParser) -> None:
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--dry-run", action="store_true", help="print the job file, write nothing")
     action.add_argument("--submit", action="store_true", help="write the job file and submit it")
-    parser.set_defaults(command=_slurm)
 
 
-def _slurm(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> int:
+    """Write the job file, print or submit it."""
     config = load_config(arguments.config, arguments.overrides)
     site = load_site(arguments.site)
     layout = make_layout(config, site)
@@ -47,12 +47,12 @@ def _slurm(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         print(text, end="")
         return 0
-    run = Path(config.run.dir).resolve()
-    job = run / "job.sbatch"
+    folder = Path(config.run.dir).resolve()
+    job = folder / "job.sbatch"
     if arguments.submit:
         _check_queue(job)
     try:
-        (run / "logs").mkdir(parents=True, exist_ok=True)  # Slurm opens its log there
+        (folder / "logs").mkdir(parents=True, exist_ok=True)  # Slurm opens its log there
         copy.write_text(settings)
         job.write_text(text)
     except OSError as error:

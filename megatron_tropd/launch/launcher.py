@@ -1,11 +1,27 @@
 """Start this node's share of the ranks and never leave one behind.
 
-Under torchrun (``RANK`` and ``WORLD_SIZE`` set) nothing is started: the calling process is a rank
-already. Otherwise each rank is a child in a session of its own, so that Ctrl-C reaches only this
-process, which passes it on as SIGTERM: the ranks finish their step, save and leave. A run on
-several nodes has one launcher on each (``nodes.py``); they end together, with one exit code.
+Each rank is a child in a session of its own, so that Ctrl-C reaches only this process, which passes
+it on as SIGTERM: the ranks finish their step, save and leave. A run on several nodes has one
+launcher on each (``nodes.py``); they end together, with one exit code.
+
+Why not torch's elastic agent (``torch.distributed.run``): tried with torch 2.13, files below
+``torch/distributed/elastic`` (tests/integration/test_two_nodes.py shows 1 and 2)
+
+1. An agent tells no other of a failure: ``_invoke_run`` stops its own ranks and returns
+   (agent/server/api.py:953). A rank of another node that waits in a collective waits on, its agent
+   with it, as it does when an agent was killed: keep-alives matter only to the next rendezvous.
+2. Killed by SIGKILL it leaves its ranks running (subprocess_handler.py:66 asks for no death
+   signal), and whatever the code of a rank, its own is 1.
+3. All other ranks have 30 s after the first failure, a constant (multiprocessing/api.py:649, :990),
+   of which a rank that stands still takes all.
+4. One time limit serves all signals, and a second signal, which Slurm sends, raises out of the wait
+   for ranks that save (multiprocessing/api.py:86).
+
+To start processes and to poll them, which remains, is less than its launcher would have to undo.
 """
 
+import contextlib
+import json
 import math
 import os
 import signal
@@ -13,17 +29,17 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Self
 
 from megatron_tropd.base import exits
 from megatron_tropd.base.environment import STORE_DESCRIPTOR, variable
-from megatron_tropd.base.errors import ConfigError
+from megatron_tropd.base.errors import ConfigError, TrainingError
 from megatron_tropd.base.failures import Failure, report
-from megatron_tropd.config import Config
-from megatron_tropd.config.run_folder import RunFolder, wait_until_open
-from megatron_tropd.launch.first_rank import FirstRank, Rank, kill_session
+from megatron_tropd.config import Config, config_to_dict
+from megatron_tropd.config.run_folder import RunFolder
 from megatron_tropd.launch.nodes import Nodes, Peers
 from megatron_tropd.launch.watchdog import read_beats
 from megatron_tropd.rollout.engines.process import engine_threads
@@ -33,29 +49,118 @@ GRACE_SECONDS = 300.0
 (SIGUSR1) the job itself is the limit."""
 FAILURE_GRACE_SECONDS = 5.0
 """Between the death of one rank and SIGKILL for the others, which wait for it in a collective."""
+LEAVE_SECONDS = 60.0
+"""How long node 0, its own ranks gone, waits for the other nodes to say the same."""
 _GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd")
 _BACKLOG = 4096
 """Ranks that may call before rank 0 answers."""
-LEAVE_SECONDS = 60.0
-"""How long node 0, its own ranks gone, waits for the other nodes to say the same."""
+_OFTEN = "(SIGKILL without a reason in the logs: often the node ran out of memory.)"
 
 
-def is_rank(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether torchrun or our own launcher already made this process a rank."""
-    return all(variable(name, environment) for name in ("RANK", "WORLD_SIZE"))
+class Ranks:
+    """This node's ranks. A context manager: whoever still runs at its end is killed."""
 
+    def __init__(self, config: Config, nodes: Nodes) -> None:
+        """Nothing is started yet.
 
-def start_first(config: Config, nodes: Nodes) -> FirstRank:
-    """Start this node's first rank, which prepares while the launcher does."""
-    local = max(1, config.parallel.world_size // nodes.count)
-    threads = _engine_threads(config, local, nodes)
-    run = str(Path(config.run.dir).resolve())
-    return FirstRank(
-        _environment(local, nodes),
-        engine_threads=threads,
-        shown=run,
-        listener=listen(nodes) if nodes.rank == 0 else None,
-    )
+        Raises:
+            ConfigError: the nodes cannot share the ranks equally.
+        """
+        world = config.parallel.world_size
+        if world % nodes.count:
+            raise ConfigError(
+                f"{world} ranks (tensor x pipeline x data) cannot be shared equally by "
+                f"{nodes.count} nodes. Change parallel.* or the number of nodes."
+            )
+        self._config, self._nodes, self._local = config, nodes, world // nodes.count
+        self.port = 0
+        """Where the ranks meet; known on node 0, whose first rank has the socket."""
+        self._socket = -1
+        self.processes: list[subprocess.Popen] = []
+        self._orders: list[IO[str]] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        kill(self.processes)
+        for orders in self._orders:
+            with contextlib.suppress(OSError):
+                orders.close()
+
+    def start(self) -> None:
+        """Start them, if that has not happened: their imports take seconds."""
+        if self.processes:
+            return
+        with listen(self._nodes) if self._nodes.rank == 0 else nullcontext() as listener:
+            if listener is not None:
+                self.port, self._socket = listener.getsockname()[1], listener.fileno()
+            for number in range(self._local):
+                self._start(number, [self._socket] if number == 0 and listener else [])
+        # Only rank 0 holds the socket now: whoever looks for it after its end is refused.
+
+    def _start(self, local_rank: int, descriptors: Sequence[int]) -> None:
+        rank = self._nodes.rank * self._local + local_rank
+        threads = _engine_threads(self._config, rank, self._local)
+        run = str(Path(self._config.run.dir).resolve())  # for whoever looks at ``ps``
+        place = {"RANK": str(rank), "LOCAL_RANK": str(local_rank)}
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            command = [sys.executable, "-m", "megatron_tropd.launch.rank"]
+            child = subprocess.Popen(
+                [*command, str(os.getpid()), str(threads), run],
+                env=rank_environment(self._local, self._nodes) | place,
+                stdin=theirs.fileno(),
+                pass_fds=descriptors,
+                start_new_session=True,
+            )
+            self.processes.append(child)
+            self._orders.append(ours.makefile("rw"))
+
+    def check(self, config: Config) -> int:
+        """Have the inputs of ``config`` read by the first rank; what is wrong with them it prints.
+
+        Returns:
+            0, or its exit code.
+
+        Raises:
+            TrainingError: it was killed.
+        """
+        with contextlib.suppress(OSError):
+            self._order(0, check=config_to_dict(config))
+            if self._orders[0].readline():
+                return exits.COMPLETE
+        code = self.processes[0].wait()
+        if code < 0:
+            raise TrainingError(
+                f"The first rank of this node was killed by {signal.Signals(-code).name} before "
+                f"the run began. Start the same command again. {_OFTEN}",
+                kind="killed",
+            )
+        return code or exits.FAILED
+
+    def run(self, folder: RunFolder, peers: Peers, port: int) -> int:
+        """Let them train, and wait for them and for the other nodes.
+
+        Args:
+            folder: an opened run folder; the ranks read its ``config.json`` and log below it.
+            peers: the launchers of the other nodes.
+            port: where the ranks meet.
+
+        Returns:
+            The exit code to pass on (``exits.py``).
+        """
+        self.start()
+        for number in range(self._local):
+            environment = {"MASTER_PORT": str(port)}
+            if number == self._nodes.rank == 0:
+                environment[STORE_DESCRIPTOR] = str(self._socket)
+            with contextlib.suppress(OSError):  # it has ended, which is seen at once
+                self._order(number, run=str(folder.root), environment=environment)
+        return Supervisor(self.processes, folder, peers).run()
+
+    def _order(self, number: int, **order: Any) -> None:
+        print(json.dumps(order), file=self._orders[number], flush=True)
 
 
 def listen(nodes: Nodes) -> socket.socket:
@@ -63,227 +168,140 @@ def listen(nodes: Nodes) -> socket.socket:
 
     A port that was free a moment ago, and is named to others, may be taken when they come.
     """
-    how: dict[str, Any] = {"backlog": _BACKLOG}
     if nodes.count == 1:
-        return socket.create_server((nodes.address, 0), **how)
-    if socket.has_dualstack_ipv6():
-        how |= {"family": socket.AF_INET6, "dualstack_ipv6": True}
-    return socket.create_server(("", 0), **how)
+        return socket.create_server((nodes.address, 0), backlog=_BACKLOG)
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    return socket.create_server(("", 0), family=family, backlog=_BACKLOG, dualstack_ipv6=both)
 
 
-def _engine_threads(config: Config, local: int, nodes: Nodes) -> int:
-    """Threads of the engine that this node's first rank can start at once; 0: none."""
+def _engine_threads(config: Config, rank: int, local: int) -> int:
+    """Threads of the engine whose process a rank can start before all else; 0: it owns none."""
     rollout, world = config.rollout, config.parallel.world_size
     # With a GPU the engine's devices are known only when the rank has its own.
     gpu = any(Path(device).exists() for device in _GPU_DEVICES)
-    if gpu or rollout.placement == "separate":
+    if gpu or rollout.placement == "separate" or rank % (world // rollout.num_engines):
         return 0
-    owns = nodes.rank * local % (world // rollout.num_engines) == 0
-    return engine_threads(rollout.num_engines, local, world) if owns else 0
+    return engine_threads(rollout.num_engines, local, world)
 
 
-def lead(world_size: int, folder: RunFolder, peers: Peers, first: FirstRank | None = None) -> int:
-    """Run the ranks of a run, those of node 0 here, and wait for all of them.
-
-    Args:
-        world_size: number of processes on all nodes.
-        folder: an opened run folder; the ranks read its ``config.json`` and log below it.
-        peers: the launchers of the other nodes.
-        first: from :func:`start_first`; None: every rank imports for itself.
-
-    Returns:
-        The exit code to pass on (``exits.py``).
-
-    Raises:
-        ConfigError: the nodes cannot share the ranks equally.
-        NodeLost: a node did not come.
-    """
-    local = ranks_per_node(world_size, peers.nodes)
-    peers.gather()
-    with (first and first.listener) or listen(peers.nodes) as listener:
-        peers.send({"start": listener.getsockname()[1]})
-        return _run(local, folder, peers, listener, first)
-
-
-def follow(config: Config, peers: Peers, first: FirstRank | None = None) -> int:
-    """What the launcher of any other node does: run its share once node 0 has opened the folder.
-
-    Returns:
-        The exit code that node 0 has decided on.
-
-    Raises:
-        ConfigError: the run folder is not to be seen here, or the ranks cannot be shared.
-        NodeLost: node 0 is gone.
-    """
-    message = peers.receive()
-    if "start" not in message:
-        return int(message["end"])
-    folder = wait_until_open(config)
-    local = ranks_per_node(config.parallel.world_size, peers.nodes)
-    return _run(local, folder, peers, message["start"], first)
-
-
-def ranks_per_node(world_size: int, nodes: Nodes) -> int:
-    """How many ranks each node has.
-
-    Raises:
-        ConfigError: the nodes cannot share the ranks equally.
-    """
-    if world_size % nodes.count:
-        raise ConfigError(
-            f"{world_size} ranks (tensor x pipeline x data) cannot be shared equally by "
-            f"{nodes.count} nodes. Change parallel.* or the number of nodes."
-        )
-    return world_size // nodes.count
-
-
-def _run(
-    local: int,
-    folder: RunFolder,
-    peers: Peers,
-    meeting: socket.socket | int,
-    first: FirstRank | None,
-) -> int:
-    """``meeting``: where the ranks meet, on node 0 the socket, else its port."""
-    if first is not None:
-        first.wait_ready()  # while a signal still ends us at once
-    received: list[int] = []
-    previous = {
-        s: signal.signal(s, lambda number, _: received.append(number)) for s in exits.STOP_SIGNALS
-    }
-    ranks = _start(local, folder, peers.nodes, meeting, first)
-    if isinstance(meeting, socket.socket):
-        meeting.close()  # only rank 0 holds it now: whoever looks for it after its end is refused
-    try:
-        return _Supervisor(ranks, received, peers, folder).run()
-    finally:
-        _kill(ranks)
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def _start(
-    local: int,
-    folder: RunFolder,
-    nodes: Nodes,
-    meeting: socket.socket | int,
-    first: FirstRank | None,
-) -> list[Rank]:
-    port = meeting if isinstance(meeting, int) else meeting.getsockname()[1]
-    places = [
-        {
-            "RANK": str(nodes.rank * local + local_rank),
-            "LOCAL_RANK": str(local_rank),
-            "MASTER_PORT": str(port),
-        }
-        for local_rank in range(local)
-    ]
-    descriptors = []
-    if isinstance(meeting, socket.socket):
-        descriptors = [meeting.fileno()]
-        places[0][STORE_DESCRIPTOR] = str(meeting.fileno())
-    ranks: list[Rank] = first.run(folder, places) if first else []
-    command = [
-        sys.executable,
-        "-m",
-        "megatron_tropd.launch.rank",
-        str(folder.root),
-        str(os.getpid()),
-    ]
-    shared = _environment(local, nodes)
-    for place in places[len(ranks) :]:
-        passed = descriptors if STORE_DESCRIPTOR in place else []
-        ranks.append(
-            subprocess.Popen(command, env=shared | place, pass_fds=passed, start_new_session=True)
-        )
-    return ranks
-
-
-def _environment(local: int, nodes: Nodes) -> dict[str, str]:
-    """What all ranks of a node have in common."""
+def rank_environment(local: int, nodes: Nodes) -> dict[str, str]:
+    """What all ranks of a node have in common; what the user has set stays."""
     threads = max(1, len(os.sched_getaffinity(0)) // local)
-    return os.environ | {
+    ours = {
+        "OMP_NUM_THREADS": str(threads),
+        # Ranks and engines take turns on the same cores: idle threads must not spin on them.
+        "OMP_WAIT_POLICY": "PASSIVE",
+        # Megatron's overlap of communication relies on the order of CUDA launches.
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+    }
+    if not variable("PYTORCH_CUDA_ALLOC_CONF"):  # the older name
+        ours["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # for batches of many lengths
+    return {
+        **os.environ,
+        **{name: variable(name) or value for name, value in ours.items()},
         "WORLD_SIZE": str(local * nodes.count),
         "LOCAL_WORLD_SIZE": str(local),
         "MASTER_ADDR": nodes.address,
         # torch's word for: somebody else has opened the store (rank 0, on the socket it was given).
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RESTART_COUNT": "0",
-        "OMP_NUM_THREADS": variable("OMP_NUM_THREADS") or str(threads),
-        # Ranks and engines take turns on the same cores: idle threads must not spin on them.
-        "OMP_WAIT_POLICY": variable("OMP_WAIT_POLICY") or "PASSIVE",
-        # Megatron's overlap of communication relies on the order of CUDA launches.
-        "CUDA_DEVICE_MAX_CONNECTIONS": variable("CUDA_DEVICE_MAX_CONNECTIONS") or "1",
-        **_allocator(),
     }
 
 
-def _allocator() -> dict[str, str]:
-    """Segments that grow, for micro-batches of many lengths; a user's own setting stays."""
-    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-    return {} if any(map(variable, names)) else {names[0]: "expandable_segments:True"}
+def kill(ranks: list[subprocess.Popen]) -> None:
+    """Kill processes, wait for them and forget them: their numbers may be others' soon."""
+    for rank in ranks:
+        kill_session(rank.pid)  # its engine goes with it
+    for rank in ranks:
+        rank.wait()
+    ranks.clear()
 
 
-class _Supervisor:
+def kill_session(leader: int) -> None:
+    """Kill the process that leads a session, and what it started in it; harmless if it is gone.
+
+    Args:
+        leader: its process id. To the system 1 would mean every process, 0 the caller's own group.
+    """
+    if leader <= 1:
+        raise ValueError(f"Expected the process id of a child, found {leader}; nothing was killed.")
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(leader, signal.SIGKILL)
+
+
+class Supervisor:
     """Waits for this node's ranks; listens to signals and to the other nodes meanwhile."""
 
-    def __init__(
-        self,
-        ranks: Sequence[Rank],
-        received: list[int],
-        peers: Peers,
-        folder: RunFolder,
-    ) -> None:
-        self._ranks = ranks
-        self._folder = folder
-        self._received = received
+    def __init__(self, ranks: list[subprocess.Popen], folder: RunFolder, peers: Peers) -> None:
+        """Nothing is watched yet.
+
+        Args:
+            ranks: each leads a session; emptied when all have ended.
+            folder: of the run.
+            peers: the launchers of the other nodes.
+        """
+        self._ranks, self._folder, self._peers = ranks, folder, peers
+        self._received: list[int] = []
         self._forwarded = 0
-        self._peers = peers
         self._left: dict[int, int] = {}
         self._end: int | None = None
         self._failure = exits.COMPLETE
-        self._killed = 0
+        self._killed: set[int] = set()
         self._deadline = math.inf
 
     def run(self) -> int:
-        # All of them, each time: a death that nobody asks for is not noticed.
-        while None in [rank.poll() for rank in self._ranks]:
+        """Wait for the ranks, then for the other nodes.
+
+        Returns:
+            The exit code of the run, on which all nodes agree unless one is gone.
+        """
+        old = {s: signal.signal(s, self._receive) for s in exits.STOP_SIGNALS}
+        try:
+            # All of them, each time: a death that nobody asks for is not noticed.
+            while None in [rank.poll() for rank in self._ranks]:
+                self._look_at_ranks()
+                self._forward_signals()
+                self._listen()
+                if self._end is not None or time.monotonic() > self._deadline:
+                    break
             self._look_at_ranks()
-            self._listen()
-            self._forward_signals()
-            if self._end is not None or time.monotonic() > self._deadline:
-                break
-            time.sleep(0.05)
-        self._look_at_ranks()
-        _kill(self._ranks)
-        return self._agree()
+            kill(self._ranks)
+            return self._agree()
+        finally:
+            kill(self._ranks)
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+    def _receive(self, number: int, _: object) -> None:
+        self._received.append(number)
 
     def _look_at_ranks(self) -> None:
-        codes = [rank.returncode for rank in self._ranks]
-        if self._received and -signal.SIGTERM in codes:
-            # Stopped as asked (by us, or by Slurm, which signals every process of a step), but so
-            # early that it could not say so to the others.
-            self._limit(FAILURE_GRACE_SECONDS)
-            codes = [0 if code == -signal.SIGTERM else code for code in codes]
-        # We have killed nobody yet: whoever ended by another signal did not choose to.
-        killed = sum(code is not None and code < 0 for code in codes)
-        if killed > self._killed:
-            self._killed = killed
-            report_killed(codes, self._folder, self._peers.nodes.rank * len(codes))
-        if failure := exits.worst(exits.RESTART if code < 0 else code for code in codes if code):
-            self._fail(failure)
+        ended = {n: r.returncode for n, r in enumerate(self._ranks) if r.returncode}
+        for number, code in ended.items():
+            if self._received and code == -signal.SIGTERM:
+                # Stopped as asked (by us, or by Slurm, which signals every process of a step), but
+                # so early that it could not say so to the others.
+                self._limit(FAILURE_GRACE_SECONDS)
+                continue
+            # We have killed nobody yet: whoever ended by another signal did not choose to.
+            if code < 0 and number not in self._killed:
+                self._killed.add(number)
+                rank = self._peers.nodes.rank * len(self._ranks) + number
+                _report_killed(rank, signal.Signals(-code), self._folder)
+            self._fail(exits.RESTART if code < 0 else code)
 
     def _listen(self) -> None:
-        for node, message in self._peers.messages():
+        for node, message in self._peers.messages(0.05):
             if message is None:
                 self._miss(node)
             elif "end" in message:
                 self._end = int(message["end"])
             elif "left" in message:
-                self._left[node] = int(message["left"])
-                if exits.is_failure(self._left[node]):
-                    self._fail(self._left[node])
-                elif exits.is_stop(self._left[node]):
+                self._left[node] = code = int(message["left"])
+                if exits.is_failure(code):
+                    self._fail(code)
+                elif exits.is_stop(code):
                     self._limit(GRACE_SECONDS)
 
     def _miss(self, node: int) -> None:
@@ -304,18 +322,15 @@ class _Supervisor:
         self._deadline = min(self._deadline, time.monotonic() + seconds)
 
     def _forward_signals(self) -> None:
-        if len(self._received) == self._forwarded:
-            return
         # Slurm sends SIGTERM to this process, and srun passes on its own: that is one request.
         new = set(self._received[self._forwarded :]) - set(self._received[: self._forwarded])
         self._forwarded = len(self._received)
         if self._received.count(signal.SIGINT) > 1:
             self._deadline = 0.0
-        if not new:
-            return
-        for rank in self._ranks:
-            rank.terminate()
-        if new != {exits.TIME_LIMIT_SIGNAL}:
+        if new:
+            for rank in self._ranks:
+                rank.terminate()
+        if new - {exits.TIME_LIMIT_SIGNAL}:
             self._limit(GRACE_SECONDS)
 
     def _own_code(self) -> int:
@@ -327,56 +342,27 @@ class _Supervisor:
         nodes, deadline = self._peers.nodes, time.monotonic() + LEAVE_SECONDS
         if nodes.rank:
             self._peers.end(self._own_code())
-            while self._end is None and 0 not in self._left and not self._signalled_again():
+            signals = len(self._received)
+            while self._end is None and 0 not in self._left and len(self._received) == signals:
                 self._listen()
-                time.sleep(0.05)
             return self._own_code() if self._end is None else self._end
         if exits.is_failure(self._own_code()):
             # Their ranks may wait for ours: nobody has to wait for the wait to time out.
             self._peers.send({"end": self._own_code()})
         while len(self._left) < nodes.count - 1 and time.monotonic() < deadline:
             self._listen()
-            time.sleep(0.05)
         missing = [exits.RESTART] * (nodes.count - 1 - len(self._left))
         return exits.worst([self._own_code(), *self._left.values(), *missing])
 
-    def _signalled_again(self) -> bool:
-        return len(self._received) > self._forwarded
 
-
-def report_killed(codes: Sequence[int | None], folder: RunFolder, first_rank: int = 0) -> None:
-    """Write down which rank a signal ended: it could not do so itself.
-
-    Args:
-        codes: of this node's ranks; None: still running.
-        folder: of the run.
-        first_rank: of this node.
-    """
-    beats = read_beats(folder.heartbeats, range(first_rank, first_rank + len(codes)))
-    for rank, code in enumerate(codes, first_rank):
-        if code is None or code >= 0:
-            continue
-        beat = beats.get(rank)
-        where = f" in {beat.phase!r} of step {beat.step}" if beat else ""
-        message = (
-            f"Rank {rank} was killed by signal {-code} ({signal.Signals(-code).name}){where}. "
-            "Start the same command again to resume. (SIGKILL without a reason in the logs: often "
-            "the node ran out of memory.)"
-        )
-        report(
-            folder.failure,
-            Failure(
-                kind="killed",
-                message=message,
-                rank=rank,
-                step=beat.step if beat else None,
-                phase=beat.phase if beat else None,
-            ),
-        )
-
-
-def _kill(ranks: Sequence[Rank]) -> None:
-    for rank in ranks:
-        kill_session(rank.pid)  # its engine goes with it
-    for rank in ranks:
-        rank.wait()
+def _report_killed(rank: int, by: signal.Signals, folder: RunFolder) -> None:
+    """Write down which rank a signal ended: it could not do so itself."""
+    beat = read_beats(folder.heartbeats, [rank]).get(rank)
+    step, phase = (beat.step, beat.phase) if beat else (None, None)
+    where = f" in {phase!r} of step {step}" if beat else ""
+    message = (
+        f"Rank {rank} was killed by signal {by.value} ({by.name}){where}. Start the same command "
+        f"again to resume. {_OFTEN}"
+    )
+    failure = Failure(kind="killed", message=message, rank=rank, step=step, phase=phase)
+    report(folder.failure, failure)

@@ -4,18 +4,22 @@ The launcher of node 0 listens at ``MASTER_ADDR:MASTER_PORT`` and the others kee
 it for as long as they live. Over it go three messages: *start* (node 0 has opened the run folder),
 *left* (the ranks of a node have ended), *end* (everybody returns this exit code). A connection that
 breaks before its *left* or *end* is a dead node.
+
+Connections of our own, for torch's rendezvous tells no launcher of another's death (launcher.py).
+Nor could its store: a call to a store whose machine has vanished returns after a quarter of an
+hour, and holds up signals meanwhile.
 """
 
 import contextlib
 import hmac
 import json
 import os
-import queue
 import socket
-import threading
+import struct
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
 from typing import Any, Self
 
 from megatron_tropd.base.environment import number, variable
@@ -27,8 +31,13 @@ SILENT_SECONDS = 30
 """After this long without an answer from its machine, a node counts as dead."""
 LAST_SECONDS = 90.0
 """How long the other launchers wait for node 0, which says why the run ended, to end first."""
-_HELLO_SECONDS = 10.0
 _LONGEST_MESSAGE = 65536
+_KEEPALIVE = {
+    socket.TCP_KEEPIDLE: SILENT_SECONDS // 3,
+    socket.TCP_KEEPINTVL: SILENT_SECONDS // 6,
+    socket.TCP_KEEPCNT: 4,
+    socket.TCP_USER_TIMEOUT: 1000 * SILENT_SECONDS,
+}
 
 Message = dict[str, Any]
 
@@ -63,14 +72,21 @@ def find_nodes(environment: Mapping[str, str] = os.environ) -> Nodes:
         ConfigError: half of this is set, srun started several tasks on a node, or nobody says where
             node 0 is.
     """
+
+    def given(name: str, advice: str) -> int:
+        return number(name, environment=environment, advice=advice)
+
     if any(variable(name, environment) for name in ("TROPD_NODES", "TROPD_NODE_RANK")):
-        count = _given("TROPD_NODES", environment)
-        rank = _given("TROPD_NODE_RANK", environment)
+        advice = "Set TROPD_NODES (how many) and TROPD_NODE_RANK (from 0) on each node, or neither."
+        count, rank = given("TROPD_NODES", advice), given("TROPD_NODE_RANK", advice)
     elif variable("SLURM_STEP_ID", environment):
-        count = _of_step("SLURM_STEP_NUM_NODES", environment)
-        rank = _of_step("SLURM_NODEID", environment)
-        tasks = _of_step("SLURM_STEP_NUM_TASKS", environment)
-        if tasks != count:
+        advice = (
+            "srun sets it beside SLURM_STEP_ID. If Slurm did not start this command, or something "
+            "emptied it on the way: unset SLURM_STEP_ID (then this machine is alone), or set "
+            "TROPD_NODES and TROPD_NODE_RANK."
+        )
+        count, rank = given("SLURM_STEP_NUM_NODES", advice), given("SLURM_NODEID", advice)
+        if (tasks := given("SLURM_STEP_NUM_TASKS", advice)) != count:
             raise ConfigError(
                 f"srun started {tasks} tasks on {count} nodes, expected one on each: "
                 "`tropd distill` starts the ranks of its node itself. Give --ntasks-per-node=1."
@@ -88,24 +104,10 @@ def find_nodes(environment: Mapping[str, str] = os.environ) -> Nodes:
             "MASTER_ADDR and MASTER_PORT before srun, or let `tropd slurm` write the job."
         )
     advice = "Set MASTER_PORT before srun to a port that is free on the first node."
-    port = number("MASTER_PORT", environment=environment, advice=advice)
+    port = given("MASTER_PORT", advice)
     if not 0 < port < 65536:
         raise ConfigError(f"MASTER_PORT must be 1 to 65535, found {port}. {advice}")
     return Nodes(rank, count, address, port)
-
-
-def _given(name: str, environment: Mapping[str, str]) -> int:
-    advice = "Set TROPD_NODES (how many) and TROPD_NODE_RANK (from 0) on each node, or neither."
-    return number(name, environment=environment, advice=advice)
-
-
-def _of_step(name: str, environment: Mapping[str, str]) -> int:
-    advice = (
-        "srun sets it beside SLURM_STEP_ID. If Slurm did not start this command, or something "
-        "emptied it on the way: unset SLURM_STEP_ID (then this machine is alone), or set "
-        "TROPD_NODES and TROPD_NODE_RANK."
-    )
-    return number(name, environment=environment, advice=advice)
 
 
 class Peers:
@@ -123,17 +125,14 @@ class Peers:
         """
         self.nodes = nodes
         self._token = os.environ.get("TROPD_SERVER_TOKEN", "")
-        self._inbox: queue.Queue[tuple[int, Message | None]] = queue.Queue()
-        self._sockets: dict[int, socket.socket] = {}
-        self._names: dict[int, str] = {0: nodes.address}
-        self._hung_up = threading.Event()
-        self._lock = threading.Lock()
-        self._server: socket.socket | None = None
+        self._inbox: list[tuple[int, Message | None]] = []
+        self._links: dict[Connection, int | None] = {}
+        """Whose they are; None: of somebody who has not said yet who it is."""
+        self._names = {0: nodes.address}
+        """Hosts of the nodes that have ever come."""
+        self._servers: list[socket.socket] = []
         if nodes.count > 1:
-            if nodes.rank == 0:
-                self._listen()
-            else:
-                self._connect()
+            (self._connect if nodes.rank else self._listen)()
 
     def __enter__(self) -> Self:
         return self
@@ -146,19 +145,19 @@ class Peers:
         return f"node {node} ({self._names.get(node, 'unknown host')})"
 
     def gather(self, seconds: float = MEET_SECONDS) -> None:
-        """Node 0: wait until every other launcher is connected.
+        """Node 0: wait until every other launcher has come.
 
         Raises:
-            NodeLost: one did not come in time.
+            NodeLost: one did not in time.
         """
         deadline = time.monotonic() + seconds
-        while absent := [n for n in range(1, self.nodes.count) if n not in self._sockets]:
+        while absent := [n for n in range(1, self.nodes.count) if n not in self._names]:
             if time.monotonic() > deadline:
                 raise NodeLost(
                     f"The launchers of nodes {absent} did not come within {seconds:.0f} s to "
                     f"{self.nodes.address}:{self.nodes.port} (MASTER_ADDR, MASTER_PORT)."
                 )
-            time.sleep(0.05)
+            self._listen_for(0.05)
 
     def receive(self) -> Message:
         """The next message, for which a node waits as long as its sender lives.
@@ -166,16 +165,17 @@ class Peers:
         Raises:
             NodeLost: the sender is gone.
         """
-        node, message = self._inbox.get()
+        while not self._inbox:
+            self._listen_for(1.0)
+        node, message = self._inbox.pop(0)
         if message is None:
             raise NodeLost(f"The launcher of {self.name(node)} died.")
         return message
 
-    def messages(self) -> list[tuple[int, Message | None]]:
-        """What came since the last call: (node, message), None where a node is gone."""
-        found = []
-        while not self._inbox.empty():
-            found.append(self._inbox.get())
+    def messages(self, seconds: float = 0.0) -> list[tuple[int, Message | None]]:
+        """Wait a moment for messages; all that came: (node, message), None if the node is gone."""
+        self._listen_for(seconds)
+        found, self._inbox = self._inbox, []
         return found
 
     def end(self, code: int) -> None:
@@ -189,72 +189,39 @@ class Peers:
 
     def let_node_0_end(self) -> None:
         """Any other node: wait until node 0 hangs up. A bad exit code makes srun kill all tasks."""
-        if self.nodes.rank:
-            self._hung_up.wait(LAST_SECONDS)
+        deadline = time.monotonic() + LAST_SECONDS
+        while 0 in self._links.values() and time.monotonic() < deadline:
+            self._listen_for(0.5)
 
     def send(self, message: Message) -> None:
         """Say something to node 0, or as node 0 to everybody; whoever is gone misses it."""
-        data = json.dumps(message).encode() + b"\n"
-        with self._lock:
-            for connection in self._sockets.values():
-                try:
-                    connection.sendall(data)
-                except OSError:
-                    continue
+        for link, node in self._links.items():
+            if node is not None:
+                with contextlib.suppress(OSError):
+                    link.send_bytes(json.dumps(message).encode())
 
     def close(self) -> None:
         """Hang up; harmless twice."""
-        with self._lock:
-            for connection in (*self._sockets.values(), self._server):
-                if connection is not None:
-                    # Its reading thread holds the socket too: close() alone would say nothing.
-                    with contextlib.suppress(OSError):
-                        connection.shutdown(socket.SHUT_RDWR)
-                    connection.close()
+        for link in self._links:
+            link.close()
+        for server in self._servers:
+            server.close()
+        self._links, self._servers = {}, []
 
     def _listen(self) -> None:
         try:
             # All interfaces: the name of a node may mean another one here than elsewhere.
-            self._server = socket.create_server(("", self.nodes.port), backlog=self.nodes.count)
+            server = socket.create_server(("", self.nodes.port), backlog=self.nodes.count)
         except OSError as error:
             raise NodeLost(f"Cannot listen on MASTER_PORT {self.nodes.port}: {error}.") from None
-        threading.Thread(target=self._accept, args=(self._server,), daemon=True).start()
-
-    def _accept(self, server: socket.socket) -> None:
-        while True:
-            try:
-                connection, _ = server.accept()
-            except OSError:  # closed
-                return
-            threading.Thread(target=self._welcome, args=(connection,), daemon=True).start()
-
-    def _welcome(self, connection: socket.socket) -> None:
-        """Let a launcher in; anybody else (port scanners exist) is hung up on."""
-        connection.settimeout(_HELLO_SECONDS)
-        file = connection.makefile("rb")
-        hello = _read(file) or {}
-        node, token = hello.get("node"), str(hello.get("token"))
-        trusted = hmac.compare_digest(token.encode(), self._token.encode())
-        with self._lock:
-            if (
-                not trusted
-                or not isinstance(node, int)
-                or not 0 < node < self.nodes.count
-                or node in self._sockets
-            ):
-                connection.close()
-                return
-            self._names[node] = str(hello.get("host"))
-            self._sockets[node] = _lasting(connection)
-        self._listen_to(node, file)
+        self._servers.append(server)
 
     def _connect(self) -> None:
         deadline = time.monotonic() + MEET_SECONDS
         place = (self.nodes.address, self.nodes.port)
-        while True:
+        while not self._links:
             try:
-                connection = socket.create_connection(place, timeout=_HELLO_SECONDS)
-                break
+                self._links[_lasting(socket.create_connection(place, timeout=10.0))] = 0
             except OSError as error:
                 if time.monotonic() > deadline:
                     raise NodeLost(
@@ -262,38 +229,43 @@ class Peers:
                         f"(MASTER_ADDR, MASTER_PORT) for {MEET_SECONDS:.0f} s: {error}."
                     ) from None
                 time.sleep(0.2)
-        self._sockets[0] = _lasting(connection)
         self.send({"node": self.nodes.rank, "host": socket.gethostname(), "token": self._token})
-        threading.Thread(
-            target=self._listen_to, args=(0, connection.makefile("rb")), daemon=True
-        ).start()
 
-    def _listen_to(self, node: int, file: Any) -> None:
-        while (message := _read(file)) is not None:
-            self._inbox.put((node, message))
-        self._hung_up.set()
-        self._inbox.put((node, None))
+    def _listen_for(self, seconds: float) -> None:
+        for ready in wait([*self._servers, *self._links], seconds):
+            if isinstance(ready, socket.socket):
+                with contextlib.suppress(OSError):  # it has hung up already
+                    self._links[_lasting(ready.accept()[0])] = None
+            elif isinstance(ready, Connection) and not self._read(ready):
+                ready.close()
+                if (node := self._links.pop(ready)) is not None:
+                    self._inbox.append((node, None))
+
+    def _read(self, link: Connection) -> bool:
+        """Take a message; false: the connection broke, talks nonsense, or is a stranger's."""
+        try:
+            message = dict(json.loads(link.recv_bytes(_LONGEST_MESSAGE)))
+        except (EOFError, OSError, ValueError, TypeError):
+            return False
+        if (node := self._links[link]) is not None:
+            self._inbox.append((node, message))
+            return True
+        # Let a launcher in; anybody else (port scanners exist) is hung up on.
+        new: Any = message.get("node")
+        token = str(message.get("token")).encode()
+        trusted = hmac.compare_digest(token, self._token.encode())
+        if not trusted or new not in range(1, self.nodes.count) or new in self._names:
+            return False
+        self._links[link], self._names[new] = new, str(message.get("host"))
+        return True
 
 
-def _read(file: Any) -> Message | None:
-    """The next message; None if the connection broke or talks nonsense."""
-    try:
-        message = json.loads(file.readline(_LONGEST_MESSAGE))
-    except (OSError, ValueError):
-        return None
-    return message if isinstance(message, dict) else None
-
-
-def _lasting(connection: socket.socket) -> socket.socket:
-    """Wait for messages without limit, but notice when the other machine is no longer there."""
+def _lasting(connection: socket.socket) -> Connection:
+    """Wait for messages without limit, but notice when the other machine is not there."""
     connection.settimeout(None)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in {
-        "TCP_KEEPIDLE": SILENT_SECONDS // 3,
-        "TCP_KEEPINTVL": SILENT_SECONDS // 6,
-        "TCP_KEEPCNT": 4,
-        "TCP_USER_TIMEOUT": 1000 * SILENT_SECONDS,
-    }.items():
-        if hasattr(socket, option):
-            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
-    return connection
+    # The rest of a message that has begun does not take long.
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 10, 0))
+    for option, value in _KEEPALIVE.items():
+        connection.setsockopt(socket.IPPROTO_TCP, option, value)
+    return Connection(connection.detach())

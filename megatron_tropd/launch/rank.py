@@ -1,22 +1,43 @@
-"""One rank: output goes to a log, a failure to the file the launcher reads, signals wait."""
+"""One rank: output goes to a log, a failure to the file the launcher reads, signals wait.
+
+A rank that our launcher starts imports torch, Megatron and transformers while the launcher looks
+for the other nodes. Then it waits for orders, JSON lines on its standard input (a socket): to check
+the inputs of a run, which it answers with a line or ends, and to train.
+"""
 
 import atexit
+import contextlib
+import ctypes
+import json
 import os
+import signal
+import socket
 import sys
+import tempfile
 import traceback
+from functools import partial
+from importlib import import_module
 from pathlib import Path
-from typing import IO, NoReturn
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from megatron_tropd.base import exits
 from megatron_tropd.base.deterministic import set_environment
 from megatron_tropd.base.environment import number
 from megatron_tropd.base.errors import ConfigError, InputError, TrainingError
-from megatron_tropd.base.failures import KINDS, Failure, kind_of, report
+from megatron_tropd.base.failures import KINDS, Failure, exit_code, kind_of, report
 from megatron_tropd.base.files import never_fail_to_print
 from megatron_tropd.base.progress import Progress, StopFlag
+from megatron_tropd.config import Config, config_from_dict
 from megatron_tropd.config.run_folder import RunFolder
-from megatron_tropd.launch.parent import die_with
 from megatron_tropd.launch.watchdog import Watchdog
+from megatron_tropd.rollout.engines import process
+
+if TYPE_CHECKING:
+    from megatron_tropd.distill.inputs import Inputs
+
+_SET_PDEATHSIG = 1  # of prctl
+_IMPORTED = "megatron_tropd.distill.loop"
+"""What a rank imports before its first step, with all that this imports."""
 
 
 def run_rank(folder: RunFolder, *, announce: bool = False) -> int:
@@ -109,13 +130,87 @@ def leave(code: int) -> NoReturn:
     _exit_now(code)
 
 
-def work(folder: RunFolder) -> NoReturn:
+def die_with(parent: int) -> None:
+    """Have this process killed when its parent ends; end it at once if that has happened.
+
+    The process says so itself, first of all: what the parent would run between fork and exec
+    (``preexec_fn``) may meet a lock that one of its threads held.
+    """
+    ctypes.CDLL(None).prctl(_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(exits.RESTART)
+
+
+def main() -> NoReturn:
     """Be a rank that our launcher started, from here to the end of the process."""
+    launcher, engine_threads = map(int, sys.argv[1:3])
+    die_with(launcher)
+    if engine_threads:
+        process.prepare(engine_threads)
+    printed = _import()
+    with socket.socket(fileno=os.dup(0)) as link, link.makefile("rw") as orders:
+        order = _next_order(orders)
+        while "check" in order:
+            config = config_from_dict(order["check"])
+            if code := exit_code(partial(check_inputs, config)):
+                _exit_now(code)
+            print("usable", file=orders, flush=True)
+            order = _next_order(orders)
+    os.environ.update(order["environment"])
+    folder = RunFolder(Path(order["run"]))
+    with contextlib.suppress(OSError), log_file(folder, number("RANK")).open("ab") as log:
+        log.write(printed)
     code = run_rank(folder)
     # A stop that was asked for is no failure: the launcher knows the signal.
     leave(0 if exits.is_stop(code) else code)
 
 
+def _next_order(orders: IO[str]) -> dict[str, Any]:
+    line = orders.readline()
+    if not line:
+        _exit_now(exits.RESTART)  # the launcher is gone
+    return json.loads(line)
+
+
+def _import() -> bytes:
+    """Import what takes seconds; returns what that printed, and shows it if it fails."""
+    console = os.dup(1), os.dup(2)
+    with tempfile.TemporaryFile() as kept:
+        for descriptor in (1, 2):
+            os.dup2(kept.fileno(), descriptor)
+        try:
+            import_module(_IMPORTED)
+            failed = False
+        except BaseException:
+            traceback.print_exc()
+            failed = True
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for descriptor, shown in enumerate(console, 1):
+            os.dup2(shown, descriptor)
+            os.close(shown)
+        kept.seek(0)
+        printed = kept.read()
+    if failed:
+        if number("LOCAL_RANK") == 0:  # once is enough
+            sys.stderr.buffer.write(printed)
+        _exit_now(exits.FAILED)
+    return printed
+
+
+def check_inputs(config: Config) -> "Inputs":
+    """Read the inputs of a run, before anything of it is written.
+
+    Raises:
+        ConfigError, InputError: they are not usable.
+    """
+    from megatron_tropd.distill.inputs import load_inputs
+    from megatron_tropd.mcore.options_check import check_options
+
+    inputs = load_inputs(config)
+    check_options(config, student=inputs.student.config, teacher=inputs.teacher.config)
+    return inputs
+
+
 if __name__ == "__main__":
-    die_with(int(sys.argv[2]))
-    work(RunFolder(Path(sys.argv[1])))
+    main()

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from megatron_tropd.planning import Setup
 from megatron_tropd.rehearsal.world import World
-from megatron_tropd.rollout import direct, pool, weight_sync
+from megatron_tropd.rollout.engines import pool
+from megatron_tropd.rollout.weights import direct, weight_sync
 from megatron_tropd.rollout.weights.channels import Seat
 
 

@@ -44,7 +44,7 @@ SMALL = {
 WARNING_SECONDS = 240
 """Slurm looks at time limits, in whole minutes, twice a minute."""
 ROLES = {
-    "rank": "megatron_tropd.launch.first_rank",
+    "rank": "megatron_tropd.launch.rank",
     "engine": "megatron_tropd.rollout.engines.worker",
     "launcher": "distill",
     "server": "serve",

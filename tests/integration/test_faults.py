@@ -34,17 +34,15 @@ STANDS_STILL = "run.timeout_minutes=0.4"
 HELD = "TROPD_TEST_HOLD"
 REPEATED = "the unfinished step and those since the last checkpoint (saved every 2) are repeated"
 TIMINGS = ("seconds_", "tokens_per_second", "peak_memory")
-# The wall clock jumps by a year with every look at it; a library has started a thread.
+# The wall clock jumps by a year with every look at it.
 SITE = """
-import os, sys, threading, time
+import os, time
 if os.environ.get("TEST_CLOCK"):
     looks, wall = [0], time.time
     def jumping():
         looks[0] += 1
         return wall() + (3e7 if looks[0] % 2 else -3e7)
     time.time = jumping
-if os.environ.get("TEST_THREAD") and "megatron_tropd.launch.first_rank" in sys.orig_argv:
-    threading.Thread(target=threading.Event().wait, daemon=True).start()
 """
 
 
@@ -333,12 +331,10 @@ def test_the_clock_may_jump(story):
 
 
 def test_all_faults_together_change_no_bit(story, config, site, tmp_path):
-    """The run that met them all equals one that met none, whose ranks were not forked either."""
+    """The run that met them all equals one that met none."""
     assert story.end().failure is None
     calm = Command(config, tmp_path / "calm", site)
-    calm.start(TEST_THREAD="1")
-    calm.wait_for_steps(1)
-    assert any("megatron_tropd.launch.rank" in command for command in calm.processes())
+    calm.start()
     ended = calm.end()
     assert ended.code == 0, ended.text
     assert _numbers(story.folder) == _numbers(calm.folder)

@@ -167,7 +167,7 @@ class Run:
         return sorted(found, key=born)
 
     def engine(self) -> int:
-        return self.named("rollout.worker")[0]
+        return self.named("engines.worker")[0]
 
 
 @pytest.fixture
@@ -341,8 +341,8 @@ def test_whatever_interrupts_it_the_run_continues_bit_for_bit(start, yardstick):
     run = start(step=3)
     run.wait_for(lambda: run.steps_logged() >= 3, "step 3")
     # The process that was prepared served the teacher; the student's engine came after it.
-    first, forked, engine = run.named("megatron_tropd.")[1:]
-    assert run.named("first_rank") == [first, forked] and run.engine() == engine
+    *ranks, engine = run.named("megatron_tropd.")[1:]
+    assert len(ranks) == 2 and run.named("launch.rank") == ranks and run.engine() == engine
     run.process.kill()
     run.process.wait()
     _kill_during_save(start(save=4), step=4)

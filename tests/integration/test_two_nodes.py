@@ -17,6 +17,17 @@ from tests.ranks import free_port
 
 pytestmark = pytest.mark.slow
 
+AGENT_RANK = """
+import os, sys, time
+from pathlib import Path
+Path(sys.argv[1], os.environ["RANK"]).write_text(str(os.getpid()))
+while not Path(sys.argv[1], "0").exists():
+    time.sleep(0.01)
+if os.environ["RANK"] == "1":
+    os._exit(75)
+time.sleep(600)
+"""
+"""The first stands for a rank that waits in a collective, the second breaks."""
 TIMINGS = ("seconds_", "tokens_per_second", "peak_memory")
 
 
@@ -132,3 +143,29 @@ def test_a_killed_launcher_ends_the_other(start, tmp_path):
     assert time.monotonic() - before < LEAVE_SECONDS, "it waited for nobody"
     assert code == 75 and "Lost node 1" in text, (code, text)
     assert json.loads((folder / "failure.json").read_text())["exit_code"] == 75
+
+
+def test_torchs_agent_does_not_do_this(tmp_path):
+    """Why our launcher is not torch's (launch/launcher.py). If this fails, look again."""
+    (tmp_path / "rank.py").write_text(AGENT_RANK)
+    place = ("--nnodes=2", "--master-addr=127.0.0.1", f"--master-port={free_port()}")
+    command = [sys.executable, "-m", "torch.distributed.run", *place]
+    agents = [
+        subprocess.Popen(
+            [*command, f"--node-rank={node}", str(tmp_path / "rank.py"), str(tmp_path)],
+            stderr=subprocess.DEVNULL,
+        )
+        for node in range(2)
+    ]
+    try:
+        assert agents[1].wait(120) == 1, "the rank's 75 is not passed on"
+        rank = int((tmp_path / "0").read_text())
+        with pytest.raises(subprocess.TimeoutExpired):
+            agents[0].wait(3.0)  # the other node does not hear of it
+        agents[0].kill()
+        agents[0].wait()
+        time.sleep(0.5)
+        os.kill(rank, signal.SIGKILL)  # which raises if it is gone: it was left behind
+    finally:
+        for agent in agents:
+            agent.kill()

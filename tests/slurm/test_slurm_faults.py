@@ -28,8 +28,8 @@ pytestmark = [
     pytest.mark.usefixtures("whole_suite"),
 ]
 
-STEPS = 250
-"""Two faults take Slurm up to half a minute to notice, in which the run goes on."""
+STEPS = 700
+"""Two faults take Slurm up to half a minute to notice, in which the run goes on: 300 steps."""
 LAYOUT = (
     *("parallel.tensor=1", "parallel.pipeline=2", "rollout.num_engines=1"),
     *(f"train.steps={STEPS}", "run.timeout_minutes=0.4"),

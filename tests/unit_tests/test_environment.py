@@ -9,9 +9,9 @@ import pytest
 import megatron_tropd
 from megatron_tropd.base.environment import number, variable
 from megatron_tropd.base.errors import ConfigError
+from megatron_tropd.cli.distill import is_rank
 from megatron_tropd.config.run_folder import patience, started_at
 from megatron_tropd.launch import launcher as launch
-from megatron_tropd.launch.launcher import is_rank
 from megatron_tropd.launch.nodes import Nodes
 from megatron_tropd.mcore.platform import check_device
 
@@ -43,7 +43,7 @@ def test_readers_take_nothing_for_not_set(monkeypatch):
     assert patience() == 0.0
     assert started_at() == pytest.approx(time.monotonic(), abs=60)
     assert not is_rank()
-    ranks = launch._environment(1, Nodes())
+    ranks = launch.rank_environment(1, Nodes())
     assert int(ranks["OMP_NUM_THREADS"]) >= 1 and ranks["OMP_WAIT_POLICY"] == "PASSIVE"
     check_device()
 
@@ -51,9 +51,9 @@ def test_readers_take_nothing_for_not_set(monkeypatch):
 def test_segments_of_the_trainers_memory_grow_unless_the_user_says_otherwise(monkeypatch):
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "")
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "")
-    assert launch._environment(1, Nodes())["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    assert launch.rank_environment(1, Nodes())["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512")
-    assert launch._environment(1, Nodes())["PYTORCH_ALLOC_CONF"] == ""
+    assert launch.rank_environment(1, Nodes())["PYTORCH_ALLOC_CONF"] == ""
 
 
 def test_numbers_are_read_in_one_place():

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from megatron_tropd.base.errors import ConfigError, InputError
-from megatron_tropd.cli import evaluate as command
-from megatron_tropd.cli.evaluate import Overrides, evaluate
+from megatron_tropd.cli import measure as command
 from megatron_tropd.cli.main import main
+from megatron_tropd.cli.measure import Overrides, evaluate
 from megatron_tropd.config import Config, config_from_dict, config_to_dict
 from megatron_tropd.config.run_folder import RunFolder
 from megatron_tropd.data.samples import Sample, SampleRequest, Sampling

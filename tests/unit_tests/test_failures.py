@@ -8,8 +8,7 @@ import pytest
 
 from megatron_tropd.base import exits
 from megatron_tropd.base.errors import ConfigError, InputError, TrainingError
-from megatron_tropd.base.failures import KINDS, Failure, kind_of, read, report
-from megatron_tropd.cli.main import exit_code
+from megatron_tropd.base.failures import KINDS, Failure, exit_code, kind_of, read, report
 
 
 class DistBackendError(RuntimeError):

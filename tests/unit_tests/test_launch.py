@@ -6,6 +6,7 @@ import socket
 import subprocess
 import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -13,7 +14,8 @@ import pytest
 
 from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.base.failures import Failure, read, report
-from megatron_tropd.cli.main import _lead_alone, main
+from megatron_tropd.cli.distill import _train
+from megatron_tropd.cli.main import main
 from megatron_tropd.config import (
     Config,
     ModelConfig,
@@ -24,6 +26,7 @@ from megatron_tropd.config import (
 )
 from megatron_tropd.config.run_folder import RunFolder
 from megatron_tropd.launch import launcher as launch
+from megatron_tropd.launch.launcher import Ranks, Supervisor
 from megatron_tropd.launch.nodes import Nodes, Peers
 from tests.ranks import free_port
 
@@ -41,10 +44,11 @@ def folder(tmp_path: Path) -> RunFolder:
 
 
 @pytest.fixture
-def run(folder, tmp_path, monkeypatch):
-    """``run(*ranks)``: the exit code of a launcher of one node whose ranks are these."""
+def start(tmp_path, monkeypatch):
+    """``start(*texts)``: small programs of shell, each in a session of its own."""
+    monkeypatch.setattr(launch, "FAILURE_GRACE_SECONDS", 0.3)
 
-    def start(local: int, *_: object) -> list[subprocess.Popen]:
+    def make(*texts: str) -> list[subprocess.Popen]:
         return [
             subprocess.Popen(
                 ["bash", "-c", text],
@@ -52,30 +56,54 @@ def run(folder, tmp_path, monkeypatch):
                 | {"READY": str(tmp_path / f"ready_{rank}"), "SENT": str(tmp_path / "sent")},
                 start_new_session=True,
             )
-            for rank, text in enumerate(ranks)
+            for rank, text in enumerate(texts)
         ]
 
-    ranks: list[str] = []
-    monkeypatch.setattr(launch, "_start", start)
-    monkeypatch.setattr(launch, "FAILURE_GRACE_SECONDS", 0.3)
-
-    def make(*texts: str) -> int:
-        ranks[:] = texts
-        with Peers(Nodes()) as peers:
-            return launch.lead(len(texts), folder, peers)
-
-    make.ranks = ranks
     return make
 
 
-def _signal(tmp_path: Path, *numbers: int) -> threading.Thread:
-    """Send them to this process once two ranks are ready; then there is a file ``sent``."""
+@pytest.fixture
+def run(folder, start):
+    """``run(*texts)``: the exit code of a launcher of one node whose ranks are these."""
+
+    def make(*texts: str) -> int:
+        with Peers(Nodes()) as peers:
+            return Supervisor(start(*texts), folder, peers).run()
+
+    return make
+
+
+class ShellRanks:
+    """In the place of a launcher's own ranks."""
+
+    port = 1
+
+    def __init__(self, start: Callable, *texts: str) -> None:
+        self._start, self._texts = start, texts
+
+    def start(self) -> None:
+        """They start when they run."""
+
+    def run(self, folder: RunFolder, peers: Peers, port: int) -> int:
+        return Supervisor(self._start(*self._texts), folder, peers).run()
+
+
+def _signal(
+    tmp_path: Path, *numbers: int, first: Callable[[], object] = lambda: None
+) -> threading.Thread:
+    """Send them to this process once it and two ranks listen; then there is a file ``sent``."""
+    before = signal.getsignal(signal.SIGUSR1)
+
+    def listening() -> bool:
+        ready = all((tmp_path / f"ready_{rank}").exists() for rank in range(2))
+        return ready and signal.getsignal(signal.SIGUSR1) != before
 
     def send() -> None:
         deadline = time.monotonic() + PATIENCE
-        while not all((tmp_path / f"ready_{rank}").exists() for rank in range(2)):
+        while not listening():
             assert time.monotonic() < deadline
             time.sleep(0.01)
+        first()
         for number in numbers:
             os.kill(os.getpid(), number)
             time.sleep(0.15)
@@ -100,6 +128,18 @@ def test_the_code_is_that_of_the_cause(run, ranks, code):
     before = time.monotonic()
     assert run(*ranks) == code
     assert time.monotonic() - before < PATIENCE
+
+
+def test_nobody_is_killed_twice(start, folder, monkeypatch):
+    """The number of a process that was waited for may be another's by then."""
+    killed, kill = [], os.killpg
+    monkeypatch.setattr(os, "killpg", lambda *target: killed.append(target) or kill(*target))
+    ranks = start("exit 0", "sleep 600", "exit 75")
+    numbers = {(rank.pid, signal.SIGKILL) for rank in ranks}
+    with Peers(Nodes()) as peers:
+        assert Supervisor(ranks, folder, peers).run() == 75
+    assert set(killed) == numbers and len(killed) == 3
+    assert not ranks
 
 
 def test_the_worst_code_is_that_of_all(run, monkeypatch):
@@ -155,30 +195,23 @@ def _config(folder: RunFolder, ranks: int) -> Config:
     )
 
 
-def test_ranks_that_lose_each_other_when_stopped_leave_no_failure(run, folder, tmp_path):
+def test_ranks_that_lose_each_other_when_stopped_leave_no_failure(start, folder, tmp_path):
     """A job that found one would requeue a run that somebody has stopped."""
 
-    def lose_and_stop() -> None:
-        deadline = time.monotonic() + PATIENCE
-        while not (tmp_path / "ready_1").exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        report(folder.failure, Failure(kind="lost_peer", message="Connection closed by peer"))
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    thread = threading.Thread(target=lose_and_stop)
-    thread.start()
-    run.ranks[:] = ["touch $READY; exec sleep 600", "touch $READY; exec sleep 600"]
+    thread = _signal(
+        tmp_path,
+        signal.SIGTERM,
+        first=lambda: report(folder.failure, Failure(kind="lost_peer", message="Broken pipe")),
+    )
+    ranks = ShellRanks(start, *2 * ["touch $READY; exec sleep 600"])
     with Peers(Nodes()) as peers:
-        assert _lead_alone(_config(folder, 2), peers) == 143
+        assert _train(_config(folder, 2), ranks, peers) == 143
     thread.join()
     assert not folder.failure.exists()
 
 
-def test_the_end_of_node_0_is_the_end_of_all(run, folder, tmp_path, monkeypatch):
+def test_the_end_of_node_0_is_the_end_of_all(start, folder):
     """By its word, and by its death."""
-    config = _config(folder, 4)
-    monkeypatch.setattr(launch, "wait_until_open", lambda _: folder)
     port = free_port()
     for last, code in ({"end": 1}, 1), (None, 75):
         with (
@@ -186,12 +219,10 @@ def test_the_end_of_node_0_is_the_end_of_all(run, folder, tmp_path, monkeypatch)
             Peers(Nodes(1, 2, "127.0.0.1", port)) as second,
         ):
             first.gather(PATIENCE)
-            first.send({"start": 1})
             speak = (lambda first=first, last=last: first.send(last)) if last else first.close
             timer = threading.Timer(0.5, speak)
             timer.start()
-            run.ranks[:] = [HEEDS, HEEDS]
-            assert launch.follow(config, second) == code
+            assert Supervisor(start(HEEDS, HEEDS), folder, second).run() == code
             timer.join()
     failure = read(folder.failure)
     assert failure is not None and "Lost node 0" in failure.message
@@ -222,32 +253,41 @@ def test_nobody_else_gets_the_port_at_which_the_ranks_meet(monkeypatch):
     parallel._store = None
 
 
-@pytest.mark.parametrize("nodes", [Nodes(), Nodes(0, 2, "127.0.0.1", 1)])
-def test_rank_0_alone_is_given_the_socket(nodes, folder, monkeypatch):
+@pytest.mark.parametrize("count", [1, 2])
+def test_rank_0_alone_is_given_the_socket(count, folder, monkeypatch):
     started: list[tuple[dict[str, str], list[int]]] = []
-    monkeypatch.setattr(
-        subprocess,
-        "Popen",
-        lambda _, env, pass_fds, **__: started.append((env, pass_fds)),
-    )
-    with launch.listen(nodes) as listener:
-        launch._start(2, folder, nodes, listener, None)
-        launch._start(2, folder, Nodes(1, 2), listener.getsockname()[1], None)
-        (first, given), *others = started
-        assert first["TROPD_STORE_FD"] == str(listener.fileno()) and given == [listener.fileno()]
-        ports = {env["MASTER_PORT"] for env, _ in started}
-        assert ports == {str(listener.getsockname()[1])}
-    assert [env["RANK"] for env, _ in started] == ["0", "1", "2", "3"]
-    assert all("TROPD_STORE_FD" not in env and not passed for env, passed in others)
+    orders: list[dict] = []
+    child = subprocess.Popen
+
+    def start(command, env, pass_fds, **options):
+        started.append((env, pass_fds))
+        return child(["true"], **options)
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    monkeypatch.setattr(Supervisor, "run", lambda _: 0)
+    monkeypatch.setattr(Ranks, "_order", lambda _, number, **order: orders.append(order))
+    config, port = _config(folder, 2 * count), 0
+    for node in range(count):
+        with Ranks(config, Nodes(node, count, "127.0.0.1", 1)) as ranks, Peers(Nodes()) as peers:
+            ranks.start()
+            port = ranks.port or port  # of node 0
+            assert ranks.run(folder, peers, port) == 0
+    assert [env["RANK"] for env, _ in started] == list(map(str, range(2 * count)))
+    assert [len(descriptors) for _, descriptors in started] == [1] + [0] * (2 * count - 1)
+    given = [order["environment"] for order in orders]
+    assert {environment["MASTER_PORT"] for environment in given} == {str(port)}
+    (descriptor,) = started[0][1]
+    assert given[0]["TROPD_STORE_FD"] == str(descriptor)
+    assert not any("TROPD_STORE_FD" in environment for environment in given[1:])
 
 
-def test_ranks_are_shared_equally():
-    assert launch.ranks_per_node(8, Nodes(0, 4)) == 2
-    with pytest.raises(ConfigError, match=r"6 ranks .* shared equally by 4 nodes"):
-        launch.ranks_per_node(6, Nodes(0, 4))
+def test_ranks_are_shared_equally(folder):
+    assert Ranks(_config(folder, 8), Nodes(0, 4))._local == 2
+    with pytest.raises(ConfigError, match=r"8 ranks .* shared equally by 3 nodes"):
+        Ranks(_config(folder, 8), Nodes(0, 3))
 
 
-def test_a_failing_node_0_tells_the_others_at_once(run, folder):
+def test_a_failing_node_0_tells_the_others_at_once(start, folder):
     """Their ranks wait for ours in a collective; they must not wait until that gives up."""
     with socket.socket() as probe:
         probe.bind(("", 0))
@@ -263,10 +303,10 @@ def test_a_failing_node_0_tells_the_others_at_once(run, folder):
 
     thread = threading.Thread(target=follower)
     thread.start()
-    run.ranks[:] = ["exit 75"]
     before = time.monotonic()
     with Peers(Nodes(0, 2, "127.0.0.1", port)) as peers:
-        assert launch.lead(2, folder, peers) == 75
+        peers.gather()
+        assert Supervisor(start("exit 75"), folder, peers).run() == 75
     thread.join()
     assert heard[0] - before < launch.LEAVE_SECONDS / 2
 

@@ -1,5 +1,6 @@
 """How the launchers of several nodes find and lose each other, without any rank."""
 
+import contextlib
 import socket
 import threading
 import time
@@ -86,23 +87,22 @@ def port() -> int:
 def meet(port, monkeypatch):
     """``meet(count)``: connected launchers of as many nodes, as threads of this process."""
     monkeypatch.setenv("TROPD_SERVER_TOKEN", "secret")
-    made: list[Peers] = []
+    met: list[Peers] = []
 
     def make(count: int) -> list[Peers]:
-        made.extend(Peers(Nodes(rank, count, "127.0.0.1", port)) for rank in range(count))
-        made[0].gather(60)
-        return made
+        met.extend(Peers(Nodes(rank, count, "127.0.0.1", port)) for rank in range(count))
+        met[0].gather(60)
+        return met
 
     yield make
-    for peers in made:
+    for peers in met:
         peers.close()
 
 
 def _next(peers: Peers) -> tuple[int, nodes.Message | None]:
     deadline = time.monotonic() + 60
-    while not (found := peers.messages()):
+    while not (found := peers.messages(0.1)):
         assert time.monotonic() < deadline
-        time.sleep(0.01)
     (message,) = found
     return message
 
@@ -148,13 +148,18 @@ def test_strangers_are_hung_up_on(meet, port, monkeypatch):
     first = Peers(Nodes(0, 2, "127.0.0.1", port))
     stranger = socket.create_connection(("127.0.0.1", port))
     stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
-    assert stranger.recv(100) == b""
+    stranger.settimeout(0.05)
+    with pytest.raises(TimeoutError):
+        stranger.recv(100)  # nobody has read it yet
+    assert [first.messages(0.1) for _ in range(5)] == [[]] * 5
+    with contextlib.suppress(ConnectionResetError):
+        assert stranger.recv(100) == b""
     monkeypatch.setenv("TROPD_SERVER_TOKEN", "guessed")
     other = Peers(Nodes(1, 2, "127.0.0.1", port))
+    with pytest.raises(NodeLost, match=r"nodes \[1\] did not come within 0 s"):
+        first.gather(0.3)
     with pytest.raises(NodeLost):
         other.receive()
-    with pytest.raises(NodeLost, match=r"nodes \[1\] did not come within 0 s"):
-        first.gather(0)
     for peers in (first, other):
         peers.close()
     stranger.close()

@@ -15,6 +15,7 @@ from megatron_tropd.base import exits
 from megatron_tropd.base.errors import ConfigError, InputError
 from megatron_tropd.base.failures import Failure, read, report
 from megatron_tropd.base.files import write_json
+from megatron_tropd.cli.distill import is_rank
 from megatron_tropd.cli.main import main
 from megatron_tropd.config import (
     Config,
@@ -26,7 +27,6 @@ from megatron_tropd.config import (
     TrainConfig,
 )
 from megatron_tropd.config.run_folder import RunFolder, hold, open_run, wait_until_open, with_date
-from megatron_tropd.launch.launcher import is_rank
 from megatron_tropd.report.records import read_run
 from megatron_tropd.rollout.engines.wire import served_settings
 

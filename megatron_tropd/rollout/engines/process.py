@@ -111,15 +111,6 @@ def discard() -> None:
         _prepared = None
 
 
-def leave_to_parent() -> None:
-    """In a forked process: the prepared process is the parent's."""
-    global _prepared
-    if _prepared is not None:
-        _prepared.connection.close()
-        _prepared.child.returncode = 0  # not ours to wait for
-        _prepared = None
-
-
 def descendants(pid: int) -> list[int]:
     """Processes that a process started, and those that these started; none if it is gone."""
     found = []
