@@ -164,4 +164,3 @@ def _method(name: object) -> tuple[type[LossSettings], dict[str, Any]]:
             f"found {found!r}. See docs/losses.md."
         )
     return found, values
-

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from megatron_tropd.base.errors import ConfigError
-from megatron_tropd.config.loss import PRESETS, floor_of, loss_defaults
+from megatron_tropd.config.loss import floor_of, loss_defaults
 
 DEFAULTS: dict[str, Any] = dict(
     objective="policy_gradient",
@@ -70,26 +70,17 @@ def new_form(table: dict[str, Any]) -> dict[str, Any]:
     if old["select"] == "student_entropy" or method == "reopold":
         settings["entropy_share"] = old["select_share"]
     settings |= {name: old[name] for name in _SHARED}
-    name = next((n for n in PRESETS if _matches(n, method, settings)), method)
-    defaults = loss_defaults(name)
+    defaults = loss_defaults(method)
     changed = {
         key: value
         for key, value in settings.items()
         if value is not None and not _same(value, defaults.get(key))
     }
-    return {"method": name, **changed}
+    return {"method": method, **changed}
 
 
 def _same(value: Any, other: Any) -> bool:
     return value == other or (value in ([], ()) and other == ())
-
-
-def _matches(name: str, method: str, settings: dict[str, Any]) -> bool:
-    """Whether a preset is exactly this."""
-    defaults = loss_defaults(name)
-    return PRESETS[name][0] == method and all(
-        _same(settings.get(key), value) for key, value in defaults.items()
-    )
 
 
 def _form_of(old: dict[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -323,8 +323,8 @@ class Job:
             )
         if not self.config.loss.needs.rollout_logprobs and self.is_main:
             print(
-                "tropd: rollout.steps_ahead = 1 trains on samples of older weights and "
-                'the loss does not correct for it; consider loss.importance = "truncated" or "band".',
+                "tropd: rollout.steps_ahead = 1 trains on samples of older weights and the loss "
+                'does not correct for it; consider loss.importance = "truncated" or "band".',
                 file=self.console,
             )
 

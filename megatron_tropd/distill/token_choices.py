@@ -7,14 +7,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_tropd.config.loss import PRESETS, preset
+from megatron_tropd.config.loss import PRESETS, LossSettings, preset
 from megatron_tropd.data.packing import count_loss_tokens
 from megatron_tropd.data.types import MicroBatch, Segment, Trajectory, upload
 from megatron_tropd.losses import LossTargets, TeacherSignal, token_statistics_from_hidden
 from megatron_tropd.losses.method import BatchFacts, Method
 
 
-def loss_name(loss: Method) -> str:
+def loss_name(loss: LossSettings) -> str:
     """The preset that a loss is, else its method."""
     for name in PRESETS:
         if preset(name) == loss:

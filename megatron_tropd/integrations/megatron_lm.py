@@ -36,6 +36,7 @@ from megatron_tropd.integrations.printed_log import PrintedLog
 from megatron_tropd.losses import (
     HiddenStatesSignal,
     LossTargets,
+    Method,
     align_output_weight,
     equal_bounds,
     keyed_uniform_rows,

@@ -5,7 +5,6 @@ Nothing here imports ``megatron.training``; arguments are Megatron's parsed name
 
 import re
 from argparse import Namespace
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -101,7 +100,7 @@ def loss_config(args: Namespace) -> Method:
         config: Method = settings_from_table(LossSettings, table["loss"], "loss")
     except ConfigError as error:
         raise ConfigError(_in_options(error)) from None
-    if args.tropd_top_k is not None and not replace(config, top_k=1).needs.top_k:
+    if args.tropd_top_k is not None and not _with_one(table["loss"]).needs.top_k:
         raise ConfigError(
             f"--tropd-method {args.tropd_method} does not read --tropd-top-k, which would change "
             "nothing. Drop it, or choose a method that does (docs/losses.md)."
@@ -112,6 +111,12 @@ def loss_config(args: Namespace) -> Method:
             "which takes a pass of the student before each step; the plug-in has none. Use the "
             "trainer (tropd distill) or another method."
         )
+    return config
+
+
+def _with_one(table: dict[str, Any]) -> Method:
+    """The loss with a top-k, if it has any."""
+    config: Method = settings_from_table(LossSettings, table | {"top_k": 1}, "loss")
     return config
 
 

@@ -28,7 +28,7 @@ _MODULES = {
 _ROOM_OF = {name: module for module, names in _MODULES.items() for name in names}
 _ROOM_OF |= dict.fromkeys(("PRESETS", "preset"), "")
 
-__all__ = sorted(_ROOM_OF)  # noqa: PLE0605
+__all__ = sorted(_ROOM_OF)
 
 
 def __getattr__(name: str) -> Any:

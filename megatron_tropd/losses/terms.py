@@ -4,9 +4,10 @@ Every loss here has the gradient of :math:`\sum_v c_v \log q(v)` with constant c
 
 .. math:: c_v = s \, 1[v = x] + k_v \, 1[v \in \mathrm{TopK}(p)] + a \, w_v + f \, p_v
 
-so a method (``losses/methods``) is the four coefficients of :class:`Term` and the value it reports. p = teacher,
-q = student, x = the token, r = log p - log q, m = min(p/q, 1). Terms with a stop-gradient report
-the value without the factor log q(x), so that their mean estimates a divergence.
+so a method (``losses/methods``) is the four coefficients of :class:`Term` and the value it
+reports. p = teacher, q = student, x = the token, r = log p - log q, m = min(p/q, 1). Terms with a
+stop-gradient report the value without the factor log q(x), so that their mean estimates a
+divergence.
 
 Shape suffixes: T = tokens, K = top-k. Sources: docs/losses.md.
 """
@@ -305,9 +306,7 @@ def _ppo_clipped(term: Term, reward_T: Tensor, rho_T: Tensor, low: float, high: 
     )
 
 
-def _weighted_by_importance(
-    term: Term, rho_T: Tensor, how: str, low: float, high: float
-) -> Term:
+def _weighted_by_importance(term: Term, rho_T: Tensor, how: str, low: float, high: float) -> Term:
     if how == "truncated":
         return term.scaled(rho_T.clamp(max=high))
     # Not "inside": nan is neither below nor above and has to reach the loss.

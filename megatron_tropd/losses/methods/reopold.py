@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from megatron_tropd.config.loss import FloorRule, Needs, floor_of
@@ -46,12 +46,10 @@ class Reopold(TrustRegion):
 
     def at_step(self, step: int) -> Any:
         """The phase of a step: all tokens and ``outlier``, then the uncertain ones and clipping."""
-        names = ("top_k", "floor", "floor_rule", "gradient", "importance", "importance_low")
-        names += ("importance_high", "mask_first_ids", "mask_truncated", "denominator")
-        first = Static(outlier=self.outlier, **{name: getattr(self, name) for name in names})
+        kept = {f.name: getattr(self, f.name) for f in fields(self) if f.name in _OF_BOTH_PHASES}
         if step < self.switch_step:
-            return first
-        return replace(first, outlier="clip", entropy_share=self.entropy_share)
+            return Static(outlier=self.outlier, **kept)
+        return Static(outlier="clip", entropy_share=self.entropy_share, **kept)
 
     def trusted(self, statistics: TokenStatistics, targets: LossTargets) -> Tensor:
         """[T] whether the log-ratio is at least the floor."""
@@ -60,4 +58,5 @@ class Reopold(TrustRegion):
         return terms.above(statistics.log_ratio_T, self.reward_floor, keeps_floor=True)
 
 
+_OF_BOTH_PHASES = {f.name for f in fields(Static)} - {"outlier", "entropy_share"}
 METHOD = Reopold
