@@ -89,7 +89,7 @@ def test_a_good_config_says_what_would_run(dry_run):
         (["parallel.data=2", "parallel.expert=2"], ["needs a mixture of experts", "dense"]),
         (
             ["loss.method=tropd", "loss.top_k=260"],
-            ["loss.top_k <= the vocabulary of 259", "found 260"],
+            ["top_k <= the vocabulary of 259", "found 260"],
         ),
         (["loss.method=tropd", "loss.outlier=clip"], ["needs loss.tau"]),
         (

@@ -169,7 +169,7 @@ def test_overrides(toml: Path, override: str, section: str, name: str, value: ob
         ("loss.method=7", r"loss\.method must be one of .* found 7"),
         (
             "loss.outlier=clip",
-            r'form of version 0\.1.*\[loss\]\n +method = "tropd"\n +outlier = "clip"',
+            r'(?s)form of version 0\.1.*\[loss\]\n +method = "tropd"\n +outlier = "clip"',
         ),
         ("run.keep_checkpoints=0", r"run\.keep_checkpoints must be at least 1"),
         ("run.dir=''", r"run\.dir must name a folder"),

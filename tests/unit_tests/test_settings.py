@@ -128,7 +128,7 @@ def _wrong(hint: Any) -> list[Any]:
     [
         (
             dict(region="Exact"),
-            r"loss\.region must be one of .*'Exact'\. Did you mean 'expected'\?",
+            r"loss\.region must be one of .*'Exact'\. Did you mean 'expected'",
         ),
         (dict(outlier="fkl"), r"loss\.outlier must .* found 'fkl'\. Did you mean 'forward_kl'\?"),
         (dict(gradient="score-function"), r"Did you mean 'score_function'\?"),
