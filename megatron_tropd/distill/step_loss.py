@@ -44,7 +44,7 @@ class StepObjective:
 
         Args:
             signals: the teacher's, one per micro-batch (last stage).
-            config: the loss of this step (``choices.loss_of_step``).
+            config: the loss of this step (``Method.at_step``).
             beta: weight of teacher tokens.
             vocab_size: real columns.
             group: tensor-parallel group.
