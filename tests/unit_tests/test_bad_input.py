@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tropd.cli.main import main as cli
+from megatron_tropd.cli import main as cli
 
 
 @pytest.fixture(scope="module")

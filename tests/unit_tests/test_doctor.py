@@ -10,8 +10,8 @@ import torch
 
 from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.cli import doctor
+from megatron_tropd.cli import main as cli
 from megatron_tropd.cli.doctor import Check, Status
-from megatron_tropd.cli.main import main as cli
 from megatron_tropd.config import load_config
 
 

@@ -20,8 +20,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
 from megatron_tropd.base.errors import InputError
+from megatron_tropd.cli import main as cli
 from megatron_tropd.cli.convert import main_to_hf, main_to_megatron
-from megatron_tropd.cli.main import main as cli
 from megatron_tropd.config import ParallelConfig, load_config
 from megatron_tropd.convert.checks import check_parallel, check_tensors
 from megatron_tropd.convert.families import model_shape
