@@ -30,8 +30,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from megatron_tropd.losses import (
     HiddenStatesSignal,
-    LossConfig,
     LossTargets,
+    Method,
     preset,
     tropd_loss_from_hidden,
 )
@@ -99,7 +99,7 @@ def gradient(
     teacher_hidden_TH: Tensor,
     teacher: PreTrainedModel,
     batch: Batch,
-    config: LossConfig,
+    config: Method,
     redraw: torch.Generator | None,
 ) -> Tensor:
     """Flat gradient of the mean loss; ``redraw`` draws tokens and masks anew at every position."""

@@ -47,8 +47,8 @@ from megatron_tropd.losses import (
     PRESETS,
     HiddenStatesSignal,
     LogitsSignal,
-    LossConfig,
     LossTargets,
+    Method,
     dense_triton,
     preset,
     tropd_loss,
@@ -185,7 +185,7 @@ def variant_name(kernel: Any, arguments: tuple[Any, ...], settings: dict[str, An
     return " ".join(parts) + (f" | not x16: {' '.join(unaligned)}" if unaligned else "")
 
 
-def _from_hidden(config: LossConfig, dtype: torch.dtype, width: int, *, metrics: bool) -> None:
+def _from_hidden(config: Method, dtype: torch.dtype, width: int, *, metrics: bool) -> None:
     states = torch.empty(2, TOKENS, HIDDEN, dtype=dtype, device="cuda")
     weights = torch.empty(2, width, HIDDEN, dtype=dtype, device="cuda")
     tropd_loss_from_hidden(
@@ -200,7 +200,7 @@ def _from_hidden(config: LossConfig, dtype: torch.dtype, width: int, *, metrics:
     )
 
 
-def _from_logits(config: LossConfig, width: int) -> None:
+def _from_logits(config: Method, width: int) -> None:
     """The forward pass, and that of its backward: autograd does not serve fake CUDA tensors."""
     student, teacher = torch.empty(2, TOKENS, width, device="cuda").unbind(0)
     signal = LogitsSignal(teacher, width)

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 TOP_K = 64
-"""Support of the top-k rows: LossConfig's default."""
+"""Support of the top-k rows: TrOPD's default."""
 LogitsLoss = Callable[[Tensor, Tensor], Tensor]
 """(student logits [T, v], teacher logits [T, v]) -> scalar."""
 

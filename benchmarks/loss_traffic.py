@@ -35,8 +35,8 @@ from torch.utils._pytree import tree_leaves
 
 from megatron_tropd.losses import (
     HiddenStatesSignal,
-    LossConfig,
     LossTargets,
+    Method,
     chunks,
     dense_triton,
     preset,
@@ -89,7 +89,7 @@ def rows_of(size: int) -> list[dict[str, Any]]:
             dist.destroy_process_group()
 
 
-def row_of(name: str, config: LossConfig, metrics: bool, size: int) -> dict[str, Any]:
+def row_of(name: str, config: Method, metrics: bool, size: int) -> dict[str, Any]:
     """Figures of one loss."""
     columns, rows = VOCAB // size, count(config, metrics, size, 2**16).chunk_rows
     few, more = (count(config, metrics, size, number * rows) for number in (2, 4))
@@ -237,7 +237,7 @@ def _counting() -> Iterator[Traffic]:
         yield traffic
 
 
-def count(config: LossConfig, metrics: bool, size: int, tokens: int) -> Traffic:
+def count(config: Method, metrics: bool, size: int, tokens: int) -> Traffic:
     """One call on rank 0 of ``size``."""
     columns = VOCAB // size
     with _counting() as traffic:

@@ -189,7 +189,7 @@ def our_config(options: argparse.Namespace, run: Path, tensor: int, data: int) -
             "samples_per_prompt": options.samples_per_prompt,
             "num_engines": tensor * data,
         },
-        "loss": {"top_k": options.top_k},
+        "loss": {"method": "tropd", "top_k": options.top_k},
         "train": {"steps": options.steps, "lr": options.lr, "seed": options.seed, **ADAM},
         "run": {"dir": str(run), "checkpoint_every": 0, "trajectories_every": 0},
     }
@@ -367,8 +367,8 @@ def loss_alone(options: argparse.Namespace, row: dict[str, Any]) -> dict[str, fl
 
     from megatron_tropd.losses import (
         HiddenStatesSignal,
-        LossConfig,
         LossTargets,
+        preset,
         tropd_loss_from_hidden,
     )
 
@@ -387,7 +387,7 @@ def loss_alone(options: argparse.Namespace, row: dict[str, Any]) -> dict[str, fl
     signal = HiddenStatesSignal(hidden_TH, weight_vH, vocab_size=vocab)
     student_TH.requires_grad_()
     student_vH = weight_vH.clone().requires_grad_()
-    config, seconds = LossConfig(top_k=options.top_k), []
+    config, seconds = preset("tropd", top_k=options.top_k), []
     for _ in range(16):
         start = time.perf_counter()
         output = tropd_loss_from_hidden(

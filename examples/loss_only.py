@@ -2,14 +2,14 @@
 
 import torch
 
-from megatron_tropd.losses import LogitsSignal, LossConfig, LossTargets, tropd_loss
+from megatron_tropd.losses import LogitsSignal, LossTargets, preset, tropd_loss
 
 VOCAB, ROWS, LENGTH, STEPS = 32, 16, 24, 200
 torch.manual_seed(0)
 teacher = torch.nn.Embedding.from_pretrained(2 * torch.randn(VOCAB, VOCAB))  # logits of the next
 student = torch.nn.Embedding(VOCAB, VOCAB)
 optimizer = torch.optim.Adam(student.parameters(), lr=0.05)
-config = LossConfig(top_k=8)  # TrOPD as published; forward KL on 8 tokens of 32
+config = preset("tropd", top_k=8)  # TrOPD as published; forward KL on 8 tokens of 32
 
 
 def sample() -> torch.Tensor:

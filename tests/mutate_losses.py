@@ -68,14 +68,14 @@ MUTATIONS = (
     Mutation(
         "missing factor: reward not weighted by the trust",
         "terms.py",
-        "earned_T = _times(trusted_T, reward_T)",
+        "earned_T = times(trusted_T, reward_T)",
         "earned_T = reward_T",
     ),
     Mutation(
         "sign of the threshold",
-        "terms.py",
-        "    floor = config.reward_floor",
-        "    floor = -(config.reward_floor or 0.0)",
+        "methods/static.py",
+        "terms.above(statistics.log_ratio_T, self.reward_floor, keeps",
+        "terms.above(statistics.log_ratio_T, -self.reward_floor, keeps",
     ),
     Mutation(
         "sign of the forward KL's gradient",
@@ -98,7 +98,7 @@ MUTATIONS = (
     Mutation(
         "wrong stop-gradient: local support's weights held constant",
         "terms.py",
-        "topk_TK=_times(q_TK, ratio_TK - value_T.unsqueeze(-1)),",
+        "topk_TK=times(q_TK, ratio_TK - value_T.unsqueeze(-1)),",
         "topk_TK=q_TK,",
     ),
     Mutation(
@@ -123,8 +123,8 @@ MUTATIONS = (
     Mutation(
         "missing factor: total variation",
         "terms.py",
-        "forward_kl_outlier(statistics, config, tv_T)",
-        "forward_kl_outlier(statistics, config, torch.ones_like(tv_T))",
+        "forward_kl_outlier(statistics, top_k, tv_T)",
+        "forward_kl_outlier(statistics, top_k, torch.ones_like(tv_T))",
     ),
     Mutation(
         "softmax part of the gradient forgets the top-k",
@@ -141,8 +141,8 @@ MUTATIONS = (
     Mutation(
         "entropy turned round",
         "terms.py",
-        'uncertain_T = statistics.sum_of("teacher_entropy") > config.entropy_forward_kl',
-        'uncertain_T = statistics.sum_of("teacher_entropy") < config.entropy_forward_kl',
+        'uncertain_T = statistics.sum_of("teacher_entropy") > nats',
+        'uncertain_T = statistics.sum_of("teacher_entropy") < nats',
     ),
     Mutation(
         "PPO clips one side only",
@@ -153,19 +153,19 @@ MUTATIONS = (
     Mutation(
         "rho not truncated",
         "terms.py",
-        "term.scaled(rho_T.clamp(max=config.importance_high))",
+        "term.scaled(rho_T.clamp(max=high))",
         "term.scaled(rho_T)",
     ),
     Mutation(
         "band open below",
         "terms.py",
-        "outside_T = (rho_T < config.importance_low) | (rho_T > config.importance_high)",
-        "outside_T = rho_T > config.importance_high",
+        "outside_T = (rho_T < low) | (rho_T > high)",
+        "outside_T = rho_T > high",
     ),
     Mutation(
         "zero times infinity",
         "terms.py",
-        "value_T=_times(factor_T, self.value_T),",
+        "value_T=times(factor_T, self.value_T),",
         "value_T=factor_T * self.value_T,",
     ),
     Mutation(
@@ -177,22 +177,22 @@ MUTATIONS = (
     Mutation(
         "floor of the other rule",
         "../config/loss.py",
-        "return math.log(self.floor) / (1 - self.floor)",
-        "return math.log(self.floor)",
+        "return math.log(share) / (1 - share)",
+        "return math.log(share)",
     ),
     # Importance, what is dropped, the score function, the floor itself.
     Mutation(
         "importance: EOPD's forward KL escapes it",
         "terms.py",
-        """    if config.entropy_forward_kl is not None:
-        term = _add(term, entropy_forward_kl(statistics, config))
-    if config.importance in ("truncated", "band"):
-        term = _weighted_by_importance(term, rho_T, config)
+        """    if divergence is not None:
+        term = _add(term, divergence)
+    if how in ("truncated", "band"):
+        term = _weighted_by_importance(term, rho_T, how, low, high)
 """,
-        """    if config.importance in ("truncated", "band"):
-        term = _weighted_by_importance(term, rho_T, config)
-    if config.entropy_forward_kl is not None:
-        term = _add(term, entropy_forward_kl(statistics, config))
+        """    if how in ("truncated", "band"):
+        term = _weighted_by_importance(term, rho_T, how, low, high)
+    if divergence is not None:
+        term = _add(term, divergence)
 """,
     ),
     Mutation(
@@ -204,8 +204,8 @@ MUTATIONS = (
     Mutation(
         "importance: band hides a rho of nan",
         "terms.py",
-        "outside_T = (rho_T < config.importance_low) | (rho_T > config.importance_high)",
-        "outside_T = ~((rho_T >= config.importance_low) & (rho_T <= config.importance_high))",
+        "outside_T = (rho_T < low) | (rho_T > high)",
+        "outside_T = ~((rho_T >= low) & (rho_T <= high))",
     ),
     Mutation(
         "an infinite reward reaches the loss",
@@ -221,21 +221,21 @@ MUTATIONS = (
     ),
     Mutation(
         "score function: sign of the outlier's reward",
-        "terms.py",
-        "earned_T = earned_T - _times(outlier_T, _forward_kl(statistics, config))",
-        "earned_T = earned_T + _times(outlier_T, _forward_kl(statistics, config))",
+        "methods/_trust_region.py",
+        "earned_T = earned_T - terms.times(outlier_T, kl_T)",
+        "earned_T = earned_T + terms.times(outlier_T, kl_T)",
     ),
     Mutation(
         "floor: REOPOLD drops R = c",
-        "../config/loss.py",
-        "return self.floor is not None",
-        "return False",
+        "methods/static.py",
+        "keeps_floor = self.floor is not None",
+        "keeps_floor = False",
     ),
     Mutation(
         "floor: the static test keeps r = tau",
-        "../config/loss.py",
-        "return self.floor is not None",
-        "return True",
+        "methods/static.py",
+        "keeps_floor = self.floor is not None",
+        "keeps_floor = True",
     ),
     # What enters a loss.
     Mutation(
@@ -363,21 +363,21 @@ MUTATIONS = (
     ),
     Mutation(
         "naming: the place in the trajectory is lost",
-        "../step_metrics.py",
+        "../distill/metrics.py",
         "| (positions_T << BITS) | found_T",
         "| found_T",
         tests=METRICS,
     ),
     Mutation(
         "naming: the last trajectory is named",
-        "../step_metrics.py",
+        "../distill/metrics.py",
         "(batch.loss_rows << _POSITION_BITS)",
         "((99 - batch.loss_rows) << _POSITION_BITS)",
         tests=METRICS,
     ),
     Mutation(
         "naming: the host waits for every micro-batch",
-        "../step_metrics.py",
+        "../distill/metrics.py",
         "        key_T = torch.where(found_T > 0, key_T, _NOTHING)",
         "        assert (found_T >= 0).all().item()\n"
         "        key_T = torch.where(found_T > 0, key_T, _NOTHING)",
@@ -485,13 +485,13 @@ MUTATIONS = (
     Mutation(
         "without weight: the teacher's coefficient",
         "terms.py",
-        "teacher_T=_times(factor_T, self.teacher_T),",
+        "teacher_T=times(factor_T, self.teacher_T),",
         "teacher_T=factor_T * self.teacher_T,",
     ),
     Mutation(
         "without weight: the reward's coefficient",
         "terms.py",
-        "return total_T + _times(self.reward_T, reward_sum_T)",
+        "return total_T + times(self.reward_T, reward_sum_T)",
         "return total_T + self.reward_T * reward_sum_T",
     ),
     Mutation(
@@ -509,8 +509,8 @@ MUTATIONS = (
     Mutation(
         "nan hides outside the band",
         "terms.py",
-        "outside_T = (rho_T < config.importance_low) | (rho_T > config.importance_high)",
-        "outside_T = ~((rho_T >= config.importance_low) & (rho_T <= config.importance_high))",
+        "outside_T = (rho_T < low) | (rho_T > high)",
+        "outside_T = ~((rho_T >= low) & (rho_T <= high))",
     ),
     # What callers change.
     Mutation(

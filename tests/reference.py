@@ -2,7 +2,7 @@
 
 Written from the formulas, sharing nothing with ``megatron_tropd``. A term with a stop-gradient has
 a *surrogate*, whose gradient is wanted, and a value, which is reported; for the other terms they
-are the same. Settings are plain keywords with the names and defaults of ``LossConfig``.
+are the same. Settings are plain keywords with the names and defaults of ``config.loss_of_0_1``.
 
 Shape suffixes: T = tokens, V = vocabulary, K = top-k. p = teacher, q = student, x = the token.
 """

@@ -52,7 +52,7 @@ def _config(folder: Path, steps: int) -> dict[str, Any]:
         "run": {"dir": str(folder), "checkpoint_every": 50},
         "parallel": {"tensor": 2, "pipeline": 1, "data": 1, "sequence_parallel": True},
         "guidance": {"responses": "examples/pair/responses.jsonl", "beta": 0.001},
-        "loss": {"region": "bernoulli", "outlier": "forward_kl", "top_k": 64, "tau": None},
+        "loss": {"method": "tropd", "outlier": "forward_kl", "top_k": 64},
         "evaluation": {"task": "exact_match", "num_problems": 500, "every": 25},
     }
 

@@ -1,6 +1,6 @@
 """Settings of a run. Needs the standard library alone."""
 
-from megatron_tropd.config.loss import LossConfig
+from megatron_tropd.config.loss import LossSettings
 from megatron_tropd.config.megatron import MegatronConfig
 from megatron_tropd.config.run import (
     Config,
@@ -26,7 +26,7 @@ __all__ = [
     "Config",
     "EvaluationConfig",
     "GuidanceConfig",
-    "LossConfig",
+    "LossSettings",
     "MegatronConfig",
     "ModelConfig",
     "ParallelConfig",

@@ -20,7 +20,8 @@ from typing import Annotated, Any, Literal
 from megatron_tropd.base import deterministic
 from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.base.text_files import read_toml
-from megatron_tropd.config.loss import LossConfig
+from megatron_tropd.config.loss import LossSettings, loss_defaults, preset
+from megatron_tropd.config.loss_of_0_1 import new_form, refuse_old_form
 from megatron_tropd.config.megatron import MegatronConfig
 from megatron_tropd.config.settings import (
     Amount,
@@ -335,7 +336,7 @@ class Config(Settings):
     run: RunConfig
     parallel: ParallelConfig = ParallelConfig()
     guidance: GuidanceConfig = GuidanceConfig()
-    loss: LossConfig = field(default_factory=LossConfig)
+    loss: LossSettings = field(default_factory=lambda: preset("tropd"))
     evaluation: EvaluationConfig = EvaluationConfig()
     megatron: MegatronConfig = field(default_factory=MegatronConfig)
 
@@ -353,8 +354,8 @@ class Config(Settings):
         )
         exact_probabilities = self.rollout.temperature == 1 and self.rollout.top_p == 1
         _require(
-            self.loss.importance == "none" or exact_probabilities,
-            f"loss.importance = {self.loss.importance!r} needs rollout.temperature = 1 and "
+            not self.loss.needs.rollout_logprobs or exact_probabilities,
+            "loss.importance needs rollout.temperature = 1 and "
             f"rollout.top_p = 1, found {self.rollout.temperature} and {self.rollout.top_p}: the "
             "engine reports probabilities at temperature 1 over the whole vocabulary. Change one.",
         )
@@ -405,7 +406,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     tables = read_toml(path, "Config file")
     _anchor_paths(tables, path.resolve().parent)
     for override in overrides:
-        _apply_override(tables, override)
+        apply_override(tables, override)
+    refuse_old_form(tables.get("loss"))
     config = _build(Config, tables, "")
     run = dataclasses.replace(config.run, dir=os.path.expanduser(config.run.dir))
     return dataclasses.replace(config, run=run)
@@ -413,7 +415,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def config_to_dict(config: Config) -> dict[str, Any]:
     """Plain nested dictionary of every setting, JSON-ready."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+    tables = dataclasses.asdict(config)
+    tables["loss"] = {"method": config.loss.method_name(), **tables["loss"]}
+    return json.loads(json.dumps(tables))
 
 
 def default_settings() -> dict[str, dict[str, Any]]:
@@ -477,6 +481,11 @@ def read_settings(path: Path) -> dict[str, dict[str, Any]]:
         raise ConfigError(
             f"{path} holds no settings of a run, but another program's. Give another folder."
         )
+    loss = found.get("loss")
+    if loss and "method" not in loss:  # version 0.1
+        loss = new_form(loss)
+    if loss:
+        found["loss"] = json.loads(json.dumps(loss_defaults(loss["method"]))) | loss
     return found
 
 
@@ -486,13 +495,18 @@ def is_run_settings(value: Any) -> bool:
     return known and all(isinstance(section, dict) for section in value.values())
 
 
-def settings_from_table(cls: Any, table: dict[str, Any]) -> Any:
+def settings_from_table(cls: Any, table: dict[str, Any], section: str = "") -> Any:
     """An instance of a dataclass of settings, checked as strictly as a config.
+
+    Args:
+        cls: the dataclass.
+        table: its fields.
+        section: how messages call the table.
 
     Raises:
         ConfigError: a key is unknown or missing, or a value has the wrong type or does not fit.
     """
-    return _build(cls, table, "")
+    return _build(cls, table, section)
 
 
 def _sections() -> dict[str, Any]:
@@ -511,7 +525,8 @@ def _anchor_paths(tables: dict[str, Any], folder: Path) -> None:
                 table[f.name] = str(folder / Path(value).expanduser())
 
 
-def _apply_override(tables: dict[str, Any], override: str) -> None:
+def apply_override(tables: dict[str, Any], override: str) -> None:
+    """Write ``section.key=value`` into tables; raises ConfigError if it has another form."""
     key, equals, text = override.partition("=")
     section_name, dot, name = key.strip().partition(".")
     if not equals or not dot or not name:
@@ -536,6 +551,8 @@ def _apply_override(tables: dict[str, Any], override: str) -> None:
 
 def _build(cls: Any, table: Any, where: str) -> Any:
     _require(isinstance(table, dict), f"[{where}] must be a table, found {table!r}.")
+    if issubclass(cls, Settings):
+        cls, table = cls.class_of(table)
     hints = typing.get_type_hints(cls)
     known = {f.name: f for f in fields(cls)}
     prefix = f"{where}." if where else ""

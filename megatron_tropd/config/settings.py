@@ -74,7 +74,16 @@ class Settings:
         super().__init_subclass__(**others)
         if "__post_init__" in vars(cls):
             raise TypeError(f"{cls.__name__}: write _check_together, for __post_init__ is taken.")
-        cls._prefix = f"{section}." if section else ""
+        if section:
+            cls._prefix = f"{section}."
+
+    @classmethod
+    def class_of(cls, table: dict[str, Any]) -> "tuple[type[Settings], dict[str, Any]]":
+        """The class that a table of TOML or JSON describes, and its fields there.
+
+        Itself, unless the table names one of several.
+        """
+        return cls, table
 
     def __post_init__(self) -> None:
         """Check every field, then what they say together; raises ConfigError."""

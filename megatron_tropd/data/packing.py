@@ -14,11 +14,11 @@ import torch
 from numpy.typing import NDArray
 
 from megatron_tropd.base.errors import ConfigError
-from megatron_tropd.config import LossConfig
+from megatron_tropd.config import LossSettings
 from megatron_tropd.data.types import MicroBatch, Segment, Trajectory
 from megatron_tropd.losses.draws import keyed_seed, keyed_uniform
 
-_NO_MASK = LossConfig()
+_NO_MASK = LossSettings()
 
 
 class LossCounts(NamedTuple):
@@ -42,7 +42,7 @@ def pack(
     rounded_to: int = 1,
     seed: int,
     step: int,
-    loss: LossConfig = _NO_MASK,
+    loss: LossSettings = _NO_MASK,
 ) -> list[MicroBatch]:
     """This data-parallel rank's share of a step, longest rows first.
 
@@ -97,7 +97,7 @@ def pack(
 
 
 def count_loss_tokens(
-    trajectories: Sequence[Trajectory], loss: LossConfig = _NO_MASK
+    trajectories: Sequence[Trajectory], loss: LossSettings = _NO_MASK
 ) -> LossCounts:
     """Tokens that take part in the loss, known before the forward pass.
 
@@ -117,7 +117,7 @@ def count_loss_tokens(
     return LossCounts(teacher, student, masked)
 
 
-def masked_tokens(trajectory: Trajectory, loss: LossConfig) -> NDArray[np.bool_]:
+def masked_tokens(trajectory: Trajectory, loss: LossSettings) -> NDArray[np.bool_]:
     """Which tokens after the prompt are left out of the loss.
 
     ``mask_first_ids`` leaves out the first occurrence of each of its ids, whoever wrote it;
@@ -155,7 +155,7 @@ def _micro_batch(
     length: int,
     seed: int,
     step: int,
-    loss: LossConfig,
+    loss: LossSettings,
 ) -> MicroBatch:
     shape_BS = (len(rows), length)
     ids = {name: np.zeros(shape_BS, np.int64) for name in ("tokens", "labels", "positions")}

@@ -20,7 +20,7 @@ from megatron_tropd.base.environment import number
 from megatron_tropd.base.errors import ConfigError, TrainingError
 from megatron_tropd.base.files import replace_text, write_json
 from megatron_tropd.base.progress import Progress, StopFlag, limits
-from megatron_tropd.config import Config, LossConfig, config_to_dict
+from megatron_tropd.config import Config, config_to_dict
 from megatron_tropd.config.run_folder import RunFolder, started_at
 from megatron_tropd.convert.megatron_folder import MegatronFolder
 from megatron_tropd.convert.to_hf import ToHF, megatron_to_hf
@@ -33,8 +33,8 @@ from megatron_tropd.distill.inputs import load_inputs
 from megatron_tropd.distill.metrics import BadToken
 from megatron_tropd.distill.rollouts import Rollouts
 from megatron_tropd.distill.step_loss import StepObjective, example_rows, gather_examples
-from megatron_tropd.distill.token_choices import BatchChoices, choose, loss_name, loss_of_step
-from megatron_tropd.losses import TeacherSignal
+from megatron_tropd.distill.token_choices import BatchChoices, choose, loss_name
+from megatron_tropd.losses import Method, TeacherSignal
 from megatron_tropd.losses.trouble import words
 from megatron_tropd.mcore import models, parallel, platform, weights
 from megatron_tropd.mcore.checkpoint import ANY_LAYOUT, Checkpoints
@@ -324,10 +324,10 @@ class Job:
                 'sleep meanwhile to leave the GPU to it. Set rollout.placement = "separate" and '
                 "start servers, or steps_ahead = 0."
             )
-        if self.config.loss.importance == "none" and self.is_main:
+        if not self.config.loss.needs.rollout_logprobs and self.is_main:
             print(
-                "tropd: rollout.steps_ahead = 1 trains on samples of older weights and "
-                'loss.importance = "none" does not correct for it; consider "truncated" or "band".',
+                "tropd: rollout.steps_ahead = 1 trains on samples of older weights and the loss "
+                'does not correct for it; consider loss.importance = "truncated" or "band".',
                 file=self.console,
             )
 
@@ -393,7 +393,7 @@ class Job:
         ``Student.score`` and ``choices.choose``.
         """
         rollout, run = self.config.rollout, self.config.run
-        loss = loss_of_step(self.config.loss, self.step)
+        loss = self.config.loss.at_step(self.step)
         if not counts.teacher + counts.student:
             print(f"step {self.step + 1}: every token is masked, so there is no loss", flush=True)
         rows: list[int] = []
@@ -418,7 +418,7 @@ class Job:
         batches: Sequence[MicroBatch],
         signals: Sequence[TeacherSignal],
         trajectories: Sequence[Trajectory],
-        loss: LossConfig,
+        loss: Method,
     ) -> BatchChoices | None:
         if not loss.needs_student_pass:
             return None

@@ -8,12 +8,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_tropd.config import LossConfig
 from megatron_tropd.data.packing import LossCounts
 from megatron_tropd.data.types import MicroBatch, Segment
 from megatron_tropd.distill.metrics import StepSums
 from megatron_tropd.distill.token_choices import BatchChoices, targets_of
-from megatron_tropd.losses import TeacherSignal, tropd_loss_from_hidden, unrounded_gradient
+from megatron_tropd.losses import Method, TeacherSignal, tropd_loss_from_hidden, unrounded_gradient
 from megatron_tropd.losses.selection import num_selected
 
 EXAMPLE_VALUES = {"outlier": "outlier", "trust": "trust", "tv": "tv", "k1": "k1"}
@@ -31,7 +30,7 @@ class StepObjective:
         self,
         signals: Sequence[TeacherSignal],
         *,
-        config: LossConfig,
+        config: Method,
         beta: float,
         vocab_size: int,
         group: dist.ProcessGroup,
@@ -45,7 +44,7 @@ class StepObjective:
 
         Args:
             signals: the teacher's, one per micro-batch (last stage).
-            config: the loss of this step (``choices.loss_of_step``).
+            config: the loss of this step (``Method.at_step``).
             beta: weight of teacher tokens.
             vocab_size: real columns.
             group: tensor-parallel group.
@@ -117,7 +116,7 @@ class StepObjective:
         return found
 
 
-def segment_weights(config: LossConfig, counts: LossCounts) -> tuple[float, float]:
+def segment_weights(config: Method, counts: LossCounts) -> tuple[float, float]:
     """Factors on (teacher, trained student) tokens that turn Megatron's denominator into ours.
 
     Megatron divides by N, all loss tokens. Ours is the number of tokens that are trained, known
@@ -125,15 +124,15 @@ def segment_weights(config: LossConfig, counts: LossCounts) -> tuple[float, floa
     segment by itself (``separate``).
 
     Args:
-        config: ``denominator`` and ``select``.
+        config: ``denominator`` and ``entropy_share``.
         counts: loss tokens of the global batch.
 
     Returns:
         (teacher, student) factors; 1 for an empty segment.
     """
     total, trained = counts.teacher + counts.student, counts.student
-    if config.select == "student_entropy":
-        trained = num_selected(config.select_share, counts.student)
+    if config.entropy_share is not None:
+        trained = num_selected(config.entropy_share, counts.student)
     if config.denominator == "joint":
         joint = total / max(counts.teacher + trained, 1) if total else 1.0
         return joint, joint

@@ -1,45 +1,25 @@
 """What is decided before a step: its loss, and what the whole batch says about each token."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_tropd.config import LossConfig
-from megatron_tropd.config.loss import PRESETS, preset
+from megatron_tropd.config.loss import PRESETS, LossSettings, preset
 from megatron_tropd.data.packing import count_loss_tokens
 from megatron_tropd.data.types import MicroBatch, Segment, Trajectory, upload
 from megatron_tropd.losses import LossTargets, TeacherSignal, token_statistics_from_hidden
-from megatron_tropd.losses.selection import (
-    future_mean,
-    group_normalise,
-    num_selected,
-    top_share,
-)
-from megatron_tropd.losses.terms import rewards
+from megatron_tropd.losses.method import BatchFacts, Method
 
 
-def loss_name(loss: LossConfig) -> str:
-    """The preset that a loss is, else objective/region/outlier."""
+def loss_name(loss: LossSettings) -> str:
+    """The preset that a loss is, else its method."""
     for name in PRESETS:
         if preset(name) == loss:
             return name
-    return f"{loss.objective}/{loss.region}/{loss.outlier}"
-
-
-def loss_of_step(config: LossConfig, step: int) -> LossConfig:
-    """The loss without ``switch_step``: the phase that ``step`` (0-based) belongs to.
-
-    Before the switch every student token is trained and outliers get what ``outlier`` says; from
-    the switch on outliers are clipped and the tokens with the largest entropy are trained.
-    """
-    if config.switch_step is None:
-        return config
-    if step < config.switch_step:
-        return replace(config, switch_step=None, select="all")
-    return replace(config, switch_step=None, select="student_entropy", outlier="clip")
+    return loss.method_name()
 
 
 @dataclass(frozen=True)
@@ -59,7 +39,7 @@ def choose(
     hidden: Sequence[Tensor],
     output_weight_vH: Tensor,
     *,
-    config: LossConfig,
+    config: Method,
     vocab_size: int,
     tp_group: dist.ProcessGroup,
     dp_group: dist.ProcessGroup,
@@ -92,53 +72,49 @@ def choose(
     )
     # Round-off that differed between the ranks of one vocabulary would make them choose apart.
     dist.broadcast(values_2T, src=dist.get_global_rank(tp_group, 0), group=tp_group)
-    entropy_T, log_ratio_T = values_2T
-    tokens = _Tokens.of(batches)
-    lengths = [len(part) for part in hidden]
-    selected = made = None
-    if config.select == "student_entropy":
-        total = count_loss_tokens(trajectories, config).student
-        chosen_T = top_share(
-            entropy_T,
-            num_selected(config.select_share, total),
-            tokens.student_T,
-            keys_T=tokens.keys_T,
-            # Rows and lengths of the n-th micro-batch are the same on every rank; tokens are not.
-            longest=sum(batch.tokens.numel() for batch in batches),
-            group=dp_group,
-        )
-        selected = list((chosen_T | ~tokens.student_T).split(lengths))
-    if config.future != "none" or config.group_normalise:
-        reward_T = _far_rewards(log_ratio_T, tokens, trajectories, config, dp_group)
-        made = list(reward_T.split(lengths))
-    return BatchChoices(selected, made)
+    facts = _facts(values_2T, batches, trajectories, config, dp_group)
+    choices, lengths = config.choose(facts), [len(part) for part in hidden]
+    selected_T, rewards_T = choices.selected_T, choices.rewards_T
+    return BatchChoices(
+        None if selected_T is None else list(selected_T.split(lengths)),
+        None if rewards_T is None else list(rewards_T.split(lengths)),
+    )
 
 
-def _far_rewards(
-    log_ratio_T: Tensor,
-    tokens: "_Tokens",
+def _facts(
+    values_2T: Tensor,
+    batches: Sequence[MicroBatch],
     trajectories: Sequence[Trajectory],
-    config: LossConfig,
+    config: Method,
     dp_group: dist.ProcessGroup,
-) -> Tensor:
-    """[T] rewards that look at later tokens and at the prompt's other samples."""
-    reward_T = rewards(log_ratio_T, config)
-    if config.future == "mean":
-        reward_T = future_mean(
-            reward_T,
-            tokens.student_T,
-            rows_T=tokens.own_rows_T,
-            positions_T=tokens.positions_T,
-            shape=tokens.shape,
-        )
-    if config.group_normalise:
-        numbers: dict[int, int] = {}
-        of_row = [numbers.setdefault(t.prompt_index, len(numbers)) for t in trajectories]
-        groups_T = upload(torch.tensor(of_row), tokens.rows_T.device)[tokens.rows_T]
-        reward_T = group_normalise(
-            reward_T, tokens.student_T, groups_T, num_groups=len(numbers), group=dp_group
-        )
-    return reward_T
+) -> BatchFacts:
+    """What a method may look at: the loss tokens of all micro-batches of this rank."""
+    student = [b.of_loss_tokens(b.segments) == Segment.STUDENT for b in batches]
+    positions_T = torch.cat([b.of_loss_tokens(b.response_positions) for b in batches])
+    rows_T = torch.cat([batch.loss_rows for batch in batches])
+    own_rows, rows, longest = [], 0, 0
+    for batch in batches:
+        length = batch.tokens.shape[1]
+        own_rows.append(batch.loss_at // length + rows)
+        rows, longest = rows + len(batch.rows), max(longest, length)
+    numbers: dict[int, int] = {}
+    of_row = [numbers.setdefault(t.prompt_index, len(numbers)) for t in trajectories]
+    entropy_T, log_ratio_T = values_2T
+    return BatchFacts(
+        entropy_T=entropy_T,
+        log_ratio_T=log_ratio_T,
+        student_T=torch.cat(student),
+        keys_T=(rows_T << 32) + positions_T,
+        own_rows_T=torch.cat(own_rows),
+        positions_T=positions_T,
+        shape=(rows, longest),
+        prompts_T=upload(torch.tensor(of_row), rows_T.device)[rows_T],
+        num_prompts=len(numbers),
+        num_student=count_loss_tokens(trajectories, config).student,
+        # Rows and lengths of the n-th micro-batch are the same on every rank; tokens are not.
+        longest=sum(batch.tokens.numel() for batch in batches),
+        group=dp_group,
+    )
 
 
 def _entropy_and_ratio(
@@ -146,7 +122,7 @@ def _entropy_and_ratio(
     batch: MicroBatch,
     signal: TeacherSignal,
     output_weight_vH: Tensor,
-    config: LossConfig,
+    config: Method,
     vocab_size: int,
     group: dist.ProcessGroup,
 ) -> Tensor:
@@ -161,45 +137,6 @@ def _entropy_and_ratio(
         group=group,
     )
     return torch.stack([statistics.divergences()["student_entropy"], statistics.log_ratio_T])
-
-
-@dataclass(frozen=True)
-class _Tokens:
-    """Where the loss tokens of all micro-batches of a rank come from."""
-
-    student_T: Tensor
-    """[T] bool, written by the student."""
-    rows_T: Tensor
-    """[T] int64 index of the trajectory in the step's list."""
-    own_rows_T: Tensor
-    """[T] int64 the same, counted among the rows of this rank."""
-    positions_T: Tensor
-    """[T] int64 index within prefix + response."""
-    shape: tuple[int, int]
-    """Rows of this rank, and positions of the longest."""
-
-    @classmethod
-    def of(cls, batches: Sequence[MicroBatch]) -> "_Tokens":
-        """In the order of the micro-batches."""
-        student = [b.of_loss_tokens(b.segments) == Segment.STUDENT for b in batches]
-        positions = [b.of_loss_tokens(b.response_positions) for b in batches]
-        own_rows, rows, longest = [], 0, 0
-        for batch in batches:
-            length = batch.tokens.shape[1]
-            own_rows.append(batch.loss_at // length + rows)
-            rows, longest = rows + len(batch.rows), max(longest, length)
-        return cls(
-            torch.cat(student),
-            torch.cat([batch.loss_rows for batch in batches]),
-            torch.cat(own_rows),
-            torch.cat(positions),
-            (rows, longest),
-        )
-
-    @property
-    def keys_T(self) -> Tensor:
-        """[T] int64 a number for each token that no layout changes."""
-        return (self.rows_T << 32) + self.positions_T
 
 
 def targets_of(

@@ -20,7 +20,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial, wraps
 from typing import Any
-from typing import get_args as choices_of
 
 import torch
 import torch.distributed as dist
@@ -28,7 +27,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from megatron_tropd.base.errors import ConfigError
-from megatron_tropd.config.loss import PRESETS, Importance, LossConfig
+from megatron_tropd.config.loss import PRESETS, preset
 from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.convert.megatron_folder import MegatronFolder
 from megatron_tropd.integrations import options, startup
@@ -37,6 +36,7 @@ from megatron_tropd.integrations.printed_log import PrintedLog
 from megatron_tropd.losses import (
     HiddenStatesSignal,
     LossTargets,
+    Method,
     align_output_weight,
     equal_bounds,
     keyed_uniform_rows,
@@ -99,7 +99,7 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
         nargs="+",
         help="options that megatron_tropd does not know and that change neither batch nor loss",
     )
-    add("--tropd-method", choices=list(PRESETS), help="the loss (docs/losses.md)")
+    add("--tropd-method", help=f"the loss: {', '.join(PRESETS)}, ... (docs/losses.md)")
     _add_loss_settings(group)
     add(
         "--tropd-metrics",
@@ -114,7 +114,13 @@ def _add_loss_settings(group: Any) -> None:
     add("--tropd-top-k", type=int, help="support of the forward KL; 0: the whole vocabulary")
     add("--tropd-tau", type=float, help="floor of the log-ratio, in nats")
     add("--tropd-jsd-beta", type=float, help="weight of the teacher in the mixture of jsd")
-    add("--tropd-importance", choices=choices_of(Importance), help="correction of stale samples")
+    add("--tropd-importance", help="correction of stale samples: truncated, band or ppo")
+    add(
+        "--tropd-set",
+        metavar="KEY=VALUE",
+        nargs="+",
+        help="settings of the method, as in [loss] of a config: top_k=8 importance=ppo",
+    )
     add("--tropd-beta", type=float, help="weight of teacher-written tokens (default 0.001)")
 
 
@@ -213,7 +219,7 @@ def distilling(forward_step: ForwardStep) -> ForwardStep:
 class StepLoss:
     """The loss of one step."""
 
-    config: LossConfig
+    config: Method
     beta: float
     """Weight of teacher-written tokens."""
     vocab_size: int
@@ -303,7 +309,7 @@ def targets_of(scored: Scored) -> LossTargets:
     batch, settings = scored.batch, scored.loss
     of = batch.of_loss_tokens
     uniforms = torch.zeros_like(batch.loss_weights)
-    if settings.config.region == "bernoulli":
+    if settings.config.needs.draws:
         uniforms = keyed_uniform_rows(
             settings.seed, settings.iteration, batch.sample_ids, batch.response_positions
         )
@@ -329,7 +335,7 @@ def report_of(values: dict[str, Tensor], settings: StepLoss) -> Report:
     """
     shown = {"tropd loss": values["loss"], "lm loss": -values["student_logprob"]}
     shown["k1"] = values["k1"]
-    if settings.config.objective == "policy_gradient" and settings.config.region != "none":
+    if settings.config.needs.outliers:
         shown["outlier"] = values["outlier"]
     if settings.metrics:
         shown |= {name.replace("_", " "): values[name] for name in _METRICS}
@@ -366,7 +372,7 @@ class _Plugin:
         self._training = training
         self._rollouts = rollouts
         self._folder: HFFolder | MegatronFolder | None = None
-        self._config = LossConfig()
+        self._config: Method = preset("tropd")
         self._teacher: Any = None
         self._fresh: tuple[int, Sequence[Mapping[str, Tensor]]] | None = None
 
@@ -524,9 +530,7 @@ class _Plugin:
         return [default_collate(list(items[start : start + rows])) for start in starts]
 
     def _check_batches(self, batches: Sequence[Batch]) -> None:
-        config = self._config
-        sampled = config.objective == "policy_gradient" and config.region != "exact"
-        needs = sampled or config.importance != "none"
+        needs = self._config.needs.sampled
         ranks = self._teacher.ranks
         if needs and (ranks.is_first_stage or ranks.is_last_stage) and not batches[0].sampled:
             raise ConfigError(

@@ -5,15 +5,13 @@ Nothing here imports ``megatron.training``; arguments are Megatron's parsed name
 
 import re
 from argparse import Namespace
-from collections.abc import Callable
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from megatron_tropd.base.errors import ConfigError, InputError
-from megatron_tropd.config import ParallelConfig
-from megatron_tropd.config.loss import LossConfig, preset
+from megatron_tropd.config import LossSettings, ParallelConfig
+from megatron_tropd.config.run import apply_override, settings_from_table
 from megatron_tropd.config.settings import Amount, check_value
 from megatron_tropd.convert.checks import check_parallel, check_tensors
 from megatron_tropd.convert.families import model_shape
@@ -25,7 +23,8 @@ from megatron_tropd.convert.megatron_folder import (
 )
 from megatron_tropd.data.tokenizers import check_same_tokenizer, load_tokenizer
 from megatron_tropd.integrations import options
-from megatron_tropd.losses import HiddenStatesSignal, check_signal
+from megatron_tropd.losses.method import Method
+from megatron_tropd.losses.signals import HiddenStatesSignal, check_signal
 
 SUPPORTED = ("0.17", "0.18", "0.19")
 """Versions of megatron-core whose training loop was run with the plug-in."""
@@ -43,9 +42,10 @@ _OPTIONS = {
     "parallel.expert_tensor": "--expert-tensor-parallel-size",
     "parallel.expert": "--expert-model-parallel-size",
     "parallel.sequence_parallel = true": "--sequence-parallel",
-    "loss.": "--tropd-",
 }
 """The trainer's names of settings -> Megatron's options."""
+_SHORT = ("top_k", "tau", "jsd_beta", "importance")
+"""Settings of methods that have an option of their own; the others are ``--tropd-set``."""
 
 
 def check_version() -> None:
@@ -80,15 +80,7 @@ def _missing() -> list[str]:
     return missing
 
 
-_READ: dict[str, Callable[[LossConfig], bool]] = {
-    "top_k": lambda loss: replace(loss, top_k=1).support > 0,
-    "tau": lambda loss: loss.needs_tau,
-    "jsd_beta": lambda loss: loss.objective == "jsd",
-}
-"""Setting that ``--tropd-*`` gives -> whether a loss reads it."""
-
-
-def loss_config(args: Namespace) -> LossConfig:
+def loss_config(args: Namespace) -> Method:
     """The loss that the ``--tropd-*`` arguments describe.
 
     Raises:
@@ -99,16 +91,20 @@ def loss_config(args: Namespace) -> LossConfig:
             "--tropd-teacher-load needs --tropd-method, a preset such as tropd or gkd_reverse_kl "
             "(docs/losses.md), found none."
         )
-    changes = {
-        name: value
-        for name in ("top_k", "tau", "jsd_beta", "importance")
-        if (value := getattr(args, f"tropd_{name}")) is not None
-    }
+    table: dict[str, dict[str, Any]] = {"loss": {"method": args.tropd_method}}
+    for given in args.tropd_set or ():
+        apply_override(table, f"loss.{given}")
+    short = {name: getattr(args, f"tropd_{name}") for name in _SHORT}
+    table["loss"] |= {name: value for name, value in short.items() if value is not None}
     try:
-        config = preset(args.tropd_method, **changes)
+        config: Method = settings_from_table(LossSettings, table["loss"], "loss")
     except ConfigError as error:
         raise ConfigError(_in_options(error)) from None
-    _check_all_are_read(args, config)
+    if args.tropd_top_k is not None and not _with_one(table["loss"]).needs.top_k:
+        raise ConfigError(
+            f"--tropd-method {args.tropd_method} does not read --tropd-top-k, which would change "
+            "nothing. Drop it, or choose a method that does (docs/losses.md)."
+        )
     if config.needs_student_pass:
         raise ConfigError(
             f"--tropd-method {args.tropd_method} chooses tokens or rewards by the whole batch, "
@@ -118,14 +114,10 @@ def loss_config(args: Namespace) -> LossConfig:
     return config
 
 
-def _check_all_are_read(args: Namespace, config: LossConfig) -> None:
-    given = [name for name in _READ if getattr(args, f"tropd_{name}") is not None]
-    if unread := [name for name in given if not _READ[name](config)]:
-        shown = ", ".join(f"--tropd-{name.replace('_', '-')}" for name in unread)
-        raise ConfigError(
-            f"--tropd-method {args.tropd_method} does not read {shown}, which would change "
-            "nothing. Drop it, or choose a method that does (docs/losses.md)."
-        )
+def _with_one(table: dict[str, Any]) -> Method:
+    """The loss with a top-k, if it has any."""
+    config: Method = settings_from_table(LossSettings, table | {"top_k": 1}, "loss")
+    return config
 
 
 def check_arguments(args: Namespace) -> None:
@@ -276,4 +268,10 @@ def _in_options(error: Exception) -> str:
     text = str(error)
     for ours, theirs in _OPTIONS.items():
         text = text.replace(ours, theirs)
-    return re.sub(r"--tropd-\w+", lambda option: option[0].replace("_", "-"), text)
+    return re.sub(r"loss\.(\w+)", _option_of, text)
+
+
+def _option_of(setting: re.Match[str]) -> str:
+    name = setting[1]
+    short = name == "method" or name in _SHORT
+    return f"--tropd-{name.replace('_', '-')}" if short else f"--tropd-set {name}"

@@ -2,67 +2,38 @@
 
 Usable alone: :func:`tropd_loss` takes the logits of any training loop and a process group,
 :func:`tropd_loss_from_hidden` hidden states and the output layer.
+
+The names below are imported when they are asked for: the methods' settings are read without torch.
 """
 
-from megatron_tropd.config.loss import PRESETS, LossConfig, preset
-from megatron_tropd.losses.align import align_logits, align_output_weight
-from megatron_tropd.losses.draws import (
-    Purpose,
-    keyed_seed,
-    keyed_uniform,
-    keyed_uniform_rows,
-)
-from megatron_tropd.losses.objective import (
-    token_statistics,
-    token_statistics_from_hidden,
-    tropd_loss,
-    tropd_loss_from_hidden,
-)
-from megatron_tropd.losses.signals import (
-    FullSignal,
-    HiddenStatesSignal,
-    LogitsSignal,
-    TeacherSignal,
-    TopKSignal,
-    check_signal,
-    required_signal,
-    top_k_signal,
-)
-from megatron_tropd.losses.statistics import TokenStatistics
-from megatron_tropd.losses.targets import (
-    LossOutput,
-    LossTargets,
-    SummedLoss,
-    unrounded_gradient,
-)
-from megatron_tropd.losses.vocab_parallel import equal_bounds
+import importlib
+from typing import Any
 
-__all__ = [
-    "PRESETS",
-    "FullSignal",
-    "HiddenStatesSignal",
-    "LogitsSignal",
-    "LossConfig",
-    "LossOutput",
-    "LossTargets",
-    "Purpose",
-    "SummedLoss",
-    "TeacherSignal",
-    "TokenStatistics",
-    "TopKSignal",
-    "align_logits",
-    "align_output_weight",
-    "check_signal",
-    "equal_bounds",
-    "keyed_seed",
-    "keyed_uniform",
-    "keyed_uniform_rows",
-    "preset",
-    "required_signal",
-    "token_statistics",
-    "token_statistics_from_hidden",
-    "top_k_signal",
-    "tropd_loss",
-    "tropd_loss_from_hidden",
-    "unrounded_gradient",
-]
+_MODULES = {
+    "align": ("align_logits", "align_output_weight"),
+    "draws": ("Purpose", "keyed_seed", "keyed_uniform", "keyed_uniform_rows"),
+    "method": ("BatchFacts", "Method", "SampledMethod", "TokenChoices"),
+    "objective": (
+        *("token_statistics", "token_statistics_from_hidden"),
+        *("tropd_loss", "tropd_loss_from_hidden"),
+    ),
+    "signals": (
+        *("FullSignal", "HiddenStatesSignal", "LogitsSignal", "TeacherSignal", "TopKSignal"),
+        *("check_signal", "required_signal", "top_k_signal"),
+    ),
+    "statistics": ("TokenStatistics",),
+    "targets": ("LossOutput", "LossTargets", "SummedLoss", "unrounded_gradient"),
+    "vocab_parallel": ("equal_bounds",),
+}
+_ROOM_OF = {name: module for module, names in _MODULES.items() for name in names}
+_ROOM_OF |= dict.fromkeys(("PRESETS", "preset"), "")
+
+__all__ = sorted(_ROOM_OF)
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, or a module of this room."""
+    if name not in _ROOM_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = f"{__name__}.{_ROOM_OF[name]}" if _ROOM_OF[name] else "megatron_tropd.config.loss"
+    return getattr(importlib.import_module(module), name)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tropd.base.errors import ConfigError
-from megatron_tropd.config.loss import LossConfig
+from megatron_tropd.config.loss import LossSettings
 from megatron_tropd.losses.signals import (
     FullSignal,
     HiddenStatesSignal,
@@ -67,7 +67,7 @@ def other_bounds(teacher: Shard, student: Shard) -> ValueError:
 
 
 def check_inputs(
-    student: FullSignal, targets: LossTargets, signal: TeacherSignal, config: LossConfig
+    student: FullSignal, targets: LossTargets, signal: TeacherSignal, config: LossSettings
 ) -> tuple[LossTargets, TeacherSignal]:
     """Check everything that a loss is given against what it needs.
 
@@ -91,18 +91,19 @@ def check_inputs(
             f"Expected a teacher with the student's vocabulary of {student.vocab_size} tokens, "
             f"found {signal.vocab_size}. Give both the size of the tokenizer they share."
         )
-    if config.support and not isinstance(signal, FullSignal):
+    top_k = config.needs.top_k
+    if top_k and not isinstance(signal, FullSignal):
         width = width_of_top_k(signal)
-        if width < config.support:
+        if width < top_k:
             raise ConfigError(
-                f"loss.top_k = {config.top_k} needs as many teacher ids per token, found {width}. "
-                f"Ask the teacher for {config.top_k} or set loss.top_k to {width}."
+                f"loss.top_k = {top_k} needs as many teacher ids per token, found {width}. "
+                f"Ask the teacher for {top_k} or set loss.top_k to {width}."
             )
-    if config.importance != "none" and targets.rollout_logprobs_T is None:
+    if config.needs.rollout_logprobs and targets.rollout_logprobs_T is None:
         raise ValueError(
-            f"loss.importance = {config.importance!r} needs targets.rollout_logprobs_T, the "
-            "log-probs of the policy that sampled the tokens, found None. Pass them or set "
-            "loss.importance to 'none'."
+            f"loss.method = {config.method_name()!r} weights tokens by importance, which needs "
+            "targets.rollout_logprobs_T, the log-probs of the policy that sampled the tokens, "
+            "found None. Pass them or set loss.importance to 'none'."
         )
     how: dict[str, Any] = dict(vocab_size=student.vocab_size, config=config)
     return (

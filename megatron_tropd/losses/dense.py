@@ -6,9 +6,9 @@ vocabulary is a sum of row sums (:func:`row_sums`), and its gradient has the for
 .. math:: \partial \ell / \partial z_j = c_j - q_j \sum_v c_v, \qquad
    c_v = a \, w_v + f \, p_v + \text{a few columns}
 
-with w one of the pointwise rewards of :data:`Reward` (:func:`write_gradient`). Nothing here knows
-about ranks; the sums are this shard's. Rows are handled a few at a time, so that temporaries stay
-in the cache: one buffer of a few rows for each, none of [T, v].
+with w one of the pointwise rewards of ``config.loss.Reward`` (:func:`write_gradient`). Nothing here
+knows about ranks; the sums are this shard's. Rows are handled a few at a time, so that temporaries
+stay in the cache: one buffer of a few rows for each, none of [T, v].
 
 Shape suffixes: T = tokens of the chunk, v = real columns of this rank's shard.
 """
@@ -17,15 +17,12 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from megatron_tropd.config.loss import Reward
 from megatron_tropd.losses import tensors
-
-Reward = Literal["trust", "trust_clip", "log_ratio", "mixture"]
-"""w_v: min(p,q) r | min(p,q) r + (q - min(p,q)) max(r, tau) | q r | q log((b p + (1-b) q) / q)."""
 
 SUMS = (
     "tv",
@@ -263,7 +260,7 @@ class _Both:
         return self.reward(spec).sum(dim=-1)
 
     def reward(self, spec: DenseSpec) -> Tensor:
-        """[rows, v] w of :data:`Reward`, in a buffer that the next call overwrites."""
+        """[rows, v] w of ``config.loss.Reward``, in a buffer that the next call overwrites."""
         if spec.reward == "log_ratio":
             return self._product(self.q, self.ratio)
         if spec.reward == "mixture":

@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_tropd.config.loss import LossConfig
 from megatron_tropd.losses import products
 from megatron_tropd.losses import vocab_parallel as vp
 from megatron_tropd.losses.align import align_logits
@@ -28,6 +27,7 @@ from megatron_tropd.losses.checks import (
 )
 from megatron_tropd.losses.chunks import Chunk, Pair, for_each_chunk, gradient_chunks
 from megatron_tropd.losses.first_order import first_order
+from megatron_tropd.losses.method import Method
 from megatron_tropd.losses.sharded_rows import gather_rows, sum_gradient
 from megatron_tropd.losses.signals import (
     FullSignal,
@@ -40,7 +40,7 @@ from megatron_tropd.losses.signals import (
 from megatron_tropd.losses.statistics import TokenStatistics
 from megatron_tropd.losses.targets import LossOutput, LossTargets, SummedLoss
 from megatron_tropd.losses.tensors import check_numbers, check_tensors
-from megatron_tropd.losses.terms import Term, dense_spec, term_of_tokens, trust
+from megatron_tropd.losses.terms import Term, dense_spec, trust
 
 _METRICS_TOP_K = 64
 
@@ -50,7 +50,7 @@ def tropd_loss(
     targets: LossTargets,
     signal: TeacherSignal,
     *,
-    config: LossConfig,
+    config: Method,
     vocab_size: int,
     group: dist.ProcessGroup | None,
     beta: float = 0.001,
@@ -108,7 +108,7 @@ def tropd_loss(
     pair, targets = _pair(student, targets, signal, config, shard, metrics, memory_mib)
     with torch.no_grad():
         statistics = _collect(pair)
-        term = term_of_tokens(statistics, targets, config, beta)
+        term = config.whole_term(statistics, targets, beta)
         weighted = _weighted(term, targets)
     loss_T = _LossOfLogits.apply(student_logits_Tv, weighted, statistics, pair)
     return LossOutput(loss_T, _values(statistics, term, weighted))
@@ -120,7 +120,7 @@ def tropd_loss_from_hidden(
     targets: LossTargets,
     signal: TeacherSignal,
     *,
-    config: LossConfig,
+    config: Method,
     vocab_size: int,
     group: dist.ProcessGroup | None,
     beta: float = 0.001,
@@ -196,7 +196,7 @@ def token_statistics(
     targets: LossTargets,
     signal: TeacherSignal,
     *,
-    config: LossConfig,
+    config: Method,
     vocab_size: int,
     group: dist.ProcessGroup | None,
     bounds: Sequence[int] | None = None,
@@ -216,7 +216,7 @@ def token_statistics_from_hidden(
     targets: LossTargets,
     signal: TeacherSignal,
     *,
-    config: LossConfig,
+    config: Method,
     vocab_size: int,
     group: dist.ProcessGroup | None,
     bounds: Sequence[int] | None = None,
@@ -274,7 +274,7 @@ class _GradientMaker:
         self,
         pair: Pair,
         targets: LossTargets,
-        config: LossConfig,
+        config: Method,
         beta: float,
         main_grad: Tensor | None,
     ) -> None:
@@ -308,7 +308,7 @@ class _GradientMaker:
     def _use(self, chunk: Chunk) -> None:
         pair, rows = self._pair, chunk.rows
         targets = _rows(self._targets, rows)
-        term = term_of_tokens(chunk.statistics, targets, self._config, self._beta)
+        term = self._config.whole_term(chunk.statistics, targets, self._beta)
         weighted = _weighted(term, targets)
         self._values.append(_values(chunk.statistics, term, weighted))
         if self.hidden_grad_TH is None and self.weight_grad_vH is None:
@@ -363,7 +363,7 @@ def _pair(
     student: FullSignal,
     targets: LossTargets,
     signal: TeacherSignal,
-    config: LossConfig,
+    config: Method,
     shard: vp.Shard,
     metrics: bool,
     memory_mib: int | None,
@@ -372,7 +372,7 @@ def _pair(
     check_signal(config, signal, vocab_size=student.vocab_size)
     targets, signal = check_inputs(student, targets, signal, config)
     full = isinstance(signal, FullSignal)
-    k = config.support
+    k = config.needs.top_k
     if metrics and not k:
         wanted = min(_METRICS_TOP_K, student.vocab_size)
         k = wanted if full else min(wanted, width_of_top_k(signal))
@@ -381,7 +381,7 @@ def _pair(
         teacher=signal,
         ids_T=targets.ids_T,
         k=k,
-        spec=dense_spec(config, metrics=metrics, full=full),
+        spec=dense_spec(config.needs, metrics=metrics, full=full),
         shard=shard,
         device=targets.ids_T.device,
         memory_mib=memory_mib,

@@ -14,10 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tropd.base.errors import ConfigError
-from megatron_tropd.config.loss import LossConfig
+from megatron_tropd.config.loss import LossSettings
 from megatron_tropd.losses import products
 from megatron_tropd.losses import vocab_parallel as vp
-from megatron_tropd.losses.dense import sum_names
 from megatron_tropd.losses.tensors import check_ids, check_tensors
 
 SAMPLED = "sampled"
@@ -202,7 +201,7 @@ def tensors_of(signal: TeacherSignal) -> list[Tensor]:
     return [value for value in held.values() if isinstance(value, Tensor)]
 
 
-def required_signal(config: LossConfig) -> frozenset[str]:
+def required_signal(config: LossSettings) -> frozenset[str]:
     """What a loss must know about the teacher.
 
     Args:
@@ -211,35 +210,16 @@ def required_signal(config: LossConfig) -> frozenset[str]:
     Returns:
         Subset of {"sampled", "top_k", "full"}.
     """
-    needs = {SAMPLED}
-    if config.support:
-        needs.add(TOP_K)
-    if needed_sums(config):
-        needs.add(FULL)
-    return frozenset(needs)
-
-
-def needed_sums(config: LossConfig) -> tuple[str, ...]:
-    """Sums over the whole vocabulary that a loss is made of, in the order of ``dense.SUMS``."""
-    if config.objective != "policy_gradient":
-        return {
-            "forward_kl": ("forward_kl",),
-            "reverse_kl": ("reverse_kl",),
-            "jsd": ("reward", "teacher_to_mixture"),
-            "local_support": (),
-        }[config.objective]
-    sums = []
-    if config.region == "exact":
-        sums += ["tv", "reward"]
-    if config.uses_forward_kl and config.top_k == 0:
-        sums.append("forward_kl")
-    if config.entropy_forward_kl is not None:
-        sums.append("teacher_entropy")
-    return sum_names(sums)
+    needed = {SAMPLED}
+    if config.needs.top_k:
+        needed.add(TOP_K)
+    if config.needs.sums:
+        needed.add(FULL)
+    return frozenset(needed)
 
 
 def check_signal(
-    config: LossConfig, signal: type[TeacherSignal] | TeacherSignal, *, vocab_size: int
+    config: LossSettings, signal: type[TeacherSignal] | TeacherSignal, *, vocab_size: int
 ) -> None:
     """Refuse a loss that the teacher signal or the vocabulary cannot serve. Call it at start-up.
 
@@ -253,17 +233,14 @@ def check_signal(
             the vocabulary.
     """
     name = signal.__name__ if isinstance(signal, type) else type(signal).__name__
-    loss = (
-        f"loss.objective = {config.objective!r} with region = {config.region!r}, outlier = "
-        f"{config.outlier!r}"
-    )
+    loss = f"loss.method = {config.method_name()!r}"
     if missing := required_signal(config) - signal.provides:
         raise ConfigError(
             f"{loss} needs {sorted(missing)} of the teacher, but {name} provides only "
             f"{sorted(signal.provides)}. Choose another loss or another teacher signal."
         )
-    if config.support > vocab_size:
+    if config.needs.top_k > vocab_size:
         raise ConfigError(
             f"{loss} needs loss.top_k <= the vocabulary of {vocab_size} tokens, found "
-            f"{config.top_k}. Set loss.top_k to at most {vocab_size}, or to 0 for all of it."
+            f"{config.needs.top_k}. Set loss.top_k to at most {vocab_size}."
         )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_tropd.base.errors import ConfigError
-from megatron_tropd.config.loss import LossConfig
+from megatron_tropd.config.loss import LossSettings
 from megatron_tropd.losses.targets import LossTargets
 
 _NO_FLOATS = {"ids_T": torch.int64, "topk_ids_TK": torch.int64, "is_teacher_T": torch.bool}
@@ -152,7 +152,7 @@ class Values:
     allowed: Callable[[Tensor], Tensor]
     """[...] -> [...] bool."""
     remedy: str
-    read: Callable[[LossConfig], bool] = lambda config: True
+    read: Callable[[LossSettings], bool] = lambda config: True
     """Whether the loss reads the tensor at all."""
     of_student: bool = False
     """Whether only tokens that the student wrote are read."""
@@ -169,7 +169,7 @@ VALUES = {
         "draws in [0, 1)",
         lambda uniforms: (uniforms >= 0) & (uniforms < 1),
         "Draw them with keyed_uniform or torch.rand.",
-        read=lambda config: config.objective == "policy_gradient" and config.region == "bernoulli",
+        read=lambda config: config.needs.draws,
         of_student=True,
     ),
     "sampled_logprobs_T": _LOGPROBS,
@@ -189,7 +189,7 @@ def with_allowed_values(
     targets: LossTargets,
     *,
     vocab_size: int,
-    config: LossConfig,
+    config: LossSettings,
 ) -> Any:
     """A record whose numbers may be used. Nobody reads those of a token of weight 0.
 

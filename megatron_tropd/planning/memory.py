@@ -296,7 +296,7 @@ def _columns(made: Setup) -> int:
 
 def candidate_bytes(made: Setup, tokens: int) -> float:
     """What a chunk's search for the teacher's k largest logits takes on a GPU."""
-    groups = made.config.loss.support * _GROUP
+    groups = made.config.loss.needs.top_k * _GROUP
     if made.hardware.layers == "cpu" or groups >= made.vocab_shard:
         return 0.0
     return float(_chunk_rows(made, tokens) * groups * _OF_CANDIDATE)

@@ -118,13 +118,16 @@ def page_data(records: RunRecords) -> dict[str, Any]:
 
 def method_name(loss: dict[str, Any]) -> str:
     """Short name of a loss configuration, as the report's title calls it."""
-    region, outlier = loss.get("region", "bernoulli"), loss.get("outlier", "forward_kl")
-    if region == "none":
-        return "OPD (no trust region)"
+    method = str(loss.get("method", "tropd"))
+    title = {
+        "tropd": "TrOPD",
+        "static": f"Static region, tau {loss.get('tau')}",
+        "opd": "OPD (no trust region)",
+    }.get(method, method)
+    outlier = loss.get("outlier")
     if outlier == "forward_kl":
-        outlier = f"top-{loss.get('top_k', 64)} forward KL"
-    kind = "TrOPD" if region == "bernoulli" else f"Static region, tau {loss.get('tau')}"
-    return f"{kind}, outliers: {outlier}"
+        outlier = f"top-{loss['top_k']} forward KL"
+    return title if outlier is None else f"{title}, outliers: {outlier}"
 
 
 def bucket_labels(count: int) -> list[str]:

@@ -17,13 +17,13 @@ import pytest
 import reference
 import torch
 import torch.distributed as dist
+from loss_settings import FLAT, config_of
 from reference import Answer, Tokens
 
+from megatron_tropd.config.loss_of_0_1 import DEFAULTS
 from megatron_tropd.losses import (
-    PRESETS,
     HiddenStatesSignal,
     LogitsSignal,
-    LossConfig,
     LossTargets,
     TopKSignal,
     align_logits,
@@ -110,7 +110,6 @@ def _all_settings() -> dict[str, dict]:
             found[f"{objective}-{writer}"] = dict(
                 objective=objective, teacher_tokens=writer, jsd_beta=0.3
             )
-    found["jsd-score"] = dict(objective="jsd", region="none", gradient="score_function")
     return {name: dict(top_k=4) | settings for name, settings in found.items()}
 
 
@@ -121,8 +120,8 @@ FEW += ("local_support-nll", "reverse_kl-same", "opd")
 
 def _presets() -> dict[str, dict]:
     """Every published method as it is, and the second phase of the one that has two."""
-    found = {f"preset {name}": dict(settings) for name, settings in PRESETS.items()}
-    found["preset reopold, second phase"] = PRESETS["reopold"] | {"outlier": "clip"}
+    found = {f"preset {name}": dict(settings) for name, settings in FLAT.items()}
+    found["preset reopold, second phase"] = FLAT["reopold"] | {"outlier": "clip"}
     return found
 
 
@@ -435,7 +434,7 @@ def _signal(kind, problem, case, place, *, aligned):
         logits = align_logits(logits, **move) if aligned else logits
         return LogitsSignal(logits, vocab_size, bounds)
     # A signal may bring more than the loss uses.
-    k = min(LossConfig(**case.settings).support + 2, vocab_size)
+    k = min(config_of(**case.settings).needs.top_k + 2, vocab_size)
     if kind == "top_k of the shards":
         return top_k_signal(
             logits, case.tokens.ids, k, vocab_size=vocab_size, group=place.group, bounds=have
@@ -496,7 +495,7 @@ class RoundedOnce(StatelessPasses):
 def _options(problem, case, place, metrics):
     bounds = place.bounds(problem, "student") if problem.uneven else None
     return dict(
-        config=LossConfig(**case.settings),
+        config=config_of(**case.settings),
         vocab_size=problem.vocab_size,
         group=place.group,
         bounds=bounds,
@@ -640,14 +639,14 @@ def _near(what, actual, expected, allowed):
 
 
 def _check_values(case, problem, kind, values, metrics):
-    config, found = LossConfig(**case.settings), set(values)
+    config, found = config_of(**case.settings), set(values)
     full = "top_k" not in kind
     required = ALWAYS | (DIVERGENCES if full and metrics else set())
-    required |= MASSES if config.support else set()
+    required |= MASSES if config.needs.top_k else set()
     assert required <= found <= ALWAYS | (DIVERGENCES if full else set()) | MASSES
     assert all(v.dtype == torch.float32 and not v.requires_grad for v in values.values())
     # A loss without a top-k reports the mass of 64, or of what the signal brings.
-    k = config.support or min(64 if full else 2, problem.vocab_size)
+    k = config.needs.top_k or min(64 if full else 2, problem.vocab_size)
     known = case.answer.values | _masses(problem, k)
     expected = torch.stack([known[name] for name in values])
     weights = torch.ones(expected.shape, dtype=torch.float64)
@@ -669,7 +668,7 @@ def _masses(problem, k):
 
 def _signals(case, problem):
     kinds = ["logits"] if problem.products is None else ["logits", "hidden"]
-    if "full" not in required_signal(LossConfig(**case.settings)):
+    if "full" not in required_signal(config_of(**case.settings)):
         kinds += ["top_k", "top_k of the shards"]
     return kinds
 
@@ -851,7 +850,7 @@ def _check_collectives(case, problem, place):
     """Two small ones per chunk forward; backward the sum of the hidden gradient, if asked for."""
     num, per_chunk, mine = len(case.tokens.ids), 5, place.columns(problem, "student")
     num_chunks = math.ceil(num / per_chunk)
-    k = LossConfig(**case.settings).support or problem.vocab_size  # below the 64 of the metrics
+    k = config_of(**case.settings).needs.top_k or problem.vocab_size  # below the 64 of the metrics
     small = per_chunk * (k + 8) * 12 * place.size  # 12: an int64 and a float32 per candidate
     kinds = [kind for kind in _signals(case, problem) if kind != "top_k of the shards"]
     for kind, plain in product(kinds, (False, True)):
@@ -959,9 +958,9 @@ def _check_ids_of_no_rank(problem, place):
             ("their ids", student_only, TopKSignal(logprobs[:, 0], topk, logprobs.gather(-1, top))),
         ):
             case = _case(name, "fp32", problem, dict(region="none", top_k=4))
-            config = LossConfig(objective="local_support", top_k=4) if name == "their ids" else None
+            config = config_of(objective="local_support", top_k=4) if name == "their ids" else None
             options = _options(problem, case, place, metrics=True)
-            options |= dict(config=config or LossConfig(region="none"))
+            options |= dict(config=config or config_of(region="none"))
             leaf = problem.student[:, mine].clone().requires_grad_()
             signal = more or _signal("logits", problem, case, place, aligned=True)
             with pytest.MonkeyPatch.context() as patch:
@@ -1031,10 +1030,10 @@ def test_cases_are_clear_of_their_thresholds(cases, problems):
 def test_every_setting_is_a_config(cases):
     """What the reference and the code are given is the same, and nothing is left out."""
     for case in cases:
-        LossConfig(**case.settings)
-    for name in LossConfig.__dataclass_fields__:
-        known = name in reference.DEFAULTS or name in reference.BATCH_WIDE
-        assert known or name in ("mask_first_ids", "mask_truncated"), name
-    for name, default in reference.DEFAULTS.items():
-        assert getattr(LossConfig(), name) == default, name
-    assert {f"preset {name} on 507 columns" for name in PRESETS} <= {case.name for case in cases}
+        config_of(**case.settings)
+    for name, default in DEFAULTS.items():
+        if name in reference.DEFAULTS:
+            assert reference.DEFAULTS[name] == default, name
+        else:
+            assert name in (*reference.BATCH_WIDE, "mask_first_ids", "mask_truncated"), name
+    assert {f"preset {name} on 507 columns" for name in FLAT} <= {case.name for case in cases}

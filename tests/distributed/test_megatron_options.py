@@ -17,9 +17,10 @@ from unittest import mock
 
 import pytest
 import torch
+from loss_settings import config_of
 from test_training import recorded_trajectories
 
-from megatron_tropd.config import LossConfig, MegatronConfig, ParallelConfig, TrainConfig
+from megatron_tropd.config import MegatronConfig, ParallelConfig, TrainConfig
 from megatron_tropd.data.packing import count_loss_tokens, pack
 from tests.ranks import leave_layout, run_with_env
 
@@ -292,7 +293,7 @@ class Bench:
         return StepObjective(
             self.signals[step],
             # Without draws: they would turn round-off into other tokens.
-            config=LossConfig(region="none", outlier="clip"),
+            config=config_of(region="none", outlier="clip"),
             beta=0.5,
             vocab_size=259,
             group=self.ranks.tp_group,

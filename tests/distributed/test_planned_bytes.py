@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 import torch
+from loss_settings import config_of
 
 from megatron_tropd.config import (
     Config,
-    LossConfig,
     MegatronConfig,
     ModelConfig,
     ParallelConfig,
@@ -238,7 +238,7 @@ def _measure(config: Config) -> dict[str, float]:
     signals = teacher.score(batches)
     objective = StepObjective(
         signals,
-        config=LossConfig(),
+        config=config_of(),
         beta=0.001,
         vocab_size=259,
         group=ranks.tp_group,

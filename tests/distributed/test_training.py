@@ -17,7 +17,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_tropd.config import LossConfig, ParallelConfig, TrainConfig
+from megatron_tropd.config import LossSettings, ParallelConfig, TrainConfig
 from megatron_tropd.config.loss import preset
 from megatron_tropd.data.packing import count_loss_tokens, pack
 from megatron_tropd.data.types import Segment, Trajectory
@@ -41,7 +41,7 @@ TRAIN = TrainConfig(
     steps=STEPS, lr=1e-2, warmup_steps=1, lr_schedule="cosine", tokens_per_micro_batch=128
 )
 METHODS = {
-    "tropd": LossConfig(denominator="separate"),
+    "tropd": LossSettings(denominator="separate"),
     "top_d": preset("top_d"),
     # The static threshold in the first steps, clipping and selection from the fourth on.
     "reopold": preset(

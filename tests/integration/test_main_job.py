@@ -72,6 +72,7 @@ def config(tmp_path_factory, pair) -> Path:
         responses = "responses.jsonl"
         beta = 0.1
         [loss]
+        method = "tropd"
         top_k = 16
         [train]
         steps = {STEPS}

@@ -70,6 +70,7 @@ def toml(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Pat
         num_engines = 2
         engine_memory = 0.25
         [loss]
+        method = "tropd"
         importance = "truncated"
         [train]
         steps = 5

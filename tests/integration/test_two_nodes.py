@@ -50,6 +50,7 @@ def config(tmp_path_factory, tiny_model) -> Path:
         samples_per_prompt = 2
         engine_memory = 0.25
         [loss]
+        method = "tropd"
         top_k = 16
         [train]
         steps = 12

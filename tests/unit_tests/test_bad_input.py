@@ -87,9 +87,15 @@ def test_a_good_config_says_what_would_run(dry_run):
         (["rollout.prompts_per_step=9"], ["exceeds the 8 prompts"]),
         (["parallel.data=3"], ["must be divisible by parallel.data = 3"]),
         (["parallel.data=2", "parallel.expert=2"], ["needs a mixture of experts", "dense"]),
-        (["loss.top_k=260"], ["loss.top_k <= the vocabulary of 259", "found 260"]),
-        (["loss.outlier=clip"], ["needs loss.tau"]),
-        (["loss.mask_first_ids=[259]"], ["loss.mask_first_ids", "259 tokens", "[259]"]),
+        (
+            ["loss.method=tropd", "loss.top_k=260"],
+            ["top_k <= the vocabulary of 259", "found 260"],
+        ),
+        (["loss.method=tropd", "loss.outlier=clip"], ["needs loss.tau"]),
+        (
+            ["loss.method=opd", "loss.mask_first_ids=[259]"],
+            ["loss.mask_first_ids", "259 tokens", "[259]"],
+        ),
         (["rollout.max_new_tokens=256"], ["no room for a prompt", "256"]),
         (["rollout.max_new_tokens=250"], ["prompts.jsonl, line 1", "at most 6 fit"]),
         (["guidance.responses=gone.jsonl"], ["gone.jsonl", "cannot be read"]),

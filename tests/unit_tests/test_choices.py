@@ -9,12 +9,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_tropd.config import LossConfig
+from megatron_tropd.config import LossSettings
 from megatron_tropd.config.loss import PRESETS, preset
 from megatron_tropd.data.packing import count_loss_tokens, pack
 from megatron_tropd.data.types import MicroBatch, Segment, Trajectory
 from megatron_tropd.distill.step_loss import StepObjective
-from megatron_tropd.distill.token_choices import BatchChoices, choose, loss_name, loss_of_step
+from megatron_tropd.distill.token_choices import BatchChoices, choose, loss_name
 from megatron_tropd.losses import HiddenStatesSignal
 
 VOCAB, HIDDEN, BETA = 41, 8, 0.5
@@ -34,26 +34,20 @@ def test_a_loss_that_is_a_preset_has_its_name(name):
     assert loss_name(preset(name)) == name
 
 
-def test_any_other_loss_is_named_by_its_parts():
-    assert (
-        loss_name(LossConfig(region="expected", top_k=5)) == "policy_gradient/expected/forward_kl"
-    )
-    assert loss_name(preset("gkd_jsd", jsd_beta=0.2)) == "jsd/bernoulli/forward_kl"
+def test_any_other_loss_is_named_by_its_method():
+    assert loss_name(preset("tropd_expected", top_k=5)) == "tropd"
+    assert loss_name(preset("gkd_jsd", jsd_beta=0.2)) == "gkd"
 
 
 def test_the_phases_of_a_loss_that_switches():
     loss = preset("reopold", switch_step=5)
-    first, second = loss_of_step(loss, 4), loss_of_step(loss, 5)
-    assert first == preset("reopold", switch_step=None) and not first.needs_student_pass
-    assert (second.outlier, second.select, second.region) == (
-        "clip",
-        "student_entropy",
-        "threshold",
-    )
+    first, second = loss.at_step(4), loss.at_step(5)
+    assert first == preset("static", outlier="mask", floor=0.2) and not first.needs_student_pass
+    assert second == preset("static", outlier="clip", floor=0.2, entropy_share=0.2)
     assert second.reward_floor == loss.reward_floor and second.needs_student_pass
     for name in PRESETS:
         if name != "reopold":
-            assert loss_of_step(preset(name), 7) == preset(name)
+            assert preset(name).at_step(7) == preset(name)
 
 
 def _trajectories() -> list[Trajectory]:
@@ -100,7 +94,7 @@ class _Models:
         return HiddenStatesSignal(hidden, self.teacher_weight, VOCAB)
 
 
-def _weight_gradient(loss: LossConfig, tokens: int) -> tuple[torch.Tensor, BatchChoices]:
+def _weight_gradient(loss: LossSettings, tokens: int) -> tuple[torch.Tensor, BatchChoices]:
     """Gradient of the output layer as training gets it, over several micro-batches."""
     models, trajectories = _Models(), _trajectories()
     batches = pack(
@@ -155,7 +149,7 @@ class _Token:
     is_teacher: bool
 
 
-def _reference_tokens(weight: torch.Tensor, loss: LossConfig) -> list[_Token]:
+def _reference_tokens(weight: torch.Tensor, loss: LossSettings) -> list[_Token]:
     models, tokens = _Models(), []
     (batch,) = pack(
         _trajectories(),
@@ -183,7 +177,7 @@ def _reference_tokens(weight: torch.Tensor, loss: LossConfig) -> list[_Token]:
 
 @pytest.mark.parametrize("denominator", ["joint", "separate"])
 def test_the_gradient_of_entropy_opd(denominator):
-    loss = preset("entropy_opd", select_share=0.3, denominator=denominator, mask_truncated=True)
+    loss = preset("entropy_opd", entropy_share=0.3, denominator=denominator, mask_truncated=True)
     weight = _Models().weight.double().requires_grad_()
     tokens = _reference_tokens(weight, loss)
     student = [t for t in tokens if not t.is_teacher]

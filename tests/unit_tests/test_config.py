@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+from loss_settings import config_of
 
 from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.config import (
     Config,
-    LossConfig,
     config_from_dict,
     config_to_dict,
     config_to_toml,
@@ -56,7 +56,7 @@ def test_every_toml_of_the_repository_loads(path: Path):
 
 def test_defaults_are_the_published_method(toml: Path):
     config = load_config(toml)
-    assert config.loss == LossConfig(
+    assert config.loss == config_of(
         region="bernoulli", outlier="forward_kl", top_k=64, tau=None, denominator="joint"
     )
     assert (config.guidance.beta, config.guidance.prefixed_per_prompt) == (0.001, 1)
@@ -66,12 +66,13 @@ def test_defaults_are_the_published_method(toml: Path):
 
 
 def test_every_setting_is_documented():
-    for section in dataclasses.fields(Config):
-        classes = [c for c in section.type.__mro__ if dataclasses.is_dataclass(c)]
+    methods = [type(preset(name)) for name in PRESETS]
+    for kind in [*(section.type for section in dataclasses.fields(Config)), *methods]:
+        classes = [c for c in kind.__mro__ if dataclasses.is_dataclass(c)]
         body = "".join(inspect.getsource(c) for c in classes)
-        for field in dataclasses.fields(section.type):
+        for field in dataclasses.fields(kind):
             after = body.split(f"\n    {field.name}:")[1].split("\n    ")
-            assert '"""' in after[1], f"{section.name}.{field.name} has no docstring"
+            assert '"""' in after[1], f"{kind.__name__}.{field.name} has no docstring"
 
 
 def test_paths_are_relative_to_the_file_and_overrides_to_the_shell(toml: Path, monkeypatch):
@@ -90,9 +91,9 @@ def test_paths_are_relative_to_the_file_and_overrides_to_the_shell(toml: Path, m
         ("train.lr=1e-3", "train", "lr", 1e-3),
         ("train.lr=1", "train", "lr", 1.0),
         ("train.adam_betas=[0.8, 0.9]", "train", "adam_betas", (0.8, 0.9)),
-        ("loss.region=none", "loss", "region", "none"),
-        ('loss.region="none"', "loss", "region", "none"),
-        ("loss.tau=-2.5", "loss", "tau", -2.5),
+        ("loss.region=expected", "loss", "region", "expected"),
+        ('loss.region="expected"', "loss", "region", "expected"),
+        ("loss.entropy_share=1", "loss", "entropy_share", 1.0),
         ("run.tensorboard=false", "run", "tensorboard", False),
         ("rollout.stop_token_ids=[5, 6]", "rollout", "stop_token_ids", (5, 6)),
         ("guidance.schedule=constant", "guidance", "schedule", "constant"),
@@ -102,7 +103,8 @@ def test_paths_are_relative_to_the_file_and_overrides_to_the_shell(toml: Path, m
     ],
 )
 def test_overrides(toml: Path, override: str, section: str, name: str, value: object):
-    found = getattr(getattr(load_config(toml, [override]), section), name)
+    config = load_config(toml, ["loss.method=tropd", override])
+    found = getattr(getattr(config, section), name)
     assert found == value
     assert type(found) is type(value)
 
@@ -161,9 +163,14 @@ def test_overrides(toml: Path, override: str, section: str, name: str, value: ob
         ("guidance.prefixed_per_prompt=5", r"exceeds rollout\.samples_per_prompt = 4"),
         ("guidance.beta=-1", r"guidance\.beta must be at least 0"),
         ("guidance.schedule=linear", r"guidance\.schedule must be one of \['cosine', 'constant'\]"),
-        ("loss.top_k=-1", r"loss\.top_k must be at least 0"),
-        ("loss.region=threshold", r"needs loss\.tau"),
-        ("loss.outlier=clip", r"needs loss\.tau"),
+        ("loss={method = 'tropd', top_k = -1}", r"Override .* must look like section\.key=value"),
+        ("loss.method=static", r"needs loss\.tau"),
+        ("loss.method=tropt", r"loss\.method must be one of .* Did you mean 'tropd'\?"),
+        ("loss.method=7", r"loss\.method must be one of .* found 7"),
+        (
+            "loss.outlier=clip",
+            r'(?s)form of version 0\.1.*\[loss\]\n +method = "tropd"\n +outlier = "clip"',
+        ),
         ("run.keep_checkpoints=0", r"run\.keep_checkpoints must be at least 1"),
         ("run.dir=''", r"run\.dir must name a folder"),
         ("evaluation.num_problems=0", r"evaluation\.num_problems must be at least 1"),
@@ -254,9 +261,19 @@ def test_there_may_be_any_number_of_servers(toml: Path):
     assert config.parallel.world_size == 1 and config.rollout.num_engines == 3
 
 
-def test_plain_opd_needs_no_tau(toml: Path):
-    config = load_config(toml, ["loss.region=none", "loss.outlier=clip"])
-    assert config.loss.tau is None
+def test_a_method_knows_its_own_settings_only(toml: Path):
+    message = r"Unknown config key loss\.outlier.*Known here: .*proximal_alpha"
+    with pytest.raises(ConfigError, match=message):
+        load_config(toml, ["loss.method=opd", "loss.outlier=clip"])
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_any_method_survives_json_and_toml(name: str, toml: Path, tmp_path: Path):
+    config = load_config(toml, [f"loss.method={name}", "loss.mask_first_ids=[3, 4]"])
+    assert config.loss == preset(name, mask_first_ids=(3, 4))
+    assert config_from_dict(json.loads(json.dumps(config_to_dict(config)))) == config
+    (tmp_path / "again.toml").write_text(config_to_toml(config))
+    assert load_config(tmp_path / "again.toml").loss == config.loss
 
 
 @pytest.mark.parametrize(

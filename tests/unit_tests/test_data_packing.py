@@ -6,9 +6,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from loss_settings import config_of
 
 from megatron_tropd.base.errors import ConfigError
-from megatron_tropd.config import LossConfig
 from megatron_tropd.data.packing import count_loss_tokens, masked_tokens, pack
 from megatron_tropd.data.types import MicroBatch, Segment, Trajectory
 from megatron_tropd.losses.draws import keyed_seed, keyed_uniform
@@ -163,7 +163,7 @@ def test_rows_are_rounded_up_unless_one_would_not_fit(multiple, rounded_to):
         assert all(batch.tokens.numel() <= budget for batch in batches)
 
 
-@pytest.mark.parametrize("loss", [LossConfig(), LossConfig(mask_first_ids=(1, 2, 3))], ids=str)
+@pytest.mark.parametrize("loss", [config_of(), config_of(mask_first_ids=(1, 2, 3))], ids=str)
 def test_places_are_those_of_the_masks(loss):
     trajectories, labels = _trajectories(), 0
     for batch in _pack(trajectories, loss=loss, pad_multiple=4):
@@ -232,7 +232,7 @@ def test_empty_step():
     assert count_loss_tokens([]) == (0, 0, 0)
 
 
-FIRST_IDS = LossConfig(mask_first_ids=(20, 31, 99))
+FIRST_IDS = config_of(mask_first_ids=(20, 31, 99))
 
 
 def _by_hand(finish_reason: str = "stop") -> Trajectory:
@@ -258,7 +258,7 @@ def test_the_first_occurrence_of_an_id_in_a_response_is_masked_whoever_wrote_it(
 
 
 def test_a_response_that_was_cut_off_is_masked_with_its_prefix():
-    loss = LossConfig(mask_truncated=True)
+    loss = config_of(mask_truncated=True)
     pair = [_by_hand("length"), _by_hand("stop")]
     (batch,) = _pack(pair, loss=loss)
     assert batch.loss_mask.sum(dim=1).tolist() == [0, 6]
@@ -268,7 +268,7 @@ def test_a_response_that_was_cut_off_is_masked_with_its_prefix():
 
 @pytest.mark.parametrize("dp_size", [1, 2, 3])
 def test_counts_agree_with_the_masks_of_all_ranks(dp_size: int):
-    loss = LossConfig(mask_first_ids=tuple(range(3, 20)), mask_truncated=True)
+    loss = config_of(mask_first_ids=tuple(range(3, 20)), mask_truncated=True)
     trajectories = [
         dataclasses.replace(t, finish_reason="length" if i % 5 == 0 else "stop")
         for i, t in enumerate(_trajectories())

@@ -1,4 +1,4 @@
-"""Which settings of the loss go together, and what the published methods are."""
+"""The settings of each method, the presets, and the table of version 0.1."""
 
 import dataclasses
 import itertools
@@ -7,241 +7,206 @@ import subprocess
 import sys
 
 import pytest
+from loss_settings import FLAT, config_of
 
 from megatron_tropd.base.errors import ConfigError
-from megatron_tropd.config.loss import PRESETS, LossConfig, preset
+from megatron_tropd.base.parts import part_names
+from megatron_tropd.config.loss import PRESETS, preset
+from megatron_tropd.config.loss_of_0_1 import new_form, refuse_old_form
 
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "local_support")
-REGIONS = ("bernoulli", "expected", "exact", "threshold", "none")
-SAMPLED = ("bernoulli", "expected", "threshold", "none")
-# tau serves the regions and outliers that need one, and disturbs no other.
-FLOOR = dict(tau=-2.5)
-
-
-def _allowed(**settings):
-    try:
-        LossConfig(**FLOOR | settings)
-    except ConfigError:
-        return False
-    return True
-
-
-# Option -> the (objective, region) pairs it goes with.
-RULES = {
-    "reward": (dict(reward="proximal"), {("policy_gradient", "none")}),
-    "future": (dict(future="mean"), {("policy_gradient", "none")}),
-    "group_normalise": (dict(group_normalise=True), {("policy_gradient", "none")}),
-    "entropy_forward_kl": (dict(entropy_forward_kl=0.8), {("policy_gradient", "none")}),
-    "switch_step": (dict(switch_step=5), {("policy_gradient", "threshold")}),
-    **{
-        f"importance {name}": (
-            dict(importance=name),
-            {("policy_gradient", region) for region in SAMPLED},
-        )
-        for name in ("truncated", "band", "ppo")
-    },
-    "gradient": (
-        dict(gradient="score_function"),
-        # With region = "none" only teacher tokens are left to it, and every loss has those.
-        {("policy_gradient", region) for region in ("bernoulli", "threshold", "none")}
-        | {(objective, "none") for objective in DIVERGENCES},
-    ),
-    "teacher_tokens": (
-        dict(teacher_tokens="same"),
-        {(objective, region) for objective in DIVERGENCES for region in REGIONS},
-    ),
-    "top_k": (
-        dict(top_k=0),
-        {
-            (objective, region)
-            for objective in ("policy_gradient", "forward_kl", "reverse_kl", "jsd")
-            for region in REGIONS
-        },
-    ),
-    "nothing": (
-        dict(),
-        {("policy_gradient", region) for region in REGIONS}
-        | {(objective, region) for objective in DIVERGENCES for region in REGIONS},
-    ),
+METHODS = part_names("megatron_tropd.losses.methods")
+SHARED = {"entropy_share", "mask_first_ids", "mask_truncated", "denominator"}
+SAMPLED = {"gradient", "importance", "importance_low", "importance_high"}
+OWN = {
+    "tropd": {"region", "outlier", "top_k", "tau"} | SAMPLED,
+    "tropd_exact": {"outlier", "top_k", "tau"},
+    "static": {"outlier", "top_k", "tau", "floor", "floor_rule"} | SAMPLED,
+    "reopold": {"outlier", "top_k", "floor", "floor_rule", "switch_step"} | SAMPLED,
+    "opd": {"proximal_alpha"} | SAMPLED,
+    "eopd": {"entropy_forward_kl", "top_k"} | SAMPLED,
+    "top_d": {"proximal_alpha", "future", "group_normalise"} | SAMPLED,
+    "gkd": {"divergence", "jsd_beta", "teacher_tokens"},
+    "local_support": {"top_k", "teacher_tokens"},
 }
+NEEDED = {"static": dict(tau=-2.5), "gkd": dict(divergence="jsd")}
+"""What a method has no default for."""
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_what_an_option_goes_with(rule):
-    option, allowed = RULES[rule]
-    for pair in itertools.product(("policy_gradient", *DIVERGENCES), REGIONS):
-        objective, region = pair
-        found = _allowed(**option, objective=objective, region=region)
-        assert found == (pair in allowed), (rule, pair)
+def test_a_method_has_its_own_settings_only():
+    assert OWN.keys() == set(METHODS) == {method for method, _ in PRESETS.values()}
+    for name, own in OWN.items():
+        fields = {f.name for f in dataclasses.fields(preset(name, **NEEDED.get(name, {})))}
+        assert fields == own | SHARED, name
 
 
-def test_a_refusal_names_the_setting_and_what_was_found():
-    with pytest.raises(ConfigError) as caught:
-        LossConfig(reward="proximal", region="exact")
-    for part in ("loss.reward = 'proximal'", "region = 'none'", "'policy_gradient'", "'exact'"):
-        assert part in str(caught.value)
-
-
-def test_entropy_forward_kl_needs_a_top_k():
-    with pytest.raises(ConfigError, match="top_k = 0"):
-        LossConfig(region="none", entropy_forward_kl=0.8, top_k=0)
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_says_its_name_and_what_it_needs(name):
+    loss = preset(name, **NEEDED.get(name, {}))
+    assert loss.method_name() == name
+    assert not loss.needs.draws or loss.needs.sampled
+    assert not (loss.needs.rollout_logprobs and not loss.needs.sampled)
+    assert dataclasses.replace(loss, entropy_share=0.5).needs_student_pass
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("name", "settings", "message"),
     [
-        *(dict(region=region, outlier="clip") for region in ("bernoulli", "expected", "exact")),
-        *(dict(region="threshold", outlier=outlier) for outlier in ("forward_kl", "mask", "clip")),
-    ],
-    ids=str,
-)
-def test_what_needs_a_floor(settings):
-    with pytest.raises(ConfigError, match=r"needs loss\.tau.*or loss\.floor"):
-        LossConfig(**settings)
-    assert LossConfig(**settings, tau=-2.5).reward_floor == -2.5
-    assert LossConfig(**settings, floor=0.2).reward_floor == math.log(0.2) / 0.8
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        dict(region="none", outlier="clip"),
-        dict(objective="jsd", outlier="clip"),
-        dict(objective="jsd", region="threshold"),
-        dict(outlier="mask"),
-    ],
-    ids=str,
-)
-def test_what_needs_no_floor(settings):
-    assert LossConfig(**settings).reward_floor is None
-
-
-def test_floor_is_tau_or_follows_from_l():
-    assert LossConfig(tau=-1.5).reward_floor == -1.5
-    assert LossConfig(floor=0.2).reward_floor == pytest.approx(-2.0118, abs=1e-4)
-    other = LossConfig(floor=0.2, floor_rule="log(l/(1-l))")
-    assert other.reward_floor == pytest.approx(-1.3863, abs=1e-4)
-    with pytest.raises(ConfigError, match=r"loss\.tau and loss\.floor both"):
-        LossConfig(tau=-1.0, floor=0.2)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        (dict(top_k=-1), r"loss\.top_k must be at least 0"),
+        ("tropd", dict(outlier="clip"), r"needs loss\.tau"),
+        ("tropd_exact", dict(outlier="clip"), r"needs loss\.tau"),
+        ("tropd", dict(tau=-1.0), r"loss\.tau is read with loss\.outlier = 'clip' only"),
+        ("static", dict(), r"needs loss\.tau.*or loss\.floor"),
+        ("static", dict(tau=-1.0, floor=0.2), r"one of the two"),
+        (
+            "tropd",
+            dict(region="expected", gradient="score_function"),
+            r"loss\.gradient = 'score_function' goes with loss\.region = 'bernoulli' only",
+        ),
+        ("gkd_forward_kl", dict(jsd_beta=0.2), r"jsd_beta is read with divergence = 'jsd' only"),
+        ("eopd", dict(top_k=0), r"loss\.top_k must be at least 1"),
+        ("local_support", dict(top_k=0), r"loss\.top_k must be at least 1"),
+        ("tropd", dict(top_k=-1), r"loss\.top_k must be at least 0"),
         *(
-            (dict([(name, value)]), rf"loss\.{name} must be strictly between 0 and 1")
-            for name in ("jsd_beta", "proximal_alpha", "floor")
+            (name, {key: value}, rf"loss\.{key} must be strictly between 0 and 1")
+            for name, key in (("gkd_jsd", "jsd_beta"), ("reopold", "floor"))
             for value in (0.0, 1.0, -0.5, 1.5, math.nan)
         ),
-        (dict(jsd_beta=0.0), "Ask for forward_kl or reverse_kl by name"),
-        *((dict(select_share=value), r"loss\.select_share") for value in (0.0, 1.1, math.nan)),
+        ("gkd_jsd", dict(jsd_beta=0.0), "Ask for forward_kl or reverse_kl by name"),
+        *(("opd", dict(entropy_share=v), r"loss\.entropy_share") for v in (0.0, 1.1, math.nan)),
+        *(("opd", dict(proximal_alpha=v), r"loss\.proximal_alpha") for v in (0.0, 1.1, math.nan)),
         *(
-            (dict([(f"importance_{name}", value)]), r"importance_low <= 1 <= loss\.importance_high")
-            for name, value in (("low", -0.1), ("low", 1.1), ("high", 0.9), ("low", math.nan))
+            ("opd", {f"importance_{end}": value}, r"importance_low <= 1 <= loss\.importance_high")
+            for end, value in (("low", -0.1), ("low", 1.1), ("high", 0.9), ("low", math.nan))
         ),
+        ("tropt", {}, r"must be one of the methods tropd, .*found 'tropt'.*Did you mean 'tropd'"),
+        ("math:pi", {}, r"subclass of megatron_tropd\.losses\.method\.Method, found 3\.14"),
+        ("nowhere:Toy", {}, r"loss\.method = 'nowhere:Toy' cannot be imported"),
     ],
     ids=str,
 )
-def test_numbers_out_of_range(settings, message):
+def test_what_a_method_refuses(name, settings, message):
     with pytest.raises(ConfigError, match=message):
-        LossConfig(**settings)
+        preset(name, **settings)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        dict(top_k=0),
-        dict(select_share=1.0),
-        dict(importance_low=1.0, importance_high=1.0),
-        dict(importance_low=0.0),
-    ],
-    ids=str,
-)
-def test_numbers_at_the_end_of_their_range(settings):
-    LossConfig(**settings)
+def test_numbers_at_the_end_of_their_range():
+    preset("tropd", top_k=0)
+    preset("opd", entropy_share=1.0, importance_low=0.0)
+    preset("opd", proximal_alpha=1.0, importance_low=1.0, importance_high=1.0)
 
 
-def test_support_is_what_the_loss_needs_of_the_top_k():
-    for region, outlier in itertools.product(REGIONS, ("forward_kl", "mask", "clip")):
-        config = LossConfig(region=region, outlier=outlier, top_k=8, **FLOOR)
-        uses = region != "none" and outlier == "forward_kl"
-        assert config.uses_forward_kl == uses and config.support == (8 if uses else 0)
-    for objective in DIVERGENCES:
-        config = LossConfig(objective=objective, top_k=8)
-        assert not config.uses_forward_kl
-        assert config.support == (8 if objective == "local_support" else 0)
-    assert LossConfig(region="none", entropy_forward_kl=0.8, top_k=8).support == 8
-    assert LossConfig(top_k=0).support == 0
-
-
-def test_student_pass_is_needed_for_what_looks_at_the_whole_batch():
-    assert not LossConfig().needs_student_pass
-    for settings in (
-        dict(select="student_entropy"),
-        dict(region="threshold", switch_step=0),
-        dict(region="none", future="mean"),
-        dict(region="none", group_normalise=True),
-    ):
-        assert LossConfig(**FLOOR | settings).needs_student_pass, settings
-    assert [name for name in PRESETS if preset(name).needs_student_pass] == [
-        "entropy_opd",
-        "reopold",
-        "top_d",
-    ]
+def test_the_floor_is_tau_or_follows_from_l():
+    assert preset("tropd_clip", tau=-1.5).reward_floor == -1.5
+    assert preset("reopold").reward_floor == math.log(0.2) / 0.8
+    assert preset("static", floor=0.2).reward_floor == pytest.approx(-2.0118, abs=1e-4)
+    other = preset("reopold", floor_rule="log(l/(1-l))")
+    assert other.reward_floor == pytest.approx(-1.3863, abs=1e-4)
 
 
 def test_presets_are_the_published_methods():
     """What distinguishes each from the others, in the words of its paper."""
-    assert preset("tropd") == LossConfig()
-    assert (LossConfig().region, LossConfig().outlier, LossConfig().top_k) == (
-        "bernoulli",
-        "forward_kl",
-        64,
-    )
-    assert preset("opd").region == "none" and preset("opd").support == 0
+    tropd = preset("tropd")
+    assert (tropd.region, tropd.outlier, tropd.top_k) == ("bernoulli", "forward_kl", 64)
+    assert preset("opd").needs.top_k == 0 and preset("opd").proximal_alpha == 1
     eopd = preset("eopd")
-    assert (eopd.entropy_forward_kl, eopd.support, eopd.importance) == (0.8, 16, "ppo")
+    assert (eopd.entropy_forward_kl, eopd.needs.top_k, eopd.importance) == (0.8, 16, "ppo")
     assert (eopd.importance_low, eopd.importance_high) == (0.8, 1.2)
-    assert preset("local_support").support == 32
-    assert preset("entropy_opd").select_share == 0.2
+    assert preset("local_support").needs.top_k == 32
+    assert preset("entropy_opd").entropy_share == 0.2
     reopold = preset("reopold")
-    assert reopold.reward_floor == math.log(0.2) / 0.8 and reopold.outlier == "mask"
+    assert (reopold.outlier, reopold.switch_step, reopold.entropy_share) == ("mask", 100, 0.2)
     top_d = preset("top_d")
-    assert (top_d.reward, top_d.future, top_d.group_normalise) == ("proximal", "mean", True)
+    assert (top_d.proximal_alpha, top_d.future, top_d.group_normalise) == (0.1, "mean", True)
     assert (top_d.importance_low, top_d.importance_high) == (0.8, 1.2)
     assert preset("proximal_teacher").proximal_alpha == 0.1
     for name in ("gkd_forward_kl", "gkd_reverse_kl", "gkd_jsd"):
         assert preset(name).teacher_tokens == "same"
     assert preset("minillm_single_step").teacher_tokens == "nll"
-    assert preset("tropd_exact_full").support == 0
-    configs = [preset(name) for name in PRESETS]
-    assert len(set(configs)) == len(configs)
-    # REOPOLD's second phase is the same config with the outliers clipped.
-    assert preset("reopold", outlier="clip").reward_floor == reopold.reward_floor
+    assert preset("tropd_exact_full").needs.top_k == 0
+    assert len({preset(name) for name in PRESETS}) == len(PRESETS)
+    students = [name for name in PRESETS if preset(name).needs_student_pass]
+    assert students == ["entropy_opd", "reopold", "top_d"]
 
 
 def test_a_preset_can_be_changed():
-    assert preset("eopd", top_k=8, importance="none").support == 8
-    with pytest.raises(ConfigError, match=r"Expected one of the methods tropd,.*found 'tropt'"):
-        preset("tropt")
-    with pytest.raises(ConfigError, match="teacher_tokens"):
-        preset("tropd", teacher_tokens="same")
+    assert preset("eopd", top_k=8, importance="none").needs.top_k == 8
     with pytest.raises(TypeError):
         preset("tropd", topk=8)
 
 
-def test_a_config_is_frozen_and_keyword_only():
+def test_settings_are_frozen_and_keyword_only():
     with pytest.raises(dataclasses.FrozenInstanceError):
-        LossConfig().top_k = 3
+        preset("tropd").top_k = 3
     with pytest.raises(TypeError):
-        LossConfig("policy_gradient")
-    assert hash(LossConfig()) == hash(LossConfig())
+        type(preset("tropd"))("bernoulli")
+    assert hash(preset("tropd")) == hash(preset("tropd"))
 
 
-def test_it_can_be_read_without_torch():
+# ---- version 0.1 ----
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_of_0_1_is_the_preset_of_today(name):
+    assert config_of(**FLAT[name]) == preset(name)
+    assert new_form(FLAT[name])["method"] == PRESETS[name][0]
+
+
+def test_an_old_table_keeps_its_meaning():
+    clip = {"outlier": "clip", "tau": -1.0}
+    assert new_form(clip) == {"method": "tropd", **clip}
+    floor = new_form({"region": "exact", "outlier": "clip", "floor": 0.2})
+    assert floor["tau"] == math.log(0.2) / 0.8
+    kept = {"mask_first_ids": [5], "mask_truncated": True, "denominator": "separate"}
+    assert new_form({"region": "none", **kept}) == {"method": "opd", **kept}
+    assert new_form({"top_k": 64, "mask_first_ids": []}) == {"method": "tropd"}
+    chosen = new_form({"region": "none", "select": "student_entropy", "select_share": 0.5})
+    assert chosen == {"method": "opd", "entropy_share": 0.5}
+    eopd = new_form({"region": "none", "entropy_forward_kl": 0.8})
+    assert preset(eopd.pop("method"), **eopd).importance == "none" and eopd["top_k"] == 64
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        (dict(regoin="exact"), r"Unknown config key loss\.regoin, and loss\.method is missing"),
+        (dict(region="threshold", tau=-1.0, switch_step=3), r"No method has loss\.switch_step"),
+        (
+            dict(region="none", entropy_forward_kl=1.0, future="mean"),
+            r"No method has loss\.future = 'mean' beside entropy_forward_kl",
+        ),
+        (
+            dict(objective="jsd", region="none", gradient="score_function"),
+            r"No method has loss\.gradient = 'score_function' beside a divergence",
+        ),
+    ],
+    ids=str,
+)
+def test_what_no_method_does_any_more(table, message):
+    with pytest.raises(ConfigError, match=message):
+        new_form(table)
+
+
+def test_an_old_table_is_refused_with_its_new_form():
+    with pytest.raises(ConfigError) as caught:
+        refuse_old_form({"region": "exact", "top_k": 8, "mask_truncated": True})
+    shown = '    [loss]\n    method = "tropd_exact"\n    top_k = 8\n    mask_truncated = true\n'
+    assert shown in str(caught.value)
+    for good in (None, {}, {"method": "opd"}):
+        refuse_old_form(good)
+
+
+def test_every_sum_of_a_method_is_known():
+    from megatron_tropd.losses.dense import SUMS
+
+    for region, outlier in itertools.product(("bernoulli", "exact"), ("forward_kl", "mask")):
+        assert set(config_of(region=region, outlier=outlier, top_k=0).needs.sums) <= set(SUMS)
+    assert all(set(preset(name).needs.sums) <= set(SUMS) for name in PRESETS)
+
+
+def test_every_method_can_be_read_without_torch():
     code = (
-        "import sys; import megatron_tropd.config.loss; "
+        "import sys\n"
+        "from megatron_tropd.config.loss import PRESETS, preset\n"
+        "for name in PRESETS: preset(name).needs\n"
         "assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -13,12 +13,11 @@ import pytest
 import reference
 import torch
 import torch.distributed as dist
+from loss_settings import FLAT, config_of
 
 from megatron_tropd.losses import (
-    PRESETS,
     HiddenStatesSignal,
     LogitsSignal,
-    LossConfig,
     LossTargets,
     TopKSignal,
     chunks,
@@ -36,7 +35,7 @@ from megatron_tropd.losses import (
 NUM, VOCAB, HIDDEN = 9, 12, 8
 BROKEN = 4
 """The row that the tests spoil."""
-METHODS = {name: dict(settings) for name, settings in PRESETS.items()}
+METHODS = {name: dict(settings) for name, settings in FLAT.items()}
 METHODS |= {
     "expected clip": dict(region="expected", outlier="clip", tau=-0.5),
     "band": dict(region="none", importance="band", importance_low=1e-6, importance_high=1e6),
@@ -49,7 +48,7 @@ far = -math.inf
 
 def _config(name):
     settings = METHODS[name]
-    return LossConfig(**settings | {"top_k": min(settings.get("top_k", 64), 4)})
+    return config_of(**settings | {"top_k": min(settings.get("top_k", 64), 4)})
 
 
 class Inputs:
@@ -337,7 +336,7 @@ def test_a_change_between_forward_and_backward_is_refused(what):
         signal = HiddenStatesSignal(inputs.near, inputs.close, VOCAB)
     else:
         signal = LogitsSignal(inputs.teacher, VOCAB)
-    config = LossConfig(region="exact", top_k=4)
+    config = config_of(region="exact", top_k=4)
     output = tropd_loss(leaf, inputs.targets, signal, config=config, vocab_size=VOCAB, group=None)
     CHANGED[what](inputs, leaf)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -385,7 +384,7 @@ def test_changes_that_the_gradient_does_not_read(name):
 @pytest.mark.parametrize("upstream", [False, True])
 def test_a_second_derivative_is_refused(entrance, upstream):
     """Also where the incoming gradient is a constant, where torch's own mark keeps silent."""
-    inputs, config = Inputs(), LossConfig(top_k=4)
+    inputs, config = Inputs(), config_of(top_k=4)
     common = dict(config=config, vocab_size=VOCAB, group=None)
     if entrance == "logits":
         leaf, signal = inputs.student.requires_grad_(), LogitsSignal(inputs.teacher, VOCAB)
@@ -424,7 +423,7 @@ def test_a_second_derivative_through_the_rows_is_refused(function, monkeypatch):
 @pytest.mark.parametrize("beta", [1e-6, 1e-3, 0.3, 0.5, 0.7, 0.999])
 def test_jsd_keeps_its_digits(beta, entrance):
     inputs = Inputs()
-    found = inputs.run(entrance, LossConfig(objective="jsd", jsd_beta=beta, teacher_tokens="same"))
+    found = inputs.run(entrance, config_of(objective="jsd", jsd_beta=beta, teacher_tokens="same"))
     student, teacher = inputs.student, inputs.teacher
     if entrance == "hidden":
         student, teacher = (
@@ -446,7 +445,7 @@ def test_jsd_keeps_its_digits(beta, entrance):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_hidden_gradients_are_rounded_once(dtype):
     """After a loss scale's factor: of gradients that float16 cannot hold before it."""
-    inputs, config = Inputs(dtype=dtype), LossConfig(objective="reverse_kl")
+    inputs, config = Inputs(dtype=dtype), config_of(objective="reverse_kl")
     inputs.targets = replace(inputs.targets, weights_T=torch.full((NUM,), 2.0**-26))
     *_, found = inputs.run("hidden", config, factor=2.0**26)
     inputs.targets = replace(inputs.targets, weights_T=None)
@@ -536,7 +535,7 @@ def test_words_that_travel_are_those_of_the_table(plain, metrics, monkeypatch):
             expected = (gathered, gpu) if plain else (gathered + more, cpu)
             assert (sent["AllGather"], sent["AllReduceSum"]) == expected, name
             continue
-        k = K if _config(name).support else VOCAB
+        k = K if _config(name).needs.top_k else VOCAB
         assert sent["AllGather"] == 3 * k + (6 if plain else 10), name
         assert sent["AllReduceSum"] in ((5, 6, 7) if plain else (1, 2, 3)), name
 

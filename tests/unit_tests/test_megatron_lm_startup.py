@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from loss_settings import config_of
 from safetensors.torch import load_file, save_file
 from torch.utils.data import default_collate
 
 from megatron_tropd.base.errors import ConfigError, InputError
-from megatron_tropd.config.loss import LossConfig
 from megatron_tropd.data.packing import pack
 from megatron_tropd.data.recorded import recorded, training_item
 from megatron_tropd.data.types import Trajectory
@@ -84,6 +84,9 @@ def test_megatron_lm_settings_have_the_names_of_the_config() -> None:
     assert (config.outlier, config.tau, config.importance) == ("clip", -1.5, "truncated")
     method = ["--tropd-method", "tropd", "--tropd-top-k", "8"]
     assert startup.loss_config(arguments("--tropd-teacher-load", "x", *method)).top_k == 8
+    options = ["--tropd-set", "region=expected", "mask_first_ids=[3]", "--tropd-importance", "band"]
+    config = startup.loss_config(arguments("--tropd-teacher-load", "x", *method, *options))
+    assert (config.region, config.mask_first_ids, config.importance) == ("expected", (3,), "band")
 
 
 @pytest.mark.parametrize(
@@ -94,9 +97,12 @@ def test_megatron_lm_settings_have_the_names_of_the_config() -> None:
         ("--tropd-method tropd_clip --tropd-tau nan", "--tropd-tau must be a number and finite"),
         ("--tropd-method tropd --tropd-beta nan", "--tropd-beta must be at least 0 and finite"),
         ("--tropd-method tropd --tropd-top-k 600", "vocabulary of 259 tokens, found 600"),
-        ("--tropd-method opd --tropd-tau -2", "opd does not read --tropd-tau"),
+        ("--tropd-method opd --tropd-tau -2", "Unknown config key --tropd-tau"),
+        ("--tropd-method tropt", "--tropd-method must be one of .* Did you mean 'tropd'"),
+        ("--tropd-method opd --tropd-set regoin=x", "Unknown config key --tropd-set regoin"),
+        ("--tropd-method tropd --tropd-set region=x", "--tropd-set region must be one of"),
         ("--tropd-method tropd_mask --tropd-top-k 8", "tropd_mask does not read --tropd-top-k"),
-        ("--tropd-method tropd --tropd-jsd-beta 0.2", "tropd does not read --tropd-jsd-beta"),
+        ("--tropd-method tropd --tropd-jsd-beta 0.2", "Unknown config key --tropd-jsd-beta"),
     ],
 )
 def test_megatron_lm_refuses_losses(options: str, named: str, tiny_model) -> None:
@@ -344,7 +350,7 @@ def test_megatron_lm_draws_the_mask_of_the_trainer(group) -> None:
                    "stop", 5)
         for n in range(4)
     ]  # fmt: skip
-    settings = megatron_lm.StepLoss(LossConfig(), 1.0, 20, group, False, 11, 5, False)
+    settings = megatron_lm.StepLoss(config_of(), 1.0, 20, group, False, 11, 5, False)
     items = [training_item(recorded(t), 12) for t in trajectories]
     batches = _draw([default_collate(items[n : n + 2]) for n in (0, 2)], group, shape=(2, 12))
     found = [megatron_lm.targets_of(megatron_lm.Scored(b, None, settings)) for b in batches]
@@ -358,7 +364,7 @@ def test_megatron_lm_draws_the_mask_of_the_trainer(group) -> None:
 
 def test_megatron_lm_waits_for_the_device_once_a_step(group) -> None:
     """For the kind of data and the numbers of labels, however many micro-batches there are."""
-    settings = megatron_lm.StepLoss(LossConfig(), 1.0, 20, group, False, 11, 5, False)
+    settings = megatron_lm.StepLoss(config_of(), 1.0, 20, group, False, 11, 5, False)
     ids = (9, 9), (), (7,) * 5
     item = default_collate(
         [training_item(recorded(Trajectory(5, 0, 0, *ids, (-1.0,) * 5, "stop", 5)), 12)]
@@ -442,7 +448,7 @@ def test_megatron_lm_names_the_token_whose_loss_is_no_number(
         loss_at=global_batch.loss_places(weights[None], [3])[0], sampled=True,
     )  # fmt: skip
     step = megatron_lm.StepLoss(
-        config=LossConfig(), beta=0.0, vocab_size=12, group=None, metrics=False, seed=0,
+        config=config_of(), beta=0.0, vocab_size=12, group=None, metrics=False, seed=0,
         iteration=4, check_finite=True,
     )  # fmt: skip
     scored = megatron_lm.Scored(batch, None, step)

@@ -12,16 +12,15 @@ import mutate_losses
 import pytest
 import reference
 import torch
+from loss_settings import FLAT, config_of
 from reference import Tokens
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.losses import (
-    PRESETS,
     HiddenStatesSignal,
     LogitsSignal,
-    LossConfig,
     LossTargets,
     TopKSignal,
     align_output_weight,
@@ -57,19 +56,19 @@ def _targets(ids, **known):
 
 def _loss(student, signal, ids, *, config=None, known=None, **settings):
     settings = dict(beta=0.001, vocab_size=student.shape[-1], group=None) | settings
-    config = config or LossConfig(top_k=4)
+    config = config or config_of(top_k=4)
     return tropd_loss(student, _targets(ids, **known or {}), signal, config=config, **settings)
 
 
 def _from_hidden(hidden, weight, signal, ids, *, config=None, known=None, **settings):
     settings = dict(beta=0.001, vocab_size=len(weight), group=None) | settings
-    config, targets = config or LossConfig(top_k=4), _targets(ids, **known or {})
+    config, targets = config or config_of(top_k=4), _targets(ids, **known or {})
     return tropd_loss_from_hidden(hidden, weight, targets, signal, config=config, **settings)
 
 
 def _settings_of(name, **changes):
     """A preset whose top-k fits a vocabulary of 12."""
-    settings = dict(PRESETS[name]) | changes
+    settings = dict(FLAT[name]) | changes
     return settings | {"top_k": min(settings.get("top_k", 64), 4)}
 
 
@@ -159,7 +158,7 @@ def _drawn(**settings):
     logits = q_logits.repeat(len(ids), 1).requires_grad_()
     signal = LogitsSignal(p_logits.expand(len(ids), -1), 12)
     known = dict(uniforms_T=uniforms)
-    output = _loss(logits, signal, ids, config=LossConfig(**settings), known=known)
+    output = _loss(logits, signal, ids, config=config_of(**settings), known=known)
     output.loss_T.sum().backward()
     return output.values, logits.grad
 
@@ -208,11 +207,11 @@ def test_opd_averages_to_the_gradient_of_reverse_kl():
 # ---- single tokens ----
 
 
-@pytest.mark.parametrize("name", [n for n in PRESETS if n not in ("eopd", "top_d")])
+@pytest.mark.parametrize("name", [n for n in FLAT if n not in ("eopd", "top_d")])
 def test_equal_models_have_no_outlier_and_no_gradient(name):
     logits = torch.randn(50, 12, generator=torch.Generator().manual_seed(1)).requires_grad_()
     settings = _settings_of(name, region="expected") if name == "tropd_expected" else None
-    config = LossConfig(**settings or _settings_of(name))
+    config = config_of(**settings or _settings_of(name))
     known = dict(uniforms_T=torch.full((50,), 1 - 2.0**-24))
     signal = LogitsSignal(logits.detach(), 12)
     output = _loss(logits, signal, torch.arange(50) % 12, config=config, known=known)
@@ -229,7 +228,7 @@ def test_token_the_teacher_never_writes_is_an_outlier():
     for region in ("bernoulli", "expected", "threshold"):
         for outlier in ("forward_kl", "mask", "clip"):
             logits = torch.zeros(1, 6).requires_grad_()
-            config = LossConfig(region=region, outlier=outlier, top_k=4, tau=-2.0)
+            config = config_of(region=region, outlier=outlier, top_k=4, tau=-2.0)
             output = _loss(logits, LogitsSignal(teacher, 6), torch.tensor([2]), config=config)
             output.loss_T.sum().backward()
             assert output.values["outlier"].item() == 1 and output.values["trust"].item() == 0
@@ -242,7 +241,7 @@ def test_gradient_step_lowers_what_each_term_says():
     draw = torch.Generator().manual_seed(2)
     student, teacher = torch.randn(2, 1, 12, generator=draw)
     rare = (student.log_softmax(-1) - teacher.log_softmax(-1)).argmax(-1)
-    backpropagated = [LossConfig(objective=objective, top_k=4) for objective in OBJECTIVES]
+    backpropagated = [config_of(objective=objective, top_k=4) for objective in OBJECTIVES]
     for is_teacher, config in [(True, None), *((False, c) for c in [None, *backpropagated])]:
         logits = student.clone().requires_grad_()
         known = dict(is_teacher_T=torch.tensor([is_teacher]), uniforms_T=torch.tensor([0.999]))
@@ -291,7 +290,7 @@ def test_value_of_a_known_token(name):
     known = dict(uniforms_T=torch.tensor([uniform]), weights_T=torch.tensor([2.0]))
     if rho is not None:
         known["rollout_logprobs_T"] = torch.tensor([0.5 / rho]).log()
-    config, ids = LossConfig(top_k=2, **settings), torch.tensor([0])
+    config, ids = config_of(top_k=2, **settings), torch.tensor([0])
     output = _loss(student, LogitsSignal(teacher, 3), ids, config=config, known=known)
     assert output.values["term"].item() == pytest.approx(expected, abs=1e-6)
     assert output.loss_T.item() == pytest.approx(2 * expected, abs=1e-6)
@@ -299,7 +298,7 @@ def test_value_of_a_known_token(name):
     assert output.values["tv"].item() == pytest.approx(0.25)
     assert output.values["importance"].item() == pytest.approx(1.0 if rho is None else rho)
     assert output.values["dropped"].item() == (name in ("ppo far below", "band outside"))
-    if config.support:
+    if config.needs.top_k:
         assert output.values["topk_mass_teacher"].item() == pytest.approx(0.75)
 
 
@@ -310,7 +309,7 @@ def test_gradient_of_a_known_stale_token(name):
     student = torch.tensor([[2.0, 1.0, 1.0]]).log().requires_grad_()
     teacher = torch.tensor([[1.0, 2.0, 1.0]]).log()
     known = dict(rollout_logprobs_T=torch.tensor([0.5 / rho]).log())
-    config = LossConfig(top_k=2, **settings)
+    config = config_of(top_k=2, **settings)
     signal = LogitsSignal(teacher, 3)
     _loss(student, signal, torch.tensor([0]), config=config, known=known).loss_T.sum().backward()
     factor = {"ppo far above": 3.0, "truncated": 2.0}.get(name, 0.0)
@@ -395,7 +394,7 @@ def test_a_small_budget_changes_nothing(settings):
     """40 tokens x 20,000 columns in little memory: many chunks, a ragged one, the same numbers."""
     hidden, weight, near, close, ids, known = _models(40, 20_000)
     near, close = 0.5 * (hidden + near), 0.5 * (weight + close)
-    config = LossConfig(**settings)
+    config = config_of(**settings)
     teacher = HiddenStatesSignal(near, close, 20_000)
     tokens = Tokens(ids, known["is_teacher_T"], known["uniforms_T"], known["weights_T"])
     expected = reference.answer(
@@ -420,13 +419,13 @@ def test_a_small_budget_changes_nothing(settings):
         torch.testing.assert_close(logits.grad.double(), grad, rtol=2e-4, atol=2e-6)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", FLAT)
 def test_gradient_does_not_depend_on_how_tokens_are_batched(name):
     """The same tokens in one micro-batch, in several, and packed in another order."""
     num, vocab = 30, 12
     hidden, weight, near, close, ids, known = _models(num, vocab)
     known["rollout_logprobs_T"] = torch.full((num,), -2.0)
-    config = LossConfig(**_settings_of(name))
+    config = config_of(**_settings_of(name))
     order = torch.randperm(num, generator=torch.Generator().manual_seed(1))
 
     def run(batches):
@@ -484,7 +483,7 @@ def test_an_infinite_term_stays_in_its_token():
     for objective, excluding in (("forward_kl", "student"), ("reverse_kl", "teacher")):
         both = dict(zip(("student", "teacher"), torch.randn(2, 4, 6), strict=True))
         both[excluding][1, 3] = -torch.inf
-        config, ids = LossConfig(objective=objective), torch.zeros(4, dtype=torch.long)
+        config, ids = config_of(objective=objective), torch.zeros(4, dtype=torch.long)
         for weight in (1.0, 0.0):
             weights = torch.tensor([1.0, weight, 1.0, 1.0])
             leaf = both["student"].clone().requires_grad_()
@@ -500,11 +499,11 @@ def test_an_infinite_term_stays_in_its_token():
 
 
 @pytest.mark.parametrize("broken", ["student", "teacher"])
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", FLAT)
 def test_a_broken_model_is_seen_in_the_loss(name, broken):
     both = dict(zip(("student", "teacher"), torch.randn(2, 3, 12), strict=True))
     both[broken][1, 4] = torch.nan
-    config, known = LossConfig(**_settings_of(name)), dict(rollout_logprobs_T=torch.zeros(3))
+    config, known = config_of(**_settings_of(name)), dict(rollout_logprobs_T=torch.zeros(3))
     signal = LogitsSignal(both["teacher"], 12)
     output = _loss(both["student"], signal, torch.arange(3), config=config, known=known)
     assert output.loss_T.isnan().tolist() == [False, True, False]
@@ -560,7 +559,7 @@ def test_temporaries_are_bounded_by_the_budget(settings):
     tokens, vocab, budget = 256, 8192, 2
     hidden, weight, near, close, ids, known = _models(tokens, vocab)
     signal = HiddenStatesSignal(near, close, vocab)
-    options = dict(config=LossConfig(**settings), known=known, memory_mib=budget)
+    options = dict(config=config_of(**settings), known=known, memory_mib=budget)
     leaves = hidden.requires_grad_(), weight.requires_grad_()
     with _LargestTensor() as largest:
         output = _from_hidden(*leaves, signal, ids, **options)
@@ -581,7 +580,7 @@ def test_temporaries_are_bounded_by_the_budget(settings):
 def test_required_signal():
     """Of every published method, and of the variants that need more or less."""
     sampled, top_k, full = {"sampled"}, {"sampled", "top_k"}, {"sampled", "full"}
-    needs = {name: sampled for name in PRESETS} | {
+    needs = {name: sampled for name in FLAT} | {
         "tropd": top_k,
         "tropd_expected": top_k,
         "tropd_exact": top_k | full,
@@ -593,9 +592,9 @@ def test_required_signal():
     }
     for name, expected in needs.items():
         assert required_signal(preset(name)) == expected, name
-    assert required_signal(LossConfig(top_k=0)) == full
-    assert required_signal(LossConfig(region="exact", outlier="mask")) == full
-    assert required_signal(LossConfig(outlier="mask", top_k=0)) == sampled
+    assert required_signal(config_of(top_k=0)) == full
+    assert required_signal(config_of(region="exact", outlier="mask")) == full
+    assert required_signal(config_of(outlier="mask", top_k=0)) == sampled
 
 
 class _SampledOnly:
@@ -604,10 +603,10 @@ class _SampledOnly:
 
 
 def test_signal_mismatch_names_both():
-    check_signal(LossConfig(region="none"), _SampledOnly, vocab_size=100)
+    check_signal(config_of(region="none"), _SampledOnly, vocab_size=100)
     with pytest.raises(ConfigError) as caught:
-        check_signal(LossConfig(), _SampledOnly, vocab_size=100)
-    for part in ("bernoulli", "forward_kl", "top_k", "_SampledOnly", "sampled"):
+        check_signal(config_of(), _SampledOnly, vocab_size=100)
+    for part in ("tropd", "top_k", "_SampledOnly", "sampled"):
         assert part in str(caught.value)
 
 
@@ -631,20 +630,20 @@ def test_top_k_signal_does_not_serve_a_loss_over_the_vocabulary(settings):
     with pytest.raises(ConfigError, match=r"needs \[.*'full'.*TopKSignal provides only"):
         _loss(
             torch.zeros(3, 6), _top_k_of(3, 4), torch.arange(3),
-            config=LossConfig(**dict(top_k=4) | settings),
+            config=config_of(**dict(top_k=4) | settings),
         )  # fmt: skip
 
 
 def test_top_k_larger_than_the_vocabulary():
     with pytest.raises(ConfigError, match=r"vocabulary of 40 tokens, found 64"):
-        check_signal(LossConfig(), HiddenStatesSignal, vocab_size=40)
-    check_signal(LossConfig(top_k=40), HiddenStatesSignal, vocab_size=40)
+        check_signal(config_of(), HiddenStatesSignal, vocab_size=40)
+    check_signal(config_of(top_k=40), HiddenStatesSignal, vocab_size=40)
     with pytest.raises(ConfigError, match=r"vocabulary of 6 tokens, found 7"):
         _loss(torch.zeros(1, 6), LogitsSignal(torch.zeros(1, 6), 6), torch.tensor([2]),
-              config=LossConfig(top_k=7))  # fmt: skip
+              config=config_of(top_k=7))  # fmt: skip
     # A loss without a top-k reports the mass of what there is.
     student = torch.zeros(1, 6)
-    config = LossConfig(region="none")
+    config = config_of(region="none")
     output = _loss(student, LogitsSignal(student, 6), torch.tensor([2]), config=config)
     assert output.values["topk_mass_teacher"].item() == pytest.approx(1.0)
 
@@ -684,8 +683,8 @@ def test_vocabularies_that_do_not_fit_together():
 def test_missing_rollout_logprobs():
     student = torch.zeros(3, 6)
     for importance in ("truncated", "band", "ppo"):
-        config = LossConfig(region="none", importance=importance)
-        with pytest.raises(ValueError, match=rf"{importance}.*rollout_logprobs_T"):
+        config = config_of(region="none", importance=importance)
+        with pytest.raises(ValueError, match=r"importance.*rollout_logprobs_T"):
             _loss(student, LogitsSignal(student, 6), torch.arange(3), config=config)
 
 
@@ -776,7 +775,7 @@ def _records(num=3, vocab=6, hidden=4, k=5):
 
 def _run(records, signal, importance="truncated"):
     """Both entrances; the student is the record "logits" or "hidden"."""
-    settings = dict(config=LossConfig(top_k=4, importance=importance), vocab_size=6, group=None)
+    settings = dict(config=config_of(top_k=4, importance=importance), vocab_size=6, group=None)
     student, targets = records["student hidden"], records["targets"]
     logits = records["student logits"].logits_Tv.clone().requires_grad_()
     outputs = [tropd_loss(logits, targets, signal, **settings)]
@@ -827,7 +826,7 @@ def test_every_tensor_is_checked(who, name, field):
         if field == "output_weight_vH" and what == "a token more":
             continue  # padding
         signal = records["hidden" if name == "targets" else name]
-        options = dict(config=LossConfig(top_k=4), vocab_size=6, group=None)
+        options = dict(config=config_of(top_k=4), vocab_size=6, group=None)
         with pytest.raises(ValueError, match=r"(?s)Expected .*found .*\. [A-Z]"):
             if name == "hidden" and who == "student":
                 student = records["student hidden"]
@@ -922,7 +921,7 @@ IDS_OUTSIDE = (-100, -1, 10, 11, 2**40)
 @pytest.mark.parametrize("wrong", IDS_OUTSIDE)
 def test_an_id_outside_the_vocabulary_is_an_error(wrong):
     logits, ids = torch.zeros(2, 12), torch.tensor([3, wrong])
-    options = dict(config=LossConfig(top_k=4), vocab_size=10, group=None)
+    options = dict(config=config_of(top_k=4), vocab_size=10, group=None)
     signal, hidden = LogitsSignal(logits, 10), torch.zeros(2, 12)
     topk = TopKSignal(torch.full((2,), -1.0), ids.repeat(4, 1).t(), torch.full((2, 4), -2.0))
     targets, good = _targets(ids), _targets(torch.tensor([3, 4]))
@@ -937,13 +936,13 @@ def test_an_id_outside_the_vocabulary_is_an_error(wrong):
             call()
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", FLAT)
 @pytest.mark.parametrize("wrong", IDS_OUTSIDE)
 def test_where_nothing_can_be_asked_an_id_outside_the_vocabulary_is_nan(name, wrong, as_on_a_gpu):
     """The log-prob of that token, and with it every loss that is made of it; no other token's."""
     student, teacher = torch.randn(2, 3, 12, generator=torch.Generator().manual_seed(8))
     ids = torch.tensor([3, wrong, 4])
-    config = LossConfig(**_settings_of(name))
+    config = config_of(**_settings_of(name))
     known = dict(rollout_logprobs_T=torch.full((3,), -1.0))
     leaf = student.clone().requires_grad_()
     output = _loss(leaf, LogitsSignal(teacher, 10), ids, config=config, known=known, vocab_size=10)
@@ -951,7 +950,7 @@ def test_where_nothing_can_be_asked_an_id_outside_the_vocabulary_is_nan(name, wr
     expected = [False, True, False]
     for value in ("student_logprob", "teacher_logprob", "k1"):
         assert output.values[value].isnan().tolist() == expected
-    sampled = config.objective == "policy_gradient" and config.region != "exact"
+    sampled = config.needs.sampled
     assert output.loss_T.isnan().tolist() == (expected if sampled else [False] * 3)
     assert leaf.grad.isnan().any(-1).tolist() == (expected if sampled else [False] * 3)
     score = top_k_signal(teacher, ids, 4, vocab_size=10, group=None)
@@ -962,7 +961,7 @@ def test_where_nothing_can_be_asked_a_top_k_id_outside_the_vocabulary_is_nan(as_
     student = torch.randn(3, 12, generator=torch.Generator().manual_seed(8))
     ids = torch.tensor([[0, 1, 2], [0, 11, 2], [3, 4, 5]])
     signal = TopKSignal(torch.full((3,), -9.0), ids, torch.full((3, 3), -2.0))
-    config = LossConfig(top_k=3)
+    config = config_of(top_k=3)
     known = dict(uniforms_T=torch.full((3,), 0.999))
     output = _loss(student, signal, torch.arange(3), config=config, known=known, vocab_size=10)
     assert output.values["topk_mass_student"].isnan().tolist() == [False, True, False]
@@ -981,7 +980,7 @@ def test_a_draw_outside_its_interval(draw, monkeypatch):
     with pytest.raises(ValueError, match=r"draws in \[0, 1\) in targets\.uniforms_T.* at \[1\]"):
         call()
     for region in ("expected", "exact", "none"):  # not read
-        assert call(config=LossConfig(region=region, top_k=4)).loss_T.isfinite().all()
+        assert call(config=config_of(region=region, top_k=4)).loss_T.isfinite().all()
     known["is_teacher_T"] = torch.tensor([False, True, False])
     assert call().loss_T.isfinite().all()
     del known["is_teacher_T"]
@@ -1025,7 +1024,7 @@ def test_a_reward_of_exactly_the_floor(given, trusted, outlier):
     settings = dict(region="threshold", outlier=outlier, top_k=1) | {
         given: 0.2 if given == "floor" else -1.25
     }
-    config = LossConfig(**settings)
+    config = config_of(**settings)
     # One token that the student is sure of: log q = 0, so the ratio is the teacher's log-prob.
     student = torch.tensor([[0.0, -torch.inf]])
     floor = torch.tensor([config.reward_floor])
@@ -1048,7 +1047,7 @@ def test_importance_weighs_all_of_a_token(importance):
     runs = {}
     for name in ("none", importance):
         leaf = student.clone().requires_grad_()
-        config = LossConfig(**settings, importance=name)
+        config = config_of(**settings, importance=name)
         output = _loss(leaf, LogitsSignal(teacher, 12), ids, config=config, known=known)
         output.loss_T.sum().backward()
         runs[name] = output.values["term"], leaf.grad, output.values["dropped"]
@@ -1069,7 +1068,7 @@ def test_an_infinite_reward_of_the_caller_is_dropped_or_clipped():
     known = dict(rewards_T=torch.tensor([torch.inf, -torch.inf]))
     for outlier, dropped in (("clip", [1, 1]), ("mask", [1, 1]), ("forward_kl", [0, 0])):
         leaf = student.clone().requires_grad_()
-        config = LossConfig(region="expected", outlier=outlier, tau=-0.5, top_k=4)
+        config = config_of(region="expected", outlier=outlier, tau=-0.5, top_k=4)
         output = _loss(
             leaf, LogitsSignal(teacher - 3 * torch.eye(6)[:2], 6), torch.arange(2),
             config=config, known=known,
@@ -1086,7 +1085,7 @@ def test_an_infinite_reward_of_the_caller_is_dropped_or_clipped():
 def test_a_rho_that_is_no_number_is_seen_in_the_loss(region, importance):
     student, teacher = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(8))
     known = dict(rollout_logprobs_T=torch.tensor([-1.0, math.nan, -1.0]))
-    config = LossConfig(region=region, importance=importance, tau=-9.0, top_k=4)
+    config = config_of(region=region, importance=importance, tau=-9.0, top_k=4)
     output = _loss(student, LogitsSignal(teacher, 6), torch.arange(3), config=config, known=known)
     assert output.loss_T.isnan().tolist() == [False, True, False]
 
@@ -1104,5 +1103,5 @@ def test_every_mutation_still_has_its_place():
 def test_the_copy_that_mutations_are_tried_on_can_be_tested(tmp_path):
     """A package that the tests begin to import has to be in it."""
     mutate_losses.copy_to(tmp_path)
-    tests = ("tests/unit_tests/test_loss_config.py::test_it_can_be_read_without_torch",)
+    tests = ("tests/unit_tests/test_loss_config.py::test_every_method_can_be_read_without_torch",)
     assert mutate_losses.tests_fail(tmp_path, tests) == (False, "")

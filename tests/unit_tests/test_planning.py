@@ -16,6 +16,7 @@ import torch
 from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.cli.main import main
 from megatron_tropd.config import Config, ParallelConfig, load_config
+from megatron_tropd.config.loss import preset
 from megatron_tropd.config.megatron import MegatronConfig
 from megatron_tropd.config.megatron_fields import verdicts
 from megatron_tropd.distill.engines import MEMORY_ALONE
@@ -196,7 +197,7 @@ def test_a_sleeping_engine_keeps_its_workspace_and_on_a_cpu_everything(small: Co
 
 
 def test_a_loss_that_looks_at_the_student_first_costs_a_pass(small: Config):
-    loss = dataclasses.replace(small.loss, select="student_entropy", region="none")
+    loss = preset("entropy_opd")
     looking = dataclasses.replace(small, loss=loss)
     plain, more = (estimate(setup(config, H100)) for config in (small, looking))
     assert plain.memory[0].student_hidden == 0

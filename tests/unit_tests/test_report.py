@@ -180,11 +180,15 @@ def test_buckets_nobody_reached_are_not_shown(run: Path):
 @pytest.mark.parametrize(
     ("loss", "name"),
     [
-        ({}, "TrOPD, outliers: top-64 forward KL"),
-        ({"region": "none"}, "OPD (no trust region)"),
-        ({"region": "bernoulli", "outlier": "mask"}, "TrOPD, outliers: mask"),
         (
-            {"region": "threshold", "outlier": "clip", "tau": -2.5},
+            {"method": "tropd", "outlier": "forward_kl", "top_k": 64},
+            "TrOPD, outliers: top-64 forward KL",
+        ),
+        ({"method": "opd"}, "OPD (no trust region)"),
+        ({"method": "tropd", "outlier": "mask"}, "TrOPD, outliers: mask"),
+        ({"method": "my.toy:Toy"}, "my.toy:Toy"),
+        (
+            {"method": "static", "outlier": "clip", "tau": -2.5},
             "Static region, tau -2.5, outliers: clip",
         ),
     ],

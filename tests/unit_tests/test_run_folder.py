@@ -122,6 +122,29 @@ def test_a_run_of_a_version_without_a_setting_had_its_default(config):
     assert open_run(_with(config, chat_template_date=None)).read_config().rollout.top_p == 1
 
 
+def test_a_run_of_0_1_continues_if_its_loss_is_the_same(config):
+    """One table of 25 settings stood there; it is compared in today's form."""
+    folder = open_run(config)
+    old = json.loads(folder.config.read_text())
+    old["loss"] = dict(objective="policy_gradient", region="bernoulli", top_k=64, tau=None)
+    write_json(folder.config, old)
+    assert folder.read_config() == config
+    open_run(config)
+    assert json.loads(folder.config.read_text())["loss"]["method"] == "tropd"
+    old["loss"] |= dict(region="none")
+    write_json(folder.config, old)
+    with pytest.raises(ConfigError, match=r"loss\.method: was 'opd', now 'tropd'"):
+        open_run(config)
+
+
+def test_a_setting_that_a_method_got_later_had_its_default(config):
+    folder = open_run(config)
+    old = json.loads(folder.config.read_text())
+    del old["loss"]["importance"]
+    write_json(folder.config, old)
+    open_run(config)
+
+
 def test_options_of_megatron_that_change_no_number_may_change(config):
     def given(**tables: dict[str, Any]) -> Config:
         return dataclasses.replace(config, megatron=MegatronConfig(**tables))

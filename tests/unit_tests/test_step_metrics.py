@@ -7,8 +7,9 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+from loss_settings import config_of
 
-from megatron_tropd.config import LossConfig
+from megatron_tropd.config import LossSettings
 from megatron_tropd.data.packing import LossCounts, pack
 from megatron_tropd.data.types import MicroBatch, Segment, Trajectory
 from megatron_tropd.distill.metrics import (
@@ -48,7 +49,7 @@ def trajectory(index: int, prefix: int, response: int, **changes) -> Trajectory:
 
 
 def batches(
-    trajectories: list[Trajectory], tokens: int, loss: LossConfig | None = None
+    trajectories: list[Trajectory], tokens: int, loss: LossSettings | None = None
 ) -> list[MicroBatch]:
     return pack(
         trajectories,
@@ -57,7 +58,7 @@ def batches(
         tokens_per_micro_batch=tokens,
         seed=1,
         step=3,
-        loss=loss or LossConfig(),
+        loss=loss or config_of(),
     )
 
 
@@ -87,7 +88,7 @@ def test_means_are_over_student_tokens_and_the_loss_over_all():
 
 
 def test_masked_tokens_are_in_no_number():
-    loss = LossConfig(mask_first_ids=(10, 21), mask_truncated=True)
+    loss = config_of(mask_first_ids=(10, 21), mask_truncated=True)
     trajectories = [
         trajectory(0, prefix=2, response=3),
         trajectory(1, prefix=1, response=40, finish_reason="length"),
@@ -107,7 +108,7 @@ def test_a_step_without_loss_tokens_gives_nulls_and_no_error():
     for batch in batches(
         [trajectory(0, prefix=2, response=3, finish_reason="length")],
         1000,
-        LossConfig(mask_truncated=True),
+        config_of(mask_truncated=True),
     ):
         loss_T, values = values_of(batch)
         assert len(loss_T) == 0
@@ -277,9 +278,9 @@ def test_repetition_is_the_share_of_four_grams_seen_before(ids, share):
 def test_segment_weights_turn_the_joint_denominator_into_the_separate_one():
     counts, separate = (
         LossCounts(teacher=3, student=9, masked=5),
-        LossConfig(denominator="separate"),
+        config_of(denominator="separate"),
     )
-    assert segment_weights(LossConfig(), counts) == (1.0, 1.0)
+    assert segment_weights(config_of(), counts) == (1.0, 1.0)
     # Megatron divides by 12: a sum over 3 teacher tokens times 4 / 12 is their mean.
     assert segment_weights(separate, counts) == (4.0, 12 / 9)
     assert segment_weights(separate, LossCounts(0, 9, 0)) == (1.0, 1.0)
@@ -290,10 +291,10 @@ def test_a_selection_is_divided_by_the_tokens_it_keeps():
     settings = {"region": "none", "select": "student_entropy", "select_share": 0.25}
     counts = LossCounts(teacher=2, student=10, masked=0)
     # 3 of the 10 student tokens are trained, with 2 teacher tokens: 12 / 5 undoes N = 12.
-    assert segment_weights(LossConfig(**settings), counts) == (12 / 5, 12 / 5)
-    separate = LossConfig(denominator="separate", **settings)
+    assert segment_weights(config_of(**settings), counts) == (12 / 5, 12 / 5)
+    separate = config_of(denominator="separate", **settings)
     assert segment_weights(separate, counts) == (12 / 2, 12 / 3)
-    assert segment_weights(LossConfig(**settings), LossCounts(0, 0, 7)) == (1.0, 1.0)
+    assert segment_weights(config_of(**settings), LossCounts(0, 0, 7)) == (1.0, 1.0)
 
 
 def test_examples_are_gathered_by_row():

@@ -1,0 +1,174 @@
+"""What a method is: its settings, what it needs, and its loss of a token.
+
+Importing this needs the standard library alone; what computes is imported when it computes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from megatron_tropd.config.loss import LossSettings
+from megatron_tropd.config.settings import Range
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+    from torch import Tensor
+
+    from megatron_tropd.losses.statistics import TokenStatistics
+    from megatron_tropd.losses.targets import LossTargets
+    from megatron_tropd.losses.terms import Term
+
+TopK = Annotated[int, Range(0, hint="0: everything.")]
+Outlier = Literal["forward_kl", "mask", "clip"]
+Importance = Literal["none", "truncated", "band", "ppo"]
+_ORDER = "loss.importance_low <= 1 <= loss.importance_high must hold."
+LowRho = Annotated[float, Range(0, 1, hint=_ORDER)]
+HighRho = Annotated[float, Range(1, hint=_ORDER)]
+
+
+@dataclass(frozen=True)
+class BatchFacts:
+    """What is known of this rank's loss tokens before a step, in the order of its batches."""
+
+    entropy_T: Tensor
+    """[T] nats, the student's."""
+    log_ratio_T: Tensor
+    """[T] log p(x) - log q(x)."""
+    student_T: Tensor
+    """[T] bool, written by the student."""
+    keys_T: Tensor
+    """[T] int64 a number for each token that no layout changes."""
+    own_rows_T: Tensor
+    """[T] int64 index of the token's sequence among those of this rank."""
+    positions_T: Tensor
+    """[T] int64 index within prefix + response."""
+    shape: tuple[int, int]
+    """Sequences of this rank, and positions of the longest."""
+    prompts_T: Tensor
+    """[T] int64 which prompt of the step, below ``num_prompts``."""
+    num_prompts: int
+    """Prompts of the step."""
+    num_student: int
+    """Student tokens of all ranks."""
+    longest: int
+    """No rank has more tokens."""
+    group: dist.ProcessGroup | None
+    """The ranks that hold the other tokens."""
+
+
+@dataclass(frozen=True)
+class TokenChoices:
+    """What a method decides of each token from the whole batch."""
+
+    selected_T: Tensor | None = None
+    """[T] bool: the tokens that are trained, teacher tokens included. None: all."""
+    rewards_T: Tensor | None = None
+    """[T] float32 for ``LossTargets.rewards_T``. None: the loss makes its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(LossSettings):
+    """A loss. Its fields are its settings; ``needs`` and ``term`` are what a method writes."""
+
+    def term(self, statistics: TokenStatistics, targets: LossTargets) -> Term:
+        """Value and gradient of every token as one that the student wrote."""
+        raise NotImplementedError
+
+    def teacher_term(self, statistics: TokenStatistics, beta: float) -> Term | None:
+        """The same of tokens that the teacher wrote; None: as the student's."""
+        from megatron_tropd.losses import terms
+
+        return terms.teacher_token(statistics, beta)
+
+    def choose(self, facts: BatchFacts) -> TokenChoices:
+        """Decide what depends on the whole batch; called if ``needs_student_pass``.
+
+        Collectives: those of ``losses.selection`` over ``facts.group``.
+        """
+        if self.entropy_share is None:
+            return TokenChoices()
+        from megatron_tropd.losses.selection import num_selected, top_share
+
+        chosen_T = top_share(
+            facts.entropy_T,
+            num_selected(self.entropy_share, facts.num_student),
+            facts.student_T,
+            keys_T=facts.keys_T,
+            longest=facts.longest,
+            group=facts.group,
+        )
+        return TokenChoices(selected_T=chosen_T | ~facts.student_T)
+
+    def whole_term(self, statistics: TokenStatistics, targets: LossTargets, beta: float) -> Term:
+        """The loss of every token, whoever wrote it.
+
+        Args:
+            statistics: of the T tokens.
+            targets: the same tokens.
+            beta: weight of teacher tokens.
+
+        Returns:
+            One term.
+        """
+        from megatron_tropd.losses import terms
+
+        student = self.term(statistics, targets)
+        teacher = self.teacher_term(statistics, beta)
+        if teacher is None:
+            return student
+        return terms.choose(targets.is_teacher_T, teacher, student)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampledMethod(Method):
+    """A policy gradient: reward x log q of the sampled token."""
+
+    gradient: Literal["backprop", "score_function"] = "backprop"
+    """score_function feeds forward KL and prefix terms as detached rewards of the sampled token,
+    as the authors' code is said to do: for reproducing published numbers, not for training."""
+    importance: Importance = "none"
+    """How rho = q(x) / (probability that sampled x) enters: not; min(rho, importance_high)
+    (truncated); rho within [importance_low, importance_high] and no loss outside (band); PPO's
+    clip to the same interval (ppo)."""
+    importance_low: LowRho = 0.5
+    """Lower end of the interval of rho (band, ppo)."""
+    importance_high: HighRho = 2.0
+    """Upper end of the interval of rho (truncated, band, ppo)."""
+
+    def teacher_term(self, statistics: TokenStatistics, beta: float) -> Term | None:
+        """-beta log q(x), or its detached reward."""
+        from megatron_tropd.losses import terms
+
+        by_score = self.gradient == "score_function"
+        return terms.teacher_token(statistics, beta, by_score=by_score)
+
+    def policy_gradient(
+        self,
+        statistics: TokenStatistics,
+        targets: LossTargets,
+        earned: tuple[Tensor, Tensor],
+        *,
+        outlier_T: Tensor | None = None,
+        divergence: Term | None = None,
+    ) -> Term:
+        """Train the sampled token by its reward, weighted by importance.
+
+        Args:
+            statistics: of the T tokens.
+            targets: the same tokens.
+            earned: ``terms.earned``: reward, and whether it was infinite.
+            outlier_T: [T] how much of the token lies outside of a trust region; None: nothing.
+            divergence: added to the reward's term.
+        """
+        from megatron_tropd.losses import terms
+
+        interval = (self.importance_low, self.importance_high)
+        return terms.policy_gradient(
+            statistics,
+            targets,
+            earned,
+            importance=(self.importance, *interval),
+            outlier_T=outlier_T,
+            divergence=divergence,
+        )
