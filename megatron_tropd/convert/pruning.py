@@ -4,15 +4,13 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-from torch import Tensor
-
 from megatron_tropd.base.errors import InputError
-from megatron_tropd.convert.hf_folder import INDEX, SINGLE, HFFolder
+from megatron_tropd.convert.hf_folder import HFFolder
+from megatron_tropd.convert.safetensors_writer import SafetensorsWriter, Spec
 
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
@@ -48,7 +46,7 @@ def drop_layers(
                 shutil.copyfile(path, partial / path.name)
         config = json.dumps(_pruned_config(source.config, kept), indent=2)
         (partial / "config.json").write_text(config + "\n")
-        _write_files(_kept_tensors(source, kept), partial, max_file_bytes)
+        _write_files(source, _kept_tensors(source, kept), partial, max_file_bytes)
         partial.replace(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -81,41 +79,22 @@ def _pruned_config(config: dict[str, Any], kept: Sequence[int]) -> dict[str, Any
     return pruned
 
 
-def _kept_tensors(source: HFFolder, kept: Sequence[int]) -> Iterator[tuple[str, Tensor]]:
+def _kept_tensors(source: HFFolder, kept: Sequence[int]) -> dict[str, str]:
+    """New name -> name in the source."""
     number = {old: new for new, old in enumerate(kept)}
+    names = {}
     for name in sorted(source.names):
         match = _LAYER.match(name)
         if match is None:
-            yield name, source.read(name)
+            names[name] = name
         elif (old := int(match[1])) in number:
-            yield f"model.layers.{number[old]}.{name[match.end() :]}", source.read(name)
+            names[f"model.layers.{number[old]}.{name[match.end() :]}"] = name
+    return names
 
 
-def _write_files(tensors: Iterator[tuple[str, Tensor]], folder: Path, limit: int) -> None:
-    """model.safetensors, or numbered files and their index."""
-    files: list[list[str]] = []
-    held: dict[str, Tensor] = {}
-    total = 0
-
-    def close() -> None:
-        save_file(held, str(folder / f"part-{len(files)}"), metadata={"format": "pt"})
-        files.append(list(held))
-        held.clear()
-
-    for name, tensor in tensors:
-        held[name] = tensor
-        total += tensor.nbytes
-        if sum(t.nbytes for t in held.values()) >= limit:
-            close()
-    if held:
-        close()
-    if len(files) == 1:
-        (folder / "part-0").rename(folder / SINGLE)
-        return
-    weight_map: dict[str, str] = {}
-    for n, names in enumerate(files):
-        file_name = f"model-{n + 1:05d}-of-{len(files):05d}.safetensors"
-        (folder / f"part-{n}").rename(folder / file_name)
-        weight_map |= dict.fromkeys(names, file_name)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+def _write_files(source: HFFolder, names: Mapping[str, str], folder: Path, limit: int) -> None:
+    specs = {new: Spec(source.dtype(old), source.shape(old)) for new, old in names.items()}
+    with SafetensorsWriter(folder, specs, limit) as writer:
+        for new, old in names.items():
+            writer.write(new, source.read(old))
+        writer.finish()

@@ -1,4 +1,8 @@
-"""Safetensors written tensor by tensor: the headers come from the plan, the bytes in any order."""
+"""Safetensors written tensor by tensor: the headers come from the plan, the bytes in any order.
+
+huggingface_hub assigns the tensors to files. The library's ``save_file`` holds all tensors of a
+file at once (1.0 GiB more for a file of 1 GiB), a conversion no more than its largest ones.
+"""
 
 import json
 import os
@@ -10,11 +14,12 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.torch import _TYPES
 from torch import Tensor
 
 from megatron_tropd.base.errors import InputError
-from megatron_tropd.convert.hf_folder import INDEX, SINGLE
+from megatron_tropd.convert.hf_folder import INDEX
 
 _NAMES = {dtype: name for name, dtype in _TYPES.items()}
 
@@ -49,12 +54,17 @@ class SafetensorsWriter:
         self._missing = set(specs)
         self._files: list[int] = []
         self._places: dict[str, tuple[int, int]] = {}
-        groups = _groups(self._specs, max_file_bytes)
-        names = [_file_name(n, len(groups)) for n in range(len(groups))]
-        for name, group in zip(names, groups, strict=True):
-            self._begin(folder / name, group)
-        if len(groups) > 1:
-            _write_index(folder / INDEX, self._specs, dict(zip(names, groups, strict=True)))
+        files = split_state_dict_into_shards_factory(
+            self._specs,
+            get_storage_size=lambda spec: spec.nbytes,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=max_file_bytes,
+        )
+        for name, tensors in files.filename_to_tensors.items():
+            self._begin(folder / name, tensors)
+        if files.is_sharded:
+            index = {"metadata": files.metadata, "weight_map": files.tensor_to_filename}
+            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
     def __enter__(self) -> Self:
         return self
@@ -116,27 +126,3 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a tensor in memory order, without a copy where it is contiguous."""
     flat = tensor.detach().contiguous().flatten().view(torch.uint8)
     return memoryview(flat.numpy())
-
-
-def _groups(specs: Mapping[str, Spec], limit: int) -> list[list[str]]:
-    groups: list[list[str]] = [[]]
-    held = 0
-    for name, spec in specs.items():
-        if groups[-1] and held + spec.nbytes > limit:
-            groups.append([])
-            held = 0
-        groups[-1].append(name)
-        held += spec.nbytes
-    return groups
-
-
-def _file_name(number: int, count: int) -> str:
-    return SINGLE if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
-
-
-def _write_index(path: Path, specs: Mapping[str, Spec], files: Mapping[str, list[str]]) -> None:
-    index = {
-        "metadata": {"total_size": sum(spec.nbytes for spec in specs.values())},
-        "weight_map": {name: file for file, names in files.items() for name in names},
-    }
-    path.write_text(json.dumps(index, indent=2) + "\n")

@@ -40,8 +40,9 @@ def slow_phases(one: Estimate) -> list[str]:
     wait_in = "sync" if took.overlapped and took.sync_waits else "rollout"
     phases[wait_in] = phases.get(wait_in, 0.0) + took.waiting
     return [
-        f"the {phase} is estimated to last {length / 60:.1f} minutes; a run is taken to hang after "
-        f"run.timeout_minutes = {minutes:g}. Set that to {2 * length / 60:.0f} or more"
+        f"the {phase} is estimated, not calibrated, to last {length / 60:.1f} minutes; "
+        f"a run is taken to hang after run.timeout_minutes = {minutes:g}. "
+        f"Set that to {2 * length / 60:.0f} or more"
         for phase, length in phases.items()
         if length > 60 * minutes
     ]

@@ -57,6 +57,8 @@ _SENT = {
     "weights to the engine": "weight_sync",
 }
 _UNKNOWN = "not counted below: {}"
+UNCALIBRATED = "estimate, not calibrated"
+"""Said beside all seconds, and what follows from them, until a run on GPUs calibrates them."""
 _PHASES = ("rollout", "teacher", "student", "optimizer", "sync")
 
 
@@ -72,7 +74,8 @@ def plan_table(plan: Plan) -> str:
     """Aligned lines for a terminal."""
     made = plan.asked.made
     blocks = [
-        "planned, not run: bytes follow from the config.json of both models, seconds are estimates",
+        "planned, not run: bytes follow from the config.json of both models; seconds and\n"
+        f"recommendation: {UNCALIBRATED}",
         _heading(made),
         _memory_block(plan.asked),
         _sent_block(plan.asked),
@@ -87,6 +90,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
     made, other = plan.asked.made, plan.recommended.other
     return {
         "schema": SCHEMA,
+        "seconds_and_recommendation": UNCALIBRATED,
         "student": {
             "parameters": made.student.parameters,
             "describe": describe(made.student.config),
@@ -223,12 +227,14 @@ def _sent_block(one: Estimate) -> str:
 
 
 def _seconds_block(one: Estimate) -> str:
-    rows = [["seconds of a step (estimates)", ""]]
+    rows = [[f"seconds of a step ({UNCALIBRATED})", ""]]
     rows += [[f"  {name}", f"{getattr(one.seconds, name):.2f}"] for name in _PHASES]
     steps = one.made.config.train.steps
     beside = " (the rollout beside the rest)" if one.seconds.overlapped else ""
     rows.append([f"  total{beside}", f"{one.seconds.total:.2f}"])
-    rows.append([f"hours of {steps} steps", f"{steps * one.seconds.total / 3600:.1f}"])
+    rows.append(
+        [f"hours of {steps} steps ({UNCALIBRATED})", f"{steps * one.seconds.total / 3600:.1f}"]
+    )
     warnings = [textwrap.fill(f"WARNING: {text}", WIDTH) for text in slow_phases(one)]
     return "\n".join([_table(rows), *warnings])
 
@@ -237,12 +243,12 @@ def _recommended_block(plan: Plan) -> str:
     best, other = plan.recommended.best, plan.recommended.other
     asked = plan.asked.seconds.total
     lines = [
-        ("recommended", layout_name(best.made)),
+        ("recommended", f"{layout_name(best.made)} ({UNCALIBRATED})"),
         ("why", plan.recommended.why),
         (
             "expected",
             f"{best.seconds.total:.1f} s a step (this layout: {asked:.1f}), "
-            f"{best.peak / 1e9:.1f} GB at most on a training GPU",
+            f"{best.peak / 1e9:.1f} GB at most on a training GPU ({UNCALIBRATED})",
         ),
     ]
     if options := _overrides(best.made):
@@ -250,7 +256,12 @@ def _recommended_block(plan: Plan) -> str:
     lines += [("WARNING", f"here {text}") for text in slow_phases(best)]
     if other:
         when = "one step ahead" if other.made.rollout.steps_ahead else "on policy"
-        lines.append((when, f"{layout_name(other.made)}: {other.seconds.total:.1f} s a step"))
+        lines.append(
+            (
+                when,
+                f"{layout_name(other.made)}: {other.seconds.total:.1f} s a step ({UNCALIBRATED})",
+            )
+        )
     return _lines(lines)
 
 
