@@ -173,7 +173,7 @@ def _assumed(folder: Path, problems: Path | None, overrides: Overrides, notes: l
                 prompts=str(problems),
                 max_new_tokens=1,
                 prompts_per_step=1,
-                engine_memory=1.0,  # GiB without CUDA; with it this engine is alone
+                engine_cpu_kv_gib=1.0,
             ),
             guidance=GuidanceConfig(prefixed_per_prompt=0),
             train=TrainConfig(steps=1, tokens_per_micro_batch=_ALL),

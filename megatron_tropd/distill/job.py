@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from megatron_tropd.base import deterministic
 from megatron_tropd.base.environment import number
 from megatron_tropd.base.errors import ConfigError, TrainingError
 from megatron_tropd.base.files import replace_text, write_json
@@ -144,8 +143,6 @@ class Job:
         platform.prepare_platform()
         platform.check_device()
         if config.run.deterministic:
-            direct = config.rollout.weight_transport == "direct"
-            deterministic.check_transport(direct=direct, cuda=platform.has_cuda())
             platform.be_deterministic()
         self.ranks = parallel.initialize(
             config.parallel,
@@ -276,7 +273,6 @@ class Job:
                 model=model,
                 patience=Patience.within(60 * self.config.run.timeout_minutes),
                 stopping=lambda: self._stop.requested,
-                direct=rollout.weight_transport == "direct",
             )
         local = number("LOCAL_WORLD_SIZE", 1)
 
@@ -295,7 +291,7 @@ class Job:
             world_size=self.ranks.world_size,
             num_engines=rollout.num_engines,
             make_engine=make,
-            transport=None if model == "teacher" else rollout.colocated_transport,
+            transport=None if model == "teacher" else rollout.weight_transport,
         )
 
     def _check_options(self) -> None:

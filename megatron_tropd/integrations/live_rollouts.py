@@ -287,7 +287,8 @@ class LiveRollouts:
                 dtype=str(dtype).removeprefix("torch."),
                 max_model_len=longest + rollout.max_new_tokens,
                 vocab_size=self._columns,
-                memory=rollout.engine_memory,
+                gpu_share=rollout.engine_gpu_share,
+                cpu_kv_gib=rollout.engine_cpu_kv_gib,
                 tensor_parallel=rollout.engine_tensor_parallel,
                 max_num_seqs=rollout.max_num_seqs,
                 max_num_batched_tokens=rollout.max_num_batched_tokens,
@@ -300,7 +301,7 @@ class LiveRollouts:
             world_size=ranks.world_size,
             num_engines=rollout.num_engines,
             make_engine=make,
-            transport=rollout.colocated_transport,
+            transport=rollout.weight_transport,
         )
 
     def _push_weights(self, model: torch.nn.Module, step: int) -> None:

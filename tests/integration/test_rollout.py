@@ -39,7 +39,7 @@ SAMPLING = Sampling(stop_token_ids=(2, 50))
 def start(folder: Path, log_folder: Path) -> RolloutEngine:
     """An engine for sequences of up to 128 tokens on one thread."""
     engine = RolloutEngine(
-        folder, max_model_len=128, log_file=log_folder / "engine.log", memory=0.25, threads=1
+        folder, max_model_len=128, log_file=log_folder / "engine.log", cpu_kv_gib=0.25, threads=1
     )
     process.prepare(threads=1)  # the next engine imports vLLM while this one works
     return engine

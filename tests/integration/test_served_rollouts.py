@@ -46,7 +46,6 @@ REQUESTS = [
 ]
 """Half a second of work for each of two servers: long enough to be disturbed."""
 SECONDS = 300.0
-DIRECT = "rollout.weight_transport=direct"
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +67,7 @@ def toml(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Pat
         prompts_per_step = 4
         samples_per_prompt = 2
         num_engines = 2
-        engine_memory = 0.25
+        engine_cpu_kv_gib = 0.25
         [loss]
         importance = "truncated"
         [train]
@@ -199,8 +198,6 @@ def make_pool(
     def make(
         answer_seconds: float = 30.0,
         model: wire.Model = "student",
-        folder: Path | None = None,
-        direct: bool = False,
         **patience: float,
     ) -> ServerPool:
         run = servers[0].folder.parent
@@ -210,12 +207,11 @@ def make_pool(
         )
         pool = ServerPool(
             known,
-            WeightVersions(folder or run / "weights"),
+            WeightVersions(run / "weights"),
             rank=0,
             num_servers=2,
             model=model,
             patience=Patience(**patience),  # type: ignore[arg-type]
-            direct=direct,
         )
         pool.load_tensors(iter(weights.items()), version=1)
         return pool
@@ -229,7 +225,7 @@ def expected(toml: Path, weights: dict[str, torch.Tensor], tmp_path_factory) -> 
     folder = tmp_path_factory.mktemp("expected")
     student = Path(load_config(toml).model.student)
     with RolloutEngine(
-        student, max_model_len=122, log_file=folder / "log", memory=0.25, threads=1
+        student, max_model_len=122, log_file=folder / "log", cpu_kv_gib=0.25, threads=1
     ) as engine:
         (folder / "weights").mkdir()
         write_buckets(folder / "weights", iter(weights.items()))
@@ -258,19 +254,6 @@ def test_served_samples_are_those_of_a_local_engine(make_pool, expected) -> None
     pool.start_generate(REQUESTS, SAMPLING)
     assert pool.generate(REQUESTS[:2], SAMPLING)[1].token_ids == expected[1].token_ids
     assert pool.finish_generate() == expected
-
-
-def test_weights_that_come_directly_are_those_of_the_folder(
-    make_pool, servers: list[Server], tmp_path: Path, expected
-) -> None:
-    """Into a folder that no server sees: what they have they were sent."""
-    for server in servers:
-        server.wait_for("ready")
-    with make_pool(direct=True, folder=tmp_path / "elsewhere") as pool:
-        assert pool.generate(REQUESTS, SAMPLING) == expected
-        pool._direct.finish()
-        assert (tmp_path / "elsewhere" / "version_000001").exists()
-    assert not (tmp_path / "elsewhere").exists()
 
 
 def _record(fault: str, how: str) -> None:
@@ -305,42 +288,10 @@ def test_an_engine_killed_in_the_middle_is_replaced(make_pool, servers, expected
     _record("the engine of a rollout server dies", "kill -9 in the middle of a unit")
 
 
-def test_an_engine_killed_while_it_is_handed_weights_is_not_waited_for(
-    make_pool, servers, expected
-) -> None:
-    """It stands still before it can join, so that it is certainly in the middle."""
-    victim = servers[1]
-    engine, restarts = (victim.wait_for("ready")[key] for key in ("engine_pid", "engine_restarts"))
-    os.kill(engine, signal.SIGSTOP)
-    threading.Timer(1.0, os.kill, (engine, signal.SIGKILL)).start()
-    before = time.monotonic()
-    pool = make_pool(direct=True, join_seconds=SECONDS)
-    assert time.monotonic() - before < SECONDS / 2
-    assert pool.generate(REQUESTS, SAMPLING) == expected
-    assert victim.wait_for("ready")["engine_restarts"] == restarts + 1
-    assert pool.generate(REQUESTS, SAMPLING) == expected, "the new engine has the folder's"
-    _record("an engine dies while it is handed weights", "SIGSTOP before it joins, then kill -9")
-
-
-def test_an_engine_that_comes_too_late_has_the_weights_of_the_folder(
-    make_pool, servers, expected
-) -> None:
-    victim = servers[1]
-    engine = victim.wait_for("ready")["engine_pid"]
-    os.kill(engine, signal.SIGSTOP)
-    try:
-        pool = make_pool(direct=True, join_seconds=0.5)
-        assert pool.generate(REQUESTS, SAMPLING) == expected
-    finally:
-        os.kill(engine, signal.SIGCONT)
-    assert victim.wait_for("ready")["engine_pid"] == engine
-    assert pool.generate(REQUESTS, SAMPLING) == expected
-
-
 def test_a_server_killed_in_the_middle_is_not_missed_and_used_again(
     make_pool, servers, toml, expected
 ) -> None:
-    pool, old = make_pool(direct=True), servers[1]
+    pool, old = make_pool(), servers[1]
     engine = old.wait_for("ready")["engine_pid"]
     assert _disturbed(pool, old, lambda _: old.process.kill()) == expected
     old.process.wait()
@@ -463,7 +414,7 @@ def two_servers(toml: Path, run: Path, *overrides: str) -> Iterator[None]:
 def test_a_served_run_equals_a_colocated_one(toml: Path, tmp_path: Path) -> None:
     with (
         Run(toml, tmp_path / "colocated") as colocated,
-        Run(toml, tmp_path / "served", "rollout.placement=separate", DIRECT) as served,
+        Run(toml, tmp_path / "served", "rollout.placement=separate") as served,
         two_servers(toml, served.folder),
     ):
         for run in (colocated, served):
@@ -472,16 +423,13 @@ def test_a_served_run_equals_a_colocated_one(toml: Path, tmp_path: Path) -> None
     assert served.records() == colocated.records()
     assert {record["staleness"] for record in served.records()} == {0}
     assert not (served.folder / "weights").exists()
-    logs = [path.read_text() for path in (served.folder / "logs").glob("server_*_student.log")]
-    assert [log.count(": received in ") >= 4 for log in logs] == [True, True]
 
 
 def test_one_step_ahead_repeats_elsewhere_and_after_an_interruption(
     toml: Path, tmp_path: Path
 ) -> None:
-    """Engines beside the ranks without a break; servers with one, and with weights from the folder
-    before it and directly after it. An evaluation comes between a request for samples and their
-    use."""
+    """Engines beside the ranks without a break; servers with one. An evaluation comes between a
+    request for samples and their use."""
     problems = toml.parent / "prompts.jsonl"
     ahead = [
         *("rollout.steps_ahead=1", f"evaluation.problems={problems}"),
@@ -497,7 +445,6 @@ def test_one_step_ahead_repeats_elsewhere_and_after_an_interruption(
         served.interrupted_at(2)
         kept = sorted((served.folder / "checkpoints").glob("step_*"))
         assert kept and all((folder / "pending_rollouts.jsonl").exists() for folder in kept)
-        served.command.append(DIRECT)
         code, text = served.finish()
         assert code == 0, text
     assert served.records() == colocated.records()

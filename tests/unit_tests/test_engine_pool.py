@@ -12,12 +12,10 @@ from megatron_tropd.base.errors import TrainingError
 from megatron_tropd.data.samples import Sample, SampleRequest, Sampling
 from megatron_tropd.rollout.engines.engine import RolloutEngine
 from megatron_tropd.rollout.engines.pool import EnginePool
-from megatron_tropd.rollout.engines.wire import Offer
-from megatron_tropd.rollout.weights.weight_sync import Export, WeightsName
+from megatron_tropd.rollout.weights.weight_sync import Export
 
 REQUESTS = [SampleRequest((1, 2), 4, seed) for seed in range(3)]
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, stop_token_ids=())
-OFFER = Offer("id", WeightsName(1, "me"), "host", 1, "key", 0, 1.0)
 
 
 class RecordingEngine:
@@ -142,7 +140,7 @@ class FakeChild:
         self.sent.append(message)
 
     def recv(self) -> tuple[str, object]:
-        return "ok", self.sent[-1][0] == "receive_weights"
+        return "ok", None
 
     def wait(self, seconds: float) -> int:
         return 0
@@ -191,14 +189,14 @@ def test_memory_for_weights_wakes_to_load_them_and_the_cache_to_sample(
         engine.sleep()
         engine.load_weights(tiny_llama)
         engine.sleep()  # half awake
-        assert engine.receive_weights(OFFER, tmp_path)
+        engine.load_weights(tiny_llama)
         engine.generate(REQUESTS, SAMPLING)
     assert child.commands == [
         *("generate", "sleep"),
         *("wake weights", "load_weights", "wake kv_cache", "generate"),
         *("load_weights", "generate", "sleep"),
         *("wake weights", "load_weights", "sleep"),
-        *("wake weights", "receive_weights", "wake kv_cache", "generate"),
+        *("wake weights", "load_weights", "wake kv_cache", "generate"),
     ]
     assert engine.weight_bytes == 4 * sum(
         t.numel() for t in load_file(tiny_llama / "model.safetensors").values()

@@ -21,7 +21,7 @@ from megatron_tropd.cli.main import main
 from megatron_tropd.data.samples import Sample, SampleRequest, Sampling
 from megatron_tropd.rollout.engines import keeper as keeper_module
 from megatron_tropd.rollout.engines import wire
-from megatron_tropd.rollout.engines.client import ClientSettings, ServerClient, ServerError
+from megatron_tropd.rollout.engines.client import ClientSettings, ServerClient
 from megatron_tropd.rollout.engines.dispatch import Dispatch, Patience
 from megatron_tropd.rollout.engines.keeper import EngineKeeper
 from megatron_tropd.rollout.engines.pool import cut_units, merge_units
@@ -44,7 +44,6 @@ class CountingEngine:
         self.behave = behave
         self.killed = threading.Event()
         self.loaded: list[Path] = []
-        self.offers: Iterator[bool | TrainingError] = iter([])
         self.has_weights = True
 
     def wait_ready(self) -> None:
@@ -57,12 +56,6 @@ class CountingEngine:
     def load_weights(self, folder: Path) -> None:
         self.loaded.append(folder)
         self.has_weights = True
-
-    def receive_weights(self, _: wire.Offer, __: Path) -> bool:
-        end = next(self.offers)
-        if isinstance(end, TrainingError):
-            raise end
-        return end
 
     def kill(self) -> None:
         self.killed.set()
@@ -229,9 +222,8 @@ def test_a_client_without_the_token_gets_nothing_but_health(start, tmp_path: Pat
     assert requests.get(f"{url}/health", timeout=PATIENCE).status_code == 200
     for headers in ({}, {"Authorization": "Bearer wrong"}):
         assert requests.get(f"{url}/status", headers=headers, timeout=PATIENCE).status_code == 401
-        for path in ("units", "weights"):
-            answer = requests.post(f"{url}/{path}", headers=headers, data=b"x", timeout=PATIENCE)
-            assert answer.status_code == 401 and "token" in answer.json()["detail"]
+        answer = requests.post(f"{url}/units", headers=headers, data=b"x", timeout=PATIENCE)
+        assert answer.status_code == 401 and "token" in answer.json()["detail"]
     assert requests.get(f"{url}/openapi.json", timeout=PATIENCE).status_code == 404
     assert wire.announcement_path(tmp_path / "servers", 0).stat().st_mode & 0o077 == 0
 
@@ -360,53 +352,6 @@ def test_requests_no_server_can_serve_are_not_tried_again(start, tmp_path: Path)
     assert len(running.engines) == 1
     with pytest.raises(InputError, match="name its weights"):
         Dispatch(units(1, weights=None), [client(tmp_path)], QUICK).wait()
-
-
-def offer(number: int, version: int = 9) -> wire.Offer:
-    """Of weights that are in no folder; nobody looks where it leads."""
-    return wire.Offer(f"o{number}", WeightsName(version, "trainer"), "127.0.0.1", 1, "key", 0, 1.0)
-
-
-def test_weights_that_came_directly_need_no_folder(start, tmp_path: Path) -> None:
-    running = start(0)
-    direct = client(tmp_path)
-    while direct.state() != "ready":
-        time.sleep(0.01)
-    running.engines[0].offers = iter([True])
-    direct.hand_over(offer(1), wanted=lambda: True)
-    unit = units(1, weights=offer(1).weights)
-    assert seeds(Dispatch(unit, [client(tmp_path)], QUICK).wait()) == [0, 1, 2]
-    assert running.engines[0].loaded == []
-
-
-def test_who_did_not_get_them_directly_looks_into_the_folder(start, tmp_path: Path) -> None:
-    """Too late: the engine has what it had. Dead in the middle: a new one has nothing."""
-    running = start(0)
-    direct = client(tmp_path)
-    assert seeds(Dispatch(units(1), [client(tmp_path)], QUICK).wait()) == [0, 1, 2]
-    [first] = running.engines
-    first.offers = iter([False, TrainingError("killed")])
-    with pytest.raises(ServerError, match="came too late"):
-        direct.hand_over(offer(1), wanted=lambda: True)
-    assert seeds(Dispatch(units(1), [client(tmp_path)], QUICK).wait()) == [0, 1, 2]
-    assert len(first.loaded) == 1, "it still has the ones before"
-    with pytest.raises(ServerError, match="killed"):
-        direct.hand_over(offer(2), wanted=lambda: True)
-    assert seeds(Dispatch(units(1), [client(tmp_path)], QUICK).wait()) == [0, 1, 2]
-    assert len(running.engines) == 2 and len(running.engines[1].loaded) == 1
-
-
-def test_an_offer_waits_for_no_unit(start, tmp_path: Path) -> None:
-    going_on = threading.Event()
-    start(0, lambda _: going_on.wait(PATIENCE))
-    dispatch = Dispatch(units(1), [client(tmp_path)], QUICK)
-    direct = client(tmp_path)
-    while direct.state() != "generating":
-        time.sleep(0.01)
-    with pytest.raises(ServerError, match="409: u0 is not finished"):
-        direct.hand_over(offer(1), wanted=lambda: True)
-    going_on.set()
-    assert seeds(dispatch.wait()) == [0, 1, 2]
 
 
 def test_weights_that_come_late_are_waited_for(start, tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """The trainer's side of one rollout server: find it, ask whether it is ready, have a unit made."""
 
-import math
 import os
 import time
 from collections.abc import Callable
@@ -81,35 +80,11 @@ class ServerClient:
         made = self._wait_for(f"/units/{unit.id}", wanted, seconds=2 * unit.seconds)
         return _checked(made, unit)
 
-    def host(self) -> str:
-        """Where the server is announced now.
-
-        Raises:
-            ServerError: nowhere.
-        """
-        return self._announcement().host
-
-    def hand_over(self, offer: wire.Offer, *, wanted: Callable[[], bool]) -> None:
-        """Have the server's engine take part in a broadcast; over when it has the weights.
-
-        Args:
-            offer: where the broadcast is.
-            wanted: asked after every answer; false: nobody waits for it any more.
-
-        Raises:
-            ServerError: it does not have them; says why.
-            InputError: it does not understand the offer.
-        """
-        self._ask("POST", "/weights", data=wire.encode(offer))
-        body = self._wait_for(f"/weights/{offer.id}", wanted)
-        if _decoded(body, wire.Loaded).weights != offer.weights:
-            raise ServerError(f"has loaded something else than {offer.weights}")
-
     def close(self) -> None:
         """Close the connections."""
         self._session.close()
 
-    def _wait_for(self, path: str, wanted: Callable[[], bool], seconds: float = math.inf) -> bytes:
+    def _wait_for(self, path: str, wanted: Callable[[], bool], seconds: float) -> bytes:
         """What a server says when it is done with a job."""
         deadline = time.monotonic() + seconds
         wait = min(_LONGEST_WAIT, self._known.answer_seconds / 2)

@@ -35,8 +35,6 @@ class Patience(Settings):
     """Longest time an engine may take for one unit."""
     unit_failures: Count = 5
     """Engines that may die over one unit."""
-    join_seconds: Amount = 30.0
-    """Longest wait for an engine that is to have new weights directly."""
 
     @classmethod
     def within(cls, phase_seconds: float) -> Self:
@@ -45,7 +43,6 @@ class Patience(Settings):
         return cls(
             lost_seconds=min(cls.lost_seconds, half),
             unit_seconds=half,
-            join_seconds=min(cls.join_seconds, half),
         )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron_tropd.base.errors import InputError, TrainingError
 from megatron_tropd.data.samples import Sample
 from megatron_tropd.rollout.engines.engine import RolloutEngine
-from megatron_tropd.rollout.engines.wire import Model, Offer, Unit
+from megatron_tropd.rollout.engines.wire import Model, Unit
 from megatron_tropd.rollout.weights.weight_sync import VISIBLE_SECONDS, WeightsName, WeightVersions
 
 MOST_FAILURES = 5
@@ -19,7 +19,7 @@ START_SECONDS = 3600.0
 
 
 class EngineKeeper:
-    """Runs units and takes weights, one after the other; used by one thread, watched by others."""
+    """Runs units, one after the other; used by one thread, watched by others."""
 
     def __init__(
         self,
@@ -105,27 +105,6 @@ class EngineKeeper:
             self.state = "ready" if "student" in self._engines else "starting"
         self.failures = 0
         return samples
-
-    def receive(self, offer: Offer) -> None:
-        """Have the student's engine take new weights directly from the trainer.
-
-        Raises:
-            TrainingError: it did not take part and has the weights it had, or it died.
-        """
-        self.state, before = "loading", self.weights
-        try:
-            engine = self._engine_of("student")
-            self.weights = None  # until it has all of them it has none that can be used
-            with _time_limit(engine, START_SECONDS, "receiving weights"):
-                taken = engine.receive_weights(offer, self._versions.folder)
-            self.weights = offer.weights if taken else before
-        except TrainingError as error:
-            self._died("student", error)
-            raise
-        finally:
-            self.state = "ready" if "student" in self._engines else "starting"
-        if not taken:
-            raise TrainingError("The engine came too late for the broadcast.", kind="engine")
 
     def close(self) -> None:
         """End the engines for good; from any thread."""

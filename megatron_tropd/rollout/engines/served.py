@@ -14,7 +14,6 @@ from megatron_tropd.rollout.engines.client import ClientSettings, ServerClient
 from megatron_tropd.rollout.engines.dispatch import Dispatch, Patience
 from megatron_tropd.rollout.engines.pool import cut_units, merge_units, share, together
 from megatron_tropd.rollout.engines.wire import Model, Unit
-from megatron_tropd.rollout.weights.direct import DirectTransport
 from megatron_tropd.rollout.weights.weight_sync import WeightsName, WeightVersions
 
 
@@ -38,7 +37,6 @@ class ServerPool:
         model: Model = "student",
         patience: Patience,
         stopping: Callable[[], bool] = lambda: False,
-        direct: bool = False,
     ) -> None:
         """Nothing is asked yet: servers may still be starting, or start later.
 
@@ -50,7 +48,6 @@ class ServerPool:
             model: whose samples are asked for.
             patience: time-outs.
             stopping: whether the run was asked to stop; it then waits less for servers.
-            direct: whether weights are broadcast to servers that are ready, not only written.
         """
         self.owns_engine = rank == 0
         self._known = known
@@ -64,11 +61,6 @@ class ServerPool:
         self._pending: Dispatch | None = None
         self._pending_version = 0
         self._asked = False
-        self._direct: DirectTransport | None = None
-        if direct and self.owns_engine:
-            self._direct = DirectTransport(
-                known, versions, num_servers=num_servers, join_seconds=patience.join_seconds
-            )
 
     def generate(self, requests: Sequence[SampleRequest], sampling: Sampling) -> list[Sample]:
         """Continue every request on whichever servers are there.
@@ -107,9 +99,7 @@ class ServerPool:
     def load_tensors(self, tensors: Iterable[tuple[str, Tensor | None]], *, version: int) -> None:
         """Hand over the weights that come out of ``tensors``.
 
-        Through the folder a server loads them when it is first asked for samples of them. Directly
-        it has them at once, so that samples asked for before are waited for: they are of the
-        weights before.
+        They go through the folder: a server loads them when it is first asked for samples of them.
 
         Args:
             tensors: HF names and tensors, ``None`` but on rank 0; exhausted on every rank, since
@@ -117,7 +107,7 @@ class ServerPool:
             version: optimizer steps they have seen.
 
         Raises:
-            TrainingError: they cannot be written, or no server answers.
+            TrainingError: they cannot be written.
 
         Collectives: those of ``tensors``, a gather of the outcome.
         """
@@ -130,8 +120,6 @@ class ServerPool:
 
     def close(self) -> None:
         """Remove the versions of the weights; servers end when the run is complete."""
-        if self._direct is not None:
-            self._direct.close()
         if self._weights is not None and self.owns_engine:
             self._versions.clear()
 
@@ -167,19 +155,10 @@ class ServerPool:
     def _hand_over(self, name: WeightsName, tensors: Iterable[tuple[str, Tensor | None]]) -> None:
         tensors = iter(tensors)
         try:
-            if self._direct is not None:
-                if self._pending is not None:
-                    self._pending.wait()
-                self._direct.hand_over(name, tensors)
-            elif self.owns_engine:
-                self._write_folder(name, tensors)
+            if self.owns_engine:
+                oldest = self._pending_version if self._pending is not None else name.version
+                self._versions.prune(oldest, name.version)
+                self._versions.write(name, tensors)
         finally:
             for _ in tensors:  # making them is collective, also where they are not needed
                 pass
-
-    def _write_folder(
-        self, name: WeightsName, tensors: Iterable[tuple[str, Tensor | None]]
-    ) -> None:
-        oldest = self._pending_version if self._pending is not None else name.version
-        self._versions.prune(oldest, name.version)
-        self._versions.write(name, tensors)

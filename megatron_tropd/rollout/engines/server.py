@@ -4,8 +4,6 @@
     GET  /status          what it does, which weights it has, how often its engine died
     POST /units           take a unit; 202, also when it has it already; 409 while it has another
     GET  /units/ID?wait=s its samples (200), not yet (202), or why there are none (400, 500)
-    POST /weights         take new weights directly, as an engine that does nothing can
-    GET  /weights/ID?wait=s   that it has them, not yet, or why not; as for units
 
 All but /health want ``Authorization: Bearer TOKEN``. Bodies are msgpack (:mod:`.wire`), never
 pickle. One thread runs the engine, so a server answers while its engine starts or generates.
@@ -43,15 +41,15 @@ class Busy(RuntimeError):
 class Desk:
     """The one job a server has: HTTP threads put it there and ask for it, the engine's takes it.
 
-    A job is a unit or an offer of weights. What became of it is kept until another one comes.
+    A job is a unit. What became of it is kept until another one comes.
     """
 
     def __init__(self) -> None:
         """Nothing to do yet."""
         self._changed = threading.Condition()
-        self._job: wire.Job | None = None
+        self._job: wire.Unit | None = None
         self._taken = False
-        self._outcome: wire.Done | Exception | None = None
+        self._outcome: wire.UnitSamples | Exception | None = None
         self._closed = False
         self._asking = 0
         self._last_asked = time.monotonic()
@@ -67,7 +65,7 @@ class Desk:
         with self._changed:
             return 0.0 if self._asking else time.monotonic() - self._last_asked
 
-    def put(self, job: wire.Job) -> None:
+    def put(self, job: wire.Unit) -> None:
         """Accept a job; nothing happens if it is here already and has not failed.
 
         Raises:
@@ -83,7 +81,7 @@ class Desk:
             self._job, self._taken, self._outcome = job, False, None
             self._changed.notify_all()
 
-    def take(self) -> wire.Job | None:
+    def take(self) -> wire.Unit | None:
         """The next job for the engine; None when the server ends."""
         with self._changed:
             self._changed.wait_for(
@@ -92,13 +90,13 @@ class Desk:
             self._taken = True
             return None if self._closed else self._job
 
-    def finish(self, outcome: wire.Done | Exception) -> None:
+    def finish(self, outcome: wire.UnitSamples | Exception) -> None:
         """Say what became of the job taken last."""
         with self._changed:
             self._outcome = outcome
             self._changed.notify_all()
 
-    def outcome(self, job_id: str, wait: float) -> wire.Done | Exception | None:
+    def outcome(self, job_id: str, wait: float) -> wire.UnitSamples | Exception | None:
         """What became of a job; None: not finished after ``wait`` seconds.
 
         Raises:
@@ -165,22 +163,14 @@ def make_app(desk: Desk, keeper: EngineKeeper, *, token: str, about: dict[str, A
 
     @app.post("/units", dependencies=private)
     async def put_unit(request: Request) -> Response:
-        return await put(request, wire.Unit)
-
-    @app.post("/weights", dependencies=private)
-    async def put_offer(request: Request) -> Response:
-        return await put(request, wire.Offer)
-
-    async def put(request: Request, kind: type[wire.Unit] | type[wire.Offer]) -> Response:
         try:
-            desk.put(wire.decode(await _body(request), kind))
+            desk.put(wire.decode(await _body(request), wire.Unit))
         except InputError as error:
             return _refusal(400, str(error))
         except Busy as error:
             return _refusal(409, str(error))
         return Response(status_code=202)
 
-    @app.get("/weights/{job_id}", dependencies=private)
     @app.get("/units/{job_id}", dependencies=private)
     def get_outcome(job_id: str, wait: float = 0.0) -> Response:
         try:
@@ -360,11 +350,8 @@ class RolloutServer:
         except BaseException as error:
             self._fatal = error
 
-    def _outcome_of(self, job: wire.Job) -> wire.Done | Exception:
+    def _outcome_of(self, job: wire.Unit) -> wire.UnitSamples | Exception:
         try:
-            if isinstance(job, wire.Offer):
-                self._keeper.receive(job)
-                return wire.Loaded(job.id, job.weights)
             samples = self._keeper.run(job)
         except (InputError, TrainingError) as error:
             return error

@@ -1,7 +1,7 @@
 """What trainer and rollout servers tell each other, as msgpack; and the files they meet by.
 
 Everything that arrives is checked against the types here, and nothing in it can name a file or run
-code: a request carries token ids and numbers, an offer of weights a place on the job's network.
+code: a request carries token ids and numbers.
 """
 
 import contextlib
@@ -55,36 +55,6 @@ class UnitSamples:
 
 
 @dataclass(frozen=True)
-class Offer:
-    """New weights that a server's engine can have directly, if it comes to the trainer's store."""
-
-    id: str
-    """Unique."""
-    weights: WeightsName
-    host: str
-    port: int
-    key: str
-    """Begins every name in the store."""
-    server: int
-    """Number of the server, by which its engine is known there."""
-    join_seconds: float
-    """How long the trainer waits."""
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """An engine has the weights of an offer."""
-
-    id: str
-    weights: WeightsName
-
-
-Job = Unit | Offer
-"""What a server is asked to do."""
-Done = UnitSamples | Loaded
-
-
-@dataclass(frozen=True)
 class Announcement:
     """How to reach a server; the content of ``servers/server_000.json``."""
 
@@ -98,7 +68,7 @@ class Announcement:
     """Only of a server on loopback without a job's token; the file is the owner's alone."""
 
 
-def encode(message: Job | Done) -> bytes:
+def encode(message: Unit | UnitSamples) -> bytes:
     """A message as msgpack; floats exactly."""
     return msgspec.msgpack.encode(message)
 
