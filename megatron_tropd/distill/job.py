@@ -40,11 +40,12 @@ from megatron_tropd.mcore.checkpoint import ANY_LAYOUT, Checkpoints
 from megatron_tropd.mcore.options_check import check_options, unreviewed
 from megatron_tropd.mcore.step import NotFinite, Student, Teacher, Update, output_weight
 from megatron_tropd.report.metrics import MetricsLog
+from megatron_tropd.rollout.collective import run_everywhere
 from megatron_tropd.rollout.engines.client import ClientSettings
 from megatron_tropd.rollout.engines.device_memory import free_bytes, wait_for_memory
 from megatron_tropd.rollout.engines.dispatch import Patience
 from megatron_tropd.rollout.engines.engine import RolloutEngine
-from megatron_tropd.rollout.engines.pool import EnginePool, together
+from megatron_tropd.rollout.engines.pool import EnginePool
 from megatron_tropd.rollout.engines.process import engine_threads
 from megatron_tropd.rollout.engines.served import ServerPool
 from megatron_tropd.rollout.engines.wire import Model, served_settings
@@ -201,7 +202,7 @@ class Job:
         with self.clock("evaluation"):
             with self.start_engines("teacher") as engines:
                 self.evaluator.measure_teacher(engines)
-            together(lambda: wait_for_memory(before, "the teacher's engine"))
+            run_everywhere(lambda: wait_for_memory(before, "the teacher's engine"))
 
     def _say_that_engines_start(self, model: Model) -> None:
         """On CUDA that takes a while, in which nothing moves."""

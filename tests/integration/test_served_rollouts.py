@@ -31,7 +31,7 @@ from megatron_tropd.rollout.engines import wire
 from megatron_tropd.rollout.engines.client import ClientSettings
 from megatron_tropd.rollout.engines.dispatch import Patience
 from megatron_tropd.rollout.engines.engine import RolloutEngine
-from megatron_tropd.rollout.engines.pool import cut_units, merge_units
+from megatron_tropd.rollout.engines.pool import cut_batches, merge_batches
 from megatron_tropd.rollout.engines.served import ServerPool
 from megatron_tropd.rollout.weights.weight_sync import WeightVersions, write_buckets
 
@@ -221,7 +221,7 @@ def make_pool(
 
 @pytest.fixture(scope="module")
 def expected(toml: Path, weights: dict[str, torch.Tensor], tmp_path_factory) -> list[Sample]:
-    """The samples of an engine in this test, unit by unit; checks another cut against them."""
+    """The samples of an engine in this test, batch by batch; checks another cut against them."""
     folder = tmp_path_factory.mktemp("expected")
     student = Path(load_config(toml).model.student)
     with RolloutEngine(
@@ -230,7 +230,7 @@ def expected(toml: Path, weights: dict[str, torch.Tensor], tmp_path_factory) -> 
         (folder / "weights").mkdir()
         write_buckets(folder / "weights", iter(weights.items()))
         engine.load_weights(folder / "weights")
-        samples = merge_units([engine.generate(u, SAMPLING) for u in cut_units(REQUESTS, 2)])
+        samples = merge_batches([engine.generate(u, SAMPLING) for u in cut_batches(REQUESTS, 2)])
         whole = engine.generate(REQUESTS, SAMPLING)
     for one, other in zip(samples, whole, strict=True):
         assert one.token_ids == other.token_ids
@@ -263,12 +263,12 @@ def _record(fault: str, how: str) -> None:
         seen="the run goes on with the other server, samples equal bit for bit",
         stops=None,
         back=None,
-        lost="nothing; the unit is made again",
+        lost="nothing; the batch is made again",
     )
 
 
 def _disturbed(pool: ServerPool, victim: Server, disturb: Callable[[dict], None]) -> list[Sample]:
-    """Generate while ``disturb`` gets the victim's status in the middle of its unit."""
+    """Generate while ``disturb`` gets the victim's status in the middle of its batch."""
     samples: list[list[Sample]] = []
     thread = threading.Thread(target=lambda: samples.append(pool.generate(REQUESTS, SAMPLING)))
     thread.start()
@@ -285,7 +285,7 @@ def test_an_engine_killed_in_the_middle_is_replaced(make_pool, servers, expected
     assert _disturbed(make_pool(), servers[0], kill) == expected
     status = servers[0].wait_for("ready")
     assert status["engine_restarts"] == 1 and "signal 9" in status["last_error"]
-    _record("the engine of a rollout server dies", "kill -9 in the middle of a unit")
+    _record("the engine of a rollout server dies", "kill -9 in the middle of a batch")
 
 
 def test_a_server_killed_in_the_middle_is_not_missed_and_used_again(
@@ -300,7 +300,7 @@ def test_a_server_killed_in_the_middle_is_not_missed_and_used_again(
     servers[1].wait_for("ready")
     assert pool.generate(REQUESTS, SAMPLING) == expected
     assert servers[1].status()["weights"]["version"] == 1
-    _record("a rollout server dies", "kill -9 in the middle of a unit, started again by hand")
+    _record("a rollout server dies", "kill -9 in the middle of a batch, started again by hand")
 
 
 def test_a_server_that_hangs_is_done_without(make_pool, servers, expected) -> None:
@@ -319,7 +319,7 @@ def test_a_server_that_hangs_is_done_without(make_pool, servers, expected) -> No
         for server in servers:
             server.process.send_signal(signal.SIGCONT)
     victim.wait_for("ready")
-    _record("a rollout server hangs", "SIGSTOP in the middle of a unit, time-out of 1 s")
+    _record("a rollout server hangs", "SIGSTOP in the middle of a batch, time-out of 1 s")
 
 
 def test_the_teacher_is_served_on_demand(make_pool, servers, toml, expected) -> None:

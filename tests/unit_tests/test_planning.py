@@ -50,8 +50,8 @@ from megatron_tropd.planning.seconds import (
     repeated_products,
 )
 from megatron_tropd.planning.setup import row_multiple
+from megatron_tropd.rollout.engines.child import CPU_SEQUENCES, _cpu_cache_bytes
 from megatron_tropd.rollout.engines.settings import EngineSettings
-from megatron_tropd.rollout.engines.worker import CPU_SEQUENCES, _cpu_cache_bytes
 from megatron_tropd.rollout.weights import weight_sync
 
 RECIPES = Path(__file__).resolve().parents[2] / "configs" / "recipes"

@@ -1,4 +1,4 @@
-"""The trainer's side of one rollout server: find it, ask whether it is ready, have a unit made."""
+"""The trainer's side of one rollout server: find it, ask whether it is ready, have a batch made."""
 
 import os
 import time
@@ -22,8 +22,8 @@ class ServerError(RuntimeError):
     """A server did not do its work: another one should."""
 
 
-class UnitError(ServerError):
-    """The engine of a server that answers died over a unit."""
+class BatchError(ServerError):
+    """The engine of a server that answers died over a batch."""
 
 
 @dataclass(frozen=True)
@@ -65,20 +65,22 @@ class ServerClient:
             )
         return str(state)
 
-    def generate(self, unit: wire.Unit, *, wanted: Callable[[], bool]) -> wire.UnitSamples:
-        """Have a unit made.
+    def generate(
+        self, batch: wire.RequestBatch, *, wanted: Callable[[], bool]
+    ) -> wire.BatchSamples:
+        """Have a batch made.
 
         Args:
-            unit: what to make.
+            batch: what to make.
             wanted: asked after every answer; false: nobody waits for the samples any more.
 
         Raises:
             ServerError: the server or its engine failed, or answered something else.
-            InputError: the unit can be made by no server.
+            InputError: the batch can be made by no server.
         """
-        self._ask("POST", "/units", data=wire.encode(unit))
-        made = self._wait_for(f"/units/{unit.id}", wanted, seconds=2 * unit.seconds)
-        return _checked(made, unit)
+        self._ask("POST", "/batches", data=wire.encode(batch))
+        made = self._wait_for(f"/batches/{batch.id}", wanted, seconds=2 * batch.seconds)
+        return _checked(made, batch)
 
     def close(self) -> None:
         """Close the connections."""
@@ -93,7 +95,7 @@ class ServerClient:
             if answer.status_code == 200:
                 return answer.content
             if time.monotonic() > deadline:
-                raise ServerError(f"has had a unit for {seconds:g} s")
+                raise ServerError(f"has had a batch for {seconds:g} s")
         raise ServerError("is not needed any more")
 
     def _ask(self, method: str, path: str, **options: Any) -> requests.Response:
@@ -135,19 +137,19 @@ def _check_answer(answer: requests.Response) -> None:
     if code in (200, 202):
         return
     if code == 500 and not answer.headers.get("content-type", "").startswith("application/json"):
-        raise UnitError(f"answered 500: {answer.text[:500]}")
+        raise BatchError(f"answered 500: {answer.text[:500]}")
     try:
         detail = str(answer.json()["detail"])
     except (ValueError, KeyError, TypeError):
-        # Somebody else's port by now: its 400 says nothing about our unit.
+        # Somebody else's port by now: its 400 says nothing about our batch.
         raise ServerError(_alien(answer)) from None
     if code in (400, 413):
-        raise InputError(f"A rollout server refused its unit: {detail}")
+        raise InputError(f"A rollout server refused its batch: {detail}")
     if code == 401:
         raise ServerError(
             f"does not accept the token: {wire.TOKEN_VARIABLE} differs between server and trainer"
         )
-    raise (UnitError if code == 500 else ServerError)(f"answered {code}: {detail}")
+    raise (BatchError if code == 500 else ServerError)(f"answered {code}: {detail}")
 
 
 def _alien(answer: requests.Response) -> str:
@@ -161,11 +163,11 @@ def _decoded[T](body: bytes, kind: type[T]) -> T:
         raise ServerError(f"sent something else: {error}") from None
 
 
-def _checked(body: bytes, unit: wire.Unit) -> wire.UnitSamples:
-    made = _decoded(body, wire.UnitSamples)
-    if made.weights != unit.weights or len(made.samples) != len(unit.requests):
+def _checked(body: bytes, batch: wire.RequestBatch) -> wire.BatchSamples:
+    made = _decoded(body, wire.BatchSamples)
+    if made.weights != batch.weights or len(made.samples) != len(batch.requests):
         raise ServerError(
             f"sent {len(made.samples)} samples of weights {made.weights}, expected "
-            f"{len(unit.requests)} of {unit.weights}"
+            f"{len(batch.requests)} of {batch.weights}"
         )
     return made

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from megatron_tropd.base.errors import ConfigError, InputError, TrainingError
-from megatron_tropd.base.failures import kind_of
+from megatron_tropd.base.errors import TrainingError
 from megatron_tropd.data.samples import Sample, SampleRequest, Sampling
+from megatron_tropd.rollout.collective import run_and_share, run_everywhere
 from megatron_tropd.rollout.engines.engine import RolloutEngine
 from megatron_tropd.rollout.weights.channels import (
     DeviceChannel,
@@ -26,9 +25,6 @@ from megatron_tropd.rollout.weights.channels import (
 from megatron_tropd.rollout.weights.weight_sync import roomy_root
 
 Transport = Literal["auto", "folder"]
-
-_SHARED = (ConfigError, InputError, TrainingError, OSError)
-"""Errors after which a rank can still take part in what follows."""
 
 
 class EnginePool:
@@ -70,7 +66,7 @@ class EnginePool:
         self._tensors: Iterable[tuple[str, Tensor | None]] = iter(())
         self._filled = True
         """Whether the engines have weights; those that they start with, at first."""
-        seats = together(lambda: self._make(make_engine))
+        seats = run_everywhere(lambda: self._make(make_engine))
         self._forgetful = any(seat.forgets for seat in seats)
         if transport is not None:
             self._channel = _open_channel(seats, rank, transport)
@@ -95,13 +91,15 @@ class EnginePool:
         Returns:
             One sample per request, in order, on every rank.
 
-        Collectives: those of :func:`share`; as many more where others were asked for before, and
-        those of :meth:`load_tensors` where the engines dropped their weights.
+        Collectives: those of :func:`run_and_share`; as many more where others were asked for
+        before, and those of :meth:`load_tensors` where the engines dropped their weights.
         """
         self._settle()
         self._fill()
-        units = self._cut(requests)
-        samples = merge_units(share(lambda: self._generate(units, sampling), self.owners))
+        batches = self._cut(requests)
+        samples = merge_batches(
+            run_and_share(lambda: self._generate(batches, sampling), self.owners)
+        )
         self._slept()
         return samples
 
@@ -115,19 +113,19 @@ class EnginePool:
         """
         assert not self._asked, "start_generate before finish_generate"
         self._fill()
-        units = self._cut(requests)
+        batches = self._cut(requests)
 
         def mine() -> None:
             if self._engine is not None and self._number is not None:
-                self._engine.start_generate(units[self._number], sampling)
+                self._engine.start_generate(batches[self._number], sampling)
 
-        together(mine)
+        run_everywhere(mine)
         self._asked, self._settled = True, None
 
     def finish_generate(self) -> list[Sample]:
         """The samples of the last :meth:`start_generate`, on every rank.
 
-        Collectives: those of :func:`share`.
+        Collectives: those of :func:`run_and_share`.
         """
         assert self._asked, "finish_generate without start_generate"
         self._settle()
@@ -145,12 +143,12 @@ class EnginePool:
                 (:class:`~megatron_tropd.rollout.weights.weight_sync.Export`).
             version: optimizer steps they have seen.
 
-        Collectives: those of ``tensors``, a gather of the outcome, and those of :func:`share` for
-        samples that were asked for and are still being made: they are of the weights before.
+        Collectives: those of ``tensors``, a gather of the outcome, and those of
+        :func:`run_and_share` for samples that were asked for and are still being made: they are of the weights before.
         """
         self._settle()
         self._tensors = tensors
-        together(lambda: self._load(tensors))
+        run_everywhere(lambda: self._load(tensors))
         self._filled = True
 
     def sleep(self) -> None:
@@ -160,7 +158,7 @@ class EnginePool:
             if self._engine is not None:
                 self._engine.sleep()
 
-        together(mine)
+        run_everywhere(mine)
         self._slept()
 
     def close(self) -> None:
@@ -196,7 +194,7 @@ class EnginePool:
                 "can be given again.",
                 kind="engine",
             )
-        together(lambda: self._load(self._tensors))
+        run_everywhere(lambda: self._load(self._tensors))
         self._filled = True
 
     def _load(self, tensors: Iterable[tuple[str, Tensor | None]]) -> None:
@@ -204,13 +202,13 @@ class EnginePool:
         self._channel.send(iter(tensors), self._engine)
 
     def _cut(self, requests: Sequence[SampleRequest]) -> list[list[SampleRequest]]:
-        return cut_units(requests, len(self.owners))
+        return cut_batches(requests, len(self.owners))
 
-    def _generate(self, units: list[list[SampleRequest]], sampling: Sampling) -> list[Sample]:
+    def _generate(self, batches: list[list[SampleRequest]], sampling: Sampling) -> list[Sample]:
         if self._engine is None or self._number is None:
             return []
         with asleep_after(self._engine) as engine:
-            return engine.generate(units[self._number], sampling)
+            return engine.generate(batches[self._number], sampling)
 
     def _fetch(self) -> list[Sample]:
         if self._engine is None:
@@ -222,7 +220,7 @@ class EnginePool:
         """Wait for samples that were asked for and keep them: engines do one thing at a time."""
         if not self._asked or self._settled is not None:
             return
-        self._settled = merge_units(share(self._fetch, self.owners))
+        self._settled = merge_batches(run_and_share(self._fetch, self.owners))
         self._slept()
 
 
@@ -257,73 +255,17 @@ def _open_channel(seats: Sequence[Seat], rank: int, transport: Transport) -> Wei
         return roomy_root(len(here), mine.weight_bytes) if mine.engine_gpus else None
 
     # Together: ranks whose node has room must not wait for one whose node has none.
-    return FolderChannel(owners, together(root)[rank])
+    return FolderChannel(owners, run_everywhere(root)[rank])
 
 
-def cut_units[T](requests: Sequence[T], count: int) -> list[list[T]]:
-    """Cut into ``count`` units, by index alone: unit i has requests i, i + count, ..."""
+def cut_batches[T](requests: Sequence[T], count: int) -> list[list[T]]:
+    """Cut into ``count`` batches, by index alone: batch i has requests i, i + count, ..."""
     return [list(requests[number::count]) for number in range(count)]
 
 
-def merge_units[T](units: Sequence[Sequence[T]]) -> list[T]:
-    """Inverse of :func:`cut_units`."""
-    merged: list[Any] = [None] * sum(map(len, units))
-    for number, unit in enumerate(units):
-        merged[number :: len(units)] = unit
+def merge_batches[T](batches: Sequence[Sequence[T]]) -> list[T]:
+    """Inverse of :func:`cut_batches`."""
+    merged: list[Any] = [None] * sum(map(len, batches))
+    for number, batch in enumerate(batches):
+        merged[number :: len(batches)] = batch
     return merged
-
-
-def share[T](action: Callable[[], T], owners: Sequence[int]) -> list[T]:
-    """Run ``action`` on every rank; what it returned on each of ``owners``, on every rank.
-
-    Raises:
-        As :func:`together`.
-
-    Collectives: one gather of the outcome, one broadcast of objects from each owner.
-    """
-    mine: list[T] = []
-    together(lambda: mine.append(action()))
-    shared = []
-    for owner in owners:
-        # Not through the gather: that takes room for every rank's share, as large as the largest.
-        part = list(mine)
-        dist.broadcast_object_list(part, src=owner)
-        shared += part
-    return shared
-
-
-def together(action: Callable[[], Any]) -> list[Any]:
-    """Run ``action`` on every rank and gather what it returned.
-
-    Returns:
-        The results, by rank.
-
-    Raises:
-        The first error, on every rank: as it was raised where it was, elsewhere as ConfigError,
-        InputError, or TrainingError of the same kind. An error nobody foresaw (CUDA out of memory,
-        a lost connection) is raised on its rank alone, which then has to end.
-
-    Collectives: one gather of objects.
-    """
-    outcome: tuple[Any, Exception | None]
-    try:
-        outcome = (action(), None)
-    except _SHARED as error:
-        # Not any other: ``action`` may contain collectives, in which the others would wait for us
-        # while we wait for them below, and the reason would never be told.
-        outcome = (None, error)
-    outcomes: list[Any] = [None] * dist.get_world_size()
-    # As text: not every exception survives pickling.
-    met = outcome[1]
-    dist.all_gather_object(outcomes, (outcome[0], met and (str(met), kind_of(met))))
-    if met is not None:
-        raise met
-    for _, failure in outcomes:
-        if failure is not None:
-            raise _as_error(*failure)
-    return [result for result, _ in outcomes]
-
-
-def _as_error(message: str, kind: str) -> Exception:
-    known = {"config": ConfigError, "input": InputError}
-    return known[kind](message) if kind in known else TrainingError(message, kind=kind)

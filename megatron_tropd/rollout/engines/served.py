@@ -10,17 +10,18 @@ from typing import Self
 from torch import Tensor
 
 from megatron_tropd.data.samples import Sample, SampleRequest, Sampling
+from megatron_tropd.rollout.collective import run_and_share, run_everywhere
 from megatron_tropd.rollout.engines.client import ClientSettings, ServerClient
 from megatron_tropd.rollout.engines.dispatch import Dispatch, Patience
-from megatron_tropd.rollout.engines.pool import cut_units, merge_units, share, together
-from megatron_tropd.rollout.engines.wire import Model, Unit
+from megatron_tropd.rollout.engines.pool import cut_batches, merge_batches
+from megatron_tropd.rollout.engines.wire import Model, RequestBatch
 from megatron_tropd.rollout.weights.weight_sync import WeightsName, WeightVersions
 
 
 class ServerPool:
     """``num_servers`` servers behind the methods of :class:`EnginePool`.
 
-    The requests of a call are cut into units by index, as many as there are servers by the
+    The requests of a call are cut into batches by index, as many as there are servers by the
     config: so the cut, and with it every bit of the samples, is that of as many colocated engines
     and does not depend on which servers are alive.
     """
@@ -74,10 +75,10 @@ class ServerPool:
 
         Raises:
             ServersLost: no server has answered for a bounded time.
-            TrainingError: engines died over one unit again and again.
+            TrainingError: engines died over one batch again and again.
             InputError: a request does not fit the model.
 
-        Collectives: those of :func:`~megatron_tropd.rollout.engines.pool.share`.
+        Collectives: those of :func:`~megatron_tropd.rollout.collective.run_and_share`.
         """
         return self._collect(lambda: self._after_pending(requests, sampling))
 
@@ -112,7 +113,7 @@ class ServerPool:
         Collectives: those of ``tensors``, a gather of the outcome.
         """
         name = WeightsName(version, self._writer)
-        together(lambda: self._hand_over(name, tensors))
+        run_everywhere(lambda: self._hand_over(name, tensors))
         self._weights = name
 
     def sleep(self) -> None:
@@ -135,22 +136,22 @@ class ServerPool:
         return self._dispatch(requests, sampling)
 
     def _dispatch(self, requests: Sequence[SampleRequest], sampling: Sampling) -> Dispatch:
-        call, seconds = uuid.uuid4().hex, self._patience.unit_seconds
+        call, seconds = uuid.uuid4().hex, self._patience.batch_seconds
         weights = self._weights if self._model == "student" else None
-        units = [
-            Unit(f"{call}-{index}", self._model, weights, tuple(unit), sampling, seconds)
-            for index, unit in enumerate(cut_units(requests, self._count))
+        batches = [
+            RequestBatch(f"{call}-{index}", self._model, weights, tuple(batch), sampling, seconds)
+            for index, batch in enumerate(cut_batches(requests, self._count))
         ]
         clients = [ServerClient(self._known, number) for number in range(self._count)]
-        return Dispatch(units, clients, self._patience, self._stopping)
+        return Dispatch(batches, clients, self._patience, self._stopping)
 
     def _collect(self, dispatch: Callable[[], Dispatch | None]) -> list[Sample]:
         def mine() -> list[Sample]:
             if not self.owns_engine or (asked := dispatch()) is None:
                 return []
-            return merge_units([unit.samples for unit in asked.wait()])
+            return merge_batches([batch.samples for batch in asked.wait()])
 
-        return share(mine, self.owners)[0]
+        return run_and_share(mine, self.owners)[0]
 
     def _hand_over(self, name: WeightsName, tensors: Iterable[tuple[str, Tensor | None]]) -> None:
         tensors = iter(tensors)

@@ -29,24 +29,24 @@ Model = Literal["student", "teacher"]
 
 
 @dataclass(frozen=True)
-class Unit:
+class RequestBatch:
     """Requests that are continued together, alone in one engine: its samples depend on nothing
     else, whichever server makes them."""
 
     id: str
-    """Unique; sending the same unit again is harmless."""
+    """Unique; sending the same batch again is harmless."""
     model: Model
     weights: WeightsName | None
     """The student's; None: the weights of the model's folder."""
     requests: tuple[SampleRequest, ...]
     sampling: Sampling
     seconds: float
-    """After so long a server ends its engine and reports the unit as failed."""
+    """After so long a server ends its engine and reports the batch as failed."""
 
 
 @dataclass(frozen=True)
-class UnitSamples:
-    """What became of a unit."""
+class BatchSamples:
+    """What became of a batch."""
 
     id: str
     weights: WeightsName | None
@@ -68,7 +68,7 @@ class Announcement:
     """Only of a server on loopback without a job's token; the file is the owner's alone."""
 
 
-def encode(message: Unit | UnitSamples) -> bytes:
+def encode(message: RequestBatch | BatchSamples) -> bytes:
     """A message as msgpack; floats exactly."""
     return msgspec.msgpack.encode(message)
 

@@ -1,7 +1,7 @@
 """The engine's side of the pipe: one vLLM ``LLM`` inside a process of its own.
 
 Started by :class:`megatron_tropd.rollout.engines.process.EngineProcess` as
-``python -m megatron_tropd.rollout.engines.worker FD PARENT_PID``. Messages are
+``python -m megatron_tropd.rollout.engines.child FD PARENT_PID``. Messages are
 ``(command, *arguments)``. The first names the log; each of the others gets one reply,
 ``("ok", value)`` or ``("error", text)``. The process ends when the pipe closes or its parent is
 gone.
