@@ -144,7 +144,8 @@ class EnginePool:
             version: optimizer steps they have seen.
 
         Collectives: those of ``tensors``, a gather of the outcome, and those of
-        :func:`run_and_share` for samples that were asked for and are still being made: they are of the weights before.
+        :func:`run_and_share` for samples that were asked for and are still being made: they are of
+        the weights before.
         """
         self._settle()
         self._tensors = tensors

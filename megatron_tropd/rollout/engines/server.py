@@ -388,6 +388,6 @@ def check_address(address: ServerAddress) -> None:
     if not found.startswith("127.") and not address.token:
         raise ConfigError(
             f"--host {address.host} can be reached from other machines, so the environment "
-            f"variable {wire.TOKEN_VARIABLE} must hold the job's secret, the same for servers and trainer. "
-            "Set it, or listen on loopback (no --host)."
+            f"variable {wire.TOKEN_VARIABLE} must hold the job's secret, the same for servers and "
+            "trainer. Set it, or listen on loopback (no --host)."
         )
