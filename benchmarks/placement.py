@@ -207,7 +207,7 @@ class HandOver:
         from megatron_tropd.rollout.engines.dispatch import Patience
         from megatron_tropd.rollout.engines.served import ServerPool
         from megatron_tropd.rollout.engines.wire import served_settings
-        from megatron_tropd.rollout.weights.weight_sync import WeightVersions
+        from megatron_tropd.rollout.weights.versions import WeightVersions
 
         run = Path(self._config.run.dir).resolve()
         return ServerPool(
@@ -224,7 +224,7 @@ class HandOver:
 
         pool = self._pool
         start = time.perf_counter()
-        pool.load_tensors(self._tensors.items(), version=step)
+        pool.channel.send(self._tensors.items(), step)
         trainer = time.perf_counter() - start
         pool.generate([SampleRequest((5, 6, 7), 1, seed) for seed in range(2)], Sampling())
         samples = time.perf_counter() - start

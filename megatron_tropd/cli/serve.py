@@ -18,7 +18,7 @@ from megatron_tropd.rollout.engines.engine import RolloutEngine
 from megatron_tropd.rollout.engines.keeper import EngineKeeper
 from megatron_tropd.rollout.engines.server import RolloutServer, ServerAddress
 from megatron_tropd.rollout.engines.wire import TOKEN_VARIABLE, Model, served_settings
-from megatron_tropd.rollout.weights.weight_sync import WeightVersions
+from megatron_tropd.rollout.weights.versions import WeightVersions
 
 
 def serve(config: Config, *, number: int, host: str, port: int) -> int:

@@ -175,6 +175,9 @@ class RolloutConfig(PromptConfig, section="rollout"):
     stop_token_ids: tuple[Number, ...] = ()
     """Further ids that end a response, beside every EOS of the student's folder (tokenizer,
     generation_config.json, config.json)."""
+    mode: str = "single_turn"
+    """How a prompt becomes a sequence: "single_turn" (the student answers once, perhaps after a
+    teacher prefix), or "package.module:attribute" of your own (docs/rollout_modes.md)."""
     filter_overlong_prompts: bool = False
     """Leave out prompts that are too long for the models' context, instead of refusing the file."""
     placement: Literal["colocated", "separate"] = "colocated"

@@ -4,6 +4,7 @@ import io
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -98,12 +99,12 @@ class Receivers:
 
     def __init__(self, owners: tuple[int, ...], rank: int) -> None:
         """``owners``: ranks with an engine."""
-        self.owners = self.receivers = owners
+        self.receivers, self.version = owners, 0
         self.received = 0
         """Bytes that this rank's engine got."""
         self._mine = rank in owners
 
-    def load_tensors(self, tensors: Iterable[tuple[str, Tensor | None]], *, version: int) -> None:
+    def send(self, tensors: Iterable[tuple[str, Tensor | None]], version: int) -> None:
         """Exhaust the export, one tensor at a time on the host."""
         for _, tensor in tensors:
             if tensor is not None and self._mine:
@@ -145,8 +146,7 @@ class RehearsedJob(Job):
             self.inputs = self._inputs()
             self.is_main = self.ranks.is_main
             self.receivers = self._receivers()
-            self.engines = cast(Any, self.receivers)
-            self.rollouts = cast(Any, _Version())
+            self.engines = cast(Any, SimpleNamespace(channel=self.receivers))
             self._build_models()
             self.checkpoints = Checkpoints(
                 self.folder.checkpoints,
@@ -253,10 +253,6 @@ class RehearsedJob(Job):
 
 class _NeverStop:
     requested = False
-
-
-class _Version:
-    weights_version = 0
 
 
 def bytes_to_write(state: Any) -> int:

@@ -33,7 +33,8 @@ from megatron_tropd.rollout.engines.dispatch import Patience
 from megatron_tropd.rollout.engines.engine import RolloutEngine
 from megatron_tropd.rollout.engines.pool import cut_batches, merge_batches
 from megatron_tropd.rollout.engines.served import ServerPool
-from megatron_tropd.rollout.weights.weight_sync import WeightVersions, write_buckets
+from megatron_tropd.rollout.weights.versions import WeightVersions
+from megatron_tropd.rollout.weights.weight_sync import write_buckets
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
@@ -213,7 +214,7 @@ def make_pool(
             model=model,
             patience=Patience(**patience),  # type: ignore[arg-type]
         )
-        pool.load_tensors(iter(weights.items()), version=1)
+        pool.channel.send(iter(weights.items()), version=1)
         return pool
 
     return make
@@ -251,9 +252,9 @@ def test_a_server_answers_while_its_engine_starts(servers: list[Server]) -> None
 def test_served_samples_are_those_of_a_local_engine(make_pool, expected) -> None:
     pool = make_pool()
     assert pool.generate(REQUESTS, SAMPLING) == expected
-    pool.start_generate(REQUESTS, SAMPLING)
+    pool.start(REQUESTS, SAMPLING)
     assert pool.generate(REQUESTS[:2], SAMPLING)[1].token_ids == expected[1].token_ids
-    assert pool.finish_generate() == expected
+    assert pool.finish() == expected
 
 
 def _record(fault: str, how: str) -> None:

@@ -81,15 +81,16 @@ def _weights(value: int) -> Export:
 def test_an_engine_sleeps_after_every_way_of_sampling_and_gets_weights_before_the_next() -> None:
     engine = RecordingEngine()
     with _pool(engine) as pool:
-        pool.sleep()  # while the models are built
-        pool.load_tensors(_weights(0), version=0)
-        pool.start_generate(REQUESTS, SAMPLING)  # the rollout of a step
-        assert [sample.token_ids for sample in pool.finish_generate()] == [(0,), (1,), (2,)]
-        pool.load_tensors(_weights(1), version=1)
+        with pool.awake():
+            pass  # while the models are built
+        pool.channel.send(_weights(0), version=0)
+        pool.start(REQUESTS, SAMPLING)  # the rollout of a step
+        assert [sample.token_ids for sample in pool.finish()] == [(0,), (1,), (2,)]
+        pool.channel.send(_weights(1), version=1)
         pool.generate(REQUESTS, SAMPLING)  # an evaluation
-        pool.start_generate(REQUESTS, SAMPLING)  # the same weights again
-        pool.load_tensors(_weights(2), version=2)  # the samples are those of the weights before
-        assert len(pool.finish_generate()) == 3
+        pool.start(REQUESTS, SAMPLING)  # the same weights again
+        pool.channel.send(_weights(2), version=2)  # the samples are those of the weights before
+        assert len(pool.finish()) == 3
     sampled = ["wake cache, start", "finish", "sleep"]
     loaded = [f"wake weights, load [{value}.0]" for value in range(3)]
     evaluated = [loaded[1], *sampled, loaded[1], *sampled]
@@ -102,7 +103,7 @@ def test_an_engine_that_keeps_its_weights_is_given_them_once() -> None:
     engine.forgets = False
     engine.sleep = lambda: None  # type: ignore[method-assign]  # as without CUDA
     with _pool(engine) as pool:
-        pool.load_tensors(iter([("a", torch.tensor(3.0))]), version=0)
+        pool.channel.send(iter([("a", torch.tensor(3.0))]), version=0)
         pool.generate(REQUESTS, SAMPLING)
         pool.generate(REQUESTS, SAMPLING)
     assert sum("load" in call for call in engine.calls) == 1
@@ -112,7 +113,7 @@ def test_an_engine_that_keeps_its_weights_is_given_them_once() -> None:
 def test_weights_that_can_be_made_only_once_are_not_sampled_after_a_sleep() -> None:
     engine = RecordingEngine()
     with _pool(engine) as pool:
-        pool.load_tensors(iter([("a", torch.tensor(3.0))]), version=0)
+        pool.channel.send(iter([("a", torch.tensor(3.0))]), version=0)
         pool.generate(REQUESTS, SAMPLING)
         with pytest.raises(TrainingError, match="dropped their weights when they slept"):
             pool.generate(REQUESTS, SAMPLING)
@@ -122,9 +123,9 @@ def test_weights_that_can_be_made_only_once_are_not_sampled_after_a_sleep() -> N
 def test_an_engine_that_fails_is_told_to_sleep_and_its_first_error_is_raised() -> None:
     engine = RecordingEngine(fails=True)
     with _pool(engine) as pool:
-        pool.start_generate(REQUESTS, SAMPLING)
+        pool.start(REQUESTS, SAMPLING)
         with pytest.raises(TrainingError, match="lost"):
-            pool.finish_generate()
+            pool.finish()
 
 
 class FakeChild:

@@ -26,7 +26,7 @@ from megatron_tropd.rollout.engines.dispatch import Dispatch, Patience
 from megatron_tropd.rollout.engines.keeper import EngineKeeper
 from megatron_tropd.rollout.engines.pool import cut_batches, merge_batches
 from megatron_tropd.rollout.engines.server import RolloutServer, ServerAddress
-from megatron_tropd.rollout.weights.weight_sync import WeightsName, WeightVersions
+from megatron_tropd.rollout.weights.versions import WeightsName, WeightVersions
 
 WEIGHTS = WeightsName(3, "trainer")
 PATIENCE = 60.0

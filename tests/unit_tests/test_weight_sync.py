@@ -10,21 +10,15 @@ from safetensors.torch import load_file
 
 from megatron_tropd.base.errors import InputError, TrainingError
 from megatron_tropd.convert.hf_folder import HFFolder
-from megatron_tropd.rollout.engines.client import ClientSettings
-from megatron_tropd.rollout.engines.dispatch import Dispatch, Patience
 from megatron_tropd.rollout.engines.engine import (
     check_complete,
     engine_environment,
     tensor_shapes,
 )
 from megatron_tropd.rollout.engines.engine_model import expected_tensors
-from megatron_tropd.rollout.engines.served import ServerPool
-from megatron_tropd.rollout.weights.weight_sync import (
-    WeightMailbox,
-    WeightsName,
-    WeightVersions,
-    remove_stale,
-)
+from megatron_tropd.rollout.weights import versions
+from megatron_tropd.rollout.weights.versions import VersionChannel, WeightsName, WeightVersions
+from megatron_tropd.rollout.weights.weight_sync import WeightMailbox, remove_stale
 
 Tensors = Iterable[tuple[str, torch.Tensor | None]]
 
@@ -154,7 +148,9 @@ def test_a_version_that_cannot_be_written_leaves_the_older_and_exhausts_its_tens
     assert [p.name for p in tmp_path.iterdir()] == ["version_000001"]
 
 
-def test_the_folder_has_room_for_what_is_needed_alone(tmp_path: Path) -> None:
+def test_the_folder_has_room_for_what_is_needed_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The newest version, and one step ahead that of the samples that are pending."""
     most: list[int] = []
 
@@ -163,12 +159,11 @@ def test_the_folder_has_room_for_what_is_needed_alone(tmp_path: Path) -> None:
             super().write(name, tensors)
             most.append(len(list(self.folder.iterdir())))
 
-    known = ClientSettings(tmp_path / "servers", "same")
-    folder = Counted(tmp_path / "weights")
-    pool = ServerPool(known, folder, rank=0, num_servers=1, patience=Patience())
+    monkeypatch.setattr(versions, "run_everywhere", lambda action: [action()])
+    channel = VersionChannel(Counted(tmp_path / "weights"), is_writer=True)
     for number in (1, 2, 3):
-        pool._hand_over(WeightsName(number, "me"), iter([("a", torch.zeros(2))]))
+        channel.send(iter([("a", torch.zeros(2))]), number)
     for number in (4, 5, 6):
-        pool._pending, pool._pending_version = Dispatch([], [], Patience()), number - 1
-        pool._hand_over(WeightsName(number, "me"), iter([("a", torch.zeros(2))]))
+        channel.needed = channel.name
+        channel.send(iter([("a", torch.zeros(2))]), number)
     assert most == [1, 1, 1, 2, 2, 2]

@@ -10,7 +10,7 @@ from megatron_tropd.base.errors import InputError, TrainingError
 from megatron_tropd.data.samples import Sample
 from megatron_tropd.rollout.engines.engine import RolloutEngine
 from megatron_tropd.rollout.engines.wire import Model, RequestBatch
-from megatron_tropd.rollout.weights.weight_sync import VISIBLE_SECONDS, WeightsName, WeightVersions
+from megatron_tropd.rollout.weights.versions import VISIBLE_SECONDS, WeightsName, WeightVersions
 
 MOST_FAILURES = 5
 """Deaths of the engine without a batch finished in between, after which the server gives up."""

@@ -17,7 +17,7 @@ import msgspec
 from megatron_tropd.base.errors import InputError
 from megatron_tropd.config import Config, config_to_dict
 from megatron_tropd.data.samples import Sample, SampleRequest, Sampling
-from megatron_tropd.rollout.weights.weight_sync import WeightsName
+from megatron_tropd.rollout.weights.versions import WeightsName
 
 TOKEN_VARIABLE = "TROPD_SERVER_TOKEN"
 """Environment variable with the secret that the servers of a job and its trainer share."""
@@ -144,7 +144,7 @@ def served_settings(config: Config) -> str:
     tables = config_to_dict(config)
     settings = {name: dict(tables[name]) for name in ("model", "rollout", "evaluation")}
     # Not of the samples; the trainer fills the date in, and servers are asked for token ids.
-    for name in ("weight_transport", "max_engine_gap", "chat_template_date"):
+    for name in ("mode", "weight_transport", "max_engine_gap", "chat_template_date"):
         del settings["rollout"][name]
     del settings["evaluation"]["teacher"]
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
