@@ -7,6 +7,19 @@
 
 All but /health want ``Authorization: Bearer TOKEN``. Bodies are msgpack (:mod:`.wire`), never
 pickle. One thread runs the engine, so a server answers while its engine starts or generates.
+
+Why not ``vllm serve`` with its end points for RL (read in vLLM 0.32, below ``vllm/entrypoints``):
+
+- A batch must begin as a whole, or its last bits depend on when each request arrived. Between
+  ``/pause?mode=keep`` and ``/resume`` requests could gather, but ``/inference/v1/generate`` answers
+  when a request is done (``scale_out/token_in_token_out/api_router.py``): nothing says that all are
+  queued.
+- A request that is sent again is sampled again; here a batch is kept under its id.
+- ``/update_weights`` has no backend that reads a folder (``distributed/weight_transfer/factory.py``);
+  ``/collective_rpc`` could, and runs any other method by name for whoever reaches it.
+- When the engine dies, the server ends (``launchers/launcher.py``, ``terminate_if_errored``), and
+  a teacher is another model. So keeper, announcement and token would stay beside it, in front of
+  one more process.
 """
 
 import secrets
