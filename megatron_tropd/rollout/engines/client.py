@@ -79,24 +79,20 @@ class ServerClient:
             InputError: the batch can be made by no server.
         """
         self._ask("POST", "/batches", data=wire.encode(batch))
-        made = self._wait_for(f"/batches/{batch.id}", wanted, seconds=2 * batch.seconds)
-        return _checked(made, batch)
+        seconds = 2 * batch.seconds
+        deadline = time.monotonic() + seconds
+        wait = min(_LONGEST_WAIT, self._known.answer_seconds / 2)
+        while wanted():
+            answer = self._ask("GET", f"/batches/{batch.id}", params={"wait": wait})
+            if answer.status_code == 200:
+                return _checked(answer.content, batch)
+            if time.monotonic() > deadline:
+                raise ServerError(f"has had a batch for {seconds:g} s")
+        raise ServerError("is not needed any more")
 
     def close(self) -> None:
         """Close the connections."""
         self._session.close()
-
-    def _wait_for(self, path: str, wanted: Callable[[], bool], seconds: float) -> bytes:
-        """What a server says when it is done with a job."""
-        deadline = time.monotonic() + seconds
-        wait = min(_LONGEST_WAIT, self._known.answer_seconds / 2)
-        while wanted():
-            answer = self._ask("GET", path, params={"wait": wait})
-            if answer.status_code == 200:
-                return answer.content
-            if time.monotonic() > deadline:
-                raise ServerError(f"has had a batch for {seconds:g} s")
-        raise ServerError("is not needed any more")
 
     def _ask(self, method: str, path: str, **options: Any) -> requests.Response:
         there = self._announcement()
@@ -156,15 +152,11 @@ def _alien(answer: requests.Response) -> str:
     return f"answered {answer.status_code} like no rollout server: {answer.text[:100]!r}"
 
 
-def _decoded[T](body: bytes, kind: type[T]) -> T:
+def _checked(body: bytes, batch: wire.RequestBatch) -> wire.BatchSamples:
     try:
-        return wire.decode(body, kind)
+        made = wire.decode(body, wire.BatchSamples)
     except InputError as error:
         raise ServerError(f"sent something else: {error}") from None
-
-
-def _checked(body: bytes, batch: wire.RequestBatch) -> wire.BatchSamples:
-    made = _decoded(body, wire.BatchSamples)
     if made.weights != batch.weights or len(made.samples) != len(batch.requests):
         raise ServerError(
             f"sent {len(made.samples)} samples of weights {made.weights}, expected "

@@ -15,8 +15,8 @@ Why not ``vllm serve`` with its end points for RL (read in vLLM 0.32, below ``vl
   when a request is done (``scale_out/token_in_token_out/api_router.py``): nothing says that all are
   queued.
 - A request that is sent again is sampled again; here a batch is kept under its id.
-- ``/update_weights`` has no backend that reads a folder (``distributed/weight_transfer/factory.py``);
-  ``/collective_rpc`` could, and runs any other method by name for whoever reaches it.
+- ``/update_weights`` has no backend that reads a folder (vllm/distributed/weight_transfer,
+  ``factory.py``); ``/collective_rpc`` could, and runs any other method for whoever reaches it.
 - When the engine dies, the server ends (``launchers/launcher.py``, ``terminate_if_errored``), and
   a teacher is another model. So keeper, announcement and token would stay beside it, in front of
   one more process.
@@ -48,19 +48,19 @@ _HTTP_START_SECONDS = 30.0
 
 
 class Busy(RuntimeError):
-    """The server has another job."""
+    """The server has another batch."""
 
 
 class BatchSlot:
-    """The one job a server has: HTTP threads put it there and ask for it, the engine's takes it.
+    """The one batch a server has: HTTP threads put it there and ask for it, the engine's takes it.
 
-    A job is a batch. What became of it is kept until another one comes.
+    What became of it is kept until another one comes.
     """
 
     def __init__(self) -> None:
         """Nothing to do yet."""
         self._changed = threading.Condition()
-        self._job: wire.RequestBatch | None = None
+        self._batch: wire.RequestBatch | None = None
         self._taken = False
         self._outcome: wire.BatchSamples | Exception | None = None
         self._closed = False
@@ -68,18 +68,18 @@ class BatchSlot:
         self._last_asked = time.monotonic()
 
     @property
-    def job_id(self) -> str | None:
-        """The job that is here, finished or not."""
-        job = self._job
-        return job.id if job else None
+    def batch_id(self) -> str | None:
+        """The batch that is here, finished or not."""
+        batch = self._batch
+        return batch.id if batch else None
 
     def idle_seconds(self) -> float:
         """Since somebody asked for anything; 0 while somebody waits."""
         with self._changed:
             return 0.0 if self._asking else time.monotonic() - self._last_asked
 
-    def put(self, job: wire.RequestBatch) -> None:
-        """Accept a job; nothing happens if it is here already and has not failed.
+    def put(self, batch: wire.RequestBatch) -> None:
+        """Accept a batch; nothing happens if it is here already and has not failed.
 
         Raises:
             Busy: another one is not finished.
@@ -87,30 +87,30 @@ class BatchSlot:
         with self._changed:
             self._last_asked = time.monotonic()
             failed = isinstance(self._outcome, Exception)
-            if self.job_id == job.id and not failed:
+            if self.batch_id == batch.id and not failed:
                 return
-            if self._job is not None and self._outcome is None:
-                raise Busy(f"{self._job.id} is not finished")
-            self._job, self._taken, self._outcome = job, False, None
+            if self._batch is not None and self._outcome is None:
+                raise Busy(f"{self._batch.id} is not finished")
+            self._batch, self._taken, self._outcome = batch, False, None
             self._changed.notify_all()
 
     def take(self) -> wire.RequestBatch | None:
-        """The next job for the engine; None when the server ends."""
+        """The next batch for the engine; None when the server ends."""
         with self._changed:
             self._changed.wait_for(
-                lambda: self._closed or (self._job is not None and not self._taken)
+                lambda: self._closed or (self._batch is not None and not self._taken)
             )
             self._taken = True
-            return None if self._closed else self._job
+            return None if self._closed else self._batch
 
     def finish(self, outcome: wire.BatchSamples | Exception) -> None:
-        """Say what became of the job taken last."""
+        """Say what became of the batch taken last."""
         with self._changed:
             self._outcome = outcome
             self._changed.notify_all()
 
-    def outcome(self, job_id: str, wait: float) -> wire.BatchSamples | Exception | None:
-        """What became of a job; None: not finished after ``wait`` seconds.
+    def outcome(self, batch_id: str, wait: float) -> wire.BatchSamples | Exception | None:
+        """What became of a batch; None: not finished after ``wait`` seconds.
 
         Raises:
             KeyError: it is not here.
@@ -119,11 +119,11 @@ class BatchSlot:
             self._asking += 1
             try:
                 self._changed.wait_for(
-                    lambda: self._closed or self.job_id != job_id or self._outcome is not None,
+                    lambda: self._closed or self.batch_id != batch_id or self._outcome is not None,
                     wait,
                 )
-                if self.job_id != job_id:
-                    raise KeyError(job_id)
+                if self.batch_id != batch_id:
+                    raise KeyError(batch_id)
                 return self._outcome
             finally:
                 self._asking -= 1
@@ -170,7 +170,7 @@ def make_app(
         return about | {
             "state": keeper.state,
             "weights": asdict(keeper.weights) if keeper.weights else None,
-            "job": slot.job_id,
+            "batch": slot.batch_id,
             "engine_pid": keeper.engine_pid,
             "engine_restarts": keeper.restarts,
             "last_error": keeper.last_error,
@@ -186,12 +186,12 @@ def make_app(
             return _refusal(409, str(error))
         return Response(status_code=202)
 
-    @app.get("/batches/{job_id}", dependencies=private)
-    def get_outcome(job_id: str, wait: float = 0.0) -> Response:
+    @app.get("/batches/{batch_id}", dependencies=private)
+    def get_outcome(batch_id: str, wait: float = 0.0) -> Response:
         try:
-            outcome = slot.outcome(job_id, min(max(wait, 0.0), LONGEST_WAIT))
+            outcome = slot.outcome(batch_id, min(max(wait, 0.0), LONGEST_WAIT))
         except KeyError:
-            return _refusal(404, f"{job_id} is not here; send it again")
+            return _refusal(404, f"{batch_id} is not here; send it again")
         if outcome is None:
             return Response(status_code=202)
         if isinstance(outcome, InputError):
@@ -355,8 +355,8 @@ class RolloutServer:
     def _run_engine(self) -> None:
         try:
             self._keeper.start()
-            while (job := self._slot.take()) is not None:
-                self._slot.finish(self._outcome_of(job))
+            while (batch := self._slot.take()) is not None:
+                self._slot.finish(self._outcome_of(batch))
                 if self._keeper.given_up:
                     raise TrainingError(
                         f"The engine keeps dying: {self._keeper.last_error}", kind="engine"
@@ -365,12 +365,12 @@ class RolloutServer:
         except BaseException as error:
             self._fatal = error
 
-    def _outcome_of(self, job: wire.RequestBatch) -> wire.BatchSamples | Exception:
+    def _outcome_of(self, batch: wire.RequestBatch) -> wire.BatchSamples | Exception:
         try:
-            samples = self._keeper.run(job)
+            samples = self._keeper.run(batch)
         except (InputError, TrainingError) as error:
             return error
-        return wire.BatchSamples(job.id, job.weights, tuple(samples))
+        return wire.BatchSamples(batch.id, batch.weights, tuple(samples))
 
     def _leave(self, http: threading.Thread) -> None:
         if self._is_announced():
