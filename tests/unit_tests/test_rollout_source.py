@@ -17,7 +17,7 @@ from megatron_tropd.data.types import Prompt
 from megatron_tropd.rollout.engines.interface import SamplingEngines
 from megatron_tropd.rollout.episodes import EpisodeSettings, load_mode
 from megatron_tropd.rollout.source import PENDING_FILE, RolloutSource, SampledRollouts
-from megatron_tropd.rollout.weights.channel import Tensors
+from megatron_tropd.rollout.weights.interface import Tensors
 
 PROMPTS = [Prompt(i, f"p{i}", (1, 2, 3 + i), {}) for i in range(5)]
 RESPONSES = {i: (TeacherResponse(i, 0, (20, 21, 22, 23), "stop"),) for i in range(5)}

@@ -1,4 +1,4 @@
-"""Units on their way through the servers: a queue, and one thread for each server.
+"""Batches on their way through the servers: a queue, and one thread for each server.
 
 A server takes the next batch when it is free, so the least loaded one does. A batch whose server
 died, hung or failed goes back into the queue for the next server that is ready; which server makes

@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager
 from typing import Protocol, Self
 
 from megatron_tropd.data.samples import Sample, SampleRequest, Sampling
-from megatron_tropd.rollout.weights.channel import WeightChannel
+from megatron_tropd.rollout.weights.interface import WeightChannel
 
 
 class SamplingEngines(Protocol):

@@ -12,7 +12,6 @@ from megatron_tropd.base.errors import TrainingError
 from megatron_tropd.data.samples import Sample, SampleRequest, Sampling
 from megatron_tropd.rollout.collective import run_and_share, run_everywhere
 from megatron_tropd.rollout.engines.engine import RolloutEngine
-from megatron_tropd.rollout.weights.channel import Tensors, WeightChannel
 from megatron_tropd.rollout.weights.channels import (
     DeviceChannel,
     EngineChannel,
@@ -22,6 +21,7 @@ from megatron_tropd.rollout.weights.channels import (
     export_by_ipc,
     this_seat,
 )
+from megatron_tropd.rollout.weights.interface import Tensors, WeightChannel
 from megatron_tropd.rollout.weights.weight_sync import roomy_root
 
 Transport = Literal["auto", "folder"]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_tropd.base.errors import TrainingError
 from megatron_tropd.rollout.collective import run_everywhere
-from megatron_tropd.rollout.weights.channel import Tensors
+from megatron_tropd.rollout.weights.interface import Tensors
 from megatron_tropd.rollout.weights.weight_sync import write_buckets
 
 _WRITER = "writer.txt"
