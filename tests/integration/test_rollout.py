@@ -314,7 +314,7 @@ def test_an_engine_of_fewer_columns_samples_from_these_alone(
     new = updated_weights(folder, seed=2)
     changed = save_as_model(tmp_path / "changed", folder, new)
     cut = {n: t[:columns] if t.shape[0] == 259 else t for n, t in new.items()}
-    settings = {"max_model_len": 128, "memory": 0.25, "threads": 1, "vocab_size": columns}
+    settings = {"max_model_len": 128, "cpu_kv_gib": 0.25, "threads": 1, "vocab_size": columns}
     with (
         RolloutEngine(folder, log_file=tmp_path / "engine.log", **settings) as engine,
         WeightMailbox(tmp_path) as mailbox,
