@@ -19,7 +19,8 @@ class TwoTurns:
     def request(self) -> SampleRequest | None:
         if len(self.turns) == 2 or (self.turns and self.turns[0].token_ids[0] % 2):
             return None
-        room = self.start.settings.rollout.max_new_tokens
+        # Both turns and the tool's answer fit what the engine is built for.
+        room = (self.start.settings.rollout.max_new_tokens - len(TOOL)) // 2
         return SampleRequest(self.context, room, self.start.seed(len(self.turns)))
 
     def observe(self, sample: Sample) -> None:
