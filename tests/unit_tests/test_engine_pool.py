@@ -98,6 +98,23 @@ def test_an_engine_sleeps_after_every_way_of_sampling_and_gets_weights_before_th
 
 
 @pytest.mark.usefixtures("one_rank")
+def test_engines_stay_awake_within_a_block_and_sleep_however_it_is_left() -> None:
+    engine = RecordingEngine()
+    with _pool(engine) as pool:
+        pool.channel.send(_weights(0), version=3)
+        assert pool.channel.version == 3
+        pool.start(REQUESTS, SAMPLING)
+        with pool.awake():
+            pool.finish()
+            pool.generate(REQUESTS, SAMPLING)
+        with pytest.raises(ZeroDivisionError), pool.awake():
+            pool.generate(REQUESTS, SAMPLING)
+            raise ZeroDivisionError
+    loaded, sampled = "wake weights, load [0.0]", ["wake cache, start", "finish"]
+    assert engine.calls == [loaded, *sampled, *sampled, "sleep", loaded, *sampled, "sleep"]
+
+
+@pytest.mark.usefixtures("one_rank")
 def test_an_engine_that_keeps_its_weights_is_given_them_once() -> None:
     engine = RecordingEngine()
     engine.forgets = False
