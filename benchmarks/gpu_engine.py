@@ -1,6 +1,6 @@
 """One rollout engine on this device: start, sample, sleep, wake, new weights; seconds and memory.
 
-    python benchmarks/gpu_engine.py [--model DIR] [--memory SHARE]
+    python benchmarks/gpu_engine.py [--model DIR] [--gpu-share SHARE]
 
 What a run does with an engine between two steps, each thing checked:
 
@@ -45,9 +45,8 @@ def main() -> int:
     """Measure and check; 0 if all is as it should be."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, default=STUDENT, help="HF folder")
-    cuda = torch.cuda.is_available()
-    parser.add_argument("--memory", type=float, default=0.4 if cuda else 0.25)
-    options = parser.parse_args()
+    parser.add_argument("--gpu-share", type=float, default=0.4)
+    options, cuda = parser.parse_args(), torch.cuda.is_available()
     with tempfile.TemporaryDirectory() as folder:
         try:
             result = measure(options, Path(folder), cuda)
@@ -71,7 +70,8 @@ def measure(options: argparse.Namespace, folder: Path, cuda: bool) -> dict[str, 
             max_model_len=128,
             log_file=folder / "engine.log",
             dtype=dtype,
-            memory=options.memory,
+            gpu_share=options.gpu_share,
+            cpu_kv_gib=0.25,
         )
         engine.wait_ready()
     with engine:

@@ -3,14 +3,14 @@
     python benchmarks/placement.py [--steps N] [--rounds N] [--hidden N] [--layers N]
 
 *Steps*: the arithmetic example, two ranks (tensor parallel) and two engines of one thread each, run
-as a user runs it: engines colocated; two servers with weights from the folder, directly, and
-directly with samples asked for one step ahead. All in every round; the first steps of each run are
+as a user runs it: engines colocated; two servers; and these with samples
+asked for one step ahead. All in every round; the first steps of each run are
 dropped, the rest pooled into medians. Everything shares this machine's cores, so what servers on
 nodes of their own gain by working while the trainer does is not in these numbers.
 
-*Hand-over*: a random student (``--hidden``, ``--layers``) to two servers, each way in every round.
+*Hand-over*: a random student (``--hidden``, ``--layers``) to two servers through the folder.
 ``trainer`` is how long the trainer stands still; ``samples`` how long until both servers have
-sampled one token with the new weights; ``folder_complete`` when the folder has the version, too.
+sampled one token with the new weights.
 The folder lies on a local disk, most of it in memory: a shared file system is slower.
 
 The result goes to ``benchmarks/results/placement-<hardware>.json``.
@@ -47,13 +47,11 @@ from step import (
 TROPD = [sys.executable, "-m", "megatron_tropd.cli"]
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 SEPARATE = "rollout.placement=separate"
-DIRECT = "rollout.weight_transport=direct"
 ROWS = {
     "colocated": [],
     "servers, folder": [SEPARATE],
-    "servers, direct": [SEPARATE, DIRECT],
-    "servers, direct, one step ahead": [
-        *(SEPARATE, DIRECT, "rollout.steps_ahead=1", "loss.importance=truncated"),
+    "servers, folder, one step ahead": [
+        *(SEPARATE, "rollout.steps_ahead=1", "loss.importance=truncated"),
     ],
 }
 START_SECONDS = 600.0
@@ -165,7 +163,7 @@ def summarise(row: str, runs: list[list[dict[str, float]]], colocated: float) ->
 
 
 def measure_hand_over(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    """Both ways in every round, from a trainer of one rank that does nothing else."""
+    """From a trainer of one rank that does nothing else."""
     import torch.distributed as dist
 
     student = make_student(options, scratch / "student")
@@ -174,27 +172,17 @@ def measure_hand_over(options: argparse.Namespace, scratch: Path) -> dict[str, A
         f"model.student={student}",
     ]
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    measured: dict[str, list[dict[str, float]]] = {"folder": [], "direct": []}
     with two_servers(words, scratch):
         hand_over = HandOver(words, student)
-        hand_over.once("folder", 1)  # engines sample for the first time
-        for number in range(options.hand_overs):
-            for way in measured:
-                measured[way].append(hand_over.once(way, 2 * number + 2 + (way == "direct")))
+        hand_over.once(1)  # engines sample for the first time
+        rounds = [hand_over.once(number + 2) for number in range(options.hand_overs)]
         (scratch / "run" / "summary.json").write_text("{}")
     dist.destroy_process_group()
-    medians = {
-        way: {name: round(statistics.median(m[name] for m in rounds), 3) for name in rounds[0]}
-        for way, rounds in measured.items()
-    }
+    medians = {name: round(statistics.median(m[name] for m in rounds), 3) for name in rounds[0]}
     return {
         "weights_mib": round(hand_over.size / 2**20, 1),
-        "median_seconds": medians,
-        "direct_over_folder": {
-            name: round(medians["direct"][name] / medians["folder"][name], 3)
-            for name in ("trainer", "samples")
-        },
-        "rounds": measured,
+        "median_seconds": {"folder": medians},
+        "rounds": {"folder": rounds},
     }
 
 
@@ -212,14 +200,14 @@ class HandOver:
         tensors = load_file(student / "model.safetensors")
         self._tensors = {"lm_head.weight": tensors["model.embed_tokens.weight"], **tensors}
         self.size = sum(tensor.nbytes for tensor in self._tensors.values())
-        self._pools: dict[str, ServerPool] = {way: self._pool(way) for way in ("folder", "direct")}
+        self._pool: ServerPool = self._make_pool()
 
-    def _pool(self, way: str) -> Any:
+    def _make_pool(self) -> Any:
         from megatron_tropd.rollout.engines.client import ClientSettings
         from megatron_tropd.rollout.engines.dispatch import Patience
         from megatron_tropd.rollout.engines.served import ServerPool
         from megatron_tropd.rollout.engines.wire import served_settings
-        from megatron_tropd.rollout.weights.weight_sync import WeightVersions
+        from megatron_tropd.rollout.weights.versions import WeightVersions
 
         run = Path(self._config.run.dir).resolve()
         return ServerPool(
@@ -228,24 +216,19 @@ class HandOver:
             rank=0,
             num_servers=2,
             patience=Patience(lost_seconds=START_SECONDS),
-            direct=way == "direct",
         )
 
-    def once(self, way: str, step: int) -> dict[str, float]:
+    def once(self, step: int) -> dict[str, float]:
         """Seconds of one hand-over of weights that no server has yet."""
         from megatron_tropd.data.samples import SampleRequest, Sampling
 
-        pool = self._pools[way]
+        pool = self._pool
         start = time.perf_counter()
-        pool.load_tensors(self._tensors.items(), version=step)
+        pool.channel.send(self._tensors.items(), step)
         trainer = time.perf_counter() - start
         pool.generate([SampleRequest((5, 6, 7), 1, seed) for seed in range(2)], Sampling())
         samples = time.perf_counter() - start
-        complete = trainer
-        if pool._direct is not None:
-            pool._direct.finish()
-            complete = time.perf_counter() - start
-        return {"trainer": trainer, "samples": samples, "folder_complete": complete}
+        return {"trainer": trainer, "samples": samples}
 
 
 def make_student(options: argparse.Namespace, folder: Path) -> Path:

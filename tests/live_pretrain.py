@@ -69,7 +69,7 @@ def settings() -> LiveSettings:
             max_new_tokens=12,
             prompts_per_step=2,
             samples_per_prompt=4,
-            engine_memory=0.25,
+            engine_cpu_kv_gib=0.25,
             num_engines=LIVE.get("engines", 1),
         ),
         guidance=GuidanceConfig(responses=LIVE.get("responses")),

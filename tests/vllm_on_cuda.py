@@ -79,7 +79,7 @@ from vllm.v1.worker.gpu.model_runner import GPUModelRunner  # noqa: E402
 from vllm.v1.worker.gpu_worker import Worker  # noqa: E402
 
 from megatron_tropd.data.samples import SampleRequest, Sampling  # noqa: E402
-from megatron_tropd.rollout.engines import worker  # noqa: E402
+from megatron_tropd.rollout.engines import child  # noqa: E402
 from megatron_tropd.rollout.engines.settings import EngineSettings  # noqa: E402
 from megatron_tropd.rollout.engines.worker_extension import WorkerExtension  # noqa: E402
 from megatron_tropd.rollout.weights.channels import DeviceChannel  # noqa: E402
@@ -98,12 +98,13 @@ def engine_config(folder: str, **settings: Any) -> Any:
         model_folder=folder,
         dtype="bfloat16",
         max_model_len=256,
-        memory=0.4,
+        gpu_share=0.4,
+        cpu_kv_gib=1.0,
         prefix_caching=True,
         cuda=True,
         **{"max_num_seqs": None, **settings},
     )
-    return EngineArgs(**worker.engine_arguments(asked)).create_engine_config(UsageContext.LLM_CLASS)
+    return EngineArgs(**child.engine_arguments(asked)).create_engine_config(UsageContext.LLM_CLASS)
 
 
 def facts(config: Any) -> dict[str, Any]:
@@ -141,7 +142,7 @@ def facts(config: Any) -> dict[str, Any]:
 
 def sampling(config: Any) -> dict[str, Any]:
     """Our sampling parameters, which vLLM has accepted for this model."""
-    params: SamplingParams = worker._sampling_params(
+    params: SamplingParams = child._sampling_params(
         SampleRequest((1, 2), 8, 2**62), Sampling(stop_token_ids=(3,))
     )
     params.verify(config.model_config, None, config.structured_outputs_config, None)

@@ -83,17 +83,3 @@ def check_options(table: str, options: Mapping[str, Any]) -> None:
                 f"{' or '.join(map(repr, accepted))} ({why}), found {options[name]!r}. Remove one "
                 "of the two."
             )
-
-
-def check_transport(*, direct: bool, cuda: bool) -> None:
-    """Refuse weights that trainer and engine exchange by NCCL, each with settings of its own.
-
-    Raises:
-        ConfigError: they would.
-    """
-    if direct and cuda:
-        raise ConfigError(
-            'run.deterministic on GPUs needs rollout.weight_transport = "folder", found "direct": '
-            "a batch-invariant vLLM pins NCCL to other algorithms than the trainer's, and a group "
-            "of both may hang (read in vLLM 0.32, vllm/utils/nccl.py). Remove one of the two."
-        )

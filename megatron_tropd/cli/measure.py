@@ -23,7 +23,7 @@ from megatron_tropd.config import (
 )
 from megatron_tropd.config.run_folder import RunFolder, run_of
 from megatron_tropd.convert.megatron_folder import MegatronFolder
-from megatron_tropd.distill.engines import make_engine, memory_alone
+from megatron_tropd.distill.engines import make_engine
 from megatron_tropd.distill.evaluation import (
     accuracy_of,
     evaluation_settings,
@@ -173,7 +173,7 @@ def _assumed(folder: Path, problems: Path | None, overrides: Overrides, notes: l
                 prompts=str(problems),
                 max_new_tokens=1,
                 prompts_per_step=1,
-                engine_memory=memory_alone(),
+                engine_cpu_kv_gib=1.0,
             ),
             guidance=GuidanceConfig(prefixed_per_prompt=0),
             train=TrainConfig(steps=1, tokens_per_micro_batch=_ALL),

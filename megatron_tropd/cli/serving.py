@@ -16,9 +16,9 @@ from megatron_tropd.distill.engines import make_engine
 from megatron_tropd.distill.inputs import Inputs, load_inputs
 from megatron_tropd.rollout.engines.engine import RolloutEngine
 from megatron_tropd.rollout.engines.keeper import EngineKeeper
-from megatron_tropd.rollout.engines.server import Place, RolloutServer
+from megatron_tropd.rollout.engines.server import RolloutServer, ServerAddress
 from megatron_tropd.rollout.engines.wire import TOKEN_VARIABLE, Model, served_settings
-from megatron_tropd.rollout.weights.weight_sync import WeightVersions
+from megatron_tropd.rollout.weights.versions import WeightVersions
 
 
 def serve(config: Config, *, number: int, host: str, port: int) -> int:
@@ -43,7 +43,7 @@ def serve(config: Config, *, number: int, host: str, port: int) -> int:
     if folder.read_summary():
         return exits.COMPLETE
     server = RolloutServer(
-        Place(folder.servers, number, host, port, os.environ.get(TOKEN_VARIABLE)),
+        ServerAddress(folder.servers, number, host, port, os.environ.get(TOKEN_VARIABLE)),
         partial(_keeper, config, folder, number),
         settings=served_settings(config),
         pid=os.getpid(),

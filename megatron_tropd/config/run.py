@@ -26,6 +26,7 @@ from megatron_tropd.config.megatron import MegatronConfig
 from megatron_tropd.config.settings import (
     Amount,
     Anything,
+    Between,
     Count,
     Number,
     Positive,
@@ -40,6 +41,14 @@ PATH = {"path": True}  # metadata of the fields that name an input file or folde
 _GREEDY = "On-policy samples are drawn at random (evaluation is greedy by itself)."
 Temperature = Annotated[float, Range(0, ends="(]", hint=_GREEDY)]
 Moment = Annotated[float, Range(0, 1, "[)")]
+_GONE = {
+    ("rollout.engine_memory", None): "is now two settings, one for each unit: "
+    "rollout.engine_gpu_share (share of each GPU's memory) and rollout.engine_cpu_kv_gib (GiB of "
+    "KV cache without CUDA). Set the one that your machine needs.",
+    ("rollout.weight_transport", "direct"): '= "direct" is no longer there: servers read new '
+    "weights from the run folder. Remove the line.",
+}
+"""Keys, and values of keys, that earlier versions had: what to write now."""
 
 
 def _require(condition: bool, message: str) -> None:
@@ -167,6 +176,9 @@ class RolloutConfig(PromptConfig, section="rollout"):
     stop_token_ids: tuple[Number, ...] = ()
     """Further ids that end a response, beside every EOS of the student's folder (tokenizer,
     generation_config.json, config.json)."""
+    mode: str = "single_turn"
+    """How a prompt becomes a sequence: "single_turn" (the student answers once, perhaps after a
+    teacher prefix), or "package.module:attribute" of your own (docs/rollout_modes.md)."""
     filter_overlong_prompts: bool = False
     """Leave out prompts that are too long for the models' context, instead of refusing the file."""
     placement: Literal["colocated", "separate"] = "colocated"
@@ -177,14 +189,15 @@ class RolloutConfig(PromptConfig, section="rollout"):
     separate: servers."""
     steps_ahead: Literal[0, 1] = 0
     """1: sample for the next step while this one trains, so samples are one step old."""
-    weight_transport: Literal["auto", "folder", "direct"] = "auto"
+    weight_transport: Literal["auto", "folder"] = "auto"
     """How engines get new weights. auto: colocated on CUDA from GPU to GPU, else as folder; folder:
-    colocated through shared memory, servers from the run folder; direct: broadcast to servers that
-    are ready (NCCL on CUDA, else gloo), and from the folder for the others (docs/serving.md)."""
+    colocated through shared memory, servers from the run folder (docs/serving.md)."""
     engine_tensor_parallel: Count = 1
     """GPUs of one engine. More than 1 needs CUDA."""
-    engine_memory: Positive = 0.4
-    """Share of each GPU's memory the engine may take; without CUDA, GiB of KV cache."""
+    engine_gpu_share: Between = 0.4
+    """Share of each GPU's memory the engine may take."""
+    engine_cpu_kv_gib: Positive = 0.4
+    """GiB of KV cache of an engine without CUDA."""
     max_num_seqs: Count | None = None
     """Most sequences an engine decodes together. None: vLLM's default (256; 1024 on a GPU of 70 GiB
     or more that is no A100)."""
@@ -204,17 +217,6 @@ class RolloutConfig(PromptConfig, section="rollout"):
             f"rollout.max_num_batched_tokens must be at least rollout.max_num_seqs = {sequences}, "
             f"for each sequence decodes a token, found {tokens}.",
         )
-        _require(
-            self.weight_transport != "direct" or self.placement == "separate",
-            'rollout.weight_transport = "direct" needs rollout.placement = "separate", found '
-            '"colocated": an engine beside its trainer gets weights on its GPU or through shared '
-            "memory. Remove one of the two.",
-        )
-
-    @property
-    def colocated_transport(self) -> Literal["auto", "folder"]:
-        """``weight_transport`` of engines beside the trainer."""
-        return "folder" if self.weight_transport == "folder" else "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -556,7 +558,8 @@ def _build(cls: Any, table: Any, where: str) -> Any:
     hints = typing.get_type_hints(cls)
     known = {f.name: f for f in fields(cls)}
     prefix = f"{where}." if where else ""
-    for name in table:
+    for name, value in table.items():
+        _refuse_gone(prefix + name, value)
         if name not in known:
             hint = nearest(name, known).replace("'", prefix, 1).replace("'", "")
             raise ConfigError(
@@ -569,6 +572,11 @@ def _build(cls: Any, table: Any, where: str) -> Any:
         elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
             raise ConfigError(f"Config key {prefix}{name} is missing and has no default.")
     return cls(**values)
+
+
+def _refuse_gone(key: str, value: Any) -> None:
+    for (old, only), what_now in _GONE.items():
+        _require(key != old or only not in (None, value), f"{key} {what_now}")
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:

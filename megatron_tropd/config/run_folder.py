@@ -34,8 +34,8 @@ FREE_SECTIONS = ("run", "parallel")
 FIXED_KEYS = ("parallel.distributed_optimizer",)
 """Exceptions: the two kinds of optimizer save their states in different forms."""
 FREE_KEYS = (
-    *("rollout.weight_transport", "rollout.engine_memory", "rollout.max_num_seqs"),
-    *("rollout.max_num_batched_tokens", "evaluation.teacher"),
+    *("rollout.weight_transport", "rollout.engine_gpu_share", "rollout.engine_cpu_kv_gib"),
+    *("rollout.max_num_seqs", "rollout.max_num_batched_tokens", "evaluation.teacher"),
 )
 """Further keys that alter no number of the student but round-off."""
 LOCK_SECONDS = 180.0

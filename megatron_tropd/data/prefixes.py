@@ -90,48 +90,74 @@ def plan_requests(
     guidance: GuidanceConfig,
     seed: int,
 ) -> list[PlannedSample]:
-    """Every sample of one step, prompt by prompt; the first of each prompt carry the prefixes.
-
-    Args:
-        prompts: the prompts of the step.
-        responses: teacher responses by ``Prompt.index``; None switches guidance off.
-        step: 0-based training step.
-        steps: ``train.steps``.
-        rollout: samples per prompt and their length.
-        guidance: which samples carry a prefix and how long it is.
-        seed: ``train.seed``; keys the sampling seeds and the prefix draws.
+    """Every sample of one step, prompt by prompt, as :func:`plan_sample` has it.
 
     Returns:
         ``len(prompts) x samples_per_prompt`` plans; those of a prompt are neighbours.
     """
-    plans = []
-    for prompt in prompts:
-        for sample in range(rollout.samples_per_prompt):
-            prefix: tuple[int, ...] = ()
-            if responses is not None and sample < guidance.prefixed_per_prompt:
-                key = (seed, Purpose.PREFIX, step, prompt.index, sample)
-                options = responses[prompt.index]
-                response = options[keyed_seed(*key, 0) % len(options)]
-                length = prefix_length(
-                    response,
-                    step=step,
-                    steps=steps,
-                    max_new_tokens=rollout.max_new_tokens,
-                    rule=guidance.prefix_length,
-                    schedule=guidance.schedule,
-                    draw=keyed_seed(*key, 1) / 2**63,
-                )
-                prefix = response.token_ids[:length]
-            plans.append(_plan(prompt, sample, prefix, step, rollout.max_new_tokens, seed))
-    return plans
+    return [
+        plan_sample(
+            prompt,
+            sample,
+            responses,
+            step=step,
+            steps=steps,
+            max_new_tokens=rollout.max_new_tokens,
+            guidance=guidance,
+            seed=seed,
+        )
+        for prompt in prompts
+        for sample in range(rollout.samples_per_prompt)
+    ]
 
 
-def _plan(
-    prompt: Prompt, sample: int, prefix: tuple[int, ...], step: int, room: int, seed: int
+def plan_sample(
+    prompt: Prompt,
+    sample_index: int,
+    responses: Mapping[int, Sequence[TeacherResponse]] | None,
+    *,
+    step: int,
+    steps: int,
+    max_new_tokens: int,
+    guidance: GuidanceConfig,
+    seed: int,
 ) -> PlannedSample:
+    """One sample of a step; the first ones of each prompt start with a teacher prefix.
+
+    Args:
+        prompt: of the sample.
+        sample_index: 0-based among the samples of the prompt in this step.
+        responses: teacher responses by ``Prompt.index``; None switches guidance off.
+        step: 0-based training step.
+        steps: ``train.steps``.
+        max_new_tokens: longest prefix and continuation together.
+        guidance: which samples carry a prefix and how long it is.
+        seed: ``train.seed``; keys the sampling seeds and the prefix draws.
+    """
+    prefix: tuple[int, ...] = ()
+    if responses is not None and sample_index < guidance.prefixed_per_prompt:
+        key = (seed, Purpose.PREFIX, step, prompt.index, sample_index)
+        options = responses[prompt.index]
+        response = options[keyed_seed(*key, 0) % len(options)]
+        length = prefix_length(
+            response,
+            step=step,
+            steps=steps,
+            max_new_tokens=max_new_tokens,
+            rule=guidance.prefix_length,
+            schedule=guidance.schedule,
+            draw=keyed_seed(*key, 1) / 2**63,
+        )
+        prefix = response.token_ids[:length]
     request = SampleRequest(
         token_ids=prompt.token_ids + prefix,
-        max_new_tokens=room - len(prefix),
-        seed=keyed_seed(seed, Purpose.ROLLOUT, step, prompt.index, sample),
+        max_new_tokens=max_new_tokens - len(prefix),
+        seed=sample_seed(seed, step, prompt.index, sample_index),
     )
-    return PlannedSample(prompt=prompt, sample_index=sample, prefix_ids=prefix, request=request)
+    return PlannedSample(prompt, sample_index, prefix, request)
+
+
+def sample_seed(seed: int, step: int, prompt_index: int, sample_index: int, turn: int = 0) -> int:
+    """The seed of one request: ``turn`` counts those before it of the same sample."""
+    turns = (turn,) if turn else ()
+    return keyed_seed(seed, Purpose.ROLLOUT, step, prompt_index, sample_index, *turns)

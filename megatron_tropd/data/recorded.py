@@ -57,7 +57,7 @@ def recorded(trajectory: Trajectory) -> Recorded:
     """A trajectory of the trainer as a recorded one; every token after the prompt weighs 1.
 
     Args:
-        trajectory: of :func:`megatron_tropd.data.trajectories.assemble`.
+        trajectory: of a rollout.
 
     Returns:
         The same tokens.

@@ -1,4 +1,4 @@
-"""Trajectories: made from plans and samples, written and read as JSON lines (record and replay)."""
+"""Trajectories, written and read as JSON lines (record and replay)."""
 
 import dataclasses
 import json
@@ -9,39 +9,7 @@ from typing import Any
 
 from megatron_tropd.base.errors import InputError
 from megatron_tropd.base.text_files import read_json_lines
-from megatron_tropd.data.prefixes import PlannedSample
-from megatron_tropd.data.samples import Sample
 from megatron_tropd.data.types import Trajectory
-
-
-def assemble(
-    plans: Sequence[PlannedSample], samples: Sequence[Sample], *, step: int, weights_version: int
-) -> list[Trajectory]:
-    """Join what was asked with what the engine wrote.
-
-    Args:
-        plans: of :func:`megatron_tropd.data.prefixes.plan_requests`.
-        samples: the engine's answers, in the same order.
-        step: training step that asked.
-        weights_version: number of optimizer steps the sampling weights had seen.
-
-    Returns:
-        One trajectory per plan, in the same order.
-    """
-    return [
-        Trajectory(
-            step=step,
-            prompt_index=plan.prompt.index,
-            sample_index=plan.sample_index,
-            prompt_ids=plan.prompt.token_ids,
-            prefix_ids=plan.prefix_ids,
-            response_ids=sample.token_ids,
-            rollout_logprobs=sample.logprobs,
-            finish_reason=sample.finish_reason,
-            weights_version=weights_version,
-        )
-        for plan, sample in zip(plans, samples, strict=True)
-    ]
 
 
 def dump_trajectories(trajectories: Sequence[Trajectory]) -> bytes:

@@ -32,20 +32,19 @@ def make_engine(
         folder: HF folder of the first weights.
         log_file: what the engine prints is appended here.
         threads: CPU threads of the engine; None: as many as this process may use.
-        alone: no model is on its GPUs, so that it takes more than ``rollout.engine_memory``.
+        alone: no model is on its GPUs, so that it takes more than ``rollout.engine_gpu_share``.
 
     Returns:
         The engine.
     """
-    memory = config.rollout.engine_memory
-    if alone and torch.cuda.is_available():
-        memory = max(memory, MEMORY_ALONE)
+    share = config.rollout.engine_gpu_share
     return RolloutEngine(
         folder,
         dtype=engine_dtype(config.model.dtype),
         max_model_len=inputs.max_model_len,
         vocab_size=inputs.vocab_size,
-        memory=memory,
+        gpu_share=max(share, MEMORY_ALONE) if alone else share,
+        cpu_kv_gib=config.rollout.engine_cpu_kv_gib,
         tensor_parallel=config.rollout.engine_tensor_parallel,
         max_num_seqs=config.rollout.max_num_seqs,
         max_num_batched_tokens=config.rollout.max_num_batched_tokens,
@@ -54,17 +53,13 @@ def make_engine(
     )
 
 
-def memory_alone() -> float:
-    """``rollout.engine_memory`` of an engine that nothing else needs memory beside."""
-    return MEMORY_ALONE if torch.cuda.is_available() else 1.0
-
-
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
     """Options of a tool that starts one engine, on GPUs that it has to itself."""
     add = parser.add_argument
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of the model")
     add("--tensor-parallel", type=int, default=1, help="GPUs of the engine (default 1)")
-    add("--memory", type=float, help="share of the GPU's memory, without CUDA GiB of KV cache")
+    add("--gpu-share", type=float, default=MEMORY_ALONE, help="of each GPU's memory (%(default)s)")
+    add("--cpu-kv-gib", type=float, default=1.0, help="GiB of KV cache without CUDA (%(default)s)")
     add("--max-num-seqs", type=int, help="most sequences decoded together (default: vLLM's)")
     add("--max-num-batched-tokens", type=int, help="most tokens of one pass (default: vLLM's)")
     add("--threads", type=int, help="CPU threads (default: all)")
@@ -85,7 +80,8 @@ def tool_engine(options: argparse.Namespace, folder: Path, **settings: Any) -> R
         folder,
         log_file=options.out.with_name(options.out.name + ".engine.log"),
         dtype=engine_dtype(options.dtype),
-        memory=options.memory or memory_alone(),
+        gpu_share=options.gpu_share,
+        cpu_kv_gib=options.cpu_kv_gib,
         tensor_parallel=options.tensor_parallel,
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=options.max_num_batched_tokens,

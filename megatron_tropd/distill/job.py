@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from megatron_tropd.base import deterministic
 from megatron_tropd.base.environment import number
 from megatron_tropd.base.errors import ConfigError, TrainingError
 from megatron_tropd.base.files import replace_text, write_json
@@ -31,7 +30,6 @@ from megatron_tropd.distill.engines import make_engine
 from megatron_tropd.distill.evaluation import Evaluator
 from megatron_tropd.distill.inputs import load_inputs
 from megatron_tropd.distill.metrics import BadToken
-from megatron_tropd.distill.rollouts import Rollouts
 from megatron_tropd.distill.step_loss import StepObjective, example_rows, gather_examples
 from megatron_tropd.distill.token_choices import BatchChoices, choose, loss_name
 from megatron_tropd.losses import Method, TeacherSignal
@@ -41,15 +39,20 @@ from megatron_tropd.mcore.checkpoint import ANY_LAYOUT, Checkpoints
 from megatron_tropd.mcore.options_check import check_options, unreviewed
 from megatron_tropd.mcore.step import NotFinite, Student, Teacher, Update, output_weight
 from megatron_tropd.report.metrics import MetricsLog
+from megatron_tropd.rollout.collective import run_everywhere
 from megatron_tropd.rollout.engines.client import ClientSettings
 from megatron_tropd.rollout.engines.device_memory import free_bytes, wait_for_memory
 from megatron_tropd.rollout.engines.dispatch import Patience
 from megatron_tropd.rollout.engines.engine import RolloutEngine
-from megatron_tropd.rollout.engines.pool import EnginePool, together
+from megatron_tropd.rollout.engines.interface import SamplingEngines
+from megatron_tropd.rollout.engines.pool import EnginePool
 from megatron_tropd.rollout.engines.process import engine_threads
 from megatron_tropd.rollout.engines.served import ServerPool
 from megatron_tropd.rollout.engines.wire import Model, served_settings
-from megatron_tropd.rollout.weights.weight_sync import Export, WeightVersions
+from megatron_tropd.rollout.episodes import EpisodeSettings, load_mode
+from megatron_tropd.rollout.source import RolloutSource, SampledRollouts
+from megatron_tropd.rollout.weights.versions import WeightVersions
+from megatron_tropd.rollout.weights.weight_sync import Export
 
 ENGINE_GAPS = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 """rollout.max_engine_gap by the models' type, if it is not set."""
@@ -143,7 +146,8 @@ class Job:
         config, exits = self.config, self._exit
         platform.prepare_platform()
         platform.check_device()
-        self._be_deterministic()
+        if config.run.deterministic:
+            platform.be_deterministic()
         self.ranks = parallel.initialize(
             config.parallel,
             seed=config.train.seed,
@@ -157,6 +161,7 @@ class Job:
         self.is_main = self.ranks.is_main
         self._check_options()
         self._check_steps_ahead()
+        load_mode(config.rollout.mode)  # before engines start
         self.checkpoints = Checkpoints(
             self.folder.checkpoints,
             keep=config.run.keep_checkpoints,
@@ -173,17 +178,29 @@ class Job:
         self._say_that_engines_start("student")
         self.engines = self.start_engines("student")
         exits.enter_context(self.engines)
-        self.rollouts = Rollouts(config, self.inputs, self.engines)
+        self.rollouts = self.rollout_source()
         if platform.has_cuda():
-            # vLLM measures the device's free memory while it starts: nobody else may allocate.
-            self.engines.sleep()
+            with self.engines.awake():
+                pass  # vLLM measures free memory while it starts: nobody else may allocate
         self._build_models()
 
-    def _be_deterministic(self) -> None:
-        if self.config.run.deterministic:
-            direct = self.config.rollout.weight_transport == "direct"
-            deterministic.check_transport(direct=direct, cuda=platform.has_cuda())
-            platform.be_deterministic()
+    def rollout_source(self) -> RolloutSource:
+        """Where this run's sequences come from."""
+        config, inputs = self.config, self.inputs
+        return SampledRollouts(
+            self.engines,
+            load_mode(config.rollout.mode),
+            inputs.prompts,
+            EpisodeSettings(
+                config.rollout,
+                config.guidance,
+                config.train.steps,
+                config.train.seed,
+                inputs.responses,
+            ),
+            stop_token_ids=inputs.stop_token_ids,
+            is_main=self.is_main,
+        )
 
     def _open_log(self) -> MetricsLog | None:
         if not self.is_main:
@@ -207,7 +224,7 @@ class Job:
         with self.clock("evaluation"):
             with self.start_engines("teacher") as engines:
                 self.evaluator.measure_teacher(engines)
-            together(lambda: wait_for_memory(before, "the teacher's engine"))
+            run_everywhere(lambda: wait_for_memory(before, "the teacher's engine"))
 
     def _say_that_engines_start(self, model: Model) -> None:
         """On CUDA that takes a while, in which nothing moves."""
@@ -267,7 +284,7 @@ class Job:
         dist.barrier()
         return paths
 
-    def start_engines(self, model: Model) -> EnginePool | ServerPool:
+    def start_engines(self, model: Model) -> SamplingEngines:
         """Engines for the student or the teacher; returns while they are still starting."""
         rollout = self.config.rollout
         if rollout.placement == "separate":
@@ -279,7 +296,6 @@ class Job:
                 model=model,
                 patience=Patience.within(60 * self.config.run.timeout_minutes),
                 stopping=lambda: self._stop.requested,
-                direct=rollout.weight_transport == "direct",
             )
         local = number("LOCAL_WORLD_SIZE", 1)
 
@@ -298,7 +314,7 @@ class Job:
             world_size=self.ranks.world_size,
             num_engines=rollout.num_engines,
             make_engine=make,
-            transport=None if model == "teacher" else rollout.colocated_transport,
+            transport=None if model == "teacher" else rollout.weight_transport,
         )
 
     def _check_options(self) -> None:
@@ -368,11 +384,10 @@ class Job:
             self.inputs.student.config | {"vocab_size": self.inputs.vocab_size},
             self.ranks,
             padded_vocab_size=self._padded_vocab_size,
-            receivers=self.engines.receivers,
+            receivers=self.engines.channel.receivers,
             explicit_lm_head=True,
         )
-        self.engines.load_tensors(Export(export), version=version)
-        self.rollouts.weights_version = version
+        self.engines.channel.send(Export(export), version)
 
     def objective(
         self,
@@ -615,7 +630,7 @@ class Job:
         self._settle_examples()
         with self.clock("checkpoint"):
             extra = {"step": self.step, "seconds": self.elapsed()}
-            files = self.rollouts.pending_files(is_main=self.is_main)
+            files = self.rollouts.state()
             self.checkpoints.save(
                 self.student,
                 step=self.step,

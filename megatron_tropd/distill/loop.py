@@ -75,11 +75,11 @@ def rollout(job: Job) -> list[Trajectory]:
     With ``rollout.steps_ahead`` they were asked for a step ago, and the next step's are asked for
     now, to be sampled while this one trains.
     """
-    job.rollouts.request(job.step)
-    trajectories = job.rollouts.finish()
+    job.rollouts.begin(job.step)
+    trajectories = job.rollouts.collect()
     ahead = job.step + job.config.rollout.steps_ahead
     if job.step < ahead < job.config.train.steps:
-        job.rollouts.request(ahead)
+        job.rollouts.begin(ahead)
     return trajectories
 
 

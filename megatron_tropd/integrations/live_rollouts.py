@@ -23,25 +23,23 @@ from megatron_tropd.config.settings import Anything, Count, Settings
 from megatron_tropd.convert.families import model_shape
 from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.convert.megatron_folder import open_model
-from megatron_tropd.data.prefixes import plan_requests
 from megatron_tropd.data.prompts import (
     check_kwargs_are_read,
     check_same_texts,
     is_templated,
     load_prompts,
-    prompts_of_step,
 )
 from megatron_tropd.data.recorded import recorded, training_item
 from megatron_tropd.data.responses import load_responses
-from megatron_tropd.data.samples import Sampling
 from megatron_tropd.data.templates import reads_clock
 from megatron_tropd.data.tokenizers import load_tokenizer, stop_token_ids
-from megatron_tropd.data.trajectories import assemble
 from megatron_tropd.data.types import Trajectory
 from megatron_tropd.mcore.parallel import current_ranks
 from megatron_tropd.mcore.weights import export_weights
 from megatron_tropd.rollout.engines.engine import RolloutEngine
 from megatron_tropd.rollout.engines.pool import EnginePool
+from megatron_tropd.rollout.episodes import EpisodeSettings, load_mode
+from megatron_tropd.rollout.source import SampledRollouts
 from megatron_tropd.rollout.weights.weight_sync import Export
 
 if TYPE_CHECKING:
@@ -166,11 +164,13 @@ class LiveRollouts:
         Collectives: gathers of the outcome on all ranks.
         """
         self._loop, self._ranks = loop, current_ranks()
+        self._make_episode = load_mode(self.settings.rollout.mode)
         self._read_texts()
         self._check()
         self._engines = self._exit.enter_context(self._start_engines(dtype))
-        # Models are on the devices already; what is free now stays free.
-        self._engines.sleep()
+        with self._engines.awake():
+            pass  # models are on the devices already; what is free now stays free
+        self._source = self._make_source()
         self._started = True
 
     def sample(self, model: torch.nn.Module, step: int) -> list[Trajectory]:
@@ -191,21 +191,21 @@ class LiveRollouts:
         Collectives: those of ``export_weights``, gathers of outcome and samples on all ranks.
         """
         self._push_weights(model, step)
+        self._source.begin(step)
+        return self._source.collect()
+
+    def _make_source(self) -> SampledRollouts:
         settings, loop = self.settings, self._loop
-        indices = prompts_of_step(
-            len(self._prompts), settings.rollout.prompts_per_step, step, loop.seed
+        return SampledRollouts(
+            self._engines,
+            self._make_episode,
+            self._prompts,
+            EpisodeSettings(
+                settings.rollout, settings.guidance, loop.steps, loop.seed, self._responses
+            ),
+            stop_token_ids=stop_token_ids(settings.student, settings.rollout.stop_token_ids),
+            is_main=self._ranks.is_main,
         )
-        plans = plan_requests(
-            [self._prompts[i] for i in indices],
-            self._responses,
-            step=step,
-            steps=loop.steps,
-            rollout=settings.rollout,
-            guidance=settings.guidance,
-            seed=loop.seed,
-        )
-        samples = self._engines.generate([plan.request for plan in plans], self._sampling)
-        return assemble(plans, samples, step=step, weights_version=step)
 
     def _read_texts(self) -> None:
         folder, rollout = self.settings.student, self.settings.rollout
@@ -231,11 +231,6 @@ class LiveRollouts:
         if responses:
             filtered = rollout.filter_overlong_prompts
             self._responses = load_responses(responses, self._prompts, tokenizer, filtered=filtered)
-        self._sampling = Sampling(
-            temperature=rollout.temperature,
-            top_p=rollout.top_p,
-            stop_token_ids=stop_token_ids(folder, rollout.stop_token_ids),
-        )
 
     def _check_template(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         rollout, prompts = self.settings.rollout, self._prompts
@@ -287,7 +282,8 @@ class LiveRollouts:
                 dtype=str(dtype).removeprefix("torch."),
                 max_model_len=longest + rollout.max_new_tokens,
                 vocab_size=self._columns,
-                memory=rollout.engine_memory,
+                gpu_share=rollout.engine_gpu_share,
+                cpu_kv_gib=rollout.engine_cpu_kv_gib,
                 tensor_parallel=rollout.engine_tensor_parallel,
                 max_num_seqs=rollout.max_num_seqs,
                 max_num_batched_tokens=rollout.max_num_batched_tokens,
@@ -300,7 +296,7 @@ class LiveRollouts:
             world_size=ranks.world_size,
             num_engines=rollout.num_engines,
             make_engine=make,
-            transport=rollout.colocated_transport,
+            transport=rollout.weight_transport,
         )
 
     def _push_weights(self, model: torch.nn.Module, step: int) -> None:
@@ -310,10 +306,10 @@ class LiveRollouts:
             self._folder.config | {"vocab_size": self._columns},
             self._ranks,
             padded_vocab_size=self._loop.padded_vocab_size,
-            receivers=self._engines.receivers,
+            receivers=self._engines.channel.receivers,
             explicit_lm_head=True,
         )
-        self._engines.load_tensors(Export(export), version=step)
+        self._engines.channel.send(Export(export), step)
 
 
 def check_arguments(

@@ -42,7 +42,7 @@ def communication(made: Setup) -> Communication:
     # A loss that looks at the student first takes one more pass.
     passes = 2 + made.config.loss.needs_student_pass
     again = repeated(made)
-    ways = 2 if made.through_folder or made.direct else 1
+    ways = 2 if made.through_folder else 1
     return Communication(
         tensor_teacher=tensor_bytes(made, teacher, passes=1),
         tensor_student=tensor_bytes(made, student, passes=passes - 2 + student_sums(made)),

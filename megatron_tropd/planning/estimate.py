@@ -37,8 +37,7 @@ def slow_phases(one: Estimate) -> list[str]:
     """A warning for each phase that the run would take to hang (``run.timeout_minutes``)."""
     took, minutes = one.seconds, one.made.config.run.timeout_minutes
     phases = {name: getattr(took, name) for name in ("teacher", "student", "optimizer", "sync")}
-    wait_in = "sync" if took.overlapped and took.sync_waits else "rollout"
-    phases[wait_in] = phases.get(wait_in, 0.0) + took.waiting
+    phases["rollout"] = took.waiting
     return [
         f"the {phase} is estimated, not calibrated, to last {length / 60:.1f} minutes; "
         f"a run is taken to hang after run.timeout_minutes = {minutes:g}. "
@@ -76,7 +75,9 @@ def layout_name(made: Setup) -> str:
     engines = f"{_many(rollout.num_engines, 'engine')} of {_many(gpus, 'GPU')}"
     if made.separate:
         engines += f" on {_many(made.engine_nodes, 'node')} of their own"
-    parts.append(f"{engines}, engine_memory {rollout.engine_memory:.2f}")
+    on_cpu = made.hardware.layers == "cpu"
+    name = "engine_cpu_kv_gib" if on_cpu else "engine_gpu_share"
+    parts.append(f"{engines}, {name} {getattr(rollout, name):.2f}")
     if rollout.steps_ahead:
         parts.append("one step ahead")
     return ", ".join(parts)

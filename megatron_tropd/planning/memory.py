@@ -198,8 +198,8 @@ def obstacle(made: Setup, stages: list[Memory]) -> str:
     engine = engine_memory(made)
     if made.separate and engine.total > usable:
         return (
-            f"rollout.engine_memory = {made.rollout.engine_memory:g} is {engine.total / 1e9:.1f} "
-            f"GB, an engine's GPU has {usable / 1e9:.1f} usable ones"
+            f"rollout.engine_gpu_share = {made.rollout.engine_gpu_share:g} is "
+            f"{engine.total / 1e9:.1f} GB, an engine's GPU has {usable / 1e9:.1f} usable ones"
         )
     return engine_obstacle(made)
 
@@ -371,9 +371,9 @@ def engine_memory(made: Setup, model: Model | None = None) -> Engine:
     model, rollout = model or made.student, made.rollout
     weights = model.parameters * made.element / rollout.engine_tensor_parallel
     if made.hardware.layers == "cpu":
-        cache = rollout.engine_memory * 2**30
+        cache = rollout.engine_cpu_kv_gib * 2**30
         return Engine(weights, 0.0, cache, weights + cache)
-    of_memory = rollout.engine_memory
+    of_memory = rollout.engine_gpu_share
     if model.who == "teacher" and not made.separate:
         of_memory = max(of_memory, TEACHER_SHARE)
     share = of_memory * made.hardware.memory_gb * 1e9
@@ -405,13 +405,11 @@ def engine_host_bytes(made: Setup) -> float:
 
     Through a folder each colocated engine gets the whole student in shared memory, all engines of
     the node at the same time; from GPU to GPU it takes nothing there. Asleep it keeps no weights.
-    What goes to separate ones directly is kept on the first node until it is in the run's folder.
+    Separate ones read it from the run's folder.
     """
     weights = float(made.student.parameters * made.element)
-    if made.hardware.layers == "cpu":
+    if made.hardware.layers == "cpu" or made.separate:
         return 0.0
-    if made.separate:
-        return weights if made.direct else 0.0
     world = made.parallel.world_size
     engines = -(-made.rollout.num_engines * min(made.hardware.gpus_per_node, world) // world)
     return engines * weights if made.through_folder else 0.0

@@ -233,7 +233,7 @@ def _expert_layouts(tensor: int, data: int) -> Iterator[tuple[int, int | None]]:
 def _colocated(made: Setup, gpus: int, ahead: Literal[0, 1]) -> list[RolloutConfig]:
     """Each GPU belongs to one engine; the smallest first."""
     if made.hardware.layers == "cpu":
-        return [_rollout(made, "colocated", gpus, 1, ahead, made.rollout.engine_memory)]
+        return [_rollout(made, "colocated", gpus, 1, ahead, made.rollout.engine_gpu_share)]
     return [
         _rollout(made, "colocated", gpus // size, size, ahead, share)
         for size in _divisors(min(gpus, made.hardware.gpus_per_node))
@@ -245,7 +245,7 @@ def _apart(made: Setup, nodes: int, ahead: Literal[0, 1]) -> list[RolloutConfig]
     """Each GPU of some nodes belongs to one engine, which has what is not reserved."""
     node, reserve = made.hardware.gpus_per_node, made.hardware.reserve
     if made.hardware.layers == "cpu":
-        return [_rollout(made, "separate", nodes * node, 1, ahead, made.rollout.engine_memory)]
+        return [_rollout(made, "separate", nodes * node, 1, ahead, made.rollout.engine_gpu_share)]
     share = max((share for share in _SHARES if share <= 1 - reserve), default=_SHARES[0])
     return [
         _rollout(made, "separate", nodes * node // size, size, ahead, share)
@@ -261,15 +261,13 @@ def _rollout(
     ahead: Literal[0, 1],
     share: float,
 ) -> RolloutConfig:
-    transport = made.rollout.weight_transport
     return replace(
         made.rollout,
         placement=placement,
-        weight_transport="auto" if (placement, transport) == ("colocated", "direct") else transport,
         num_engines=engines,
         engine_tensor_parallel=size,
         steps_ahead=ahead,
-        engine_memory=share,
+        engine_gpu_share=share,
     )
 
 

@@ -109,7 +109,8 @@ def plan_json(plan: Plan) -> dict[str, Any]:
 
 def _estimate_json(one: Estimate) -> dict[str, Any]:
     made, engine = one.made, engine_memory(one.made)
-    names = ("placement", "num_engines", "engine_tensor_parallel", "engine_memory", "steps_ahead")
+    names = ["placement", "num_engines", "engine_tensor_parallel", "steps_ahead"]
+    names += ["engine_gpu_share", "engine_cpu_kv_gib"]
     return {
         "parallel": asdict(made.parallel),
         "rollout": {name: getattr(made.rollout, name) for name in names}

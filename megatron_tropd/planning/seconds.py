@@ -48,8 +48,6 @@ class Seconds:
     """New weights into colocated engines, or into the folder where separate ones find them."""
     overlapped: bool
     """Whether the rollout goes on beside the rest: separate engines, one step ahead."""
-    sync_waits: bool = False
-    """Whether the weights wait for all samples, as those do that go directly."""
 
     @property
     def training(self) -> float:
@@ -61,8 +59,7 @@ class Seconds:
         """For samples: the whole rollout, or what is left of it after all that goes on beside."""
         if not self.overlapped:
             return self.rollout
-        beside = self.training - self.sync if self.sync_waits else self.training
-        return max(0.0, self.rollout - beside)
+        return max(0.0, self.rollout - self.training)
 
     @property
     def total(self) -> float:
@@ -88,7 +85,6 @@ def seconds(made: Setup, sent: Communication) -> Seconds:
         optimizer=optimizer_seconds(made),
         sync=sync_seconds(made),
         overlapped=made.separate and made.rollout.steps_ahead == 1,
-        sync_waits=made.direct,
     )
 
 
@@ -250,13 +246,9 @@ def sync_seconds(made: Setup) -> float:
 
     Colocated: each GPU of an engine gets all of them over the node's links, lays them into a buffer
     there, and the engine reads that; or, through shared memory, one process writes and reads them.
-    Separate: they are written into the run's folder. Directly: one GPU sends them once, after a
-    copy to the host, which is written while the next step trains.
+    Separate: they are written into the run's folder.
     """
     weights, hardware = made.student.parameters * made.element, made.hardware
-    if made.direct:
-        network = hardware.network_gb_s * hardware.achieved_bandwidth
-        return weights / (network * 1e9) + weights / (hardware.host_copy_gb_s * 1e9)
     if made.separate:
         return weights / (hardware.shared_folder_gb_s * 1e9)
     if made.through_folder:
@@ -267,8 +259,8 @@ def sync_seconds(made: Setup) -> float:
 
 
 def _arrival_seconds(made: Setup) -> float:
-    """Separate engines read new weights from the run's folder, unless they came directly."""
-    if not made.separate or made.direct:
+    """Separate engines read new weights from the run's folder."""
+    if not made.separate:
         return 0.0
     bandwidth = made.hardware.shared_folder_gb_s * 1e9
     return made.student.parameters * made.element / bandwidth

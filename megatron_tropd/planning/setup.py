@@ -57,16 +57,10 @@ class Setup:
         return self.rollout.placement == "separate"
 
     @property
-    def direct(self) -> bool:
-        """Whether separate engines get new weights through the network, not the run's folder."""
-        return self.rollout.weight_transport == "direct"
-
-    @property
     def through_folder(self) -> bool:
         """Whether new weights are written to a file, in memory or in the run's folder."""
-        if self.separate:
-            return not self.direct
-        return self.rollout.weight_transport == "folder" or self.hardware.layers == "cpu"
+        folder = self.rollout.weight_transport == "folder"
+        return self.separate or folder or self.hardware.layers == "cpu"
 
     @property
     def engine_nodes(self) -> int:
@@ -197,12 +191,6 @@ def check_engines(made: Setup) -> None:
             f"rollout.engine_tensor_parallel must be 1 without CUDA, found {gpus}. Set it to 1."
         )
     _check_shards(made.student, gpus)
-    share = made.rollout.engine_memory
-    if made.hardware.layers != "cpu" and share >= 1:
-        raise ConfigError(
-            f"rollout.engine_memory is a share of a GPU's memory and must be below 1, found "
-            f"{share:g}. Lower it."
-        )
 
 
 def _check_colocated(made: Setup) -> None:

@@ -6,14 +6,14 @@ buffer in another process, the files, and the engine itself, which writes down w
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any
 
 from torch import Tensor
 
 from megatron_tropd.planning import Setup
 from megatron_tropd.rehearsal.world import World
 from megatron_tropd.rollout.engines import pool
-from megatron_tropd.rollout.weights import direct, weight_sync
+from megatron_tropd.rollout.weights import weight_sync
 from megatron_tropd.rollout.weights.channels import Seat
 
 
@@ -74,8 +74,6 @@ def believe(made: Setup, world: World, folder: Path) -> None:
     world.let_each_say(Seat, lambda rank: seat(made, rank))
     setattr(pool, "roomy_root", lambda engines, weight_bytes: folder)  # noqa: B010
     setattr(weight_sync, "_save", lambda bucket, path: None)  # noqa: B010
-    setattr(direct, "_Broadcast", _broadcasting(made, world))  # noqa: B010
-    setattr(direct, "_BackgroundWrite", _Unwritten)  # noqa: B010
 
 
 def seat(made: Setup, rank: int) -> Seat:
@@ -91,39 +89,3 @@ def seat(made: Setup, rank: int) -> Seat:
         forgets=engine is not None,
         weight_bytes=engine.weight_bytes if engine else 0,
     )
-
-
-class _Unwritten(direct._BackgroundWrite):
-    """A version whose buckets are copied to the host; another thread cannot rehearse."""
-
-    def start(self) -> None:
-        """Nothing is written."""
-
-    def wait(self) -> None:
-        """Nobody writes."""
-
-
-def _broadcasting(made: Setup, world: World) -> type:
-    """A broadcast that every server takes part in, with all of its GPUs."""
-    servers = made.rollout.num_engines
-    ranks = 1 + servers * made.rollout.engine_tensor_parallel
-
-    class Broadcast:
-        goes_on, broken = True, False
-
-        def __init__(self, *_: Any) -> None:
-            """Servers are not asked."""
-
-        def __enter__(self) -> Self:
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            """Nobody to leave."""
-
-        def send(self, bucket: Any) -> None:
-            world.count("broadcast", "trainer and servers", ranks, [cast(Tensor, bucket.flat)])
-
-        def finish(self) -> set[int]:
-            return set(range(servers))
-
-    return Broadcast

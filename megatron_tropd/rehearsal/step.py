@@ -33,8 +33,7 @@ from megatron_tropd.planning import Setup
 from megatron_tropd.rehearsal.engines import Counted, RecordingEngine
 from megatron_tropd.rehearsal.tensors import CPU, Device
 from megatron_tropd.rehearsal.world import World
-from megatron_tropd.rollout.engines.pool import EnginePool
-from megatron_tropd.rollout.engines.served import ServerPool
+from megatron_tropd.rollout.engines.interface import SamplingEngines
 
 
 class ArchitectureFolder(HFFolder):
@@ -130,7 +129,8 @@ class RehearsedJob(Job):
         """Process groups and both models, wrapped and with an optimizer."""
         config = self.config
         with self.clock("build"):
-            self._be_deterministic()
+            if config.run.deterministic:
+                platform.be_deterministic()
             self.ranks = parallel.initialize(config.parallel, seed=config.train.seed)
             self.device = platform.device()
             self.dtype = models.resolve_dtype(config.model.dtype)
@@ -140,7 +140,6 @@ class RehearsedJob(Job):
             self._check_steps_ahead()
             self.hf_folders = {"student": self.inputs.student.path}
             self.engines = self._start_engines()
-            self.rollouts = cast(Any, _Version())
             self._build_models()
             self.checkpoints = Checkpoints(
                 self.folder.checkpoints,
@@ -240,7 +239,7 @@ class RehearsedJob(Job):
             max_model_len=made.work.longest,
         )
 
-    def _start_engines(self) -> EnginePool | ServerPool:
+    def _start_engines(self) -> SamplingEngines:
         original = job.make_engine
         setattr(job, "make_engine", lambda *_, **__: self.engine)  # noqa: B010
         try:
@@ -255,10 +254,6 @@ class RehearsedJob(Job):
 
 class _NeverStop:
     requested = False
-
-
-class _Version:
-    weights_version = 0
 
 
 def bytes_to_write(state: Any) -> int:

@@ -45,7 +45,7 @@ WARNING_SECONDS = 240
 """Slurm looks at time limits, in whole minutes, twice a minute."""
 ROLES = {
     "rank": "megatron_tropd.launch.rank",
-    "engine": "megatron_tropd.rollout.engines.worker",
+    "engine": "megatron_tropd.rollout.engines.child",
     "launcher": "distill",
     "server": "serve",
 }

@@ -29,7 +29,7 @@ def folder(tiny_model) -> Path:
 @pytest.fixture(scope="module")
 def engine(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RolloutEngine]:
     log = tmp_path_factory.mktemp("engine") / "engine.log"
-    settings = {"max_model_len": 64, "dtype": "bfloat16", "memory": MEMORY}
+    settings = {"max_model_len": 64, "dtype": "bfloat16", "gpu_share": MEMORY}
     with RolloutEngine(folder, log_file=log, **settings) as engine:
         engine.wait_ready()
         yield engine
@@ -80,7 +80,7 @@ def test_weights_go_from_gpu_to_gpu_and_sleep_gives_the_memory_back(
 
 def test_the_memory_of_a_closed_engine_comes_back(folder: Path, tmp_path: Path) -> None:
     before = free_bytes()
-    settings = {"max_model_len": 64, "dtype": "bfloat16", "memory": MEMORY}
+    settings = {"max_model_len": 64, "dtype": "bfloat16", "gpu_share": MEMORY}
     with RolloutEngine(folder, log_file=tmp_path / "log", **settings) as engine:
         engine.generate(REQUESTS[:1], Sampling())
     wait_for_memory(before, "the engine")

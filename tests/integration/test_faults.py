@@ -168,7 +168,7 @@ def config(tmp_path_factory, tiny_model) -> Path:
         max_new_tokens = 16
         prompts_per_step = 4
         samples_per_prompt = 2
-        engine_memory = 0.25
+        engine_cpu_kv_gib = 0.25
         [train]
         steps = {STEPS}
         lr = 1e-3

@@ -67,7 +67,7 @@ def config(tmp_path_factory, pair) -> Path:
         max_new_tokens = 16
         prompts_per_step = 4
         samples_per_prompt = 2
-        engine_memory = 0.25
+        engine_cpu_kv_gib = 0.25
         [guidance]
         responses = "responses.jsonl"
         beta = 0.1
@@ -168,7 +168,7 @@ class Run:
         return sorted(found, key=born)
 
     def engine(self) -> int:
-        return self.named("engines.worker")[0]
+        return self.named("engines.child")[0]
 
 
 @pytest.fixture

@@ -98,11 +98,10 @@ def _train(job: Any, config: Any) -> dict[str, Any]:
     """Train with other settings in the same job: new models, the engine gets their weights."""
     from megatron_tropd.distill.inputs import load_inputs
     from megatron_tropd.distill.loop import learn, rollout, train_step
-    from megatron_tropd.distill.rollouts import Rollouts
 
     job.config, job.step = config, 0
     job.inputs = load_inputs(config)
-    job.rollouts = Rollouts(config, job.inputs, job.engines)
+    job.rollouts = job.rollout_source()
     job._build_models()
     job.sync_weights(0)
     before = [p.detach().clone() for p in job.student.model.parameters()]

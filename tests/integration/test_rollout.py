@@ -39,7 +39,7 @@ SAMPLING = Sampling(stop_token_ids=(2, 50))
 def start(folder: Path, log_folder: Path) -> RolloutEngine:
     """An engine for sequences of up to 128 tokens on one thread."""
     engine = RolloutEngine(
-        folder, max_model_len=128, log_file=log_folder / "engine.log", memory=0.25, threads=1
+        folder, max_model_len=128, log_file=log_folder / "engine.log", cpu_kv_gib=0.25, threads=1
     )
     process.prepare(threads=1)  # the next engine imports vLLM while this one works
     return engine
@@ -224,15 +224,15 @@ from types import SimpleNamespace
 import torch
 from safetensors.torch import load_file
 from vllm import LLM
-from megatron_tropd.rollout.engines import worker
+from megatron_tropd.rollout.engines import child
 from megatron_tropd.rollout.weights.channels import DeviceChannel
 from megatron_tropd.rollout.engines.settings import EngineSettings
 from megatron_tropd.data.samples import SampleRequest, Sampling
 
 folder, new, requests = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-settings = EngineSettings(folder, "float32", 128, 0.25, 1, None, True, cuda=False)
+settings = EngineSettings(folder, "float32", 128, 0.4, 0.25, 1, None, True, cuda=False)
 transfer = {"weight_transfer_config": {"backend": "ipc"}}
-llm = LLM(**worker.engine_arguments(settings) | transfer)
+llm = LLM(**child.engine_arguments(settings) | transfer)
 
 # A handle that is opened gives the buffer; the engine's GPU is the CPU. All else is vLLM's.
 buffers = []
@@ -245,9 +245,9 @@ def export(buffer):
     return (*range(7), len(buffers) - 1)
 
 engine = SimpleNamespace(
-    begin_weights=lambda: worker.begin_weights(llm),
+    begin_weights=lambda: child.begin_weights(llm),
     take_weights=lambda update: llm.update_weights({"update_info": update}),
-    finish_weights=lambda: worker.finish_weights(llm),
+    finish_weights=lambda: child.finish_weights(llm),
 )
 channel = DeviceChannel(
     {0: (0,)}, rank=0, uuid="GPU-0", device=torch.device("cpu"), export=export, bucket_bytes=30_000
@@ -255,7 +255,7 @@ channel = DeviceChannel(
 weights = load_file(new + "/model.safetensors")
 for _ in range(2):
     channel.send(iter(weights.items()), engine)
-samples = worker.generate(llm, [SampleRequest(*r) for r in requests], Sampling())
+samples = child.generate(llm, [SampleRequest(*r) for r in requests], Sampling())
 print(json.dumps([[s.token_ids, s.logprobs, s.finish_reason] for s in samples]), flush=True)
 import os
 os._exit(0)
@@ -314,7 +314,7 @@ def test_an_engine_of_fewer_columns_samples_from_these_alone(
     new = updated_weights(folder, seed=2)
     changed = save_as_model(tmp_path / "changed", folder, new)
     cut = {n: t[:columns] if t.shape[0] == 259 else t for n, t in new.items()}
-    settings = {"max_model_len": 128, "memory": 0.25, "threads": 1, "vocab_size": columns}
+    settings = {"max_model_len": 128, "cpu_kv_gib": 0.25, "threads": 1, "vocab_size": columns}
     with (
         RolloutEngine(folder, log_file=tmp_path / "engine.log", **settings) as engine,
         WeightMailbox(tmp_path) as mailbox,

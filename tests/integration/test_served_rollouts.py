@@ -31,9 +31,10 @@ from megatron_tropd.rollout.engines import wire
 from megatron_tropd.rollout.engines.client import ClientSettings
 from megatron_tropd.rollout.engines.dispatch import Patience
 from megatron_tropd.rollout.engines.engine import RolloutEngine
-from megatron_tropd.rollout.engines.pool import cut_units, merge_units
+from megatron_tropd.rollout.engines.pool import cut_batches, merge_batches
 from megatron_tropd.rollout.engines.served import ServerPool
-from megatron_tropd.rollout.weights.weight_sync import WeightVersions, write_buckets
+from megatron_tropd.rollout.weights.versions import WeightVersions
+from megatron_tropd.rollout.weights.weight_sync import write_buckets
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
@@ -46,7 +47,6 @@ REQUESTS = [
 ]
 """Half a second of work for each of two servers: long enough to be disturbed."""
 SECONDS = 300.0
-DIRECT = "rollout.weight_transport=direct"
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def toml(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Pat
         prompts_per_step = 4
         samples_per_prompt = 2
         num_engines = 2
-        engine_memory = 0.25
+        engine_cpu_kv_gib = 0.25
         [loss]
         method = "tropd"
         importance = "truncated"
@@ -200,8 +200,6 @@ def make_pool(
     def make(
         answer_seconds: float = 30.0,
         model: wire.Model = "student",
-        folder: Path | None = None,
-        direct: bool = False,
         **patience: float,
     ) -> ServerPool:
         run = servers[0].folder.parent
@@ -211,14 +209,13 @@ def make_pool(
         )
         pool = ServerPool(
             known,
-            WeightVersions(folder or run / "weights"),
+            WeightVersions(run / "weights"),
             rank=0,
             num_servers=2,
             model=model,
             patience=Patience(**patience),  # type: ignore[arg-type]
-            direct=direct,
         )
-        pool.load_tensors(iter(weights.items()), version=1)
+        pool.channel.send(iter(weights.items()), version=1)
         return pool
 
     return make
@@ -226,16 +223,16 @@ def make_pool(
 
 @pytest.fixture(scope="module")
 def expected(toml: Path, weights: dict[str, torch.Tensor], tmp_path_factory) -> list[Sample]:
-    """The samples of an engine in this test, unit by unit; checks another cut against them."""
+    """The samples of an engine in this test, batch by batch; checks another cut against them."""
     folder = tmp_path_factory.mktemp("expected")
     student = Path(load_config(toml).model.student)
     with RolloutEngine(
-        student, max_model_len=122, log_file=folder / "log", memory=0.25, threads=1
+        student, max_model_len=122, log_file=folder / "log", cpu_kv_gib=0.25, threads=1
     ) as engine:
         (folder / "weights").mkdir()
         write_buckets(folder / "weights", iter(weights.items()))
         engine.load_weights(folder / "weights")
-        samples = merge_units([engine.generate(u, SAMPLING) for u in cut_units(REQUESTS, 2)])
+        samples = merge_batches([engine.generate(u, SAMPLING) for u in cut_batches(REQUESTS, 2)])
         whole = engine.generate(REQUESTS, SAMPLING)
     for one, other in zip(samples, whole, strict=True):
         assert one.token_ids == other.token_ids
@@ -256,22 +253,9 @@ def test_a_server_answers_while_its_engine_starts(servers: list[Server]) -> None
 def test_served_samples_are_those_of_a_local_engine(make_pool, expected) -> None:
     pool = make_pool()
     assert pool.generate(REQUESTS, SAMPLING) == expected
-    pool.start_generate(REQUESTS, SAMPLING)
+    pool.start(REQUESTS, SAMPLING)
     assert pool.generate(REQUESTS[:2], SAMPLING)[1].token_ids == expected[1].token_ids
-    assert pool.finish_generate() == expected
-
-
-def test_weights_that_come_directly_are_those_of_the_folder(
-    make_pool, servers: list[Server], tmp_path: Path, expected
-) -> None:
-    """Into a folder that no server sees: what they have they were sent."""
-    for server in servers:
-        server.wait_for("ready")
-    with make_pool(direct=True, folder=tmp_path / "elsewhere") as pool:
-        assert pool.generate(REQUESTS, SAMPLING) == expected
-        pool._direct.finish()
-        assert (tmp_path / "elsewhere" / "version_000001").exists()
-    assert not (tmp_path / "elsewhere").exists()
+    assert pool.finish() == expected
 
 
 def _record(fault: str, how: str) -> None:
@@ -281,12 +265,12 @@ def _record(fault: str, how: str) -> None:
         seen="the run goes on with the other server, samples equal bit for bit",
         stops=None,
         back=None,
-        lost="nothing; the unit is made again",
+        lost="nothing; the batch is made again",
     )
 
 
 def _disturbed(pool: ServerPool, victim: Server, disturb: Callable[[dict], None]) -> list[Sample]:
-    """Generate while ``disturb`` gets the victim's status in the middle of its unit."""
+    """Generate while ``disturb`` gets the victim's status in the middle of its batch."""
     samples: list[list[Sample]] = []
     thread = threading.Thread(target=lambda: samples.append(pool.generate(REQUESTS, SAMPLING)))
     thread.start()
@@ -303,45 +287,13 @@ def test_an_engine_killed_in_the_middle_is_replaced(make_pool, servers, expected
     assert _disturbed(make_pool(), servers[0], kill) == expected
     status = servers[0].wait_for("ready")
     assert status["engine_restarts"] == 1 and "signal 9" in status["last_error"]
-    _record("the engine of a rollout server dies", "kill -9 in the middle of a unit")
-
-
-def test_an_engine_killed_while_it_is_handed_weights_is_not_waited_for(
-    make_pool, servers, expected
-) -> None:
-    """It stands still before it can join, so that it is certainly in the middle."""
-    victim = servers[1]
-    engine, restarts = (victim.wait_for("ready")[key] for key in ("engine_pid", "engine_restarts"))
-    os.kill(engine, signal.SIGSTOP)
-    threading.Timer(1.0, os.kill, (engine, signal.SIGKILL)).start()
-    before = time.monotonic()
-    pool = make_pool(direct=True, join_seconds=SECONDS)
-    assert time.monotonic() - before < SECONDS / 2
-    assert pool.generate(REQUESTS, SAMPLING) == expected
-    assert victim.wait_for("ready")["engine_restarts"] == restarts + 1
-    assert pool.generate(REQUESTS, SAMPLING) == expected, "the new engine has the folder's"
-    _record("an engine dies while it is handed weights", "SIGSTOP before it joins, then kill -9")
-
-
-def test_an_engine_that_comes_too_late_has_the_weights_of_the_folder(
-    make_pool, servers, expected
-) -> None:
-    victim = servers[1]
-    engine = victim.wait_for("ready")["engine_pid"]
-    os.kill(engine, signal.SIGSTOP)
-    try:
-        pool = make_pool(direct=True, join_seconds=0.5)
-        assert pool.generate(REQUESTS, SAMPLING) == expected
-    finally:
-        os.kill(engine, signal.SIGCONT)
-    assert victim.wait_for("ready")["engine_pid"] == engine
-    assert pool.generate(REQUESTS, SAMPLING) == expected
+    _record("the engine of a rollout server dies", "kill -9 in the middle of a batch")
 
 
 def test_a_server_killed_in_the_middle_is_not_missed_and_used_again(
     make_pool, servers, toml, expected
 ) -> None:
-    pool, old = make_pool(direct=True), servers[1]
+    pool, old = make_pool(), servers[1]
     engine = old.wait_for("ready")["engine_pid"]
     assert _disturbed(pool, old, lambda _: old.process.kill()) == expected
     old.process.wait()
@@ -350,7 +302,7 @@ def test_a_server_killed_in_the_middle_is_not_missed_and_used_again(
     servers[1].wait_for("ready")
     assert pool.generate(REQUESTS, SAMPLING) == expected
     assert servers[1].status()["weights"]["version"] == 1
-    _record("a rollout server dies", "kill -9 in the middle of a unit, started again by hand")
+    _record("a rollout server dies", "kill -9 in the middle of a batch, started again by hand")
 
 
 def test_a_server_that_hangs_is_done_without(make_pool, servers, expected) -> None:
@@ -369,7 +321,7 @@ def test_a_server_that_hangs_is_done_without(make_pool, servers, expected) -> No
         for server in servers:
             server.process.send_signal(signal.SIGCONT)
     victim.wait_for("ready")
-    _record("a rollout server hangs", "SIGSTOP in the middle of a unit, time-out of 1 s")
+    _record("a rollout server hangs", "SIGSTOP in the middle of a batch, time-out of 1 s")
 
 
 def test_the_teacher_is_served_on_demand(make_pool, servers, toml, expected) -> None:
@@ -464,7 +416,7 @@ def two_servers(toml: Path, run: Path, *overrides: str) -> Iterator[None]:
 def test_a_served_run_equals_a_colocated_one(toml: Path, tmp_path: Path) -> None:
     with (
         Run(toml, tmp_path / "colocated") as colocated,
-        Run(toml, tmp_path / "served", "rollout.placement=separate", DIRECT) as served,
+        Run(toml, tmp_path / "served", "rollout.placement=separate") as served,
         two_servers(toml, served.folder),
     ):
         for run in (colocated, served):
@@ -473,16 +425,13 @@ def test_a_served_run_equals_a_colocated_one(toml: Path, tmp_path: Path) -> None
     assert served.records() == colocated.records()
     assert {record["staleness"] for record in served.records()} == {0}
     assert not (served.folder / "weights").exists()
-    logs = [path.read_text() for path in (served.folder / "logs").glob("server_*_student.log")]
-    assert [log.count(": received in ") >= 4 for log in logs] == [True, True]
 
 
 def test_one_step_ahead_repeats_elsewhere_and_after_an_interruption(
     toml: Path, tmp_path: Path
 ) -> None:
-    """Engines beside the ranks without a break; servers with one, and with weights from the folder
-    before it and directly after it. An evaluation comes between a request for samples and their
-    use."""
+    """Engines beside the ranks without a break; servers with one. An evaluation comes between a
+    request for samples and their use."""
     problems = toml.parent / "prompts.jsonl"
     ahead = [
         *("rollout.steps_ahead=1", f"evaluation.problems={problems}"),
@@ -498,7 +447,6 @@ def test_one_step_ahead_repeats_elsewhere_and_after_an_interruption(
         served.interrupted_at(2)
         kept = sorted((served.folder / "checkpoints").glob("step_*"))
         assert kept and all((folder / "pending_rollouts.jsonl").exists() for folder in kept)
-        served.command.append(DIRECT)
         code, text = served.finish()
         assert code == 0, text
     assert served.records() == colocated.records()

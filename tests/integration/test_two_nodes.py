@@ -48,7 +48,7 @@ def config(tmp_path_factory, tiny_model) -> Path:
         max_new_tokens = 8
         prompts_per_step = 2
         samples_per_prompt = 2
-        engine_memory = 0.25
+        engine_cpu_kv_gib = 0.25
         [loss]
         method = "tropd"
         top_k = 16

@@ -141,7 +141,11 @@ def test_overrides(toml: Path, override: str, section: str, name: str, value: ob
         ),
         (
             "rollout.weight_transport=direct",
-            r'"direct" needs rollout\.placement = "separate", found "colocated"',
+            r'rollout\.weight_transport = "direct" is no longer there.*Remove the line',
+        ),
+        (
+            "rollout.engine_memory=0.5",
+            r"two settings.*rollout\.engine_gpu_share .*rollout\.engine_cpu_kv_gib",
         ),
         ("rollout.max_num_seqs=0", r"rollout\.max_num_seqs must be at least 1"),
         ("rollout.steps_ahead=2", r"rollout\.steps_ahead must be one of \[0, 1\], found 2"),

@@ -7,8 +7,6 @@ import pytest
 from megatron_tropd.config import GuidanceConfig, RolloutConfig
 from megatron_tropd.data.prefixes import alpha, plan_requests, prefix_length
 from megatron_tropd.data.responses import TeacherResponse
-from megatron_tropd.data.samples import Sample
-from megatron_tropd.data.trajectories import assemble
 from megatron_tropd.data.types import Prompt
 
 
@@ -114,17 +112,3 @@ def test_several_responses_are_all_used():
         for seed in range(20)
     }
     assert used == {100, 101, 102}
-
-
-def test_assemble_keeps_the_order_and_the_ids():
-    plans = _plan(5, {i: (_response(9, prompt=i),) for i in range(3)})
-    samples = [Sample((40 + i, 2), (-0.5, -1.0 * i), "stop") for i in range(12)]
-    trajectories = assemble(plans, samples, step=5, weights_version=5)
-    for i, (plan, trajectory) in enumerate(zip(plans, trajectories, strict=True)):
-        assert trajectory.prompt_ids + trajectory.prefix_ids == plan.request.token_ids
-        assert trajectory.response_ids == (40 + i, 2)
-        assert trajectory.rollout_logprobs == (-0.5, -1.0 * i)
-        assert (trajectory.prompt_index, trajectory.sample_index) == (i // 4, i % 4)
-        assert (trajectory.step, trajectory.weights_version) == (5, 5)
-    with pytest.raises(ValueError):
-        assemble(plans, samples[1:], step=5, weights_version=5)

@@ -84,13 +84,6 @@ def test_options_under_which_runs_differ_are_refused_by_name(table, option, valu
         config(True, **options)
 
 
-def test_weights_by_nccl_to_pinned_engines_are_refused_on_gpus_only():
-    with pytest.raises(ConfigError, match=r"rollout\.weight_transport"):
-        deterministic.check_transport(direct=True, cuda=True)
-    deterministic.check_transport(direct=True, cuda=False)
-    deterministic.check_transport(direct=False, cuda=True)
-
-
 def test_engines_inherit_it_and_those_on_a_cpu_take_no_kernels_for_gpus():
     environment: dict[str, str] = {}
     deterministic.set_environment(True, environment)

@@ -14,6 +14,7 @@ from megatron_tropd.config import RolloutConfig
 from megatron_tropd.convert.families import model_shape
 from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.distill.job import Job
+from megatron_tropd.rollout.engines.child import _is_refusal
 from megatron_tropd.rollout.engines.engine import RolloutEngine
 from megatron_tropd.rollout.engines.engine_model import (
     check_engine,
@@ -22,7 +23,6 @@ from megatron_tropd.rollout.engines.engine_model import (
     remove_engine_folder,
     write_engine_folder,
 )
-from megatron_tropd.rollout.engines.worker import _is_refusal
 
 VOCAB = 259
 

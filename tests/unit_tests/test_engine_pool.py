@@ -12,12 +12,10 @@ from megatron_tropd.base.errors import TrainingError
 from megatron_tropd.data.samples import Sample, SampleRequest, Sampling
 from megatron_tropd.rollout.engines.engine import RolloutEngine
 from megatron_tropd.rollout.engines.pool import EnginePool
-from megatron_tropd.rollout.engines.wire import Offer
-from megatron_tropd.rollout.weights.weight_sync import Export, WeightsName
+from megatron_tropd.rollout.weights.weight_sync import Export
 
 REQUESTS = [SampleRequest((1, 2), 4, seed) for seed in range(3)]
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, stop_token_ids=())
-OFFER = Offer("id", WeightsName(1, "me"), "host", 1, "key", 0, 1.0)
 
 
 class RecordingEngine:
@@ -83,19 +81,37 @@ def _weights(value: int) -> Export:
 def test_an_engine_sleeps_after_every_way_of_sampling_and_gets_weights_before_the_next() -> None:
     engine = RecordingEngine()
     with _pool(engine) as pool:
-        pool.sleep()  # while the models are built
-        pool.load_tensors(_weights(0), version=0)
-        pool.start_generate(REQUESTS, SAMPLING)  # the rollout of a step
-        assert [sample.token_ids for sample in pool.finish_generate()] == [(0,), (1,), (2,)]
-        pool.load_tensors(_weights(1), version=1)
+        with pool.awake():
+            pass  # while the models are built
+        pool.channel.send(_weights(0), version=0)
+        pool.start(REQUESTS, SAMPLING)  # the rollout of a step
+        assert [sample.token_ids for sample in pool.finish()] == [(0,), (1,), (2,)]
+        pool.channel.send(_weights(1), version=1)
         pool.generate(REQUESTS, SAMPLING)  # an evaluation
-        pool.start_generate(REQUESTS, SAMPLING)  # the same weights again
-        pool.load_tensors(_weights(2), version=2)  # the samples are those of the weights before
-        assert len(pool.finish_generate()) == 3
+        pool.start(REQUESTS, SAMPLING)  # the same weights again
+        pool.channel.send(_weights(2), version=2)  # the samples are those of the weights before
+        assert len(pool.finish()) == 3
     sampled = ["wake cache, start", "finish", "sleep"]
     loaded = [f"wake weights, load [{value}.0]" for value in range(3)]
     evaluated = [loaded[1], *sampled, loaded[1], *sampled]
     assert engine.calls == ["sleep", loaded[0], *sampled, *evaluated, loaded[2]]
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_engines_stay_awake_within_a_block_and_sleep_however_it_is_left() -> None:
+    engine = RecordingEngine()
+    with _pool(engine) as pool:
+        pool.channel.send(_weights(0), version=3)
+        assert pool.channel.version == 3
+        pool.start(REQUESTS, SAMPLING)
+        with pool.awake():
+            pool.finish()
+            pool.generate(REQUESTS, SAMPLING)
+        with pytest.raises(ZeroDivisionError), pool.awake():
+            pool.generate(REQUESTS, SAMPLING)
+            raise ZeroDivisionError
+    loaded, sampled = "wake weights, load [0.0]", ["wake cache, start", "finish"]
+    assert engine.calls == [loaded, *sampled, *sampled, "sleep", loaded, *sampled, "sleep"]
 
 
 @pytest.mark.usefixtures("one_rank")
@@ -104,7 +120,7 @@ def test_an_engine_that_keeps_its_weights_is_given_them_once() -> None:
     engine.forgets = False
     engine.sleep = lambda: None  # type: ignore[method-assign]  # as without CUDA
     with _pool(engine) as pool:
-        pool.load_tensors(iter([("a", torch.tensor(3.0))]), version=0)
+        pool.channel.send(iter([("a", torch.tensor(3.0))]), version=0)
         pool.generate(REQUESTS, SAMPLING)
         pool.generate(REQUESTS, SAMPLING)
     assert sum("load" in call for call in engine.calls) == 1
@@ -114,7 +130,7 @@ def test_an_engine_that_keeps_its_weights_is_given_them_once() -> None:
 def test_weights_that_can_be_made_only_once_are_not_sampled_after_a_sleep() -> None:
     engine = RecordingEngine()
     with _pool(engine) as pool:
-        pool.load_tensors(iter([("a", torch.tensor(3.0))]), version=0)
+        pool.channel.send(iter([("a", torch.tensor(3.0))]), version=0)
         pool.generate(REQUESTS, SAMPLING)
         with pytest.raises(TrainingError, match="dropped their weights when they slept"):
             pool.generate(REQUESTS, SAMPLING)
@@ -124,9 +140,9 @@ def test_weights_that_can_be_made_only_once_are_not_sampled_after_a_sleep() -> N
 def test_an_engine_that_fails_is_told_to_sleep_and_its_first_error_is_raised() -> None:
     engine = RecordingEngine(fails=True)
     with _pool(engine) as pool:
-        pool.start_generate(REQUESTS, SAMPLING)
+        pool.start(REQUESTS, SAMPLING)
         with pytest.raises(TrainingError, match="lost"):
-            pool.finish_generate()
+            pool.finish()
 
 
 class FakeChild:
@@ -142,7 +158,7 @@ class FakeChild:
         self.sent.append(message)
 
     def recv(self) -> tuple[str, object]:
-        return "ok", self.sent[-1][0] == "receive_weights"
+        return "ok", None
 
     def wait(self, seconds: float) -> int:
         return 0
@@ -191,14 +207,14 @@ def test_memory_for_weights_wakes_to_load_them_and_the_cache_to_sample(
         engine.sleep()
         engine.load_weights(tiny_llama)
         engine.sleep()  # half awake
-        assert engine.receive_weights(OFFER, tmp_path)
+        engine.load_weights(tiny_llama)
         engine.generate(REQUESTS, SAMPLING)
     assert child.commands == [
         *("generate", "sleep"),
         *("wake weights", "load_weights", "wake kv_cache", "generate"),
         *("load_weights", "generate", "sleep"),
         *("wake weights", "load_weights", "sleep"),
-        *("wake weights", "receive_weights", "wake kv_cache", "generate"),
+        *("wake weights", "load_weights", "wake kv_cache", "generate"),
     ]
     assert engine.weight_bytes == 4 * sum(
         t.numel() for t in load_file(tiny_llama / "model.safetensors").values()

@@ -6,7 +6,7 @@ import sys
 SCRIPT = """
 import multiprocessing, os, signal, sys, time
 from megatron_tropd.base.exits import STOP_SIGNALS
-from megatron_tropd.rollout.engines.worker import shield_children
+from megatron_tropd.rollout.engines.child import shield_children
 
 def work(connection):
     # As vLLM's WorkerProc.worker_main does.

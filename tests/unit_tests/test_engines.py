@@ -6,7 +6,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
 from megatron_tropd.config import config_from_dict
 from megatron_tropd.distill import engines
@@ -38,25 +37,17 @@ def _make(config: Any, **given: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("cuda", "alone", "asked", "share"),
-    [
-        (True, False, 0.3, 0.3),
-        (True, True, 0.3, engines.MEMORY_ALONE),
-        (True, True, 0.9, 0.9),
-        (False, True, 2.0, 2.0),  # GiB
-    ],
+    ("alone", "asked", "share"),
+    [(False, 0.3, 0.3), (True, 0.3, engines.MEMORY_ALONE), (True, 0.9, 0.9)],
 )
 def test_an_engine_that_is_alone_takes_most_of_its_gpus(
     made: list[dict[str, Any]],
-    monkeypatch: pytest.MonkeyPatch,
-    cuda: bool,
     alone: bool,
     asked: float,
     share: float,
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    _make(_config(engine_memory=asked), alone=alone)
-    assert made[0]["memory"] == share
+    _make(_config(engine_gpu_share=asked, engine_cpu_kv_gib=2.0), alone=alone)
+    assert (made[0]["gpu_share"], made[0]["cpu_kv_gib"]) == (share, 2.0)
 
 
 def test_limits_of_the_batch_reach_the_engine_of_a_run_and_of_a_tool(

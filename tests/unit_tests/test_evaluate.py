@@ -9,7 +9,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
 from megatron_tropd.base.errors import ConfigError, InputError
 from megatron_tropd.cli import measure as command
@@ -28,7 +27,6 @@ class Engine:
     """Answers "answer 4" to everything; remembers what it was asked and made with."""
 
     def __init__(self, config: Config, inputs: Any, folder: Path, **_: Any) -> None:
-        self.config = config
         self.made = (config.model.dtype, inputs.max_model_len, inputs.vocab_size, folder)
         self.text = inputs.tokenizer.encode("answer 4", add_special_tokens=False)
         self.asked: list[tuple[list[SampleRequest], Sampling]] = []
@@ -186,21 +184,6 @@ def test_a_folder_of_no_run_says_what_is_assumed(
     assert alike["settings"] == evaluate(run)["settings"]
     assert engines[-1].asked == engines[-2].asked
     assert alike["notes"] == [] and evaluate(tiny_llama, problems)["notes"] == []
-
-
-@pytest.mark.parametrize(("cuda", "memory"), [(True, 0.85), (False, 1.0)])
-def test_the_engine_of_a_folder_leaves_memory_for_its_context(
-    tiny_llama: Path,
-    engines: list[Engine],
-    problems: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    cuda: bool,
-    memory: float,
-) -> None:
-    """A share of its GPU, GiB without: all of a GPU is never free."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    evaluate(tiny_llama, problems)
-    assert engines[0].config.rollout.engine_memory == memory
 
 
 def test_a_run_without_its_teacher_can_be_measured(

@@ -183,14 +183,6 @@ def _within(seconds: float, happens: Callable[[], bool]) -> bool:
             "this model is dense",
         ),
         (["megatron.model.fp8=hybrid"], "needs Transformer Engine"),
-        (
-            [
-                "run.deterministic=true",
-                "rollout.placement=separate",
-                "rollout.weight_transport=direct",
-            ],
-            "run.deterministic on GPUs needs rollout.weight_transport",
-        ),
     ],
 )
 def test_what_the_trainer_refuses_is_refused(overrides: list[str], message: str):

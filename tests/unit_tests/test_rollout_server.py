@@ -21,17 +21,17 @@ from megatron_tropd.cli.main import main
 from megatron_tropd.data.samples import Sample, SampleRequest, Sampling
 from megatron_tropd.rollout.engines import keeper as keeper_module
 from megatron_tropd.rollout.engines import wire
-from megatron_tropd.rollout.engines.client import ClientSettings, ServerClient, ServerError
+from megatron_tropd.rollout.engines.client import ClientSettings, ServerClient
 from megatron_tropd.rollout.engines.dispatch import Dispatch, Patience
 from megatron_tropd.rollout.engines.keeper import EngineKeeper
-from megatron_tropd.rollout.engines.pool import cut_units, merge_units
-from megatron_tropd.rollout.engines.server import Place, RolloutServer
-from megatron_tropd.rollout.weights.weight_sync import WeightsName, WeightVersions
+from megatron_tropd.rollout.engines.pool import cut_batches, merge_batches
+from megatron_tropd.rollout.engines.server import RolloutServer, ServerAddress
+from megatron_tropd.rollout.weights.versions import WeightsName, WeightVersions
 
 WEIGHTS = WeightsName(3, "trainer")
 PATIENCE = 60.0
 """Seconds nothing here takes, on a machine however busy."""
-QUICK = Patience(lost_seconds=PATIENCE, first_pause=0.01, longest_pause=0.1, unit_failures=3)
+QUICK = Patience(lost_seconds=PATIENCE, first_pause=0.01, longest_pause=0.1, batch_failures=3)
 """Servers are soon asked again; :func:`lose` ends the wait for one."""
 
 
@@ -44,7 +44,6 @@ class CountingEngine:
         self.behave = behave
         self.killed = threading.Event()
         self.loaded: list[Path] = []
-        self.offers: Iterator[bool | TrainingError] = iter([])
         self.has_weights = True
 
     def wait_ready(self) -> None:
@@ -57,12 +56,6 @@ class CountingEngine:
     def load_weights(self, folder: Path) -> None:
         self.loaded.append(folder)
         self.has_weights = True
-
-    def receive_weights(self, _: wire.Offer, __: Path) -> bool:
-        end = next(self.offers)
-        if isinstance(end, TrainingError):
-            raise end
-        return end
 
     def kill(self) -> None:
         self.killed.set()
@@ -90,7 +83,7 @@ class Running:
             return EngineKeeper(make, versions, wait=wait, first_pause=0.01)  # type: ignore
 
         self.server = RolloutServer(
-            Place(root / "servers", number, "127.0.0.1", 0, None),
+            ServerAddress(root / "servers", number, "127.0.0.1", 0, None),
             keep,
             settings="same",
             pid=os.getpid(),
@@ -133,14 +126,14 @@ def client(root: Path, number: int = 0, **known: object) -> ServerClient:
     return ServerClient(dataclasses.replace(settings, **known), number)
 
 
-def units(count: int, **fields: object) -> list[wire.Unit]:
+def batches(count: int, **fields: object) -> list[wire.RequestBatch]:
     """Three requests each, seeds 0, 1, ... over all of them."""
     requests = [SampleRequest((1, 2), 4, seed) for seed in range(3 * count)]
     return [
         dataclasses.replace(
-            wire.Unit(f"u{i}", "student", WEIGHTS, tuple(part), Sampling(), 30.0), **fields
+            wire.RequestBatch(f"u{i}", "student", WEIGHTS, tuple(part), Sampling(), 30.0), **fields
         )
-        for i, part in enumerate(cut_units(requests, count))
+        for i, part in enumerate(cut_batches(requests, count))
     ]
 
 
@@ -155,34 +148,34 @@ def lose(dispatch: Dispatch, trouble: str, *, match: str = "") -> None:
         dispatch.wait()
 
 
-def seeds(made: list[wire.UnitSamples]) -> list[int]:
+def seeds(made: list[wire.BatchSamples]) -> list[int]:
     """The seeds that came back, in the order of the requests."""
-    return [sample.token_ids[0] for sample in merge_units([unit.samples for unit in made])]
+    return [sample.token_ids[0] for sample in merge_batches([batch.samples for batch in made])]
 
 
 def test_units_are_cut_by_index_and_merge_to_what_they_were() -> None:
-    assert cut_units("abcdefg", 3) == [["a", "d", "g"], ["b", "e"], ["c", "f"]]
+    assert cut_batches("abcdefg", 3) == [["a", "d", "g"], ["b", "e"], ["c", "f"]]
     for count in (1, 2, 3, 9):
-        assert merge_units(cut_units(range(7), count)) == list(range(7))
+        assert merge_batches(cut_batches(range(7), count)) == list(range(7))
 
 
 def test_messages_survive_exactly_and_others_are_refused() -> None:
-    unit = units(1)[0]
-    assert wire.decode(wire.encode(unit), wire.Unit) == unit
-    made = wire.UnitSamples("u", WEIGHTS, (Sample((2**31,), (-0.1 / 3,), "length"),))
-    assert wire.decode(wire.encode(made), wire.UnitSamples) == made
-    with pytest.raises(InputError, match="Expected a msgpack Unit"):
-        wire.decode(b"\x80", wire.Unit)
+    batch = batches(1)[0]
+    assert wire.decode(wire.encode(batch), wire.RequestBatch) == batch
+    made = wire.BatchSamples("u", WEIGHTS, (Sample((2**31,), (-0.1 / 3,), "length"),))
+    assert wire.decode(wire.encode(made), wire.BatchSamples) == made
+    with pytest.raises(InputError, match="Expected a msgpack RequestBatch"):
+        wire.decode(b"\x80", wire.RequestBatch)
     with pytest.raises(InputError, match=r"Expected `int`.*requests"):
-        bad = dataclasses.replace(unit, requests=(SampleRequest(("x",), 1, 1),))  # type: ignore
-        wire.decode(wire.encode(bad), wire.Unit)
+        bad = dataclasses.replace(batch, requests=(SampleRequest(("x",), 1, 1),))  # type: ignore
+        wire.decode(wire.encode(bad), wire.RequestBatch)
 
 
 def test_only_loopback_needs_no_token(tmp_path: Path) -> None:
-    def place(host: str, token: str | None = None) -> Place:
-        return Place(tmp_path, 0, host, 0, token)
+    def place(host: str, token: str | None = None) -> ServerAddress:
+        return ServerAddress(tmp_path, 0, host, 0, token)
 
-    def server(where: Place) -> None:
+    def server(where: ServerAddress) -> None:
         RolloutServer(where, lambda wait: None, settings="", pid=1)  # type: ignore
 
     for host in ("192.0.2.1", "8.8.8.8"):
@@ -229,9 +222,8 @@ def test_a_client_without_the_token_gets_nothing_but_health(start, tmp_path: Pat
     assert requests.get(f"{url}/health", timeout=PATIENCE).status_code == 200
     for headers in ({}, {"Authorization": "Bearer wrong"}):
         assert requests.get(f"{url}/status", headers=headers, timeout=PATIENCE).status_code == 401
-        for path in ("units", "weights"):
-            answer = requests.post(f"{url}/{path}", headers=headers, data=b"x", timeout=PATIENCE)
-            assert answer.status_code == 401 and "token" in answer.json()["detail"]
+        answer = requests.post(f"{url}/batches", headers=headers, data=b"x", timeout=PATIENCE)
+        assert answer.status_code == 401 and "token" in answer.json()["detail"]
     assert requests.get(f"{url}/openapi.json", timeout=PATIENCE).status_code == 404
     assert wire.announcement_path(tmp_path / "servers", 0).stat().st_mode & 0o077 == 0
 
@@ -243,10 +235,10 @@ def test_what_is_no_unit_or_too_large_is_refused_with_a_reason(
     monkeypatch.setattr(wire, "MAX_BODY_BYTES", 1000)
     there = wire.read_announcement(tmp_path / "servers", 0)
     assert there is not None
-    url = f"http://{there.host}:{there.port}/units"
+    url = f"http://{there.host}:{there.port}/batches"
     headers = {"Authorization": f"Bearer {there.token}"}
     answer = requests.post(url, headers=headers, data=b"\x80\x03junk", timeout=PATIENCE)
-    assert answer.status_code == 400 and "msgpack Unit" in answer.json()["detail"]
+    assert answer.status_code == 400 and "msgpack RequestBatch" in answer.json()["detail"]
     answer = requests.post(url, headers=headers, data=b"x" * 2000, timeout=PATIENCE)
     assert answer.status_code == 413 and "at most 1000 bytes" in answer.json()["detail"]
     assert requests.get(f"{url}/unknown", headers=headers, timeout=PATIENCE).status_code == 404
@@ -255,7 +247,7 @@ def test_what_is_no_unit_or_too_large_is_refused_with_a_reason(
 def test_units_are_spread_and_come_back_in_order(start, tmp_path: Path) -> None:
     servers = [start(number) for number in range(2)]
     clients = [client(tmp_path, number) for number in range(2)]
-    assert seeds(Dispatch(units(6), clients, QUICK).wait()) == list(range(18))
+    assert seeds(Dispatch(batches(6), clients, QUICK).wait()) == list(range(18))
     for running in servers:
         [engine] = running.engines
         assert engine.loaded in ([], [tmp_path / "weights" / "version_000003"]), "loaded once"
@@ -269,7 +261,7 @@ def test_an_engine_that_dies_is_started_again_and_loads_the_weights(start, tmp_p
             raise TrainingError("killed")
 
     running = start(0, die_twice)
-    assert seeds(Dispatch(units(2), [client(tmp_path)], QUICK).wait()) == list(range(6))
+    assert seeds(Dispatch(batches(2), [client(tmp_path)], QUICK).wait()) == list(range(6))
     assert len(running.engines) == 3 and running.engines[-1].loaded
 
 
@@ -278,8 +270,8 @@ def test_a_unit_that_kills_every_engine_is_given_up(start, tmp_path: Path) -> No
         raise TrainingError("out of memory")
 
     start(0, die)
-    with pytest.raises(TrainingError, match=r"Unit 0 of 1 failed 3 times.*out of memory"):
-        Dispatch(units(1), [client(tmp_path)], QUICK).wait()
+    with pytest.raises(TrainingError, match=r"Batch 0 of 1 failed 3 times.*out of memory"):
+        Dispatch(batches(1), [client(tmp_path)], QUICK).wait()
 
 
 def test_weights_that_were_dropped_for_the_teachers_engine_are_loaded_again(tmp_path: Path) -> None:
@@ -293,9 +285,9 @@ def test_weights_that_were_dropped_for_the_teachers_engine_are_loaded_again(tmp_
     versions.write(WEIGHTS, iter([("a", torch.zeros(1))]))
     keeper = EngineKeeper(make, versions, wait=lambda _: None)  # type: ignore[arg-type]
     keeper.start()
-    student = wire.Unit("a", "student", WEIGHTS, (), Sampling(), PATIENCE)
-    for unit in (student, student, dataclasses.replace(student, model="teacher", weights=None)):
-        keeper.run(unit)
+    student = wire.RequestBatch("a", "student", WEIGHTS, (), Sampling(), PATIENCE)
+    for batch in (student, student, dataclasses.replace(student, model="teacher", weights=None)):
+        keeper.run(batch)
     assert len(engines["student"].loaded) == 1 and keeper.weights is None
     keeper.run(student)
     assert len(engines["student"].loaded) == 2 and keeper.weights == WEIGHTS
@@ -309,7 +301,7 @@ def test_a_server_whose_engine_keeps_dying_ends(
 
     monkeypatch.setattr(keeper_module, "MOST_FAILURES", 2)
     running = start(0, die)
-    dispatch = Dispatch(units(1), [client(tmp_path)], QUICK)
+    dispatch = Dispatch(batches(1), [client(tmp_path)], QUICK)
     lose(dispatch, "has ended: .*keeps dying", match="server 0 has ended: .*dying.*tropd serve")
     running.thread.join(PATIENCE)
     assert "keeps dying: out of memory" in str(running.error)
@@ -328,7 +320,7 @@ def test_weights_that_cannot_be_read_for_a_moment_do_not_end_the_run(
 
     monkeypatch.setattr(CountingEngine, "load_weights", load)
     start(0)
-    assert seeds(Dispatch(units(1), [client(tmp_path)], QUICK).wait()) == [0, 1, 2]
+    assert seeds(Dispatch(batches(1), [client(tmp_path)], QUICK).wait()) == [0, 1, 2]
 
 
 def test_an_engine_that_hangs_is_killed_after_the_units_time(start, tmp_path: Path) -> None:
@@ -337,8 +329,8 @@ def test_an_engine_that_hangs_is_killed_after_the_units_time(start, tmp_path: Pa
         raise TrainingError("pipe closed")
 
     running = start(0, hang)
-    with pytest.raises(TrainingError, match=r"generating a unit for more than 0.2 s"):
-        Dispatch(units(1, seconds=0.2), [client(tmp_path)], QUICK).wait()
+    with pytest.raises(TrainingError, match=r"generating a batch for more than 0.2 s"):
+        Dispatch(batches(1, seconds=0.2), [client(tmp_path)], QUICK).wait()
     assert all(engine.killed.is_set() for engine in running.engines[:3])
 
 
@@ -347,7 +339,7 @@ def test_a_slow_server_keeps_its_unit(start, tmp_path: Path) -> None:
     start(0, lambda _: time.sleep(3.5))
     patience = dataclasses.replace(QUICK, lost_seconds=2.5)
     asking = client(tmp_path, answer_seconds=2.0)  # twice as often
-    assert seeds(Dispatch(units(1), [asking], patience).wait()) == [0, 1, 2]
+    assert seeds(Dispatch(batches(1), [asking], patience).wait()) == [0, 1, 2]
 
 
 def test_requests_no_server_can_serve_are_not_tried_again(start, tmp_path: Path) -> None:
@@ -356,63 +348,16 @@ def test_requests_no_server_can_serve_are_not_tried_again(start, tmp_path: Path)
 
     running = start(0, refuse)
     with pytest.raises(InputError, match="Request 0 needs 500 tokens"):
-        Dispatch(units(1), [client(tmp_path)], QUICK).wait()
+        Dispatch(batches(1), [client(tmp_path)], QUICK).wait()
     assert len(running.engines) == 1
     with pytest.raises(InputError, match="name its weights"):
-        Dispatch(units(1, weights=None), [client(tmp_path)], QUICK).wait()
-
-
-def offer(number: int, version: int = 9) -> wire.Offer:
-    """Of weights that are in no folder; nobody looks where it leads."""
-    return wire.Offer(f"o{number}", WeightsName(version, "trainer"), "127.0.0.1", 1, "key", 0, 1.0)
-
-
-def test_weights_that_came_directly_need_no_folder(start, tmp_path: Path) -> None:
-    running = start(0)
-    direct = client(tmp_path)
-    while direct.state() != "ready":
-        time.sleep(0.01)
-    running.engines[0].offers = iter([True])
-    direct.hand_over(offer(1), wanted=lambda: True)
-    unit = units(1, weights=offer(1).weights)
-    assert seeds(Dispatch(unit, [client(tmp_path)], QUICK).wait()) == [0, 1, 2]
-    assert running.engines[0].loaded == []
-
-
-def test_who_did_not_get_them_directly_looks_into_the_folder(start, tmp_path: Path) -> None:
-    """Too late: the engine has what it had. Dead in the middle: a new one has nothing."""
-    running = start(0)
-    direct = client(tmp_path)
-    assert seeds(Dispatch(units(1), [client(tmp_path)], QUICK).wait()) == [0, 1, 2]
-    [first] = running.engines
-    first.offers = iter([False, TrainingError("killed")])
-    with pytest.raises(ServerError, match="came too late"):
-        direct.hand_over(offer(1), wanted=lambda: True)
-    assert seeds(Dispatch(units(1), [client(tmp_path)], QUICK).wait()) == [0, 1, 2]
-    assert len(first.loaded) == 1, "it still has the ones before"
-    with pytest.raises(ServerError, match="killed"):
-        direct.hand_over(offer(2), wanted=lambda: True)
-    assert seeds(Dispatch(units(1), [client(tmp_path)], QUICK).wait()) == [0, 1, 2]
-    assert len(running.engines) == 2 and len(running.engines[1].loaded) == 1
-
-
-def test_an_offer_waits_for_no_unit(start, tmp_path: Path) -> None:
-    going_on = threading.Event()
-    start(0, lambda _: going_on.wait(PATIENCE))
-    dispatch = Dispatch(units(1), [client(tmp_path)], QUICK)
-    direct = client(tmp_path)
-    while direct.state() != "generating":
-        time.sleep(0.01)
-    with pytest.raises(ServerError, match="409: u0 is not finished"):
-        direct.hand_over(offer(1), wanted=lambda: True)
-    going_on.set()
-    assert seeds(dispatch.wait()) == [0, 1, 2]
+        Dispatch(batches(1, weights=None), [client(tmp_path)], QUICK).wait()
 
 
 def test_weights_that_come_late_are_waited_for(start, tmp_path: Path) -> None:
     start()
     late = WeightsName(4, "trainer")
-    dispatch = Dispatch(units(1, weights=late), [client(tmp_path)], QUICK)
+    dispatch = Dispatch(batches(1, weights=late), [client(tmp_path)], QUICK)
     time.sleep(0.3)
     WeightVersions(tmp_path / "weights").write(late, iter([("a", torch.zeros(2))]))
     assert seeds(dispatch.wait()) == [0, 1, 2]
@@ -428,7 +373,7 @@ def test_weights_that_are_not_there_cost_no_engine(
         (WeightsName(3, "other"), "of the trainer trainer, expected other"),
     ):
         with pytest.raises(TrainingError, match=message):
-            Dispatch(units(1, weights=name), [client(tmp_path)], QUICK).wait()
+            Dispatch(batches(1, weights=name), [client(tmp_path)], QUICK).wait()
     assert len(running.engines) == 1
 
 
@@ -443,7 +388,7 @@ def test_servers_that_cannot_help_are_named(
     start, tmp_path: Path, number: int, known: dict[str, str], message: str
 ) -> None:
     start(0)
-    dispatch = Dispatch(units(1), [client(tmp_path, number, **known)], QUICK)
+    dispatch = Dispatch(batches(1), [client(tmp_path, number, **known)], QUICK)
     lose(dispatch, message, match=f"server {number} .*{message}")
 
 
@@ -451,7 +396,7 @@ def test_a_run_that_was_asked_to_stop_waits_less(tmp_path: Path) -> None:
     patience = dataclasses.replace(QUICK, stopping_seconds=0.5)
     before = time.monotonic()
     with pytest.raises(ServersLost, match="not announced itself"):
-        Dispatch(units(1), [client(tmp_path)], patience, lambda: True).wait()
+        Dispatch(batches(1), [client(tmp_path)], patience, lambda: True).wait()
     assert time.monotonic() - before < PATIENCE / 2
 
 
@@ -461,7 +406,7 @@ def test_a_wrong_token_is_said(start, tmp_path: Path, monkeypatch: pytest.Monkey
     assert there is not None
     wire.announce(tmp_path / "elsewhere", dataclasses.replace(there, token=None))
     monkeypatch.setenv(wire.TOKEN_VARIABLE, "another job's")
-    dispatch = Dispatch(units(1), [client(tmp_path, folder=tmp_path / "elsewhere")], QUICK)
+    dispatch = Dispatch(batches(1), [client(tmp_path, folder=tmp_path / "elsewhere")], QUICK)
     lose(dispatch, "does not accept the token: TROPD_SERVER_TOKEN")
 
 
@@ -482,11 +427,11 @@ def test_whoever_else_listens_there_now_is_no_server(start, tmp_path: Path, code
         threading.Thread(target=alien.serve_forever, daemon=True).start()
         there = wire.Announcement(0, "127.0.0.1", alien.server_port, 1, "same", "token")
         wire.announce(tmp_path / "servers", there)
-        dispatch = Dispatch(units(1), [client(tmp_path)], QUICK)
+        dispatch = Dispatch(batches(1), [client(tmp_path)], QUICK)
         lose(dispatch, f"answered {code} like no rollout server: '<html>'")
         start(1)
         clients = [client(tmp_path, number) for number in range(2)]
-        assert seeds(Dispatch(units(1), clients, QUICK).wait()) == [0, 1, 2]
+        assert seeds(Dispatch(batches(1), clients, QUICK).wait()) == [0, 1, 2]
         alien.shutdown()
 
 
@@ -508,7 +453,7 @@ def test_a_second_server_of_the_same_number_takes_over(start, tmp_path: Path) ->
     start(0)
     first.thread.join(PATIENCE)
     assert "announces another server 0" in str(first.error)
-    assert seeds(Dispatch(units(1), [client(tmp_path)], QUICK).wait()) == [0, 1, 2]
+    assert seeds(Dispatch(batches(1), [client(tmp_path)], QUICK).wait()) == [0, 1, 2]
 
 
 def test_a_server_that_is_told_to_stop_first_ends_what_is_asked_of_it(
@@ -522,7 +467,7 @@ def test_a_server_that_is_told_to_stop_first_ends_what_is_asked_of_it(
         time.sleep(1.0)
 
     running = start(0, generate)
-    dispatch = Dispatch(units(1), [client(tmp_path)], QUICK)
+    dispatch = Dispatch(batches(1), [client(tmp_path)], QUICK)
     assert generating.wait(PATIENCE)
     running.stops = 1
     assert seeds(dispatch.wait()) == [0, 1, 2]

@@ -84,7 +84,7 @@ def test_the_way_weights_take_to_servers_may_change_too(config):
     )
     open_run(config)
     other = dataclasses.replace(
-        config, rollout=dataclasses.replace(config.rollout, weight_transport="direct")
+        config, rollout=dataclasses.replace(config.rollout, weight_transport="folder")
     )
     assert open_run(other).read_config() == other
     assert served_settings(other) == served_settings(config)

@@ -3,6 +3,7 @@
 import io
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -98,8 +99,6 @@ def test_without_the_teacher_a_summary_has_none(tmp_path: Path) -> None:
 class Engines:
     """A pool that writes down what happens to it."""
 
-    owners = receivers = (0,)
-
     def __init__(self, model: str, calls: list[str]) -> None:
         self.model, self.calls = model, calls
         calls.append(f"{model}: start")
@@ -108,7 +107,9 @@ class Engines:
         self.calls.append(f"{self.model}: generate")
         return [Sample((2,), (-1.0,), "stop") for _ in requests]
 
-    def sleep(self) -> None:
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        yield
         self.calls.append(f"{self.model}: sleep")
 
     def __enter__(self) -> "Engines":
@@ -133,7 +134,7 @@ def test_the_teachers_engine_is_gone_before_others_take_memory(
     monkeypatch.setattr(jobs, "load_inputs", lambda _: INPUTS)
     monkeypatch.setattr(jobs, "check_options", lambda *_, **__: None)
     monkeypatch.setattr(jobs, "Checkpoints", lambda *_, **__: None)
-    monkeypatch.setattr(jobs, "Rollouts", lambda *_: None)
+    monkeypatch.setattr(Job, "rollout_source", lambda _: None)
     monkeypatch.setattr(jobs, "free_bytes", lambda: calls.append("look at memory") or 70 * GIB)
     monkeypatch.setattr(
         jobs, "wait_for_memory", lambda before, who: calls.append(f"wait for {before // GIB} GiB")

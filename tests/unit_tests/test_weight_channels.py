@@ -231,7 +231,7 @@ def test_on_gpus_a_pool_takes_the_device_and_elsewhere_the_folder(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     disks(1, 1)
-    monkeypatch.setattr(pool, "together", lambda action: [action()])
+    monkeypatch.setattr(pool, "run_everywhere", lambda action: [action()])
     gpu, cpu = _seats("a", {0: 1}), [Seat("a", engine_gpus=1, weight_bytes=8)]
     assert isinstance(pool._open_channel(gpu, 0, "auto"), DeviceChannel)
     assert not capsys.readouterr().out

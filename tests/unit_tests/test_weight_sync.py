@@ -1,8 +1,7 @@
 """The mailbox between trainer and engine, without an engine."""
 
 import collections
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -11,22 +10,15 @@ from safetensors.torch import load_file
 
 from megatron_tropd.base.errors import InputError, TrainingError
 from megatron_tropd.convert.hf_folder import HFFolder
-from megatron_tropd.rollout.engines.client import ClientSettings
-from megatron_tropd.rollout.engines.dispatch import Dispatch, Patience
 from megatron_tropd.rollout.engines.engine import (
     check_complete,
     engine_environment,
     tensor_shapes,
 )
 from megatron_tropd.rollout.engines.engine_model import expected_tensors
-from megatron_tropd.rollout.engines.served import ServerPool
-from megatron_tropd.rollout.weights.direct import DirectTransport
-from megatron_tropd.rollout.weights.weight_sync import (
-    WeightMailbox,
-    WeightsName,
-    WeightVersions,
-    remove_stale,
-)
+from megatron_tropd.rollout.weights import versions
+from megatron_tropd.rollout.weights.versions import VersionChannel, WeightsName, WeightVersions
+from megatron_tropd.rollout.weights.weight_sync import WeightMailbox, remove_stale
 
 Tensors = Iterable[tuple[str, torch.Tensor | None]]
 
@@ -156,26 +148,9 @@ def test_a_version_that_cannot_be_written_leaves_the_older_and_exhausts_its_tens
     assert [p.name for p in tmp_path.iterdir()] == ["version_000001"]
 
 
-def direct_transport(root: Path) -> DirectTransport:
-    """To a server that is not there."""
-    known = ClientSettings(root / "servers", "same")
-    versions = WeightVersions(root / "weights")
-    return DirectTransport(known, versions, num_servers=1, join_seconds=1.0)
-
-
-def test_without_servers_weights_that_go_directly_are_in_the_folder(tmp_path: Path) -> None:
-    transport = direct_transport(tmp_path)
-    for number in (1, 2):
-        name = WeightsName(number, "me")
-        tensors = {"a": torch.full((2, 3), float(number)), "b": torch.ones(2).bfloat16()}
-        assert transport.hand_over(name, iter([*tensors.items(), ("absent", None)])) == set()
-        found = read(WeightVersions(tmp_path / "weights").find(name))
-        assert found.keys() == tensors.keys()
-        assert all(torch.equal(found[key], tensor) for key, tensor in tensors.items())
-    assert [path.name for path in (tmp_path / "weights").iterdir()] == ["version_000002"]
-
-
-def test_the_folder_has_room_for_what_is_needed_alone(tmp_path: Path) -> None:
+def test_the_folder_has_room_for_what_is_needed_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The newest version, and one step ahead that of the samples that are pending."""
     most: list[int] = []
 
@@ -184,67 +159,11 @@ def test_the_folder_has_room_for_what_is_needed_alone(tmp_path: Path) -> None:
             super().write(name, tensors)
             most.append(len(list(self.folder.iterdir())))
 
-    known = ClientSettings(tmp_path / "servers", "same")
-    folder = Counted(tmp_path / "weights")
-    pool = ServerPool(known, folder, rank=0, num_servers=1, patience=Patience())
+    monkeypatch.setattr(versions, "run_everywhere", lambda action: [action()])
+    channel = VersionChannel(Counted(tmp_path / "weights"), is_writer=True)
     for number in (1, 2, 3):
-        pool._hand_over(WeightsName(number, "me"), iter([("a", torch.zeros(2))]))
+        channel.send(iter([("a", torch.zeros(2))]), number)
     for number in (4, 5, 6):
-        pool._pending, pool._pending_version = Dispatch([], [], Patience()), number - 1
-        pool._hand_over(WeightsName(number, "me"), iter([("a", torch.zeros(2))]))
-    direct = DirectTransport(known, folder, num_servers=1, join_seconds=1.0)
-    for number in (7, 8):
-        direct.hand_over(WeightsName(number, "me"), iter([("a", torch.zeros(2))]))
-    assert most == [1, 1, 1, 2, 2, 2, 1, 1]
-
-
-def test_the_end_of_a_run_does_not_wait_for_a_folder_that_nobody_needs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    written = []
-
-    def slowly(_: Path, tensors: Tensors) -> None:
-        for name, _tensor in tensors:
-            written.append(name)
-            time.sleep(0.3)
-
-    monkeypatch.setattr("megatron_tropd.rollout.weights.weight_sync.write_buckets", slowly)
-    monkeypatch.setattr("megatron_tropd.rollout.weights.direct._Broadcast.finish", lambda _: {0})
-    types = {"a": torch.float32, "b": torch.bfloat16, "c": torch.float32, "d": torch.bfloat16}
-    tensors = ((name, torch.zeros(2, dtype=dtype)) for name, dtype in types.items())
-    transport = direct_transport(tmp_path)
-    assert transport.hand_over(WeightsName(1, "me"), tensors) == {0}
-    transport.close()
-    assert written != list(types)
-    assert not list((tmp_path / "weights").iterdir())
-    transport.close()
-
-
-def test_weights_that_break_off_are_in_no_folder(tmp_path: Path) -> None:
-    def breaks_off() -> Iterator[tuple[str, torch.Tensor]]:
-        yield "a", torch.zeros(2)
-        raise RuntimeError("a rank is gone")
-
-    transport = direct_transport(tmp_path)
-    with pytest.raises(RuntimeError, match="a rank is gone"):
-        transport.hand_over(WeightsName(1, "me"), breaks_off())
-    with pytest.raises(TrainingError, match="stopped in the middle"):
-        transport.finish()
-    assert not list((tmp_path / "weights").iterdir())
-
-
-def test_a_full_disk_ends_a_run_when_a_server_needs_the_folder_or_one_step_later(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    usage = collections.namedtuple("usage", "total used free")
-    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(2**21, 2**21, 0))
-    tensors = [("a", torch.zeros(2**18))]
-    message = r"after step 1 could not be handed to the rollout servers.*has 0 MiB free"
-    with pytest.raises(TrainingError, match=message):
-        direct_transport(tmp_path).hand_over(WeightsName(1, "me"), iter(tensors))
-    monkeypatch.setattr("megatron_tropd.rollout.weights.direct._Broadcast.finish", lambda _: {0})
-    transport = direct_transport(tmp_path)
-    assert transport.hand_over(WeightsName(1, "me"), iter(tensors)) == {0}
-    with pytest.raises(TrainingError, match=message) as caught:
-        transport.hand_over(WeightsName(2, "me"), iter(tensors))
-    assert caught.value.kind == "disk"
+        channel.needed = channel.name
+        channel.send(iter([("a", torch.zeros(2))]), number)
+    assert most == [1, 1, 1, 2, 2, 2]

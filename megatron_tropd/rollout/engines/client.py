@@ -1,6 +1,5 @@
-"""The trainer's side of one rollout server: find it, ask whether it is ready, have a unit made."""
+"""The trainer's side of one rollout server: find it, ask whether it is ready, have a batch made."""
 
-import math
 import os
 import time
 from collections.abc import Callable
@@ -23,8 +22,8 @@ class ServerError(RuntimeError):
     """A server did not do its work: another one should."""
 
 
-class UnitError(ServerError):
-    """The engine of a server that answers died over a unit."""
+class BatchError(ServerError):
+    """The engine of a server that answers died over a batch."""
 
 
 @dataclass(frozen=True)
@@ -66,60 +65,34 @@ class ServerClient:
             )
         return str(state)
 
-    def generate(self, unit: wire.Unit, *, wanted: Callable[[], bool]) -> wire.UnitSamples:
-        """Have a unit made.
+    def generate(
+        self, batch: wire.RequestBatch, *, wanted: Callable[[], bool]
+    ) -> wire.BatchSamples:
+        """Have a batch made.
 
         Args:
-            unit: what to make.
+            batch: what to make.
             wanted: asked after every answer; false: nobody waits for the samples any more.
 
         Raises:
             ServerError: the server or its engine failed, or answered something else.
-            InputError: the unit can be made by no server.
+            InputError: the batch can be made by no server.
         """
-        self._ask("POST", "/units", data=wire.encode(unit))
-        made = self._wait_for(f"/units/{unit.id}", wanted, seconds=2 * unit.seconds)
-        return _checked(made, unit)
-
-    def host(self) -> str:
-        """Where the server is announced now.
-
-        Raises:
-            ServerError: nowhere.
-        """
-        return self._announcement().host
-
-    def hand_over(self, offer: wire.Offer, *, wanted: Callable[[], bool]) -> None:
-        """Have the server's engine take part in a broadcast; over when it has the weights.
-
-        Args:
-            offer: where the broadcast is.
-            wanted: asked after every answer; false: nobody waits for it any more.
-
-        Raises:
-            ServerError: it does not have them; says why.
-            InputError: it does not understand the offer.
-        """
-        self._ask("POST", "/weights", data=wire.encode(offer))
-        body = self._wait_for(f"/weights/{offer.id}", wanted)
-        if _decoded(body, wire.Loaded).weights != offer.weights:
-            raise ServerError(f"has loaded something else than {offer.weights}")
+        self._ask("POST", "/batches", data=wire.encode(batch))
+        seconds = 2 * batch.seconds
+        deadline = time.monotonic() + seconds
+        wait = min(_LONGEST_WAIT, self._known.answer_seconds / 2)
+        while wanted():
+            answer = self._ask("GET", f"/batches/{batch.id}", params={"wait": wait})
+            if answer.status_code == 200:
+                return _checked(answer.content, batch)
+            if time.monotonic() > deadline:
+                raise ServerError(f"has had a batch for {seconds:g} s")
+        raise ServerError("is not needed any more")
 
     def close(self) -> None:
         """Close the connections."""
         self._session.close()
-
-    def _wait_for(self, path: str, wanted: Callable[[], bool], seconds: float = math.inf) -> bytes:
-        """What a server says when it is done with a job."""
-        deadline = time.monotonic() + seconds
-        wait = min(_LONGEST_WAIT, self._known.answer_seconds / 2)
-        while wanted():
-            answer = self._ask("GET", path, params={"wait": wait})
-            if answer.status_code == 200:
-                return answer.content
-            if time.monotonic() > deadline:
-                raise ServerError(f"has had a unit for {seconds:g} s")
-        raise ServerError("is not needed any more")
 
     def _ask(self, method: str, path: str, **options: Any) -> requests.Response:
         there = self._announcement()
@@ -160,37 +133,33 @@ def _check_answer(answer: requests.Response) -> None:
     if code in (200, 202):
         return
     if code == 500 and not answer.headers.get("content-type", "").startswith("application/json"):
-        raise UnitError(f"answered 500: {answer.text[:500]}")
+        raise BatchError(f"answered 500: {answer.text[:500]}")
     try:
         detail = str(answer.json()["detail"])
     except (ValueError, KeyError, TypeError):
-        # Somebody else's port by now: its 400 says nothing about our unit.
+        # Somebody else's port by now: its 400 says nothing about our batch.
         raise ServerError(_alien(answer)) from None
     if code in (400, 413):
-        raise InputError(f"A rollout server refused its unit: {detail}")
+        raise InputError(f"A rollout server refused its batch: {detail}")
     if code == 401:
         raise ServerError(
             f"does not accept the token: {wire.TOKEN_VARIABLE} differs between server and trainer"
         )
-    raise (UnitError if code == 500 else ServerError)(f"answered {code}: {detail}")
+    raise (BatchError if code == 500 else ServerError)(f"answered {code}: {detail}")
 
 
 def _alien(answer: requests.Response) -> str:
     return f"answered {answer.status_code} like no rollout server: {answer.text[:100]!r}"
 
 
-def _decoded[T](body: bytes, kind: type[T]) -> T:
+def _checked(body: bytes, batch: wire.RequestBatch) -> wire.BatchSamples:
     try:
-        return wire.decode(body, kind)
+        made = wire.decode(body, wire.BatchSamples)
     except InputError as error:
         raise ServerError(f"sent something else: {error}") from None
-
-
-def _checked(body: bytes, unit: wire.Unit) -> wire.UnitSamples:
-    made = _decoded(body, wire.UnitSamples)
-    if made.weights != unit.weights or len(made.samples) != len(unit.requests):
+    if made.weights != batch.weights or len(made.samples) != len(batch.requests):
         raise ServerError(
             f"sent {len(made.samples)} samples of weights {made.weights}, expected "
-            f"{len(unit.requests)} of {unit.weights}"
+            f"{len(batch.requests)} of {batch.weights}"
         )
     return made

@@ -1,8 +1,8 @@
-"""Units on their way through the servers: a queue, and one thread for each server.
+"""Batches on their way through the servers: a queue, and one thread for each server.
 
-A server takes the next unit when it is free, so the least loaded one does. A unit whose server
+A server takes the next batch when it is free, so the least loaded one does. A batch whose server
 died, hung or failed goes back into the queue for the next server that is ready; which server makes
-a unit changes no bit of it.
+a batch changes no bit of it.
 """
 
 import random
@@ -17,7 +17,7 @@ from typing import Self
 from megatron_tropd.base.errors import ServersLost, TrainingError
 from megatron_tropd.config.settings import Amount, Count, Settings
 from megatron_tropd.rollout.engines import wire
-from megatron_tropd.rollout.engines.client import ServerClient, ServerError, UnitError
+from megatron_tropd.rollout.engines.client import BatchError, ServerClient, ServerError
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,10 @@ class Patience(Settings):
     first_pause: Amount = 0.25
     """Before a server that failed is asked again; doubles each time, with jitter."""
     longest_pause: Amount = 10.0
-    unit_seconds: Amount = 1800.0
-    """Longest time an engine may take for one unit."""
-    unit_failures: Count = 5
-    """Engines that may die over one unit."""
-    join_seconds: Amount = 30.0
-    """Longest wait for an engine that is to have new weights directly."""
+    batch_seconds: Amount = 1800.0
+    """Longest time an engine may take for one batch."""
+    batch_failures: Count = 5
+    """Engines that may die over one batch."""
 
     @classmethod
     def within(cls, phase_seconds: float) -> Self:
@@ -44,8 +42,7 @@ class Patience(Settings):
         half = phase_seconds / 2
         return cls(
             lost_seconds=min(cls.lost_seconds, half),
-            unit_seconds=half,
-            join_seconds=min(cls.join_seconds, half),
+            batch_seconds=half,
         )
 
 
@@ -54,7 +51,7 @@ class _Progress:
     """What all threads of a dispatch know; guarded by ``changed``."""
 
     waiting: deque[int]
-    samples: dict[int, wire.UnitSamples] = field(default_factory=dict)
+    samples: dict[int, wire.BatchSamples] = field(default_factory=dict)
     failures: dict[int, int] = field(default_factory=dict)
     troubles: dict[int, str] = field(default_factory=dict)
     error: Exception | None = None
@@ -64,11 +61,11 @@ class _Progress:
 
 
 class Dispatch:
-    """Some units being made; :meth:`wait` has their samples."""
+    """Some batches being made; :meth:`wait` has their samples."""
 
     def __init__(
         self,
-        units: Sequence[wire.Unit],
+        batches: Sequence[wire.RequestBatch],
         clients: Sequence[ServerClient],
         patience: Patience,
         stopping: Callable[[], bool] = lambda: False,
@@ -76,25 +73,25 @@ class Dispatch:
         """Start at once, in the background.
 
         Args:
-            units: in the order of the result.
+            batches: in the order of the result.
             clients: one per server, of this dispatch alone.
             patience: time-outs.
             stopping: whether the run was asked to stop.
         """
-        self._units = units
+        self._batches = batches
         self._stopping = stopping
         self._patience = patience
-        self._now = _Progress(deque(range(len(units))))
+        self._now = _Progress(deque(range(len(batches))))
         for client in clients:
             threading.Thread(target=self._serve, args=(client,), daemon=True).start()
 
-    def wait(self) -> list[wire.UnitSamples]:
-        """The samples of every unit, in order.
+    def wait(self) -> list[wire.BatchSamples]:
+        """The samples of every batch, in order.
 
         Raises:
             ServersLost: no server answered for ``lost_seconds``; says what was wrong with each.
-            TrainingError: a unit failed again and again.
-            InputError: a unit can be made by no server.
+            TrainingError: a batch failed again and again.
+            InputError: a batch can be made by no server.
         """
         now = self._now
         with now.changed:
@@ -104,12 +101,12 @@ class Dispatch:
             now.changed.notify_all()
             if now.error is not None:
                 raise now.error
-            if len(now.samples) < len(self._units):
+            if len(now.samples) < len(self._batches):
                 raise ServersLost(self._what_was_wrong())
-            return [now.samples[index] for index in range(len(self._units))]
+            return [now.samples[index] for index in range(len(self._batches))]
 
     def _over(self) -> bool:
-        return self._now.error is not None or len(self._now.samples) == len(self._units)
+        return self._now.error is not None or len(self._now.samples) == len(self._batches)
 
     def _lost(self) -> bool:
         patience = self._patience
@@ -125,7 +122,7 @@ class Dispatch:
         )
 
     def _serve(self, client: ServerClient) -> None:
-        """The life of one thread: units for one server until none is left."""
+        """The life of one thread: batches for one server until none is left."""
         failures = 0
         while not self._finished():
             try:
@@ -134,7 +131,7 @@ class Dispatch:
                 if state != "ready":
                     self._pause(1)
                     continue
-                self._one_unit(client)
+                self._one_batch(client)
                 failures = 0
             except ServerError as error:
                 failures += 1
@@ -144,12 +141,12 @@ class Dispatch:
                 self._fail(error)
         client.close()
 
-    def _one_unit(self, client: ServerClient) -> None:
+    def _one_batch(self, client: ServerClient) -> None:
         index = self._take()
         if index is None:
             return
         try:
-            made = client.generate(self._units[index], wanted=partial(self._wanted, client))
+            made = client.generate(self._batches[index], wanted=partial(self._wanted, client))
         except BaseException as error:
             self._give_back(index, error)
             raise
@@ -159,7 +156,7 @@ class Dispatch:
             self._now.changed.notify_all()
 
     def _take(self) -> int | None:
-        """The next unit; waits while others may still give one back."""
+        """The next batch; waits while others may still give one back."""
         now = self._now
         with now.changed:
             now.changed.wait_for(lambda: now.waiting or now.closed or self._over(), 5.0)
@@ -169,12 +166,12 @@ class Dispatch:
         now = self._now
         with now.changed:
             now.waiting.appendleft(index)
-            if isinstance(error, UnitError):
+            if isinstance(error, BatchError):
                 now.failures[index] = now.failures.get(index, 0) + 1
-                if now.failures[index] >= self._patience.unit_failures:
+                if now.failures[index] >= self._patience.batch_failures:
                     now.error = TrainingError(
-                        f"Unit {index} of {len(self._units)} failed {now.failures[index]} times, "
-                        f"at last: a server {error}",
+                        f"Batch {index} of {len(self._batches)} failed {now.failures[index]} "
+                        f"times, at last: a server {error}",
                         kind="engine",
                     )
             now.changed.notify_all()
@@ -205,7 +202,7 @@ class Dispatch:
             self._now.changed.notify_all()
 
     def _pause(self, failures: int) -> None:
-        """Exponential back-off with jitter; over early when the units are done."""
+        """Exponential back-off with jitter; over early when the batches are done."""
         longest = min(self._patience.longest_pause, self._patience.first_pause * 2**failures)
         now = self._now
         with now.changed:

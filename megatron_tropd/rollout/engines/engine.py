@@ -30,7 +30,6 @@ from megatron_tropd.rollout.engines.engine_model import (
 )
 from megatron_tropd.rollout.engines.process import engine_environment
 from megatron_tropd.rollout.engines.settings import EngineSettings
-from megatron_tropd.rollout.engines.wire import Offer
 
 _LOG_LINES_QUOTED = 15
 _CLOSE_SECONDS = 5.0
@@ -52,7 +51,8 @@ class RolloutEngine:
         max_model_len: int,
         log_file: str | Path,
         dtype: str = "float32",
-        memory: float = 1.0,
+        gpu_share: float = 0.85,
+        cpu_kv_gib: float = 1.0,
         tensor_parallel: int = 1,
         threads: int | None = None,
         max_num_seqs: int | None = None,
@@ -67,7 +67,8 @@ class RolloutEngine:
             max_model_len: longest prompt + response in tokens; at most the model's context.
             log_file: what the child prints is appended here.
             dtype: "float32" or "bfloat16".
-            memory: share of each GPU's memory; without CUDA, GiB of KV cache.
+            gpu_share: share of each GPU's memory.
+            cpu_kv_gib: GiB of KV cache without CUDA.
             tensor_parallel: GPUs of the engine, from this rank's device on; 1 without CUDA.
             threads: CPU threads of the engine; None: as many as this process may use.
             max_num_seqs: most sequences decoded together; None: vLLM's default.
@@ -107,7 +108,8 @@ class RolloutEngine:
             vocab_size=vocab_size,
             dtype=dtype,
             max_model_len=max_model_len,
-            memory=memory,
+            gpu_share=gpu_share,
+            cpu_kv_gib=cpu_kv_gib,
             tensor_parallel=tensor_parallel,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
@@ -254,25 +256,6 @@ class RolloutEngine:
             )
         self._ask("finish_weights")
         self.has_weights = True
-
-    def receive_weights(self, offer: Offer, folder: str | Path) -> bool:
-        """Replace the weights by those that a trainer broadcasts.
-
-        Args:
-            offer: where the broadcast is.
-            folder: of the versions, where the rest is taken from if the broadcast breaks.
-
-        Returns:
-            Whether the engine took part and has them; if not, it has what it had before.
-
-        Raises:
-            TrainingError: the engine died, by tensors that do not fit or do not come either way;
-                quotes its log.
-        """
-        self._wake("weights")
-        taken = self._ask("receive_weights", offer, str(folder), self._expected)
-        self.has_weights |= taken
-        return taken
 
     def sleep(self) -> None:
         """Give the GPU memory back while the trainer works. Nothing to do without CUDA.

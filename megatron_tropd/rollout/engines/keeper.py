@@ -1,4 +1,4 @@
-"""The engine of one server: on the weights a unit asks for, and started again when it dies."""
+"""The engine of one server: on the weights a batch asks for, and started again when it dies."""
 
 import threading
 import time
@@ -9,17 +9,17 @@ from pathlib import Path
 from megatron_tropd.base.errors import InputError, TrainingError
 from megatron_tropd.data.samples import Sample
 from megatron_tropd.rollout.engines.engine import RolloutEngine
-from megatron_tropd.rollout.engines.wire import Model, Offer, Unit
-from megatron_tropd.rollout.weights.weight_sync import VISIBLE_SECONDS, WeightsName, WeightVersions
+from megatron_tropd.rollout.engines.wire import Model, RequestBatch
+from megatron_tropd.rollout.weights.versions import VISIBLE_SECONDS, WeightsName, WeightVersions
 
 MOST_FAILURES = 5
-"""Deaths of the engine without a unit finished in between, after which the server gives up."""
+"""Deaths of the engine without a batch finished in between, after which the server gives up."""
 START_SECONDS = 3600.0
 """Longest start of an engine."""
 
 
 class EngineKeeper:
-    """Runs units and takes weights, one after the other; used by one thread, watched by others."""
+    """Runs batches, one after the other; used by one thread, watched by others."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class EngineKeeper:
         self.weights: WeightsName | None = None
         """What the student's engine has; None: its first weights."""
         self.failures = 0
-        """Deaths since the last unit that was finished."""
+        """Deaths since the last batch that was finished."""
         self.restarts = 0
         """Starts of an engine after a death."""
         self.last_error = ""
@@ -80,52 +80,31 @@ class EngineKeeper:
                     raise
         self.state = "ready"
 
-    def run(self, unit: Unit) -> list[Sample]:
-        """The samples of a unit, from the weights it names.
+    def run(self, batch: RequestBatch) -> list[Sample]:
+        """The samples of a batch, from the weights it names.
 
         Raises:
             InputError: a request does not fit the model.
             TrainingError: the engine died or took too long, or the weights are not there.
         """
         try:
-            folder = self._find(unit)
+            folder = self._find(batch)
         finally:
             self.state = "ready"
         try:
-            engine = self._engine_of(unit.model)
+            engine = self._engine_of(batch.model)
             if folder is not None:
-                self._load(engine, unit.weights, folder)
+                self._load(engine, batch.weights, folder)
             self.state = "generating"
-            with _time_limit(engine, unit.seconds, "generating a unit"):
-                samples = engine.generate(unit.requests, unit.sampling)
+            with _time_limit(engine, batch.seconds, "generating a batch"):
+                samples = engine.generate(batch.requests, batch.sampling)
         except TrainingError as error:
-            self._died(unit.model, error)
+            self._died(batch.model, error)
             raise
         finally:
             self.state = "ready" if "student" in self._engines else "starting"
         self.failures = 0
         return samples
-
-    def receive(self, offer: Offer) -> None:
-        """Have the student's engine take new weights directly from the trainer.
-
-        Raises:
-            TrainingError: it did not take part and has the weights it had, or it died.
-        """
-        self.state, before = "loading", self.weights
-        try:
-            engine = self._engine_of("student")
-            self.weights = None  # until it has all of them it has none that can be used
-            with _time_limit(engine, START_SECONDS, "receiving weights"):
-                taken = engine.receive_weights(offer, self._versions.folder)
-            self.weights = offer.weights if taken else before
-        except TrainingError as error:
-            self._died("student", error)
-            raise
-        finally:
-            self.state = "ready" if "student" in self._engines else "starting"
-        if not taken:
-            raise TrainingError("The engine came too late for the broadcast.", kind="engine")
 
     def close(self) -> None:
         """End the engines for good; from any thread."""
@@ -135,18 +114,20 @@ class EngineKeeper:
             engine.close()
         self._engines.clear()
 
-    def _find(self, unit: Unit) -> Path | None:
-        """Where the weights of a unit are; None: the engine has them."""
-        if unit.weights is None:
-            if unit.model == "student":
-                raise InputError("Expected a unit for the student to name its weights, found none.")
+    def _find(self, batch: RequestBatch) -> Path | None:
+        """Where the weights of a batch are; None: the engine has them."""
+        if batch.weights is None:
+            if batch.model == "student":
+                raise InputError(
+                    "Expected a batch for the student to name its weights, found none."
+                )
             return None
-        if unit.weights == self.weights:
+        if batch.weights == self.weights:
             return None
         deadline = time.monotonic() + VISIBLE_SECONDS
         while True:
             try:
-                return self._versions.find(unit.weights)
+                return self._versions.find(batch.weights)
             except TrainingError:
                 if time.monotonic() > deadline:
                     raise
@@ -154,13 +135,13 @@ class EngineKeeper:
             self._wait(0.5)
 
     def _engine_of(self, model: Model) -> RolloutEngine:
-        """The engine for a unit. The teacher's lives until the next unit for the student."""
+        """The engine for a batch. The teacher's lives until the next batch for the student."""
         if model == "student" and "teacher" in self._engines:
             self._engines.pop("teacher").close()
         if model == "teacher" and "teacher" not in self._engines:
             self._engines["student"].sleep()
             if not self._engines["student"].has_weights:
-                self.weights = None  # the next unit for the student loads what it names
+                self.weights = None  # the next batch for the student loads what it names
             self._start("teacher")
         return self._engines[model]
 

@@ -1,41 +1,50 @@
 """The engines of a run: which rank owns one, and how all ranks use them together."""
 
 import socket
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
 
-from megatron_tropd.base.errors import ConfigError, InputError, TrainingError
-from megatron_tropd.base.failures import kind_of
+from megatron_tropd.base.errors import TrainingError
 from megatron_tropd.data.samples import Sample, SampleRequest, Sampling
+from megatron_tropd.rollout.collective import run_and_share, run_everywhere
 from megatron_tropd.rollout.engines.engine import RolloutEngine
 from megatron_tropd.rollout.weights.channels import (
     DeviceChannel,
+    EngineChannel,
     FolderChannel,
     Seat,
-    WeightChannel,
     device_groups,
     export_by_ipc,
     this_seat,
 )
+from megatron_tropd.rollout.weights.interface import Tensors, WeightChannel
 from megatron_tropd.rollout.weights.weight_sync import roomy_root
 
 Transport = Literal["auto", "folder"]
 
-_SHARED = (ConfigError, InputError, TrainingError, OSError)
-"""Errors after which a rank can still take part in what follows."""
+
+class _PoolChannel:
+    """The way of weights to the engines of a pool."""
+
+    def __init__(self, give: Callable[[Tensors], None], receivers: tuple[int, ...]) -> None:
+        self._give = give
+        self.receivers, self.version = receivers, 0
+
+    def send(self, tensors: Tensors, version: int) -> None:
+        """Give every engine the weights."""
+        self._give(tensors)
+        self.version = version
 
 
 class EnginePool:
     """One engine on the first rank of each of ``num_engines`` equal blocks of the world.
 
-    Every method but :meth:`close` is collective: all ranks call it with the same arguments, and a
-    failure of one engine is raised on all of them.
+    They are :class:`~megatron_tropd.rollout.engines.interface.SamplingEngines`. A failure of one
+    engine is raised on all ranks.
     """
 
     def __init__(
@@ -64,26 +73,18 @@ class EnginePool:
         self.owners = tuple(range(0, world_size, block))
         self._number = rank // block if rank in self.owners else None
         self._engine: RolloutEngine | None = None
-        self._channel: WeightChannel | None = None
-        self._asked = False
+        self._into_engine: EngineChannel | None = None
+        self._awake = self._asked = False
         self._settled: list[Sample] | None = None
-        self._tensors: Iterable[tuple[str, Tensor | None]] = iter(())
+        self._tensors: Tensors = iter(())
         self._filled = True
         """Whether the engines have weights; those that they start with, at first."""
-        seats = together(lambda: self._make(make_engine))
+        seats = run_everywhere(lambda: self._make(make_engine))
         self._forgetful = any(seat.forgets for seat in seats)
         if transport is not None:
-            self._channel = _open_channel(seats, rank, transport)
-
-    @property
-    def owns_engine(self) -> bool:
-        """Whether this rank has an engine."""
-        return self._number is not None
-
-    @property
-    def receivers(self) -> tuple[int, ...]:
-        """Ranks that need the tensors of :meth:`load_tensors`; the others may have None."""
-        return self._channel.receivers if self._channel else ()
+            self._into_engine = _open_channel(seats, rank, transport)
+        receivers = self._into_engine.receivers if self._into_engine else ()
+        self.channel: WeightChannel = _PoolChannel(self._give, receivers)
 
     def generate(self, requests: Sequence[SampleRequest], sampling: Sampling) -> list[Sample]:
         """Continue every request, spread evenly over the engines.
@@ -95,72 +96,70 @@ class EnginePool:
         Returns:
             One sample per request, in order, on every rank.
 
-        Collectives: those of :func:`share`; as many more where others were asked for before, and
-        those of :meth:`load_tensors` where the engines dropped their weights.
+        Collectives: those of :func:`run_and_share`; as many more where others were asked for
+        before, and those of the tensors where the engines dropped their weights.
         """
         self._settle()
         self._fill()
-        units = self._cut(requests)
-        samples = merge_units(share(lambda: self._generate(units, sampling), self.owners))
+        batches = self._cut(requests)
+        samples = merge_batches(
+            run_and_share(lambda: self._generate(batches, sampling), self.owners)
+        )
         self._slept()
         return samples
 
-    def start_generate(self, requests: Sequence[SampleRequest], sampling: Sampling) -> None:
+    def start(self, requests: Sequence[SampleRequest], sampling: Sampling) -> None:
         """Ask for samples without waiting; one call at a time may be under way.
 
         Args and errors as :meth:`generate`.
 
-        Collectives: one gather of the outcome, and those of :meth:`load_tensors` where the engines
-        dropped their weights.
+        Collectives: one gather of the outcome, and those of the tensors where the engines dropped
+        their weights.
         """
-        assert not self._asked, "start_generate before finish_generate"
+        assert not self._asked, "start before finish"
         self._fill()
-        units = self._cut(requests)
+        batches = self._cut(requests)
 
         def mine() -> None:
             if self._engine is not None and self._number is not None:
-                self._engine.start_generate(units[self._number], sampling)
+                self._engine.start_generate(batches[self._number], sampling)
 
-        together(mine)
+        run_everywhere(mine)
         self._asked, self._settled = True, None
 
-    def finish_generate(self) -> list[Sample]:
-        """The samples of the last :meth:`start_generate`, on every rank.
+    def finish(self) -> list[Sample]:
+        """The samples of the last :meth:`start`, on every rank.
 
-        Collectives: those of :func:`share`.
+        Collectives: those of :func:`run_and_share`.
         """
-        assert self._asked, "finish_generate without start_generate"
+        assert self._asked, "finish without start"
         self._settle()
         samples, self._asked, self._settled = self._settled, False, None
         assert samples is not None
         return samples
 
-    def load_tensors(self, tensors: Iterable[tuple[str, Tensor | None]], *, version: int) -> None:
-        """Give every engine the weights that come out of ``tensors``.
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """Keep the engines' memory in the block; on the way out it is the trainer's again.
 
-        Args:
-            tensors: HF names and tensors, ``None`` but on :attr:`receivers`; exhausted on every
-                rank, since making them is collective. Gone through again if the same weights are
-                sampled after a sleep, so no iterator where engines sleep
-                (:class:`~megatron_tropd.rollout.weights.weight_sync.Export`).
-            version: optimizer steps they have seen.
+        Every call that returns samples does so by itself outside of such a block. An engine wakes
+        by itself: its memory for weights to take them, its cache to generate.
 
-        Collectives: those of ``tensors``, a gather of the outcome, and those of :func:`share` for
-        samples that were asked for and are still being made: they are of the weights before.
+        Collectives: one gather of the outcome.
         """
-        self._settle()
-        self._tensors = tensors
-        together(lambda: self._load(tensors))
-        self._filled = True
-
-    def sleep(self) -> None:
-        """Give every engine's device memory back until the next call."""
-
-        def mine() -> None:
-            if self._engine is not None:
-                self._engine.sleep()
-
-        together(mine)
+        assert not self._awake, "awake within awake"
+        self._awake = True
+        try:
+            yield
+            self._settle()
+        except BaseException:
+            self._awake = False
+            if not self._asked:  # else it is busy
+                with suppress(TrainingError):  # it may be gone: the first error says why
+                    self._sleep()
+            raise
+        self._awake = False
+        run_everywhere(self._sleep)
         self._slept()
 
     def close(self) -> None:
@@ -168,9 +167,9 @@ class EnginePool:
         if self._engine is not None:
             self._engine.close()
             self._engine = None
-        if self._channel is not None:
-            self._channel.close()
-            self._channel = None
+        if self._into_engine is not None:
+            self._into_engine.close()
+            self._into_engine = None
 
     def __enter__(self) -> Self:
         return self
@@ -183,8 +182,13 @@ class EnginePool:
             self._engine = make_engine(self._number)
         return this_seat(self._engine, socket.gethostname())
 
+    def _sleep(self) -> None:
+        """Have this rank's engine give its memory back, unless a block keeps it."""
+        if self._engine is not None and not self._awake:
+            self._engine.sleep()
+
     def _slept(self) -> None:
-        self._filled = self._filled and not self._forgetful
+        self._filled = self._filled and (self._awake or not self._forgetful)
 
     def _fill(self) -> None:
         """Give engines that slept since they got their weights the same ones again."""
@@ -196,53 +200,57 @@ class EnginePool:
                 "can be given again.",
                 kind="engine",
             )
-        together(lambda: self._load(self._tensors))
+        run_everywhere(lambda: self._load(self._tensors))
         self._filled = True
 
-    def _load(self, tensors: Iterable[tuple[str, Tensor | None]]) -> None:
-        assert self._channel is not None, "these engines keep the weights they start with"
-        self._channel.send(iter(tensors), self._engine)
+    def _give(self, tensors: Tensors) -> None:
+        """Collectives: those of ``tensors``, a gather of the outcome, and those of
+        :func:`run_and_share` for samples that are still being made: they are of the weights before.
+        """
+        self._settle()
+        self._tensors = tensors
+        run_everywhere(lambda: self._load(tensors))
+        self._filled = True
+
+    def _load(self, tensors: Tensors) -> None:
+        assert self._into_engine is not None, "these engines keep the weights they start with"
+        self._into_engine.send(iter(tensors), self._engine)
 
     def _cut(self, requests: Sequence[SampleRequest]) -> list[list[SampleRequest]]:
-        return cut_units(requests, len(self.owners))
+        return cut_batches(requests, len(self.owners))
 
-    def _generate(self, units: list[list[SampleRequest]], sampling: Sampling) -> list[Sample]:
+    def _generate(self, batches: list[list[SampleRequest]], sampling: Sampling) -> list[Sample]:
         if self._engine is None or self._number is None:
             return []
-        with asleep_after(self._engine) as engine:
-            return engine.generate(units[self._number], sampling)
+        with self._asleep_after():
+            return self._engine.generate(batches[self._number], sampling)
 
     def _fetch(self) -> list[Sample]:
         if self._engine is None:
             return []
-        with asleep_after(self._engine) as engine:
-            return engine.finish_generate()
+        with self._asleep_after():
+            return self._engine.finish_generate()
+
+    @contextmanager
+    def _asleep_after(self) -> Iterator[None]:
+        """Every way of sampling goes through here, so that none can leave an engine awake."""
+        try:
+            yield
+        except BaseException:
+            with suppress(TrainingError):  # it may be gone: the first error says why
+                self._sleep()
+            raise
+        self._sleep()
 
     def _settle(self) -> None:
         """Wait for samples that were asked for and keep them: engines do one thing at a time."""
         if not self._asked or self._settled is not None:
             return
-        self._settled = merge_units(share(self._fetch, self.owners))
+        self._settled = merge_batches(run_and_share(self._fetch, self.owners))
         self._slept()
 
 
-@contextmanager
-def asleep_after(engine: RolloutEngine) -> Iterator[RolloutEngine]:
-    """Use an engine; its device memory is the trainer's again on the way out.
-
-    Every way of sampling goes through here, so that none can leave an engine awake. It wakes by
-    itself: its memory for weights to take them, its cache to generate.
-    """
-    try:
-        yield engine
-    except BaseException:
-        with suppress(TrainingError):  # it may be gone: the first error says why
-            engine.sleep()
-        raise
-    engine.sleep()
-
-
-def _open_channel(seats: Sequence[Seat], rank: int, transport: Transport) -> WeightChannel:
+def _open_channel(seats: Sequence[Seat], rank: int, transport: Transport) -> EngineChannel:
     """The way of the weights; collective."""
     mine, owners = seats[rank], [number for number, seat in enumerate(seats) if seat.engine_gpus]
     groups = device_groups(seats) if transport == "auto" else "rollout.weight_transport = folder"
@@ -257,73 +265,17 @@ def _open_channel(seats: Sequence[Seat], rank: int, transport: Transport) -> Wei
         return roomy_root(len(here), mine.weight_bytes) if mine.engine_gpus else None
 
     # Together: ranks whose node has room must not wait for one whose node has none.
-    return FolderChannel(owners, together(root)[rank])
+    return FolderChannel(owners, run_everywhere(root)[rank])
 
 
-def cut_units[T](requests: Sequence[T], count: int) -> list[list[T]]:
-    """Cut into ``count`` units, by index alone: unit i has requests i, i + count, ..."""
+def cut_batches[T](requests: Sequence[T], count: int) -> list[list[T]]:
+    """Cut into ``count`` batches, by index alone: batch i has requests i, i + count, ..."""
     return [list(requests[number::count]) for number in range(count)]
 
 
-def merge_units[T](units: Sequence[Sequence[T]]) -> list[T]:
-    """Inverse of :func:`cut_units`."""
-    merged: list[Any] = [None] * sum(map(len, units))
-    for number, unit in enumerate(units):
-        merged[number :: len(units)] = unit
+def merge_batches[T](batches: Sequence[Sequence[T]]) -> list[T]:
+    """Inverse of :func:`cut_batches`."""
+    merged: list[Any] = [None] * sum(map(len, batches))
+    for number, batch in enumerate(batches):
+        merged[number :: len(batches)] = batch
     return merged
-
-
-def share[T](action: Callable[[], T], owners: Sequence[int]) -> list[T]:
-    """Run ``action`` on every rank; what it returned on each of ``owners``, on every rank.
-
-    Raises:
-        As :func:`together`.
-
-    Collectives: one gather of the outcome, one broadcast of objects from each owner.
-    """
-    mine: list[T] = []
-    together(lambda: mine.append(action()))
-    shared = []
-    for owner in owners:
-        # Not through the gather: that takes room for every rank's share, as large as the largest.
-        part = list(mine)
-        dist.broadcast_object_list(part, src=owner)
-        shared += part
-    return shared
-
-
-def together(action: Callable[[], Any]) -> list[Any]:
-    """Run ``action`` on every rank and gather what it returned.
-
-    Returns:
-        The results, by rank.
-
-    Raises:
-        The first error, on every rank: as it was raised where it was, elsewhere as ConfigError,
-        InputError, or TrainingError of the same kind. An error nobody foresaw (CUDA out of memory,
-        a lost connection) is raised on its rank alone, which then has to end.
-
-    Collectives: one gather of objects.
-    """
-    outcome: tuple[Any, Exception | None]
-    try:
-        outcome = (action(), None)
-    except _SHARED as error:
-        # Not any other: ``action`` may contain collectives, in which the others would wait for us
-        # while we wait for them below, and the reason would never be told.
-        outcome = (None, error)
-    outcomes: list[Any] = [None] * dist.get_world_size()
-    # As text: not every exception survives pickling.
-    met = outcome[1]
-    dist.all_gather_object(outcomes, (outcome[0], met and (str(met), kind_of(met))))
-    if met is not None:
-        raise met
-    for _, failure in outcomes:
-        if failure is not None:
-            raise _as_error(*failure)
-    return [result for result, _ in outcomes]
-
-
-def _as_error(message: str, kind: str) -> Exception:
-    known = {"config": ConfigError, "input": InputError}
-    return known[kind](message) if kind in known else TrainingError(message, kind=kind)

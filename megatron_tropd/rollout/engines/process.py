@@ -37,7 +37,7 @@ _prepared: "EngineProcess | None" = None
 
 
 class EngineProcess:
-    """A child that imports vLLM and then serves its end of a pipe (``rollout.worker``)."""
+    """A child that imports vLLM and then serves its end of a pipe (``rollout.engines.child``)."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         """Start it; what it prints is kept until it is told where it belongs.
@@ -51,7 +51,7 @@ class EngineProcess:
         with theirs:
             self.child = subprocess.Popen(
                 [
-                    *(sys.executable, "-m", f"{__package__}.worker"),
+                    *(sys.executable, "-m", f"{__package__}.child"),
                     *(str(theirs.fileno()), str(os.getpid())),
                 ],
                 env=self.environment,

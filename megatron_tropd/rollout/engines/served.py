@@ -4,29 +4,27 @@ Only rank 0 talks to the servers; what it gets reaches the others through their 
 """
 
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Self
 
-from torch import Tensor
-
 from megatron_tropd.data.samples import Sample, SampleRequest, Sampling
+from megatron_tropd.rollout.collective import run_and_share
 from megatron_tropd.rollout.engines.client import ClientSettings, ServerClient
 from megatron_tropd.rollout.engines.dispatch import Dispatch, Patience
-from megatron_tropd.rollout.engines.pool import cut_units, merge_units, share, together
-from megatron_tropd.rollout.engines.wire import Model, Unit
-from megatron_tropd.rollout.weights.direct import DirectTransport
-from megatron_tropd.rollout.weights.weight_sync import WeightsName, WeightVersions
+from megatron_tropd.rollout.engines.pool import cut_batches, merge_batches
+from megatron_tropd.rollout.engines.wire import Model, RequestBatch
+from megatron_tropd.rollout.weights.versions import VersionChannel, WeightVersions
 
 
 class ServerPool:
-    """``num_servers`` servers behind the methods of :class:`EnginePool`.
+    """``num_servers`` servers as
+    :class:`~megatron_tropd.rollout.engines.interface.SamplingEngines`.
 
-    The requests of a call are cut into units by index, as many as there are servers by the
+    The requests of a call are cut into batches by index, as many as there are servers by the
     config: so the cut, and with it every bit of the samples, is that of as many colocated engines
     and does not depend on which servers are alive.
     """
-
-    owners = receivers = (0,)
 
     def __init__(
         self,
@@ -38,7 +36,6 @@ class ServerPool:
         model: Model = "student",
         patience: Patience,
         stopping: Callable[[], bool] = lambda: False,
-        direct: bool = False,
     ) -> None:
         """Nothing is asked yet: servers may still be starting, or start later.
 
@@ -50,25 +47,16 @@ class ServerPool:
             model: whose samples are asked for.
             patience: time-outs.
             stopping: whether the run was asked to stop; it then waits less for servers.
-            direct: whether weights are broadcast to servers that are ready, not only written.
         """
-        self.owns_engine = rank == 0
+        self.channel = VersionChannel(versions, is_writer=rank == 0)
+        self._is_main = rank == 0
         self._known = known
-        self._versions = versions
         self._count = num_servers
         self._model = model
         self._patience = patience
         self._stopping = stopping
-        self._writer = uuid.uuid4().hex[:8]
-        self._weights: WeightsName | None = None
         self._pending: Dispatch | None = None
-        self._pending_version = 0
         self._asked = False
-        self._direct: DirectTransport | None = None
-        if direct and self.owns_engine:
-            self._direct = DirectTransport(
-                known, versions, num_servers=num_servers, join_seconds=patience.join_seconds
-            )
 
     def generate(self, requests: Sequence[SampleRequest], sampling: Sampling) -> list[Sample]:
         """Continue every request on whichever servers are there.
@@ -82,58 +70,36 @@ class ServerPool:
 
         Raises:
             ServersLost: no server has answered for a bounded time.
-            TrainingError: engines died over one unit again and again.
+            TrainingError: engines died over one batch again and again.
             InputError: a request does not fit the model.
 
-        Collectives: those of :func:`~megatron_tropd.rollout.engines.pool.share`.
+        Collectives: those of :func:`~megatron_tropd.rollout.collective.run_and_share`.
         """
         return self._collect(lambda: self._after_pending(requests, sampling))
 
-    def start_generate(self, requests: Sequence[SampleRequest], sampling: Sampling) -> None:
+    def start(self, requests: Sequence[SampleRequest], sampling: Sampling) -> None:
         """Ask for samples of the newest weights without waiting; one call at a time."""
-        assert not self._asked, "start_generate before finish_generate"
+        assert not self._asked, "start before finish"
         self._asked = True
-        if self.owns_engine:
+        if self._is_main:
             self._pending = self._dispatch(requests, sampling)
-            self._pending_version = self._weights.version if self._weights else 0
+            self.channel.needed = self.channel.name
 
-    def finish_generate(self) -> list[Sample]:
-        """The samples of the last :meth:`start_generate`, on every rank; as :meth:`generate`."""
-        assert self._asked, "finish_generate without start_generate"
+    def finish(self) -> list[Sample]:
+        """The samples of the last :meth:`start`, on every rank; as :meth:`generate`."""
+        assert self._asked, "finish without start"
         samples = self._collect(lambda: self._pending)
         self._pending, self._asked = None, False
+        self.channel.needed = None
         return samples
 
-    def load_tensors(self, tensors: Iterable[tuple[str, Tensor | None]], *, version: int) -> None:
-        """Hand over the weights that come out of ``tensors``.
-
-        Through the folder a server loads them when it is first asked for samples of them. Directly
-        it has them at once, so that samples asked for before are waited for: they are of the
-        weights before.
-
-        Args:
-            tensors: HF names and tensors, ``None`` but on rank 0; exhausted on every rank, since
-                making them is collective.
-            version: optimizer steps they have seen.
-
-        Raises:
-            TrainingError: they cannot be written, or no server answers.
-
-        Collectives: those of ``tensors``, a gather of the outcome.
-        """
-        name = WeightsName(version, self._writer)
-        together(lambda: self._hand_over(name, tensors))
-        self._weights = name
-
-    def sleep(self) -> None:
+    def awake(self) -> AbstractContextManager[None]:
         """Nothing: servers share no device with the trainer."""
+        return nullcontext()
 
     def close(self) -> None:
         """Remove the versions of the weights; servers end when the run is complete."""
-        if self._direct is not None:
-            self._direct.close()
-        if self._weights is not None and self.owns_engine:
-            self._versions.clear()
+        self.channel.close()
 
     def __enter__(self) -> Self:
         return self
@@ -147,39 +113,19 @@ class ServerPool:
         return self._dispatch(requests, sampling)
 
     def _dispatch(self, requests: Sequence[SampleRequest], sampling: Sampling) -> Dispatch:
-        call, seconds = uuid.uuid4().hex, self._patience.unit_seconds
-        weights = self._weights if self._model == "student" else None
-        units = [
-            Unit(f"{call}-{index}", self._model, weights, tuple(unit), sampling, seconds)
-            for index, unit in enumerate(cut_units(requests, self._count))
+        call, seconds = uuid.uuid4().hex, self._patience.batch_seconds
+        weights = self.channel.name if self._model == "student" else None
+        batches = [
+            RequestBatch(f"{call}-{index}", self._model, weights, tuple(batch), sampling, seconds)
+            for index, batch in enumerate(cut_batches(requests, self._count))
         ]
         clients = [ServerClient(self._known, number) for number in range(self._count)]
-        return Dispatch(units, clients, self._patience, self._stopping)
+        return Dispatch(batches, clients, self._patience, self._stopping)
 
     def _collect(self, dispatch: Callable[[], Dispatch | None]) -> list[Sample]:
         def mine() -> list[Sample]:
-            if not self.owns_engine or (asked := dispatch()) is None:
+            if not self._is_main or (asked := dispatch()) is None:
                 return []
-            return merge_units([unit.samples for unit in asked.wait()])
+            return merge_batches([batch.samples for batch in asked.wait()])
 
-        return share(mine, self.owners)[0]
-
-    def _hand_over(self, name: WeightsName, tensors: Iterable[tuple[str, Tensor | None]]) -> None:
-        tensors = iter(tensors)
-        try:
-            if self._direct is not None:
-                if self._pending is not None:
-                    self._pending.wait()
-                self._direct.hand_over(name, tensors)
-            elif self.owns_engine:
-                self._write_folder(name, tensors)
-        finally:
-            for _ in tensors:  # making them is collective, also where they are not needed
-                pass
-
-    def _write_folder(
-        self, name: WeightsName, tensors: Iterable[tuple[str, Tensor | None]]
-    ) -> None:
-        oldest = self._pending_version if self._pending is not None else name.version
-        self._versions.prune(oldest, name.version)
-        self._versions.write(name, tensors)
+        return run_and_share(mine, (0,))[0]

@@ -2,13 +2,24 @@
 
     GET  /health          anyone: the process lives (its engine may still be starting)
     GET  /status          what it does, which weights it has, how often its engine died
-    POST /units           take a unit; 202, also when it has it already; 409 while it has another
-    GET  /units/ID?wait=s its samples (200), not yet (202), or why there are none (400, 500)
-    POST /weights         take new weights directly, as an engine that does nothing can
-    GET  /weights/ID?wait=s   that it has them, not yet, or why not; as for units
+    POST /batches           take a batch; 202, also when it has it already; 409 while it has another
+    GET  /batches/ID?wait=s its samples (200), not yet (202), or why there are none (400, 500)
 
 All but /health want ``Authorization: Bearer TOKEN``. Bodies are msgpack (:mod:`.wire`), never
 pickle. One thread runs the engine, so a server answers while its engine starts or generates.
+
+Why not ``vllm serve`` with its end points for RL (read in vLLM 0.32, below ``vllm/entrypoints``):
+
+- A batch must begin as a whole, or its last bits depend on when each request arrived. Between
+  ``/pause?mode=keep`` and ``/resume`` requests could gather, but ``/inference/v1/generate`` answers
+  when a request is done (``scale_out/token_in_token_out/api_router.py``): nothing says that all are
+  queued.
+- A request that is sent again is sampled again; here a batch is kept under its id.
+- ``/update_weights`` has no backend that reads a folder (vllm/distributed/weight_transfer,
+  ``factory.py``); ``/collective_rpc`` could, and runs any other method for whoever reaches it.
+- When the engine dies, the server ends (``launchers/launcher.py``, ``terminate_if_errored``), and
+  a teacher is another model. So keeper, announcement and token would stay beside it, in front of
+  one more process.
 """
 
 import secrets
@@ -37,38 +48,38 @@ _HTTP_START_SECONDS = 30.0
 
 
 class Busy(RuntimeError):
-    """The server has another job."""
+    """The server has another batch."""
 
 
-class Desk:
-    """The one job a server has: HTTP threads put it there and ask for it, the engine's takes it.
+class BatchSlot:
+    """The one batch a server has: HTTP threads put it there and ask for it, the engine's takes it.
 
-    A job is a unit or an offer of weights. What became of it is kept until another one comes.
+    What became of it is kept until another one comes.
     """
 
     def __init__(self) -> None:
         """Nothing to do yet."""
         self._changed = threading.Condition()
-        self._job: wire.Job | None = None
+        self._batch: wire.RequestBatch | None = None
         self._taken = False
-        self._outcome: wire.Done | Exception | None = None
+        self._outcome: wire.BatchSamples | Exception | None = None
         self._closed = False
         self._asking = 0
         self._last_asked = time.monotonic()
 
     @property
-    def job_id(self) -> str | None:
-        """The job that is here, finished or not."""
-        job = self._job
-        return job.id if job else None
+    def batch_id(self) -> str | None:
+        """The batch that is here, finished or not."""
+        batch = self._batch
+        return batch.id if batch else None
 
     def idle_seconds(self) -> float:
         """Since somebody asked for anything; 0 while somebody waits."""
         with self._changed:
             return 0.0 if self._asking else time.monotonic() - self._last_asked
 
-    def put(self, job: wire.Job) -> None:
-        """Accept a job; nothing happens if it is here already and has not failed.
+    def put(self, batch: wire.RequestBatch) -> None:
+        """Accept a batch; nothing happens if it is here already and has not failed.
 
         Raises:
             Busy: another one is not finished.
@@ -76,30 +87,30 @@ class Desk:
         with self._changed:
             self._last_asked = time.monotonic()
             failed = isinstance(self._outcome, Exception)
-            if self.job_id == job.id and not failed:
+            if self.batch_id == batch.id and not failed:
                 return
-            if self._job is not None and self._outcome is None:
-                raise Busy(f"{self._job.id} is not finished")
-            self._job, self._taken, self._outcome = job, False, None
+            if self._batch is not None and self._outcome is None:
+                raise Busy(f"{self._batch.id} is not finished")
+            self._batch, self._taken, self._outcome = batch, False, None
             self._changed.notify_all()
 
-    def take(self) -> wire.Job | None:
-        """The next job for the engine; None when the server ends."""
+    def take(self) -> wire.RequestBatch | None:
+        """The next batch for the engine; None when the server ends."""
         with self._changed:
             self._changed.wait_for(
-                lambda: self._closed or (self._job is not None and not self._taken)
+                lambda: self._closed or (self._batch is not None and not self._taken)
             )
             self._taken = True
-            return None if self._closed else self._job
+            return None if self._closed else self._batch
 
-    def finish(self, outcome: wire.Done | Exception) -> None:
-        """Say what became of the job taken last."""
+    def finish(self, outcome: wire.BatchSamples | Exception) -> None:
+        """Say what became of the batch taken last."""
         with self._changed:
             self._outcome = outcome
             self._changed.notify_all()
 
-    def outcome(self, job_id: str, wait: float) -> wire.Done | Exception | None:
-        """What became of a job; None: not finished after ``wait`` seconds.
+    def outcome(self, batch_id: str, wait: float) -> wire.BatchSamples | Exception | None:
+        """What became of a batch; None: not finished after ``wait`` seconds.
 
         Raises:
             KeyError: it is not here.
@@ -108,11 +119,11 @@ class Desk:
             self._asking += 1
             try:
                 self._changed.wait_for(
-                    lambda: self._closed or self.job_id != job_id or self._outcome is not None,
+                    lambda: self._closed or self.batch_id != batch_id or self._outcome is not None,
                     wait,
                 )
-                if self.job_id != job_id:
-                    raise KeyError(job_id)
+                if self.batch_id != batch_id:
+                    raise KeyError(batch_id)
                 return self._outcome
             finally:
                 self._asking -= 1
@@ -130,11 +141,13 @@ class Desk:
             self._changed.notify_all()
 
 
-def make_app(desk: Desk, keeper: EngineKeeper, *, token: str, about: dict[str, Any]) -> FastAPI:
+def make_app(
+    slot: BatchSlot, keeper: EngineKeeper, *, token: str, about: dict[str, Any]
+) -> FastAPI:
     """The HTTP side.
 
     Args:
-        desk: where jobs go.
+        slot: where jobs go.
         keeper: asked for the engine's state.
         token: what a client must show.
         about: constant part of /status.
@@ -157,36 +170,28 @@ def make_app(desk: Desk, keeper: EngineKeeper, *, token: str, about: dict[str, A
         return about | {
             "state": keeper.state,
             "weights": asdict(keeper.weights) if keeper.weights else None,
-            "job": desk.job_id,
+            "batch": slot.batch_id,
             "engine_pid": keeper.engine_pid,
             "engine_restarts": keeper.restarts,
             "last_error": keeper.last_error,
         }
 
-    @app.post("/units", dependencies=private)
-    async def put_unit(request: Request) -> Response:
-        return await put(request, wire.Unit)
-
-    @app.post("/weights", dependencies=private)
-    async def put_offer(request: Request) -> Response:
-        return await put(request, wire.Offer)
-
-    async def put(request: Request, kind: type[wire.Unit] | type[wire.Offer]) -> Response:
+    @app.post("/batches", dependencies=private)
+    async def put_batch(request: Request) -> Response:
         try:
-            desk.put(wire.decode(await _body(request), kind))
+            slot.put(wire.decode(await _body(request), wire.RequestBatch))
         except InputError as error:
             return _refusal(400, str(error))
         except Busy as error:
             return _refusal(409, str(error))
         return Response(status_code=202)
 
-    @app.get("/weights/{job_id}", dependencies=private)
-    @app.get("/units/{job_id}", dependencies=private)
-    def get_outcome(job_id: str, wait: float = 0.0) -> Response:
+    @app.get("/batches/{batch_id}", dependencies=private)
+    def get_outcome(batch_id: str, wait: float = 0.0) -> Response:
         try:
-            outcome = desk.outcome(job_id, min(max(wait, 0.0), LONGEST_WAIT))
+            outcome = slot.outcome(batch_id, min(max(wait, 0.0), LONGEST_WAIT))
         except KeyError:
-            return _refusal(404, f"{job_id} is not here; send it again")
+            return _refusal(404, f"{batch_id} is not here; send it again")
         if outcome is None:
             return Response(status_code=202)
         if isinstance(outcome, InputError):
@@ -213,7 +218,7 @@ def _refusal(code: int, reason: str) -> JSONResponse:
 
 
 @dataclass(frozen=True)
-class Place:
+class ServerAddress:
     """Where a server listens and where it says so."""
 
     folder: Path
@@ -231,7 +236,7 @@ class RolloutServer:
 
     def __init__(
         self,
-        place: Place,
+        address: ServerAddress,
         make_keeper: Callable[[Callable[[float], object]], EngineKeeper],
         *,
         settings: str,
@@ -240,7 +245,7 @@ class RolloutServer:
         """Bind the address; nothing runs yet.
 
         Args:
-            place: where to listen.
+            address: where to listen.
             make_keeper: makes the engine's keeper, given how to sleep.
             settings: fingerprint of what samples depend on.
             pid: announced.
@@ -248,28 +253,28 @@ class RolloutServer:
         Raises:
             ConfigError: the address cannot be bound, or it is not loopback and there is no token.
         """
-        check_address(place)
+        check_address(address)
         try:
-            self._socket = socket.create_server((place.host, place.port))
+            self._socket = socket.create_server((address.host, address.port))
         except OSError as error:
             raise ConfigError(
-                f"A server cannot listen on {place.host}:{place.port}: {error}. Choose another "
+                f"A server cannot listen on {address.host}:{address.port}: {error}. Choose another "
                 "--host or --port (0: any free one)."
             ) from None
-        token = place.token or secrets.token_urlsafe(32)
-        self._folder = place.folder
+        token = address.token or secrets.token_urlsafe(32)
+        self._folder = address.folder
         self._announcement = wire.Announcement(
-            number=place.number,
-            host=place.host,
+            number=address.number,
+            host=address.host,
             port=self._socket.getsockname()[1],
             pid=pid,
             settings=settings,
-            token=None if place.token else token,
+            token=None if address.token else token,
         )
-        self._desk = Desk()
-        self._keeper = make_keeper(self._desk.wait)
+        self._slot = BatchSlot()
+        self._keeper = make_keeper(self._slot.wait)
         about = asdict(replace(self._announcement, token=None))
-        app = make_app(self._desk, self._keeper, token=token, about=about)
+        app = make_app(self._slot, self._keeper, token=token, about=about)
         self._http = HttpServer(
             HttpConfig(app, log_level="warning", timeout_graceful_shutdown=1, lifespan="off")
         )
@@ -306,7 +311,7 @@ class RolloutServer:
             self._leave(http)
 
     def _may_leave(self, stops: int) -> bool:
-        return stops > 1 or (stops == 1 and self._desk.idle_seconds() > IDLE_SECONDS)
+        return stops > 1 or (stops == 1 and self._slot.idle_seconds() > IDLE_SECONDS)
 
     def _check(self, http: threading.Thread, engine: threading.Thread) -> None:
         if self._fatal is not None:
@@ -350,8 +355,8 @@ class RolloutServer:
     def _run_engine(self) -> None:
         try:
             self._keeper.start()
-            while (job := self._desk.take()) is not None:
-                self._desk.finish(self._outcome_of(job))
+            while (batch := self._slot.take()) is not None:
+                self._slot.finish(self._outcome_of(batch))
                 if self._keeper.given_up:
                     raise TrainingError(
                         f"The engine keeps dying: {self._keeper.last_error}", kind="engine"
@@ -360,43 +365,42 @@ class RolloutServer:
         except BaseException as error:
             self._fatal = error
 
-    def _outcome_of(self, job: wire.Job) -> wire.Done | Exception:
+    def _outcome_of(self, batch: wire.RequestBatch) -> wire.BatchSamples | Exception:
         try:
-            if isinstance(job, wire.Offer):
-                self._keeper.receive(job)
-                return wire.Loaded(job.id, job.weights)
-            samples = self._keeper.run(job)
+            samples = self._keeper.run(batch)
         except (InputError, TrainingError) as error:
             return error
-        return wire.UnitSamples(job.id, job.weights, tuple(samples))
+        return wire.BatchSamples(batch.id, batch.weights, tuple(samples))
 
     def _leave(self, http: threading.Thread) -> None:
         if self._is_announced():
             path = wire.announcement_path(self._folder, self._announcement.number)
             path.unlink(missing_ok=True)
-        self._desk.close()
+        self._slot.close()
         self._http.should_exit = True
         self._keeper.close()
         http.join(5.0)
 
 
-def check_address(place: Place) -> None:
+def check_address(address: ServerAddress) -> None:
     """Refuse to be reachable from other machines without a secret.
 
     Raises:
         ConfigError: the host is unknown, all addresses at once, or not loopback without a token.
     """
     try:
-        address = socket.gethostbyname(place.host)
+        found = socket.gethostbyname(address.host)
     except OSError as error:
-        raise ConfigError(f"--host {place.host} is no address of this machine: {error}.") from None
-    if address == "0.0.0.0":
+        raise ConfigError(
+            f"--host {address.host} is no address of this machine: {error}."
+        ) from None
+    if found == "0.0.0.0":
         raise ConfigError(
             "--host must name one address, by which the trainer reaches the server; found all."
         )
-    if not address.startswith("127.") and not place.token:
+    if not found.startswith("127.") and not address.token:
         raise ConfigError(
-            f"--host {place.host} can be reached from other machines, so the environment variable "
-            f"{wire.TOKEN_VARIABLE} must hold the job's secret, the same for servers and trainer. "
-            "Set it, or listen on loopback (no --host)."
+            f"--host {address.host} can be reached from other machines, so the environment "
+            f"variable {wire.TOKEN_VARIABLE} must hold the job's secret, the same for servers and "
+            "trainer. Set it, or listen on loopback (no --host)."
         )

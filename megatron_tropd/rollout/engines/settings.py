@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from megatron_tropd.config.settings import Count, Positive, Settings
+from megatron_tropd.config.settings import Between, Count, Positive, Settings
 
 
 @dataclass(frozen=True)
@@ -15,8 +15,10 @@ class EngineSettings(Settings):
     """"float32" or "bfloat16"."""
     max_model_len: Count
     """Longest prompt + response in tokens."""
-    memory: Positive
-    """Share of each GPU's memory; without CUDA, GiB of KV cache."""
+    gpu_share: Between
+    """Of each GPU's memory."""
+    cpu_kv_gib: Positive
+    """GiB of KV cache without CUDA."""
     tensor_parallel: Count
     """GPUs of the engine; 1 without CUDA."""
     max_num_seqs: Count | None

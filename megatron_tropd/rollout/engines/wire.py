@@ -1,7 +1,7 @@
 """What trainer and rollout servers tell each other, as msgpack; and the files they meet by.
 
 Everything that arrives is checked against the types here, and nothing in it can name a file or run
-code: a request carries token ids and numbers, an offer of weights a place on the job's network.
+code: a request carries token ids and numbers.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ import msgspec
 from megatron_tropd.base.errors import InputError
 from megatron_tropd.config import Config, config_to_dict
 from megatron_tropd.data.samples import Sample, SampleRequest, Sampling
-from megatron_tropd.rollout.weights.weight_sync import WeightsName
+from megatron_tropd.rollout.weights.versions import WeightsName
 
 TOKEN_VARIABLE = "TROPD_SERVER_TOKEN"
 """Environment variable with the secret that the servers of a job and its trainer share."""
@@ -29,59 +29,29 @@ Model = Literal["student", "teacher"]
 
 
 @dataclass(frozen=True)
-class Unit:
+class RequestBatch:
     """Requests that are continued together, alone in one engine: its samples depend on nothing
     else, whichever server makes them."""
 
     id: str
-    """Unique; sending the same unit again is harmless."""
+    """Unique; sending the same batch again is harmless."""
     model: Model
     weights: WeightsName | None
     """The student's; None: the weights of the model's folder."""
     requests: tuple[SampleRequest, ...]
     sampling: Sampling
     seconds: float
-    """After so long a server ends its engine and reports the unit as failed."""
+    """After so long a server ends its engine and reports the batch as failed."""
 
 
 @dataclass(frozen=True)
-class UnitSamples:
-    """What became of a unit."""
+class BatchSamples:
+    """What became of a batch."""
 
     id: str
     weights: WeightsName | None
     """What made the samples."""
     samples: tuple[Sample, ...]
-
-
-@dataclass(frozen=True)
-class Offer:
-    """New weights that a server's engine can have directly, if it comes to the trainer's store."""
-
-    id: str
-    """Unique."""
-    weights: WeightsName
-    host: str
-    port: int
-    key: str
-    """Begins every name in the store."""
-    server: int
-    """Number of the server, by which its engine is known there."""
-    join_seconds: float
-    """How long the trainer waits."""
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """An engine has the weights of an offer."""
-
-    id: str
-    weights: WeightsName
-
-
-Job = Unit | Offer
-"""What a server is asked to do."""
-Done = UnitSamples | Loaded
 
 
 @dataclass(frozen=True)
@@ -98,7 +68,7 @@ class Announcement:
     """Only of a server on loopback without a job's token; the file is the owner's alone."""
 
 
-def encode(message: Job | Done) -> bytes:
+def encode(message: RequestBatch | BatchSamples) -> bytes:
     """A message as msgpack; floats exactly."""
     return msgspec.msgpack.encode(message)
 
@@ -174,7 +144,7 @@ def served_settings(config: Config) -> str:
     tables = config_to_dict(config)
     settings = {name: dict(tables[name]) for name in ("model", "rollout", "evaluation")}
     # Not of the samples; the trainer fills the date in, and servers are asked for token ids.
-    for name in ("weight_transport", "max_engine_gap", "chat_template_date"):
+    for name in ("mode", "weight_transport", "max_engine_gap", "chat_template_date"):
         del settings["rollout"][name]
     del settings["evaluation"]["teacher"]
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]

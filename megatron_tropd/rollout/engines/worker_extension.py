@@ -1,46 +1,20 @@
 """What vLLM's workers can do here beside what vLLM lets them (``worker_extension_cls``)."""
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from megatron_tropd.rollout.engines.engine_model import first_rows
-from megatron_tropd.rollout.engines.wire import Offer
-from megatron_tropd.rollout.weights.broadcast import Receiver, Shape
-from megatron_tropd.rollout.weights.weight_sync import WeightVersions
 
 
 class WorkerExtension:
     """Methods that vLLM adds to its worker, called by name through ``collective_rpc``."""
 
-    rank: int
     device: torch.device
-    parallel_config: Any
     vllm_config: Any
     get_model: Callable[[], torch.nn.Module]
     reload_weights: Callable[..., None]
-
-    def tropd_receive_weights(
-        self, offer: Offer, folder: str, expected: Mapping[str, Shape]
-    ) -> bool:
-        """Take part in a broadcast of new weights; whether the model has them now.
-
-        Args:
-            offer: what the server was told.
-            folder: where versions of the weights lie.
-            expected: shape by name of everything that must come.
-        """
-        receiver = Receiver(
-            offer, worker=self.rank, workers=self.parallel_config.world_size, device=self.device
-        )
-        if not receiver.join():
-            return False
-        self.tropd_forget_packed_experts()
-        tensors = receiver.tensors(WeightVersions(Path(folder)), expected)
-        self.reload_weights(weights_iterator=tensors)
-        return True
 
     def tropd_load_first_rows(self, folder: str, vocab_size: int) -> None:
         """Load a model with the first columns of its vocabulary only.

@@ -41,8 +41,8 @@ class Seat:
     """Of one version, on the way to its engine."""
 
 
-class WeightChannel(Protocol):
-    """How weights get into the engines of a pool; :meth:`send` is collective."""
+class EngineChannel(Protocol):
+    """How weights get into the engines beside the ranks; :meth:`send` is collective."""
 
     receivers: tuple[int, ...]
     """Ranks that need the tensors; the others are given None."""

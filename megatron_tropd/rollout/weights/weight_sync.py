@@ -2,7 +2,7 @@
 
 The exporting rank writes HF-named tensors as they arrive, so it never holds more than one bucket;
 the engine maps the files and loads them in place. An engine of the same rank gets them through a
-:class:`WeightMailbox` in /dev/shm, servers through :class:`WeightVersions` in the run folder.
+:class:`WeightMailbox` in /dev/shm, servers through the run folder (versions.py).
 """
 
 import fcntl
@@ -25,11 +25,8 @@ from megatron_tropd.base.errors import ConfigError, TrainingError
 
 _PREFIX = "tropd-weights-"
 _LOCK = "owner.lock"
-_WRITER = "writer.txt"
 SHARED_MEMORY = Path("/dev/shm")
 BUCKET_BYTES = 256 * 2**20
-VISIBLE_SECONDS = 60.0
-"""After so long a network file system shows everyone what one machine wrote."""
 
 
 @dataclass(frozen=True)
@@ -41,101 +38,6 @@ class Export:
 
     def __iter__(self) -> Iterator[tuple[str, Tensor | None]]:
         return self.make()
-
-
-@dataclass(frozen=True)
-class WeightsName:
-    """Which weights: the optimizer steps they have seen and the process that wrote them.
-
-    A run that resumes makes a version again. It should be the same to the last bit, but no server
-    has to rely on it: another writer is another name.
-    """
-
-    version: int
-    """Optimizer steps."""
-    writer: str
-    """Unique to each start of the trainer."""
-
-    def __str__(self) -> str:
-        return f"weights after step {self.version}"
-
-
-class WeightVersions:
-    """Versions of the weights in a folder that trainer and servers share.
-
-    ``version_000123/`` is complete when it has that name; while it is written it starts with a dot.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        """``folder``: made by the first write."""
-        self.folder = folder
-
-    def path(self, version: int) -> Path:
-        """Where a version lies, or would."""
-        return self.folder / f"version_{version:06d}"
-
-    def write(self, name: WeightsName, tensors: Iterable[tuple[str, Tensor | None]]) -> None:
-        """Write a version; one of the same number is replaced.
-
-        Args:
-            name: the version and its writer.
-            tensors: HF names and tensors on any device; always exhausted.
-
-        Raises:
-            TrainingError: the folder cannot be written, or there is no room.
-        """
-        final = self.path(name.version)
-        unfinished = final.with_name(f".{final.name}.{name.writer}")
-        tensors = iter(tensors)
-        try:
-            unfinished.mkdir(parents=True)
-            write_buckets(unfinished, tensors)
-            (unfinished / _WRITER).write_text(name.writer)
-            shutil.rmtree(final, ignore_errors=True)
-            unfinished.rename(final)
-        except (OSError, TrainingError) as error:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            raise TrainingError(
-                f"The weights after step {name.version} could not be handed to the rollout "
-                f"servers: {error}",
-                kind="disk",
-            ) from None
-        finally:
-            for _ in tensors:
-                pass
-
-    def find(self, name: WeightsName) -> Path:
-        """The folder of a complete version.
-
-        Raises:
-            TrainingError: it is not there, or another process wrote it.
-        """
-        folder = self.path(name.version)
-        try:
-            writer = (folder / _WRITER).read_text()
-        except OSError as error:
-            raise TrainingError(
-                f"Weights {folder} are not there: {error}. Trainer and servers must see the same "
-                "run folder.",
-                kind="disk",
-            ) from None
-        if writer != name.writer:
-            raise TrainingError(
-                f"Weights {folder} are of the trainer {writer}, expected {name.writer}: another "
-                "command writes into this run folder."
-            )
-        return folder
-
-    def prune(self, oldest: int, newest: int) -> None:
-        """Remove every version outside ``oldest``..``newest``, and what was left unfinished."""
-        kept = {self.path(version) for version in range(oldest, newest + 1)}
-        for folder in self.folder.glob("*version_*"):
-            if folder not in kept:
-                shutil.rmtree(folder, ignore_errors=True)
-
-    def clear(self) -> None:
-        """Remove the folder."""
-        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 class WeightMailbox:

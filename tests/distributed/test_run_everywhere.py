@@ -10,7 +10,7 @@ from tests.ranks import run_with_env
 
 
 def _foreseen(rank: int) -> None:
-    from megatron_tropd.rollout.engines.pool import together
+    from megatron_tropd.rollout.collective import run_everywhere
 
     def action() -> int:
         if rank == 1:
@@ -18,7 +18,7 @@ def _foreseen(rank: int) -> None:
         return rank
 
     with pytest.raises(TrainingError, match="The engine died") as caught:
-        together(action)
+        run_everywhere(action)
     assert caught.value.kind == "engine"
 
     def misuse() -> None:
@@ -26,21 +26,21 @@ def _foreseen(rank: int) -> None:
             raise InputError("no such folder")
 
     with pytest.raises(InputError, match="no such folder"):
-        together(misuse)
-    assert together(lambda: rank) == [0, 1]
+        run_everywhere(misuse)
+    assert run_everywhere(lambda: rank) == [0, 1]
 
 
 def _shared(rank: int) -> None:
     """What owners have, in their order; others have nothing to send."""
-    from megatron_tropd.rollout.engines.pool import share
+    from megatron_tropd.rollout.collective import run_and_share
 
-    assert share(lambda: [rank] * (rank + 1), (1, 0)) == [[1, 1], [0]]
-    assert share(lambda: {"from": rank}, (1,)) == [{"from": 1}]
+    assert run_and_share(lambda: [rank] * (rank + 1), (1, 0)) == [[1, 1], [0]]
+    assert run_and_share(lambda: {"from": rank}, (1,)) == [{"from": 1}]
 
 
 def _unforeseen(rank: int) -> None:
     """The others are in a collective that will never end: no gather could tell them."""
-    from megatron_tropd.rollout.engines.pool import together
+    from megatron_tropd.rollout.collective import run_everywhere
 
     def action() -> None:
         if rank == 1:
@@ -48,7 +48,7 @@ def _unforeseen(rank: int) -> None:
         dist.all_reduce(torch.zeros(1))
 
     with pytest.raises(torch.OutOfMemoryError if rank == 1 else RuntimeError):
-        together(action)
+        run_everywhere(action)
     dist.destroy_process_group()  # for rank 0 what the end of rank 1 is in a run
 
 

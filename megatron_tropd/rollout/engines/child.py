@@ -1,7 +1,7 @@
 """The engine's side of the pipe: one vLLM ``LLM`` inside a process of its own.
 
 Started by :class:`megatron_tropd.rollout.engines.process.EngineProcess` as
-``python -m megatron_tropd.rollout.engines.worker FD PARENT_PID``. Messages are
+``python -m megatron_tropd.rollout.engines.child FD PARENT_PID``. Messages are
 ``(command, *arguments)``. The first names the log; each of the others gets one reply,
 ``("ok", value)`` or ``("error", text)``. The process ends when the pipe closes or its parent is
 gone.
@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from multiprocessing.connection import Connection
 from typing import Any
@@ -24,7 +24,6 @@ from megatron_tropd.base.exits import STOP_SIGNALS
 from megatron_tropd.base.files import never_fail_to_print
 from megatron_tropd.data.samples import Sample, SampleRequest, Sampling
 from megatron_tropd.rollout.engines.settings import EngineSettings
-from megatron_tropd.rollout.engines.wire import Offer
 from megatron_tropd.rollout.engines.worker_extension import WorkerExtension
 
 CPU_SEQUENCES = 256
@@ -86,7 +85,7 @@ def _cuda_arguments(settings: EngineSettings) -> dict[str, Any]:
         "max_num_batched_tokens": settings.max_num_batched_tokens,
     }
     return {
-        "gpu_memory_utilization": settings.memory,
+        "gpu_memory_utilization": settings.gpu_share,
         "enable_sleep_mode": True,
         "weight_transfer_config": {"backend": "ipc"},
         **{name: limit for name, limit in limits.items() if limit is not None},
@@ -107,7 +106,7 @@ def _cpu_arguments(settings: EngineSettings) -> dict[str, Any]:
 
 
 def _cpu_cache_bytes(settings: EngineSettings) -> int:
-    """KV cache for every sequence at full length, within ``settings.memory`` GiB."""
+    """KV cache for every sequence at full length, within ``settings.cpu_kv_gib`` GiB."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(settings.model_folder, local_files_only=True)
@@ -119,7 +118,7 @@ def _cpu_cache_bytes(settings: EngineSettings) -> int:
     sequences = settings.max_num_seqs or CPU_SEQUENCES
     blocks = -(-settings.max_model_len // _CPU_BLOCK) * sequences + 1
     # The cache is zeroed at start-up, so memory nobody can use costs seconds.
-    return min(int(settings.memory * _GIB), blocks * _CPU_BLOCK * per_token)
+    return min(int(settings.cpu_kv_gib * _GIB), blocks * _CPU_BLOCK * per_token)
 
 
 def generate(llm: Any, requests: Sequence[SampleRequest], sampling: Sampling) -> list[Sample]:
@@ -211,22 +210,6 @@ def finish_weights(llm: Any) -> None:
     forget_prefixes(llm)
 
 
-def receive_weights(llm: Any, offer: Offer, folder: str, expected: Mapping[str, Any]) -> bool:
-    """Replace the weights by those of a broadcast; whether every worker has them.
-
-    Args:
-        llm: the engine.
-        offer: where the broadcast is.
-        folder: of the versions.
-        expected: shape by name of everything that must come.
-    """
-    taken = llm.collective_rpc("tropd_receive_weights", args=(offer, folder, expected))
-    if any(taken) and not all(taken):
-        raise RuntimeError(f"workers have different weights: {taken}")
-    forget_prefixes(llm)
-    return all(taken)
-
-
 def _serve(connection: Connection) -> None:
     import_module("vllm")  # whoever starts us may not know yet what to serve
     import_module("vllm.entrypoints.llm")
@@ -250,7 +233,6 @@ def _serve(connection: Connection) -> None:
         "begin_weights": lambda: begin_weights(llm),
         "take_weights": lambda update: llm.update_weights({"update_info": update}),
         "finish_weights": lambda: finish_weights(llm),
-        "receive_weights": lambda *arguments: receive_weights(llm, *arguments),
         # Level 2 drops the weights: they are replaced before they are used again.
         "sleep": lambda: llm.sleep(level=2),
         "wake": lambda part: llm.wake_up(tags=[part]),

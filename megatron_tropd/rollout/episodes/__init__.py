@@ -1,0 +1,76 @@
+"""Episodes: what happens between a prompt and the sequence that is trained on.
+
+A file here is a mode (``rollout.mode``); its ``EPISODE`` makes an episode of an
+:class:`EpisodeStart`. Another package's is named as "package.module:attribute".
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from megatron_tropd.base.parts import load_part
+from megatron_tropd.config import GuidanceConfig, RolloutConfig
+from megatron_tropd.data.prefixes import sample_seed
+from megatron_tropd.data.responses import TeacherResponse
+from megatron_tropd.data.samples import Sample, SampleRequest
+from megatron_tropd.data.types import Prompt, Trajectory
+
+
+@dataclass(frozen=True)
+class EpisodeSettings:
+    """What all episodes of a run share."""
+
+    rollout: RolloutConfig
+    guidance: GuidanceConfig
+    steps: int
+    """``train.steps``."""
+    seed: int
+    """``train.seed``; keys every draw."""
+    responses: Mapping[int, Sequence[TeacherResponse]] | None
+    """The teacher's, by ``Prompt.index``; None: no guidance."""
+
+
+@dataclass(frozen=True)
+class EpisodeStart:
+    """What one episode begins with."""
+
+    prompt: Prompt
+    sample_index: int
+    """0-based among the samples of the prompt in this step."""
+    step: int
+    """0-based training step."""
+    weights_version: int
+    """Optimizer steps that the sampling weights have seen."""
+    settings: EpisodeSettings
+
+    def seed(self, turn: int = 0) -> int:
+        """The seed of a request: that of no other sample, step or turn."""
+        return sample_seed(
+            self.settings.seed, self.step, self.prompt.index, self.sample_index, turn
+        )
+
+
+class Episode(Protocol):
+    """One sample on its way. It runs on every rank, so it must do the same on all of them."""
+
+    def request(self) -> SampleRequest | None:
+        """What to sample next; None: the episode is over. Asked once for each turn."""
+
+    def observe(self, sample: Sample) -> None:
+        """Take the answer to the last request."""
+
+    def sequence(self) -> Trajectory:
+        """What is trained on, once the episode is over."""
+
+
+MakeEpisode = Callable[[EpisodeStart], Episode]
+
+
+def load_mode(name: str) -> MakeEpisode:
+    """The mode that ``rollout.mode`` names.
+
+    Raises:
+        ConfigError: there is none of this name.
+    """
+    make: MakeEpisode = load_part(__name__, name, attribute="EPISODE", setting="rollout.mode")
+    return make

@@ -1,0 +1,53 @@
+"""One request for each sample: the prompt, perhaps a teacher prefix, and the student's response."""
+
+from megatron_tropd.data.prefixes import plan_sample
+from megatron_tropd.data.samples import Sample, SampleRequest
+from megatron_tropd.data.types import Trajectory
+from megatron_tropd.rollout.episodes import EpisodeStart
+
+
+class SingleTurn:
+    """Asks once."""
+
+    def __init__(self, start: EpisodeStart) -> None:
+        """Choose the prefix, if this sample carries one."""
+        settings = start.settings
+        self._start = start
+        self._sample: Sample | None = None
+        self._plan = plan_sample(
+            start.prompt,
+            start.sample_index,
+            settings.responses,
+            step=start.step,
+            steps=settings.steps,
+            max_new_tokens=settings.rollout.max_new_tokens,
+            guidance=settings.guidance,
+            seed=settings.seed,
+        )
+
+    def request(self) -> SampleRequest | None:
+        """Continue prompt and prefix with the room that is left."""
+        return self._plan.request if self._sample is None else None
+
+    def observe(self, sample: Sample) -> None:
+        """Keep the response."""
+        self._sample = sample
+
+    def sequence(self) -> Trajectory:
+        """Prompt, prefix and response."""
+        start, sample = self._start, self._sample
+        assert sample is not None, "sequence before observe"
+        return Trajectory(
+            step=start.step,
+            prompt_index=start.prompt.index,
+            sample_index=start.sample_index,
+            prompt_ids=start.prompt.token_ids,
+            prefix_ids=self._plan.prefix_ids,
+            response_ids=sample.token_ids,
+            rollout_logprobs=sample.logprobs,
+            finish_reason=sample.finish_reason,
+            weights_version=start.weights_version,
+        )
+
+
+EPISODE = SingleTurn

@@ -1,0 +1,46 @@
+"""A rollout mode of another package: ``rollout.mode = "toy_episodes:TWO_TURNS"``."""
+
+from megatron_tropd.data.samples import Sample, SampleRequest
+from megatron_tropd.data.types import Trajectory
+from megatron_tropd.rollout.episodes import EpisodeStart
+
+TOOL = (7, 8)
+"""What the "tool" says."""
+
+
+class TwoTurns:
+    """A tool answers the student's first turn, unless it is empty or odd; then the second comes."""
+
+    def __init__(self, start: EpisodeStart) -> None:
+        self.start = start
+        self.context = start.prompt.token_ids
+        self.turns: list[Sample] = []
+
+    def request(self) -> SampleRequest | None:
+        if len(self.turns) == 2 or (self.turns and self.turns[0].token_ids[0] % 2):
+            return None
+        # Both turns and the tool's answer fit what the engine is built for.
+        room = (self.start.settings.rollout.max_new_tokens - len(TOOL)) // 2
+        return SampleRequest(self.context, room, self.start.seed(len(self.turns)))
+
+    def observe(self, sample: Sample) -> None:
+        self.turns.append(sample)
+        if self.request() is not None:
+            self.context += sample.token_ids + TOOL
+
+    def sequence(self) -> Trajectory:
+        last = self.turns[-1]
+        return Trajectory(
+            step=self.start.step,
+            prompt_index=self.start.prompt.index,
+            sample_index=self.start.sample_index,
+            prompt_ids=self.context,
+            prefix_ids=(),
+            response_ids=last.token_ids,
+            rollout_logprobs=last.logprobs,
+            finish_reason=last.finish_reason,
+            weights_version=self.start.weights_version,
+        )
+
+
+TWO_TURNS = TwoTurns
