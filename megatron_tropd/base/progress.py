@@ -47,6 +47,17 @@ class Progress:
         return before
 
 
+def failed_in(error: BaseException, phase: str) -> None:
+    """Write into ``error`` the phase that it ends; the innermost one stays."""
+    error.__dict__.setdefault("phase", phase)
+
+
+def failed_phase(error: BaseException) -> str | None:
+    """Return the innermost phase that ``error`` ended; None outside of phases."""
+    phase: str | None = error.__dict__.get("phase")
+    return phase
+
+
 class StopFlag:
     """Set by a signal that asks to stop; the loop looks at it between steps."""
 

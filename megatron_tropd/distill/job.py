@@ -1,11 +1,9 @@
 """What a rank holds during a run: models, engine, data, logs; and the phases around the step."""
 
-import resource
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +16,7 @@ from tqdm import tqdm
 from megatron_tropd.base.environment import number
 from megatron_tropd.base.errors import ConfigError, TrainingError
 from megatron_tropd.base.files import replace_text, write_json
-from megatron_tropd.base.progress import Progress, StopFlag, limits
+from megatron_tropd.base.progress import Progress, StopFlag, failed_phase, limits
 from megatron_tropd.config import Config, config_to_dict
 from megatron_tropd.config.run_folder import RunFolder, started_at
 from megatron_tropd.convert.megatron_folder import MegatronFolder
@@ -30,6 +28,7 @@ from megatron_tropd.distill.engines import make_engine
 from megatron_tropd.distill.evaluation import Evaluator
 from megatron_tropd.distill.inputs import load_inputs
 from megatron_tropd.distill.metrics import BadToken
+from megatron_tropd.distill.reporter import Clock, peak_memory_gib
 from megatron_tropd.distill.step_loss import StepObjective, example_rows, gather_examples
 from megatron_tropd.distill.token_choices import BatchChoices, choose, loss_name
 from megatron_tropd.losses import Method, TeacherSignal
@@ -56,35 +55,6 @@ from megatron_tropd.rollout.weights.weight_sync import Export
 
 ENGINE_GAPS = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 """rollout.max_engine_gap by the models' type, if it is not set."""
-
-
-class Clock:
-    """Seconds of each phase of a step."""
-
-    def __init__(self, progress: Progress) -> None:
-        """Start the first step; ``progress`` is told every phase."""
-        self._progress = progress
-        self._seconds: dict[str, float] = defaultdict(float)
-        self._start = time.perf_counter()
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        """Add the time of the block to ``phase``."""
-        start, outer = time.perf_counter(), self._progress.enter(phase)
-        yield
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self._seconds[phase] += time.perf_counter() - start
-        self._progress.enter(outer)
-
-    def lap(self) -> dict[str, float]:
-        """Seconds since the last lap, by phase and in total; starts the next."""
-        now = time.perf_counter()
-        lap = {f"seconds_{phase}": seconds for phase, seconds in self._seconds.items()}
-        lap["seconds_total"] = now - self._start
-        self._seconds.clear()
-        self._start = now
-        return lap
 
 
 class Job:
@@ -600,7 +570,7 @@ class Job:
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         return bool(flag)
 
-    def stops_for_want_of_engines(self, error: TrainingError) -> bool:
+    def stopped_without_samples(self, error: TrainingError) -> bool:
         """Whether the run was asked to stop and its engines, asked too, left before it had samples.
 
         Nothing of the step was done then, and the steps before it can be saved. Not so with
@@ -608,7 +578,7 @@ class Job:
 
         Collectives: one all-reduce of [1] if engines failed in a rollout, as they do on every rank.
         """
-        lost = error.kind == "engine" and self._progress.phase == "rollout"
+        lost = error.kind == "engine" and failed_phase(error) == "rollout"
         if not lost or self.config.rollout.steps_ahead or not self.stopping():
             return False
         self.rollouts.forget()
@@ -701,10 +671,3 @@ def _leave_groups(kind: type[BaseException] | None, *_: object) -> None:
 
 def _number(value: float | None) -> str:
     return "nan" if value is None else f"{value:.3g}"
-
-
-def peak_memory_gib() -> float:
-    """Peak device memory of this rank; without CUDA its peak resident memory."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

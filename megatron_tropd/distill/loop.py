@@ -35,7 +35,7 @@ def train(folder: RunFolder, *, console: IO[str], stop: StopFlag, progress: Prog
             try:
                 train_step(job)
             except TrainingError as error:
-                if not job.stops_for_want_of_engines(error):
+                if not job.stopped_without_samples(error):
                     raise
                 break
             job.poll_save()

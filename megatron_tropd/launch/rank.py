@@ -26,7 +26,7 @@ from megatron_tropd.base.environment import number
 from megatron_tropd.base.errors import ConfigError, InputError, TrainingError
 from megatron_tropd.base.failures import KINDS, Failure, exit_code, kind_of, report
 from megatron_tropd.base.files import never_fail_to_print
-from megatron_tropd.base.progress import Progress, StopFlag
+from megatron_tropd.base.progress import Progress, StopFlag, failed_phase
 from megatron_tropd.config import Config, config_from_dict
 from megatron_tropd.config.run_folder import RunFolder
 from megatron_tropd.launch.watchdog import Watchdog
@@ -78,13 +78,17 @@ def run_rank(folder: RunFolder, *, announce: bool = False) -> int:
         return exits.COMPLETE if complete else exits.stopped_by(stop.signal or 0)
     except (ConfigError, InputError, TrainingError) as error:
         traceback.print_exc()
-        kind, message = kind_of(error), str(error)
+        kind, message, phase = kind_of(error), str(error), failed_phase(error)
     except BaseException as error:  # CheckpointException is no Exception
         traceback.print_exc()
-        kind = kind_of(error)
+        kind, phase = kind_of(error), failed_phase(error)
         message = f"{type(error).__name__}: {error}\nTraceback: {log}"
     failure = Failure(
-        kind=kind, message=message, rank=rank, step=progress.step + 1, phase=progress.phase
+        kind=kind,
+        message=message,
+        rank=rank,
+        step=progress.step + 1,
+        phase=phase or progress.phase,
     )
     # A full disk must not swallow the reason.
     if not report(folder.failure, failure) or announce:

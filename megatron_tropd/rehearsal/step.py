@@ -24,8 +24,9 @@ from megatron_tropd.convert.hf_folder import HFFolder, read_config
 from megatron_tropd.data.types import Trajectory
 from megatron_tropd.distill import job
 from megatron_tropd.distill.inputs import Inputs
-from megatron_tropd.distill.job import Clock, Job
+from megatron_tropd.distill.job import Job
 from megatron_tropd.distill.loop import learn
+from megatron_tropd.distill.reporter import Clock
 from megatron_tropd.mcore import models, parallel, platform, step, weights
 from megatron_tropd.mcore.checkpoint import Checkpoints
 from megatron_tropd.mcore.hidden import unwrap
