@@ -12,7 +12,8 @@ from typing import Literal
 
 from megatron_tropd.config import GuidanceConfig, RolloutConfig
 from megatron_tropd.data.responses import TeacherResponse
-from megatron_tropd.data.samples import SampleRequest
+from megatron_tropd.data.samples import Sample, SampleRequest
+from megatron_tropd.data.sequence import SampleKey, TokenSequence, Writer
 from megatron_tropd.data.types import Prompt
 from megatron_tropd.losses.draws import Purpose, keyed_seed
 
@@ -135,3 +136,31 @@ def _plan(
         seed=keyed_seed(seed, Purpose.ROLLOUT, step, prompt.index, sample),
     )
     return PlannedSample(prompt=prompt, sample_index=sample, prefix_ids=prefix, request=request)
+
+
+def assemble(
+    plans: Sequence[PlannedSample], samples: Sequence[Sample], *, step: int, weights_version: int
+) -> list[TokenSequence]:
+    """Join what was asked with what the engine wrote.
+
+    Args:
+        plans: of :func:`plan_requests`.
+        samples: the engine's answers, in the same order.
+        step: training step that asked.
+        weights_version: number of optimizer steps the sampling weights had seen.
+
+    Returns:
+        One sequence per plan, in the same order.
+    """
+    return [
+        TokenSequence.of_runs(
+            SampleKey(step, plan.prompt.index, plan.sample_index),
+            (Writer.CONTEXT, plan.prompt.token_ids),
+            (Writer.TEACHER, plan.prefix_ids),
+            (Writer.STUDENT, sample.token_ids),
+            logprobs=sample.logprobs,
+            version=weights_version,
+            finish=sample.finish_reason,
+        )
+        for plan, sample in zip(plans, samples, strict=True)
+    ]

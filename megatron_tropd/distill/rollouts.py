@@ -4,11 +4,11 @@ from pathlib import Path
 
 from megatron_tropd.base.files import read_patiently
 from megatron_tropd.config import Config
-from megatron_tropd.data.prefixes import PlannedSample, plan_requests
+from megatron_tropd.data.prefixes import PlannedSample, assemble, plan_requests
 from megatron_tropd.data.prompts import prompts_of_step
 from megatron_tropd.data.samples import Sampling
-from megatron_tropd.data.trajectories import assemble, dump_trajectories, read_trajectories
-from megatron_tropd.data.types import Trajectory
+from megatron_tropd.data.sequence import TokenSequence
+from megatron_tropd.data.sequence_files import dump_sequences, read_sequences
 from megatron_tropd.distill.inputs import Inputs
 from megatron_tropd.rollout.engines.pool import EnginePool
 from megatron_tropd.rollout.engines.served import ServerPool
@@ -34,7 +34,7 @@ class Rollouts:
         """Optimizer steps that the engines' weights have seen."""
         self._asked: tuple[int, int, list[PlannedSample]] | None = None
         """Step, version and plans of what is being sampled."""
-        self._made: list[Trajectory] = []
+        self._made: list[TokenSequence] = []
 
     def request(self, step: int) -> None:
         """Ask for the samples of a step with the engines' weights; harmless if done before."""
@@ -44,7 +44,7 @@ class Rollouts:
         self._engines.start_generate([plan.request for plan in plans], self._sampling)
         self._asked = step, self.weights_version, plans
 
-    def finish(self) -> list[Trajectory]:
+    def finish(self) -> list[TokenSequence]:
         """The trajectories asked for last, the same on every rank."""
         self._wait()
         made, self._made = self._made, []
@@ -63,13 +63,13 @@ class Rollouts:
         self._wait()
         if not (is_main and self._made):
             return {}
-        return {PENDING_FILE: dump_trajectories(self._made)}
+        return {PENDING_FILE: dump_sequences(self._made)}
 
     def restore(self, checkpoint: Path) -> None:
         """Take up what was pending when ``checkpoint`` was written."""
         path = checkpoint / PENDING_FILE
         if path.exists():
-            self._made = read_patiently(lambda: read_trajectories(path))
+            self._made = read_patiently(lambda: read_sequences(path))
 
     def _wait(self) -> None:
         if self._asked is None:

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from megatron_tropd.config import LossConfig
 from megatron_tropd.config.loss import PRESETS, preset
+from megatron_tropd.data.batch import MicroBatch, upload
 from megatron_tropd.data.packing import count_loss_tokens
-from megatron_tropd.data.types import MicroBatch, Segment, Trajectory, upload
+from megatron_tropd.data.sequence import TokenSequence, Writer
 from megatron_tropd.losses import LossTargets, TeacherSignal, token_statistics_from_hidden
 from megatron_tropd.losses.selection import (
     future_mean,
@@ -54,7 +55,7 @@ class BatchChoices:
 
 def choose(
     batches: Sequence[MicroBatch],
-    trajectories: Sequence[Trajectory],
+    trajectories: Sequence[TokenSequence],
     signals: Sequence[TeacherSignal],
     hidden: Sequence[Tensor],
     output_weight_vH: Tensor,
@@ -117,7 +118,7 @@ def choose(
 def _far_rewards(
     log_ratio_T: Tensor,
     tokens: "_Tokens",
-    trajectories: Sequence[Trajectory],
+    trajectories: Sequence[TokenSequence],
     config: LossConfig,
     dp_group: dist.ProcessGroup,
 ) -> Tensor:
@@ -133,7 +134,7 @@ def _far_rewards(
         )
     if config.group_normalise:
         numbers: dict[int, int] = {}
-        of_row = [numbers.setdefault(t.prompt_index, len(numbers)) for t in trajectories]
+        of_row = [numbers.setdefault(t.key.prompt, len(numbers)) for t in trajectories]
         groups_T = upload(torch.tensor(of_row), tokens.rows_T.device)[tokens.rows_T]
         reward_T = group_normalise(
             reward_T, tokens.student_T, groups_T, num_groups=len(numbers), group=dp_group
@@ -181,7 +182,7 @@ class _Tokens:
     @classmethod
     def of(cls, batches: Sequence[MicroBatch]) -> "_Tokens":
         """In the order of the micro-batches."""
-        student = [b.of_loss_tokens(b.segments) == Segment.STUDENT for b in batches]
+        student = [b.of_loss_tokens(b.writers) == Writer.STUDENT for b in batches]
         positions = [b.of_loss_tokens(b.response_positions) for b in batches]
         own_rows, rows, longest = [], 0, 0
         for batch in batches:
@@ -208,9 +209,9 @@ def targets_of(
     """The loss tokens of a micro-batch as the loss takes them."""
     return LossTargets(
         ids_T=batch.of_loss_tokens(batch.labels),
-        is_teacher_T=batch.of_loss_tokens(batch.segments) == Segment.TEACHER,
+        is_teacher_T=batch.of_loss_tokens(batch.writers) == Writer.TEACHER,
         uniforms_T=batch.of_loss_tokens(batch.uniforms),
         weights_T=weights_T,
-        rollout_logprobs_T=batch.of_loss_tokens(batch.rollout_logprobs),
+        rollout_logprobs_T=batch.of_loss_tokens(batch.behaviour_logprobs),
         rewards_T=rewards_T,
     )

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tropd.base.errors import InputError
-from megatron_tropd.data.types import upload
+from megatron_tropd.data.batch import upload
 
 TEXT = ("tokens", "labels", "loss_mask", "position_ids")
 """Keys of a given text: an item of Megatron's GPT datasets."""

@@ -5,10 +5,10 @@ import math
 import pytest
 
 from megatron_tropd.config import GuidanceConfig, RolloutConfig
-from megatron_tropd.data.prefixes import alpha, plan_requests, prefix_length
+from megatron_tropd.data.prefixes import alpha, assemble, plan_requests, prefix_length
 from megatron_tropd.data.responses import TeacherResponse
 from megatron_tropd.data.samples import Sample
-from megatron_tropd.data.trajectories import assemble
+from megatron_tropd.data.sequence import Writer
 from megatron_tropd.data.types import Prompt
 
 
@@ -121,10 +121,12 @@ def test_assemble_keeps_the_order_and_the_ids():
     samples = [Sample((40 + i, 2), (-0.5, -1.0 * i), "stop") for i in range(12)]
     trajectories = assemble(plans, samples, step=5, weights_version=5)
     for i, (plan, trajectory) in enumerate(zip(plans, trajectories, strict=True)):
-        assert trajectory.prompt_ids + trajectory.prefix_ids == plan.request.token_ids
-        assert trajectory.response_ids == (40 + i, 2)
-        assert trajectory.rollout_logprobs == (-0.5, -1.0 * i)
-        assert (trajectory.prompt_index, trajectory.sample_index) == (i // 4, i % 4)
-        assert (trajectory.step, trajectory.weights_version) == (5, 5)
+        given = plan.request.token_ids
+        assert tuple(trajectory.ids_N) == (*given, 40 + i, 2)
+        assert trajectory.count(Writer.TEACHER) == len(plan.prefix_ids)
+        assert trajectory.by(Writer.STUDENT).tolist() == [40 + i, 2]
+        assert trajectory.engine_logprobs_N[-2:].tolist() == [-0.5, -1.0 * i]
+        assert trajectory.key == (5, i // 4, i % 4)
+        assert trajectory.oldest_version == 5
     with pytest.raises(ValueError):
         assemble(plans, samples[1:], step=5, weights_version=5)
