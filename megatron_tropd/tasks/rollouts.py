@@ -1,8 +1,8 @@
 """Writing recorded rollouts: samples of a student for training that is driven from outside.
 
 The format is that of :mod:`megatron_tropd.data.sequence_files`. A round is to it what a step is
-to the trainer: it keys the samples, chooses the prompts and shortens the teacher prefixes, so that round k
-writes the trajectories of step k.
+to the trainer: it keys the samples, chooses the prompts and shortens the teacher prefixes, so that
+round k writes the trajectories of step k.
 """
 
 import hashlib
