@@ -122,7 +122,7 @@ def broadcast_items(
     group: dist.ProcessGroup,
     device: torch.device,
 ) -> list[Batch]:
-    """Make micro-batches as :func:`draw` does, of N items on the first rank of ``group``, or none."""
+    """Make micro-batches as :func:`draw` does, of N items on the first rank, or of none."""
     # On the host first: one copy for each, and none that the host waits for.
     head = torch.zeros(1 + count, dtype=torch.int64)
     ints = torch.zeros(count, 6, *shape, dtype=torch.int64)
