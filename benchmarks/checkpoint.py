@@ -31,27 +31,24 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_tropd.config import ParallelConfig, TrainConfig
 from megatron_tropd.data.packing import pack
-from megatron_tropd.data.types import Trajectory
+from megatron_tropd.data.sequence import SampleKey, TokenSequence, Writer
 
 RANKS = 2
 TRAIN = TrainConfig(steps=10_000, lr=1e-3, tokens_per_micro_batch=512)
 
 
-def trajectories(step: int, vocab: int) -> list[Trajectory]:
+def trajectories(step: int, vocab: int) -> list[TokenSequence]:
     """Eight random sequences of 64 tokens."""
     generator = torch.Generator().manual_seed(step)
     ids = torch.randint(3, vocab, (8, 64), generator=generator).tolist()
     return [
-        Trajectory(
-            step=step,
-            prompt_index=i,
-            sample_index=0,
-            prompt_ids=tuple(row[:8]),
-            prefix_ids=(),
-            response_ids=tuple(row[8:]),
-            rollout_logprobs=(-1.0,) * 56,
-            finish_reason="length",
-            weights_version=step,
+        TokenSequence.of_runs(
+            SampleKey(step, i, 0),
+            (Writer.CONTEXT, tuple(row[:8])),
+            (Writer.STUDENT, tuple(row[8:])),
+            logprobs=(-1.0,) * 56,
+            version=step,
+            finish="length",
         )
         for i, row in enumerate(ids)
     ]

@@ -29,8 +29,9 @@ import torch
 from megatron_tropd.config import ParallelConfig, TrainConfig
 from megatron_tropd.config.loss import preset
 from megatron_tropd.convert.hf_folder import read_config
+from megatron_tropd.data.batch import MicroBatch
 from megatron_tropd.data.packing import count_loss_tokens, pack
-from megatron_tropd.data.types import MicroBatch, Trajectory
+from megatron_tropd.data.sequence import SampleKey, TokenSequence, Writer
 from megatron_tropd.distill.step_loss import StepObjective
 from megatron_tropd.mcore import models, parallel, platform
 from megatron_tropd.mcore.step import Student, Teacher
@@ -157,7 +158,7 @@ def _step(
 
 
 def _batches(
-    trajectories: list[Trajectory], options: argparse.Namespace, step: int
+    trajectories: list[TokenSequence], options: argparse.Namespace, step: int
 ) -> list[MicroBatch]:
     packed = pack(
         trajectories,
@@ -171,21 +172,18 @@ def _batches(
     return [batch.to(platform.device()) for batch in packed]
 
 
-def _trajectories(options: argparse.Namespace, vocab_size: int, step: int) -> list[Trajectory]:
+def _trajectories(options: argparse.Namespace, vocab_size: int, step: int) -> list[TokenSequence]:
     draw = torch.Generator().manual_seed(step)
     return [
-        Trajectory(
-            step=step,
-            prompt_index=number // 4,
-            sample_index=number % 4,
-            prompt_ids=tuple(torch.randint(vocab_size, (64,), generator=draw).tolist()),
-            prefix_ids=(),
-            response_ids=tuple(
-                torch.randint(vocab_size, (options.tokens,), generator=draw).tolist()
+        TokenSequence.of_runs(
+            SampleKey(step, number // 4, number % 4),
+            (Writer.CONTEXT, tuple(torch.randint(vocab_size, (64,), generator=draw).tolist())),
+            (
+                Writer.STUDENT,
+                tuple(torch.randint(vocab_size, (options.tokens,), generator=draw).tolist()),
             ),
-            rollout_logprobs=(-1.0,) * options.tokens,
-            finish_reason="stop",
-            weights_version=step,
+            logprobs=(-1.0,) * options.tokens,
+            version=step,
         )
         for number in range(options.samples)
     ]

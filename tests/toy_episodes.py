@@ -1,7 +1,7 @@
 """A rollout mode of another package: ``rollout.mode = "toy_episodes:TWO_TURNS"``."""
 
 from megatron_tropd.data.samples import Sample, SampleRequest
-from megatron_tropd.data.types import Trajectory
+from megatron_tropd.data.sequence import TokenSequence, Writer
 from megatron_tropd.rollout.episodes import EpisodeStart
 
 TOOL = (7, 8)
@@ -28,18 +28,16 @@ class TwoTurns:
         if self.request() is not None:
             self.context += sample.token_ids + TOOL
 
-    def sequence(self) -> Trajectory:
-        last = self.turns[-1]
-        return Trajectory(
-            step=self.start.step,
-            prompt_index=self.start.prompt.index,
-            sample_index=self.start.sample_index,
-            prompt_ids=self.context,
-            prefix_ids=(),
-            response_ids=last.token_ids,
-            rollout_logprobs=last.logprobs,
-            finish_reason=last.finish_reason,
-            weights_version=self.start.weights_version,
+    def sequence(self) -> TokenSequence:
+        runs = [(Writer.CONTEXT, self.start.prompt.token_ids)]
+        for turn in self.turns:
+            runs += [(Writer.STUDENT, turn.token_ids), (Writer.CONTEXT, TOOL)]
+        return TokenSequence.of_runs(
+            self.start.key,
+            *runs[:-1],
+            logprobs=[logprob for turn in self.turns for logprob in turn.logprobs],
+            version=self.start.weights_version,
+            finish=self.turns[-1].finish_reason,
         )
 
 

@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import count, islice
 from pathlib import Path
@@ -38,10 +38,11 @@ from transformers.models.llama.tokenization_llama import LlamaTokenizer
 
 from megatron_tropd.config import ParallelConfig, TrainConfig
 from megatron_tropd.convert.hf_folder import HFFolder
+from megatron_tropd.data.batch import MicroBatch
 from megatron_tropd.data.packing import pack
 from megatron_tropd.data.prompts import load_prompts
+from megatron_tropd.data.sequence import SampleKey, TokenSequence, Writer
 from megatron_tropd.data.tokenizers import load_tokenizer
-from megatron_tropd.data.types import MicroBatch, Segment, Trajectory
 from megatron_tropd.mcore import platform
 from megatron_tropd.mcore.models import build_model, padded_vocab_size
 from megatron_tropd.mcore.parallel import initialize, shutdown
@@ -175,16 +176,14 @@ def batches(
     rng = random.Random(recipe.seed)
     for step in count():
         workings = [_working(problem, recipe, rng) for problem in islice(stream, BATCH)]
-        rows = [_trajectory(*working, tokenizer, step, i) for i, working in enumerate(workings)]
-        micro_batches = pack(
-            [trajectory for trajectory, _ in rows],
+        yield pack(
+            [_sequence(*working, tokenizer, step, i) for i, working in enumerate(workings)],
             dp_rank=0,
             dp_size=1,
             tokens_per_micro_batch=tokens_per_micro_batch,
             seed=0,
             step=step,
         )
-        yield [_without_slips(batch, rows) for batch in micro_batches]
 
 
 def _working(
@@ -196,25 +195,14 @@ def _working(
     return problem, [(problem.working, True)]
 
 
-def _without_slips(batch: MicroBatch, rows: list[tuple[Trajectory, list[bool]]]) -> MicroBatch:
-    """The batch with no loss on slips."""
-    segments = batch.segments.clone()
-    for b, row in enumerate(batch.rows):
-        trajectory, carries_loss = rows[row]
-        first = len(trajectory.prompt_ids) - 1
-        kept = torch.tensor(carries_loss)
-        segments[b, first : first + len(kept)][~kept] = int(Segment.PROMPT)
-    return replace(batch, segments=segments)
-
-
-def _trajectory(
+def _sequence(
     problem: Problem,
     pieces: list[tuple[str, bool]],
     tokenizer: PreTrainedTokenizerBase,
     step: int,
     index: int,
-) -> tuple[Trajectory, list[bool]]:
-    """The tokens of a working, and which of them carry loss."""
+) -> TokenSequence:
+    """Make the tokens of a working; slips carry no loss."""
     response: list[int] = []
     carries_loss: list[bool] = []
     for text, is_right in pieces:
@@ -222,18 +210,16 @@ def _trajectory(
         ids = tokenizer.encode(text, add_special_tokens=False)
         response += ids
         carries_loss += [is_right] * len(ids)
-    trajectory = Trajectory(
-        step=step,
-        prompt_index=index,
-        sample_index=0,
-        prompt_ids=tuple(tokenizer.encode(problem.prompt)),
-        prefix_ids=(),
-        response_ids=(*response, EOS_ID),
-        rollout_logprobs=(0.0,) * (len(response) + 1),
-        finish_reason="stop",
-        weights_version=0,
+    sequence = TokenSequence.of_runs(
+        SampleKey(step, index, 0),
+        (Writer.CONTEXT, tokenizer.encode(problem.prompt)),
+        (Writer.STUDENT, [*response, EOS_ID]),
+        logprobs=[0.0] * (len(response) + 1),
+        version=0,
     )
-    return trajectory, [*carries_loss, True]
+    weight_N = sequence.weight_N.copy()
+    weight_N[sequence.response] = [*carries_loss, True]
+    return sequence.replace(weight_N=weight_N)
 
 
 def train_rank(

@@ -7,7 +7,7 @@ the loss, a sum over tokens divided by a global count, does not see the grouping
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.config import LossSettings
-from megatron_tropd.data.types import MicroBatch, Segment, Trajectory
-from megatron_tropd.losses.draws import keyed_seed, keyed_uniform
+from megatron_tropd.data.batch import MicroBatch
+from megatron_tropd.data.sequence import TokenSequence, Writer
+from megatron_tropd.losses.draws import keyed_uniform
 
 _NO_MASK = LossSettings()
 
@@ -33,7 +34,7 @@ class LossCounts(NamedTuple):
 
 
 def pack(
-    trajectories: Sequence[Trajectory],
+    trajectories: Sequence[TokenSequence],
     *,
     dp_rank: int,
     dp_size: int,
@@ -85,7 +86,7 @@ def pack(
             f"train.tokens_per_micro_batch = {tokens_per_micro_batch} is less than one trajectory "
             f"padded to {max(lengths)} tokens. Raise it to at least that."
         )
-    order = sorted(range(len(trajectories)), key=lambda i: (-_num_tokens(trajectories[i]), i))
+    order = sorted(range(len(trajectories)), key=lambda i: (-len(trajectories[i]), i))
     batches, start = [], 0
     while start < len(order):
         length = lengths[order[start]]
@@ -97,7 +98,7 @@ def pack(
 
 
 def count_loss_tokens(
-    trajectories: Sequence[Trajectory], loss: LossSettings = _NO_MASK
+    trajectories: Sequence[TokenSequence], loss: LossSettings = _NO_MASK
 ) -> LossCounts:
     """Tokens that take part in the loss, known before the forward pass.
 
@@ -110,47 +111,44 @@ def count_loss_tokens(
     """
     teacher = student = masked = 0
     for t in trajectories:
-        kept_N = ~masked_tokens(t, loss)
-        teacher += int(kept_N[: len(t.prefix_ids)].sum())
-        student += int(kept_N[len(t.prefix_ids) :].sum())
-        masked += int((~kept_N).sum())
+        kept_N = loss_weights(t, loss) != 0
+        teacher += int((kept_N & (t.writer_N == Writer.TEACHER)).sum())
+        student += int((kept_N & (t.writer_N == Writer.STUDENT)).sum())
+        masked += int((~kept_N & (t.writer_N != Writer.CONTEXT)).sum())
     return LossCounts(teacher, student, masked)
 
 
-def masked_tokens(trajectory: Trajectory, loss: LossSettings) -> NDArray[np.bool_]:
-    """Which tokens after the prompt are left out of the loss.
+def loss_weights(sequence: TokenSequence, loss: LossSettings) -> NDArray[np.float32]:
+    """Weigh each token: by the sequence's own weight, 0 if the settings leave it out.
 
-    ``mask_first_ids`` leaves out the first occurrence of each of its ids, whoever wrote it;
-    ``mask_truncated`` a whole response that was cut off, its teacher prefix included.
+    ``mask_first_ids`` leaves out the first occurrence of each of its ids among the tokens that
+    teacher and student wrote; ``mask_truncated`` a whole response that was cut off, its teacher
+    prefix included.
 
     Args:
-        trajectory: prefix and response make N tokens.
+        sequence: of N tokens.
         loss: the two settings.
 
     Returns:
-        [N] true where there is no loss.
+        [N] 0 where there is no loss.
     """
-    whole_ids = trajectory.prefix_ids + trajectory.response_ids
-    masked_N = np.zeros(len(whole_ids), np.bool_)
-    if loss.mask_truncated and trajectory.finish_reason == "length":
-        masked_N[:] = True
+    if loss.mask_truncated and sequence.finish == "length":
+        return np.zeros_like(sequence.weight_N)
+    weight_N = sequence.weight_N.copy()
+    written_N = sequence.writer_N != Writer.CONTEXT
     for token_id in loss.mask_first_ids:
-        if token_id in whole_ids:
-            masked_N[whole_ids.index(token_id)] = True
-    return masked_N
+        places = np.flatnonzero(written_N & (sequence.ids_N == token_id))
+        weight_N[places[:1]] = 0
+    return weight_N
 
 
-def _num_tokens(trajectory: Trajectory) -> int:
-    return len(trajectory.prompt_ids) + len(trajectory.prefix_ids) + len(trajectory.response_ids)
-
-
-def _padded_length(trajectory: Trajectory, multiple: int) -> int:
-    positions = max(_num_tokens(trajectory) - 1, 1)
+def _padded_length(trajectory: TokenSequence, multiple: int) -> int:
+    positions = max(len(trajectory) - 1, 1)
     return -(-positions // multiple) * multiple
 
 
 def _micro_batch(
-    trajectories: Sequence[Trajectory],
+    trajectories: Sequence[TokenSequence],
     rows: Sequence[int],
     length: int,
     seed: int,
@@ -158,39 +156,40 @@ def _micro_batch(
     loss: LossSettings,
 ) -> MicroBatch:
     shape_BS = (len(rows), length)
-    ids = {name: np.zeros(shape_BS, np.int64) for name in ("tokens", "labels", "positions")}
-    segments = np.full(shape_BS, int(Segment.PROMPT), np.int64)
-    logprobs = np.zeros(shape_BS, np.float32)
-    uniforms = np.zeros(shape_BS, np.float32)
-    masked = np.zeros(shape_BS, np.bool_)
+    columns: dict[str, NDArray[Any]] = {
+        "tokens": np.zeros(shape_BS, np.int64),
+        "labels": np.zeros(shape_BS, np.int64),
+        "writers": np.full(shape_BS, int(Writer.CONTEXT), np.int64),
+        "response_positions": np.zeros(shape_BS, np.int64),
+        "engine_logprobs": np.zeros(shape_BS, np.float32),
+        "behaviour_logprobs": np.zeros(shape_BS, np.float32),
+        "uniforms": np.zeros(shape_BS, np.float32),
+        "weights": np.zeros(shape_BS, np.float32),
+    }
     for b, row in enumerate(rows):
         t = trajectories[row]
-        whole_N = np.array(t.prompt_ids + t.prefix_ids + t.response_ids, np.int64)
-        # The label at s is token s + 1, so the segments start one position early.
-        first, last = len(t.prompt_ids) - 1, len(whole_N) - 1
-        middle = first + len(t.prefix_ids)
-        ids["tokens"][b, :last] = whole_N[:-1]
-        ids["labels"][b, :last] = whole_N[1:]
-        ids["positions"][b, first:last] = np.arange(last - first)
-        segments[b, first:middle] = Segment.TEACHER
-        segments[b, middle:last] = Segment.STUDENT
-        masked[b, first:last] = masked_tokens(t, loss)
-        logprobs[b, middle:last] = t.rollout_logprobs
-        key = keyed_seed(t.prompt_index, t.sample_index)
-        uniforms[b, first:last] = keyed_uniform(seed, step, key, np.arange(last - first))
+        # The label at s is token s + 1, so the response starts one position early.
+        first, last = t.prompt_length - 1, len(t) - 1
+        positions = np.arange(last - first)
+        columns["tokens"][b, :last] = t.ids_N[:-1]
+        columns["labels"][b, :last] = t.ids_N[1:]
+        columns["writers"][b, :last] = t.writer_N[1:]
+        columns["response_positions"][b, first:last] = positions
+        columns["weights"][b, :last] = loss_weights(t, loss)[1:]
+        columns["uniforms"][b, first:last] = keyed_uniform(seed, step, t.key.draw, positions)
+        # Losses read log-probs of the student's tokens alone; nan of others would spread.
+        student = t.writer_N[1:] == Writer.STUDENT
+        for name in ("engine_logprobs", "behaviour_logprobs"):
+            columns[name][b, :last] = np.where(student, getattr(t, f"{name}_N")[1:], 0)
     # Counted here, where a number costs nothing: a GPU would have to be waited for.
-    loss_at = np.flatnonzero((segments != Segment.PROMPT) & ~masked)
+    loss_at = np.flatnonzero(columns["weights"])
+    at_student = columns["writers"].flat[loss_at] == Writer.STUDENT
     return MicroBatch(
-        tokens=torch.from_numpy(ids["tokens"]),
-        labels=torch.from_numpy(ids["labels"]),
-        segments=torch.from_numpy(segments),
+        **{name: torch.from_numpy(column) for name, column in columns.items()},
         position_ids=torch.arange(length).repeat(len(rows), 1),
-        response_positions=torch.from_numpy(ids["positions"]),
-        rollout_logprobs=torch.from_numpy(logprobs),
-        uniforms=torch.from_numpy(uniforms),
-        masked=torch.from_numpy(masked),
         loss_at=torch.from_numpy(loss_at),
         loss_rows=torch.from_numpy(np.array(rows, np.int64)[loss_at // length]),
-        student_at=torch.from_numpy(np.flatnonzero(segments.flat[loss_at] == Segment.STUDENT)),
+        student_at=torch.from_numpy(np.flatnonzero(at_student)),
         rows=tuple(rows),
+        keys=tuple(trajectories[row].key for row in rows),
     )

@@ -12,14 +12,15 @@ from typing import Literal
 
 from megatron_tropd.config import GuidanceConfig, RolloutConfig
 from megatron_tropd.data.responses import TeacherResponse
-from megatron_tropd.data.samples import SampleRequest
+from megatron_tropd.data.samples import Sample, SampleRequest
+from megatron_tropd.data.sequence import SampleKey, TokenSequence, Writer
 from megatron_tropd.data.types import Prompt
 from megatron_tropd.losses.draws import Purpose, keyed_seed
 
 
 @dataclass(frozen=True)
 class PlannedSample:
-    """One trajectory to be: what the engine is asked, and where it comes from."""
+    """One sequence to be: what the engine is asked, and where it comes from."""
 
     prompt: Prompt
     """The prompt."""
@@ -29,6 +30,27 @@ class PlannedSample:
     """[F] teacher tokens after the prompt; empty for a fully on-policy sample."""
     request: SampleRequest
     """Prompt and prefix to continue, with the room left and the seed of this sample."""
+
+    def sequence(self, sample: Sample, *, step: int, version: int) -> TokenSequence:
+        """Join what was asked with what the engine wrote.
+
+        Args:
+            sample: the engine's answer.
+            step: training step that asked.
+            version: optimizer steps that the sampling weights had seen.
+
+        Returns:
+            Prompt, prefix and response.
+        """
+        return TokenSequence.of_runs(
+            SampleKey(step, self.prompt.index, self.sample_index),
+            (Writer.CONTEXT, self.prompt.token_ids),
+            (Writer.TEACHER, self.prefix_ids),
+            (Writer.STUDENT, sample.token_ids),
+            logprobs=sample.logprobs,
+            version=version,
+            finish=sample.finish_reason,
+        )
 
 
 def alpha(step: int, steps: int, schedule: Literal["cosine", "constant"] = "cosine") -> float:

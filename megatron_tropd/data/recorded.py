@@ -1,19 +1,11 @@
-"""Recorded trajectories as a dataset for Megatron's own training loop: format, checks, items.
+"""Recorded trajectories as a dataset for Megatron's own training loop: checks and items.
 
-The first line of a file is a header, every other line one trajectory (tools/rollouts.py)::
-
-    {"format": "tropd-rollouts-1", "tokenizer": "<fingerprint>", "settings": {...}}
-    {"prompt_index": 0, "sample_index": 0, "prompt_ids": [1, 5], "response_ids": [7, 8, 2],
-     "segments": [["teacher", 1], ["student", 2]], "rollout_logprobs": [null, -0.7, -0.1],
-     "finish_reason": "stop", "weights": "<hash>", "seed": 1}
-
-``segments`` says who wrote the response, first token first. ``loss_weights``, one number per
-response token, is optional. Shape suffixes: P = prompt, R = response, S = sequence length.
+The form of the files is that of :mod:`megatron_tropd.data.sequence_files`; their header names the
+tokenizer's fingerprint and the settings, too (tools/rollouts.py). S = sequence length.
 """
 
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,84 +17,44 @@ from torch.utils.data import Dataset
 
 from megatron_tropd.base.errors import InputError
 from megatron_tropd.base.text_files import lines_with_offsets, parse_json_line
-from megatron_tropd.data.types import Trajectory
-from megatron_tropd.losses.draws import keyed_seed
+from megatron_tropd.data.sequence import TokenSequence, Writer
+from megatron_tropd.data.sequence_files import Reader, reader_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = "tropd-rollouts-1"
 _LOGPROB_SLACK = 1e-3  # how far above 0 rounding may carry a log-prob
 
 
-@dataclass(frozen=True)
-class Recorded:
-    """One trajectory as training needs it."""
-
-    prompt_P: NDArray[np.int64]
-    """[P] prompt ids."""
-    response_R: NDArray[np.int64]
-    """[R] ids after the prompt, whoever wrote them."""
-    teacher_R: NDArray[np.bool_]
-    """[R] true where the teacher wrote the token."""
-    logprobs_R: NDArray[np.float32]
-    """[R] log-prob under the policy that sampled, in nats; 0 where the teacher wrote."""
-    weights_R: NDArray[np.float32]
-    """[R] factor of the token's loss, 0 to leave it out."""
-    sample_id: int
-    """Key of the trajectory for random draws, the same in every layout."""
-
-
-def recorded(trajectory: Trajectory) -> Recorded:
-    """A trajectory of the trainer as a recorded one; every token after the prompt weighs 1.
+def training_item(sequence: TokenSequence, seq_length: int) -> dict[str, Tensor]:
+    """Pad a sequence to one row; N tokens make N - 1 positions, cut at ``seq_length``.
 
     Args:
-        trajectory: of a rollout.
-
-    Returns:
-        The same tokens.
-    """
-    prefix, total = len(trajectory.prefix_ids), len(trajectory.prefix_ids + trajectory.response_ids)
-    logprobs_R = np.zeros(total, np.float32)
-    logprobs_R[prefix:] = trajectory.rollout_logprobs
-    return Recorded(
-        prompt_P=np.array(trajectory.prompt_ids, np.int64),
-        response_R=np.array(trajectory.prefix_ids + trajectory.response_ids, np.int64),
-        teacher_R=np.arange(total) < prefix,
-        logprobs_R=logprobs_R,
-        weights_R=np.ones(total, np.float32),
-        sample_id=keyed_seed(trajectory.prompt_index, trajectory.sample_index),
-    )
-
-
-def training_item(trajectory: Recorded, seq_length: int) -> dict[str, Tensor]:
-    """A trajectory as one padded row; N tokens make N - 1 positions, cut at ``seq_length``.
-
-    Args:
-        trajectory: what to learn from.
+        sequence: what to learn from.
         seq_length: S.
 
     Returns:
         ``tokens``, ``labels`` (the next token), ``position_ids`` [S] int64; ``loss_weights`` [S]
-        float32, 0 where the label is a prompt token or padding; ``teacher_written`` [S] bool and
+        float32, 0 where the label is context or padding; ``teacher_written`` [S] bool and
         ``rollout_logprobs`` [S] float32 of the label; ``response_positions`` [S] int64 index of the
         label after the prompt, 0 elsewhere; ``sample_id`` [] int64. Ids are 0 in padding.
     """
-    whole_N = np.concatenate([trajectory.prompt_P, trajectory.response_R])
-    stop = min(len(whole_N) - 1, seq_length)
+    stop = min(len(sequence) - 1, seq_length)
     # The label at s is token s + 1, so the response starts one position early.
-    start = len(trajectory.prompt_P) - 1
-    kept = max(stop - start, 0)
+    start = sequence.prompt_length - 1
+    labels = slice(1, stop + 1)
+    student = sequence.writer_N == Writer.STUDENT
+    logprobs_N = np.where(student, sequence.behaviour_logprobs_N, np.float32(0))
     item = {
-        "tokens": _row(whole_N[:stop], 0, seq_length),
-        "labels": _row(whole_N[1 : stop + 1], 0, seq_length),
-        "loss_weights": _row(trajectory.weights_R[:kept], start, seq_length),
-        "teacher_written": _row(trajectory.teacher_R[:kept], start, seq_length),
-        "rollout_logprobs": _row(trajectory.logprobs_R[:kept], start, seq_length),
-        "response_positions": _row(np.arange(kept), start, seq_length),
+        "tokens": _row(sequence.ids_N[:stop], 0, seq_length),
+        "labels": _row(sequence.ids_N[labels], 0, seq_length),
+        "loss_weights": _row(sequence.weight_N[labels], 0, seq_length),
+        "teacher_written": _row((sequence.writer_N == Writer.TEACHER)[labels], 0, seq_length),
+        "rollout_logprobs": _row(logprobs_N[labels], 0, seq_length),
+        "response_positions": _row(np.arange(max(stop - start, 0)), start, seq_length),
     }
     item["position_ids"] = torch.arange(seq_length)
-    item["sample_id"] = torch.tensor(trajectory.sample_id)
+    item["sample_id"] = torch.tensor(sequence.key.draw)
     return item
 
 
@@ -150,6 +102,7 @@ class RecordedTrajectories(Dataset[dict[str, Tensor]]):
         self.num_truncated = 0
         """Trajectories longer than ``seq_length``, with ``longer="truncate"``."""
         self._files = sorted(self.path.glob("*.jsonl")) if self.path.is_dir() else [self.path]
+        self._readers: list[Reader] = []
         self._file_of, self._offsets, self._lines = array("q"), array("q"), array("q")
         if not self._files:
             raise InputError(f"The folder {path} holds no *.jsonl. Write some: tools/rollouts.py.")
@@ -173,8 +126,8 @@ class RecordedTrajectories(Dataset[dict[str, Tensor]]):
             file.seek(self._offsets[index])
             line = file.readline()
         where = f"{path}, line {self._lines[index]}"
-        trajectory = _recorded(parse_json_line(line, where), self._vocab_size, where)
-        return training_item(trajectory, self.seq_length)
+        read = self._readers[self._file_of[index]]
+        return training_item(self._read(read, parse_json_line(line, where), where), self.seq_length)
 
     def _index(
         self, number_of_file: int, tokenizer: "PreTrainedTokenizerBase | None"
@@ -186,10 +139,12 @@ class RecordedTrajectories(Dataset[dict[str, Tensor]]):
             where = f"{path}, line {number}"
             value = parse_json_line(line, where)
             if not header:
-                _check_header(value, where, tokenizer)
+                self._readers.append(reader_of(value, where))
+                _check_tokenizer(value, where, tokenizer)
                 header = value
                 continue
-            self._check_length(_recorded(value, self._vocab_size, where), where)
+            read = self._readers[number_of_file]
+            self._check_length(self._read(read, value, where), where)
             self._file_of.append(number_of_file)
             self._offsets.append(offset)
             self._lines.append(number)
@@ -197,8 +152,14 @@ class RecordedTrajectories(Dataset[dict[str, Tensor]]):
             raise InputError(f"{path} holds no trajectory. Write some with tools/rollouts.py.")
         return header
 
-    def _check_length(self, trajectory: Recorded, where: str) -> None:
-        prompt, response = len(trajectory.prompt_P), len(trajectory.response_R)
+    def _read(self, read: Reader, record: Mapping[str, Any], where: str) -> TokenSequence:
+        sequence = read(record, where)
+        _check_values(sequence, self._vocab_size, where)
+        return sequence
+
+    def _check_length(self, sequence: TokenSequence, where: str) -> None:
+        prompt = sequence.prompt_length
+        response = len(sequence) - prompt
         if prompt + response - 1 <= self.seq_length:
             return
         if self._longer == "refuse":
@@ -215,14 +176,9 @@ class RecordedTrajectories(Dataset[dict[str, Tensor]]):
         self.num_truncated += 1
 
 
-def _check_header(
+def _check_tokenizer(
     header: Mapping[str, Any], where: str, tokenizer: "PreTrainedTokenizerBase | None"
 ) -> None:
-    if header.get("format") != FORMAT:
-        raise InputError(
-            f"{where}: expected a header with format {FORMAT!r}, found {header.get('format')!r}. "
-            "Write the file with tools/rollouts.py."
-        )
     if tokenizer is None:
         return
     from megatron_tropd.data.tokenizers import fingerprint
@@ -244,95 +200,24 @@ def _check_order(headers: Sequence[Mapping[str, Any]], path: Path) -> None:
         )
 
 
-def _recorded(value: Mapping[str, Any], vocab_size: int, where: str) -> Recorded:
-    prompt_P = _ids(value, "prompt_ids", vocab_size, where)
-    response_R = _ids(value, "response_ids", vocab_size, where)
-    teacher_R = _teacher_written(value.get("segments"), len(response_R), where)
-    prompt, sample = value.get("prompt_index"), value.get("sample_index")
-    if type(prompt) is not int or type(sample) is not int:
+def _check_values(sequence: TokenSequence, vocab_size: int, where: str) -> None:
+    low, high = sequence.ids_N.min(), sequence.ids_N.max()
+    if not 0 <= low <= high < vocab_size:
         raise InputError(
-            f"{where}: prompt_index and sample_index must be integers, found {prompt!r} and "
-            f"{sample!r}."
+            f"{where}: ids must be in 0..{vocab_size - 1}, found {low}..{high}. The file belongs "
+            "to another tokenizer or model."
         )
-    return Recorded(
-        prompt_P=prompt_P,
-        response_R=response_R,
-        teacher_R=teacher_R,
-        logprobs_R=_logprobs(value, teacher_R, where),
-        weights_R=_weights(value, len(response_R), where),
-        sample_id=keyed_seed(prompt, sample),
-    )
-
-
-def _ids(value: Mapping[str, Any], name: str, vocab_size: int, where: str) -> NDArray[np.int64]:
-    ids = value.get(name)
-    if not isinstance(ids, list) or not ids or not all(type(i) is int for i in ids):
-        raise InputError(f"{where}: {name} must be a list of ids, not empty, found {ids!r:.60}.")
-    if not 0 <= min(ids) <= max(ids) < vocab_size:
-        raise InputError(
-            f"{where}: {name} must be in 0..{vocab_size - 1}, found {min(ids)}..{max(ids)}. The "
-            "file belongs to another tokenizer or model."
-        )
-    return np.array(ids, np.int64)
-
-
-def _teacher_written(segments: Any, length: int, where: str) -> NDArray[np.bool_]:
-    try:
-        teacher_R = np.repeat(
-            [{"teacher": True, "student": False}[writer] for writer, _ in segments],
-            [count for _, count in segments],
-        )
-    except (TypeError, ValueError, KeyError):
-        raise InputError(
-            f'{where}: segments must be a list like [["teacher", 3], ["student", 9]], found '
-            f"{segments!r:.60}."
-        ) from None
-    if len(teacher_R) != length:
-        raise InputError(
-            f"{where}: segments cover {len(teacher_R)} tokens, the response has {length}."
-        )
-    return teacher_R
-
-
-def _logprobs(
-    value: Mapping[str, Any], teacher_R: NDArray[np.bool_], where: str
-) -> NDArray[np.float32]:
-    logprobs_R = _numbers(value.get("rollout_logprobs"), len(teacher_R), "rollout_logprobs", where)
-    missing = ~teacher_R & ~np.isfinite(logprobs_R)
+    student = sequence.writer_N == Writer.STUDENT
+    logprobs_U = sequence.behaviour_logprobs_N[student]
+    missing = ~np.isfinite(logprobs_U)
     if missing.any():
         raise InputError(
-            f"{where}: rollout_logprobs must be finite where the student wrote the token, "
-            f"missing for {missing.sum()} of {(~teacher_R).sum()}, the first at "
-            f"{missing.argmax()}. Write the file with tools/rollouts.py."
+            f"{where}: log-probs must be finite where the student wrote the token, missing for "
+            f"{missing.sum()} of {len(missing)}, the first at token "
+            f"{np.flatnonzero(student)[missing.argmax()]}. Write the file with tools/rollouts.py."
         )
-    logprobs_R[teacher_R] = 0.0
-    if logprobs_R.max() > _LOGPROB_SLACK:
+    if len(logprobs_U) and logprobs_U.max() > _LOGPROB_SLACK:
         raise InputError(
-            f"{where}: rollout_logprobs are natural logarithms of probabilities, at most 0; found "
-            f"{logprobs_R.max()}."
+            f"{where}: log-probs are natural logarithms of probabilities, at most 0; found "
+            f"{logprobs_U.max()}."
         )
-    return logprobs_R
-
-
-def _weights(value: Mapping[str, Any], length: int, where: str) -> NDArray[np.float32]:
-    if "loss_weights" not in value:
-        return np.ones(length, np.float32)
-    weights_R = _numbers(value["loss_weights"], length, "loss_weights", where)
-    if not (np.isfinite(weights_R) & (weights_R >= 0)).all():
-        raise InputError(f"{where}: loss_weights must be finite and at least 0.")
-    return weights_R
-
-
-def _numbers(values: Any, length: int, name: str, where: str) -> NDArray[np.float32]:
-    """[R] float32, nan for null."""
-    good = isinstance(values, list) and all(
-        value is None or type(value) in (int, float) for value in values
-    )
-    if not good:
-        raise InputError(f"{where}: {name} must be a list of numbers, found {values!r:.60}.")
-    if len(values) != length:
-        raise InputError(
-            f"{where}: expected one of {name} per response token, found {len(values)} for "
-            f"{length} tokens."
-        )
-    return np.array(values, np.float32)

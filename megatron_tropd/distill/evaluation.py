@@ -14,7 +14,7 @@ from megatron_tropd.config.run_folder import RunFolder
 from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.convert.linked_folder import link_folder
 from megatron_tropd.data.samples import Sample, SampleRequest, Sampling
-from megatron_tropd.data.types import Trajectory
+from megatron_tropd.data.sequence import TokenSequence
 from megatron_tropd.distill.engines import engine_dtype
 from megatron_tropd.distill.inputs import Inputs
 from megatron_tropd.losses.draws import Purpose, keyed_seed
@@ -121,19 +121,18 @@ class Evaluator:
             "problems": last["total"],
         }
 
-    def example_line(self, trajectory: Trajectory, values: Mapping[str, list[float]]) -> str:
+    def example_line(self, trajectory: TokenSequence, values: Mapping[str, list[float]]) -> str:
         """One trajectory with its per-token values, as a line of a dump for the report."""
-        tokenizer, ids = self._inputs.tokenizer, trajectory.prefix_ids + trajectory.response_ids
+        tokenizer, ids = self._inputs.tokenizer, trajectory.response_ids
         # Their positions are no indices: prompts may have been left out.
-        prompt = next(p for p in self._inputs.prompts if p.index == trajectory.prompt_index)
-        text = tokenizer.decode(list(ids), skip_special_tokens=True)
+        prompt = next(p for p in self._inputs.prompts if p.index == trajectory.key.prompt)
+        text = tokenizer.decode(ids, skip_special_tokens=True)
         answer = prompt.fields.get("answer")
         record = {
-            "step": trajectory.step,
+            "step": trajectory.key.step,
             "prompt": prompt.text,
             "tokens": spell(tokenizer, ids),
-            "segment": ["teacher"] * len(trajectory.prefix_ids)
-            + ["student"] * len(trajectory.response_ids),
+            "segment": [writer.name.lower() for writer in trajectory.writers],
             "correct": None if answer is None else grade(text, str(answer), grader=GRADER),
             **values,
         }

@@ -21,9 +21,10 @@ from megatron_tropd.config import Config, config_to_dict
 from megatron_tropd.config.run_folder import RunFolder, started_at
 from megatron_tropd.convert.megatron_folder import MegatronFolder
 from megatron_tropd.convert.to_hf import ToHF, megatron_to_hf
+from megatron_tropd.data.batch import MicroBatch
 from megatron_tropd.data.packing import LossCounts
 from megatron_tropd.data.prefixes import alpha
-from megatron_tropd.data.types import MicroBatch, Trajectory
+from megatron_tropd.data.sequence import TokenSequence, Writer
 from megatron_tropd.distill.engines import make_engine
 from megatron_tropd.distill.evaluation import Evaluator
 from megatron_tropd.distill.inputs import load_inputs
@@ -363,7 +364,7 @@ class Job:
         self,
         batches: Sequence[MicroBatch],
         signals: Sequence[TeacherSignal],
-        trajectories: Sequence[Trajectory],
+        trajectories: Sequence[TokenSequence],
         counts: LossCounts,
     ) -> StepObjective:
         """The loss function of this step; may run the student forward.
@@ -402,7 +403,7 @@ class Job:
         self,
         batches: Sequence[MicroBatch],
         signals: Sequence[TeacherSignal],
-        trajectories: Sequence[Trajectory],
+        trajectories: Sequence[TokenSequence],
         loss: Method,
     ) -> BatchChoices | None:
         if not loss.needs_student_pass:
@@ -435,17 +436,17 @@ class Job:
             return 0.0
         return alpha(self.step, self.config.train.steps, self.config.guidance.schedule)
 
-    def check_finite(self, bad: BadToken | None, trajectories: list[Trajectory]) -> None:
+    def check_finite(self, bad: BadToken | None, trajectories: list[TokenSequence]) -> None:
         """Stop before the optimizer if a loss is not finite; nothing is overwritten."""
         if bad is None:
             return
         t = trajectories[bad.row]
-        writer = "teacher" if bad.position < len(t.prefix_ids) else "student"
+        writer, place = t.writers[bad.position].name.lower(), t.prompt_length + bad.position
         raise TrainingError(
             f"The loss is not finite in step {self.step + 1}, trajectory {bad.row} (prompt "
-            f"{t.prompt_index}, sample {t.sample_index}, {len(t.prefix_ids)} teacher and "
-            f"{len(t.response_ids)} student tokens), first at its token {bad.position} (id "
-            f"{(t.prefix_ids + t.response_ids)[bad.position]}, written by the {writer}): "
+            f"{t.key.prompt}, sample {t.key.sample}, {t.count(Writer.TEACHER)} teacher and "
+            f"{t.count(Writer.STUDENT)} student tokens), first at its token {bad.position} (id "
+            f"{t.ids_N[place]}, written by the {writer}): "
             f"{words(bad.finding)} The weights were not updated. {self._last_checkpoint()}"
         )
 
@@ -470,7 +471,7 @@ class Job:
             )
         return update
 
-    def check_engine_gap(self, metrics: dict[str, Any], trajectories: list[Trajectory]) -> None:
+    def check_engine_gap(self, metrics: dict[str, Any], trajectories: list[TokenSequence]) -> None:
         """Stop before the optimizer if engine and trainer do not compute the same model.
 
         Looked at once in each start, in the first step that trains on samples of its own weights.
@@ -479,7 +480,7 @@ class Job:
             metrics: of the step, equal on every rank.
             trajectories: of the step.
         """
-        own = all(trajectory.weights_version == self.step for trajectory in trajectories)
+        own = all(trajectory.oldest_version == self.step for trajectory in trajectories)
         if self._compared or not own or not metrics["tokens_student"]:
             return
         self._compared = True
@@ -512,7 +513,7 @@ class Job:
         every = self.config.run.trajectories_every
         return bool(every) and (self.step % every == 0 or self.step == self.config.train.steps - 1)
 
-    def keep_examples(self, objective: StepObjective, trajectories: list[Trajectory]) -> None:
+    def keep_examples(self, objective: StepObjective, trajectories: list[TokenSequence]) -> None:
         """Write the example trajectories of this step, tokens with their per-token values."""
         if not self.examples_due():
             return

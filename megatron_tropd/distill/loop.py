@@ -7,7 +7,7 @@ from megatron_tropd.base.errors import TrainingError
 from megatron_tropd.base.progress import Progress, StopFlag
 from megatron_tropd.config.run_folder import RunFolder
 from megatron_tropd.data.packing import count_loss_tokens, pack
-from megatron_tropd.data.types import Trajectory
+from megatron_tropd.data.sequence import TokenSequence
 from megatron_tropd.distill.job import Job
 from megatron_tropd.distill.metrics import trajectory_metrics
 from megatron_tropd.mcore import platform
@@ -69,7 +69,7 @@ def train_step(job: Job) -> None:
     job.step += 1
 
 
-def rollout(job: Job) -> list[Trajectory]:
+def rollout(job: Job) -> list[TokenSequence]:
     """The trajectories of this step, from the engines' newest weights.
 
     With ``rollout.steps_ahead`` they were asked for a step ago, and the next step's are asked for
@@ -83,7 +83,7 @@ def rollout(job: Job) -> list[Trajectory]:
     return trajectories
 
 
-def learn(job: Job, trajectories: list[Trajectory]) -> dict[str, object]:
+def learn(job: Job, trajectories: list[TokenSequence]) -> dict[str, object]:
     """Score with the teacher, differentiate the loss, update the student.
 
     Args:

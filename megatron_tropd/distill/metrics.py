@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_tropd.data.types import MicroBatch, Trajectory
+from megatron_tropd.data.batch import MicroBatch
+from megatron_tropd.data.sequence import TokenSequence, Writer
 from megatron_tropd.losses.trouble import BITS, trouble
 
 STUDENT_MEANS = {
@@ -96,7 +98,7 @@ class StepSums:
         def of_student(values_T: Tensor) -> Tensor:
             return values_T.index_select(0, student)
 
-        engine_T = batch.of_loss_tokens(batch.rollout_logprobs)
+        engine_T = batch.of_loss_tokens(batch.engine_logprobs)
         gap_U = of_student(values["student_logprob"] - engine_T).double()
         absent = torch.full_like(loss_T, math.nan)
         scalars = {
@@ -175,27 +177,28 @@ class StepTotals:
         }
 
 
-def trajectory_metrics(trajectories: Sequence[Trajectory], *, step: int) -> dict[str, float]:
+def trajectory_metrics(trajectories: Sequence[TokenSequence], *, step: int) -> dict[str, float]:
     """What the token ids alone tell: lengths, cut-off share, repetition, prefixes, staleness."""
-    lengths = [len(t.prefix_ids) + len(t.response_ids) for t in trajectories]
+    lengths = [len(t) - t.prompt_length for t in trajectories]
+    prefixes = [t.count(Writer.TEACHER) for t in trajectories]
     total = max(sum(lengths), 1)
     count = len(trajectories)
     return {
         "response_length": sum(lengths) / count,
-        "truncated_share": sum(t.finish_reason == "length" for t in trajectories) / count,
-        "repetition_share": sum(repetition(t.response_ids) for t in trajectories) / count,
-        "prefix_share": sum(len(t.prefix_ids) for t in trajectories) / total,
-        "prefix_longest": float(max(len(t.prefix_ids) for t in trajectories)),
-        "staleness": sum(step - t.weights_version for t in trajectories) / count,
+        "truncated_share": sum(t.finish == "length" for t in trajectories) / count,
+        "repetition_share": sum(repetition(t.by(Writer.STUDENT)) for t in trajectories) / count,
+        "prefix_share": sum(prefixes) / total,
+        "prefix_longest": float(max(prefixes)),
+        "staleness": sum(step - t.oldest_version for t in trajectories) / count,
     }
 
 
-def repetition(token_ids: Sequence[int], n: int = 4) -> float:
+def repetition(token_ids: Sequence[int] | NDArray[np.int64], n: int = 4) -> float:
     """Share of the n-grams of a response that already stood in it."""
     total = len(token_ids) - n + 1
     if total <= 0:
         return 0.0
-    _, ranks = np.unique(np.fromiter(token_ids, np.int64, len(token_ids)), return_inverse=True)
+    _, ranks = np.unique(np.asarray(token_ids, np.int64), return_inverse=True)
     # One number for each n-gram, made as small as it must be to fit.
     keys, distinct = ranks[:total], int(ranks.max()) + 1
     size = distinct

@@ -8,8 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_tropd.data.batch import MicroBatch
 from megatron_tropd.data.packing import LossCounts
-from megatron_tropd.data.types import MicroBatch, Segment
+from megatron_tropd.data.sequence import Writer
 from megatron_tropd.distill.metrics import StepSums
 from megatron_tropd.distill.token_choices import BatchChoices, targets_of
 from megatron_tropd.losses import Method, TeacherSignal, tropd_loss_from_hidden, unrounded_gradient
@@ -95,8 +96,9 @@ class StepObjective:
     def _weights_of(self, batch: MicroBatch, index: int) -> Tensor:
         """[T] float32 factor of each loss token."""
         teacher, student = self._weights
-        is_teacher_T = batch.of_loss_tokens(batch.segments) == Segment.TEACHER
+        is_teacher_T = batch.of_loss_tokens(batch.writers) == Writer.TEACHER
         weights_T = torch.where(is_teacher_T, teacher, student)
+        weights_T = weights_T * batch.of_loss_tokens(batch.weights)
         selected = self._choices.selected
         return weights_T if selected is None else weights_T * selected[index]
 
@@ -106,8 +108,10 @@ class StepObjective:
         found = {}
         for batch, shown in self._kept:
             for b in [b for b, row in enumerate(batch.rows) if row in self._example_rows]:
-                written_S = batch.segments[b] != Segment.PROMPT
-                carries_loss = batch.loss_mask[b][written_S].tolist()
+                # The response is what has positions, from the first token that somebody wrote.
+                start = int((batch.writers[b] != Writer.CONTEXT).int().argmax())
+                stop = start + 1 + int(batch.response_positions[b].max())
+                carries_loss = batch.loss_mask[b][start:stop].tolist()
                 mine_T = batch.loss_rows == batch.rows[b]
                 found[batch.rows[b]] = {
                     name: _spread(values_T[mine_T].tolist(), carries_loss)

@@ -8,8 +8,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tropd.config.loss import PRESETS, LossSettings, preset
+from megatron_tropd.data.batch import MicroBatch, upload
 from megatron_tropd.data.packing import count_loss_tokens
-from megatron_tropd.data.types import MicroBatch, Segment, Trajectory, upload
+from megatron_tropd.data.sequence import TokenSequence, Writer
 from megatron_tropd.losses import LossTargets, TeacherSignal, token_statistics_from_hidden
 from megatron_tropd.losses.method import BatchFacts, Method
 
@@ -34,7 +35,7 @@ class BatchChoices:
 
 def choose(
     batches: Sequence[MicroBatch],
-    trajectories: Sequence[Trajectory],
+    trajectories: Sequence[TokenSequence],
     signals: Sequence[TeacherSignal],
     hidden: Sequence[Tensor],
     output_weight_vH: Tensor,
@@ -84,12 +85,12 @@ def choose(
 def _facts(
     values_2T: Tensor,
     batches: Sequence[MicroBatch],
-    trajectories: Sequence[Trajectory],
+    trajectories: Sequence[TokenSequence],
     config: Method,
     dp_group: dist.ProcessGroup,
 ) -> BatchFacts:
     """What a method may look at: the loss tokens of all micro-batches of this rank."""
-    student = [b.of_loss_tokens(b.segments) == Segment.STUDENT for b in batches]
+    student = [b.of_loss_tokens(b.writers) == Writer.STUDENT for b in batches]
     positions_T = torch.cat([b.of_loss_tokens(b.response_positions) for b in batches])
     rows_T = torch.cat([batch.loss_rows for batch in batches])
     own_rows, rows, longest = [], 0, 0
@@ -98,7 +99,7 @@ def _facts(
         own_rows.append(batch.loss_at // length + rows)
         rows, longest = rows + len(batch.rows), max(longest, length)
     numbers: dict[int, int] = {}
-    of_row = [numbers.setdefault(t.prompt_index, len(numbers)) for t in trajectories]
+    of_row = [numbers.setdefault(t.key.prompt, len(numbers)) for t in trajectories]
     entropy_T, log_ratio_T = values_2T
     return BatchFacts(
         entropy_T=entropy_T,
@@ -145,9 +146,9 @@ def targets_of(
     """The loss tokens of a micro-batch as the loss takes them."""
     return LossTargets(
         ids_T=batch.of_loss_tokens(batch.labels),
-        is_teacher_T=batch.of_loss_tokens(batch.segments) == Segment.TEACHER,
+        is_teacher_T=batch.of_loss_tokens(batch.writers) == Writer.TEACHER,
         uniforms_T=batch.of_loss_tokens(batch.uniforms),
         weights_T=weights_T,
-        rollout_logprobs_T=batch.of_loss_tokens(batch.rollout_logprobs),
+        rollout_logprobs_T=batch.of_loss_tokens(batch.behaviour_logprobs),
         rewards_T=rewards_T,
     )

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tropd.base.errors import InputError
-from megatron_tropd.data.types import upload
+from megatron_tropd.data.batch import upload
 
 TEXT = ("tokens", "labels", "loss_mask", "position_ids")
 """Keys of a given text: an item of Megatron's GPT datasets."""
@@ -110,10 +110,10 @@ def draw(
             "more data, ask for fewer iterations, or, for several epochs, use --dataloader-type "
             "cyclic."
         ) from None
-    return share(items, count, shape=shape, masked=masked, group=group, device=device)
+    return broadcast_items(items, count, shape=shape, masked=masked, group=group, device=device)
 
 
-def share(
+def broadcast_items(
     items: Sequence[Mapping[str, Tensor]],
     count: int,
     *,
@@ -122,7 +122,7 @@ def share(
     group: dist.ProcessGroup,
     device: torch.device,
 ) -> list[Batch]:
-    """:func:`draw` for items at hand: N of them on the first rank of ``group``, or none."""
+    """Make micro-batches as :func:`draw` does, of N items on the first rank, or of none."""
     # On the host first: one copy for each, and none that the host waits for.
     head = torch.zeros(1 + count, dtype=torch.int64)
     ints = torch.zeros(count, 6, *shape, dtype=torch.int64)

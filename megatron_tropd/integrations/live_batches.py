@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from megatron_tropd.base.errors import ConfigError, TrainingError
-from megatron_tropd.data.recorded import recorded, training_item
-from megatron_tropd.data.types import Trajectory
+from megatron_tropd.data.recorded import training_item
+from megatron_tropd.data.sequence import TokenSequence
 from megatron_tropd.integrations.live_rollouts import LiveRollouts, LoopSettings, check_arguments
 from megatron_tropd.mcore.parallel import current_ranks
 
@@ -33,7 +33,7 @@ class LiveBatches:
         Args:
             rollouts: who samples; closing it is the caller's.
         """
-        self.trajectories: list[Trajectory] = []
+        self.trajectories: list[TokenSequence] = []
         """Of the current global batch, the same on every rank."""
         self.step = 0
         """Optimizer steps the student has seen when the next global batch is sampled."""
@@ -173,7 +173,7 @@ class LiveBatches:
         first, stride = self._dp_rank * self._rows, self._dp_size * self._rows
         for start in range(first, len(self.trajectories), stride):
             rows = self.trajectories[start : start + self._rows]
-            yield default_collate([training_item(recorded(t), self._seq_length) for t in rows])
+            yield default_collate([training_item(t, self._seq_length) for t in rows])
 
     def _watch_gradients(self, model: Any) -> None:
         """Refill when the loop clears the gradients of a step that comes after a used batch."""

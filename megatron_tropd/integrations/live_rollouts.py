@@ -29,11 +29,11 @@ from megatron_tropd.data.prompts import (
     is_templated,
     load_prompts,
 )
-from megatron_tropd.data.recorded import recorded, training_item
+from megatron_tropd.data.recorded import training_item
 from megatron_tropd.data.responses import load_responses
+from megatron_tropd.data.sequence import TokenSequence
 from megatron_tropd.data.templates import reads_clock
 from megatron_tropd.data.tokenizers import load_tokenizer, stop_token_ids
-from megatron_tropd.data.types import Trajectory
 from megatron_tropd.mcore.parallel import current_ranks
 from megatron_tropd.mcore.weights import export_weights
 from megatron_tropd.rollout.engines.engine import RolloutEngine
@@ -128,7 +128,7 @@ class LiveRollouts:
         if not self._started:
             self.start_for_pretrain(model)
         trajectories = self.sample(model, iteration)
-        return [training_item(recorded(t), self._loop.seq_length) for t in trajectories]
+        return [training_item(t, self._loop.seq_length) for t in trajectories]
 
     def start_for_pretrain(self, model: torch.nn.Module) -> Any:
         """:meth:`start` with what Megatron's arguments say; returns them."""
@@ -173,7 +173,7 @@ class LiveRollouts:
         self._source = self._make_source()
         self._started = True
 
-    def sample(self, model: torch.nn.Module, step: int) -> list[Trajectory]:
+    def sample(self, model: torch.nn.Module, step: int) -> list[TokenSequence]:
         """Sample the global batch of a step with the weights of now.
 
         Collective, on every rank and outside of the pipeline's schedule.

@@ -31,7 +31,7 @@ from megatron_tropd.config.loss import PRESETS, preset
 from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.convert.megatron_folder import MegatronFolder
 from megatron_tropd.integrations import options, startup
-from megatron_tropd.integrations.global_batch import Batch, draw, share
+from megatron_tropd.integrations.global_batch import Batch, broadcast_items, draw
 from megatron_tropd.integrations.printed_log import PrintedLog
 from megatron_tropd.losses import (
     HiddenStatesSignal,
@@ -476,7 +476,7 @@ class _Plugin:
         else:
             items = self._fresh_items(model, args.curr_iteration)
             mine = self._own_share(items, num_microbatches, micro_batch_size)
-            batches = share(mine, num_microbatches, **how)
+            batches = broadcast_items(mine, num_microbatches, **how)
         self._check_batches(batches)
         signals = self._teacher.score(batches) or [None] * len(batches)
         loss = self._step_loss(args)

@@ -32,7 +32,7 @@ from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
 from megatron_tropd.config import MegatronConfig, ParallelConfig, TrainConfig
-from megatron_tropd.data.types import MicroBatch
+from megatron_tropd.data.batch import MicroBatch
 from megatron_tropd.losses import HiddenStatesSignal
 from megatron_tropd.mcore import platform
 from megatron_tropd.mcore.hidden import Rows, SomeGradient, loss_token_states, output_weight

@@ -21,7 +21,7 @@ from megatron_tropd.config.run_folder import RunFolder
 from megatron_tropd.convert.accounting import expected_tensors
 from megatron_tropd.convert.families import plan
 from megatron_tropd.convert.hf_folder import HFFolder, read_config
-from megatron_tropd.data.types import Trajectory
+from megatron_tropd.data.sequence import SampleKey, TokenSequence, Writer
 from megatron_tropd.distill import job
 from megatron_tropd.distill.inputs import Inputs
 from megatron_tropd.distill.job import Job
@@ -270,7 +270,7 @@ def bytes_to_write(state: Any) -> int:
     return sum(map(bytes_to_write, state)) if isinstance(state, list | tuple) else 0
 
 
-def trajectories(setup: Setup, *, micro_batches: int | None = None) -> list[Trajectory]:
+def trajectories(setup: Setup, *, micro_batches: int | None = None) -> list[TokenSequence]:
     """The longest step that memory has to hold, as the planner assumes it.
 
     Args:
@@ -286,16 +286,17 @@ def trajectories(setup: Setup, *, micro_batches: int | None = None) -> list[Traj
     taught = work.longest_response // 2 if config.guidance.responses else 0
     prompt, logprobs = (1,) * work.prompt, (-1.0,) * (work.longest_response - taught)
     return [
-        Trajectory(
-            step=0,
-            prompt_index=number // config.rollout.samples_per_prompt,
-            sample_index=number % config.rollout.samples_per_prompt,
-            prompt_ids=prompt,
-            prefix_ids=response[:taught],
-            response_ids=response[taught:],
-            rollout_logprobs=logprobs,
-            finish_reason="stop",
-            weights_version=0,
+        TokenSequence.of_runs(
+            SampleKey(
+                0,
+                number // config.rollout.samples_per_prompt,
+                number % config.rollout.samples_per_prompt,
+            ),
+            (Writer.CONTEXT, prompt),
+            (Writer.TEACHER, response[:taught]),
+            (Writer.STUDENT, response[taught:]),
+            logprobs=logprobs,
+            version=0,
         )
         for number in range(count)
     ]

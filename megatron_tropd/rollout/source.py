@@ -8,8 +8,9 @@ from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.base.files import read_patiently
 from megatron_tropd.data.prompts import prompts_of_step
 from megatron_tropd.data.samples import Sample, SampleRequest, Sampling
-from megatron_tropd.data.trajectories import dump_trajectories, read_trajectories
-from megatron_tropd.data.types import Prompt, Trajectory
+from megatron_tropd.data.sequence import TokenSequence
+from megatron_tropd.data.sequence_files import dump_sequences, read_sequences
+from megatron_tropd.data.types import Prompt
 from megatron_tropd.rollout.engines.interface import SamplingEngines
 from megatron_tropd.rollout.episodes import Episode, EpisodeSettings, EpisodeStart, MakeEpisode
 
@@ -23,7 +24,7 @@ class RolloutSource(Protocol):
     def begin(self, step: int) -> None:
         """Ask for the sequences of a step; harmless if some are asked for already."""
 
-    def collect(self) -> list[Trajectory]:
+    def collect(self) -> list[TokenSequence]:
         """Wait for the sequences asked for last; the same on every rank."""
 
     def forget(self) -> None:
@@ -79,7 +80,7 @@ class SampledRollouts:
         """Under way."""
         self._asked: list[Episode] = []
         """Those of them that wait for an answer."""
-        self._done: list[Trajectory] = []
+        self._done: list[TokenSequence] = []
 
     def begin(self, step: int) -> None:
         """Ask for the first samples of all episodes of a step, with the engines' weights."""
@@ -96,7 +97,7 @@ class SampledRollouts:
         ]
         self._engines.start(self._next_requests(), self._sampling)
 
-    def collect(self) -> list[Trajectory]:
+    def collect(self) -> list[TokenSequence]:
         """Wait until all episodes are over."""
         self._wait()
         done, self._done = self._done, []
@@ -111,13 +112,13 @@ class SampledRollouts:
         self._wait()
         if not (self._is_main and self._done):
             return {}
-        return {PENDING_FILE: dump_trajectories(self._done)}
+        return {PENDING_FILE: dump_sequences(self._done)}
 
     def restore(self, checkpoint: Path) -> None:
         """Take up what was pending when ``checkpoint`` was written."""
         path = checkpoint / PENDING_FILE
         if path.exists():
-            self._done = read_patiently(lambda: read_trajectories(path))
+            self._done = read_patiently(lambda: read_sequences(path))
 
     def _wait(self) -> None:
         if not self._episodes:

@@ -1,8 +1,8 @@
 """Writing recorded rollouts: samples of a student for training that is driven from outside.
 
-The format is that of :mod:`megatron_tropd.data.recorded`. A round is to it what a step is to the
-trainer: it keys the samples, chooses the prompts and shortens the teacher prefixes, so that round k
-writes the trajectories of step k.
+The format is that of :mod:`megatron_tropd.data.sequence_files`. A round is to it what a step is
+to the trainer: it keys the samples, chooses the prompts and shortens the teacher prefixes, so that
+round k writes the trajectories of step k.
 """
 
 import hashlib
@@ -18,10 +18,11 @@ from megatron_tropd.config import GuidanceConfig, RolloutConfig
 from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.data.prefixes import PlannedSample, plan_requests
 from megatron_tropd.data.prompts import prompts_of_step
-from megatron_tropd.data.recorded import FORMAT
 from megatron_tropd.data.responses import TeacherResponse
 from megatron_tropd.data.resumable import ResumableLines
-from megatron_tropd.data.samples import Sample, Sampling
+from megatron_tropd.data.samples import Sampling
+from megatron_tropd.data.sequence import NO_VERSION
+from megatron_tropd.data.sequence_files import FORMAT, record_of
 from megatron_tropd.data.tokenizers import fingerprint
 from megatron_tropd.data.types import Prompt
 from megatron_tropd.tasks.exact_match import Engine
@@ -127,7 +128,7 @@ def write_rollouts(
         "tokenizer": fingerprint(tokenizer),
         "settings": {**_settings(which, plans, sampling, weights), **(template or {})},
     }
-    key = ("prompt_index", "sample_index")
+    key = ("prompt", "sample")
     with ResumableLines(path, header, key=key, resume=resume) as file:
         before, server = len(file.done), None
         for batch in batched(plans, _REQUESTS_PER_BATCH):
@@ -135,11 +136,17 @@ def write_rollouts(
                 continue
             server = server or engine()
             samples = server.generate([plan.request for plan in batch], sampling)
+            sequences = [
+                plan.sequence(sample, step=which.number, version=NO_VERSION)
+                for plan, sample in zip(batch, samples, strict=True)
+            ]
             file.append(
                 [
-                    _record(plan, sample, weights)
-                    for plan, sample in zip(batch, samples, strict=True)
-                    if (plan.prompt.index, plan.sample_index) not in file.done
+                    record_of(
+                        sequence.replace(fields={"weights": weights, "seed": plan.request.seed})
+                    )
+                    for plan, sequence in zip(batch, sequences, strict=True)
+                    if sequence.key[1:] not in file.done
                 ]
             )
             progress(len(file.done), len(plans))
@@ -180,20 +187,4 @@ def _settings(
         "stop_token_ids": list(sampling.stop_token_ids),
         # Prompts and prefixes as ids, so that no change of the files behind them goes unseen.
         "requests": hashlib.sha256(json.dumps(requests).encode()).hexdigest()[:16],
-    }
-
-
-def _record(plan: PlannedSample, sample: Sample, weights: str) -> dict[str, Any]:
-    prefix = len(plan.prefix_ids)
-    segments = [["teacher", prefix], ["student", len(sample.token_ids)]]
-    return {
-        "prompt_index": plan.prompt.index,
-        "sample_index": plan.sample_index,
-        "prompt_ids": plan.prompt.token_ids,
-        "response_ids": plan.prefix_ids + sample.token_ids,
-        "segments": segments if prefix else segments[1:],
-        "rollout_logprobs": (None,) * prefix + sample.logprobs,
-        "finish_reason": sample.finish_reason,
-        "weights": weights,
-        "seed": plan.request.seed,
     }

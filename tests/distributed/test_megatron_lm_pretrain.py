@@ -33,9 +33,10 @@ from megatron_lm import (
 
 from megatron_tropd.convert.megatron_folder import MegatronFolder
 from megatron_tropd.convert.to_megatron import ToMegatron, hf_to_megatron
+from megatron_tropd.data.batch import MicroBatch
 from megatron_tropd.data.packing import LossCounts, count_loss_tokens, pack
-from megatron_tropd.data.recorded import recorded, training_item
-from megatron_tropd.data.types import MicroBatch, Segment, Trajectory
+from megatron_tropd.data.recorded import training_item
+from megatron_tropd.data.sequence import SampleKey, TokenSequence, Writer
 from megatron_tropd.integrations.global_batch import loss_places
 from tests.ranks import free_port, leave_layout, run_with_env
 
@@ -76,7 +77,7 @@ def _write_text(prefix: Path) -> None:
     builder.finalize(f"{prefix}.idx")
 
 
-def _trajectory(index: int) -> Trajectory:
+def _trajectory(index: int) -> TokenSequence:
     """Random ids: prompts, teacher prefixes and responses of differing lengths."""
     generator = torch.Generator().manual_seed(index)
     prompt, prefix, length = (
@@ -85,16 +86,13 @@ def _trajectory(index: int) -> Trajectory:
     )
     ids = torch.randint(3, 259, (length,), generator=generator).tolist()
     student = ids[prompt + prefix :]
-    return Trajectory(
-        step=index // (ROWS * MICRO_BATCHES),
-        prompt_index=index // 3,
-        sample_index=index % 3,
-        prompt_ids=tuple(ids[:prompt]),
-        prefix_ids=tuple(ids[prompt : prompt + prefix]),
-        response_ids=tuple(student),
-        rollout_logprobs=(-5.0,) * len(student),
-        finish_reason="stop",
-        weights_version=0,
+    return TokenSequence.of_runs(
+        SampleKey(index // (ROWS * MICRO_BATCHES), index // 3, index % 3),
+        (Writer.CONTEXT, tuple(ids[:prompt])),
+        (Writer.TEACHER, tuple(ids[prompt : prompt + prefix])),
+        (Writer.STUDENT, tuple(student)),
+        logprobs=(-5.0,) * len(student),
+        version=0,
     )
 
 
@@ -105,7 +103,7 @@ class Trajectories(torch.utils.data.Dataset):
         return 1000
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return training_item(recorded(_trajectory(index)), SEQUENCE)
+        return training_item(_trajectory(index), SEQUENCE)
 
 
 def _live(student: torch.nn.Module, iteration: int) -> list[dict[str, torch.Tensor]]:
@@ -321,16 +319,18 @@ def _given_text(drawn: list[dict[str, Any]]) -> tuple[list[MicroBatch], LossCoun
         MicroBatch(
             tokens=batch["tokens"],
             labels=batch["labels"],
-            segments=torch.where(batch["loss_weights"] != 0, Segment.STUDENT, Segment.PROMPT),
+            writers=torch.where(batch["loss_weights"] != 0, Writer.STUDENT, Writer.CONTEXT),
             position_ids=batch["position_ids"],
             response_positions=nothing.long(),
-            rollout_logprobs=nothing,
+            engine_logprobs=nothing,
+            behaviour_logprobs=nothing,
             uniforms=nothing,
-            masked=nothing.bool(),
+            weights=batch["loss_weights"],
             loss_at=loss_at,
             loss_rows=loss_at // SEQUENCE,
             student_at=torch.arange(len(loss_at)),
             rows=tuple(range(ROWS)),
+            keys=tuple(SampleKey(0, row, 0) for row in range(ROWS)),
         )
         for batch, loss_at in zip(drawn, _loss_places(drawn), strict=True)
     ]

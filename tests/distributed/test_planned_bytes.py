@@ -27,7 +27,7 @@ from megatron_tropd.config import (
     TrainConfig,
 )
 from megatron_tropd.data.packing import count_loss_tokens, pack
-from megatron_tropd.data.types import Trajectory
+from megatron_tropd.data.sequence import SampleKey, TokenSequence, Writer
 from megatron_tropd.planning.hardware import Hardware
 from megatron_tropd.planning.memory import chunk_bytes, loss_bytes, memory_of_stage
 from megatron_tropd.planning.setup import Setup, setup
@@ -122,20 +122,17 @@ def _config(student: str, teacher: str, run: Run) -> Config:
     )
 
 
-def _trajectories() -> list[Trajectory]:
+def _trajectories() -> list[TokenSequence]:
     """All of the longest kind, which is what memory is planned for."""
     ids = torch.randint(3, 259, (SAMPLES, RESPONSE), generator=torch.Generator().manual_seed(0))
     return [
-        Trajectory(
-            step=0,
-            prompt_index=i // 4,
-            sample_index=i % 4,
-            prompt_ids=tuple(range(3, 3 + PROMPT)),
-            prefix_ids=(),
-            response_ids=tuple(row),
-            rollout_logprobs=(-1.0,) * RESPONSE,
-            finish_reason="length",
-            weights_version=0,
+        TokenSequence.of_runs(
+            SampleKey(0, i // 4, i % 4),
+            (Writer.CONTEXT, tuple(range(3, 3 + PROMPT))),
+            (Writer.STUDENT, tuple(row)),
+            logprobs=(-1.0,) * RESPONSE,
+            version=0,
+            finish="length",
         )
         for i, row in enumerate(ids.tolist())
     ]

@@ -8,7 +8,6 @@ are two methods that look at the whole batch first, whose tokens and prompts lie
 one of them has steps whose tokens are nearly all masked: some ranks and micro-batches have none.
 """
 
-import dataclasses
 import json
 import math
 from pathlib import Path
@@ -20,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from megatron_tropd.config import LossSettings, ParallelConfig, TrainConfig
 from megatron_tropd.config.loss import preset
 from megatron_tropd.data.packing import count_loss_tokens, pack
-from megatron_tropd.data.types import Segment, Trajectory
+from megatron_tropd.data.sequence import SampleKey, TokenSequence, Writer
 from tests.ranks import leave_layout, run_with_env
 
 STEPS = 10
@@ -52,7 +51,7 @@ ONE_LEFT, NOTHING_LEFT = 5, 6
 """Steps of reopold in which one trajectory, and none, carries loss."""
 
 
-def recorded_trajectories(step: int, count: int = 8) -> list[Trajectory]:
+def recorded_trajectories(step: int, count: int = 8) -> list[TokenSequence]:
     """Random token ids; every fourth trajectory starts with a teacher prefix."""
     generator = torch.Generator().manual_seed(step)
 
@@ -64,27 +63,24 @@ def recorded_trajectories(step: int, count: int = 8) -> list[Trajectory]:
     for i in range(count):
         response = ids(4, 24)
         trajectories.append(
-            Trajectory(
-                step=step,
-                prompt_index=i // 4,
-                sample_index=i % 4,
-                prompt_ids=ids(3, 9),
-                prefix_ids=ids(2, 9) if i % 4 == 0 else (),
-                response_ids=response,
-                rollout_logprobs=(-1.0,) * len(response),
-                finish_reason="stop",
-                weights_version=step,
+            TokenSequence.of_runs(
+                SampleKey(step, i // 4, i % 4),
+                (Writer.CONTEXT, ids(3, 9)),
+                (Writer.TEACHER, ids(2, 9) if i % 4 == 0 else ()),
+                (Writer.STUDENT, response),
+                logprobs=(-1.0,) * len(response),
+                version=step,
             )
         )
     return trajectories
 
 
-def trajectories_of(method: str, step: int) -> list[Trajectory]:
+def trajectories_of(method: str, step: int) -> list[TokenSequence]:
     """The recorded ones; for reopold there are steps in which they were cut off."""
     trajectories = recorded_trajectories(step)
     if method != "reopold" or step not in (ONE_LEFT, NOTHING_LEFT):
         return trajectories
-    cut = [dataclasses.replace(t, finish_reason="length") for t in trajectories]
+    cut = [t.replace(finish="length") for t in trajectories]
     return [trajectories[0], *cut[1:]] if step == ONE_LEFT else cut
 
 
@@ -270,13 +266,13 @@ def test_first_gradient_is_that_of_transformers_autograd(pair, histories):
     with torch.no_grad():
         log_p = teacher(batch.tokens).logits[..., :259].log_softmax(-1)
     found = count_loss_tokens(trajectories)
-    counts = {Segment.TEACHER: found.teacher, Segment.STUDENT: found.student}
+    counts = {Writer.TEACHER: found.teacher, Writer.STUDENT: found.student}
     loss = torch.zeros((), dtype=torch.float64)
     for place in batch.loss_mask.nonzero():
         b, s = place.tolist()
-        x, segment = batch.labels[b, s], Segment(int(batch.segments[b, s]))
+        x, segment = batch.labels[b, s], Writer(int(batch.writers[b, s]))
         reward = (log_p[b, s, x] - log_q[b, s, x]).detach()
-        if segment == Segment.TEACHER:
+        if segment == Writer.TEACHER:
             term = -0.5 * log_q[b, s, x]
         elif batch.uniforms[b, s] < reward.exp().clamp(max=1):
             term = -reward * log_q[b, s, x]

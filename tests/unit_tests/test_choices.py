@@ -11,8 +11,9 @@ import torch.distributed as dist
 
 from megatron_tropd.config import LossSettings
 from megatron_tropd.config.loss import PRESETS, preset
+from megatron_tropd.data.batch import MicroBatch
 from megatron_tropd.data.packing import count_loss_tokens, pack
-from megatron_tropd.data.types import MicroBatch, Segment, Trajectory
+from megatron_tropd.data.sequence import SampleKey, TokenSequence, Writer
 from megatron_tropd.distill.step_loss import StepObjective
 from megatron_tropd.distill.token_choices import BatchChoices, choose, loss_name
 from megatron_tropd.losses import HiddenStatesSignal
@@ -50,7 +51,7 @@ def test_the_phases_of_a_loss_that_switches():
             assert preset(name).at_step(7) == preset(name)
 
 
-def _trajectories() -> list[Trajectory]:
+def _trajectories() -> list[TokenSequence]:
     generator = torch.Generator().manual_seed(2)
 
     def ids(low: int, high: int) -> tuple[int, ...]:
@@ -61,16 +62,14 @@ def _trajectories() -> list[Trajectory]:
     for i in range(8):
         response = ids(2, 9)
         made.append(
-            Trajectory(
-                step=0,
-                prompt_index=30 + i // 4,
-                sample_index=i % 4,
-                prompt_ids=ids(1, 4),
-                prefix_ids=ids(2, 4) if i % 4 == 0 else (),
-                response_ids=response,
-                rollout_logprobs=(-3.0,) * len(response),
-                finish_reason="length" if i == 5 else "stop",
-                weights_version=0,
+            TokenSequence.of_runs(
+                SampleKey(0, 30 + i // 4, i % 4),
+                (Writer.CONTEXT, ids(1, 4)),
+                (Writer.TEACHER, ids(2, 4) if i % 4 == 0 else ()),
+                (Writer.STUDENT, response),
+                logprobs=(-3.0,) * len(response),
+                version=0,
+                finish="length" if i == 5 else "stop",
             )
         )
     return made
@@ -167,9 +166,9 @@ def _reference_tokens(weight: torch.Tensor, loss: LossSettings) -> list[_Token]:
                 (weight @ models.student[x].double()).log_softmax(-1),
                 (models.teacher_weight.double() @ models.teacher[x].double()).log_softmax(-1),
                 int(batch.labels[b, s]),
-                _trajectories()[batch.rows[b]].prompt_index,
+                _trajectories()[batch.rows[b]].key.prompt,
                 batch.rows[b],
-                int(batch.segments[b, s]) == Segment.TEACHER,
+                int(batch.writers[b, s]) == Writer.TEACHER,
             )
         )
     return tokens

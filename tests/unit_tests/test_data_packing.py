@@ -1,6 +1,5 @@
 """Packing: what a row holds, that nothing is lost, and that the layout changes nothing."""
 
-import dataclasses
 import math
 
 import numpy as np
@@ -9,36 +8,36 @@ import torch
 from loss_settings import config_of
 
 from megatron_tropd.base.errors import ConfigError
-from megatron_tropd.data.packing import count_loss_tokens, masked_tokens, pack
-from megatron_tropd.data.types import MicroBatch, Segment, Trajectory
+from megatron_tropd.data.batch import MicroBatch
+from megatron_tropd.data.packing import count_loss_tokens, loss_weights, pack
+from megatron_tropd.data.sequence import SampleKey, TokenSequence, Writer
 from megatron_tropd.losses.draws import keyed_seed, keyed_uniform
 
 
-def _trajectory(prompt: int, sample: int, sizes: tuple[int, int, int], seed: int = 0) -> Trajectory:
+def _trajectory(
+    prompt: int, sample: int, sizes: tuple[int, int, int], seed: int = 0
+) -> TokenSequence:
     rng = np.random.default_rng((seed, prompt, sample))
     prompt_ids, prefix_ids, response_ids = (
         tuple(rng.integers(3, 100, size).tolist()) for size in sizes
     )
-    return Trajectory(
-        step=4,
-        prompt_index=prompt,
-        sample_index=sample,
-        prompt_ids=prompt_ids,
-        prefix_ids=prefix_ids,
-        response_ids=response_ids,
-        rollout_logprobs=tuple((-rng.random(sizes[2])).tolist()),
-        finish_reason="stop",
-        weights_version=4,
+    return TokenSequence.of_runs(
+        SampleKey(4, prompt, sample),
+        (Writer.CONTEXT, prompt_ids),
+        (Writer.TEACHER, prefix_ids),
+        (Writer.STUDENT, response_ids),
+        logprobs=tuple((-rng.random(sizes[2])).tolist()),
+        version=4,
     )
 
 
-def _trajectories() -> list[Trajectory]:
+def _trajectories() -> list[TokenSequence]:
     rng = np.random.default_rng(7)
     sizes = [tuple(rng.integers((1, 0, 1), (6, 9, 12)).tolist()) for _ in range(24)]
     return [_trajectory(i // 4, i % 4, size) for i, size in enumerate(sizes)]
 
 
-def _pack(trajectories: list[Trajectory], **overrides) -> list[MicroBatch]:
+def _pack(trajectories: list[TokenSequence], **overrides) -> list[MicroBatch]:
     settings = {
         "dp_rank": 0,
         "dp_size": 1,
@@ -60,9 +59,9 @@ def _tokens_of(batches: list[MicroBatch]) -> set[tuple]:
                     batch.rows[b],
                     batch.response_positions[b, s].item(),
                     batch.labels[b, s].item(),
-                    batch.segments[b, s].item(),
+                    batch.writers[b, s].item(),
                     batch.uniforms[b, s].item(),
-                    batch.rollout_logprobs[b, s].item(),
+                    batch.behaviour_logprobs[b, s].item(),
                     batch.tokens[b, s].item(),
                 )
             )
@@ -70,21 +69,21 @@ def _tokens_of(batches: list[MicroBatch]) -> set[tuple]:
 
 
 def test_a_row_by_hand():
-    t = dataclasses.replace(
-        _trajectory(5, 1, (3, 2, 2)),
-        prompt_ids=(10, 11, 12),
-        prefix_ids=(20, 21),
-        response_ids=(30, 31),
-        rollout_logprobs=(-0.5, -0.25),
+    t = TokenSequence.of_runs(
+        SampleKey(4, 5, 1),
+        (Writer.CONTEXT, (10, 11, 12)),
+        (Writer.TEACHER, (20, 21)),
+        (Writer.STUDENT, (30, 31)),
+        logprobs=(-0.5, -0.25),
     )
     (batch,) = _pack([t], pad_multiple=4)
     assert batch.tokens.tolist() == [[10, 11, 12, 20, 21, 30, 0, 0]]
     assert batch.labels.tolist() == [[11, 12, 20, 21, 30, 31, 0, 0]]
-    assert batch.segments.tolist() == [[0, 0, 1, 1, 2, 2, 0, 0]]
+    assert batch.writers.tolist() == [[0, 0, 1, 1, 2, 2, 0, 0]]
     assert batch.loss_mask.tolist() == [[False] * 2 + [True] * 4 + [False] * 2]
     assert batch.position_ids.tolist() == [list(range(8))]
     assert batch.response_positions.tolist() == [[0, 0, 0, 1, 2, 3, 0, 0]]
-    assert batch.rollout_logprobs.tolist() == [[0, 0, 0, 0, -0.5, -0.25, 0, 0]]
+    assert batch.behaviour_logprobs.tolist() == [[0, 0, 0, 0, -0.5, -0.25, 0, 0]]
     draws = keyed_uniform(3, 4, keyed_seed(5, 1), np.arange(4))
     assert batch.uniforms[0, 2:6].tolist() == draws.tolist()
     assert batch.rows == (0,)
@@ -94,7 +93,7 @@ def test_a_row_by_hand():
 def test_smallest_trajectory():
     (batch,) = _pack([_trajectory(0, 0, (1, 0, 1))])
     assert batch.tokens.shape == (1, 1)
-    assert batch.segments.tolist() == [[Segment.STUDENT]]
+    assert batch.writers.tolist() == [[Writer.STUDENT]]
 
 
 def test_nothing_lost_and_budget_kept():
@@ -104,17 +103,15 @@ def test_nothing_lost_and_budget_kept():
     assert all(batch.tokens.numel() <= 64 for batch in batches)
     teacher, student, masked = count_loss_tokens(trajectories)
     assert masked == 0
-    found = torch.cat([batch.segments.flatten() for batch in batches])
-    assert (found == Segment.TEACHER).sum() == teacher
-    assert (found == Segment.STUDENT).sum() == student
+    found = torch.cat([batch.writers.flatten() for batch in batches])
+    assert (found == Writer.TEACHER).sum() == teacher
+    assert (found == Writer.STUDENT).sum() == student
 
 
 def test_sorting_keeps_padding_small():
     batches = _pack(_trajectories(), tokens_per_micro_batch=100)
     rows = sum(batch.tokens.numel() for batch in batches)
-    assert rows < 1.3 * sum(
-        len(t.prompt_ids + t.prefix_ids + t.response_ids) for t in _trajectories()
-    )
+    assert rows < 1.3 * sum(len(t) for t in _trajectories())
     lengths = [batch.tokens.shape[1] for batch in batches]
     assert lengths == sorted(lengths, reverse=True)
 
@@ -147,7 +144,7 @@ def test_layout_changes_no_token(dp_size: int, budget: int, pad_multiple: int):
 @pytest.mark.parametrize(("multiple", "rounded_to"), [(1, 16), (4, 16), (6, 16)])
 def test_rows_are_rounded_up_unless_one_would_not_fit(multiple, rounded_to):
     trajectories = _trajectories()
-    longest = max(len(t.prompt_ids + t.prefix_ids + t.response_ids) for t in trajectories) - 1
+    longest = max(len(t) for t in trajectories) - 1
     least = -(-longest // multiple) * multiple
     assert 16 < least < 32
     for budget in (least, 200):
@@ -171,7 +168,7 @@ def test_places_are_those_of_the_masks(loss):
         assert torch.equal(batch.loss_at, mask.flatten().nonzero()[:, 0])
         assert torch.equal(batch.of_loss_tokens(batch.labels), batch.labels[mask])
         assert torch.equal(batch.loss_rows, torch.tensor(batch.rows)[mask.nonzero()[:, 0]])
-        student = batch.segments[mask] == Segment.STUDENT
+        student = batch.writers[mask] == Writer.STUDENT
         assert torch.equal(batch.student_at, student.nonzero()[:, 0])
         labels += len(batch.loss_at)
     counts = count_loss_tokens(trajectories, loss)
@@ -184,7 +181,8 @@ def test_order_of_the_list_changes_no_draw():
     for order in (trajectories, trajectories[::-1]):
         for batch in _pack(order):
             for b, row in enumerate(batch.rows):
-                key = (order[row].prompt_index, order[row].sample_index)
+                key = order[row].key
+                assert key == batch.keys[b]
                 value = batch.uniforms[b][batch.loss_mask[b]].tolist()
                 assert draws.setdefault(key, value) == value
     assert len(draws) == 24
@@ -212,7 +210,7 @@ def test_gradient_does_not_depend_on_the_packing():
                 trajectories, dp_rank=rank, dp_size=dp_size, tokens_per_micro_batch=budget
             ):
                 mask = batch.loss_mask
-                weight = batch.uniforms[mask].double() * batch.segments[mask]
+                weight = batch.uniforms[mask].double() * batch.writers[mask]
                 (weight * table[batch.tokens[mask]] * table[batch.labels[mask]]).sum().backward()
         grads.append(table.grad)
     for grad in grads[1:]:
@@ -235,24 +233,24 @@ def test_empty_step():
 FIRST_IDS = config_of(mask_first_ids=(20, 31, 99))
 
 
-def _by_hand(finish_reason: str = "stop") -> Trajectory:
-    return dataclasses.replace(
-        _trajectory(5, 1, (3, 2, 4)),
-        prompt_ids=(10, 20, 31),
-        prefix_ids=(20, 21),
-        response_ids=(30, 31, 20, 31),
-        rollout_logprobs=(-0.5, -0.25, -0.1, -0.2),
-        finish_reason=finish_reason,
+def _by_hand(finish: str = "stop") -> TokenSequence:
+    return TokenSequence.of_runs(
+        SampleKey(4, 5, 1),
+        (Writer.CONTEXT, (10, 20, 31)),
+        (Writer.TEACHER, (20, 21)),
+        (Writer.STUDENT, (30, 31, 20, 31)),
+        logprobs=(-0.5, -0.25, -0.1, -0.2),
+        finish=finish,
     )
 
 
 def test_the_first_occurrence_of_an_id_in_a_response_is_masked_whoever_wrote_it():
-    masked = masked_tokens(_by_hand(), FIRST_IDS)
+    masked = loss_weights(_by_hand(), FIRST_IDS)[3:] == 0
     # The prompt's 20 and 31 are none of the response's; 99 does not occur.
     assert masked.tolist() == [True, False, False, True, False, False]
     (batch,) = _pack([_by_hand()], loss=FIRST_IDS, pad_multiple=10)
-    assert batch.segments.tolist() == [[0, 0, 1, 1, 2, 2, 2, 2, 0, 0]]
-    assert batch.masked.tolist() == [[False] * 2 + masked.tolist() + [False] * 2]
+    assert batch.writers.tolist() == [[0, 0, 1, 1, 2, 2, 2, 2, 0, 0]]
+    assert batch.weights.tolist() == [[0, 0, *(~masked).tolist(), 0, 0]]
     assert batch.labels[batch.loss_mask].tolist() == [21, 30, 20, 31]
     assert count_loss_tokens([_by_hand()], FIRST_IDS) == (1, 3, 2)
 
@@ -270,15 +268,42 @@ def test_a_response_that_was_cut_off_is_masked_with_its_prefix():
 def test_counts_agree_with_the_masks_of_all_ranks(dp_size: int):
     loss = config_of(mask_first_ids=tuple(range(3, 20)), mask_truncated=True)
     trajectories = [
-        dataclasses.replace(t, finish_reason="length" if i % 5 == 0 else "stop")
-        for i, t in enumerate(_trajectories())
+        t.replace(finish="length" if i % 5 == 0 else "stop") for i, t in enumerate(_trajectories())
     ]
     found = torch.zeros(3, dtype=torch.int64)
     for rank in range(dp_size):
         for batch in _pack(trajectories, dp_rank=rank, dp_size=dp_size, loss=loss):
-            assert not (batch.masked & (batch.segments == Segment.PROMPT)).any()
-            kept = batch.segments[batch.loss_mask]
-            sums = [(kept == Segment.TEACHER).sum(), (kept == Segment.STUDENT).sum()]
-            found += torch.stack([*sums, batch.masked.sum()])
+            masked = (batch.weights == 0) & (batch.writers != Writer.CONTEXT)
+            kept = batch.writers[batch.loss_mask]
+            sums = [(kept == Writer.TEACHER).sum(), (kept == Writer.STUDENT).sum()]
+            found += torch.stack([*sums, masked.sum()])
     assert tuple(found.tolist()) == count_loss_tokens(trajectories, loss)
     assert found.min() > 0
+
+
+def test_any_order_of_writers_is_packed_and_weighed():
+    """Two turns: a tool's text between them has no loss, but places and draws go on."""
+    t = TokenSequence.of_runs(
+        SampleKey(4, 5, 1),
+        (Writer.CONTEXT, (10, 20)),
+        (Writer.STUDENT, (30, 31)),
+        (Writer.CONTEXT, (20, 41)),
+        (Writer.TEACHER, (50,)),
+        (Writer.STUDENT, (20, 2)),
+        logprobs=(-0.5, -0.25, -0.125, -1),
+    )
+    t = t.replace(
+        weight_N=t.weight_N * np.float32([1, 1, 0.5, 1, 1, 1, 2, 1, 1]),
+        engine_logprobs_N=t.engine_logprobs_N * 2,
+    )
+    (batch,) = _pack([t], loss=config_of(mask_first_ids=(20,)), pad_multiple=9)
+    assert batch.writers.tolist() == [[0, 2, 2, 0, 0, 1, 2, 2, 0]]
+    # The first 20 that somebody wrote, not the prompt's or the tool's.
+    assert batch.weights.tolist() == [[0, 0.5, 1, 0, 0, 2, 0, 1, 0]]
+    assert batch.behaviour_logprobs.tolist() == [[0, -0.5, -0.25, 0, 0, 0, -0.125, -1, 0]]
+    assert batch.engine_logprobs.tolist() == [[0, -1, -0.5, 0, 0, 0, -0.25, -2, 0]]
+    assert batch.response_positions.tolist() == [[0, 0, 1, 2, 3, 4, 5, 6, 0]]
+    draws = keyed_uniform(3, 4, keyed_seed(5, 1), np.arange(7))
+    assert batch.uniforms[0, 1:8].tolist() == draws.tolist()
+    assert batch.loss_at.tolist() == [1, 2, 5, 7] and batch.student_at.tolist() == [0, 1, 3]
+    assert count_loss_tokens([t], config_of(mask_first_ids=(20,))) == (1, 3, 1)

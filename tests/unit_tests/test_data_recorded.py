@@ -12,14 +12,12 @@ from torch.utils.data import DataLoader
 from megatron_tropd.base.errors import InputError
 from megatron_tropd.data.packing import pack
 from megatron_tropd.data.recorded import (
-    FORMAT,
     RecordedTrajectories,
-    recorded,
     training_item,
 )
-from megatron_tropd.data.types import Segment, Trajectory
+from megatron_tropd.data.sequence import SampleKey, TokenSequence, Writer
 
-HEADER = {"format": FORMAT, "tokenizer": "0" * 16, "settings": {}}
+HEADER = {"format": "tropd-rollouts-1", "tokenizer": "0" * 16, "settings": {}}
 LINE = {
     "prompt_index": 4,
     "sample_index": 1,
@@ -87,25 +85,23 @@ def test_weights_and_several_segments_are_kept(tmp_path: Path) -> None:
 
 
 def test_items_agree_with_the_trainers_packing() -> None:
-    trajectory = Trajectory(
-        step=0,
-        prompt_index=4,
-        sample_index=1,
-        prompt_ids=(10, 11, 12),
-        prefix_ids=(20, 21),
-        response_ids=(22, 2),
-        rollout_logprobs=(-0.25, -0.125),
-        finish_reason="stop",
-        weights_version=0,
+    trajectory = TokenSequence.of_runs(
+        SampleKey(0, 4, 1),
+        (Writer.CONTEXT, (10, 11, 12)),
+        (Writer.TEACHER, (20, 21)),
+        (Writer.STUDENT, (22, 2)),
+        logprobs=(-0.25, -0.125),
+        version=0,
     )
     (batch,) = pack(
         [trajectory], dp_rank=0, dp_size=1, tokens_per_micro_batch=8, pad_multiple=8, seed=0, step=0
     )
-    item = training_item(recorded(trajectory), 8)
-    for name in ("tokens", "labels", "position_ids", "rollout_logprobs"):
+    item = training_item(trajectory, 8)
+    for name in ("tokens", "labels", "position_ids"):
         assert torch.equal(item[name], getattr(batch, name)[0])
+    assert torch.equal(item["rollout_logprobs"], batch.behaviour_logprobs[0])
     assert torch.equal(item["loss_weights"], batch.loss_mask[0].float())
-    assert torch.equal(item["teacher_written"], batch.segments[0] == Segment.TEACHER)
+    assert torch.equal(item["teacher_written"], batch.writers[0] == Writer.TEACHER)
 
 
 @pytest.mark.parametrize(
@@ -113,9 +109,9 @@ def test_items_agree_with_the_trainers_packing() -> None:
     [
         (lambda r: r.clear(), "holds no trajectory"),
         (lambda r: r.pop(), "holds no trajectory"),
-        (lambda r: r.pop(0), "line 1: expected a header with format 'tropd-rollouts-1'"),
-        (lambda r: r[1].update(response_ids=[20, 21, 100, 2]), r"line 2: response_ids must be in"),
-        (lambda r: r[1].update(prompt_ids=[-1]), r"line 2: prompt_ids must be in 0\.\.99"),
+        (lambda r: r.pop(0), "line 1: expected a header with format 'tropd-rollouts-2'"),
+        (lambda r: r[1].update(response_ids=[20, 21, 100, 2]), r"line 2: ids must be in"),
+        (lambda r: r[1].update(prompt_ids=[-1]), r"line 2: ids must be in 0\.\.99"),
         (lambda r: r[1].update(prompt_ids=[]), "line 2: prompt_ids must be a list of ids"),
         (lambda r: r[1].update(response_ids=[]), "line 2: response_ids must be a list of ids"),
         (lambda r: r[1].update(response_ids=[1.5]), "line 2: response_ids must be a list of ids"),
@@ -123,16 +119,16 @@ def test_items_agree_with_the_trainers_packing() -> None:
         (lambda r: r[1].update(rollout_logprobs=[None, -1]), "found 2 for 4 tokens"),
         (
             lambda r: r[1].update(rollout_logprobs=[None, -1, None, -1]),
-            "missing for 1 of 3, the first at 2",
+            "missing for 1 of 3, the first at token 5",
         ),
         (lambda r: r[1].update(rollout_logprobs=[None, -1, 0.5, -1]), "at most 0; found 0.5"),
         (lambda r: r[1].update(rollout_logprobs=[None, -1, "x", -1]), "must be a list of numbers"),
         (lambda r: r[1].pop("segments"), "line 2: segments must be a list like"),
         (lambda r: r[1].update(segments=[["nobody", 4]]), "line 2: segments must be a list like"),
-        (lambda r: r[1].update(segments=[["student", 3]]), "segments cover 3 tokens, .* has 4"),
-        (lambda r: r[1].update(loss_weights=[1]), "one of loss_weights per response token"),
-        (lambda r: r[1].update(loss_weights=[1, -1, 1, 1]), "loss_weights must be finite"),
-        (lambda r: r[1].pop("sample_index"), "prompt_index and sample_index must be integers"),
+        (lambda r: r[1].update(segments=[["student", 3]]), "segments cover 3 tokens, expected 4"),
+        (lambda r: r[1].update(loss_weights=[1]), "one of loss_weights per token"),
+        (lambda r: r[1].update(loss_weights=[1, -1, 1, 1]), "weight_N must be finite"),
+        (lambda r: r[1].pop("sample_index"), "sample_index must be an integer"),
     ],
 )
 def test_bad_lines_are_named(tmp_path: Path, change: Callable, message: str) -> None:
@@ -260,7 +256,7 @@ def test_a_folder_is_its_rounds_one_after_another(tmp_path: Path) -> None:
         open_file(tmp_path)
     with (tmp_path / "round-09.jsonl").open("a") as file:
         file.write(json.dumps(LINE | {"prompt_ids": [200]}) + "\n")
-    with pytest.raises(InputError, match=r"round-09\.jsonl, line 6: prompt_ids must be in"):
+    with pytest.raises(InputError, match=r"round-09\.jsonl, line 6: ids must be in"):
         open_file(tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"holds no \*\.jsonl"):

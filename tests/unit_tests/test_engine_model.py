@@ -143,7 +143,7 @@ def gap(value: float | None, dtype: torch.dtype, limit: float | None = None, **c
         folder=SimpleNamespace(logs=Path("/run/logs")),
     )
     metrics = {"engine_gap_mean": value, "engine_gap_max": 9.0, "tokens_student": 5}
-    trajectories = [SimpleNamespace(weights_version=change.pop("version", 3))]
+    trajectories = [SimpleNamespace(oldest_version=change.pop("version", 3))]
     for name, other in change.items():
         (metrics if name in metrics else vars(job))[name] = other
     Job.check_engine_gap(job, metrics, trajectories)

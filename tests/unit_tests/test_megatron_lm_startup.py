@@ -17,8 +17,8 @@ from torch.utils.data import default_collate
 
 from megatron_tropd.base.errors import ConfigError, InputError
 from megatron_tropd.data.packing import pack
-from megatron_tropd.data.recorded import recorded, training_item
-from megatron_tropd.data.types import Trajectory
+from megatron_tropd.data.recorded import training_item
+from megatron_tropd.data.sequence import SampleKey, TokenSequence, Writer
 from megatron_tropd.integrations import global_batch, megatron_lm, options, startup
 from tests.host_syncs import host_syncs
 
@@ -346,12 +346,18 @@ def test_megatron_lm_refuses_other_items(items, settings, named, group) -> None:
 def test_megatron_lm_draws_the_mask_of_the_trainer(group) -> None:
     """The same numbers for the same tokens, wherever they lie in a row or a micro-batch."""
     trajectories = [
-        Trajectory(5, n // 2, n % 2, (9,) * (n + 1), (8,) * n, (7,) * (6 - n), (-1.0,) * (6 - n),
-                   "stop", 5)
+        TokenSequence.of_runs(
+            SampleKey(5, n // 2, n % 2),
+            (Writer.CONTEXT, (9,) * (n + 1)),
+            (Writer.TEACHER, (8,) * n),
+            (Writer.STUDENT, (7,) * (6 - n)),
+            logprobs=(-1.0,) * (6 - n),
+            version=5,
+        )
         for n in range(4)
-    ]  # fmt: skip
+    ]
     settings = megatron_lm.StepLoss(config_of(), 1.0, 20, group, False, 11, 5, False)
-    items = [training_item(recorded(t), 12) for t in trajectories]
+    items = [training_item(t, 12) for t in trajectories]
     batches = _draw([default_collate(items[n : n + 2]) for n in (0, 2)], group, shape=(2, 12))
     found = [megatron_lm.targets_of(megatron_lm.Scored(b, None, settings)) for b in batches]
     (packed,) = pack(trajectories, dp_rank=0, dp_size=1, tokens_per_micro_batch=99, seed=11, step=5)
@@ -365,10 +371,10 @@ def test_megatron_lm_draws_the_mask_of_the_trainer(group) -> None:
 def test_megatron_lm_waits_for_the_device_once_a_step(group) -> None:
     """For the kind of data and the numbers of labels, however many micro-batches there are."""
     settings = megatron_lm.StepLoss(config_of(), 1.0, 20, group, False, 11, 5, False)
-    ids = (9, 9), (), (7,) * 5
-    item = default_collate(
-        [training_item(recorded(Trajectory(5, 0, 0, *ids, (-1.0,) * 5, "stop", 5)), 12)]
+    sequence = TokenSequence.of_runs(
+        SampleKey(5, 0, 0), (Writer.CONTEXT, (9, 9)), (Writer.STUDENT, (7,) * 5), logprobs=(-1,) * 5
     )
+    item = default_collate([training_item(sequence, 12)])
     for count in (1, 3):
         with host_syncs() as found:
             for batch in _draw([item] * count, group, shape=(1, 12)):

@@ -10,8 +10,9 @@ import torch.distributed as dist
 from loss_settings import config_of
 
 from megatron_tropd.config import LossSettings
+from megatron_tropd.data.batch import MicroBatch
 from megatron_tropd.data.packing import LossCounts, pack
-from megatron_tropd.data.types import MicroBatch, Segment, Trajectory
+from megatron_tropd.data.sequence import SampleKey, TokenSequence, Writer
 from megatron_tropd.distill.metrics import (
     POSITION_BUCKETS,
     STUDENT_MEANS,
@@ -33,23 +34,21 @@ def one_rank(tmp_path):
     dist.destroy_process_group()
 
 
-def trajectory(index: int, prefix: int, response: int, **changes) -> Trajectory:
-    values = {
-        "step": 3,
-        "prompt_index": index,
-        "sample_index": 0,
-        "prompt_ids": (5, 6, 7),
-        "prefix_ids": tuple(range(10, 10 + prefix)),
-        "response_ids": tuple(range(20, 20 + response)),
-        "rollout_logprobs": (-0.5,) * response,
-        "finish_reason": "stop",
-        "weights_version": 3,
-    }
-    return Trajectory(**(values | changes))
+def trajectory(
+    index: int, prefix: int, response: int, prompt: tuple[int, ...] = (5, 6, 7), **changes
+) -> TokenSequence:
+    return TokenSequence.of_runs(
+        SampleKey(3, index, 0),
+        (Writer.CONTEXT, prompt),
+        (Writer.TEACHER, range(10, 10 + prefix)),
+        (Writer.STUDENT, range(20, 20 + response)),
+        logprobs=(-0.5,) * response,
+        **({"version": 3} | changes),
+    )
 
 
 def batches(
-    trajectories: list[Trajectory], tokens: int, loss: LossSettings | None = None
+    trajectories: list[TokenSequence], tokens: int, loss: LossSettings | None = None
 ) -> list[MicroBatch]:
     return pack(
         trajectories,
@@ -91,7 +90,7 @@ def test_masked_tokens_are_in_no_number():
     loss = config_of(mask_first_ids=(10, 21), mask_truncated=True)
     trajectories = [
         trajectory(0, prefix=2, response=3),
-        trajectory(1, prefix=1, response=40, finish_reason="length"),
+        trajectory(1, prefix=1, response=40, finish="length"),
     ]
     sums = StepSums.zeros(CPU)
     for batch in batches(trajectories, 1000, loss):
@@ -106,7 +105,7 @@ def test_masked_tokens_are_in_no_number():
 def test_a_step_without_loss_tokens_gives_nulls_and_no_error():
     sums = StepSums.zeros(CPU)
     for batch in batches(
-        [trajectory(0, prefix=2, response=3, finish_reason="length")],
+        [trajectory(0, prefix=2, response=3, finish="length")],
         1000,
         config_of(mask_truncated=True),
     ):
@@ -135,7 +134,7 @@ def test_the_split_into_micro_batches_changes_nothing():
 def test_the_gap_to_the_engine_is_measured_on_student_tokens_only():
     (batch,) = batches([trajectory(0, prefix=2, response=2)], 1000)
     loss_T, values = values_of(batch)
-    teacher_T = batch.segments[batch.loss_mask] == Segment.TEACHER
+    teacher_T = batch.writers[batch.loss_mask] == Writer.TEACHER
     values["student_logprob"] = torch.where(teacher_T, -9.0, torch.tensor(-0.25))
     sums = StepSums.zeros(CPU)
     sums.add(loss_T, values, batch)
@@ -224,8 +223,8 @@ def test_position_buckets_double():
 
 def test_what_the_token_ids_alone_tell():
     trajectories = [
-        trajectory(0, prefix=4, response=4, weights_version=2),
-        trajectory(1, prefix=0, response=8, finish_reason="length"),
+        trajectory(0, prefix=4, response=4, version=2),
+        trajectory(1, prefix=0, response=8, finish="length"),
     ]
     metrics = trajectory_metrics(trajectories, step=3)
     assert metrics["response_length"] == 8

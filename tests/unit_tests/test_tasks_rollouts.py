@@ -100,8 +100,8 @@ def test_the_file_is_what_the_dataset_reads(write: Callable[..., int], tmp_path:
         assert int(item["labels"][start + prefix]) == 3 + plan.request.seed % 200
         assert float(item["rollout_logprobs"][start + prefix + 1]) == -1.0
     first = json.loads((tmp_path / "r.jsonl").read_text().splitlines()[1])
-    assert first["segments"] == [["teacher", 3], ["student", 2]]
-    assert first["rollout_logprobs"][:3] == [None] * 3 and first["weights"] == "abc"
+    assert first["writers"] == [["context", 2], ["teacher", 3], ["student", 2]]
+    assert first["engine_logprobs"][:5] == [None] * 5 and first["fields"]["weights"] == "abc"
 
 
 def test_a_cut_file_ends_as_the_same_bytes(write: Callable[..., int], tmp_path: Path) -> None:

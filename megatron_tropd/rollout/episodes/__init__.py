@@ -13,7 +13,8 @@ from megatron_tropd.config import GuidanceConfig, RolloutConfig
 from megatron_tropd.data.prefixes import sample_seed
 from megatron_tropd.data.responses import TeacherResponse
 from megatron_tropd.data.samples import Sample, SampleRequest
-from megatron_tropd.data.types import Prompt, Trajectory
+from megatron_tropd.data.sequence import SampleKey, TokenSequence
+from megatron_tropd.data.types import Prompt
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,11 @@ class EpisodeStart:
     """Optimizer steps that the sampling weights have seen."""
     settings: EpisodeSettings
 
+    @property
+    def key(self) -> SampleKey:
+        """Of the sequence."""
+        return SampleKey(self.step, self.prompt.index, self.sample_index)
+
     def seed(self, turn: int = 0) -> int:
         """The seed of a request: that of no other sample, step or turn."""
         return sample_seed(
@@ -59,7 +65,7 @@ class Episode(Protocol):
     def observe(self, sample: Sample) -> None:
         """Take the answer to the last request."""
 
-    def sequence(self) -> Trajectory:
+    def sequence(self) -> TokenSequence:
         """What is trained on, once the episode is over."""
 
 

@@ -2,7 +2,7 @@
 
 from megatron_tropd.data.prefixes import plan_sample
 from megatron_tropd.data.samples import Sample, SampleRequest
-from megatron_tropd.data.types import Trajectory
+from megatron_tropd.data.sequence import TokenSequence
 from megatron_tropd.rollout.episodes import EpisodeStart
 
 
@@ -33,21 +33,11 @@ class SingleTurn:
         """Keep the response."""
         self._sample = sample
 
-    def sequence(self) -> Trajectory:
+    def sequence(self) -> TokenSequence:
         """Prompt, prefix and response."""
         start, sample = self._start, self._sample
         assert sample is not None, "sequence before observe"
-        return Trajectory(
-            step=start.step,
-            prompt_index=start.prompt.index,
-            sample_index=start.sample_index,
-            prompt_ids=start.prompt.token_ids,
-            prefix_ids=self._plan.prefix_ids,
-            response_ids=sample.token_ids,
-            rollout_logprobs=sample.logprobs,
-            finish_reason=sample.finish_reason,
-            weights_version=start.weights_version,
-        )
+        return self._plan.sequence(sample, step=start.step, version=start.weights_version)
 
 
 EPISODE = SingleTurn

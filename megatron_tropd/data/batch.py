@@ -1,0 +1,79 @@
+"""Micro-batches: rows of token sequences as a forward pass takes them.
+
+B = rows of a micro-batch, S = padded length, T = labels with a loss, U = those the student wrote.
+Position s of a row predicts the token at s + 1: ``labels``, ``writers`` and all per-token values
+at s belong to that next token.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_tropd.data.sequence import SampleKey
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows of one forward pass, right-padded; causal attention keeps padding harmless."""
+
+    tokens: Tensor
+    """[B, S] int64 input ids, 0 in padding."""
+    labels: Tensor
+    """[B, S] int64 next token, 0 where there is none."""
+    writers: Tensor
+    """[B, S] int64 :class:`~megatron_tropd.data.sequence.Writer` of the label."""
+    position_ids: Tensor
+    """[B, S] int64 0..S-1 in every row."""
+    response_positions: Tensor
+    """[B, S] int64 index of the label after the prompt, 0 elsewhere."""
+    engine_logprobs: Tensor
+    """[B, S] float32 the engine's log q(label); 0 if the student did not write the label."""
+    behaviour_logprobs: Tensor
+    """[B, S] float32 log-prob of the label under what sampled it; 0 if the student did not."""
+    uniforms: Tensor
+    """[B, S] float32 in [0, 1), keyed by (seed, step, sample, position): the mask draws."""
+    weights: Tensor
+    """[B, S] float32 factor of the label's loss, 0 if it has none."""
+    loss_at: Tensor
+    """[T] int64 b x S + s of each label that takes part in the loss, ascending."""
+    loss_rows: Tensor
+    """[T] int64 index of its sequence in the list that was packed."""
+    student_at: Tensor
+    """[U] int64 those of the T labels that the student wrote."""
+    rows: tuple[int, ...]
+    """[B] index of each row's sequence in the list that was packed."""
+    keys: tuple[SampleKey, ...]
+    """[B] key of each row's sequence."""
+
+    @property
+    def loss_mask(self) -> Tensor:
+        """[B, S] bool, true where the label takes part in the loss.
+
+        On a GPU an index of places (``loss_at``), never this mask: the host would have to wait for
+        the number of them, which the packer knows.
+        """
+        return self.weights != 0
+
+    def of_loss_tokens(self, values_BS: Tensor) -> Tensor:
+        """[T] the values at the labels that take part in the loss."""
+        return values_BS.flatten().index_select(0, self.loss_at)
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """The same batch with its tensors on ``device``."""
+        tensors: dict[str, Any] = {
+            f.name: upload(value, device)
+            for f in dataclasses.fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        return dataclasses.replace(self, **tensors)
+
+
+def upload(values: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on ``device``; the host does not wait for the copy."""
+    if device.type != "cuda" or not values.is_cpu:
+        return values.to(device)
+    # From memory that can be paged out, the driver copies while the host stands still.
+    return values.pin_memory().to(device, non_blocking=True)
