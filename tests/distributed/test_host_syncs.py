@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tropd.config import LossSettings, ParallelConfig, TrainConfig
+from megatron_tropd.config import ParallelConfig, TrainConfig
 from megatron_tropd.config.loss import preset
 from megatron_tropd.data.packing import count_loss_tokens, pack
 from tests.distributed.test_training import recorded_trajectories
 from tests.ranks import leave_layout, run_with_env
 
-METHODS = {"tropd": LossSettings(), "exact": LossSettings(region="exact"), "top_d": preset("top_d")}
+METHODS = {"tropd": preset("tropd"), "exact": preset("tropd_exact"), "top_d": preset("top_d")}
 ROWS_OF_CHUNK = 16
 
 

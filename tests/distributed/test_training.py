@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_tropd.config import LossSettings, ParallelConfig, TrainConfig
+from megatron_tropd.config import ParallelConfig, TrainConfig
 from megatron_tropd.config.loss import preset
 from megatron_tropd.data.packing import count_loss_tokens, pack
 from megatron_tropd.data.sequence import SampleKey, TokenSequence, Writer
@@ -40,7 +40,7 @@ TRAIN = TrainConfig(
     steps=STEPS, lr=1e-2, warmup_steps=1, lr_schedule="cosine", tokens_per_micro_batch=128
 )
 METHODS = {
-    "tropd": LossSettings(denominator="separate"),
+    "tropd": preset("tropd", denominator="separate"),
     "top_d": preset("top_d"),
     # The static threshold in the first steps, clipping and selection from the fourth on.
     "reopold": preset(
@@ -111,7 +111,7 @@ def _train(
 ) -> list[list[float]]:
     from megatron_tropd.convert.hf_folder import HFFolder
     from megatron_tropd.distill.step_loss import StepObjective
-    from megatron_tropd.distill.token_choices import choose, loss_of_step
+    from megatron_tropd.distill.token_choices import choose
     from megatron_tropd.mcore import models, parallel, platform
     from megatron_tropd.mcore.step import Student, Teacher, output_weight
 
@@ -138,7 +138,7 @@ def _train(
     history = []
     for step in range(STEPS):
         trajectories = trajectories_of(method, step)
-        loss = loss_of_step(METHODS[method], step)
+        loss = METHODS[method].at_step(step)
         packed = pack(
             trajectories,
             dp_rank=ranks.dp_rank,
