@@ -24,13 +24,17 @@ quickstart: env
 # Two workers (tests/side_by_side.py); one if files are named, or if all share GPUs.
 WORKERS := $(if $(TESTS)$(shell nvidia-smi -L 2>/dev/null | grep '^GPU '),0,2)
 
+# Ranks and engines import the package; where PYTHONDONTWRITEBYTECODE is set, each would compile it.
 test: env
+	@$(PYTHON_ENV)/python -m compileall -q megatron_tropd tests slurm
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PYTHON_ENV)/python -m pytest -n $(WORKERS) $(TESTS)
 
 test-bare: export TROPD_TEST_HIDE = all
 test-bare: test
 
-slurm-test: env
+slurm-# Ranks and engines import the package; where PYTHONDONTWRITEBYTECODE is set, each would compile it.
+test: env
+	@$(PYTHON_ENV)/python -m compileall -q megatron_tropd tests slurm
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} TROPD_SLURM_TESTS=1 $(PYTHON_ENV)/python -m pytest \
 		$${TESTS:-tests/slurm}
 

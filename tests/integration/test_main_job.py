@@ -167,7 +167,7 @@ class Run:
         return sorted(found, key=born)
 
     def engine(self) -> int:
-        return self.named("rollout.worker")[0]
+        return self.named("engines.worker")[0]
 
 
 @pytest.fixture
