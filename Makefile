@@ -32,9 +32,7 @@ test: env
 test-bare: export TROPD_TEST_HIDE = all
 test-bare: test
 
-slurm-# Ranks and engines import the package; where PYTHONDONTWRITEBYTECODE is set, each would compile it.
-test: env
-	@$(PYTHON_ENV)/python -m compileall -q megatron_tropd tests slurm
+slurm-test: env
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} TROPD_SLURM_TESTS=1 $(PYTHON_ENV)/python -m pytest \
 		$${TESTS:-tests/slurm}
 
