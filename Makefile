@@ -4,7 +4,9 @@
 # make slurm-test   environment, then jobs and faults under a real Slurm of two nodes on this
 #                   machine (root; apt-get install slurm-wlm munge): 10 minutes on 2 cores
 # make env          environment only (.venv); instant when nothing changed
-# make lint         ruff and mypy
+# make lint         ruff and mypy; part of make test
+# make check-docs   committed numbers and listings against the texts that show them
+# make mutations    break the code in many ways: a fast test must catch each (minutes)
 
 PYTHON_ENV := .venv/bin
 QUICKSTART := runs/quickstart
@@ -12,15 +14,20 @@ QUICKSTART := runs/quickstart
 ONE_GPU := $(filter 1,$(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU '))
 QUICKSTART_LAYOUT := $(if $(ONE_GPU),parallel.tensor=1 rollout.num_engines=1)
 
-.PHONY: quickstart test test-bare slurm-test lint env
+.PHONY: quickstart test test-bare slurm-test lint check-docs mutations env
 
 # A finished run gives way to a new one; an interrupted run is resumed by the same command.
 quickstart: env
 	@if [ -f $(QUICKSTART)/summary.json ]; then rm -rf $(QUICKSTART); fi
 	@$(PYTHON_ENV)/tropd distill examples/arithmetic/tropd.toml run.dir=$(QUICKSTART) $(QUICKSTART_LAYOUT)
 
+# Two workers (tests/side_by_side.py); one if files are named, or if all share GPUs.
+WORKERS := $(if $(TESTS)$(shell nvidia-smi -L 2>/dev/null | grep '^GPU '),0,2)
+
+# Ranks and engines import the package; where PYTHONDONTWRITEBYTECODE is set, each would compile it.
 test: env
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PYTHON_ENV)/python -m pytest $(TESTS)
+	@$(PYTHON_ENV)/python -m compileall -q megatron_tropd tests slurm
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PYTHON_ENV)/python -m pytest -n $(WORKERS) $(TESTS)
 
 test-bare: export TROPD_TEST_HIDE = all
 test-bare: test
@@ -33,6 +40,12 @@ lint: env
 	@$(PYTHON_ENV)/ruff check .
 	@$(PYTHON_ENV)/ruff format --check .
 	@$(PYTHON_ENV)/mypy
+
+check-docs: env
+	@$(PYTHON_ENV)/python -m pytest -q tests/texts
+
+mutations: env
+	@$(PYTHON_ENV)/python tests/mutate.py $(ONLY)
 
 env:
 	@tools/setup_env.sh

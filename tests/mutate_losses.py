@@ -1,24 +1,12 @@
-"""Does the test-suite notice a wrong loss? Each mutation here plants one known mistake.
+"""Mutations of the losses (``mutate.py`` runs them).
 
-    python tests/mutate_losses.py             all mutations, half an hour or so
-    python tests/mutate_losses.py sign floor  those whose name contains one of the words
-
-Package and tests are copied to a temporary folder, the mistake is written into the copy, and the
-tests of the losses run on it: those of one rank, or for mistakes that one rank cannot make those of
-several. Exit code 1 if a mistake goes unnoticed, or if the tests fail without one.
+The tests are those of one rank, or for mistakes that one rank cannot make those of several.
 """
 
-import os
-import shutil
-import subprocess
-import sys
-import tempfile
-import time
 from dataclasses import dataclass
-from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-LOSSES = "megatron_tropd/losses"
+import mutate
+
 ONE_RANK = (
     "tests/unit_tests/test_chunks.py",
     "tests/unit_tests/test_loss_safety.py",
@@ -28,26 +16,22 @@ ONE_RANK = (
 SETTINGS = ("tests/unit_tests/test_settings.py", "tests/unit_tests/test_loss_config.py")
 METRICS = ("tests/unit_tests/test_step_metrics.py",)
 SEVERAL_RANKS = ("tests/distributed/test_losses.py::test_losses_tp2_and_tp4",)
-TIMEOUT_S = 600
 
 
 @dataclass(frozen=True)
-class Mutation:
-    """One mistake."""
+class Mutation(mutate.Mutation):
+    """One mistake in a file of the losses."""
 
-    name: str
-    file: str
-    """Below ``LOSSES``."""
-    old: str
-    """Text that occurs once in the file."""
-    new: str
     several_ranks: bool = False
     """Whether one rank alone computes the same with it."""
-    tests: tuple[str, ...] = ()
-    """Those that should notice, if they are not those of the losses."""
+
+    @property
+    def path(self) -> str:
+        """Of the file in the repository."""
+        return f"megatron_tropd/losses/{self.file}"
 
     def suite(self) -> tuple[str, ...]:
-        """The tests to run on it."""
+        """The tests to run on it: those of the losses, if it names no others."""
         return self.tests or (SEVERAL_RANKS if self.several_ranks else ONE_RANK)
 
 
@@ -670,78 +654,3 @@ MUTATIONS = (
         several_ranks=True,
     ),
 )
-
-
-def source(mutation: Mutation, root: Path = REPOSITORY) -> Path:
-    """The file it changes."""
-    return (root / LOSSES / mutation.file).resolve()
-
-
-def places(mutation: Mutation) -> int:
-    """How often its text occurs; anything but 1 means that the code has moved on."""
-    return source(mutation).read_text().count(mutation.old)
-
-
-def copy_to(folder: Path) -> None:
-    """Package and tests, without what the losses do not need."""
-    ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
-    for name in ("megatron_tropd", "tests", "slurm"):  # conftest imports the last
-        shutil.copytree(REPOSITORY / name, folder / name, ignore=ignore)
-    shutil.copy(REPOSITORY / "pyproject.toml", folder)
-
-
-def tests_fail(folder: Path, tests: tuple[str, ...]) -> tuple[bool, str]:
-    """Whether the tests fail there, and the line that says how."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
-    # The test of this very list would notice every mutation.
-    command += ["-k", "not every_mutation", *tests]
-    environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
-    try:
-        done = subprocess.run(
-            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S
-        )
-    except subprocess.TimeoutExpired:
-        return True, "timed out"
-    if done.returncode not in (0, 1):
-        raise SystemExit(f"pytest could not run:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
-    found = [line for line in done.stdout.splitlines() if line.startswith("E  ")]
-    reasons = [line[1:].strip() for line in found if "Error: " in line]
-    return done.returncode == 1, (reasons or found or [""])[0][:120]
-
-
-def survives(mutation: Mutation) -> bool:
-    """Run the tests on a copy with the mistake in it, and say what came of it."""
-    begin = time.monotonic()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        copy_to(folder)
-        path = source(mutation, folder)
-        path.write_text(path.read_text().replace(mutation.old, mutation.new))
-        caught, how = tests_fail(folder, mutation.suite())
-    verdict = "caught  " if caught else "SURVIVED"
-    print(f"{verdict} {time.monotonic() - begin:4.0f} s  {mutation.name}: {how}", flush=True)
-    return not caught
-
-
-def main(words: list[str]) -> int:
-    """Exit code."""
-    chosen = [m for m in MUTATIONS if not words or any(word in m.name for word in words)]
-    moved = [mutation.name for mutation in chosen if places(mutation) != 1]
-    if moved or not chosen:
-        print(f"Expected text to change exactly once, found otherwise for {moved or words}.")
-        return 1
-    with tempfile.TemporaryDirectory() as name:
-        copy_to(Path(name))
-        suites = dict.fromkeys(mutation.suite() for mutation in chosen)
-        for tests in suites:
-            failed, how = tests_fail(Path(name), tests)
-            if failed:
-                print(f"The tests fail without a mutation, so they would catch anything: {how}")
-                return 1
-    alive = [mutation.name for mutation in chosen if survives(mutation)]
-    print(f"{len(chosen) - len(alive)} of {len(chosen)} caught; survived: {alive or 'none'}")
-    return 1 if alive else 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))

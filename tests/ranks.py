@@ -6,8 +6,10 @@ of multiprocessing they end without the interpreter's clearing up (why that matt
 ``megatron_tropd.launch.rank.leave``).
 """
 
+import contextlib
 import multiprocessing
 import os
+import random
 import socket
 import tempfile
 from collections.abc import Callable
@@ -89,10 +91,18 @@ def leave_layout() -> None:
 
 
 def free_port() -> int:
-    """A TCP port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port of this machine that nobody listens on.
+
+    It lies below those that the kernel hands out to whoever asks for any: else another test's
+    process takes it before the one that it is meant for.
+    """
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    while True:
+        port = random.SystemRandom().randrange(lowest // 2, lowest)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _start(world_size: int, entry: Callable[..., None], *arguments: Any) -> None:

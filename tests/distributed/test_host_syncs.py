@@ -100,4 +100,4 @@ def test_host_waits_once_a_step_for_the_numbers_of_all(method, found):
     """Sums and the key of a bad token: the second is there when the first is."""
     calls = found[f"{method} 2"]
     assert sum(calls.values()) == 2, json.dumps(calls, indent=1)
-    assert all("step_metrics.py" in call for call in calls)
+    assert all("distill/metrics.py" in call for call in calls)

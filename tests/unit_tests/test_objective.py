@@ -8,7 +8,6 @@ import dataclasses
 import math
 from functools import partial
 
-import mutate_losses
 import pytest
 import reference
 import torch
@@ -1088,20 +1087,3 @@ def test_a_rho_that_is_no_number_is_seen_in_the_loss(region, importance):
     config = config_of(region=region, importance=importance, tau=-9.0, top_k=4)
     output = _loss(student, LogitsSignal(teacher, 6), torch.arange(3), config=config, known=known)
     assert output.loss_T.isnan().tolist() == [False, True, False]
-
-
-# ---- the mutation script ----
-
-
-def test_every_mutation_still_has_its_place():
-    """``tests/mutate_losses.py`` replaces text; text that moved would test nothing."""
-    assert len(mutate_losses.MUTATIONS) >= 10
-    for mutation in mutate_losses.MUTATIONS:
-        assert mutate_losses.places(mutation) == 1, mutation.name
-
-
-def test_the_copy_that_mutations_are_tried_on_can_be_tested(tmp_path):
-    """A package that the tests begin to import has to be in it."""
-    mutate_losses.copy_to(tmp_path)
-    tests = ("tests/unit_tests/test_loss_config.py::test_every_method_can_be_read_without_torch",)
-    assert mutate_losses.tests_fail(tmp_path, tests) == (False, "")

@@ -1,0 +1,200 @@
+"""Mutations of packing, layout, weight export and hand-over (``mutate.py`` runs them).
+
+Each names one fast test that notices it.
+"""
+
+from mutate import Mutation
+
+PACKING = "unit_tests/test_data_packing.py::test"
+LAYOUT = "unit_tests/test_platform.py::test_places_and_ranks_are_inverse"
+EXPORT = "distributed/test_logits.py::test_tiny_logits_and_export"
+FOLDER = "unit_tests/test_weight_sync.py::test"
+CHANNEL = "unit_tests/test_weight_channels.py::test"
+
+
+def _of(file: str, *rows: tuple[str, str, str, str]) -> tuple[Mutation, ...]:
+    """Mutations of a file: (name, old, new, test)."""
+    return tuple(
+        Mutation(f"{file}: {name}", file, old, new, (test,)) for name, old, new, test in rows
+    )
+
+
+MUTATIONS = (
+    *_of(
+        "data/packing.py",
+        (
+            "labels are the tokens themselves",
+            'ids["labels"][b, :last] = whole_N[1:]',
+            'ids["labels"][b, :last] = whole_N[:-1]',
+            f"{PACKING}_a_row_by_hand",
+        ),
+        (
+            "the teacher's segment starts late",
+            "segments[b, first:middle] = Segment.TEACHER",
+            "segments[b, first + 1 : middle] = Segment.TEACHER",
+            f"{PACKING}_a_row_by_hand",
+        ),
+        (
+            "log-probs one position early",
+            "logprobs[b, middle:last] = t.rollout_logprobs",
+            "logprobs[b, middle - 1 : last - 1] = t.rollout_logprobs",
+            f"{PACKING}_a_row_by_hand",
+        ),
+        (
+            "draws keyed by the place in the list",
+            "key = keyed_seed(t.prompt_index, t.sample_index)",
+            "key = keyed_seed(row, 0)",
+            f"{PACKING}_order_of_the_list_changes_no_draw",
+        ),
+        (
+            "the same draws in every step",
+            "keyed_uniform(seed, step, key",
+            "keyed_uniform(seed, 0, key",
+            f"{PACKING}_draws_differ_by_step_seed_and_trajectory",
+        ),
+        (
+            "every replica gets the first one's rows",
+            "rows = order[start:stop][dp_rank::dp_size]",
+            "rows = order[start:stop][::dp_size]",
+            f"{PACKING}_layout_changes_no_token",
+        ),
+        (
+            "no padding to a multiple",
+            "return -(-positions // multiple) * multiple",
+            "return positions",
+            f"{PACKING}_layout_changes_no_token",
+        ),
+        (
+            "one row more than the budget",
+            "stop = start + dp_size * (tokens_per_micro_batch // length)",
+            "stop = start + dp_size * (tokens_per_micro_batch // length + 1)",
+            f"{PACKING}_nothing_lost_and_budget_kept",
+        ),
+        (
+            "rows in the order of the list",
+            "key=lambda i: (-_num_tokens(trajectories[i]), i)",
+            "key=lambda i: i",
+            f"{PACKING}_sorting_keeps_padding_small",
+        ),
+        (
+            "masked tokens of the teacher count",
+            "teacher += int(kept_N[: len(t.prefix_ids)].sum())",
+            "teacher += len(t.prefix_ids)",
+            f"{PACKING}_counts_agree_with_the_masks_of_all_ranks",
+        ),
+        (
+            "an id is masked at its last occurrence",
+            "masked_N[whole_ids.index(token_id)] = True",
+            "masked_N[-1 - whole_ids[::-1].index(token_id)] = True",
+            f"{PACKING}_the_first_occurrence_of_an_id_in_a_response_is_masked_whoever_wrote_it",
+        ),
+    ),
+    *_of(
+        "mcore/parallel.py",
+        (
+            "replicas and stages change places",
+            "return (pp_rank * self.dp_size + dp_rank) * self.tp_size + tp_rank",
+            "return (dp_rank * self.pp_size + pp_rank) * self.tp_size + tp_rank",
+            LAYOUT,
+        ),
+        (
+            "shards of an expert count as parts of the experts",
+            "return rank // self.etp_size % self.ep_size",
+            "return rank % self.ep_size",
+            LAYOUT,
+        ),
+        (
+            "a neighbour is the next rank",
+            "return rank + (ep_rank - self.ep_rank_of(rank)) * self.etp_size",
+            "return rank + (ep_rank - self.ep_rank_of(rank))",
+            LAYOUT,
+        ),
+        (
+            "the first stage has the loss",
+            "return self.pp_rank == self.pp_size - 1",
+            "return self.pp_rank == 0",
+            f"{EXPORT}[pp2]",
+        ),
+    ),
+    *_of(
+        "mcore/weights.py",
+        (
+            "every rank reads the first shard",
+            "place = (ranks.tp_rank, ranks.tp_size) if",
+            "place = (0, ranks.tp_size) if",
+            f"{EXPORT}[tp2]",
+        ),
+        (
+            "shards in the wrong order",
+            "return everything if ranks.tp_rank in places else None",
+            "return everything.flip(0) if ranks.tp_rank in places else None",
+            f"{EXPORT}[tp2]",
+        ),
+        (
+            "the tied copy of the last stage is not filled",
+            'pairs.append((entries[0], parameters["output_layer.weight"]))',
+            'pairs.append((entries[0], torch.nn.Parameter(parameters["output_layer.weight"] + 0)))',
+            f"{EXPORT}[pp2]",
+        ),
+        (
+            "every rank has the first experts",
+            "first_expert = ranks.ep_rank * shape.experts.count // ranks.ep_size if",
+            "first_expert = 0 * shape.experts.count // ranks.ep_size if",
+            f"{EXPORT}[ep2]",
+        ),
+        (
+            "experts come from the receiver's own rank",
+            "rank if self.home.ep_rank is None else ranks.neighbour(rank, self.home.ep_rank)",
+            "rank",
+            f"{EXPORT}[ep2]",
+        ),
+        (
+            "files are never full",
+            "numbers[name] = number\n            held += size",
+            "numbers[name] = number",
+            f"{EXPORT}[tp1]",
+        ),
+    ),
+    *_of(
+        "rollout/weights/weight_sync.py",
+        (
+            "a bucket overwrites the one before",
+            "bucket, size, count = {}, 0, count + 1",
+            "bucket, size, count = {}, 0, count",
+            f"{FOLDER}_weights_are_written_in_buckets_one_version_at_a_time",
+        ),
+        (
+            "tensors that share memory are not told apart",
+            "bucket[name] = tensor.clone()",
+            "pass",
+            f"{FOLDER}_tensors_that_share_memory_are_written_each",
+        ),
+        (
+            "the folders of living runs are removed",
+            "except BlockingIOError:\n                continue",
+            "except BlockingIOError:\n                pass",
+            f"{FOLDER}_living_mailboxes_are_kept_and_left_overs_removed",
+        ),
+    ),
+    *_of(
+        "rollout/weights/channels.py",
+        (
+            "each tensor at the start of the buffer",
+            "self._buffer[self._used : self._used + flat.numel()].copy_(flat)",
+            "self._buffer[: flat.numel()].copy_(flat)",
+            f"{CHANNEL}_an_engine_reads_one_buffer_after_the_other",
+        ),
+        (
+            "the last buffer is not handed over",
+            "        self._flush()\n        self._tell(lambda engine: engine.finish_weights())",
+            "        self._tell(lambda engine: engine.finish_weights())",
+            f"{CHANNEL}_an_engine_reads_one_buffer_after_the_other",
+        ),
+        (
+            "all ranks of an engine sit on its first GPU",
+            "wanted = (seat.host, seat.device + offset)",
+            "wanted = (seat.host, seat.device)",
+            f"{CHANNEL}_an_engine_reads_from_the_ranks_on_its_gpus",
+        ),
+    ),
+)
