@@ -295,6 +295,15 @@ class EvaluationConfig(Settings, section="evaluation"):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TeacherConfig(Settings, section="teacher"):
+    """Where the teacher's signals come from."""
+
+    source: str = "resident"
+    """resident: a model on the student's ranks. "package.module:attribute": a source of your own
+    (docs/teacher_sources.md)."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig(Settings, section="run"):
     """The run's folder and what is kept in it."""
 
@@ -337,6 +346,7 @@ class Config(Settings):
     train: TrainConfig
     run: RunConfig
     parallel: ParallelConfig = ParallelConfig()
+    teacher: TeacherConfig = TeacherConfig()
     guidance: GuidanceConfig = GuidanceConfig()
     loss: LossSettings = field(default_factory=lambda: preset("tropd"))
     evaluation: EvaluationConfig = EvaluationConfig()

@@ -25,9 +25,10 @@ from megatron_tropd.data.tokenizers import (
     stop_token_ids,
 )
 from megatron_tropd.data.types import Prompt
-from megatron_tropd.losses import HiddenStatesSignal, check_signal
+from megatron_tropd.losses import check_signal
 from megatron_tropd.rollout.engines.engine_model import check_engine
 from megatron_tropd.tasks.exact_match import reference_answer
+from megatron_tropd.teacher import load_teacher
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -76,7 +77,7 @@ def load_inputs(config: Config) -> Inputs:
             f"{vocab_size} vocabulary columns. A tokenizer file does not belong to its model, or "
             "its class added a token (name a pad_token in tokenizer_config.json)."
         )
-    check_signal(config.loss, HiddenStatesSignal, vocab_size=vocab_size)
+    check_signal(config.loss, load_teacher(config.teacher.source).signal, vocab_size=vocab_size)
     if unknown := [i for i in config.loss.mask_first_ids if not 0 <= i < vocab_size]:
         raise ConfigError(
             f"loss.mask_first_ids must be below the vocabulary of {vocab_size} tokens, found "

@@ -37,7 +37,7 @@ from megatron_tropd.losses.trouble import words
 from megatron_tropd.mcore import models, parallel, platform, weights
 from megatron_tropd.mcore.checkpoint import ANY_LAYOUT, Checkpoints
 from megatron_tropd.mcore.options_check import check_options, unreviewed
-from megatron_tropd.mcore.step import NotFinite, Student, Teacher, Update, output_weight
+from megatron_tropd.mcore.step import NotFinite, Student, Update, output_weight
 from megatron_tropd.report.metrics import MetricsLog
 from megatron_tropd.rollout.collective import run_everywhere
 from megatron_tropd.rollout.engines.client import ClientSettings
@@ -49,10 +49,11 @@ from megatron_tropd.rollout.engines.pool import EnginePool
 from megatron_tropd.rollout.engines.process import engine_threads
 from megatron_tropd.rollout.engines.served import ServerPool
 from megatron_tropd.rollout.engines.wire import Model, served_settings
-from megatron_tropd.rollout.episodes import EpisodeSettings, load_mode
+from megatron_tropd.rollout.episodes import EpisodePlan, load_mode
 from megatron_tropd.rollout.source import RolloutSource, SampledRollouts
 from megatron_tropd.rollout.weights.versions import WeightVersions
 from megatron_tropd.rollout.weights.weight_sync import Export
+from megatron_tropd.teacher import TeacherStart, load_teacher
 
 ENGINE_GAPS = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 """rollout.max_engine_gap by the models' type, if it is not set."""
@@ -162,7 +163,7 @@ class Job:
             self.engines,
             load_mode(config.rollout.mode),
             inputs.prompts,
-            EpisodeSettings(
+            EpisodePlan(
                 config.rollout,
                 config.guidance,
                 config.train.steps,
@@ -219,26 +220,33 @@ class Job:
         self._padded_vocab_size = models.padded_vocab_size(
             inputs.student.config, inputs.teacher.config, tensor=config.parallel.tensor
         )
-        build = partial(
-            models.build_model,
-            ranks=self.ranks,
-            parallel=config.parallel,
-            dtype=self.dtype,
-            padded_vocab_size=self._padded_vocab_size,
-        )
         self.student = Student(
-            build(inputs.student, who="student", options=config.megatron.model),
+            models.build_model(
+                inputs.student,
+                ranks=self.ranks,
+                parallel=config.parallel,
+                dtype=self.dtype,
+                padded_vocab_size=self._padded_vocab_size,
+                who="student",
+                options=config.megatron.model,
+            ),
             train=config.train,
             parallel=config.parallel,
             ranks=self.ranks,
             dtype=self.dtype,
             megatron=config.megatron,
         )
-        self.teacher = Teacher(
-            build(inputs.teacher, who="teacher", options=config.megatron.teacher),
-            ranks=self.ranks,
-            vocab_size=inputs.vocab_size,
+        self.teacher = load_teacher(config.teacher.source)(
+            TeacherStart(
+                config,
+                inputs.teacher,
+                self.ranks,
+                self.dtype,
+                self._padded_vocab_size,
+                inputs.vocab_size,
+            )
         )
+        self._exit.callback(self.teacher.close)
 
     def _hf_folders(self) -> dict[str, Path]:
         """What engines start from: the pair's HF folders, made of Megatron checkpoints if need be.

@@ -97,6 +97,7 @@ def learn(job: Job, trajectories: list[TokenSequence]) -> dict[str, object]:
         TrainingError: loss or gradient is not finite; the weights are unchanged.
     """
     config, ranks, clock = job.config, job.ranks, job.clock
+    job.teacher.begin(job.step, trajectories)
     batches = [
         batch.to(job.device)
         for batch in pack(
@@ -113,7 +114,7 @@ def learn(job: Job, trajectories: list[TokenSequence]) -> dict[str, object]:
     ]
     counts = count_loss_tokens(trajectories, config.loss)
     with clock("teacher"):
-        signals = job.teacher.score(batches)
+        signals = job.teacher.signals(batches)
     with clock("student"):
         objective = job.objective(batches, signals, trajectories, counts)
         job.student.forward_backward(batches, objective)

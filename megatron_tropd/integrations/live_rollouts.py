@@ -38,7 +38,7 @@ from megatron_tropd.mcore.parallel import current_ranks
 from megatron_tropd.mcore.weights import export_weights
 from megatron_tropd.rollout.engines.engine import RolloutEngine
 from megatron_tropd.rollout.engines.pool import EnginePool
-from megatron_tropd.rollout.episodes import EpisodeSettings, load_mode
+from megatron_tropd.rollout.episodes import EpisodePlan, load_mode
 from megatron_tropd.rollout.source import SampledRollouts
 from megatron_tropd.rollout.weights.weight_sync import Export
 
@@ -200,7 +200,7 @@ class LiveRollouts:
             self._engines,
             self._make_episode,
             self._prompts,
-            EpisodeSettings(
+            EpisodePlan(
                 settings.rollout, settings.guidance, loop.steps, loop.seed, self._responses
             ),
             stop_token_ids=stop_token_ids(settings.student, settings.rollout.stop_token_ids),

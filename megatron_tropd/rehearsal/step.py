@@ -35,6 +35,7 @@ from megatron_tropd.rehearsal.engines import Counted, RecordingEngine
 from megatron_tropd.rehearsal.tensors import CPU, Device
 from megatron_tropd.rehearsal.world import World
 from megatron_tropd.rollout.engines.interface import SamplingEngines
+from megatron_tropd.teacher.resident import ResidentTeacher
 
 
 class ArchitectureFolder(HFFolder):
@@ -149,7 +150,10 @@ class RehearsedJob(Job):
                 distributed_optimizer=config.parallel.distributed_optimizer,
                 say=lambda _: None,
             )
-        for model in (self.teacher, self.student):
+        scored: list[Any] = [self.student]
+        if isinstance(self.teacher, ResidentTeacher):
+            scored.append(self.teacher.scorer)
+        for model in scored:
             setattr(model, "score", self._keeping(model.score, model.model))  # noqa: B010
 
     def learn(self, micro_batches: int) -> None:

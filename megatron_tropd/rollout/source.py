@@ -12,7 +12,7 @@ from megatron_tropd.data.sequence import TokenSequence
 from megatron_tropd.data.sequence_files import dump_sequences, read_sequences
 from megatron_tropd.data.types import Prompt
 from megatron_tropd.rollout.engines.interface import SamplingEngines
-from megatron_tropd.rollout.episodes import Episode, EpisodeSettings, EpisodeStart, MakeEpisode
+from megatron_tropd.rollout.episodes import Episode, EpisodePlan, EpisodeStart, MakeEpisode
 
 PENDING_FILE = "pending_rollouts.jsonl"
 """In a checkpoint: what was sampled for its next step, with older weights than it holds."""
@@ -49,7 +49,7 @@ class SampledRollouts:
         engines: SamplingEngines,
         make_episode: MakeEpisode,
         prompts: Sequence[Prompt],
-        settings: EpisodeSettings,
+        settings: EpisodePlan,
         *,
         stop_token_ids: Sequence[int],
         is_main: bool,

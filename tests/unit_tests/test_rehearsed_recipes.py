@@ -19,7 +19,10 @@ from megatron_tropd.rehearsal.record import Count
 from megatron_tropd.rehearsal.report import findings
 
 RECIPES = Path(__file__).resolve().parents[2] / "configs" / "recipes"
-CHANNELS, WRITER = "megatron_tropd/rollout/channels.py", "megatron_tropd/rollout/weight_sync.py"
+CHANNELS, WRITER = (
+    "megatron_tropd/rollout/weights/channels.py",
+    "megatron_tropd/rollout/weights/weight_sync.py",
+)
 NAMES = sorted(path.stem for path in RECIPES.glob("*.toml"))
 
 
@@ -59,7 +62,9 @@ def test_new_weights_go_from_gpu_to_gpu(name: str, rehearsals: dict[str, Rehears
     rehearsal = rehearsals[name]
     (rank,), made = rehearsal.ranks, rehearsal.setup
     waits = {(one.line.split(":")[0], one.what): one.count for one in rank.waits if _synced(one)}
-    waits.pop(("megatron_tropd/job.py", "synchronize"))  # of the clock, when the phase is over
+    waits.pop(
+        ("megatron_tropd/distill/reporter.py", "synchronize")
+    )  # of the clock, when the phase is over
     buffers = (waits.pop((CHANNELS, "synchronize a stream")) - 1) // 2
     assert waits == {}, "nothing goes through the host"
     owns = rank.rank % (made.parallel.world_size // made.rollout.num_engines) == 0

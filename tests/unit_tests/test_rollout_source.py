@@ -15,7 +15,7 @@ from megatron_tropd.data.responses import TeacherResponse
 from megatron_tropd.data.samples import Sample, SampleRequest, Sampling
 from megatron_tropd.data.types import Prompt
 from megatron_tropd.rollout.engines.interface import SamplingEngines
-from megatron_tropd.rollout.episodes import EpisodeSettings, load_mode
+from megatron_tropd.rollout.episodes import EpisodePlan, load_mode
 from megatron_tropd.rollout.source import PENDING_FILE, RolloutSource, SampledRollouts
 from megatron_tropd.rollout.weights.interface import Tensors
 
@@ -79,7 +79,7 @@ def make(engines: SamplingEngines, mode: str = "single_turn") -> RolloutSource:
     rollout = RolloutConfig(
         prompts="x", max_new_tokens=8, prompts_per_step=3, samples_per_prompt=2, mode=mode
     )
-    settings = EpisodeSettings(rollout, GuidanceConfig(), steps=10, seed=1, responses=RESPONSES)
+    settings = EpisodePlan(rollout, GuidanceConfig(), steps=10, seed=1, responses=RESPONSES)
     return SampledRollouts(
         engines, load_mode(mode), PROMPTS, settings, stop_token_ids=STOPS, is_main=True
     )

@@ -29,12 +29,15 @@ ARROWS: dict[str, set[str]] = {
     "mcore": {"base", "config", "convert", "data", "losses"},
     "rollout": {"base", "config", "convert", "data"},
     "tasks": {"base", "config", "convert", "data", "losses"},
+    "teacher": {"base", "config", "convert", "data", "losses", "mcore"},
     "distill": {
         *("base", "config", "convert", "data", "losses", "mcore", "report", "rollout", "tasks"),
+        "teacher",
     },
     "integrations": {"base", "config", "convert", "data", "losses", "mcore", "rollout"},
     "rehearsal": {
         *("base", "config", "convert", "data", "distill", "mcore", "planning", "rollout"),
+        "teacher",
     },
     "launch": {"base", "config", "distill", "mcore", "rollout"},
     "cli": {

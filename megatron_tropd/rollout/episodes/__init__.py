@@ -18,7 +18,7 @@ from megatron_tropd.data.types import Prompt
 
 
 @dataclass(frozen=True)
-class EpisodeSettings:
+class EpisodePlan:
     """What all episodes of a run share."""
 
     rollout: RolloutConfig
@@ -42,7 +42,7 @@ class EpisodeStart:
     """0-based training step."""
     weights_version: int
     """Optimizer steps that the sampling weights have seen."""
-    settings: EpisodeSettings
+    settings: EpisodePlan
 
     @property
     def key(self) -> SampleKey:

@@ -1,0 +1,86 @@
+"""Where the teacher's signals come from.
+
+A file here is a source (``teacher.source``); its ``SOURCE`` makes one of a :class:`TeacherStart`.
+Another package's is named as "package.module:attribute".
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from megatron_tropd.base.parts import load_part
+from megatron_tropd.config import Config
+from megatron_tropd.convert.hf_folder import HFFolder
+from megatron_tropd.convert.megatron_folder import MegatronFolder
+from megatron_tropd.data.batch import MicroBatch
+from megatron_tropd.data.sequence import TokenSequence
+from megatron_tropd.losses import TeacherSignal
+
+if TYPE_CHECKING:
+    import torch
+
+    from megatron_tropd.mcore.parallel import Ranks
+
+
+@dataclass(frozen=True)
+class TeacherStart:
+    """What a source is made of, on every rank."""
+
+    config: Config
+    folder: HFFolder | MegatronFolder
+    """The teacher's model."""
+    ranks: "Ranks"
+    """This rank's place, and its process groups."""
+    dtype: "torch.dtype"
+    """Of the models."""
+    padded_vocab_size: int
+    """Columns of the output layers, over all tensor-parallel ranks."""
+    vocab_size: int
+    """Columns that are real in both models."""
+
+
+class TeacherSource(Protocol):
+    """Scores the sequences of one step after the other; every method is collective."""
+
+    signal: type[TeacherSignal]
+    """What it gives. A loss that needs more is refused at the start."""
+
+    def begin(self, step: int, sequences: Sequence[TokenSequence]) -> None:
+        """Learn of the step's sequences, before they are packed; may start to score them.
+
+        Args:
+            step: 0-based.
+            sequences: all of the step, the same on every rank.
+        """
+
+    def signals(self, batches: Sequence[MicroBatch]) -> Sequence[TeacherSignal]:
+        """Give the signal for the loss tokens of each micro-batch.
+
+        Args:
+            batches: of this rank, made of the sequences of the last :meth:`begin`.
+
+        Returns:
+            One per micro-batch on the last stage, none elsewhere.
+        """
+
+    def close(self) -> None:
+        """Give back what it holds."""
+
+
+class MakeTeacher(Protocol):
+    """Makes a source: most are classes."""
+
+    signal: type[TeacherSignal]
+
+    def __call__(self, start: TeacherStart) -> TeacherSource:
+        """Make it, after the student was built; collective."""
+
+
+def load_teacher(name: str) -> MakeTeacher:
+    """Find the source that ``teacher.source`` names.
+
+    Raises:
+        ConfigError: there is none of this name.
+    """
+    make: MakeTeacher = load_part(__name__, name, attribute="SOURCE", setting="teacher.source")
+    return make

@@ -1,0 +1,45 @@
+"""The teacher on the student's own ranks, in the student's layout: hidden states, never logits."""
+
+from collections.abc import Sequence
+
+from megatron_tropd.data.batch import MicroBatch
+from megatron_tropd.data.sequence import TokenSequence
+from megatron_tropd.losses import HiddenStatesSignal
+from megatron_tropd.teacher import TeacherStart
+
+
+class ResidentTeacher:
+    """A frozen Megatron model that lives beside the student."""
+
+    signal = HiddenStatesSignal
+
+    def __init__(self, start: TeacherStart) -> None:
+        """Build it."""
+        # Megatron only where a run trains: a dry run and the engines look at ``signal`` alone.
+        from megatron_tropd.mcore.models import build_model
+        from megatron_tropd.mcore.step import Teacher
+
+        config = start.config
+        model = build_model(
+            start.folder,
+            ranks=start.ranks,
+            parallel=config.parallel,
+            dtype=start.dtype,
+            padded_vocab_size=start.padded_vocab_size,
+            who="teacher",
+            options=config.megatron.teacher,
+        )
+        self.scorer = Teacher(model, ranks=start.ranks, vocab_size=start.vocab_size)
+
+    def begin(self, step: int, sequences: Sequence[TokenSequence]) -> None:
+        """Nothing: its ranks are the student's, and busy."""
+
+    def signals(self, batches: Sequence[MicroBatch]) -> Sequence[HiddenStatesSignal]:
+        """Run it forward; collectives: those of the schedule."""
+        return self.scorer.score(batches)
+
+    def close(self) -> None:
+        """Nothing: the model ends with the process."""
+
+
+SOURCE = ResidentTeacher
