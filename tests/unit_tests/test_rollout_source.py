@@ -13,6 +13,8 @@ from megatron_tropd.data.prefixes import plan_requests
 from megatron_tropd.data.prompts import prompts_of_step
 from megatron_tropd.data.responses import TeacherResponse
 from megatron_tropd.data.samples import Sample, SampleRequest, Sampling
+from megatron_tropd.data.sequence import Writer
+from megatron_tropd.data.sequence_files import dump_sequences
 from megatron_tropd.data.types import Prompt
 from megatron_tropd.rollout.engines.interface import SamplingEngines
 from megatron_tropd.rollout.episodes import EpisodePlan, load_mode
@@ -104,14 +106,12 @@ def test_single_turns_ask_once_for_what_the_step_plans() -> None:
     assert engines.requests == [[plan.request for plan in plans]]
     assert engines.sampling == [Sampling(stop_token_ids=STOPS)]
     for plan, sequence in zip(plans, sequences, strict=True):
-        assert (sequence.prompt_ids, sequence.prefix_ids, sequence.sample_index) == (
-            plan.prompt.token_ids,
-            plan.prefix_ids,
-            plan.sample_index,
-        )
-        assert sequence.response_ids[1] == len(plan.request.token_ids)
-        assert (sequence.step, sequence.weights_version) == (2, 4)
-    assert [len(sequence.prefix_ids) for sequence in sequences] == [3, 0] * 3
+        assert sequence.key == (2, plan.prompt.index, plan.sample_index)
+        assert tuple(sequence.prompt_ids) == plan.prompt.token_ids
+        assert tuple(sequence.by(Writer.TEACHER)) == plan.prefix_ids
+        assert sequence.by(Writer.STUDENT)[1] == len(plan.request.token_ids)
+        assert sequence.oldest_version == 4
+    assert [sequence.count(Writer.TEACHER) for sequence in sequences] == [3, 0] * 3
 
 
 def test_episodes_that_ask_again_are_asked_in_rounds_by_engines_that_stay_awake() -> None:
@@ -119,11 +119,13 @@ def test_episodes_that_ask_again_are_asked_in_rounds_by_engines_that_stay_awake(
     source = make(engines, "toy_episodes:TWO_TURNS")
     source.begin(0)
     sequences = source.collect()
-    again = [s for s in sequences if s.prompt_ids[-2:] == TOOL]
+    again = [s for s in sequences if s.count(Writer.STUDENT) == 4]
     assert 0 < len(again) < 6, "some asked again, others did not"
     assert engines.calls == ["start 6", "awake", "finish", f"generate {len(again)}", "asleep"]
-    assert [s.prompt_ids for s in again] == [r.token_ids for r in engines.requests[1]]
-    assert all(s.response_ids[1] == len(s.prompt_ids) for s in sequences)
+    second = engines.requests[1]
+    assert [tuple(s.ids_N[:-2]) for s in again] == [request.token_ids for request in second]
+    assert all(tuple(s.response_ids[2:4]) == TOOL for s in again)
+    assert [s.weight_N.tolist()[-6:] for s in again] == [[1, 1, 0, 0, 1, 1]] * len(again)
     seeds = [request.seed for asked in engines.requests for request in asked]
     assert len(set(seeds)) == len(seeds), "a turn has a seed of its own"
 
@@ -147,7 +149,7 @@ def test_what_was_asked_for_is_in_the_state_and_collected_after_it(tmp_path: Pat
     other = make(resumed)
     other.restore(tmp_path)
     other.begin(3)
-    assert other.collect() == source.collect()
+    assert dump_sequences(other.collect()) == dump_sequences(source.collect())
     assert resumed.calls == []
 
 
