@@ -221,9 +221,9 @@ def test_a_part_may_save_and_leaves_no_process(gpu_day, on_a_gpu, tmp_path):
 
 
 def test_parts_of_tropd_have_the_time_that_it_promises(gpu_day):
-    from megatron_tropd import launch
+    from megatron_tropd.launch import launcher
 
-    assert gpu_day.TROPD_GRACE_SECONDS >= launch.GRACE_SECONDS
+    assert gpu_day.TROPD_GRACE_SECONDS >= launcher.GRACE_SECONDS
     for part in gpu_day.parts():
         if "distill" in part.command:
             assert part.grace == gpu_day.TROPD_GRACE_SECONDS

@@ -454,7 +454,7 @@ ESTIMATE_KEYS = {
 def test_command_prints_a_table_or_json(capsys):
     path = str(RECIPES / "qwen3_1.7b.toml")
     assert main(["plan", path, "--hardware", "h200", "--response-tokens", "4000"]) == 0
-    table = capsys.readouterr().out
+    table = " ".join(capsys.readouterr().out.split())
     assert table.count(UNCALIBRATED) >= 5 and "1 x 8 h200 of 141 GB" in table
     assert "x 0.4 achieved" in table and "response 4000 tokens" in table
     assert main(["plan", path, "--json", "--gpus", "16"]) == 0

@@ -131,7 +131,8 @@ def test_the_tools_write_what_the_template_read(
     header, *lines = map(json.loads, out.read_text().splitlines())
     assert header["settings"]["chat_template_kwargs"] == {"effort": "low"}
     assert header["settings"]["chat_template_date"] == "2026-01-31"
-    assert {line["prompt_index"] for line in lines} == {0}
+    name = "prompt_index" if tool is teacher_responses else "prompt"
+    assert {line[name] for line in lines} == {0}
     if tool is teacher_responses:
         settings = PromptConfig(
             apply_chat_template=True,
