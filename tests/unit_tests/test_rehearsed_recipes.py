@@ -153,8 +153,8 @@ def test_nothing_is_left_of_a_rehearsal_that_is_ended(number: signal.Signals, co
     ) as run:
         assert _within(60, lambda: len(_of_group(run.pid)) == 3), "two ranks, two processes"
         run.send_signal(number)
-        assert run.wait(10) == code
-        assert _within(10, lambda: _of_group(run.pid) == set())
+        assert run.wait(60) == code
+        assert _within(60, lambda: _of_group(run.pid) == set())
 
 
 def _of_group(group: int) -> set[int]:
