@@ -178,7 +178,7 @@ class RolloutConfig(PromptConfig, section="rollout"):
     generation_config.json, config.json)."""
     mode: str = "single_turn"
     """How a prompt becomes a sequence: "single_turn" (the student answers once, perhaps after a
-    teacher prefix), or "package.module:attribute" of your own (docs/rollout_modes.md)."""
+    teacher prefix), or "package.module:attribute" of your own (docs/extending.md)."""
     filter_overlong_prompts: bool = False
     """Leave out prompts that are too long for the models' context, instead of refusing the file."""
     placement: Literal["colocated", "separate"] = "colocated"
@@ -300,7 +300,7 @@ class TeacherConfig(Settings, section="teacher"):
 
     source: str = "resident"
     """resident: a model on the student's ranks. "package.module:attribute": a source of your own
-    (docs/teacher_sources.md)."""
+    (docs/extending.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,54 +5,28 @@ import math
 import os
 import subprocess
 import sys
-from itertools import islice
 from pathlib import Path
 
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+PARTS = REPOSITORY / "examples" / "own_parts"
 PAIR = REPOSITORY / "examples" / "arithmetic"
-TOML = f"""
-[model]
-student = "{PAIR}/student"
-teacher = "{PAIR}/teacher"
-[rollout]
-prompts = "prompts.jsonl"
-mode = "toy_episodes:TWO_TURNS"
-max_new_tokens = 24
-prompts_per_step = 4
-engine_cpu_kv_gib = 0.25
-[teacher]
-source = "toy_parts:Indifferent"
-[guidance]
-prefixed_per_prompt = 0
-[loss]
-method = "toy_parts:Squared"
-share = 0.25
-[train]
-steps = 2
-lr = 1e-4
-warmup_steps = 0
-tokens_per_micro_batch = 4096
-[run]
-dir = "run"
-trajectories_every = 1
-"""
 
 pytestmark = pytest.mark.slow
 
 
 def test_a_run_of_somebody_elses_parts(tmp_path: Path) -> None:
-    (tmp_path / "own.toml").write_text(TOML)
-    with (PAIR / "prompts.jsonl").open() as file:
-        (tmp_path / "prompts.jsonl").write_text("".join(islice(file, 8)))
-    command = [sys.executable, "-m", "megatron_tropd.cli", "distill", "own.toml"]
-    path = os.pathsep.join([str(REPOSITORY / "tests"), str(REPOSITORY)])
+    root = tmp_path / "run"
+    command = [sys.executable, "-m", "megatron_tropd.cli", "distill", str(PARTS / "own.toml")]
+    path = os.pathsep.join([str(PARTS), str(REPOSITORY)])
     run = subprocess.run(
-        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
+        [*command, f"run.dir={root}"],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
     )
     assert run.returncode == 0, run.stderr
-    root = tmp_path / "run"
     steps = [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()]
     assert [step["step"] for step in steps] == [1, 2]
     vocab = json.loads((PAIR / "student" / "config.json").read_text())["vocab_size"]

@@ -41,10 +41,18 @@ def test_every_metric_of_the_report_is_described():
 
 
 def test_the_family_file_shown_is_the_real_one():
-    (shown,) = re.findall(
-        r"```python\n(.*?)```", (REPOSITORY / "docs/extending.md").read_text(), re.DOTALL
-    )
+    (shown,) = _python_of("docs/model_families.md")
     assert shown == (REPOSITORY / "megatron_tropd/convert/families/qwen3.py").read_text()
+
+
+def test_the_parts_shown_are_those_of_the_example():
+    names = ("own_method", "own_teacher", "own_rollout")
+    files = [REPOSITORY / "examples" / "own_parts" / f"{name}.py" for name in names]
+    assert _python_of("docs/extending.md") == [file.read_text() for file in files]
+
+
+def _python_of(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (REPOSITORY / page).read_text(), re.DOTALL)
 
 
 def test_the_table_of_faults_is_made_of_its_rows():

@@ -1,8 +1,6 @@
 """A method that lives outside of the package: one file, named in the config, nothing edited."""
 
-import importlib
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,35 +15,6 @@ from megatron_tropd.losses import (
     tropd_loss_from_hidden,
 )
 
-METHOD = '''
-"""The square of the log-ratio, and half of the reverse KL beside it."""
-
-from dataclasses import dataclass, replace
-
-from megatron_tropd.config.loss import Needs
-from megatron_tropd.config.settings import Amount
-from megatron_tropd.losses.method import Method
-
-
-@dataclass(frozen=True, kw_only=True)
-class Squared(Method):
-    """(log p/q)^2 / 2 of the sampled token, plus a share of KL(q||p)."""
-
-    share: Amount = 0.5
-    """Weight of the reverse KL."""
-
-    @property
-    def needs(self):
-        return Needs(sums=("reverse_kl",), reward="log_ratio")
-
-    def term(self, statistics, targets):
-        from megatron_tropd.losses import terms
-
-        ratio_T = statistics.log_ratio_T
-        term = terms.reverse_kl(statistics).scaled(ratio_T.new_full((), self.share))
-        # d/d log q of (log p - log q)^2 / 2 is -(log p - log q).
-        return replace(term, value_T=term.value_T + ratio_T**2 / 2, sampled_T=-ratio_T)
-'''
 TOML = """
 [model]
 student = "student"
@@ -54,7 +23,7 @@ teacher = "teacher"
 prompts = "prompts.jsonl"
 max_new_tokens = 8
 [loss]
-method = "own_squared:Squared"
+method = "own_method:Squared"
 share = 0.25
 mask_truncated = true
 [train]
@@ -66,26 +35,23 @@ dir = "run"
 
 
 @pytest.fixture
-def toml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "own_squared.py").write_text(METHOD)
+def toml(tmp_path: Path) -> Path:
+    """A config with the method of examples/own_parts."""
     (tmp_path / "run.toml").write_text(TOML)
-    monkeypatch.syspath_prepend(tmp_path)
-    importlib.invalidate_caches()
-    yield tmp_path / "run.toml"
-    sys.modules.pop("own_squared", None)
+    return tmp_path / "run.toml"
 
 
 def test_a_config_names_it_and_gives_its_settings(toml: Path):
     config = load_config(toml)
     assert (config.loss.share, config.loss.mask_truncated) == (0.25, True)
-    assert config.loss.method_name() == "own_squared:Squared"
+    assert config.loss.method_name() == "own_method:Squared"
     assert config_from_dict(json.loads(json.dumps(config_to_dict(config)))) == config
     with pytest.raises(ConfigError, match=r"loss\.share must be at least 0, found -1"):
         load_config(toml, ["loss.share=-1.0"])
     with pytest.raises(ConfigError, match=r"Unknown config key loss\.top_k.*Known here: .*share"):
         load_config(toml, ["loss.top_k=8"])
-    with pytest.raises(ConfigError, match=r"'own_squared:Cubed' cannot be imported.*no attribute"):
-        load_config(toml, ["loss.method=own_squared:Cubed"])
+    with pytest.raises(ConfigError, match=r"'own_method:Cubed' cannot be imported.*no attribute"):
+        load_config(toml, ["loss.method=own_method:Cubed"])
 
 
 def test_it_trains_with_the_gradient_of_its_formula(toml: Path):

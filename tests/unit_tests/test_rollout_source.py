@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from toy_episodes import TOOL
+from own_rollout import TOOL
 
 from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.config import GuidanceConfig, RolloutConfig
@@ -116,7 +116,7 @@ def test_single_turns_ask_once_for_what_the_step_plans() -> None:
 
 def test_episodes_that_ask_again_are_asked_in_rounds_by_engines_that_stay_awake() -> None:
     engines = Engines()
-    source = make(engines, "toy_episodes:TWO_TURNS")
+    source = make(engines, "own_rollout:TwoTurns")
     source.begin(0)
     sequences = source.collect()
     again = [s for s in sequences if s.count(Writer.STUDENT) == 4]
@@ -132,7 +132,7 @@ def test_episodes_that_ask_again_are_asked_in_rounds_by_engines_that_stay_awake(
 
 def test_a_second_turn_needs_the_weights_of_the_first() -> None:
     engines = Engines()
-    source = make(engines, "toy_episodes:TWO_TURNS")
+    source = make(engines, "own_rollout:TwoTurns")
     source.begin(0)
     engines.channel.send(iter(()), 5)
     with pytest.raises(ConfigError, match=r"from step 4 to 5 in between\. Set rollout.steps_ahead"):

@@ -1,7 +1,7 @@
 """The model families: what a config.json means, and which HF tensor is which parameter.
 
 One file per family, which defines ``FAMILY``; every file of this folder is one, but for those
-whose name starts with an underscore. docs/extending.md shows how to add one.
+whose name starts with an underscore. docs/model_families.md shows how to add one.
 """
 
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""A rollout mode of another package: ``rollout.mode = "toy_episodes:TWO_TURNS"``."""
+"""A rollout mode of your own: ``rollout.mode = "own_rollout:TwoTurns"``."""
 
 from megatron_tropd.data.samples import Sample, SampleRequest
 from megatron_tropd.data.sequence import TokenSequence, Writer
@@ -39,6 +39,3 @@ class TwoTurns:
             version=self.start.weights_version,
             finish=self.turns[-1].finish_reason,
         )
-
-
-TWO_TURNS = TwoTurns
