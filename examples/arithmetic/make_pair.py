@@ -175,7 +175,7 @@ def batches(
     stream = problems("train", TRAINING_SEED)
     rng = random.Random(recipe.seed)
     for step in count():
-        workings = [_working(problem, recipe, rng) for problem in islice(stream, BATCH)]
+        workings = [working_of(problem, recipe, rng) for problem in islice(stream, BATCH)]
         yield pack(
             [_sequence(*working, tokenizer, step, i) for i, working in enumerate(workings)],
             dp_rank=0,
@@ -186,7 +186,7 @@ def batches(
         )
 
 
-def _working(
+def working_of(
     problem: Problem, recipe: Recipe, rng: random.Random
 ) -> tuple[Problem, list[tuple[str, bool]]]:
     """The problem and its working in pieces; every other one has slips, if the recipe wants."""
@@ -302,7 +302,9 @@ def accuracy(folder: Path, problems_file: Path, scratch: Path) -> dict[str, Any]
     return {"accuracy": result.accuracy, "interval_95": interval, "problems": result.total}
 
 
-def make(name: str, recipe: Recipe, out: Path, tensor_parallel: int) -> dict[str, Any]:
+def make(
+    name: str, recipe: Recipe, out: Path, tensor_parallel: int, *, heldout: Path
+) -> dict[str, Any]:
     """Train one model into ``out / name`` and say what it took and what it can do."""
     print(f"{name}: {recipe}", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
@@ -318,7 +320,7 @@ def make(name: str, recipe: Recipe, out: Path, tensor_parallel: int) -> dict[str
         seconds = round(time.perf_counter() - began)
         made = {"recipe": asdict(recipe), "parameters": parameters, "seconds": seconds}
         made |= {"tensor_parallel": tensor_parallel}
-        made |= accuracy(out / name, out / "heldout.jsonl", Path(scratch))
+        made |= accuracy(out / name, heldout, Path(scratch))
         made["log"] = [json.loads(line) for line in log.read_text().splitlines()]
         made["steps"] = made["log"][-1]["step"]
     print(f"{name}: accuracy {made['accuracy']:.3f} after {seconds} s", flush=True)
@@ -338,7 +340,9 @@ def main() -> None:
     pair = json.loads(record.read_text()) if args.only and record.exists() else {}
     for name, recipe in RECIPES.items():
         if args.only in (None, name):
-            pair[name] = make(name, recipe, args.out, args.tensor_parallel)
+            pair[name] = make(
+                name, recipe, args.out, args.tensor_parallel, heldout=args.out / "heldout.jsonl"
+            )
             pair[name]["versions"] = {p: version(p) for p in ("torch", "megatron-core")}
     record.write_text(json.dumps(pair, indent=2) + "\n")
 

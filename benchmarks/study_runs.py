@@ -1,0 +1,210 @@
+"""The runs of the study: tasks, methods, learning rates, seeds, and the config of each."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+STEPS = 100
+MAIN_SEEDS, OTHER_SEEDS, GRID_SEED = (1, 2, 3, 4, 5), (1, 2, 3), 101
+"""Seeds of the methods whose answers are wanted, of the rest, and of the choice of the rate."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One pair of models, its prompts and its yardstick."""
+
+    folder: str
+    """Of the repository; holds what the next names say, relative to it."""
+    student: str
+    teacher: str
+    prompts: str
+    responses: str
+    """What the teacher answers: prefixes are cut from it."""
+    problems: str
+    """Held out."""
+    lrs: tuple[float, ...]
+    """The grid."""
+    measure: str
+    """Task of the evaluation: exact_match or reverse_kl."""
+    num_problems: int
+    goal: float
+    """Tokens are counted until the measure is as good as this."""
+    samples: tuple[int, int] = (16, 4)
+    """Prompts of a step, samples of a prompt."""
+
+    @property
+    def larger_is_better(self) -> bool:
+        """Whether a larger value of the measure is better."""
+        return self.measure == "exact_match"
+
+    def missing(self) -> list[str]:
+        """Files that have to be made first."""
+        names = (self.student, self.teacher, self.prompts, self.responses, self.problems)
+        return [n for n in names if not (REPOSITORY / self.folder / n).exists()]
+
+
+TASKS = {
+    "arithmetic": Task(
+        "examples/arithmetic",
+        "student",
+        "teacher",
+        "prompts.jsonl",
+        "responses.jsonl",
+        "heldout.jsonl",
+        lrs=(1e-4, 3e-4, 1e-3),
+        measure="exact_match",
+        num_problems=500,
+        goal=0.6,
+    ),
+    "dialect": Task(
+        "examples/dialect",
+        "student",
+        "../arithmetic/teacher",
+        "../arithmetic/prompts.jsonl",
+        "../arithmetic/responses.jsonl",
+        "../arithmetic/heldout.jsonl",
+        lrs=(3e-4, 1e-3, 3e-3),
+        measure="exact_match",
+        num_problems=500,
+        goal=0.3,
+    ),
+    "stories": Task(
+        "examples/stories/data",
+        "student",
+        "teacher",
+        "prompts.jsonl",
+        "responses.jsonl",
+        "heldout.jsonl",
+        lrs=(5e-4, 1.5e-3, 4e-3),
+        measure="reverse_kl",
+        num_problems=128,
+        goal=0.6,
+        samples=(16, 2),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method of the study."""
+
+    loss: dict[str, Any]
+    """Its ``[loss]`` table."""
+    guidance: bool = False
+    """Whether responses begin with teacher prefixes."""
+    main: bool = False
+    """Whether it is one of those whose answers are wanted."""
+    rollout: dict[str, Any] = field(default_factory=dict)
+    """Settings of ``[rollout]`` beside the task's."""
+
+
+def _of(method: str, **rest: Any) -> Entry:
+    loss = rest.pop("loss", {})
+    return Entry({"method": method} | loss, **rest)
+
+
+METHODS = {
+    "OPD": _of("opd", main=True),
+    "OPD, exact": _of("gkd_reverse_kl", main=True),
+    "TrOPD, as published": _of("tropd", guidance=True, main=True),
+    "TrOPD, no guidance": _of("tropd", main=True),
+    "TrOPD, expected": _of("tropd_expected", main=True),
+    "TrOPD, exact": _of("tropd_exact", main=True),
+    "TrOPD, exact, guidance": _of("tropd_exact", guidance=True, main=True),
+    "TrOPD, clip": _of("tropd_clip", main=True),
+    "TrOPD, clip, guidance": _of("tropd_clip", guidance=True, main=True),
+    "TrOPD, mask": _of("tropd_mask", main=True),
+    "OPD, guidance": _of("opd", guidance=True, main=True),
+    "forward KL": _of("gkd_forward_kl"),
+    "JSD": _of("gkd_jsd"),
+    "static clip": _of("static_clip"),
+    "static mask": _of("static_mask"),
+    "REOPOLD": _of("reopold"),
+    "EOPD": _of("eopd"),
+    "entropy OPD": _of("entropy_opd"),
+    "local support": _of("local_support"),
+    "proximal teacher": _of("proximal_teacher"),
+    "TOP-D": _of("top_d"),
+    "MiniLLM, one step": _of("minillm_single_step", guidance=True),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run."""
+
+    task: str
+    method: str
+    lr: float
+    seed: int
+
+    @property
+    def key(self) -> str:
+        """Its name, and its folder's."""
+        method = "".join(c if c.isalnum() else "-" for c in self.method).replace("--", "-")
+        return f"{self.task}-{method}-{self.lr:g}-{self.seed}"
+
+    def toml(self, folder: Path) -> str:
+        """Its config, for ``tropd distill``."""
+        task, entry = TASKS[self.task], METHODS[self.method]
+        where = REPOSITORY / task.folder
+        tables: dict[str, dict[str, Any]] = {
+            "model": {"student": str(where / task.student), "teacher": str(where / task.teacher)},
+            "rollout": {
+                "prompts": str(where / task.prompts),
+                "max_new_tokens": 64,
+                "prompts_per_step": task.samples[0],
+                "samples_per_prompt": task.samples[1],
+                "engine_cpu_kv_gib": 0.25,
+                **entry.rollout,
+            },
+            "loss": entry.loss,
+            "train": {
+                "steps": STEPS,
+                "lr": self.lr,
+                "lr_schedule": "cosine",
+                "warmup_steps": 5,
+                "adam_betas": [0.9, 0.99],
+                "clip_grad": 0.5,
+                "tokens_per_micro_batch": 8192,
+                "seed": self.seed,
+            },
+            "evaluation": {
+                "problems": str(where / task.problems),
+                "task": task.measure,
+                "num_problems": task.num_problems,
+                "every": STEPS // 5,
+                "teacher": False,
+            },
+            "run": {"dir": str(folder), "checkpoint_every": STEPS // 2, "trajectories_every": 0},
+        }
+        if entry.guidance:
+            tables["guidance"] = {"responses": str(where / task.responses)}
+        return "\n".join(
+            f"[{name}]\n" + "".join(f"{key} = {json.dumps(v)}\n" for key, v in table.items())
+            for name, table in tables.items()
+        )
+
+
+def grid() -> Iterator[Run]:
+    """The runs that choose learning rates, those of the main methods first."""
+    for method in _main_first():
+        for name, task in TASKS.items():
+            yield from (Run(name, method, lr, GRID_SEED) for lr in task.lrs)
+
+
+def reported(chosen: dict[tuple[str, str], float]) -> Iterator[Run]:
+    """The runs that are reported, seed by seed, at the rate ``chosen`` for (task, method)."""
+    for seed in MAIN_SEEDS:
+        for method in _main_first():
+            if METHODS[method].main or seed in OTHER_SEEDS:
+                for name in TASKS:
+                    if (name, method) in chosen:
+                        yield Run(name, method, chosen[name, method], seed)
+
+
+def _main_first() -> list[str]:
+    return sorted(METHODS, key=lambda name: not METHODS[name].main)
