@@ -34,6 +34,7 @@ from megatron_tropd.data.packing import count_loss_tokens, pack
 from megatron_tropd.data.sequence import SampleKey, TokenSequence, Writer
 from megatron_tropd.distill.step_loss import StepObjective
 from megatron_tropd.mcore import models, parallel, platform
+from megatron_tropd.mcore.layout import Layout
 from megatron_tropd.mcore.step import Student, Teacher
 from megatron_tropd.mcore.weights import export_weights
 
@@ -94,7 +95,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _models(options: argparse.Namespace, ranks: parallel.Ranks) -> tuple[Student, Teacher]:
+def _models(options: argparse.Namespace, ranks: Layout) -> tuple[Student, Teacher]:
     dtype, layout = models.resolve_dtype("auto"), ParallelConfig()
     folders: list[Any] = [
         SimpleNamespace(config=read_config(path)) for path in (options.student, options.teacher)
@@ -125,7 +126,7 @@ def _draw_weights(model: torch.nn.Module, *_: Any, **__: Any) -> None:
 def _step(
     student: Student,
     teacher: Teacher,
-    ranks: parallel.Ranks,
+    ranks: Layout,
     options: argparse.Namespace,
     step: int,
     phases: "_Phases",

@@ -24,7 +24,7 @@ from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.integrations import megatron_lm as tropd
 from megatron_tropd.integrations.live_batches import LiveBatches
 from megatron_tropd.integrations.live_rollouts import LiveRollouts, LiveSettings
-from megatron_tropd.mcore.parallel import current_ranks
+from megatron_tropd.mcore.layout import current_layout
 from megatron_tropd.mcore.weights import save_hf
 
 LIVE = json.loads(os.environ["LIVE"])
@@ -84,7 +84,7 @@ def recording(rollouts):
         items = rollouts(model, iteration)
         hf = HFFolder(LIVE["student"])
         padded = get_args().padded_vocab_size
-        save_hf(model, hf, OUT / f"step_{iteration}", current_ranks(), padded_vocab_size=padded)
+        save_hf(model, hf, OUT / f"step_{iteration}", current_layout(), padded_vocab_size=padded)
         if dist.get_rank() == 0:
             torch.save(items, OUT / f"items_{iteration}.pt")
         return items

@@ -90,7 +90,7 @@ MUTATIONS = (
         ),
     ),
     *_of(
-        "mcore/parallel.py",
+        "mcore/layout.py",
         (
             "replicas and stages change places",
             "return (pp_rank * self.dp_size + dp_rank) * self.tp_size + tp_rank",

@@ -34,7 +34,7 @@ from megatron_tropd.data.responses import load_responses
 from megatron_tropd.data.sequence import TokenSequence
 from megatron_tropd.data.templates import reads_clock
 from megatron_tropd.data.tokenizers import load_tokenizer, stop_token_ids
-from megatron_tropd.mcore.parallel import current_ranks
+from megatron_tropd.mcore.layout import current_layout
 from megatron_tropd.mcore.weights import export_weights
 from megatron_tropd.rollout.engines.engine import RolloutEngine
 from megatron_tropd.rollout.engines.pool import EnginePool
@@ -163,7 +163,7 @@ class LiveRollouts:
 
         Collectives: gathers of the outcome on all ranks.
         """
-        self._loop, self._ranks = loop, current_ranks()
+        self._loop, self._ranks = loop, current_layout()
         self._make_episode = load_mode(self.settings.rollout.mode)
         self._read_texts()
         self._check()

@@ -583,11 +583,12 @@ def build_teacher(folder: HFFolder | MegatronFolder, args: Namespace, vocab_size
 
     Collectives: those of ``build_model``; where the two are padded otherwise, 1 all-to-all.
     """
-    from megatron_tropd.mcore import models, parallel, platform
+    from megatron_tropd.mcore import models, platform
     from megatron_tropd.mcore.hidden import output_weight
+    from megatron_tropd.mcore.layout import current_layout
     from megatron_tropd.mcore.step import Teacher
 
-    ranks = parallel.current_ranks()
+    ranks = current_layout()
     padded = models.padded_vocab_size(folder.config, tensor=ranks.tp_size)
     # Megatron's random states belong to the student.
     devices = [torch.cuda.current_device()] if platform.has_cuda() else []

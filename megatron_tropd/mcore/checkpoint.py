@@ -38,8 +38,8 @@ from megatron_tropd.mcore.checksums import (
     share,
     write_checksums,
 )
+from megatron_tropd.mcore.layout import Layout
 from megatron_tropd.mcore.models import has_transformer_engine
-from megatron_tropd.mcore.parallel import Ranks
 from megatron_tropd.mcore.step import Student
 
 _NAME = re.compile(r"step_(\d{6,})")
@@ -69,7 +69,7 @@ class Checkpoints:
         folder: Path,
         *,
         keep: int,
-        ranks: Ranks,
+        ranks: Layout,
         distributed_optimizer: bool,
         say: Callable[[str], None] = print,
     ):

@@ -24,9 +24,9 @@ from megatron_tropd.convert.sizes import padded_vocab_size as padded_vocab_size
 from megatron_tropd.convert.sizes import stage_sizes
 from megatron_tropd.mcore import platform
 from megatron_tropd.mcore.attention import FusedAttention
+from megatron_tropd.mcore.layout import Layout
 from megatron_tropd.mcore.load import load_checkpoint
 from megatron_tropd.mcore.options import with_options
-from megatron_tropd.mcore.parallel import Ranks
 from megatron_tropd.mcore.weights import load_weights
 
 
@@ -165,7 +165,7 @@ def _own_settings(
 def build_model(
     folder: HFFolder | MegatronFolder,
     *,
-    ranks: Ranks,
+    ranks: Layout,
     parallel: ParallelConfig,
     dtype: torch.dtype,
     padded_vocab_size: int,

@@ -36,8 +36,8 @@ from megatron_tropd.data.batch import MicroBatch
 from megatron_tropd.losses import HiddenStatesSignal
 from megatron_tropd.mcore import platform
 from megatron_tropd.mcore.hidden import Rows, SomeGradient, loss_token_states, output_weight
+from megatron_tropd.mcore.layout import Layout
 from megatron_tropd.mcore.options import with_options
-from megatron_tropd.mcore.parallel import Ranks
 
 __all__ = [
     "LossFn",
@@ -113,7 +113,7 @@ class Student:
         *,
         train: TrainConfig,
         parallel: ParallelConfig,
-        ranks: Ranks,
+        ranks: Layout,
         dtype: torch.dtype,
         megatron: MegatronConfig | None = None,
     ) -> None:
@@ -250,7 +250,7 @@ class Teacher:
         self,
         model: GPTModel,
         *,
-        ranks: Ranks,
+        ranks: Layout,
         vocab_size: int,
         weight_vH: Tensor | None = None,
     ) -> None:

@@ -29,7 +29,7 @@ from megatron_tropd.convert.hf_folder import INDEX, SINGLE, HFFolder
 from megatron_tropd.convert.megatron_folder import MegatronFolder
 from megatron_tropd.convert.sizes import stage_sizes
 from megatron_tropd.mcore import platform
-from megatron_tropd.mcore.parallel import Ranks
+from megatron_tropd.mcore.layout import Layout
 
 _BUCKET_BYTES = 256 * 2**20
 _UNFUSED_NORMS = {
@@ -40,7 +40,7 @@ _EXPERTS = "mlp.experts.experts."
 
 
 def load_weights(
-    model: torch.nn.Module, folder: HFFolder, *, ranks: Ranks, padded_vocab_size: int
+    model: torch.nn.Module, folder: HFFolder, *, ranks: Layout, padded_vocab_size: int
 ) -> None:
     """Fill this rank's parameters from the folder, reading only this rank's slices.
 
@@ -67,7 +67,7 @@ def load_weights(
 def export_weights(
     model: torch.nn.Module,
     hf_config: dict[str, Any],
-    ranks: Ranks,
+    ranks: Layout,
     *,
     padded_vocab_size: int,
     dtype: torch.dtype | None = None,
@@ -116,7 +116,7 @@ def save_hf(
     model: torch.nn.Module,
     source: HFFolder | MegatronFolder,
     out: str | Path,
-    ranks: Ranks,
+    ranks: Layout,
     *,
     padded_vocab_size: int,
     dtype: torch.dtype | None = None,
@@ -169,7 +169,7 @@ class _Bucket:
     home: "_Home"
     entries: list[Entry]
 
-    def sender(self, receiver: int, ranks: Ranks) -> int:
+    def sender(self, receiver: int, ranks: Layout) -> int:
         """The rank that has the bucket for ``receiver``: its own replica's, or a neighbour's."""
         tp_rank, _, dp_rank = ranks.place(receiver)
         rank = ranks.global_rank(tp_rank=tp_rank, pp_rank=self.home.stage, dp_rank=dp_rank)
@@ -194,7 +194,7 @@ def _stage_of(entry: Entry, layers: int, pp_size: int) -> int:
     return 0 if entry.name.startswith("embedding.") else pp_size - 1
 
 
-def _home(entry: Entry, shape: ModelShape, ranks: Ranks) -> _Home:
+def _home(entry: Entry, shape: ModelShape, ranks: Layout) -> _Home:
     stage = _stage_of(entry, shape.layers, ranks.pp_size)
     if entry.expert is None or shape.experts is None:
         return _Home(stage, None, ranks.tp_size)
@@ -203,7 +203,7 @@ def _home(entry: Entry, shape: ModelShape, ranks: Ranks) -> _Home:
 
 
 def _buckets(
-    entries: list[Entry], shape: ModelShape, ranks: Ranks, itemsize: int, limit: int
+    entries: list[Entry], shape: ModelShape, ranks: Layout, itemsize: int, limit: int
 ) -> Iterator[_Bucket]:
     for home, group in itertools.groupby(entries, lambda entry: _home(entry, shape, ranks)):
         bucket: list[Entry] = []
@@ -222,7 +222,7 @@ def _own_parameters(
     entries: list[Entry],
     parameters: dict[str, torch.nn.Parameter],
     shape: ModelShape,
-    ranks: Ranks,
+    ranks: Layout,
 ) -> list[tuple[Entry, torch.nn.Parameter]]:
     """Pair this rank's entries with its parameters; each parameter must be met once."""
     first_layer = sum(stage_sizes(shape.layers, ranks.pp_size)[: ranks.pp_rank])
@@ -264,7 +264,7 @@ def _parameter(
 def _collect(
     bucket: _Bucket,
     own: dict[Entry, torch.nn.Parameter],
-    ranks: Ranks,
+    ranks: Layout,
     receivers: Sequence[int],
     dtype: torch.dtype,
 ) -> dict[Entry, list[Tensor]] | None:
@@ -290,7 +290,7 @@ def _collect(
     }
 
 
-def _gather(local: Tensor, ranks: Ranks, places: set[int]) -> Tensor | None:
+def _gather(local: Tensor, ranks: Layout, places: set[int]) -> Tensor | None:
     """[tp_size, n] on the tensor-parallel ranks in ``places``, None on the others."""
     if len(places) > 1:
         everything = local.new_empty(ranks.tp_size, local.numel())
@@ -314,7 +314,7 @@ def _deliver(
     bucket: _Bucket,
     gathered: Tensor | None,
     size: int,
-    ranks: Ranks,
+    ranks: Layout,
     receivers: Sequence[int],
     dtype: torch.dtype,
 ) -> Tensor | None:

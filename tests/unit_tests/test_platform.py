@@ -156,9 +156,9 @@ def test_the_number_of_processes_is_checked(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_places_and_ranks_are_inverse() -> None:
     from megatron_tropd.convert.sizes import stage_sizes
-    from megatron_tropd.mcore.parallel import Ranks
+    from megatron_tropd.mcore.layout import Layout
 
-    ranks = Ranks(0, 12, 0, 2, 0, 3, 0, 2, None, None, None, None, None)  # type: ignore[arg-type]
+    ranks = Layout(0, 12, 0, 2, 0, 3, 0, 2, groups=None)  # type: ignore[arg-type]
     for rank in range(12):
         tp_rank, pp_rank, dp_rank = ranks.place(rank)
         assert ranks.global_rank(tp_rank=tp_rank, pp_rank=pp_rank, dp_rank=dp_rank) == rank
