@@ -123,6 +123,7 @@ class Job:
         self.ranks = parallel.initialize(
             config.parallel,
             seed=config.train.seed,
+            pad_multiple=config.pad_multiple,
             timeout_seconds=limits(config.run.timeout_minutes).collectives,
         )
         exits.push(_leave_groups)
@@ -428,7 +429,7 @@ class Job:
             config=loss,
             vocab_size=self.inputs.vocab_size,
             tp_group=self.ranks.tp_group,
-            dp_group=self.ranks.dp_group,
+            dp_group=self.ranks.loss_group,
         )
 
     def aside[T](self, action: Callable[[], T]) -> "Future[T] | None":

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -337,7 +337,7 @@ class Checkpoints:
         metadata: dict[str, Any] = {
             "singleton_local_shards": False,
             "chained_optim_avoid_prefix": True,
-            "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+            "dp_cp_group": self.ranks.loss_group,
         }
         if self.distributed_optimizer:
             metadata["distrib_optim_sharding_type"] = sharding

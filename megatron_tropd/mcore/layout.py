@@ -6,6 +6,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megatron_tropd.config import ParallelConfig
 from megatron_tropd.data.batch import MicroBatch
 from megatron_tropd.mcore import platform
 
@@ -108,6 +109,16 @@ class Layout:
         rest, tp_rank = divmod(rank, self.tp_size)
         pp_rank, dp_rank = divmod(rest, self.dp_size)
         return tp_rank, pp_rank, dp_rank
+
+
+def axis_sizes(parallel: ParallelConfig) -> dict[str, int]:
+    """Sizes of the axes by the names that Megatron's process groups and its models share."""
+    return {
+        "tensor_model_parallel_size": parallel.tensor,
+        "pipeline_model_parallel_size": parallel.pipeline,
+        "expert_model_parallel_size": parallel.expert,
+        "expert_tensor_parallel_size": parallel.shards_of_expert,
+    }
 
 
 def current_layout(*, pad_multiple: int = 1) -> Layout:

@@ -24,7 +24,7 @@ from megatron_tropd.convert.sizes import padded_vocab_size as padded_vocab_size
 from megatron_tropd.convert.sizes import stage_sizes
 from megatron_tropd.mcore import platform
 from megatron_tropd.mcore.attention import FusedAttention
-from megatron_tropd.mcore.layout import Layout
+from megatron_tropd.mcore.layout import Layout, axis_sizes
 from megatron_tropd.mcore.load import load_checkpoint
 from megatron_tropd.mcore.options import with_options
 from megatron_tropd.mcore.weights import load_weights
@@ -143,8 +143,6 @@ def _own_settings(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        tensor_model_parallel_size=parallel.tensor,
-        pipeline_model_parallel_size=parallel.pipeline,
         pipeline_model_parallel_layout=_uneven_layout(shape.layers, parallel.pipeline),
         sequence_parallel=parallel.sequence_parallel,
         variable_seq_lengths=True,
@@ -157,8 +155,9 @@ def _own_settings(
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
         deterministic_mode=torch.are_deterministic_algorithms_enabled(),
+        **_axes(shape, parallel),
         **_window_settings(shape),
-        **_expert_settings(shape, parallel),
+        **_expert_settings(shape),
     )
 
 
@@ -215,7 +214,7 @@ def build_model(
     model.to(platform.device())
     _mark_experts(model)
     if isinstance(folder, MegatronFolder):
-        load_checkpoint(model, folder)
+        load_checkpoint(model, folder, ranks)
     else:
         load_weights(model, folder, ranks=ranks, padded_vocab_size=padded_vocab_size)
     return model
@@ -240,7 +239,14 @@ def _window_settings(shape: ModelShape) -> dict[str, Any]:
     return {"window_size": (widest - 1, 0), "window_attn_skip_freq": has_window}
 
 
-def _expert_settings(shape: ModelShape, parallel: ParallelConfig) -> dict[str, Any]:
+def _axes(shape: ModelShape, parallel: ParallelConfig) -> dict[str, int]:
+    sizes = axis_sizes(parallel)
+    if shape.experts is None:  # a dense model may be trained beside a mixture that is spread
+        sizes = {name: size for name, size in sizes.items() if not name.startswith("expert")}
+    return sizes
+
+
+def _expert_settings(shape: ModelShape) -> dict[str, Any]:
     # variable_seq_lengths is refused with the default dispatcher, dense model or not.
     settings: dict[str, Any] = {"moe_token_dispatcher_type": "alltoall"}
     experts = shape.experts
@@ -256,8 +262,6 @@ def _expert_settings(shape: ModelShape, parallel: ParallelConfig) -> dict[str, A
         # bfloat16 logits tie often, and a tie is broken one way here, another in the engine.
         "moe_router_dtype": "fp32",
         "moe_grouped_gemm": has_transformer_engine(),
-        "expert_model_parallel_size": parallel.expert,
-        "expert_tensor_parallel_size": parallel.shards_of_expert,
     }
 
 

@@ -11,7 +11,7 @@ from megatron_tropd.base.environment import STORE_DESCRIPTOR, number, variable
 from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.config import ParallelConfig
 from megatron_tropd.mcore import platform
-from megatron_tropd.mcore.layout import Layout, current_layout
+from megatron_tropd.mcore.layout import Layout, axis_sizes, current_layout
 
 _TIMEOUT_SECONDS = 2 * 3600.0
 """Ranks without an engine wait this long for a rollout, or for an evaluation on rank 0."""
@@ -20,7 +20,11 @@ _store: Any = None
 
 
 def initialize(
-    parallel: ParallelConfig, seed: int, *, timeout_seconds: float = _TIMEOUT_SECONDS
+    parallel: ParallelConfig,
+    seed: int,
+    *,
+    pad_multiple: int | None = None,
+    timeout_seconds: float = _TIMEOUT_SECONDS,
 ) -> Layout:
     """Join the run: process group, Megatron's parallel state, random states.
 
@@ -30,6 +34,7 @@ def initialize(
     Args:
         parallel: sizes of the axes.
         seed: of Megatron's random states (they differ between tensor ranks and stages).
+        pad_multiple: of the lengths of rows (``Config.pad_multiple``); None: what the axes need.
         timeout_seconds: after which a collective of any group fails.
 
     Returns:
@@ -44,16 +49,13 @@ def initialize(
 
     _join(parallel, timedelta(seconds=timeout_seconds))
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tensor,
-        pipeline_model_parallel_size=parallel.pipeline,
-        expert_model_parallel_size=parallel.expert,
-        expert_tensor_parallel_size=parallel.shards_of_expert,
+        **axis_sizes(parallel),
         distributed_timeout_minutes=timeout_seconds / 60,  # made a timedelta: may be a fraction
         create_gloo_process_groups=platform.has_cuda(),
     )
-    ranks = current_layout()
-    tensor_parallel.model_parallel_cuda_manual_seed(seed + 100 * ranks.pp_rank)
-    return ranks
+    layout = current_layout(pad_multiple=pad_multiple or parallel.row_shards)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed + 100 * layout.pp_rank)
+    return layout
 
 
 def shutdown() -> None:

@@ -133,7 +133,9 @@ class RehearsedJob(Job):
         with self.clock("build"):
             if config.run.deterministic:
                 platform.be_deterministic()
-            self.ranks = parallel.initialize(config.parallel, seed=config.train.seed)
+            self.ranks = parallel.initialize(
+                config.parallel, seed=config.train.seed, pad_multiple=config.pad_multiple
+            )
             self.device = platform.device()
             self.dtype = models.resolve_dtype(config.model.dtype)
             self.inputs = self._inputs()
