@@ -40,7 +40,7 @@ from megatron_tropd.mcore.checksums import (
 )
 from megatron_tropd.mcore.layout import Layout
 from megatron_tropd.mcore.models import has_transformer_engine
-from megatron_tropd.mcore.step import Student
+from megatron_tropd.mcore.student import Student
 
 _NAME = re.compile(r"step_(\d{6,})")
 ANY_LAYOUT, ANY_DATA = "fully_reshardable", "dp_reshardable"
@@ -218,7 +218,7 @@ class Checkpoints:
         if saved["layout"] != self._layout():
             wanted.pop("rng")
         state = self._together(lambda: _read(wanted, path), path)
-        student.model.load_state_dict(state["model"], strict=True)
+        student.weights.restore(state["model"])
         with torch.no_grad():  # Megatron copies into the parameters themselves if they are float32
             student.optimizer.load_state_dict(state["optimizer"])
         student.scheduler.load_state_dict(state["scheduler"])
@@ -321,7 +321,7 @@ class Checkpoints:
         read them.
         """
         metadata = self._metadata(sharding)
-        model = student.model.sharded_state_dict(metadata=metadata)
+        model = student.weights.state(metadata)
         optimizer = student.optimizer.sharded_state_dict(
             {"model": model}, is_loading=is_loading, metadata=metadata
         )
