@@ -62,7 +62,7 @@ class Training:
         from megatron_tropd.convert.hf_folder import HFFolder
         from megatron_tropd.mcore import models, parallel, platform
         from megatron_tropd.mcore.checkpoint import Checkpoints
-        from megatron_tropd.mcore.step import Student
+        from megatron_tropd.mcore.student import Student
 
         platform.prepare_platform()
         layout, source = ParallelConfig(tensor=RANKS), HFFolder(model)
@@ -71,9 +71,9 @@ class Training:
         self._sharding = {"sharding": sharding} if sharding else {}
         self.ranks = parallel.initialize(layout, seed=1)
         self._vocab = model_shape(source.config).vocab
-        shared = {"ranks": self.ranks, "parallel": layout, "dtype": torch.float32}
+        shared = {"parallel": layout, "dtype": torch.float32}
         padded = models.padded_vocab_size(source.config, tensor=layout.tensor)
-        network = models.build_model(source, padded_vocab_size=padded, **shared)
+        network = models.build_model(source, ranks=self.ranks, padded_vocab_size=padded, **shared)
         self._student = Student(network, train=TRAIN, **shared)
         self._checkpoints = Checkpoints(
             folder, keep=1, ranks=self.ranks, distributed_optimizer=layout.distributed_optimizer
@@ -82,7 +82,7 @@ class Training:
 
     def step(self) -> float:
         """Seconds of an optimizer step."""
-        from megatron_tropd.mcore.step import cross_entropy
+        from megatron_tropd.mcore.schedule import cross_entropy
 
         place = {"dp_rank": self.ranks.dp_rank, "dp_size": self.ranks.dp_size}
         given = trajectories(self._steps, self._vocab)

@@ -33,9 +33,10 @@ from megatron_tropd.data.batch import MicroBatch
 from megatron_tropd.data.packing import count_loss_tokens, pack
 from megatron_tropd.data.sequence import SampleKey, TokenSequence, Writer
 from megatron_tropd.distill.step_loss import StepObjective
-from megatron_tropd.mcore import models, parallel, platform
-from megatron_tropd.mcore.step import Student, Teacher
-from megatron_tropd.mcore.weights import export_weights
+from megatron_tropd.mcore import dense, models, parallel, platform
+from megatron_tropd.mcore.frozen import FrozenModel
+from megatron_tropd.mcore.layout import Layout
+from megatron_tropd.mcore.student import Student
 
 MODELS = Path(__file__).resolve().parents[1] / "configs" / "recipes" / "models"
 LOSS = preset("tropd_exact")
@@ -94,7 +95,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _models(options: argparse.Namespace, ranks: parallel.Ranks) -> tuple[Student, Teacher]:
+def _models(options: argparse.Namespace, ranks: Layout) -> tuple[Student, FrozenModel]:
     dtype, layout = models.resolve_dtype("auto"), ParallelConfig()
     folders: list[Any] = [
         SimpleNamespace(config=read_config(path)) for path in (options.student, options.teacher)
@@ -103,12 +104,12 @@ def _models(options: argparse.Namespace, ranks: parallel.Ranks) -> tuple[Student
     settings: dict[str, Any] = dict(
         ranks=ranks, parallel=layout, dtype=dtype, padded_vocab_size=width
     )
-    with patch.object(models, "load_weights", _draw_weights):
+    with patch.object(dense, "load_weights", _draw_weights):
         built = [models.build_model(folder, **settings) for folder in folders]
     train = TrainConfig(steps=options.steps, lr=1e-5, tokens_per_micro_batch=options.micro_batch)
-    student = Student(built[0], train=train, parallel=layout, ranks=ranks, dtype=dtype)
+    student = Student(built[0], train=train, parallel=layout, dtype=dtype)
     vocab_size = min(folder.config["vocab_size"] for folder in folders)
-    return student, Teacher(built[1], ranks=ranks, vocab_size=vocab_size)
+    return student, FrozenModel(built[1], vocab_size=vocab_size)
 
 
 def _draw_weights(model: torch.nn.Module, *_: Any, **__: Any) -> None:
@@ -124,14 +125,13 @@ def _draw_weights(model: torch.nn.Module, *_: Any, **__: Any) -> None:
 
 def _step(
     student: Student,
-    teacher: Teacher,
-    ranks: parallel.Ranks,
+    teacher: FrozenModel,
+    ranks: Layout,
     options: argparse.Namespace,
     step: int,
     phases: "_Phases",
 ) -> dict[str, float]:
     trajectories = _trajectories(options, teacher.vocab_size, step)
-    student_config = read_config(options.student)
     batches = _batches(trajectories, options, step)
     with phases("teacher"):
         signals = teacher.score(batches)
@@ -150,9 +150,7 @@ def _step(
     with phases("optimizer"):
         update = student.update()
     with phases("export"):
-        for _ in export_weights(
-            student.model, student_config, ranks, padded_vocab_size=student.model.vocab_size
-        ):
+        for _ in student.weights.exported():
             pass
     return objective.sums.reduce().metrics() | {"grad_norm": update.grad_norm}
 

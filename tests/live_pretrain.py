@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.enums import ModelType
-from megatron.training import argument_utils, arguments, get_args, pretrain
+from megatron.training import argument_utils, arguments, pretrain
 
 from examples.megatron_lm.pretrain_gpt import model_provider
 from megatron_tropd.config import GuidanceConfig, RolloutConfig
@@ -24,8 +24,9 @@ from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.integrations import megatron_lm as tropd
 from megatron_tropd.integrations.live_batches import LiveBatches
 from megatron_tropd.integrations.live_rollouts import LiveRollouts, LiveSettings
-from megatron_tropd.mcore.parallel import current_ranks
-from megatron_tropd.mcore.weights import save_hf
+from megatron_tropd.mcore.dense import DenseModel
+from megatron_tropd.mcore.export import save_hf
+from megatron_tropd.mcore.layout import current_layout
 
 LIVE = json.loads(os.environ["LIVE"])
 OUT = Path(LIVE["out"])
@@ -83,8 +84,7 @@ def recording(rollouts):
     def call(model, iteration):
         items = rollouts(model, iteration)
         hf = HFFolder(LIVE["student"])
-        padded = get_args().padded_vocab_size
-        save_hf(model, hf, OUT / f"step_{iteration}", current_ranks(), padded_vocab_size=padded)
+        save_hf(DenseModel(model, hf.config, current_layout()), hf, OUT / f"step_{iteration}")
         if dist.get_rank() == 0:
             torch.save(items, OUT / f"items_{iteration}.pt")
         return items

@@ -90,7 +90,7 @@ MUTATIONS = (
         ),
     ),
     *_of(
-        "mcore/parallel.py",
+        "mcore/layout.py",
         (
             "replicas and stages change places",
             "return (pp_rank * self.dp_size + dp_rank) * self.tp_size + tp_rank",
@@ -120,14 +120,14 @@ MUTATIONS = (
         "mcore/weights.py",
         (
             "every rank reads the first shard",
-            "place = (ranks.tp_rank, ranks.tp_size) if",
-            "place = (0, ranks.tp_size) if",
+            "place = (layout.tp_rank, layout.tp_size) if",
+            "place = (0, layout.tp_size) if",
             f"{EXPORT}[tp2]",
         ),
         (
             "shards in the wrong order",
-            "return everything if ranks.tp_rank in places else None",
-            "return everything.flip(0) if ranks.tp_rank in places else None",
+            "return everything if layout.tp_rank in places else None",
+            "return everything.flip(0) if layout.tp_rank in places else None",
             f"{EXPORT}[tp2]",
         ),
         (
@@ -138,13 +138,13 @@ MUTATIONS = (
         ),
         (
             "every rank has the first experts",
-            "first_expert = ranks.ep_rank * shape.experts.count // ranks.ep_size if",
-            "first_expert = 0 * shape.experts.count // ranks.ep_size if",
+            "first_expert = layout.ep_rank * shape.experts.count // layout.ep_size if",
+            "first_expert = 0 * shape.experts.count // layout.ep_size if",
             f"{EXPORT}[ep2]",
         ),
         (
             "experts come from the receiver's own rank",
-            "rank if self.home.ep_rank is None else ranks.neighbour(rank, self.home.ep_rank)",
+            "rank if self.home.ep_rank is None else layout.neighbour(rank, self.home.ep_rank)",
             "rank",
             f"{EXPORT}[ep2]",
         ),

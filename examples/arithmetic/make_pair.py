@@ -44,10 +44,11 @@ from megatron_tropd.data.prompts import load_prompts
 from megatron_tropd.data.sequence import SampleKey, TokenSequence, Writer
 from megatron_tropd.data.tokenizers import load_tokenizer
 from megatron_tropd.mcore import platform
+from megatron_tropd.mcore.export import save_hf
 from megatron_tropd.mcore.models import build_model, padded_vocab_size
 from megatron_tropd.mcore.parallel import initialize, shutdown
-from megatron_tropd.mcore.step import StepResult, Student, cross_entropy
-from megatron_tropd.mcore.weights import save_hf
+from megatron_tropd.mcore.schedule import cross_entropy
+from megatron_tropd.mcore.student import StepResult, Student
 from megatron_tropd.rollout.engines.engine import RolloutEngine
 from megatron_tropd.tasks.exact_match import evaluate_exact_match
 
@@ -258,7 +259,7 @@ def train_rank(
         dtype=torch.float32,
         padded_vocab_size=padded,
     )
-    student = Student(model, train=train, parallel=parallel, ranks=ranks, dtype=torch.float32)
+    student = Student(model, train=train, parallel=parallel, dtype=torch.float32)
     stream = batches(load_tokenizer(first), recipe, train.tokens_per_micro_batch)
     losses: deque[float] = deque(maxlen=LOSS_WINDOW)
     began = time.perf_counter()
@@ -271,7 +272,7 @@ def train_rank(
             _write_log(log, step=step, loss=loss, seconds=time.perf_counter() - began)
         if done:
             break
-    save_hf(model, folder, out, ranks, padded_vocab_size=padded)
+    save_hf(model, folder, out)
     shutdown()
 
 

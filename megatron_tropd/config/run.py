@@ -118,6 +118,11 @@ class ParallelConfig(Settings, section="parallel"):
         return self.tensor * self.pipeline * self.data
 
     @property
+    def row_shards(self) -> int:
+        """Equal parts that the axes cut a row into."""
+        return self.tensor if self.sequence_parallel else 1
+
+    @property
     def shards_of_expert(self) -> int:
         """Tensor-parallel ranks of each expert."""
         return self.tensor if self.expert_tensor is None else self.expert_tensor
@@ -391,8 +396,7 @@ class Config(Settings):
     @property
     def pad_multiple(self) -> int:
         """What the padded length of a row is a multiple of, so that the models can compute it."""
-        shards = self.parallel.tensor if self.parallel.sequence_parallel else 1
-        return shards * self.megatron.token_multiple
+        return self.parallel.row_shards * self.megatron.token_multiple
 
     @property
     def max_answer_tokens(self) -> int:

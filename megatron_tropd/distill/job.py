@@ -34,10 +34,12 @@ from megatron_tropd.distill.step_loss import StepObjective, example_rows, gather
 from megatron_tropd.distill.token_choices import BatchChoices, choose, loss_name
 from megatron_tropd.losses import Method, TeacherSignal
 from megatron_tropd.losses.trouble import words
-from megatron_tropd.mcore import models, parallel, platform, weights
+from megatron_tropd.mcore import models, parallel, platform
 from megatron_tropd.mcore.checkpoint import ANY_LAYOUT, Checkpoints
+from megatron_tropd.mcore.export import save_hf
+from megatron_tropd.mcore.hidden import output_weight
 from megatron_tropd.mcore.options_check import check_options, unreviewed
-from megatron_tropd.mcore.step import NotFinite, Student, Update, output_weight
+from megatron_tropd.mcore.student import NotFinite, Student, Update
 from megatron_tropd.report.metrics import MetricsLog
 from megatron_tropd.rollout.collective import run_everywhere
 from megatron_tropd.rollout.engines.client import ClientSettings
@@ -123,6 +125,7 @@ class Job:
         self.ranks = parallel.initialize(
             config.parallel,
             seed=config.train.seed,
+            pad_multiple=config.pad_multiple,
             timeout_seconds=limits(config.run.timeout_minutes).collectives,
         )
         exits.push(_leave_groups)
@@ -217,22 +220,19 @@ class Job:
                 "Transformer Engine does not import: Megatron-Core's own layers run, with torch's "
                 'attention and Adam. Plan with layers = "local", or install it (README.md).'
             )
-        self._padded_vocab_size = models.padded_vocab_size(
+        padded_vocab_size = models.padded_vocab_size(
             inputs.student.config, inputs.teacher.config, tensor=config.parallel.tensor
         )
         self.student = Student(
-            models.build_model(
+            models.build_of_run(
+                config,
                 inputs.student,
+                "student",
                 ranks=self.ranks,
-                parallel=config.parallel,
-                dtype=self.dtype,
-                padded_vocab_size=self._padded_vocab_size,
-                who="student",
-                options=config.megatron.model,
+                padded_vocab_size=padded_vocab_size,
             ),
             train=config.train,
             parallel=config.parallel,
-            ranks=self.ranks,
             dtype=self.dtype,
             megatron=config.megatron,
         )
@@ -242,7 +242,7 @@ class Job:
                 inputs.teacher,
                 self.ranks,
                 self.dtype,
-                self._padded_vocab_size,
+                padded_vocab_size,
                 inputs.vocab_size,
             )
         )
@@ -357,13 +357,10 @@ class Job:
     def sync_weights(self, version: int) -> None:
         """Stream the student's weights, seen ``version`` steps, as HF tensors to every engine."""
         export = partial(
-            weights.export_weights,
-            self.student.model,
+            self.student.weights.exported,
+            self.engines.channel.receivers,
             # Columns that the teacher lacks are not sampled: the loss knows nothing of them.
-            self.inputs.student.config | {"vocab_size": self.inputs.vocab_size},
-            self.ranks,
-            padded_vocab_size=self._padded_vocab_size,
-            receivers=self.engines.channel.receivers,
+            vocab_size=self.inputs.vocab_size,
             explicit_lm_head=True,
         )
         self.engines.channel.send(Export(export), version)
@@ -428,7 +425,7 @@ class Job:
             config=loss,
             vocab_size=self.inputs.vocab_size,
             tp_group=self.ranks.tp_group,
-            dp_group=self.ranks.dp_group,
+            dp_group=self.ranks.loss_group,
         )
 
     def aside[T](self, action: Callable[[], T]) -> "Future[T] | None":
@@ -646,13 +643,7 @@ class Job:
 
     def export_student(self, out: Path) -> None:
         """Write the student as an HF folder on rank 0; collective."""
-        weights.save_hf(
-            self.student.model,
-            self.inputs.student,
-            out,
-            self.ranks,
-            padded_vocab_size=self._padded_vocab_size,
-        )
+        save_hf(self.student.weights, self.inputs.student, out)
 
     def _summary(self) -> dict[str, Any]:
         parallel_config = self.config.parallel

@@ -10,7 +10,6 @@ from megatron_tropd.data.packing import count_loss_tokens, pack
 from megatron_tropd.data.sequence import TokenSequence
 from megatron_tropd.distill.job import Job
 from megatron_tropd.distill.metrics import trajectory_metrics
-from megatron_tropd.mcore import platform
 
 
 def train(folder: RunFolder, *, console: IO[str], stop: StopFlag, progress: Progress) -> None:
@@ -99,14 +98,14 @@ def learn(job: Job, trajectories: list[TokenSequence]) -> dict[str, object]:
     config, ranks, clock = job.config, job.ranks, job.clock
     job.teacher.begin(job.step, trajectories)
     batches = [
-        batch.to(job.device)
+        ranks.local(batch).to(job.device)
         for batch in pack(
             trajectories,
             dp_rank=ranks.dp_rank,
             dp_size=ranks.dp_size,
             tokens_per_micro_batch=config.train.tokens_per_micro_batch,
-            pad_multiple=config.pad_multiple,
-            rounded_to=platform.row_multiple(),
+            pad_multiple=ranks.pad_multiple,
+            rounded_to=ranks.row_multiple,
             seed=config.train.seed,
             step=job.step,
             loss=config.loss,

@@ -19,7 +19,7 @@ from megatron_tropd.base.errors import ConfigError, TrainingError
 from megatron_tropd.data.recorded import training_item
 from megatron_tropd.data.sequence import TokenSequence
 from megatron_tropd.integrations.live_rollouts import LiveRollouts, LoopSettings, check_arguments
-from megatron_tropd.mcore.parallel import current_ranks
+from megatron_tropd.mcore.layout import current_layout
 
 MicroBatch = dict[str, Tensor]
 
@@ -159,7 +159,7 @@ class LiveBatches:
         self, model: torch.nn.Module, seq_length: int, micro_batch_size: int, step: int
     ) -> None:
         self._model, self._seq_length, self.step = model, seq_length, step
-        ranks, rollout = current_ranks(), self._rollouts.settings.rollout
+        ranks, rollout = current_layout(), self._rollouts.settings.rollout
         self._dp_rank, self._dp_size, self._rows = ranks.dp_rank, ranks.dp_size, micro_batch_size
         batch = rollout.prompts_per_step * rollout.samples_per_prompt
         if batch % (micro_batch_size * ranks.dp_size):

@@ -34,8 +34,8 @@ from megatron_tropd.data.responses import load_responses
 from megatron_tropd.data.sequence import TokenSequence
 from megatron_tropd.data.templates import reads_clock
 from megatron_tropd.data.tokenizers import load_tokenizer, stop_token_ids
-from megatron_tropd.mcore.parallel import current_ranks
-from megatron_tropd.mcore.weights import export_weights
+from megatron_tropd.mcore.dense import DenseModel
+from megatron_tropd.mcore.layout import current_layout
 from megatron_tropd.rollout.engines.engine import RolloutEngine
 from megatron_tropd.rollout.engines.pool import EnginePool
 from megatron_tropd.rollout.episodes import EpisodePlan, load_mode
@@ -67,8 +67,6 @@ class LoopSettings(Settings):
 
     seq_length: Count
     """S, positions of a row."""
-    padded_vocab_size: Count
-    """Rows of the model's embedding, over all tensor-parallel ranks."""
     seed: Anything
     """Keys prompts and samples."""
     steps: Count
@@ -140,7 +138,6 @@ class LiveRollouts:
         teacher = getattr(args, "tropd_teacher_load", None)
         loop = LoopSettings(
             seq_length=args.seq_length,
-            padded_vocab_size=args.padded_vocab_size,
             seed=args.seed,
             steps=args.train_iters,
             vocab_size=int(get_tokenizer().vocab_size) if teacher else None,
@@ -163,7 +160,7 @@ class LiveRollouts:
 
         Collectives: gathers of the outcome on all ranks.
         """
-        self._loop, self._ranks = loop, current_ranks()
+        self._loop, self._ranks = loop, current_layout()
         self._make_episode = load_mode(self.settings.rollout.mode)
         self._read_texts()
         self._check()
@@ -301,12 +298,9 @@ class LiveRollouts:
 
     def _push_weights(self, model: torch.nn.Module, step: int) -> None:
         export = partial(
-            export_weights,
-            model,
-            self._folder.config | {"vocab_size": self._columns},
-            self._ranks,
-            padded_vocab_size=self._loop.padded_vocab_size,
-            receivers=self._engines.channel.receivers,
+            DenseModel(model, self._folder.config, self._ranks).exported,
+            self._engines.channel.receivers,
+            vocab_size=self._columns,
             explicit_lm_head=True,
         )
         self._engines.channel.send(Export(export), step)

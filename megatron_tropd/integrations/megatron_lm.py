@@ -467,7 +467,7 @@ class _Plugin:
         how: dict[str, Any] = dict(
             shape=(micro_batch_size, seq_length),
             masked=bool(getattr(args, "reset_attention_mask", False)),
-            group=self._teacher.ranks.tp_group,
+            group=self._teacher.layout.tp_group,
             device=platform.device(),
         )
         if self._rollouts is None or forward_only:
@@ -496,7 +496,7 @@ class _Plugin:
             config=self._config,
             beta=0.001 if args.tropd_beta is None else args.tropd_beta,
             vocab_size=self._teacher.vocab_size,
-            group=self._teacher.ranks.tp_group,
+            group=self._teacher.layout.tp_group,
             metrics=args.tropd_metrics,
             seed=args.seed,
             # Only training counts them; --skip-train evaluates at the one that was loaded.
@@ -519,7 +519,7 @@ class _Plugin:
         self, items: Sequence[Mapping[str, Tensor]], count: int, rows: int
     ) -> list[dict[str, Tensor]]:
         """This replica's micro-batches, samples in the order in which Megatron deals them."""
-        ranks = self._teacher.ranks
+        ranks = self._teacher.layout
         expected = count * rows * ranks.dp_size
         if len(items) != expected:
             raise ConfigError(
@@ -531,7 +531,7 @@ class _Plugin:
 
     def _check_batches(self, batches: Sequence[Batch]) -> None:
         needs = self._config.needs.sampled
-        ranks = self._teacher.ranks
+        ranks = self._teacher.layout
         if needs and (ranks.is_first_stage or ranks.is_last_stage) and not batches[0].sampled:
             raise ConfigError(
                 "This --tropd-method trains on tokens that the student sampled, but the dataset "
@@ -578,16 +578,17 @@ def build_teacher(folder: HFFolder | MegatronFolder, args: Namespace, vocab_size
         vocab_size: ids of the student's tokenizer.
 
     Returns:
-        A ``mcore.step.Teacher``, known to no optimizer, DDP or checkpoint. Its output layer lies on
-        the student's columns.
+        A ``mcore.frozen.FrozenModel``, known to no optimizer, DDP or checkpoint. Its output layer
+        lies on the student's columns.
 
     Collectives: those of ``build_model``; where the two are padded otherwise, 1 all-to-all.
     """
-    from megatron_tropd.mcore import models, parallel, platform
+    from megatron_tropd.mcore import models, platform
+    from megatron_tropd.mcore.frozen import FrozenModel
     from megatron_tropd.mcore.hidden import output_weight
-    from megatron_tropd.mcore.step import Teacher
+    from megatron_tropd.mcore.layout import current_layout
 
-    ranks = parallel.current_ranks()
+    ranks = current_layout()
     padded = models.padded_vocab_size(folder.config, tensor=ranks.tp_size)
     # Megatron's random states belong to the student.
     devices = [torch.cuda.current_device()] if platform.has_cuda() else []
@@ -600,7 +601,7 @@ def build_teacher(folder: HFFolder | MegatronFolder, args: Namespace, vocab_size
             padded_vocab_size=padded,
             who="teacher",
         )
-    weight_vH = output_weight(model).detach() if ranks.is_last_stage else None
+    weight_vH = output_weight(model.module).detach() if ranks.is_last_stage else None
     if weight_vH is not None and padded != args.padded_vocab_size:
         weight_vH = align_output_weight(
             weight_vH,
@@ -608,7 +609,7 @@ def build_teacher(folder: HFFolder | MegatronFolder, args: Namespace, vocab_size
             want=equal_bounds(args.padded_vocab_size, ranks.tp_size),
             group=ranks.tp_group,
         )
-    return Teacher(model, ranks=ranks, vocab_size=vocab_size, weight_vH=weight_vH)
+    return FrozenModel(model, vocab_size=vocab_size, weight_vH=weight_vH)
 
 
 def _if_distilling(

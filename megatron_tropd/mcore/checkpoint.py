@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -38,9 +38,9 @@ from megatron_tropd.mcore.checksums import (
     share,
     write_checksums,
 )
+from megatron_tropd.mcore.layout import Layout
 from megatron_tropd.mcore.models import has_transformer_engine
-from megatron_tropd.mcore.parallel import Ranks
-from megatron_tropd.mcore.step import Student
+from megatron_tropd.mcore.student import Student
 
 _NAME = re.compile(r"step_(\d{6,})")
 ANY_LAYOUT, ANY_DATA = "fully_reshardable", "dp_reshardable"
@@ -69,7 +69,7 @@ class Checkpoints:
         folder: Path,
         *,
         keep: int,
-        ranks: Ranks,
+        ranks: Layout,
         distributed_optimizer: bool,
         say: Callable[[str], None] = print,
     ):
@@ -218,7 +218,7 @@ class Checkpoints:
         if saved["layout"] != self._layout():
             wanted.pop("rng")
         state = self._together(lambda: _read(wanted, path), path)
-        student.model.load_state_dict(state["model"], strict=True)
+        student.weights.restore(state["model"])
         with torch.no_grad():  # Megatron copies into the parameters themselves if they are float32
             student.optimizer.load_state_dict(state["optimizer"])
         student.scheduler.load_state_dict(state["scheduler"])
@@ -321,7 +321,7 @@ class Checkpoints:
         read them.
         """
         metadata = self._metadata(sharding)
-        model = student.model.sharded_state_dict(metadata=metadata)
+        model = student.weights.state(metadata)
         optimizer = student.optimizer.sharded_state_dict(
             {"model": model}, is_loading=is_loading, metadata=metadata
         )
@@ -337,7 +337,7 @@ class Checkpoints:
         metadata: dict[str, Any] = {
             "singleton_local_shards": False,
             "chained_optim_avoid_prefix": True,
-            "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+            "dp_cp_group": self.ranks.loss_group,
         }
         if self.distributed_optimizer:
             metadata["distrib_optim_sharding_type"] = sharding

@@ -14,7 +14,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-from megatron_tropd.config import ParallelConfig
+from megatron_tropd.config import Config, ParallelConfig
 from megatron_tropd.config.megatron_fields import Table
 from megatron_tropd.convert.checks import check_parallel
 from megatron_tropd.convert.families import ModelShape, model_shape, rope_inverse_frequencies
@@ -24,10 +24,9 @@ from megatron_tropd.convert.sizes import padded_vocab_size as padded_vocab_size
 from megatron_tropd.convert.sizes import stage_sizes
 from megatron_tropd.mcore import platform
 from megatron_tropd.mcore.attention import FusedAttention
-from megatron_tropd.mcore.load import load_checkpoint
+from megatron_tropd.mcore.dense import DenseModel
+from megatron_tropd.mcore.layout import Layout, axis_sizes
 from megatron_tropd.mcore.options import with_options
-from megatron_tropd.mcore.parallel import Ranks
-from megatron_tropd.mcore.weights import load_weights
 
 
 class RMSNorm(torch.nn.Module):
@@ -143,8 +142,6 @@ def _own_settings(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        tensor_model_parallel_size=parallel.tensor,
-        pipeline_model_parallel_size=parallel.pipeline,
         pipeline_model_parallel_layout=_uneven_layout(shape.layers, parallel.pipeline),
         sequence_parallel=parallel.sequence_parallel,
         variable_seq_lengths=True,
@@ -157,21 +154,42 @@ def _own_settings(
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
         deterministic_mode=torch.are_deterministic_algorithms_enabled(),
+        **_axes(shape, parallel),
         **_window_settings(shape),
-        **_expert_settings(shape, parallel),
+        **_expert_settings(shape),
+    )
+
+
+def build_of_run(
+    config: Config,
+    folder: HFFolder | MegatronFolder,
+    who: Literal["student", "teacher"],
+    *,
+    ranks: Layout,
+    padded_vocab_size: int,
+) -> DenseModel:
+    """Build one of a run's models as the config wants it; see :func:`build_model`."""
+    return build_model(
+        folder,
+        ranks=ranks,
+        parallel=config.parallel,
+        dtype=resolve_dtype(config.model.dtype),
+        padded_vocab_size=padded_vocab_size,
+        who=who,
+        options=config.megatron.model if who == "student" else config.megatron.teacher,
     )
 
 
 def build_model(
     folder: HFFolder | MegatronFolder,
     *,
-    ranks: Ranks,
+    ranks: Layout,
     parallel: ParallelConfig,
     dtype: torch.dtype,
     padded_vocab_size: int,
     who: str = "model",
     options: Mapping[str, Any] | None = None,
-) -> GPTModel:
+) -> DenseModel:
     """This rank's part of the model in ``folder``, weights loaded, on this rank's device.
 
     Collective.
@@ -186,8 +204,8 @@ def build_model(
         options: fields of Megatron's TransformerConfig that the user set.
 
     Returns:
-        Megatron's GPTModel, not wrapped; ``forward(tokens, positions, None)`` gives this shard's
-        logits [batch, sequence, padded vocabulary / tensor] on the last stage.
+        The model; ``module(tokens, positions, None)`` gives this shard's logits [batch, sequence,
+        padded vocabulary / tensor] on the last stage.
 
     Raises:
         ConfigError: the layout does not divide the model.
@@ -214,11 +232,9 @@ def build_model(
     model.rotary_pos_emb.inv_freq = rope_inverse_frequencies(folder.config).to(platform.device())
     model.to(platform.device())
     _mark_experts(model)
-    if isinstance(folder, MegatronFolder):
-        load_checkpoint(model, folder)
-    else:
-        load_weights(model, folder, ranks=ranks, padded_vocab_size=padded_vocab_size)
-    return model
+    built = DenseModel(model, folder.config, ranks)
+    built.load(folder)
+    return built
 
 
 def _mark_experts(model: GPTModel) -> None:
@@ -240,7 +256,14 @@ def _window_settings(shape: ModelShape) -> dict[str, Any]:
     return {"window_size": (widest - 1, 0), "window_attn_skip_freq": has_window}
 
 
-def _expert_settings(shape: ModelShape, parallel: ParallelConfig) -> dict[str, Any]:
+def _axes(shape: ModelShape, parallel: ParallelConfig) -> dict[str, int]:
+    sizes = axis_sizes(parallel)
+    if shape.experts is None:  # a dense model may be trained beside a mixture that is spread
+        sizes = {name: size for name, size in sizes.items() if not name.startswith("expert")}
+    return sizes
+
+
+def _expert_settings(shape: ModelShape) -> dict[str, Any]:
     # variable_seq_lengths is refused with the default dispatcher, dense model or not.
     settings: dict[str, Any] = {"moe_token_dispatcher_type": "alltoall"}
     experts = shape.experts
@@ -256,8 +279,6 @@ def _expert_settings(shape: ModelShape, parallel: ParallelConfig) -> dict[str, A
         # bfloat16 logits tie often, and a tie is broken one way here, another in the engine.
         "moe_router_dtype": "fp32",
         "moe_grouped_gemm": has_transformer_engine(),
-        "expert_model_parallel_size": parallel.expert,
-        "expert_tensor_parallel_size": parallel.shards_of_expert,
     }
 
 

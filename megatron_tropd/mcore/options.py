@@ -12,10 +12,15 @@ from functools import cache
 from typing import Any
 
 import torch
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.transformer import TransformerConfig
 
 from megatron_tropd.base.errors import ConfigError
+from megatron_tropd.config import MegatronConfig, ParallelConfig, TrainConfig
 from megatron_tropd.config.megatron_fields import Table
 from megatron_tropd.config.settings import check_value, nearest
+from megatron_tropd.mcore import platform
 
 
 def with_options[T](
@@ -43,6 +48,46 @@ def with_options[T](
         raise ConfigError(
             f"[megatron.{table}]: Megatron refuses {shown}: {str(error) or type(error).__name__}"
         ) from error
+
+
+def ddp_config(parallel: ParallelConfig, megatron: MegatronConfig) -> DistributedDataParallelConfig:
+    """Megatron's description of buckets and reduction; raises ConfigError if it refuses it."""
+    own = dict(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=False,
+        use_distributed_optimizer=parallel.distributed_optimizer,
+        average_in_collective=False,
+    )
+    return with_options(DistributedDataParallelConfig, own, megatron.ddp, table="ddp")
+
+
+def optimizer_config(
+    train: TrainConfig,
+    parallel: ParallelConfig,
+    dtype: torch.dtype,
+    megatron: MegatronConfig,
+    *,
+    model: TransformerConfig,
+) -> OptimizerConfig:
+    """Megatron's description of the optimizer; raises ConfigError if it refuses it."""
+    own = dict(
+        optimizer="adam",
+        lr=train.lr,
+        min_lr=train.min_lr,
+        weight_decay=train.weight_decay,
+        adam_beta1=train.adam_betas[0],
+        adam_beta2=train.adam_betas[1],
+        adam_eps=train.adam_eps,
+        clip_grad=train.clip_grad,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+        use_distributed_optimizer=parallel.distributed_optimizer,
+        overlap_param_gather=bool(megatron.ddp.get("overlap_param_gather")),
+        fp8_recipe=model.fp8_recipe if model.fp8 else None,
+        pin_cpu_grads=platform.has_cuda(),
+        pin_cpu_params=platform.has_cuda(),
+    )
+    return with_options(OptimizerConfig, own, megatron.optimizer, table="optimizer")
 
 
 def typed(cls: type, options: Mapping[str, Any], *, table: Table) -> dict[str, Any]:

@@ -15,8 +15,7 @@ from megatron_tropd.config.megatron import MegatronConfig
 from megatron_tropd.config.megatron_fields import Table, verdicts
 from megatron_tropd.convert.families import model_shape
 from megatron_tropd.mcore import models, platform
-from megatron_tropd.mcore.options import typed
-from megatron_tropd.mcore.step import ddp_config, optimizer_config
+from megatron_tropd.mcore.options import ddp_config, optimizer_config, typed
 
 DATACLASSES: dict[Table, type] = {
     "model": TransformerConfig,

@@ -47,7 +47,6 @@ _FACTORIES = (
     "zeros",
     "zeros_like",
 )
-_CUDA_ROW_MULTIPLE = 128
 _prepared = False
 _training_prepared = False
 
@@ -67,15 +66,6 @@ def be_deterministic() -> None:
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
-
-
-def row_multiple() -> int:
-    """What lengths of rows are rounded up to.
-
-    On CUDA kernels are chosen, and some compiled, for each shape; products and attention are fast
-    at multiples of their tiles.
-    """
-    return _CUDA_ROW_MULTIPLE if has_cuda() else 1
 
 
 def distributed_backend() -> str:

@@ -146,9 +146,10 @@ def _megatron_logits(
     ranks = parallel.initialize(layout, seed=1)
     try:
         padded = models.padded_vocab_size(checkpoint.config, tensor=1)
-        model = models.build_model(
+        built = models.build_model(
             checkpoint, ranks=ranks, parallel=layout, dtype=torch.float32, padded_vocab_size=padded
-        ).eval()
+        )
+        model = built.module.eval()
         for parameter in model.parameters():
             parameter.copy_(parameter.to(dtype))
         return [_forward(model, ids) for ids in prompts]

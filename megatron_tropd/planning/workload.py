@@ -84,8 +84,7 @@ def workload(
             f"--response-tokens must be between 1 and rollout.max_new_tokens = {longest_response}, "
             f"found {mean_response:g}."
         )
-    shards = parallel.tensor if parallel.sequence_parallel else 1
-    multiple = shards * config.megatron.token_multiple
+    multiple = parallel.row_shards * config.megatron.token_multiple
     real = prompt_tokens + longest_response - 1
     most = room // multiple * multiple
     longest = max(_up(real, multiple), min(_up(real, lcm(multiple, rounded_to)), most))

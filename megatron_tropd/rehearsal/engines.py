@@ -52,7 +52,7 @@ class Counted:
     """An export that counts the bytes which reach this rank."""
 
     def __init__(self, export: Callable[..., Iterator[tuple[str, Tensor | None]]]) -> None:
-        """``export``: :func:`~megatron_tropd.mcore.weights.export_weights`."""
+        """``export``: of a :class:`~megatron_tropd.mcore.student.StudentModel`."""
         self.bytes = 0
         self._export = export
 

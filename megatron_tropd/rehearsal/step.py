@@ -27,7 +27,7 @@ from megatron_tropd.distill.inputs import Inputs
 from megatron_tropd.distill.job import Job
 from megatron_tropd.distill.loop import learn
 from megatron_tropd.distill.reporter import Clock
-from megatron_tropd.mcore import models, parallel, platform, step, weights
+from megatron_tropd.mcore import models, parallel, platform, schedule
 from megatron_tropd.mcore.checkpoint import Checkpoints
 from megatron_tropd.mcore.hidden import unwrap
 from megatron_tropd.planning import Setup
@@ -133,7 +133,9 @@ class RehearsedJob(Job):
         with self.clock("build"):
             if config.run.deterministic:
                 platform.be_deterministic()
-            self.ranks = parallel.initialize(config.parallel, seed=config.train.seed)
+            self.ranks = parallel.initialize(
+                config.parallel, seed=config.train.seed, pad_multiple=config.pad_multiple
+            )
             self.device = platform.device()
             self.dtype = models.resolve_dtype(config.model.dtype)
             self.inputs = self._inputs()
@@ -163,30 +165,26 @@ class RehearsedJob(Job):
             micro_batches: to run, of those of the step.
         """
         self._missing = self.setup.work.most_micro_batches - micro_batches
-        original = step.run_schedule
+        original = schedule.run_schedule
 
         def announced(model: torch.nn.Module, batches: Any, **options: Any) -> list[Any]:
             self._announce(unwrap(model).config, batches)
             return original(model, batches, **options)
 
-        setattr(step, "run_schedule", announced)  # noqa: B010
+        setattr(schedule, "run_schedule", announced)  # noqa: B010
         try:
             learn(self, trajectories(self.setup, micro_batches=micro_batches))
         finally:
-            step.run_schedule = original
+            schedule.run_schedule = original
         with self.rehearsed.tracker.phase("between steps"):
             pass
 
     def export(self) -> None:
         """New weights to the engines."""
-        original = weights.export_weights
-        counted = Counted(original)
-        setattr(weights, "export_weights", counted)  # noqa: B010
-        try:
-            with self.clock("sync"):
-                self.sync_weights(1)
-        finally:
-            weights.export_weights = original
+        counted = Counted(self.student.weights.exported)
+        setattr(self.student.weights, "exported", counted)  # noqa: B010
+        with self.clock("sync"):
+            self.sync_weights(1)
         self.engine_bytes = counted.bytes
 
     def save(self, *, wait: bool = False) -> None:

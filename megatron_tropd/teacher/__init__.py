@@ -19,7 +19,7 @@ from megatron_tropd.losses import TeacherSignal
 if TYPE_CHECKING:
     import torch
 
-    from megatron_tropd.mcore.parallel import Ranks
+    from megatron_tropd.mcore.layout import Layout
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class TeacherStart:
     config: Config
     folder: HFFolder | MegatronFolder
     """The teacher's model."""
-    ranks: "Ranks"
+    ranks: "Layout"
     """This rank's place, and its process groups."""
     dtype: "torch.dtype"
     """Of the models."""

@@ -16,20 +16,17 @@ class ResidentTeacher:
     def __init__(self, start: TeacherStart) -> None:
         """Build it."""
         # Megatron only where a run trains: a dry run and the engines look at ``signal`` alone.
-        from megatron_tropd.mcore.models import build_model
-        from megatron_tropd.mcore.step import Teacher
+        from megatron_tropd.mcore.frozen import FrozenModel
+        from megatron_tropd.mcore.models import build_of_run
 
-        config = start.config
-        model = build_model(
+        model = build_of_run(
+            start.config,
             start.folder,
+            "teacher",
             ranks=start.ranks,
-            parallel=config.parallel,
-            dtype=start.dtype,
             padded_vocab_size=start.padded_vocab_size,
-            who="teacher",
-            options=config.megatron.teacher,
         )
-        self.scorer = Teacher(model, ranks=start.ranks, vocab_size=start.vocab_size)
+        self.scorer = FrozenModel(model, vocab_size=start.vocab_size)
 
     def begin(self, step: int, sequences: Sequence[TokenSequence]) -> None:
         """Nothing: its ranks are the student's, and busy."""

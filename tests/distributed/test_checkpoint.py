@@ -45,7 +45,7 @@ def _student(
     """
     from megatron_tropd.convert.hf_folder import HFFolder
     from megatron_tropd.mcore import models, parallel
-    from megatron_tropd.mcore.step import Student
+    from megatron_tropd.mcore.student import Student
 
     ranks = parallel.initialize(layout, seed=1, **options)
     source = HFFolder(Path(folder))
@@ -54,12 +54,11 @@ def _student(
     model = models.build_model(
         source, ranks=ranks, parallel=layout, dtype=kind, padded_vocab_size=padded
     )
-    change(model)
+    change(model.module)
     learner = Student(
         model,
         train=TRAIN,
         parallel=layout,
-        ranks=ranks,
         dtype=kind,
         megatron=MegatronConfig(ddp=ddp or {}, optimizer=optimizer or {}),
     )
@@ -75,7 +74,7 @@ def _checkpoints(folder: Path, ranks, layout: ParallelConfig, keep: int = 2, say
 
 
 def _some_steps(learner, ranks, first: int, last: int) -> list[float]:
-    from megatron_tropd.mcore.step import cross_entropy
+    from megatron_tropd.mcore.schedule import cross_entropy
 
     norms = []
     for step in range(first, last):

@@ -54,7 +54,7 @@ def _wanted_keys(model) -> set[str]:
 
 def _check(source: Path, converted: Path, layout: ParallelConfig, out: Path) -> None:
     from megatron_tropd.mcore import models, parallel
-    from megatron_tropd.mcore.step import Student
+    from megatron_tropd.mcore.student import Student
 
     ranks, megatron = parallel.initialize(layout, seed=1), MegatronFolder(converted)
     expected, found = (
@@ -63,13 +63,13 @@ def _check(source: Path, converted: Path, layout: ParallelConfig, out: Path) -> 
         )
         for folder in (HFFolder(source), megatron)
     )
-    assert _wanted_keys(expected) <= megatron.reader.names | megatron.reader.objects
+    assert _wanted_keys(expected.module) <= megatron.reader.names | megatron.reader.objects
     for (name, one), (other_name, other) in zip(
-        expected.named_parameters(), found.named_parameters(), strict=True
+        expected.trainable().items(), found.trainable().items(), strict=True
     ):
         assert name == other_name
         assert torch.equal(one, other), name
-    learner = Student(found, train=TRAIN, parallel=layout, ranks=ranks, dtype=torch.float32)
+    learner = Student(found, train=TRAIN, parallel=layout, dtype=torch.float32)
     _saved(_checkpoints(out / "checkpoints", ranks, layout), learner, 3)
     leave_layout()
 

@@ -40,7 +40,9 @@ def _count(student: str, teacher: str, method: str, micro_batches: int) -> dict[
     from megatron_tropd.distill.step_loss import StepObjective
     from megatron_tropd.distill.token_choices import choose
     from megatron_tropd.mcore import models, parallel, platform
-    from megatron_tropd.mcore.step import Student, Teacher, output_weight
+    from megatron_tropd.mcore.frozen import FrozenModel
+    from megatron_tropd.mcore.hidden import output_weight
+    from megatron_tropd.mcore.student import Student
     from tests.host_syncs import host_syncs
 
     layout, loss = ParallelConfig(), METHODS[method]
@@ -50,11 +52,9 @@ def _count(student: str, teacher: str, method: str, micro_batches: int) -> dict[
     build = dict(ranks=ranks, parallel=layout, dtype=kind, padded_vocab_size=259)
     learner = Student(
         models.build_model(HFFolder(Path(student)), **build),
-        train=train, parallel=layout, ranks=ranks, dtype=kind,
+        train=train, parallel=layout, dtype=kind,
     )  # fmt: skip
-    scorer = Teacher(
-        models.build_model(HFFolder(Path(teacher)), **build), ranks=ranks, vocab_size=259
-    )
+    scorer = FrozenModel(models.build_model(HFFolder(Path(teacher)), **build), vocab_size=259)
     trajectories = recorded_trajectories(0, count=micro_batches)
     place = dict(dp_rank=0, dp_size=1, tokens_per_micro_batch=48, pad_multiple=48)
     packed = pack(trajectories, **place, seed=7, step=0, loss=loss)

@@ -60,7 +60,9 @@ def _gradients(
     from megatron_tropd.convert.hf_folder import HFFolder
     from megatron_tropd.distill.step_loss import StepObjective
     from megatron_tropd.mcore import models, parallel
-    from megatron_tropd.mcore.step import Student, Teacher, output_weight
+    from megatron_tropd.mcore.frozen import FrozenModel
+    from megatron_tropd.mcore.hidden import output_weight
+    from megatron_tropd.mcore.student import Student
 
     ranks = parallel.initialize(layout, seed=1)
     built = [
@@ -74,9 +76,9 @@ def _gradients(
         for folder in folders
     ]
     options = MegatronConfig(ddp={"overlap_grad_reduce": True} if overlap else {})
-    wrapping = {"train": TRAIN, "parallel": layout, "ranks": ranks, "dtype": dtype}
+    wrapping = {"train": TRAIN, "parallel": layout, "dtype": dtype}
     student = Student(built[0], megatron=options, **wrapping)
-    teacher = Teacher(built[1], ranks=ranks, vocab_size=259)
+    teacher = FrozenModel(built[1], vocab_size=259)
     trajectories = recorded_trajectories(0)
     batches = pack(
         trajectories,
@@ -104,14 +106,14 @@ def _gradients(
     recorded = _Recorded(objective, shadow, hide_main_grad=hide_main_grad)
     assert len(batches) > 2
     student.forward_backward(batches, recorded)
-    found = {name: p.main_grad.clone() for name, p in built[0].named_parameters()}
+    found = {name: p.main_grad.clone() for name, p in built[0].trainable().items()}
     unread = torch.ones(320, dtype=torch.bool)
     for batch in batches:
         unread[batch.tokens.flatten()] = False
     exact = recorded.exact
     if exact is not None:
         exact = exact / (counts.teacher + counts.student)
-        found["output"] = output_weight(built[0]).main_grad.clone()
+        found["output"] = output_weight(built[0].module).main_grad.clone()
         unread = unread.view(ranks.tp_size, -1)[ranks.tp_rank]
     leave_layout()
     return found, exact, unread

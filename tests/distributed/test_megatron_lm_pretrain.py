@@ -258,7 +258,8 @@ def _train(setting: Setting, kind: str, drawn_by: str, lr: float = 1e-2) -> list
     from megatron_tropd.convert.hf_folder import HFFolder
     from megatron_tropd.distill.step_loss import StepObjective
     from megatron_tropd.mcore import models, parallel
-    from megatron_tropd.mcore.step import Student, Teacher
+    from megatron_tropd.mcore.frozen import FrozenModel
+    from megatron_tropd.mcore.student import Student
 
     layout, dtype = ParallelConfig(), torch.float32
     ranks = parallel.initialize(layout, seed=1)
@@ -268,11 +269,10 @@ def _train(setting: Setting, kind: str, drawn_by: str, lr: float = 1e-2) -> list
         student,
         train=TrainConfig(steps=STEPS, lr=lr),
         parallel=layout,
-        ranks=ranks,
         dtype=dtype,
     )
     teacher = models.build_model(HFFolder(setting.teacher), **build)
-    scorer = Teacher(teacher, ranks=ranks, vocab_size=259)
+    scorer = FrozenModel(teacher, vocab_size=259)
     rows = []
     for step, drawn in enumerate(torch.load(setting.root / f"{drawn_by}.drawn")):
         batches, counts = _packed(step) if kind == "trajectories" else _given_text(drawn)
@@ -464,7 +464,7 @@ def _one_hot_teacher(student: str, sequence_parallel: bool, out: str) -> None:
     from megatron_tropd.integrations.global_batch import Batch
     from megatron_tropd.losses import HiddenStatesSignal
     from megatron_tropd.mcore import models, parallel
-    from megatron_tropd.mcore.step import Student
+    from megatron_tropd.mcore.student import Student
 
     mappings._reduce = _old_reduce
     layout, vocab = ParallelConfig(tensor=2, sequence_parallel=sequence_parallel), 384
@@ -476,9 +476,7 @@ def _one_hot_teacher(student: str, sequence_parallel: bool, out: str) -> None:
         dtype=torch.float32,
         padded_vocab_size=vocab,
     )
-    chunk = Student(
-        model, train=TrainConfig(steps=1), parallel=layout, ranks=ranks, dtype=torch.float32
-    ).chunk
+    chunk = Student(model, train=TrainConfig(steps=1), parallel=layout, dtype=torch.float32).chunk
     generator = torch.Generator().manual_seed(1)
     tokens, labels = torch.randint(0, 259, (2, ROWS, SEQUENCE), generator=generator)
     weights = (torch.rand(ROWS, SEQUENCE, generator=generator) < 0.7).float()
@@ -488,7 +486,7 @@ def _one_hot_teacher(student: str, sequence_parallel: bool, out: str) -> None:
     losses = chunk(tokens, positions, None, labels=labels)
     expected = (losses * weights).sum()
     expected.backward()
-    mine = {name: p.main_grad.clone() for name, p in model.named_parameters()}
+    mine = {name: p.main_grad.clone() for name, p in model.trainable().items()}
     chunk.zero_grad_buffer()
 
     # Logits of 200 at the label and 0 elsewhere: exactly one-hot in float32.
@@ -519,7 +517,7 @@ def _one_hot_teacher(student: str, sequence_parallel: bool, out: str) -> None:
     assert count == weights.sum()
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(report["lm loss"][0], expected.detach())
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.trainable().items():
         torch.testing.assert_close(parameter.main_grad, mine[name], rtol=1e-4, atol=1e-5)
     norm = torch.stack([g.norm() for g in mine.values()]).norm()
     assert norm > 1 and len(mine) == 14

@@ -258,7 +258,7 @@ class Bench:
     ) -> None:
         from megatron_tropd.convert.hf_folder import HFFolder
         from megatron_tropd.mcore import models
-        from megatron_tropd.mcore.step import Teacher
+        from megatron_tropd.mcore.frozen import FrozenModel
 
         self.layout, _, dtype = SETTINGS[setting]
         self.folder = checkpoints
@@ -273,7 +273,7 @@ class Bench:
         self.trajectories = [recorded_trajectories(step) for step in range(STEPS)]
         self.batches = [self._pack(step) for step in range(STEPS)]
         assert min(map(len, self.batches)) > 1
-        scorer = Teacher(models.build_model(teacher, **self.building), ranks=ranks, vocab_size=259)
+        scorer = FrozenModel(models.build_model(teacher, **self.building), vocab_size=259)
         self.signals = [scorer.score(batches) for batches in self.batches]
 
     def _pack(self, step: int) -> list:
@@ -336,13 +336,12 @@ class Bench:
 
     def _learner(self, options: MegatronConfig):
         from megatron_tropd.mcore import models
-        from megatron_tropd.mcore.step import Student
+        from megatron_tropd.mcore.student import Student
 
         return Student(
             models.build_model(self.student, who="student", options=options.model, **self.building),
             train=TRAIN,
             parallel=self.layout,
-            ranks=self.ranks,
             dtype=self.dtype,
             megatron=options,
         )

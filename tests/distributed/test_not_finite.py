@@ -34,7 +34,8 @@ def _how(ranks, step: int) -> dict[str, int]:
 def _check(folder: str) -> None:
     import torch.distributed as dist
 
-    from megatron_tropd.mcore.step import NotFinite, cross_entropy
+    from megatron_tropd.mcore.schedule import cross_entropy
+    from megatron_tropd.mcore.student import NotFinite
 
     dist.init_process_group("gloo")
     runs = zip(
@@ -67,7 +68,7 @@ def _check(folder: str) -> None:
 def _skip(folder: str) -> None:
     import torch.distributed as dist
 
-    from megatron_tropd.mcore.step import cross_entropy
+    from megatron_tropd.mcore.schedule import cross_entropy
 
     dist.init_process_group("gloo")
     for name in ("pp2", "dp2_distributed_optimizer"):

@@ -205,7 +205,8 @@ def _measure(config: Config) -> dict[str, float]:
     from megatron_tropd.convert.hf_folder import HFFolder
     from megatron_tropd.distill.step_loss import StepObjective
     from megatron_tropd.mcore import models, parallel, platform
-    from megatron_tropd.mcore.step import Student, Teacher
+    from megatron_tropd.mcore.frozen import FrozenModel
+    from megatron_tropd.mcore.student import Student
 
     ranks = parallel.initialize(config.parallel, seed=1)
     folders = HFFolder(config.model.student), HFFolder(config.model.teacher)
@@ -218,11 +219,11 @@ def _measure(config: Config) -> dict[str, float]:
             *(f.config for f in folders), tensor=config.parallel.tensor
         ),
     }
-    wrapping = {"train": config.train, "parallel": config.parallel, "ranks": ranks, "dtype": kind}
+    wrapping = {"train": config.train, "parallel": config.parallel, "dtype": kind}
     student = Student(
         models.build_model(folders[0], **build, options=config.megatron.model), **wrapping
     )
-    teacher = Teacher(models.build_model(folders[1], **build), ranks=ranks, vocab_size=259)
+    teacher = FrozenModel(models.build_model(folders[1], **build), vocab_size=259)
     trajectories = _trajectories()
     batches = pack(
         trajectories,

@@ -113,7 +113,9 @@ def _train(
     from megatron_tropd.distill.step_loss import StepObjective
     from megatron_tropd.distill.token_choices import choose
     from megatron_tropd.mcore import models, parallel, platform
-    from megatron_tropd.mcore.step import Student, Teacher, output_weight
+    from megatron_tropd.mcore.frozen import FrozenModel
+    from megatron_tropd.mcore.hidden import output_weight
+    from megatron_tropd.mcore.student import Student
 
     ranks = parallel.initialize(layout, seed=1)
     folders = HFFolder(Path(student)), HFFolder(Path(teacher))
@@ -130,11 +132,10 @@ def _train(
         models.build_model(folders[0], **build),
         train=TRAIN,
         parallel=layout,
-        ranks=ranks,
         dtype=kind,
     )
     assert learner.model.config.deterministic_mode is torch.are_deterministic_algorithms_enabled()
-    scorer = Teacher(models.build_model(folders[1], **build), ranks=ranks, vocab_size=259)
+    scorer = FrozenModel(models.build_model(folders[1], **build), vocab_size=259)
     history = []
     for step in range(STEPS):
         trajectories = trajectories_of(method, step)

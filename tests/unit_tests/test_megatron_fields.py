@@ -28,8 +28,8 @@ from megatron_tropd.config import (
     TrainConfig,
 )
 from megatron_tropd.config.megatron_fields import Verdict, named_lists, verdicts
-from megatron_tropd.mcore import models, options_check, platform, step
-from megatron_tropd.mcore.options import typed
+from megatron_tropd.mcore import models, options_check, platform, schedule
+from megatron_tropd.mcore.options import ddp_config, optimizer_config, typed
 from megatron_tropd.mcore.options_check import DATACLASSES
 
 TABLES = ("model", "optimizer", "ddp")
@@ -418,9 +418,9 @@ def test_options_reach_the_models_and_the_optimizer() -> None:
     ]
     assert [c.recompute_granularity for c in built] == ["full", None]
     assert [c.bias_activation_fusion for c in built] == [False, True]
-    ddp = step.ddp_config(made.parallel, made.megatron)
+    ddp = ddp_config(made.parallel, made.megatron)
     assert (ddp.bucket_size, ddp.overlap_grad_reduce, ddp.grad_reduce_in_fp32) == (1000, True, True)
-    optimizer = step.optimizer_config(
+    optimizer = optimizer_config(
         made.train, made.parallel, torch.float32, made.megatron, model=built[0]
     )
     assert not optimizer.decoupled_weight_decay and optimizer.lr == made.train.lr
@@ -455,14 +455,14 @@ def test_rows_are_padded_as_products_in_few_bits_want_them() -> None:
 def test_passes_without_gradients_do_not_teach_the_offloading(monkeypatch) -> None:
     """Megatron's fine-grained offloading records its first pass and expects others to be alike."""
     seen = []
-    offloading = step.FineGrainedActivationOffloadingInterface
+    offloading = schedule.FineGrainedActivationOffloadingInterface
     for name in ("disable_offload", "enable_offload"):
         monkeypatch.setattr(offloading, name, lambda name=name: seen.append(name))
     made = models.transformer_config(models.model_shape(LLAMA), ParallelConfig(), torch.float32)
-    with step._nothing_offloaded(made):
+    with schedule._nothing_offloaded(made):
         seen.append(made.fine_grained_activation_offloading)
     made.fine_grained_activation_offloading = True
-    with step._nothing_offloaded(made):
+    with schedule._nothing_offloaded(made):
         seen.append(made.fine_grained_activation_offloading)
     assert seen == [False, "disable_offload", False, "enable_offload"]
     assert made.fine_grained_activation_offloading

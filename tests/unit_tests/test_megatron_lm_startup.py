@@ -206,7 +206,7 @@ def test_megatron_lm_lays_out_experts_where_the_teacher_has_some(tiny_model) -> 
 def test_megatron_lm_evaluates_where_nobody_counts_iterations() -> None:
     """As with --skip-train, which never sets ``curr_iteration``."""
     plugin = megatron_lm._Plugin(None, None)
-    plugin._teacher = Namespace(vocab_size=259, ranks=Namespace(tp_group=None))
+    plugin._teacher = Namespace(vocab_size=259, layout=Namespace(tp_group=None))
     args = teach(Path("x"), seed=1, iteration=7, check_for_nan_in_loss_and_grad=True)
     assert plugin._step_loss(args).iteration == 7
     args.curr_iteration = 9

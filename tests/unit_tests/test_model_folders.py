@@ -267,12 +267,12 @@ def test_it_gets_its_own_name_back_from_a_conversion(make: Make, tmp_path: Path,
 
 @pytest.mark.parametrize("limit", [10**9, 20_000], ids=["one file", "files"])
 def test_it_gets_its_own_name_back_from_a_run(limit: int, make: Make, tmp_path: Path):
-    from megatron_tropd.mcore.weights import _write_folder
+    from megatron_tropd.mcore.export import write_folder
 
     source, out = HFFolder(make(head_only)), tmp_path / "out"
     names = [name for name in expected_tensors(source.config) if name != HEAD]
     stream = iter([(name, source.read(name)) for name in names])
-    _write_folder(stream, source, out, torch.float32, limit)
+    write_folder(stream, source, out, torch.float32, limit)
     again = HFFolder(out)
     assert len(again.files) == (1 if limit == 10**9 else len(again.files)) and again.files
     assert again.stored_name(EMBEDDING) == HEAD and again.names == source.names

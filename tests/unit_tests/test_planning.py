@@ -24,7 +24,7 @@ from megatron_tropd.losses import chunks, vocab_parallel
 from megatron_tropd.losses.dense import DenseSpec
 from megatron_tropd.losses.signals import HiddenStatesSignal
 from megatron_tropd.losses.vocab_parallel import shard_of
-from megatron_tropd.mcore import platform
+from megatron_tropd.mcore.layout import CUDA_ROW_MULTIPLE
 from megatron_tropd.planning import (
     PRESETS,
     Hardware,
@@ -375,7 +375,7 @@ def test_constants_are_those_of_the_trainer():
     assert planned_memory.TEACHER_SHARE == MEMORY_ALONE
     assert planned_memory._BUCKET == weight_sync.BUCKET_BYTES
     assert planned_memory._GROUP == vocab_parallel._GROUP
-    assert row_multiple(H100) == platform._CUDA_ROW_MULTIPLE
+    assert row_multiple(H100) == CUDA_ROW_MULTIPLE
 
 
 def test_more_gpus_than_one_are_recommended_where_one_does_not_hold_the_models():

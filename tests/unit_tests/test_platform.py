@@ -35,11 +35,12 @@ def run(script: str) -> None:
 
 
 def test_rows_are_rounded_up_on_a_gpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_tropd.mcore import platform
+    from megatron_tropd.mcore.layout import Layout
 
-    assert platform.row_multiple() == 1
+    layout = Layout(0, 1, 0, 1, 0, 1, 0, 1, groups=None)  # type: ignore[arg-type]
+    assert layout.row_multiple == 1
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert platform.row_multiple() == 128
+    assert layout.row_multiple == 128
 
 
 def test_a_gpu_run_never_touches_the_patches() -> None:
@@ -156,9 +157,9 @@ def test_the_number_of_processes_is_checked(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_places_and_ranks_are_inverse() -> None:
     from megatron_tropd.convert.sizes import stage_sizes
-    from megatron_tropd.mcore.parallel import Ranks
+    from megatron_tropd.mcore.layout import Layout
 
-    ranks = Ranks(0, 12, 0, 2, 0, 3, 0, 2, None, None, None, None, None)  # type: ignore[arg-type]
+    ranks = Layout(0, 12, 0, 2, 0, 3, 0, 2, groups=None)  # type: ignore[arg-type]
     for rank in range(12):
         tp_rank, pp_rank, dp_rank = ranks.place(rank)
         assert ranks.global_rank(tp_rank=tp_rank, pp_rank=pp_rank, dp_rank=dp_rank) == rank

@@ -135,14 +135,14 @@ def test_autograd_keeps_what_it_keeps_on_a_gpu(answer):
 @program(
     """
     from megatron_tropd.distill import metrics as step_metrics
-    from megatron_tropd.mcore import step
+    from megatron_tropd.mcore import student
     import inspect
-    source = inspect.getsource(step.broken_gradients)
+    source = inspect.getsource(student.broken_gradients)
     model = torch.nn.Linear(4, 4, device="cuda")
     for parameter in model.parameters():
         parameter.main_grad = parameter.detach().clone()
-    step.broken_gradients(model)
-    first = inspect.getsourcelines(step.broken_gradients)[1]
+    student.broken_gradients(model)
+    first = inspect.getsourcelines(student.broken_gradients)[1]
     line = first + next(
         n for n, text in enumerate(source.splitlines()) if "isfinite" in text
     )
@@ -152,7 +152,7 @@ def test_autograd_keeps_what_it_keeps_on_a_gpu(answer):
 def test_a_planted_wait_is_found_with_its_line(answer):
     """In the source of a module of ours, through the trainer's own call."""
     *waits, line = answer
-    assert waits == [["item", f"megatron_tropd/mcore/step.py:{line}", 2]]
+    assert waits == [["item", f"megatron_tropd/mcore/student.py:{line}", 2]]
 
 
 @program(

@@ -25,7 +25,6 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from megatron_tropd.mcore import platform, models, parallel
-from megatron_tropd.mcore.weights import export_weights
 from megatron_tropd.config import ParallelConfig
 from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.convert.layout import layout
@@ -56,7 +55,7 @@ def marks(path, with_te):
         folder, ranks=ranks, parallel=places, dtype=torch.float32, padded_vocab_size=width
     )
     found = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.trainable().items():
         # Where it is not said, gradients are summed over the data-parallel ranks.
         default = {"allreduce": True}
         found[name] = {x: getattr(parameter, x, default.get(x)) for x in names}
@@ -88,21 +87,21 @@ def look(path, ranks, out):
     model = models.build_model(folder, **settings)
     hf_to_megatron(ToMegatron(path, out))
     again = models.build_model(MegatronFolder(out / "release"), **settings)
-    loaded = dict(again.named_parameters())
-    for name, parameter in model.named_parameters():
+    loaded = dict(again.trainable())
+    for name, parameter in model.trainable().items():
         assert torch.equal(parameter, loaded.pop(name)), name
     assert not loaded
-    exported = dict(export_weights(model, folder.config, ranks, padded_vocab_size=width))
+    exported = dict(model.exported())
     assert exported.keys() == folder.names, exported.keys() ^ folder.names
     for name, tensor in exported.items():
         assert torch.equal(tensor, folder.read(name)), name
     expected = layout(folder.config, width)
-    state = model.sharded_state_dict()
+    state = model.module.sharded_state_dict()
     apply_factories(state)  # gate and up projection are stored as one, and made of two
     state = list(leaves(state))
     tensors = {x.key: list(x.global_shape) for x in state if isinstance(x, ShardedTensor)}
     objects = sorted(x.unique_key for x in state if isinstance(x, ShardedObject))
-    te = {type(m).__name__ for m in model.modules() if type(m).__name__.startswith("TE")}
+    te = {type(m).__name__ for m in model.module.modules() if type(m).__name__.startswith("TE")}
     return {
         "tensors": tensors,
         "expected tensors": {k: list(v) for k, v in expected.shapes().items()},

@@ -1,0 +1,144 @@
+"""How a run is laid out over its ranks: what every axis means, said in one place."""
+
+from dataclasses import dataclass, field
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_tropd.config import ParallelConfig
+from megatron_tropd.data.batch import MicroBatch
+from megatron_tropd.mcore import platform
+
+CUDA_ROW_MULTIPLE = 128
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The axes, this rank's place on them, and the process groups it belongs to.
+
+    Tensor-parallel ranks are neighbours, then come context, data and pipeline: Megatron's order.
+    """
+
+    rank: int
+    world_size: int
+    tp_rank: int
+    tp_size: int
+    pp_rank: int
+    pp_size: int
+    dp_rank: int
+    dp_size: int
+    groups: ProcessGroupCollection = field(repr=False)
+    """Megatron's, by its names."""
+    cp_rank: int = 0
+    cp_size: int = 1
+    ep_size: int = 1
+    """Neighbours that share the experts; 1: each has them all."""
+    etp_size: int = 1
+    """Tensor-parallel ranks of each expert: all of them, or 1. Neighbours are then replicas, or
+    single ranks."""
+    pad_multiple: int = 1
+    """What the padded length of a row is a multiple of, so that the models can compute it."""
+
+    @property
+    def tp_group(self) -> dist.ProcessGroup:
+        """Ranks holding the other shards of the same layers."""
+        return self.groups.tp
+
+    @property
+    def dp_group(self) -> dist.ProcessGroup:
+        """Ranks holding the same weights for other rows."""
+        return self.groups.dp
+
+    @property
+    def loss_group(self) -> dist.ProcessGroup:
+        """Ranks holding the same weights for other tokens: sums of the loss go over them."""
+        return self.groups.dp_cp
+
+    @property
+    def row_multiple(self) -> int:
+        """What lengths of rows are rounded up to, if there is room.
+
+        On CUDA kernels are chosen, and some compiled, for each shape; products and attention are
+        fast at multiples of their tiles.
+        """
+        return CUDA_ROW_MULTIPLE if platform.has_cuda() else 1
+
+    def local(self, batch: MicroBatch) -> MicroBatch:
+        """The part of a micro-batch that this rank computes: all of its positions."""
+        return batch
+
+    @property
+    def ep_rank(self) -> int:
+        """Which part of the experts this rank holds."""
+        return self.ep_rank_of(self.rank)
+
+    def ep_rank_of(self, rank: int) -> int:
+        """Which part of the experts a global rank holds."""
+        return rank // self.etp_size % self.ep_size
+
+    def neighbour(self, rank: int, ep_rank: int) -> int:
+        """The rank that holds part ``ep_rank`` of the experts that ``rank`` shares."""
+        return rank + (ep_rank - self.ep_rank_of(rank)) * self.etp_size
+
+    def expert_shard(self) -> tuple[int, int]:
+        """(number, count) of the shards of one expert; this rank's, and all."""
+        return (self.tp_rank, self.tp_size) if self.etp_size > 1 else (0, 1)
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank holds the embedding."""
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank holds the output layer, hence the loss."""
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes the run's files."""
+        return self.rank == 0
+
+    def global_rank(self, *, tp_rank: int, pp_rank: int, dp_rank: int) -> int:
+        """The rank at a place of the layout."""
+        return (pp_rank * self.dp_size + dp_rank) * self.tp_size + tp_rank
+
+    def place(self, rank: int) -> tuple[int, int, int]:
+        """(tp_rank, pp_rank, dp_rank) of a global rank; inverse of :meth:`global_rank`."""
+        rest, tp_rank = divmod(rank, self.tp_size)
+        pp_rank, dp_rank = divmod(rest, self.dp_size)
+        return tp_rank, pp_rank, dp_rank
+
+
+def axis_sizes(parallel: ParallelConfig) -> dict[str, int]:
+    """Sizes of the axes by the names that Megatron's process groups and its models share."""
+    return {
+        "tensor_model_parallel_size": parallel.tensor,
+        "pipeline_model_parallel_size": parallel.pipeline,
+        "expert_model_parallel_size": parallel.expert,
+        "expert_tensor_parallel_size": parallel.shards_of_expert,
+    }
+
+
+def current_layout(*, pad_multiple: int = 1) -> Layout:
+    """This process' place in Megatron's parallel state, which somebody has set up.
+
+    In Megatron's default order of the axes.
+    """
+    return Layout(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=parallel_state.get_tensor_model_parallel_world_size(),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        cp_size=parallel_state.get_context_parallel_world_size(),
+        groups=ProcessGroupCollection.use_mpu_process_groups(),
+        ep_size=parallel_state.get_expert_model_parallel_world_size(),
+        etp_size=parallel_state.get_expert_tensor_parallel_world_size(),
+        pad_multiple=pad_multiple,
+    )

@@ -1,0 +1,175 @@
+"""Micro-batches through a model by Megatron's pipeline schedules.
+
+The output layer is never run: through ``output_processor`` the model gives the hidden states of
+the positions that carry loss, and the loss gets them with the output layer's weight. T = loss
+tokens of a micro-batch, v = this rank's vocabulary shard, H = hidden size.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.models.gpt import GPTModel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel.fine_grained_activation_offload import (
+    FineGrainedActivationOffloadingInterface,
+)
+from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor
+
+from megatron_tropd.data.batch import MicroBatch
+from megatron_tropd.mcore.hidden import Rows, SomeGradient, loss_token_states, output_weight, unwrap
+
+LossFn = Callable[[Tensor, Tensor, MicroBatch, int], tuple[Tensor, dict[str, Tensor]]]
+"""(hidden states [T, H], output weight [v, H], micro-batch, its index) -> (summed loss, sums to
+report). The hidden states are whole on every tensor-parallel rank, and the gradient a rank gives
+them is summed over those; the weight's may instead be added to its ``main_grad``."""
+
+
+def gradients(
+    chunk: DistributedDataParallel, micro_batches: Sequence[MicroBatch], loss_fn: LossFn
+) -> list[dict[str, Tensor]]:
+    """Gradients of sum(loss) / global number of loss tokens, into the main gradients.
+
+    Args:
+        chunk: the student.
+        micro_batches: of this data-parallel rank, the same list on all its stages.
+        loss_fn: called at the last stage with the hidden states of the loss tokens.
+
+    Returns:
+        The reports of ``loss_fn`` (last stage; empty elsewhere).
+
+    Collectives: those of Megatron's schedule and ``finalize_model_grads``.
+    """
+    gpt = unwrap(chunk)
+    weight_vH = output_weight(gpt) if gpt.post_process else None
+    return run_schedule(
+        chunk,
+        micro_batches,
+        forward_step=partial(_with_loss, loss_fn=loss_fn, weight_vH=weight_vH),
+        forward_only=False,
+    )
+
+
+@torch.no_grad()
+def hidden_states(model: GPTModel, micro_batches: Sequence[Rows]) -> list[Tensor]:
+    """Hidden states of the loss tokens: a forward pass alone.
+
+    Args:
+        model: not wrapped.
+        micro_batches: of this data-parallel rank.
+
+    Returns:
+        [T, H] per micro-batch on the last stage, an empty list elsewhere.
+
+    Collectives: forward only, those of the schedule; the hidden states of a sequence-parallel model
+    are gathered over the tensor-parallel group.
+    """
+    model.eval()
+    with _nothing_offloaded(model.config):
+        return run_schedule(model, micro_batches, forward_step=_forward_only, forward_only=True)
+
+
+def run_schedule(
+    model: torch.nn.Module,
+    micro_batches: Sequence[Rows],
+    *,
+    forward_step: Callable[..., Any],
+    forward_only: bool,
+) -> list[Any]:
+    """Send micro-batches of differing lengths through Megatron's pipeline schedule.
+
+    Args:
+        model: the (wrapped) model chunk of this stage.
+        micro_batches: at least one; equally many on every stage.
+        forward_step: Megatron's ``forward_step_func``.
+        forward_only: no backward; ``forward_step``'s function then returns what to collect.
+
+    Returns:
+        What the loss function gave per micro-batch (last stage; empty elsewhere).
+    """
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(enumerate(micro_batches)),
+        model=model,
+        num_microbatches=len(micro_batches),
+        # Ignored: shapes travel with each micro-batch (variable_seq_lengths).
+        seq_length=micro_batches[0].tokens.shape[1],
+        micro_batch_size=micro_batches[0].tokens.shape[0],
+        forward_only=forward_only,
+        collect_non_loss_data=forward_only,
+    )
+
+
+def _with_loss(
+    iterator: Iterator[tuple[int, MicroBatch]],
+    model: DistributedDataParallel,
+    *,
+    loss_fn: LossFn,
+    weight_vH: Tensor | None,
+) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]]:
+    index, batch = next(iterator)
+
+    def loss(hidden_TH: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        assert weight_vH is not None, "only the last stage has a loss"
+        loss_sum, report = loss_fn(hidden_TH, weight_vH, batch, index)
+        num_tokens = loss_sum.new_full((), len(batch.loss_at), dtype=torch.int)
+        if model.ddp_config.overlap_grad_reduce:
+            loss_sum = SomeGradient.apply(loss_sum, weight_vH)
+        return loss_sum, num_tokens, report
+
+    return loss_token_states(model, batch), loss
+
+
+def _forward_only(
+    iterator: Iterator[tuple[int, Rows]], model: torch.nn.Module
+) -> tuple[Tensor, Callable[..., Tensor]]:
+    _, batch = next(iterator)
+    mask = getattr(batch, "attention_mask", None)
+    return loss_token_states(model, batch, mask), lambda hidden_TH, non_loss_data=True: hidden_TH
+
+
+@contextmanager
+def _nothing_offloaded(config: TransformerConfig) -> Iterator[None]:
+    """Keep fine-grained offloading out of passes that save nothing for a backward pass.
+
+    It learns from the first pass what the following ones will save.
+    """
+    if not config.fine_grained_activation_offloading:
+        yield
+        return
+    FineGrainedActivationOffloadingInterface.disable_offload()
+    config.fine_grained_activation_offloading = False
+    try:
+        yield
+    finally:
+        config.fine_grained_activation_offloading = True
+        FineGrainedActivationOffloadingInterface.enable_offload()
+
+
+def cross_entropy(
+    hidden_TH: Tensor, weight_vH: Tensor, batch: MicroBatch, _: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Next-token cross entropy of the loss tokens, a :data:`LossFn` for supervised training.
+
+    Args:
+        hidden_TH: [T, H] of the loss tokens.
+        weight_vH: [v, H] this rank's shard of the output layer.
+        batch: gives the labels.
+
+    Returns:
+        The sum over T and ``{"loss": sum, "tokens": T}``.
+
+    Collectives: 3 all-reduces of [T] (Megatron's vocabulary-parallel cross entropy).
+    """
+    labels_T = batch.of_loss_tokens(batch.labels)
+    logits_Tv = F.linear(hidden_TH, weight_vH)
+    # Megatron overwrites fp32 logits; nobody reads these again.
+    loss = vocab_parallel_cross_entropy(logits_Tv.float().unsqueeze(1), labels_T.unsqueeze(1)).sum()
+    count = loss.new_full((), len(labels_T), dtype=torch.float32)
+    return loss, {"loss": loss.detach(), "tokens": count}
