@@ -13,6 +13,7 @@ from megatron_tropd.convert.accounting import (
     CHECKSUMS,
     check_not_quantised,
     check_shapes,
+    differences,
     listed,
 )
 from megatron_tropd.convert.companions import CONFIG, SUBFOLDER
@@ -145,18 +146,9 @@ class MegatronFolder:
             for name in self.reader.objects
             if not (is_other_state(name) or is_extra_state(name))
         ]
-        problems = [
-            f"{what} {len(some)}: {listed(some)}"
-            for what, some in (
-                ("misses", sorted(set(missing))),
-                ("has unexpected", sorted(surplus)),
-            )
-            if some
-        ]
-        if problems:
+        if problems := differences(sorted(set(missing)), sorted(surplus)):
             raise InputError(
-                f"{where} {'; it '.join(problems)}. It is not the model of "
-                f"{self.companions / CONFIG}."
+                f"{where} {problems}. It is not the model of {self.companions / CONFIG}."
             )
         check_shapes(expected, {n: self.reader.shape(n) for n in expected}, where, self.config)
         return found
