@@ -35,8 +35,7 @@ from megatron_tropd.data.tokenizers import load_tokenizer, stop_token_ids
 from megatron_tropd.distill.inputs import load_inputs
 from megatron_tropd.planning.parameters import open_architecture
 from megatron_tropd.rollout.engines.engine import RolloutEngine, context_length, expected_tensors
-from megatron_tropd.tasks.rollouts import weights_identity
-from megatron_tropd.tasks.teacher_responses import model_identity
+from megatron_tropd.tasks.sample_files import model_identity
 
 Tensors = dict[str, torch.Tensor]
 Make = Callable[..., Path]
@@ -136,9 +135,9 @@ def test_files_that_are_not_the_models_are_named_and_not_read(
     for who in ("student", "teacher"):
         code, text = command("distill", f"model.{who}={folder}")
         assert code == 0 and f"consolidated.safetensors ({who}" in text
-    identities = [model_identity(folder), weights_identity(folder)]
+    identities = [model_identity(folder), model_identity(folder, whole=True)]
     (folder / "consolidated.safetensors").unlink()
-    assert identities == [model_identity(folder), weights_identity(folder)]
+    assert identities == [model_identity(folder), model_identity(folder, whole=True)]
     link_folder(found, _new(tmp_path / "linked"))
     assert sorted(p.name for p in (tmp_path / "linked").iterdir()) == ["config.json", SINGLE, INDEX]
     hf_to_megatron(ToMegatron(folder, tmp_path / "m"))
