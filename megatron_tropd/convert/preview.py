@@ -11,6 +11,7 @@ import torch
 from megatron_tropd.base.errors import InputError
 from megatron_tropd.base.text_files import read_json_object
 from megatron_tropd.convert.accounting import account, expected_tensors
+from megatron_tropd.convert.checkpoint_layout import CheckpointLayout, checkpoint_layout
 from megatron_tropd.convert.companions import CONFIG, config_dtype, left_out
 from megatron_tropd.convert.families import describe, plan
 from megatron_tropd.convert.hf_folder import (
@@ -19,7 +20,6 @@ from megatron_tropd.convert.hf_folder import (
     read_weight_map,
     stored_names,
 )
-from megatron_tropd.convert.layout import Layout, layout
 from megatron_tropd.convert.megatron_folder import MegatronFolder
 from megatron_tropd.convert.ops import FusedQKV, GateUp, Operation, Sharded, VocabularyRows
 from megatron_tropd.convert.pickled_folder import open_source
@@ -82,7 +82,7 @@ def preview_to_megatron(job: ToMegatron) -> Preview:
     """
     config = read_config(job.hf)
     notes, dtypes = _source(config, job)
-    where = layout(config, padded_vocab(config, job.tensor_parallel))
+    where = checkpoint_layout(config, padded_vocab(config, job.tensor_parallel))
     notes.append(
         f"vocabulary padded to {where.padded_vocab} rows; {len(where.objects)} empty extra states"
     )
@@ -174,7 +174,7 @@ def _compare_size(index: dict[str, Any], planned: int, weights: Mapping[str, str
     return f"{counted}, {said:,} bytes: {agrees}"
 
 
-def _lines(where: Layout, dtypes: Mapping[str, torch.dtype]) -> list[Line]:
+def _lines(where: CheckpointLayout, dtypes: Mapping[str, torch.dtype]) -> list[Line]:
     shapes = where.shapes()
     return [
         Line(

@@ -22,6 +22,7 @@ from megatron_tropd.convert.accounting import (
     converted,
     known_digests,
 )
+from megatron_tropd.convert.checkpoint_layout import CheckpointLayout, checkpoint_layout
 from megatron_tropd.convert.checks import check_headers, check_parallel, not_tied
 from megatron_tropd.convert.companions import (
     SUBFOLDER,
@@ -30,7 +31,6 @@ from megatron_tropd.convert.companions import (
 )
 from megatron_tropd.convert.families import Entry, ModelShape, model_shape, rope_parameters
 from megatron_tropd.convert.hf_folder import EMBEDDING, HFFolder
-from megatron_tropd.convert.layout import Layout, layout
 from megatron_tropd.convert.megatron_folder import TRACKER
 from megatron_tropd.convert.pickled_folder import open_source
 from megatron_tropd.convert.publish import claim, publishing
@@ -79,7 +79,7 @@ def hf_to_megatron(job: ToMegatron, progress: Progress = lambda name, size: None
     source = open_source(job.hf, allow_pickle=job.allow_pickle)
     redundant = check_source(source, job)
     padded = padded_vocab(source.config, job.tensor_parallel)
-    where = layout(source.config, padded)
+    where = checkpoint_layout(source.config, padded)
     reading = _Checked(source, job.dtype)
     if redundant:
         _check_tied(reading, redundant)
@@ -174,7 +174,7 @@ class _Checked:
         return self.dtype or self.source.dtype(next(iter(entry.operation.hf_shapes())))
 
 
-def _parts(where: Layout, reading: _Checked, progress: Progress) -> list[Part]:
+def _parts(where: CheckpointLayout, reading: _Checked, progress: Progress) -> list[Part]:
     shapes, copied = where.shapes(), {old: new for new, old in where.copies.items()}
 
     def make(entry: Entry, key: str) -> Tensor:
