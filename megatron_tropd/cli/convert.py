@@ -165,10 +165,8 @@ def _convert(
     """Print the plan, or convert and verify.
 
     Args:
-        arguments: of the command.
         plan: what ``convert`` will do.
         convert: takes the function that it tells its progress.
-        companions: folder of the tokenizer.
         written: which of the two folders the conversion makes.
     """
     if arguments.dry_run:

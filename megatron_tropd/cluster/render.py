@@ -30,9 +30,6 @@ def render_job(config: Config, site: Site, layout: JobLayout, *, path: Path) -> 
     """The job file, a shell script for sbatch.
 
     Args:
-        config: the run.
-        site: the cluster.
-        layout: of the run on its nodes.
         path: of the config that the job reads whenever it starts (:func:`copy_config`).
 
     Raises:

@@ -48,9 +48,7 @@ def account(
     """Compare the names that a model needs with those that a folder holds.
 
     Args:
-        hf_config: the config.json dictionary.
         names: HF names in the folder or its index.
-        where: how messages call it.
 
     Returns:
         The plan, and the names that nobody needs and that are known to be redundant: a tied output
@@ -133,9 +131,6 @@ def check_shapes(
     """Compare shapes.
 
     Args:
-        expected: by the plan.
-        found: in the folder.
-        where: how messages call it.
         hf_config: the config.json dictionary; messages name the sizes that it leaves out.
 
     Raises:
@@ -199,10 +194,6 @@ def known_digests(folder: Path, files: Iterable[str]) -> dict[str, str]:
 
     The Hub's cache names a file by its digest, and a download into a folder keeps it in
     ``.cache/huggingface/download/<file>.metadata``.
-
-    Args:
-        folder: HF folder.
-        files: names of its weight files.
 
     Returns:
         file -> 64 hexadecimal digits; files without a known digest are absent.

@@ -79,10 +79,6 @@ class CheckpointLayout:
 def checkpoint_layout(hf_config: dict[str, Any], padded_vocab: int) -> CheckpointLayout:
     """Lay a model out.
 
-    Args:
-        hf_config: its config.json dictionary.
-        padded_vocab: rows of the embeddings in the checkpoint.
-
     Raises:
         InputError: the architecture is not supported.
     """

@@ -18,8 +18,6 @@ def check_parallel(hf_config: dict[str, Any], parallel: ParallelConfig, *, who: 
     """Check that a model can be laid out.
 
     Args:
-        hf_config: its config.json dictionary.
-        parallel: the layout.
         who: how messages call the model: "student" or "teacher".
 
     Raises:

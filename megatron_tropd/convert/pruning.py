@@ -24,7 +24,6 @@ def drop_layers(
 
     Args:
         model: HF folder, safetensors, layers named ``model.layers.<n>.``.
-        out: folder to write, which must not exist.
         layers: numbers of the layers to leave out, from 0.
         max_file_bytes: larger models are split into files of at most this size.
 

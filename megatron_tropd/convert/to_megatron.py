@@ -67,10 +67,6 @@ class ToMegatron:
 def hf_to_megatron(job: ToMegatron, progress: Progress = lambda name, size: None) -> None:
     """Convert; the output appears whole or not at all.
 
-    Args:
-        job: what to do.
-        progress: told of every Megatron tensor written.
-
     Raises:
         InputError, ConfigError: the model cannot be converted, or the output exists.
         OSError: the output could not be written; nothing of it is left.

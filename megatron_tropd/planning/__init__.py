@@ -43,10 +43,8 @@ def make_plan(
 
     Args:
         config: the run; of its files only both models' config.json are read.
-        hardware: one GPU and its links.
         gpus: of the recommended layout, engines' own included; None: as many as the config's
             layout has.
-        prompt_tokens: assumed length of a prompt.
         response_tokens: assumed average length of a response; None: ``max_new_tokens``.
 
     Raises:

@@ -129,7 +129,6 @@ def memory_of_stage(run: PlannedRun, stage: int) -> Memory:
     """Every item on a GPU of a pipeline stage.
 
     Args:
-        run: the run.
         stage: 0-based.
     """
     student, teacher = run.parameters_of(run.student, stage), run.parameters_of(run.teacher, stage)
@@ -186,12 +185,7 @@ def fullest_stages(run: PlannedRun) -> list[Memory]:
 
 
 def obstacle(run: PlannedRun, stages: list[Memory]) -> str:
-    """Why a layout does not fit, or nothing if it does.
-
-    Args:
-        run: the run.
-        stages: the fullest at least.
-    """
+    """Why a layout does not fit, or nothing if it does."""
     usable, peak = run.hardware.usable_bytes, max(stage.peak for stage in stages)
     if peak > usable:
         return f"a training GPU needs {peak / 1e9:.1f} GB of {usable / 1e9:.1f} usable ones"
@@ -365,7 +359,6 @@ def engine_memory(run: PlannedRun, model: Model | None = None) -> Engine:
     """An engine on each of its GPUs.
 
     Args:
-        run: the run.
         model: what it serves; None: the student.
     """
     model, rollout = model or run.student, run.rollout

@@ -96,7 +96,6 @@ def open_architecture(path: str, who: str) -> Model:
 
     Args:
         path: HF folder, a folder with nothing but config.json, or a Megatron checkpoint.
-        who: "student" or "teacher".
 
     Raises:
         InputError: there is no such folder, no readable config.json, or its architecture is not

@@ -114,8 +114,6 @@ def plan_run(
 
     Args:
         config: the run; texts and weights it names are not read.
-        hardware: one GPU and its links.
-        prompt_tokens: assumed length of a prompt.
         response_tokens: assumed average length of a response; None: the longest.
 
     Raises:

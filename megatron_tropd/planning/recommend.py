@@ -45,10 +45,6 @@ def recommend(run: PlannedRun, gpus: int) -> Recommendation:
     the best layout with the other ``steps_ahead`` is named beside. Of layouts whose estimates
     differ by less than 5 % the one with the fewest options and the least parallelism is taken.
 
-    Args:
-        run: the run.
-        gpus: how many there are, engines' own included.
-
     Raises:
         ConfigError: the trainer would accept no layout of so many GPUs.
     """

@@ -68,12 +68,7 @@ class Seconds:
 
 
 def seconds(run: PlannedRun, sent: Communication) -> Seconds:
-    """Every phase of one step.
-
-    Args:
-        run: the run.
-        sent: its communication.
-    """
+    """Every phase of one step."""
     passes = pass_seconds(run, run.student, backward=True)
     student = passes + _reduction_seconds(run, sent, passes)
     if run.config.loss.needs_student_pass:
@@ -118,8 +113,6 @@ def pass_seconds(run: PlannedRun, model: Model, *, backward: bool) -> float:
     """A pipeline's passes over all micro-batches: (m + p - 1) times the slowest stage.
 
     Args:
-        run: the run.
-        model: which of the pair.
         backward: with backward pass (twice the products of the forward) and loss.
     """
     p, work, hardware = run.parallel, run.work, run.hardware

@@ -60,7 +60,6 @@ class RolloutRound:
         """Plan the ``prompts_per_step x samples_per_prompt`` samples as the trainer plans its step.
 
         Args:
-            prompts: of the whole file.
             responses: teacher responses by ``Prompt.index``; None: no prefixes.
 
         Raises:
@@ -97,17 +96,11 @@ def write_rollouts(
     Args:
         engine: makes an engine that serves the student; not called when nothing is missing.
         plans: of :meth:`RolloutRound.plan`, in the order of the file.
-        tokenizer: the student's.
         path: the file; made if absent.
         which: the round, recorded in the header and compared when the file is continued.
-        sampling: temperature, top-p and stop ids.
         weights: identity of the student's weights (``model_identity(folder, whole=True)``).
         template: what the prompts' chat template read beside the messages, for the header.
         resume: as in :func:`~megatron_tropd.tasks.sample_files.write_samples`.
-        progress: likewise.
-
-    Returns:
-        How many rollouts were added.
 
     Raises:
         InputError: as ``write_samples``.

@@ -47,12 +47,8 @@ def write_samples(
         path: the file; made if absent.
         header: its first line; its settings are compared when the file is continued.
         key: names of the integers that tell lines apart.
-        sampling: temperature, top-p and stop ids.
         resume: continue an existing file; False: an existing file is an error.
         progress: called with (lines in the file, lines wanted) after every batch.
-
-    Returns:
-        How many lines were added.
 
     Raises:
         InputError: the file exists and may not be continued, was made with other settings, is
@@ -80,7 +76,6 @@ def model_identity(folder: str | Path, *, whole: bool = False) -> str:
     """Hash of what decides the samples of an HF folder: config.json and the weights.
 
     Args:
-        folder: HF folder.
         whole: read the weight files whole; else only their sizes and first MiB, which tell other
             models apart, but not two steps of one training.
 

@@ -35,20 +35,11 @@ def write_responses(
 
     Args:
         engine: makes an engine that serves the teacher; not called when nothing is missing.
-        prompts: what to continue.
-        tokenizer: the teacher's.
         path: the file; made if absent.
-        sampling: temperature, top-p and stop ids.
-        max_new_tokens: longest response.
-        samples: responses per prompt.
         seed: keys the samples, with prompt and number of the sample.
         teacher: identity of the teacher's weights (``model_identity(folder)``).
         template: what the prompts' chat template read beside the messages, for the header.
         resume: as in :func:`~megatron_tropd.tasks.sample_files.write_samples`.
-        progress: likewise.
-
-    Returns:
-        How many responses were added.
 
     Raises:
         InputError: as ``write_samples``.

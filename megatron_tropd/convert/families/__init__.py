@@ -102,7 +102,6 @@ def engine_config(hf_config: dict[str, Any], vocab_size: int | None = None) -> d
     """The config.json of the same model with the keys that were read and no others.
 
     Args:
-        hf_config: the config.json dictionary.
         vocab_size: columns of the embeddings; None: the model's.
 
     Raises:
@@ -149,7 +148,6 @@ def plan(hf_config: dict[str, Any], padded_vocab: int | None = None) -> list[Ent
     """Every parameter of the model in the order of the layers; tied output layers left out.
 
     Args:
-        hf_config: the config.json dictionary.
         padded_vocab: rows of the padded embedding; None: not padded.
     """
     shape = model_shape(hf_config)

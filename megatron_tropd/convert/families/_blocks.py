@@ -13,8 +13,6 @@ def standard_layer(shape: ModelShape, hf: str, names: Mixture | None) -> list[En
     """Attention with the biases and norms that ``shape`` says, and a gated MLP or experts.
 
     Args:
-        shape: of the model.
-        hf: prefix of the layer.
         names: of the experts; None: the family is dense.
     """
     return [
