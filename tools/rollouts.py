@@ -26,7 +26,8 @@ from megatron_tropd.data.samples import Sampling
 from megatron_tropd.data.tokenizers import load_tokenizer, num_ids, stop_token_ids
 from megatron_tropd.distill.engines import add_engine_options, tool_engine
 from megatron_tropd.rollout.engines.engine import context_length
-from megatron_tropd.tasks.rollouts import Round, weights_identity, write_rollouts
+from megatron_tropd.tasks.recorded_rollouts import RolloutRound, write_rollouts
+from megatron_tropd.tasks.sample_files import model_identity
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -73,7 +74,7 @@ def _student_of(config: Config) -> str:
     return str(trained) if trained.is_dir() else config.model.student
 
 
-def describe_round(options: argparse.Namespace, num_prompts: int) -> Round:
+def describe_round(options: argparse.Namespace, num_prompts: int) -> RolloutRound:
     """The round that the options ask for.
 
     Args:
@@ -96,7 +97,7 @@ def describe_round(options: argparse.Namespace, num_prompts: int) -> Round:
         temperature=options.temperature,
         top_p=options.top_p,
     )
-    return Round(
+    return RolloutRound(
         rollout=rollout,
         guidance=GuidanceConfig(prefixed_per_prompt=options.prefixed_per_prompt),
         number=options.round,
@@ -146,7 +147,7 @@ def main(arguments: list[str] | None = None) -> None:
                 top_p=options.top_p,
                 stop_token_ids=stop_token_ids(options.student, options.stop_token_ids),
             ),
-            weights=weights_identity(options.student),
+            weights=model_identity(options.student, whole=True),
             template=template,
             resume=options.resume,
             progress=progress,

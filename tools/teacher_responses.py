@@ -19,7 +19,8 @@ from megatron_tropd.data.samples import Sampling
 from megatron_tropd.data.tokenizers import load_tokenizer, num_ids, stop_token_ids
 from megatron_tropd.distill.engines import add_engine_options, tool_engine
 from megatron_tropd.rollout.engines.engine import RolloutEngine, context_length
-from megatron_tropd.tasks.teacher_responses import model_identity, write_responses
+from megatron_tropd.tasks.sample_files import model_identity
+from megatron_tropd.tasks.teacher_responses import write_responses
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

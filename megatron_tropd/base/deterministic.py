@@ -46,10 +46,6 @@ def set_environment(
 ) -> None:
     """Set what CUDA's libraries read, if ``run.deterministic`` is on; before they start.
 
-    Args:
-        deterministic: the setting.
-        environment: of this process.
-
     Raises:
         ConfigError: a variable has a value under which bits differ.
     """
@@ -71,7 +67,6 @@ def check_options(table: str, options: Mapping[str, Any]) -> None:
 
     Args:
         table: name of the table, for messages: "model" or "teacher".
-        options: the table.
 
     Raises:
         ConfigError: one has such a value.

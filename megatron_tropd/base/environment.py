@@ -29,9 +29,7 @@ def number(
     """Its value as a number that is not negative.
 
     Args:
-        name: of the variable.
         default: if it is not set; None: it must be.
-        environment: where to look.
         advice: what the user is to do about a bad value.
 
     Raises:

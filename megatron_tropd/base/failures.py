@@ -88,7 +88,6 @@ def report(path: Path, failure: Failure) -> bool:
     """Write ``failure.json`` unless a cause is already there.
 
     Args:
-        path: of the file.
         failure: node, time and exit code are filled in.
 
     Returns:

@@ -26,7 +26,6 @@ def patiently(action: Callable[[], Any], path: Path) -> None:
 
     Args:
         action: writes ``path`` and may be repeated.
-        path: named in the error.
 
     Raises:
         TrainingError: the last attempt failed; kind "disk".
@@ -48,12 +47,6 @@ def patiently(action: Callable[[], Any], path: Path) -> None:
 
 def read_patiently[T](action: Callable[[], T]) -> T:
     """Call ``action`` until it can read, for about a minute.
-
-    Args:
-        action: reads and may be repeated.
-
-    Returns:
-        What it returns.
 
     Raises:
         OSError: it could not read to the end; at once where there is no such file.

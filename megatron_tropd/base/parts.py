@@ -26,9 +26,6 @@ def load_part(package: str, name: str, *, attribute: str, setting: str) -> Any:
         attribute: what our modules call the part.
         setting: for the message, such as "loss.method".
 
-    Returns:
-        The attribute.
-
     Raises:
         ConfigError: there is no such part.
     """

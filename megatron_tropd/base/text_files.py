@@ -42,10 +42,6 @@ _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 def foreign_format(head: bytes, path: Path) -> str | None:
     """Say what a file is that is not UTF-8 text, and how to make text of it.
 
-    Args:
-        head: its first bytes.
-        path: the file, for the advice.
-
     Returns:
         The end of a sentence that starts with the file's name; None if nothing is known of it.
     """
@@ -123,8 +119,6 @@ def read_toml(
     """Read the tables of a file of settings.
 
     Args:
-        path: the file.
-        what: how messages call it: "Config file".
         otherwise: what to do if it does not exist.
 
     Raises:
@@ -170,10 +164,6 @@ def _toml_hint(text: str, error: str) -> str:
 def read_json_lines(path: str | Path, what: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """Read the objects of a JSON-lines file with their line numbers; blank lines are skipped.
 
-    Args:
-        path: the file.
-        what: what it is, for errors ("prompts file").
-
     Yields:
         (1-based line number, object).
 
@@ -186,10 +176,6 @@ def read_json_lines(path: str | Path, what: str) -> Iterator[tuple[int, dict[str
 
 def lines_with_offsets(path: str | Path, what: str) -> Iterator[tuple[int, int, bytes]]:
     """Read the lines of a JSON-lines file that are not blank, and where they are.
-
-    Args:
-        path: the file.
-        what: what it is, for errors.
 
     Yields:
         (1-based number, byte offset, line).
@@ -226,10 +212,6 @@ def parse_json_line(line: bytes, where: str) -> dict[str, Any]:
 
     Args:
         line: UTF-8.
-        where: file and line number, for errors.
-
-    Returns:
-        The object.
 
     Raises:
         InputError: the line is not a JSON object.

@@ -8,10 +8,6 @@ from megatron_tropd.base.errors import InputError
 def parse_token_ids(value: Any, where: str) -> tuple[int | str, ...]:
     """The ids that a JSON value names: 2, [2, 13], [[2], [13]], "2", "</s>", null.
 
-    Args:
-        value: of the key.
-        where: how messages call it: "config.json: eos_token_id".
-
     Returns:
         Ids, and texts of tokens whose ids the tokenizer knows, in their order.
 

@@ -9,12 +9,17 @@ import re
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tqdm import tqdm
 
 from megatron_tropd.base.errors import ConfigError, InputError
+
+if TYPE_CHECKING:
+    from megatron_tropd.convert.preview import Preview
 
 DEFAULT_PROMPTS = ("The capital of France is", "def fibonacci(n):", "Once upon a time")
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -23,8 +28,8 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Give ``parser`` the arguments of ``tropd convert``."""
     directions = parser.add_subparsers(required=True, metavar="DIRECTION")
-    add_to_megatron(directions.add_parser("to-megatron", help="HF folder to Megatron checkpoint"))
-    add_to_hf(directions.add_parser("to-hf", help="Megatron checkpoint to HF folder"))
+    for direction, (what, add) in _DIRECTIONS.items():
+        add(directions.add_parser(direction, help=what))
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -32,58 +37,71 @@ def run(arguments: argparse.Namespace) -> int:
     return arguments.convert(arguments)
 
 
-def add_to_megatron(parser: argparse.ArgumentParser) -> None:
-    """Arguments of HF -> Megatron."""
-    parser.add_argument("--hf", type=Path, required=True, help="HF folder to read")
-    parser.add_argument(
-        "--megatron", type=Path, required=True, help="folder to write: what --load takes"
-    )
-    parser.add_argument(
+def _tool(direction: str, argv: Sequence[str] | None = None) -> int:
+    what, add = _DIRECTIONS[direction]
+    parser = argparse.ArgumentParser(description=f"{what}.")
+    add(parser)
+    return run(parser.parse_args(argv))
+
+
+main_to_megatron = partial(_tool, "to-megatron")
+"""``tools/hf_to_megatron.py``; returns the exit code."""
+main_to_hf = partial(_tool, "to-hf")
+"""``tools/megatron_to_hf.py``; returns the exit code."""
+
+
+def _add_to_megatron(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--hf", type=Path, required=True, help="HF folder to read")
+    add("--megatron", type=Path, required=True, help="folder to write: what --load takes")
+    add(
         "--tensor-parallel",
         type=int,
         default=1,
         help="only pads the vocabulary to 128 x this; the checkpoint loads at any size",
     )
-    parser.add_argument(
-        "--pipeline-parallel", type=int, default=1, help="only noted in the checkpoint"
-    )
-    parser.add_argument(
+    add("--pipeline-parallel", type=int, default=1, help="only noted in the checkpoint")
+    add(
         "--skip-download-digests",
-        action="store_true",
+        dest="check_downloads",
+        action="store_false",
         help="do not hash weight files whose download left their SHA-256 beside them",
     )
-    parser.add_argument(
+    add(
         "--allow-pickle",
         action="store_true",
         help="read pytorch_model.bin where there are no safetensors (tensors only, no code runs)",
     )
-    _add_common(parser)
-    parser.set_defaults(convert=_guarded(to_megatron))
+    _add_common(parser, _to_megatron)
 
 
-def add_to_hf(parser: argparse.ArgumentParser) -> None:
-    """Arguments of Megatron -> HF."""
-    parser.add_argument(
+def _add_to_hf(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
         "--megatron",
         type=Path,
         required=True,
         help="what Megatron's --load takes, or one checkpoint (release, iter_*, step_*)",
     )
-    parser.add_argument("--hf", type=Path, required=True, help="HF folder to write")
-    parser.add_argument(
+    add("--hf", type=Path, required=True, help="HF folder to write")
+    add(
         "--hf-config",
         type=Path,
-        default=None,
         help="HF folder of config and tokenizer, for checkpoints that carry none",
     )
-    parser.add_argument(
-        "--max-shard-size", type=_size, default=5 * 10**9, help="of a weight file (default 5GB)"
+    add(
+        "--max-shard-size",
+        dest="max_shard_bytes",
+        type=_size,
+        default=5 * 10**9,
+        help="of a weight file (default 5GB)",
     )
-    _add_common(parser)
-    parser.set_defaults(convert=_guarded(to_hf))
+    _add_common(parser, _to_hf)
 
 
-def _add_common(parser: argparse.ArgumentParser) -> None:
+def _add_common(
+    parser: argparse.ArgumentParser, convert: Callable[[argparse.Namespace], int]
+) -> None:
     add = parser.add_argument
     add(
         "--dtype",
@@ -95,88 +113,72 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     add("--workers", type=_positive, default=2, help="threads (default 2)")
     add("--verify", action="store_true", help="then compare every tensor, and logits of prompts")
     add("--prompt", action="append", help="prompt for --verify; may be repeated")
+    parser.set_defaults(convert=_guarded(convert))
 
 
-def main_to_megatron(argv: Sequence[str] | None = None) -> int:
-    """``tools/hf_to_megatron.py``; returns the exit code."""
-    parser = argparse.ArgumentParser(description="Convert an HF folder to a Megatron checkpoint.")
-    add_to_megatron(parser)
-    arguments = parser.parse_args(argv)
-    return run(arguments)
+_DIRECTIONS = {
+    "to-megatron": ("HF folder to Megatron checkpoint", _add_to_megatron),
+    "to-hf": ("Megatron checkpoint to HF folder", _add_to_hf),
+}
 
 
-def main_to_hf(argv: Sequence[str] | None = None) -> int:
-    """``tools/megatron_to_hf.py``; returns the exit code."""
-    parser = argparse.ArgumentParser(description="Convert a Megatron checkpoint to an HF folder.")
-    add_to_hf(parser)
-    arguments = parser.parse_args(argv)
-    return run(arguments)
-
-
-def to_megatron(arguments: argparse.Namespace) -> int:
-    """Run HF -> Megatron."""
+def _to_megatron(arguments: argparse.Namespace) -> int:
     from megatron_tropd.convert.preview import preview_to_megatron
     from megatron_tropd.convert.to_megatron import ToMegatron, hf_to_megatron
 
-    job = ToMegatron(
-        hf=arguments.hf,
-        megatron=arguments.megatron,
-        dtype=_dtype(arguments),
-        tensor_parallel=arguments.tensor_parallel,
-        pipeline_parallel=arguments.pipeline_parallel,
-        force=arguments.force,
-        allow_pickle=arguments.allow_pickle,
-        check_downloads=not (arguments.skip_download_digests or arguments.dry_run),
-        workers=arguments.workers,
-    )
+    arguments.check_downloads &= not arguments.dry_run
+    job = _job(ToMegatron, arguments)
     plan = preview_to_megatron(job)
-    if arguments.dry_run:
-        print(plan.text())
-        return 0
-    _say(plan.warnings)
-    prompts = _prompts(arguments, job.hf)
-    _with_progress(lambda progress: hf_to_megatron(job, progress), plan.total_bytes)
-    print(f"Megatron checkpoint: {job.megatron}")
-    return _verify(arguments, prompts, written="megatron")
+    return _convert(arguments, plan, partial(hf_to_megatron, job), job.hf, written="megatron")
 
 
-def to_hf(arguments: argparse.Namespace) -> int:
-    """Run Megatron -> HF."""
+def _to_hf(arguments: argparse.Namespace) -> int:
     from megatron_tropd.convert.megatron_folder import NoCompanions, companions_of
     from megatron_tropd.convert.preview import preview_to_hf
     from megatron_tropd.convert.to_hf import ToHF, megatron_to_hf
 
-    job = ToHF(
-        megatron=arguments.megatron,
-        hf=arguments.hf,
-        dtype=_dtype(arguments),
-        max_shard_bytes=arguments.max_shard_size,
-        hf_config=arguments.hf_config,
-        force=arguments.force,
-        workers=arguments.workers,
-    )
+    job = _job(ToHF, arguments)
     try:
         plan = preview_to_hf(job)
     except NoCompanions as error:
         raise InputError(f"{error} Or give --hf-config and that folder.") from None
+    companions = job.hf_config or companions_of(job.megatron)
+    return _convert(arguments, plan, partial(megatron_to_hf, job), companions, written="hf")
+
+
+def _job(kind: type, arguments: argparse.Namespace) -> Any:
+    """The arguments as a ``ToMegatron`` or ``ToHF``."""
+    import torch
+
+    values = {field.name: getattr(arguments, field.name) for field in fields(kind)}
+    return kind(**values | {"dtype": getattr(torch, arguments.dtype) if arguments.dtype else None})
+
+
+def _convert(
+    arguments: argparse.Namespace,
+    plan: "Preview",
+    convert: Callable[[Callable[[str, int], None]], None],
+    companions: Path,
+    *,
+    written: Literal["hf", "megatron"],
+) -> int:
+    """Print the plan, or convert and verify.
+
+    Args:
+        plan: what ``convert`` will do.
+        convert: takes the function that it tells its progress.
+        written: which of the two folders the conversion makes.
+    """
     if arguments.dry_run:
         print(plan.text())
         return 0
-    _say(plan.warnings)
-    prompts = _prompts(arguments, job.hf_config or companions_of(job.megatron))
-    _with_progress(lambda progress: megatron_to_hf(job, progress), plan.total_bytes)
-    print(f"HF folder: {job.hf}")
-    return _verify(arguments, prompts, written="hf")
-
-
-def _say(warnings: Sequence[str]) -> None:
-    for warning in warnings:
+    for warning in plan.warnings:
         print(f"note: {warning}", file=sys.stderr)
-
-
-def _verify(
-    arguments: argparse.Namespace, prompts: list[list[int]], *, written: Literal["hf", "megatron"]
-) -> int:
+    # Before the conversion, so that a prompt can be refused.
+    prompts = _prompts(arguments, companions) if arguments.verify else []
+    _with_progress(convert, plan.total_bytes)
+    label = {"hf": "HF folder", "megatron": "Megatron checkpoint"}[written]
+    print(f"{label}: {getattr(arguments, written)}")
     if not arguments.verify:
         return 0
     from megatron_tropd.mcore.verify import verify
@@ -194,9 +196,7 @@ def _verify(
 
 
 def _prompts(arguments: argparse.Namespace, folder: Path) -> list[list[int]]:
-    """Token ids of what --verify will ask; before the conversion, so that it can be refused."""
-    if not arguments.verify:
-        return []
+    """Token ids of what --verify asks."""
     from megatron_tropd.data.tokenizers import load_tokenizer
 
     tokenizer = load_tokenizer(folder)
@@ -240,12 +240,6 @@ def _guarded(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Nam
             return 130
 
     return guarded
-
-
-def _dtype(arguments: argparse.Namespace) -> Any:
-    import torch
-
-    return getattr(torch, arguments.dtype) if arguments.dtype else None
 
 
 def _size(text: str) -> int:

@@ -77,9 +77,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print every check and what would be used.
 
-    Args:
-        arguments: of the command.
-
     Returns:
         0 if the main job can run here, 1 if not.
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from megatron_tropd.base.errors import ConfigError
-from megatron_tropd.cluster.layout import Layout, make_layout
+from megatron_tropd.cluster.job_layout import JobLayout, make_layout
 from megatron_tropd.cluster.render import copy_config, render_job
 from megatron_tropd.cluster.site import load_site
 from megatron_tropd.config import load_config
@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _describe(layout: Layout) -> str:
+def _describe(layout: JobLayout) -> str:
     text = f"training nodes: {layout.training_nodes} x {layout.ranks_per_node} ranks"
     if layout.servers:
         text += f"; server nodes: {layout.server_nodes}, {layout.servers} servers"

@@ -8,7 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from megatron_tropd.base.errors import ConfigError
-from megatron_tropd.cluster.layout import Layout
+from megatron_tropd.cluster.job_layout import JobLayout
 from megatron_tropd.cluster.site import Site
 from megatron_tropd.config import Config, config_to_toml
 
@@ -26,13 +26,10 @@ def copy_config(config: Config) -> tuple[Path, str]:
     return run / f"job_{digest}.toml", f"# The settings of a job of `tropd slurm`.\n{text}"
 
 
-def render_job(config: Config, site: Site, layout: Layout, *, path: Path) -> str:
+def render_job(config: Config, site: Site, layout: JobLayout, *, path: Path) -> str:
     """The job file, a shell script for sbatch.
 
     Args:
-        config: the run.
-        site: the cluster.
-        layout: of the run on its nodes.
         path: of the config that the job reads whenever it starts (:func:`copy_config`).
 
     Raises:
@@ -70,7 +67,7 @@ def _quote(word: object) -> str:
     return shlex.quote(text)
 
 
-def _directives(site: Site, layout: Layout, run: Path) -> str:
+def _directives(site: Site, layout: JobLayout, run: Path) -> str:
     logs = str(run / "logs").replace("%", "%%")
     gres = f"{site.gres}:{site.gpus_per_node}" if site.gpus_per_node and site.gres else None
     options = {

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from megatron_tropd.base.errors import InputError
-from megatron_tropd.convert.families import Entry, model_shape
+from megatron_tropd.convert.families import Entry, model_shape, plan
+from megatron_tropd.convert.hf_folder import naming
 from megatron_tropd.convert.safetensors_writer import tensor_bytes
 
 CHECKSUMS = "tensors.json"
@@ -42,38 +43,43 @@ def expected_tensors(entries: Iterable[Entry]) -> dict[str, tuple[int, ...]]:
 
 
 def account(
-    hf_config: dict[str, Any], entries: Iterable[Entry], names: Iterable[str], where: str
-) -> list[str]:
-    """Compare the names a plan needs with those a folder holds.
+    hf_config: dict[str, Any], names: Iterable[str], where: str
+) -> tuple[list[Entry], list[str]]:
+    """Compare the names that a model needs with those that a folder holds.
 
     Args:
-        hf_config: the config.json dictionary.
-        entries: the plan.
         names: HF names in the folder or its index.
-        where: how messages call it.
 
     Returns:
-        Names that are there, needed by nobody, and known to be redundant: a tied output layer.
+        The plan, and the names that nobody needs and that are known to be redundant: a tied output
+        layer.
 
     Raises:
-        InputError: the checkpoint is quantised, or tensors are missing or left over; lists them.
+        InputError: the model is quantised or not supported, or tensors are missing or left over;
+            lists them.
     """
     check_not_quantised(hf_config, names, where)
+    with naming(where):
+        entries = plan(hf_config)
     expected, found = expected_tensors(entries).keys(), set(names)
     redundant = {"lm_head.weight"} if model_shape(hf_config).tied else set()
     missing = sorted(expected - found)
     surplus = sorted(n for n in found - expected - redundant if not n.endswith(_IGNORED))
-    problems = [
-        f"{what} {len(some)} tensors: {listed(some)}"
-        for what, some in (("misses", missing), ("has unexpected", surplus))
-        if some
-    ]
-    if problems:
+    if problems := differences(missing, surplus, "tensors"):
         raise InputError(
-            f"{where} {'; it '.join(problems)}. Its config.json and weights do not belong together."
+            f"{where} {problems}. Its config.json and weights do not belong together."
             + _untied(hf_config, missing)
         )
-    return sorted(redundant & found)
+    return entries, sorted(redundant & found)
+
+
+def differences(missing: list[str], surplus: list[str], what: str = "") -> str:
+    """What a folder misses and what it has beside, as the end of a sentence; empty: nothing."""
+    return "; it ".join(
+        f"{verb} {len(names)}{what and f' {what}'}: {listed(names)}"
+        for verb, names in (("misses", missing), ("has unexpected", surplus))
+        if names
+    )
 
 
 def _untied(hf_config: dict[str, Any], missing: list[str]) -> str:
@@ -125,9 +131,6 @@ def check_shapes(
     """Compare shapes.
 
     Args:
-        expected: by the plan.
-        found: in the folder.
-        where: how messages call it.
         hf_config: the config.json dictionary; messages name the sizes that it leaves out.
 
     Raises:
@@ -191,10 +194,6 @@ def known_digests(folder: Path, files: Iterable[str]) -> dict[str, str]:
 
     The Hub's cache names a file by its digest, and a download into a folder keeps it in
     ``.cache/huggingface/download/<file>.metadata``.
-
-    Args:
-        folder: HF folder.
-        files: names of its weight files.
 
     Returns:
         file -> 64 hexadecimal digits; files without a known digest are absent.

@@ -9,11 +9,7 @@ COPIES = 2
 
 
 class Budget:
-    """Room for the two largest tensors, or for many small ones.
-
-    Args:
-        largest: bytes of the largest tensor.
-    """
+    """Room for the two largest tensors, or for many small ones."""
 
     def __init__(self, largest: int) -> None:
         self._free = self._total = 2 * COPIES * largest

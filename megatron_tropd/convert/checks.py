@@ -10,16 +10,14 @@ from megatron_tropd.convert.accounting import (
     check_types,
     expected_tensors,
 )
-from megatron_tropd.convert.families import ModelShape, model_shape, plan
-from megatron_tropd.convert.hf_folder import EMBEDDING, HEAD, HFFolder, naming
+from megatron_tropd.convert.families import Entry, ModelShape, model_shape
+from megatron_tropd.convert.hf_folder import EMBEDDING, HEAD, HFFolder
 
 
 def check_parallel(hf_config: dict[str, Any], parallel: ParallelConfig, *, who: str) -> None:
     """Check that a model can be laid out.
 
     Args:
-        hf_config: its config.json dictionary.
-        parallel: the layout.
         who: how messages call the model: "student" or "teacher".
 
     Raises:
@@ -60,22 +58,33 @@ def check_layout(shape: ModelShape, parallel: ParallelConfig, *, who: str) -> No
 def check_tensors(folder: HFFolder) -> None:
     """Account for every tensor of a folder, from the headers.
 
-    Only where a tied model carries its output layer too are two tensors read: they must be one.
+    Only if a tied model carries its output layer too, two tensors are read: they must be one.
+
+    Raises:
+        InputError: as :func:`check_headers`, or the output layer of a tied model is not its
+            embedding.
+    """
+    _, redundant = check_headers(folder)
+    if not all(folder.equal(EMBEDDING, name) for name in redundant):
+        raise not_tied(f"Model folder {folder.path}")
+
+
+def check_headers(folder: HFFolder) -> tuple[list[Entry], list[str]]:
+    """Account for every tensor of a folder and read none.
+
+    Returns:
+        The plan, and the redundant tensors of the folder: the output layer of a tied model.
 
     Raises:
         InputError: the model is quantised, or a tensor is missing, surplus, no float, or of
-            another shape than config.json says, or the output layer of a tied model is not its
-            embedding.
+            another shape than config.json says.
     """
     where = f"Model folder {folder.path}"
-    with naming(where):
-        entries = plan(folder.config)
-    redundant = account(folder.config, entries, folder.names, where)
+    entries, redundant = account(folder.config, folder.names, where)
     expected = expected_tensors(entries)
     check_shapes(expected, {name: folder.shape(name) for name in expected}, where, folder.config)
     check_types({name: folder.dtype(name) for name in expected}, where)
-    if not all(folder.equal(EMBEDDING, name) for name in redundant):
-        raise not_tied(where)
+    return entries, redundant
 
 
 def not_tied(where: str) -> InputError:

@@ -20,15 +20,7 @@ _TEMPLATES = "additional_chat_templates"
 
 
 def copy_companions(source: Path, out: Path) -> list[str]:
-    """Copy the files of a model folder that are known to belong to it beside its weights.
-
-    Args:
-        source: HF folder.
-        out: existing folder.
-
-    Returns:
-        Names of the files, sorted.
-    """
+    """Copy the files of a model folder that are known to belong to it beside its weights."""
     names = [path.name for path in _files(source) if _is_companion(path.name)]
     for name in names:
         shutil.copyfile(source / name, out / name)

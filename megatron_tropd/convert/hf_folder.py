@@ -10,10 +10,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from megatron_tropd.base.errors import InputError
@@ -30,6 +29,20 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _COMPARED_BYTES = 64 * 2**20  # of two tensors at a time
 
 
+class WeightFile(Protocol):
+    """A file of tensors."""
+
+    tensors: dict[str, Stored]
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Read ``tensor[start:stop]``."""
+        ...
+
+    def read_columns(self, name: str, start: int, stop: int | None) -> Tensor:
+        """Read ``tensor[:, start:stop]``."""
+        ...
+
+
 class HFFolder:
     """config.json and the safetensors of a model folder. Opening it reads headers only.
 
@@ -44,6 +57,9 @@ class HFFolder:
         InputError: something is missing, unreadable or truncated, or the folder holds two models.
     """
 
+    single: ClassVar[str] = SINGLE
+    index: ClassVar[str] = INDEX
+
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if not self.path.is_dir():
@@ -52,10 +68,9 @@ class HFFolder:
                 "*.safetensors and the tokenizer."
             )
         self.config: dict[str, Any] = read_config(self.path)
-        self._open: dict[str, SafetensorsFile] = {}
-        self._mapped: dict[str, Any] = {}
+        self._open: dict[str, WeightFile] = {}
         self._compared: dict[tuple[str, str], bool] = {}
-        self._file_of = self._index()
+        self._file_of = self._files_by_tensor()
         self._stored_as = stored_names(self.config, self._file_of)
         for name, stored in self._stored_as.items():
             self._file_of[name] = self._file_of.pop(stored)
@@ -104,9 +119,7 @@ class HFFolder:
             return self._open[file_name].read(stored_name, start, stop)
         if range(shape[dim])[start:stop] == range(shape[dim]):
             return self._open[file_name].read(stored_name)
-        if file_name not in self._mapped:
-            self._mapped[file_name] = safe_open(str(self.path / file_name), framework="pt")
-        return self._mapped[file_name].get_slice(stored_name)[:, start:stop]
+        return self._open[file_name].read_columns(stored_name, start, stop)
 
     def equal(self, one: str, other: str) -> bool:
         """Whether two tensors hold the same numbers. Reads them, some rows at a time, once."""
@@ -124,19 +137,22 @@ class HFFolder:
 
     def _header(self, file_name: str) -> dict[str, Stored]:
         if file_name not in self._open:
-            self._open[file_name] = _open_safetensors(self.path / file_name)
+            self._open[file_name] = self._open_file(self.path / file_name)
         return self._open[file_name].tensors
 
-    def _index(self) -> dict[str, str]:
+    def _open_file(self, path: Path) -> WeightFile:
+        return _open_safetensors(path)
+
+    def _files_by_tensor(self) -> dict[str, str]:
         weight_map = self._weight_map()
         holders: dict[str, list[str]] = defaultdict(list)
-        for file_name in sorted(set(weight_map.values())) or [SINGLE]:
+        for file_name in sorted(set(weight_map.values())) or [self.single]:
             for name in self._header(file_name):
                 holders[name].append(file_name)
         lost = sorted(name for name, held in weight_map.items() if held not in holders[name])
         if lost:
             raise InputError(
-                f"{self.path / INDEX} places {lost[0]} (and {len(lost) - 1} more) in "
+                f"{self.path / self.index} places {lost[0]} (and {len(lost) - 1} more) in "
                 f"{weight_map[lost[0]]}, which does not hold it. Download or export the model "
                 "again."
             )
@@ -218,7 +234,7 @@ def stored_names(hf_config: dict[str, Any], names: Iterable[str]) -> dict[str, s
     return {EMBEDDING: HEAD}
 
 
-def _equal(one: tuple[SafetensorsFile, str], other: tuple[SafetensorsFile, str]) -> bool:
+def _equal(one: tuple[WeightFile, str], other: tuple[WeightFile, str]) -> bool:
     """Whether two stored tensors hold the same numbers, read some rows at a time."""
     (first, name), (second, other_name) = one, other
     shape = first.tensors[name].shape

@@ -21,10 +21,6 @@ def link_folder(source: HFFolder, out: Path) -> Path:
 
     A tensor that is stored under another name than the plan's is written again, under the plan's.
 
-    Args:
-        source: the model folder.
-        out: an existing, empty folder.
-
     Returns:
         ``out``.
     """

@@ -13,18 +13,19 @@ from megatron_tropd.convert.accounting import (
     CHECKSUMS,
     check_not_quantised,
     check_shapes,
+    differences,
     listed,
+)
+from megatron_tropd.convert.checkpoint_layout import (
+    StoredPart,
+    checkpoint_layout,
+    is_extra_state,
+    is_other_state,
+    per_layer_names,
 )
 from megatron_tropd.convert.companions import CONFIG, SUBFOLDER
 from megatron_tropd.convert.families import Entry, model_shape
 from megatron_tropd.convert.hf_folder import HFFolder, naming, read_config
-from megatron_tropd.convert.layout import (
-    Place,
-    is_extra_state,
-    is_other_state,
-    layout,
-    per_layer_names,
-)
 from megatron_tropd.convert.torch_dist import METADATA, TorchDistReader
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -61,7 +62,7 @@ class MegatronFolder:
         with naming(where):
             model_shape(self.config)
         rows = self._rows(where)
-        self.layout = layout(self.config, rows)
+        self.layout = checkpoint_layout(self.config, rows)
         self._places = self._resolve(where)
         self.records, self._stored_as = _read_checksums(self.checkpoint / CHECKSUMS)
         """Type, shape and checksum of HF tensors, where a conversion made the checkpoint."""
@@ -145,23 +146,14 @@ class MegatronFolder:
             for name in self.reader.objects
             if not (is_other_state(name) or is_extra_state(name))
         ]
-        problems = [
-            f"{what} {len(some)}: {listed(some)}"
-            for what, some in (
-                ("misses", sorted(set(missing))),
-                ("has unexpected", sorted(surplus)),
-            )
-            if some
-        ]
-        if problems:
+        if problems := differences(sorted(set(missing)), sorted(surplus)):
             raise InputError(
-                f"{where} {'; it '.join(problems)}. It is not the model of "
-                f"{self.companions / CONFIG}."
+                f"{where} {problems}. It is not the model of {self.companions / CONFIG}."
             )
         check_shapes(expected, {n: self.reader.shape(n) for n in expected}, where, self.config)
         return found
 
-    def _options(self, place: Place) -> list[tuple[str, tuple[int, ...]]]:
+    def _options(self, place: StoredPart) -> list[tuple[str, tuple[int, ...]]]:
         """Where a part may lie: in the stacked tensor, under its other name, or on its own."""
         other = {old: new for new, old in self.layout.copies.items()}.get(place.key)
         stacked = [(place.key, place.lead)] + ([(other, place.lead)] if other else [])

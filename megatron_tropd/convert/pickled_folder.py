@@ -6,83 +6,49 @@ mapped, so that only what is read is in memory.
 
 import pickle
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_tropd.base.errors import InputError
 from megatron_tropd.base.text_files import lfs_pointer
-from megatron_tropd.convert.hf_folder import (
-    INDEX,
-    SINGLE,
-    HFFolder,
-    read_config,
-    read_weight_map,
-    stored_names,
-)
-
-_SINGLE, _INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+from megatron_tropd.convert.hf_folder import INDEX, SINGLE, HFFolder, read_weight_map
+from megatron_tropd.convert.safetensors_file import Stored
 
 
-class PickledFolder:
-    """Reads like an :class:`HFFolder`.
+class PickledFolder(HFFolder):
+    """A folder holding config.json and pytorch_model.bin, or its index and files."""
 
-    Args:
-        path: a folder holding config.json and pytorch_model.bin, or its index and files.
+    single, index = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
-    Raises:
-        InputError: something is missing or is not a file of tensors.
-    """
+    def _weight_map(self) -> dict[str, str]:
+        index = self.path / self.index
+        return read_weight_map(index) if index.is_file() else {}
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self.config: dict[str, Any] = read_config(self.path)
-        index = self.path / _INDEX
-        weights = read_weight_map(index) if index.is_file() else {}
-        self.files = sorted(set(weights.values())) or [_SINGLE]
-        self._tensors: dict[str, Tensor] = {}
-        for file_name in self.files:
-            for name, tensor in _load(self.path / file_name).items():
-                if not torch.equal(self._tensors.setdefault(name, tensor), tensor):
-                    raise InputError(
-                        f"Model folder {self.path} holds {name} twice, in {file_name} and in a "
-                        "file before it, and they differ. Export the model again."
-                    )
-        lost = sorted(set(weights) - set(self._tensors))
-        if lost:
-            raise InputError(
-                f"{index} lists {lost[0]} (and {len(lost) - 1} more), which no file has."
-            )
-        self._stored_as = stored_names(self.config, self._tensors)
-        for name, stored in self._stored_as.items():
-            self._tensors[name] = self._tensors.pop(stored)
-
-    @property
-    def names(self) -> frozenset[str]:
-        """Names of all tensors in the folder."""
-        return frozenset(self._tensors)
-
-    def stored_name(self, name: str) -> str:
-        """The name a tensor has in its file."""
-        return self._stored_as.get(name, name)
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Type of a tensor."""
-        return self._tensors[name].dtype
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor."""
-        return tuple(self._tensors[name].shape)
-
-    def read(self, name: str, *, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
-        """Read ``tensor[start:stop]`` along ``dim`` (0 or 1)."""
-        tensor = self._tensors[name]
-        return tensor[start:stop] if dim == 0 else tensor[:, start:stop]
+    def _open_file(self, path: Path) -> "_PickledFile":
+        return _PickledFile(path)
 
 
-def open_source(path: Path, *, allow_pickle: bool) -> HFFolder | PickledFolder:
-    """A safetensors folder, or where it has none and the user asked for it, a pickled one."""
+class _PickledFile:
+    """Read like a :class:`megatron_tropd.convert.safetensors_file.SafetensorsFile`."""
+
+    def __init__(self, path: Path) -> None:
+        self._mapped = _load(path)
+        self.tensors = {
+            name: Stored(tensor.dtype, tuple(tensor.shape), 0)
+            for name, tensor in self._mapped.items()
+        }
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        tensor = self._mapped[name]
+        return tensor[start:stop] if tensor.dim() else tensor
+
+    def read_columns(self, name: str, start: int, stop: int | None) -> Tensor:
+        return self._mapped[name][:, start:stop]
+
+
+def open_source(path: Path, *, allow_pickle: bool) -> HFFolder:
+    """A safetensors folder, or if it has none and the user asked for it, a pickled one."""
     has_safetensors = (path / SINGLE).exists() or (path / INDEX).exists()
     return PickledFolder(path) if allow_pickle and not has_safetensors else HFFolder(path)
 

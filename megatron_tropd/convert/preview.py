@@ -10,17 +10,16 @@ import torch
 
 from megatron_tropd.base.errors import InputError
 from megatron_tropd.base.text_files import read_json_object
-from megatron_tropd.convert.accounting import account
+from megatron_tropd.convert.accounting import account, expected_tensors
+from megatron_tropd.convert.checkpoint_layout import CheckpointLayout, checkpoint_layout
 from megatron_tropd.convert.companions import CONFIG, config_dtype, left_out
-from megatron_tropd.convert.families import Entry, describe, plan
+from megatron_tropd.convert.families import describe, plan
 from megatron_tropd.convert.hf_folder import (
     INDEX,
-    HFFolder,
     read_config,
     read_weight_map,
     stored_names,
 )
-from megatron_tropd.convert.layout import Layout, Place, layout
 from megatron_tropd.convert.megatron_folder import MegatronFolder
 from megatron_tropd.convert.ops import FusedQKV, GateUp, Operation, Sharded, VocabularyRows
 from megatron_tropd.convert.pickled_folder import open_source
@@ -83,7 +82,7 @@ def preview_to_megatron(job: ToMegatron) -> Preview:
     """
     config = read_config(job.hf)
     notes, dtypes = _source(config, job)
-    where = layout(config, padded_vocab(config, job.tensor_parallel))
+    where = checkpoint_layout(config, padded_vocab(config, job.tensor_parallel))
     notes.append(
         f"vocabulary padded to {where.padded_vocab} rows; {len(where.objects)} empty extra states"
     )
@@ -124,30 +123,36 @@ def _source(config: dict[str, Any], job: ToMegatron) -> tuple[list[str], Mapping
     """(notes, types) of an HF folder: from its headers, or from its index if that is all."""
     index = job.hf / INDEX
     weights = read_weight_map(index) if index.is_file() else {}
-    if not weights or all((job.hf / name).exists() for name in weights.values()):
-        folder = open_source(job.hf, allow_pickle=job.allow_pickle)
-        redundant = check_source(folder, job)
-        expected = [name for entry in plan(config) for name in entry.operation.hf_shapes()]
-        notes = _not_stored(folder.names, expected, redundant)
-        if isinstance(folder, HFFolder):
-            notes += [f"{name} | not read: not the model's" for name in folder.unread]
-        notes += [f"{n} | stored as {s}" for n in expected if (s := folder.stored_name(n)) != n]
-        return notes, {name: job.dtype or folder.dtype(name) for name in expected}
-    entries = [] if config.get("quantization_config") else plan(config)
+    if weights and not all((job.hf / name).exists() for name in weights.values()):
+        return _source_by_index(config, job, weights)
+    folder = open_source(job.hf, allow_pickle=job.allow_pickle)
+    redundant = check_source(folder, job)
+    expected = expected_tensors(plan(config))
+    notes = _not_stored(folder.names, expected, redundant)
+    notes += [f"{name} | not read: not the model's" for name in folder.unread]
+    notes += [f"{n} | stored as {s}" for n in expected if (s := folder.stored_name(n)) != n]
+    return notes, {name: job.dtype or folder.dtype(name) for name in expected}
+
+
+def _source_by_index(
+    config: dict[str, Any], job: ToMegatron, weights: Mapping[str, str]
+) -> tuple[list[str], Mapping[str, torch.dtype]]:
+    index = job.hf / INDEX
     stored = {old: new for new, old in stored_names(config, weights).items()}
     names = [stored.get(name, name) for name in weights]
-    redundant = account(config, entries, names, str(index))
+    entries, redundant = account(config, names, str(index))
     check_layout(config, job)
     name = config_dtype(config) or "float32"
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
         raise InputError(f"{job.hf / CONFIG} has dtype {name!r}, which torch does not know.")
-    shapes = [shape for entry in entries for shape in entry.operation.hf_shapes().values()]
+    expected = expected_tensors(entries)
+    planned = sum(map(prod, expected.values())) * dtype.itemsize
     notes = [
-        _compare_size(read_json_object(index), sum(map(prod, shapes)) * dtype.itemsize, weights)
+        *_not_stored(names, expected, redundant),
+        _compare_size(read_json_object(index), planned, weights),
     ]
-    types = {name: job.dtype or dtype for e in entries for name in e.operation.hf_shapes()}
-    return [*_not_stored(names, types, redundant), *notes], types
+    return notes, dict.fromkeys(expected, job.dtype or dtype)
 
 
 def _not_stored(names: Iterable[str], stored: Iterable[str], redundant: list[str]) -> list[str]:
@@ -169,32 +174,21 @@ def _compare_size(index: dict[str, Any], planned: int, weights: Mapping[str, str
     return f"{counted}, {said:,} bytes: {agrees}"
 
 
-def _lines(where: Layout, dtypes: Mapping[str, torch.dtype]) -> list[Line]:
+def _lines(where: CheckpointLayout, dtypes: Mapping[str, torch.dtype]) -> list[Line]:
     shapes = where.shapes()
     return [
-        _line(name, shape, dtypes[name], entry, place, shapes[place.key])
+        Line(
+            hf=name,
+            hf_shape=shape,
+            nbytes=prod(shape) * dtypes[name].itemsize,
+            operation=_describe(entry.operation),
+            megatron=place.key,
+            megatron_shape=shapes[place.key],
+            position=place.lead,
+        )
         for entry, place in where.pairs()
         for name, shape in entry.operation.hf_shapes().items()
     ]
-
-
-def _line(
-    name: str,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    entry: Entry,
-    place: Place,
-    stored: tuple[int, ...],
-) -> Line:
-    return Line(
-        hf=name,
-        hf_shape=shape,
-        nbytes=prod(shape) * dtype.itemsize,
-        operation=_describe(entry.operation),
-        megatron=place.key,
-        megatron_shape=stored,
-        position=place.lead,
-    )
 
 
 def _describe(operation: Operation) -> str:

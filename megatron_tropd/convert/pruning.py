@@ -1,19 +1,18 @@
 """Depth pruning: an HF folder without some of its layers, as the student of its own teacher."""
 
 import json
-import os
 import re
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_tropd.base.errors import InputError
+from megatron_tropd.convert.companions import CONFIG, copy_companions
 from megatron_tropd.convert.hf_folder import HFFolder
+from megatron_tropd.convert.publish import publishing
 from megatron_tropd.convert.safetensors_writer import SafetensorsWriter, Spec
 
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 
 
 def drop_layers(
@@ -21,13 +20,12 @@ def drop_layers(
 ) -> None:
     """Write an HF folder that lacks ``layers``; the others keep their weights and their order.
 
-    The folder appears whole or not at all. Holds one output file in memory at a time.
+    The folder appears whole or not at all.
 
     Args:
         model: HF folder, safetensors, layers named ``model.layers.<n>.``.
-        out: folder to write, which must not exist.
         layers: numbers of the layers to leave out, from 0.
-        max_file_bytes: size from which on a weight file is closed and the next one begun.
+        max_file_bytes: larger models are split into files of at most this size.
 
     Raises:
         InputError: the model is not usable, ``out`` exists, or ``layers`` are not some, but not
@@ -37,28 +35,24 @@ def drop_layers(
     if out.exists():
         raise InputError(f"{out} exists already. Remove it or name another folder.")
     kept = _kept_layers(source, layers)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.parent / f".{out.name}.partial-{os.getpid()}"
-    partial.mkdir()
-    try:
-        for path in source.path.iterdir():
-            if path.is_file() and not path.name.endswith(_WEIGHTS):
-                shutil.copyfile(path, partial / path.name)
+    names = _kept_tensors(source, kept)
+    specs = {new: Spec(source.dtype(old), source.shape(old)) for new, old in names.items()}
+    with publishing(out, force=False) as folder:
+        copy_companions(source.path, folder)
         config = json.dumps(_pruned_config(source.config, kept), indent=2)
-        (partial / "config.json").write_text(config + "\n")
-        _write_files(source, _kept_tensors(source, kept), partial, max_file_bytes)
-        partial.replace(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        (folder / CONFIG).write_text(config + "\n")
+        with SafetensorsWriter(folder, specs, max_file_bytes) as writer:
+            for new, old in names.items():
+                writer.write(new, source.read(old))
+            writer.finish()
 
 
 def _kept_layers(source: HFFolder, layers: Sequence[int]) -> list[int]:
     """Old numbers of the layers that stay, in order."""
     count = source.config.get("num_hidden_layers")
     if not isinstance(count, int):
-        raise InputError(f"{source.path / 'config.json'} has no num_hidden_layers.")
-    unknown = sorted(set(layers) - set(range(count)))
-    if unknown:
+        raise InputError(f"{source.path / CONFIG} has no num_hidden_layers.")
+    if unknown := sorted(set(layers) - set(range(count))):
         raise InputError(
             f"{source.path} has the layers 0..{count - 1}, found {unknown[0]} among those to drop."
         )
@@ -90,11 +84,3 @@ def _kept_tensors(source: HFFolder, kept: Sequence[int]) -> dict[str, str]:
         elif (old := int(match[1])) in number:
             names[f"model.layers.{number[old]}.{name[match.end() :]}"] = name
     return names
-
-
-def _write_files(source: HFFolder, names: Mapping[str, str], folder: Path, limit: int) -> None:
-    specs = {new: Spec(source.dtype(old), source.shape(old)) for new, old in names.items()}
-    with SafetensorsWriter(folder, specs, limit) as writer:
-        for new, old in names.items():
-            writer.write(new, source.read(old))
-        writer.finish()

@@ -24,7 +24,6 @@ def publishing(out: Path, *, force: bool) -> Iterator[Path]:
     """A folder to write into that becomes ``out`` when the block ends without an error.
 
     Args:
-        out: the folder to make.
         force: replace an existing one, which stays until the new one is complete.
 
     Yields:
@@ -53,8 +52,6 @@ def claim(out: Path, *, force: bool, inputs: Iterable[Path] = ()) -> None:
     """Clean up what killed writers of ``out`` left, and refuse to write over something.
 
     Args:
-        out: the folder to make.
-        force: whether an existing one may be replaced.
         inputs: what it is made from, which must not go with the old one.
 
     Raises:

@@ -44,7 +44,6 @@ class SafetensorsWriter:
     thread, and none is kept.
 
     Args:
-        folder: existing folder.
         specs: name -> type and shape, in the order of the files.
         max_file_bytes: the tensors of a file together take at most this, single ones aside.
     """

@@ -43,10 +43,6 @@ class ToHF:
 def megatron_to_hf(job: ToHF, progress: Progress = lambda name, size: None) -> None:
     """Convert; the output appears whole or not at all.
 
-    Args:
-        job: what to do.
-        progress: told of every HF tensor written.
-
     Raises:
         InputError: the checkpoint cannot be converted or is damaged, or the output exists.
         OSError: the output could not be written; nothing of it is left.

@@ -17,26 +17,22 @@ from megatron_tropd.base.errors import ConfigError, InputError
 from megatron_tropd.config import ParallelConfig
 from megatron_tropd.convert.accounting import (
     CHECKSUMS,
-    account,
     check_digests,
-    check_shapes,
-    check_types,
     checksum,
     converted,
-    expected_tensors,
     known_digests,
 )
-from megatron_tropd.convert.checks import check_parallel, not_tied
+from megatron_tropd.convert.checkpoint_layout import CheckpointLayout, checkpoint_layout
+from megatron_tropd.convert.checks import check_headers, check_parallel, not_tied
 from megatron_tropd.convert.companions import (
     SUBFOLDER,
     copy_companions,
     set_config_dtype,
 )
-from megatron_tropd.convert.families import Entry, ModelShape, model_shape, plan, rope_parameters
+from megatron_tropd.convert.families import Entry, ModelShape, model_shape, rope_parameters
 from megatron_tropd.convert.hf_folder import EMBEDDING, HFFolder
-from megatron_tropd.convert.layout import Layout, layout
 from megatron_tropd.convert.megatron_folder import TRACKER
-from megatron_tropd.convert.pickled_folder import PickledFolder, open_source
+from megatron_tropd.convert.pickled_folder import open_source
 from megatron_tropd.convert.publish import claim, publishing
 from megatron_tropd.convert.torch_dist import Part, write_checkpoint
 
@@ -71,10 +67,6 @@ class ToMegatron:
 def hf_to_megatron(job: ToMegatron, progress: Progress = lambda name, size: None) -> None:
     """Convert; the output appears whole or not at all.
 
-    Args:
-        job: what to do.
-        progress: told of every Megatron tensor written.
-
     Raises:
         InputError, ConfigError: the model cannot be converted, or the output exists.
         OSError: the output could not be written; nothing of it is left.
@@ -83,7 +75,7 @@ def hf_to_megatron(job: ToMegatron, progress: Progress = lambda name, size: None
     source = open_source(job.hf, allow_pickle=job.allow_pickle)
     redundant = check_source(source, job)
     padded = padded_vocab(source.config, job.tensor_parallel)
-    where = layout(source.config, padded)
+    where = checkpoint_layout(source.config, padded)
     reading = _Checked(source, job.dtype)
     if redundant:
         _check_tied(reading, redundant)
@@ -99,12 +91,15 @@ def hf_to_megatron(job: ToMegatron, progress: Progress = lambda name, size: None
         write_checkpoint(
             folder / RELEASE, parts, where.objects, common, workers=max(1, job.workers)
         )
-        _write_companions(source, folder / SUBFOLDER, job.dtype)
+        (folder / SUBFOLDER).mkdir()
+        copy_companions(source.path, folder / SUBFOLDER)
+        if job.dtype is not None:
+            set_config_dtype(folder / SUBFOLDER, job.dtype)
         _write_checksums(folder / RELEASE, reading)
         (folder / TRACKER).write_text("release")
 
 
-def check_source(source: HFFolder | PickledFolder, job: ToMegatron) -> list[str]:
+def check_source(source: HFFolder, job: ToMegatron) -> list[str]:
     """Everything that can be wrong before a byte is written, from headers (and known digests).
 
     Returns:
@@ -113,16 +108,10 @@ def check_source(source: HFFolder | PickledFolder, job: ToMegatron) -> list[str]
     Raises:
         InputError, ConfigError: says what does not fit.
     """
-    where = f"Model folder {source.path}"
-    entries = plan(source.config) if not source.config.get("quantization_config") else []
-    redundant = account(source.config, entries, source.names, where)
+    entries, redundant = check_headers(source)
     check_layout(source.config, job)
-    expected = expected_tensors(entries)
-    check_shapes(expected, {n: source.shape(n) for n in expected}, where, source.config)
-    types = {name: source.dtype(name) for name in expected}
-    check_types(types, where)
     if job.dtype is None:
-        _check_one_type(entries, types, where)
+        _check_one_type(entries, source)
     if job.check_downloads:
         check_digests(source.path, known_digests(source.path, source.files))
     return redundant
@@ -157,7 +146,7 @@ def padded_vocab(hf_config: dict[str, Any], tensor_parallel: int) -> int:
 class _Checked:
     """Reads whole HF tensors, converts them if asked, and keeps their checksums."""
 
-    def __init__(self, source: HFFolder | PickledFolder, dtype: torch.dtype | None) -> None:
+    def __init__(self, source: HFFolder, dtype: torch.dtype | None) -> None:
         self.source = source
         self.dtype = dtype
         self.records: dict[str, dict[str, Any]] = {}
@@ -181,7 +170,7 @@ class _Checked:
         return self.dtype or self.source.dtype(next(iter(entry.operation.hf_shapes())))
 
 
-def _parts(where: Layout, reading: _Checked, progress: Progress) -> list[Part]:
+def _parts(where: CheckpointLayout, reading: _Checked, progress: Progress) -> list[Part]:
     shapes, copied = where.shapes(), {old: new for new, old in where.copies.items()}
 
     def make(entry: Entry, key: str) -> Tensor:
@@ -191,32 +180,32 @@ def _parts(where: Layout, reading: _Checked, progress: Progress) -> list[Part]:
             progress(key, sum(map(prod, names.values())) * tensor.itemsize)
         return tensor
 
-    parts = []
-    for entry, place in where.pairs():
-        for key in [place.key, *([copied[place.key]] if place.key in copied else [])]:
-            parts.append(
-                Part(
-                    key=key,
-                    size=shapes[place.key],
-                    lead=place.lead,
-                    dtype=reading.stored_dtype(entry),
-                    make=partial(make, entry, key),
-                )
-            )
-    return parts
+    return [
+        Part(
+            key=key,
+            size=shapes[place.key],
+            lead=place.lead,
+            dtype=reading.stored_dtype(entry),
+            make=partial(make, entry, key),
+        )
+        for entry, place in where.pairs()
+        for key in (place.key, copied.get(place.key))
+        if key is not None
+    ]
 
 
-def _check_one_type(entries: list[Entry], types: dict[str, torch.dtype], where: str) -> None:
+def _check_one_type(entries: list[Entry], source: HFFolder) -> None:
     """Megatron stores equal layers as one tensor: they must have one type."""
-    first: dict[str, tuple[str, torch.dtype]] = {}
+    first: dict[str, str] = {}
     for entry in entries:
         kind = entry.name if entry.layer is None else entry.name.split(".", 3)[3]
         for name in entry.operation.hf_shapes():
-            other, dtype = first.setdefault(kind, (name, types[name]))
-            if types[name] != dtype:
+            other = first.setdefault(kind, name)
+            if source.dtype(name) != source.dtype(other):
                 raise InputError(
-                    f"{where} holds {other} as {dtype} and {name} as {types[name]}, which Megatron "
-                    "stores in one tensor. Give --dtype to convert them to one type."
+                    f"Model folder {source.path} holds {other} as {source.dtype(other)} and {name} "
+                    f"as {source.dtype(name)}, which Megatron stores in one tensor. Give --dtype "
+                    "to convert them to one type."
                 )
 
 
@@ -227,15 +216,6 @@ def _check_tied(reading: _Checked, redundant: list[str]) -> None:
         reading.read(name)
         if reading.records[EMBEDDING] != reading.records[name]:
             raise not_tied(f"Model folder {reading.source.path}")
-
-
-def _write_companions(
-    source: HFFolder | PickledFolder, folder: Path, dtype: torch.dtype | None
-) -> None:
-    folder.mkdir()
-    copy_companions(source.path, folder)
-    if dtype is not None:
-        set_config_dtype(folder, dtype)
 
 
 def _write_checksums(folder: Path, reading: _Checked) -> None:

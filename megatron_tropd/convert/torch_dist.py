@@ -81,7 +81,6 @@ def write_checkpoint(
     """Write a checkpoint that ``megatron.core.dist_checkpointing.load`` reads.
 
     Args:
-        folder: empty folder.
         parts: chunks; together they cover their tensors.
         objects: unique names of sharded objects, each written as None.
         common: what is not sharded; plain values.
@@ -280,11 +279,7 @@ class TorchDistReader:
         """Read ``tensor[lead]``, whatever the layout that wrote it.
 
         Args:
-            name: of a stored tensor.
             lead: position in its leading dimensions; (): the whole tensor.
-
-        Returns:
-            The part, without the leading dimensions.
 
         Raises:
             InputError: a file is missing, truncated or damaged (its checksum is wrong).

@@ -34,8 +34,6 @@ def read_prompts(
 
     Args:
         options: with those of :func:`add_prompt_options`, ``out`` and ``max_new_tokens``.
-        tokenizer: of the model that is sampled.
-        context: longest sequence the model takes.
 
     Returns:
         The prompts, and what the header of ``out`` must say of their template.

@@ -60,7 +60,6 @@ def pack(
             that compiles for a shape, or is fast at some, meets few of them.
         seed: ``train.seed``; keys the mask draws.
         step: training step; keys the mask draws.
-        loss: says which tokens are masked.
 
     Returns:
         Micro-batches, ``rows`` indexing ``trajectories``.
@@ -102,10 +101,6 @@ def count_loss_tokens(
 ) -> LossCounts:
     """Tokens that take part in the loss, known before the forward pass.
 
-    Args:
-        trajectories: all trajectories of the step.
-        loss: says which tokens are masked.
-
     Returns:
         The counts; a masked token is in none of the other two.
     """
@@ -124,10 +119,6 @@ def loss_weights(sequence: TokenSequence, loss: LossSettings) -> NDArray[np.floa
     ``mask_first_ids`` leaves out the first occurrence of each of its ids among the tokens that
     teacher and student wrote; ``mask_truncated`` a whole response that was cut off, its teacher
     prefix included.
-
-    Args:
-        sequence: of N tokens.
-        loss: the two settings.
 
     Returns:
         [N] 0 where there is no loss.

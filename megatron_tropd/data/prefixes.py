@@ -35,12 +35,7 @@ class PlannedSample:
         """Join what was asked with what the engine wrote.
 
         Args:
-            sample: the engine's answer.
-            step: training step that asked.
             version: optimizer steps that the sampling weights had seen.
-
-        Returns:
-            Prompt, prefix and response.
         """
         return TokenSequence.of_runs(
             SampleKey(step, self.prompt.index, self.sample_index),
@@ -85,7 +80,6 @@ def prefix_length(
     The closing stop token is never part of a prefix and at least one token is left to write.
 
     Args:
-        response: what the teacher wrote for the prompt.
         step: 0-based training step.
         steps: ``train.steps``.
         max_new_tokens: longest prefix and continuation together.
@@ -147,7 +141,6 @@ def plan_sample(
     """One sample of a step; the first ones of each prompt start with a teacher prefix.
 
     Args:
-        prompt: of the sample.
         sample_index: 0-based among the samples of the prompt in this step.
         responses: teacher responses by ``Prompt.index``; None switches guidance off.
         step: 0-based training step.

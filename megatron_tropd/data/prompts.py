@@ -39,7 +39,6 @@ def load_prompts(
 
     Args:
         path: JSON lines of the forms in docs/prompts.md; other keys are kept in ``Prompt.fields``.
-        tokenizer: the student's.
         settings: how lines become token ids; a run's ``config.rollout`` is one.
         max_prompt_tokens: most tokens a prompt may have (context minus the response).
         filter_overlong: leave longer prompts out, and say so on stderr; None: no setting does.
@@ -94,10 +93,6 @@ def tokenize_line(
     (it may bring them itself), and none of those that it puts after one.
 
     Args:
-        fields: the line.
-        tokenizer: the student's.
-        settings: how lines become token ids.
-        where: file and line number, for errors.
         leading: of :func:`leading_ids`.
 
     Returns:
@@ -158,11 +153,7 @@ def check_same_texts(
     Templates may differ in what these prompts do not use.
 
     Args:
-        path: of the prompts, for errors.
         prompts: those of :func:`load_prompts` with the student's tokenizer.
-        student: its tokenizer.
-        teacher: its tokenizer.
-        settings: those that the prompts were loaded with.
 
     Raises:
         InputError: the teacher's template makes another text, or none, or its tokenizer begins a
@@ -230,7 +221,6 @@ def prompts_of_step(n_prompts: int, per_step: int, step: int, seed: int) -> list
     sees a prompt twice.
 
     Args:
-        n_prompts: prompts in the file.
         per_step: prompts of a step (``rollout.prompts_per_step``).
         step: 0-based training step.
         seed: ``train.seed``.

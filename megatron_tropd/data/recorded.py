@@ -87,7 +87,6 @@ class RecordedTrajectories(Dataset[dict[str, Tensor]]):
             path: JSON lines of tools/rollouts.py; or a folder of such files (``*.jsonl``), one for
                 each round, read one after another in the order of their names.
             seq_length: S, positions of an item; a trajectory of N tokens needs N - 1.
-            vocab_size: ids must be below it.
             longer: what becomes of longer trajectories; "truncate" cuts their end.
             tokenizer: the student's; given, it must be the one of the file.
 

@@ -50,11 +50,7 @@ def header_record(
     """First line of a responses file.
 
     Args:
-        tokenizer: the teacher's.
         settings: what else must be equal when the tool continues the file.
-
-    Returns:
-        JSON-ready object.
     """
     return {"format": FORMAT, "tokenizer": fingerprint(tokenizer), "settings": dict(settings)}
 
@@ -62,17 +58,7 @@ def header_record(
 def response_record(
     prompt: Prompt, response: TeacherResponse, *, text: str, seed: int
 ) -> dict[str, Any]:
-    """One line of a responses file.
-
-    Args:
-        prompt: what was continued.
-        response: the continuation.
-        text: the continuation as text, for readers.
-        seed: seed it was sampled with.
-
-    Returns:
-        JSON-ready object.
-    """
+    """One line of a responses file."""
     return {
         "prompt_index": response.prompt_index,
         "prompt_sha": prompt_fingerprint(prompt),
@@ -94,9 +80,7 @@ def load_responses(
     """Read a responses file and check it against the prompts and the tokenizer of the run.
 
     Args:
-        path: written by tools/teacher_responses.py.
         prompts: the run's prompts; each must have at least one response.
-        tokenizer: the student's.
         filtered: prompts of the file may have been left out, with them their responses are.
 
     Returns:

@@ -58,11 +58,7 @@ class ResumableLines:
             raise
 
     def append(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Write records in one piece and wait until they are on disk.
-
-        Args:
-            records: JSON-ready, with their keys.
-        """
+        """Write records in one piece and wait until they are on disk."""
         self._write(records)
         self.done.update(self._key_of(record) for record in records)
 

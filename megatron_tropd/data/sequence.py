@@ -108,13 +108,9 @@ class TokenSequence:
         """Make a sequence of who wrote which ids.
 
         Args:
-            key: of the sample.
             runs: (writer, ids) in their order.
             logprobs: of the student's ids, in their order, at temperature 1: what the engine said
                 and what importance weights compare with.
-            version: optimizer steps that the student had seen.
-            finish: why it ended.
-            fields: see the class.
 
         Returns:
             A sequence in which every token weighs 1, but CONTEXT.

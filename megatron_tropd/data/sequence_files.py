@@ -56,12 +56,6 @@ def dump_sequences(sequences: Sequence[TokenSequence]) -> bytes:
 def read_sequences(path: str | Path) -> list[TokenSequence]:
     """Read what :func:`dump_sequences` wrote, or a checkpoint's samples of version 0.1.
 
-    Args:
-        path: the file.
-
-    Returns:
-        Sequences in the order of the file.
-
     Raises:
         InputError: the file is missing, of another format, or a line is no sequence (with the line
             number).

@@ -34,7 +34,6 @@ def conversation(messages: Any, where: str) -> list[Message]:
 
     Args:
         messages: as the file has them: a list of objects with "role" and "content".
-        where: file and line, for errors.
 
     Returns:
         New messages. One part of text became that text, an absent content beside tool calls the
@@ -138,11 +137,9 @@ def render(
 
     Args:
         messages: of :func:`conversation`.
-        tokenizer: has the template.
         arguments: what else the template reads. Two are not its own: ``chat_template`` names one of
             several, ``continue_final_message`` has a last assistant message continued.
         date: what a template that reads the clock is told, at midnight.
-        where: file and line, for errors.
         beside: further keys of the line, which no template is given.
 
     Returns:
@@ -204,13 +201,7 @@ def choose_template(
     """Find the template that transformers would take, or the one of a name.
 
     Args:
-        tokenizer: has none, one, or several under names.
         name: which of several; None: "tool_use" with tools if there is one, else "default".
-        tools: whether there are tools.
-        where: file and line, for errors.
-
-    Returns:
-        The template.
 
     Raises:
         InputError: there is none, or none of the name.

@@ -25,9 +25,6 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     Args:
         folder: HF folder with tokenizer.json or a SentencePiece tokenizer.model.
 
-    Returns:
-        The transformers tokenizer.
-
     Raises:
         InputError: the folder is missing, holds no tokenizer, or its files cannot be read.
     """
@@ -86,9 +83,6 @@ def num_ids(tokenizer: PreTrainedTokenizerBase) -> int:
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash of what the ids mean: every id with its token, and the BOS and EOS ids.
 
-    Args:
-        tokenizer: any transformers tokenizer.
-
     Returns:
         16 hexadecimal digits; equal for a student and a teacher that may be distilled.
     """
@@ -101,10 +95,6 @@ def check_same_tokenizer(
     student_folder: str | Path, teacher_folder: str | Path
 ) -> PreTrainedTokenizerBase:
     """Refuse a pair whose token ids mean different things.
-
-    Args:
-        student_folder: HF folder of the student.
-        teacher_folder: HF folder of the teacher.
 
     Returns:
         The student's tokenizer, which is the one used from here on.
@@ -142,11 +132,7 @@ def stop_token_ids(folder: str | Path, extra: Iterable[int] = ()) -> tuple[int, 
     into different ones, so that a model ends its responses with any of them.
 
     Args:
-        folder: HF folder of the model that samples.
         extra: further ids (``rollout.stop_token_ids``).
-
-    Returns:
-        Sorted ids, each once.
 
     Raises:
         ConfigError: an extra id is not in the vocabulary.

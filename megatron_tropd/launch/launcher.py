@@ -144,8 +144,6 @@ class Ranks:
 
         Args:
             folder: an opened run folder; the ranks read its ``config.json`` and log below it.
-            peers: the launchers of the other nodes.
-            port: where the ranks meet.
 
         Returns:
             The exit code to pass on (``exits.py``).
@@ -238,8 +236,6 @@ class Supervisor:
 
         Args:
             ranks: each leads a session; emptied when all have ended.
-            folder: of the run.
-            peers: the launchers of the other nodes.
         """
         self._ranks, self._folder, self._peers = ranks, folder, peers
         self._received: list[int] = []

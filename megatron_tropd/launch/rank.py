@@ -44,7 +44,6 @@ def run_rank(folder: RunFolder, *, announce: bool = False) -> int:
     """Train as the rank the environment names; after an error the process ends here.
 
     Args:
-        folder: an opened run folder.
         announce: print an error on the terminal too (where our own launcher does not).
 
     Returns:
@@ -126,9 +125,6 @@ def leave(code: int) -> NoReturn:
     A thread of a process group that lets go of its last tensor wants the interpreter's lock. In an
     interpreter that is being cleared up this wish ends the thread, in a place where C++ allows no
     such end: SIGABRT, "terminate called without an active exception", of a run that was complete.
-
-    Args:
-        code: of the process.
     """
     atexit._run_exitfuncs()
     _exit_now(code)

@@ -65,13 +65,8 @@ class Watchdog:
         """Nothing runs yet.
 
         Args:
-            progress: of this rank.
             folder: where all ranks keep their heartbeats (a shared file system).
             failure: path of ``failure.json``.
-            rank: of this process.
-            world_size: number of ranks.
-            timeout_minutes: how long a phase may last.
-            say: shows the report on the terminal.
         """
         self._progress, self._folder, self._failure = progress, folder, failure
         self._rank, self._world_size, self._minutes = rank, world_size, timeout_minutes

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from megatron_tropd.config import ParallelConfig
 from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.convert.megatron_folder import MegatronFolder
-from megatron_tropd.convert.pickled_folder import PickledFolder, open_source
+from megatron_tropd.convert.pickled_folder import open_source
 from megatron_tropd.mcore import models, parallel, platform
 
 TOLERANCE = 1e-3
@@ -99,7 +99,7 @@ def verify(
 
 
 def _compare_tensors(
-    source: HFFolder | PickledFolder, checkpoint: MegatronFolder, written: Literal["hf", "megatron"]
+    source: HFFolder, checkpoint: MegatronFolder, written: Literal["hf", "megatron"]
 ) -> tuple[list[str], list[str]]:
     names, differing = [], []
     for entry in checkpoint.entries:
@@ -126,7 +126,7 @@ def _common(
 
 
 def _transformers_logits(
-    source: HFFolder | PickledFolder, prompts: Sequence[Sequence[int]], dtype: torch.dtype
+    source: HFFolder, prompts: Sequence[Sequence[int]], dtype: torch.dtype
 ) -> list[Tensor]:
     model = AutoModelForCausalLM.from_pretrained(
         str(source.path),

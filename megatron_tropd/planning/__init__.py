@@ -8,9 +8,9 @@ from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.config import Config
 from megatron_tropd.planning.estimate import Estimate, estimate
 from megatron_tropd.planning.hardware import PRESETS, Hardware, load_hardware
+from megatron_tropd.planning.planned_run import PlannedRun, plan_run
 from megatron_tropd.planning.recommend import Recommendation, recommend
 from megatron_tropd.planning.report import Plan, plan_json, plan_table
-from megatron_tropd.planning.setup import Setup, setup
 from megatron_tropd.planning.workload import PROMPT_TOKENS
 
 __all__ = [
@@ -19,8 +19,8 @@ __all__ = [
     "Estimate",
     "Hardware",
     "Plan",
+    "PlannedRun",
     "Recommendation",
-    "Setup",
     "estimate",
     "load_hardware",
     "make_plan",
@@ -43,10 +43,8 @@ def make_plan(
 
     Args:
         config: the run; of its files only both models' config.json are read.
-        hardware: one GPU and its links.
         gpus: of the recommended layout, engines' own included; None: as many as the config's
             layout has.
-        prompt_tokens: assumed length of a prompt.
         response_tokens: assumed average length of a response; None: ``max_new_tokens``.
 
     Raises:
@@ -55,8 +53,8 @@ def make_plan(
     """
     if gpus is not None and gpus < 1:
         raise ConfigError(f"--gpus must be at least 1, found {gpus}.")
-    made = setup(config, hardware, prompt_tokens=prompt_tokens, response_tokens=response_tokens)
-    nodes = made.training_nodes + made.engine_nodes
+    run = plan_run(config, hardware, prompt_tokens=prompt_tokens, response_tokens=response_tokens)
+    nodes = run.training_nodes + run.engine_nodes
     # Separate engines leave GPUs of their nodes idle that another layout may use.
-    configured = nodes * hardware.gpus_per_node if made.separate else made.gpus
-    return Plan(estimate(made), recommend(made, gpus or configured))
+    configured = nodes * hardware.gpus_per_node if run.separate else run.gpus
+    return Plan(estimate(run), recommend(run, gpus or configured))

@@ -53,10 +53,7 @@ def widths(shape: ModelShape, parallel: ParallelConfig, element: int, layers: La
     """The columns one rank has.
 
     Args:
-        shape: of the model.
-        parallel: the layout.
         element: bytes of an element: 2 for bfloat16, 4 for float32.
-        layers: whose layers.
     """
     t = parallel.tensor
     return Widths(
@@ -128,15 +125,11 @@ def activations(
     has p - i of them in flight.
 
     Args:
-        shape: of the model.
-        parallel: the layout.
-        options: what is recomputed, and what is offloaded.
         stage: 0-based pipeline stage.
         positions: of a micro-batch, padding included.
         length: of its rows.
         micro_batches: of one replica's step.
         element: bytes of an element.
-        layers: whose layers.
     """
     w = widths(shape, parallel, element, layers)
     num_layers = stage_sizes(shape.layers, parallel.pipeline)[stage]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from megatron_tropd.convert.sizes import stage_sizes
 from megatron_tropd.planning.parameters import Model
-from megatron_tropd.planning.setup import Setup
+from megatron_tropd.planning.planned_run import PlannedRun
 
 _FLOAT32 = 4
 
@@ -36,23 +36,23 @@ class Communication:
     separate engines, in the run's folder."""
 
 
-def communication(made: Setup) -> Communication:
+def communication(run: PlannedRun) -> Communication:
     """What each kind of parallelism sends."""
-    student, teacher = made.student, made.teacher
+    student, teacher = run.student, run.teacher
     # A loss that looks at the student first takes one more pass.
-    passes = 2 + made.config.loss.needs_student_pass
-    again = repeated(made)
-    ways = 2 if made.through_folder else 1
+    passes = 2 + run.config.loss.needs_student_pass
+    again = repeated(run)
+    ways = 2 if run.through_folder else 1
     return Communication(
-        tensor_teacher=tensor_bytes(made, teacher, passes=1),
-        tensor_student=tensor_bytes(made, student, passes=passes - 2 + student_sums(made)),
-        expert_teacher=sum(expert_bytes(made, teacher, passes=1)),
-        expert_student=sum(expert_bytes(made, student, passes=passes + again.routes)),
-        pipeline_teacher=pipeline_bytes(made, teacher, passes=1),
-        pipeline_student=pipeline_bytes(made, student, passes=passes),
-        data=max(data_bytes(made, stage) for stage in {0, made.last_stage}),
-        tied_embedding=tied_embedding_bytes(made),
-        weight_sync=float(ways * student.parameters * made.element),
+        tensor_teacher=tensor_bytes(run, teacher, passes=1),
+        tensor_student=tensor_bytes(run, student, passes=passes - 2 + student_sums(run)),
+        expert_teacher=sum(expert_bytes(run, teacher, passes=1)),
+        expert_student=sum(expert_bytes(run, student, passes=passes + again.routes)),
+        pipeline_teacher=pipeline_bytes(run, teacher, passes=1),
+        pipeline_student=pipeline_bytes(run, student, passes=passes),
+        data=max(data_bytes(run, stage) for stage in {0, run.last_stage}),
+        tied_embedding=tied_embedding_bytes(run),
+        weight_sync=float(ways * student.parameters * run.element),
     )
 
 
@@ -68,36 +68,36 @@ class Repeated:
     """Of the tokens' ways to their experts and back."""
 
 
-def repeated(made: Setup) -> Repeated:
+def repeated(run: PlannedRun) -> Repeated:
     """What the options have the student's backward pass do again, on the first stage."""
-    recompute = made.options.recompute
-    layers = stage_sizes(made.student.shape.layers, made.parallel.pipeline)[0]
+    recompute = run.options.recompute
+    layers = stage_sizes(run.student.shape.layers, run.parallel.pipeline)[0]
     whole = recompute.whole_layers(layers) / layers
-    experts = made.student.shape.experts is not None
+    experts = run.student.shape.experts is not None
     mlp = 0.5 if "mlp" in recompute.modules and not experts else 0.0  # one of two sums
     routes = 1.0 if "moe" in recompute.modules and experts else 0.0
     return Repeated(layers=whole, sums=whole + mlp, routes=whole + routes)
 
 
-def student_sums(made: Setup) -> float:
+def student_sums(run: PlannedRun) -> float:
     """Forward passes whose collectives equal those of the student's forward and backward."""
     # Sharded inputs are gathered once more for the gradient of the weights.
-    return 2 + repeated(made).sums + (0.5 if made.parallel.sequence_parallel else 0)
+    return 2 + repeated(run).sums + (0.5 if run.parallel.sequence_parallel else 0)
 
 
-def tensor_bytes(made: Setup, model: Model, *, passes: float) -> float:
+def tensor_bytes(run: PlannedRun, model: Model, *, passes: float) -> float:
     """Two all-reduces (or pairs of gather and scatter) of the hidden states in every layer.
 
     A mixture's second one is part of :func:`expert_bytes`.
     """
-    t = made.parallel.tensor
-    layers = -(-model.shape.layers // made.parallel.pipeline)
-    one = made.work.positions * model.shape.hidden * made.element
+    t = run.parallel.tensor
+    layers = -(-model.shape.layers // run.parallel.pipeline)
+    one = run.work.positions * model.shape.hidden * run.element
     sums = 1 if model.shape.experts else 2
     return passes * layers * sums * 2 * one * (t - 1) / t
 
 
-def expert_bytes(made: Setup, model: Model, *, passes: float) -> tuple[float, float]:
+def expert_bytes(run: PlannedRun, model: Model, *, passes: float) -> tuple[float, float]:
     """Routed tokens there and back: (over the expert-parallel ranks, over the tensor ones).
 
     An all-to-all over the first, where a rank has its part of the sequence; a gather and a scatter
@@ -106,38 +106,38 @@ def expert_bytes(made: Setup, model: Model, *, passes: float) -> tuple[float, fl
     experts = model.shape.experts
     if experts is None:
         return 0.0, 0.0
-    e, t = made.parallel.expert, made.parallel.tensor
-    layers = -(-model.shape.layers // made.parallel.pipeline)
-    routed = made.work.positions * experts.per_token * model.shape.hidden * made.element
+    e, t = run.parallel.expert, run.parallel.tensor
+    layers = -(-model.shape.layers // run.parallel.pipeline)
+    routed = run.work.positions * experts.per_token * model.shape.hidden * run.element
     there_and_back = passes * layers * 2 * routed
-    shards = made.parallel.shards_of_expert
+    shards = run.parallel.shards_of_expert
     return there_and_back / t * (e - 1) / e, there_and_back / t * (shards - 1)
 
 
-def pipeline_bytes(made: Setup, model: Model, *, passes: float) -> float:
+def pipeline_bytes(run: PlannedRun, model: Model, *, passes: float) -> float:
     """Hidden states of every position across one boundary; sharded under sequence parallelism."""
-    if made.parallel.pipeline == 1:
+    if run.parallel.pipeline == 1:
         return 0.0
-    shards = made.parallel.tensor if made.parallel.sequence_parallel else 1
-    return passes * made.work.positions * model.shape.hidden * made.element / shards
+    shards = run.parallel.tensor if run.parallel.sequence_parallel else 1
+    return passes * run.work.positions * model.shape.hidden * run.element / shards
 
 
-def data_bytes(made: Setup, stage: int) -> float:
+def data_bytes(run: PlannedRun, stage: int) -> float:
     """Gradients over the replicas; with the distributed optimizer, new weights back."""
-    held, p = made.held(made.student, stage), made.parallel
-    return _reduced(made, held.dense, p.data) + _reduced(made, held.experts, p.expert_replicas)
+    held, p = run.parameters_of(run.student, stage), run.parallel
+    return _reduced(run, held.dense, p.data) + _reduced(run, held.experts, p.expert_replicas)
 
 
-def tied_embedding_bytes(made: Setup) -> float:
+def tied_embedding_bytes(run: PlannedRun) -> float:
     """One float32 all-reduce of the embedding's shard over two ranks."""
-    shape, p = made.student.shape, made.parallel
+    shape, p = run.student.shape, run.parallel
     if not shape.tied or p.pipeline == 1:
         return 0.0
-    return float(_FLOAT32 * made.vocab_shard * shape.hidden)
+    return float(_FLOAT32 * run.vocab_shard * shape.hidden)
 
 
-def _reduced(made: Setup, parameters: int, replicas: int) -> float:
+def _reduced(run: PlannedRun, parameters: int, replicas: int) -> float:
     ring = (replicas - 1) / replicas
-    if made.parallel.distributed_optimizer:
-        return parameters * (made.gradient_element + made.element) * ring
-    return 2 * parameters * made.gradient_element * ring
+    if run.parallel.distributed_optimizer:
+        return parameters * (run.gradient_element + run.element) * ring
+    return 2 * parameters * run.gradient_element * ring

@@ -6,15 +6,15 @@ from functools import cached_property
 from megatron_tropd.planning.communication import Communication, communication
 from megatron_tropd.planning.memory import Memory, fullest_stages, memory, obstacle
 from megatron_tropd.planning.options import describe_options
+from megatron_tropd.planning.planned_run import PlannedRun
 from megatron_tropd.planning.seconds import Seconds, seconds
-from megatron_tropd.planning.setup import Setup
 
 
 @dataclass(frozen=True)
 class Estimate:
     """What a layout needs and takes."""
 
-    made: Setup
+    run: PlannedRun
     communication: Communication
     seconds: Seconds
     peak: float
@@ -30,12 +30,12 @@ class Estimate:
     @cached_property
     def memory(self) -> list[Memory]:
         """Of each pipeline stage."""
-        return memory(self.made)
+        return memory(self.run)
 
 
 def slow_phases(one: Estimate) -> list[str]:
     """A warning for each phase that the run would take to hang (``run.timeout_minutes``)."""
-    took, minutes = one.seconds, one.made.config.run.timeout_minutes
+    took, minutes = one.seconds, one.run.config.run.timeout_minutes
     phases = {name: getattr(took, name) for name in ("teacher", "student", "optimizer", "sync")}
     phases["rollout"] = took.waiting
     return [
@@ -47,21 +47,21 @@ def slow_phases(one: Estimate) -> list[str]:
     ]
 
 
-def estimate(made: Setup) -> Estimate:
+def estimate(run: PlannedRun) -> Estimate:
     """Everything about one layout; arithmetic only."""
-    fullest, sent = fullest_stages(made), communication(made)
+    fullest, sent = fullest_stages(run), communication(run)
     return Estimate(
-        made,
+        run,
         sent,
-        seconds(made, sent),
+        seconds(run, sent),
         peak=max(stage.peak for stage in fullest),
-        obstacle=obstacle(made, fullest),
+        obstacle=obstacle(run, fullest),
     )
 
 
-def layout_name(made: Setup) -> str:
+def layout_name(run: PlannedRun) -> str:
     """A layout and its engines in one line."""
-    p, rollout = made.parallel, made.rollout
+    p, rollout = run.parallel, run.rollout
     parts = [f"TP {p.tensor} x PP {p.pipeline} x DP {p.data}"]
     if p.expert > 1:
         parts.append(f"EP {p.expert}")
@@ -70,12 +70,12 @@ def layout_name(made: Setup) -> str:
     for name in ("uneven_stages", "sequence_parallel", "distributed_optimizer"):
         if getattr(p, name):
             parts.append(name.replace("_", " "))
-    parts += describe_options(made.options)
+    parts += describe_options(run.options)
     gpus = rollout.engine_tensor_parallel
     engines = f"{_many(rollout.num_engines, 'engine')} of {_many(gpus, 'GPU')}"
-    if made.separate:
-        engines += f" on {_many(made.engine_nodes, 'node')} of their own"
-    on_cpu = made.hardware.layers == "cpu"
+    if run.separate:
+        engines += f" on {_many(run.engine_nodes, 'node')} of their own"
+    on_cpu = run.hardware.layers == "cpu"
     name = "engine_cpu_kv_gib" if on_cpu else "engine_gpu_share"
     parts.append(f"{engines}, {name} {getattr(rollout, name):.2f}")
     if rollout.steps_ahead:

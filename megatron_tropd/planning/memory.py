@@ -9,8 +9,8 @@ trainer computes. A separate one has GPUs of its own, which hold nothing else.
 from dataclasses import dataclass
 
 from megatron_tropd.planning.activations import Activations, activations, widths
-from megatron_tropd.planning.parameters import Held, Model
-from megatron_tropd.planning.setup import Setup
+from megatron_tropd.planning.parameters import Model, RankParameters
+from megatron_tropd.planning.planned_run import PlannedRun
 
 LOSS_BUDGET = {"cpu": 72 * 2**20, "gpu": 4096 * 2**20}
 """Bytes of the loss's chunk buffers; a test compares them with ``losses.chunks``."""
@@ -125,321 +125,314 @@ class Memory:
         return max(self.phases.values())
 
 
-def memory_of_stage(made: Setup, stage: int) -> Memory:
+def memory_of_stage(run: PlannedRun, stage: int) -> Memory:
     """Every item on a GPU of a pipeline stage.
 
     Args:
-        made: the run.
         stage: 0-based.
     """
-    student, teacher = made.held(made.student, stage), made.held(made.teacher, stage)
-    last = stage == made.last_stage
-    engine = Engine(0.0, 0.0, 0.0, 0.0) if made.separate else engine_memory(made)
-    scores = last and made.config.loss.needs_student_pass
-    passes = stage_activations(made, stage)
+    student, teacher = run.parameters_of(run.student, stage), run.parameters_of(run.teacher, stage)
+    last = stage == run.last_stage
+    engine = Engine(0.0, 0.0, 0.0, 0.0) if run.separate else engine_memory(run)
+    scores = last and run.config.loss.needs_student_pass
+    passes = stage_activations(run, stage)
     return Memory(
         stage=stage,
-        weights=student.total * made.element,
-        gradients=student.total * made.gradient_element,
-        optimizer=optimizer_bytes(made, student),
-        teacher_weights=teacher.total * made.element,
-        teacher_hidden=_hidden_states(made, made.teacher) if last else 0.0,
-        teacher_forward=_working_set(made, made.teacher),
-        student_hidden=_hidden_states(made, made.student) if scores else 0.0,
+        weights=student.total * run.element,
+        gradients=student.total * run.gradient_element,
+        optimizer=optimizer_bytes(run, student),
+        teacher_weights=teacher.total * run.element,
+        teacher_hidden=_hidden_states(run, run.teacher) if last else 0.0,
+        teacher_forward=_working_set(run, run.teacher),
+        student_hidden=_hidden_states(run, run.student) if scores else 0.0,
         activations=passes.kept,
         recomputed=passes.recomputed,
-        backward=_working_set(made, made.student),
-        loss=loss_bytes(made) if last else 0.0,
+        backward=_working_set(run, run.student),
+        loss=loss_bytes(run) if last else 0.0,
         engine_weights=engine.weights,
         engine_workspace=engine.workspace,
         kv_cache=engine.cache,
         engine_asleep=engine.asleep,
-        update=_update_bytes(made, student),
-        export=_export_bytes(made, stage),
-        saving=_saving_bytes(made, student, stage),
+        update=_update_bytes(run, student),
+        export=_export_bytes(run, stage),
+        saving=_saving_bytes(run, student, stage),
     )
 
 
-def stage_activations(made: Setup, stage: int) -> Activations:
+def stage_activations(run: PlannedRun, stage: int) -> Activations:
     """What the student's passes hold on a stage."""
     return activations(
-        made.student.shape,
-        made.parallel,
-        made.options,
+        run.student.shape,
+        run.parallel,
+        run.options,
         stage=stage,
-        positions=made.work.most_positions,
-        length=made.work.longest,
-        micro_batches=made.work.most_micro_batches,
-        element=made.element,
-        layers=made.hardware.layers,
+        positions=run.work.most_positions,
+        length=run.work.longest,
+        micro_batches=run.work.most_micro_batches,
+        element=run.element,
+        layers=run.hardware.layers,
     )
 
 
-def memory(made: Setup) -> list[Memory]:
+def memory(run: PlannedRun) -> list[Memory]:
     """:func:`memory_of_stage` for every stage."""
-    return [memory_of_stage(made, stage) for stage in range(made.parallel.pipeline)]
+    return [memory_of_stage(run, stage) for stage in range(run.parallel.pipeline)]
 
 
-def fullest_stages(made: Setup) -> list[Memory]:
+def fullest_stages(run: PlannedRun) -> list[Memory]:
     """The first stage and the last: no other holds more layers, or more micro-batches in flight."""
-    return [memory_of_stage(made, stage) for stage in sorted({0, made.last_stage})]
+    return [memory_of_stage(run, stage) for stage in sorted({0, run.last_stage})]
 
 
-def obstacle(made: Setup, stages: list[Memory]) -> str:
-    """Why a layout does not fit, or nothing if it does.
-
-    Args:
-        made: the run.
-        stages: the fullest at least.
-    """
-    usable, peak = made.hardware.usable_bytes, max(stage.peak for stage in stages)
+def obstacle(run: PlannedRun, stages: list[Memory]) -> str:
+    """Why a layout does not fit, or nothing if it does."""
+    usable, peak = run.hardware.usable_bytes, max(stage.peak for stage in stages)
     if peak > usable:
         return f"a training GPU needs {peak / 1e9:.1f} GB of {usable / 1e9:.1f} usable ones"
-    engine = engine_memory(made)
-    if made.separate and engine.total > usable:
+    engine = engine_memory(run)
+    if run.separate and engine.total > usable:
         return (
-            f"rollout.engine_gpu_share = {made.rollout.engine_gpu_share:g} is "
+            f"rollout.engine_gpu_share = {run.rollout.engine_gpu_share:g} is "
             f"{engine.total / 1e9:.1f} GB, an engine's GPU has {usable / 1e9:.1f} usable ones"
         )
-    return engine_obstacle(made)
+    return engine_obstacle(run)
 
 
-def engine_obstacle(made: Setup) -> str:
+def engine_obstacle(run: PlannedRun) -> str:
     """Why an engine cannot hold one trajectory, or nothing if it can.
 
     An evaluation by exact match starts engines of the teacher before anything else.
     """
-    evaluation, models = made.config.evaluation, [made.student]
+    evaluation, models = run.config.evaluation, [run.student]
     if evaluation.problems and evaluation.task == "exact_match" and evaluation.teacher:
-        models.append(made.teacher)
+        models.append(run.teacher)
     for model in models:
-        if (tokens := cache_tokens(made, model)) < made.work.longest:
+        if (tokens := cache_tokens(run, model)) < run.work.longest:
             return (
                 f"an engine of the {model.who} has room for {tokens} tokens of cache, one "
-                f"trajectory has {made.work.longest}"
+                f"trajectory has {run.work.longest}"
             )
     return ""
 
 
-def optimizer_bytes(made: Setup, held: Held) -> float:
+def optimizer_bytes(run: PlannedRun, held: RankParameters) -> float:
     """Adam's two moments and, for bfloat16 weights, the main ones.
 
     The distributed optimizer shards them. What the host updates has its moments there, its main
     weights only with ``use_precision_aware_optimizer``: Megatron copies them, and keeps the
     originals.
     """
-    states, updated = made.options.states, updated_parameters(made, held)
-    away = 0.0 if made.hardware.layers == "cpu" else states.on_host
-    main = states.main if made.element == 2 else 0.0
+    states, updated = run.options.states, updated_parameters(run, held)
+    away = 0.0 if run.hardware.layers == "cpu" else states.on_host
+    main = states.main if run.element == 2 else 0.0
     main_stays = 1.0 - (away if states.precision_aware else 0.0)
     return updated * (states.moments * (1 - away) + main * main_stays)
 
 
-def updated_parameters(made: Setup, held: Held) -> float:
+def updated_parameters(run: PlannedRun, held: RankParameters) -> float:
     """Parameters that one rank's optimizer updates.
 
     The distributed optimizer shards them over the replicas: all of them for dense parameters,
     those that hold the same experts for these.
     """
-    p = made.parallel
+    p = run.parallel
     if not p.distributed_optimizer:
         return float(held.total)
     return held.dense / p.data + held.experts / p.expert_replicas
 
 
-def offloaded_parameters(made: Setup) -> float:
+def offloaded_parameters(run: PlannedRun) -> float:
     """Of those of the first stage, how many the host updates; a CPU offloads nothing."""
-    if made.hardware.layers == "cpu":
+    if run.hardware.layers == "cpu":
         return 0.0
-    return made.options.states.on_host * updated_parameters(made, made.held(made.student, 0))
+    return run.options.states.on_host * updated_parameters(run, run.parameters_of(run.student, 0))
 
 
-def loss_bytes(made: Setup) -> float:
+def loss_bytes(run: PlannedRun) -> float:
     """What the loss of one micro-batch adds at the last stage.
 
     Logits of both models in float32 for a chunk of tokens and the gradient of bfloat16, within a
     budget (twice the chunks where collectives overlap); the student's hidden states [T, H] and, in
     float32, their gradient; the output layer's gradient [v, H] in float32; per-token values.
     """
-    tokens, shard = made.work.most_loss_tokens, made.vocab_shard
-    hidden = made.student.shape.hidden
+    tokens, shard = run.work.most_loss_tokens, run.vocab_shard
+    hidden = run.student.shape.hidden
     values = 4 * _VALUES_OF_A_TOKEN * tokens
-    gradients = hidden * (tokens * (made.element + _FLOAT32) + shard * _FLOAT32)
-    return chunk_bytes(made, tokens) + candidate_bytes(made, tokens) + gradients + values
+    gradients = hidden * (tokens * (run.element + _FLOAT32) + shard * _FLOAT32)
+    return chunk_bytes(run, tokens) + candidate_bytes(run, tokens) + gradients + values
 
 
-def chunk_bytes(made: Setup, tokens: int) -> float:
+def chunk_bytes(run: PlannedRun, tokens: int) -> float:
     """The loss's chunk buffers: logits of all tokens, or as many rows as the budget holds.
 
     On a GPU rows begin at multiples of 64 columns, and the gradient of bfloat16 has a buffer too.
     Under tensor parallelism two chunks share the budget if one does not hold all tokens, so that
     collectives hide behind products.
     """
-    if made.hardware.layers == "cpu":
-        return min(LOSS_BUDGET["cpu"], _LOGITS * tokens * made.vocab_shard)
-    rows, gradient = _chunk_rows(made, tokens), made.element if made.element == 2 else 0
-    two = 2 if rows < tokens and made.parallel.tensor > 1 else 1
-    return float(rows * _columns(made) * (two * _LOGITS + gradient))
+    if run.hardware.layers == "cpu":
+        return min(LOSS_BUDGET["cpu"], _LOGITS * tokens * run.vocab_shard)
+    rows, gradient = _chunk_rows(run, tokens), run.element if run.element == 2 else 0
+    two = 2 if rows < tokens and run.parallel.tensor > 1 else 1
+    return float(rows * _columns(run) * (two * _LOGITS + gradient))
 
 
-def _chunk_rows(made: Setup, tokens: int) -> int:
+def _chunk_rows(run: PlannedRun, tokens: int) -> int:
     """Tokens of one chunk of the loss on a GPU."""
-    two = 2 if made.parallel.tensor > 1 else 1
-    of_column = two * _LOGITS + (made.element if made.element == 2 else 0)
-    rows = LOSS_BUDGET["gpu"] // (_columns(made) * of_column)
+    two = 2 if run.parallel.tensor > 1 else 1
+    of_column = two * _LOGITS + (run.element if run.element == 2 else 0)
+    rows = LOSS_BUDGET["gpu"] // (_columns(run) * of_column)
     return min(tokens, rows // 16 * 16 if rows > 16 else max(rows, 1))
 
 
-def _columns(made: Setup) -> int:
-    return -(-made.vocab_shard // _ALIGNED) * _ALIGNED
+def _columns(run: PlannedRun) -> int:
+    return -(-run.vocab_shard // _ALIGNED) * _ALIGNED
 
 
-def candidate_bytes(made: Setup, tokens: int) -> float:
+def candidate_bytes(run: PlannedRun, tokens: int) -> float:
     """What a chunk's search for the teacher's k largest logits takes on a GPU."""
-    groups = made.config.loss.needs.top_k * _GROUP
-    if made.hardware.layers == "cpu" or groups >= made.vocab_shard:
+    groups = run.config.loss.needs.top_k * _GROUP
+    if run.hardware.layers == "cpu" or groups >= run.vocab_shard:
         return 0.0
-    return float(_chunk_rows(made, tokens) * groups * _OF_CANDIDATE)
+    return float(_chunk_rows(run, tokens) * groups * _OF_CANDIDATE)
 
 
-def _update_bytes(made: Setup, held: Held) -> float:
+def _update_bytes(run: PlannedRun, held: RankParameters) -> float:
     """Temporaries of Adam: torch's on a GPU, and gradients that become float32."""
-    updated = updated_parameters(made, held) * (1 - made.options.states.on_host)
-    torch_adam = _FLOAT32 if made.hardware.layers == "local" else 0
-    converted = 0 if made.gradient_element == _FLOAT32 else _FLOAT32
+    updated = updated_parameters(run, held) * (1 - run.options.states.on_host)
+    torch_adam = _FLOAT32 if run.hardware.layers == "local" else 0
+    converted = 0 if run.gradient_element == _FLOAT32 else _FLOAT32
     return updated * (torch_adam + converted)
 
 
-def _export_bytes(made: Setup, stage: int) -> float:
+def _export_bytes(run: PlannedRun, stage: int) -> float:
     """The largest tensor, gathered and put together; the buffer that an engine reads.
 
     A stage of which no rank receives gathers what it sends, and puts nothing together.
     """
-    largest = made.padded_vocab * made.student.shape.hidden * made.element
-    if stage not in receiving_stages(made):
-        has_it = stage == 0 or (stage == made.last_stage and not made.student.shape.tied)
-        sent, shards = max(largest if has_it else 0, _BUCKET), made.parallel.tensor
+    largest = run.padded_vocab * run.student.shape.hidden * run.element
+    if stage not in receiving_stages(run):
+        has_it = stage == 0 or (stage == run.last_stage and not run.student.shape.tied)
+        sent, shards = max(largest if has_it else 0, _BUCKET), run.parallel.tensor
         return float(sent * (1 + 1 / shards) if shards > 1 else sent)
-    staged = 0 if made.through_folder else max(largest, _BUCKET)
+    staged = 0 if run.through_folder else max(largest, _BUCKET)
     return float(2 * largest + staged)
 
 
-def receiving_stages(made: Setup) -> set[int]:
+def receiving_stages(run: PlannedRun) -> set[int]:
     """Stages of ranks that get all new weights: for a file, or a buffer on an engine's GPU."""
-    if made.separate:
+    if run.separate:
         return {0}
-    block = made.parallel.world_size // made.rollout.num_engines
-    gpus = 1 if made.through_folder else made.rollout.engine_tensor_parallel
-    of_stage = made.parallel.tensor * made.parallel.data
-    owners = range(0, made.parallel.world_size, block)
+    block = run.parallel.world_size // run.rollout.num_engines
+    gpus = 1 if run.through_folder else run.rollout.engine_tensor_parallel
+    of_stage = run.parallel.tensor * run.parallel.data
+    owners = range(0, run.parallel.world_size, block)
     return {rank // of_stage for owner in owners for rank in (owner, owner + gpus - 1)}
 
 
-def _saving_bytes(made: Setup, held: Held, stage: int) -> float:
+def _saving_bytes(run: PlannedRun, held: RankParameters, stage: int) -> float:
     """One state of the distributed optimizer: each replica's share, and all of them together."""
-    p = made.parallel
-    if not p.distributed_optimizer or made.hardware.layers == "cpu":
+    p = run.parallel
+    if not p.distributed_optimizer or run.hardware.layers == "cpu":
         return 0.0  # without CUDA they are gathered on the host
-    dense, experts = largest_buckets(made, held, stage)
+    dense, experts = largest_buckets(run, held, stage)
     return _FLOAT32 * max(dense * (1 + 1 / p.data), experts * (1 + 1 / p.expert_replicas))
 
 
-def largest_buckets(made: Setup, held: Held, stage: int) -> tuple[float, float]:
+def largest_buckets(run: PlannedRun, held: RankParameters, stage: int) -> tuple[float, float]:
     """Parameters of the largest bucket of gradients: (of dense ones, of experts).
 
     An embedding that two stages share has its own. If gradients are reduced beside the backward
     pass, the first stage has many: the last to be full takes the embedding, too.
     """
-    p, shape = made.parallel, made.student.shape
-    embedding = made.vocab_shard * shape.hidden
-    shared = shape.tied and p.pipeline > 1 and stage in (0, made.last_stage)
+    p, shape = run.parallel, run.student.shape
+    embedding = run.vocab_shard * shape.hidden
+    shared = shape.tied and p.pipeline > 1 and stage in (0, run.last_stage)
     alone = embedding if shared else 0
     dense, experts = float(held.dense - alone), float(held.experts)
-    if made.options.overlap_gradients and stage == 0:
+    if run.options.overlap_gradients and stage == 0:
         limit = max(_BUCKET_PARAMETERS, _OF_REPLICA * p.data)
         dense, experts = min(dense, limit + embedding - alone), min(experts, limit)
     return max(dense, alone), experts
 
 
-def engine_memory(made: Setup, model: Model | None = None) -> Engine:
+def engine_memory(run: PlannedRun, model: Model | None = None) -> Engine:
     """An engine on each of its GPUs.
 
     Args:
-        made: the run.
         model: what it serves; None: the student.
     """
-    model, rollout = model or made.student, made.rollout
-    weights = model.parameters * made.element / rollout.engine_tensor_parallel
-    if made.hardware.layers == "cpu":
+    model, rollout = model or run.student, run.rollout
+    weights = model.parameters * run.element / rollout.engine_tensor_parallel
+    if run.hardware.layers == "cpu":
         cache = rollout.engine_cpu_kv_gib * 2**30
         return Engine(weights, 0.0, cache, weights + cache)
     of_memory = rollout.engine_gpu_share
-    if model.who == "teacher" and not made.separate:
+    if model.who == "teacher" and not run.separate:
         of_memory = max(of_memory, TEACHER_SHARE)
-    share = of_memory * made.hardware.memory_gb * 1e9
+    share = of_memory * run.hardware.memory_gb * 1e9
     cache = share - weights - ENGINE_WORKSPACE
     return Engine(weights, ENGINE_WORKSPACE, cache, ENGINE_WORKSPACE)
 
 
-def cache_bytes_per_token(made: Setup, model: Model | None = None) -> float:
+def cache_bytes_per_token(run: PlannedRun, model: Model | None = None) -> float:
     """Keys and values of one token on one GPU of an engine; heads are copied, not split below 1."""
-    shape, gpus = (model or made.student).shape, made.rollout.engine_tensor_parallel
+    shape, gpus = (model or run.student).shape, run.rollout.engine_tensor_parallel
     heads = max(shape.kv_heads / gpus, 1)
-    return 2 * shape.layers * heads * shape.head_dim * made.element
+    return 2 * shape.layers * heads * shape.head_dim * run.element
 
 
-def cache_tokens(made: Setup, model: Model | None = None) -> int:
+def cache_tokens(run: PlannedRun, model: Model | None = None) -> int:
     """Tokens that an engine's cache holds."""
-    return max(0, int(engine_memory(made, model).cache / cache_bytes_per_token(made, model)))
+    return max(0, int(engine_memory(run, model).cache / cache_bytes_per_token(run, model)))
 
 
-def host_bytes(made: Setup) -> float:
+def host_bytes(run: PlannedRun) -> float:
     """Of a node's own memory: what engines take, and what the trainer offloads."""
-    ranks = min(made.hardware.gpus_per_node, made.parallel.world_size)
-    away = stage_activations(made, 0).on_host + _ON_HOST * offloaded_parameters(made)
-    return engine_host_bytes(made) + ranks * away
+    ranks = min(run.hardware.gpus_per_node, run.parallel.world_size)
+    away = stage_activations(run, 0).on_host + _ON_HOST * offloaded_parameters(run)
+    return engine_host_bytes(run) + ranks * away
 
 
-def engine_host_bytes(made: Setup) -> float:
+def engine_host_bytes(run: PlannedRun) -> float:
     """Of a node's own memory: weights on their way to its engines.
 
     Through a folder each colocated engine gets the whole student in shared memory, all engines of
     the node at the same time; from GPU to GPU it takes nothing there. Asleep it keeps no weights.
     Separate ones read it from the run's folder.
     """
-    weights = float(made.student.parameters * made.element)
-    if made.hardware.layers == "cpu" or made.separate:
+    weights = float(run.student.parameters * run.element)
+    if run.hardware.layers == "cpu" or run.separate:
         return 0.0
-    world = made.parallel.world_size
-    engines = -(-made.rollout.num_engines * min(made.hardware.gpus_per_node, world) // world)
-    return engines * weights if made.through_folder else 0.0
+    world = run.parallel.world_size
+    engines = -(-run.rollout.num_engines * min(run.hardware.gpus_per_node, world) // world)
+    return engines * weights if run.through_folder else 0.0
 
 
-def saving_host_bytes(made: Setup) -> float:
+def saving_host_bytes(run: PlannedRun) -> float:
     """About what a save takes of a node's own memory, until it is written.
 
     Every rank gathers the main weights and moments of its part of the model there, those of all
     replicas (``checkpoint_sharding = "fully_reshardable"``, as at least the last save is).
     """
-    ranks = min(made.hardware.gpus_per_node, made.parallel.world_size)
-    held = made.held(made.student, 0)
-    states = 3 * _FLOAT32 if made.parallel.distributed_optimizer else 0
-    return ranks * held.total * float(states + made.element)
+    ranks = min(run.hardware.gpus_per_node, run.parallel.world_size)
+    held = run.parameters_of(run.student, 0)
+    states = 3 * _FLOAT32 if run.parallel.distributed_optimizer else 0
+    return ranks * held.total * float(states + run.element)
 
 
-def checkpoint_bytes(made: Setup) -> float:
+def checkpoint_bytes(run: PlannedRun) -> float:
     """About what one checkpoint takes on disk: the student's weights and optimizer states."""
-    states = 12 if made.element == 2 else 8
-    return made.student.parameters * (made.element + states)
+    states = 12 if run.element == 2 else 8
+    return run.student.parameters * (run.element + states)
 
 
-def _hidden_states(made: Setup, model: Model) -> float:
-    return made.work.step_loss_tokens * model.shape.hidden * made.element
+def _hidden_states(run: PlannedRun, model: Model) -> float:
+    return run.work.step_loss_tokens * model.shape.hidden * run.element
 
 
-def _working_set(made: Setup, model: Model) -> float:
+def _working_set(run: PlannedRun, model: Model) -> float:
     """The residual stream and the widest layer output of one micro-batch, and as much again."""
-    w = widths(model.shape, made.parallel, made.element, made.hardware.layers)
+    w = widths(model.shape, run.parallel, run.element, run.hardware.layers)
     routes = model.shape.experts.per_token if model.shape.experts else 1
     widest = max(w.fused_qkv, routes * (3 * w.ffn + (w.routed_hidden if routes > 1 else 0)))
-    return made.work.most_positions * made.element * (2 * w.hidden + 2 * widest)
+    return run.work.most_positions * run.element * (2 * w.hidden + 2 * widest)

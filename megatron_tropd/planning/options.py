@@ -160,8 +160,6 @@ def recomputing(configured: Options, *, layers: int, mixture: bool) -> list[Opti
     """What can be recomputed, all else as configured.
 
     Args:
-        configured: of the run.
-        layers: of the first stage.
         mixture: whether the student is a mixture of experts.
     """
     modules = frozenset({"moe" if mixture else "mlp"})
@@ -178,9 +176,7 @@ def offloading(configured: Options, *, mixture: bool, sharded: bool) -> list[Opt
     """What can go to the host, with recomputation and without.
 
     Args:
-        configured: of the run.
         mixture: whether the student is a mixture of experts.
-        sharded: whether the optimizer is distributed.
     """
     plain = replace(configured, recompute=Recompute())
     mlp, *_, every = recomputing(configured, layers=1, mixture=mixture)

@@ -21,7 +21,7 @@ from megatron_tropd.convert.sizes import stage_sizes
 
 
 @dataclass(frozen=True)
-class Held:
+class RankParameters:
     """Parameters of one rank. Experts are apart: other ranks hold the same ones."""
 
     dense: int
@@ -66,7 +66,7 @@ class Model:
         """Parameters of all experts of all layers."""
         return _counts(self.key, None, 1)["expert"]
 
-    def held(self, parallel: ParallelConfig, stage: int, padded_vocab: int) -> Held:
+    def on_rank(self, parallel: ParallelConfig, stage: int, padded_vocab: int) -> RankParameters:
         """Parameters of each rank of a pipeline stage.
 
         The first stage has the embedding, the last one the output layer; a tied output layer is
@@ -83,7 +83,7 @@ class Model:
         if stage == parallel.pipeline - 1:
             copy = counts["embedding"] if self.shape.tied and parallel.pipeline > 1 else 0
             dense += counts["final"] + counts["output"] + copy
-        return Held(dense, experts)
+        return RankParameters(dense, experts)
 
     @cached_property
     def key(self) -> str:
@@ -96,7 +96,6 @@ def open_architecture(path: str, who: str) -> Model:
 
     Args:
         path: HF folder, a folder with nothing but config.json, or a Megatron checkpoint.
-        who: "student" or "teacher".
 
     Raises:
         InputError: there is no such folder, no readable config.json, or its architecture is not

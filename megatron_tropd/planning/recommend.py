@@ -11,8 +11,8 @@ from megatron_tropd.convert.sizes import stage_sizes
 from megatron_tropd.planning.estimate import Estimate, estimate, layout_name
 from megatron_tropd.planning.memory import engine_memory, engine_obstacle, fullest_stages
 from megatron_tropd.planning.options import Options, Recompute, effort, offloading, recomputing
+from megatron_tropd.planning.planned_run import PlannedRun, check_engines
 from megatron_tropd.planning.seconds import rollout_seconds
-from megatron_tropd.planning.setup import Setup, check_engines
 
 _SHARES = [n / 20 for n in range(2, 19)]
 """Of a GPU's memory for the engine: 0.1 to 0.9."""
@@ -34,7 +34,7 @@ class Recommendation:
     """The best layout with the other ``rollout.steps_ahead``, where there is one that fits."""
 
 
-def recommend(made: Setup, gpus: int) -> Recommendation:
+def recommend(run: PlannedRun, gpus: int) -> Recommendation:
     """Rank every layout of a number of GPUs by its expected seconds per step.
 
     Tensor parallelism stays within a node, sequence parallelism goes with it, the optimizer is
@@ -45,23 +45,19 @@ def recommend(made: Setup, gpus: int) -> Recommendation:
     the best layout with the other ``steps_ahead`` is named beside. Of layouts whose estimates
     differ by less than 5 % the one with the fewest options and the least parallelism is taken.
 
-    Args:
-        made: the run.
-        gpus: how many there are, engines' own included.
-
     Raises:
         ConfigError: the trainer would accept no layout of so many GPUs.
     """
-    ahead = made.rollout.steps_ahead
-    asked = _estimates(made, gpus, ahead)
-    other = _estimates(made, gpus, 0 if ahead else 1)
+    ahead = run.rollout.steps_ahead
+    asked = _estimates(run, gpus, ahead)
+    other = _estimates(run, gpus, 0 if ahead else 1)
     fitting = [e for e in other if e.fits]
     beside = _fastest(fitting)[0] if fitting else None
     estimates = asked or other
     if not estimates:
         raise ConfigError(
             f"No layout of {gpus} GPUs divides the two models and the "
-            f"{made.work.trajectories} trajectories of a step. Choose another number of GPUs."
+            f"{run.work.trajectories} trajectories of a step. Choose another number of GPUs."
         )
     fitting = [e for e in estimates if e.fits]
     if not fitting:
@@ -71,12 +67,12 @@ def recommend(made: Setup, gpus: int) -> Recommendation:
     return Recommendation(best, why, beside if asked else None)
 
 
-def _estimates(made: Setup, gpus: int, ahead: Literal[0, 1]) -> list[Estimate]:
+def _estimates(run: PlannedRun, gpus: int, ahead: Literal[0, 1]) -> list[Estimate]:
     """Every layout that the trainer accepts; with offloading where none fits without."""
-    kept = _every_layout(made, gpus, ahead, offload=False)
+    kept = _every_layout(run, gpus, ahead, offload=False)
     if not kept or any(e.fits for e in kept):
         return kept
-    away = _every_layout(made, gpus, ahead, offload=True)
+    away = _every_layout(run, gpus, ahead, offload=True)
     return [min(pair, key=lambda e: (not e.fits, e.peak)) for pair in zip(kept, away, strict=True)]
 
 
@@ -93,46 +89,48 @@ def _fastest(fitting: list[Estimate]) -> tuple[Estimate, str]:
     fastest = min(fitting, key=lambda e: e.seconds.total)
     limit = fastest.seconds.total * (1 + _EQUAL)
     equal = [e for e in fitting if e.seconds.total <= limit]
-    best = min(equal, key=lambda e: (_complexity(e.made), e.seconds.total))
+    best = min(equal, key=lambda e: (_complexity(e.run), e.seconds.total))
     if best is fastest:
         return best, "the fastest"
     slower = 100 * (best.seconds.total / fastest.seconds.total - 1)
     return best, (
-        f"within {slower:.1f} % of the fastest ({layout_name(fastest.made)}) and simpler, "
+        f"within {slower:.1f} % of the fastest ({layout_name(fastest.run)}) and simpler, "
         "hence taken,"
     )
 
 
-def _complexity(made: Setup) -> tuple[bool, int, int]:
-    p = made.parallel
+def _complexity(run: PlannedRun) -> tuple[bool, int, int]:
+    p = run.parallel
     # Last, how many ranks a replica's weights are spread over.
     return (
-        made.separate,
-        effort(made.options),
+        run.separate,
+        effort(run.options),
         p.pipeline * max(p.tensor, p.shards_of_expert * p.expert),
     )
 
 
-def _every_layout(made: Setup, gpus: int, ahead: Literal[0, 1], *, offload: bool) -> list[Estimate]:
+def _every_layout(
+    run: PlannedRun, gpus: int, ahead: Literal[0, 1], *, offload: bool
+) -> list[Estimate]:
     """Every layout that the trainer accepts, with the engines that sample fastest beside it."""
     estimates = []
-    if not ahead or made.hardware.layers == "cpu":
-        engines = _colocated(made, gpus, ahead)
-        estimates += _with_engines(made, gpus, engines, offload=offload)
-    node = made.hardware.gpus_per_node
+    if not ahead or run.hardware.layers == "cpu":
+        engines = _colocated(run, gpus, ahead)
+        estimates += _with_engines(run, gpus, engines, offload=offload)
+    node = run.hardware.gpus_per_node
     all_nodes = gpus // node if gpus % node == 0 else 1
     step = -(-all_nodes // _MOST_SPLITS)
     for nodes in range(step, all_nodes, step):
-        engines = _apart(made, nodes, ahead)
-        estimates += _with_engines(made, gpus - nodes * node, engines, offload=offload)
+        engines = _apart(run, nodes, ahead)
+        estimates += _with_engines(run, gpus - nodes * node, engines, offload=offload)
     return estimates
 
 
 def _with_engines(
-    made: Setup, gpus: int, engines: list[RolloutConfig], *, offload: bool
+    run: PlannedRun, gpus: int, engines: list[RolloutConfig], *, offload: bool
 ) -> list[Estimate]:
     """Every layout of the trainer's GPUs, with the best of the engines that it leaves room for."""
-    laid_out = list(_laid_out(made, gpus, engines[0]))
+    laid_out = list(_laid_out(run, gpus, engines[0]))
     if not laid_out:
         return []
     # How fast engines are depends on them alone, not on how the trainer is laid out.
@@ -141,20 +139,20 @@ def _with_engines(
 
 
 def _with_options(
-    one: Setup, timed: list[tuple[RolloutConfig, float]], *, offload: bool
+    one: PlannedRun, timed: list[tuple[RolloutConfig, float]], *, offload: bool
 ) -> Estimate:
     """A layout with as little recomputation and offloading as it needs."""
     looked_at = []
     for ways in _ways(one, offload=offload):
-        setups = [replace(one, options=options) for options in ways]
-        estimates = [estimate(replace(s, rollout=_choose(s, timed))) for s in setups]
+        runs = [replace(one, options=options) for options in ways]
+        estimates = [estimate(replace(s, rollout=_best_engines(s, timed))) for s in runs]
         if fitting := [e for e in estimates if e.fits]:
             return _fastest(fitting)[0]
         looked_at += estimates
     return min(looked_at, key=lambda e: e.peak)
 
 
-def _ways(one: Setup, *, offload: bool) -> list[list[Options]]:
+def _ways(one: PlannedRun, *, offload: bool) -> list[list[Options]]:
     """Nothing recomputed, then as little as fits; or what can be offloaded."""
     shape, plain = one.student.shape, replace(one.options, recompute=Recompute())
     layers, mixture = stage_sizes(shape.layers, one.parallel.pipeline)[0], bool(shape.experts)
@@ -164,7 +162,9 @@ def _ways(one: Setup, *, offload: bool) -> list[list[Options]]:
     return [[plain], recomputing(plain, layers=layers, mixture=mixture)]
 
 
-def _usable(one: Setup, engines: list[RolloutConfig]) -> Iterator[tuple[RolloutConfig, Setup]]:
+def _usable(
+    one: PlannedRun, engines: list[RolloutConfig]
+) -> Iterator[tuple[RolloutConfig, PlannedRun]]:
     """The engines that the trainer accepts and that hold a trajectory."""
     for rollout in engines:
         other = replace(one, rollout=rollout)
@@ -176,7 +176,7 @@ def _usable(one: Setup, engines: list[RolloutConfig]) -> Iterator[tuple[RolloutC
             yield rollout, other
 
 
-def _choose(one: Setup, timed: list[tuple[RolloutConfig, float]]) -> RolloutConfig:
+def _best_engines(one: PlannedRun, timed: list[tuple[RolloutConfig, float]]) -> RolloutConfig:
     """The engines that sample fastest in what the trainer leaves: the smallest that are as fast."""
     free = one.hardware.usable_bytes
     if not one.separate:
@@ -191,24 +191,24 @@ def _choose(one: Setup, timed: list[tuple[RolloutConfig, float]]) -> RolloutConf
     return best
 
 
-def _laid_out(made: Setup, gpus: int, rollout: RolloutConfig) -> Iterator[Setup]:
+def _laid_out(run: PlannedRun, gpus: int, rollout: RolloutConfig) -> Iterator[PlannedRun]:
     """Every layout of the trainer's GPUs that it accepts."""
-    for parallel in _layouts(made, gpus):
+    for parallel in _layouts(run, gpus):
         try:
-            yield made.laid_out(parallel, rollout)
+            yield run.laid_out(parallel, rollout)
         except ConfigError:
             continue
 
 
-def _layouts(made: Setup, gpus: int) -> Iterator[ParallelConfig]:
-    shapes = (made.student.shape, made.teacher.shape)
+def _layouts(run: PlannedRun, gpus: int) -> Iterator[ParallelConfig]:
+    shapes = (run.student.shape, run.teacher.shape)
     mixture = any(shape.experts for shape in shapes)
     for tensor in _divisors(gpus):
-        if tensor > made.hardware.gpus_per_node or made.hardware.gpus_per_node % tensor:
+        if tensor > run.hardware.gpus_per_node or run.hardware.gpus_per_node % tensor:
             continue
         for pipeline in _divisors(gpus // tensor):
             data = gpus // tensor // pipeline
-            if pipeline > min(s.layers for s in shapes) or made.work.trajectories % data:
+            if pipeline > min(s.layers for s in shapes) or run.work.trajectories % data:
                 continue
             for expert, expert_tensor in _expert_layouts(tensor, data) if mixture else [(1, None)]:
                 yield ParallelConfig(
@@ -230,31 +230,31 @@ def _expert_layouts(tensor: int, data: int) -> Iterator[tuple[int, int | None]]:
         yield from ((expert, 1) for expert in _divisors(tensor * data))
 
 
-def _colocated(made: Setup, gpus: int, ahead: Literal[0, 1]) -> list[RolloutConfig]:
+def _colocated(run: PlannedRun, gpus: int, ahead: Literal[0, 1]) -> list[RolloutConfig]:
     """Each GPU belongs to one engine; the smallest first."""
-    if made.hardware.layers == "cpu":
-        return [_rollout(made, "colocated", gpus, 1, ahead, made.rollout.engine_gpu_share)]
+    if run.hardware.layers == "cpu":
+        return [_rollout(run, "colocated", gpus, 1, ahead, run.rollout.engine_gpu_share)]
     return [
-        _rollout(made, "colocated", gpus // size, size, ahead, share)
-        for size in _divisors(min(gpus, made.hardware.gpus_per_node))
+        _rollout(run, "colocated", gpus // size, size, ahead, share)
+        for size in _divisors(min(gpus, run.hardware.gpus_per_node))
         for share in _SHARES
     ]
 
 
-def _apart(made: Setup, nodes: int, ahead: Literal[0, 1]) -> list[RolloutConfig]:
+def _apart(run: PlannedRun, nodes: int, ahead: Literal[0, 1]) -> list[RolloutConfig]:
     """Each GPU of some nodes belongs to one engine, which has what is not reserved."""
-    node, reserve = made.hardware.gpus_per_node, made.hardware.reserve
-    if made.hardware.layers == "cpu":
-        return [_rollout(made, "separate", nodes * node, 1, ahead, made.rollout.engine_gpu_share)]
+    node, reserve = run.hardware.gpus_per_node, run.hardware.reserve
+    if run.hardware.layers == "cpu":
+        return [_rollout(run, "separate", nodes * node, 1, ahead, run.rollout.engine_gpu_share)]
     share = max((share for share in _SHARES if share <= 1 - reserve), default=_SHARES[0])
     return [
-        _rollout(made, "separate", nodes * node // size, size, ahead, share)
+        _rollout(run, "separate", nodes * node // size, size, ahead, share)
         for size in _divisors(node)
     ]
 
 
 def _rollout(
-    made: Setup,
+    run: PlannedRun,
     placement: Literal["colocated", "separate"],
     engines: int,
     size: int,
@@ -262,7 +262,7 @@ def _rollout(
     share: float,
 ) -> RolloutConfig:
     return replace(
-        made.rollout,
+        run.rollout,
         placement=placement,
         num_engines=engines,
         engine_tensor_parallel=size,

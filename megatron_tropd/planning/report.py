@@ -19,9 +19,9 @@ from megatron_tropd.planning.memory import (
     saving_host_bytes,
 )
 from megatron_tropd.planning.options import tables
+from megatron_tropd.planning.planned_run import PlannedRun
 from megatron_tropd.planning.recommend import Recommendation
 from megatron_tropd.planning.seconds import concurrent_sequences
-from megatron_tropd.planning.setup import Setup
 
 WIDTH = 100
 """Columns of the table."""
@@ -72,11 +72,11 @@ class Plan:
 
 def plan_table(plan: Plan) -> str:
     """Aligned lines for a terminal."""
-    made = plan.asked.made
+    run = plan.asked.run
     blocks = [
         "planned, not run: bytes follow from the config.json of both models; seconds and\n"
         f"recommendation: {UNCALIBRATED}",
-        _heading(made),
+        _heading(run),
         _memory_block(plan.asked),
         _sent_block(plan.asked),
         _seconds_block(plan.asked),
@@ -87,20 +87,20 @@ def plan_table(plan: Plan) -> str:
 
 def plan_json(plan: Plan) -> dict[str, Any]:
     """The same and more as plain values; bytes and seconds. docs/planning.md lists the keys."""
-    made, other = plan.asked.made, plan.recommended.other
+    run, other = plan.asked.run, plan.recommended.other
     return {
         "schema": SCHEMA,
         "seconds_and_recommendation": UNCALIBRATED,
         "student": {
-            "parameters": made.student.parameters,
-            "describe": describe(made.student.config),
+            "parameters": run.student.parameters,
+            "describe": describe(run.student.config),
         },
         "teacher": {
-            "parameters": made.teacher.parameters,
-            "describe": describe(made.teacher.config),
+            "parameters": run.teacher.parameters,
+            "describe": describe(run.teacher.config),
         },
-        "hardware": asdict(made.hardware),
-        "step": asdict(made.work),
+        "hardware": asdict(run.hardware),
+        "step": asdict(run.work),
         "asked": _estimate_json(plan.asked),
         "recommended": _estimate_json(plan.recommended.best) | {"why": plan.recommended.why},
         "other_steps_ahead": _estimate_json(other) if other else None,
@@ -108,31 +108,31 @@ def plan_json(plan: Plan) -> dict[str, Any]:
 
 
 def _estimate_json(one: Estimate) -> dict[str, Any]:
-    made, engine = one.made, engine_memory(one.made)
+    run, engine = one.run, engine_memory(one.run)
     names = ["placement", "num_engines", "engine_tensor_parallel", "steps_ahead"]
     names += ["engine_gpu_share", "engine_cpu_kv_gib"]
     return {
-        "parallel": asdict(made.parallel),
-        "rollout": {name: getattr(made.rollout, name) for name in names}
-        | {"concurrent_sequences": concurrent_sequences(made), "cache_tokens": cache_tokens(made)},
-        "training_nodes": made.training_nodes,
-        "engine_nodes": made.engine_nodes,
-        "megatron": tables(made.options),
+        "parallel": asdict(run.parallel),
+        "rollout": {name: getattr(run.rollout, name) for name in names}
+        | {"concurrent_sequences": concurrent_sequences(run), "cache_tokens": cache_tokens(run)},
+        "training_nodes": run.training_nodes,
+        "engine_nodes": run.engine_nodes,
+        "megatron": tables(run.options),
         "fits": one.fits,
         "obstacle": one.obstacle,
         "memory_bytes": [asdict(s) | {"phases": s.phases, "peak": s.peak} for s in one.memory],
         "engine_bytes": asdict(engine) | {"total": engine.total},
-        "host_bytes": host_bytes(made),
-        "saving_host_bytes": saving_host_bytes(made),
-        "checkpoint_bytes": checkpoint_bytes(made),
+        "host_bytes": host_bytes(run),
+        "saving_host_bytes": saving_host_bytes(run),
+        "checkpoint_bytes": checkpoint_bytes(run),
         "sent_bytes": asdict(one.communication),
         "seconds": asdict(one.seconds) | {"total": one.seconds.total},
         "warnings": slow_phases(one),
     }
 
 
-def _heading(made: Setup) -> str:
-    h, work = made.hardware, made.work
+def _heading(run: PlannedRun) -> str:
+    h, work = run.hardware, run.work
     rates = (
         f"{h.tflops:g} TFLOP/s x {h.achieved_flops:g} achieved (experts "
         f"{h.achieved_flops_experts:g}); memory {h.memory_gb_s:g}, in a node "
@@ -145,31 +145,31 @@ def _heading(made: Setup) -> str:
     )
     return _lines(
         [
-            ("student", describe(made.student.config)),
-            ("teacher", describe(made.teacher.config)),
-            ("cluster", _cluster(made)),
+            ("student", describe(run.student.config)),
+            ("teacher", describe(run.teacher.config)),
+            ("cluster", _cluster(run)),
             ("rates", rates),
             ("step", step),
-            ("layout", layout_name(made)),
-            *[("unknown", _UNKNOWN.format(", ".join(made.options.uncounted)))]
-            * bool(made.options.uncounted),
+            ("layout", layout_name(run)),
+            *[("unknown", _UNKNOWN.format(", ".join(run.options.uncounted)))]
+            * bool(run.options.uncounted),
         ]
     )
 
 
-def _cluster(made: Setup) -> str:
-    h, world = made.hardware, made.parallel.world_size
-    nodes = made.training_nodes + made.engine_nodes
-    each = h.gpus_per_node if made.separate else min(world, h.gpus_per_node)
+def _cluster(run: PlannedRun) -> str:
+    h, world = run.hardware, run.parallel.world_size
+    nodes = run.training_nodes + run.engine_nodes
+    each = h.gpus_per_node if run.separate else min(world, h.gpus_per_node)
     text = f"{nodes} x {each} {h.name} of {h.memory_gb:g} GB"
-    if made.separate:
-        text += f": {made.training_nodes} to train, {made.engine_nodes} to sample"
+    if run.separate:
+        text += f": {run.training_nodes} to train, {run.engine_nodes} to sample"
     return text
 
 
 def _memory_block(one: Estimate) -> str:
-    made, shown = one.made, _shown_stages(one.memory)
-    engine = engine_memory(made) if made.separate else None
+    run, shown = one.run, _shown_stages(one.memory)
+    engine = engine_memory(run) if run.separate else None
     heads = [f"stage {stage.stage}" for stage in shown] + (["engine"] if engine else [])
     rows = [["GB on each GPU", *heads]]
     for label, name in _ITEMS.items():
@@ -181,13 +181,13 @@ def _memory_block(one: Estimate) -> str:
         if engine:
             values.append(engine.total if phase == "rollout" else 0.0)
         rows.append([f"peak of {phase}", *map(_gb, values)])
-    usable, total = made.hardware.usable_bytes, made.hardware.memory_gb
+    usable, total = run.hardware.usable_bytes, run.hardware.memory_gb
     verdict = "fits" if one.fits else f"DOES NOT FIT ({one.obstacle})"
     text = (
         f"{verdict}: {one.peak / 1e9:.1f} of {usable / 1e9:.1f} GB ({total:g} less "
-        f"{100 * made.hardware.reserve:g} % reserve); the cache of an engine holds "
-        f"{cache_tokens(made)} tokens, {concurrent_sequences(made)} sequences together. "
-        f"{_elsewhere(made)}"
+        f"{100 * run.hardware.reserve:g} % reserve); the cache of an engine holds "
+        f"{cache_tokens(run)} tokens, {concurrent_sequences(run)} sequences together. "
+        f"{_elsewhere(run)}"
     )
     return f"{_table(rows)}\n{textwrap.fill(text, WIDTH)}"
 
@@ -198,15 +198,15 @@ def _of_engine(engine: Engine | None, item: str) -> list[float]:
     return [getattr(engine, _OF_ENGINE[item]) if item in _OF_ENGINE else 0.0]
 
 
-def _elsewhere(made: Setup) -> str:
+def _elsewhere(run: PlannedRun) -> str:
     """What is not on a GPU."""
-    kept = made.config.run.keep_checkpoints
-    disk = f"A checkpoint is about {checkpoint_bytes(made) / 1e9:.3g} GB on disk, {kept} are kept."
-    engines = engine_host_bytes(made)
+    kept = run.config.run.keep_checkpoints
+    disk = f"A checkpoint is about {checkpoint_bytes(run) / 1e9:.3g} GB on disk, {kept} are kept."
+    engines = engine_host_bytes(run)
     takers = {
         "engines": engines,
-        "what is offloaded": host_bytes(made) - engines,
-        "a save": saving_host_bytes(made),
+        "what is offloaded": host_bytes(run) - engines,
+        "a save": saving_host_bytes(run),
     }
     host = [f"{who} {size / 1e9:.3g} GB" for who, size in takers.items() if size]
     return f"Of each node's own memory: {', '.join(host)}. {disk}"
@@ -230,7 +230,7 @@ def _sent_block(one: Estimate) -> str:
 def _seconds_block(one: Estimate) -> str:
     rows = [[f"seconds of a step ({UNCALIBRATED})", ""]]
     rows += [[f"  {name}", f"{getattr(one.seconds, name):.2f}"] for name in _PHASES]
-    steps = one.made.config.train.steps
+    steps = one.run.config.train.steps
     beside = " (the rollout beside the rest)" if one.seconds.overlapped else ""
     rows.append([f"  total{beside}", f"{one.seconds.total:.2f}"])
     rows.append(
@@ -244,7 +244,7 @@ def _recommended_block(plan: Plan) -> str:
     best, other = plan.recommended.best, plan.recommended.other
     asked = plan.asked.seconds.total
     lines = [
-        ("recommended", f"{layout_name(best.made)} ({UNCALIBRATED})"),
+        ("recommended", f"{layout_name(best.run)} ({UNCALIBRATED})"),
         ("why", plan.recommended.why),
         (
             "expected",
@@ -252,25 +252,25 @@ def _recommended_block(plan: Plan) -> str:
             f"{best.peak / 1e9:.1f} GB at most on a training GPU ({UNCALIBRATED})",
         ),
     ]
-    if options := _overrides(best.made):
+    if options := _overrides(best.run):
         lines.append(("options", options))
     lines += [("WARNING", f"here {text}") for text in slow_phases(best)]
     if other:
-        when = "one step ahead" if other.made.rollout.steps_ahead else "on policy"
+        when = "one step ahead" if other.run.rollout.steps_ahead else "on policy"
         lines.append(
             (
                 when,
-                f"{layout_name(other.made)}: {other.seconds.total:.1f} s a step ({UNCALIBRATED})",
+                f"{layout_name(other.run)}: {other.seconds.total:.1f} s a step ({UNCALIBRATED})",
             )
         )
     return _lines(lines)
 
 
-def _overrides(made: Setup) -> str:
+def _overrides(run: PlannedRun) -> str:
     """Megatron's options as words of the command line."""
     return " ".join(
         f"megatron.{table}.{name}={json.dumps(value, separators=(',', ':'))}"
-        for table, values in tables(made.options).items()
+        for table, values in tables(run.options).items()
         for name, value in values.items()
     )
 

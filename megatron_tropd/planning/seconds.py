@@ -23,7 +23,7 @@ from megatron_tropd.planning.memory import (
     updated_parameters,
 )
 from megatron_tropd.planning.parameters import Model
-from megatron_tropd.planning.setup import Setup
+from megatron_tropd.planning.planned_run import PlannedRun
 
 MOST_SEQUENCES = {"cpu": 256, "gpu": 256, "large gpu": 1024}
 """Sequences that vLLM decodes together by default."""
@@ -67,24 +67,19 @@ class Seconds:
         return self.waiting + self.training
 
 
-def seconds(made: Setup, sent: Communication) -> Seconds:
-    """Every phase of one step.
-
-    Args:
-        made: the run.
-        sent: its communication.
-    """
-    passes = pass_seconds(made, made.student, backward=True)
-    student = passes + _reduction_seconds(made, sent, passes)
-    if made.config.loss.needs_student_pass:
-        student += pass_seconds(made, made.student, backward=False)
+def seconds(run: PlannedRun, sent: Communication) -> Seconds:
+    """Every phase of one step."""
+    passes = pass_seconds(run, run.student, backward=True)
+    student = passes + _reduction_seconds(run, sent, passes)
+    if run.config.loss.needs_student_pass:
+        student += pass_seconds(run, run.student, backward=False)
     return Seconds(
-        rollout=rollout_seconds(made),
-        teacher=pass_seconds(made, made.teacher, backward=False),
+        rollout=rollout_seconds(run),
+        teacher=pass_seconds(run, run.teacher, backward=False),
         student=student,
-        optimizer=optimizer_seconds(made),
-        sync=sync_seconds(made),
-        overlapped=made.separate and made.rollout.steps_ahead == 1,
+        optimizer=optimizer_seconds(run),
+        sync=sync_seconds(run),
+        overlapped=run.separate and run.rollout.steps_ahead == 1,
     )
 
 
@@ -101,45 +96,43 @@ def layer_flops(model: Model, positions: float, length: float) -> float:
     return positions * (products + 4 * shape.heads * shape.head_dim * seen)
 
 
-def layer_seconds(made: Setup, model: Model, positions: float) -> float:
+def layer_seconds(run: PlannedRun, model: Model, positions: float) -> float:
     """Of one layer's forward pass on one GPU; experts' products are slower."""
     experts = 2 * positions * model.active_experts / model.shape.layers
-    others = layer_flops(model, positions, made.work.mean) - experts
-    return others / made.hardware.flops + experts / made.hardware.expert_flops
+    others = layer_flops(model, positions, run.work.mean) - experts
+    return others / run.hardware.flops + experts / run.hardware.expert_flops
 
 
-def loss_flops(made: Setup, tokens: float) -> float:
+def loss_flops(run: PlannedRun, tokens: float) -> float:
     """Logits of both models, gradients of the student's hidden states and output layer."""
-    student, teacher = made.student.shape.hidden, made.teacher.shape.hidden
-    return 2 * tokens * made.padded_vocab * (3 * student + teacher)
+    student, teacher = run.student.shape.hidden, run.teacher.shape.hidden
+    return 2 * tokens * run.padded_vocab * (3 * student + teacher)
 
 
-def pass_seconds(made: Setup, model: Model, *, backward: bool) -> float:
+def pass_seconds(run: PlannedRun, model: Model, *, backward: bool) -> float:
     """A pipeline's passes over all micro-batches: (m + p - 1) times the slowest stage.
 
     Args:
-        made: the run.
-        model: which of the pair.
         backward: with backward pass (twice the products of the forward) and loss.
     """
-    p, work, hardware = made.parallel, made.work, made.hardware
+    p, work, hardware = run.parallel, run.work, run.hardware
     m = work.micro_batches
     stages = stage_sizes(model.shape.layers, p.pipeline)
-    one_layer = layer_seconds(made, model, work.positions / m)
-    each = 3 + repeated_products(made) if backward else 1
+    one_layer = layer_seconds(run, model, work.positions / m)
+    each = 3 + repeated_products(run) if backward else 1
     products = [each * layers * one_layer for layers in stages]
     if backward:
-        products[-1] += loss_flops(made, work.loss_tokens / m) / hardware.flops
-    slot = max(products) / p.tensor + _talk(made, model, backward=backward) / m
+        products[-1] += loss_flops(run, work.loss_tokens / m) / hardware.flops
+    slot = max(products) / p.tensor + _talk(run, model, backward=backward) / m
     if backward:  # offloaded tensors move beside the products, there and back
-        slot = max(slot, 2 * _moved_bytes(made) / hardware.host_link)
+        slot = max(slot, 2 * _moved_bytes(run) / hardware.host_link)
     return (m + p.pipeline - 1) * slot
 
 
-def repeated_products(made: Setup) -> float:
+def repeated_products(run: PlannedRun) -> float:
     """Share of the student's forward products that its backward pass repeats."""
-    model, work = made.student, made.work
-    modules, again = made.options.recompute.modules, repeated(made)
+    model, work = run.student, run.work
+    modules, again = run.options.recompute.modules, repeated(run)
     if again.layers or not modules:
         return again.layers
     forward = layer_flops(model, 1, work.mean)
@@ -152,20 +145,20 @@ def repeated_products(made: Setup) -> float:
     return share + (mlp / forward if "mlp" in modules else 0.0)
 
 
-def _moved_bytes(made: Setup) -> float:
+def _moved_bytes(run: PlannedRun) -> float:
     """Activations of one micro-batch that a rank of the first stage sends to the host."""
-    flying = min(made.parallel.pipeline, made.work.most_micro_batches)
-    return stage_activations(made, 0).on_host / flying
+    flying = min(run.parallel.pipeline, run.work.most_micro_batches)
+    return stage_activations(run, 0).on_host / flying
 
 
-def _talk(made: Setup, model: Model, *, backward: bool) -> float:
+def _talk(run: PlannedRun, model: Model, *, backward: bool) -> float:
     """Seconds of the collectives of one stage and all micro-batches."""
-    p, hardware = made.parallel, made.hardware
-    routes = 2 + repeated(made).routes if backward else 1
-    exchanged, gathered = expert_bytes(made, model, passes=routes)
-    sums = student_sums(made) if backward else 1
-    summed = tensor_bytes(made, model, passes=sums) + gathered
-    across = pipeline_bytes(made, model, passes=2 if backward else 1)
+    p, hardware = run.parallel, run.hardware
+    routes = 2 + repeated(run).routes if backward else 1
+    exchanged, gathered = expert_bytes(run, model, passes=routes)
+    sums = student_sums(run) if backward else 1
+    summed = tensor_bytes(run, model, passes=sums) + gathered
+    across = pipeline_bytes(run, model, passes=2 if backward else 1)
     return (
         summed / hardware.link(p.tensor)
         + exchanged / hardware.link(p.shards_of_expert * p.expert)
@@ -173,103 +166,103 @@ def _talk(made: Setup, model: Model, *, backward: bool) -> float:
     )
 
 
-def _reduction_seconds(made: Setup, sent: Communication, passes: float) -> float:
+def _reduction_seconds(run: PlannedRun, sent: Communication, passes: float) -> float:
     """Gradients over the replicas, beside the last backward pass where they overlap.
 
     The distributed optimizer's share for new weights belongs to the optimizer; it is small and
     goes over the same links, so it is counted here. ``overlap_param_gather`` hides nothing: the
     weights go to the engines before the next forward pass.
     """
-    p, hardware, element = made.parallel, made.hardware, made.gradient_element
+    p, hardware, element = run.parallel, run.hardware, run.gradient_element
     over_replicas = sent.data / hardware.link(p.tensor * p.data)
-    if made.options.overlap_gradients:
-        gradients = element / (element + made.element) if p.distributed_optimizer else 1.0
-        last_backward = passes * 2 / 3 / (made.work.micro_batches + p.pipeline - 1)
+    if run.options.overlap_gradients:
+        gradients = element / (element + run.element) if p.distributed_optimizer else 1.0
+        last_backward = passes * 2 / 3 / (run.work.micro_batches + p.pipeline - 1)
         over_replicas -= min(over_replicas * gradients, last_backward)
     return over_replicas + sent.tied_embedding / hardware.link(p.world_size)
 
 
-def optimizer_seconds(made: Setup) -> float:
+def optimizer_seconds(run: PlannedRun) -> float:
     """Adam reads gradient, weight and two moments, writes the last three and the bfloat16 weight.
 
     Before it, gradients are cleared and their norm is taken. What the host updates goes there as
     float32 gradients and comes back as float32 weights.
     """
-    hardware, held = made.hardware, made.held(made.student, 0)
-    away = offloaded_parameters(made)
-    updated = updated_parameters(made, held) - away
-    on_gpu = (2 * made.gradient_element * held.total + 30 * updated) / hardware.memory_bandwidth
+    hardware, held = run.hardware, run.parameters_of(run.student, 0)
+    away = offloaded_parameters(run)
+    updated = updated_parameters(run, held) - away
+    on_gpu = (2 * run.gradient_element * held.total + 30 * updated) / hardware.memory_bandwidth
     moved = 2 * _FLOAT32 * away / hardware.host_link
     return on_gpu + moved + _READ_AND_WRITTEN * away / (hardware.host_memory_gb_s * 1e9)
 
 
-def rollout_seconds(made: Setup) -> float:
+def rollout_seconds(run: PlannedRun) -> float:
     """Prompts, then one decoding step for each token, waves of sequences after one another.
 
     A decoding step reads the weights (of a mixture, the experts that some sequence needs) and
     the keys and values of all sequences, or multiplies, whichever takes longer, and then waits
     for two collectives a layer where the engine has several GPUs.
     """
-    hardware, gpus = made.hardware, made.rollout.engine_tensor_parallel
-    sequences = -(-made.work.trajectories // made.rollout.num_engines)
-    together = concurrent_sequences(made)
-    waves = max(1.0, sequences / together)
-    matrices = 2 * (made.student.active + made.padded_vocab * made.student.shape.hidden)
-    middle = made.work.prompt + made.work.mean_response / 2
-    cache = together * middle * cache_bytes_per_token(made)
-    read = (_weights_read(made, together) / gpus + cache) / hardware.memory_bandwidth
-    multiply = together * matrices / gpus / hardware.flops
+    hardware, gpus = run.hardware, run.rollout.engine_tensor_parallel
+    sequences = -(-run.work.trajectories // run.rollout.num_engines)
+    sequences_at_once = concurrent_sequences(run)
+    waves = max(1.0, sequences / sequences_at_once)
+    matrices = 2 * (run.student.active + run.padded_vocab * run.student.shape.hidden)
+    middle = run.work.prompt + run.work.mean_response / 2
+    cache = sequences_at_once * middle * cache_bytes_per_token(run)
+    read = (_weights_read(run, sequences_at_once) / gpus + cache) / hardware.memory_bandwidth
+    multiply = sequences_at_once * matrices / gpus / hardware.flops
     one_step = max(read, multiply) + hardware.decode_overhead_ms / 1e3
     if gpus > 1:
-        one_step += 2 * made.student.shape.layers * hardware.hop_us / 1e6
-    prompts = sequences * made.work.prompt * 2 * made.student.active / gpus / hardware.flops
-    return _arrival_seconds(made) + prompts + waves * made.work.mean_response * one_step
+        one_step += 2 * run.student.shape.layers * hardware.hop_us / 1e6
+    prompts = sequences * run.work.prompt * 2 * run.student.active / gpus / hardware.flops
+    return _arrival_seconds(run) + prompts + waves * run.work.mean_response * one_step
 
 
-def concurrent_sequences(made: Setup) -> int:
+def concurrent_sequences(run: PlannedRun) -> int:
     """Sequences an engine decodes together: its own limit, its work, its cache."""
-    mine = -(-made.work.trajectories // made.rollout.num_engines)
-    room = int(cache_tokens(made) // (made.work.prompt + made.work.mean_response))
-    return max(1, min(most_sequences(made), mine, room))
+    mine = -(-run.work.trajectories // run.rollout.num_engines)
+    room = int(cache_tokens(run) // (run.work.prompt + run.work.mean_response))
+    return max(1, min(most_sequences(run), mine, room))
 
 
-def most_sequences(made: Setup) -> int:
+def most_sequences(run: PlannedRun) -> int:
     """``rollout.max_num_seqs``, or vLLM's default for the device."""
-    hardware = made.hardware
+    hardware = run.hardware
     large = hardware.memory_gb * 1e9 >= _LARGE and "a100" not in hardware.name.lower()
     default = "cpu" if hardware.layers == "cpu" else "large gpu" if large else "gpu"
-    return made.rollout.max_num_seqs or MOST_SEQUENCES[default]
+    return run.rollout.max_num_seqs or MOST_SEQUENCES[default]
 
 
-def sync_seconds(made: Setup) -> float:
+def sync_seconds(run: PlannedRun) -> float:
     """New weights on their way.
 
     Colocated: each GPU of an engine gets all of them over the node's links, lays them into a buffer
     there, and the engine reads that; or, through shared memory, one process writes and reads them.
     Separate: they are written into the run's folder.
     """
-    weights, hardware = made.student.parameters * made.element, made.hardware
-    if made.separate:
+    weights, hardware = run.student.parameters * run.element, run.hardware
+    if run.separate:
         return weights / (hardware.shared_folder_gb_s * 1e9)
-    if made.through_folder:
+    if run.through_folder:
         return 2 * weights / (hardware.host_copy_gb_s * 1e9)
-    p = made.parallel
+    p = run.parallel
     arriving = weights / hardware.link(p.tensor * p.pipeline) if p.world_size > p.data else 0.0
     return arriving + 4 * weights / hardware.memory_bandwidth
 
 
-def _arrival_seconds(made: Setup) -> float:
+def _arrival_seconds(run: PlannedRun) -> float:
     """Separate engines read new weights from the run's folder."""
-    if not made.separate:
+    if not run.separate:
         return 0.0
-    bandwidth = made.hardware.shared_folder_gb_s * 1e9
-    return made.student.parameters * made.element / bandwidth
+    bandwidth = run.hardware.shared_folder_gb_s * 1e9
+    return run.student.parameters * run.element / bandwidth
 
 
-def _weights_read(made: Setup, sequences: int) -> float:
+def _weights_read(run: PlannedRun, sequences: int) -> float:
     """Bytes of weights that a decoding step needs; experts that no sequence chose stay unread."""
-    student, experts = made.student, made.student.shape.experts
+    student, experts = run.student, run.student.shape.experts
     read = float(student.parameters)
     if experts is not None:
         read -= student.in_experts * (1 - experts.per_token / experts.count) ** sequences
-    return read * made.element
+    return read * run.element

@@ -64,10 +64,7 @@ def workload(
     """The step that a config asks for under a layout.
 
     Args:
-        config: the run.
-        parallel: the layout, not necessarily the config's.
         rounded_to: rows are rounded up to multiples of it, as far as a micro-batch allows.
-        prompt_tokens: length of every prompt.
         response_tokens: average length of a response; None: all as long as allowed.
 
     Raises:

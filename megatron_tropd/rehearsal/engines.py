@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_tropd.planning import Setup
+from megatron_tropd.planning import PlannedRun
 from megatron_tropd.rehearsal.world import World
 from megatron_tropd.rollout.engines import pool
 from megatron_tropd.rollout.weights import weight_sync
@@ -23,10 +23,10 @@ class RecordingEngine:
     forgets = True
     """Asleep it drops its weights, as every engine on CUDA does."""
 
-    def __init__(self, made: Setup) -> None:
+    def __init__(self, planned: PlannedRun) -> None:
         """Nothing is received yet."""
-        self.gpus = made.rollout.engine_tensor_parallel
-        self.weight_bytes = made.student.parameters * made.element
+        self.gpus = planned.rollout.engine_tensor_parallel
+        self.weight_bytes = planned.student.parameters * planned.element
         self.updates = 0
         """Buffers that it was told to read."""
 
@@ -63,24 +63,24 @@ class Counted:
             yield name, tensor
 
 
-def believe(made: Setup, world: World, folder: Path) -> None:
+def believe(planned: PlannedRun, world: World, folder: Path) -> None:
     """Let the trainer find every rank on a GPU of its own, and write no weights.
 
     Args:
-        made: the run.
+        planned: the run.
         world: the other ranks.
         folder: an empty one.
     """
-    world.let_each_say(Seat, lambda rank: seat(made, rank))
+    world.let_each_say(Seat, lambda rank: seat(planned, rank))
     setattr(pool, "roomy_root", lambda engines, weight_bytes: folder)  # noqa: B010
     setattr(weight_sync, "_save", lambda bucket, path: None)  # noqa: B010
 
 
-def seat(made: Setup, rank: int) -> Seat:
+def seat(planned: PlannedRun, rank: int) -> Seat:
     """Where a rank sits, if ranks fill one node after the other, as launchers place them."""
-    node, rollout = made.hardware.gpus_per_node, made.rollout
-    block = made.parallel.world_size // rollout.num_engines
-    engine = RecordingEngine(made) if rank % block == 0 else None
+    node, rollout = planned.hardware.gpus_per_node, planned.rollout
+    block = planned.parallel.world_size // rollout.num_engines
+    engine = RecordingEngine(planned) if rank % block == 0 else None
     return Seat(
         host=f"node {rank // node}",
         device=rank % node,

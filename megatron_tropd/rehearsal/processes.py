@@ -14,7 +14,7 @@ from typing import IO
 
 from megatron_tropd.base.errors import ConfigError, InputError
 from megatron_tropd.config import Config, config_to_dict
-from megatron_tropd.planning import PROMPT_TOKENS, Setup, load_hardware, setup
+from megatron_tropd.planning import PROMPT_TOKENS, PlannedRun, load_hardware, plan_run
 from megatron_tropd.planning.hardware import Hardware
 from megatron_tropd.rehearsal.record import RankReport, Request
 
@@ -27,7 +27,7 @@ _SHOWN = 12
 class Rehearsal:
     """The rehearsed ranks of a config."""
 
-    setup: Setup
+    setup: PlannedRun
     ranks: list[RankReport]
 
 
@@ -53,9 +53,9 @@ def rehearse(
             that do not fit, tensors on two devices, values that only a device knows.
         ConfigError: the trainer would refuse the settings, or there is no such rank.
     """
-    made = setup(config, rehearsed_hardware(gpus_per_node), prompt_tokens=prompt_tokens)
-    wanted = list(ranks) or default_ranks(made)
-    world = made.parallel.world_size
+    planned = plan_run(config, rehearsed_hardware(gpus_per_node), prompt_tokens=prompt_tokens)
+    wanted = list(ranks) or default_ranks(planned)
+    world = planned.parallel.world_size
     if unknown := [rank for rank in wanted if not 0 <= rank < world]:
         raise ConfigError(f"--rank must be between 0 and {world - 1}, found {unknown[0]}.")
     if micro_batches is not None and micro_batches < 1:
@@ -67,7 +67,7 @@ def rehearse(
     processes = _Processes()
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         try:
-            return Rehearsal(made, list(pool.map(processes.run, requests)))
+            return Rehearsal(planned, list(pool.map(processes.run, requests)))
         except BaseException:  # one rank fails, or the user has had enough
             processes.end()
             raise
@@ -78,11 +78,11 @@ def rehearsed_hardware(gpus_per_node: int) -> Hardware:
     return replace(load_hardware("h100"), layers="local", gpus_per_node=gpus_per_node)
 
 
-def default_ranks(made: Setup) -> list[int]:
+def default_ranks(planned: PlannedRun) -> list[int]:
     """The first rank of the first stage, of a middle one and of the last."""
-    of_stage = made.parallel.tensor * made.parallel.data
-    stages = sorted({0, made.parallel.pipeline // 2, made.last_stage})
-    if made.parallel.pipeline == 2:
+    of_stage = planned.parallel.tensor * planned.parallel.data
+    stages = sorted({0, planned.parallel.pipeline // 2, planned.last_stage})
+    if planned.parallel.pipeline == 2:
         stages = [0, 1]
     return [stage * of_stage for stage in stages]
 

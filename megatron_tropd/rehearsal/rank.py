@@ -19,7 +19,7 @@ from typing import IO, TYPE_CHECKING, Any
 from megatron_tropd.base.errors import ConfigError, InputError, TrainingError
 from megatron_tropd.config import Config, config_from_dict
 from megatron_tropd.config.run_folder import RunFolder
-from megatron_tropd.planning import setup
+from megatron_tropd.planning import plan_run
 from megatron_tropd.planning.memory import Memory, memory_of_stage
 from megatron_tropd.rehearsal import cuda, world
 from megatron_tropd.rehearsal.events import Events, line_of, line_running
@@ -61,7 +61,7 @@ def rehearse_rank(config: Config, request: Request) -> RankReport:
         request: which rank, and the lengths.
     """
     start = time.perf_counter()
-    made = setup(
+    planned = plan_run(
         config,
         rehearsed_hardware(request.gpus_per_node),
         prompt_tokens=request.prompt_tokens,
@@ -69,13 +69,13 @@ def rehearse_rank(config: Config, request: Request) -> RankReport:
     device = Device(Tracker(line_running), Events())
     cuda.believe(device, gpus=request.gpus_per_node)
     with device, tempfile.TemporaryDirectory() as folder:
-        others = world.join(device, rank=request.rank, world_size=made.parallel.world_size)
+        others = world.join(device, rank=request.rank, world_size=planned.parallel.world_size)
         world.route_evenly()
         from megatron_tropd.rehearsal import engines
         from megatron_tropd.rehearsal.step import RehearsedJob
 
-        engines.believe(made, others, Path(folder))
-        job = RehearsedJob(made, RunFolder(Path(folder)), device, others)
+        engines.believe(planned, others, Path(folder))
+        job = RehearsedJob(planned, RunFolder(Path(folder)), device, others)
         counts = _rehearse(job, request.micro_batches)
         return _report(job, counts, time.perf_counter() - start)
 

@@ -64,15 +64,15 @@ def rehearsal_table(rehearsal: Rehearsal) -> str:
 
 
 def _heading(rehearsal: Rehearsal) -> str:
-    made, ranks = rehearsal.setup, rehearsal.ranks
+    planned, ranks = rehearsal.setup, rehearsal.ranks
     one = ranks[0]
     step = (
-        f"prompt {made.work.prompt}, response {made.work.longest_response} tokens; "
+        f"prompt {planned.work.prompt}, response {planned.work.longest_response} tokens; "
         f"{one.run_micro_batches} of {one.micro_batches} micro-batches were run, counts are of all"
     )
     return "\n".join(
         [
-            *_wrapped("layout", layout_name(made)),
+            *_wrapped("layout", layout_name(planned)),
             *_wrapped("step", step),
             *_wrapped("layers", "Megatron-Core's own, and what the plan says of those"),
         ]

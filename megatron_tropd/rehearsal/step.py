@@ -30,7 +30,7 @@ from megatron_tropd.distill.reporter import Clock
 from megatron_tropd.mcore import models, parallel, platform, schedule
 from megatron_tropd.mcore.checkpoint import Checkpoints
 from megatron_tropd.mcore.hidden import unwrap
-from megatron_tropd.planning import Setup
+from megatron_tropd.planning import PlannedRun
 from megatron_tropd.rehearsal.engines import Counted, RecordingEngine
 from megatron_tropd.rehearsal.tensors import CPU, Device
 from megatron_tropd.rehearsal.world import World
@@ -101,7 +101,7 @@ class Kept(list):
 class RehearsedJob(Job):
     """A rank of a run with fake tensors, without prompts and weights; engines only write down."""
 
-    def __init__(self, setup: Setup, folder: RunFolder, device: Device, world: World) -> None:
+    def __init__(self, setup: PlannedRun, folder: RunFolder, device: Device, world: World) -> None:
         """Nothing is built yet.
 
         Args:
@@ -228,18 +228,18 @@ class RehearsedJob(Job):
         def folder(path: str) -> ArchitectureFolder:
             return ArchitectureFolder(Path(path), self.rehearsed, self.dtype)
 
-        made = self.setup
+        planned = self.setup
         return Inputs(
             student=folder(self.config.model.student),
             teacher=folder(self.config.model.teacher),
             tokenizer=cast(Any, None),
-            vocab_size=min(made.student.shape.vocab, made.teacher.shape.vocab),
-            context=min(made.student.shape.context, made.teacher.shape.context),
+            vocab_size=min(planned.student.shape.vocab, planned.teacher.shape.vocab),
+            context=min(planned.student.shape.context, planned.teacher.shape.context),
             stop_token_ids=(),
             prompts=[],
             responses=None,
             problems=[],
-            max_model_len=made.work.longest,
+            max_model_len=planned.work.longest,
         )
 
     def _start_engines(self) -> SamplingEngines:
@@ -272,7 +272,7 @@ def bytes_to_write(state: Any) -> int:
     return sum(map(bytes_to_write, state)) if isinstance(state, list | tuple) else 0
 
 
-def trajectories(setup: Setup, *, micro_batches: int | None = None) -> list[TokenSequence]:
+def trajectories(setup: PlannedRun, *, micro_batches: int | None = None) -> list[TokenSequence]:
     """The longest step that memory has to hold, as the planner assumes it.
 
     Args:

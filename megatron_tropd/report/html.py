@@ -54,9 +54,6 @@ _PAGE = """<!doctype html>
 def write_report(run_dir: str | Path) -> Path:
     """Write ``report.html`` into a run folder, finished or not.
 
-    Args:
-        run_dir: the folder of a run.
-
     Returns:
         Path of the page. It replaces an older one at once, never half-written.
 
@@ -86,9 +83,6 @@ def render(data: dict[str, Any]) -> str:
 
 def page_data(records: RunRecords) -> dict[str, Any]:
     """What the page shows, thinned to a size a browser likes.
-
-    Args:
-        records: a run folder as read.
 
     Returns:
         JSON-ready dictionary; non-finite numbers are None.

@@ -33,10 +33,8 @@ class MetricsLog:
         """Open the logs of ``run_dir`` for appending; nothing is written yet.
 
         Args:
-            run_dir: folder of the run, made if absent.
             tensorboard: also write event files to ``run_dir/tensorboard``.
             wandb_project: also log to this Weights & Biases project.
-            config: resolved settings, shown by Weights & Biases.
 
         Raises:
             ConfigError: a project is named but the wandb package is not installed.
@@ -54,7 +52,6 @@ class MetricsLog:
         checkpoint of ``step``, before the first write.
 
         Args:
-            step: last step kept.
             evaluations: last step whose evaluation is kept; None: ``step``.
         """
         limits = {METRICS: step, EVALUATIONS: step if evaluations is None else evaluations}

@@ -187,7 +187,6 @@ def compare(one: Answer, other: Answer) -> bool | None:
     """Whether two answers say the same.
 
     Args:
-        one: an answer.
         other: another; the order does not matter.
 
     Returns:
@@ -280,9 +279,6 @@ _INNERMOST = [
 
 def normalise(text: str) -> str:
     """One spelling of a text: LaTeX's commands, Unicode's variants and markup are taken away.
-
-    Args:
-        text: of an answer.
 
     Returns:
         The text in lower case with single spaces; braces of LaTeX have become parentheses.

@@ -74,15 +74,9 @@ def evaluate_exact_match(
     """Answer every problem greedily and grade the answers.
 
     Args:
-        engine: continues the prompts.
         problems: prompts whose ``fields`` hold "answer".
-        tokenizer: turns ids into text.
         stop_token_ids: ids that end an answer, EOS included.
-        max_new_tokens: longest answer.
         grader: a key of :data:`megatron_tropd.tasks.graders.GRADERS`.
-
-    Returns:
-        Accuracy, its interval and every graded response.
 
     Raises:
         InputError: there is no problem, or one has no answer.
@@ -151,9 +145,6 @@ def reference_answer(problem: Prompt) -> str:
     Args:
         problem: a prompt whose ``fields`` hold "answer", a string or a number.
 
-    Returns:
-        The answer.
-
     Raises:
         InputError: there is none.
     """
@@ -176,7 +167,6 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
     .. math:: \frac{\hat p + z^2/2n \pm z \sqrt{\hat p (1-\hat p)/n + z^2/4n^2}}{1 + z^2/n}
 
     Args:
-        correct: successes.
         total: trials, at least 1.
 
     Returns:

@@ -67,9 +67,6 @@ _LONGEST_WHOLE = 2000
 def last_number(text: str) -> Mark | None:
     """The last number anywhere in the text.
 
-    Args:
-        text: a response.
-
     Returns:
         The number as written, a fraction or a percentage as a whole, or None.
     """
@@ -83,9 +80,6 @@ def marked_answer(text: str) -> Mark | None:
     A marker within a box is part of the answer, and one after which nothing stands is none. What
     follows the beginning of a next question does not count: models that were shown examples go on
     with questions of their own. The bare word "answer" marks only if there is no clearer marker.
-
-    Args:
-        text: a response.
 
     Returns:
         The content of the braces for ``\boxed``, else the first line after the marker without what
@@ -193,7 +187,6 @@ def grade(response: str, answer: str, *, grader: str = "marked") -> bool | None:
     r"""Whether a response gives the reference answer.
 
     Args:
-        response: what the model wrote.
         answer: the reference: the answer itself, or a worked solution with a marker (GSM8K's
             ``... #### 18``).
         grader: a key of :data:`GRADERS`, applied to the response.

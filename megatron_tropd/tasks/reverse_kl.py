@@ -52,10 +52,6 @@ def measure_reverse_kl(
         teacher_folder: HF folder of p.
         sequences: (prompt ids, response ids); only positions that predict a response token count.
         vocab_size: ids both models share; padded columns after it are left out.
-        tokens_per_batch: padded tokens of one forward pass.
-
-    Returns:
-        The mean with its interval.
 
     Raises:
         InputError: there is no response token.

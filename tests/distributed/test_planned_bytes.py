@@ -30,7 +30,7 @@ from megatron_tropd.data.packing import count_loss_tokens, pack
 from megatron_tropd.data.sequence import SampleKey, TokenSequence, Writer
 from megatron_tropd.planning.hardware import Hardware
 from megatron_tropd.planning.memory import chunk_bytes, loss_bytes, memory_of_stage
-from megatron_tropd.planning.setup import Setup, setup
+from megatron_tropd.planning.planned_run import PlannedRun, plan_run
 from tests.ranks import leave_layout, run_with_env
 
 PROMPT, RESPONSE, SAMPLES = 8, 57, 16
@@ -304,8 +304,8 @@ def measured(tmp_path_factory, pair) -> dict[str, list[dict[str, float]]]:
     }
 
 
-def _planned(pair: tuple[dict[str, str], str], run: Run) -> Setup:
-    return setup(_config(pair[0][run.family], pair[1], run), CPU, prompt_tokens=PROMPT)
+def _planned(pair: tuple[dict[str, str], str], run: Run) -> PlannedRun:
+    return plan_run(_config(pair[0][run.family], pair[1], run), CPU, prompt_tokens=PROMPT)
 
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)

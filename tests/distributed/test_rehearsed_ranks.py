@@ -22,7 +22,7 @@ from megatron_tropd.config import (
     RunConfig,
     TrainConfig,
 )
-from megatron_tropd.planning import Hardware, setup
+from megatron_tropd.planning import Hardware, plan_run
 from tests.ranks import run_with_env
 from tests.tiny_models import write_tiny_model
 
@@ -112,7 +112,7 @@ def _really(config: Config, folder: Path, layout: dict[str, Any]) -> None:
     for name in OBJECTS:
         setattr(dist, name, recorder.note_objects(name))
     rank = int(os.environ["RANK"])
-    made = setup(config, CPU, prompt_tokens=PROMPT)
+    made = plan_run(config, CPU, prompt_tokens=PROMPT)
     job: Any = RealJob(made, RunFolder(folder / f"run_{rank}"), Place, world)  # type: ignore[arg-type]
     with recorder:
         whole = made.work.most_micro_batches
@@ -139,7 +139,7 @@ def test_collectives_are_those_of_a_real_run(layout: str, tmp_path: Path, monkey
     write_tiny_model(tmp_path / "teacher", "qwen3", seed=2)
     config = _config(tmp_path, LAYOUTS[layout])
     run_with_env(4, _really, config, tmp_path, LAYOUTS[layout])
-    whole = setup(config, CPU, prompt_tokens=PROMPT).work.most_micro_batches
+    whole = plan_run(config, CPU, prompt_tokens=PROMPT).work.most_micro_batches
     rehearsal = rehearse(config, ranks=[0, 3], prompt_tokens=PROMPT, micro_batches=whole)
     for rank in rehearsal.ranks:
         real = [tuple(one) for one in json.loads((tmp_path / f"real_{rank.rank}.json").read_text())]

@@ -85,7 +85,7 @@ def logprob_gap(model_folder: Path, data: RecordedTrajectories) -> float:
 def test_a_cut_recording_ends_as_the_same_bytes(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    monkeypatch.setattr("megatron_tropd.tasks.rollouts._REQUESTS_PER_BATCH", 4)
+    monkeypatch.setattr("megatron_tropd.tasks.sample_files._REQUESTS_PER_BATCH", 4)
     prompts = write_prompts(tmp_path / "prompts.jsonl", 5)
 
     def record(out: Path) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tropd.cluster.layout import make_layout
+from megatron_tropd.cluster.job_layout import make_layout
 from megatron_tropd.cluster.render import render_job
 from megatron_tropd.cluster.site import Site
 from megatron_tropd.config import load_config

@@ -21,8 +21,8 @@ from megatron_tropd.base.errors import InputError
 from megatron_tropd.cli.convert import main_to_hf, main_to_megatron
 from megatron_tropd.cli.main import main
 from megatron_tropd.convert import publish, to_hf, to_megatron, torch_dist  # noqa: F401 (named by PHASES)
+from megatron_tropd.convert.checkpoint_layout import checkpoint_layout, object_name
 from megatron_tropd.convert.hf_folder import HFFolder
-from megatron_tropd.convert.layout import layout, object_name
 from megatron_tropd.convert.megatron_folder import MegatronFolder
 from megatron_tropd.convert.to_hf import ToHF, megatron_to_hf
 from megatron_tropd.convert.to_megatron import ToMegatron, hf_to_megatron
@@ -629,7 +629,7 @@ def test_a_run_whose_student_is_gone(megatron: Path, tmp_path: Path):
 def test_te_layers_find_every_key(tiny_model: Callable[..., Path]):
     """Keys of Megatron's Transformer-Engine spec, listed by hand: TE does not run here."""
     config = HFFolder(tiny_model("qwen3")).config
-    stored = layout(config, 384)
+    stored = checkpoint_layout(config, 384)
     attention, mlp = "decoder.layers.self_attention", "decoder.layers.mlp"
     with_state = [
         f"{attention}.linear_qkv",
@@ -661,7 +661,7 @@ def test_te_layers_find_every_key(tiny_model: Callable[..., Path]):
 def test_te_layers_of_a_mixture_find_every_key(tiny_model: Callable[..., Path]):
     """TEGroupedMLP stacks experts after layers, its norm stands apart; the local name is a copy."""
     config = HFFolder(tiny_model("qwen3_moe")).config
-    stored = layout(config, 384)
+    stored = checkpoint_layout(config, 384)
     experts = "decoder.layers.mlp.experts.experts"
     expected = {
         f"{experts}.{linear}._extra_state/shard_{n}.{e}_2.6"

@@ -35,8 +35,7 @@ from megatron_tropd.data.tokenizers import load_tokenizer, stop_token_ids
 from megatron_tropd.distill.inputs import load_inputs
 from megatron_tropd.planning.parameters import open_architecture
 from megatron_tropd.rollout.engines.engine import RolloutEngine, context_length, expected_tensors
-from megatron_tropd.tasks.rollouts import weights_identity
-from megatron_tropd.tasks.teacher_responses import model_identity
+from megatron_tropd.tasks.sample_files import model_identity
 
 Tensors = dict[str, torch.Tensor]
 Make = Callable[..., Path]
@@ -136,9 +135,9 @@ def test_files_that_are_not_the_models_are_named_and_not_read(
     for who in ("student", "teacher"):
         code, text = command("distill", f"model.{who}={folder}")
         assert code == 0 and f"consolidated.safetensors ({who}" in text
-    identities = [model_identity(folder), weights_identity(folder)]
+    identities = [model_identity(folder), model_identity(folder, whole=True)]
     (folder / "consolidated.safetensors").unlink()
-    assert identities == [model_identity(folder), weights_identity(folder)]
+    assert identities == [model_identity(folder), model_identity(folder, whole=True)]
     link_folder(found, _new(tmp_path / "linked"))
     assert sorted(p.name for p in (tmp_path / "linked").iterdir()) == ["config.json", SINGLE, INDEX]
     hf_to_megatron(ToMegatron(folder, tmp_path / "m"))
@@ -528,22 +527,22 @@ def _entry(**change: Any) -> bytes:
 @pytest.mark.parametrize(
     ("header", "said"),
     [
-        (_entry(data_offsets=...), "no data_offsets of tensor a.weight"),
-        (_entry(dtype=..., shape=...), "no dtype and no shape of tensor a.weight"),
-        (_entry(dtype="F33"), "tensor a.weight is of the unknown type 'F33'"),
-        (_entry(dtype=4), "tensor a.weight is of the unknown type 4"),
-        (_entry(shape=4), "the shape of tensor a.weight must be whole numbers"),
-        (_entry(shape=[-1]), "the shape of tensor a.weight must be whole numbers"),
-        (_entry(shape=[True]), "the shape of tensor a.weight must be whole numbers"),
-        (_entry(data_offsets=[0]), "the data_offsets of tensor a.weight must be two numbers"),
-        (_entry(data_offsets=["0", "4"]), "data_offsets of tensor a.weight must be whole numbers"),
-        (_entry(data_offsets=[4, 8]), "a.weight the bytes 4 to 8"),
-        (_entry(shape=[2]), "a.weight the bytes 0 to 4"),
-        (b'{"a.weight": 1}', "no dtype and no shape and no data_offsets"),
-        (b'{"a.weight": {}, "a.weight": {}}', "names a.weight twice"),
-        (b"[1]", "must be a JSON object"),
-        (b"{", "is no JSON"),
-        (b"\xc3\x28\xff", "is no text"),
+        (_entry(data_offsets=...), "missing field `data_offsets`"),
+        (_entry(dtype=..., shape=...), "missing field `dtype`"),
+        (_entry(dtype="F33"), "unknown variant `F33`"),
+        (_entry(dtype="F4", shape=[8]), "no type for these tensors: {'a.weight': 'F4'}"),
+        (_entry(dtype=4), "damaged"),
+        (_entry(shape=4), "invalid type: integer `4`"),
+        (_entry(shape=[-1]), "invalid value: integer `-1`"),
+        (_entry(shape=[True]), "invalid type: boolean `true`"),
+        (_entry(data_offsets=[0]), "invalid length 1"),
+        (_entry(data_offsets=["0", "4"]), 'invalid type: string "0"'),
+        (_entry(data_offsets=[4, 8]), "invalid offset for tensor `a.weight`"),
+        (_entry(shape=[2]), "invalid shape, data type, or offset"),
+        (b'{"a.weight": 1}', "invalid type: integer `1`"),
+        (b"[1]", "invalid type: sequence"),
+        (b"{", "invalid JSON"),
+        (b"\xc3\x28\xff", "invalid UTF-8"),
         (b"[" * 100_000, "damaged"),
     ],
 )

@@ -28,11 +28,11 @@ from megatron_tropd.mcore.layout import CUDA_ROW_MULTIPLE
 from megatron_tropd.planning import (
     PRESETS,
     Hardware,
-    Setup,
+    PlannedRun,
     load_hardware,
     make_plan,
+    plan_run,
     plan_table,
-    setup,
 )
 from megatron_tropd.planning import memory as planned_memory
 from megatron_tropd.planning.activations import saved_per_position, widths
@@ -40,6 +40,7 @@ from megatron_tropd.planning.communication import communication, expert_bytes
 from megatron_tropd.planning.estimate import estimate
 from megatron_tropd.planning.options import COUNTED, Options, options
 from megatron_tropd.planning.parameters import open_architecture
+from megatron_tropd.planning.planned_run import row_multiple
 from megatron_tropd.planning.recommend import recommend
 from megatron_tropd.planning.report import SCHEMA, UNCALIBRATED
 from megatron_tropd.planning.seconds import (
@@ -50,7 +51,6 @@ from megatron_tropd.planning.seconds import (
     pass_seconds,
     repeated_products,
 )
-from megatron_tropd.planning.setup import row_multiple
 from megatron_tropd.rollout.engines.child import CPU_SEQUENCES, _cpu_cache_bytes
 from megatron_tropd.rollout.engines.settings import EngineSettings
 from megatron_tropd.rollout.weights import weight_sync
@@ -114,7 +114,7 @@ def test_recipes_and_their_plans_agree(path: Path):
     assert max(map(len, table.splitlines())) <= 100
     assert path.read_text().startswith("# Planned, not run.")
     assert plan.asked.fits
-    chosen, best = plan.asked.made, plan.recommended.best.made
+    chosen, best = plan.asked.run, plan.recommended.best.run
     assert (chosen.parallel, chosen.rollout) == (best.parallel, best.rollout)
     assert chosen.options == best.options
 
@@ -149,7 +149,7 @@ def test_no_recipe_is_missing():
 
 def test_sixteen_bytes_for_every_parameter_and_two_for_the_teacher(small: Config):
     """bfloat16 weights 2, float32 gradients 4, weights 4, moments 8; Qwen3-1.7B and 4B, tied."""
-    (stage,) = estimate(setup(small, H100)).memory
+    (stage,) = estimate(plan_run(small, H100)).memory
     student, teacher = 1_720_574_976, 4_022_468_096
     assert stage.weights + stage.gradients + stage.optimizer == 18 * student
     assert stage.teacher_weights == 2 * teacher
@@ -164,13 +164,13 @@ def test_memory_is_planned_for_micro_batches_full_of_any_lengths(small: Config):
         )
         for tokens in (8704, 2 * 8192)
     )
-    one, both = (estimate(setup(config, H100)).memory[0].activations for config in (full, twice))
+    one, both = (estimate(plan_run(config, H100)).memory[0].activations for config in (full, twice))
     assert both == pytest.approx(one * 16384 / 8704, rel=0.01)
 
 
 def test_short_responses_on_average_save_no_memory():
     config = load_config(RECIPES / "qwen3_8b.toml")
-    longest, short = (setup(config, H100, response_tokens=n) for n in (None, 10))
+    longest, short = (plan_run(config, H100, response_tokens=n) for n in (None, 10))
     assert short.work.micro_batches < longest.work.micro_batches
     assert estimate(short).memory == estimate(longest).memory
 
@@ -179,7 +179,7 @@ def test_short_responses_on_average_save_no_memory():
 def test_no_stage_is_fuller_than_the_first_or_the_last(path: Path):
     overrides = ["parallel.pipeline=8", "parallel.tensor=1", "parallel.sequence_parallel=false"]
     engines = ["parallel.uneven_stages=true", "rollout.num_engines=1"]
-    one = estimate(setup(load_config(path, overrides + engines), H100))
+    one = estimate(plan_run(load_config(path, overrides + engines), H100))
     assert len(one.memory) == 8
     assert one.peak == max(stage.peak for stage in one.memory)
 
@@ -187,10 +187,10 @@ def test_no_stage_is_fuller_than_the_first_or_the_last(path: Path):
 def test_a_sleeping_engine_keeps_its_workspace_and_on_a_cpu_everything(small: Config):
     cpu = dataclasses.replace(H100, layers="cpu", memory_gb=512)
     for hardware, kept in ((H100, planned_memory.ENGINE_WORKSPACE), (cpu, 0.4 * 2**30)):
-        made = setup(small, hardware)
-        (stage,) = estimate(made).memory
+        run = plan_run(small, hardware)
+        (stage,) = estimate(run).memory
         if hardware is cpu:
-            kept += made.student.parameters * made.element
+            kept += run.student.parameters * run.element
         assert stage.engine_asleep == pytest.approx(kept)
         without = stage.resident + stage.teacher_hidden + stage.teacher_forward
         assert stage.phases["teacher"] == pytest.approx(without + kept)
@@ -199,7 +199,7 @@ def test_a_sleeping_engine_keeps_its_workspace_and_on_a_cpu_everything(small: Co
 def test_a_loss_that_looks_at_the_student_first_costs_a_pass(small: Config):
     loss = preset("entropy_opd")
     looking = dataclasses.replace(small, loss=loss)
-    plain, more = (estimate(setup(config, H100)) for config in (small, looking))
+    plain, more = (estimate(plan_run(config, H100)) for config in (small, looking))
     assert plain.memory[0].student_hidden == 0
     assert more.memory[0].student_hidden == 512 * 8096 * 2048 * 2
     assert more.seconds.student > 1.2 * plain.seconds.student
@@ -211,22 +211,22 @@ def test_separate_engines_have_gpus_of_their_own(small: Config):
     )
     apart = dataclasses.replace(small, rollout=rollout)
     ahead = dataclasses.replace(apart, rollout=dataclasses.replace(rollout, steps_ahead=1))
-    one, other = (estimate(setup(config, H100)) for config in (apart, ahead))
-    assert (one.made.training_nodes, one.made.engine_nodes, one.made.gpus) == (1, 2, 13)
+    one, other = (estimate(plan_run(config, H100)) for config in (apart, ahead))
+    assert (one.run.training_nodes, one.run.engine_nodes, one.run.gpus) == (1, 2, 13)
     (stage,) = one.memory
     assert stage.engine_weights == stage.kv_cache == stage.engine_asleep == 0
     assert stage.phases["rollout"] == stage.resident
-    assert planned_memory.engine_memory(one.made).total == pytest.approx(0.65 * 80e9)
+    assert planned_memory.engine_memory(one.run).total == pytest.approx(0.65 * 80e9)
     assert one.seconds.total == one.seconds.rollout + one.seconds.training
     assert other.seconds.total == pytest.approx(max(other.seconds.rollout, other.seconds.training))
     # Written and read once each, at the rate of the folder that all nodes see.
     assert one.seconds.sync == pytest.approx(2 * 1_720_574_976 / 2e9)
-    assert planned_memory.host_bytes(one.made) == 0
+    assert planned_memory.host_bytes(one.run) == 0
 
 
 def test_a_separate_engine_must_leave_the_reserve():
     words = ["rollout.placement=separate", "rollout.engine_gpu_share=0.95"]
-    one = estimate(setup(load_config(RECIPES / "qwen3_1.7b.toml", words), H100))
+    one = estimate(plan_run(load_config(RECIPES / "qwen3_1.7b.toml", words), H100))
     assert one.obstacle.startswith("rollout.engine_gpu_share = 0.95 is 76.0 GB")
 
 
@@ -234,17 +234,17 @@ def test_the_teacher_must_fit_the_engines_that_evaluate_it():
     """They have most of their GPUs, for no model is there yet."""
     path, evaluated = RECIPES / "qwen3_30b_a3b.toml", "evaluation.problems=held_out.jsonl"
     large = ["rollout.num_engines=32", "rollout.engine_tensor_parallel=8"]
-    assert estimate(setup(load_config(path, [evaluated, *large]), H100)).fits
+    assert estimate(plan_run(load_config(path, [evaluated, *large]), H100)).fits
     small = [evaluated, "rollout.engine_tensor_parallel=4", "rollout.engine_gpu_share=0.3"]
-    one = estimate(setup(load_config(path, small), H100))
+    one = estimate(plan_run(load_config(path, small), H100))
     assert "an engine of the teacher has room for 0 tokens" in one.obstacle
     for otherwise in ("evaluation.task=reverse_kl", "evaluation.teacher=false"):
-        assert estimate(setup(load_config(path, [*small, otherwise]), H100)).fits
+        assert estimate(plan_run(load_config(path, [*small, otherwise]), H100)).fits
 
 
 def test_activations_by_hand(small: Config):
     """One position of one layer of Qwen3-1.7B, bfloat16, Transformer Engine."""
-    shape = setup(small, H100).student.shape
+    shape = plan_run(small, H100).student.shape
     norms = 2 * (2048 * 2 + 4 + 2048 * 2)
     queries_keys_values_output = (2048 + 1024 + (2048 + 2 * 1024) + 2048) * 2 + 16 * 4
     norms_of_heads = 2048 * 2 + (16 + 8) * 4
@@ -254,7 +254,7 @@ def test_activations_by_hand(small: Config):
 
 
 def test_tensor_and_sequence_parallelism_divide_the_activations(small: Config):
-    shape = setup(small, H100).student.shape
+    shape = plan_run(small, H100).student.shape
     one, both, tensor = (
         saved_per_position(widths(shape, ParallelConfig(**layout), 2, "transformer_engine"))
         for layout in ({}, {"tensor": 4, "sequence_parallel": True}, {"tensor": 4})
@@ -265,15 +265,15 @@ def test_tensor_and_sequence_parallelism_divide_the_activations(small: Config):
 
 def test_flops_by_hand(small: Config):
     """Two for each of the layer's parameters, and causal attention over half the length."""
-    made = setup(small, H100)
+    run = plan_run(small, H100)
     layer = (1_720_574_976 - 151_936 * 2048 - 2048) / 28
     attention = 4 * 16 * 128 * 1000 / 2
-    assert layer_flops(made.student, 10, 1000) == pytest.approx(10 * (2 * layer + attention))
+    assert layer_flops(run.student, 10, 1000) == pytest.approx(10 * (2 * layer + attention))
 
 
 def test_bytes_sent_by_hand(small: Config):
     parallel = ParallelConfig(tensor=2, data=4, distributed_optimizer=True)
-    sent = communication(setup(dataclasses.replace(small, parallel=parallel), H100))
+    sent = communication(plan_run(dataclasses.replace(small, parallel=parallel), H100))
     positions = 128 * (512 + 8096 - 1)
     one_sum = 2 * positions * 2560 * 2 / 2  # an all-reduce over two ranks sends all of it once
     assert sent.tensor_teacher == 36 * 2 * one_sum
@@ -285,24 +285,24 @@ def test_bytes_sent_by_hand(small: Config):
 
 def test_a_tied_embedding_is_summed_over_two_stages(small: Config):
     two = dataclasses.replace(small, parallel=ParallelConfig(pipeline=2))
-    assert communication(setup(small, H100)).tied_embedding == 0
-    assert communication(setup(two, H100)).tied_embedding == 4 * 151_936 * 2048
+    assert communication(plan_run(small, H100)).tied_embedding == 0
+    assert communication(plan_run(two, H100)).tied_embedding == 4 * 151_936 * 2048
 
 
 def test_experts_exchange_over_one_group_and_gather_over_the_other():
     """k copies of each position there and back; an all-to-all keeps 1 / e, a ring 1 / t."""
     recipe, copies = RECIPES / "qwen3_30b_a3b.toml", 16 * (512 + 8096 - 1) * 8 * 2048 * 2
     sharded = ["parallel.expert=2", "parallel.expert_tensor=4"]
-    made = setup(load_config(recipe, sharded), H100)
-    exchanged, gathered = expert_bytes(made, made.student, passes=1)
+    run = plan_run(load_config(recipe, sharded), H100)
+    exchanged, gathered = expert_bytes(run, run.student, passes=1)
     assert exchanged == pytest.approx(24 * 2 * copies / 4 * (1 - 1 / 2))
     assert gathered == pytest.approx(24 * 2 * copies * (1 - 1 / 4))
-    whole = setup(load_config(recipe), H100)
+    whole = plan_run(load_config(recipe), H100)
     assert whole.parallel.expert == 8
     exchanged, gathered = expert_bytes(whole, whole.student, passes=1)
     assert exchanged == pytest.approx(24 * 2 * copies / 4 * (1 - 1 / 8))
     assert gathered == 0
-    assert whole.held(whole.student, 0) == made.held(made.student, 0)
+    assert whole.parameters_of(whole.student, 0) == run.parameters_of(run.student, 0)
 
 
 def test_a_pipeline_waits_for_its_stages(small: Config):
@@ -311,8 +311,8 @@ def test_a_pipeline_waits_for_its_stages(small: Config):
     alone = dataclasses.replace(small, rollout=rollout)
     two = dataclasses.replace(alone, parallel=ParallelConfig(pipeline=2))
     free = dataclasses.replace(H100, intra_node_gb_s=1e9)
-    one, both = (setup(config, free) for config in (alone, two))
-    took = [pass_seconds(made, made.teacher, backward=False) for made in (one, both)]
+    one, both = (plan_run(config, free) for config in (alone, two))
+    took = [pass_seconds(run, run.teacher, backward=False) for run in (one, both)]
     assert took[1] == pytest.approx(took[0])
 
 
@@ -341,17 +341,17 @@ def test_the_loss_buffers_are_those_of_the_loss(tokens, columns, dtype, ranks, m
     real = chunks._Buffers(pair, count=ranks)
     monkeypatch.setitem(planned_memory.LOSS_BUDGET, "gpu", 4 * 2**20)
     parallel = SimpleNamespace(tensor=ranks)
-    made = SimpleNamespace(
+    run = SimpleNamespace(
         vocab_shard=columns, hardware=H100, element=dtype.itemsize, parallel=parallel
     )
     taken = real._logits.untyped_storage().nbytes()
     if real._rounded is not None:
         taken += real._rounded.untyped_storage().nbytes()
-    assert planned_memory.chunk_bytes(made, tokens) == pytest.approx(taken, rel=0.03)
+    assert planned_memory.chunk_bytes(run, tokens) == pytest.approx(taken, rel=0.03)
 
 
 def test_a_token_takes_as_much_cache_as_the_engine_counts(small: Config):
-    made = setup(small, H100)
+    run = plan_run(small, H100)
     settings = EngineSettings(
         model_folder=small.model.student,
         dtype="bfloat16",
@@ -365,7 +365,7 @@ def test_a_token_takes_as_much_cache_as_the_engine_counts(small: Config):
         cuda=False,
     )
     two_blocks = _cpu_cache_bytes(settings)  # of 128 tokens each
-    assert planned_memory.cache_bytes_per_token(made) == two_blocks / 256
+    assert planned_memory.cache_bytes_per_token(run) == two_blocks / 256
 
 
 def test_constants_are_those_of_the_trainer():
@@ -380,16 +380,16 @@ def test_constants_are_those_of_the_trainer():
 
 def test_more_gpus_than_one_are_recommended_where_one_does_not_hold_the_models():
     config = load_config(RECIPES / "qwen3_8b.toml")
-    made = setup(config, H100)
-    one = recommend(made, 1)
+    run = plan_run(config, H100)
+    one = recommend(run, 1)
     assert not one.best.fits and one.why.startswith("none of 1 layouts fits")
-    sixteen, more = recommend(made, 16), recommend(made, 32)
-    assert sixteen.best.fits and sixteen.best.made.parallel.world_size == 16
+    sixteen, more = recommend(run, 16), recommend(run, 32)
+    assert sixteen.best.fits and sixteen.best.run.parallel.world_size == 16
     assert sixteen.best.seconds.total > more.best.seconds.total
 
 
 def test_the_recommended_layout_is_as_fast_as_any_that_fits(small: Config):
-    best = recommend(setup(small, H100), 8).best
+    best = recommend(plan_run(small, H100), 8).best
     for tensor in (1, 2, 4, 8):
         parallel = ParallelConfig(
             tensor=tensor,
@@ -397,20 +397,20 @@ def test_the_recommended_layout_is_as_fast_as_any_that_fits(small: Config):
             sequence_parallel=tensor > 1,
             distributed_optimizer=tensor < 8,
         )
-        other = estimate(best.made.laid_out(parallel, best.made.rollout))
+        other = estimate(best.run.laid_out(parallel, best.run.rollout))
         assert not other.fits or other.seconds.total > 0.95 * best.seconds.total
 
 
 def test_one_step_ahead_is_named_beside_and_taken_where_asked_for():
-    on_policy = recommend(setup(load_config(RECIPES / "qwen3_8b.toml"), H100), 32)
-    assert on_policy.best.made.rollout.steps_ahead == 0
+    on_policy = recommend(plan_run(load_config(RECIPES / "qwen3_8b.toml"), H100), 32)
+    assert on_policy.best.run.rollout.steps_ahead == 0
     assert on_policy.other is not None
-    ahead = on_policy.other.made
+    ahead = on_policy.other.run
     assert ahead.separate and ahead.rollout.steps_ahead == 1
     assert ahead.parallel.world_size + 8 * ahead.engine_nodes == 32
     again = recommend(ahead, 32)
-    assert (again.best.made.parallel, again.best.made.rollout) == (ahead.parallel, ahead.rollout)
-    assert again.other is not None and again.other.made.rollout == on_policy.best.made.rollout
+    assert (again.best.run.parallel, again.best.run.rollout) == (ahead.parallel, ahead.rollout)
+    assert again.other is not None and again.other.run.rollout == on_policy.best.run.rollout
 
 
 def test_a_cpu_gets_engines_that_run_there(small: Config):
@@ -418,17 +418,17 @@ def test_a_cpu_gets_engines_that_run_there(small: Config):
     gib = dataclasses.replace(
         small, rollout=dataclasses.replace(small.rollout, engine_cpu_kv_gib=4)
     )
-    best = recommend(setup(gib, cpu), 2).best
+    best = recommend(plan_run(gib, cpu), 2).best
     assert best.fits
-    assert best.made.rollout.engine_tensor_parallel == 1
-    assert best.made.rollout.engine_cpu_kv_gib == 4
+    assert best.run.rollout.engine_tensor_parallel == 1
+    assert best.run.rollout.engine_cpu_kv_gib == 4
 
 
 def test_no_layout_of_a_prime_number_of_gpus(small: Config):
     with pytest.raises(ConfigError, match="No layout of 37 GPUs divides"):
-        recommend(setup(small, H100), 37)
+        recommend(plan_run(small, H100), 37)
     with pytest.raises(ConfigError, match="No layout of 1000000000 GPUs divides"):
-        recommend(setup(small, H100), 10**9)
+        recommend(plan_run(small, H100), 10**9)
 
 
 # Of schema 1, listed in docs/planning.md: nothing is renamed or removed without raising the number.
@@ -503,7 +503,7 @@ def test_a_mixture_is_refused_as_the_trainer_refuses_it(capsys):
 def test_every_stage_needs_a_layer(small: Config):
     deep = ParallelConfig(pipeline=29, uneven_stages=True)
     with pytest.raises(ConfigError, match="exceeds the student's layers, found 28"):
-        setup(dataclasses.replace(small, parallel=deep), H100)
+        plan_run(dataclasses.replace(small, parallel=deep), H100)
 
 
 def test_an_engine_does_not_cross_nodes(capsys):
@@ -587,9 +587,9 @@ HYBRID = [
 ]
 
 
-def _with(*words: str, hardware: Hardware = H100) -> Setup:
+def _with(*words: str, hardware: Hardware = H100) -> PlannedRun:
     """Qwen3-1.7B from Qwen3-4B on 8 GPUs, DP 8, with options."""
-    return setup(load_config(RECIPES / "qwen3_1.7b.toml", words), hardware)
+    return plan_run(load_config(RECIPES / "qwen3_1.7b.toml", words), hardware)
 
 
 def test_a_recomputed_layer_keeps_its_input_alone():
@@ -611,7 +611,7 @@ def test_selective_recomputation_as_megatron_means_it():
     selective = "megatron.model.recompute_granularity=selective"
     modules = 'megatron.model.recompute_modules=["mlp"]'
     plain, attention, mlp = (_with(*w) for w in ([], [selective], [selective, modules]))
-    kept = [estimate(made).memory[0].activations for made in (plain, attention, mlp)]
+    kept = [estimate(run).memory[0].activations for run in (plain, attention, mlp)]
     assert kept[0] - kept[1] == 28 * 8704 * 16 * 4
     # Transformer Engine's norm is part of the MLP: its output and statistic go, too.
     assert kept[0] - kept[2] == 28 * 8704 * (2048 * 2 + 4 + 3 * 6144 * 2)
@@ -620,14 +620,14 @@ def test_selective_recomputation_as_megatron_means_it():
 def test_recomputation_costs_what_it_computes_again():
     free = dataclasses.replace(H100, intra_node_gb_s=1e9)
     plain, whole = (_with(*words, hardware=free) for words in ([], UNIFORM))
-    took = [pass_seconds(made, made.student, backward=True) for made in (plain, whole)]
+    took = [pass_seconds(run, run.student, backward=True) for run in (plain, whole)]
     loss = loss_flops(plain, plain.work.loss_tokens) / free.flops
     assert took[1] - loss == pytest.approx(4 / 3 * (took[0] - loss))
     assert pass_seconds(whole, whole.teacher, backward=False) == pytest.approx(
         pass_seconds(plain, plain.teacher, backward=False)
     )
     sums = [_with("parallel.tensor=2", "parallel.data=4", *words) for words in ([], UNIFORM)]
-    sent = [communication(made).tensor_student for made in sums]
+    sent = [communication(run).tensor_student for run in sums]
     assert sent[1] == pytest.approx(1.5 * sent[0])
 
 
@@ -638,7 +638,7 @@ def test_some_layers_of_a_stage_are_recomputed():
     )
     assert repeated_products(seven) == 1 / 4
     assert repeated_products(all_of_them) == 1
-    (stage,), (every,) = (estimate(made).memory for made in (seven, all_of_them))
+    (stage,), (every,) = (estimate(run).memory for run in (seven, all_of_them))
     assert stage.recomputed == 0, "the other layers are through by then"
     assert every.activations == estimate(_with(*UNIFORM)).memory[0].activations
 
@@ -647,12 +647,12 @@ def test_the_hybrid_optimizer_leaves_what_megatron_leaves_on_the_gpu():
     """Main weights stay where it copies them; being precision-aware, they are the copies."""
     aware = "megatron.optimizer.use_precision_aware_optimizer=true"
     shard = 1_720_574_976 / 8
-    made = [_with(*words) for words in ([], HYBRID, [*HYBRID, aware])]
-    held = [estimate(one).memory[0].optimizer for one in made]
+    run = [_with(*words) for words in ([], HYBRID, [*HYBRID, aware])]
+    held = [estimate(one).memory[0].optimizer for one in run]
     assert held == pytest.approx([12 * shard, (4 + 8 * 3 / 4) * shard, 12 * 3 / 4 * shard])
-    host = [planned_memory.host_bytes(one) for one in made]
+    host = [planned_memory.host_bytes(one) for one in run]
     assert host[1] - host[0] == pytest.approx(8 * 16 * shard / 4)
-    assert optimizer_seconds(made[1]) > optimizer_seconds(made[0])
+    assert optimizer_seconds(run[1]) > optimizer_seconds(run[0])
 
 
 def test_a_cpu_has_no_host_to_offload_to():
@@ -685,7 +685,7 @@ def test_offloaded_activations_wait_on_the_host():
     plain, away = _with(), _with(*words)
     # Two outputs of the norm, queries and keys after rotation, the output of attention.
     moved = 26 * 8704 * (2 * 2048 + 2048 + 1024 + 2048) * 2
-    first, second = (estimate(made).memory[0].activations for made in (plain, away))
+    first, second = (estimate(run).memory[0].activations for run in (plain, away))
     assert first - second == moved
     engines = planned_memory.engine_host_bytes(away)
     assert planned_memory.host_bytes(away) - engines == 8 * moved
@@ -703,18 +703,18 @@ def test_gradients_beside_the_last_backward_pass_are_not_waited_for():
 
 def test_recomputation_is_recommended_only_where_it_is_needed(capsys):
     config = load_config(RECIPES / "qwen3_8b.toml")
-    assert recommend(setup(config, H100), 32).best.made.options == Options()
-    one_node = recommend(setup(config, H100), 8).best
-    assert one_node.fits and one_node.made.options.recompute.method != "none"
-    assert not one_node.made.options.states.on_host, "offloading if nothing fits without"
+    assert recommend(plan_run(config, H100), 32).best.run.options == Options()
+    one_node = recommend(plan_run(config, H100), 8).best
+    assert one_node.fits and one_node.run.options.recompute.method != "none"
+    assert not one_node.run.options.states.on_host, "offloading if nothing fits without"
     assert main(["plan", str(RECIPES / "qwen3_8b.toml"), "--gpus", "8"]) == 0
     assert "megatron.model.recompute_granularity=" in capsys.readouterr().out
 
 
 def test_offloading_is_recommended_if_nothing_fits_without():
     less = dataclasses.replace(H100, memory_gb=64)
-    best = recommend(setup(load_config(RECIPES / "qwen3_8b.toml"), less), 8).best
-    assert best.made.options.states.on_host > 0
+    best = recommend(plan_run(load_config(RECIPES / "qwen3_8b.toml"), less), 8).best
+    assert best.run.options.states.on_host > 0
 
 
 def test_options_that_the_plan_does_not_count_are_named(capsys):

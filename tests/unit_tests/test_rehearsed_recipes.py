@@ -13,7 +13,7 @@ import pytest
 
 from megatron_tropd.base.errors import ConfigError, InputError
 from megatron_tropd.config import load_config
-from megatron_tropd.planning import Setup
+from megatron_tropd.planning import PlannedRun
 from megatron_tropd.rehearsal import Rehearsal, rehearsal_table, rehearse
 from megatron_tropd.rehearsal.record import Count
 from megatron_tropd.rehearsal.report import findings
@@ -60,20 +60,20 @@ def test_a_recipe_agrees_with_its_plan(name: str, rehearsals: dict[str, Rehearsa
 def test_new_weights_go_from_gpu_to_gpu(name: str, rehearsals: dict[str, Rehearsal]):
     """By the trainer's own channel: one buffer after the other, which the host waits for twice."""
     rehearsal = rehearsals[name]
-    (rank,), made = rehearsal.ranks, rehearsal.setup
+    (rank,), planned = rehearsal.ranks, rehearsal.setup
     waits = {(one.line.split(":")[0], one.what): one.count for one in rank.waits if _synced(one)}
     waits.pop(
         ("megatron_tropd/distill/reporter.py", "synchronize")
     )  # of the clock, when the phase is over
     buffers = (waits.pop((CHANNELS, "synchronize a stream")) - 1) // 2
     assert waits == {}, "nothing goes through the host"
-    owns = rank.rank % (made.parallel.world_size // made.rollout.num_engines) == 0
+    owns = rank.rank % (planned.parallel.world_size // planned.rollout.num_engines) == 0
     assert rank.engine_buffers == (buffers if owns else 0)
-    assert rank.engine_bytes == _exported(made)
-    shape = made.student.shape
-    largest = max(2**28, made.element * shape.vocab * shape.hidden)
+    assert rank.engine_bytes == _exported(planned)
+    shape = planned.student.shape
+    largest = max(2**28, planned.element * shape.vocab * shape.hidden)
     assert rank.engine_bytes / largest <= buffers < 2 * rank.engine_bytes / 2**28 + 2
-    gpus = made.rollout.engine_tensor_parallel
+    gpus = planned.rollout.engine_tensor_parallel
     meetings = sum(one.count for one in rank.collectives if _synced(one) and one.what == "barrier")
     assert meetings == (2 * buffers + 2 if gpus > 1 else 0)
 
@@ -124,10 +124,10 @@ def _synced(one: Count) -> bool:
     return one.phase == "sync"
 
 
-def _exported(made: Setup) -> int:
+def _exported(planned: PlannedRun) -> int:
     """Bytes of a student as an engine gets it: a tied output layer, too."""
-    shape = made.student.shape
-    return made.element * (made.student.parameters + shape.tied * shape.vocab * shape.hidden)
+    shape = planned.student.shape
+    return planned.element * (planned.student.parameters + shape.tied * shape.vocab * shape.hidden)
 
 
 def test_a_rank_that_does_not_exist_is_refused():

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.cli.main import main
-from megatron_tropd.cluster.layout import make_layout
+from megatron_tropd.cluster.job_layout import make_layout
 from megatron_tropd.cluster.render import render_job
 from megatron_tropd.cluster.site import Container, Site, load_site
 from megatron_tropd.config import load_config

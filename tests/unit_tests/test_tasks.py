@@ -17,7 +17,8 @@ from megatron_tropd.data.tokenizers import load_tokenizer
 from megatron_tropd.data.types import Prompt
 from megatron_tropd.tasks.exact_match import evaluate_exact_match
 from megatron_tropd.tasks.reverse_kl import measure_reverse_kl
-from megatron_tropd.tasks.teacher_responses import model_identity, write_responses
+from megatron_tropd.tasks.sample_files import model_identity
+from megatron_tropd.tasks.teacher_responses import write_responses
 
 
 class FakeEngine:
@@ -132,7 +133,7 @@ def write(engine: FakeEngine, prompts: list[Prompt], folder: Path, path: Path, *
 def test_responses_survive_a_kill_and_are_the_same_as_without(
     tiny_llama: Path, problems: list[Prompt], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megatron_tropd.tasks.teacher_responses._REQUESTS_PER_BATCH", 3)
+    monkeypatch.setattr("megatron_tropd.tasks.sample_files._REQUESTS_PER_BATCH", 3)
 
     def answer(request: SampleRequest) -> list[int]:
         return [3 + request.seed % 200, 2]

@@ -17,12 +17,13 @@ from megatron_tropd.data.responses import TeacherResponse
 from megatron_tropd.data.samples import Sample, SampleRequest, Sampling
 from megatron_tropd.data.tokenizers import load_tokenizer
 from megatron_tropd.data.types import Prompt
-from megatron_tropd.tasks.rollouts import Round, weights_identity, write_rollouts
+from megatron_tropd.tasks.recorded_rollouts import RolloutRound, write_rollouts
+from megatron_tropd.tasks.sample_files import model_identity
 from tools import rollouts as tool
 
 PROMPTS = [Prompt(i, f"p{i}", (5 + i, 6), {}) for i in range(6)]
 RESPONSES = {i: (TeacherResponse(i, 0, (30, 31, 32, 2), "stop"),) for i in range(6)}
-ROUND = Round(
+ROUND = RolloutRound(
     rollout=RolloutConfig(
         prompts="p", max_new_tokens=8, prompts_per_step=5, samples_per_prompt=2, temperature=0.8
     ),
@@ -51,10 +52,10 @@ class BatchEngine:
 @pytest.fixture
 def write(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """``write(path, engine, which=..., weights=...)`` in batches of three."""
-    monkeypatch.setattr("megatron_tropd.tasks.rollouts._REQUESTS_PER_BATCH", 3)
+    monkeypatch.setattr("megatron_tropd.tasks.sample_files._REQUESTS_PER_BATCH", 3)
     tokenizer = load_tokenizer(tiny_llama)
 
-    def call(path: Path, engine: BatchEngine, which: Round = ROUND, **changed) -> int:
+    def call(path: Path, engine: BatchEngine, which: RolloutRound = ROUND, **changed) -> int:
         sampling = Sampling(temperature=which.rollout.temperature, stop_token_ids=(2,))
         settings = {"sampling": sampling, "weights": "abc"} | changed
         plans = which.plan(PROMPTS, RESPONSES)
@@ -143,11 +144,11 @@ def test_rollouts_are_never_mixed(write: Callable[..., int], tmp_path: Path) -> 
 def test_weights_differ_by_any_byte(tiny_llama: Path, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(tiny_llama, folder)
-    assert weights_identity(folder) == weights_identity(tiny_llama)
+    assert model_identity(folder, whole=True) == model_identity(tiny_llama, whole=True)
     with (folder / "model.safetensors").open("r+b") as file:
         file.seek(-1, 2)
         file.write(b"\x7f")
-    assert weights_identity(folder) != weights_identity(tiny_llama)
+    assert model_identity(folder, whole=True) != model_identity(tiny_llama, whole=True)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from megatron_tropd.mcore import platform, models, parallel
 from megatron_tropd.config import ParallelConfig
 from megatron_tropd.convert.hf_folder import HFFolder
-from megatron_tropd.convert.layout import layout
+from megatron_tropd.convert.checkpoint_layout import checkpoint_layout
 from megatron_tropd.convert.megatron_folder import MegatronFolder
 from megatron_tropd.convert.to_megatron import ToMegatron, hf_to_megatron
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories
@@ -95,7 +95,7 @@ def look(path, ranks, out):
     assert exported.keys() == folder.names, exported.keys() ^ folder.names
     for name, tensor in exported.items():
         assert torch.equal(tensor, folder.read(name)), name
-    expected = layout(folder.config, width)
+    expected = checkpoint_layout(folder.config, width)
     state = model.module.sharded_state_dict()
     apply_factories(state)  # gate and up projection are stored as one, and made of two
     state = list(leaves(state))

@@ -5,6 +5,7 @@ whose name starts with an underscore. docs/model_families.md shows how to add on
 """
 
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from math import prod
 from pkgutil import iter_modules
@@ -24,11 +25,11 @@ from megatron_tropd.convert.families._base import (
     ModelShape,
     Requirement,
 )
+from megatron_tropd.convert.families._blocks import standard_layer
 from megatron_tropd.convert.families._keys import (
     check_keys,
     check_numbers,
     check_windows,
-    is_positive,
     new_fields,
     requirements_of,
     written_config,
@@ -73,7 +74,6 @@ def model_shape(hf_config: dict[str, Any]) -> ModelShape:
     for requirement in requirements_of(family):
         requirement.check(config)
     check_keys(hf_config, family)
-    _check_sizes(config)
     check_numbers(hf_config, config)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     shape = ModelShape(
@@ -102,7 +102,6 @@ def engine_config(hf_config: dict[str, Any], vocab_size: int | None = None) -> d
     """The config.json of the same model with the keys that were read and no others.
 
     Args:
-        hf_config: the config.json dictionary.
         vocab_size: columns of the embeddings; None: the model's.
 
     Raises:
@@ -149,7 +148,6 @@ def plan(hf_config: dict[str, Any], padded_vocab: int | None = None) -> list[Ent
     """Every parameter of the model in the order of the layers; tied output layers left out.
 
     Args:
-        hf_config: the config.json dictionary.
         padded_vocab: rows of the padded embedding; None: not padded.
     """
     shape = model_shape(hf_config)
@@ -157,10 +155,12 @@ def plan(hf_config: dict[str, Any], padded_vocab: int | None = None) -> list[Ent
     vocabulary = (shape.vocab, shape.hidden)
     embedding = VocabularyRows("model.embed_tokens.weight", vocabulary, rows)
     entries = [Entry("embedding.word_embeddings.weight", embedding)]
+    family = FAMILIES[shape.family]
+    layer = family.layer or partial(standard_layer, names=family.mixture)
     for n in range(shape.layers):
         entries += [
             replace(entry, name=f"decoder.layers.{n}.{entry.name}", layer=n)
-            for entry in FAMILIES[shape.family].layer(shape, f"model.layers.{n}")
+            for entry in layer(shape, f"model.layers.{n}")
         ]
     norm = Replicated("model.norm.weight", (shape.hidden,))
     entries.append(Entry("decoder.final_layernorm.weight", norm))
@@ -179,9 +179,9 @@ def _context(config: PretrainedConfig) -> int:
 
 
 def _experts(family: Family, config: PretrainedConfig) -> Experts | None:
-    if family.experts is None:
+    if family.mixture is None:
         return None
-    experts = family.experts(config)
+    experts = family.mixture.read(config)
     for what, size in (("number", experts.count), ("intermediate size", experts.ffn)):
         # Under their other names (num_local_experts) transformers checks no type.
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
@@ -196,37 +196,6 @@ def _experts(family: Family, config: PretrainedConfig) -> Experts | None:
             "and gives the router no gradient). Choose another model."
         )
     return experts
-
-
-_SIZES = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "vocab_size",
-    "max_position_embeddings",
-)
-
-
-def _check_sizes(config: PretrainedConfig) -> None:
-    for field in _SIZES:
-        if getattr(config, field) < 1:
-            raise InputError(
-                f"config.json must have {field} of at least 1, found {getattr(config, field)}."
-            )
-    theta = config.rope_parameters.get("rope_theta")
-    if not is_positive(theta):
-        raise InputError(f"config.json must have a positive rope_theta, found {theta!r}.")
-    factor = config.rope_parameters.get("factor", 1.0)
-    if not is_positive(factor):
-        raise InputError(
-            f"config.json must have a positive factor of the rotary scaling, found {factor!r}."
-        )
-    if config.num_attention_heads % (config.num_key_value_heads or config.num_attention_heads):
-        raise InputError(
-            f"config.json has {config.num_attention_heads} attention heads for "
-            f"{config.num_key_value_heads} key/value heads, expected a multiple."
-        )
 
 
 def _transformers_config(hf_config: dict[str, Any]) -> PretrainedConfig:

@@ -1,7 +1,7 @@
 """What a family states about itself, and what the rest of the package learns from it."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -136,6 +136,40 @@ def window_by_layer(config: PretrainedConfig) -> tuple[int | None, ...]:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """How a family names the experts that every layer has: in config.json and in its tensors."""
+
+    count: str
+    """Key of the number of experts."""
+    per_token: str = "num_experts_per_tok"
+    ffn: str
+    """Key of the intermediate size of one expert."""
+    normalized: str | None = None
+    """Key of :attr:`Experts.normalized`; None: they always are."""
+    block: str
+    """Name of the mixture within a layer."""
+    gate_up_down: tuple[str, str, str]
+    """Names of an expert's projections."""
+    written: Mapping[str, Any] = field(default_factory=dict)
+    """What a config.json must say beside the keys above, for every reader to see the experts."""
+
+    @property
+    def keys(self) -> dict[str, str]:
+        """Field of :class:`Experts` -> key of config.json."""
+        fields = {"count": self.count, "per_token": self.per_token, "ffn": self.ffn}
+        return fields | ({"normalized": self.normalized} if self.normalized else {})
+
+    def read(self, config: PretrainedConfig) -> Experts:
+        """The experts of a config."""
+        read = {name: getattr(config, key) for name, key in self.keys.items()}
+        return Experts(**({"normalized": True} | read))
+
+    def write(self, experts: Experts) -> dict[str, Any]:
+        """The keys of config.json that say them."""
+        return {key: getattr(experts, name) for name, key in self.keys.items()} | dict(self.written)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """One file of this package: how a model type is recognised, read and refused."""
 
@@ -143,18 +177,17 @@ class Family:
     """Its name in config.json."""
     architecture: str
     """The transformers class; others of the same model type (classifiers) are refused."""
-    layer: Callable[[ModelShape, str], list[Entry]]
-    """(shape, HF prefix of a layer) -> its entries, names relative to the layer."""
+    layer: Callable[[ModelShape, str], list[Entry]] | None = None
+    """(shape, HF prefix of a layer) -> its entries, names relative to the layer; None: those of
+    ``_blocks.standard_layer``."""
     qkv_bias: bool = False
     qk_norm: bool = False
     windows: Callable[[PretrainedConfig], tuple[int | None, ...]] = full_attention
     """Reads :attr:`ModelShape.windows`."""
     window_switch: bool = False
     """Whether ``use_sliding_window`` switches windows on."""
-    experts: Callable[[PretrainedConfig], Experts] | None = None
-    """Reads :attr:`ModelShape.experts`; None: the family is dense."""
-    written_experts: Callable[[ModelShape], dict[str, Any]] | None = None
-    """The inverse: the keys of config.json that say them."""
+    mixture: Mixture | None = None
+    """None: the family is dense."""
     keys: frozenset[str] = frozenset()
     """Keys of config.json that only this family reads."""
     ignores: tuple[str, ...] = ()
@@ -166,6 +199,13 @@ class Family:
     def has_windows(self) -> bool:
         """Whether layers can have a window of attention."""
         return self.windows is not full_attention
+
+    @property
+    def expert_keys(self) -> set[str]:
+        """Keys of config.json that say the experts; two names of their number are in use."""
+        if self.mixture is None:
+            return set()
+        return {"num_experts", "num_local_experts", *self.mixture.keys.values()}
 
     @property
     def windows_by_layer(self) -> bool:

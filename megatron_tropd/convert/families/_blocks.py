@@ -5,8 +5,22 @@ follows, where that layer is dense. Where a model keeps its norms apart,
 ``megatron_tropd.mcore.weights`` translates.
 """
 
-from megatron_tropd.convert.families._base import Entry, ModelShape
+from megatron_tropd.convert.families._base import Entry, Mixture, ModelShape
 from megatron_tropd.convert.ops import FusedQKV, GateUp, Replicated, Sharded
+
+
+def standard_layer(shape: ModelShape, hf: str, names: Mixture | None) -> list[Entry]:
+    """Attention with the biases and norms that ``shape`` says, and a gated MLP or experts.
+
+    Args:
+        names: of the experts; None: the family is dense.
+    """
+    return [
+        *attention(shape, hf),
+        *(qkv_biases(shape, hf) if shape.qkv_bias else []),
+        *(qk_norms(shape, hf) if shape.qk_norm else []),
+        *(mixture(shape, hf, names) if names else gated_mlp(shape, hf)),
+    ]
 
 
 def attention(shape: ModelShape, hf: str) -> list[Entry]:
@@ -53,28 +67,17 @@ def gated_mlp(shape: ModelShape, hf: str) -> list[Entry]:
     ]
 
 
-def mixture(
-    shape: ModelShape, hf: str, *, block: str, gate: str, up: str, down: str
-) -> list[Entry]:
-    """Norm, router and experts; every expert is a gated MLP.
-
-    Args:
-        shape: of the model.
-        hf: prefix of the layer.
-        block: HF's name of the mixture within the layer.
-        gate: HF's name of an expert's gate projection.
-        up: of its up projection.
-        down: of its down projection.
-    """
+def mixture(shape: ModelShape, hf: str, names: Mixture) -> list[Entry]:
+    """Norm, router and experts; every expert is a gated MLP."""
+    block = f"{hf}.{names.block}"
     assert shape.experts is not None
     norm = Replicated(f"{hf}.post_attention_layernorm.weight", (shape.hidden,))
-    router = Replicated(f"{hf}.{block}.gate.weight", (shape.experts.count, shape.hidden))
+    router = Replicated(f"{block}.gate.weight", (shape.experts.count, shape.hidden))
     entries = [Entry("pre_mlp_layernorm.weight", norm), Entry("mlp.router.weight", router)]
     sizes = (shape.experts.ffn, shape.hidden)
     for n in range(shape.experts.count):
-        names = (f"{hf}.{block}.experts.{n}.{name}.weight" for name in (gate, up, down))
-        gate_n, up_n, down_n = names
-        fc1, fc2 = GateUp(gate_n, up_n, sizes), Sharded(down_n, sizes[::-1], dim=1)
+        gate, up, down = (f"{block}.experts.{n}.{name}.weight" for name in names.gate_up_down)
+        fc1, fc2 = GateUp(gate, up, sizes), Sharded(down, sizes[::-1], dim=1)
         entries += [
             Entry("mlp.experts.experts.linear_fc1.weight", fc1, expert=n),
             Entry("mlp.experts.experts.linear_fc2.weight", fc2, expert=n),

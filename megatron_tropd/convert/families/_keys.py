@@ -96,6 +96,12 @@ NEUTRAL = (
 nothing."""
 
 
+_SIZES = (
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
+    *("vocab_size", "max_position_embeddings", "num_key_value_heads", "head_dim"),
+)
+
+
 def requirements_of(family: Family) -> tuple[Requirement, ...]:
     """Everything that is asked of fields of a family's config."""
     own = [
@@ -121,7 +127,7 @@ _ROPE_COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 def known_keys(family: Family) -> frozenset[str]:
     """Every key that config.json of a family may have with a value."""
     required = {requirement.field.split(".")[0] for requirement in requirements_of(family)}
-    return CARRIED | HARMLESS | family.keys | required | set(family.ignores)
+    return CARRIED | HARMLESS | family.expert_keys | family.keys | required | set(family.ignores)
 
 
 def new_fields(family: Family) -> set[str]:
@@ -157,10 +163,17 @@ def check_numbers(hf_config: Mapping[str, Any], config: PretrainedConfig) -> Non
     Raises:
         InputError: names key and value.
     """
-    for field in ("max_position_embeddings", "num_key_value_heads", "head_dim"):
+    for field in _SIZES:
         value = hf_config.get(field)
+        value = getattr(config, field, None) if value is None else value
         if value is not None and value < 1:
             raise InputError(f"config.json must have {field} of at least 1, found {value}.")
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    if groups and heads % groups:
+        raise InputError(
+            f"config.json has {heads} attention heads for {groups} key/value heads, expected a "
+            "multiple."
+        )
     eps = config.rms_norm_eps
     if not 0 < eps < 1:
         raise InputError(f"config.json must have rms_norm_eps between 0 and 1, found {eps!r}.")
@@ -222,24 +235,21 @@ def _check_rope(hf_config: Mapping[str, Any], rope: Mapping[str, Any]) -> None:
     if kind not in _ROPE_KEYS:  # refused by its name elsewhere
         return
     _check_said_once(hf_config)
+    for key, value in rope.items():
+        if value is not None and key not in _ROPE_COMMON | _ROPE_KEYS[kind]:
+            raise InputError(
+                f"config.json has {key} = {value!r} in its rotary scaling, which rope_type "
+                f"{kind!r} does not know. Remove it, or choose another model."
+            )
+    for key in ("rope_theta", *_ROPE_KEYS[kind]):
+        if not is_positive(rope.get(key)):
+            raise InputError(f"config.json must have a positive {key}, found {rope.get(key)!r}.")
     theta = hf_config.get("rope_theta")
     if theta is not None and theta != rope["rope_theta"]:
         raise InputError(
             f"config.json has rope_theta = {theta} and {rope['rope_theta']} among its "
             "rope_parameters. Remove the wrong one."
         )
-    for key, value in rope.items():
-        if key in _ROPE_COMMON or value is None:
-            continue
-        if key not in _ROPE_KEYS[kind]:
-            raise InputError(
-                f"config.json has {key} = {value!r} in its rotary scaling, which rope_type "
-                f"{kind!r} does not know. Remove it, or choose another model."
-            )
-        if not is_positive(value):
-            raise InputError(
-                f"config.json must have a positive {key} in its rotary scaling, found {value!r}."
-            )
     if kind == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
         raise InputError(
             f"config.json has low_freq_factor = {rope['low_freq_factor']}, expected less than "
@@ -289,7 +299,7 @@ def written_config(
         "tie_word_embeddings": shape.tied,
         "rope_parameters": rope,
         **_written_windows(family, shape),
-        **(family.written_experts(shape) if family.written_experts else {}),
+        **(family.mixture.write(shape.experts) if family.mixture and shape.experts else {}),
     }
 
 

@@ -43,7 +43,7 @@ _EXPERTS = ("mlp.experts.experts.linear_fc1", "mlp.experts.experts.linear_fc2")
 
 
 @dataclass(frozen=True)
-class Place:
+class StoredPart:
     """One part of one tensor of the checkpoint."""
 
     key: str
@@ -55,11 +55,11 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Layout:
+class CheckpointLayout:
     """Everything the model part of a checkpoint consists of."""
 
     entries: list[Entry]
-    places: list[Place]
+    places: list[StoredPart]
     """Of the entries, in their order."""
     copies: dict[str, str]
     """Stored a second time under another name: name -> original."""
@@ -67,7 +67,7 @@ class Layout:
     """Unique names of the (empty) extra states."""
     padded_vocab: int
 
-    def pairs(self) -> Iterator[tuple[Entry, Place]]:
+    def pairs(self) -> Iterator[tuple[Entry, StoredPart]]:
         """Entries with their places."""
         return zip(self.entries, self.places, strict=True)
 
@@ -76,12 +76,8 @@ class Layout:
         return {p.key: (*p.leads, *e.operation.shard_shape(1)) for e, p in self.pairs()}
 
 
-def layout(hf_config: dict[str, Any], padded_vocab: int) -> Layout:
+def checkpoint_layout(hf_config: dict[str, Any], padded_vocab: int) -> CheckpointLayout:
     """Lay a model out.
-
-    Args:
-        hf_config: its config.json dictionary.
-        padded_vocab: rows of the embeddings in the checkpoint.
 
     Raises:
         InputError: the architecture is not supported.
@@ -92,7 +88,9 @@ def layout(hf_config: dict[str, Any], padded_vocab: int) -> Layout:
     places = [_place(entry, layers, experts) for entry in entries]
     keys = {place.key for place in places}
     copies = {_MOE_NORM_LOCAL: _MOE_NORM} if _MOE_NORM in keys else {}
-    return Layout(entries, places, copies, _extra_states(keys, layers, experts), padded_vocab)
+    return CheckpointLayout(
+        entries, places, copies, _extra_states(keys, layers, experts), padded_vocab
+    )
 
 
 def object_name(key: str, position: Sequence[int], sizes: Sequence[int]) -> str:
@@ -101,7 +99,7 @@ def object_name(key: str, position: Sequence[int], sizes: Sequence[int]) -> str:
     return f"{key}/shard_{'_'.join(spelled)}"
 
 
-def per_layer_names(place: Place) -> list[str]:
+def per_layer_names(place: StoredPart) -> list[str]:
     """Names of the same part in a checkpoint that stores every layer (and expert) on its own."""
     if not place.lead:
         return []
@@ -125,13 +123,13 @@ def _expert(entry: Entry) -> int:
     return -1 if entry.expert is None else entry.expert
 
 
-def _place(entry: Entry, layers: int, experts: int) -> Place:
+def _place(entry: Entry, layers: int, experts: int) -> StoredPart:
     if entry.layer is None:
-        return Place(entry.name, (), ())
+        return StoredPart(entry.name, (), ())
     key = _LAYER.sub(_LAYERED, entry.name)
     if _expert(entry) < 0:
-        return Place(key, (entry.layer,), (layers,))
-    return Place(key, (entry.layer, _expert(entry)), (layers, experts))
+        return StoredPart(key, (entry.layer,), (layers,))
+    return StoredPart(key, (entry.layer, _expert(entry)), (layers, experts))
 
 
 def _extra_states(keys: set[str], layers: int, experts: int) -> list[str]:

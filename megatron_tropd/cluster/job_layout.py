@@ -8,7 +8,7 @@ from megatron_tropd.config import Config
 
 
 @dataclass(frozen=True)
-class Layout:
+class JobLayout:
     """Nodes of a job and what each has."""
 
     training_nodes: int
@@ -27,14 +27,14 @@ class Layout:
         return self.training_nodes + self.server_nodes
 
 
-def make_layout(config: Config, site: Site) -> Layout:
+def make_layout(config: Config, site: Site) -> JobLayout:
     """Place the ranks and servers of a run.
 
     Raises:
         ConfigError: they do not fit the nodes; says what would.
     """
     ranks = _ranks_per_node(config.parallel.world_size, site)
-    layout = Layout(
+    layout = JobLayout(
         training_nodes=config.parallel.world_size // ranks,
         ranks_per_node=ranks,
         warnings=tuple(_warnings(config, site, ranks)),
@@ -89,7 +89,7 @@ def _check_engines(config: Config, site: Site, ranks: int) -> None:
         )
 
 
-def _with_servers(layout: Layout, config: Config, site: Site) -> Layout:
+def _with_servers(layout: JobLayout, config: Config, site: Site) -> JobLayout:
     servers, gpus = config.rollout.num_engines, config.rollout.engine_tensor_parallel
     if gpus > site.slots_per_node:
         raise ConfigError(
@@ -105,7 +105,7 @@ def _with_servers(layout: Layout, config: Config, site: Site) -> Layout:
             f"{idle} of {nodes * site.gpus_per_node} GPUs on the server nodes stay idle: "
             f"{servers} servers (rollout.num_engines) of {gpus} GPUs."
         )
-    return Layout(
+    return JobLayout(
         training_nodes=layout.training_nodes,
         ranks_per_node=layout.ranks_per_node,
         servers=servers,

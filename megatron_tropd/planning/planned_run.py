@@ -10,12 +10,12 @@ from megatron_tropd.convert.checks import check_layout
 from megatron_tropd.convert.sizes import padded_vocab_size
 from megatron_tropd.planning.hardware import Hardware
 from megatron_tropd.planning.options import Options, options
-from megatron_tropd.planning.parameters import Held, Model, open_architecture
+from megatron_tropd.planning.parameters import Model, RankParameters, open_architecture
 from megatron_tropd.planning.workload import PROMPT_TOKENS, Workload, workload
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setup:
+class PlannedRun:
     """A pair, its layout, one step's work, and the machines."""
 
     config: Config
@@ -81,11 +81,11 @@ class Setup:
         apart = self.rollout.num_engines * self.rollout.engine_tensor_parallel
         return self.parallel.world_size + (apart if self.separate else 0)
 
-    def held(self, model: Model, stage: int) -> Held:
+    def parameters_of(self, model: Model, stage: int) -> RankParameters:
         """Parameters of a model on one rank of a stage."""
-        return model.held(self.parallel, stage, self.padded_vocab)
+        return model.on_rank(self.parallel, stage, self.padded_vocab)
 
-    def laid_out(self, parallel: ParallelConfig, rollout: RolloutConfig) -> "Setup":
+    def laid_out(self, parallel: ParallelConfig, rollout: RolloutConfig) -> "PlannedRun":
         """The same with another layout and other engines.
 
         Raises:
@@ -103,19 +103,17 @@ class Setup:
         return other
 
 
-def setup(
+def plan_run(
     config: Config,
     hardware: Hardware,
     *,
     prompt_tokens: int = PROMPT_TOKENS,
     response_tokens: float | None = None,
-) -> Setup:
+) -> PlannedRun:
     """Read the pair's config.json files and check the layout.
 
     Args:
         config: the run; texts and weights it names are not read.
-        hardware: one GPU and its links.
-        prompt_tokens: assumed length of a prompt.
         response_tokens: assumed average length of a response; None: the longest.
 
     Raises:
@@ -126,7 +124,7 @@ def setup(
     kind = config.model.dtype
     if kind == "auto":
         kind = "float32" if on_cpu else "bfloat16"
-    made = Setup(
+    run = PlannedRun(
         config=config,
         parallel=config.parallel,
         rollout=config.rollout,
@@ -143,8 +141,8 @@ def setup(
         options=options(config.megatron),
         element=2 if kind == "bfloat16" else 4,
     )
-    _check(made)
-    return made
+    _check(run)
+    return run
 
 
 def row_multiple(hardware: Hardware) -> int:
@@ -157,46 +155,46 @@ def _padded_vocab(student: str, teacher: str, tensor: int) -> int:
     return padded_vocab_size(json.loads(student), json.loads(teacher), tensor=tensor)
 
 
-def _check(made: Setup) -> None:
-    for model in (made.student, made.teacher):
-        check_layout(model.shape, made.parallel, who=model.who)
-        if made.work.longest > model.shape.context:
+def _check(run: PlannedRun) -> None:
+    for model in (run.student, run.teacher):
+        check_layout(model.shape, run.parallel, who=model.who)
+        if run.work.longest > model.shape.context:
             raise ConfigError(
-                f"A prompt of {made.work.prompt} tokens and rollout.max_new_tokens = "
-                f"{made.work.longest_response} exceed the {model.who}'s context of "
+                f"A prompt of {run.work.prompt} tokens and rollout.max_new_tokens = "
+                f"{run.work.longest_response} exceed the {model.who}'s context of "
                 f"{model.shape.context} tokens. Lower --prompt-tokens or "
                 "rollout.max_new_tokens."
             )
-    if made.parallel.expert > 1 and not (made.student.shape.experts or made.teacher.shape.experts):
+    if run.parallel.expert > 1 and not (run.student.shape.experts or run.teacher.shape.experts):
         raise ConfigError(
-            f"parallel.expert = {made.parallel.expert} needs a mixture of experts, but student and "
+            f"parallel.expert = {run.parallel.expert} needs a mixture of experts, but student and "
             "teacher are dense. Set parallel.expert = 1."
         )
-    check_engines(made)
+    check_engines(run)
 
 
-def check_engines(made: Setup) -> None:
+def check_engines(run: PlannedRun) -> None:
     """Check that the rollout engines find their GPUs, and that their GPUs can share the student.
 
     Raises:
         ConfigError: one of the two is not so.
     """
-    if made.separate:
-        _check_separate(made)
+    if run.separate:
+        _check_separate(run)
     else:
-        _check_colocated(made)
-    gpus = made.rollout.engine_tensor_parallel
-    if gpus > 1 and made.hardware.layers == "cpu":
+        _check_colocated(run)
+    gpus = run.rollout.engine_tensor_parallel
+    if gpus > 1 and run.hardware.layers == "cpu":
         raise ConfigError(
             f"rollout.engine_tensor_parallel must be 1 without CUDA, found {gpus}. Set it to 1."
         )
-    _check_shards(made.student, gpus)
+    _check_shards(run.student, gpus)
 
 
-def _check_colocated(made: Setup) -> None:
-    world, engines = made.parallel.world_size, made.rollout.num_engines
-    gpus, node = made.rollout.engine_tensor_parallel, made.hardware.gpus_per_node
-    if made.rollout.steps_ahead and made.hardware.layers != "cpu":
+def _check_colocated(run: PlannedRun) -> None:
+    world, engines = run.parallel.world_size, run.rollout.num_engines
+    gpus, node = run.rollout.engine_tensor_parallel, run.hardware.gpus_per_node
+    if run.rollout.steps_ahead and run.hardware.layers != "cpu":
         raise ConfigError(
             'rollout.steps_ahead = 1 needs rollout.placement = "separate": colocated engines sleep '
             "while the trainer works. Change one of the two."
@@ -221,8 +219,8 @@ def _check_colocated(made: Setup) -> None:
             )
 
 
-def _check_separate(made: Setup) -> None:
-    gpus, node = made.rollout.engine_tensor_parallel, made.hardware.gpus_per_node
+def _check_separate(run: PlannedRun) -> None:
+    gpus, node = run.rollout.engine_tensor_parallel, run.hardware.gpus_per_node
     if gpus > node:
         raise ConfigError(
             f"rollout.engine_tensor_parallel = {gpus} exceeds the {node} GPUs of a node. Lower it."
