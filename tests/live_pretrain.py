@@ -21,6 +21,7 @@ from megatron.training import argument_utils, arguments, get_args, pretrain
 from examples.megatron_lm.pretrain_gpt import model_provider
 from megatron_tropd.config import GuidanceConfig, RolloutConfig
 from megatron_tropd.convert.hf_folder import HFFolder
+from megatron_tropd.data.sequence import Writer
 from megatron_tropd.integrations import megatron_lm as tropd
 from megatron_tropd.integrations.live_batches import LiveBatches
 from megatron_tropd.integrations.live_rollouts import LiveRollouts, LiveSettings
@@ -33,18 +34,18 @@ OUT = Path(LIVE["out"])
 
 def loss_func(batch, step, losses):
     """Cross entropy of the rollouts; records how far Megatron and the engine disagree."""
-    student = (batch["loss_weights"] > 0) & ~batch["teacher_written"]
+    student = batch["writers"] == Writer.STUDENT
     record = {
         "step": step,
-        "gap": (losses.detach() + batch["rollout_logprobs"])[student].abs().max().item(),
+        "gap": (losses.detach() + batch["behaviour_logprobs"])[student].abs().max().item(),
         "student": int(student.sum()),
-        "teacher": int(batch["teacher_written"].sum()),
-        "ids": batch["sample_id"].tolist(),
+        "teacher": int((batch["writers"] == Writer.TEACHER).sum()),
+        "ids": batch["sample_key"].tolist(),
         "labels": batch["labels"].sum(dim=1).tolist(),
     }
     with (OUT / f"rank_{dist.get_rank()}.jsonl").open("a") as file:
         file.write(json.dumps(record) + "\n")
-    weights = batch["loss_weights"]
+    weights = batch["weights"]
     loss, count = (losses * weights).sum(), weights.sum()
     return loss, count.to(torch.int), {"lm loss": torch.stack([loss.detach(), count])}
 

@@ -35,7 +35,7 @@ from megatron_tropd.config import MegatronConfig, ParallelConfig, TrainConfig
 from megatron_tropd.data.batch import MicroBatch
 from megatron_tropd.losses import HiddenStatesSignal
 from megatron_tropd.mcore import platform
-from megatron_tropd.mcore.hidden import Rows, SomeGradient, loss_token_states, output_weight
+from megatron_tropd.mcore.hidden import SomeGradient, loss_token_states, output_weight
 from megatron_tropd.mcore.options import with_options
 from megatron_tropd.mcore.parallel import Ranks
 
@@ -270,7 +270,7 @@ class Teacher:
         self.weight_vH = weight_vH
 
     @torch.no_grad()
-    def score(self, micro_batches: Sequence[Rows]) -> list[HiddenStatesSignal]:
+    def score(self, micro_batches: Sequence[MicroBatch]) -> list[HiddenStatesSignal]:
         """The teacher's signal for the loss tokens of each micro-batch.
 
         Args:
@@ -317,7 +317,7 @@ def cross_entropy(
 
 def run_schedule(
     model: torch.nn.Module,
-    micro_batches: Sequence[Rows],
+    micro_batches: Sequence[MicroBatch],
     *,
     forward_step: Callable[..., Any],
     forward_only: bool,
@@ -367,11 +367,10 @@ def _student_forward(
 
 
 def _forward_only(
-    iterator: Iterator[tuple[int, Rows]], model: torch.nn.Module
+    iterator: Iterator[tuple[int, MicroBatch]], model: torch.nn.Module
 ) -> tuple[Tensor, Callable[..., Tensor]]:
     _, batch = next(iterator)
-    mask = getattr(batch, "attention_mask", None)
-    return loss_token_states(model, batch, mask), lambda hidden_TH, non_loss_data=True: hidden_TH
+    return loss_token_states(model, batch), lambda hidden_TH, non_loss_data=True: hidden_TH
 
 
 def _wrap(

@@ -24,6 +24,7 @@ from megatron_tropd.base.errors import ConfigError, TrainingError
 from megatron_tropd.config import RolloutConfig
 from megatron_tropd.data.prompts import load_prompts
 from megatron_tropd.data.responses import TeacherResponse, header_record, response_record
+from megatron_tropd.data.sequence import Writer
 from megatron_tropd.data.tokenizers import load_tokenizer
 from megatron_tropd.integrations.live_batches import LiveBatches
 from megatron_tropd.integrations.live_rollouts import LiveRollouts, LiveSettings, check_arguments
@@ -169,7 +170,7 @@ def test_replicas_have_their_own_share_and_a_resumed_run_goes_on_alike(run_folde
     whole = [records(run_folder, rank) for rank in range(2)]
     for found in whole:
         check_records(found, micro_batches=2)
-    ids = [i for found in whole for record in found[:2] for i in record["ids"]]
+    ids = [tuple(i) for found in whole for record in found[:2] for i in record["ids"]]
     assert len(set(ids)) == 8
     for rank in range(2):
         (out / f"rank_{rank}.jsonl").unlink()
@@ -205,8 +206,8 @@ def test_the_plug_in_distils_on_live_rollouts(
             with torch.no_grad():
                 logits = model(item["tokens"][None]).logits[0, :, : VOCAB - 1]  # the tokenizer's
             of_labels = logits.log_softmax(-1).gather(1, item["labels"][:, None])[:, 0]
-            student = (item["loss_weights"] > 0) & ~item["teacher_written"]
-            assert (of_labels - item["rollout_logprobs"])[student].abs().max() < 1e-4
+            student = item["writers"] == Writer.STUDENT
+            assert (of_labels - item["behaviour_logprobs"])[student].abs().max() < 1e-4
             seen.add(tuple(item["labels"].tolist()))
     assert len(seen) == 24
 
