@@ -23,8 +23,8 @@ from megatron_tropd.config import GuidanceConfig, RolloutConfig
 from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.data.sequence import Writer
 from megatron_tropd.integrations import megatron_lm as tropd
-from megatron_tropd.integrations.live_batches import LiveBatches
-from megatron_tropd.integrations.live_rollouts import LiveRollouts, LiveSettings
+from megatron_tropd.integrations.on_policy_data import OnPolicyData, OnPolicySettings
+from megatron_tropd.integrations.on_policy_iterator import OnPolicyIterator
 from megatron_tropd.mcore.parallel import current_ranks
 from megatron_tropd.mcore.weights import save_hf
 
@@ -61,9 +61,9 @@ def forward_step(data_iterator, model, *, live):
     return losses, partial(loss_func, batch, live.step - 1)
 
 
-def settings() -> LiveSettings:
+def settings() -> OnPolicySettings:
     """What is sampled."""
-    return LiveSettings(
+    return OnPolicySettings(
         student=Path(LIVE["student"]),
         rollout=RolloutConfig(
             prompts=LIVE["prompts"],
@@ -106,7 +106,7 @@ def main() -> None:
         cfg_container=argument_utils.pretrain_cfg_container_from_args(args),
         model_type=ModelType.encoder_or_decoder,
     )
-    with LiveRollouts(settings()) as rollouts:
+    with OnPolicyData(settings()) as rollouts:
         if LIVE.get("distil"):
             no_datasets.is_distributed = True
             with tropd.distillation(recording(rollouts)):
@@ -116,7 +116,7 @@ def main() -> None:
                     forward_step_func=tropd.distilling(forward_step),
                 )
             return
-        live = LiveBatches(rollouts)
+        live = OnPolicyIterator(rollouts)
         run(
             train_valid_test_dataset_provider=live.datasets_provider,
             model_provider=live.watch_model(model_provider),

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from megatron_tropd.base.errors import ConfigError, InputError
 from megatron_tropd.data.batch import MicroBatch, upload
@@ -56,6 +57,14 @@ class Share:
         """Places in the global batch of the rows of micro-batch ``n``, as Megatron deals them."""
         start = (n * self.dp_size + self.dp_rank) * self.shape[0]
         return range(start, start + self.shape[0])
+
+
+def deal(
+    items: Sequence[Mapping[str, Tensor]], rows: int, dp_rank: int, dp_size: int
+) -> list[dict[str, Tensor]]:
+    """Make a replica's micro-batches of a whole global batch, as Megatron's samplers deal it."""
+    starts = range(dp_rank * rows, len(items), dp_size * rows)
+    return [default_collate(list(items[start : start + rows])) for start in starts]
 
 
 def draw(iterator: Iterator[Mapping[str, Tensor]] | None, share: Share) -> list[MicroBatch]:

@@ -24,7 +24,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import default_collate
 
 from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.config.loss import PRESETS, preset
@@ -33,13 +32,11 @@ from megatron_tropd.convert.megatron_folder import MegatronFolder
 from megatron_tropd.data.batch import MicroBatch
 from megatron_tropd.distill.token_choices import targets_of
 from megatron_tropd.integrations import options, startup
-from megatron_tropd.integrations.global_batch import Share, broadcast_items, draw
+from megatron_tropd.integrations.global_batch import Share, broadcast_items, deal, draw
 from megatron_tropd.integrations.printed_log import PrintedLog
 from megatron_tropd.losses import (
     HiddenStatesSignal,
     Method,
-    align_output_weight,
-    equal_bounds,
     tropd_loss_from_hidden,
     unrounded_gradient,
 )
@@ -422,7 +419,7 @@ class _Plugin:
             return schedule
         if self._teacher is None:
             assert self._folder is not None
-            self._teacher = build_teacher(self._folder, settings, _vocab_size())
+            self._teacher = _build_teacher(self._folder, settings)
         return partial(self._scored_schedule, schedule)
 
     def _scored_schedule(
@@ -508,7 +505,7 @@ def own_share(items: Sequence[Mapping[str, Tensor]], share: Share) -> list[dict[
             f"Expected {expected} items per step of the rollouts (--global-batch-size), found "
             f"{len(items)}. Sample as many."
         )
-    return [default_collate([items[i] for i in share.rows(n)]) for n in range(share.count)]
+    return deal(items, share.shape[0], share.dp_rank, share.dp_size)
 
 
 def _iteration(args: Namespace) -> int:
@@ -545,46 +542,21 @@ def recorded_trajectories(args: Namespace) -> Any:
     return dataset
 
 
-def build_teacher(folder: HFFolder | MegatronFolder, args: Namespace, vocab_size: int) -> Any:
-    """The frozen teacher, in the student's layout; collective.
+def _build_teacher(folder: HFFolder | MegatronFolder, args: Namespace) -> Any:
+    """Build the ``mcore.step.Teacher`` in the student's layout; collective."""
+    from megatron_tropd.mcore import parallel, platform
+    from megatron_tropd.teacher.resident import frozen_model
 
-    Args:
-        folder: of ``startup.open_teacher``.
-        args: Megatron's.
-        vocab_size: ids of the student's tokenizer.
-
-    Returns:
-        A ``mcore.step.Teacher``, known to no optimizer, DDP or checkpoint. Its output layer lies on
-        the student's columns.
-
-    Collectives: those of ``build_model``; where the two are padded otherwise, 1 all-to-all.
-    """
-    from megatron_tropd.mcore import models, parallel, platform
-    from megatron_tropd.mcore.hidden import output_weight
-    from megatron_tropd.mcore.step import Teacher
-
-    ranks = parallel.current_ranks()
-    padded = models.padded_vocab_size(folder.config, tensor=ranks.tp_size)
     # Megatron's random states belong to the student.
-    devices = [torch.cuda.current_device()] if platform.has_cuda() else []
-    with torch.random.fork_rng(devices):
-        model = models.build_model(
+    with torch.random.fork_rng([torch.cuda.current_device()] if platform.has_cuda() else []):
+        return frozen_model(
             folder,
-            ranks=ranks,
+            ranks=parallel.current_ranks(),
             parallel=startup.layout_of(args, folder.config),
             dtype=args.params_dtype,
-            padded_vocab_size=padded,
-            who="teacher",
+            padded_vocab_size=args.padded_vocab_size,
+            vocab_size=_vocab_size(),
         )
-    weight_vH = output_weight(model).detach() if ranks.is_last_stage else None
-    if weight_vH is not None and padded != args.padded_vocab_size:
-        weight_vH = align_output_weight(
-            weight_vH,
-            have=equal_bounds(padded, ranks.tp_size),
-            want=equal_bounds(args.padded_vocab_size, ranks.tp_size),
-            group=ranks.tp_group,
-        )
-    return Teacher(model, ranks=ranks, vocab_size=vocab_size, weight_vH=weight_vH)
 
 
 def _if_distilling(

@@ -26,8 +26,12 @@ from megatron_tropd.data.prompts import load_prompts
 from megatron_tropd.data.responses import TeacherResponse, header_record, response_record
 from megatron_tropd.data.sequence import Writer
 from megatron_tropd.data.tokenizers import load_tokenizer
-from megatron_tropd.integrations.live_batches import LiveBatches
-from megatron_tropd.integrations.live_rollouts import LiveRollouts, LiveSettings, check_arguments
+from megatron_tropd.integrations.on_policy_data import (
+    OnPolicyData,
+    OnPolicySettings,
+    check_arguments,
+)
+from megatron_tropd.integrations.on_policy_iterator import OnPolicyIterator
 from tests.ranks import run_with_env
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -212,9 +216,9 @@ def test_the_plug_in_distils_on_live_rollouts(
     assert len(seen) == 24
 
 
-def settings(folder: Path) -> LiveSettings:
+def settings(folder: Path) -> OnPolicySettings:
     rollout = RolloutConfig(prompts="p", max_new_tokens=4, prompts_per_step=2, samples_per_prompt=4)
-    return LiveSettings(student=folder, rollout=rollout, log_folder=folder)
+    return OnPolicySettings(student=folder, rollout=rollout, log_folder=folder)
 
 
 def test_megatrons_arguments_are_checked(tmp_path: Path) -> None:
@@ -242,7 +246,7 @@ def test_megatrons_arguments_are_checked(tmp_path: Path) -> None:
 
 
 def test_an_iterator_nobody_fills_says_so(tmp_path: Path) -> None:
-    live = LiveBatches(LiveRollouts(settings(tmp_path)))
+    live = OnPolicyIterator(OnPolicyData(settings(tmp_path)))
     with pytest.raises(TrainingError, match="call refill"):
         next(iter(live))
 
@@ -256,7 +260,7 @@ class Model:
         self.cleared += 1
 
 
-class Counting(LiveBatches):
+class Counting(OnPolicyIterator):
     """Counts the refills."""
 
     refills = 0
@@ -268,7 +272,7 @@ class Counting(LiveBatches):
 
 def test_rollouts_are_renewed_once_per_used_batch(tmp_path: Path) -> None:
     """Not for evaluation, and not for a repeated step."""
-    model, live = Model(), Counting(LiveRollouts(settings(tmp_path)))
+    model, live = Model(), Counting(OnPolicyData(settings(tmp_path)))
     wrapped = SimpleNamespace(iterable=live, replaying=False)
     step = live.watch_steps(lambda data_iterator, model: None)
     step(iter([]), model)

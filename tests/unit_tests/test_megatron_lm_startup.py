@@ -85,9 +85,9 @@ def test_megatron_lm_settings_have_the_names_of_the_config() -> None:
     assert (config.outlier, config.tau, config.importance) == ("clip", -1.5, "truncated")
     method = ["--tropd-method", "tropd", "--tropd-top-k", "8"]
     assert startup.loss_config(arguments("--tropd-teacher-load", "x", *method)).top_k == 8
-    options = ["--tropd-set", "region=expected", "mask_first_ids=[3]", "--tropd-importance", "band"]
+    options = ["--tropd-set", "region=expected", "importance_low=1", "--tropd-importance", "band"]
     config = startup.loss_config(arguments("--tropd-teacher-load", "x", *method, *options))
-    assert (config.region, config.mask_first_ids, config.importance) == ("expected", (3,), "band")
+    assert (config.region, config.importance_low, config.importance) == ("expected", 1.0, "band")
 
 
 @pytest.mark.parametrize(
@@ -98,6 +98,8 @@ def test_megatron_lm_settings_have_the_names_of_the_config() -> None:
         ("--tropd-method tropd_clip --tropd-tau nan", "--tropd-tau must be a number and finite"),
         ("--tropd-method tropd --tropd-beta nan", "--tropd-beta must be at least 0 and finite"),
         ("--tropd-method tropd --tropd-top-k 600", "vocabulary of 259 tokens, found 600"),
+        ("--tropd-method opd --tropd-set mask_first_ids=[3]", "--tropd-set mask_first_ids: which"),
+        ("--tropd-method opd --tropd-set mask_truncated=true", "--tropd-set mask_truncated: which"),
         ("--tropd-method opd --tropd-tau -2", "Unknown config key --tropd-tau"),
         ("--tropd-method tropt", "--tropd-method must be one of .* Did you mean 'tropd'"),
         ("--tropd-method opd --tropd-set regoin=x", "Unknown config key --tropd-set regoin"),
