@@ -21,9 +21,10 @@ from megatron.training import argument_utils, arguments, pretrain
 from examples.megatron_lm.pretrain_gpt import model_provider
 from megatron_tropd.config import GuidanceConfig, RolloutConfig
 from megatron_tropd.convert.hf_folder import HFFolder
+from megatron_tropd.data.sequence import Writer
 from megatron_tropd.integrations import megatron_lm as tropd
-from megatron_tropd.integrations.live_batches import LiveBatches
-from megatron_tropd.integrations.live_rollouts import LiveRollouts, LiveSettings
+from megatron_tropd.integrations.on_policy_data import OnPolicyData, OnPolicySettings
+from megatron_tropd.integrations.on_policy_iterator import OnPolicyIterator
 from megatron_tropd.mcore.dense import DenseModel
 from megatron_tropd.mcore.export import save_hf
 from megatron_tropd.mcore.layout import current_layout
@@ -34,18 +35,18 @@ OUT = Path(LIVE["out"])
 
 def loss_func(batch, step, losses):
     """Cross entropy of the rollouts; records how far Megatron and the engine disagree."""
-    student = (batch["loss_weights"] > 0) & ~batch["teacher_written"]
+    student = batch["writers"] == Writer.STUDENT
     record = {
         "step": step,
-        "gap": (losses.detach() + batch["rollout_logprobs"])[student].abs().max().item(),
+        "gap": (losses.detach() + batch["behaviour_logprobs"])[student].abs().max().item(),
         "student": int(student.sum()),
-        "teacher": int(batch["teacher_written"].sum()),
-        "ids": batch["sample_id"].tolist(),
+        "teacher": int((batch["writers"] == Writer.TEACHER).sum()),
+        "ids": batch["sample_key"].tolist(),
         "labels": batch["labels"].sum(dim=1).tolist(),
     }
     with (OUT / f"rank_{dist.get_rank()}.jsonl").open("a") as file:
         file.write(json.dumps(record) + "\n")
-    weights = batch["loss_weights"]
+    weights = batch["weights"]
     loss, count = (losses * weights).sum(), weights.sum()
     return loss, count.to(torch.int), {"lm loss": torch.stack([loss.detach(), count])}
 
@@ -61,9 +62,9 @@ def forward_step(data_iterator, model, *, live):
     return losses, partial(loss_func, batch, live.step - 1)
 
 
-def settings() -> LiveSettings:
+def settings() -> OnPolicySettings:
     """What is sampled."""
-    return LiveSettings(
+    return OnPolicySettings(
         student=Path(LIVE["student"]),
         rollout=RolloutConfig(
             prompts=LIVE["prompts"],
@@ -105,7 +106,7 @@ def main() -> None:
         cfg_container=argument_utils.pretrain_cfg_container_from_args(args),
         model_type=ModelType.encoder_or_decoder,
     )
-    with LiveRollouts(settings()) as rollouts:
+    with OnPolicyData(settings()) as rollouts:
         if LIVE.get("distil"):
             no_datasets.is_distributed = True
             with tropd.distillation(recording(rollouts)):
@@ -115,7 +116,7 @@ def main() -> None:
                     forward_step_func=tropd.distilling(forward_step),
                 )
             return
-        live = LiveBatches(rollouts)
+        live = OnPolicyIterator(rollouts)
         run(
             train_valid_test_dataset_provider=live.datasets_provider,
             model_provider=live.watch_model(model_provider),

@@ -9,10 +9,12 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_tropd.data.sequence import SampleKey
+from megatron_tropd.data.sequence import SampleKey, TokenSequence, Writer
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ class MicroBatch:
     response_positions: Tensor
     """[B, S] int64 index of the label after the prompt, 0 elsewhere."""
     engine_logprobs: Tensor
-    """[B, S] float32 the engine's log q(label); 0 if the student did not write the label."""
+    """[B, S] float32 the engine's log q(label); 0 if the student did not write the label, nan if
+    unknown."""
     behaviour_logprobs: Tensor
     """[B, S] float32 log-prob of the label under what sampled it; 0 if the student did not."""
     uniforms: Tensor
@@ -47,6 +50,8 @@ class MicroBatch:
     """[B] index of each row's sequence in the list that was packed."""
     keys: tuple[SampleKey, ...]
     """[B] key of each row's sequence."""
+    attention_mask: Tensor | None = None
+    """[B, 1, S, S] bool, true where nothing is to be seen; None: causal."""
 
     @property
     def loss_mask(self) -> Tensor:
@@ -69,6 +74,44 @@ class MicroBatch:
             if isinstance(value := getattr(self, f.name), Tensor)
         }
         return dataclasses.replace(self, **tensors)
+
+
+def row_of(
+    sequence: TokenSequence, length: int, weight_N: NDArray[np.float32] | None = None
+) -> dict[str, NDArray[Any]]:
+    """Make the columns of one row; N tokens make N - 1 positions, cut at ``length``.
+
+    Args:
+        sequence: of N tokens.
+        length: S.
+        weight_N: factors of the tokens' losses; None: the sequence's own.
+
+    Returns:
+        Field of :class:`MicroBatch` -> [S] of this row, for those that the sequence alone decides.
+    """
+    stop = min(len(sequence) - 1, length)
+    # The label at s is token s + 1, so the response starts one position early.
+    start = min(sequence.prompt_length - 1, stop)
+    weight_N = sequence.weight_N if weight_N is None else weight_N
+    columns: dict[str, NDArray[Any]] = {
+        "labels": sequence.ids_N,
+        "writers": sequence.writer_N,
+        "weights": weight_N,
+    }
+    # Losses read log-probs of the student's tokens alone; nan of others would spread.
+    student_N = sequence.writer_N == Writer.STUDENT
+    for name in ("engine_logprobs", "behaviour_logprobs"):
+        columns[name] = np.where(student_N, getattr(sequence, f"{name}_N"), np.float32(0))
+    row = {name: _padded(column[1 : stop + 1], 0, length) for name, column in columns.items()}
+    row["tokens"] = _padded(sequence.ids_N[:stop], 0, length)
+    row["response_positions"] = _padded(np.arange(stop - start), start, length)
+    return row
+
+
+def _padded(values: NDArray[Any], start: int, length: int) -> NDArray[Any]:
+    row = np.zeros(length, values.dtype)
+    row[start : start + len(values)] = values
+    return row
 
 
 def upload(values: Tensor, device: torch.device) -> Tensor:

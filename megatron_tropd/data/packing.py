@@ -7,7 +7,7 @@ the loss, a sum over tokens divided by a global count, does not see the grouping
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.config import LossSettings
-from megatron_tropd.data.batch import MicroBatch
+from megatron_tropd.data.batch import MicroBatch, row_of
 from megatron_tropd.data.sequence import TokenSequence, Writer
 from megatron_tropd.losses.draws import keyed_uniform
 
@@ -146,41 +146,24 @@ def _micro_batch(
     step: int,
     loss: LossSettings,
 ) -> MicroBatch:
-    shape_BS = (len(rows), length)
-    columns: dict[str, NDArray[Any]] = {
-        "tokens": np.zeros(shape_BS, np.int64),
-        "labels": np.zeros(shape_BS, np.int64),
-        "writers": np.full(shape_BS, int(Writer.CONTEXT), np.int64),
-        "response_positions": np.zeros(shape_BS, np.int64),
-        "engine_logprobs": np.zeros(shape_BS, np.float32),
-        "behaviour_logprobs": np.zeros(shape_BS, np.float32),
-        "uniforms": np.zeros(shape_BS, np.float32),
-        "weights": np.zeros(shape_BS, np.float32),
-    }
-    for b, row in enumerate(rows):
-        t = trajectories[row]
-        # The label at s is token s + 1, so the response starts one position early.
-        first, last = t.prompt_length - 1, len(t) - 1
-        positions = np.arange(last - first)
-        columns["tokens"][b, :last] = t.ids_N[:-1]
-        columns["labels"][b, :last] = t.ids_N[1:]
-        columns["writers"][b, :last] = t.writer_N[1:]
-        columns["response_positions"][b, first:last] = positions
-        columns["weights"][b, :last] = loss_weights(t, loss)[1:]
-        columns["uniforms"][b, first:last] = keyed_uniform(seed, step, t.key.draw, positions)
-        # Losses read log-probs of the student's tokens alone; nan of others would spread.
-        student = t.writer_N[1:] == Writer.STUDENT
-        for name in ("engine_logprobs", "behaviour_logprobs"):
-            columns[name][b, :last] = np.where(student, getattr(t, f"{name}_N")[1:], 0)
+    taken = [trajectories[row] for row in rows]
+    made = [row_of(t, length, loss_weights(t, loss)) for t in taken]
+    columns = {name: np.stack([row[name] for row in made]) for name in made[0]}
+    uniforms_BS = np.zeros((len(rows), length), np.float32)
+    for b, t in enumerate(taken):
+        response = slice(t.prompt_length - 1, len(t) - 1)
+        positions = columns["response_positions"][b, response]
+        uniforms_BS[b, response] = keyed_uniform(seed, step, t.key.draw, positions)
     # Counted here, where a number costs nothing: a GPU would have to be waited for.
     loss_at = np.flatnonzero(columns["weights"])
     at_student = columns["writers"].flat[loss_at] == Writer.STUDENT
     return MicroBatch(
         **{name: torch.from_numpy(column) for name, column in columns.items()},
+        uniforms=torch.from_numpy(uniforms_BS),
         position_ids=torch.arange(length).repeat(len(rows), 1),
         loss_at=torch.from_numpy(loss_at),
         loss_rows=torch.from_numpy(np.array(rows, np.int64)[loss_at // length]),
         student_at=torch.from_numpy(np.flatnonzero(at_student)),
         rows=tuple(rows),
-        keys=tuple(trajectories[row].key for row in rows),
+        keys=tuple(t.key for t in taken),
     )

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from megatron_tropd.base.errors import InputError
 from megatron_tropd.base.text_files import lines_with_offsets, parse_json_line
+from megatron_tropd.data.batch import row_of
 from megatron_tropd.data.sequence import TokenSequence, Writer
 from megatron_tropd.data.sequence_files import Reader, reader_of
 
@@ -27,41 +27,23 @@ _LOGPROB_SLACK = 1e-3  # how far above 0 rounding may carry a log-prob
 
 
 def training_item(sequence: TokenSequence, seq_length: int) -> dict[str, Tensor]:
-    """Pad a sequence to one row; N tokens make N - 1 positions, cut at ``seq_length``.
+    """Make a row of a micro-batch for a data loader, cut at ``seq_length``.
 
     Args:
         sequence: what to learn from.
         seq_length: S.
 
     Returns:
-        ``tokens``, ``labels`` (the next token), ``position_ids`` [S] int64; ``loss_weights`` [S]
-        float32, 0 where the label is context or padding; ``teacher_written`` [S] bool and
-        ``rollout_logprobs`` [S] float32 of the label; ``response_positions`` [S] int64 index of the
-        label after the prompt, 0 elsewhere; ``sample_id`` [] int64. Ids are 0 in padding.
+        ``tokens``, ``labels``, ``writers``, ``position_ids``, ``response_positions``, ``weights``,
+        ``engine_logprobs`` and ``behaviour_logprobs`` [S], each a row of what
+        :class:`~megatron_tropd.data.batch.MicroBatch` says of it; and ``sample_key`` [3] int64.
     """
-    stop = min(len(sequence) - 1, seq_length)
-    # The label at s is token s + 1, so the response starts one position early.
-    start = sequence.prompt_length - 1
-    labels = slice(1, stop + 1)
-    student = sequence.writer_N == Writer.STUDENT
-    logprobs_N = np.where(student, sequence.behaviour_logprobs_N, np.float32(0))
-    item = {
-        "tokens": _row(sequence.ids_N[:stop], 0, seq_length),
-        "labels": _row(sequence.ids_N[labels], 0, seq_length),
-        "loss_weights": _row(sequence.weight_N[labels], 0, seq_length),
-        "teacher_written": _row((sequence.writer_N == Writer.TEACHER)[labels], 0, seq_length),
-        "rollout_logprobs": _row(logprobs_N[labels], 0, seq_length),
-        "response_positions": _row(np.arange(max(stop - start, 0)), start, seq_length),
+    row = row_of(sequence, seq_length)
+    return {
+        **{name: torch.from_numpy(column) for name, column in row.items()},
+        "position_ids": torch.arange(seq_length),
+        "sample_key": torch.tensor(sequence.key),
     }
-    item["position_ids"] = torch.arange(seq_length)
-    item["sample_id"] = torch.tensor(sequence.key.draw)
-    return item
-
-
-def _row(values: NDArray[Any], start: int, length: int) -> Tensor:
-    row = np.zeros(length, values.dtype)
-    row[start : start + len(values)] = values
-    return torch.from_numpy(row)
 
 
 class RecordedTrajectories(Dataset[dict[str, Tensor]]):

@@ -6,6 +6,7 @@ trajectories (``data.recorded``), which know who wrote a token and how likely it
 B = rows of a micro-batch, S = sequence length, N = micro-batches of this data-parallel rank.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,22 +14,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.data import default_collate
 
-from megatron_tropd.base.errors import InputError
-from megatron_tropd.data.batch import upload
+from megatron_tropd.base.errors import ConfigError, InputError
+from megatron_tropd.data.batch import MicroBatch, upload
+from megatron_tropd.data.sequence import SampleKey, Writer
+from megatron_tropd.losses import keyed_uniform_rows
 
 TEXT = ("tokens", "labels", "loss_mask", "position_ids")
 """Keys of a given text: an item of Megatron's GPT datasets."""
-TRAJECTORY = (
-    "tokens",
-    "labels",
-    "position_ids",
-    "loss_weights",
-    "teacher_written",
-    "rollout_logprobs",
-    "response_positions",
-    "sample_id",
-)
+_INTS = ("tokens", "labels", "position_ids", "writers", "response_positions")
+_FLOATS = ("weights", "behaviour_logprobs", "engine_logprobs")
+TRAJECTORY = (*_INTS, *_FLOATS, "sample_key")
 """Keys of a recorded or fresh trajectory."""
 _BESIDE = frozenset({"attention_mask", "dataset_id"})
 """What items may hold besides: the mask, used where it is asked for, and where a blend took it."""
@@ -36,61 +33,47 @@ _NOTHING, _TEXT, _TRAJECTORY = 0, 1, 2
 
 
 @dataclass(frozen=True)
-class Batch:
-    """One micro-batch; position s of a row predicts ``labels`` at s."""
+class Share:
+    """What every rank knows beforehand of its share of a step's global batch."""
 
-    tokens: Tensor
-    """[B, S] int64."""
-    labels: Tensor
-    """[B, S] int64 the next token."""
-    position_ids: Tensor
-    """[B, S] int64."""
-    loss_weights: Tensor
-    """[B, S] float32 factor of each label's loss, 0 where it has none."""
-    teacher_written: Tensor
-    """[B, S] bool, true where the teacher wrote the label."""
-    rollout_logprobs: Tensor
-    """[B, S] float32 log-prob of the label under the policy that sampled it, in nats."""
-    response_positions: Tensor
-    """[B, S] int64 index of the label after the prompt, 0 elsewhere: keys its random draw."""
-    sample_ids: Tensor
-    """[B] int64 key of each row's random draws."""
-    attention_mask: Tensor | None
-    """[B, 1, S, S] bool, true where nothing is to be seen; None: causal."""
-    loss_at: Tensor
-    """[T] int64 b x S + s of each label that has a loss, ascending."""
-    sampled: bool
-    """Whether the rows are trajectories; else they are given text."""
+    count: int
+    """N."""
+    shape: tuple[int, int]
+    """(B, S)."""
+    step: int
+    """0-based; keys the mask draws, beside :attr:`seed`."""
+    seed: int
+    masked: bool
+    """Whether the items' own ``attention_mask`` is to be used."""
+    must_be_sampled: bool
+    """Whether the loss is for tokens that the student sampled."""
+    group: dist.ProcessGroup
+    """Tensor-parallel group; its first rank's items are used."""
+    device: torch.device
+    dp_rank: int = 0
+    dp_size: int = 1
 
-    @property
-    def loss_mask(self) -> Tensor:
-        """[B, S] bool, true where the label has a loss."""
-        return self.loss_weights != 0
-
-    def of_loss_tokens(self, values_BS: Tensor) -> Tensor:
-        """[T] the values at the labels that have a loss."""
-        return values_BS.flatten().index_select(0, self.loss_at)
+    def rows(self, n: int) -> range:
+        """Places in the global batch of the rows of micro-batch ``n``, as Megatron deals them."""
+        start = (n * self.dp_size + self.dp_rank) * self.shape[0]
+        return range(start, start + self.shape[0])
 
 
-def draw(
-    iterator: Iterator[Mapping[str, Tensor]] | None,
-    count: int,
-    *,
-    shape: tuple[int, int],
-    masked: bool,
-    group: dist.ProcessGroup,
-    device: torch.device,
-) -> list[Batch]:
+def deal(
+    items: Sequence[Mapping[str, Tensor]], rows: int, dp_rank: int, dp_size: int
+) -> list[dict[str, Tensor]]:
+    """Make a replica's micro-batches of a whole global batch, as Megatron's samplers deal it."""
+    starts = range(dp_rank * rows, len(items), dp_size * rows)
+    return [default_collate(list(items[start : start + rows])) for start in starts]
+
+
+def draw(iterator: Iterator[Mapping[str, Tensor]] | None, share: Share) -> list[MicroBatch]:
     """Take a global batch's share of this rank from its loader; all tensor ranks get the same.
 
     Args:
         iterator: Megatron's. Tensor ranks other than the first may have none, and so may stages
             in the middle of a pipeline; whoever has one advances it.
-        count: N.
-        shape: (B, S).
-        masked: whether the items' own ``attention_mask`` is to be used.
-        group: tensor-parallel group; its first rank's items are used.
-        device: of the result.
+        share: what is to be taken.
 
     Returns:
         N micro-batches; without loss tokens where the stage has no data.
@@ -98,122 +81,154 @@ def draw(
     Raises:
         InputError: the data ended; an item lacks keys or has another shape; there are none to take
             masks from.
+        ConfigError: the loss is for sampled tokens, and the items are given text.
 
-    Collectives: on ``group`` 3 broadcasts, of [1 + N] and [N, 6, B, S] int64 and [N, 2, B, S]
-    float32; with ``masked`` 1 of [N, B, S, S] bytes.
+    Collectives: those of :func:`broadcast_items`.
     """
     try:
-        items = [] if iterator is None else [next(iterator) for _ in range(count)]
+        items = [] if iterator is None else [next(iterator) for _ in range(share.count)]
     except StopIteration:
         raise InputError(
-            f"Expected {count} micro-batches for the next step, found the data at its end. Give "
-            "more data, ask for fewer iterations, or, for several epochs, use --dataloader-type "
-            "cyclic."
+            f"Expected {share.count} micro-batches for the next step, found the data at its end. "
+            "Give more data, ask for fewer iterations, or, for several epochs, use "
+            "--dataloader-type cyclic."
         ) from None
-    return broadcast_items(items, count, shape=shape, masked=masked, group=group, device=device)
+    return broadcast_items(items, share)
 
 
-def broadcast_items(
-    items: Sequence[Mapping[str, Tensor]],
-    count: int,
-    *,
-    shape: tuple[int, int],
-    masked: bool,
-    group: dist.ProcessGroup,
-    device: torch.device,
-) -> list[Batch]:
-    """Make micro-batches as :func:`draw` does, of N items on the first rank, or of none."""
+def broadcast_items(items: Sequence[Mapping[str, Tensor]], share: Share) -> list[MicroBatch]:
+    """Make micro-batches as :func:`draw` does, of N items on the first rank, or of none.
+
+    Collectives: on ``share.group`` 3 broadcasts, of [N, 2 + 3 B] and [N, 5, B, S] int64 and
+    [N, 3, B, S] float32; with ``masked`` 1 of [N, B, S, S] bytes.
+    """
     # On the host first: one copy for each, and none that the host waits for.
-    head = torch.zeros(1 + count, dtype=torch.int64)
-    ints = torch.zeros(count, 6, *shape, dtype=torch.int64)
-    floats = torch.zeros(count, 2, *shape, dtype=torch.float32)
-    masks = torch.zeros(count, shape[0], 1, shape[1], shape[1], dtype=torch.uint8)
-    masks = masks if masked else masks[:0]
-    if group.rank() == 0 and items:
+    count, (rows, length) = share.count, share.shape
+    width = 2 + 3 * rows
+    head = torch.zeros(1 + count * width, dtype=torch.int64)
+    ints = torch.zeros(count, len(_INTS), rows, length, dtype=torch.int64)
+    floats = torch.zeros(count, len(_FLOATS), rows, length, dtype=torch.float32)
+    masks = torch.zeros(count if share.masked else 0, rows, 1, length, length, dtype=torch.uint8)
+    if share.group.rank() == 0 and items:
         head[0] = _kind(items)
-        _fill(items, ints, floats, masks, _kind(items))
-        head[1:] = (floats[:, 0] != 0).flatten(1).sum(dim=1)
-    head, ints, floats, masks = (upload(tensor, device) for tensor in (head, ints, floats, masks))
-    source = dist.get_global_rank(group, 0)
-    for tensor in (head, ints, floats, masks):
+        _fill(items, ints, floats, masks, head[1:].view(count, width), share)
+    tensors = [upload(tensor, share.device) for tensor in (head, ints, floats, masks)]
+    source = dist.get_global_rank(share.group, 0)
+    for tensor in tensors:
         if tensor.numel():
-            dist.broadcast(tensor, source, group=group)
-    kind, *counts = head.tolist()  # the one place where a step waits for its device
-    if masked and kind == _NOTHING:
+            dist.broadcast(tensor, source, group=share.group)
+    head, ints, floats, masks = tensors
+    kind, *told = head.tolist()  # the one place where a step waits for its device
+    _check_kind(kind, share)
+    by_batch = [told[start : start + width] for start in range(0, len(told), width)]
+    return _micro_batches(by_batch, ints, floats, masks, share)
+
+
+def _micro_batches(
+    told: list[list[int]], ints: Tensor, floats: Tensor, masks: Tensor, share: Share
+) -> list[MicroBatch]:
+    """Cut what was broadcast into micro-batches.
+
+    Args:
+        told: of each: number of labels with a loss, and of the student's among them; keys of its
+            rows.
+        ints: [N, 5, B, S].
+        floats: [N, 3, B, S].
+        masks: [N, B, 1, S, S], or none.
+        share: of this rank.
+    """
+    keys = [[SampleKey(*flat[i : i + 3]) for i in range(2, len(flat), 3)] for flat in told]
+    draws = torch.tensor([key.draw for row in keys for key in row], dtype=torch.int64)
+    int_columns = dict(zip(_INTS, ints.unbind(1), strict=True))
+    float_columns = dict(zip(_FLOATS, floats.unbind(1), strict=True))
+    uniforms = keyed_uniform_rows(
+        share.seed,
+        share.step,
+        upload(draws, share.device),
+        int_columns["response_positions"].flatten(0, 1),
+    ).view_as(float_columns["weights"])
+    batches = []
+    for n, (num_loss, num_student, *_) in enumerate(told):
+        columns = {name: column[n] for name, column in (int_columns | float_columns).items()}
+        loss_at = _places(columns["weights"] != 0, num_loss)
+        writers_T = columns["writers"].flatten().index_select(0, loss_at)
+        rows = share.rows(n)
+        batches.append(
+            MicroBatch(
+                **columns,
+                uniforms=uniforms[n],
+                loss_at=loss_at,
+                loss_rows=loss_at // share.shape[1] + rows.start,
+                student_at=_places(writers_T == Writer.STUDENT, num_student),
+                rows=tuple(rows),
+                keys=tuple(keys[n]),
+                attention_mask=masks[n].bool() if share.masked else None,
+            )
+        )
+    return batches
+
+
+def _places(mask: Tensor, count: int) -> Tensor:
+    """Index of what is true; the device is not asked how much that is."""
+    return mask.flatten().nonzero_static(size=count)[:, 0]
+
+
+def _fill(
+    items: Sequence[Mapping[str, Tensor]],
+    ints: Tensor,
+    floats: Tensor,
+    masks: Tensor,
+    told: Tensor,
+    share: Share,
+) -> None:
+    kind = _kind(items)
+    for n, item in enumerate(items):
+        _check(item, kind, share)
+        if kind == _TEXT:
+            item = {**item, **_as_trajectory(item["loss_mask"], share.step, share.rows(n))}
+        for columns, names in ((ints, _INTS), (floats, _FLOATS)):
+            for i, name in enumerate(names):
+                columns[n, i] = item[name]
+        has_loss = item["weights"] != 0
+        told[n, 0] = has_loss.sum()
+        told[n, 1] = (has_loss & (item["writers"] == Writer.STUDENT)).sum()
+        told[n, 2:] = item["sample_key"].flatten()
+        if share.masked:
+            masks[n] = item["attention_mask"]
+
+
+def _as_trajectory(loss_mask: Tensor, step: int, rows: range) -> dict[str, Tensor]:
+    """What a given text lacks: its tokens count as the student's, but nobody sampled them."""
+    nothing = torch.zeros_like(loss_mask)
+    return {
+        "weights": loss_mask,
+        "writers": torch.where(loss_mask != 0, Writer.STUDENT, Writer.CONTEXT),
+        "response_positions": nothing,
+        "behaviour_logprobs": nothing,
+        "engine_logprobs": torch.full_like(loss_mask, math.nan),
+        "sample_key": torch.tensor([SampleKey(step, row, 0) for row in rows]),
+    }
+
+
+def _kind(items: Sequence[Mapping[str, Any]]) -> int:
+    return _TRAJECTORY if "writers" in items[0] else _TEXT
+
+
+def _check_kind(kind: int, share: Share) -> None:
+    if share.masked and kind == _NOTHING:
         raise InputError(
             "Expected data on every pipeline stage, as --reset-attention-mask is on, found none "
             "on this one. Let the datasets provider build its datasets on every rank."
         )
-    sampled = kind == _TRAJECTORY
-    places = loss_places(floats[:, 0], counts)
-    return [
-        _batch(ints[n], floats[n], masks[n].bool() if masked else None, places[n], sampled)
-        for n in range(count)
-    ]
+    if share.must_be_sampled and kind == _TEXT:
+        raise ConfigError(
+            "This --tropd-method trains on tokens that the student sampled, but the dataset "
+            "has given text. Use recorded trajectories, or a method for given text "
+            "(gkd_forward_kl, gkd_reverse_kl, gkd_jsd, tropd_exact)."
+        )
 
 
-def loss_places(weights_NBS: Tensor, counts: Sequence[int]) -> list[Tensor]:
-    """Where the labels with a loss are: ``Batch.loss_at`` of N micro-batches.
-
-    Args:
-        weights_NBS: [N, B, S].
-        counts: [N] how many labels have a loss; the device is not asked for it.
-
-    Returns:
-        N times [T] int64.
-    """
-    carries = (weights_NBS != 0).flatten(1)
-    places = carries.flatten().nonzero_static(size=sum(counts))[:, 0]
-    return list((places % max(carries.shape[1], 1)).split(list(counts)))
-
-
-def _batch(
-    ints: Tensor, floats: Tensor, mask: Tensor | None, loss_at: Tensor, sampled: bool
-) -> Batch:
-    tokens, labels, position_ids, written, places, ids = ints
-    weights, logprobs = floats
-    return Batch(
-        tokens=tokens,
-        labels=labels,
-        position_ids=position_ids,
-        loss_weights=weights,
-        teacher_written=written.bool(),
-        rollout_logprobs=logprobs,
-        response_positions=places,
-        sample_ids=ids[:, 0],
-        attention_mask=mask,
-        loss_at=loss_at,
-        sampled=sampled,
-    )
-
-
-def _fill(
-    items: Sequence[Mapping[str, Tensor]], ints: Tensor, floats: Tensor, masks: Tensor, kind: int
-) -> None:
-    for n, item in enumerate(items):
-        _check(item, kind, tuple(ints.shape[2:]), needs_mask=bool(masks.numel()))
-        for i, name in enumerate(("tokens", "labels", "position_ids")):
-            ints[n, i] = item[name]
-        if kind == _TRAJECTORY:
-            ints[n, 3] = item["teacher_written"]
-            ints[n, 4] = item["response_positions"]
-            ints[n, 5] = item["sample_id"].unsqueeze(1)
-            floats[n, 0], floats[n, 1] = item["loss_weights"], item["rollout_logprobs"]
-        else:
-            floats[n, 0] = item["loss_mask"]
-        if masks.numel():
-            masks[n] = item["attention_mask"]
-
-
-def _kind(items: Sequence[Mapping[str, Any]]) -> int:
-    if not items:
-        return _NOTHING
-    return _TRAJECTORY if "loss_weights" in items[0] else _TEXT
-
-
-def _check(
-    item: Mapping[str, Tensor], kind: int, shape: tuple[int, ...], *, needs_mask: bool
-) -> None:
+def _check(item: Mapping[str, Tensor], kind: int, share: Share) -> None:
     expected = TRAJECTORY if kind == _TRAJECTORY else TEXT
     if missing := [name for name in expected if name not in item]:
         raise InputError(
@@ -227,15 +242,15 @@ def _check(
             "the plug-in would drop unused (cu_seqlens: the rows would be taken for one sequence "
             "each). Leave them out of the items, or use another dataset."
         )
-    if needs_mask and "attention_mask" not in item:
+    if share.masked and "attention_mask" not in item:
         raise InputError(
             "Expected attention_mask in every item, as --reset-attention-mask is on, found "
             f"{', '.join(item)}. Let the dataset make it (not "
             "--no-create-attention-mask-in-dataloader) or drop --reset-attention-mask."
         )
     found = tuple(item["tokens"].shape)
-    if found != shape:
+    if found != share.shape:
         raise InputError(
-            f"Expected micro-batches of {list(shape)} tokens (--micro-batch-size x --seq-length), "
-            f"found {list(found)}. Give the dataset the same sequence length."
+            f"Expected micro-batches of {list(share.shape)} tokens (--micro-batch-size x "
+            f"--seq-length), found {list(found)}. Give the dataset the same sequence length."
         )

@@ -24,22 +24,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import default_collate
 
 from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.config.loss import PRESETS, preset
 from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.convert.megatron_folder import MegatronFolder
+from megatron_tropd.data.batch import MicroBatch
+from megatron_tropd.distill.token_choices import targets_of
 from megatron_tropd.integrations import options, startup
-from megatron_tropd.integrations.global_batch import Batch, broadcast_items, draw
+from megatron_tropd.integrations.global_batch import Share, broadcast_items, deal, draw
 from megatron_tropd.integrations.printed_log import PrintedLog
 from megatron_tropd.losses import (
     HiddenStatesSignal,
-    LossTargets,
     Method,
-    align_output_weight,
-    equal_bounds,
-    keyed_uniform_rows,
     tropd_loss_from_hidden,
     unrounded_gradient,
 )
@@ -228,9 +225,8 @@ class StepLoss:
     """Tensor-parallel group."""
     metrics: bool
     """Whether to report what the loss does not need."""
-    seed: int
     iteration: int
-    """0-based; with the seed, the sample and the place in it, key of the mask draws."""
+    """0-based."""
     check_finite: bool
     """Whether to have Megatron look for NaN and Inf in each micro-batch's loss."""
     check_spiky: bool = False
@@ -241,7 +237,7 @@ class StepLoss:
 class Scored:
     """A micro-batch with what the teacher thinks of it."""
 
-    batch: Batch
+    batch: MicroBatch
     signal: HiddenStatesSignal | None
     """Of the T loss tokens; None on all stages but the last."""
     loss: StepLoss
@@ -259,10 +255,7 @@ def forward_states(scored: Scored, model: torch.nn.Module) -> tuple[Tensor, Call
     """
     from megatron_tropd.mcore.hidden import loss_token_states
 
-    batch = scored.batch
-    return loss_token_states(model, batch, batch.attention_mask), partial(
-        loss_of_states, scored, model
-    )
+    return loss_token_states(model, scored.batch), partial(loss_of_states, scored, model)
 
 
 def loss_of_states(scored: Scored, model: torch.nn.Module, hidden_TH: Tensor) -> LossTriple:
@@ -281,12 +274,12 @@ def loss_of_states(scored: Scored, model: torch.nn.Module, hidden_TH: Tensor) ->
     from megatron_tropd.mcore.hidden import SomeGradient, output_weight, unwrap
 
     assert scored.signal is not None, "only the last stage has a loss"
-    settings = scored.loss
+    settings, batch = scored.loss, scored.batch
     weight_vH = output_weight(unwrap(model))
     output = tropd_loss_from_hidden(
         hidden_TH,
         weight_vH,
-        targets_of(scored),
+        targets_of(batch, weights_T=batch.of_loss_tokens(batch.weights)),
         scored.signal,
         config=settings.config,
         vocab_size=settings.vocab_size,
@@ -302,24 +295,6 @@ def loss_of_states(scored: Scored, model: torch.nn.Module, hidden_TH: Tensor) ->
     _check(loss, settings, partial(first_trouble, output.values, scored))
     num_tokens = loss.new_full((), len(hidden_TH), dtype=torch.int)
     return loss, num_tokens, report_of(output.values, settings)
-
-
-def targets_of(scored: Scored) -> LossTargets:
-    """The loss tokens of a micro-batch as the loss takes them."""
-    batch, settings = scored.batch, scored.loss
-    of = batch.of_loss_tokens
-    uniforms = torch.zeros_like(batch.loss_weights)
-    if settings.config.needs.draws:
-        uniforms = keyed_uniform_rows(
-            settings.seed, settings.iteration, batch.sample_ids, batch.response_positions
-        )
-    return LossTargets(
-        ids_T=of(batch.labels),
-        is_teacher_T=of(batch.teacher_written),
-        uniforms_T=of(uniforms),
-        weights_T=of(batch.loss_weights),
-        rollout_logprobs_T=of(batch.rollout_logprobs) if batch.sampled else None,
-    )
 
 
 def report_of(values: dict[str, Tensor], settings: StepLoss) -> Report:
@@ -444,7 +419,7 @@ class _Plugin:
             return schedule
         if self._teacher is None:
             assert self._folder is not None
-            self._teacher = build_teacher(self._folder, settings, _vocab_size())
+            self._teacher = _build_teacher(self._folder, settings)
         return partial(self._scored_schedule, schedule)
 
     def _scored_schedule(
@@ -461,23 +436,14 @@ class _Plugin:
     ) -> Any:
         from megatron.training import get_args
 
-        from megatron_tropd.mcore import platform
-
         args = get_args()
-        how: dict[str, Any] = dict(
-            shape=(micro_batch_size, seq_length),
-            masked=bool(getattr(args, "reset_attention_mask", False)),
-            group=self._teacher.layout.tp_group,
-            device=platform.device(),
-        )
+        share = self._share(args, num_microbatches, (micro_batch_size, seq_length))
         if self._rollouts is None or forward_only:
             iterator = data_iterator[0] if isinstance(data_iterator, list) else data_iterator
-            batches = draw(iterator, num_microbatches, **how)
+            batches = draw(iterator, share)
         else:
             items = self._fresh_items(model, args.curr_iteration)
-            mine = self._own_share(items, num_microbatches, micro_batch_size)
-            batches = broadcast_items(mine, num_microbatches, **how)
-        self._check_batches(batches)
+            batches = broadcast_items(own_share(items, share), share)
         signals = self._teacher.score(batches) or [None] * len(batches)
         loss = self._step_loss(args)
         scored = [Scored(b, s, loss) for b, s in zip(batches, signals, strict=True)]
@@ -491,6 +457,23 @@ class _Plugin:
             **others,
         )
 
+    def _share(self, args: Namespace, count: int, shape: tuple[int, int]) -> Share:
+        from megatron_tropd.mcore import platform
+
+        layout = self._teacher.layout
+        return Share(
+            count=count,
+            shape=shape,
+            step=_iteration(args),
+            seed=args.seed,
+            masked=bool(getattr(args, "reset_attention_mask", False)),
+            must_be_sampled=self._config.needs.sampled,
+            group=layout.tp_group,
+            device=platform.device(),
+            dp_rank=layout.dp_rank,
+            dp_size=layout.dp_size,
+        )
+
     def _step_loss(self, args: Namespace) -> StepLoss:
         return StepLoss(
             config=self._config,
@@ -498,9 +481,7 @@ class _Plugin:
             vocab_size=self._teacher.vocab_size,
             group=self._teacher.layout.tp_group,
             metrics=args.tropd_metrics,
-            seed=args.seed,
-            # Only training counts them; --skip-train evaluates at the one that was loaded.
-            iteration=getattr(args, "curr_iteration", args.iteration),
+            iteration=_iteration(args),
             check_finite=args.check_for_nan_in_loss_and_grad,
             check_spiky=getattr(args, "check_for_spiky_loss", False),
         )
@@ -515,29 +496,21 @@ class _Plugin:
             self._fresh = iteration, self._rollouts(student, iteration)
         return self._fresh[1]
 
-    def _own_share(
-        self, items: Sequence[Mapping[str, Tensor]], count: int, rows: int
-    ) -> list[dict[str, Tensor]]:
-        """This replica's micro-batches, samples in the order in which Megatron deals them."""
-        ranks = self._teacher.layout
-        expected = count * rows * ranks.dp_size
-        if len(items) != expected:
-            raise ConfigError(
-                f"Expected {expected} items per step of the rollouts (--global-batch-size), found "
-                f"{len(items)}. Sample as many."
-            )
-        starts = [(n * ranks.dp_size + ranks.dp_rank) * rows for n in range(count)]
-        return [default_collate(list(items[start : start + rows])) for start in starts]
 
-    def _check_batches(self, batches: Sequence[Batch]) -> None:
-        needs = self._config.needs.sampled
-        ranks = self._teacher.layout
-        if needs and (ranks.is_first_stage or ranks.is_last_stage) and not batches[0].sampled:
-            raise ConfigError(
-                "This --tropd-method trains on tokens that the student sampled, but the dataset "
-                "has given text. Use recorded trajectories, or a method for given text "
-                "(gkd_forward_kl, gkd_reverse_kl, gkd_jsd, tropd_exact)."
-            )
+def own_share(items: Sequence[Mapping[str, Tensor]], share: Share) -> list[dict[str, Tensor]]:
+    """This replica's micro-batches of the items of a global batch."""
+    expected = share.count * share.shape[0] * share.dp_size
+    if len(items) != expected:
+        raise ConfigError(
+            f"Expected {expected} items per step of the rollouts (--global-batch-size), found "
+            f"{len(items)}. Sample as many."
+        )
+    return deal(items, share.shape[0], share.dp_rank, share.dp_size)
+
+
+def _iteration(args: Namespace) -> int:
+    """Count from 0; only training counts, and --skip-train evaluates at the one it loaded."""
+    return int(getattr(args, "curr_iteration", args.iteration))
 
 
 def recorded_trajectories(args: Namespace) -> Any:
@@ -569,47 +542,22 @@ def recorded_trajectories(args: Namespace) -> Any:
     return dataset
 
 
-def build_teacher(folder: HFFolder | MegatronFolder, args: Namespace, vocab_size: int) -> Any:
-    """The frozen teacher, in the student's layout; collective.
-
-    Args:
-        folder: of ``startup.open_teacher``.
-        args: Megatron's.
-        vocab_size: ids of the student's tokenizer.
-
-    Returns:
-        A ``mcore.frozen.FrozenModel``, known to no optimizer, DDP or checkpoint. Its output layer
-        lies on the student's columns.
-
-    Collectives: those of ``build_model``; where the two are padded otherwise, 1 all-to-all.
-    """
-    from megatron_tropd.mcore import models, platform
-    from megatron_tropd.mcore.frozen import FrozenModel
-    from megatron_tropd.mcore.hidden import output_weight
+def _build_teacher(folder: HFFolder | MegatronFolder, args: Namespace) -> Any:
+    """Build the teacher, a ``mcore.frozen.FrozenModel``, in the student's layout; collective."""
+    from megatron_tropd.mcore import platform
+    from megatron_tropd.mcore.frozen import frozen_model
     from megatron_tropd.mcore.layout import current_layout
 
-    ranks = current_layout()
-    padded = models.padded_vocab_size(folder.config, tensor=ranks.tp_size)
     # Megatron's random states belong to the student.
-    devices = [torch.cuda.current_device()] if platform.has_cuda() else []
-    with torch.random.fork_rng(devices):
-        model = models.build_model(
+    with torch.random.fork_rng([torch.cuda.current_device()] if platform.has_cuda() else []):
+        return frozen_model(
             folder,
-            ranks=ranks,
+            layout=current_layout(),
             parallel=startup.layout_of(args, folder.config),
             dtype=args.params_dtype,
-            padded_vocab_size=padded,
-            who="teacher",
+            padded_vocab_size=args.padded_vocab_size,
+            vocab_size=_vocab_size(),
         )
-    weight_vH = output_weight(model.module).detach() if ranks.is_last_stage else None
-    if weight_vH is not None and padded != args.padded_vocab_size:
-        weight_vH = align_output_weight(
-            weight_vH,
-            have=equal_bounds(padded, ranks.tp_size),
-            want=equal_bounds(args.padded_vocab_size, ranks.tp_size),
-            group=ranks.tp_group,
-        )
-    return FrozenModel(model, vocab_size=vocab_size, weight_vH=weight_vH)
 
 
 def _if_distilling(
@@ -659,10 +607,10 @@ def first_trouble(values: dict[str, Tensor], scored: Scored) -> str:
         return "every token's loss is finite, their sum is not"
     first = int(bad[0])
     row, place = divmod(int(batch.loss_at[first]), batch.tokens.shape[1])
-    sample = f" (sample {int(batch.sample_ids[row])})" if batch.sampled else ""
+    key, label = batch.keys[row], int(batch.labels[row, place])
     return (
-        f"iteration {scored.loss.iteration + 1}, row {row} of the micro-batch{sample}, position "
-        f"{place}, which predicts token {int(batch.labels[row, place])}: "
+        f"iteration {scored.loss.iteration + 1}, row {row} of the micro-batch (prompt "
+        f"{key.prompt}, sample {key.sample}), position {place}, which predicts token {label}: "
         f"{words(int(found_T[first]))}"
     )
 

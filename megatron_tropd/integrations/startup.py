@@ -48,6 +48,11 @@ _SHORT = ("top_k", "tau", "jsd_beta", "importance")
 """Settings of methods that have an option of their own; the others are ``--tropd-set``."""
 
 
+_LEFT_OUT = ("mask_first_ids", "mask_truncated")
+"""Settings that take the loss of tokens away: the trainer packs what its engines sampled, and knows
+how it ended."""
+
+
 def check_version() -> None:
     """Refuse a megatron-core that lacks what the plug-in stands on.
 
@@ -110,6 +115,12 @@ def loss_config(args: Namespace) -> Method:
             f"--tropd-method {args.tropd_method} chooses tokens or rewards by the whole batch, "
             "which takes a pass of the student before each step; the plug-in has none. Use the "
             "trainer (tropd distill) or another method."
+        )
+    if left_out := [name for name in _LEFT_OUT if getattr(config, name)]:
+        raise ConfigError(
+            f"--tropd-set {' '.join(left_out)}: which tokens have a loss, the data say (weights, "
+            "loss_mask); the plug-in leaves none of them out. Drop it, and give these tokens the "
+            "weight 0 in the dataset."
         )
     return config
 

@@ -1,13 +1,22 @@
 """Models that are not trained: hidden states, never logits."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from megatron_tropd.losses import HiddenStatesSignal
+from megatron_tropd.config import ParallelConfig
+from megatron_tropd.convert.hf_folder import HFFolder
+from megatron_tropd.convert.megatron_folder import MegatronFolder
+from megatron_tropd.data.batch import MicroBatch
+from megatron_tropd.losses import HiddenStatesSignal, align_output_weight, equal_bounds
 from megatron_tropd.mcore import schedule
 from megatron_tropd.mcore.dense import DenseModel
-from megatron_tropd.mcore.hidden import Rows, output_weight
+from megatron_tropd.mcore.hidden import output_weight
+from megatron_tropd.mcore.layout import Layout
+from megatron_tropd.mcore.models import build_model
+from megatron_tropd.mcore.models import padded_vocab_size as padded_columns
 
 
 class FrozenModel:
@@ -29,7 +38,7 @@ class FrozenModel:
         self.vocab_size = vocab_size
         self.weight_vH = weight_vH
 
-    def score(self, micro_batches: Sequence[Rows]) -> list[HiddenStatesSignal]:
+    def score(self, micro_batches: Sequence[MicroBatch]) -> list[HiddenStatesSignal]:
         """The signal for the loss tokens of each micro-batch.
 
         Args:
@@ -46,3 +55,51 @@ class FrozenModel:
         if self.weight_vH is None:
             self.weight_vH = output_weight(self.model)
         return [HiddenStatesSignal(h, self.weight_vH, self.vocab_size) for h in hidden]
+
+
+def frozen_model(
+    folder: HFFolder | MegatronFolder,
+    *,
+    layout: Layout,
+    parallel: ParallelConfig,
+    dtype: torch.dtype,
+    padded_vocab_size: int,
+    vocab_size: int,
+    options: Mapping[str, Any] | None = None,
+) -> FrozenModel:
+    """Build a model that scores on the student's ranks; collective.
+
+    Args:
+        folder: its architecture and weights.
+        layout: this rank's place.
+        parallel: sizes of the axes.
+        dtype: of its parameters.
+        padded_vocab_size: columns of the student's output layer, over all tensor-parallel ranks.
+        vocab_size: columns that are real in both models.
+        options: fields of Megatron's TransformerConfig that the user set.
+
+    Returns:
+        The model, known to no optimizer, DDP or checkpoint. Its output layer lies on the student's
+        columns, even if the model has more.
+
+    Collectives: those of ``build_model``; 1 all-to-all if the model has more columns.
+    """
+    own = max(padded_vocab_size, padded_columns(folder.config, tensor=layout.tp_size))
+    built = build_model(
+        folder,
+        ranks=layout,
+        parallel=parallel,
+        dtype=dtype,
+        padded_vocab_size=own,
+        who="teacher",
+        options=options,
+    )
+    weight_vH = None
+    if layout.is_last_stage and own != padded_vocab_size:
+        weight_vH = align_output_weight(
+            output_weight(built.module).detach(),
+            have=equal_bounds(own, layout.tp_size),
+            want=equal_bounds(padded_vocab_size, layout.tp_size),
+            group=layout.tp_group,
+        )
+    return FrozenModel(built, vocab_size=vocab_size, weight_vH=weight_vH)

@@ -7,7 +7,7 @@ shard, H = hidden size.
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -19,38 +19,17 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
+from megatron_tropd.data.batch import MicroBatch
+
 _TAKES_PROCESSOR = "output_processor" in inspect.signature(GPTModel.forward).parameters
 
 
-class Rows(Protocol):
-    """What a forward pass needs of a micro-batch."""
-
-    @property
-    def tokens(self) -> Tensor:
-        """[B, S] int64 input ids."""
-        ...
-
-    @property
-    def position_ids(self) -> Tensor:
-        """[B, S] int64."""
-        ...
-
-    @property
-    def loss_at(self) -> Tensor:
-        """[T] int64 b x S + s of each label that carries loss, none twice."""
-        ...
-
-
-def loss_token_states(
-    model: torch.nn.Module, batch: Rows, attention_mask: Tensor | None = None
-) -> Tensor:
+def loss_token_states(model: torch.nn.Module, batch: MicroBatch) -> Tensor:
     """Run a (wrapped) model without its output layer.
 
     Args:
         model: this stage's chunk.
         batch: the micro-batch.
-        attention_mask: as Megatron's models take it, true where nothing is to be seen; None:
-            causal.
 
     Returns:
         [T, H] hidden states of the loss tokens on the last stage, whole on every tensor-parallel
@@ -64,7 +43,9 @@ def loss_token_states(
     if isinstance(_inside_ddp(model), Float16Module):
         extra["fp32_output"] = False
     inputs = dict(
-        input_ids=batch.tokens, position_ids=batch.position_ids, attention_mask=attention_mask
+        input_ids=batch.tokens,
+        position_ids=batch.position_ids,
+        attention_mask=batch.attention_mask,
     )
     if _TAKES_PROCESSOR:
         extra |= {"output_processor": _states_at, "output_processor_context": batch.loss_at}

@@ -23,7 +23,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from megatron_tropd.data.batch import MicroBatch
-from megatron_tropd.mcore.hidden import Rows, SomeGradient, loss_token_states, output_weight, unwrap
+from megatron_tropd.mcore.hidden import SomeGradient, loss_token_states, output_weight, unwrap
 
 LossFn = Callable[[Tensor, Tensor, MicroBatch, int], tuple[Tensor, dict[str, Tensor]]]
 """(hidden states [T, H], output weight [v, H], micro-batch, its index) -> (summed loss, sums to
@@ -57,7 +57,7 @@ def gradients(
 
 
 @torch.no_grad()
-def hidden_states(model: GPTModel, micro_batches: Sequence[Rows]) -> list[Tensor]:
+def hidden_states(model: GPTModel, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
     """Hidden states of the loss tokens: a forward pass alone.
 
     Args:
@@ -77,7 +77,7 @@ def hidden_states(model: GPTModel, micro_batches: Sequence[Rows]) -> list[Tensor
 
 def run_schedule(
     model: torch.nn.Module,
-    micro_batches: Sequence[Rows],
+    micro_batches: Sequence[MicroBatch],
     *,
     forward_step: Callable[..., Any],
     forward_only: bool,
@@ -127,11 +127,10 @@ def _with_loss(
 
 
 def _forward_only(
-    iterator: Iterator[tuple[int, Rows]], model: torch.nn.Module
+    iterator: Iterator[tuple[int, MicroBatch]], model: torch.nn.Module
 ) -> tuple[Tensor, Callable[..., Tensor]]:
     _, batch = next(iterator)
-    mask = getattr(batch, "attention_mask", None)
-    return loss_token_states(model, batch, mask), lambda hidden_TH, non_loss_data=True: hidden_TH
+    return loss_token_states(model, batch), lambda hidden_TH, non_loss_data=True: hidden_TH
 
 
 @contextmanager

@@ -16,17 +16,17 @@ class ResidentTeacher:
     def __init__(self, start: TeacherStart) -> None:
         """Build it."""
         # Megatron only where a run trains: a dry run and the engines look at ``signal`` alone.
-        from megatron_tropd.mcore.frozen import FrozenModel
-        from megatron_tropd.mcore.models import build_of_run
+        from megatron_tropd.mcore.frozen import frozen_model
 
-        model = build_of_run(
-            start.config,
+        self.scorer = frozen_model(
             start.folder,
-            "teacher",
-            ranks=start.ranks,
+            layout=start.ranks,
+            parallel=start.config.parallel,
+            dtype=start.dtype,
             padded_vocab_size=start.padded_vocab_size,
+            vocab_size=start.vocab_size,
+            options=start.config.megatron.teacher,
         )
-        self.scorer = FrozenModel(model, vocab_size=start.vocab_size)
 
     def begin(self, step: int, sequences: Sequence[TokenSequence]) -> None:
         """Nothing: its ranks are the student's, and busy."""

@@ -37,7 +37,6 @@ from megatron_tropd.data.batch import MicroBatch
 from megatron_tropd.data.packing import LossCounts, count_loss_tokens, pack
 from megatron_tropd.data.recorded import training_item
 from megatron_tropd.data.sequence import SampleKey, TokenSequence, Writer
-from megatron_tropd.integrations.global_batch import loss_places
 from tests.ranks import free_port, leave_layout, run_with_env
 
 pytestmark = pytest.mark.slow
@@ -136,7 +135,7 @@ def _watch(out: Path, live: bool = False) -> Callable[[], None]:
         megatron_lm.draw, megatron_lm.recorded_trajectories = draw, dataset
         megatron_lm.distillation = distillation
         if dist.get_rank() == 0:
-            torch.save([[vars(batch) for batch in step] for step in drawn], out)
+            torch.save(drawn, out)
 
     return after
 
@@ -274,8 +273,10 @@ def _train(setting: Setting, kind: str, drawn_by: str, lr: float = 1e-2) -> list
     teacher = models.build_model(HFFolder(setting.teacher), **build)
     scorer = FrozenModel(teacher, vocab_size=259)
     rows = []
-    for step, drawn in enumerate(torch.load(setting.root / f"{drawn_by}.drawn")):
-        batches, counts = _packed(step) if kind == "trajectories" else _given_text(drawn)
+    for step, drawn in enumerate(_drawn(setting, drawn_by)):
+        batches, counts = drawn, LossCounts(0, sum(len(batch.loss_at) for batch in drawn), 0)
+        if kind == "trajectories":
+            batches, counts = _packed(step)
         objective = StepObjective(
             scorer.score(batches),
             config=preset(METHODS[kind]),
@@ -307,34 +308,9 @@ def _packed(step: int) -> tuple[list[MicroBatch], LossCounts]:
     return batches, count_loss_tokens(trajectories)
 
 
-def _loss_places(drawn: list[dict[str, Any]]) -> list[torch.Tensor]:
-    weights = torch.stack([batch["loss_weights"] for batch in drawn])
-    return loss_places(weights, [int(of_batch.count_nonzero()) for of_batch in weights])
-
-
-def _given_text(drawn: list[dict[str, Any]]) -> tuple[list[MicroBatch], LossCounts]:
-    """What the plug-in drew, as micro-batches of tokens that a student wrote."""
-    nothing = torch.zeros(ROWS, SEQUENCE)
-    batches = [
-        MicroBatch(
-            tokens=batch["tokens"],
-            labels=batch["labels"],
-            writers=torch.where(batch["loss_weights"] != 0, Writer.STUDENT, Writer.CONTEXT),
-            position_ids=batch["position_ids"],
-            response_positions=nothing.long(),
-            engine_logprobs=nothing,
-            behaviour_logprobs=nothing,
-            uniforms=nothing,
-            weights=batch["loss_weights"],
-            loss_at=loss_at,
-            loss_rows=loss_at // SEQUENCE,
-            student_at=torch.arange(len(loss_at)),
-            rows=tuple(range(ROWS)),
-            keys=tuple(SampleKey(0, row, 0) for row in range(ROWS)),
-        )
-        for batch, loss_at in zip(drawn, _loss_places(drawn), strict=True)
-    ]
-    return batches, LossCounts(0, sum(int(batch.loss_mask.sum()) for batch in batches), 0)
+def _drawn(setting: Setting, name: str) -> list[list[MicroBatch]]:
+    """What the plug-in drew in each step of a run."""
+    return torch.load(setting.root / f"{name}.drawn", weights_only=False)
 
 
 @pytest.mark.parametrize("kind", METHODS)
@@ -355,7 +331,7 @@ def test_megatron_lm_loss_falls(layout, logs):
 def test_megatron_lm_draws_the_same_batches_in_every_layout(setting, logs):
     for kind in METHODS:
         drawn = {
-            layout: torch.load(setting.root / f"{layout}-{kind}.drawn")
+            layout: _drawn(setting, f"{layout}-{kind}")
             for layout in LAYOUTS
             if not layout.startswith("dp2")
         }
@@ -364,7 +340,7 @@ def test_megatron_lm_draws_the_same_batches_in_every_layout(setting, logs):
         for other in drawn.values():
             for mine, theirs in zip(first, other, strict=True):
                 for a, b in zip(mine, theirs, strict=True):
-                    assert all(torch.equal(a[k], b[k]) for k in a if torch.is_tensor(a[k]))
+                    torch.testing.assert_close(vars(a), vars(b), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("run", RESUMED)
@@ -461,7 +437,6 @@ def _one_hot_teacher(student: str, sequence_parallel: bool, out: str) -> None:
     from megatron_tropd.config.loss import preset
     from megatron_tropd.convert.hf_folder import HFFolder
     from megatron_tropd.integrations import megatron_lm
-    from megatron_tropd.integrations.global_batch import Batch
     from megatron_tropd.losses import HiddenStatesSignal
     from megatron_tropd.mcore import models, parallel
     from megatron_tropd.mcore.student import Student
@@ -495,20 +470,24 @@ def _one_hot_teacher(student: str, sequence_parallel: bool, out: str) -> None:
     identity_vV = torch.eye(vocab)[ranks.tp_rank * half : (ranks.tp_rank + 1) * half]
     # Megatron's cross entropy counts padding columns as real ones.
     settings = megatron_lm.StepLoss(
-        preset("gkd_forward_kl"), 1.0, vocab, ranks.tp_group, False, 1, 0, False
+        preset("gkd_forward_kl"), 1.0, vocab, ranks.tp_group, False, 0, False
     )
-    batch = Batch(
+    loss_at = weights.flatten().nonzero()[:, 0]
+    batch = MicroBatch(
         tokens=tokens,
         labels=labels,
+        writers=torch.where(weights != 0, Writer.STUDENT, Writer.CONTEXT),
         position_ids=positions,
-        loss_weights=weights,
-        teacher_written=nothing.bool(),
-        rollout_logprobs=nothing,
         response_positions=nothing.long(),
-        sample_ids=torch.zeros(ROWS, dtype=torch.int64),
-        attention_mask=None,
-        loss_at=loss_places(weights[None], [int(weights.count_nonzero())])[0],
-        sampled=False,
+        engine_logprobs=nothing,
+        behaviour_logprobs=nothing,
+        uniforms=nothing,
+        weights=weights,
+        loss_at=loss_at,
+        loss_rows=loss_at // SEQUENCE,
+        student_at=torch.arange(len(loss_at)),
+        rows=tuple(range(ROWS)),
+        keys=tuple(SampleKey(0, row, 0) for row in range(ROWS)),
     )
     signal = HiddenStatesSignal(one_hot_TV, identity_vV.contiguous(), vocab)
     states, loss_of = megatron_lm.forward_states(megatron_lm.Scored(batch, signal, settings), chunk)

@@ -24,9 +24,14 @@ from megatron_tropd.base.errors import ConfigError, TrainingError
 from megatron_tropd.config import RolloutConfig
 from megatron_tropd.data.prompts import load_prompts
 from megatron_tropd.data.responses import TeacherResponse, header_record, response_record
+from megatron_tropd.data.sequence import Writer
 from megatron_tropd.data.tokenizers import load_tokenizer
-from megatron_tropd.integrations.live_batches import LiveBatches
-from megatron_tropd.integrations.live_rollouts import LiveRollouts, LiveSettings, check_arguments
+from megatron_tropd.integrations.on_policy_data import (
+    OnPolicyData,
+    OnPolicySettings,
+    check_arguments,
+)
+from megatron_tropd.integrations.on_policy_iterator import OnPolicyIterator
 from tests.ranks import run_with_env
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -169,7 +174,7 @@ def test_replicas_have_their_own_share_and_a_resumed_run_goes_on_alike(run_folde
     whole = [records(run_folder, rank) for rank in range(2)]
     for found in whole:
         check_records(found, micro_batches=2)
-    ids = [i for found in whole for record in found[:2] for i in record["ids"]]
+    ids = [tuple(i) for found in whole for record in found[:2] for i in record["ids"]]
     assert len(set(ids)) == 8
     for rank in range(2):
         (out / f"rank_{rank}.jsonl").unlink()
@@ -205,15 +210,15 @@ def test_the_plug_in_distils_on_live_rollouts(
             with torch.no_grad():
                 logits = model(item["tokens"][None]).logits[0, :, : VOCAB - 1]  # the tokenizer's
             of_labels = logits.log_softmax(-1).gather(1, item["labels"][:, None])[:, 0]
-            student = (item["loss_weights"] > 0) & ~item["teacher_written"]
-            assert (of_labels - item["rollout_logprobs"])[student].abs().max() < 1e-4
+            student = item["writers"] == Writer.STUDENT
+            assert (of_labels - item["behaviour_logprobs"])[student].abs().max() < 1e-4
             seen.add(tuple(item["labels"].tolist()))
     assert len(seen) == 24
 
 
-def settings(folder: Path) -> LiveSettings:
+def settings(folder: Path) -> OnPolicySettings:
     rollout = RolloutConfig(prompts="p", max_new_tokens=4, prompts_per_step=2, samples_per_prompt=4)
-    return LiveSettings(student=folder, rollout=rollout, log_folder=folder)
+    return OnPolicySettings(student=folder, rollout=rollout, log_folder=folder)
 
 
 def test_megatrons_arguments_are_checked(tmp_path: Path) -> None:
@@ -241,7 +246,7 @@ def test_megatrons_arguments_are_checked(tmp_path: Path) -> None:
 
 
 def test_an_iterator_nobody_fills_says_so(tmp_path: Path) -> None:
-    live = LiveBatches(LiveRollouts(settings(tmp_path)))
+    live = OnPolicyIterator(OnPolicyData(settings(tmp_path)))
     with pytest.raises(TrainingError, match="call refill"):
         next(iter(live))
 
@@ -255,7 +260,7 @@ class Model:
         self.cleared += 1
 
 
-class Counting(LiveBatches):
+class Counting(OnPolicyIterator):
     """Counts the refills."""
 
     refills = 0
@@ -267,7 +272,7 @@ class Counting(LiveBatches):
 
 def test_rollouts_are_renewed_once_per_used_batch(tmp_path: Path) -> None:
     """Not for evaluation, and not for a repeated step."""
-    model, live = Model(), Counting(LiveRollouts(settings(tmp_path)))
+    model, live = Model(), Counting(OnPolicyData(settings(tmp_path)))
     wrapped = SimpleNamespace(iterable=live, replaying=False)
     step = live.watch_steps(lambda data_iterator, model: None)
     step(iter([]), model)

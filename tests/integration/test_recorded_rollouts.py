@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_tropd.cli.convert import main_to_hf
 from megatron_tropd.data.recorded import RecordedTrajectories
+from megatron_tropd.data.sequence import Writer
 from megatron_tropd.data.tokenizers import load_tokenizer
 from tools import rollouts
 
@@ -77,8 +78,8 @@ def logprob_gap(model_folder: Path, data: RecordedTrajectories) -> float:
         with torch.no_grad():
             logprobs = model(item["tokens"][None]).logits[0].log_softmax(-1)
         of_labels = logprobs.gather(1, item["labels"][:, None])[:, 0]
-        student = (item["loss_weights"] > 0) & ~item["teacher_written"]
-        gaps.append((of_labels - item["rollout_logprobs"])[student].abs().max().item())
+        student = item["writers"] == Writer.STUDENT
+        gaps.append((of_labels - item["behaviour_logprobs"])[student].abs().max().item())
     return max(gaps)
 
 

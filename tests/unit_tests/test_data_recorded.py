@@ -52,10 +52,12 @@ def test_an_item_is_the_trajectory_shifted_by_one(tmp_path: Path) -> None:
         "tokens": [10, 11, 12, 20, 21, 22, 0, 0],
         "labels": [11, 12, 20, 21, 22, 2, 0, 0],
         "position_ids": list(range(8)),
-        "loss_weights": [0, 0, 1, 1, 1, 1, 0, 0],
-        "teacher_written": [0, 0, 1, 0, 0, 0, 0, 0],
-        "rollout_logprobs": [0, 0, 0, -0.5, -0.25, -0.125, 0, 0],
+        "weights": [0, 0, 1, 1, 1, 1, 0, 0],
+        "writers": [0, 0, 1, 2, 2, 2, 0, 0],
+        "behaviour_logprobs": [0, 0, 0, -0.5, -0.25, -0.125, 0, 0],
+        "engine_logprobs": [0, 0, 0, -0.5, -0.25, -0.125, 0, 0],
         "response_positions": [0, 0, 0, 1, 2, 3, 0, 0],
+        "sample_key": [0, 4, 1],
     }
     assert {name: item[name].tolist() for name in expected} == expected
     dtypes = {name: tensor.dtype for name, tensor in item.items()}
@@ -63,13 +65,13 @@ def test_an_item_is_the_trajectory_shifted_by_one(tmp_path: Path) -> None:
         "tokens": torch.int64,
         "labels": torch.int64,
         "position_ids": torch.int64,
-        "loss_weights": torch.float32,
-        "teacher_written": torch.bool,
-        "rollout_logprobs": torch.float32,
+        "weights": torch.float32,
+        "writers": torch.int64,
+        "behaviour_logprobs": torch.float32,
+        "engine_logprobs": torch.float32,
         "response_positions": torch.int64,
-        "sample_id": torch.int64,
+        "sample_key": torch.int64,
     }
-    assert item["sample_id"].shape == ()
 
 
 def test_weights_and_several_segments_are_kept(tmp_path: Path) -> None:
@@ -79,9 +81,9 @@ def test_weights_and_several_segments_are_kept(tmp_path: Path) -> None:
         "loss_weights": [0.5, 1, 0, 2],
     }
     item = open_file(write(tmp_path / "r.jsonl", [HEADER, line]))[0]
-    assert item["loss_weights"].tolist() == [0, 0, 0.5, 1, 0, 2, 0, 0]
-    assert item["teacher_written"].tolist() == [0, 0, 0, 1, 1, 0, 0, 0]
-    assert item["rollout_logprobs"].tolist() == [0, 0, -1, 0, 0, -2, 0, 0]
+    assert item["weights"].tolist() == [0, 0, 0.5, 1, 0, 2, 0, 0]
+    assert item["writers"].tolist() == [0, 0, 2, 1, 1, 2, 0, 0]
+    assert item["behaviour_logprobs"].tolist() == [0, 0, -1, 0, 0, -2, 0, 0]
 
 
 def test_items_agree_with_the_trainers_packing() -> None:
@@ -97,11 +99,9 @@ def test_items_agree_with_the_trainers_packing() -> None:
         [trajectory], dp_rank=0, dp_size=1, tokens_per_micro_batch=8, pad_multiple=8, seed=0, step=0
     )
     item = training_item(trajectory, 8)
-    for name in ("tokens", "labels", "position_ids"):
-        assert torch.equal(item[name], getattr(batch, name)[0])
-    assert torch.equal(item["rollout_logprobs"], batch.behaviour_logprobs[0])
-    assert torch.equal(item["loss_weights"], batch.loss_mask[0].float())
-    assert torch.equal(item["teacher_written"], batch.writers[0] == Writer.TEACHER)
+    assert tuple(item.pop("sample_key")) == batch.keys[0]
+    for name, row in item.items():
+        assert torch.equal(row, getattr(batch, name)[0]), name
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_longer_trajectories_are_refused_or_cut_and_counted(tmp_path: Path) -> N
     data = open_file(path, seq_length=4, longer="truncate")
     assert (len(data), data.num_truncated) == (2, 1)
     assert data[0]["labels"].tolist() == [11, 12, 20, 21]
-    assert data[0]["loss_weights"].tolist() == [0, 0, 1, 1]
+    assert data[0]["weights"].tolist() == [0, 0, 1, 1]
     assert data[1]["labels"].tolist() == [20, 21, 22, 2]
     with pytest.raises(InputError, match="within 2 positions nothing of the response"):
         open_file(path, seq_length=2, longer="truncate")
@@ -200,7 +200,7 @@ def test_lines_are_found_again_past_blank_ones(tmp_path: Path) -> None:
 def test_sample_ids_tell_trajectories_apart(tmp_path: Path) -> None:
     lines = [LINE | {"prompt_index": p, "sample_index": s} for p in range(20) for s in range(20)]
     data = open_file(write(tmp_path / "r.jsonl", [HEADER, *lines]))
-    assert len({int(item["sample_id"]) for item in data}) == 400
+    assert len({tuple(item["sample_key"].tolist()) for item in data}) == 400
 
 
 def first_ids(batches) -> list[list[int]]:

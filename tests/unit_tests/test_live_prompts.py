@@ -9,7 +9,7 @@ import pytest
 
 from megatron_tropd.base.errors import ConfigError, InputError
 from megatron_tropd.config import RolloutConfig
-from megatron_tropd.integrations.live_rollouts import LiveRollouts, LiveSettings, LoopSettings
+from megatron_tropd.integrations.on_policy_data import LoopSettings, OnPolicyData, OnPolicySettings
 
 TEMPLATE = "{{ strftime_now('%d %b') }}{% for m in messages %}[{{ m.content }}]{% endfor %}"
 
@@ -31,8 +31,8 @@ def read(tmp_path: Path, tiny_llama: Path) -> Callable[..., list[str]]:
             path = folder / "tokenizer_config.json"
             path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": text}))
         rollout = RolloutConfig(prompts=str(prompts), max_new_tokens=8, **settings)
-        live = LiveRollouts(LiveSettings(tmp_path / "student", rollout, tmp_path))
-        live._loop = LoopSettings(32, seed=1, steps=1, teacher=tmp_path / "teacher")
+        live = OnPolicyData(OnPolicySettings(tmp_path / "student", rollout, tmp_path))
+        live._loop = LoopSettings(32, 384, seed=1, steps=1, teacher=tmp_path / "teacher")
         live._read_texts()
         return [prompt.text for prompt in live._prompts]
 

@@ -19,6 +19,7 @@ from megatron_tropd.base.errors import ConfigError, InputError
 from megatron_tropd.data.packing import pack
 from megatron_tropd.data.recorded import training_item
 from megatron_tropd.data.sequence import SampleKey, TokenSequence, Writer
+from megatron_tropd.distill.token_choices import targets_of
 from megatron_tropd.integrations import global_batch, megatron_lm, options, startup
 from tests.host_syncs import host_syncs
 
@@ -84,9 +85,9 @@ def test_megatron_lm_settings_have_the_names_of_the_config() -> None:
     assert (config.outlier, config.tau, config.importance) == ("clip", -1.5, "truncated")
     method = ["--tropd-method", "tropd", "--tropd-top-k", "8"]
     assert startup.loss_config(arguments("--tropd-teacher-load", "x", *method)).top_k == 8
-    options = ["--tropd-set", "region=expected", "mask_first_ids=[3]", "--tropd-importance", "band"]
+    options = ["--tropd-set", "region=expected", "importance_low=1", "--tropd-importance", "band"]
     config = startup.loss_config(arguments("--tropd-teacher-load", "x", *method, *options))
-    assert (config.region, config.mask_first_ids, config.importance) == ("expected", (3,), "band")
+    assert (config.region, config.importance_low, config.importance) == ("expected", 1.0, "band")
 
 
 @pytest.mark.parametrize(
@@ -97,6 +98,8 @@ def test_megatron_lm_settings_have_the_names_of_the_config() -> None:
         ("--tropd-method tropd_clip --tropd-tau nan", "--tropd-tau must be a number and finite"),
         ("--tropd-method tropd --tropd-beta nan", "--tropd-beta must be at least 0 and finite"),
         ("--tropd-method tropd --tropd-top-k 600", "vocabulary of 259 tokens, found 600"),
+        ("--tropd-method opd --tropd-set mask_first_ids=[3]", "--tropd-set mask_first_ids: which"),
+        ("--tropd-method opd --tropd-set mask_truncated=true", "--tropd-set mask_truncated: which"),
         ("--tropd-method opd --tropd-tau -2", "Unknown config key --tropd-tau"),
         ("--tropd-method tropt", "--tropd-method must be one of .* Did you mean 'tropd'"),
         ("--tropd-method opd --tropd-set regoin=x", "Unknown config key --tropd-set regoin"),
@@ -295,16 +298,21 @@ def _items(**changes: torch.Tensor) -> list[dict[str, torch.Tensor]]:
     ]
 
 
+def _share(count, group, **settings):
+    how = {"shape": (2, 4), "step": 0, "seed": 0, "masked": False, "must_be_sampled": False}
+    return global_batch.Share(count, group=group, device=torch.device("cpu"), **(how | settings))
+
+
 def _draw(items, group, **settings):
-    how = {"shape": (2, 4), "masked": False, "group": group, "device": torch.device("cpu")}
-    return global_batch.draw(iter(items), len(items), **(how | settings))
+    return global_batch.draw(iter(items), _share(len(items), group, **settings))
 
 
 def test_megatron_lm_takes_text_with_its_mask(group) -> None:
     mask = torch.zeros(2, 1, 4, 4, dtype=torch.bool).triu(1)
     items = _items(loss_mask=torch.eye(2, 4), attention_mask=mask, dataset_id=torch.zeros(2))
     (batch,) = _draw(items, group)
-    assert not batch.sampled and batch.attention_mask is None
+    assert batch.attention_mask is None
+    assert [key.prompt for key in batch.keys] == [0, 1]
     assert torch.equal(batch.loss_mask, torch.eye(2, 4).bool())
     (batch,) = _draw(items, group, masked=True)
     assert torch.equal(batch.attention_mask, mask)
@@ -312,25 +320,23 @@ def test_megatron_lm_takes_text_with_its_mask(group) -> None:
 
 
 def test_megatron_lm_says_that_the_data_ended(group) -> None:
-    how = {"shape": (2, 4), "masked": False, "group": group, "device": torch.device("cpu")}
     with pytest.raises(InputError, match=r"Expected 2 micro-batches .* the data at its end"):
-        global_batch.draw(iter(_items()), 2, **how)
+        global_batch.draw(iter(_items()), _share(2, group))
 
 
 def test_megatron_lm_wants_masks_on_stages_without_data(group) -> None:
     """Where none are, a mask of nothing hidden would show the future."""
-    how = {"shape": (2, 4), "group": group, "device": torch.device("cpu")}
-    (batch,) = global_batch.draw(None, 1, masked=False, **how)
+    (batch,) = global_batch.draw(None, _share(1, group, must_be_sampled=True))
     assert batch.attention_mask is None and not batch.loss_mask.any()
     with pytest.raises(InputError, match="Expected data on every pipeline stage"):
-        global_batch.draw(None, 1, masked=True, **how)
+        global_batch.draw(None, _share(1, group, masked=True))
 
 
 @pytest.mark.parametrize(
     ("items", "settings", "named"),
     [
         ([{"text": torch.ones(2, 5)}], {}, "tokens, labels, loss_mask, position_ids missing"),
-        (_items(loss_weights=torch.ones(2, 4)), {}, "response_positions, sample_id missing"),
+        (_items(writers=torch.ones(2, 4)), {}, "engine_logprobs, sample_key missing"),
         (_items(), {"shape": (2, 6)}, r"micro-batches of \[2, 6\] tokens .* found \[2, 4\]"),
         (_items(), {"masked": True}, "attention_mask in every item"),
         # Of --sft and --dataloader-inter-document-masking; never to be dropped unused.
@@ -343,8 +349,15 @@ def test_megatron_lm_refuses_other_items(items, settings, named, group) -> None:
         _draw(items, group, **settings)
 
 
-def test_megatron_lm_draws_the_mask_of_the_trainer(group) -> None:
-    """The same numbers for the same tokens, wherever they lie in a row or a micro-batch."""
+SHARED = (
+    *("labels", "writers", "weights", "response_positions"),
+    *("uniforms", "engine_logprobs", "behaviour_logprobs"),
+)
+"""What a micro-batch says of a token, wherever the token lies in it."""
+
+
+def test_megatron_lm_makes_the_micro_batches_of_the_trainer(group) -> None:
+    """The same numbers for the same tokens, the draws of the mask included."""
     trajectories = [
         TokenSequence.of_runs(
             SampleKey(5, n // 2, n % 2),
@@ -356,21 +369,29 @@ def test_megatron_lm_draws_the_mask_of_the_trainer(group) -> None:
         )
         for n in range(4)
     ]
-    settings = megatron_lm.StepLoss(config_of(), 1.0, 20, group, False, 11, 5, False)
     items = [training_item(t, 12) for t in trajectories]
-    batches = _draw([default_collate(items[n : n + 2]) for n in (0, 2)], group, shape=(2, 12))
-    found = [megatron_lm.targets_of(megatron_lm.Scored(b, None, settings)) for b in batches]
+    batches = _draw(
+        [default_collate(items[n : n + 2]) for n in (0, 2)], group, shape=(2, 12), seed=11, step=5
+    )
     (packed,) = pack(trajectories, dp_rank=0, dp_size=1, tokens_per_micro_batch=99, seed=11, step=5)
     in_order = sorted(range(4), key=packed.rows.__getitem__)
-    expected = [packed.uniforms[b][packed.loss_mask[b]] for b in in_order]
-    assert settings.config.region == "bernoulli"
-    assert torch.equal(torch.cat([f.uniforms_T for f in found]), torch.cat(expected))
-    assert len(torch.cat(expected).unique()) == 4 * 6
+    assert [row for batch in batches for row in batch.rows] == [0, 1, 2, 3]
+    assert [key for batch in batches for key in batch.keys] == [packed.keys[b] for b in in_order]
+    for name in SHARED:
+        found = torch.cat([batch.of_loss_tokens(getattr(batch, name)) for batch in batches])
+        expected = [getattr(packed, name)[b][packed.loss_mask[b]] for b in in_order]
+        assert torch.equal(found, torch.cat(expected)), name
+    assert len(torch.cat([b.of_loss_tokens(b.uniforms) for b in batches]).unique()) == 4 * 6
+    rows = torch.cat([batch.loss_rows for batch in batches])
+    assert torch.equal(rows, packed.loss_rows.sort().values)
+    for batch in batches:
+        at_student = batch.of_loss_tokens(batch.writers) == Writer.STUDENT
+        assert torch.equal(batch.student_at, at_student.nonzero()[:, 0])
 
 
 def test_megatron_lm_waits_for_the_device_once_a_step(group) -> None:
     """For the kind of data and the numbers of labels, however many micro-batches there are."""
-    settings = megatron_lm.StepLoss(config_of(), 1.0, 20, group, False, 11, 5, False)
+    settings = megatron_lm.StepLoss(config_of(), 1.0, 20, group, False, 5, False)
     sequence = TokenSequence.of_runs(
         SampleKey(5, 0, 0), (Writer.CONTEXT, (9, 9)), (Writer.STUDENT, (7,) * 5), logprobs=(-1,) * 5
     )
@@ -378,7 +399,7 @@ def test_megatron_lm_waits_for_the_device_once_a_step(group) -> None:
     for count in (1, 3):
         with host_syncs() as found:
             for batch in _draw([item] * count, group, shape=(1, 12)):
-                targets = megatron_lm.targets_of(megatron_lm.Scored(batch, None, settings))
+                targets = targets_of(batch)
                 values = {
                     name: targets.uniforms_T
                     for name in ("loss", "student_logprob", "k1", "outlier")
@@ -388,13 +409,12 @@ def test_megatron_lm_waits_for_the_device_once_a_step(group) -> None:
 
 
 def test_megatron_lm_deals_live_samples_as_megatron_does() -> None:
-    plugin = megatron_lm._Plugin(None, None)
-    plugin._teacher = Namespace(ranks=Namespace(dp_size=2, dp_rank=1))
-    items = [{"sample_id": torch.tensor(i)} for i in range(8)]
-    mine = plugin._own_share(items, 2, 2)
-    assert [batch["sample_id"].tolist() for batch in mine] == [[2, 3], [6, 7]]
+    items = [{"labels": torch.tensor(i)} for i in range(8)]
+    share = _share(2, None, dp_size=2, dp_rank=1)
+    mine = megatron_lm.own_share(items, share)
+    assert [batch["labels"].tolist() for batch in mine] == [[2, 3], [6, 7]]
     with pytest.raises(ConfigError, match="Expected 8 items per step"):
-        plugin._own_share(items[:5], 2, 2)
+        megatron_lm.own_share(items[:5], share)
 
 
 IMPORT = """
@@ -433,7 +453,7 @@ def test_megatron_lm_import_changes_nothing() -> None:
     ],
 )
 def test_megatron_lm_names_the_token_whose_loss_is_no_number(
-    loss, broken, says, capsys, monkeypatch
+    loss, broken, says, capsys, monkeypatch, group
 ) -> None:
     from megatron.core import rerun_state_machine
 
@@ -445,16 +465,13 @@ def test_megatron_lm_names_the_token_whose_loss_is_no_number(
                 raise RuntimeError(message)
 
     monkeypatch.setattr(rerun_state_machine, "get_rerun_state_machine", Machine)
-    weights = torch.tensor([[0.0, 1.0, 1.0], [0.0, 0.0, 1.0]])
-    zeros = torch.zeros(2, 3, dtype=torch.int64)
-    batch = global_batch.Batch(
-        tokens=zeros, labels=torch.tensor([[5, 6, 7], [8, 9, 10]]), position_ids=zeros,
-        loss_weights=weights, teacher_written=zeros.bool(), rollout_logprobs=weights,
-        response_positions=zeros, sample_ids=torch.tensor([40, 41]), attention_mask=None,
-        loss_at=global_batch.loss_places(weights[None], [3])[0], sampled=True,
-    )  # fmt: skip
+    item = _items(
+        labels=torch.tensor([[5, 6, 7, 0], [8, 9, 10, 0]]),
+        loss_mask=torch.tensor([[0.0, 1, 1, 0], [0, 0, 1, 0]]),
+    )
+    (batch,) = _draw(item, group, step=4)
     step = megatron_lm.StepLoss(
-        config=config_of(), beta=0.0, vocab_size=12, group=None, metrics=False, seed=0,
+        config=config_of(), beta=0.0, vocab_size=12, group=None, metrics=False,
         iteration=4, check_finite=True,
     )  # fmt: skip
     scored = megatron_lm.Scored(batch, None, step)
@@ -468,5 +485,5 @@ def test_megatron_lm_names_the_token_whose_loss_is_no_number(
     with pytest.raises(RuntimeError, match=r"found (NaN|Inf) in the distillation loss"):
         megatron_lm._check(values["loss"].sum(), step, what)
     said = capsys.readouterr().out
-    assert "iteration 5, row 0 of the micro-batch (sample 40), position 2" in said
+    assert "iteration 5, row 0 of the micro-batch (prompt 0, sample 0), position 2" in said
     assert "predicts token 7" in said and says in said

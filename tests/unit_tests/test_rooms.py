@@ -34,7 +34,9 @@ ARROWS: dict[str, set[str]] = {
         *("base", "config", "convert", "data", "losses", "mcore", "report", "rollout", "tasks"),
         "teacher",
     },
-    "integrations": {"base", "config", "convert", "data", "losses", "mcore", "rollout"},
+    "integrations": {
+        *("base", "config", "convert", "data", "distill", "losses", "mcore", "rollout", "teacher")
+    },
     "rehearsal": {
         *("base", "config", "convert", "data", "distill", "mcore", "planning", "rollout"),
         "teacher",

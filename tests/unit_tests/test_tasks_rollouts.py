@@ -15,6 +15,7 @@ from megatron_tropd.data.prompts import prompts_of_step
 from megatron_tropd.data.recorded import RecordedTrajectories
 from megatron_tropd.data.responses import TeacherResponse
 from megatron_tropd.data.samples import Sample, SampleRequest, Sampling
+from megatron_tropd.data.sequence import Writer
 from megatron_tropd.data.tokenizers import load_tokenizer
 from megatron_tropd.data.types import Prompt
 from megatron_tropd.tasks.recorded_rollouts import RolloutRound, write_rollouts
@@ -94,12 +95,12 @@ def test_the_file_is_what_the_dataset_reads(write: Callable[..., int], tmp_path:
     assert len(data) == len(plans) == 10
     for item, plan in zip(data, plans, strict=True):
         start, prefix = len(plan.prompt.token_ids) - 1, len(plan.prefix_ids)
-        assert int(item["teacher_written"].sum()) == prefix
-        assert item["loss_weights"].tolist() == [0] * start + [1] * (prefix + 2) + [0] * (
+        assert int((item["writers"] == Writer.TEACHER).sum()) == prefix
+        assert item["weights"].tolist() == [0] * start + [1] * (prefix + 2) + [0] * (
             8 - start - prefix - 2
         )
         assert int(item["labels"][start + prefix]) == 3 + plan.request.seed % 200
-        assert float(item["rollout_logprobs"][start + prefix + 1]) == -1.0
+        assert float(item["behaviour_logprobs"][start + prefix + 1]) == -1.0
     first = json.loads((tmp_path / "r.jsonl").read_text().splitlines()[1])
     assert first["writers"] == [["context", 2], ["teacher", 3], ["student", 2]]
     assert first["engine_logprobs"][:5] == [None] * 5 and first["fields"]["weights"] == "abc"

@@ -1,9 +1,9 @@
-"""Live rollouts as the data iterator of ``--dataloader-type external``, for any step function.
+"""On-policy data as the data iterator of ``--dataloader-type external``, for any step function.
 
 Sampling is collective, and pipeline stages ask for their first micro-batch one after another, so
 it cannot wait for the iterator to be asked. It happens when the loop clears the gradients, which
 every rank does at the start of a step; for that the step function is wrapped
-(:meth:`LiveBatches.watch_steps`). A loop of one's own calls :meth:`LiveBatches.refill`.
+(:meth:`OnPolicyIterator.watch_steps`). A loop of one's own calls :meth:`OnPolicyIterator.refill`.
 """
 
 import functools
@@ -13,21 +13,21 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch.utils.data import default_collate
 
 from megatron_tropd.base.errors import ConfigError, TrainingError
 from megatron_tropd.data.recorded import training_item
 from megatron_tropd.data.sequence import TokenSequence
-from megatron_tropd.integrations.live_rollouts import LiveRollouts, LoopSettings, check_arguments
+from megatron_tropd.integrations.global_batch import deal
+from megatron_tropd.integrations.on_policy_data import LoopSettings, OnPolicyData, check_arguments
 from megatron_tropd.mcore.layout import current_layout
 
 MicroBatch = dict[str, Tensor]
 
 
-class LiveBatches:
+class OnPolicyIterator:
     """An endless iterator of micro-batches, sampled anew for every global batch."""
 
-    def __init__(self, rollouts: LiveRollouts) -> None:
+    def __init__(self, rollouts: OnPolicyData) -> None:
         """Nothing is started yet.
 
         Args:
@@ -54,10 +54,10 @@ class LiveBatches:
             step: optimizer steps the student has seen.
 
         Raises:
-            As :meth:`LiveRollouts.start`; ConfigError: the samples of a step are no whole number
+            As :meth:`OnPolicyData.start`; ConfigError: the samples of a step are no whole number
             of micro-batches on every replica.
 
-        Collectives: those of :meth:`LiveRollouts.start`.
+        Collectives: those of :meth:`OnPolicyData.start`.
         """
         self._rollouts.start(loop, dtype=next(model.parameters()).dtype)
         self._take_up(model, loop.seq_length, micro_batch_size, step)
@@ -69,12 +69,13 @@ class LiveBatches:
         global batch is dropped.
 
         Raises:
-            As :meth:`LiveRollouts.sample`.
+            As :meth:`OnPolicyData.sample`.
 
-        Collectives: those of :meth:`LiveRollouts.sample`.
+        Collectives: those of :meth:`OnPolicyData.sample`.
         """
         self.trajectories = self._rollouts.sample(self._model, self.step)
-        self._batches = deque(self._own_share())
+        items = [training_item(sequence, self._seq_length) for sequence in self.trajectories]
+        self._batches = deque(deal(items, self._rows, self._dp_rank, self._dp_size))
         self._source = None
         self.step += 1
 
@@ -167,13 +168,6 @@ class LiveBatches:
                 f"rollout.prompts_per_step x samples_per_prompt = {batch} must be a multiple of "
                 f"micro-batch size x data-parallel size = {micro_batch_size} x {ranks.dp_size}."
             )
-
-    def _own_share(self) -> Iterator[MicroBatch]:
-        """This replica's micro-batches, dealt as Megatron's own sampler deals samples."""
-        first, stride = self._dp_rank * self._rows, self._dp_size * self._rows
-        for start in range(first, len(self.trajectories), stride):
-            rows = self.trajectories[start : start + self._rows]
-            yield default_collate([training_item(t, self._seq_length) for t in rows])
 
     def _watch_gradients(self, model: Any) -> None:
         """Refill when the loop clears the gradients of a step that comes after a used batch."""

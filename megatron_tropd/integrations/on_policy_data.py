@@ -1,11 +1,10 @@
-"""Live rollouts for Megatron's training loop: every global batch is sampled by the student of now.
+"""On-policy data for Megatron's training loop: the student of now samples every global batch.
 
-:class:`LiveRollouts` pushes the student's weights into our engines and samples the next prompts. It
-is what ``megatron_lm.distillation(rollouts=...)`` takes; :mod:`.live_batches` makes a data iterator
-of it for training loops with a step function of their own.
+:class:`OnPolicyData` pushes the student's weights into our engines and samples the next prompts. It
+is what ``megatron_lm.distillation(rollouts=...)`` takes; :mod:`.on_policy_iterator` makes a data
+iterator of it for training loops with a step function of their own.
 """
 
-import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -38,6 +37,7 @@ from megatron_tropd.mcore.dense import DenseModel
 from megatron_tropd.mcore.layout import current_layout
 from megatron_tropd.rollout.engines.engine import RolloutEngine
 from megatron_tropd.rollout.engines.pool import EnginePool
+from megatron_tropd.rollout.engines.process import engine_threads
 from megatron_tropd.rollout.episodes import EpisodePlan, load_mode
 from megatron_tropd.rollout.source import SampledRollouts
 from megatron_tropd.rollout.weights.weight_sync import Export
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class LiveSettings(Settings):
+class OnPolicySettings(Settings):
     """What is sampled, and by whom."""
 
     student: Path
@@ -78,7 +78,7 @@ class LoopSettings(Settings):
     """Its folder, to compare what both chat templates make of the prompts; None: not compared."""
 
 
-class LiveRollouts:
+class OnPolicyData:
     """Samples of the student of now, on all ranks.
 
     A context manager: leaving it, also by an error, ends the engines and removes what is left in
@@ -86,7 +86,7 @@ class LiveRollouts:
     ``--overlap-param-gather``, with which weights are not complete between two steps.
     """
 
-    def __init__(self, settings: LiveSettings) -> None:
+    def __init__(self, settings: OnPolicySettings) -> None:
         """Remember the settings; nothing is started yet.
 
         Args:
@@ -270,7 +270,6 @@ class LiveRollouts:
     def _start_engines(self, dtype: torch.dtype) -> EnginePool:
         rollout, ranks = self.settings.rollout, self._ranks
         local = number("LOCAL_WORLD_SIZE", 1)
-        engines_here = max(1, rollout.num_engines * local // ranks.world_size)
         longest = max(len(prompt.token_ids) for prompt in self._prompts)
 
         def make(number: int) -> RolloutEngine:
@@ -284,7 +283,7 @@ class LiveRollouts:
                 tensor_parallel=rollout.engine_tensor_parallel,
                 max_num_seqs=rollout.max_num_seqs,
                 max_num_batched_tokens=rollout.max_num_batched_tokens,
-                threads=max(1, len(os.sched_getaffinity(0)) // engines_here),
+                threads=engine_threads(rollout.num_engines, local, ranks.world_size),
                 log_file=self.settings.log_folder / f"engine_{number:03d}.log",
             )
 
