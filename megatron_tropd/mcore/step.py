@@ -35,7 +35,7 @@ from megatron_tropd.config import MegatronConfig, ParallelConfig, TrainConfig
 from megatron_tropd.data.batch import MicroBatch
 from megatron_tropd.losses import HiddenStatesSignal
 from megatron_tropd.mcore import platform
-from megatron_tropd.mcore.hidden import SomeGradient, loss_token_states, output_weight
+from megatron_tropd.mcore.hidden import SomeGradient, loss_token_states, output_weight, unwrap
 from megatron_tropd.mcore.options import with_options
 from megatron_tropd.mcore.parallel import Ranks
 
@@ -49,6 +49,7 @@ __all__ = [
     "cross_entropy",
     "output_weight",
     "run_schedule",
+    "student_forward",
 ]
 
 LossFn = Callable[[Tensor, Tensor, MicroBatch, int], tuple[Tensor, dict[str, Tensor]]]
@@ -182,11 +183,10 @@ class Student:
         self.chunk.train()
         self.chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        weight_vH = output_weight(self.model) if self.ranks.is_last_stage else None
         return run_schedule(
             self.chunk,
             micro_batches,
-            forward_step=partial(_student_forward, loss_fn=loss_fn, weight_vH=weight_vH),
+            forward_step=partial(student_forward, loss_fn=loss_fn),
             forward_only=False,
         )
 
@@ -346,17 +346,24 @@ def run_schedule(
     )
 
 
-def _student_forward(
-    iterator: Iterator[tuple[int, MicroBatch]],
-    model: DistributedDataParallel,
-    *,
-    loss_fn: LossFn,
-    weight_vH: Tensor | None,
+def student_forward(
+    iterator: Iterator[tuple[int, MicroBatch]], model: DistributedDataParallel, *, loss_fn: LossFn
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]]:
+    """Megatron's ``forward_step_func`` of the student.
+
+    Args:
+        iterator: gives the micro-batches and their indices.
+        model: this stage's chunk, as Megatron wrapped it.
+        loss_fn: the loss.
+
+    Returns:
+        (hidden states [T, H] on the last stage, the stage's output elsewhere; Megatron's loss
+        function of them: summed loss, number of loss tokens, report).
+    """
     index, batch = next(iterator)
 
     def loss(hidden_TH: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        assert weight_vH is not None, "only the last stage has a loss"
+        weight_vH = output_weight(unwrap(model))
         loss_sum, report = loss_fn(hidden_TH, weight_vH, batch, index)
         num_tokens = loss_sum.new_full((), len(batch.loss_at), dtype=torch.int)
         if model.ddp_config.overlap_grad_reduce:
