@@ -1,6 +1,6 @@
 """The loss as Megatron's schedule calls it: one micro-batch at a time, at the last stage."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,11 +13,21 @@ from megatron_tropd.data.packing import LossCounts
 from megatron_tropd.data.sequence import Writer
 from megatron_tropd.distill.metrics import StepSums
 from megatron_tropd.distill.token_choices import BatchChoices, targets_of
-from megatron_tropd.losses import Method, TeacherSignal, tropd_loss_from_hidden, unrounded_gradient
+from megatron_tropd.losses import (
+    Method,
+    SummedLoss,
+    TeacherSignal,
+    tropd_loss_from_hidden,
+    unrounded_gradient,
+)
 from megatron_tropd.losses.selection import num_selected
 
 EXAMPLE_VALUES = {"outlier": "outlier", "trust": "trust", "tv": "tv", "k1": "k1"}
 """Name in a trajectory dump -> per-token value of the loss."""
+
+
+MakeReport = Callable[[SummedLoss, MicroBatch], dict[str, Tensor]]
+"""(loss of a micro-batch, the micro-batch) -> name -> what the schedule collects."""
 
 
 class StepObjective:
@@ -40,6 +50,8 @@ class StepObjective:
         device: torch.device,
         choices: BatchChoices | None = None,
         example_rows: Collection[int] = (),
+        metrics: bool = True,
+        report: MakeReport | None = None,
     ) -> None:
         """One objective per step.
 
@@ -54,6 +66,8 @@ class StepObjective:
             device: of the sums.
             choices: of ``choices.choose``, where the loss needs it (last stage).
             example_rows: trajectories whose per-token values are kept in :attr:`examples`.
+            metrics: whether the values hold what the loss itself does not need.
+            report: makes what the schedule collects of each micro-batch; None: nothing.
         """
         self._signals = signals
         self._loss = partial(
@@ -62,8 +76,10 @@ class StepObjective:
             beta=beta,
             vocab_size=vocab_size,
             group=group,
+            metrics=metrics,
             reduce_hidden_grad=False,  # the model sums it, with its own kind of parallelism
         )
+        self._report = report or (lambda output, batch: {})
         self._choices = choices or BatchChoices()
         self._weights = segment_weights(config, counts)
         self._counted = counted
@@ -74,7 +90,7 @@ class StepObjective:
     def __call__(
         self, hidden_TH: Tensor, output_weight_vH: Tensor, batch: MicroBatch, index: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Summed loss of one micro-batch and an empty report (see :attr:`sums`)."""
+        """Summed loss of one micro-batch, and what the schedule collects."""
         weights_T = self._weights_of(batch, index)
         made = self._choices.rewards
         rewards_T = None if made is None else made[index]
@@ -91,7 +107,7 @@ class StepObjective:
             if self._example_rows.intersection(batch.rows):
                 shown = {n: values[key] for n, key in EXAMPLE_VALUES.items() if key in values}
                 self._kept.append((batch, shown))
-        return output.loss, {}
+        return output.loss, self._report(output, batch)
 
     def _weights_of(self, batch: MicroBatch, index: int) -> Tensor:
         """[T] float32 factor of each loss token."""

@@ -17,7 +17,6 @@ import sys
 from argparse import Action, ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial, wraps
 from typing import Any
 
@@ -29,23 +28,15 @@ from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.config.loss import PRESETS, preset
 from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.convert.megatron_folder import MegatronFolder
-from megatron_tropd.data.batch import MicroBatch
-from megatron_tropd.distill.token_choices import targets_of
+from megatron_tropd.data.batch import MicroBatch, upload
+from megatron_tropd.data.packing import LossCounts
+from megatron_tropd.distill.step_loss import StepObjective
 from megatron_tropd.integrations import options, startup
 from megatron_tropd.integrations.global_batch import Share, broadcast_items, deal, draw
+from megatron_tropd.integrations.loss_report import LossReport
 from megatron_tropd.integrations.printed_log import PrintedLog
-from megatron_tropd.losses import (
-    HiddenStatesSignal,
-    Method,
-    tropd_loss_from_hidden,
-    unrounded_gradient,
-)
-from megatron_tropd.losses.trouble import trouble, words
+from megatron_tropd.losses import HiddenStatesSignal, Method
 
-Report = dict[str, Tensor]
-"""Name in Megatron's log -> [2] float32: sum over this rank's tokens and their number."""
-LossTriple = tuple[Tensor, Tensor, Report]
-"""What Megatron's schedules take: summed loss, number of tokens, report."""
 ForwardStep = Callable[..., tuple[Tensor, Callable[..., Any]]]
 """Megatron's ``forward_step_func``."""
 Rollouts = Callable[[torch.nn.Module, int], Sequence[Mapping[str, Tensor]]]
@@ -54,10 +45,6 @@ Rollouts = Callable[[torch.nn.Module, int], Sequence[Mapping[str, Tensor]]]
 steps; with --overlap-param-gather the student's weights are not complete then."""
 _parser: ArgumentParser | None = None
 """The one that got the ``--tropd-*`` arguments last: the script's own options are in it."""
-_LOSS = "distillation loss"
-_SPIKY = 10
-"""A loss this many times the largest so far is spiky, as in Megatron's pretrain_gpt.py."""
-_METRICS = ("tv", "reverse_kl", "forward_kl", "student_entropy", "teacher_entropy")
 
 
 def add_arguments(parser: ArgumentParser) -> ArgumentParser:
@@ -197,12 +184,12 @@ def distilling(forward_step: ForwardStep) -> ForwardStep:
 
     Returns:
         The function; while distilling it runs the student without its output layer and returns
-        the hidden states and :func:`loss_of_states`.
+        the hidden states and the loss function of ``distill.step_loss``.
     """
 
     def step(data_iterator: Any, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(data_iterator, _ScoredBatches):
-            return forward_states(data_iterator.take(), model)
+        if isinstance(data_iterator, _Distilled):
+            return data_iterator.forward_step(model)
         from megatron.training import get_args
 
         if getattr(get_args(), "tropd_teacher_load", None) is not None:
@@ -212,122 +199,18 @@ def distilling(forward_step: ForwardStep) -> ForwardStep:
     return step
 
 
-@dataclass(frozen=True)
-class StepLoss:
-    """The loss of one step."""
+class _Distilled:
+    """The micro-batches of a step and their loss, in place of Megatron's data iterator."""
 
-    config: Method
-    beta: float
-    """Weight of teacher-written tokens."""
-    vocab_size: int
-    """Real columns."""
-    group: dist.ProcessGroup
-    """Tensor-parallel group."""
-    metrics: bool
-    """Whether to report what the loss does not need."""
-    iteration: int
-    """0-based."""
-    check_finite: bool
-    """Whether to have Megatron look for NaN and Inf in each micro-batch's loss."""
-    check_spiky: bool = False
-    """Whether to have it look for sums far above those of the first hundred micro-batches."""
+    def __init__(self, batches: Sequence[MicroBatch], loss: StepObjective) -> None:
+        self._batches = enumerate(batches)
+        self._loss = loss
 
+    def forward_step(self, model: Any) -> tuple[Tensor, Callable[..., Any]]:
+        """Megatron's ``forward_step`` of the next micro-batch."""
+        from megatron_tropd.mcore.schedule import student_forward
 
-@dataclass(frozen=True)
-class Scored:
-    """A micro-batch with what the teacher thinks of it."""
-
-    batch: MicroBatch
-    signal: HiddenStatesSignal | None
-    """Of the T loss tokens; None on all stages but the last."""
-    loss: StepLoss
-
-
-def forward_states(scored: Scored, model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
-    """Megatron's ``forward_step`` of a scored micro-batch.
-
-    Args:
-        scored: the micro-batch.
-        model: this stage of the student, as Megatron wrapped it.
-
-    Returns:
-        (hidden states [T, H] on the last stage, the stage's output elsewhere; the loss function).
-    """
-    from megatron_tropd.mcore.hidden import loss_token_states
-
-    return loss_token_states(model, scored.batch), partial(loss_of_states, scored, model)
-
-
-def loss_of_states(scored: Scored, model: torch.nn.Module, hidden_TH: Tensor) -> LossTriple:
-    """Megatron's loss function: summed loss, number of loss tokens, report.
-
-    Args:
-        scored: the micro-batch.
-        model: the last stage of the student, as Megatron wrapped it.
-        hidden_TH: [T, H] whole on every tensor-parallel rank.
-
-    Returns:
-        [] float32 sum of weight x loss, [] int32 T, and the sums Megatron divides for its log.
-
-    Collectives: those of :func:`tropd_loss_from_hidden` on the tensor-parallel group.
-    """
-    from megatron_tropd.mcore.hidden import SomeGradient, output_weight, unwrap
-
-    assert scored.signal is not None, "only the last stage has a loss"
-    settings, batch = scored.loss, scored.batch
-    weight_vH = output_weight(unwrap(model))
-    output = tropd_loss_from_hidden(
-        hidden_TH,
-        weight_vH,
-        targets_of(batch, weights_T=batch.of_loss_tokens(batch.weights)),
-        scored.signal,
-        config=settings.config,
-        vocab_size=settings.vocab_size,
-        group=settings.group,
-        beta=settings.beta,
-        metrics=settings.metrics,
-        reduce_hidden_grad=False,  # the model sums it, with its own kind of parallelism
-        main_grad=unrounded_gradient(weight_vH),
-    )
-    loss = output.loss
-    if torch.is_grad_enabled() and model.ddp_config.overlap_grad_reduce:  # type: ignore[union-attr]
-        loss = SomeGradient.apply(loss, weight_vH)
-    _check(loss, settings, partial(first_trouble, output.values, scored))
-    num_tokens = loss.new_full((), len(hidden_TH), dtype=torch.int)
-    return loss, num_tokens, report_of(output.values, settings)
-
-
-def report_of(values: dict[str, Tensor], settings: StepLoss) -> Report:
-    """Sums and token counts for Megatron's log, TensorBoard and W&B.
-
-    Args:
-        values: [T] each, of the loss.
-        settings: of the step.
-
-    Returns:
-        ``tropd loss``, ``lm loss`` (-log q of the label), ``k1`` (log q - log p), the share of
-        outliers for trust-region losses, and the metrics that were asked for.
-    """
-    shown = {"tropd loss": values["loss"], "lm loss": -values["student_logprob"]}
-    shown["k1"] = values["k1"]
-    if settings.config.needs.outliers:
-        shown["outlier"] = values["outlier"]
-    if settings.metrics:
-        shown |= {name.replace("_", " "): values[name] for name in _METRICS}
-    return {
-        name: torch.stack([value_T.sum(), value_T.new_full((), len(value_T))])
-        for name, value_T in shown.items()
-    }
-
-
-class _ScoredBatches:
-    """The scored micro-batches of a step, in place of Megatron's data iterator."""
-
-    def __init__(self, scored: Sequence[Scored]) -> None:
-        self._scored = iter(scored)
-
-    def take(self) -> Scored:
-        return next(self._scored)
+        return student_forward(self._batches, model, loss_fn=self._loss)
 
     def __iter__(self) -> Iterator[Any]:
         return self
@@ -444,11 +327,9 @@ class _Plugin:
         else:
             items = self._fresh_items(model, args.curr_iteration)
             batches = broadcast_items(own_share(items, share), share)
-        signals = self._teacher.score(batches) or [None] * len(batches)
-        loss = self._step_loss(args)
-        scored = [Scored(b, s, loss) for b, s in zip(batches, signals, strict=True)]
+        loss = self._loss(args, batches, self._teacher.score(batches), share)
         return schedule(
-            data_iterator=_ScoredBatches(scored),
+            data_iterator=_Distilled(batches, loss),
             model=model,
             num_microbatches=num_microbatches,
             seq_length=seq_length,
@@ -464,7 +345,8 @@ class _Plugin:
         return Share(
             count=count,
             shape=shape,
-            step=_iteration(args),
+            # Only training counts them; --skip-train evaluates at the one that was loaded.
+            step=getattr(args, "curr_iteration", args.iteration),
             seed=args.seed,
             masked=bool(getattr(args, "reset_attention_mask", False)),
             must_be_sampled=self._config.needs.sampled,
@@ -474,17 +356,38 @@ class _Plugin:
             dp_size=layout.dp_size,
         )
 
-    def _step_loss(self, args: Namespace) -> StepLoss:
-        return StepLoss(
-            config=self._config,
+    def _loss(
+        self,
+        args: Namespace,
+        batches: Sequence[MicroBatch],
+        signals: Sequence[HiddenStatesSignal],
+        share: Share,
+    ) -> StepObjective:
+        config = self._config.at_step(share.step)
+        return StepObjective(
+            signals,
+            config=config,
             beta=0.001 if args.tropd_beta is None else args.tropd_beta,
             vocab_size=self._teacher.vocab_size,
-            group=self._teacher.layout.tp_group,
+            group=share.group,
+            counts=self._counts(config, batches, share.device),
+            counted=False,
+            device=share.device,
             metrics=args.tropd_metrics,
-            iteration=_iteration(args),
-            check_finite=args.check_for_nan_in_loss_and_grad,
-            check_spiky=getattr(args, "check_for_spiky_loss", False),
+            report=LossReport(args, config, share.step),
         )
+
+    def _counts(
+        self, config: Method, batches: Sequence[MicroBatch], device: torch.device
+    ) -> LossCounts:
+        """Loss tokens of the global batch, if the loss divides by them itself."""
+        student = sum(len(batch.student_at) for batch in batches)
+        counts = [sum(len(batch.loss_at) for batch in batches) - student, student]
+        if config.denominator == "separate":
+            total = upload(torch.tensor(counts), device)
+            dist.all_reduce(total, group=self._teacher.layout.dp_group)
+            counts = total.tolist()
+        return LossCounts(counts[0], counts[1], 0)
 
     def _fresh_items(self, model: Any, iteration: int) -> Sequence[Mapping[str, Tensor]]:
         """The items of an iteration; a repeated one (Megatron's reruns) gets the same again."""
@@ -506,11 +409,6 @@ def own_share(items: Sequence[Mapping[str, Tensor]], share: Share) -> list[dict[
             f"{len(items)}. Sample as many."
         )
     return deal(items, share.shape[0], share.dp_rank, share.dp_size)
-
-
-def _iteration(args: Namespace) -> int:
-    """Count from 0; only training counts, and --skip-train evaluates at the one it loaded."""
-    return int(getattr(args, "curr_iteration", args.iteration))
 
 
 def recorded_trajectories(args: Namespace) -> Any:
@@ -589,59 +487,3 @@ def _vocab_size() -> int:
     from megatron.training import get_tokenizer
 
     return int(get_tokenizer().vocab_size)
-
-
-def first_trouble(values: dict[str, Tensor], scored: Scored) -> str:
-    """The first token of a micro-batch whose loss is no number, in words.
-
-    Args:
-        values: [T] each, of the loss.
-        scored: the micro-batch.
-
-    Returns:
-        Iteration, row, place, token, and whose fault it is.
-    """
-    found_T, batch = trouble(values), scored.batch
-    bad = found_T.nonzero()
-    if not len(bad):
-        return "every token's loss is finite, their sum is not"
-    first = int(bad[0])
-    row, place = divmod(int(batch.loss_at[first]), batch.tokens.shape[1])
-    key, label = batch.keys[row], int(batch.labels[row, place])
-    return (
-        f"iteration {scored.loss.iteration + 1}, row {row} of the micro-batch (prompt "
-        f"{key.prompt}, sample {key.sample}), position {place}, which predicts token {label}: "
-        f"{words(int(found_T[first]))}"
-    )
-
-
-def _check(loss: Tensor, settings: StepLoss, what: Callable[[], str]) -> None:
-    """Megatron's own checks of each micro-batch's loss, which its ``loss_func`` makes.
-
-    --check-for-nan-in-loss-and-grad and --check-for-spiky-loss.
-    """
-    from megatron.core.rerun_state_machine import get_rerun_state_machine
-
-    def no_number(result: Tensor, found: Callable[[Tensor], Tensor]) -> bool:
-        bad = bool(found(result))  # Megatron asks the same of what this returns
-        if bad:
-            # Its message names a test that is run again, and must be the same each time.
-            print(f"tropd: the loss is not finite in {what()}", flush=True)
-        return bad
-
-    machine = get_rerun_state_machine()
-    checks: list[tuple[Callable[[Tensor], Any], str, bool]] = []
-    if settings.check_finite:
-        for found, name in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
-            checks.append((partial(no_number, found=found), f"found {name}", True))
-    if settings.check_spiky:
-        spiky = partial(machine.is_unexpectedly_large, threshold=_SPIKY, context=_LOSS)
-        checks.append((spiky, "found a spike", False))
-    for rejects, found_what, fatal in checks:
-        machine.validate_result(
-            result=loss,
-            rejection_func=rejects,
-            message=f"{found_what} in the {_LOSS}",
-            tolerance=0.0,
-            fatal=fatal,
-        )

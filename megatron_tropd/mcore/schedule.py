@@ -46,12 +46,10 @@ def gradients(
 
     Collectives: those of Megatron's schedule and ``finalize_model_grads``.
     """
-    gpt = unwrap(chunk)
-    weight_vH = output_weight(gpt) if gpt.post_process else None
     return run_schedule(
         chunk,
         micro_batches,
-        forward_step=partial(_with_loss, loss_fn=loss_fn, weight_vH=weight_vH),
+        forward_step=partial(student_forward, loss_fn=loss_fn),
         forward_only=False,
     )
 
@@ -106,17 +104,24 @@ def run_schedule(
     )
 
 
-def _with_loss(
-    iterator: Iterator[tuple[int, MicroBatch]],
-    model: DistributedDataParallel,
-    *,
-    loss_fn: LossFn,
-    weight_vH: Tensor | None,
+def student_forward(
+    iterator: Iterator[tuple[int, MicroBatch]], model: DistributedDataParallel, *, loss_fn: LossFn
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]]:
+    """Megatron's ``forward_step_func`` of the student.
+
+    Args:
+        iterator: gives the micro-batches and their indices.
+        model: this stage's chunk, as Megatron wrapped it.
+        loss_fn: the loss.
+
+    Returns:
+        (hidden states [T, H] on the last stage, the stage's output elsewhere; Megatron's loss
+        function of them: summed loss, number of loss tokens, report).
+    """
     index, batch = next(iterator)
 
     def loss(hidden_TH: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        assert weight_vH is not None, "only the last stage has a loss"
+        weight_vH = output_weight(unwrap(model))
         loss_sum, report = loss_fn(hidden_TH, weight_vH, batch, index)
         num_tokens = loss_sum.new_full((), len(batch.loss_at), dtype=torch.int)
         if model.ddp_config.overlap_grad_reduce:

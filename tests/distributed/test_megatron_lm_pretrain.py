@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -436,9 +437,11 @@ def _one_hot_teacher(student: str, sequence_parallel: bool, out: str) -> None:
     from megatron_tropd.config import ParallelConfig, TrainConfig
     from megatron_tropd.config.loss import preset
     from megatron_tropd.convert.hf_folder import HFFolder
-    from megatron_tropd.integrations import megatron_lm
+    from megatron_tropd.distill.step_loss import StepObjective
+    from megatron_tropd.integrations.loss_report import LossReport
     from megatron_tropd.losses import HiddenStatesSignal
     from megatron_tropd.mcore import models, parallel
+    from megatron_tropd.mcore.schedule import student_forward
     from megatron_tropd.mcore.student import Student
 
     mappings._reduce = _old_reduce
@@ -469,9 +472,6 @@ def _one_hot_teacher(student: str, sequence_parallel: bool, out: str) -> None:
     half = vocab // 2
     identity_vV = torch.eye(vocab)[ranks.tp_rank * half : (ranks.tp_rank + 1) * half]
     # Megatron's cross entropy counts padding columns as real ones.
-    settings = megatron_lm.StepLoss(
-        preset("gkd_forward_kl"), 1.0, vocab, ranks.tp_group, False, 0, False
-    )
     loss_at = weights.flatten().nonzero()[:, 0]
     batch = MicroBatch(
         tokens=tokens,
@@ -490,7 +490,20 @@ def _one_hot_teacher(student: str, sequence_parallel: bool, out: str) -> None:
         keys=tuple(SampleKey(0, row, 0) for row in range(ROWS)),
     )
     signal = HiddenStatesSignal(one_hot_TV, identity_vV.contiguous(), vocab)
-    states, loss_of = megatron_lm.forward_states(megatron_lm.Scored(batch, signal, settings), chunk)
+    args = Namespace(check_for_nan_in_loss_and_grad=False, tropd_metrics=False)
+    config = preset("gkd_forward_kl")
+    objective = StepObjective(
+        [signal],
+        config=config,
+        beta=1.0,
+        vocab_size=vocab,  # Megatron's cross entropy counts padding columns as real ones
+        group=ranks.tp_group,
+        counts=LossCounts(0, len(loss_at), 0),
+        counted=False,
+        device=tokens.device,
+        report=LossReport(args, config, iteration=0),
+    )
+    states, loss_of = student_forward(enumerate([batch]), chunk, loss_fn=objective)
     loss, count, report = loss_of(states)
     loss.backward()
     assert count == weights.sum()

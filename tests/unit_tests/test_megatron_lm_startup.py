@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 from argparse import Namespace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,8 @@ from megatron_tropd.data.recorded import training_item
 from megatron_tropd.data.sequence import SampleKey, TokenSequence, Writer
 from megatron_tropd.distill.token_choices import targets_of
 from megatron_tropd.integrations import global_batch, megatron_lm, options, startup
+from megatron_tropd.integrations.loss_report import LossReport
+from megatron_tropd.losses import SummedLoss
 from tests.host_syncs import host_syncs
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "megatron_lm"
@@ -206,14 +208,33 @@ def test_megatron_lm_lays_out_experts_where_the_teacher_has_some(tiny_model) -> 
     startup.open_teacher(teach(mixture, **shared | {"expert_tensor_parallel_size": 2}), 259)
 
 
+def _plugin(**ranks: object) -> megatron_lm._Plugin:
+    plugin = megatron_lm._Plugin(None, None)
+    place = {"tp_group": None, "dp_group": None, "dp_rank": 0, "dp_size": 1} | ranks
+    plugin._teacher = Namespace(vocab_size=259, layout=Namespace(**place))
+    return plugin
+
+
 def test_megatron_lm_evaluates_where_nobody_counts_iterations() -> None:
     """As with --skip-train, which never sets ``curr_iteration``."""
-    plugin = megatron_lm._Plugin(None, None)
-    plugin._teacher = Namespace(vocab_size=259, layout=Namespace(tp_group=None))
-    args = teach(Path("x"), seed=1, iteration=7, check_for_nan_in_loss_and_grad=True)
-    assert plugin._step_loss(args).iteration == 7
+    args = teach(Path("x"), seed=1, iteration=7)
+    assert _plugin()._share(args, 1, (2, 4)).step == 7
     args.curr_iteration = 9
-    assert plugin._step_loss(args).iteration == 9
+    assert _plugin()._share(args, 1, (2, 4)).step == 9
+
+
+def test_megatron_lm_counts_each_segment_by_itself_where_the_loss_does(group) -> None:
+    """``denominator = "separate"`` was taken and did nothing."""
+    mask = torch.tensor([[0, 1, 1, 0], [0, 0, 1, 0]])
+    (batch,) = _draw(_items(loss_mask=mask.float()), group)
+    args = teach(Path("x"), check_for_nan_in_loss_and_grad=False)
+    plugin, share = _plugin(dp_group=group), _share(1, group)
+    plugin._config = config_of(denominator="separate")
+    batch = replace(
+        batch, writers=torch.tensor([[0, 1, 2, 0], [0, 0, 2, 0]]), student_at=torch.tensor([1, 2])
+    )
+    loss = plugin._loss(args, [batch], [], share)
+    assert loss._weights_of(batch, 0).tolist() == [3 / 1, 3 / 2, 3 / 2]
 
 
 def test_megatron_lm_loss_can_be_freed_by_a_pipelines_last_stage() -> None:
@@ -265,7 +286,7 @@ def test_megatron_lm_names_the_version_and_what_is_missing(monkeypatch) -> None:
 
 def test_megatron_lm_refuses_a_forward_step_that_does_not_distil() -> None:
     with pytest.raises(ConfigError, match="Pass megatron_lm"):
-        next(megatron_lm._ScoredBatches([]))
+        next(megatron_lm._Distilled([], None))
 
 
 def test_megatron_lm_refuses_to_train_plainly_with_a_teacher(monkeypatch) -> None:
@@ -391,7 +412,8 @@ def test_megatron_lm_makes_the_micro_batches_of_the_trainer(group) -> None:
 
 def test_megatron_lm_waits_for_the_device_once_a_step(group) -> None:
     """For the kind of data and the numbers of labels, however many micro-batches there are."""
-    settings = megatron_lm.StepLoss(config_of(), 1.0, 20, group, False, 5, False)
+    args = teach(Path("x"), check_for_nan_in_loss_and_grad=False)
+    report = LossReport(args, config_of(), iteration=5)
     sequence = TokenSequence.of_runs(
         SampleKey(5, 0, 0), (Writer.CONTEXT, (9, 9)), (Writer.STUDENT, (7,) * 5), logprobs=(-1,) * 5
     )
@@ -404,7 +426,7 @@ def test_megatron_lm_waits_for_the_device_once_a_step(group) -> None:
                     name: targets.uniforms_T
                     for name in ("loss", "student_logprob", "k1", "outlier")
                 }
-                megatron_lm.report_of(values, settings)
+                report(SummedLoss(values["loss"].sum(), values), batch)
         assert list(found.values()) == [1], found
 
 
@@ -470,20 +492,17 @@ def test_megatron_lm_names_the_token_whose_loss_is_no_number(
         loss_mask=torch.tensor([[0.0, 1, 1, 0], [0, 0, 1, 0]]),
     )
     (batch,) = _draw(item, group, step=4)
-    step = megatron_lm.StepLoss(
-        config=config_of(), beta=0.0, vocab_size=12, group=None, metrics=False,
-        iteration=4, check_finite=True,
-    )  # fmt: skip
-    scored = megatron_lm.Scored(batch, None, step)
-    values = {name: torch.zeros(3) for name in ("loss", "student_logprob", "teacher_logprob")}
-    what = partial(megatron_lm.first_trouble, values, scored)
-    megatron_lm._check(values["loss"].sum(), step, what)
+    args = teach(Path("x"), check_for_nan_in_loss_and_grad=True)
+    report = LossReport(args, config_of(region="bernoulli"), iteration=4)
+    names = ("loss", "student_logprob", "teacher_logprob", "k1", "outlier")
+    values = {name: torch.zeros(3) for name in names}
+    report(SummedLoss(values["loss"].sum(), values), batch)
     assert capsys.readouterr().out == ""
     for name in ("loss", broken):
         if name:
             values[name][1:] = loss
     with pytest.raises(RuntimeError, match=r"found (NaN|Inf) in the distillation loss"):
-        megatron_lm._check(values["loss"].sum(), step, what)
+        report(SummedLoss(values["loss"].sum(), values), batch)
     said = capsys.readouterr().out
     assert "iteration 5, row 0 of the micro-batch (prompt 0, sample 0), position 2" in said
     assert "predicts token 7" in said and says in said
