@@ -75,10 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print every check and what would be used.
-
-    Returns:
-        0 if the main job can run here, 1 if not.
+    """Print every check and what would be used; 1 if the main job cannot run here.
 
     Raises:
         ConfigError: the file is no config.

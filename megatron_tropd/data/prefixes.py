@@ -8,7 +8,7 @@ constant schedule is GKD's share of the teacher's own sequences, arXiv 2306.1364
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_tropd.config import GuidanceConfig, RolloutConfig
 from megatron_tropd.data.responses import TeacherResponse
@@ -100,28 +100,20 @@ def plan_requests(
     prompts: Sequence[Prompt],
     responses: Mapping[int, Sequence[TeacherResponse]] | None,
     *,
-    step: int,
-    steps: int,
     rollout: RolloutConfig,
-    guidance: GuidanceConfig,
-    seed: int,
+    **settings: Any,
 ) -> list[PlannedSample]:
-    """Every sample of one step, prompt by prompt, as :func:`plan_sample` has it.
+    """Every sample of one step, those of a prompt beside each other.
 
-    Returns:
-        ``len(prompts) x samples_per_prompt`` plans; those of a prompt are neighbours.
+    Args:
+        prompts: of the step.
+        responses: as of :func:`plan_sample`.
+        rollout: samples of a prompt, and their length.
+        settings: the others of :func:`plan_sample`.
     """
+    most = rollout.max_new_tokens
     return [
-        plan_sample(
-            prompt,
-            sample,
-            responses,
-            step=step,
-            steps=steps,
-            max_new_tokens=rollout.max_new_tokens,
-            guidance=guidance,
-            seed=seed,
-        )
+        plan_sample(prompt, sample, responses, max_new_tokens=most, **settings)
         for prompt in prompts
         for sample in range(rollout.samples_per_prompt)
     ]

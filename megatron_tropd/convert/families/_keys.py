@@ -35,17 +35,8 @@ CARRIED = frozenset(
 HARMLESS = frozenset(
     [
         # of the file and of how it was made
-        *(
-            "transformers_weights",
-            "transformers_version",
-            "torch_dtype",
-            "dtype",
-            "auto_map",
-            "tokenizer_class",
-            "name",
-            "name_or_path",
-            "is_llama_config",
-        ),
+        *("transformers_weights", "transformers_version", "torch_dtype", "dtype", "auto_map"),
+        *("tokenizer_class", "name", "name_or_path", "is_llama_config"),
         *("model_name", "license", "license_name", "language", "base_model", "prefix"),
         *("base_model_name_or_path", "unsloth_version", "unsloth_fixed", "unsloth_training"),
         *("transformers.js_config", "num_params", "num_parameters", "initializer_range"),
