@@ -65,9 +65,6 @@ def set_environment(
 def check_options(table: str, options: Mapping[str, Any]) -> None:
     """Refuse options of Megatron's under which two runs may differ.
 
-    Args:
-        table: name of the table, for messages: "model" or "teacher".
-
     Raises:
         ConfigError: one has such a value.
     """

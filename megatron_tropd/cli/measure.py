@@ -83,7 +83,6 @@ def evaluate(
         model: run folder, its exported student, or any other HF folder.
         problems: JSON lines of held-out problems; None: those of the run.
         like: a run whose settings are used for an HF folder.
-        overrides: what the command asks for in place of the settings.
 
     Returns:
         The result (``accuracy`` or ``reverse_kl`` with their companions), ``model``, ``settings``,

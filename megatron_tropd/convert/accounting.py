@@ -47,9 +47,6 @@ def account(
 ) -> tuple[list[Entry], list[str]]:
     """Compare the names that a model needs with those that a folder holds.
 
-    Args:
-        names: HF names in the folder or its index.
-
     Returns:
         The plan, and the names that nobody needs and that are known to be redundant: a tied output
         layer.

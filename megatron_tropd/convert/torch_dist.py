@@ -233,9 +233,6 @@ def _nbytes(item: WriteItem) -> int:
 class TorchDistReader:
     """Tensors of one ``torch_dist`` folder (``release``, ``iter_0000100``, ``step_000100``).
 
-    Args:
-        folder: holds ``.metadata``.
-
     Raises:
         InputError: it is no such folder, or ``.metadata`` holds something that is not data.
     """

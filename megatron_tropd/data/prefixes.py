@@ -80,11 +80,7 @@ def prefix_length(
     The closing stop token is never part of a prefix and at least one token is left to write.
 
     Args:
-        step: 0-based training step.
-        steps: ``train.steps``.
         max_new_tokens: longest prefix and continuation together.
-        rule: ``guidance.prefix_length``.
-        schedule: ``guidance.schedule``, which gives alpha.
         draw: number in [0, 1), used by "uniform".
 
     Returns:
@@ -103,14 +99,7 @@ def plan_requests(
     rollout: RolloutConfig,
     **settings: Any,
 ) -> list[PlannedSample]:
-    """Every sample of one step, those of a prompt beside each other.
-
-    Args:
-        prompts: of the step.
-        responses: as of :func:`plan_sample`.
-        rollout: samples of a prompt, and their length.
-        settings: the others of :func:`plan_sample`.
-    """
+    """Every sample of one step, those of a prompt beside each other."""
     most = rollout.max_new_tokens
     return [
         plan_sample(prompt, sample, responses, max_new_tokens=most, **settings)
@@ -135,11 +124,7 @@ def plan_sample(
     Args:
         sample_index: 0-based among the samples of the prompt in this step.
         responses: teacher responses by ``Prompt.index``; None switches guidance off.
-        step: 0-based training step.
-        steps: ``train.steps``.
         max_new_tokens: longest prefix and continuation together.
-        guidance: which samples carry a prefix and how long it is.
-        seed: ``train.seed``; keys the sampling seeds and the prefix draws.
     """
     prefix: tuple[int, ...] = ()
     if responses is not None and sample_index < guidance.prefixed_per_prompt:

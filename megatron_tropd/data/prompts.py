@@ -93,9 +93,6 @@ def tokenize_line(
     A text that no template made gets the special tokens that the tokenizer puts before a text, once
     (it may bring them itself), and none of those that it puts after one.
 
-    Args:
-        leading: of :func:`leading_ids`.
-
     Returns:
         The text that the model sees, and its ids.
 
@@ -148,9 +145,6 @@ def check_same_texts(
     """Refuse a pair whose tokenizers and chat templates make different texts of the same prompts.
 
     Templates may differ in what these prompts do not use.
-
-    Args:
-        prompts: those of :func:`load_prompts` with the student's tokenizer.
 
     Raises:
         InputError: the teacher's template makes another text, or none, or its tokenizer begins a
@@ -216,11 +210,6 @@ def prompts_of_step(n_prompts: int, per_step: int, step: int, seed: int) -> list
 
     The last ``n_prompts % per_step`` prompts of each permutation sit that epoch out, so no step
     sees a prompt twice.
-
-    Args:
-        per_step: prompts of a step (``rollout.prompts_per_step``).
-        step: 0-based training step.
-        seed: ``train.seed``.
 
     Returns:
         ``per_step`` different indices.

@@ -126,11 +126,7 @@ class Memory:
 
 
 def memory_of_stage(run: PlannedRun, stage: int) -> Memory:
-    """Every item on a GPU of a pipeline stage.
-
-    Args:
-        stage: 0-based.
-    """
+    """Every item on a GPU of a pipeline stage."""
     student, teacher = run.parameters_of(run.student, stage), run.parameters_of(run.teacher, stage)
     last = stage == run.last_stage
     engine = Engine(0.0, 0.0, 0.0, 0.0) if run.separate else engine_memory(run)

@@ -34,9 +34,6 @@ class RunRecords:
 def read_run(folder: str | Path) -> RunRecords:
     """Read a run folder, finished or not.
 
-    Args:
-        folder: the ``run.dir`` of a run.
-
     Returns:
         Its records; parts that were not written yet are empty.
 

@@ -173,9 +173,6 @@ def same_text(one: str, other: str) -> bool:
 def read_answer(text: str) -> Answer:
     """What a mark says.
 
-    Args:
-        text: of the mark, with LaTeX and markup as the model wrote it.
-
     Returns:
         The most definite kind that the whole text is.
     """
@@ -185,9 +182,6 @@ def read_answer(text: str) -> Answer:
 
 def compare(one: Answer, other: Answer) -> bool | None:
     """Whether two answers say the same.
-
-    Args:
-        other: another; the order does not matter.
 
     Returns:
         True, False, or None if this cannot be told.

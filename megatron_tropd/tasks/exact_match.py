@@ -68,10 +68,7 @@ def answer_greedily(
     """One greedy sample for each problem.
 
     Args:
-        engine: continues the prompts.
-        problems: prompts whose ``fields`` hold "answer".
         stop_token_ids: ids that end an answer, EOS included.
-        max_new_tokens: longest answer.
 
     Raises:
         InputError: there is no problem, or one has no answer.
@@ -94,9 +91,6 @@ def grade_answers(
     """Grade what was sampled for each problem.
 
     Args:
-        problems: as of :func:`answer_greedily`.
-        samples: one for each.
-        tokenizer: turns ids into text.
         grader: a key of :data:`megatron_tropd.tasks.graders.GRADERS`.
     """
     responses = []

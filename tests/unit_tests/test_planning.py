@@ -478,7 +478,7 @@ ERRORS = {
     "parallel.data=3": "must be divisible by parallel.data = 3",
     "rollout.engine_tensor_parallel=8": "exceeds the 4 GPUs",
     "rollout.engine_tensor_parallel=0": "must be at least 1, found 0",
-    "rollout.engine_tensor_parallel=3": "must divide the student's attention heads 16",
+    "rollout.engine_tensor_parallel=3": "must divide the attention heads of the student, found 16",
     "rollout.steps_ahead=1": 'needs rollout.placement = "separate"',
     "rollout.engine_gpu_share=1.5": "strictly between 0 and 1, found 1.5",
     "parallel.expert=2": "student and teacher are dense",
