@@ -27,7 +27,7 @@ ENVIRONMENT: dict[str, tuple[str, ...]] = {
     # cuBLAS and its all-reduce by itself, and takes an attention backend that can do it.
     "VLLM_BATCH_INVARIANT": ("1",),
 }
-"""Variable -> values that give equal bits; the first is set where there is none."""
+"""Variable -> values that give equal bits; the first is set if there is none."""
 
 _MODEL_OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
     "deterministic_mode": ((True,), "run.deterministic turns it on"),

@@ -34,7 +34,7 @@ from megatron_tropd.distill.inputs import Inputs, load_inputs
 
 _ALL = 2**40  # problems, or tokens of a micro-batch: no limit
 _ANSWER_TOKENS = 1024
-"""Longest answer where neither a run nor the command says one, if the context has room for it."""
+"""Longest answer if neither a run nor the command says one, if the context has room for it."""
 
 
 @dataclass(frozen=True)

@@ -398,7 +398,7 @@ def _bytes(storage: torch.UntypedStorage) -> memoryview:
 
 
 def _stored_crc(view: Any) -> int | None:
-    """The checksum torch.save wrote beside a tensor's bytes; None where it was switched off."""
+    """The checksum torch.save wrote beside a tensor's bytes; None if it was switched off."""
     with zipfile.ZipFile(view) as archive:
         records = [r for r in archive.infolist() if r.filename.endswith("/data/0")]
     # torch writes 0 when checksums are off.

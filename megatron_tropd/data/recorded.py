@@ -35,7 +35,7 @@ def training_item(sequence: TokenSequence, seq_length: int) -> dict[str, Tensor]
 
     Returns:
         ``tokens``, ``labels`` (the next token), ``position_ids`` [S] int64; ``loss_weights`` [S]
-        float32, 0 where the label is context or padding; ``teacher_written`` [S] bool and
+        float32, 0 if the label is context or padding; ``teacher_written`` [S] bool and
         ``rollout_logprobs`` [S] float32 of the label; ``response_positions`` [S] int64 index of the
         label after the prompt, 0 elsewhere; ``sample_id`` [] int64. Ids are 0 in padding.
     """

@@ -68,7 +68,7 @@ def recommend(run: PlannedRun, gpus: int) -> Recommendation:
 
 
 def _estimates(run: PlannedRun, gpus: int, ahead: Literal[0, 1]) -> list[Estimate]:
-    """Every layout that the trainer accepts; with offloading where none fits without."""
+    """Every layout that the trainer accepts; with offloading if none fits without."""
     kept = _every_layout(run, gpus, ahead, offload=False)
     if not kept or any(e.fits for e in kept):
         return kept

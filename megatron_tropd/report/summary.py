@@ -26,7 +26,7 @@ def summary_table(summary: Mapping[str, Any]) -> str:
 
 
 def gap_closed(summary: Mapping[str, Any]) -> float | None:
-    """(after - before) / (teacher - before) of the accuracies, None where it has no meaning."""
+    """(after - before) / (teacher - before) of the accuracies, None if it has no meaning."""
     before, after, teacher = (
         summary.get(name) for name in ("student_before", "student_after", "teacher")
     )

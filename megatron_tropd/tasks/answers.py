@@ -4,6 +4,11 @@ r"""Answers as values: what a mark says, and whether two of them say the same.
 the two may or may not be the same, and this module cannot tell (``x(x+1)`` and ``x^2+x``, a number
 in other units, a letter and the text of its option). Nothing is guessed: a text that is not read as
 a whole is compared as text.
+
+Why not math-verify: version 0.9.0 was tried on the pairs of tests/unit_tests/test_graders.py. It
+finds 104 of 170 equal pairs (no letters, scales, words), accepts 9 of 68 that must be wrong ("5
+million" for 5, "18 or 20") and 47 of 106 that cannot be judged ("the square of 5"), and knows no
+third verdict.
 """
 
 import ast

@@ -303,7 +303,7 @@ def _written_windows(family: Family, shape: ModelShape) -> dict[str, Any]:
         keys["use_sliding_window"] = window is not None
     if family.windows_by_layer:
         kinds = ["full_attention" if w is None else "sliding_attention" for w in shape.windows]
-        # vLLM takes mixed layers for full ones where this is the number of layers.
+        # vLLM takes mixed layers for full ones if this is the number of layers.
         layers = 0 if window is not None else shape.layers
         keys |= {"layer_types": kinds, "max_window_layers": layers}
     return keys
