@@ -77,7 +77,6 @@ class Failure:
     phase: str | None = None
     """Of the step, as in the metrics (rollout, teacher, student, ...)."""
     node: str = ""
-    """Host name."""
     time: str = ""
     """When it was reported, UTC."""
     exit_code: int = exits.FAILED

@@ -64,7 +64,6 @@ class Check:
     name: str
     status: Status
     text: str
-    """What was found."""
     advice: str = ""
     """What to do about it, if anything."""
 

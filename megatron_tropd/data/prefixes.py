@@ -23,7 +23,6 @@ class PlannedSample:
     """One sequence to be: what the engine is asked, and where it comes from."""
 
     prompt: Prompt
-    """The prompt."""
     sample_index: int
     """0-based among the samples of the prompt in this step."""
     prefix_ids: tuple[int, ...]

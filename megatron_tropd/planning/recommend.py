@@ -29,7 +29,6 @@ class Recommendation:
 
     best: Estimate
     why: str
-    """One line."""
     other: Estimate | None = None
     """The best layout with the other ``rollout.steps_ahead``, where there is one that fits."""
 

@@ -18,7 +18,6 @@ class RunRecords:
     """Everything a report shows."""
 
     folder: Path
-    """The run folder."""
     config: dict[str, Any]
     """``config.json``: the resolved settings, by section."""
     metrics: list[dict[str, Any]]

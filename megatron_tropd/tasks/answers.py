@@ -226,54 +226,55 @@ _LETTERS = str.maketrans(
         **{"\u200b": "", "\ufeff": "", "\u2060": ""},
     }
 )
-_LATEX = [
+
+
+def _rules(*rules: tuple[str, str]) -> list[tuple[re.Pattern[str], str]]:
+    return [(re.compile(pattern), made) for pattern, made in rules]
+
+
+_LATEX = _rules(
+    (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits)(?![a-zA-Z])\.?", ""),
+    (r"\\!|\\[()\[\]]", ""),
+    (r"\\[,;: ]|\\q?quad(?![a-zA-Z])|(?<!\\)~", " "),
+    (r"\{,\}", ","),
+    (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
+    (r"\^\s*\{?\s*\\circ(?![a-zA-Z])\s*\}?|\\degrees?(?![a-zA-Z])", "°"),
+    (r"\\(?:cdot|times|ast)(?![a-zA-Z])", "*"),
+    (r"\\div(?![a-zA-Z])", "/"),
+    (r"\\pm(?![a-zA-Z])", "±"),
+    (r"\\infty(?![a-zA-Z])", "inf"),
+    (r"\\pi(?![a-zA-Z])", "pi"),
+    (r"\\leq?(?:slant)?(?![a-zA-Z])", "≤"),
+    (r"\\geq?(?:slant)?(?![a-zA-Z])", "≥"),
+    (r"\\neq?(?![a-zA-Z])", "≠"),
+    (r"\\(?:lbrace|\{)", "⦃"),
+    (r"\\(?:rbrace|\})", "⦄"),
+    (r"(?<!\\)\\([%#&_])", r"\1"),
+    (r"(?<=[\w)])\*\*(?=[\w(])", "^"),
+    (r"\*\*|(?<!\w)__|__(?!\w)", ""),
+    (r"(?i)(?<![\w/])(?:negative|minus) (?=[\d$.])", "-"),
+)
+_INNERMOST = _rules(
     (
-        re.compile(r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits)(?![a-zA-Z])\.?"),
-        "",
-    ),
-    (re.compile(r"\\!|\\[()\[\]]"), ""),
-    (re.compile(r"\\[,;: ]|\\q?quad(?![a-zA-Z])|(?<!\\)~"), " "),
-    (re.compile(r"\{,\}"), ","),
-    (re.compile(r"\\[dtc]frac(?![a-zA-Z])"), r"\\frac"),
-    (re.compile(r"\^\s*\{?\s*\\circ(?![a-zA-Z])\s*\}?|\\degrees?(?![a-zA-Z])"), "°"),
-    (re.compile(r"\\(?:cdot|times|ast)(?![a-zA-Z])"), "*"),
-    (re.compile(r"\\div(?![a-zA-Z])"), "/"),
-    (re.compile(r"\\pm(?![a-zA-Z])"), "±"),
-    (re.compile(r"\\infty(?![a-zA-Z])"), "inf"),
-    (re.compile(r"\\pi(?![a-zA-Z])"), "pi"),
-    (re.compile(r"\\leq?(?:slant)?(?![a-zA-Z])"), "≤"),
-    (re.compile(r"\\geq?(?:slant)?(?![a-zA-Z])"), "≥"),
-    (re.compile(r"\\neq?(?![a-zA-Z])"), "≠"),
-    (re.compile(r"\\(?:lbrace|\{)"), "⦃"),
-    (re.compile(r"\\(?:rbrace|\})"), "⦄"),
-    (re.compile(r"(?<!\\)\\([%#&_])"), r"\1"),
-    (re.compile(r"(?<=[\w)])\*\*(?=[\w(])"), "^"),
-    (re.compile(r"\*\*|(?<!\w)__|__(?!\w)"), ""),
-    (re.compile(r"(?<![\w/])(?:negative|minus) (?=[\d$.])", re.IGNORECASE), "-"),
-]
-_INNERMOST = [
-    (
-        re.compile(
-            r"\\(?:text|textbf|textit|textrm|textsf|texttt|mathrm|mathbf|mathit|mathsf|mathtt|"
-            r"mathbb|mathcal|mbox|hbox|fbox|boxed|emph|operatorname|boldsymbol)\*?\s*\{([^{}]*)\}"
-        ),
+        r"\\(?:text|textbf|textit|textrm|textsf|texttt|mathrm|mathbf|mathit|mathsf|mathtt|"
+        r"mathbb|mathcal|mbox|hbox|fbox|boxed|emph|operatorname|boldsymbol)\*?\s*\{([^{}]*)\}",
         r" \1 ",
     ),
-    (re.compile(r"\\frac\s*([\d])"), r"\\frac{\1}"),
-    (re.compile(r"(\\frac\s*\{[^{}]*\})\s*([\da-zA-Z])"), r"\1{\2}"),
+    (r"\\frac\s*([\d])", r"\\frac{\1}"),
+    (r"(\\frac\s*\{[^{}]*\})\s*([\da-zA-Z])", r"\1{\2}"),
     # A whole number before a fraction of numbers is a mixed number, as in print.
     (
-        re.compile(r"(?<![\d.^*/)])(\d+)\s*\\frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}"),
+        r"(?<![\d.^*/)])(\d+)\s*\\frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}",
         r"(\1+\2/\3)",
     ),
-    (re.compile(r"\\frac\s*\{\s*([\w.]*)\s*\}\s*\{\s*([\d.]+|\w)\s*\}"), r"(\1/\2)"),
-    (re.compile(r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}"), r"((\1)/(\2))"),
-    (re.compile(r"\\sqrt\s*([\d])"), r"sqrt(\1)"),
-    (re.compile(r"\\sqrt\s*\{([^{}]*)\}"), r"sqrt(\1)"),
+    (r"\\frac\s*\{\s*([\w.]*)\s*\}\s*\{\s*([\d.]+|\w)\s*\}", r"(\1/\2)"),
+    (r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"((\1)/(\2))"),
+    (r"\\sqrt\s*([\d])", r"sqrt(\1)"),
+    (r"\\sqrt\s*\{([^{}]*)\}", r"sqrt(\1)"),
     # x^{2y} is not x^{2}y, nor 10^{2}5 10^{25}.
-    (re.compile(r"\^\s*\{\s*(-?[\d.]+|\w)\s*\}(?![\d.])"), r"^\1"),
-    (re.compile(r"\^\s*\{([^{}]*)\}"), r"^(\1)"),
-]
+    (r"\^\s*\{\s*(-?[\d.]+|\w)\s*\}(?![\d.])", r"^\1"),
+    (r"\^\s*\{([^{}]*)\}", r"^(\1)"),
+)
 
 
 def normalise(text: str) -> str:

@@ -29,7 +29,6 @@ class GradedResponse:
     """One problem and what the model made of it."""
 
     prompt_index: int
-    """``Prompt.index`` of the problem."""
     prompt: str
     """The problem as the model saw it."""
     response: str
