@@ -27,7 +27,7 @@ ENVIRONMENT: dict[str, tuple[str, ...]] = {
     # cuBLAS and its all-reduce by itself, and takes an attention backend that can do it.
     "VLLM_BATCH_INVARIANT": ("1",),
 }
-"""Variable -> values that give equal bits; the first is set where there is none."""
+"""Variable -> values that give equal bits; the first is set if there is none."""
 
 _MODEL_OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
     "deterministic_mode": ((True,), "run.deterministic turns it on"),
@@ -64,9 +64,6 @@ def set_environment(
 
 def check_options(table: str, options: Mapping[str, Any]) -> None:
     """Refuse options of Megatron's under which two runs may differ.
-
-    Args:
-        table: name of the table, for messages: "model" or "teacher".
 
     Raises:
         ConfigError: one has such a value.

@@ -1,6 +1,6 @@
 """What environment variables say. One that is set to nothing counts as not set.
 
-Schedulers, job files and containers set variables to nothing where they mean none.
+Schedulers, job files and containers set variables to nothing if they mean none.
 """
 
 import os

@@ -77,7 +77,6 @@ class Failure:
     phase: str | None = None
     """Of the step, as in the metrics (rollout, teacher, student, ...)."""
     node: str = ""
-    """Host name."""
     time: str = ""
     """When it was reported, UTC."""
     exit_code: int = exits.FAILED
@@ -116,7 +115,7 @@ def report(path: Path, failure: Failure) -> bool:
 def _place(temporary: Path, path: Path) -> bool:
     """Give a file its name unless that is taken; whether it was free."""
     try:
-        os.link(temporary, path)  # fails where the file exists: the first one stays
+        os.link(temporary, path)  # fails if the file exists: the first one stays
     except FileExistsError:
         return False
     except OSError:  # some network file systems have no hard links; nearly as good:
@@ -127,7 +126,7 @@ def _place(temporary: Path, path: Path) -> bool:
 
 
 def read(path: Path) -> Failure | None:
-    """The failure in ``path``; None where there is none, or nothing readable."""
+    """The failure in ``path``; None if there is none, or nothing readable."""
     try:
         return Failure(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):

@@ -49,7 +49,7 @@ def read_patiently[T](action: Callable[[], T]) -> T:
     """Call ``action`` until it can read, for about a minute.
 
     Raises:
-        OSError: it could not read to the end; at once where there is no such file.
+        OSError: it could not read to the end; at once if there is no such file.
     """
     for pause in READ_PATIENCE:
         try:

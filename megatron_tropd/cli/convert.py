@@ -70,7 +70,7 @@ def _add_to_megatron(parser: argparse.ArgumentParser) -> None:
     add(
         "--allow-pickle",
         action="store_true",
-        help="read pytorch_model.bin where there are no safetensors (tensors only, no code runs)",
+        help="read pytorch_model.bin if there are no safetensors (tensors only, no code runs)",
     )
     _add_common(parser, _to_megatron)
 
@@ -222,7 +222,7 @@ def _guarded(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Nam
     """Users' mistakes, full disks and Ctrl-C are one line, not a traceback."""
 
     def guarded(arguments: argparse.Namespace) -> int:
-        # Large pages: where a page fault is dear, conversion is two to four times as fast. torch
+        # Large pages: if a page fault is dear, conversion is two to four times as fast. torch
         # reads this at its first allocation.
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
         try:

@@ -15,6 +15,7 @@ import sys
 import sysconfig
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from pathlib import Path
 
 from megatron_tropd.base.environment import hidden_gpus, listed_gpus
@@ -63,7 +64,6 @@ class Check:
     name: str
     status: Status
     text: str
-    """What was found."""
     advice: str = ""
     """What to do about it, if anything."""
 
@@ -75,10 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print every check and what would be used.
-
-    Returns:
-        0 if the main job can run here, 1 if not.
+    """Print every check and what would be used; 1 if the main job cannot run here.
 
     Raises:
         ConfigError: the file is no config.
@@ -174,7 +171,7 @@ def check_shared_memory() -> Check:
         "billion parameters, divided by the node's engines"
     )
     if torch.cuda.is_available():
-        text += "; not used where weights go from GPU to GPU (rollout.weight_transport)"
+        text += "; not used if weights go from GPU to GPU (rollout.weight_transport)"
     if free < MIN_SHARED_GIB * 2**30:
         advice = "In a container: --shm-size or --ipc=host. Else weights go through TMPDIR, slower."
         return Check(name, Status.NOTE, text, advice)
@@ -210,18 +207,15 @@ def check_cuda() -> Check:
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         return Check("CUDA", Status.OK, f"{len(names)} x {names[0]}; {built}")
     if listed_gpus() and not hidden_gpus():
-        return Check(
-            "CUDA",
-            Status.FAIL,
-            f"nvidia-smi lists a device, torch cannot use it; {built}",
-            f"Install a driver for CUDA {torch.version.cuda}, or hide the device: "
-            'CUDA_VISIBLE_DEVICES="".',
-        )
+        text = f"nvidia-smi lists a device, torch cannot use it; {built}"
+        driver = f"Install a driver for CUDA {torch.version.cuda}"
+        advice = f'{driver}, or hide the device: CUDA_VISIBLE_DEVICES="".'
+        return Check("CUDA", Status.FAIL, text, advice)
     return Check("CUDA", Status.OK, f"no device: everything runs on the CPU; {built}")
 
 
 def check_backends() -> list[Check]:
-    """gloo and NCCL, each by an all-reduce where it should work."""
+    """gloo and NCCL, each by an all-reduce if it should work."""
     import torch
     import torch.distributed as dist
 
@@ -244,12 +238,9 @@ def check_transformer_engine() -> Check:
     if cuda and error is None:
         return Check(name, Status.OK, f"{version}: its layers and optimizer are used")
     if cuda:
-        return Check(
-            name,
-            Status.NOTE,
-            f"{version} does not import ({error}): Megatron-Core's own layers are used",
-            "Build it for this torch, as the README says under 'With GPUs'.",
-        )
+        text = f"{version} does not import ({error}): Megatron-Core's own layers are used"
+        advice = "Build it for this torch, as the README says under 'With GPUs'."
+        return Check(name, Status.NOTE, text, advice)
     advice = "Megatron-Core would use it and needs CUDA then: uninstall transformer-engine."
     return Check(name, Status.FAIL, f"{version} in an environment without CUDA", advice)
 
@@ -264,19 +255,13 @@ def check_apex() -> Check:
         return Check("Apex", Status.OK, "not installed (optional)")
     folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
     if not any((folder / "optimizers" / "fused_adam.py").is_file() for folder in folders):
-        return Check(
-            "Apex",
-            Status.NOTE,
-            f"an unrelated package called apex ({_version('apex')}), not NVIDIA Apex; not used",
-            "pip uninstall apex. NVIDIA's is built from its source, not from the registry.",
-        )
+        text = f"an unrelated package called apex ({_version('apex')}), not NVIDIA Apex; not used"
+        advice = "pip uninstall apex. NVIDIA's is built from its source, not from the registry."
+        return Check("Apex", Status.NOTE, text, advice)
     if importlib.util.find_spec("amp_C") is None:
-        return Check(
-            "Apex",
-            Status.NOTE,
-            "NVIDIA Apex without its CUDA extensions; not used",
-            "Build it with its CUDA extensions, or uninstall it.",
-        )
+        text = "NVIDIA Apex without its CUDA extensions; not used"
+        advice = "Build it with its CUDA extensions, or uninstall it."
+        return Check("Apex", Status.NOTE, text, advice)
     return Check("Apex", Status.OK, "NVIDIA Apex with its CUDA extensions")
 
 
@@ -286,12 +271,12 @@ def check_model_configs() -> Check:
 
     found = {name: new_fields(family) for name, family in FAMILIES.items()}
     new = [f"{name}: {', '.join(sorted(names))}" for name, names in found.items() if names]
-    if new:
-        advice = "They may change what a model computes. Use the pinned transformers: make env"
-        return Check(
-            "model configs", Status.NOTE, f"fields not known here: {'; '.join(new)}", advice
-        )
-    return Check("model configs", Status.OK, f"every field is known of {', '.join(FAMILIES)}")
+    if not new:
+        text = f"every field is known of {', '.join(FAMILIES)}"
+        return Check("model configs", Status.OK, text)
+    text = f"fields not known here: {'; '.join(new)}"
+    advice = "They may change what a model computes. Use the pinned transformers: make env"
+    return Check("model configs", Status.NOTE, text, advice)
 
 
 def check_megatron() -> Check:
@@ -299,9 +284,8 @@ def check_megatron() -> Check:
     version = _version("megatron-core")
     output, error = _probe(_MEGATRON_PROBE)
     if error is not None:
-        return Check(
-            "Megatron-Core", Status.FAIL, f"{version} does not import: {error}", "make env"
-        )
+        text = f"{version} does not import: {error}"
+        return Check("Megatron-Core", Status.FAIL, text, "make env")
     transformer_engine, optimizer = output.split()
     layers = "Transformer Engine" if transformer_engine == "True" else "its own"
     fused = {"transformer_engine": "Transformer Engine's", "apex": "Apex's"}
@@ -381,21 +365,11 @@ def _import_error(module: str) -> str | None:
 
 def _probe(code: str) -> tuple[str, str | None]:
     """Run Python code in a process of its own: its last line of output, or why it failed."""
-    environment = os.environ | {
-        "HF_HUB_OFFLINE": "1",
-        "TORCHDYNAMO_DISABLE": "1",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-    }
+    quiet = {"HF_HUB_OFFLINE": "1", "TORCHDYNAMO_DISABLE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     command = [sys.executable, "-W", "ignore", "-c", code]
+    kept = partial(subprocess.run, capture_output=True, text=True, timeout=PROBE_SECONDS)
     try:
-        run = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            timeout=PROBE_SECONDS,
-            env=environment,
-            check=False,
-        )
+        run = kept(command, env=os.environ | quiet)
     except subprocess.TimeoutExpired:
         return "", f"no answer in {PROBE_SECONDS:.0f} s"
     if run.returncode != 0:

@@ -34,7 +34,7 @@ from megatron_tropd.distill.inputs import Inputs, load_inputs
 
 _ALL = 2**40  # problems, or tokens of a micro-batch: no limit
 _ANSWER_TOKENS = 1024
-"""Longest answer where neither a run nor the command says one, if the context has room for it."""
+"""Longest answer if neither a run nor the command says one, if the context has room for it."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,6 @@ def evaluate(
         model: run folder, its exported student, or any other HF folder.
         problems: JSON lines of held-out problems; None: those of the run.
         like: a run whose settings are used for an HF folder.
-        overrides: what the command asks for in place of the settings.
 
     Returns:
         The result (``accuracy`` or ``reverse_kl`` with their companions), ``model``, ``settings``,

@@ -34,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print what a run would need."""
-    from megatron_tropd.planning import load_hardware, make_plan, plan_json, plan_table
+    from megatron_tropd.planning.hardware import load_hardware
+    from megatron_tropd.planning.plan import make_plan
+    from megatron_tropd.planning.report import plan_json, plan_table
 
     config = load_config(arguments.config, arguments.overrides)
     _check_option_types(config)

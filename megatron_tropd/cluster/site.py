@@ -43,11 +43,11 @@ class Site(Settings):
     gpus_per_node: Number
     """GPUs of one node, each the device of one rank; 0: no GPUs."""
     ranks_per_node: Count | None = None
-    """Ranks of one node where it has no GPUs."""
+    """Ranks of one node if it has no GPUs."""
     gres: str = "gpu"
     """What GPUs are asked for by: NAME or NAME:TYPE of --gres; "": not asked for."""
     cpus_per_node: Count | None = None
-    """CPUs to ask for on a node; None: all of them where exclusive, else Slurm's default."""
+    """CPUs to ask for on a node; None: all of them if exclusive, else Slurm's default."""
     memory: str = "0"
     """Memory to ask for on a node (--mem); 0: all of it; "": Slurm's default."""
     exclusive: bool = True

@@ -47,9 +47,6 @@ def account(
 ) -> tuple[list[Entry], list[str]]:
     """Compare the names that a model needs with those that a folder holds.
 
-    Args:
-        names: HF names in the folder or its index.
-
     Returns:
         The plan, and the names that nobody needs and that are known to be redundant: a tied output
         layer.
@@ -190,7 +187,7 @@ def converted(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def known_digests(folder: Path, files: Iterable[str]) -> dict[str, str]:
-    """SHA-256 of weight files where the download left it beside them.
+    """SHA-256 of weight files if the download left it beside them.
 
     The Hub's cache names a file by its digest, and a download into a folder keeps it in
     ``.cache/huggingface/download/<file>.metadata``.

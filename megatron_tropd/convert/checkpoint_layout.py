@@ -47,7 +47,6 @@ class StoredPart:
     """One part of one tensor of the checkpoint."""
 
     key: str
-    """Name of the stored tensor."""
     lead: tuple[int, ...]
     """Position in the leading dimensions: (), (layer,) or (layer, expert)."""
     leads: tuple[int, ...]

@@ -17,9 +17,6 @@ from megatron_tropd.convert.hf_folder import EMBEDDING, HEAD, HFFolder
 def check_parallel(hf_config: dict[str, Any], parallel: ParallelConfig, *, who: str) -> None:
     """Check that a model can be laid out.
 
-    Args:
-        who: how messages call the model: "student" or "teacher".
-
     Raises:
         ConfigError: a size does not divide.
         InputError: the architecture is not supported.
@@ -53,6 +50,28 @@ def check_layout(shape: ModelShape, parallel: ParallelConfig, *, who: str) -> No
         )
     if shape.experts is not None:
         _check_experts(shape.experts.count, parallel, who)
+
+
+def check_engine_shards(shape: ModelShape, gpus: int, *, who: str) -> None:
+    """Check what vLLM asks of a tensor-parallel model; it pads vocabularies to multiples of 64.
+
+    Raises:
+        ConfigError: a size does not divide. ``who`` is how the message calls the model.
+    """
+    few, many = sorted((gpus, shape.kv_heads))
+    ffn, vocab = shape.experts.ffn if shape.experts else shape.ffn, -(-shape.vocab // 64) * 64
+    divided = {
+        "attention heads": (shape.heads, shape.heads % gpus),
+        "intermediate size": (ffn, ffn % gpus),
+        "vocabulary, padded to a multiple of 64,": (vocab, vocab % gpus),
+        "key/value heads": (shape.kv_heads, many % few),  # more GPUs than heads: each gets a copy
+    }
+    for what, (size, rest) in divided.items():
+        if rest:
+            raise ConfigError(
+                f"rollout.engine_tensor_parallel = {gpus} must divide the {what} of {who}, found "
+                f"{size}. Choose another."
+            )
 
 
 def check_tensors(folder: HFFolder) -> None:

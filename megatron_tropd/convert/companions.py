@@ -65,7 +65,7 @@ def _copy_folder(source: Path, out: Path) -> None:
 
 
 def config_dtype(hf_config: dict[str, Any]) -> str | None:
-    """The type config.json gives its weights, "bfloat16"; None where it does not say."""
+    """The type config.json gives its weights, "bfloat16"; None if it does not say."""
     value = hf_config.get("dtype", hf_config.get("torch_dtype"))
     return str(value).removeprefix("torch.") if value else None
 

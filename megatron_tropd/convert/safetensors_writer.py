@@ -122,6 +122,6 @@ class SafetensorsWriter:
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor in memory order, without a copy where it is contiguous."""
+    """The bytes of a tensor in memory order, without a copy if it is contiguous."""
     flat = tensor.detach().contiguous().flatten().view(torch.uint8)
     return memoryview(flat.numpy())

@@ -21,6 +21,6 @@ def padded_vocab_size(*hf_configs: dict[str, Any], tensor: int) -> int:
 
 
 def stage_sizes(layers: int, pp_size: int) -> list[int]:
-    """Layers of each pipeline stage; where they do not divide, the first stages take one more."""
+    """Layers of each pipeline stage; if they do not divide, the first stages take one more."""
     size, rest = divmod(layers, pp_size)
     return [size + (stage < rest) for stage in range(pp_size)]

@@ -1,7 +1,7 @@
 """Megatron ``torch_dist`` checkpoint to HF folder, bit for bit, one tensor at a time."""
 
-from collections.abc import Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,15 +122,13 @@ def _compare(name: str, tensor: Tensor, records: Mapping[str, Any]) -> None:
         )
 
 
-def _in_threads(work: Any, items: list[Entry], workers: int) -> None:
-    """Run ``work`` on every item, a few at a time; the first error ends it."""
+def _in_threads(work: Callable[[Entry], None], items: Iterable[Entry], workers: int) -> None:
+    """Run ``work`` on every item; the first error ends it."""
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        running: set[Future] = set()
-        for item in items:
-            if len(running) >= workers:
-                done, running = wait(running, return_when=FIRST_COMPLETED)
-                for job in done:
-                    job.result()
-            running.add(pool.submit(work, item))
-        for job in running:
-            job.result()
+        jobs = [pool.submit(work, item) for item in items]
+        try:
+            for job in as_completed(jobs):
+                job.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise

@@ -57,7 +57,7 @@ class ToMegatron:
     """Only noted, for Megatron's --use-mp-args-from-checkpoint-args."""
     force: bool = False
     allow_pickle: bool = False
-    """Read pytorch_model.bin where there are no safetensors; tensors only, no code runs."""
+    """Read pytorch_model.bin if there are no safetensors; tensors only, no code runs."""
     check_downloads: bool = True
     """Hash weight files whose download left their SHA-256 beside them."""
     workers: int = 2

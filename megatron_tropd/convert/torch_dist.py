@@ -13,12 +13,12 @@ import io
 import json
 import os
 import pickle
-import queue
+import threading
 import warnings
 import zipfile
 import zlib
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
@@ -174,17 +174,16 @@ class _Writer(checkpoint.FileSystemWriter):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
         assert isinstance(planner, _Planner)
         prefix = plan.storage_data.prefix
-        items: queue.Queue = queue.Queue()
-        for item in plan.items:
-            items.put(item)
-        largest = max(map(_nbytes, plan.items))
-        write = partial(self._write_file, items, planner, Budget(largest))
+        stop = threading.Event()
+        # One iterator of a list: threads take turns at it.
+        items, budget = iter(plan.items), Budget(max(map(_nbytes, plan.items)))
+        write = partial(self._write_file, items, stop, planner, budget)
         with ThreadPoolExecutor(self.thread_count) as pool:
             jobs = [pool.submit(write, f"{prefix}{n}.distcp") for n in range(self.thread_count)]
             try:
                 wait(jobs)
             except KeyboardInterrupt:
-                _empty(items)
+                stop.set()
                 raise
         failures = [error for job in jobs if (error := job.exception())]
         if failures:
@@ -194,19 +193,26 @@ class _Writer(checkpoint.FileSystemWriter):
         return done
 
     def _write_file(
-        self, items: queue.Queue, planner: "_Planner", budget: Budget, name: str
+        self,
+        items: Iterator[WriteItem],
+        stop: threading.Event,
+        planner: "_Planner",
+        budget: Budget,
+        name: str,
     ) -> list[Any]:
-        """Write what is left of ``items`` to one file; an error empties them for all threads."""
+        """Write what is left of ``items`` to one file; an error stops all threads."""
         results = []
         try:
             with Path(self.path, name).open("wb") as stream:
-                while (item := _next(items)) is not None:
+                for item in items:
+                    if stop.is_set():
+                        break
                     with budget.holding(_nbytes(item)):
                         results.append(self._write_item(stream, planner, item, name))
                 stream.flush()
                 os.fsync(stream.fileno())
         except BaseException:
-            _empty(items)
+            stop.set()
             raise
         return results
 
@@ -219,20 +225,6 @@ class _Writer(checkpoint.FileSystemWriter):
         return StorageMeta()
 
 
-def _empty(items: queue.Queue) -> None:
-    """Let every thread end after the item it has."""
-    while _next(items) is not None:
-        pass
-
-
-def _next(items: queue.Queue) -> WriteItem | None:
-    try:
-        item: WriteItem = items.get_nowait()
-    except queue.Empty:
-        return None
-    return item
-
-
 def _nbytes(item: WriteItem) -> int:
     data = item.tensor_data
     return prod(data.chunk.sizes) * data.properties.dtype.itemsize if data else 1
@@ -240,9 +232,6 @@ def _nbytes(item: WriteItem) -> int:
 
 class TorchDistReader:
     """Tensors of one ``torch_dist`` folder (``release``, ``iter_0000100``, ``step_000100``).
-
-    Args:
-        folder: holds ``.metadata``.
 
     Raises:
         InputError: it is no such folder, or ``.metadata`` holds something that is not data.
@@ -409,7 +398,7 @@ def _bytes(storage: torch.UntypedStorage) -> memoryview:
 
 
 def _stored_crc(view: Any) -> int | None:
-    """The checksum torch.save wrote beside a tensor's bytes; None where it was switched off."""
+    """The checksum torch.save wrote beside a tensor's bytes; None if it was switched off."""
     with zipfile.ZipFile(view) as archive:
         records = [r for r in archive.infolist() if r.filename.endswith("/data/0")]
     # torch writes 0 when checksums are off.

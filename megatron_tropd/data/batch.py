@@ -24,7 +24,7 @@ class MicroBatch:
     tokens: Tensor
     """[B, S] int64 input ids, 0 in padding."""
     labels: Tensor
-    """[B, S] int64 next token, 0 where there is none."""
+    """[B, S] int64 next token, 0 if there is none."""
     writers: Tensor
     """[B, S] int64 :class:`~megatron_tropd.data.sequence.Writer` of the label."""
     position_ids: Tensor
@@ -55,7 +55,7 @@ class MicroBatch:
 
     @property
     def loss_mask(self) -> Tensor:
-        """[B, S] bool, true where the label takes part in the loss.
+        """[B, S] bool, true if the label takes part in the loss.
 
         On a GPU an index of places (``loss_at``), never this mask: the host would have to wait for
         the number of them, which the packer knows.

@@ -121,7 +121,7 @@ def loss_weights(sequence: TokenSequence, loss: LossSettings) -> NDArray[np.floa
     prefix included.
 
     Returns:
-        [N] 0 where there is no loss.
+        [N] 0 if there is no loss.
     """
     if loss.mask_truncated and sequence.finish == "length":
         return np.zeros_like(sequence.weight_N)

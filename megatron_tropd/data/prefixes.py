@@ -8,7 +8,7 @@ constant schedule is GKD's share of the teacher's own sequences, arXiv 2306.1364
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_tropd.config import GuidanceConfig, RolloutConfig
 from megatron_tropd.data.responses import TeacherResponse
@@ -23,7 +23,6 @@ class PlannedSample:
     """One sequence to be: what the engine is asked, and where it comes from."""
 
     prompt: Prompt
-    """The prompt."""
     sample_index: int
     """0-based among the samples of the prompt in this step."""
     prefix_ids: tuple[int, ...]
@@ -80,11 +79,7 @@ def prefix_length(
     The closing stop token is never part of a prefix and at least one token is left to write.
 
     Args:
-        step: 0-based training step.
-        steps: ``train.steps``.
         max_new_tokens: longest prefix and continuation together.
-        rule: ``guidance.prefix_length``.
-        schedule: ``guidance.schedule``, which gives alpha.
         draw: number in [0, 1), used by "uniform".
 
     Returns:
@@ -100,28 +95,13 @@ def plan_requests(
     prompts: Sequence[Prompt],
     responses: Mapping[int, Sequence[TeacherResponse]] | None,
     *,
-    step: int,
-    steps: int,
     rollout: RolloutConfig,
-    guidance: GuidanceConfig,
-    seed: int,
+    **settings: Any,
 ) -> list[PlannedSample]:
-    """Every sample of one step, prompt by prompt, as :func:`plan_sample` has it.
-
-    Returns:
-        ``len(prompts) x samples_per_prompt`` plans; those of a prompt are neighbours.
-    """
+    """Every sample of one step, those of a prompt beside each other."""
+    most = rollout.max_new_tokens
     return [
-        plan_sample(
-            prompt,
-            sample,
-            responses,
-            step=step,
-            steps=steps,
-            max_new_tokens=rollout.max_new_tokens,
-            guidance=guidance,
-            seed=seed,
-        )
+        plan_sample(prompt, sample, responses, max_new_tokens=most, **settings)
         for prompt in prompts
         for sample in range(rollout.samples_per_prompt)
     ]
@@ -143,11 +123,7 @@ def plan_sample(
     Args:
         sample_index: 0-based among the samples of the prompt in this step.
         responses: teacher responses by ``Prompt.index``; None switches guidance off.
-        step: 0-based training step.
-        steps: ``train.steps``.
         max_new_tokens: longest prefix and continuation together.
-        guidance: which samples carry a prefix and how long it is.
-        seed: ``train.seed``; keys the sampling seeds and the prefix draws.
     """
     prefix: tuple[int, ...] = ()
     if responses is not None and sample_index < guidance.prefixed_per_prompt:

@@ -3,6 +3,7 @@
 import datetime
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,22 +93,15 @@ def tokenize_line(
     A text that no template made gets the special tokens that the tokenizer puts before a text, once
     (it may bring them itself), and none of those that it puts after one.
 
-    Args:
-        leading: of :func:`leading_ids`.
-
     Returns:
         The text that the model sees, and its ids.
 
     Raises:
         InputError: the line is no prompt; says what to write instead.
     """
-    messages = _messages(fields, settings, tokenizer, where)
-    if messages is None:
-        text = str(fields["prompt"])
-    else:
-        text = _rendered(messages, fields, tokenizer, settings, where)
-        if isinstance(fields.get("prompt"), str):
-            _check_rendered_once(fields["prompt"], text, tokenizer, where)
+    line = _Line(fields, tokenizer, settings, where)
+    messages = line.messages()
+    text = str(fields["prompt"]) if messages is None else line.rendered(messages)
     _check_text(text, where)
     # Not verbose: transformers would warn of the first long text and of no other.
     ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)
@@ -151,9 +145,6 @@ def check_same_texts(
     """Refuse a pair whose tokenizers and chat templates make different texts of the same prompts.
 
     Templates may differ in what these prompts do not use.
-
-    Args:
-        prompts: those of :func:`load_prompts` with the student's tokenizer.
 
     Raises:
         InputError: the teacher's template makes another text, or none, or its tokenizer begins a
@@ -220,11 +211,6 @@ def prompts_of_step(n_prompts: int, per_step: int, step: int, seed: int) -> list
     The last ``n_prompts % per_step`` prompts of each permutation sit that epoch out, so no step
     sees a prompt twice.
 
-    Args:
-        per_step: prompts of a step (``rollout.prompts_per_step``).
-        step: 0-based training step.
-        seed: ``train.seed``.
-
     Returns:
         ``per_step`` different indices.
 
@@ -247,86 +233,79 @@ def _permutation(n_prompts: int, epoch: int, seed: int) -> tuple[int, ...]:
     return tuple(np.argsort(draws, kind="stable").tolist())
 
 
-def _messages(
-    fields: dict[str, Any],
-    settings: PromptConfig,
-    tokenizer: "PreTrainedTokenizerBase",
-    where: str,
-) -> list[dict[str, Any]] | None:
-    """The messages that a template is to render; None for a text that stands for itself."""
-    messages, prompt = fields.get("messages"), fields.get("prompt")
-    if messages is not None and prompt is not None:
-        raise InputError(
-            f'{where}: found both "prompt" and "messages", which may differ. Keep the one that is '
-            "meant."
-        )
-    if messages is None and not isinstance(prompt, str | list):
-        found = f"keys {sorted(fields)}" if prompt is None else f"prompt {prompt!r:.60}"
-        raise InputError(
-            f'{where}: expected "prompt" (a string) or "messages" (a list), found {found}. Write '
-            f"{_FORMS}."
-        )
-    if isinstance(prompt, str):
-        return _of_text(prompt, fields, settings, tokenizer, where)
-    return conversation(prompt if messages is None else messages, where)
+@dataclass(frozen=True)
+class _Line:
+    """A line of a prompts file, and what makes a text of it."""
 
+    fields: dict[str, Any]
+    tokenizer: "PreTrainedTokenizerBase"
+    settings: PromptConfig
+    where: str
 
-def _of_text(
-    prompt: str,
-    fields: dict[str, Any],
-    settings: PromptConfig,
-    tokenizer: "PreTrainedTokenizerBase",
-    where: str,
-) -> list[dict[str, Any]] | None:
-    if not prompt.strip():
-        raise InputError(f"{where}: the prompt is empty. Remove the line.")
-    if settings.apply_chat_template:
-        return [{"role": "user", "content": prompt}]
-    if unread := [key for key in (*_FOR_TEMPLATE, "chat_template_kwargs") if fields.get(key)]:
-        raise InputError(
-            f"{where}: {', '.join(unread)} would be read by a chat template, but the prompt is "
-            'plain text. Write "messages" instead of "prompt", set '
-            "rollout.apply_chat_template = true, or remove the key."
-        )
-    return None
-
-
-def _rendered(
-    messages: list[dict[str, Any]],
-    fields: dict[str, Any],
-    tokenizer: "PreTrainedTokenizerBase",
-    settings: PromptConfig,
-    where: str,
-) -> str:
-    own = fields.get("chat_template_kwargs") or {}
-    if not isinstance(own, dict):
-        raise InputError(f'{where}: "chat_template_kwargs" must be an object, found {own!r:.60}.')
-    beside = {key: fields[key] for key in _FOR_TEMPLATE if fields.get(key) is not None}
-    date = settings.chat_template_date
-    return render(
-        messages,
-        tokenizer,
-        {**settings.chat_template_kwargs, **own, **beside},
-        date=datetime.date.fromisoformat(date) if date else datetime.date.today(),
-        where=where,
-        beside=[
-            key for key, value in fields.items() if value is not None and key not in _READ_BY_US
-        ],
-    )
-
-
-def _check_rendered_once(
-    prompt: str, text: str, tokenizer: "PreTrainedTokenizerBase", where: str
-) -> None:
-    """Refuse a text that a chat template was applied to before."""
-    before = text.partition(prompt.strip())[0]
-    tokens = [token.content for token in tokenizer.added_tokens_decoder.values()]
-    for token in filter(prompt.lstrip().startswith, filter(None, tokens)):
-        if token in before or token == tokenizer.bos_token:
+    def messages(self) -> list[dict[str, Any]] | None:
+        """The messages that a template is to render; None for a text that stands for itself."""
+        messages, prompt = self.fields.get("messages"), self.fields.get("prompt")
+        if messages is not None and prompt is not None:
             raise InputError(
-                f"{where}: the prompt begins with {token}, which the chat template writes. Remove "
-                "it; or, if the text is rendered already, set rollout.apply_chat_template = false."
+                f'{self.where}: found both "prompt" and "messages", which may differ. Keep the one '
+                "that is meant."
             )
+        if messages is None and not isinstance(prompt, str | list):
+            found = f"keys {sorted(self.fields)}" if prompt is None else f"prompt {prompt!r:.60}"
+            raise InputError(
+                f'{self.where}: expected "prompt" (a string) or "messages" (a list), found '
+                f"{found}. Write {_FORMS}."
+            )
+        if isinstance(prompt, str):
+            return self._of_text(prompt)
+        return conversation(prompt if messages is None else messages, self.where)
+
+    def _of_text(self, prompt: str) -> list[dict[str, Any]] | None:
+        if not prompt.strip():
+            raise InputError(f"{self.where}: the prompt is empty. Remove the line.")
+        if self.settings.apply_chat_template:
+            return [{"role": "user", "content": prompt}]
+        read_by_templates = (*_FOR_TEMPLATE, "chat_template_kwargs")
+        if unread := [key for key in read_by_templates if self.fields.get(key)]:
+            raise InputError(
+                f"{self.where}: {', '.join(unread)} would be read by a chat template, but the "
+                'prompt is plain text. Write "messages" instead of "prompt", set '
+                "rollout.apply_chat_template = true, or remove the key."
+            )
+        return None
+
+    def rendered(self, messages: list[dict[str, Any]]) -> str:
+        """The text that the template makes, and not of a text that was rendered before."""
+        fields, settings = self.fields, self.settings
+        own = fields.get("chat_template_kwargs") or {}
+        if not isinstance(own, dict):
+            raise InputError(
+                f'{self.where}: "chat_template_kwargs" must be an object, found {own!r:.60}.'
+            )
+        beside = {key: fields[key] for key in _FOR_TEMPLATE if fields.get(key) is not None}
+        date = settings.chat_template_date
+        text = render(
+            messages,
+            self.tokenizer,
+            {**settings.chat_template_kwargs, **own, **beside},
+            date=datetime.date.fromisoformat(date) if date else datetime.date.today(),
+            where=self.where,
+            beside=[k for k, value in fields.items() if value is not None and k not in _READ_BY_US],
+        )
+        if isinstance(prompt := fields.get("prompt"), str):
+            self._check_rendered_once(prompt, text)
+        return text
+
+    def _check_rendered_once(self, prompt: str, text: str) -> None:
+        before = text.partition(prompt.strip())[0]
+        tokens = [token.content for token in self.tokenizer.added_tokens_decoder.values()]
+        for token in filter(prompt.lstrip().startswith, filter(None, tokens)):
+            if token in before or token == self.tokenizer.bos_token:
+                raise InputError(
+                    f"{self.where}: the prompt begins with {token}, which the chat template "
+                    "writes. Remove it; or, if the text is rendered already, set "
+                    "rollout.apply_chat_template = false."
+                )
 
 
 def _check_text(text: str, where: str) -> None:

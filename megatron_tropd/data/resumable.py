@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from megatron_tropd.base.errors import InputError
+from megatron_tropd.base.text_files import parse_json_line
 
 
 class ResumableLines:
@@ -132,18 +133,13 @@ def recorded_settings(path: Path) -> dict[str, Any]:
 
 def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:
     try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        value = parse_json_line(line, f"{path}, line {number}")
+    except InputError as error:
         if number == 1:
             raise _not_ours(path) from None
-        raise InputError(
-            f"{path}, line {number}: expected a JSON object, found {error}. Cut the file off "
-            "before that line to continue it."
-        ) from None
-    if number == 1 and not (isinstance(value, dict) and isinstance(value.get("settings"), dict)):
+        raise InputError(f"{error} Cut the file off before that line to continue it.") from None
+    if number == 1 and not isinstance(value.get("settings"), dict):
         raise _not_ours(path)
-    if not isinstance(value, dict):
-        raise InputError(f"{path}, line {number}: expected a JSON object, found {value!r:.60}.")
     return value
 
 

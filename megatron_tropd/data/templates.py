@@ -136,7 +136,6 @@ def render(
     """Make the text of a conversation, ready for the answer.
 
     Args:
-        messages: of :func:`conversation`.
         arguments: what else the template reads. Two are not its own: ``chat_template`` names one of
             several, ``continue_final_message`` has a last assistant message continued.
         date: what a template that reads the clock is told, at midnight.

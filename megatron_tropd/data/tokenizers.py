@@ -76,7 +76,7 @@ def _readable_config(folder: Path) -> dict[str, PreTrainedConfig]:
 
 
 def num_ids(tokenizer: PreTrainedTokenizerBase) -> int:
-    """One more than the largest id: more than there are tokens where some ids have none."""
+    """One more than the largest id: more than there are tokens if some ids have none."""
     return max(len(tokenizer), max(tokenizer.get_vocab().values(), default=-1) + 1)
 
 

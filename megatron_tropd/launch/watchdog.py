@@ -96,7 +96,7 @@ class Watchdog:
         """Count the seconds of the phase; never touches the file system, which may hang."""
         seen, waited, last = -1, 0.0, time.monotonic()
         while not self._over.wait(self.period):
-            # By a thread of C: it speaks even where Python does not run any more.
+            # By a thread of C: it speaks even if Python does not run any more.
             faulthandler.dump_traceback_later(self._limit_at_start, file=sys.stderr)
             now, entered = time.monotonic(), self._progress.entered
             # A job that was suspended and goes on has not hung: our own pauses do not count.

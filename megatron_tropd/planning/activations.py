@@ -90,7 +90,7 @@ def saved_per_position(w: Widths) -> float:
 
 
 def kept_per_position(w: Widths, recompute: Recompute) -> float:
-    """The same where modules are recomputed (``recompute_granularity = "selective"``)."""
+    """The same if modules are recomputed (``recompute_granularity = "selective"``)."""
     if recompute.method != "selective":
         return saved_per_position(w)
     modules = recompute.modules
@@ -160,7 +160,7 @@ def _layers_kept(
     angles = length * w.head_dim * _FLOAT32
     kept = -(-whole // unit) * start + angles + (layers - whole) * one
     again = unit * one - (layers - whole) * one  # the other layers are through by then
-    # The first norm's input is the unit's, except where a CPU makes a float32 copy of it.
+    # The first norm's input is the unit's, unless a CPU makes a float32 copy of it.
     copied = w.layers == "cpu" and w.element == 2
     again -= 0 if copied or recompute.distributed else start
     if whole % unit and whole > unit:
@@ -188,7 +188,7 @@ def _made_again(w: Widths, recompute: Recompute) -> float:
 def _offloaded(w: Widths, modules: frozenset[str]) -> float:
     """Bytes of one layer and position that go to the host; tensors on a CPU never do.
 
-    Of the projection to queries, keys and values nothing is freed where norms of heads keep it.
+    Of the projection to queries, keys and values nothing is freed if norms of heads keep it.
     """
     if w.layers == "cpu":
         return 0.0
@@ -245,7 +245,7 @@ def _transformed(w: Widths) -> float:
 def _attention(w: Widths, *, recomputed: bool = False) -> float:
     """Queries, keys, values, output (the projection's input too), logarithms of the sums.
 
-    A value is a view of the fused projection and keeps all of it, except where keys and values
+    A value is a view of the fused projection and keeps all of it, unless keys and values
     are repeated for every query head, as a CPU's kernels need them. Recomputation begins from
     queries, keys and values as they were before.
     """

@@ -101,7 +101,7 @@ def expert_bytes(run: PlannedRun, model: Model, *, passes: float) -> tuple[float
     """Routed tokens there and back: (over the expert-parallel ranks, over the tensor ones).
 
     An all-to-all over the first, where a rank has its part of the sequence; a gather and a scatter
-    over the second where experts are sharded there too (``parallel.expert_tensor``).
+    over the second if experts are sharded there too (``parallel.expert_tensor``).
     """
     experts = model.shape.experts
     if experts is None:

@@ -1,6 +1,6 @@
 """What a cluster is made of: published peaks, and the shares of them that runs reach."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -98,37 +98,25 @@ class Hardware(Settings):
 # (Gen4 x16 for the A100, Gen5 x16) count both directions and are halved here. The network is a
 # choice of the cluster: one adapter of 400 Gb/s (A100: 200 Gb/s) for each GPU, as in NVIDIA's own
 # DGX systems.
-PRESETS = {
-    preset.name: preset
-    for preset in (
-        Hardware(
-            name="a100",
-            memory_gb=80,
-            tflops=312,
-            memory_gb_s=2039,
-            intra_node_gb_s=300,
-            network_gb_s=25,
-        ),
-        Hardware(
-            name="h100",
-            memory_gb=80,
-            tflops=989,
-            memory_gb_s=3350,
-            intra_node_gb_s=450,
-            network_gb_s=50,
-            host_link_gb_s=64,
-        ),
-        Hardware(
-            name="h200",
-            memory_gb=141,
-            tflops=989,
-            memory_gb_s=4800,
-            intra_node_gb_s=450,
-            network_gb_s=50,
-            host_link_gb_s=64,
-        ),
-    )
-}
+_A100 = Hardware(
+    name="a100",
+    memory_gb=80,
+    tflops=312,
+    memory_gb_s=2039,
+    intra_node_gb_s=300,
+    network_gb_s=25,
+)
+_H100 = Hardware(
+    name="h100",
+    memory_gb=80,
+    tflops=989,
+    memory_gb_s=3350,
+    intra_node_gb_s=450,
+    network_gb_s=50,
+    host_link_gb_s=64,
+)
+_H200 = replace(_H100, name="h200", memory_gb=141, memory_gb_s=4800)
+PRESETS = {preset.name: preset for preset in (_A100, _H100, _H200)}
 """By name; :func:`load_hardware` takes these names."""
 
 

@@ -43,7 +43,7 @@ class Engine:
     weights: float
     workspace: float
     cache: float
-    """What its share leaves for keys and values; below 0 where the rest needs more."""
+    """What its share leaves for keys and values; below 0 if the rest needs more."""
     asleep: float
     """What it keeps while the trainer computes; everything on a CPU, where engines never sleep."""
 
@@ -77,7 +77,7 @@ class Memory:
     loss: float
     """Chunk buffers, gradients of hidden states and output layer, per-token values."""
     engine_weights: float
-    """Of a colocated engine, as the next three; 0 where engines have GPUs of their own."""
+    """Of a colocated engine, as the next three; 0 if engines have GPUs of their own."""
     engine_workspace: float
     kv_cache: float
     engine_asleep: float
@@ -126,11 +126,7 @@ class Memory:
 
 
 def memory_of_stage(run: PlannedRun, stage: int) -> Memory:
-    """Every item on a GPU of a pipeline stage.
-
-    Args:
-        stage: 0-based.
-    """
+    """Every item on a GPU of a pipeline stage."""
     student, teacher = run.parameters_of(run.student, stage), run.parameters_of(run.teacher, stage)
     last = stage == run.last_stage
     engine = Engine(0.0, 0.0, 0.0, 0.0) if run.separate else engine_memory(run)
@@ -252,7 +248,7 @@ def loss_bytes(run: PlannedRun) -> float:
     """What the loss of one micro-batch adds at the last stage.
 
     Logits of both models in float32 for a chunk of tokens and the gradient of bfloat16, within a
-    budget (twice the chunks where collectives overlap); the student's hidden states [T, H] and, in
+    budget (twice the chunks if collectives overlap); the student's hidden states [T, H] and, in
     float32, their gradient; the output layer's gradient [v, H] in float32; per-token values.
     """
     tokens, shard = run.work.most_loss_tokens, run.vocab_shard

@@ -157,11 +157,7 @@ def describe_options(chosen: Options) -> list[str]:
 
 
 def recomputing(configured: Options, *, layers: int, mixture: bool) -> list[Options]:
-    """What can be recomputed, all else as configured.
-
-    Args:
-        mixture: whether the student is a mixture of experts.
-    """
+    """What can be recomputed, all else as configured."""
     modules = frozenset({"moe" if mixture else "mlp"})
     parts = sorted({-(-layers * quarter // 4) for quarter in (1, 2, 3)} - {layers})
     ways = [
@@ -173,11 +169,7 @@ def recomputing(configured: Options, *, layers: int, mixture: bool) -> list[Opti
 
 
 def offloading(configured: Options, *, mixture: bool, sharded: bool) -> list[Options]:
-    """What can go to the host, with recomputation and without.
-
-    Args:
-        mixture: whether the student is a mixture of experts.
-    """
+    """What can go to the host, with recomputation and without."""
     plain = replace(configured, recompute=Recompute())
     mlp, *_, every = recomputing(configured, layers=1, mixture=mixture)
     away = [] if plain.offload or mixture else [replace(mlp, offload=_ATTENTION)]

@@ -42,7 +42,6 @@ class Model:
     who: str
     """"student" or "teacher"."""
     config: dict[str, Any]
-    """config.json."""
     shape: ModelShape
 
     @cached_property

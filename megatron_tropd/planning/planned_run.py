@@ -6,7 +6,7 @@ from functools import lru_cache
 
 from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.config import Config, ParallelConfig, RolloutConfig
-from megatron_tropd.convert.checks import check_layout
+from megatron_tropd.convert.checks import check_engine_shards, check_layout
 from megatron_tropd.convert.sizes import padded_vocab_size
 from megatron_tropd.planning.hardware import Hardware
 from megatron_tropd.planning.options import Options, options
@@ -188,7 +188,7 @@ def check_engines(run: PlannedRun) -> None:
         raise ConfigError(
             f"rollout.engine_tensor_parallel must be 1 without CUDA, found {gpus}. Set it to 1."
         )
-    _check_shards(run.student, gpus)
+    check_engine_shards(run.student.shape, gpus, who="the student")
 
 
 def _check_colocated(run: PlannedRun) -> None:
@@ -224,24 +224,4 @@ def _check_separate(run: PlannedRun) -> None:
     if gpus > node:
         raise ConfigError(
             f"rollout.engine_tensor_parallel = {gpus} exceeds the {node} GPUs of a node. Lower it."
-        )
-
-
-def _check_shards(model: Model, gpus: int) -> None:
-    """What vLLM asks of a tensor-parallel model; it pads vocabularies to multiples of 64."""
-    shape = model.shape
-    for what, size in (
-        ("attention heads", shape.heads),
-        ("intermediate size", shape.experts.ffn if shape.experts else shape.ffn),
-        ("vocabulary, padded to a multiple of 64,", -(-shape.vocab // 64) * 64),
-    ):
-        if size % gpus:
-            raise ConfigError(
-                f"rollout.engine_tensor_parallel = {gpus} must divide the {model.who}'s {what} "
-                f"{size}. Choose another."
-            )
-    if shape.kv_heads % gpus and gpus % shape.kv_heads:
-        raise ConfigError(
-            f"rollout.engine_tensor_parallel = {gpus} must divide the {model.who}'s "
-            f"{shape.kv_heads} key/value heads or be a multiple of them. Choose another."
         )

@@ -29,7 +29,6 @@ class Recommendation:
 
     best: Estimate
     why: str
-    """One line."""
     other: Estimate | None = None
     """The best layout with the other ``rollout.steps_ahead``, where there is one that fits."""
 
@@ -68,7 +67,7 @@ def recommend(run: PlannedRun, gpus: int) -> Recommendation:
 
 
 def _estimates(run: PlannedRun, gpus: int, ahead: Literal[0, 1]) -> list[Estimate]:
-    """Every layout that the trainer accepts; with offloading where none fits without."""
+    """Every layout that the trainer accepts; with offloading if none fits without."""
     kept = _every_layout(run, gpus, ahead, offload=False)
     if not kept or any(e.fits for e in kept):
         return kept
@@ -232,10 +231,16 @@ def _expert_layouts(tensor: int, data: int) -> Iterator[tuple[int, int | None]]:
 
 def _colocated(run: PlannedRun, gpus: int, ahead: Literal[0, 1]) -> list[RolloutConfig]:
     """Each GPU belongs to one engine; the smallest first."""
+    engines = replace(run.rollout, placement="colocated", steps_ahead=ahead)
     if run.hardware.layers == "cpu":
-        return [_rollout(run, "colocated", gpus, 1, ahead, run.rollout.engine_gpu_share)]
+        return [replace(engines, num_engines=gpus, engine_tensor_parallel=1)]
     return [
-        _rollout(run, "colocated", gpus // size, size, ahead, share)
+        replace(
+            engines,
+            num_engines=gpus // size,
+            engine_tensor_parallel=size,
+            engine_gpu_share=share,
+        )
         for size in _divisors(min(gpus, run.hardware.gpus_per_node))
         for share in _SHARES
     ]
@@ -244,31 +249,15 @@ def _colocated(run: PlannedRun, gpus: int, ahead: Literal[0, 1]) -> list[Rollout
 def _apart(run: PlannedRun, nodes: int, ahead: Literal[0, 1]) -> list[RolloutConfig]:
     """Each GPU of some nodes belongs to one engine, which has what is not reserved."""
     node, reserve = run.hardware.gpus_per_node, run.hardware.reserve
+    engines = replace(run.rollout, placement="separate", steps_ahead=ahead)
     if run.hardware.layers == "cpu":
-        return [_rollout(run, "separate", nodes * node, 1, ahead, run.rollout.engine_gpu_share)]
+        return [replace(engines, num_engines=nodes * node, engine_tensor_parallel=1)]
     share = max((share for share in _SHARES if share <= 1 - reserve), default=_SHARES[0])
+    engines = replace(engines, engine_gpu_share=share)
     return [
-        _rollout(run, "separate", nodes * node // size, size, ahead, share)
+        replace(engines, num_engines=nodes * node // size, engine_tensor_parallel=size)
         for size in _divisors(node)
     ]
-
-
-def _rollout(
-    run: PlannedRun,
-    placement: Literal["colocated", "separate"],
-    engines: int,
-    size: int,
-    ahead: Literal[0, 1],
-    share: float,
-) -> RolloutConfig:
-    return replace(
-        run.rollout,
-        placement=placement,
-        num_engines=engines,
-        engine_tensor_parallel=size,
-        steps_ahead=ahead,
-        engine_gpu_share=share,
-    )
 
 
 def _divisors(number: int) -> list[int]:

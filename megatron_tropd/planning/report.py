@@ -3,7 +3,7 @@
 import json
 import textwrap
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 from megatron_tropd.convert.families import describe
@@ -19,14 +19,14 @@ from megatron_tropd.planning.memory import (
     saving_host_bytes,
 )
 from megatron_tropd.planning.options import tables
+from megatron_tropd.planning.plan import Plan
 from megatron_tropd.planning.planned_run import PlannedRun
-from megatron_tropd.planning.recommend import Recommendation
 from megatron_tropd.planning.seconds import concurrent_sequences
 
 WIDTH = 100
 """Columns of the table."""
 SCHEMA = 1
-"""Of the JSON object; raised where a key changes its meaning or goes away."""
+"""Of the JSON object; raised if a key changes its meaning or goes away."""
 _ITEMS = {
     "student weights": "weights",
     "gradients": "gradients",
@@ -60,14 +60,6 @@ _UNKNOWN = "not counted below: {}"
 UNCALIBRATED = "estimate, not calibrated"
 """Said beside all seconds, and what follows from them, until a run on GPUs calibrates them."""
 _PHASES = ("rollout", "teacher", "student", "optimizer", "sync")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A config's own layout, and the recommended one."""
-
-    asked: Estimate
-    recommended: Recommendation
 
 
 def plan_table(plan: Plan) -> str:
@@ -189,7 +181,7 @@ def _memory_block(one: Estimate) -> str:
         f"{cache_tokens(run)} tokens, {concurrent_sequences(run)} sequences together. "
         f"{_elsewhere(run)}"
     )
-    return f"{_table(rows)}\n{textwrap.fill(text, WIDTH)}"
+    return f"{aligned(rows)}\n{textwrap.fill(text, WIDTH)}"
 
 
 def _of_engine(engine: Engine | None, item: str) -> list[float]:
@@ -224,7 +216,7 @@ def _sent_block(one: Estimate) -> str:
     for label, name in _SENT.items():
         if value := getattr(one.communication, name):
             rows.append([f"  {label}", _gb(value)])
-    return _table(rows)
+    return aligned(rows)
 
 
 def _seconds_block(one: Estimate) -> str:
@@ -237,7 +229,7 @@ def _seconds_block(one: Estimate) -> str:
         [f"hours of {steps} steps ({UNCALIBRATED})", f"{steps * one.seconds.total / 3600:.1f}"]
     )
     warnings = [textwrap.fill(f"WARNING: {text}", WIDTH) for text in slow_phases(one)]
-    return "\n".join([_table(rows), *warnings])
+    return "\n".join([aligned(rows), *warnings])
 
 
 def _recommended_block(plan: Plan) -> str:
@@ -289,12 +281,16 @@ def _lines(pairs: Sequence[tuple[str, str]]) -> str:
     )
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+def aligned(rows: Sequence[Sequence[str]], *, left: int = 1, gap: int = 3) -> str:
+    """Rows of cells as lines of text; the first ``left`` columns begin at their left edge."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
-    for first, *others in rows:
-        numbers = "".join(f"{o:>{w + 3}}" for o, w in zip(others, widths[1:], strict=True))
-        lines.append(f"{first:<{widths[0]}}{numbers}".rstrip())
+    for row in rows:
+        cells = [
+            f"{cell:<{width}}" if number < left else f"{cell:>{width}}"
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append((" " * gap).join(cells).rstrip())
     return "\n".join(lines)
 
 

@@ -87,7 +87,7 @@ def layer_flops(model: Model, positions: float, length: float) -> float:
     """Of one layer's forward pass, all tensor-parallel ranks together.
 
     Two for each parameter a position is multiplied with; causal attention of 2 x 2 x length / 2
-    for each query column, or of the window where that is shorter.
+    for each query column, or of the window if that is shorter.
     """
     shape = model.shape
     windows = shape.windows or (None,) * shape.layers
@@ -167,7 +167,7 @@ def _talk(run: PlannedRun, model: Model, *, backward: bool) -> float:
 
 
 def _reduction_seconds(run: PlannedRun, sent: Communication, passes: float) -> float:
-    """Gradients over the replicas, beside the last backward pass where they overlap.
+    """Gradients over the replicas, beside the last backward pass if they overlap.
 
     The distributed optimizer's share for new weights belongs to the optimizer; it is small and
     goes over the same links, so it is counted here. ``overlap_param_gather`` hides nothing: the
@@ -201,7 +201,7 @@ def rollout_seconds(run: PlannedRun) -> float:
 
     A decoding step reads the weights (of a mixture, the experts that some sequence needs) and
     the keys and values of all sequences, or multiplies, whichever takes longer, and then waits
-    for two collectives a layer where the engine has several GPUs.
+    for two collectives a layer if the engine has several GPUs.
     """
     hardware, gpus = run.hardware, run.rollout.engine_tensor_parallel
     sequences = -(-run.work.trajectories // run.rollout.num_engines)

@@ -7,7 +7,7 @@ from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.config import Config, ParallelConfig
 
 PROMPT_TOKENS = 512
-"""Assumed length of a prompt where none is given: planning reads no texts."""
+"""Assumed length of a prompt if none is given: planning reads no texts."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_tropd.planning import PlannedRun
+from megatron_tropd.planning.planned_run import PlannedRun
 from megatron_tropd.rehearsal.world import World
 from megatron_tropd.rollout.engines import pool
 from megatron_tropd.rollout.weights import weight_sync

@@ -14,8 +14,9 @@ from typing import IO
 
 from megatron_tropd.base.errors import ConfigError, InputError
 from megatron_tropd.config import Config, config_to_dict
-from megatron_tropd.planning import PROMPT_TOKENS, PlannedRun, load_hardware, plan_run
-from megatron_tropd.planning.hardware import Hardware
+from megatron_tropd.planning.hardware import Hardware, load_hardware
+from megatron_tropd.planning.planned_run import PlannedRun, plan_run
+from megatron_tropd.planning.workload import PROMPT_TOKENS
 from megatron_tropd.rehearsal.record import RankReport, Request
 
 _RANK = "megatron_tropd.rehearsal.rank"

@@ -19,8 +19,8 @@ from typing import IO, TYPE_CHECKING, Any
 from megatron_tropd.base.errors import ConfigError, InputError, TrainingError
 from megatron_tropd.config import Config, config_from_dict
 from megatron_tropd.config.run_folder import RunFolder
-from megatron_tropd.planning import plan_run
 from megatron_tropd.planning.memory import Memory, memory_of_stage
+from megatron_tropd.planning.planned_run import plan_run
 from megatron_tropd.rehearsal import cuda, world
 from megatron_tropd.rehearsal.events import Events, line_of, line_running
 from megatron_tropd.rehearsal.memory import Tracker

@@ -5,11 +5,10 @@ from collections import Counter
 from typing import Any
 
 from megatron_tropd.planning.estimate import layout_name
+from megatron_tropd.planning.report import WIDTH, aligned
 from megatron_tropd.rehearsal.processes import Rehearsal
 from megatron_tropd.rehearsal.record import PhaseBytes, RankReport
 
-WIDTH = 100
-"""Columns of the table."""
 SCHEMA = 1
 """Of the JSON object; raised where a key changes its meaning or goes away."""
 LARGEST_DIFFERENCE = 0.1
@@ -95,7 +94,7 @@ def _memory(ranks: list[RankReport]) -> str:
             phase = next((one for one in rank.phases if one.name == name), None)
             row += ["", "", ""] if phase is None else _cells(phase)
         rows.append(row)
-    return _table(rows)
+    return aligned(rows, gap=2)
 
 
 def _cells(phase: PhaseBytes) -> list[str]:
@@ -135,7 +134,7 @@ def _collectives(rank: RankReport) -> str:
     for key, count in calls.items():
         phase, what, group, size = key
         rows.append([f"    {phase}: {what}", group, str(size), str(count), _gb(sizes[key])])
-    return _table(rows, left=2)
+    return aligned(rows, left=2, gap=2)
 
 
 def _waits(rank: RankReport) -> str:
@@ -145,20 +144,8 @@ def _waits(rank: RankReport) -> str:
     rows += [[f"    {one.phase}: {one.what}", one.line, str(one.count)] for one in waits[:_WAITS]]
     if others := waits[_WAITS:]:
         rows.append([f"    {len(others)} other lines", "", str(sum(o.count for o in others))])
-    return _table(rows, left=2)
+    return aligned(rows, left=2, gap=2)
 
 
 def _gb(size: int) -> str:
     return f"{size / 1e9:.2f}" if size >= 1e7 else f"{size / 1e9:.0e}"
-
-
-def _table(rows: list[list[str]], *, left: int = 1) -> str:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [
-            f"{cell:<{width}}" if number < left else f"{cell:>{width}}"
-            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)

@@ -30,7 +30,7 @@ from megatron_tropd.distill.reporter import Clock
 from megatron_tropd.mcore import models, parallel, platform, schedule
 from megatron_tropd.mcore.checkpoint import Checkpoints
 from megatron_tropd.mcore.hidden import unwrap
-from megatron_tropd.planning import PlannedRun
+from megatron_tropd.planning.planned_run import PlannedRun
 from megatron_tropd.rehearsal.engines import Counted, RecordingEngine
 from megatron_tropd.rehearsal.tensors import CPU, Device
 from megatron_tropd.rehearsal.world import World

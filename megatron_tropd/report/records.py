@@ -1,15 +1,15 @@
 """Reading a run folder: what the training loop wrote, as plain records.
 
-Needs only the standard library, so a report can be made where nothing is installed.
+Needs only the standard library, so a report can be made if nothing is installed.
 """
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_tropd.base.errors import InputError
+from megatron_tropd.base.text_files import parse_json_line, read_json_object
 from megatron_tropd.config import read_settings
 
 
@@ -18,7 +18,6 @@ class RunRecords:
     """Everything a report shows."""
 
     folder: Path
-    """The run folder."""
     config: dict[str, Any]
     """``config.json``: the resolved settings, by section."""
     metrics: list[dict[str, Any]]
@@ -34,9 +33,6 @@ class RunRecords:
 def read_run(folder: str | Path) -> RunRecords:
     """Read a run folder, finished or not.
 
-    Args:
-        folder: the ``run.dir`` of a run.
-
     Returns:
         Its records; parts that were not written yet are empty.
 
@@ -50,12 +46,13 @@ def read_run(folder: str | Path) -> RunRecords:
             f"{folder} is not a run folder: expected config.json in it, found none. "
             "Give the run.dir of a run that `tropd distill` has started."
         )
+    summary = folder / "summary.json"
     return RunRecords(
         folder=folder,
         config=read_settings(folder / "config.json"),
         metrics=read_lines(folder / "metrics.jsonl"),
         evaluations=read_lines(folder / "evaluations.jsonl"),
-        summary=_read_json(folder / "summary.json"),
+        summary=read_json_object(summary) if summary.is_file() else {},
         trajectories={
             int(path.stem.removeprefix("step_")): read_lines(path)
             for path in sorted((folder / "trajectories").glob("step_*.jsonl"))
@@ -71,20 +68,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """
     if not path.is_file():
         return []
-    records = []
     # A line without its newline was cut off while it was written.
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], start=1):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(
-                f"{path}, line {number}: expected a JSON object, found {line[:60]!r} ({error}). "
-                "Mend or remove that line."
-            ) from None
-        if not isinstance(record, dict):
-            raise InputError(f"{path}, line {number}: expected a JSON object, found {line[:60]!r}.")
-        records.append(record)
-    return records
+    lines = path.read_bytes().split(b"\n")[:-1]
+    return [parse_json_line(line, f"{path}, line {n}") for n, line in enumerate(lines, start=1)]
 
 
 def finite(value: Any) -> Any:
@@ -94,12 +80,3 @@ def finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: finite(item) for name, item in value.items()}
     return [finite(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path} is not valid JSON ({error}). Mend or remove it.") from None

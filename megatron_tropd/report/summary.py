@@ -26,7 +26,7 @@ def summary_table(summary: Mapping[str, Any]) -> str:
 
 
 def gap_closed(summary: Mapping[str, Any]) -> float | None:
-    """(after - before) / (teacher - before) of the accuracies, None where it has no meaning."""
+    """(after - before) / (teacher - before) of the accuracies, None if it has no meaning."""
     before, after, teacher = (
         summary.get(name) for name in ("student_before", "student_after", "teacher")
     )
@@ -36,24 +36,26 @@ def gap_closed(summary: Mapping[str, Any]) -> float | None:
 
 
 def _result_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    rows = []
-    for name, label in (
-        ("student_before", "student before"),
-        ("student_after", "student after"),
-        ("teacher", "teacher"),
-    ):
-        if summary.get(name) is not None:
-            rows.append((f"{label}, exact match", f"{100 * summary[name]:.1f} %"))
+    labels = {
+        "student_before": "student before",
+        "student_after": "student after",
+        "teacher": "teacher",
+    }
+    rows = [
+        (f"{label}, exact match", f"{100 * summary[name]:.1f} %")
+        for name, label in labels.items()
+        if summary.get(name) is not None
+    ]
     if summary.get("unjudged"):
-        rows.append(
-            ("answers after, not judged", f"{summary['unjudged']} of {summary['problems']}")
-        )
+        unjudged = f"{summary['unjudged']} of {summary['problems']}"
+        rows.append(("answers after, not judged", unjudged))
     if (closed := gap_closed(summary)) is not None:
         rows.append(("gap to the teacher closed", f"{100 * closed:.0f} %"))
-    for name, label in (("student_before", "student before"), ("student_after", "student after")):
-        if summary.get(f"{name}_reverse_kl") is not None:
-            value = summary[f"{name}_reverse_kl"]
-            rows.append((f"{label}, reverse KL", f"{value:.3f} nats/token"))
+    rows += [
+        (f"{label}, reverse KL", f"{summary[f'{name}_reverse_kl']:.3f} nats/token")
+        for name, label in labels.items()
+        if summary.get(f"{name}_reverse_kl") is not None
+    ]
     return rows
 
 

@@ -29,13 +29,11 @@ class GradedResponse:
     """One problem and what the model made of it."""
 
     prompt_index: int
-    """``Prompt.index`` of the problem."""
     prompt: str
     """The problem as the model saw it."""
     response: str
     """What the model wrote, special tokens left out."""
     answer: str
-    """The reference."""
     correct: bool | None
     """The grader's verdict; None: it cannot judge."""
     finish_reason: str
@@ -49,44 +47,14 @@ class EvaluationResult:
     accuracy: float
     """correct / total, 0..1: what cannot be judged is not correct."""
     correct: int
-    """Problems solved."""
     unjudged: int
     """Answers of which the grader cannot tell whether they are correct."""
     total: int
-    """Problems asked."""
     ci_low: float
-    """Lower end of the 95 % Wilson interval of the accuracy."""
+    """Of the 95 % Wilson interval of the accuracy, as the next."""
     ci_high: float
-    """Upper end."""
     responses: tuple[GradedResponse, ...]
     """[total] in the order of the problems."""
-
-
-def evaluate_exact_match(
-    engine: Engine,
-    problems: Sequence[Prompt],
-    tokenizer: "PreTrainedTokenizerBase",
-    *,
-    stop_token_ids: tuple[int, ...],
-    max_new_tokens: int,
-    grader: str = "marked",
-) -> EvaluationResult:
-    """Answer every problem greedily and grade the answers.
-
-    Args:
-        problems: prompts whose ``fields`` hold "answer".
-        stop_token_ids: ids that end an answer, EOS included.
-        grader: a key of :data:`megatron_tropd.tasks.graders.GRADERS`.
-
-    Raises:
-        InputError: there is no problem, or one has no answer.
-    """
-    for problem in problems:
-        reference_answer(problem)  # before the work, not after it
-    samples = answer_greedily(
-        engine, problems, stop_token_ids=stop_token_ids, max_new_tokens=max_new_tokens
-    )
-    return grade_answers(problems, samples, tokenizer, grader=grader)
 
 
 def answer_greedily(
@@ -96,9 +64,18 @@ def answer_greedily(
     stop_token_ids: tuple[int, ...],
     max_new_tokens: int,
 ) -> list[Sample]:
-    """One greedy sample for each problem; arguments and errors of :func:`evaluate_exact_match`."""
+    """One greedy sample for each problem.
+
+    Args:
+        stop_token_ids: ids that end an answer, EOS included.
+
+    Raises:
+        InputError: there is no problem, or one has no answer.
+    """
     if not problems:
         raise InputError("There is no problem to evaluate: the list is empty.")
+    for problem in problems:
+        reference_answer(problem)  # before the work, not after it
     requests = [SampleRequest(problem.token_ids, max_new_tokens, 0) for problem in problems]
     return engine.generate(requests, Sampling(temperature=0.0, stop_token_ids=stop_token_ids))
 
@@ -110,7 +87,11 @@ def grade_answers(
     *,
     grader: str = "marked",
 ) -> EvaluationResult:
-    """Grade what was sampled for each problem; as :func:`evaluate_exact_match`, without engine."""
+    """Grade what was sampled for each problem.
+
+    Args:
+        grader: a key of :data:`megatron_tropd.tasks.graders.GRADERS`.
+    """
     responses = []
     for problem, sample in zip(problems, samples, strict=True):
         answer = reference_answer(problem)
@@ -140,10 +121,7 @@ def grade_answers(
 
 
 def reference_answer(problem: Prompt) -> str:
-    """The reference answer of a problem as text.
-
-    Args:
-        problem: a prompt whose ``fields`` hold "answer", a string or a number.
+    """The "answer" of a problem, a string or a number, as text.
 
     Raises:
         InputError: there is none.
@@ -178,7 +156,6 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
     centre = share + z2 / (2 * total)
     spread = _Z_95 * math.sqrt(share * (1 - share) / total + z2 / (4 * total**2))
     scale = 1 + z2 / total
+    low, high = (centre - spread) / scale, (centre + spread) / scale
     # Rounding must not leave the share itself outside.
-    return max(0.0, min(share, (centre - spread) / scale)), min(
-        1.0, max(share, (centre + spread) / scale)
-    )
+    return max(0.0, min(share, low)), min(1.0, max(share, high))

@@ -85,20 +85,20 @@ def marked_answer(text: str) -> Mark | None:
         The content of the braces for ``\boxed``, else the first line after the marker without what
         explains it; None without a marker.
     """
-    places = _places(text)
-    first = next((place.start for place in places if place.clear), len(text))
+    markers = _markers(text)
+    first = next((marker.start for marker in markers if marker.clear), len(text))
     following = _NEXT_QUESTION.search(text, first)
     end = following.start() if following else len(text)
-    places = [place for place in places if place.start < end]
+    markers = [marker for marker in markers if marker.start < end]
     for clear in (True, False):
-        for place in reversed(places):
-            if place.clear is clear and (mark := place.read(text[:end])) is not None:
+        for marker in reversed(markers):
+            if marker.clear is clear and (mark := marker.read(text[:end])) is not None:
                 return mark
     return None
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Marker:
     """A marker in a text."""
 
     start: int
@@ -130,24 +130,24 @@ class _Place:
         return None
 
 
-def _places(text: str) -> list[_Place]:
+def _markers(text: str) -> list[_Marker]:
     """Every marker outside boxes, and every box, in order."""
     boxes = _joined(_boxes(text), text)
-    places, number = list(boxes), 0
+    markers, number = list(boxes), 0
     for found in _MARK.finditer(text):
         while number < len(boxes) and boxes[number].end <= found.start():
             number += 1
         if number == len(boxes) or found.start() < boxes[number].start:
             clear = found["vague"] is None
-            places.append(_Place(found.start(), found.end(), clear=clear))
-    return sorted(places, key=lambda place: place.start)
+            markers.append(_Marker(found.start(), found.end(), clear=clear))
+    return sorted(markers, key=lambda marker: marker.start)
 
 
-def _boxes(text: str) -> list[_Place]:
+def _boxes(text: str) -> list[_Marker]:
     r"""The outermost ``\boxed{}`` and ``\fbox{}`` (one that is cut off ends with its line), and
     ``<answer></answer>``."""
     found_alike = (*_BARE_BOX.finditer(text), *_TAGS.finditer(text))
-    boxes = [_Place(found.start(), found.start(1), (found.span(1),)) for found in found_alike]
+    boxes = [_Marker(found.start(), found.start(1), (found.span(1),)) for found in found_alike]
     depth, opened = 0, None
     for found in _BOX.finditer(text):
         brace = found[0]
@@ -159,21 +159,21 @@ def _boxes(text: str) -> list[_Place]:
             continue
         depth += 1 if brace.endswith("{") else -1
         if depth == 0:
-            boxes.append(_Place(*opened, ((opened[1], found.start()),)))
+            boxes.append(_Marker(*opened, ((opened[1], found.start()),)))
             opened = None
     if opened is not None:
         line = text.find("\n", opened[1])
-        boxes.append(_Place(*opened, ((opened[1], len(text) if line < 0 else line),)))
+        boxes.append(_Marker(*opened, ((opened[1], len(text) if line < 0 else line),)))
     return sorted(boxes, key=lambda box: box.start)
 
 
-def _joined(boxes: list[_Place], text: str) -> list[_Place]:
+def _joined(boxes: list[_Marker], text: str) -> list[_Marker]:
     r"""``\boxed{5} and \boxed{7}`` as one answer of two."""
-    joined: list[_Place] = []
+    joined: list[_Marker] = []
     for box in boxes:
         before = joined[-1] if joined else None
         if before and _BETWEEN_BOXES.fullmatch(text, before.end + 1, box.start):
-            joined[-1] = _Place(before.start, before.after, before.spans + box.spans)
+            joined[-1] = _Marker(before.start, before.after, before.spans + box.spans)
         else:
             joined.append(box)
     return joined

@@ -94,13 +94,9 @@ def write_rollouts(
     """Sample the rollouts a file does not have yet and append them.
 
     Args:
-        engine: makes an engine that serves the student; not called when nothing is missing.
-        plans: of :meth:`RolloutRound.plan`, in the order of the file.
-        path: the file; made if absent.
         which: the round, recorded in the header and compared when the file is continued.
         weights: identity of the student's weights (``model_identity(folder, whole=True)``).
         template: what the prompts' chat template read beside the messages, for the header.
-        resume: as in :func:`~megatron_tropd.tasks.sample_files.write_samples`.
 
     Raises:
         InputError: as ``write_samples``.

@@ -28,11 +28,8 @@ class ReverseKLResult:
     ci_low: float
     """Lower end of the 95 % interval; sequences, not tokens, are taken as independent."""
     ci_high: float
-    """Upper end."""
     sequences: int
-    """Samples measured."""
     tokens: int
-    """Student tokens measured."""
 
 
 def measure_reverse_kl(

@@ -34,12 +34,9 @@ def write_responses(
     """Sample the responses a file does not have yet and append them.
 
     Args:
-        engine: makes an engine that serves the teacher; not called when nothing is missing.
-        path: the file; made if absent.
         seed: keys the samples, with prompt and number of the sample.
         teacher: identity of the teacher's weights (``model_identity(folder)``).
         template: what the prompts' chat template read beside the messages, for the header.
-        resume: as in :func:`~megatron_tropd.tasks.sample_files.write_samples`.
 
     Raises:
         InputError: as ``write_samples``.

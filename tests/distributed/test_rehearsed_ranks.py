@@ -22,7 +22,8 @@ from megatron_tropd.config import (
     RunConfig,
     TrainConfig,
 )
-from megatron_tropd.planning import Hardware, plan_run
+from megatron_tropd.planning.hardware import Hardware
+from megatron_tropd.planning.planned_run import plan_run
 from tests.ranks import run_with_env
 from tests.tiny_models import write_tiny_model
 

@@ -25,24 +25,17 @@ from megatron_tropd.losses.dense import DenseSpec
 from megatron_tropd.losses.signals import HiddenStatesSignal
 from megatron_tropd.losses.vocab_parallel import shard_of
 from megatron_tropd.mcore.layout import CUDA_ROW_MULTIPLE
-from megatron_tropd.planning import (
-    PRESETS,
-    Hardware,
-    PlannedRun,
-    load_hardware,
-    make_plan,
-    plan_run,
-    plan_table,
-)
 from megatron_tropd.planning import memory as planned_memory
 from megatron_tropd.planning.activations import saved_per_position, widths
 from megatron_tropd.planning.communication import communication, expert_bytes
 from megatron_tropd.planning.estimate import estimate
+from megatron_tropd.planning.hardware import PRESETS, Hardware, load_hardware
 from megatron_tropd.planning.options import COUNTED, Options, options
 from megatron_tropd.planning.parameters import open_architecture
-from megatron_tropd.planning.planned_run import row_multiple
+from megatron_tropd.planning.plan import make_plan
+from megatron_tropd.planning.planned_run import PlannedRun, plan_run, row_multiple
 from megatron_tropd.planning.recommend import recommend
-from megatron_tropd.planning.report import SCHEMA, UNCALIBRATED
+from megatron_tropd.planning.report import SCHEMA, UNCALIBRATED, plan_table
 from megatron_tropd.planning.seconds import (
     MOST_SEQUENCES,
     layer_flops,
@@ -478,7 +471,7 @@ ERRORS = {
     "parallel.data=3": "must be divisible by parallel.data = 3",
     "rollout.engine_tensor_parallel=8": "exceeds the 4 GPUs",
     "rollout.engine_tensor_parallel=0": "must be at least 1, found 0",
-    "rollout.engine_tensor_parallel=3": "must divide the student's attention heads 16",
+    "rollout.engine_tensor_parallel=3": "must divide the attention heads of the student, found 16",
     "rollout.steps_ahead=1": 'needs rollout.placement = "separate"',
     "rollout.engine_gpu_share=1.5": "strictly between 0 and 1, found 1.5",
     "parallel.expert=2": "student and teacher are dense",

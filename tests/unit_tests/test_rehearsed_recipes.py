@@ -13,7 +13,7 @@ import pytest
 
 from megatron_tropd.base.errors import ConfigError, InputError
 from megatron_tropd.config import load_config
-from megatron_tropd.planning import PlannedRun
+from megatron_tropd.planning.planned_run import PlannedRun
 from megatron_tropd.rehearsal import Rehearsal, rehearsal_table, rehearse
 from megatron_tropd.rehearsal.record import Count
 from megatron_tropd.rehearsal.report import findings

@@ -15,7 +15,7 @@ from megatron_tropd.data.responses import load_responses
 from megatron_tropd.data.samples import Sample, SampleRequest, Sampling
 from megatron_tropd.data.tokenizers import load_tokenizer
 from megatron_tropd.data.types import Prompt
-from megatron_tropd.tasks.exact_match import evaluate_exact_match
+from megatron_tropd.tasks.exact_match import answer_greedily, grade_answers
 from megatron_tropd.tasks.reverse_kl import measure_reverse_kl
 from megatron_tropd.tasks.sample_files import model_identity
 from megatron_tropd.tasks.teacher_responses import write_responses
@@ -60,9 +60,8 @@ def test_exact_match_grades_greedy_answers(tiny_llama: Path, problems: list[Prom
         return [*tokenizer.encode(f"answer {number + (number < 7)}"), 2]
 
     engine = FakeEngine(answer)
-    result = evaluate_exact_match(
-        engine, problems, tokenizer, stop_token_ids=(2,), max_new_tokens=9
-    )
+    samples = answer_greedily(engine, problems, stop_token_ids=(2,), max_new_tokens=9)
+    result = grade_answers(problems, samples, tokenizer)
     assert (result.correct, result.total, result.accuracy) == (7, 10, 0.7)
     assert 0.39 < result.ci_low < 0.4 < 0.89 < result.ci_high < 0.9
     assert [response.correct for response in result.responses] == [True] * 7 + [False] * 3
@@ -71,8 +70,8 @@ def test_exact_match_grades_greedy_answers(tiny_llama: Path, problems: list[Prom
     assert {request.max_new_tokens for request in engine.requests} == {9}
 
 
-def test_exact_match_needs_problems_with_answers(tiny_llama: Path) -> None:
-    tokenizer, engine = load_tokenizer(tiny_llama), FakeEngine(lambda request: [2])
+def test_exact_match_needs_problems_with_answers() -> None:
+    engine = FakeEngine(lambda request: [2])
     for problems, message in (
         ([], "no problem"),
         (
@@ -81,7 +80,7 @@ def test_exact_match_needs_problems_with_answers(tiny_llama: Path) -> None:
         ),
     ):
         with pytest.raises(InputError, match=message):
-            evaluate_exact_match(engine, problems, tokenizer, stop_token_ids=(2,), max_new_tokens=1)
+            answer_greedily(engine, problems, stop_token_ids=(2,), max_new_tokens=1)
     assert not engine.requests
 
 

@@ -81,7 +81,7 @@ class Requirement:
     remedy: str = "Choose a model without it."
 
     def check(self, config: PretrainedConfig) -> None:
-        """Raises InputError where ``config`` has another value."""
+        """Raise InputError if ``config`` has another value."""
         value: Any = config
         for name in self.field.split("."):
             value = value.get(name) if isinstance(value, dict) else getattr(value, name, None)

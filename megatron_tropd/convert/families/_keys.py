@@ -35,17 +35,8 @@ CARRIED = frozenset(
 HARMLESS = frozenset(
     [
         # of the file and of how it was made
-        *(
-            "transformers_weights",
-            "transformers_version",
-            "torch_dtype",
-            "dtype",
-            "auto_map",
-            "tokenizer_class",
-            "name",
-            "name_or_path",
-            "is_llama_config",
-        ),
+        *("transformers_weights", "transformers_version", "torch_dtype", "dtype", "auto_map"),
+        *("tokenizer_class", "name", "name_or_path", "is_llama_config"),
         *("model_name", "license", "license_name", "language", "base_model", "prefix"),
         *("base_model_name_or_path", "unsloth_version", "unsloth_fixed", "unsloth_training"),
         *("transformers.js_config", "num_params", "num_parameters", "initializer_range"),
@@ -312,7 +303,7 @@ def _written_windows(family: Family, shape: ModelShape) -> dict[str, Any]:
         keys["use_sliding_window"] = window is not None
     if family.windows_by_layer:
         kinds = ["full_attention" if w is None else "sliding_attention" for w in shape.windows]
-        # vLLM takes mixed layers for full ones where this is the number of layers.
+        # vLLM takes mixed layers for full ones if this is the number of layers.
         layers = 0 if window is not None else shape.layers
         keys |= {"layer_types": kinds, "max_window_layers": layers}
     return keys

@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_tropd.base.errors import ConfigError, InputError
+from megatron_tropd.base.errors import InputError
+from megatron_tropd.convert.checks import check_engine_shards
 from megatron_tropd.convert.families import ModelShape, engine_config, model_shape, plan
 from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.convert.linked_folder import link_weights
@@ -54,7 +55,7 @@ def check_engine(
             f"compute for {shape.family} models: the engine would sample from another model. Such "
             "a model can be a teacher that nothing samples from."
         )
-    _check_tensor_parallel(shape, tensor_parallel, who)
+    check_engine_shards(shape, tensor_parallel, who=f"model {who}")
 
 
 def _check_heads(shape: ModelShape, cuda: bool, who: str) -> None:
@@ -70,22 +71,6 @@ def _check_heads(shape: ModelShape, cuda: bool, who: str) -> None:
             f"Model {who} has attention heads of size {size}; vLLM on CPU runs sizes "
             f"{list(CPU_HEAD_SIZES)}. Use a model with one of these, or a machine with CUDA."
         )
-
-
-def _check_tensor_parallel(shape: ModelShape, tensor_parallel: int, who: str) -> None:
-    ffn = shape.experts.ffn if shape.experts else shape.ffn
-    few, many = sorted((tensor_parallel, shape.kv_heads))
-    divided = {
-        "attention heads": (shape.heads, shape.heads % tensor_parallel),
-        "intermediate size": (ffn, ffn % tensor_parallel),
-        "key/value heads": (shape.kv_heads, many % few),  # more GPUs than heads: each gets a copy
-    }
-    for what, (size, rest) in divided.items():
-        if rest:
-            raise ConfigError(
-                f"rollout.engine_tensor_parallel = {tensor_parallel} must divide the {what} of "
-                f"model {who}, found {size}. Choose another."
-            )
 
 
 def write_engine_folder(source: HFFolder, place: Path, vocab_size: int) -> dict[str, Any]:
