@@ -1,8 +1,9 @@
 """What is asked of a rollout engine and what it answers."""
 
 from dataclasses import dataclass
+from typing import Literal
 
-from megatron_tropd.config.settings import Amount, Number, Settings, Share
+from megatron_tropd.config.settings import Amount, Count, Number, Settings, Share
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,20 @@ class SampleRequest:
 
 
 @dataclass(frozen=True)
+class Blend(Settings):
+    """A distribution between student and teacher (``rollout.behaviour``)."""
+
+    kind: Literal["blended", "mixture", "skd"]
+    """As ``rollout.behaviour`` has them."""
+    strength: Amount = 0.0
+    """Of this step: epsilon in nats, or the teacher's share of the mixture."""
+    top_k: Count = 1
+    """Of the teacher (skd)."""
+    stops: tuple[Number, ...] = ()
+    """Ids by which the two models stop, if they differ: one event, written as the first."""
+
+
+@dataclass(frozen=True)
 class Sampling(Settings):
     """How to sample; shared by all requests of a call."""
 
@@ -27,6 +42,22 @@ class Sampling(Settings):
     """Nucleus; 1 is off."""
     stop_token_ids: tuple[Number, ...] = ()
     """Ids that end a sample, EOS included: the engine adds nothing by itself."""
+    blend: Blend | None = None
+    """Sample from between student and teacher; None: from the engine's one model."""
+
+
+@dataclass(frozen=True)
+class BlendTrace:
+    """What it took to sample a continuation from between student and teacher."""
+
+    logprobs: tuple[float, ...]
+    """[R] log mu of each token, in nats: what it was sampled from."""
+    passes: int
+    """Of the teacher, the prompt's apart."""
+    kl: float
+    """Sum of KL(mu || q) over the R positions, in nats."""
+    b: float
+    """Sum of the teacher's shares over the R positions."""
 
 
 @dataclass(frozen=True)
@@ -39,3 +70,5 @@ class Sample:
     """[R] log q of each at temperature 1 over the whole vocabulary (before top-p), in nats."""
     finish_reason: str
     """"stop" or "length"."""
+    blend: BlendTrace | None = None
+    """None: the student alone sampled it."""
