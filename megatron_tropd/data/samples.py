@@ -52,12 +52,22 @@ class BlendTrace:
 
     logprobs: tuple[float, ...]
     """[R] log mu of each token, in nats: what it was sampled from."""
-    passes: int
-    """Of the teacher, the prompt's apart."""
-    kl: float
-    """Sum of KL(mu || q) over the R positions, in nats."""
-    b: float
-    """Sum of the teacher's shares over the R positions."""
+    kl: tuple[float, ...]
+    """[R] KL(mu || q) before each token, in nats."""
+    b: tuple[float, ...]
+    """[R] share of the teacher in mu (``Blended.b_N``)."""
+    passes: tuple[int, ...]
+    """[R] number of the teacher's pass that settled the token; the first is 1."""
+
+
+BLEND = "blend"
+"""In the fields of a sequence that was sampled from between two models: :func:`blend_sums`."""
+
+
+def blend_sums(trace: BlendTrace) -> dict[str, float]:
+    """What the metrics of a step need of a response."""
+    passes = trace.passes[-1] if trace.passes else 0
+    return {"tokens": len(trace.b), "passes": passes, "kl": sum(trace.kl), "b": sum(trace.b)}
 
 
 @dataclass(frozen=True)

@@ -38,8 +38,8 @@ class Written(NamedTuple):
     """Of the student, at temperature 1 over the whole vocabulary."""
     kl: float
     b: float
-    passes: int
-    """Of the teacher over this response so far."""
+    number: int
+    """Of the teacher's pass over this response."""
 
 
 @dataclass
@@ -130,10 +130,10 @@ class BlendedSampler:
         for line, row, count, tokens in zip(ids, rows, counts, written, strict=True):
             if not count:
                 line[0] = _begin(row)
-            for place, (token, values) in enumerate(tokens):
-                line[place] = token
-                row.written.append(Written(*values, passes=row.passes + 1))
             row.passes += bool(count)
+            for place, (token, (log_mu, log_q, kl, b)) in enumerate(tokens):
+                line[place] = token
+                row.written.append(Written(log_mu, log_q, kl, b, row.passes))
         return _output(ids.to(logits.device))
 
     def _batch(self) -> list[_Row]:
@@ -189,9 +189,9 @@ def _sample(completion: Any, written: Sequence[Written]) -> Sample:
         finish_reason=completion.finish_reason,
         blend=BlendTrace(
             logprobs=tuple(token.log_mu for token in tokens),
-            passes=tokens[-1].passes,
-            kl=sum(token.kl for token in tokens),
-            b=sum(token.b for token in tokens),
+            kl=tuple(token.kl for token in tokens),
+            b=tuple(token.b for token in tokens),
+            passes=tuple(token.number for token in tokens),
         ),
     )
 

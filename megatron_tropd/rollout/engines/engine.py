@@ -41,7 +41,7 @@ _FOLDERS = (".model", ".teacher")
 """Ends of the names of the folders that vLLM opens: the sampled model's, and its teacher's."""
 BLENDED_ON_CUDA = (
     "Sampling from between student and teacher (rollout.behaviour) is built for engines without "
-    "CUDA, found CUDA. Set rollout.behaviour = \"student\" (docs/rollout_modes.md says what is "
+    'CUDA, found CUDA. Set rollout.behaviour = "student" (docs/rollout_modes.md says what is '
     "missing)."
 )
 
@@ -106,8 +106,7 @@ class RolloutEngine:
         sources = [HFFolder(folder) for folder in (model_folder, teacher_folder) if folder]
         self._max_model_len = max_model_len
         if teacher_folder is not None:
-            # vLLM drafts for all requests or for none: not if one may come near the end.
-            max_model_len += 2 * draft_tokens
+            max_model_len = blended_length(max_model_len, draft_tokens)
         for source in sources:
             check_tensors(source)
             check_engine(
@@ -473,6 +472,18 @@ def check_complete(
             f"Weights in {where} do not fit the engine's model: {'; '.join(problems)}. "
             "Nothing was loaded; export every tensor under its HF name."
         )
+
+
+def blended_length(longest: int, draft_tokens: int) -> int:
+    """What an engine of two models is built for, so that every request always has drafts.
+
+    vLLM drafts for all requests of a pass or for none: not if one of them may come near the end.
+
+    Args:
+        longest: prompt + response in tokens.
+        draft_tokens: for each pass of the teacher; in the pass under way and in the next.
+    """
+    return longest + 2 * draft_tokens
 
 
 def context_length(folder: str | Path) -> int:
