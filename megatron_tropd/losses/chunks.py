@@ -42,7 +42,9 @@ class Pair:
     ids_T: Tensor
     """[T] int64 the token in the trajectory."""
     k: int
-    """Size of the teacher's top-k; 0: none."""
+    """Size of the top-k; 0: none."""
+    by_student: bool
+    """Whether the top-k is the student's, not the teacher's."""
     spec: DenseSpec
     shard: Shard
     device: torch.device
@@ -203,7 +205,9 @@ def _steps(
     ids_t = pair.ids_T[rows]
     waiting: Waiting
     if teacher_tv is not None:
-        waiting = compare(student_tv, teacher_tv, passes, ids_t, pair.k, pair.shard)
+        waiting = compare(
+            student_tv, teacher_tv, passes, ids_t, pair.k, pair.shard, by_student=pair.by_student
+        )
     else:
         assert isinstance(pair.teacher, TopKSignal)
         waiting = look_up(student_tv, passes, ids_t, pair.teacher, rows, pair.k, pair.shard)

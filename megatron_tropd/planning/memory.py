@@ -46,11 +46,13 @@ class Engine:
     """What its share leaves for keys and values; below 0 where the rest needs more."""
     asleep: float
     """What it keeps while the trainer computes; everything on a CPU, where engines never sleep."""
+    warmup: float = 0.0
+    """Of the engine beside it that holds student and teacher (``rollout.behaviour``)."""
 
     @property
     def total(self) -> float:
         """Awake."""
-        return self.weights + self.workspace + max(self.cache, 0.0)
+        return self.weights + self.workspace + max(self.cache, 0.0) + self.warmup
 
 
 @dataclass(frozen=True)
@@ -371,8 +373,10 @@ def engine_memory(made: Setup, model: Model | None = None) -> Engine:
     model, rollout = model or made.student, made.rollout
     weights = model.parameters * made.element / rollout.engine_tensor_parallel
     if made.hardware.layers == "cpu":
-        cache = rollout.engine_cpu_kv_gib * 2**30
-        return Engine(weights, 0.0, cache, weights + cache)
+        cache, warmup = rollout.engine_cpu_kv_gib * 2**30, 0.0
+        if rollout.asks_teacher and model is made.student:
+            warmup = weights + made.teacher.parameters * made.element + cache
+        return Engine(weights, 0.0, cache, weights + cache + warmup, warmup)
     of_memory = rollout.engine_gpu_share
     if model.who == "teacher" and not made.separate:
         of_memory = max(of_memory, TEACHER_SHARE)

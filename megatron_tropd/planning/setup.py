@@ -196,6 +196,11 @@ def check_engines(made: Setup) -> None:
 def _check_colocated(made: Setup) -> None:
     world, engines = made.parallel.world_size, made.rollout.num_engines
     gpus, node = made.rollout.engine_tensor_parallel, made.hardware.gpus_per_node
+    if made.rollout.asks_teacher and made.hardware.layers != "cpu":
+        raise ConfigError(
+            f'rollout.behaviour = "{made.rollout.behaviour}" is built for engines without CUDA. '
+            'Set rollout.behaviour = "student".'
+        )
     if made.rollout.steps_ahead and made.hardware.layers != "cpu":
         raise ConfigError(
             'rollout.steps_ahead = 1 needs rollout.placement = "separate": colocated engines sleep '
