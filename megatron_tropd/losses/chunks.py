@@ -43,13 +43,13 @@ class Pair:
     """[T] int64 the token in the trajectory."""
     k: int
     """Size of the top-k; 0: none."""
-    by_student: bool
-    """Whether the top-k is the student's, not the teacher's."""
     spec: DenseSpec
     shard: Shard
     device: torch.device
     memory_mib: int | None = None
     """Budget of the chunk buffers; None: 72 MiB on CPU, 4 GiB on GPUs."""
+    by_student: bool = False
+    """Whether the top-k is the student's, not the teacher's."""
 
     @property
     def full(self) -> bool:

@@ -381,11 +381,11 @@ def _pair(
         teacher=signal,
         ids_T=targets.ids_T,
         k=k,
-        by_student=config.needs.student_top_k,
         spec=dense_spec(config.needs, metrics=metrics, full=full),
         shard=shard,
         device=targets.ids_T.device,
         memory_mib=memory_mib,
+        by_student=config.needs.student_top_k,
     )
     return pair, targets
 

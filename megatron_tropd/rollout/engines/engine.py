@@ -216,6 +216,8 @@ class RolloutEngine:
 
     def start_generate(self, requests: Sequence[SampleRequest], sampling: Sampling) -> None:
         """Like :meth:`generate` without waiting; fetch with :meth:`finish_generate`."""
+        blended = self._settings.draft_folder is not None
+        assert blended == (sampling.blend is not None), "a blend is what engines of a pair sample"
         for index, request in enumerate(requests):
             self._check_request(index, request)
         self.wait_ready()
