@@ -30,7 +30,14 @@ DEFAULTS = dict(
     importance_low=0.5,
     importance_high=2.0,
     teacher_tokens="nll",
+    method=None,
+    support="teacher",
+    renormalise=True,
 )
+LIKE = {
+    "trb": dict(objective="local_support", support="student", renormalise=False),
+}
+"""Method that version 0.1 did not have -> which parts of this file it is made of."""
 UNDERFLOW = 1e-45
 """What float32 cannot tell from 0; it must not count as a use of the reward."""
 BATCH_WIDE = ("select", "select_share", "switch_step", "future", "group_normalise", "denominator")
@@ -85,7 +92,7 @@ def losses(student: Tensor, teacher: Tensor, tokens: Tokens, settings: dict, *, 
     """(weighted surrogates [T], differentiable, values by name [T] each); as :func:`answer`."""
     unknown = settings.keys() - DEFAULTS.keys() - set(BATCH_WIDE)
     assert not unknown, unknown
-    s = DEFAULTS | settings
+    s = DEFAULTS | LIKE.get(settings.get("method"), {}) | settings
     num = len(tokens.ids)
     guided = tokens.is_teacher if s["teacher_tokens"] == "nll" else torch.zeros(num).bool()
     student_term = policy_gradient if s["objective"] == "policy_gradient" else divergence
@@ -95,7 +102,7 @@ def losses(student: Tensor, teacher: Tensor, tokens: Tokens, settings: dict, *, 
     values = {"term": surrogate, "outlier": surrogate, "dropped": surrogate}
     values["importance"] = torch.ones_like(surrogate)
     for rows in (guided, ~guided):
-        models = Models(student[rows], teacher[rows], tokens.ids[rows], s["top_k"])
+        models = Models(student[rows], teacher[rows], tokens.ids[rows], s["top_k"], s["support"])
         if rows is guided:
             part, found = negative_log_likelihood(models, beta, s["gradient"])
         else:
@@ -112,7 +119,9 @@ def losses(student: Tensor, teacher: Tensor, tokens: Tokens, settings: dict, *, 
 class Models:
     """Both distributions; ``log_q`` carries the gradient, everything else is constant."""
 
-    def __init__(self, student: Tensor, teacher: Tensor, ids: Tensor, top_k: int):
+    def __init__(
+        self, student: Tensor, teacher: Tensor, ids: Tensor, top_k: int, support: str = "teacher"
+    ):
         self.log_q, self.log_p = student.log_softmax(-1), teacher.log_softmax(-1)
         self.lq = self.log_q.detach()
         self.p, self.q = self.log_p.exp(), self.lq.exp()
@@ -125,14 +134,15 @@ class Models:
         self.overlap = torch.minimum(self.log_p, self.lq).exp()
         self.tv = (1 - self.overlap.sum(-1)).clamp(min=0)
         self.teacher_entropy = -times(self.p, self.log_p).sum(-1)
-        self.support = top_k_ids(teacher, min(top_k, teacher.shape[-1]))
+        ranked = student.detach() if support == "student" else teacher
+        self.support = top_k_ids(ranked, min(top_k, teacher.shape[-1]))
 
     def at(self, columns: Tensor) -> Tensor:
         """[T] the column of each row's token."""
         return columns.gather(-1, self.ids.unsqueeze(-1)).squeeze(-1)
 
     def on_support(self, columns: Tensor) -> Tensor:
-        """[T, K] the columns of the teacher's top-k."""
+        """[T, K] the columns of the top-k."""
         return columns.gather(-1, self.support)
 
     def forward_kl(self) -> Tensor:
@@ -291,12 +301,18 @@ def divergence(m: Models, tokens: Tokens, s: dict):
         "forward_kl": lambda: times(m.p, m.log_p - m.log_q).sum(-1),
         "reverse_kl": lambda: kl(m.log_q, m.log_p),
         "jsd": lambda: jsd(m, s["jsd_beta"]),
-        "local_support": lambda: kl(
-            m.on_support(m.log_q).log_softmax(-1), m.on_support(m.log_p).log_softmax(-1)
-        ),
+        "local_support": lambda: local_support(m, s["renormalise"]),
     }[s["objective"]]()
     none = torch.zeros_like(distance.detach())
     return distance, dict(term=distance.detach(), outlier=none, dropped=none, importance=none + 1)
+
+
+def local_support(m: Models, renormalise: bool) -> Tensor:
+    """[T] KL(q || p) on the top-k."""
+    log_q, log_p = m.on_support(m.log_q), m.on_support(m.log_p)
+    if renormalise:
+        return kl(log_q.log_softmax(-1), log_p.log_softmax(-1))
+    return kl(log_q, log_p) - log_q.exp().sum(-1) + log_p.exp().sum(-1)
 
 
 def kl(log_a: Tensor, log_b: Tensor) -> Tensor:

@@ -24,6 +24,8 @@ class Needs:
 
     top_k: int = 0
     """Size of the teacher's top-k; 0: none."""
+    student_top_k: bool = False
+    """Whether the top-k is the student's; needs the whole teacher."""
     sums: tuple[str, ...] = ()
     """Sums over the whole vocabulary that its value is made of (``losses.dense.SUMS``)."""
     reward: Reward | None = None
@@ -107,6 +109,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "reopold": ("reopold", {}),
     "eopd": ("eopd", {}),
     "local_support": ("local_support", {}),
+    "trb": ("local_support", {"support": "student", "top_k": 16, "renormalise": False}),
     "proximal_teacher": ("opd", {"proximal_alpha": 0.1}),
     "top_d": ("top_d", {}),
     "gkd_forward_kl": ("gkd", {"divergence": "forward_kl"}),

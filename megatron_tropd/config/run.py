@@ -181,6 +181,26 @@ class RolloutConfig(PromptConfig, section="rollout"):
     stop_token_ids: tuple[Number, ...] = ()
     """Further ids that end a response, beside every EOS of the student's folder (tokenizer,
     generation_config.json, config.json)."""
+    behaviour: Literal["student", "blended", "mixture", "skd", "cooled"] = "student"
+    """What samples for the first warmup_steps steps, then the student (docs/behaviour.md).
+    blended: as near to the teacher as KL(behaviour || student) <= epsilon allows (TRB); mixture:
+    teacher_share of the teacher's probabilities; skd: the student's token if it is in the teacher's
+    top-k, else one of the teacher's; cooled: the student at warmup_temperature."""
+    warmup_steps: Number = 50
+    """Steps that behaviour samples (K)."""
+    warmup_schedule: Literal["linear", "constant"] = "linear"
+    """linear: in step k epsilon (1 - k/K), and so teacher_share and the distance of
+    warmup_temperature; constant: as they are set. skd knows no distance."""
+    epsilon: Amount = 0.02
+    """blended: nats at every token; 0: the student."""
+    teacher_share: Annotated[float, Range(0, 1)] = 0.2
+    """mixture: a of a p + (1 - a) q; 1: the teacher."""
+    teacher_top_k: Count = 25
+    """skd: how many of the teacher's tokens the student's is kept for."""
+    warmup_temperature: Temperature = 0.7
+    """cooled: temperature of the first step."""
+    draft_tokens: Count = 6
+    """blended, mixture, skd: tokens that the student drafts for each pass of the teacher."""
     mode: str = "single_turn"
     """How a prompt becomes a sequence: "single_turn" (the student answers once, perhaps after a
     teacher prefix), or "package.module:attribute" of your own (docs/extending.md)."""
@@ -222,6 +242,31 @@ class RolloutConfig(PromptConfig, section="rollout"):
             f"rollout.max_num_batched_tokens must be at least rollout.max_num_seqs = {sequences}, "
             f"for each sequence decodes a token, found {tokens}.",
         )
+        if self.asks_teacher:
+            self._check_blend()
+
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether some steps are sampled with the teacher."""
+        far = {"blended": self.epsilon, "mixture": self.teacher_share, "skd": 1}
+        return self.warmup_steps > 0 and far.get(self.behaviour, 0) > 0
+
+    def _check_blend(self) -> None:
+        supported = {
+            "placement": "colocated",
+            "steps_ahead": 0,
+            "temperature": 1.0,
+            "top_p": 1.0,
+            "mode": "single_turn",
+        }
+        for name, value in supported.items():
+            found = getattr(self, name)
+            _require(
+                found == value,
+                f'rollout.behaviour = "{self.behaviour}" needs rollout.{name} = '
+                f"{json.dumps(value)}, found {json.dumps(found)}: it is built for colocated "
+                "engines, on policy, one turn, at temperature 1. Change one of the two.",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -369,12 +414,17 @@ class Config(Settings):
             f"guidance.prefixed_per_prompt = {self.guidance.prefixed_per_prompt} exceeds "
             f"rollout.samples_per_prompt = {self.rollout.samples_per_prompt}.",
         )
-        exact_probabilities = self.rollout.temperature == 1 and self.rollout.top_p == 1
+        exact_probabilities = (
+            self.rollout.temperature == 1
+            and self.rollout.top_p == 1
+            and self.rollout.behaviour != "cooled"
+        )
         _require(
             not self.loss.needs.rollout_logprobs or exact_probabilities,
-            "loss.importance needs rollout.temperature = 1 and "
-            f"rollout.top_p = 1, found {self.rollout.temperature} and {self.rollout.top_p}: the "
-            "engine reports probabilities at temperature 1 over the whole vocabulary. Change one.",
+            "loss.importance needs rollout.temperature = 1 and rollout.top_p = 1, also in the "
+            f"warm-up, found {self.rollout.temperature} and {self.rollout.top_p} with "
+            f'rollout.behaviour = "{self.rollout.behaviour}": the engine reports probabilities '
+            "at temperature 1 over the whole vocabulary. Change one.",
         )
         _require(
             self.run.checkpoint_sharding == "fully_reshardable"

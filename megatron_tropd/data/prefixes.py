@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from megatron_tropd.config import GuidanceConfig, RolloutConfig
 from megatron_tropd.data.responses import TeacherResponse
-from megatron_tropd.data.samples import Sample, SampleRequest
+from megatron_tropd.data.samples import BLEND, Sample, SampleRequest, blend_sums
 from megatron_tropd.data.sequence import SampleKey, TokenSequence, Writer
 from megatron_tropd.data.types import Prompt
 from megatron_tropd.losses.draws import Purpose, keyed_seed
@@ -36,14 +36,17 @@ class PlannedSample:
         Args:
             version: optimizer steps that the sampling weights had seen.
         """
+        blend = sample.blend
         return TokenSequence.of_runs(
             SampleKey(step, self.prompt.index, self.sample_index),
             (Writer.CONTEXT, self.prompt.token_ids),
             (Writer.TEACHER, self.prefix_ids),
             (Writer.STUDENT, sample.token_ids),
             logprobs=sample.logprobs,
+            behaviour_logprobs=blend and blend.logprobs,
             version=version,
             finish=sample.finish_reason,
+            fields={} if blend is None else {BLEND: blend_sums(blend)},
         )
 
 

@@ -1,8 +1,9 @@
 """What is asked of a rollout engine and what it answers."""
 
 from dataclasses import dataclass
+from typing import Literal
 
-from megatron_tropd.config.settings import Amount, Number, Settings, Share
+from megatron_tropd.config.settings import Amount, Count, Number, Settings, Share
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,20 @@ class SampleRequest:
 
 
 @dataclass(frozen=True)
+class Blend(Settings):
+    """A distribution between student and teacher (``rollout.behaviour``)."""
+
+    kind: Literal["blended", "mixture", "skd"]
+    """As ``rollout.behaviour`` has them."""
+    strength: Amount = 0.0
+    """Of this step: epsilon in nats, or the teacher's share of the mixture."""
+    top_k: Count = 1
+    """Of the teacher (skd)."""
+    stops: tuple[Number, ...] = ()
+    """Ids by which the two models stop, if they differ: one event, written as the first."""
+
+
+@dataclass(frozen=True)
 class Sampling(Settings):
     """How to sample; shared by all requests of a call."""
 
@@ -27,6 +42,32 @@ class Sampling(Settings):
     """Nucleus; 1 is off."""
     stop_token_ids: tuple[Number, ...] = ()
     """Ids that end a sample, EOS included: the engine adds nothing by itself."""
+    blend: Blend | None = None
+    """Sample from between student and teacher; None: from the engine's one model."""
+
+
+@dataclass(frozen=True)
+class BlendTrace:
+    """What it took to sample a continuation from between student and teacher."""
+
+    logprobs: tuple[float, ...]
+    """[R] log mu of each token, in nats: what it was sampled from."""
+    kl: tuple[float, ...]
+    """[R] KL(mu || q) before each token, in nats."""
+    b: tuple[float, ...]
+    """[R] share of the teacher in mu (``Blended.b_N``)."""
+    passes: tuple[int, ...]
+    """[R] number of the teacher's pass that settled the token; the first is 1."""
+
+
+BLEND = "blend"
+"""In the fields of a sequence that was sampled from between two models: :func:`blend_sums`."""
+
+
+def blend_sums(trace: BlendTrace) -> dict[str, float]:
+    """What the metrics of a step need of a response."""
+    passes = trace.passes[-1] if trace.passes else 0
+    return {"tokens": len(trace.b), "passes": passes, "kl": sum(trace.kl), "b": sum(trace.b)}
 
 
 @dataclass(frozen=True)
@@ -39,3 +80,5 @@ class Sample:
     """[R] log q of each at temperature 1 over the whole vocabulary (before top-p), in nats."""
     finish_reason: str
     """"stop" or "length"."""
+    blend: BlendTrace | None = None
+    """None: the student alone sampled it."""

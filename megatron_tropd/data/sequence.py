@@ -101,6 +101,7 @@ class TokenSequence:
         key: SampleKey,
         *runs: tuple[Writer, Any],
         logprobs: Any = (),
+        behaviour_logprobs: Any = None,
         version: int = NO_VERSION,
         finish: str = "stop",
         fields: Mapping[str, Any] | None = None,
@@ -109,8 +110,9 @@ class TokenSequence:
 
         Args:
             runs: (writer, ids) in their order.
-            logprobs: of the student's ids, in their order, at temperature 1: what the engine said
-                and what importance weights compare with.
+            logprobs: of the student's ids, in their order, at temperature 1, as the engine said.
+            behaviour_logprobs: of the same ids under what sampled them, which importance weights
+                compare with; None: ``logprobs``.
 
         Returns:
             A sequence in which every token weighs 1, but CONTEXT.
@@ -128,12 +130,16 @@ class TokenSequence:
             )
         logprobs_N = np.full(len(ids_N), np.nan, np.float32)
         logprobs_N[student_N] = logprobs
+        behaviour_N = logprobs_N
+        if behaviour_logprobs is not None:
+            behaviour_N = np.full(len(ids_N), np.nan, np.float32)
+            behaviour_N[student_N] = behaviour_logprobs
         return cls(
             key=key,
             ids_N=ids_N,
             writer_N=writer_N,
             engine_logprobs_N=logprobs_N,
-            behaviour_logprobs_N=logprobs_N,
+            behaviour_logprobs_N=behaviour_N,
             weight_N=(writer_N != Writer.CONTEXT).astype(np.float32),
             version_N=np.where(student_N, version, NO_VERSION),
             finish=finish,

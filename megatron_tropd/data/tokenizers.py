@@ -146,11 +146,7 @@ def stop_token_ids(folder: str | Path, extra: Iterable[int] = ()) -> tuple[int, 
             raise ConfigError(
                 f"rollout.stop_token_ids must be ids in 0..{len(tokenizer) - 1}, found {token_id}."
             )
-    ids = set(extra)
-    for name in ("generation_config.json", "config.json"):
-        ids |= _eos_in(Path(folder) / name, tokenizer)
-    if tokenizer.eos_token_id is not None:
-        ids.add(tokenizer.eos_token_id)
+    ids = {*extra, *_eos_ids(folder)}
     if not ids:
         raise InputError(
             f"Nothing ends a response: the tokenizer in {folder} has no EOS token, and neither "
@@ -158,6 +154,21 @@ def stop_token_ids(folder: str | Path, extra: Iterable[int] = ()) -> tuple[int, 
             "generation_config.json, or name ids as stop token ids."
         )
     return tuple(sorted(ids))
+
+
+def shared_stops(student: str | Path, teacher: str | Path) -> tuple[int, ...]:
+    """Every EOS that two models' folders name, one of the student's first; none if they agree.
+
+    Args:
+        student: HF folder.
+        teacher: HF folder; one that names no EOS agrees.
+    """
+    mine, theirs = _eos_ids(student), _eos_ids(teacher)
+    if not mine or not theirs or mine == theirs:
+        return ()
+    own = load_tokenizer(student).eos_token_id
+    first = own if own in mine else min(mine)
+    return (first, *sorted((mine | theirs) - {first}))
 
 
 def _differing_ids(student: dict[str, int], teacher: dict[str, int]) -> list[str]:
@@ -172,6 +183,15 @@ def _differing_ids(student: dict[str, int], teacher: dict[str, int]) -> list[str
 
 def _spell(tokenizer: PreTrainedTokenizerBase, token_id: int | None) -> str:
     return "none" if token_id is None else f"{token_id} {tokenizer.decode([token_id])!r}"
+
+
+def _eos_ids(folder: str | Path) -> set[int]:
+    """Every EOS of a folder, whichever of its files names it."""
+    tokenizer = load_tokenizer(folder)
+    ids = set[int]()
+    for name in ("generation_config.json", "config.json"):
+        ids |= _eos_in(Path(folder) / name, tokenizer)
+    return ids if tokenizer.eos_token_id is None else ids | {tokenizer.eos_token_id}
 
 
 def _eos_in(path: Path, tokenizer: PreTrainedTokenizerBase) -> set[int]:

@@ -23,6 +23,7 @@ def make_engine(
     log_file: Path,
     threads: int | None = None,
     alone: bool = False,
+    teacher: Path | None = None,
 ) -> RolloutEngine:
     """Start an engine that samples as the settings say; returns while it is still starting.
 
@@ -33,21 +34,25 @@ def make_engine(
         log_file: what the engine prints is appended here.
         threads: CPU threads of the engine; None: as many as this process may use.
         alone: no model is on its GPUs, so that it takes more than ``rollout.engine_gpu_share``.
+        teacher: HF folder of the teacher if responses come from between the two.
 
     Returns:
         The engine.
     """
-    share = config.rollout.engine_gpu_share
+    rollout = config.rollout
+    share = rollout.engine_gpu_share
     return RolloutEngine(
         folder,
         dtype=engine_dtype(config.model.dtype),
-        max_model_len=inputs.max_model_len,
+        max_model_len=inputs.longest_rollout(rollout) if teacher else inputs.max_model_len,
+        teacher_folder=teacher,
+        draft_tokens=rollout.draft_tokens,
         vocab_size=inputs.vocab_size,
         gpu_share=max(share, MEMORY_ALONE) if alone else share,
-        cpu_kv_gib=config.rollout.engine_cpu_kv_gib,
-        tensor_parallel=config.rollout.engine_tensor_parallel,
-        max_num_seqs=config.rollout.max_num_seqs,
-        max_num_batched_tokens=config.rollout.max_num_batched_tokens,
+        cpu_kv_gib=rollout.engine_cpu_kv_gib,
+        tensor_parallel=rollout.engine_tensor_parallel,
+        max_num_seqs=rollout.max_num_seqs,
+        max_num_batched_tokens=rollout.max_num_batched_tokens,
         threads=threads,
         log_file=log_file,
     )

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from megatron_tropd.base.errors import ConfigError, InputError
-from megatron_tropd.config import Config
+from megatron_tropd.config import Config, RolloutConfig
 from megatron_tropd.convert.checks import check_parallel, check_tensors
 from megatron_tropd.convert.companions import CONFIG
 from megatron_tropd.convert.families import model_shape
@@ -22,10 +22,12 @@ from megatron_tropd.data.tokenizers import (
     check_same_tokenizer,
     load_tokenizer,
     num_ids,
+    shared_stops,
     stop_token_ids,
 )
 from megatron_tropd.data.types import Prompt
 from megatron_tropd.losses import check_signal
+from megatron_tropd.rollout.engines.engine import BLENDED_ON_CUDA, blended_length
 from megatron_tropd.rollout.engines.engine_model import check_engine
 from megatron_tropd.tasks.exact_match import reference_answer
 from megatron_tropd.teacher import load_teacher
@@ -52,6 +54,12 @@ class Inputs:
     """Held-out problems, at most evaluation.num_problems; empty without evaluation."""
     max_model_len: int
     """Longest sequence the rollout engine will see."""
+    shared_stops: tuple[int, ...] = ()
+    """Ids by which student and teacher end a response, if they differ and both sample."""
+
+    def longest_rollout(self, rollout: RolloutConfig) -> int:
+        """Tokens of the longest prompt and its response."""
+        return _longest(self.prompts) + rollout.max_new_tokens
 
 
 def load_inputs(config: Config) -> Inputs:
@@ -94,6 +102,8 @@ def load_inputs(config: Config) -> Inputs:
         _longest(problems) + config.max_answer_tokens,
     )
     _check_engines(config, student, teacher, max_model_len, evaluated=bool(problems))
+    if config.rollout.asks_teacher:
+        _check_blend(config, student, teacher, prompts)
     return Inputs(
         student=student,
         teacher=teacher,
@@ -105,6 +115,11 @@ def load_inputs(config: Config) -> Inputs:
         responses=responses,
         problems=problems,
         max_model_len=max_model_len,
+        shared_stops=(
+            shared_stops(student.companions, teacher.companions)
+            if config.rollout.asks_teacher
+            else ()
+        ),
     )
 
 
@@ -223,6 +238,26 @@ def _check_engines(
             cuda=torch.cuda.is_available(),
             who=who,
             tensor_parallel=config.rollout.engine_tensor_parallel,
+        )
+
+
+def _check_blend(
+    config: Config,
+    student: HFFolder | MegatronFolder,
+    teacher: HFFolder | MegatronFolder,
+    prompts: list[Prompt],
+) -> None:
+    """Refuse what engines that hold student and teacher would refuse later."""
+    rollout, cuda = config.rollout, torch.cuda.is_available()
+    if cuda:
+        raise ConfigError(BLENDED_ON_CUDA)
+    longest = blended_length(_longest(prompts) + rollout.max_new_tokens, rollout.draft_tokens)
+    for who, folder in ((config.model.student, student), (config.model.teacher, teacher)):
+        check_engine(folder.config, longest, cuda=cuda, who=who)
+    if short := next((p for p in prompts if len(p.token_ids) < 2), None):
+        raise InputError(
+            f"{rollout.prompts}: prompt {short.index} is one token long; rollout.behaviour = "
+            f'"{rollout.behaviour}" needs at least 2. Leave it out, or put BOS before it.'
         )
 
 

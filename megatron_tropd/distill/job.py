@@ -53,6 +53,7 @@ from megatron_tropd.rollout.engines.served import ServerPool
 from megatron_tropd.rollout.engines.wire import Model, served_settings
 from megatron_tropd.rollout.episodes import EpisodePlan, load_mode
 from megatron_tropd.rollout.source import RolloutSource, SampledRollouts
+from megatron_tropd.rollout.warmup import WarmupEngines
 from megatron_tropd.rollout.weights.versions import WeightVersions
 from megatron_tropd.rollout.weights.weight_sync import Export
 from megatron_tropd.teacher import TeacherStart, load_teacher
@@ -151,7 +152,7 @@ class Job:
         )
         self._measure_teacher()
         self._say_that_engines_start("student")
-        self.engines = self.start_engines("student")
+        self.engines = self._rollout_engines()
         exits.enter_context(self.engines)
         self.rollouts = self.rollout_source()
         if platform.has_cuda():
@@ -174,6 +175,7 @@ class Job:
                 inputs.responses,
             ),
             stop_token_ids=inputs.stop_token_ids,
+            shared_stops=inputs.shared_stops,
             is_main=self.is_main,
         )
 
@@ -263,8 +265,24 @@ class Job:
         dist.barrier()
         return paths
 
-    def start_engines(self, model: Model) -> SamplingEngines:
-        """Engines for the student or the teacher; returns while they are still starting."""
+    def _rollout_engines(self) -> SamplingEngines:
+        """The student's engines, with those of the warm-up beside them if it asks the teacher."""
+        student, rollout = self.start_engines("student"), self.config.rollout
+        if not rollout.asks_teacher:
+            return student
+
+        def blended() -> SamplingEngines:
+            return self.start_engines("student", self.hf_folders["teacher"])
+
+        return WarmupEngines(student, blended, rollout.warmup_steps)
+
+    def start_engines(self, model: Model, teacher: Path | None = None) -> SamplingEngines:
+        """Engines for the student or the teacher; returns while they are still starting.
+
+        Args:
+            model: what they sample from.
+            teacher: HF folder of the teacher if they sample from between the two.
+        """
         rollout = self.config.rollout
         if rollout.placement == "separate":
             return ServerPool(
@@ -284,7 +302,9 @@ class Job:
                 self.inputs,
                 self.hf_folders[model],
                 threads=engine_threads(rollout.num_engines, local, self.ranks.world_size),
-                log_file=self.folder.logs / f"engine_{model}_{number:03d}.log",
+                log_file=self.folder.logs
+                / f"engine_{'blended' if teacher else model}_{number:03d}.log",
+                teacher=teacher,
                 alone=model == "teacher",  # its engines have ended before anything is built
             )
 

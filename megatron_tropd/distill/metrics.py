@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_tropd.data.batch import MicroBatch
+from megatron_tropd.data.samples import BLEND
 from megatron_tropd.data.sequence import TokenSequence, Writer
 from megatron_tropd.losses.trouble import BITS, trouble
 
@@ -190,6 +191,20 @@ def trajectory_metrics(trajectories: Sequence[TokenSequence], *, step: int) -> d
         "prefix_share": sum(prefixes) / total,
         "prefix_longest": float(max(prefixes)),
         "staleness": sum(step - t.oldest_version for t in trajectories) / count,
+        **_blend_metrics(trajectories),
+    }
+
+
+def _blend_metrics(trajectories: Sequence[TokenSequence]) -> dict[str, float]:
+    """Of sequences that were sampled from between student and teacher; none: no metrics."""
+    sums = [t.fields[BLEND] for t in trajectories if BLEND in t.fields]
+    if not sums:
+        return {}
+    tokens, passes, kl, b = (sum(s[name] for s in sums) for name in ("tokens", "passes", "kl", "b"))
+    return {
+        "behaviour_kl": kl / tokens,
+        "behaviour_teacher_share": b / tokens,
+        "tokens_per_teacher_pass": tokens / passes,
     }
 
 

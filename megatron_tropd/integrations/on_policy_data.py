@@ -250,6 +250,11 @@ class OnPolicyData:
                 "Live rollouts are sampled by engines beside the trainer, for the step at hand. "
                 'Leave rollout.placement = "colocated" and rollout.steps_ahead = 0.'
             )
+        if rollout.asks_teacher:
+            raise ConfigError(
+                f'rollout.behaviour = "{rollout.behaviour}" is not built for live rollouts. Set '
+                'rollout.behaviour = "student", or "cooled".'
+            )
         if rollout.prompts_per_step > len(self._prompts):
             raise ConfigError(
                 f"rollout.prompts_per_step = {rollout.prompts_per_step} exceeds the "

@@ -42,12 +42,14 @@ class Pair:
     ids_T: Tensor
     """[T] int64 the token in the trajectory."""
     k: int
-    """Size of the teacher's top-k; 0: none."""
+    """Size of the top-k; 0: none."""
     spec: DenseSpec
     shard: Shard
     device: torch.device
     memory_mib: int | None = None
     """Budget of the chunk buffers; None: 72 MiB on CPU, 4 GiB on GPUs."""
+    by_student: bool = False
+    """Whether the top-k is the student's, not the teacher's."""
 
     @property
     def full(self) -> bool:
@@ -203,7 +205,9 @@ def _steps(
     ids_t = pair.ids_T[rows]
     waiting: Waiting
     if teacher_tv is not None:
-        waiting = compare(student_tv, teacher_tv, passes, ids_t, pair.k, pair.shard)
+        waiting = compare(
+            student_tv, teacher_tv, passes, ids_t, pair.k, pair.shard, by_student=pair.by_student
+        )
     else:
         assert isinstance(pair.teacher, TopKSignal)
         waiting = look_up(student_tv, passes, ids_t, pair.teacher, rows, pair.k, pair.shard)

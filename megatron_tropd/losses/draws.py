@@ -8,9 +8,11 @@ cryptographic.
 Source: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014.
 """
 
+from collections.abc import Sequence
 from enum import IntEnum
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
@@ -32,6 +34,9 @@ class Purpose(IntEnum):
     PREFIX = 4
     EVALUATION = 5
     TEACHER_RESPONSE = 6
+    DRAFT = 7
+    ACCEPTANCE = 8
+    REPLACEMENT = 9
 
 
 def keyed_seed(*key: int) -> int:
@@ -86,6 +91,23 @@ def keyed_uniform_rows(
     prefix_B = _mix_tensor(_signed(start + _GOLDEN) ^ trajectories_B) + _signed(_GOLDEN)
     words_BS = _mix_tensor(positions_BS ^ prefix_B.unsqueeze(-1))
     return _shifted(words_BS, 40).float() * 2.0**-24
+
+
+def keyed_noise(keys: Sequence[tuple[int, ...]], size: int, device: torch.device) -> Tensor:
+    """Uniform numbers in the order of a row's columns, such as one for each token.
+
+    Args:
+        keys: [N] of the rows.
+        size: columns V.
+        device: where they are made.
+
+    Returns:
+        [N, V] float64 strictly between 0 and 1, odd multiples of 2**-54.
+    """
+    prefixes = [_signed(_hash(key) + _GOLDEN) for key in keys]
+    prefix_N1 = torch.tensor(prefixes, dtype=torch.int64, device=device).unsqueeze(-1)
+    words_NV = _mix_tensor(torch.arange(size, device=device) ^ prefix_N1)
+    return (_shifted(words_NV, 11).double() + 0.5) * 2.0**-53
 
 
 def _hash(key: tuple[int, ...]) -> int:

@@ -385,6 +385,7 @@ def _pair(
         shard=shard,
         device=targets.ids_T.device,
         memory_mib=memory_mib,
+        by_student=config.needs.student_top_k,
     )
     return pair, targets
 

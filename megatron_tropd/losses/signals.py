@@ -213,7 +213,7 @@ def required_signal(config: LossSettings) -> frozenset[str]:
     needed = {SAMPLED}
     if config.needs.top_k:
         needed.add(TOP_K)
-    if config.needs.sums:
+    if config.needs.sums or config.needs.student_top_k:
         needed.add(FULL)
     return frozenset(needed)
 

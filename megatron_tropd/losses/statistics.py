@@ -36,7 +36,7 @@ class TokenStatistics:
     teacher_logprob_T: Tensor
     """[T] float32 log p of the token in the trajectory."""
     topk_ids_TK: Tensor
-    """[T, K] int64 the teacher's most likely ids."""
+    """[T, K] int64 the most likely ids of the teacher, or of the student (``student_top_k``)."""
     topk_student_logprobs_TK: Tensor
     """[T, K] float32 log q of those."""
     topk_teacher_logprobs_TK: Tensor
@@ -87,6 +87,8 @@ def compare(
     ids_T: Tensor,
     k: int,
     shard: Shard,
+    *,
+    by_student: bool = False,
 ) -> Waiting:
     """Statistics with both distributions at hand.
 
@@ -95,8 +97,9 @@ def compare(
         teacher_Tv: [T, v] float32 the same columns of the teacher.
         passes: over these two.
         ids_T: [T] int64 tokens of the trajectory.
-        k: size of the teacher's top-k; 0: none.
+        k: size of the top-k; 0: none.
         shard: where the columns lie.
+        by_student: the top-k is the student's, not the teacher's.
 
     Returns:
         A generator that yields at each of its waits and returns the statistics.
@@ -107,13 +110,14 @@ def compare(
     """
     ids_T1 = ids_T.unsqueeze(-1)
     no_keys = ids_T.new_empty(len(ids_T), 0)
-    keys_TK = vp.pack_top_k(teacher_Tv, k, start=shard.start) if k else no_keys
+    ranked_Tv, other_Tv = (student_Tv, teacher_Tv) if by_student else (teacher_Tv, student_Tv)
+    keys_TK = vp.pack_top_k(ranked_Tv, k, start=shard.start) if k else no_keys
     _, candidates_TK = vp.unpack_top_k(keys_TK)
     picked_Tn = torch.cat(
         [
             vp.pick_columns(student_Tv, ids_T1, shard),
             vp.pick_columns(teacher_Tv, ids_T1, shard),
-            vp.pick_columns(student_Tv, candidates_TK, shard),
+            vp.pick_columns(other_Tv, candidates_TK, shard),
         ],
         dim=-1,
     )
@@ -125,13 +129,14 @@ def compare(
     bits_RTn = gathering.wait()
     keys_RTK = _as(torch.int64, bits_RTn[..., : 2 * k])
     floats_RTn = _as(torch.float32, bits_RTn[..., 2 * k :])
-    sampled_RT2, student_RTK, stats_RTn = floats_RTn.split([2, k, floats_RTn.shape[-1] - 2 - k], -1)
+    sampled_RT2, other_RTK, stats_RTn = floats_RTn.split([2, k, floats_RTn.shape[-1] - 2 - k], -1)
     student_norm_T2 = vp.combine_normalisers(stats_RTn[..., 0:2])
     teacher_norm_T2 = vp.combine_normalisers(stats_RTn[..., 2:4])
     moments_TD = combine(stats_RTn, student_norm_T2, teacher_norm_T2, passes.moments)
     student_x_T1, teacher_x_T1 = sampled_RT2.sum(dim=0).split(1, dim=-1)
-    merged_TK, student_TK = vp.merge_top_k(keys_RTK, student_RTK)
-    topk_teacher_TK, topk_ids_TK = vp.unpack_top_k(merged_TK)
+    merged_TK, other_TK = vp.merge_top_k(keys_RTK, other_RTK)
+    ranked_TK, topk_ids_TK = vp.unpack_top_k(merged_TK)
+    student_TK, teacher_TK = (ranked_TK, other_TK) if by_student else (other_TK, ranked_TK)
 
     reducing = vp.AllReduceSum(passes.second(student_norm_T2, teacher_norm_T2), group=shard.group)
     if passes.sums:
@@ -143,7 +148,7 @@ def compare(
         teacher_logprob_T=vp.normalise(teacher_x_T1, teacher_norm_T2).squeeze(-1),
         topk_ids_TK=topk_ids_TK,
         topk_student_logprobs_TK=vp.normalise(student_TK, student_norm_T2),
-        topk_teacher_logprobs_TK=vp.normalise(topk_teacher_TK, teacher_norm_T2),
+        topk_teacher_logprobs_TK=vp.normalise(teacher_TK, teacher_norm_T2),
         sums_TD=torch.cat([moments_TD, reducing.wait()], dim=-1),
         sum_names=passes.moments + passes.sums,
     )

@@ -245,18 +245,27 @@ def jsd(statistics: TokenStatistics, share: float) -> Term:
     return _term(statistics, value_T=value_T, reward_T=torch.full_like(value_T, share - 1))
 
 
-def local_support(statistics: TokenStatistics) -> Term:
-    """KL(q || p) with both renormalised on the teacher's top-k, back-propagated."""
-    log_q_TK = statistics.topk_student_logprobs_TK.log_softmax(dim=-1)
-    log_p_TK = statistics.topk_teacher_logprobs_TK.log_softmax(dim=-1)
+def local_support(statistics: TokenStatistics, *, renormalise: bool = True) -> Term:
+    r"""KL(q || p) on the top-k alone, back-propagated.
+
+    Either both are renormalised there, or the sum is
+
+    .. math:: \sum_{v \in S} q (\log q - \log p) - q + p
+
+    which is KL if S is everything, at least 0, and 0 with no gradient only if q = p on S.
+    """
+    log_q_TK = statistics.topk_student_logprobs_TK
+    log_p_TK = statistics.topk_teacher_logprobs_TK
+    if renormalise:
+        log_q_TK, log_p_TK = log_q_TK.log_softmax(dim=-1), log_p_TK.log_softmax(dim=-1)
     q_TK = log_q_TK.exp()
     ratio_TK = log_q_TK - log_p_TK
     value_T = times(q_TK, ratio_TK).sum(dim=-1)
-    return _term(
-        statistics,
-        value_T=value_T,
-        topk_TK=times(q_TK, ratio_TK - value_T.unsqueeze(-1)),
-    )
+    if renormalise:
+        ratio_TK = ratio_TK - value_T.unsqueeze(-1)
+    else:
+        value_T = value_T + (log_p_TK.exp() - q_TK).sum(dim=-1)
+    return _term(statistics, value_T=value_T, topk_TK=times(q_TK, ratio_TK))
 
 
 def trust(log_ratio_T: Tensor) -> Tensor:

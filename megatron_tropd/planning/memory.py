@@ -46,11 +46,13 @@ class Engine:
     """What its share leaves for keys and values; below 0 if the rest needs more."""
     asleep: float
     """What it keeps while the trainer computes; everything on a CPU, where engines never sleep."""
+    warmup: float = 0.0
+    """Of the engine beside it that holds student and teacher (``rollout.behaviour``)."""
 
     @property
     def total(self) -> float:
         """Awake."""
-        return self.weights + self.workspace + max(self.cache, 0.0)
+        return self.weights + self.workspace + max(self.cache, 0.0) + self.warmup
 
 
 @dataclass(frozen=True)
@@ -360,8 +362,10 @@ def engine_memory(run: PlannedRun, model: Model | None = None) -> Engine:
     model, rollout = model or run.student, run.rollout
     weights = model.parameters * run.element / rollout.engine_tensor_parallel
     if run.hardware.layers == "cpu":
-        cache = rollout.engine_cpu_kv_gib * 2**30
-        return Engine(weights, 0.0, cache, weights + cache)
+        cache, warmup = rollout.engine_cpu_kv_gib * 2**30, 0.0
+        if rollout.asks_teacher and model is run.student:
+            warmup = weights + run.teacher.parameters * run.element + cache
+        return Engine(weights, 0.0, cache, weights + cache + warmup, warmup)
     of_memory = rollout.engine_gpu_share
     if model.who == "teacher" and not run.separate:
         of_memory = max(of_memory, TEACHER_SHARE)

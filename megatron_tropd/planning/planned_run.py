@@ -194,6 +194,11 @@ def check_engines(run: PlannedRun) -> None:
 def _check_colocated(run: PlannedRun) -> None:
     world, engines = run.parallel.world_size, run.rollout.num_engines
     gpus, node = run.rollout.engine_tensor_parallel, run.hardware.gpus_per_node
+    if run.rollout.asks_teacher and run.hardware.layers != "cpu":
+        raise ConfigError(
+            f'rollout.behaviour = "{run.rollout.behaviour}" is built for engines without CUDA. '
+            'Set rollout.behaviour = "student".'
+        )
     if run.rollout.steps_ahead and run.hardware.layers != "cpu":
         raise ConfigError(
             'rollout.steps_ahead = 1 needs rollout.placement = "separate": colocated engines sleep '

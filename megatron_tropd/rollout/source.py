@@ -13,6 +13,7 @@ from megatron_tropd.data.sequence_files import dump_sequences, read_sequences
 from megatron_tropd.data.types import Prompt
 from megatron_tropd.rollout.engines.interface import SamplingEngines
 from megatron_tropd.rollout.episodes import Episode, EpisodePlan, EpisodeStart, MakeEpisode
+from megatron_tropd.rollout.warmup import sampling_of_step
 
 PENDING_FILE = "pending_rollouts.jsonl"
 """In a checkpoint: what was sampled for its next step, with older weights than it holds."""
@@ -52,6 +53,7 @@ class SampledRollouts:
         settings: EpisodePlan,
         *,
         stop_token_ids: Sequence[int],
+        shared_stops: Sequence[int] = (),
         is_main: bool,
     ) -> None:
         """Ask for nothing yet.
@@ -62,17 +64,16 @@ class SampledRollouts:
             prompts: of the run.
             settings: for the episodes.
             stop_token_ids: end a sample.
+            shared_stops: ids by which student and teacher end one, if they differ (``Blend``).
             is_main: whether this rank writes checkpoints.
         """
         self._engines = engines
         self._make_episode = make_episode
         self._prompts = prompts
         self._settings = settings
-        self._sampling = Sampling(
-            temperature=settings.rollout.temperature,
-            top_p=settings.rollout.top_p,
-            stop_token_ids=tuple(stop_token_ids),
-        )
+        self._stops, self._shared_stops = stop_token_ids, shared_stops
+        self._sampling = Sampling()
+        """Of the episodes under way."""
         self._is_main = is_main
         self._version = 0
         """Of the weights that the episodes under way began with."""
@@ -88,6 +89,9 @@ class SampledRollouts:
             return
         self._version = self._engines.channel.version
         rollout, seed = self._settings.rollout, self._settings.seed
+        self._sampling = sampling_of_step(
+            rollout, step, stops=self._stops, shared_stops=self._shared_stops
+        )
         self._episodes = [
             self._make_episode(
                 EpisodeStart(self._prompts[index], sample, step, self._version, self._settings)

@@ -110,12 +110,22 @@ def _all_settings() -> dict[str, dict]:
             found[f"{objective}-{writer}"] = dict(
                 objective=objective, teacher_tokens=writer, jsd_beta=0.3
             )
+    found |= {
+        f"trb-{support}-{renormalise}-{writer}": dict(
+            method="trb", support=support, renormalise=renormalise, teacher_tokens=writer
+        )
+        for support, renormalise, writer in (
+            ("student", False, "nll"),
+            ("student", True, "same"),
+            ("teacher", False, "same"),
+        )
+    }
     return {name: dict(top_k=4) | settings for name, settings in found.items()}
 
 
 SETTINGS = _all_settings()
 FEW = ("bernoulli-forward_kl", "exact-full", "exact-clip", "eopd-ppo", "jsd-same")
-FEW += ("local_support-nll", "reverse_kl-same", "opd")
+FEW += ("local_support-nll", "reverse_kl-same", "opd", "trb-student-False-nll")
 
 
 def _presets() -> dict[str, dict]:

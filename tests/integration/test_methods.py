@@ -48,6 +48,8 @@ def _overrides(path: Path, texts: Path, run: Path) -> list[str]:
         "run.tensorboard": "false",
     }
     text = path.read_text()
+    if "behaviour" in text:
+        settings["rollout.behaviour"] = "student"  # the engine has no teacher (test_warmup_run.py)
     if "responses" in text:
         settings["guidance.responses"] = texts / "responses.jsonl"
     if "switch_step" in text:

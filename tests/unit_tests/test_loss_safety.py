@@ -494,6 +494,7 @@ WORDS = {
     "tropd_expected": (3 * K + 6, 0, 0, 0),
     "tropd_mask": (6, 0, 0, 0),
     "local_support": (3 * K + 6, 0, 0, 0),
+    "trb": (3 * K + 6, 0, 0, 0),
     "gkd_forward_kl": (6, 1, 0, 1),
     "gkd_reverse_kl": (6, 1, 0, 1),
     "eopd": (3 * K + 6, 1, 0, 1),

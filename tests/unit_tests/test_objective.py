@@ -91,6 +91,11 @@ _BACKPROPAGATED = [
     for objective in OBJECTIVES
     for writer in ("nll", "same")
 ]
+_BACKPROPAGATED += [
+    dict(method="trb", support=support, renormalise=renormalise, top_k=4)
+    for support in ("student", "teacher")
+    for renormalise in (False, True)
+]
 # Every token an outlier.
 _BACKPROPAGATED += [dict(region="threshold", tau=1e9, top_k=k) for k in (0, 3)]
 
@@ -586,6 +591,7 @@ def test_required_signal():
         "tropd_exact_full": full,
         "eopd": top_k | full,
         "local_support": top_k,
+        "trb": top_k | full,
         **{name: full for name in ("gkd_forward_kl", "gkd_reverse_kl", "gkd_jsd")},
         "minillm_single_step": full,
     }

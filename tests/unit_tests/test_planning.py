@@ -44,7 +44,7 @@ from megatron_tropd.planning.seconds import (
     pass_seconds,
     repeated_products,
 )
-from megatron_tropd.rollout.engines.child import CPU_SEQUENCES, _cpu_cache_bytes
+from megatron_tropd.rollout.engines.child import CPU_SEQUENCES, _cache_bytes_of_a_token
 from megatron_tropd.rollout.engines.settings import EngineSettings
 from megatron_tropd.rollout.weights import weight_sync
 
@@ -187,6 +187,20 @@ def test_a_sleeping_engine_keeps_its_workspace_and_on_a_cpu_everything(small: Co
         assert stage.engine_asleep == pytest.approx(kept)
         without = stage.resident + stage.teacher_hidden + stage.teacher_forward
         assert stage.phases["teacher"] == pytest.approx(without + kept)
+
+
+def test_an_engine_of_both_models_is_counted_and_refused_on_gpus(small: Config):
+    rollout = dataclasses.replace(small.rollout, behaviour="blended")
+    blended = dataclasses.replace(small, rollout=rollout)
+    with pytest.raises(ConfigError, match="without CUDA"):
+        plan_run(blended, H100)
+    cpu = dataclasses.replace(H100, layers="cpu", memory_gb=512)
+    one, other = (planned_memory.engine_memory(plan_run(c, cpu)) for c in (small, blended))
+    both = sum(m.parameters for m in (plan_run(small, cpu).student, plan_run(small, cpu).teacher))
+    more = both * plan_run(small, cpu).element + 0.4 * 2**30
+    assert other.asleep - one.asleep == pytest.approx(more)
+    assert other.total - one.total == pytest.approx(more)
+    assert other.cache == one.cache
 
 
 def test_a_loss_that_looks_at_the_student_first_costs_a_pass(small: Config):
@@ -357,8 +371,7 @@ def test_a_token_takes_as_much_cache_as_the_engine_counts(small: Config):
         prefix_caching=True,
         cuda=False,
     )
-    two_blocks = _cpu_cache_bytes(settings)  # of 128 tokens each
-    assert planned_memory.cache_bytes_per_token(run) == two_blocks / 256
+    assert planned_memory.cache_bytes_per_token(run) == _cache_bytes_of_a_token(settings)
 
 
 def test_constants_are_those_of_the_trainer():

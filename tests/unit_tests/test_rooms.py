@@ -27,7 +27,7 @@ ARROWS: dict[str, set[str]] = {
     "planning": {"base", "config", "convert"},
     "report": {"base", "config"},
     "mcore": {"base", "config", "convert", "data", "losses"},
-    "rollout": {"base", "config", "convert", "data"},
+    "rollout": {"base", "config", "convert", "data", "losses"},
     "tasks": {"base", "config", "convert", "data", "losses"},
     "teacher": {"base", "config", "convert", "data", "losses", "mcore"},
     "distill": {

@@ -1,4 +1,4 @@
-"""The reverse KL on the teacher's top-k (sources: docs/losses.md)."""
+"""The reverse KL on a top-k (sources: docs/losses.md)."""
 
 from __future__ import annotations
 
@@ -17,23 +17,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class LocalSupport(Method):
-    """KL(q||p) with both renormalised on the teacher's top-k."""
+    """KL(q||p) on the k most likely tokens of one model."""
 
     top_k: Count = 32
-    """The teacher's k most likely tokens (of the whole vocabulary: gkd with reverse_kl)."""
+    """How many of them (of the whole vocabulary: gkd with reverse_kl)."""
+    support: Literal["teacher", "student"] = "teacher"
+    """Whose: the student's needs the whole teacher."""
+    renormalise: bool = True
+    """Make both distributions sum to 1 there; false: the sum of q (log q - log p) - q + p, the KL
+    of what need not sum to 1."""
     teacher_tokens: Literal["nll", "same"] = "nll"
     """Loss of tokens the teacher wrote: -beta log q(x), or the divergence."""
 
     @property
     def needs(self) -> Needs:
-        """The teacher's top-k."""
-        return Needs(top_k=self.top_k)
+        """The top-k."""
+        return Needs(top_k=self.top_k, student_top_k=self.support == "student")
 
     def term(self, statistics: TokenStatistics, targets: LossTargets) -> Term:
         """The divergence."""
         from megatron_tropd.losses import terms
 
-        return terms.local_support(statistics)
+        return terms.local_support(statistics, renormalise=self.renormalise)
 
     def teacher_term(self, statistics: TokenStatistics, beta: float) -> Term | None:
         """-beta log q(x), unless ``same`` is asked for."""

@@ -23,6 +23,7 @@ from typing import Any
 from megatron_tropd.base.exits import STOP_SIGNALS
 from megatron_tropd.base.files import never_fail_to_print
 from megatron_tropd.data.samples import Sample, SampleRequest, Sampling
+from megatron_tropd.rollout.engines.blended import blended_generate
 from megatron_tropd.rollout.engines.settings import EngineSettings
 from megatron_tropd.rollout.engines.worker_extension import WorkerExtension
 
@@ -51,6 +52,8 @@ def build_llm(settings: EngineSettings) -> Any:
     llm = LLM(**arguments)
     if settings.cut_from:
         llm.collective_rpc("tropd_load_first_rows", args=(settings.cut_from, settings.vocab_size))
+    if settings.draft_folder:
+        llm.collective_rpc("tropd_blend", args=(settings.draft_cut_from, settings.vocab_size))
     return llm
 
 
@@ -94,31 +97,57 @@ def _cuda_arguments(settings: EngineSettings) -> dict[str, Any]:
 
 def _cpu_arguments(settings: EngineSettings) -> dict[str, Any]:
     sequences = settings.max_num_seqs or CPU_SEQUENCES
+    most_bytes = int(settings.cpu_kv_gib * _GIB)
+    block_bytes = _CPU_BLOCK * _cache_bytes_of_a_token(settings)
+    blocks = -(-settings.max_model_len // _CPU_BLOCK)
+    if settings.draft_folder:
+        # All that are decoded together fit: whoever had to wait would go on without drafts.
+        sequences = max(1, min(sequences, (most_bytes // block_bytes - 1) // blocks))
     return {
         "max_num_seqs": sequences,
-        "kv_cache_memory_bytes": _cpu_cache_bytes(settings),
+        # The cache is zeroed at start-up, so memory nobody can use costs seconds.
+        "kv_cache_memory_bytes": min(most_bytes, (blocks * sequences + 1) * block_bytes),
         "enforce_eager": True,
         # A prompt cut in two rewinds its generator, which a CPU generator cannot do.
         "enable_chunked_prefill": False,
         "max_num_batched_tokens": settings.max_num_batched_tokens
         or max(4096, settings.max_model_len, sequences),
+        **(_draft_arguments(settings, sequences) if settings.draft_folder else {}),
     }
 
 
-def _cpu_cache_bytes(settings: EngineSettings) -> int:
-    """KV cache for every sequence at full length, within ``settings.cpu_kv_gib`` GiB."""
+def _draft_arguments(settings: EngineSettings, sequences: int) -> dict[str, Any]:
+    """What makes the student of ``settings`` the draft model."""
+    drafts = settings.draft_tokens or 1
+    return {
+        # Every sequence has its drafts, the token before them and a slot of the draft model.
+        "max_num_batched_tokens": max(
+            settings.max_num_batched_tokens or 4096,
+            settings.max_model_len + sequences,
+            sequences * (drafts + 2),
+        ),
+        "async_scheduling": False,
+        "speculative_config": {
+            "method": "draft_model",
+            "model": settings.draft_folder,
+            "num_speculative_tokens": drafts,
+            "draft_sample_method": "probabilistic",
+        },
+    }
+
+
+def _cache_bytes_of_a_token(settings: EngineSettings) -> int:
+    """Keys and values of one token, of all the engine's models."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(settings.model_folder, local_files_only=True)
-    heads = config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    element = 4 if settings.dtype == "float32" else 2
-    per_token = 2 * config.num_hidden_layers * kv_heads * size * element
-    sequences = settings.max_num_seqs or CPU_SEQUENCES
-    blocks = -(-settings.max_model_len // _CPU_BLOCK) * sequences + 1
-    # The cache is zeroed at start-up, so memory nobody can use costs seconds.
-    return min(int(settings.cpu_kv_gib * _GIB), blocks * _CPU_BLOCK * per_token)
+    element, total = 4 if settings.dtype == "float32" else 2, 0
+    for folder in filter(None, (settings.model_folder, settings.draft_folder)):
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        heads = config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // heads
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        total += 2 * config.num_hidden_layers * kv_heads * size * element
+    return total
 
 
 def generate(llm: Any, requests: Sequence[SampleRequest], sampling: Sampling) -> list[Sample]:
@@ -134,6 +163,8 @@ def generate(llm: Any, requests: Sequence[SampleRequest], sampling: Sampling) ->
     """
     # What is cached decides how prompts are chunked, and with it the last bits.
     forget_prefixes(llm)
+    if sampling.blend is not None:
+        return blended_generate(llm, requests, sampling)
     prompts = [{"prompt_token_ids": list(request.token_ids)} for request in requests]
     params = [_sampling_params(request, sampling) for request in requests]
     outputs = llm.generate(prompts, params, use_tqdm=False)
@@ -167,15 +198,19 @@ def _sample(completion: Any) -> Sample:
     )
 
 
-def load_weights(llm: Any, folder: str) -> None:
+def load_weights(llm: Any, folder: str, *, draft: bool = False) -> None:
     """Replace the weights in place by those of a folder of safetensors with HF names.
 
     Args:
         llm: the engine.
         folder: complete, ``lm_head.weight`` included for tied models (checked by the parent).
+        draft: they are the draft model's.
     """
-    llm.collective_rpc("tropd_forget_packed_experts")
-    llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
+    if draft:
+        llm.collective_rpc("tropd_reload_draft", args=(folder,))
+    else:
+        llm.collective_rpc("tropd_forget_packed_experts")
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
     forget_prefixes(llm)
 
 
@@ -229,7 +264,9 @@ def _serve(connection: Connection) -> None:
     connection.send(("ok", None))
     commands: dict[str, Callable[..., Any]] = {
         "generate": lambda *arguments: generate(llm, *arguments),
-        "load_weights": lambda folder: load_weights(llm, folder),
+        "load_weights": lambda folder: load_weights(
+            llm, folder, draft=settings.draft_folder is not None
+        ),
         "begin_weights": lambda: begin_weights(llm),
         "take_weights": lambda update: llm.update_weights({"update_info": update}),
         "finish_weights": lambda: finish_weights(llm),

@@ -37,6 +37,15 @@ _MEMORY = ("weights", "kv_cache")
 """What an engine gives back asleep, by vLLM's names; each is woken by itself."""
 
 
+_FOLDERS = (".model", ".teacher")
+"""Ends of the names of the folders that vLLM opens: the sampled model's, and its teacher's."""
+BLENDED_ON_CUDA = (
+    "Sampling from between student and teacher (rollout.behaviour) is built for engines without "
+    'CUDA, found CUDA. Set rollout.behaviour = "student" (docs/behaviour.md says what is '
+    "missing)."
+)
+
+
 class RolloutEngine:
     """One vLLM engine in a child process.
 
@@ -59,6 +68,8 @@ class RolloutEngine:
         max_num_batched_tokens: int | None = None,
         prefix_caching: bool = True,
         vocab_size: int | None = None,
+        teacher_folder: str | Path | None = None,
+        draft_tokens: int = 6,
     ) -> None:
         """Start the child process.
 
@@ -76,35 +87,51 @@ class RolloutEngine:
             prefix_caching: share the KV cache of equal beginnings within one call.
             vocab_size: the engine has so many columns of the vocabulary, the first ones: others
                 are never sampled and log-probs are over these. None: all of the model's.
+            teacher_folder: HF folder of a teacher: the engine samples from between the two
+                (``Sampling.blend``), and new weights are the student's. None: there is none.
+            draft_tokens: of the student, for each pass of the teacher.
 
         Raises:
             InputError: the folder has no readable weights, or vLLM does not run its model.
-            ConfigError: tensor_parallel > 1 without CUDA, or it does not divide the model.
+            ConfigError: tensor_parallel > 1 without CUDA, or it does not divide the model; a
+                teacher's folder with CUDA.
         """
         cuda = torch.cuda.is_available()
         if tensor_parallel > 1 and not cuda:
             raise ConfigError(
                 f"rollout.engine_tensor_parallel must be 1 without CUDA, found {tensor_parallel}."
             )
-        source = HFFolder(model_folder)
-        check_tensors(source)
-        check_engine(
-            source.config,
-            max_model_len,
-            cuda=cuda,
-            who=str(model_folder),
-            tensor_parallel=tensor_parallel,
-        )
-        columns = model_shape(source.config).vocab
-        vocab_size = columns if vocab_size is None else min(vocab_size, columns)
-        self._expected = expected_tensors(source.config, vocab_size)
-        self._missing: dict[str, tuple[int, ...]] = {}
+        if teacher_folder is not None and cuda:
+            raise ConfigError(BLENDED_ON_CUDA)
+        sources = [HFFolder(folder) for folder in (model_folder, teacher_folder) if folder]
         self._max_model_len = max_model_len
+        if teacher_folder is not None:
+            max_model_len = blended_length(max_model_len, draft_tokens)
+        for source in sources:
+            check_tensors(source)
+            check_engine(
+                source.config,
+                max_model_len,
+                cuda=cuda,
+                who=str(source.path),
+                tensor_parallel=tensor_parallel,
+            )
+        columns = [model_shape(source.config).vocab for source in sources]
+        vocab_size = min(columns) if vocab_size is None else min(vocab_size, *columns)
+        self._expected = expected_tensors(sources[0].config, vocab_size)
+        self._missing: dict[str, tuple[int, ...]] = {}
         self._log_file = Path(log_file)
-        self._place = self._log_file.with_suffix(".model")
+        self._places = [self._log_file.with_suffix(end) for end in _FOLDERS[: len(sources)]]
+        # Of both: vLLM loads target and draft model in the same way.
+        cut = any(vocab_size != width for width in columns)
+        cut_from = [str(source.path.resolve()) if cut else None for source in sources]
+        blended = teacher_folder is not None
         self._settings = EngineSettings(
-            model_folder=str(self._place),
-            cut_from=None if vocab_size == columns else str(source.path.resolve()),
+            model_folder=str(self._places[-1]),
+            cut_from=cut_from[-1],
+            draft_folder=str(self._places[0]) if blended else None,
+            draft_cut_from=cut_from[0] if blended else None,
+            draft_tokens=draft_tokens if blended else None,
             vocab_size=vocab_size,
             dtype=dtype,
             max_model_len=max_model_len,
@@ -116,7 +143,10 @@ class RolloutEngine:
             prefix_caching=prefix_caching,
             cuda=cuda,
         )
-        self._config = write_engine_folder(source, self._place, vocab_size)
+        self._configs = [
+            write_engine_folder(source, place, vocab_size)
+            for source, place in zip(sources, self._places, strict=True)
+        ]
         self._waiting_for = "start"
         self._asleep: set[str] = set()
         self.has_weights = True
@@ -128,7 +158,8 @@ class RolloutEngine:
     def _start(self, environment: dict[str, str]) -> None:
         self._log_file.parent.mkdir(parents=True, exist_ok=True)
         with self._log_file.open("a") as log:
-            log.write(f"The engine's config.json: {json.dumps(self._config)}\n")
+            for config in self._configs:
+                log.write(f"The engine's config.json: {json.dumps(config)}\n")
         self._child = process.take(environment)
         self._process, self._connection = self._child.child, self._child.connection
         self._send("print_to", str(self._log_file))
@@ -163,7 +194,7 @@ class RolloutEngine:
         """
         if self._waiting_for == "start":
             self._receive()
-            remove_engine_folder(self._place)
+            self._remove_folders()
 
     def generate(self, requests: Sequence[SampleRequest], sampling: Sampling) -> list[Sample]:
         """Continue every request with the current weights.
@@ -185,6 +216,8 @@ class RolloutEngine:
 
     def start_generate(self, requests: Sequence[SampleRequest], sampling: Sampling) -> None:
         """Like :meth:`generate` without waiting; fetch with :meth:`finish_generate`."""
+        blended = self._settings.draft_folder is not None
+        assert blended == (sampling.blend is not None), "a blend is what engines of a pair sample"
         for index, request in enumerate(requests):
             self._check_request(index, request)
         self.wait_ready()
@@ -287,7 +320,7 @@ class RolloutEngine:
 
         Returns when their device memory is free, unless the driver takes longer.
         """
-        remove_engine_folder(self._place)
+        self._remove_folders()
         workers = process.descendants(self.pid)
         self._connection.close()
         if self._waiting_for:
@@ -298,6 +331,10 @@ class RolloutEngine:
             self._process.kill()
             self._process.wait()
         process.wait_gone(workers, _CLOSE_SECONDS)
+
+    def _remove_folders(self) -> None:
+        for place in self._places:
+            remove_engine_folder(place)
 
     def __enter__(self) -> Self:
         return self
@@ -311,6 +348,11 @@ class RolloutEngine:
             raise InputError(
                 f"Request {index} has {length} prompt tokens and asks for "
                 f"{request.max_new_tokens} new ones; both must be at least 1."
+            )
+        if length < 2 and self._settings.draft_folder:
+            raise InputError(
+                f"Request {index} has 1 prompt token; to be continued from between student and "
+                "teacher it needs 2. Put a token before the prompt, such as BOS."
             )
         if length + request.max_new_tokens > self._max_model_len:
             raise InputError(
@@ -432,6 +474,18 @@ def check_complete(
             f"Weights in {where} do not fit the engine's model: {'; '.join(problems)}. "
             "Nothing was loaded; export every tensor under its HF name."
         )
+
+
+def blended_length(longest: int, draft_tokens: int) -> int:
+    """What an engine of two models is built for, so that every request always has drafts.
+
+    vLLM drafts for all requests of a pass or for none: not if one of them may come near the end.
+
+    Args:
+        longest: prompt + response in tokens.
+        draft_tokens: for each pass of the teacher; in the pass under way and in the next.
+    """
+    return longest + 2 * draft_tokens
 
 
 def context_length(folder: str | Path) -> int:

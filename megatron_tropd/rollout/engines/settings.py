@@ -34,3 +34,9 @@ class EngineSettings(Settings):
     None: ``model_folder`` has them."""
     vocab_size: Count | None = None
     """Columns of the engine's vocabulary; None: the model's."""
+    draft_folder: str | None = None
+    """HF folder of a student that drafts for ``model_folder``, the teacher; None: one model."""
+    draft_tokens: Count | None = None
+    """Drafts for each pass of the teacher."""
+    draft_cut_from: str | None = None
+    """As ``cut_from``, of the student."""

@@ -1,10 +1,12 @@
 """What vLLM's workers can do here beside what vLLM lets them (``worker_extension_cls``)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
+from megatron_tropd.data.samples import Blend
+from megatron_tropd.rollout.engines.blended import BlendedSampler, Written
 from megatron_tropd.rollout.engines.engine_model import first_rows
 
 
@@ -13,6 +15,7 @@ class WorkerExtension:
 
     device: torch.device
     vllm_config: Any
+    model_runner: Any
     get_model: Callable[[], torch.nn.Module]
     reload_weights: Callable[..., None]
 
@@ -33,9 +36,50 @@ class WorkerExtension:
 
         With the kernel in place a reload keeps them as they are: wrong samples, no error.
         """
-        if self.device.type != "cpu":
-            return
-        for module in self.get_model().modules():
-            method: Any = getattr(module, "quant_method", None)
-            if hasattr(method, "moe_kernel"):
-                method.moe_kernel = None
+        if self.device.type == "cpu":
+            _forget_packed_experts(self.get_model())
+
+    def tropd_blend(self, folder: str | None, vocab_size: int) -> None:
+        """Sample from between the model, a teacher, and its draft model, the student.
+
+        Args:
+            folder: HF folder of the student if the engine has its first columns only.
+            vocab_size: columns.
+        """
+        self._blended = BlendedSampler(self.model_runner)
+        if folder is not None:
+            self._reload_draft(weights_iterator=first_rows(folder, vocab_size))
+
+    def tropd_reload_draft(self, folder: str) -> None:
+        """Replace the weights of the draft model by those of a folder."""
+        self._reload_draft(weights_path=folder)
+
+    def tropd_start_blending(self, rule: Blend, requests: Sequence[tuple[int, int]]) -> None:
+        """As :meth:`BlendedSampler.start`."""
+        self._blended.start(rule, requests)
+
+    def tropd_finish_blending(self) -> list[list[Written]]:
+        """As :meth:`BlendedSampler.finish`."""
+        return self._blended.finish()
+
+    def _reload_draft(
+        self,
+        *,
+        weights_iterator: Iterator[tuple[str, torch.Tensor]] | None = None,
+        weights_path: str | None = None,
+    ) -> None:
+        # vLLM's worker reloads the target only; this is what it calls, for the draft model.
+        from vllm.model_executor.model_loader.reload.inplace import reload_weights
+
+        draft = self.model_runner.get_draft_model()
+        if self.device.type == "cpu":
+            _forget_packed_experts(draft)
+        config = self.model_runner.drafter._create_draft_vllm_config()
+        reload_weights(config, draft, weights_iterator, weights_path, is_checkpoint_format=True)
+
+
+def _forget_packed_experts(model: torch.nn.Module) -> None:
+    for module in model.modules():
+        method: Any = getattr(module, "quant_method", None)
+        if hasattr(method, "moe_kernel"):
+            method.moe_kernel = None
