@@ -389,7 +389,7 @@ def test_megatron_lm_waits_for_the_device_once_a_step(group) -> None:
 
 def test_megatron_lm_deals_live_samples_as_megatron_does() -> None:
     plugin = megatron_lm._Plugin(None, None)
-    plugin._teacher = Namespace(ranks=Namespace(dp_size=2, dp_rank=1))
+    plugin._teacher = Namespace(layout=Namespace(dp_size=2, dp_rank=1))
     items = [{"sample_id": torch.tensor(i)} for i in range(8)]
     mine = plugin._own_share(items, 2, 2)
     assert [batch["sample_id"].tolist() for batch in mine] == [[2, 3], [6, 7]]
