@@ -11,7 +11,7 @@ import torch
 
 from megatron_tropd.base.environment import hidden_gpus, listed_gpus, variable
 from megatron_tropd.base.errors import TrainingError
-from megatron_tropd.mcore import cpu
+from megatron_tropd.mcore.cpu import CPU, patch, patch_training
 from megatron_tropd.mcore.torch_adam import accept_torch_adam
 
 _prepared = False
@@ -25,7 +25,7 @@ def has_cuda() -> bool:
 
 def device() -> torch.device:
     """The device of this process' models: its CUDA device, or the CPU."""
-    return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else cpu.CPU
+    return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else CPU
 
 
 def be_deterministic() -> None:
@@ -81,7 +81,7 @@ def prepare_platform() -> None:
     """
     global _prepared
     if not (_prepared or has_cuda()):
-        cpu.patch()
+        patch()
         _prepared = True
     accept_torch_adam()
 
@@ -95,5 +95,5 @@ def prepare_training() -> None:
     global _training_prepared
     prepare_platform()
     if not (_training_prepared or has_cuda()):
-        cpu.patch_training()
+        patch_training()
         _training_prepared = True
