@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_tropd.mcore import platform
+from megatron_tropd.mcore import cpu
 
 _aten = torch.ops.aten
 _ASKS = {
@@ -89,7 +89,7 @@ def _line() -> str:
 
 
 def _is_between(name: str) -> bool:
-    return "/torch/" in name or name in (platform.__file__, __file__)
+    return "/torch/" in name or name in (cpu.__file__, __file__)
 
 
 @contextmanager

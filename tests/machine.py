@@ -171,9 +171,9 @@ def torch_as_it_was() -> Iterator[None]:
     """
     import torch
 
-    from megatron_tropd.mcore import platform
+    from megatron_tropd.mcore import cpu
 
-    owners = [(torch, name) for name in platform._FACTORIES] + [(torch.Tensor, "to")]
+    owners = [(torch, name) for name in cpu.FACTORIES] + [(torch.Tensor, "to")]
     with ExitStack() as undo:
         for owner, name in owners:
             function = getattr(owner, name)

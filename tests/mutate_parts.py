@@ -132,8 +132,8 @@ MUTATIONS = (
         ),
         (
             "the tied copy of the last stage is not filled",
-            'pairs.append((entries[0], parameters["output_layer.weight"]))',
-            'pairs.append((entries[0], torch.nn.Parameter(parameters["output_layer.weight"] + 0)))',
+            "parameters[name].copy_(shard)",
+            'parameters[name].copy_(shard if name != "output_layer.weight" else 0 * shard)',
             f"{EXPORT}[pp2]",
         ),
         (
@@ -148,11 +148,23 @@ MUTATIONS = (
             "rank",
             f"{EXPORT}[ep2]",
         ),
+    ),
+    *_of(
+        "mcore/export.py",
         (
             "files are never full",
-            "numbers[name] = number\n            held += size",
-            "numbers[name] = number",
+            "SafetensorsWriter(folder, specs, max_file_bytes)",
+            "SafetensorsWriter(folder, specs, 10**12)",
             f"{EXPORT}[tp1]",
+        ),
+    ),
+    *_of(
+        "mcore/student.py",
+        (
+            "what is not to be trained is trained",
+            "weights.module.requires_grad_(False)",
+            "weights.module.requires_grad_(True)",
+            "distributed/test_student_model.py",
         ),
     ),
     *_of(

@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 -m megatron_tropd.integrations.on_cpu pretrain_gpt.py ARGUMENTS
 
-What that takes is in ``mcore.platform``; with CUDA the script runs as it would by itself.
+What that takes is in ``mcore.cpu``; with CUDA the script runs as it would by itself.
 """
 
 import runpy

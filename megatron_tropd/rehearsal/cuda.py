@@ -1,7 +1,7 @@
 """A process that believes in a GPU: what Python asks of CUDA is answered, nothing is started.
 
 Called before anything of Megatron is imported, so that no difference of a machine without a GPU
-(``mcore.platform``) gets in. There is no way back: a process rehearses and ends.
+(``mcore.cpu``) gets in. There is no way back: a process rehearses and ends.
 """
 
 import contextlib
