@@ -18,8 +18,9 @@ from torch.utils.data import default_collate
 
 from megatron_tropd.base.errors import ConfigError, InputError
 from megatron_tropd.data.batch import MicroBatch, upload
+from megatron_tropd.data.packing import LossCounts
 from megatron_tropd.data.sequence import SampleKey, Writer
-from megatron_tropd.losses import keyed_uniform_rows
+from megatron_tropd.losses import Method, keyed_uniform_rows
 
 TEXT = ("tokens", "labels", "loss_mask", "position_ids")
 """Keys of a given text: an item of Megatron's GPT datasets."""
@@ -65,6 +66,17 @@ def deal(
     """Make a replica's micro-batches of a whole global batch, as Megatron's samplers deal it."""
     starts = range(dp_rank * rows, len(items), dp_size * rows)
     return [default_collate(list(items[start : start + rows])) for start in starts]
+
+
+def own_share(items: Sequence[Mapping[str, Tensor]], share: Share) -> list[dict[str, Tensor]]:
+    """Make this replica's micro-batches of as many items as a global batch has."""
+    expected = share.count * share.shape[0] * share.dp_size
+    if len(items) != expected:
+        raise ConfigError(
+            f"Expected {expected} items per step of the rollouts (--global-batch-size), found "
+            f"{len(items)}. Sample as many."
+        )
+    return deal(items, share.shape[0], share.dp_rank, share.dp_size)
 
 
 def draw(iterator: Iterator[Mapping[str, Tensor]] | None, share: Share) -> list[MicroBatch]:
@@ -122,6 +134,40 @@ def broadcast_items(items: Sequence[Mapping[str, Tensor]], share: Share) -> list
     _check_kind(kind, share)
     by_batch = [told[start : start + width] for start in range(0, len(told), width)]
     return _micro_batches(by_batch, ints, floats, masks, share)
+
+
+def whole_batch(
+    batches: Sequence[MicroBatch], loss: Method, group: dist.ProcessGroup, device: torch.device
+) -> tuple[LossCounts, list[int]]:
+    """Learn what the loss has to know of the other replicas' micro-batches, if anything.
+
+    Args:
+        batches: of this replica.
+        loss: which loss.
+        group: data-parallel group.
+        device: of its collectives.
+
+    Returns:
+        Loss tokens of the global batch, and the prompt of each of its rows. If the loss asks for
+        neither, this replica's tokens and no prompts.
+
+    Collectives: for such a loss 1 all-reduce of [2]; if it looks at the whole batch first, 1 gather
+    of its rows' keys.
+    """
+    student = sum(len(batch.student_at) for batch in batches)
+    counts = [sum(len(batch.loss_at) for batch in batches) - student, student]
+    if loss.denominator == "separate" or loss.needs_student_pass:
+        total = upload(torch.tensor(counts), device)
+        dist.all_reduce(total, group=group)
+        counts = total.tolist()
+    prompts: dict[int, int] = {}
+    if loss.needs_student_pass:
+        mine = {row: key.prompt for b in batches for row, key in zip(b.rows, b.keys, strict=True)}
+        parts: list[Any] = [None] * group.size()
+        dist.all_gather_object(parts, mine, group=group)
+        for part in parts:
+            prompts |= part
+    return LossCounts(counts[0], counts[1], 0), [prompts[row] for row in range(len(prompts))]
 
 
 def _micro_batches(

@@ -47,6 +47,7 @@ __all__ = [
     "Teacher",
     "Update",
     "cross_entropy",
+    "hidden_states",
     "output_weight",
     "run_schedule",
     "student_forward",
@@ -190,7 +191,6 @@ class Student:
             forward_only=False,
         )
 
-    @torch.no_grad()
     def score(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
         """Hidden states of the loss tokens with the weights of now, no gradient, no dropout.
 
@@ -200,13 +200,9 @@ class Student:
         Returns:
             [T, H] per micro-batch on the last stage, an empty list elsewhere.
 
-        Collectives: as :meth:`Teacher.score`.
+        Collectives: those of :func:`hidden_states`.
         """
-        self.model.eval()
-        with _nothing_offloaded(self.model.config):
-            return run_schedule(
-                self.model, micro_batches, forward_step=_forward_only, forward_only=True
-            )
+        return hidden_states(self.model, micro_batches)
 
     def update(self) -> Update:
         """Clip, step, advance the schedule.
@@ -269,7 +265,6 @@ class Teacher:
         self.vocab_size = vocab_size
         self.weight_vH = weight_vH
 
-    @torch.no_grad()
     def score(self, micro_batches: Sequence[MicroBatch]) -> list[HiddenStatesSignal]:
         """The teacher's signal for the loss tokens of each micro-batch.
 
@@ -279,12 +274,9 @@ class Teacher:
         Returns:
             One signal per micro-batch on the last stage, an empty list elsewhere.
 
-        Collectives: forward only, those of the schedule; the hidden states of a
-        sequence-parallel model are gathered over the tensor-parallel group.
+        Collectives: those of :func:`hidden_states`.
         """
-        hidden = run_schedule(
-            self.model, micro_batches, forward_step=_forward_only, forward_only=True
-        )
+        hidden = hidden_states(self.model, micro_batches)
         if not self.ranks.is_last_stage:
             return []
         if self.weight_vH is None:
@@ -313,6 +305,25 @@ def cross_entropy(
     loss = vocab_parallel_cross_entropy(logits_Tv.float().unsqueeze(1), labels_T.unsqueeze(1)).sum()
     count = loss.new_full((), len(labels_T), dtype=torch.float32)
     return loss, {"loss": loss.detach(), "tokens": count}
+
+
+@torch.no_grad()
+def hidden_states(model: GPTModel, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+    """Run a forward pass alone, without dropout; leaves the model in its mode for that.
+
+    Args:
+        model: not wrapped.
+        micro_batches: of this data-parallel rank.
+
+    Returns:
+        [T, H] of the loss tokens of each micro-batch on the last stage, an empty list elsewhere.
+
+    Collectives: forward only, those of the schedule; the hidden states of a sequence-parallel model
+    are gathered over the tensor-parallel group.
+    """
+    model.eval()
+    with _nothing_offloaded(model.config):
+        return run_schedule(model, micro_batches, forward_step=_forward_only, forward_only=True)
 
 
 def run_schedule(

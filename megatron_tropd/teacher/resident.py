@@ -23,17 +23,9 @@ class ResidentTeacher:
 
     signal = HiddenStatesSignal
 
-    def __init__(self, start: TeacherStart) -> None:
-        """Build it."""
-        self.scorer = frozen_model(
-            start.folder,
-            ranks=start.ranks,
-            parallel=start.config.parallel,
-            dtype=start.dtype,
-            padded_vocab_size=start.padded_vocab_size,
-            vocab_size=start.vocab_size,
-            options=start.config.megatron.teacher,
-        )
+    def __init__(self, scorer: "Teacher") -> None:
+        """``scorer``: of :func:`frozen_model`."""
+        self.scorer = scorer
 
     def begin(self, step: int, sequences: Sequence[TokenSequence]) -> None:
         """Nothing: its ranks are the student's, and busy."""
@@ -98,4 +90,22 @@ def frozen_model(
     return Teacher(model, ranks=ranks, vocab_size=vocab_size, weight_vH=weight_vH)
 
 
-SOURCE = ResidentTeacher
+class _OfRun(ResidentTeacher):
+    """The resident teacher that a run's config names."""
+
+    def __init__(self, start: TeacherStart) -> None:
+        """Build it."""
+        super().__init__(
+            frozen_model(
+                start.folder,
+                ranks=start.ranks,
+                parallel=start.config.parallel,
+                dtype=start.dtype,
+                padded_vocab_size=start.padded_vocab_size,
+                vocab_size=start.vocab_size,
+                options=start.config.megatron.teacher,
+            )
+        )
+
+
+SOURCE = _OfRun
