@@ -21,37 +21,40 @@ def _of(file: str, *rows: tuple[str, str, str, str]) -> tuple[Mutation, ...]:
 
 MUTATIONS = (
     *_of(
-        "data/packing.py",
+        "data/batch.py",
         (
             "labels are the tokens themselves",
-            'columns["labels"][b, :last] = t.ids_N[1:]',
-            'columns["labels"][b, :last] = t.ids_N[:-1]',
+            "_padded(column[1 : stop + 1], 0, length)",
+            "_padded(column[:stop], 0, length)",
             f"{PACKING}_a_row_by_hand",
         ),
         (
             "writers are those of the token before",
-            'columns["writers"][b, :last] = t.writer_N[1:]',
-            'columns["writers"][b, :last] = t.writer_N[:-1]',
+            '"writers": sequence.writer_N,',
+            '"writers": np.roll(sequence.writer_N, 1),',
             f"{PACKING}_a_row_by_hand",
         ),
         (
             "log-probs one position early",
-            'np.where(student, getattr(t, f"{name}_N")[1:], 0)',
-            'np.where(student, np.roll(getattr(t, f"{name}_N")[1:], -1), 0)',
+            'getattr(sequence, f"{name}_N"), np.float32(0))',
+            'np.roll(getattr(sequence, f"{name}_N"), -1), np.float32(0))',
             f"{PACKING}_a_row_by_hand",
         ),
         (
             "draws keyed by the place in the list",
-            "keyed_uniform(seed, step, t.key.draw, positions)",
-            "keyed_uniform(seed, step, row, positions)",
+            "keyed_uniform(seed, step, k.draw, p) for k, p in zip(keys,",
+            "keyed_uniform(seed, step, k, p) for k, p in zip(rows,",
             f"{PACKING}_order_of_the_list_changes_no_draw",
         ),
         (
             "the same draws in every step",
-            "keyed_uniform(seed, step, t.key",
-            "keyed_uniform(seed, 0, t.key",
+            "keyed_uniform(seed, step, k.draw",
+            "keyed_uniform(seed, 0, k.draw",
             f"{PACKING}_draws_differ_by_step_seed_and_trajectory",
         ),
+    ),
+    *_of(
+        "data/packing.py",
         (
             "every replica gets the first one's rows",
             "rows = order[start:stop][dp_rank::dp_size]",

@@ -6,6 +6,7 @@ at s belong to that next token.
 """
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_tropd.data.sequence import SampleKey, TokenSequence, Writer
+from megatron_tropd.losses.draws import keyed_uniform
 
 
 @dataclass(frozen=True)
@@ -104,8 +106,46 @@ def row_of(
         columns[name] = np.where(student_N, getattr(sequence, f"{name}_N"), np.float32(0))
     row = {name: _padded(column[1 : stop + 1], 0, length) for name, column in columns.items()}
     row["tokens"] = _padded(sequence.ids_N[:stop], 0, length)
+    row["position_ids"] = np.arange(length)
     row["response_positions"] = _padded(np.arange(stop - start), start, length)
     return row
+
+
+def micro_batch(
+    columns: Mapping[str, NDArray[Any]],
+    keys: Sequence[SampleKey],
+    rows: Sequence[int],
+    *,
+    seed: int,
+    step: int,
+    attention_mask: Tensor | None = None,
+) -> MicroBatch:
+    """Make a micro-batch on the host of what :func:`row_of` says of each of its rows.
+
+    Args:
+        columns: field -> [B, S].
+        keys: [B].
+        rows: [B] places of the sequences in the step's list.
+        seed: ``train.seed``; keys the mask draws.
+        step: training step; keys the mask draws.
+        attention_mask: see :class:`MicroBatch`.
+    """
+    writers_BS, positions_BS = columns["writers"], columns["response_positions"]
+    draws = [keyed_uniform(seed, step, k.draw, p) for k, p in zip(keys, positions_BS, strict=True)]
+    # Counted here, where a number costs nothing: a GPU would have to be waited for.
+    loss_at = np.flatnonzero(columns["weights"])
+    at_student = writers_BS.flat[loss_at] == Writer.STUDENT
+    loss_rows = np.array(rows, np.int64)[loss_at // writers_BS.shape[1]]
+    return MicroBatch(
+        **{name: torch.from_numpy(column) for name, column in columns.items()},
+        uniforms=torch.from_numpy(np.stack(draws)),
+        loss_at=torch.from_numpy(loss_at),
+        loss_rows=torch.from_numpy(loss_rows),
+        student_at=torch.from_numpy(np.flatnonzero(at_student)),
+        rows=tuple(rows),
+        keys=tuple(keys),
+        attention_mask=attention_mask,
+    )
 
 
 def _padded(values: NDArray[Any], start: int, length: int) -> NDArray[Any]:

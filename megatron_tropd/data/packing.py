@@ -10,14 +10,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.config import LossSettings
-from megatron_tropd.data.batch import MicroBatch, row_of
+from megatron_tropd.data.batch import MicroBatch, micro_batch, row_of
 from megatron_tropd.data.sequence import TokenSequence, Writer
-from megatron_tropd.losses.draws import keyed_uniform
 
 _NO_MASK = LossSettings()
 
@@ -149,21 +147,4 @@ def _micro_batch(
     taken = [trajectories[row] for row in rows]
     made = [row_of(t, length, loss_weights(t, loss)) for t in taken]
     columns = {name: np.stack([row[name] for row in made]) for name in made[0]}
-    uniforms_BS = np.zeros((len(rows), length), np.float32)
-    for b, t in enumerate(taken):
-        response = slice(t.prompt_length - 1, len(t) - 1)
-        positions = columns["response_positions"][b, response]
-        uniforms_BS[b, response] = keyed_uniform(seed, step, t.key.draw, positions)
-    # Counted here, where a number costs nothing: a GPU would have to be waited for.
-    loss_at = np.flatnonzero(columns["weights"])
-    at_student = columns["writers"].flat[loss_at] == Writer.STUDENT
-    return MicroBatch(
-        **{name: torch.from_numpy(column) for name, column in columns.items()},
-        uniforms=torch.from_numpy(uniforms_BS),
-        position_ids=torch.arange(length).repeat(len(rows), 1),
-        loss_at=torch.from_numpy(loss_at),
-        loss_rows=torch.from_numpy(np.array(rows, np.int64)[loss_at // length]),
-        student_at=torch.from_numpy(np.flatnonzero(at_student)),
-        rows=tuple(rows),
-        keys=tuple(t.key for t in taken),
-    )
+    return micro_batch(columns, [t.key for t in taken], rows, seed=seed, step=step)

@@ -39,11 +39,8 @@ def training_item(sequence: TokenSequence, seq_length: int) -> dict[str, Tensor]
         :class:`~megatron_tropd.data.batch.MicroBatch` says of it; and ``sample_key`` [3] int64.
     """
     row = row_of(sequence, seq_length)
-    return {
-        **{name: torch.from_numpy(column) for name, column in row.items()},
-        "position_ids": torch.arange(seq_length),
-        "sample_key": torch.tensor(sequence.key),
-    }
+    item = {name: torch.from_numpy(column) for name, column in row.items()}
+    return item | {"sample_key": torch.tensor(sequence.key)}
 
 
 class RecordedTrajectories(Dataset[dict[str, Tensor]]):

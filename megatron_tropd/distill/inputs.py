@@ -92,7 +92,7 @@ def load_inputs(config: Config) -> Inputs:
             f"{unknown}: they would never occur. Look the ids up in the student's tokenizer."
         )
     context = min(shape.context for shape in shapes)
-    prompts = _training_prompts(config, tokenizer, context)
+    prompts = training_prompts(config.rollout, tokenizer, context)
     responses = _responses(config, prompts, tokenizer)
     _check_micro_batch(config, _longest(prompts) + config.rollout.max_new_tokens)
     problems = _problems(config, tokenizer, context)
@@ -123,12 +123,17 @@ def load_inputs(config: Config) -> Inputs:
     )
 
 
-def _training_prompts(
-    config: Config, tokenizer: "PreTrainedTokenizerBase", context: int
+def training_prompts(
+    rollout: RolloutConfig, tokenizer: "PreTrainedTokenizerBase", context: int
 ) -> list[Prompt]:
-    rollout = config.rollout
+    """Read the prompts that are sampled, as long as ``context`` leaves room for a response.
+
+    Raises:
+        InputError: the file is missing or unusable.
+        ConfigError: a setting does not fit the texts.
+    """
     prompts = _prompts(
-        config,
+        rollout,
         rollout.prompts,
         tokenizer,
         context,
@@ -155,7 +160,7 @@ def _responses(
 
 
 def _prompts(
-    config: Config,
+    rollout: RolloutConfig,
     path: str,
     tokenizer: "PreTrainedTokenizerBase",
     context: int,
@@ -165,13 +170,13 @@ def _prompts(
 ) -> list[Prompt]:
     if room >= context:
         raise ConfigError(
-            f"rollout.max_new_tokens = {room} leaves no room for a prompt in the models' context "
-            f"of {context} tokens. Lower it."
+            f"rollout.max_new_tokens = {room} leaves no room for a prompt in sequences of at most "
+            f"{context} tokens. Lower it."
         )
     return load_prompts(
         path,
         tokenizer,
-        config.rollout,
+        rollout,
         max_prompt_tokens=context - room,
         filter_overlong=filter_overlong,
     )
@@ -194,7 +199,7 @@ def _problems(config: Config, tokenizer: "PreTrainedTokenizerBase", context: int
     path = config.evaluation.problems
     if path is None:
         return []
-    problems = _prompts(config, path, tokenizer, context, config.max_answer_tokens)
+    problems = _prompts(config.rollout, path, tokenizer, context, config.max_answer_tokens)
     if config.evaluation.task == "exact_match":
         for problem in problems:
             with naming(path):

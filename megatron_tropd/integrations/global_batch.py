@@ -11,25 +11,30 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import default_collate
 
 from megatron_tropd.base.errors import ConfigError, InputError
-from megatron_tropd.data.batch import MicroBatch, upload
+from megatron_tropd.data.batch import MicroBatch, micro_batch, upload
+from megatron_tropd.data.packing import LossCounts
 from megatron_tropd.data.sequence import SampleKey, Writer
-from megatron_tropd.losses import keyed_uniform_rows
+from megatron_tropd.losses import Method
 
 TEXT = ("tokens", "labels", "loss_mask", "position_ids")
 """Keys of a given text: an item of Megatron's GPT datasets."""
-_INTS = ("tokens", "labels", "position_ids", "writers", "response_positions")
-_FLOATS = ("weights", "behaviour_logprobs", "engine_logprobs")
-TRAJECTORY = (*_INTS, *_FLOATS, "sample_key")
+_COLUMNS: dict[str, type[np.generic]] = {
+    **dict.fromkeys(("tokens", "labels", "position_ids", "writers"), np.int64),
+    **dict.fromkeys(("weights", "behaviour_logprobs", "engine_logprobs"), np.float32),
+    "response_positions": np.int64,
+}
+TRAJECTORY = (*_COLUMNS, "sample_key")
 """Keys of a recorded or fresh trajectory."""
 _BESIDE = frozenset({"attention_mask", "dataset_id"})
 """What items may hold besides: the mask, used where it is asked for, and where a blend took it."""
-_NOTHING, _TEXT, _TRAJECTORY = 0, 1, 2
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,17 @@ def deal(
     return [default_collate(list(items[start : start + rows])) for start in starts]
 
 
+def own_share(items: Sequence[Mapping[str, Tensor]], share: Share) -> list[dict[str, Tensor]]:
+    """Make this replica's micro-batches of as many items as a global batch has."""
+    expected = share.count * share.shape[0] * share.dp_size
+    if len(items) != expected:
+        raise ConfigError(
+            f"Expected {expected} items per step of the rollouts (--global-batch-size), found "
+            f"{len(items)}. Sample as many."
+        )
+    return deal(items, share.shape[0], share.dp_rank, share.dp_size)
+
+
 def draw(iterator: Iterator[Mapping[str, Tensor]] | None, share: Share) -> list[MicroBatch]:
     """Take a global batch's share of this rank from its loader; all tensor ranks get the same.
 
@@ -99,102 +115,87 @@ def draw(iterator: Iterator[Mapping[str, Tensor]] | None, share: Share) -> list[
 def broadcast_items(items: Sequence[Mapping[str, Tensor]], share: Share) -> list[MicroBatch]:
     """Make micro-batches as :func:`draw` does, of N items on the first rank, or of none.
 
-    Collectives: on ``share.group`` 3 broadcasts, of [N, 2 + 3 B] and [N, 5, B, S] int64 and
-    [N, 3, B, S] float32; with ``masked`` 1 of [N, B, S, S] bytes.
+    Collectives: 1 broadcast of the items on ``share.group``, if it has more than one rank.
     """
-    # On the host first: one copy for each, and none that the host waits for.
-    count, (rows, length) = share.count, share.shape
-    width = 2 + 3 * rows
-    head = torch.zeros(1 + count * width, dtype=torch.int64)
-    ints = torch.zeros(count, len(_INTS), rows, length, dtype=torch.int64)
-    floats = torch.zeros(count, len(_FLOATS), rows, length, dtype=torch.float32)
-    masks = torch.zeros(count if share.masked else 0, rows, 1, length, length, dtype=torch.uint8)
+    told: list[Any] = [None]
     if share.group.rank() == 0 and items:
-        head[0] = _kind(items)
-        _fill(items, ints, floats, masks, head[1:].view(count, width), share)
-    tensors = [upload(tensor, share.device) for tensor in (head, ints, floats, masks)]
-    source = dist.get_global_rank(share.group, 0)
-    for tensor in tensors:
-        if tensor.numel():
-            dist.broadcast(tensor, source, group=share.group)
-    head, ints, floats, masks = tensors
-    kind, *told = head.tolist()  # the one place where a step waits for its device
-    _check_kind(kind, share)
-    by_batch = [told[start : start + width] for start in range(0, len(told), width)]
-    return _micro_batches(by_batch, ints, floats, masks, share)
+        try:
+            told = [[_columns(item, share, share.rows(n)) for n, item in enumerate(items)]]
+        except (ConfigError, InputError) as error:
+            told = [error]  # the others would wait for items
+    if share.group.size() > 1:
+        dist.broadcast_object_list(told, dist.get_global_rank(share.group, 0), group=share.group)
+    if isinstance(told[0], Exception):
+        raise told[0]
+    if told[0] is None and share.masked:
+        raise InputError(
+            "Expected data on every pipeline stage, as --reset-attention-mask is on, found none "
+            "on this one. Let the datasets provider build its datasets on every rank."
+        )
+    nothing = {name: np.zeros(share.shape, dtype) for name, dtype in _COLUMNS.items()}
+    nothing["sample_key"] = np.zeros((share.shape[0], 3), np.int64)
+    made = told[0] or [dict(nothing) for _ in range(share.count)]
+    return [_micro_batch(columns, share, share.rows(n)) for n, columns in enumerate(made)]
 
 
-def _micro_batches(
-    told: list[list[int]], ints: Tensor, floats: Tensor, masks: Tensor, share: Share
-) -> list[MicroBatch]:
-    """Cut what was broadcast into micro-batches.
+def _micro_batch(columns: dict[str, NDArray[Any]], share: Share, rows: range) -> MicroBatch:
+    keys = [SampleKey(*key) for key in columns.pop("sample_key").tolist()]
+    mask = columns.pop("attention_mask", None)
+    made = micro_batch(
+        columns,
+        keys,
+        rows,
+        seed=share.seed,
+        step=share.step,
+        attention_mask=None if mask is None else torch.from_numpy(mask),
+    )
+    return made.to(share.device)
+
+
+def whole_batch(
+    batches: Sequence[MicroBatch], loss: Method, group: dist.ProcessGroup, device: torch.device
+) -> tuple[LossCounts, list[int]]:
+    """Learn what the loss has to know of the other replicas' micro-batches, if anything.
 
     Args:
-        told: of each: number of labels with a loss, and of the student's among them; keys of its
-            rows.
-        ints: [N, 5, B, S].
-        floats: [N, 3, B, S].
-        masks: [N, B, 1, S, S], or none.
-        share: of this rank.
+        batches: of this replica.
+        loss: which loss.
+        group: data-parallel group.
+        device: of its collectives.
+
+    Returns:
+        Loss tokens of the global batch, and the prompt of each of its rows. If the loss asks for
+        neither, this replica's tokens and no prompts.
+
+    Collectives: for such a loss 1 all-reduce of [2]; if it looks at the whole batch first, 1 gather
+    of its rows' keys.
     """
-    keys = [[SampleKey(*flat[i : i + 3]) for i in range(2, len(flat), 3)] for flat in told]
-    draws = torch.tensor([key.draw for row in keys for key in row], dtype=torch.int64)
-    int_columns = dict(zip(_INTS, ints.unbind(1), strict=True))
-    float_columns = dict(zip(_FLOATS, floats.unbind(1), strict=True))
-    uniforms = keyed_uniform_rows(
-        share.seed,
-        share.step,
-        upload(draws, share.device),
-        int_columns["response_positions"].flatten(0, 1),
-    ).view_as(float_columns["weights"])
-    batches = []
-    for n, (num_loss, num_student, *_) in enumerate(told):
-        columns = {name: column[n] for name, column in (int_columns | float_columns).items()}
-        loss_at = _places(columns["weights"] != 0, num_loss)
-        writers_T = columns["writers"].flatten().index_select(0, loss_at)
-        rows = share.rows(n)
-        batches.append(
-            MicroBatch(
-                **columns,
-                uniforms=uniforms[n],
-                loss_at=loss_at,
-                loss_rows=loss_at // share.shape[1] + rows.start,
-                student_at=_places(writers_T == Writer.STUDENT, num_student),
-                rows=tuple(rows),
-                keys=tuple(keys[n]),
-                attention_mask=masks[n].bool() if share.masked else None,
-            )
-        )
-    return batches
+    student = sum(len(batch.student_at) for batch in batches)
+    counts = [sum(len(batch.loss_at) for batch in batches) - student, student]
+    if loss.denominator == "separate" or loss.needs_student_pass:
+        total = upload(torch.tensor(counts), device)
+        dist.all_reduce(total, group=group)
+        counts = total.tolist()
+    prompts: dict[int, int] = {}
+    if loss.needs_student_pass:
+        mine = {row: key.prompt for b in batches for row, key in zip(b.rows, b.keys, strict=True)}
+        parts: list[Any] = [None] * group.size()
+        dist.all_gather_object(parts, mine, group=group)
+        for part in parts:
+            prompts |= part
+    return LossCounts(counts[0], counts[1], 0), [prompts[row] for row in range(len(prompts))]
 
 
-def _places(mask: Tensor, count: int) -> Tensor:
-    """Index of what is true; the device is not asked how much that is."""
-    return mask.flatten().nonzero_static(size=count)[:, 0]
-
-
-def _fill(
-    items: Sequence[Mapping[str, Tensor]],
-    ints: Tensor,
-    floats: Tensor,
-    masks: Tensor,
-    told: Tensor,
-    share: Share,
-) -> None:
-    kind = _kind(items)
-    for n, item in enumerate(items):
-        _check(item, kind, share)
-        if kind == _TEXT:
-            item = {**item, **_as_trajectory(item["loss_mask"], share.step, share.rows(n))}
-        for columns, names in ((ints, _INTS), (floats, _FLOATS)):
-            for i, name in enumerate(names):
-                columns[n, i] = item[name]
-        has_loss = item["weights"] != 0
-        told[n, 0] = has_loss.sum()
-        told[n, 1] = (has_loss & (item["writers"] == Writer.STUDENT)).sum()
-        told[n, 2:] = item["sample_key"].flatten()
-        if share.masked:
-            masks[n] = item["attention_mask"]
+def _columns(item: Mapping[str, Tensor], share: Share, rows: range) -> dict[str, NDArray[Any]]:
+    """Take an item as rows of a micro-batch."""
+    _check(item, share)
+    if "writers" not in item:
+        item = {**item, **_as_trajectory(item["loss_mask"], share.step, rows)}
+    columns = {name: item[name].numpy().astype(dtype) for name, dtype in _COLUMNS.items()}
+    columns["sample_key"] = item["sample_key"].numpy()
+    if share.masked:
+        columns["attention_mask"] = item["attention_mask"].bool().numpy()
+    return columns
 
 
 def _as_trajectory(loss_mask: Tensor, step: int, rows: range) -> dict[str, Tensor]:
@@ -210,26 +211,8 @@ def _as_trajectory(loss_mask: Tensor, step: int, rows: range) -> dict[str, Tenso
     }
 
 
-def _kind(items: Sequence[Mapping[str, Any]]) -> int:
-    return _TRAJECTORY if "writers" in items[0] else _TEXT
-
-
-def _check_kind(kind: int, share: Share) -> None:
-    if share.masked and kind == _NOTHING:
-        raise InputError(
-            "Expected data on every pipeline stage, as --reset-attention-mask is on, found none "
-            "on this one. Let the datasets provider build its datasets on every rank."
-        )
-    if share.must_be_sampled and kind == _TEXT:
-        raise ConfigError(
-            "This --tropd-method trains on tokens that the student sampled, but the dataset "
-            "has given text. Use recorded trajectories, or a method for given text "
-            "(gkd_forward_kl, gkd_reverse_kl, gkd_jsd, tropd_exact)."
-        )
-
-
-def _check(item: Mapping[str, Tensor], kind: int, share: Share) -> None:
-    expected = TRAJECTORY if kind == _TRAJECTORY else TEXT
+def _check(item: Mapping[str, Tensor], share: Share) -> None:
+    expected = TRAJECTORY if "writers" in item else TEXT
     if missing := [name for name in expected if name not in item]:
         raise InputError(
             f"Expected items with {', '.join(TEXT)} (Megatron's GPT datasets) or with "
@@ -253,4 +236,10 @@ def _check(item: Mapping[str, Tensor], kind: int, share: Share) -> None:
         raise InputError(
             f"Expected micro-batches of {list(share.shape)} tokens (--micro-batch-size x "
             f"--seq-length), found {list(found)}. Give the dataset the same sequence length."
+        )
+    if share.must_be_sampled and expected is TEXT:
+        raise ConfigError(
+            "This --tropd-method trains on tokens that the student sampled, but the dataset "
+            "has given text. Use recorded trajectories, or a method for given text "
+            "(gkd_forward_kl, gkd_reverse_kl, gkd_jsd, tropd_exact)."
         )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_tropd.data.batch import MicroBatch
-from megatron_tropd.losses import Method, SummedLoss
+from megatron_tropd.losses import Method
 from megatron_tropd.losses.trouble import trouble, words
 
 Report = dict[str, Tensor]
@@ -40,19 +40,19 @@ class LossReport:
         if args.tropd_metrics:
             self._shown |= {name.replace("_", " "): name for name in _METRICS}
 
-    def __call__(self, output: SummedLoss, batch: MicroBatch) -> Report:
+    def __call__(self, values: dict[str, Tensor], _: Tensor, batch: MicroBatch) -> Report:
         """Make the sums that Megatron divides for its log, TensorBoard and W&B.
 
         Args:
-            output: of the loss.
+            values: [T] each, of the loss.
             batch: the micro-batch.
 
         Returns:
             ``tropd loss``, ``lm loss`` (-log q of the label), ``k1`` (log q - log p), the share of
             outliers for trust-region losses, and the metrics that were asked for.
         """
-        self._check(output.loss, partial(self._first_trouble, output.values, batch))
-        values = output.values | {"student_logprob": -output.values["student_logprob"]}
+        self._check(values["loss"].sum(), partial(self._first_trouble, values, batch))
+        values = values | {"student_logprob": -values["student_logprob"]}
         return {
             shown: torch.stack([values[name].sum(), values[name].new_full((), len(values[name]))])
             for shown, name in self._shown.items()

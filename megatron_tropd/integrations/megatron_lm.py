@@ -21,21 +21,25 @@ from functools import partial, wraps
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.config.loss import PRESETS, preset
 from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.convert.megatron_folder import MegatronFolder
-from megatron_tropd.data.batch import MicroBatch, upload
-from megatron_tropd.data.packing import LossCounts
-from megatron_tropd.distill.step_loss import StepObjective
 from megatron_tropd.integrations import options, startup
-from megatron_tropd.integrations.global_batch import Share, broadcast_items, deal, draw
+from megatron_tropd.integrations.global_batch import (
+    Share,
+    broadcast_items,
+    draw,
+    own_share,
+    whole_batch,
+)
+from megatron_tropd.integrations.loop_student import Distilled, LoopStudent
 from megatron_tropd.integrations.loss_report import LossReport
 from megatron_tropd.integrations.printed_log import PrintedLog
-from megatron_tropd.losses import HiddenStatesSignal, Method
+from megatron_tropd.losses import Method
+from megatron_tropd.teacher.resident import ResidentTeacher, frozen_model
 
 ForwardStep = Callable[..., tuple[Tensor, Callable[..., Any]]]
 """Megatron's ``forward_step_func``."""
@@ -184,11 +188,11 @@ def distilling(forward_step: ForwardStep) -> ForwardStep:
 
     Returns:
         The function; while distilling it runs the student without its output layer and returns
-        the hidden states and the loss function of ``distill.step_loss``.
+        the hidden states and the loss function of ``distill.step``.
     """
 
     def step(data_iterator: Any, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(data_iterator, _Distilled):
+        if isinstance(data_iterator, Distilled):
             return data_iterator.forward_step(model)
         from megatron.training import get_args
 
@@ -197,29 +201,6 @@ def distilling(forward_step: ForwardStep) -> ForwardStep:
         return forward_step(data_iterator, model, *args, **kwargs)
 
     return step
-
-
-class _Distilled:
-    """The micro-batches of a step and their loss, in place of Megatron's data iterator."""
-
-    def __init__(self, batches: Sequence[MicroBatch], loss: StepObjective) -> None:
-        self._batches = enumerate(batches)
-        self._loss = loss
-
-    def forward_step(self, model: Any) -> tuple[Tensor, Callable[..., Any]]:
-        """Megatron's ``forward_step`` of the next micro-batch."""
-        from megatron_tropd.mcore.schedule import student_forward
-
-        return student_forward(self._batches, model, loss_fn=self._loss)
-
-    def __iter__(self) -> Iterator[Any]:
-        return self
-
-    def __next__(self) -> Any:
-        raise ConfigError(
-            "While distilling, micro-batches carry the teacher's scores, which pretrain's "
-            "forward_step_func does not know. Pass megatron_lm.distilling(forward_step)."
-        )
 
 
 class _Plugin:
@@ -231,7 +212,8 @@ class _Plugin:
         self._rollouts = rollouts
         self._folder: HFFolder | MegatronFolder | None = None
         self._config: Method = preset("tropd")
-        self._teacher: Any = None
+        self._teacher: ResidentTeacher | None = None
+        self._ranks: Any = None
         self._fresh: tuple[int, Sequence[Mapping[str, Tensor]]] | None = None
 
     def replacements(self) -> dict[str, Callable[..., Any]]:
@@ -301,114 +283,69 @@ class _Plugin:
         if settings.tropd_teacher_load is None:
             return schedule
         if self._teacher is None:
-            assert self._folder is not None
-            self._teacher = _build_teacher(self._folder, settings)
-        return partial(self._scored_schedule, schedule)
+            from megatron_tropd.mcore.parallel import current_ranks
 
-    def _scored_schedule(
-        self,
-        schedule: Callable[..., Any],
-        *,
-        data_iterator: Any,
-        model: Any,
-        num_microbatches: int,
-        seq_length: int,
-        micro_batch_size: int,
-        forward_only: bool = False,
-        **others: Any,
+            assert self._folder is not None
+            self._ranks = current_ranks()
+            self._teacher = _build_teacher(self._folder, settings, self._ranks)
+        return partial(self._distilled_schedule, schedule)
+
+    def _distilled_schedule(
+        self, schedule: Callable[..., Any], *, data_iterator: Any, model: Any, **settings: Any
     ) -> Any:
         from megatron.training import get_args
 
+        from megatron_tropd.distill.step import LossParts, forward_backward
+
         args = get_args()
-        share = self._share(args, num_microbatches, (micro_batch_size, seq_length))
-        if self._rollouts is None or forward_only:
+        assert self._teacher is not None
+        share, ranks = self._share(args, settings), self._ranks
+        student = LoopStudent(schedule, model, settings)
+        if self._rollouts is None or settings.get("forward_only", False):
             iterator = data_iterator[0] if isinstance(data_iterator, list) else data_iterator
             batches = draw(iterator, share)
         else:
-            items = self._fresh_items(model, args.curr_iteration)
+            items = self._fresh_items(student.model, args.curr_iteration)
             batches = broadcast_items(own_share(items, share), share)
-        loss = self._loss(args, batches, self._teacher.score(batches), share)
-        return schedule(
-            data_iterator=_Distilled(batches, loss),
-            model=model,
-            num_microbatches=num_microbatches,
-            seq_length=seq_length,
-            micro_batch_size=micro_batch_size,
-            forward_only=forward_only,
-            **others,
+        parts = LossParts(
+            student=student,
+            teacher=self._teacher,
+            loss=self._config,
+            beta=0.001 if args.tropd_beta is None else args.tropd_beta,
+            vocab_size=_vocab_size(),
+            ranks=ranks,
+            metrics=args.tropd_metrics,
         )
+        loss = self._config.at_step(share.step)
+        counts, prompts = whole_batch(batches, loss, ranks.dp_group, share.device)
+        record = LossReport(args, self._config, share.step)
+        return forward_backward(parts, batches, counts, share.step, record=record, prompts=prompts)
 
-    def _share(self, args: Namespace, count: int, shape: tuple[int, int]) -> Share:
+    def _share(self, args: Namespace, settings: Mapping[str, Any]) -> Share:
         from megatron_tropd.mcore import platform
 
-        layout = self._teacher.layout
         return Share(
-            count=count,
-            shape=shape,
+            count=settings["num_microbatches"],
+            shape=(settings["micro_batch_size"], settings["seq_length"]),
             # Only training counts them; --skip-train evaluates at the one that was loaded.
             step=getattr(args, "curr_iteration", args.iteration),
             seed=args.seed,
             masked=bool(getattr(args, "reset_attention_mask", False)),
             must_be_sampled=self._config.needs.sampled,
-            group=layout.tp_group,
+            group=self._ranks.tp_group,
             device=platform.device(),
-            dp_rank=layout.dp_rank,
-            dp_size=layout.dp_size,
+            dp_rank=self._ranks.dp_rank,
+            dp_size=self._ranks.dp_size,
         )
 
-    def _loss(
-        self,
-        args: Namespace,
-        batches: Sequence[MicroBatch],
-        signals: Sequence[HiddenStatesSignal],
-        share: Share,
-    ) -> StepObjective:
-        config = self._config.at_step(share.step)
-        return StepObjective(
-            signals,
-            config=config,
-            beta=0.001 if args.tropd_beta is None else args.tropd_beta,
-            vocab_size=self._teacher.vocab_size,
-            group=share.group,
-            counts=self._counts(config, batches, share.device),
-            counted=False,
-            device=share.device,
-            metrics=args.tropd_metrics,
-            report=LossReport(args, config, share.step),
-        )
-
-    def _counts(
-        self, config: Method, batches: Sequence[MicroBatch], device: torch.device
-    ) -> LossCounts:
-        """Loss tokens of the global batch, if the loss divides by them itself."""
-        student = sum(len(batch.student_at) for batch in batches)
-        counts = [sum(len(batch.loss_at) for batch in batches) - student, student]
-        if config.denominator == "separate":
-            total = upload(torch.tensor(counts), device)
-            dist.all_reduce(total, group=self._teacher.layout.dp_group)
-            counts = total.tolist()
-        return LossCounts(counts[0], counts[1], 0)
-
-    def _fresh_items(self, model: Any, iteration: int) -> Sequence[Mapping[str, Tensor]]:
+    def _fresh_items(
+        self, model: torch.nn.Module, iteration: int
+    ) -> Sequence[Mapping[str, Tensor]]:
         """The items of an iteration; a repeated one (Megatron's reruns) gets the same again."""
-        from megatron_tropd.mcore.hidden import unwrap
-
         assert self._rollouts is not None
         if self._fresh is None or self._fresh[0] != iteration:
-            student = unwrap(model[0] if isinstance(model, list) else model)
-            self._fresh = iteration, self._rollouts(student, iteration)
+            self._fresh = iteration, self._rollouts(model, iteration)
         return self._fresh[1]
-
-
-def own_share(items: Sequence[Mapping[str, Tensor]], share: Share) -> list[dict[str, Tensor]]:
-    """This replica's micro-batches of the items of a global batch."""
-    expected = share.count * share.shape[0] * share.dp_size
-    if len(items) != expected:
-        raise ConfigError(
-            f"Expected {expected} items per step of the rollouts (--global-batch-size), found "
-            f"{len(items)}. Sample as many."
-        )
-    return deal(items, share.shape[0], share.dp_rank, share.dp_size)
 
 
 def recorded_trajectories(args: Namespace) -> Any:
@@ -440,22 +377,23 @@ def recorded_trajectories(args: Namespace) -> Any:
     return dataset
 
 
-def _build_teacher(folder: HFFolder | MegatronFolder, args: Namespace) -> Any:
-    """Build the teacher, a ``mcore.frozen.FrozenModel``, in the student's layout; collective."""
+def _build_teacher(
+    folder: HFFolder | MegatronFolder, args: Namespace, ranks: Any
+) -> ResidentTeacher:
+    """Build the teacher in the student's layout; collective."""
     from megatron_tropd.mcore import platform
-    from megatron_tropd.mcore.frozen import frozen_model
-    from megatron_tropd.mcore.layout import current_layout
 
     # Megatron's random states belong to the student.
     with torch.random.fork_rng([torch.cuda.current_device()] if platform.has_cuda() else []):
-        return frozen_model(
+        scorer = frozen_model(
             folder,
-            layout=current_layout(),
+            ranks=ranks,
             parallel=startup.layout_of(args, folder.config),
             dtype=args.params_dtype,
             padded_vocab_size=args.padded_vocab_size,
             vocab_size=_vocab_size(),
         )
+    return ResidentTeacher(scorer)
 
 
 def _if_distilling(

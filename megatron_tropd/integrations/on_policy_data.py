@@ -22,19 +22,15 @@ from megatron_tropd.config.settings import Anything, Count, Settings
 from megatron_tropd.convert.families import model_shape
 from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.convert.megatron_folder import open_model
-from megatron_tropd.data.prompts import (
-    check_kwargs_are_read,
-    check_same_texts,
-    is_templated,
-    load_prompts,
-)
+from megatron_tropd.data.prompts import check_same_texts, is_templated
 from megatron_tropd.data.recorded import training_item
 from megatron_tropd.data.responses import load_responses
 from megatron_tropd.data.sequence import TokenSequence
 from megatron_tropd.data.templates import reads_clock
 from megatron_tropd.data.tokenizers import load_tokenizer, stop_token_ids
-from megatron_tropd.mcore.dense import DenseModel
-from megatron_tropd.mcore.layout import current_layout
+from megatron_tropd.distill.inputs import training_prompts
+from megatron_tropd.mcore.parallel import current_ranks
+from megatron_tropd.mcore.weights import export_weights
 from megatron_tropd.rollout.engines.engine import RolloutEngine
 from megatron_tropd.rollout.engines.pool import EnginePool
 from megatron_tropd.rollout.engines.process import engine_threads
@@ -209,19 +205,7 @@ class OnPolicyData:
         self._folder, tokenizer = HFFolder(folder), load_tokenizer(folder)
         columns = model_shape(self._folder.config).vocab
         self._columns = min(self._loop.vocab_size or columns, columns)
-        room = self._loop.seq_length + 1 - rollout.max_new_tokens
-        if room < 1:
-            raise ConfigError(
-                f"rollout.max_new_tokens = {rollout.max_new_tokens} leaves no room for a prompt in "
-                f"a sequence length of {self._loop.seq_length}. Lower it."
-            )
-        self._prompts = load_prompts(
-            rollout.prompts,
-            tokenizer,
-            rollout,
-            max_prompt_tokens=room,
-            filter_overlong=rollout.filter_overlong_prompts,
-        )
+        self._prompts = training_prompts(rollout, tokenizer, self._loop.seq_length + 1)
         self._check_template(tokenizer)
         responses = self.settings.guidance.responses
         self._responses = None
@@ -231,7 +215,6 @@ class OnPolicyData:
 
     def _check_template(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         rollout, prompts = self.settings.rollout, self._prompts
-        check_kwargs_are_read(prompts, rollout)
         if not any(is_templated(prompt.fields, rollout) for prompt in prompts):
             return
         if rollout.chat_template_date is None and reads_clock(tokenizer):
@@ -249,16 +232,6 @@ class OnPolicyData:
             raise ConfigError(
                 "Live rollouts are sampled by engines beside the trainer, for the step at hand. "
                 'Leave rollout.placement = "colocated" and rollout.steps_ahead = 0.'
-            )
-        if rollout.asks_teacher:
-            raise ConfigError(
-                f'rollout.behaviour = "{rollout.behaviour}" is not built for live rollouts. Set '
-                'rollout.behaviour = "student", or "cooled".'
-            )
-        if rollout.prompts_per_step > len(self._prompts):
-            raise ConfigError(
-                f"rollout.prompts_per_step = {rollout.prompts_per_step} exceeds the "
-                f"{len(self._prompts)} prompts of {rollout.prompts}. Lower it or add prompts."
             )
         if ranks.tp_size * ranks.pp_size * ranks.dp_size != ranks.world_size:
             raise ConfigError(

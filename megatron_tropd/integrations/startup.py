@@ -89,7 +89,7 @@ def loss_config(args: Namespace) -> Method:
     """The loss that the ``--tropd-*`` arguments describe.
 
     Raises:
-        ConfigError: they do not fit together, or the loss looks at the whole batch first.
+        ConfigError: they do not fit together.
     """
     if args.tropd_method is None:
         raise ConfigError(
@@ -109,12 +109,6 @@ def loss_config(args: Namespace) -> Method:
         raise ConfigError(
             f"--tropd-method {args.tropd_method} does not read --tropd-top-k, which would change "
             "nothing. Drop it, or choose a method that does (docs/losses.md)."
-        )
-    if config.needs_student_pass:
-        raise ConfigError(
-            f"--tropd-method {args.tropd_method} chooses tokens or rewards by the whole batch, "
-            "which takes a pass of the student before each step; the plug-in has none. Use the "
-            "trainer (tropd distill) or another method."
         )
     if left_out := [name for name in _LEFT_OUT if getattr(config, name)]:
         raise ConfigError(

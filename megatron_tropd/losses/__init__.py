@@ -11,7 +11,7 @@ from typing import Any
 
 _MODULES = {
     "align": ("align_logits", "align_output_weight"),
-    "draws": ("Purpose", "keyed_seed", "keyed_uniform", "keyed_uniform_rows"),
+    "draws": ("Purpose", "keyed_seed", "keyed_uniform"),
     "method": ("BatchFacts", "Method", "SampledMethod", "TokenChoices"),
     "objective": (
         *("token_statistics", "token_statistics_from_hidden"),

@@ -25,9 +25,9 @@ from megatron_tropd.data.sequence import SampleKey, TokenSequence, Writer
 from megatron_tropd.distill import job
 from megatron_tropd.distill.inputs import Inputs
 from megatron_tropd.distill.job import Job
-from megatron_tropd.distill.loop import learn
 from megatron_tropd.distill.reporter import Clock
-from megatron_tropd.mcore import models, parallel, platform, schedule
+from megatron_tropd.distill.step import learn
+from megatron_tropd.mcore import models, parallel, platform, step, weights
 from megatron_tropd.mcore.checkpoint import Checkpoints
 from megatron_tropd.mcore.hidden import unwrap
 from megatron_tropd.planning.planned_run import PlannedRun
@@ -115,8 +115,6 @@ class RehearsedJob(Job):
         super().__init__(folder, console=io.StringIO(), stop=cast(Any, _NeverStop()))
         self.setup, self.rehearsed, self.world = setup, device, world
         self.clock = PhaseClock(self._progress, device)
-        # Engine and trainer are compared by numbers.
-        self._compared = True
         self._missing = 0
         self.run_micro_batches = 0
         """Of the last step."""
@@ -133,10 +131,7 @@ class RehearsedJob(Job):
         with self.clock("build"):
             if config.run.deterministic:
                 platform.be_deterministic()
-            self.ranks = parallel.initialize(
-                config.parallel, seed=config.train.seed, pad_multiple=config.pad_multiple
-            )
-            self.device = platform.device()
+            self.ranks = parallel.initialize(config.parallel, seed=config.train.seed)
             self.dtype = models.resolve_dtype(config.model.dtype)
             self.inputs = self._inputs()
             self.is_main = self.ranks.is_main
@@ -173,7 +168,7 @@ class RehearsedJob(Job):
 
         setattr(schedule, "run_schedule", announced)  # noqa: B010
         try:
-            learn(self, trajectories(self.setup, micro_batches=micro_batches))
+            learn(self.step_parts(), trajectories(self.setup, micro_batches=micro_batches), 0)
         finally:
             schedule.run_schedule = original
         with self.rehearsed.tracker.phase("between steps"):
@@ -204,7 +199,9 @@ class RehearsedJob(Job):
         def kept(batches: Any) -> list[Any]:
             tokens = len(batches[0].loss_at) if self.ranks.is_last_stage else 0
             room = [
-                torch.empty(tokens, model.config.hidden_size, dtype=self.dtype, device=self.device)
+                torch.empty(
+                    tokens, model.config.hidden_size, dtype=self.dtype, device=platform.device()
+                )
                 for _ in range(self._missing if tokens else 0)
             ]
             return Kept(score(batches), room)

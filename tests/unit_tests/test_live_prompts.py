@@ -30,7 +30,9 @@ def read(tmp_path: Path, tiny_llama: Path) -> Callable[..., list[str]]:
             shutil.copytree(tiny_llama, folder)
             path = folder / "tokenizer_config.json"
             path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": text}))
-        rollout = RolloutConfig(prompts=str(prompts), max_new_tokens=8, **settings)
+        rollout = RolloutConfig(
+            prompts=str(prompts), max_new_tokens=8, prompts_per_step=1, **settings
+        )
         live = OnPolicyData(OnPolicySettings(tmp_path / "student", rollout, tmp_path))
         live._loop = LoopSettings(32, seed=1, steps=1, teacher=tmp_path / "teacher")
         live._read_texts()

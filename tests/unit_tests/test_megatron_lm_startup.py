@@ -16,13 +16,14 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import default_collate
 
 from megatron_tropd.base.errors import ConfigError, InputError
-from megatron_tropd.data.packing import pack
+from megatron_tropd.config.loss import preset
+from megatron_tropd.data.packing import LossCounts, pack
 from megatron_tropd.data.recorded import training_item
 from megatron_tropd.data.sequence import SampleKey, TokenSequence, Writer
 from megatron_tropd.distill.token_choices import targets_of
 from megatron_tropd.integrations import global_batch, megatron_lm, options, startup
+from megatron_tropd.integrations.loop_student import Distilled
 from megatron_tropd.integrations.loss_report import LossReport
-from megatron_tropd.losses import SummedLoss
 from tests.host_syncs import host_syncs
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "megatron_lm"
@@ -95,7 +96,6 @@ def test_megatron_lm_settings_have_the_names_of_the_config() -> None:
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ("--tropd-method top_d", "takes a pass of the student before each step"),
         ("--tropd-method gkd_jsd --tropd-jsd-beta 1.0", "--tropd-jsd-beta must be strictly"),
         ("--tropd-method tropd_clip --tropd-tau nan", "--tropd-tau must be a number and finite"),
         ("--tropd-method tropd --tropd-beta nan", "--tropd-beta must be at least 0 and finite"),
@@ -208,33 +208,42 @@ def test_megatron_lm_lays_out_experts_where_the_teacher_has_some(tiny_model) -> 
     startup.open_teacher(teach(mixture, **shared | {"expert_tensor_parallel_size": 2}), 259)
 
 
-def _plugin(**ranks: object) -> megatron_lm._Plugin:
-    plugin = megatron_lm._Plugin(None, None)
-    place = {"tp_group": None, "dp_group": None, "dp_rank": 0, "dp_size": 1} | ranks
-    plugin._teacher = Namespace(vocab_size=259, layout=Namespace(**place))
-    return plugin
-
-
 def test_megatron_lm_evaluates_where_nobody_counts_iterations() -> None:
     """As with --skip-train, which never sets ``curr_iteration``."""
+    plugin = megatron_lm._Plugin(None, None)
+    plugin._ranks = Namespace(tp_group=None, dp_rank=0, dp_size=1)
+    sizes = {"num_microbatches": 1, "micro_batch_size": 2, "seq_length": 4}
     args = teach(Path("x"), seed=1, iteration=7)
-    assert _plugin()._share(args, 1, (2, 4)).step == 7
+    assert plugin._share(args, sizes).step == 7
     args.curr_iteration = 9
-    assert _plugin()._share(args, 1, (2, 4)).step == 9
+    assert plugin._share(args, sizes).step == 9
 
 
-def test_megatron_lm_counts_each_segment_by_itself_where_the_loss_does(group) -> None:
-    """``denominator = "separate"`` was taken and did nothing."""
-    mask = torch.tensor([[0, 1, 1, 0], [0, 0, 1, 0]])
-    (batch,) = _draw(_items(loss_mask=mask.float()), group)
-    args = teach(Path("x"), check_for_nan_in_loss_and_grad=False)
-    plugin, share = _plugin(dp_group=group), _share(1, group)
-    plugin._config = config_of(denominator="separate")
-    batch = replace(
-        batch, writers=torch.tensor([[0, 1, 2, 0], [0, 0, 2, 0]]), student_at=torch.tensor([1, 2])
-    )
-    loss = plugin._loss(args, [batch], [], share)
-    assert loss._weights_of(batch, 0).tolist() == [3 / 1, 3 / 2, 3 / 2]
+@pytest.mark.parametrize(
+    ("loss", "collectives"),
+    [({}, 0), ({"denominator": "separate"}, 1), ({"entropy_share": 0.5}, 2)],
+)
+def test_megatron_lm_asks_the_other_replicas_what_the_loss_must_know(
+    loss, collectives, group, monkeypatch
+) -> None:
+    """Segments that are counted by themselves were taken and did nothing."""
+    (batch,) = _draw(_items(loss_mask=torch.tensor([[0.0, 1, 1, 0], [0, 0, 1, 0]])), group)
+    writers = torch.tensor([[0, 1, 2, 0], [0, 0, 2, 0]])
+    batch = replace(batch, writers=writers, student_at=torch.tensor([1, 2]))
+    asked = []
+    for name in ("all_reduce", "all_gather_object"):
+        original = getattr(torch.distributed, name)
+        monkeypatch.setattr(
+            torch.distributed,
+            name,
+            lambda *args, original=original, **kwargs: (
+                asked.append(original),
+                original(*args, **kwargs),
+            ),
+        )
+    found = global_batch.whole_batch([batch], preset("opd", **loss), group, torch.device("cpu"))
+    assert found == (LossCounts(1, 2, 0), [0, 1] if collectives == 2 else [])
+    assert len(asked) == collectives
 
 
 def test_megatron_lm_loss_can_be_freed_by_a_pipelines_last_stage() -> None:
@@ -286,7 +295,7 @@ def test_megatron_lm_names_the_version_and_what_is_missing(monkeypatch) -> None:
 
 def test_megatron_lm_refuses_a_forward_step_that_does_not_distil() -> None:
     with pytest.raises(ConfigError, match="Pass megatron_lm"):
-        next(megatron_lm._Distilled([], None))
+        next(Distilled([], None))
 
 
 def test_megatron_lm_refuses_to_train_plainly_with_a_teacher(monkeypatch) -> None:
@@ -357,7 +366,7 @@ def test_megatron_lm_wants_masks_on_stages_without_data(group) -> None:
     ("items", "settings", "named"),
     [
         ([{"text": torch.ones(2, 5)}], {}, "tokens, labels, loss_mask, position_ids missing"),
-        (_items(writers=torch.ones(2, 4)), {}, "engine_logprobs, sample_key missing"),
+        (_items(writers=torch.ones(2, 4)), {}, "response_positions, sample_key missing"),
         (_items(), {"shape": (2, 6)}, r"micro-batches of \[2, 6\] tokens .* found \[2, 4\]"),
         (_items(), {"masked": True}, "attention_mask in every item"),
         # Of --sft and --dataloader-inter-document-masking; never to be dropped unused.
@@ -410,33 +419,28 @@ def test_megatron_lm_makes_the_micro_batches_of_the_trainer(group) -> None:
         assert torch.equal(batch.student_at, at_student.nonzero()[:, 0])
 
 
-def test_megatron_lm_waits_for_the_device_once_a_step(group) -> None:
-    """For the kind of data and the numbers of labels, however many micro-batches there are."""
+def test_megatron_lm_does_not_wait_for_the_device(group) -> None:
     args = teach(Path("x"), check_for_nan_in_loss_and_grad=False)
     report = LossReport(args, config_of(), iteration=5)
     sequence = TokenSequence.of_runs(
         SampleKey(5, 0, 0), (Writer.CONTEXT, (9, 9)), (Writer.STUDENT, (7,) * 5), logprobs=(-1,) * 5
     )
-    item = default_collate([training_item(sequence, 12)])
-    for count in (1, 3):
-        with host_syncs() as found:
-            for batch in _draw([item] * count, group, shape=(1, 12)):
-                targets = targets_of(batch)
-                values = {
-                    name: targets.uniforms_T
-                    for name in ("loss", "student_logprob", "k1", "outlier")
-                }
-                report(SummedLoss(values["loss"].sum(), values), batch)
-        assert list(found.values()) == [1], found
+    batches = _draw([default_collate([training_item(sequence, 12)])], group, shape=(1, 12))
+    with host_syncs() as found:
+        for batch in batches:
+            targets = targets_of(batch)
+            names = ("loss", "student_logprob", "k1", "outlier")
+            report(dict.fromkeys(names, targets.uniforms_T), targets.uniforms_T, batch)
+    assert not found
 
 
 def test_megatron_lm_deals_live_samples_as_megatron_does() -> None:
     items = [{"labels": torch.tensor(i)} for i in range(8)]
     share = _share(2, None, dp_size=2, dp_rank=1)
-    mine = megatron_lm.own_share(items, share)
+    mine = global_batch.own_share(items, share)
     assert [batch["labels"].tolist() for batch in mine] == [[2, 3], [6, 7]]
     with pytest.raises(ConfigError, match="Expected 8 items per step"):
-        megatron_lm.own_share(items[:5], share)
+        global_batch.own_share(items[:5], share)
 
 
 IMPORT = """
@@ -496,13 +500,13 @@ def test_megatron_lm_names_the_token_whose_loss_is_no_number(
     report = LossReport(args, config_of(region="bernoulli"), iteration=4)
     names = ("loss", "student_logprob", "teacher_logprob", "k1", "outlier")
     values = {name: torch.zeros(3) for name in names}
-    report(SummedLoss(values["loss"].sum(), values), batch)
+    report(values, values["loss"], batch)
     assert capsys.readouterr().out == ""
     for name in ("loss", broken):
         if name:
             values[name][1:] = loss
     with pytest.raises(RuntimeError, match=r"found (NaN|Inf) in the distillation loss"):
-        report(SummedLoss(values["loss"].sum(), values), batch)
+        report(values, values["loss"], batch)
     said = capsys.readouterr().out
     assert "iteration 5, row 0 of the micro-batch (prompt 0, sample 0), position 2" in said
     assert "predicts token 7" in said and says in said
