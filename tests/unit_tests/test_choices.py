@@ -17,7 +17,8 @@ from megatron_tropd.config.loss import PRESETS, preset
 from megatron_tropd.data.batch import MicroBatch
 from megatron_tropd.data.packing import count_loss_tokens, pack
 from megatron_tropd.data.sequence import SampleKey, TokenSequence, Writer
-from megatron_tropd.distill.step import LossParts, forward_backward
+from megatron_tropd.distill.step import forward_backward
+from megatron_tropd.distill.step_loss import LossParts
 from megatron_tropd.distill.token_choices import loss_name
 from megatron_tropd.losses import HiddenStatesSignal
 
