@@ -41,8 +41,8 @@ from megatron_tropd.convert.hf_folder import read_config
 from megatron_tropd.data.sequence import SampleKey, TokenSequence, Writer
 from megatron_tropd.distill.pair import step_parts
 from megatron_tropd.distill.step import StepParts, learn
-from megatron_tropd.mcore import models, parallel, platform
-from megatron_tropd.mcore.weights import export_weights
+from megatron_tropd.mcore import dense, models, parallel, platform
+from megatron_tropd.mcore.layout import Layout
 
 MODELS = Path(__file__).resolve().parents[1] / "configs" / "recipes" / "models"
 LOSS = preset("tropd_exact")
@@ -88,7 +88,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         parts = replace(parts, clock=phases)
         metrics = learn(parts, _trajectories(options, parts.vocab_size, step), step).metrics
         with phases("export"):
-            _export(parts, read_config(options.student))
+            _export(parts)
         losses.append(metrics["loss"])
     parallel.shutdown()
     tokens = options.samples * options.tokens
@@ -104,7 +104,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _parts(options: argparse.Namespace, ranks: parallel.Ranks) -> StepParts:
+def _parts(options: argparse.Namespace, ranks: Layout) -> StepParts:
     """What a step is made with."""
     config = Config(
         model=ModelConfig(student=str(options.student), teacher=str(options.teacher)),
@@ -119,7 +119,7 @@ def _parts(options: argparse.Namespace, ranks: parallel.Ranks) -> StepParts:
     folders: list[Any] = [
         SimpleNamespace(config=read_config(path)) for path in (options.student, options.teacher)
     ]
-    with patch.object(models, "load_weights", _draw_weights):
+    with patch.object(dense, "load_weights", _draw_weights):
         return step_parts(config, *folders, ranks)
 
 
@@ -134,9 +134,8 @@ def _draw_weights(model: torch.nn.Module, *_: Any, **__: Any) -> None:
             parameter.normal_(std=0.02, generator=draw)
 
 
-def _export(parts: StepParts, config: dict[str, Any]) -> None:
-    model = parts.student.model
-    for _ in export_weights(model, config, parts.ranks, padded_vocab_size=model.vocab_size):
+def _export(parts: StepParts) -> None:
+    for _ in parts.student.weights.exported():
         pass
 
 

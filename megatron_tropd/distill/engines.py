@@ -77,6 +77,7 @@ def start_engines(
     *,
     rank: int,
     world_size: int,
+    teacher: Path | None = None,
     stopping: Callable[[], bool] = lambda: False,
 ) -> SamplingEngines:
     """Engines of a run for one of its models; returns while they are still starting.
@@ -88,6 +89,7 @@ def start_engines(
         make: :func:`make_engine` of the config, inputs and folder of weights.
         rank: this process.
         world_size: of the run.
+        teacher: HF folder of the teacher if responses come from between the two.
         stopping: whether the run was asked to stop, after which servers may be gone.
     """
     rollout = config.rollout
@@ -103,10 +105,13 @@ def start_engines(
         )
     threads = engine_threads(rollout.num_engines, number("LOCAL_WORLD_SIZE", 1), world_size)
 
+    name = "blended" if teacher else model
+
     def make_numbered(engine: int) -> RolloutEngine:
         return make(
             threads=threads,
-            log_file=folder.logs / f"engine_{model}_{engine:03d}.log",
+            log_file=folder.logs / f"engine_{name}_{engine:03d}.log",
+            teacher=teacher,
             alone=model == "teacher",  # its engines have ended before anything is built
         )
 

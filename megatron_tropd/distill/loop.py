@@ -140,7 +140,7 @@ def prefix_alpha(run: Session) -> float:
 
 def sync_weights(run: Session, version: int) -> None:
     """Stream the student's weights, seen ``version`` steps, to every engine."""
-    send_weights(run.parts, run.inputs.student.config, run.engines.channel, version=version)
+    send_weights(run.parts, run.engines.channel, version=version)
 
 
 def due(run: Session, every: int) -> bool:

@@ -1,18 +1,17 @@
 """The models of a run on its ranks: built, sent to the engines, exported."""
 
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from megatron_tropd.config import Config
 from megatron_tropd.convert.families import model_shape
 from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.convert.megatron_folder import MegatronFolder
 from megatron_tropd.distill.step import StepParts
-from megatron_tropd.mcore import models, platform, weights
-from megatron_tropd.mcore.parallel import Ranks
-from megatron_tropd.mcore.step import Student
+from megatron_tropd.mcore import models, platform
+from megatron_tropd.mcore.export import save_hf
+from megatron_tropd.mcore.layout import Layout
+from megatron_tropd.mcore.student import Student
 from megatron_tropd.rollout.weights.interface import WeightChannel
 from megatron_tropd.rollout.weights.weight_sync import Export
 from megatron_tropd.teacher import TeacherStart, load_teacher
@@ -22,7 +21,7 @@ def step_parts(
     config: Config,
     student: HFFolder | MegatronFolder,
     teacher: HFFolder | MegatronFolder,
-    ranks: Ranks,
+    ranks: Layout,
 ) -> StepParts:
     """Build both models, and with them what a step is made with; collective.
 
@@ -39,18 +38,9 @@ def step_parts(
     padded = models.padded_vocab_size(student.config, teacher.config, tensor=config.parallel.tensor)
     vocab_size = min(model_shape(folder.config).vocab for folder in (student, teacher))
     learner = Student(
-        models.build_model(
-            student,
-            ranks=ranks,
-            parallel=config.parallel,
-            dtype=dtype,
-            padded_vocab_size=padded,
-            who="student",
-            options=config.megatron.model,
-        ),
+        models.build_of_run(config, student, "student", ranks=ranks, padded_vocab_size=padded),
         train=config.train,
         parallel=config.parallel,
-        ranks=ranks,
         dtype=dtype,
         megatron=config.megatron,
     )
@@ -64,31 +54,25 @@ def step_parts(
         ranks=ranks,
         device=platform.device(),
         tokens_per_micro_batch=config.train.tokens_per_micro_batch,
-        pad_multiple=config.pad_multiple,
-        rounded_to=platform.row_multiple(),
+        pad_multiple=ranks.pad_multiple,
+        rounded_to=ranks.row_multiple,
         seed=config.train.seed,
     )
 
 
-def send_weights(
-    parts: StepParts, config: Mapping[str, Any], channel: WeightChannel, *, version: int
-) -> None:
+def send_weights(parts: StepParts, channel: WeightChannel, *, version: int) -> None:
     """Stream the student's weights as HF tensors to every engine; collective.
 
     Args:
         parts: of the step.
-        config: of the student's folder.
         channel: to the engines.
         version: optimizer steps that the weights have seen.
     """
     export = partial(
-        weights.export_weights,
-        parts.student.model,
+        parts.student.weights.exported,
+        channel.receivers,
         # Columns that the teacher lacks are not sampled: the loss knows nothing of them.
-        {**config, "vocab_size": parts.vocab_size},
-        parts.ranks,
-        padded_vocab_size=parts.student.model.vocab_size,
-        receivers=channel.receivers,
+        vocab_size=parts.vocab_size,
         explicit_lm_head=True,
     )
     channel.send(Export(export), version)
@@ -102,5 +86,4 @@ def export_student(parts: StepParts, source: HFFolder | MegatronFolder, out: Pat
         source: folder of its first weights.
         out: the folder.
     """
-    model = parts.student.model
-    weights.save_hf(model, source, out, parts.ranks, padded_vocab_size=model.vocab_size)
+    save_hf(parts.student.weights, source, out)

@@ -20,13 +20,14 @@ from megatron_tropd.distill.reporter import Reporter, say
 from megatron_tropd.distill.step import StepParts
 from megatron_tropd.mcore import models, platform
 from megatron_tropd.mcore.checkpoint import Checkpoints
-from megatron_tropd.mcore.parallel import Ranks
+from megatron_tropd.mcore.layout import Layout
 from megatron_tropd.rollout.collective import run_everywhere
 from megatron_tropd.rollout.engines.device_memory import free_bytes, wait_for_memory
 from megatron_tropd.rollout.engines.interface import SamplingEngines
 from megatron_tropd.rollout.engines.wire import Model
 from megatron_tropd.rollout.episodes import EpisodePlan, load_mode
 from megatron_tropd.rollout.source import RolloutSource, SampledRollouts
+from megatron_tropd.rollout.warmup import WarmupEngines
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,7 @@ class Session:
     config: Config
     folder: RunFolder
     inputs: Inputs
-    ranks: Ranks
+    ranks: Layout
     stop: StopFlag
     """Whether the run was asked to stop."""
     progress: Progress
@@ -89,7 +90,7 @@ def open_session(
         )
         evaluator = Evaluator(config, inputs, folder, is_main=is_main, log=reporter.log)
 
-        def engines_of(model: Model) -> SamplingEngines:
+        def engines_of(model: Model, teacher: Path | None = None) -> SamplingEngines:
             if is_main and platform.has_cuda():
                 tell(startup.engines_start(model, config, folder))
             return start_engines(
@@ -99,12 +100,17 @@ def open_session(
                 partial(make_engine, config, inputs, hf_folders[model]),
                 rank=ranks.rank,
                 world_size=ranks.world_size,
+                teacher=teacher,
                 stopping=lambda: stop.requested,
             )
 
         if evaluator.teacher_is_due():
             _measure_teacher(evaluator, reporter, lambda: engines_of("teacher"))
-        engines = exits.enter_context(engines_of("student"))
+        engines = engines_of("student")
+        if config.rollout.asks_teacher:
+            blended = partial(engines_of, "student", hf_folders["teacher"])
+            engines = WarmupEngines(engines, blended, config.rollout.warmup_steps)
+        exits.enter_context(engines)
         if platform.has_cuda():
             with engines.awake():
                 pass  # vLLM measures free memory while it starts: nobody else may allocate
@@ -155,6 +161,7 @@ def sampled_rollouts(
             inputs.responses,
         ),
         stop_token_ids=inputs.stop_token_ids,
+        shared_stops=inputs.shared_stops,
         is_main=is_main,
     )
 

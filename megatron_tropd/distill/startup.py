@@ -14,8 +14,8 @@ from megatron_tropd.convert.megatron_folder import MegatronFolder
 from megatron_tropd.convert.to_hf import ToHF, megatron_to_hf
 from megatron_tropd.distill.inputs import Inputs
 from megatron_tropd.mcore import models, parallel, platform
+from megatron_tropd.mcore.layout import Layout
 from megatron_tropd.mcore.options_check import check_options, unreviewed
-from megatron_tropd.mcore.parallel import Ranks
 from megatron_tropd.rollout.engines.wire import Model
 from megatron_tropd.rollout.episodes import load_mode
 
@@ -23,7 +23,7 @@ Say = Callable[[str], None]
 """Tells the user something."""
 
 
-def join_ranks(config: Config) -> Ranks:
+def join_ranks(config: Config) -> Layout:
     """Prepare the device and join the process groups of the run; collective."""
     platform.prepare_platform()
     platform.check_device()
@@ -32,6 +32,7 @@ def join_ranks(config: Config) -> Ranks:
     return parallel.initialize(
         config.parallel,
         seed=config.train.seed,
+        pad_multiple=config.pad_multiple,
         timeout_seconds=limits(config.run.timeout_minutes).collectives,
     )
 

@@ -19,7 +19,7 @@ from megatron_tropd.distill.token_choices import BatchChoices, choose_tokens
 from megatron_tropd.losses import Method, TeacherSignal
 from megatron_tropd.losses.trouble import words
 from megatron_tropd.mcore.hidden import output_weight
-from megatron_tropd.mcore.step import NotFinite, Student, Update
+from megatron_tropd.mcore.student import NotFinite, Student, Update
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class StepParts(LossParts):
     pad_multiple: int = 1
     """Rows are padded to a multiple of it, which sequence parallelism asks for."""
     rounded_to: int = 1
-    """And of this, if they have the room (``platform.row_multiple``)."""
+    """And of this, if they have the room (``Layout.row_multiple``)."""
     seed: int
     """Keys the mask draws, with the step and the sample."""
     engine_gap: EngineGap | None = None
@@ -119,7 +119,7 @@ def micro_batches(
         step=step,
         loss=parts.loss,
     )
-    return [batch.to(parts.device) for batch in packed]
+    return [parts.ranks.local(batch).to(parts.device) for batch in packed]
 
 
 def forward_backward(
@@ -185,7 +185,7 @@ def _choices(
         config=loss,
         vocab_size=parts.vocab_size,
         tp_group=parts.ranks.tp_group,
-        dp_group=parts.ranks.dp_group,
+        dp_group=parts.ranks.loss_group,
     )
 
 

@@ -15,8 +15,8 @@ from megatron_tropd.data.sequence import Writer
 from megatron_tropd.distill.token_choices import BatchChoices, targets_of
 from megatron_tropd.losses import Method, TeacherSignal, tropd_loss_from_hidden, unrounded_gradient
 from megatron_tropd.losses.selection import num_selected
-from megatron_tropd.mcore.parallel import Ranks
-from megatron_tropd.mcore.step import LossFn
+from megatron_tropd.mcore.layout import Layout
+from megatron_tropd.mcore.schedule import LossFn
 from megatron_tropd.teacher import TeacherSource
 
 Record = Callable[[dict[str, Tensor], Tensor, MicroBatch], dict[str, Tensor]]
@@ -25,7 +25,7 @@ report, as Megatron's loss function gives them."""
 
 
 class StudentPasses(Protocol):
-    """The student as far as gradients go; ``mcore.step.Student`` is one."""
+    """The student as far as gradients go; ``mcore.student.Student`` is one."""
 
     @property
     def model(self) -> Any:
@@ -52,7 +52,7 @@ class LossParts:
     """Weight of tokens that the teacher wrote."""
     vocab_size: int
     """Columns that are real in both models."""
-    ranks: Ranks
+    ranks: Layout
     metrics: bool = True
     """Whether to compute per-token values that the loss does not need."""
     clock: Callable[[str], AbstractContextManager[object]] = nullcontext

@@ -39,7 +39,7 @@ from megatron_tropd.integrations.loop_student import Distilled, LoopStudent
 from megatron_tropd.integrations.loss_report import LossReport
 from megatron_tropd.integrations.printed_log import PrintedLog
 from megatron_tropd.losses import Method
-from megatron_tropd.teacher.resident import ResidentTeacher, frozen_model
+from megatron_tropd.teacher.resident import ResidentTeacher
 
 ForwardStep = Callable[..., tuple[Tensor, Callable[..., Any]]]
 """Megatron's ``forward_step_func``."""
@@ -283,10 +283,10 @@ class _Plugin:
         if settings.tropd_teacher_load is None:
             return schedule
         if self._teacher is None:
-            from megatron_tropd.mcore.parallel import current_ranks
+            from megatron_tropd.mcore.layout import current_layout
 
             assert self._folder is not None
-            self._ranks = current_ranks()
+            self._ranks = current_layout()
             self._teacher = _build_teacher(self._folder, settings, self._ranks)
         return partial(self._distilled_schedule, schedule)
 
@@ -382,12 +382,13 @@ def _build_teacher(
 ) -> ResidentTeacher:
     """Build the teacher in the student's layout; collective."""
     from megatron_tropd.mcore import platform
+    from megatron_tropd.mcore.frozen import frozen_model
 
     # Megatron's random states belong to the student.
     with torch.random.fork_rng([torch.cuda.current_device()] if platform.has_cuda() else []):
         scorer = frozen_model(
             folder,
-            ranks=ranks,
+            layout=ranks,
             parallel=startup.layout_of(args, folder.config),
             dtype=args.params_dtype,
             padded_vocab_size=args.padded_vocab_size,

@@ -29,8 +29,8 @@ from megatron_tropd.data.sequence import TokenSequence
 from megatron_tropd.data.templates import reads_clock
 from megatron_tropd.data.tokenizers import load_tokenizer, stop_token_ids
 from megatron_tropd.distill.inputs import training_prompts
-from megatron_tropd.mcore.parallel import current_ranks
-from megatron_tropd.mcore.weights import export_weights
+from megatron_tropd.mcore.dense import DenseModel
+from megatron_tropd.mcore.layout import current_layout
 from megatron_tropd.rollout.engines.engine import RolloutEngine
 from megatron_tropd.rollout.engines.pool import EnginePool
 from megatron_tropd.rollout.engines.process import engine_threads
@@ -232,6 +232,11 @@ class OnPolicyData:
             raise ConfigError(
                 "Live rollouts are sampled by engines beside the trainer, for the step at hand. "
                 'Leave rollout.placement = "colocated" and rollout.steps_ahead = 0.'
+            )
+        if rollout.asks_teacher:
+            raise ConfigError(
+                f'rollout.behaviour = "{rollout.behaviour}" is not built for live rollouts. Set '
+                'rollout.behaviour = "student", or "cooled".'
             )
         if ranks.tp_size * ranks.pp_size * ranks.dp_size != ranks.world_size:
             raise ConfigError(

@@ -14,6 +14,7 @@ from enum import IntEnum
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
 
 _WORD = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -73,6 +74,23 @@ def keyed_uniform(
     return uniforms.reshape(np.shape(positions))
 
 
+def keyed_noise(keys: Sequence[tuple[int, ...]], size: int, device: torch.device) -> Tensor:
+    """Uniform numbers in the order of a row's columns, such as one for each token.
+
+    Args:
+        keys: [N] of the rows.
+        size: columns V.
+        device: where they are made.
+
+    Returns:
+        [N, V] float64 strictly between 0 and 1, odd multiples of 2**-54.
+    """
+    prefixes = [_signed(_hash(key) + _GOLDEN) for key in keys]
+    prefix_N1 = torch.tensor(prefixes, dtype=torch.int64, device=device).unsqueeze(-1)
+    words_NV = _mix_tensor(torch.arange(size, device=device) ^ prefix_N1)
+    return (_shifted(words_NV, 11).double() + 0.5) * 2.0**-53
+
+
 def _hash(key: tuple[int, ...]) -> int:
     word = len(key)
     for element in key:
@@ -90,3 +108,20 @@ def _mix_array(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
     words = (words ^ (words >> np.uint64(30))) * np.uint64(_MIX_1)
     words = (words ^ (words >> np.uint64(27))) * np.uint64(_MIX_2)
     return words ^ (words >> np.uint64(31))
+
+
+def _mix_tensor(words: Tensor) -> Tensor:
+    """The same of int64, which torch multiplies modulo 2**64."""
+    words = (words ^ _shifted(words, 30)) * _signed(_MIX_1)
+    words = (words ^ _shifted(words, 27)) * _signed(_MIX_2)
+    return words ^ _shifted(words, 31)
+
+
+def _shifted(words: Tensor, places: int) -> Tensor:
+    """Zeros come in from the left; torch's own shift repeats the sign."""
+    return (words >> places) & ((1 << (64 - places)) - 1)
+
+
+def _signed(word: int) -> int:
+    word &= _WORD
+    return word - (1 << 64) if word >> 63 else word

@@ -74,8 +74,8 @@ def rehearse_rank(config: Config, request: Request) -> RankReport:
         from megatron_tropd.rehearsal import engines
         from megatron_tropd.rehearsal.step import RehearsedRank
 
-        engines.believe(made, others, Path(folder))
-        rehearsed = RehearsedRank(made, RunFolder(Path(folder)), device, others)
+        engines.believe(planned, others, Path(folder))
+        rehearsed = RehearsedRank(planned, RunFolder(Path(folder)), device, others)
         counts = _rehearse(rehearsed, request.micro_batches)
         return _report(rehearsed, counts, time.perf_counter() - start)
 

@@ -28,7 +28,7 @@ from megatron_tropd.distill.pair import send_weights, step_parts
 from megatron_tropd.distill.reporter import Clock
 from megatron_tropd.distill.startup import check_settings
 from megatron_tropd.distill.step import learn
-from megatron_tropd.mcore import models, parallel, platform, step, weights
+from megatron_tropd.mcore import models, parallel, platform, schedule
 from megatron_tropd.mcore.checkpoint import Checkpoints
 from megatron_tropd.mcore.hidden import unwrap
 from megatron_tropd.planning.planned_run import PlannedRun
@@ -106,7 +106,7 @@ class RehearsedRank:
 
     def __init__(
         self,
-        setup: Setup,
+        setup: PlannedRun,
         folder: RunFolder,
         device: Device,
         world: World,
@@ -144,7 +144,9 @@ class RehearsedRank:
         with self.clock("build"):
             if config.run.deterministic:
                 platform.be_deterministic()
-            self.ranks = parallel.initialize(config.parallel, seed=config.train.seed)
+            self.ranks = parallel.initialize(
+                config.parallel, seed=config.train.seed, pad_multiple=config.pad_multiple
+            )
             self.inputs = self._inputs()
             check_settings(config, self.inputs, is_main=self.ranks.is_main, say=_silent)
             self.engines = start_engines(
@@ -188,21 +190,17 @@ class RehearsedRank:
         try:
             learn(self.parts, trajectories(self.setup, micro_batches=micro_batches), 0)
         finally:
-            step.run_schedule = original
+            schedule.run_schedule = original
         with self.device.tracker.phase("between steps"):
             pass
 
     def export(self) -> None:
         """New weights to the engines."""
-        original = weights.export_weights
-        counted = Counted(original)
-        setattr(weights, "export_weights", counted)  # noqa: B010
-        try:
-            with self.clock("sync"):
-                config, channel = self.inputs.student.config, self.engines.channel
-                send_weights(self.parts, config, channel, version=1)
-        finally:
-            weights.export_weights = original
+        weights = self.parts.student.weights
+        counted = Counted(weights.exported)
+        setattr(weights, "exported", counted)  # noqa: B010
+        with self.clock("sync"):
+            send_weights(self.parts, self.engines.channel, version=1)
         self.engine_bytes = counted.bytes
 
     def save(self) -> None:

@@ -64,7 +64,7 @@ def _gradients(
 ) -> tuple[Gradients, torch.Tensor | None, torch.Tensor]:
     """(main gradients of this rank, exact ones of its output layer, rows of it no token reads)."""
     from megatron_tropd.distill.step import forward_backward, micro_batches
-    from megatron_tropd.mcore.step import output_weight
+    from megatron_tropd.mcore.hidden import output_weight
 
     parts = build_parts(
         *folders,

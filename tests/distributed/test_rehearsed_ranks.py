@@ -104,11 +104,11 @@ def _really(config: Config, folder: Path, layout: dict[str, Any]) -> None:
     for name in OBJECTS:
         setattr(dist, name, recorder.note_objects(name))
     rank = int(os.environ["RANK"])
-    made = setup(config, CPU, prompt_tokens=PROMPT)
+    planned = plan_run(config, CPU, prompt_tokens=PROMPT)
     run_folder, place = RunFolder(folder / f"run_{rank}"), cast(Any, Place)
-    rehearsed = RehearsedRank(made, run_folder, place, world, open_model)
+    rehearsed = RehearsedRank(planned, run_folder, place, world, open_model)
     with recorder:
-        whole = made.work.most_micro_batches
+        whole = planned.work.most_micro_batches
         rehearsed.build()
         rehearsed.learn(whole)
         Place.events.take()

@@ -111,7 +111,7 @@ def _weight_gradient(loss: LossSettings, tokens: int) -> tuple[torch.Tensor, int
     """Gradient of the output layer as training gets it, and how many tokens were trained."""
     models, trajectories = _Models(), _trajectories()
     world: Any = dist.group.WORLD
-    ranks: Any = SimpleNamespace(tp_group=world, dp_group=world, is_last_stage=True)
+    ranks: Any = SimpleNamespace(tp_group=world, loss_group=world, is_last_stage=True)
     parts: Any = LossParts(
         student=models,
         teacher=models,  # type: ignore[arg-type]
