@@ -144,8 +144,9 @@ class _Done:
         return 0, 0
 
 
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    return None
+def _nothing() -> Callable[..., None]:
+    """A function that does nothing, another each time: torch._dynamo wants no name twice."""
+    return lambda *args, **kwargs: None
 
 
 def _patch_streams() -> None:
@@ -156,17 +157,17 @@ def _patch_streams() -> None:
         "stream": lambda stream: contextlib.nullcontext(stream),
         "current_stream": lambda device=None: stream,
         "default_stream": lambda device=None: stream,
-        "set_stream": _nothing,
-        "synchronize": _nothing,
-        "set_device": _nothing,
-        "empty_cache": _nothing,
+        "set_stream": _nothing(),
+        "synchronize": _nothing(),
+        "set_device": _nothing(),
+        "empty_cache": _nothing(),
         "current_device": lambda: CPU,
     }
     for name, value in replacements.items():
         setattr(torch.cuda, name, value)
-    torch.cuda.nvtx.range_push = _nothing
-    torch.cuda.nvtx.range_pop = _nothing
-    torch.Tensor.record_stream = _nothing  # type: ignore[method-assign]
+    torch.cuda.nvtx.range_push = _nothing()
+    torch.cuda.nvtx.range_pop = _nothing()
+    torch.Tensor.record_stream = _nothing()  # type: ignore[method-assign]
 
 
 def _get_state(device: Any = None, **_: Any) -> torch.Tensor:
