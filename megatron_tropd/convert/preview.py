@@ -63,16 +63,8 @@ class Preview:
             f"{len(self.lines)} HF tensors, {self.total_bytes:,} bytes <-> {len(keys)} Megatron "
             "tensors"
         )
-        return "\n".join(
-            [
-                self.model,
-                *(line.text for line in self.lines),
-                sums,
-                *self.notes,
-                *self.warnings,
-                _DRY,
-            ]
-        )
+        tensors = [line.text for line in self.lines]
+        return "\n".join([self.model, *tensors, sums, *self.notes, *self.warnings, _DRY])
 
 
 def preview_to_megatron(job: ToMegatron) -> Preview:
