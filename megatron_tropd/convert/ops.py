@@ -7,7 +7,7 @@ of all ranks. ``merge`` after ``read`` gives the file's tensors back, bit for bi
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ class Source(Protocol):
 
 class Operation(ABC):
     """How one Megatron parameter is made of HF tensors, and back."""
+
+    summary: ClassVar[str] = "copy"
+    """What it does, for a plan that a person reads."""
 
     @abstractmethod
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -42,14 +45,19 @@ class Operation(ABC):
 
 
 @dataclass(frozen=True)
-class Replicated(Operation):
-    """The same tensor on every rank (norm weights)."""
+class _OneTensor(Operation):
+    """A parameter that is one HF tensor."""
 
     name: str
     shape: tuple[int, ...]
 
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
         return {self.name: self.shape}
+
+
+@dataclass(frozen=True)
+class Replicated(_OneTensor):
+    """The same tensor on every rank (norm weights)."""
 
     def shard_shape(self, tp_size: int) -> tuple[int, ...]:
         return self.shape
@@ -62,15 +70,11 @@ class Replicated(Operation):
 
 
 @dataclass(frozen=True)
-class Sharded(Operation):
+class Sharded(_OneTensor):
     """Equal parts along ``dim``: 1 for row-parallel weights (their input is sharded)."""
 
-    name: str
-    shape: tuple[int, ...]
+    summary = "copy (column shards)"
     dim: int
-
-    def hf_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {self.name: self.shape}
 
     def shard_shape(self, tp_size: int) -> tuple[int, ...]:
         shape = list(self.shape)
@@ -86,15 +90,11 @@ class Sharded(Operation):
 
 
 @dataclass(frozen=True)
-class VocabularyRows(Operation):
+class VocabularyRows(_OneTensor):
     """One row per token, padded with zero rows to ``padded_rows``, then in equal parts."""
 
-    name: str
-    shape: tuple[int, int]
+    summary = "pad rows"
     padded_rows: int
-
-    def hf_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {self.name: self.shape}
 
     def shard_shape(self, tp_size: int) -> tuple[int, ...]:
         return self.padded_rows // tp_size, self.shape[1]
@@ -115,6 +115,7 @@ class VocabularyRows(Operation):
 class GateUp(Operation):
     """Gate and up projection in one: each rank holds its gate rows, then its up rows."""
 
+    summary = "gate above up"
     gate: str
     up: str
     shape: tuple[int, ...]
@@ -146,6 +147,7 @@ class FusedQKV(Operation):
     its value. Ranks hold whole groups.
     """
 
+    summary = "interleave q, k, v by KV head"
     query: str
     key: str
     value: str

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,7 +21,6 @@ from megatron_tropd.convert.hf_folder import (
     stored_names,
 )
 from megatron_tropd.convert.megatron_folder import MegatronFolder
-from megatron_tropd.convert.ops import FusedQKV, GateUp, Operation, Sharded, VocabularyRows
 from megatron_tropd.convert.pickled_folder import open_source
 from megatron_tropd.convert.safetensors_writer import Spec
 from megatron_tropd.convert.to_hf import ToHF, hf_specs, tied_copies
@@ -33,18 +32,13 @@ from megatron_tropd.convert.to_megatron import (
 )
 
 
-@dataclass(frozen=True)
-class Line:
+class Line(NamedTuple):
     """One HF tensor of a plan."""
 
-    hf: str
-    hf_shape: tuple[int, ...]
+    text: str
     nbytes: int
-    operation: str
     megatron: str
-    megatron_shape: tuple[int, ...]
-    position: tuple[int, ...]
-    """Of the part in the leading dimensions of the Megatron tensor."""
+    """Name of the Megatron tensor that it is part of."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +63,8 @@ class Preview:
             f"{len(self.lines)} HF tensors, {self.total_bytes:,} bytes <-> {len(keys)} Megatron "
             "tensors"
         )
-        return "\n".join(
-            [self.model, *map(_spell, self.lines), sums, *self.notes, *self.warnings, _DRY]
-        )
+        tensors = [line.text for line in self.lines]
+        return "\n".join([self.model, *tensors, sums, *self.notes, *self.warnings, _DRY])
 
 
 def preview_to_megatron(job: ToMegatron) -> Preview:
@@ -175,38 +168,13 @@ def _compare_size(index: dict[str, Any], planned: int, weights: Mapping[str, str
 
 
 def _lines(where: CheckpointLayout, dtypes: Mapping[str, torch.dtype]) -> list[Line]:
-    shapes = where.shapes()
-    return [
-        Line(
-            hf=name,
-            hf_shape=shape,
-            nbytes=prod(shape) * dtypes[name].itemsize,
-            operation=_describe(entry.operation),
-            megatron=place.key,
-            megatron_shape=shapes[place.key],
-            position=place.lead,
-        )
-        for entry, place in where.pairs()
-        for name, shape in entry.operation.hf_shapes().items()
-    ]
-
-
-def _describe(operation: Operation) -> str:
-    match operation:
-        case FusedQKV():
-            return "interleave q, k, v by KV head"
-        case GateUp():
-            return "gate above up"
-        case VocabularyRows():
-            return "pad rows"
-        case Sharded():
-            return "copy (column shards)"
-    return "copy"
-
-
-def _spell(line: Line) -> str:
-    position = f"[{', '.join(map(str, line.position))}]" if line.position else ""
-    return (
-        f"{line.hf} {list(line.hf_shape)} | {line.operation} | "
-        f"{line.megatron}{position} of {list(line.megatron_shape)}"
-    )
+    stored, lines = where.shapes(), []
+    for entry, part in where.pairs():
+        position = f"[{', '.join(map(str, part.lead))}]" if part.lead else ""
+        for name, shape in entry.operation.hf_shapes().items():
+            text = (
+                f"{name} {list(shape)} | {entry.operation.summary} | {part.key}{position} of "
+                f"{list(stored[part.key])}"
+            )
+            lines.append(Line(text, prod(shape) * dtypes[name].itemsize, part.key))
+    return lines

@@ -16,6 +16,7 @@ from megatron_tropd.convert.families import Experts, ModelShape
 from megatron_tropd.convert.sizes import stage_sizes
 from megatron_tropd.planning.hardware import Layers
 from megatron_tropd.planning.options import Options, Recompute
+from megatron_tropd.planning.planned_run import PlannedRun
 
 _STATISTIC = 4
 """Bytes of a norm's or a softmax's statistic, float32."""
@@ -107,39 +108,23 @@ def kept_per_position(w: Widths, recompute: Recompute) -> float:
     return first + attention + second + transformed
 
 
-def activations(
-    shape: ModelShape,
-    parallel: ParallelConfig,
-    options: Options,
-    *,
-    stage: int,
-    positions: int,
-    length: int,
-    micro_batches: int,
-    element: int,
-    layers: Layers,
-) -> Activations:
-    """What a rank of a stage holds of its passes, most at a time.
+def activations(run: PlannedRun, stage: int) -> Activations:
+    """What a rank of a stage holds of the student's passes, most at a time.
 
     The schedule is 1F1B: stage i of p begins the backward pass of its first micro-batch when it
     has p - i of them in flight.
-
-    Args:
-        stage: 0-based pipeline stage.
-        positions: of a micro-batch, padding included.
-        length: of its rows.
-        micro_batches: of one replica's step.
-        element: bytes of an element.
     """
-    w = widths(shape, parallel, element, layers)
-    num_layers = stage_sizes(shape.layers, parallel.pipeline)[stage]
-    kept, again = _layers_kept(w, options.recompute, num_layers, positions, length)
+    pipeline, work, options = run.parallel.pipeline, run.work, run.options
+    w = widths(run.student.shape, run.parallel, run.element, run.hardware.layers)
+    num_layers = stage_sizes(w.shape.layers, pipeline)[stage]
+    positions = work.most_positions
+    kept, again = _layers_kept(w, options.recompute, num_layers, positions, work.longest)
     if stage == 0:
         kept += 8 * positions  # the ids, for the embedding
-    if stage == parallel.pipeline - 1:
+    if stage == pipeline - 1:
         kept += positions * _final(w)
         again = max(0.0, again - positions * _final(w))  # which is gone by then
-    flying = min(parallel.pipeline - stage, micro_batches)
+    flying = min(pipeline - stage, work.most_micro_batches)
     away = positions * _offloaded(w, options.offload) * _layers_away(options, num_layers, flying)
     return Activations(kept * flying - away, again, away)
 

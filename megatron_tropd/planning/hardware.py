@@ -1,11 +1,12 @@
 """What a cluster is made of: published peaks, and the shares of them that runs reach."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.base.text_files import read_toml
+from megatron_tropd.config import settings_from_table
 from megatron_tropd.config.settings import (
     Count,
     Positive,
@@ -13,7 +14,6 @@ from megatron_tropd.config.settings import (
     Settings,
     Share,
     check_value,
-    nearest,
 )
 
 Reserve = Annotated[float, Range(0, 1, "()", "reserve = 1 leaves no memory.")]
@@ -143,17 +143,10 @@ def _from_table(table: dict[str, Any], path: Path) -> Hardware:
     like = table.pop("like", None)
     if like is not None and like not in list(PRESETS):
         raise ConfigError(f"{path}: like must be one of {', '.join(PRESETS)}, found {like!r}.")
-    known = {field.name: field for field in fields(Hardware)}
-    if unknown := sorted(table.keys() - known.keys()):
-        raise ConfigError(
-            f"{path}: unknown {', '.join(unknown)}.{nearest(unknown[0], known)} Known: "
-            f"{', '.join(known)}, like."
-        )
     base = {} if like is None else vars(PRESETS[like])
-    values = {"name": path.stem} | base | table
-    needed = ("memory_gb", "tflops", "memory_gb_s", "intra_node_gb_s", "network_gb_s")
-    if missing := [name for name in needed if name not in values]:
+    try:
+        return settings_from_table(Hardware, {"name": path.stem} | base | table)
+    except ConfigError as error:
         raise ConfigError(
-            f"{path} misses {', '.join(missing)}. Add them or like = a preset's name."
-        )
-    return Hardware(**values)
+            f"Hardware file {path}: {error} like = a preset's name fills in what is left out."
+        ) from None

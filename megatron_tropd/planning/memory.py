@@ -8,7 +8,7 @@ trainer computes. A separate one has GPUs of its own, which hold nothing else.
 
 from dataclasses import dataclass
 
-from megatron_tropd.planning.activations import Activations, activations, widths
+from megatron_tropd.planning.activations import activations, widths
 from megatron_tropd.planning.parameters import Model, RankParameters
 from megatron_tropd.planning.planned_run import PlannedRun
 
@@ -133,7 +133,7 @@ def memory_of_stage(run: PlannedRun, stage: int) -> Memory:
     last = stage == run.last_stage
     engine = Engine(0.0, 0.0, 0.0, 0.0) if run.separate else engine_memory(run)
     scores = last and run.config.loss.needs_student_pass
-    passes = stage_activations(run, stage)
+    passes = activations(run, stage)
     return Memory(
         stage=stage,
         weights=student.total * run.element,
@@ -154,21 +154,6 @@ def memory_of_stage(run: PlannedRun, stage: int) -> Memory:
         update=_update_bytes(run, student),
         export=_export_bytes(run, stage),
         saving=_saving_bytes(run, student, stage),
-    )
-
-
-def stage_activations(run: PlannedRun, stage: int) -> Activations:
-    """What the student's passes hold on a stage."""
-    return activations(
-        run.student.shape,
-        run.parallel,
-        run.options,
-        stage=stage,
-        positions=run.work.most_positions,
-        length=run.work.longest,
-        micro_batches=run.work.most_micro_batches,
-        element=run.element,
-        layers=run.hardware.layers,
     )
 
 
@@ -389,7 +374,7 @@ def cache_tokens(run: PlannedRun, model: Model | None = None) -> int:
 def host_bytes(run: PlannedRun) -> float:
     """Of a node's own memory: what engines take, and what the trainer offloads."""
     ranks = min(run.hardware.gpus_per_node, run.parallel.world_size)
-    away = stage_activations(run, 0).on_host + _ON_HOST * offloaded_parameters(run)
+    away = activations(run, 0).on_host + _ON_HOST * offloaded_parameters(run)
     return engine_host_bytes(run) + ranks * away
 
 

@@ -7,6 +7,7 @@ experts, no evaluation and no checkpoint.
 from dataclasses import dataclass
 
 from megatron_tropd.convert.sizes import stage_sizes
+from megatron_tropd.planning.activations import activations
 from megatron_tropd.planning.communication import (
     Communication,
     expert_bytes,
@@ -19,7 +20,6 @@ from megatron_tropd.planning.memory import (
     cache_bytes_per_token,
     cache_tokens,
     offloaded_parameters,
-    stage_activations,
     updated_parameters,
 )
 from megatron_tropd.planning.parameters import Model
@@ -148,7 +148,7 @@ def repeated_products(run: PlannedRun) -> float:
 def _moved_bytes(run: PlannedRun) -> float:
     """Activations of one micro-batch that a rank of the first stage sends to the host."""
     flying = min(run.parallel.pipeline, run.work.most_micro_batches)
-    return stage_activations(run, 0).on_host / flying
+    return activations(run, 0).on_host / flying
 
 
 def _talk(run: PlannedRun, model: Model, *, backward: bool) -> float:

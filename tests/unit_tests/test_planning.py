@@ -560,8 +560,8 @@ def test_a_hardware_file_that_is_none(tmp_path: Path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("speed = 3", "unknown speed. Known: name, memory_gb"),
-        ("memory_gb = 80", "misses tflops, memory_gb_s"),
+        ("speed = 3", "Unknown config key speed. Known here: name, memory_gb"),
+        ("memory_gb = 80", "Config key tflops is missing"),
         ('like = "tpu"', "like must be one of a100, h100, h200, found 'tpu'"),
         ('like = ["h100"]', "like must be one of a100, h100, h200, found ['h100']"),
         ('like = "h100"\nreserve = 1', "reserve = 1 leaves no memory"),
