@@ -3,7 +3,7 @@
 Each names one fast test that notices it.
 """
 
-from mutate import Mutation
+from mutate import of_file
 
 PACKING = "unit_tests/test_data_packing.py::test"
 LAYOUT = "unit_tests/test_platform.py::test_places_and_ranks_are_inverse"
@@ -12,15 +12,8 @@ FOLDER = "unit_tests/test_weight_sync.py::test"
 CHANNEL = "unit_tests/test_weight_channels.py::test"
 
 
-def _of(file: str, *rows: tuple[str, str, str, str]) -> tuple[Mutation, ...]:
-    """Mutations of a file: (name, old, new, test)."""
-    return tuple(
-        Mutation(f"{file}: {name}", file, old, new, (test,)) for name, old, new, test in rows
-    )
-
-
 MUTATIONS = (
-    *_of(
+    *of_file(
         "data/packing.py",
         (
             "labels are the tokens themselves",
@@ -89,7 +82,7 @@ MUTATIONS = (
             f"{PACKING}_the_first_occurrence_of_an_id_in_a_response_is_masked_whoever_wrote_it",
         ),
     ),
-    *_of(
+    *of_file(
         "mcore/parallel.py",
         (
             "replicas and stages change places",
@@ -113,49 +106,49 @@ MUTATIONS = (
             "the first stage has the loss",
             "return self.pp_rank == self.pp_size - 1",
             "return self.pp_rank == 0",
-            f"{EXPORT}[pp2]",
+            f"{EXPORT}[2]",
         ),
     ),
-    *_of(
+    *of_file(
         "mcore/weights.py",
         (
             "every rank reads the first shard",
             "place = (ranks.tp_rank, ranks.tp_size) if",
             "place = (0, ranks.tp_size) if",
-            f"{EXPORT}[tp2]",
+            f"{EXPORT}[2]",
         ),
         (
             "shards in the wrong order",
             "return everything if ranks.tp_rank in places else None",
             "return everything.flip(0) if ranks.tp_rank in places else None",
-            f"{EXPORT}[tp2]",
+            f"{EXPORT}[2]",
         ),
         (
             "the tied copy of the last stage is not filled",
             'pairs.append((entries[0], parameters["output_layer.weight"]))',
             'pairs.append((entries[0], torch.nn.Parameter(parameters["output_layer.weight"] + 0)))',
-            f"{EXPORT}[pp2]",
+            f"{EXPORT}[2]",
         ),
         (
             "every rank has the first experts",
             "first_expert = ranks.ep_rank * shape.experts.count // ranks.ep_size if",
             "first_expert = 0 * shape.experts.count // ranks.ep_size if",
-            f"{EXPORT}[ep2]",
+            f"{EXPORT}[2]",
         ),
         (
             "experts come from the receiver's own rank",
             "rank if self.home.ep_rank is None else ranks.neighbour(rank, self.home.ep_rank)",
             "rank",
-            f"{EXPORT}[ep2]",
+            f"{EXPORT}[2]",
         ),
         (
             "files are never full",
             "numbers[name] = number\n            held += size",
             "numbers[name] = number",
-            f"{EXPORT}[tp1]",
+            f"{EXPORT}[1]",
         ),
     ),
-    *_of(
+    *of_file(
         "rollout/weights/weight_sync.py",
         (
             "a bucket overwrites the one before",
@@ -176,7 +169,7 @@ MUTATIONS = (
             f"{FOLDER}_living_mailboxes_are_kept_and_left_overs_removed",
         ),
     ),
-    *_of(
+    *of_file(
         "rollout/weights/channels.py",
         (
             "each tensor at the start of the buffer",

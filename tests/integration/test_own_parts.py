@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+from warm_engines import environment_of_commands
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAIR = REPOSITORY / "examples" / "arithmetic"
@@ -47,10 +48,9 @@ def test_a_run_of_somebody_elses_parts(tmp_path: Path) -> None:
     with (PAIR / "prompts.jsonl").open() as file:
         (tmp_path / "prompts.jsonl").write_text("".join(islice(file, 8)))
     command = [sys.executable, "-m", "megatron_tropd.cli", "distill", "own.toml"]
-    path = os.pathsep.join([str(REPOSITORY / "tests"), str(REPOSITORY)])
-    run = subprocess.run(
-        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
-    )
+    # With the folder of the parts, tests, on the path.
+    environment = os.environ | environment_of_commands(tmp_path / "warm")
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     root = tmp_path / "run"
     steps = [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()]
