@@ -18,6 +18,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,15 +27,21 @@ from unittest.mock import patch
 
 import torch
 
-from megatron_tropd.config import ParallelConfig, TrainConfig
+from megatron_tropd.config import (
+    Config,
+    GuidanceConfig,
+    ModelConfig,
+    ParallelConfig,
+    RolloutConfig,
+    RunConfig,
+    TrainConfig,
+)
 from megatron_tropd.config.loss import preset
 from megatron_tropd.convert.hf_folder import read_config
-from megatron_tropd.data.batch import MicroBatch
-from megatron_tropd.data.packing import count_loss_tokens, pack
 from megatron_tropd.data.sequence import SampleKey, TokenSequence, Writer
-from megatron_tropd.distill.step_loss import StepObjective
+from megatron_tropd.distill.pair import build_pair, step_parts
+from megatron_tropd.distill.step import StepParts, learn
 from megatron_tropd.mcore import models, parallel, platform
-from megatron_tropd.mcore.step import Student, Teacher
 from megatron_tropd.mcore.weights import export_weights
 
 MODELS = Path(__file__).resolve().parents[1] / "configs" / "recipes" / "models"
@@ -74,11 +81,14 @@ def chosen_layers(wanted: str) -> str:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Figures of the last step, and the loss of the first."""
     ranks = parallel.initialize(ParallelConfig(), seed=1)
-    student, teacher = _models(options, ranks)
+    parts, padded_vocab_size = _parts(options, ranks)
     losses = []
     for step in range(options.steps):
         phases = _Phases()
-        metrics = _step(student, teacher, ranks, options, step, phases)
+        parts = replace(parts, clock=phases)
+        metrics = learn(parts, _trajectories(options, parts.vocab_size, step), step).metrics
+        with phases("export"):
+            _export(parts, read_config(options.student), padded_vocab_size)
         losses.append(metrics["loss"])
     parallel.shutdown()
     tokens = options.samples * options.tokens
@@ -94,21 +104,24 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _models(options: argparse.Namespace, ranks: parallel.Ranks) -> tuple[Student, Teacher]:
-    dtype, layout = models.resolve_dtype("auto"), ParallelConfig()
+def _parts(options: argparse.Namespace, ranks: parallel.Ranks) -> tuple[StepParts, int]:
+    """What a step is made with, and the columns of the output layers."""
+    config = Config(
+        model=ModelConfig(student=str(options.student), teacher=str(options.teacher)),
+        rollout=RolloutConfig(prompts="", max_new_tokens=options.tokens),
+        guidance=GuidanceConfig(beta=0.0),
+        loss=LOSS,
+        train=TrainConfig(
+            steps=options.steps, lr=1e-5, tokens_per_micro_batch=options.micro_batch, seed=7
+        ),
+        run=RunConfig(dir="."),
+    )
     folders: list[Any] = [
         SimpleNamespace(config=read_config(path)) for path in (options.student, options.teacher)
     ]
-    width = models.padded_vocab_size(*(folder.config for folder in folders), tensor=1)
-    settings: dict[str, Any] = dict(
-        ranks=ranks, parallel=layout, dtype=dtype, padded_vocab_size=width
-    )
     with patch.object(models, "load_weights", _draw_weights):
-        built = [models.build_model(folder, **settings) for folder in folders]
-    train = TrainConfig(steps=options.steps, lr=1e-5, tokens_per_micro_batch=options.micro_batch)
-    student = Student(built[0], train=train, parallel=layout, ranks=ranks, dtype=dtype)
-    vocab_size = min(folder.config["vocab_size"] for folder in folders)
-    return student, Teacher(built[1], ranks=ranks, vocab_size=vocab_size)
+        pair = build_pair(config, *folders, ranks)
+    return step_parts(config, pair, ranks), pair.padded_vocab_size
 
 
 def _draw_weights(model: torch.nn.Module, *_: Any, **__: Any) -> None:
@@ -122,54 +135,10 @@ def _draw_weights(model: torch.nn.Module, *_: Any, **__: Any) -> None:
             parameter.normal_(std=0.02, generator=draw)
 
 
-def _step(
-    student: Student,
-    teacher: Teacher,
-    ranks: parallel.Ranks,
-    options: argparse.Namespace,
-    step: int,
-    phases: "_Phases",
-) -> dict[str, float]:
-    trajectories = _trajectories(options, teacher.vocab_size, step)
-    student_config = read_config(options.student)
-    batches = _batches(trajectories, options, step)
-    with phases("teacher"):
-        signals = teacher.score(batches)
-    objective = StepObjective(
-        signals,
-        config=LOSS,
-        beta=0.0,
-        vocab_size=teacher.vocab_size,
-        group=ranks.tp_group,
-        counts=count_loss_tokens(trajectories, LOSS),
-        counted=True,
-        device=platform.device(),
-    )
-    with phases("student"):
-        student.forward_backward(batches, objective)
-    with phases("optimizer"):
-        update = student.update()
-    with phases("export"):
-        for _ in export_weights(
-            student.model, student_config, ranks, padded_vocab_size=student.model.vocab_size
-        ):
-            pass
-    return objective.sums.reduce().metrics() | {"grad_norm": update.grad_norm}
-
-
-def _batches(
-    trajectories: list[TokenSequence], options: argparse.Namespace, step: int
-) -> list[MicroBatch]:
-    packed = pack(
-        trajectories,
-        dp_rank=0,
-        dp_size=1,
-        tokens_per_micro_batch=options.micro_batch,
-        seed=7,
-        step=step,
-        loss=LOSS,
-    )
-    return [batch.to(platform.device()) for batch in packed]
+def _export(parts: StepParts, config: dict[str, Any], padded_vocab_size: int) -> None:
+    model = parts.student.model
+    for _ in export_weights(model, config, parts.ranks, padded_vocab_size=padded_vocab_size):
+        pass
 
 
 def _trajectories(options: argparse.Namespace, vocab_size: int, step: int) -> list[TokenSequence]:
@@ -206,9 +175,10 @@ class _Phases:
         start = time.perf_counter()
         yield
         wait()
-        self.seconds[name] = time.perf_counter() - start
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
         if cuda:
-            self.peaks[name] = torch.cuda.max_memory_allocated() / 2**30
+            peak = torch.cuda.max_memory_allocated() / 2**30
+            self.peaks[name] = max(self.peaks.get(name, 0.0), peak)
 
 
 if __name__ == "__main__":

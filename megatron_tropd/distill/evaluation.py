@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,20 +14,17 @@ from megatron_tropd.config.run_folder import RunFolder
 from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.convert.linked_folder import link_folder
 from megatron_tropd.data.samples import Sample, SampleRequest, Sampling
-from megatron_tropd.data.sequence import TokenSequence
 from megatron_tropd.distill.engines import engine_dtype
 from megatron_tropd.distill.inputs import Inputs
 from megatron_tropd.losses.draws import Purpose, keyed_seed
 from megatron_tropd.report.metrics import MetricsLog
 from megatron_tropd.report.records import read_lines
 from megatron_tropd.tasks.exact_match import Engine, answer_greedily, grade_answers
-from megatron_tropd.tasks.graders import grade
 from megatron_tropd.tasks.reverse_kl import measure_reverse_kl
 
 NUM_EXAMPLES = 20
 """Answers of an evaluation kept for the report."""
 GRADER = "marked"
-_LONGEST_CHARACTER = 4  # bytes of UTF-8, hence tokens
 _TEMPLATE = "chat_template"  # in the names of the settings that say how prompts are wrapped
 
 
@@ -120,23 +117,6 @@ class Evaluator:
             "unjudged": last["unjudged"],
             "problems": last["total"],
         }
-
-    def example_line(self, trajectory: TokenSequence, values: Mapping[str, list[float]]) -> str:
-        """One trajectory with its per-token values, as a line of a dump for the report."""
-        tokenizer, ids = self._inputs.tokenizer, trajectory.response_ids
-        # Their positions are no indices: prompts may have been left out.
-        prompt = next(p for p in self._inputs.prompts if p.index == trajectory.key.prompt)
-        text = tokenizer.decode(ids, skip_special_tokens=True)
-        answer = prompt.fields.get("answer")
-        record = {
-            "step": trajectory.key.step,
-            "prompt": prompt.text,
-            "tokens": spell(tokenizer, ids),
-            "segment": [writer.name.lower() for writer in trajectory.writers],
-            "correct": None if answer is None else grade(text, str(answer), grader=GRADER),
-            **values,
-        }
-        return json.dumps(record) + "\n"
 
     def _accuracy(self, engine: Engine) -> dict[str, Any] | None:
         """The graded answers; None on the ranks that do not grade (all have the samples)."""
@@ -234,25 +214,3 @@ def reverse_kl_of(
             link_folder(HFFolder(folder), place)  # transformers would read what we do not
         result = measure_reverse_kl(places[0], places[1], sequences, vocab_size=inputs.vocab_size)
         return asdict(result)
-
-
-def spell(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
-    """The text each token adds, so that joined they are the text (spaces included).
-
-    A token is decoded beside the one before it, since its leading space may depend on that. The
-    token that completes a character has it; those with its first bytes add nothing. Bytes that
-    are no text are spelled by U+FFFD, as many as a decoder makes of them here.
-    """
-    ids = list(token_ids)
-    pieces: list[str] = []
-    start = read = 0
-    before = ""
-    for end in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[start:end], skip_special_tokens=False)
-        if text.endswith("\ufffd") and end - read < _LONGEST_CHARACTER and end < len(ids):
-            pieces.append("")
-            continue
-        pieces.append(text[len(before) :])
-        start, read = read, end
-        before = tokenizer.decode(ids[start:read], skip_special_tokens=False)
-    return pieces

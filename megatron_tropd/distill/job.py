@@ -1,9 +1,10 @@
 """What a rank holds during a run: models, engine, data, logs; and the phases around the step."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -21,23 +22,21 @@ from megatron_tropd.config import Config, config_to_dict
 from megatron_tropd.config.run_folder import RunFolder, started_at
 from megatron_tropd.convert.megatron_folder import MegatronFolder
 from megatron_tropd.convert.to_hf import ToHF, megatron_to_hf
-from megatron_tropd.data.batch import MicroBatch
-from megatron_tropd.data.packing import LossCounts
 from megatron_tropd.data.prefixes import alpha
-from megatron_tropd.data.sequence import TokenSequence, Writer
+from megatron_tropd.data.sequence import TokenSequence
+from megatron_tropd.distill.engine_gap import EngineGap
 from megatron_tropd.distill.engines import make_engine
 from megatron_tropd.distill.evaluation import Evaluator
+from megatron_tropd.distill.examples import example_line, example_rows, gather_examples
 from megatron_tropd.distill.inputs import load_inputs
-from megatron_tropd.distill.metrics import BadToken
+from megatron_tropd.distill.pair import build_pair, step_parts
 from megatron_tropd.distill.reporter import Clock, peak_memory_gib
-from megatron_tropd.distill.step_loss import StepObjective, example_rows, gather_examples
-from megatron_tropd.distill.token_choices import BatchChoices, choose, loss_name
-from megatron_tropd.losses import Method, TeacherSignal
-from megatron_tropd.losses.trouble import words
+from megatron_tropd.distill.step import StepParts
+from megatron_tropd.distill.step_records import Examples
+from megatron_tropd.distill.token_choices import loss_name
 from megatron_tropd.mcore import models, parallel, platform, weights
 from megatron_tropd.mcore.checkpoint import ANY_LAYOUT, Checkpoints
 from megatron_tropd.mcore.options_check import check_options, unreviewed
-from megatron_tropd.mcore.step import NotFinite, Student, Update, output_weight
 from megatron_tropd.report.metrics import MetricsLog
 from megatron_tropd.rollout.collective import run_everywhere
 from megatron_tropd.rollout.engines.client import ClientSettings
@@ -53,10 +52,6 @@ from megatron_tropd.rollout.episodes import EpisodePlan, load_mode
 from megatron_tropd.rollout.source import RolloutSource, SampledRollouts
 from megatron_tropd.rollout.weights.versions import WeightVersions
 from megatron_tropd.rollout.weights.weight_sync import Export
-from megatron_tropd.teacher import TeacherStart, load_teacher
-
-ENGINE_GAPS = {torch.float32: 1e-3, torch.bfloat16: 0.1}
-"""rollout.max_engine_gap by the models' type, if it is not set."""
 
 
 class Job:
@@ -86,9 +81,9 @@ class Job:
         self.seconds_before = 0.0
         self.clock = Clock(self._progress)
         self._exit = ExitStack()
-        self._compared = False
         self._aside = ThreadPoolExecutor(1, "aside")
         self._examples: Future[None] | None = None
+        self.engine_gap: EngineGap | None = None
 
     @property
     def step(self) -> int:
@@ -127,10 +122,16 @@ class Job:
         )
         exits.push(_leave_groups)
         exits.callback(self._aside.shutdown, cancel_futures=True)
-        self.device = platform.device()
         self.dtype = models.resolve_dtype(config.model.dtype)
         self.inputs = load_inputs(config)
         self.is_main = self.ranks.is_main
+        self.engine_gap = EngineGap(
+            config.rollout.max_engine_gap,
+            self.dtype,
+            advice=f"Compare the config.json in {self.inputs.student.companions} with the one at "
+            f"the top of the engine's log in {self.folder.logs}, and both with transformers' "
+            "log-probs of the same tokens.",
+        )
         self._check_options()
         self._check_steps_ahead()
         load_mode(config.rollout.mode)  # before engines start
@@ -139,7 +140,7 @@ class Job:
             keep=config.run.keep_checkpoints,
             ranks=self.ranks,
             distributed_optimizer=config.parallel.distributed_optimizer,
-            say=self._warn,
+            say=self.warn,
         )
         self.hf_folders = self._hf_folders()
         self.log_file = self._open_log()
@@ -205,7 +206,7 @@ class Job:
         where = "servers" if self.config.rollout.placement == "separate" else "engines"
         log = self.folder.logs / f"engine_{model}_000.log"
         logged = f" Its log: {log}." if where == "engines" else ""
-        self._warn(
+        self.warn(
             f"waiting for the {model}'s rollout {where}: vLLM compiles and captures graphs when it "
             f"starts, for about a minute, longer the first time.{logged}"
         )
@@ -213,39 +214,12 @@ class Job:
     def _build_models(self) -> None:
         config, inputs = self.config, self.inputs
         if self.is_main and platform.has_cuda() and not models.has_transformer_engine():
-            self._warn(
+            self.warn(
                 "Transformer Engine does not import: Megatron-Core's own layers run, with torch's "
                 'attention and Adam. Plan with layers = "local", or install it (README.md).'
             )
-        self._padded_vocab_size = models.padded_vocab_size(
-            inputs.student.config, inputs.teacher.config, tensor=config.parallel.tensor
-        )
-        self.student = Student(
-            models.build_model(
-                inputs.student,
-                ranks=self.ranks,
-                parallel=config.parallel,
-                dtype=self.dtype,
-                padded_vocab_size=self._padded_vocab_size,
-                who="student",
-                options=config.megatron.model,
-            ),
-            train=config.train,
-            parallel=config.parallel,
-            ranks=self.ranks,
-            dtype=self.dtype,
-            megatron=config.megatron,
-        )
-        self.teacher = load_teacher(config.teacher.source)(
-            TeacherStart(
-                config,
-                inputs.teacher,
-                self.ranks,
-                self.dtype,
-                self._padded_vocab_size,
-                inputs.vocab_size,
-            )
-        )
+        self.pair = build_pair(config, inputs.student, inputs.teacher, self.ranks)
+        self.student, self.teacher = self.pair.student, self.pair.teacher
         self._exit.callback(self.teacher.close)
 
     def _hf_folders(self) -> dict[str, Path]:
@@ -304,7 +278,7 @@ class Job:
         for line in self.config.megatron.lines():
             print(f"Megatron's options: {line}", flush=True)
         if new := unreviewed(self.config.megatron):
-            self._warn(
+            self.warn(
                 f"{', '.join(new)}: of a Megatron-Core that this version was not made for; nobody "
                 "has looked at what they do here."
             )
@@ -362,74 +336,16 @@ class Job:
             # Columns that the teacher lacks are not sampled: the loss knows nothing of them.
             self.inputs.student.config | {"vocab_size": self.inputs.vocab_size},
             self.ranks,
-            padded_vocab_size=self._padded_vocab_size,
+            padded_vocab_size=self.pair.padded_vocab_size,
             receivers=self.engines.channel.receivers,
             explicit_lm_head=True,
         )
         self.engines.channel.send(Export(export), version)
 
-    def objective(
-        self,
-        batches: Sequence[MicroBatch],
-        signals: Sequence[TeacherSignal],
-        trajectories: Sequence[TokenSequence],
-        counts: LossCounts,
-    ) -> StepObjective:
-        """The loss function of this step; may run the student forward.
-
-        Args:
-            batches: of this rank.
-            signals: the teacher's, one per micro-batch (last stage).
-            trajectories: of the whole step.
-            counts: its loss tokens.
-
-        Collectives: none, but for a loss that looks at the whole batch: those of
-        ``Student.score`` and ``choices.choose``.
-        """
-        rollout, run = self.config.rollout, self.config.run
-        loss = self.config.loss.at_step(self.step)
-        if not counts.teacher + counts.student:
-            print(f"step {self.step + 1}: every token is masked, so there is no loss", flush=True)
-        rows: list[int] = []
-        if self.examples_due():
-            samples = rollout.prompts_per_step * rollout.samples_per_prompt
-            rows = example_rows(samples, rollout.samples_per_prompt, run.num_trajectories)
-        return StepObjective(
-            signals,
-            config=loss,
-            beta=self.config.guidance.beta,
-            vocab_size=self.inputs.vocab_size,
-            group=self.ranks.tp_group,
-            counts=counts,
-            counted=self.ranks.is_last_stage and self.ranks.tp_rank == 0,
-            device=self.device,
-            choices=self._choices(batches, signals, trajectories, loss),
-            example_rows=rows,
-        )
-
-    def _choices(
-        self,
-        batches: Sequence[MicroBatch],
-        signals: Sequence[TeacherSignal],
-        trajectories: Sequence[TokenSequence],
-        loss: Method,
-    ) -> BatchChoices | None:
-        if not loss.needs_student_pass:
-            return None
-        hidden = self.student.score(batches)
-        if not self.ranks.is_last_stage:
-            return None
-        return choose(
-            batches,
-            trajectories,
-            signals,
-            hidden,
-            output_weight(self.student.model),
-            config=loss,
-            vocab_size=self.inputs.vocab_size,
-            tp_group=self.ranks.tp_group,
-            dp_group=self.ranks.dp_group,
-        )
+    def step_parts(self) -> StepParts:
+        """What a step is made with."""
+        parts = step_parts(self.config, self.pair, self.ranks)
+        return replace(parts, clock=self.clock, engine_gap=self.engine_gap)
 
     def aside[T](self, action: Callable[[], T]) -> "Future[T] | None":
         """Do something for the records beside the step, on rank 0; None on the others.
@@ -444,74 +360,7 @@ class Job:
             return 0.0
         return alpha(self.step, self.config.train.steps, self.config.guidance.schedule)
 
-    def check_finite(self, bad: BadToken | None, trajectories: list[TokenSequence]) -> None:
-        """Stop before the optimizer if a loss is not finite; nothing is overwritten."""
-        if bad is None:
-            return
-        t = trajectories[bad.row]
-        writer, place = t.writers[bad.position].name.lower(), t.prompt_length + bad.position
-        raise TrainingError(
-            f"The loss is not finite in step {self.step + 1}, trajectory {bad.row} (prompt "
-            f"{t.key.prompt}, sample {t.key.sample}, {t.count(Writer.TEACHER)} teacher and "
-            f"{t.count(Writer.STUDENT)} student tokens), first at its token {bad.position} (id "
-            f"{t.ids_N[place]}, written by the {writer}): "
-            f"{words(bad.finding)} The weights were not updated. {self._last_checkpoint()}"
-        )
-
-    def update(self) -> Update:
-        """Change the weights, if the gradient's norm lets it; say so if it does not.
-
-        Raises:
-            TrainingError: the gradient is not finite; weights, engines and checkpoints are as they
-                were.
-        """
-        try:
-            update = self.student.update()
-        except NotFinite as error:
-            raise TrainingError(
-                f"{error} Step {self.step + 1} ends here; every token's loss was finite. The "
-                f"weights were not updated. {self._last_checkpoint()} Lower train.lr, then resume."
-            ) from None
-        if update.skipped and self.is_main:
-            self._warn(
-                f"step {self.step + 1}: the gradient norm is {update.grad_norm:.4g}, above "
-                "megatron.optimizer.grad_norm_skip_threshold: the weights stay as they were."
-            )
-        return update
-
-    def check_engine_gap(self, metrics: dict[str, Any], trajectories: list[TokenSequence]) -> None:
-        """Stop before the optimizer if engine and trainer do not compute the same model.
-
-        Looked at once in each start, in the first step that trains on samples of its own weights.
-
-        Args:
-            metrics: of the step, equal on every rank.
-            trajectories: of the step.
-        """
-        own = all(trajectory.oldest_version == self.step for trajectory in trajectories)
-        if self._compared or not own or not metrics["tokens_student"]:
-            return
-        self._compared = True
-        limit = self.config.rollout.max_engine_gap
-        if limit is None:
-            limit = ENGINE_GAPS[self.dtype]
-        if limit == 0:
-            return
-        gap = metrics["engine_gap_mean"]
-        if gap is not None and gap <= limit:
-            return
-        dtype = str(self.dtype).removeprefix("torch.")
-        raise TrainingError(
-            f"Engine and trainer do not compute the same model: in step {self.step + 1} the "
-            f"log-probs they give the sampled tokens differ by {_number(gap)} nats on average (at "
-            f"most {_number(metrics['engine_gap_max'])}), expected at most {limit:g} in {dtype} "
-            "(rollout.max_engine_gap). The weights were not updated. Compare the config.json in "
-            f"{self.inputs.student.companions} with the one at the top of the engine's log in "
-            f"{self.folder.logs}, and both with transformers' log-probs of the same tokens. If "
-            "the difference is round-off, raise rollout.max_engine_gap."
-        )
-
-    def _last_checkpoint(self) -> str:
+    def last_checkpoint(self) -> str:
         steps = self.checkpoints.steps()
         where = self.folder.checkpoints
         return f"Last good checkpoint: {where}/step_{steps[-1]:06d}." if steps else "No checkpoint."
@@ -521,11 +370,19 @@ class Job:
         every = self.config.run.trajectories_every
         return bool(every) and (self.step % every == 0 or self.step == self.config.train.steps - 1)
 
-    def keep_examples(self, objective: StepObjective, trajectories: list[TokenSequence]) -> None:
+    def example_rows(self) -> list[int]:
+        """Sequences of this step whose tokens are dumped."""
+        if not self.examples_due():
+            return []
+        per_prompt = self.config.rollout.samples_per_prompt
+        samples = self.config.rollout.prompts_per_step * per_prompt
+        return example_rows(samples, per_prompt, self.config.run.num_trajectories)
+
+    def keep_examples(self, mine: Examples, trajectories: list[TokenSequence]) -> None:
         """Write the example trajectories of this step, tokens with their per-token values."""
         if not self.examples_due():
             return
-        examples = gather_examples(objective.examples)
+        examples = gather_examples(mine)
         if not self.is_main:
             return
         self._settle_examples()
@@ -533,7 +390,7 @@ class Job:
 
         def write() -> None:
             lines = [
-                self.evaluator.example_line(trajectories[row], values)
+                example_line(self.inputs, trajectories[row], values)
                 for row, values in sorted(examples.items())
             ]
             path.parent.mkdir(exist_ok=True)
@@ -630,7 +487,7 @@ class Job:
         """Seconds of the job over all its resumptions."""
         return self.seconds_before + time.monotonic() - started_at()
 
-    def _warn(self, message: str) -> None:
+    def warn(self, message: str) -> None:
         print(message, flush=True)
         print(f"tropd: {message}", file=self.console)
 
@@ -651,7 +508,7 @@ class Job:
             self.inputs.student,
             out,
             self.ranks,
-            padded_vocab_size=self._padded_vocab_size,
+            padded_vocab_size=self.pair.padded_vocab_size,
         )
 
     def _summary(self) -> dict[str, Any]:
@@ -676,7 +533,3 @@ def _leave_groups(kind: type[BaseException] | None, *_: object) -> None:
     # them; freed earlier, they would report the lost connection before we report its cause.
     if kind is None:
         parallel.shutdown()
-
-
-def _number(value: float | None) -> str:
-    return "nan" if value is None else f"{value:.3g}"

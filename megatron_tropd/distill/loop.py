@@ -6,11 +6,10 @@ from typing import IO
 from megatron_tropd.base.errors import TrainingError
 from megatron_tropd.base.progress import Progress, StopFlag
 from megatron_tropd.config.run_folder import RunFolder
-from megatron_tropd.data.packing import count_loss_tokens, pack
 from megatron_tropd.data.sequence import TokenSequence
 from megatron_tropd.distill.job import Job
 from megatron_tropd.distill.metrics import trajectory_metrics
-from megatron_tropd.mcore import platform
+from megatron_tropd.distill.step import StepResult, learn
 
 
 def train(folder: RunFolder, *, console: IO[str], stop: StopFlag, progress: Progress) -> None:
@@ -57,7 +56,7 @@ def train_step(job: Job) -> None:
     told = job.aside(partial(trajectory_metrics, trajectories, step=step))
     # All ranks have just met; a crash from here on finds the checkpoint of the step before.
     job.poll_save()
-    metrics = learn(job, trajectories)
+    metrics = taught(job, trajectories).metrics
     job.poll_save()
     with clock("sync"):
         job.sync_weights(step + 1)
@@ -83,52 +82,21 @@ def rollout(job: Job) -> list[TokenSequence]:
     return trajectories
 
 
-def learn(job: Job, trajectories: list[TokenSequence]) -> dict[str, object]:
-    """Score with the teacher, differentiate the loss, update the student.
-
-    Args:
-        job: the run.
-        trajectories: the same list on every rank.
-
-    Returns:
-        The metrics of the step, equal on every rank.
-
-    Raises:
-        TrainingError: loss or gradient is not finite; the weights are unchanged.
-    """
-    config, ranks, clock = job.config, job.ranks, job.clock
-    job.teacher.begin(job.step, trajectories)
-    batches = [
-        batch.to(job.device)
-        for batch in pack(
-            trajectories,
-            dp_rank=ranks.dp_rank,
-            dp_size=ranks.dp_size,
-            tokens_per_micro_batch=config.train.tokens_per_micro_batch,
-            pad_multiple=config.pad_multiple,
-            rounded_to=platform.row_multiple(),
-            seed=config.train.seed,
-            step=job.step,
-            loss=config.loss,
+def taught(job: Job, trajectories: list[TokenSequence]) -> StepResult:
+    """Learn from the step's trajectories; tell what there is to tell of it."""
+    rows = job.example_rows()
+    try:
+        result = learn(job.step_parts(), trajectories, job.step, example_rows=rows)
+    except TrainingError as error:
+        if error.kind == "training":
+            error.args = (f"{error} {job.last_checkpoint()}",)
+        raise
+    if not result.counts.teacher + result.counts.student:
+        print(f"step {job.step + 1}: every token is masked, so there is no loss", flush=True)
+    if result.update.skipped and job.is_main:
+        job.warn(
+            f"step {job.step + 1}: the gradient norm is {result.update.grad_norm:.4g}, above "
+            "megatron.optimizer.grad_norm_skip_threshold: the weights stay as they were."
         )
-    ]
-    counts = count_loss_tokens(trajectories, config.loss)
-    with clock("teacher"):
-        signals = job.teacher.signals(batches)
-    with clock("student"):
-        objective = job.objective(batches, signals, trajectories, counts)
-        job.student.forward_backward(batches, objective)
-        totals = objective.sums.reduce()
-    job.check_finite(totals.first_bad_token, trajectories)
-    metrics = totals.metrics()
-    job.check_engine_gap(metrics, trajectories)
-    with clock("optimizer"):
-        update = job.update()
-    job.keep_examples(objective, trajectories)
-    return {
-        **metrics,
-        "masked_tokens": counts.masked,
-        "grad_norm": update.grad_norm,
-        "lr": update.lr,
-        "update_skipped": int(update.skipped),
-    }
+    job.keep_examples(result.examples, trajectories)
+    return result

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from megatron_tropd.config.loss import PRESETS, LossSettings, preset
 from megatron_tropd.data.batch import MicroBatch, upload
-from megatron_tropd.data.packing import count_loss_tokens
-from megatron_tropd.data.sequence import TokenSequence, Writer
+from megatron_tropd.data.sequence import Writer
 from megatron_tropd.losses import LossTargets, TeacherSignal, token_statistics_from_hidden
 from megatron_tropd.losses.method import BatchFacts, Method
 
@@ -33,13 +32,14 @@ class BatchChoices:
     """[T] float32 each: ``LossTargets.rewards_T``. None: the loss makes its own."""
 
 
-def choose(
+def choose_tokens(
     batches: Sequence[MicroBatch],
-    trajectories: Sequence[TokenSequence],
     signals: Sequence[TeacherSignal],
     hidden: Sequence[Tensor],
     output_weight_vH: Tensor,
     *,
+    prompts: Sequence[int],
+    num_student: int,
     config: Method,
     vocab_size: int,
     tp_group: dist.ProcessGroup,
@@ -49,10 +49,11 @@ def choose(
 
     Args:
         batches: of this rank.
-        trajectories: of the whole step, which the batches' rows name.
         signals: the teacher's, one per micro-batch.
         hidden: [T, H] the student's, one per micro-batch.
         output_weight_vH: [v, H] this rank's shard of the student's output layer.
+        prompts: number of the prompt of each sequence of the step, which the batches' rows count.
+        num_student: student tokens of the step that carry loss.
         config: the loss of this step.
         vocab_size: real columns.
         tp_group: ranks the vocabulary is sharded over.
@@ -73,7 +74,7 @@ def choose(
     )
     # Round-off that differed between the ranks of one vocabulary would make them choose apart.
     dist.broadcast(values_2T, src=dist.get_global_rank(tp_group, 0), group=tp_group)
-    facts = _facts(values_2T, batches, trajectories, config, dp_group)
+    facts = _facts(values_2T, batches, prompts, num_student, dp_group)
     choices, lengths = config.choose(facts), [len(part) for part in hidden]
     selected_T, rewards_T = choices.selected_T, choices.rewards_T
     return BatchChoices(
@@ -85,8 +86,8 @@ def choose(
 def _facts(
     values_2T: Tensor,
     batches: Sequence[MicroBatch],
-    trajectories: Sequence[TokenSequence],
-    config: Method,
+    prompts: Sequence[int],
+    num_student: int,
     dp_group: dist.ProcessGroup,
 ) -> BatchFacts:
     """What a method may look at: the loss tokens of all micro-batches of this rank."""
@@ -99,7 +100,7 @@ def _facts(
         own_rows.append(batch.loss_at // length + rows)
         rows, longest = rows + len(batch.rows), max(longest, length)
     numbers: dict[int, int] = {}
-    of_row = [numbers.setdefault(t.key.prompt, len(numbers)) for t in trajectories]
+    of_row = [numbers.setdefault(prompt, len(numbers)) for prompt in prompts]
     entropy_T, log_ratio_T = values_2T
     return BatchFacts(
         entropy_T=entropy_T,
@@ -111,7 +112,7 @@ def _facts(
         shape=(rows, longest),
         prompts_T=upload(torch.tensor(of_row), rows_T.device)[rows_T],
         num_prompts=len(numbers),
-        num_student=count_loss_tokens(trajectories, config).student,
+        num_student=num_student,
         # Rows and lengths of the n-th micro-batch are the same on every rank; tokens are not.
         longest=sum(batch.tokens.numel() for batch in batches),
         group=dp_group,

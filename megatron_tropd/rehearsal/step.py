@@ -25,8 +25,8 @@ from megatron_tropd.data.sequence import SampleKey, TokenSequence, Writer
 from megatron_tropd.distill import job
 from megatron_tropd.distill.inputs import Inputs
 from megatron_tropd.distill.job import Job
-from megatron_tropd.distill.loop import learn
 from megatron_tropd.distill.reporter import Clock
+from megatron_tropd.distill.step import learn
 from megatron_tropd.mcore import models, parallel, platform, step, weights
 from megatron_tropd.mcore.checkpoint import Checkpoints
 from megatron_tropd.mcore.hidden import unwrap
@@ -115,8 +115,6 @@ class RehearsedJob(Job):
         super().__init__(folder, console=io.StringIO(), stop=cast(Any, _NeverStop()))
         self.setup, self.rehearsed, self.world = setup, device, world
         self.clock = PhaseClock(self._progress, device)
-        # Engine and trainer are compared by numbers.
-        self._compared = True
         self._missing = 0
         self.run_micro_batches = 0
         """Of the last step."""
@@ -134,7 +132,6 @@ class RehearsedJob(Job):
             if config.run.deterministic:
                 platform.be_deterministic()
             self.ranks = parallel.initialize(config.parallel, seed=config.train.seed)
-            self.device = platform.device()
             self.dtype = models.resolve_dtype(config.model.dtype)
             self.inputs = self._inputs()
             self.is_main = self.ranks.is_main
@@ -171,7 +168,7 @@ class RehearsedJob(Job):
 
         setattr(step, "run_schedule", announced)  # noqa: B010
         try:
-            learn(self, trajectories(self.setup, micro_batches=micro_batches))
+            learn(self.step_parts(), trajectories(self.setup, micro_batches=micro_batches), 0)
         finally:
             step.run_schedule = original
         with self.rehearsed.tracker.phase("between steps"):
@@ -206,7 +203,9 @@ class RehearsedJob(Job):
         def kept(batches: Any) -> list[Any]:
             tokens = len(batches[0].loss_at) if self.ranks.is_last_stage else 0
             room = [
-                torch.empty(tokens, model.config.hidden_size, dtype=self.dtype, device=self.device)
+                torch.empty(
+                    tokens, model.config.hidden_size, dtype=self.dtype, device=platform.device()
+                )
                 for _ in range(self._missing if tokens else 0)
             ]
             return Kept(score(batches), room)

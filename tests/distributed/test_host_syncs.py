@@ -8,9 +8,10 @@ import pytest
 
 from megatron_tropd.config import ParallelConfig, TrainConfig
 from megatron_tropd.config.loss import preset
-from megatron_tropd.data.packing import count_loss_tokens, pack
+from megatron_tropd.data.packing import count_loss_tokens
 from tests.distributed.test_training import recorded_trajectories
 from tests.ranks import leave_layout, run_with_env
+from tests.step_parts import build_parts
 
 METHODS = {"tropd": preset("tropd"), "exact": preset("tropd_exact"), "top_d": preset("top_d")}
 ROWS_OF_CHUNK = 16
@@ -35,48 +36,23 @@ def count_all(student: str, teacher: str, out: str) -> None:
     Path(out).write_text(json.dumps(found))
 
 
-def _count(student: str, teacher: str, method: str, micro_batches: int) -> dict[str, int]:
-    from megatron_tropd.convert.hf_folder import HFFolder
-    from megatron_tropd.distill.step_loss import StepObjective
-    from megatron_tropd.distill.token_choices import choose
-    from megatron_tropd.mcore import models, parallel, platform
-    from megatron_tropd.mcore.step import Student, Teacher, output_weight
+def _count(student: str, teacher: str, method: str, count: int) -> dict[str, int]:
+    from megatron_tropd.distill.step import forward_backward, micro_batches
+    from megatron_tropd.distill.step_records import StepRecords
     from tests.host_syncs import host_syncs
 
-    layout, loss = ParallelConfig(), METHODS[method]
-    train = TrainConfig(steps=3, tokens_per_micro_batch=48)
-    ranks = parallel.initialize(layout, seed=1)
-    kind = models.resolve_dtype("float32")
-    build = dict(ranks=ranks, parallel=layout, dtype=kind, padded_vocab_size=259)
-    learner = Student(
-        models.build_model(HFFolder(Path(student)), **build),
-        train=train, parallel=layout, ranks=ranks, dtype=kind,
-    )  # fmt: skip
-    scorer = Teacher(
-        models.build_model(HFFolder(Path(teacher)), **build), ranks=ranks, vocab_size=259
-    )
-    trajectories = recorded_trajectories(0, count=micro_batches)
-    place = dict(dp_rank=0, dp_size=1, tokens_per_micro_batch=48, pad_multiple=48)
-    packed = pack(trajectories, **place, seed=7, step=0, loss=loss)
-    assert len(packed) == micro_batches
-    batches = [batch.to(platform.device()) for batch in packed]
-    counts = count_loss_tokens(trajectories, loss)
+    train, loss = TrainConfig(steps=3, tokens_per_micro_batch=48), METHODS[method]
+    parts = build_parts(student, teacher, ParallelConfig(), train, loss, pad_multiple=48)
+    trajectories = recorded_trajectories(0, count=count)
+    batches = micro_batches(parts, trajectories, 0)
+    assert len(batches) == count
+    counts, prompts = count_loss_tokens(trajectories, loss), [t.key.prompt for t in trajectories]
     with host_syncs() as found:
-        signals, choices = scorer.score(batches), None
-        if loss.needs_student_pass:
-            hidden = learner.score(batches)
-            choices = choose(
-                batches, trajectories, signals, hidden, output_weight(learner.model),
-                config=loss, vocab_size=259, tp_group=ranks.tp_group, dp_group=ranks.dp_group,
-            )  # fmt: skip
-        objective = StepObjective(
-            signals, config=loss, beta=0.5, vocab_size=259, group=ranks.tp_group, counts=counts,
-            counted=True, device=platform.device(), choices=choices,
-        )  # fmt: skip
-        learner.forward_backward(batches, objective)
-        sums = objective.sums.reduce()
-        assert sums.first_bad_token is None
-        sums.metrics()
+        records = StepRecords(parts.device, counted=True)
+        forward_backward(parts, batches, counts, 0, record=records, prompts=prompts)
+        totals = records.sums.reduce()
+        assert totals.first_bad_token is None
+        totals.metrics()
     return found
 
 

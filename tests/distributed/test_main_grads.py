@@ -7,7 +7,9 @@ with and without tied embeddings (whose own gradient goes the usual way to the s
 with a reduction that overlaps the backward pass, which insists on seeing a gradient.
 """
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +18,9 @@ from test_training import LAYOUTS, TRAIN, recorded_trajectories
 
 from megatron_tropd.config import MegatronConfig, ParallelConfig
 from megatron_tropd.config.loss import preset
-from megatron_tropd.data.packing import count_loss_tokens, pack
+from megatron_tropd.data.packing import count_loss_tokens
 from tests.ranks import leave_layout, run_with_env
+from tests.step_parts import build_parts
 
 Gradients = dict[str, torch.Tensor]
 
@@ -27,91 +30,66 @@ def _relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 class _Recorded:
-    """An objective, and the exact sum of the output layer's gradients it makes."""
+    """A student; and the exact sum of the output layer's gradients that its loss makes."""
 
-    def __init__(self, objective, shadow, *, hide_main_grad: bool) -> None:
-        self.objective, self.shadow = objective, shadow
+    def __init__(self, student: Any, *, hide_main_grad: bool) -> None:
+        self.student, self.model = student, student.model
         self.hide_main_grad = hide_main_grad
         self.exact: torch.Tensor | None = None
 
-    def __call__(self, hidden, weight, batch, index):
-        copy = weight.detach().clone().requires_grad_()
-        if self.exact is None:
-            self.exact = torch.zeros_like(weight, dtype=torch.float32)
-        copy.main_grad = self.exact
-        loss, _ = self.shadow(hidden.detach(), copy, batch, index)
-        loss.backward()
-        if copy.grad is not None:  # a float32 weight has no buffer of another type
-            self.exact += copy.grad
-        if self.hide_main_grad:
-            weight = weight.view_as(weight)
-        return self.objective(hidden, weight, batch, index)
+    def forward_backward(self, batches, loss_fn):
+        def recorded(hidden, weight, batch, index):
+            copy = weight.detach().clone().requires_grad_()
+            if self.exact is None:
+                self.exact = torch.zeros_like(weight, dtype=torch.float32)
+            copy.main_grad = self.exact
+            loss, _ = loss_fn(hidden.detach(), copy, batch, index)
+            loss.backward()
+            if copy.grad is not None:  # a float32 weight has no buffer of another type
+                self.exact += copy.grad
+            if self.hide_main_grad:
+                weight = weight.view_as(weight)
+            return loss_fn(hidden, weight, batch, index)
+
+        return self.student.forward_backward(batches, recorded)
 
 
 def _gradients(
     folders: tuple[str, str],
     layout: ParallelConfig,
-    dtype: torch.dtype,
+    dtype: str,
     *,
     hide_main_grad: bool = False,
     overlap: bool = False,
 ) -> tuple[Gradients, torch.Tensor | None, torch.Tensor]:
     """(main gradients of this rank, exact ones of its output layer, rows of it no token reads)."""
-    from megatron_tropd.convert.hf_folder import HFFolder
-    from megatron_tropd.distill.step_loss import StepObjective
-    from megatron_tropd.mcore import models, parallel
-    from megatron_tropd.mcore.step import Student, Teacher, output_weight
+    from megatron_tropd.distill.step import forward_backward, micro_batches
+    from megatron_tropd.mcore.step import output_weight
 
-    ranks = parallel.initialize(layout, seed=1)
-    built = [
-        models.build_model(
-            HFFolder(Path(folder)),
-            ranks=ranks,
-            parallel=layout,
-            dtype=dtype,
-            padded_vocab_size=320,
-        )
-        for folder in folders
-    ]
-    options = MegatronConfig(ddp={"overlap_grad_reduce": True} if overlap else {})
-    wrapping = {"train": TRAIN, "parallel": layout, "ranks": ranks, "dtype": dtype}
-    student = Student(built[0], megatron=options, **wrapping)
-    teacher = Teacher(built[1], ranks=ranks, vocab_size=259)
-    trajectories = recorded_trajectories(0)
-    batches = pack(
-        trajectories,
-        dp_rank=ranks.dp_rank,
-        dp_size=ranks.dp_size,
-        tokens_per_micro_batch=64,
+    parts = build_parts(
+        *folders,
+        layout,
+        replace(TRAIN, tokens_per_micro_batch=64),
+        preset("minillm_single_step"),
+        dtype=dtype,
+        megatron=MegatronConfig(ddp={"overlap_grad_reduce": True} if overlap else {}),
         pad_multiple=2,
-        seed=7,
-        step=0,
     )
-    counts, signals = count_loss_tokens(trajectories), teacher.score(batches)
-    objective, shadow = (
-        StepObjective(
-            signals,
-            config=preset("minillm_single_step"),
-            beta=0.5,
-            vocab_size=259,
-            group=ranks.tp_group,
-            counts=counts,
-            counted=False,
-            device=torch.device("cpu"),
-        )
-        for _ in range(2)
-    )
-    recorded = _Recorded(objective, shadow, hide_main_grad=hide_main_grad)
+    ranks, model = parts.ranks, parts.student.model
+    trajectories = recorded_trajectories(0)
+    batches, counts = micro_batches(parts, trajectories, 0), count_loss_tokens(trajectories)
+    recorded = _Recorded(parts.student, hide_main_grad=hide_main_grad)
     assert len(batches) > 2
-    student.forward_backward(batches, recorded)
-    found = {name: p.main_grad.clone() for name, p in built[0].named_parameters()}
-    unread = torch.ones(320, dtype=torch.bool)
+    parts = replace(parts, student=recorded)
+    forward_backward(parts, batches, counts, 0, record=lambda *_: {})
+    found = {name: p.main_grad.clone() for name, p in model.named_parameters()}
+    unread = torch.ones(model.vocab_size, dtype=torch.bool)
     for batch in batches:
         unread[batch.tokens.flatten()] = False
     exact = recorded.exact
     if exact is not None:
         exact = exact / (counts.teacher + counts.student)
-        found["output"] = output_weight(built[0]).main_grad.clone()
+        found["output"] = output_weight(model).main_grad.clone()
         unread = unread.view(ranks.tp_size, -1)[ranks.tp_rank]
     leave_layout()
     return found, exact, unread
@@ -119,9 +97,9 @@ def _gradients(
 
 def _check_layout(folders: tuple[str, str], name: str) -> None:
     tied = "tied_student" in folders[0]
-    expected, _, _ = _gradients(folders, LAYOUTS[name], torch.float32)
-    found, exact, unread = _gradients(folders, LAYOUTS[name], torch.bfloat16)
-    rounded, _, _ = _gradients(folders, LAYOUTS[name], torch.bfloat16, hide_main_grad=True)
+    expected, _, _ = _gradients(folders, LAYOUTS[name], "float32")
+    found, exact, unread = _gradients(folders, LAYOUTS[name], "bfloat16")
+    rounded, _, _ = _gradients(folders, LAYOUTS[name], "bfloat16", hide_main_grad=True)
     assert found.keys() == expected.keys() == rounded.keys()
     for parameter, gradient in found.items():
         error = _relative_error(gradient, expected[parameter])
@@ -136,7 +114,7 @@ def _check_layout(folders: tuple[str, str], name: str) -> None:
 
 
 def _check_overlap(folders: tuple[str, str]) -> None:
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in ("float32", "bfloat16"):
         expected, _, _ = _gradients(folders, LAYOUTS["dp2"], dtype)
         found, _, _ = _gradients(folders, LAYOUTS["dp2"], dtype, overlap=True)
         for name, gradient in found.items():

@@ -39,6 +39,7 @@ from megatron_tropd.data.recorded import training_item
 from megatron_tropd.data.sequence import SampleKey, TokenSequence, Writer
 from megatron_tropd.integrations.global_batch import loss_places
 from tests.ranks import free_port, leave_layout, run_with_env
+from tests.step_parts import build_parts
 
 pytestmark = pytest.mark.slow
 
@@ -255,39 +256,18 @@ def _own_trainer(setting: Setting) -> None:
 def _train(setting: Setting, kind: str, drawn_by: str, lr: float = 1e-2) -> list[list[float]]:
     from megatron_tropd.config import ParallelConfig, TrainConfig
     from megatron_tropd.config.loss import preset
-    from megatron_tropd.convert.hf_folder import HFFolder
-    from megatron_tropd.distill.step_loss import StepObjective
-    from megatron_tropd.mcore import models, parallel
-    from megatron_tropd.mcore.step import Student, Teacher
+    from megatron_tropd.distill.step import forward_backward
+    from megatron_tropd.distill.step_records import StepRecords
 
-    layout, dtype = ParallelConfig(), torch.float32
-    ranks = parallel.initialize(layout, seed=1)
-    build = dict(ranks=ranks, parallel=layout, dtype=dtype, padded_vocab_size=320)
-    student = models.build_model(HFFolder(setting.student), **build)
-    learner = Student(
-        student,
-        train=TrainConfig(steps=STEPS, lr=lr),
-        parallel=layout,
-        ranks=ranks,
-        dtype=dtype,
-    )
-    teacher = models.build_model(HFFolder(setting.teacher), **build)
-    scorer = Teacher(teacher, ranks=ranks, vocab_size=259)
+    train, loss = TrainConfig(steps=STEPS, lr=lr), preset(METHODS[kind])
+    parts = build_parts(setting.student, setting.teacher, ParallelConfig(), train, loss, beta=BETA)
     rows = []
     for step, drawn in enumerate(torch.load(setting.root / f"{drawn_by}.drawn")):
         batches, counts = _packed(step) if kind == "trajectories" else _given_text(drawn)
-        objective = StepObjective(
-            scorer.score(batches),
-            config=preset(METHODS[kind]),
-            beta=BETA,
-            vocab_size=259,
-            group=ranks.tp_group,
-            counts=counts,
-            counted=True,
-            device=torch.device("cpu"),
-        )
-        result = learner.train_step(batches, objective)
-        rows.append([objective.sums.reduce().metrics()["loss"], result.grad_norm])
+        records = StepRecords(parts.device, counted=True)
+        forward_backward(parts, batches, counts, step, record=records)
+        metrics = records.sums.reduce().metrics()
+        rows.append([metrics["loss"], parts.student.update().grad_norm])
     leave_layout()
     return rows
 

@@ -21,8 +21,8 @@ from loss_settings import config_of
 from test_training import recorded_trajectories
 
 from megatron_tropd.config import MegatronConfig, ParallelConfig, TrainConfig
-from megatron_tropd.data.packing import count_loss_tokens, pack
 from tests.ranks import leave_layout, run_with_env
+from tests.step_parts import build_parts
 
 STEPS = 3
 # With a small epsilon Adam makes as large a step of a gradient that is round-off as of any other.
@@ -251,56 +251,14 @@ def _over_ranks(
 
 
 class Bench:
-    """A layout, its recorded micro-batches and the teacher's signals for them."""
+    """A layout, and the models and recorded sequences that it trains with any options."""
 
     def __init__(
         self, setting: str, folders: tuple[str, str], ranks, checkpoints: Path | None = None
     ) -> None:
-        from megatron_tropd.convert.hf_folder import HFFolder
-        from megatron_tropd.mcore import models
-        from megatron_tropd.mcore.step import Teacher
-
-        self.layout, _, dtype = SETTINGS[setting]
-        self.folder = checkpoints
-        self.ranks, self.dtype = ranks, models.resolve_dtype(dtype)
-        self.student, teacher = (HFFolder(Path(folder)) for folder in folders)
-        self.building = {
-            "ranks": ranks,
-            "parallel": self.layout,
-            "dtype": self.dtype,
-            "padded_vocab_size": 320,
-        }
+        self.layout, _, self.dtype = SETTINGS[setting]
+        self.folders, self.folder, self.ranks = folders, checkpoints, ranks
         self.trajectories = [recorded_trajectories(step) for step in range(STEPS)]
-        self.batches = [self._pack(step) for step in range(STEPS)]
-        assert min(map(len, self.batches)) > 1
-        scorer = Teacher(models.build_model(teacher, **self.building), ranks=ranks, vocab_size=259)
-        self.signals = [scorer.score(batches) for batches in self.batches]
-
-    def _pack(self, step: int) -> list:
-        return pack(
-            self.trajectories[step],
-            dp_rank=self.ranks.dp_rank,
-            dp_size=self.ranks.dp_size,
-            tokens_per_micro_batch=TRAIN.tokens_per_micro_batch,
-            pad_multiple=2,
-            seed=7,
-            step=step,
-        )
-
-    def objective(self, step: int):
-        from megatron_tropd.distill.step_loss import StepObjective
-
-        return StepObjective(
-            self.signals[step],
-            # Without draws: they would turn round-off into other tokens.
-            config=config_of(region="none", outlier="clip"),
-            beta=0.5,
-            vocab_size=259,
-            group=self.ranks.tp_group,
-            counts=count_loss_tokens(self.trajectories[step]),
-            counted=self.ranks.is_last_stage and self.ranks.tp_rank == 0,
-            device=torch.device("cpu"),
-        )
 
     def train(
         self, options: MegatronConfig, *, save: bool = False, resume: bool = False
@@ -312,40 +270,45 @@ class Bench:
             save: a checkpoint after the first step.
             resume: from that checkpoint.
         """
-        learner = self._learner(options)
+        from megatron_tropd.distill.step import learn, micro_batches
+
+        parts = build_parts(
+            *self.folders,
+            self.layout,
+            TRAIN,
+            # Without draws: they would turn round-off into other tokens.
+            config_of(region="none", outlier="clip"),
+            dtype=self.dtype,
+            megatron=options,
+            ranks=self.ranks,
+            pad_multiple=2,
+        )
+        learner = parts.student
         counts = _count(learner)
         found: Numbers = {kind: [] for kind in ("loss", "norm", "grad", "weight")}
+        update = learner.update
+
+        def update_after_a_look() -> Any:
+            found["grad"].append([p.main_grad.clone() for p in self._reduced(learner)])
+            return update()
+
+        learner.update = update_after_a_look
         if resume:
             self._checkpoints().load(learner, 1)
         for step in range(int(resume), STEPS):
-            objective = self.objective(step)
-            learner.forward_backward(self.batches[step], objective)
-            found["grad"].append([p.main_grad.clone() for p in self._reduced(learner)])
-            metrics = objective.sums.reduce().metrics()
-            norm = learner.update().grad_norm
+            metrics = learn(parts, self.trajectories[step], step).metrics
             found["loss"].append([torch.tensor([metrics["loss"], metrics["reverse_kl"]])])
-            found["norm"].append([torch.tensor(norm)])
+            found["norm"].append([torch.tensor(metrics["grad_norm"])])
             found["weight"].append([p.detach().clone() for p in learner.model.parameters()])
             if save and step == 0:
                 checkpoints = self._checkpoints()
                 checkpoints.save(learner, step=1, extra={})
                 checkpoints.wait()
         kept = counts.copy()
-        found["states"] = [learner.score(self.batches[0])]
+        batches = micro_batches(parts, self.trajectories[0], 0)
+        assert len(batches) > 1
+        found["states"] = [learner.score(batches)]
         return found, kept
-
-    def _learner(self, options: MegatronConfig):
-        from megatron_tropd.mcore import models
-        from megatron_tropd.mcore.step import Student
-
-        return Student(
-            models.build_model(self.student, who="student", options=options.model, **self.building),
-            train=TRAIN,
-            parallel=self.layout,
-            ranks=self.ranks,
-            dtype=self.dtype,
-            megatron=options,
-        )
 
     def _checkpoints(self):
         from megatron_tropd.mcore.checkpoint import Checkpoints

@@ -9,13 +9,12 @@ keep is not checked here.
 
 import json
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from loss_settings import config_of
 
 from megatron_tropd.config import (
     Config,
@@ -26,7 +25,6 @@ from megatron_tropd.config import (
     RunConfig,
     TrainConfig,
 )
-from megatron_tropd.data.packing import count_loss_tokens, pack
 from megatron_tropd.data.sequence import SampleKey, TokenSequence, Writer
 from megatron_tropd.planning.hardware import Hardware
 from megatron_tropd.planning.memory import chunk_bytes, loss_bytes, memory_of_stage
@@ -172,19 +170,30 @@ class _Held:
         self._saved.release(self.tensor)
 
 
-class _Loss:
-    """A loss function, and the bytes it keeps of its largest micro-batch until backward."""
+class _Watched:
+    """Student and teacher of a step; notes what they hold meanwhile."""
 
-    def __init__(self, objective: Any) -> None:
-        self.kept = 0
-        self._objective = objective
+    def __init__(self, student: Any, teacher: Any, saved: _Saved) -> None:
+        self.student, self.teacher, self.saved = student, teacher, saved
+        self.begin, self.update = teacher.begin, student.update
+        self.loss = self.hidden = 0
+        """Bytes that the loss keeps of its largest micro-batch; of the teacher's hidden states."""
 
-    def __call__(self, hidden: torch.Tensor, *others: Any) -> Any:
-        loss, report = self._objective(hidden, *others)
-        maker = loss.grad_fn.maker
-        tensors = [hidden, maker.hidden_grad_TH, maker.weight_grad_vH, *maker.values().values()]
-        self.kept = max(self.kept, sum(tensor.nbytes for tensor in tensors))
-        return loss, report
+    def signals(self, batches: Any) -> Any:
+        signals = self.teacher.signals(batches)
+        self.hidden = sum(signal.hidden_TH.nbytes for signal in signals)
+        return signals
+
+    def forward_backward(self, batches: Any, loss_fn: Any) -> Any:
+        def watched(hidden: torch.Tensor, *others: Any) -> Any:
+            loss, report = loss_fn(hidden, *others)
+            maker = loss.grad_fn.maker
+            tensors = [hidden, maker.hidden_grad_TH, maker.weight_grad_vH, *maker.values().values()]
+            self.loss = max(self.loss, sum(tensor.nbytes for tensor in tensors))
+            return loss, report
+
+        with torch.autograd.graph.saved_tensors_hooks(self.saved.hold, lambda held: held.tensor):
+            return self.student.forward_backward(batches, watched)
 
 
 def _measure_all(student: dict[str, str], teacher: str, runs: list[Run], out: str) -> None:
@@ -203,53 +212,20 @@ def _measure_all(student: dict[str, str], teacher: str, runs: list[Run], out: st
 def _measure(config: Config) -> dict[str, float]:
     """Bytes of one rank in a real step."""
     from megatron_tropd.convert.hf_folder import HFFolder
-    from megatron_tropd.distill.step_loss import StepObjective
-    from megatron_tropd.mcore import models, parallel, platform
-    from megatron_tropd.mcore.step import Student, Teacher
+    from megatron_tropd.distill.pair import build_pair, step_parts
+    from megatron_tropd.distill.step import learn
+    from megatron_tropd.mcore import parallel
 
     ranks = parallel.initialize(config.parallel, seed=1)
     folders = HFFolder(config.model.student), HFFolder(config.model.teacher)
-    kind = models.resolve_dtype(config.model.dtype)
-    build: dict[str, Any] = {
-        "ranks": ranks,
-        "parallel": config.parallel,
-        "dtype": kind,
-        "padded_vocab_size": models.padded_vocab_size(
-            *(f.config for f in folders), tensor=config.parallel.tensor
-        ),
-    }
-    wrapping = {"train": config.train, "parallel": config.parallel, "ranks": ranks, "dtype": kind}
-    student = Student(
-        models.build_model(folders[0], **build, options=config.megatron.model), **wrapping
-    )
-    teacher = Teacher(models.build_model(folders[1], **build), ranks=ranks, vocab_size=259)
-    trajectories = _trajectories()
-    batches = pack(
-        trajectories,
-        dp_rank=ranks.dp_rank,
-        dp_size=ranks.dp_size,
-        tokens_per_micro_batch=config.train.tokens_per_micro_batch,
-        seed=1,
-        step=0,
-    )
-    signals = teacher.score(batches)
-    objective = StepObjective(
-        signals,
-        config=config_of(),
-        beta=0.001,
-        vocab_size=259,
-        group=ranks.tp_group,
-        counts=count_loss_tokens(trajectories),
-        counted=True,
-        device=platform.device(),
-    )
+    pair = build_pair(config, *folders, ranks)
+    student, teacher = pair.student, pair.teacher.scorer
     weights = [p for m in (student.model, teacher.model) for p in m.parameters()]
     saved = _Saved({p.untyped_storage().data_ptr() for p in weights})
-    loss = _Loss(objective)
-    with torch.autograd.graph.saved_tensors_hooks(saved.hold, lambda held: held.tensor):
-        student.forward_backward(batches, loss)
+    watched = _Watched(student, pair.teacher, saved)
+    parts: Any = replace(step_parts(config, pair, ranks), student=watched, teacher=watched)
+    learn(parts, _trajectories(), 0)
     assert saved.now == 0
-    student.update()
     buffers = [*student.chunk.buffers, *student.chunk.expert_parallel_buffers]
     return {
         "stage": ranks.pp_rank,
@@ -257,9 +233,9 @@ def _measure(config: Config) -> dict[str, float]:
         "gradients": sum(b.grad_data.nbytes for b in buffers),
         "optimizer": _optimizer_bytes(student),
         "teacher_weights": sum(p.nbytes for p in teacher.model.parameters()),
-        "teacher_hidden": sum(s.hidden_TH.nbytes for s in signals),
+        "teacher_hidden": watched.hidden,
         "activations": saved.most,
-        "loss": loss.kept,
+        "loss": watched.loss,
     }
 
 

@@ -21,6 +21,7 @@ from megatron_tropd.config.loss import preset
 from megatron_tropd.data.packing import count_loss_tokens, pack
 from megatron_tropd.data.sequence import SampleKey, TokenSequence, Writer
 from tests.ranks import leave_layout, run_with_env
+from tests.step_parts import build_parts
 
 STEPS = 10
 LAYOUTS = {
@@ -109,81 +110,28 @@ def history_file(run: Run) -> str:
 def _train(
     student: str, teacher: str, layout: ParallelConfig, dtype: str, method: str
 ) -> list[list[float]]:
-    from megatron_tropd.convert.hf_folder import HFFolder
-    from megatron_tropd.distill.step_loss import StepObjective
-    from megatron_tropd.distill.token_choices import choose
-    from megatron_tropd.mcore import models, parallel, platform
-    from megatron_tropd.mcore.step import Student, Teacher, output_weight
+    from megatron_tropd.distill.step import learn
 
-    ranks = parallel.initialize(layout, seed=1)
-    folders = HFFolder(Path(student)), HFFolder(Path(teacher))
-    kind = models.resolve_dtype(dtype)
-    build = {
-        "ranks": ranks,
-        "parallel": layout,
-        "dtype": kind,
-        "padded_vocab_size": models.padded_vocab_size(
-            *(f.config for f in folders), tensor=layout.tensor
-        ),
-    }
-    learner = Student(
-        models.build_model(folders[0], **build),
-        train=TRAIN,
-        parallel=layout,
-        ranks=ranks,
-        dtype=kind,
+    parts = build_parts(
+        student,
+        teacher,
+        layout,
+        TRAIN,
+        METHODS[method],
+        dtype=dtype,
+        pad_multiple=layout.tensor,
+        # Rounded up as on a GPU, where numbers have to stay what they are.
+        rounded_to=64 if layout.sequence_parallel else 1,
     )
-    assert learner.model.config.deterministic_mode is torch.are_deterministic_algorithms_enabled()
-    scorer = Teacher(models.build_model(folders[1], **build), ranks=ranks, vocab_size=259)
+    model_config = parts.student.model.config
+    assert model_config.deterministic_mode is torch.are_deterministic_algorithms_enabled()
     history = []
     for step in range(STEPS):
-        trajectories = trajectories_of(method, step)
-        loss = METHODS[method].at_step(step)
-        packed = pack(
-            trajectories,
-            dp_rank=ranks.dp_rank,
-            dp_size=ranks.dp_size,
-            tokens_per_micro_batch=TRAIN.tokens_per_micro_batch,
-            pad_multiple=ranks.tp_size,
-            # Rounded up as on a GPU, where numbers have to stay what they are.
-            rounded_to=64 if layout.sequence_parallel else 1,
-            seed=7,
-            step=step,
-            loss=loss,
-        )
-        batches = [batch.to(platform.device()) for batch in packed]
-        signals, choices = scorer.score(batches), None
-        if loss.needs_student_pass:
-            hidden = learner.score(batches)
-            if ranks.is_last_stage:
-                choices = choose(
-                    batches,
-                    trajectories,
-                    signals,
-                    hidden,
-                    output_weight(learner.model),
-                    config=loss,
-                    vocab_size=259,
-                    tp_group=ranks.tp_group,
-                    dp_group=ranks.dp_group,
-                )
-        objective = StepObjective(
-            signals,
-            config=loss,
-            beta=0.5,
-            vocab_size=259,
-            group=ranks.tp_group,
-            counts=count_loss_tokens(trajectories, loss),
-            counted=ranks.is_last_stage and ranks.tp_rank == 0,
-            device=platform.device(),
-            choices=choices,
-        )
-        result = learner.train_step(batches, objective)
-        totals = objective.sums.reduce()
-        assert totals.first_bad_token is None
-        metrics = totals.metrics()
-        shown = [metrics[name] for name in ("loss", "tv", "reverse_kl", "selected_share")]
-        history.append([result.grad_norm, *(math.nan if x is None else x for x in shown)])
+        found = learn(parts, trajectories_of(method, step), step).metrics
+        shown = [
+            found[name] for name in ("grad_norm", "loss", "tv", "reverse_kl", "selected_share")
+        ]
+        history.append([math.nan if x is None else x for x in shown])
     return history
 
 

@@ -104,7 +104,7 @@ def _save_and_train(job: Any) -> list[int]:
 def _train(job: Any, config: Any) -> dict[str, Any]:
     """Train with other settings in the same job: new models, the engine gets their weights."""
     from megatron_tropd.distill.inputs import load_inputs
-    from megatron_tropd.distill.loop import learn, rollout, train_step
+    from megatron_tropd.distill.loop import rollout, taught, train_step
 
     job.config, job.step = config, 0
     job.inputs = load_inputs(config)
@@ -120,7 +120,7 @@ def _train(job: Any, config: Any) -> dict[str, Any]:
     return {
         "steps": [json.loads(line) for line in lines],
         "changed": [not torch.equal(old, new) for old, new in zip(before, after, strict=True)],
-        "repeated": [learn(job, trajectories) for _ in range(REPEATS)],
+        "repeated": [taught(job, trajectories).metrics for _ in range(REPEATS)],
     }
 
 

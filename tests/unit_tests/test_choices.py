@@ -4,6 +4,9 @@ The reference is dense, in float64, in loops, and knows nothing of micro-batches
 """
 
 import dataclasses
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,12 +17,11 @@ from megatron_tropd.config.loss import PRESETS, preset
 from megatron_tropd.data.batch import MicroBatch
 from megatron_tropd.data.packing import count_loss_tokens, pack
 from megatron_tropd.data.sequence import SampleKey, TokenSequence, Writer
-from megatron_tropd.distill.step_loss import StepObjective
-from megatron_tropd.distill.token_choices import BatchChoices, choose, loss_name
+from megatron_tropd.distill.step import LossParts, forward_backward
+from megatron_tropd.distill.token_choices import loss_name
 from megatron_tropd.losses import HiddenStatesSignal
 
 VOCAB, HIDDEN, BETA = 41, 8, 0.5
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +78,7 @@ def _trajectories() -> list[TokenSequence]:
 
 
 class _Models:
-    """Hidden states as a function of the input token, and two output layers."""
+    """Hidden states as a function of the input token, and two output layers: both models."""
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(3)
@@ -84,56 +86,56 @@ class _Models:
             torch.randn(VOCAB, HIDDEN, generator=generator) for _ in range(4)
         )
         self.student, self.teacher = student, teacher
+        layer = SimpleNamespace(weight=self.weight)
+        self.model = SimpleNamespace(share_embeddings_and_output_weights=False, output_layer=layer)
 
-    def hidden(self, batch: MicroBatch) -> torch.Tensor:
-        return self.student[batch.tokens[batch.loss_mask]]
+    def score(self, batches: Sequence[MicroBatch]) -> list[torch.Tensor]:
+        return [self.student[batch.tokens[batch.loss_mask]] for batch in batches]
 
-    def signal(self, batch: MicroBatch) -> HiddenStatesSignal:
-        hidden = self.teacher[batch.tokens[batch.loss_mask]]
-        return HiddenStatesSignal(hidden, self.teacher_weight, VOCAB)
+    def signals(self, batches: Sequence[MicroBatch]) -> list[HiddenStatesSignal]:
+        hidden = [self.teacher[batch.tokens[batch.loss_mask]] for batch in batches]
+        return [HiddenStatesSignal(states, self.teacher_weight, VOCAB) for states in hidden]
+
+    def forward_backward(self, batches: Sequence[MicroBatch], loss_fn: Any) -> list[Any]:
+        self.weight.requires_grad_()
+        losses = []
+        for index, (hidden, batch) in enumerate(zip(self.score(batches), batches, strict=True)):
+            summed, report = loss_fn(hidden, self.weight, batch, index)
+            summed.backward()
+            losses.append(report)
+        return losses
 
 
-def _weight_gradient(loss: LossSettings, tokens: int) -> tuple[torch.Tensor, BatchChoices]:
-    """Gradient of the output layer as training gets it, over several micro-batches."""
+def _weight_gradient(loss: LossSettings, tokens: int) -> tuple[torch.Tensor, int]:
+    """Gradient of the output layer as training gets it, and how many tokens were trained."""
     models, trajectories = _Models(), _trajectories()
-    batches = pack(
-        trajectories,
-        dp_rank=0,
-        dp_size=1,
-        tokens_per_micro_batch=tokens,
-        seed=1,
-        step=0,
-        loss=loss,
-    )
-    signals = [models.signal(batch) for batch in batches]
-    choices = choose(
-        batches,
-        trajectories,
-        signals,
-        [models.hidden(batch) for batch in batches],
-        models.weight,
-        config=loss,
-        vocab_size=VOCAB,
-        tp_group=dist.group.WORLD,
-        dp_group=dist.group.WORLD,
-    )
-    counts = count_loss_tokens(trajectories, loss)
-    objective = StepObjective(
-        signals,
-        config=loss,
+    world: Any = dist.group.WORLD
+    ranks: Any = SimpleNamespace(tp_group=world, dp_group=world, is_last_stage=True)
+    parts: Any = LossParts(
+        student=models,
+        teacher=models,  # type: ignore[arg-type]
+        loss=loss,  # type: ignore[arg-type]
         beta=BETA,
         vocab_size=VOCAB,
-        group=dist.group.WORLD,
-        counts=counts,
-        counted=True,
-        device=CPU,
-        choices=choices,
+        ranks=ranks,
     )
-    weight = models.weight.clone().requires_grad_()
-    for index, batch in enumerate(batches):
-        summed, _ = objective(models.hidden(batch), weight, batch, index)
-        summed.backward()
-    return weight.grad / (counts.teacher + counts.student), choices
+    counts = count_loss_tokens(trajectories, loss)
+    reports = forward_backward(
+        parts,
+        _packed(loss, tokens),
+        counts,
+        0,
+        record=lambda values, weights_T, batch: {"trained": (weights_T != 0).sum()},
+        prompts=[t.key.prompt for t in trajectories],
+    )
+    assert models.weight.grad is not None
+    gradient = models.weight.grad / (counts.teacher + counts.student)
+    return gradient, sum(int(report["trained"]) for report in reports)
+
+
+def _packed(loss: LossSettings, tokens: int) -> list[MicroBatch]:
+    place = {"dp_rank": 0, "dp_size": 1, "seed": 1, "step": 0}
+    return pack(_trajectories(), tokens_per_micro_batch=tokens, loss=loss, **place)
 
 
 @dataclasses.dataclass
@@ -150,15 +152,7 @@ class _Token:
 
 def _reference_tokens(weight: torch.Tensor, loss: LossSettings) -> list[_Token]:
     models, tokens = _Models(), []
-    (batch,) = pack(
-        _trajectories(),
-        dp_rank=0,
-        dp_size=1,
-        tokens_per_micro_batch=10_000,
-        seed=1,
-        step=0,
-        loss=loss,
-    )
+    (batch,) = _packed(loss, 10_000)
     for b, s in batch.loss_mask.nonzero().tolist():
         x = batch.tokens[b, s]
         tokens.append(
@@ -191,9 +185,8 @@ def test_the_gradient_of_entropy_opd(denominator):
         expected = terms / len(kept) + prefix / len(teacher)
     expected.backward()
     for size in (24, 10_000):
-        gradient, choices = _weight_gradient(loss, size)
-        chosen = sum(int(part.sum()) for part in choices.selected)
-        assert chosen == len(kept) + len(teacher) and choices.rewards is None
+        gradient, trained = _weight_gradient(loss, size)
+        assert trained == len(kept) + len(teacher)
         torch.testing.assert_close(gradient.double(), weight.grad, rtol=1e-4, atol=1e-6)
 
 
@@ -222,6 +215,6 @@ def test_the_gradient_of_top_d():
         expected = expected - standard * t.log_q[t.label]
     (expected / len(tokens)).backward()
     for size in (24, 10_000):
-        gradient, choices = _weight_gradient(loss, size)
-        assert choices.selected is None
+        gradient, trained = _weight_gradient(loss, size)
+        assert trained == len(tokens)
         torch.testing.assert_close(gradient.double(), weight.grad, rtol=1e-4, atol=1e-6)

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from megatron_tropd.base.errors import ConfigError, InputError, TrainingError
 from megatron_tropd.config import RolloutConfig
 from megatron_tropd.convert.families import model_shape
 from megatron_tropd.convert.hf_folder import HFFolder
-from megatron_tropd.distill.job import Job
+from megatron_tropd.distill.engine_gap import EngineGap
 from megatron_tropd.rollout.engines.child import _is_refusal
 from megatron_tropd.rollout.engines.engine import RolloutEngine
 from megatron_tropd.rollout.engines.engine_model import (
@@ -131,22 +132,22 @@ def test_only_what_may_pass_is_tried_again(error: Exception, again: bool) -> Non
     assert _is_refusal(error) is not again
 
 
-def gap(value: float | None, dtype: torch.dtype, limit: float | None = None, **change) -> None:
-    """Let a job look at the gap of a step whose samples are of version ``version``."""
-    rollout = RolloutConfig(prompts="p", max_new_tokens=4, max_engine_gap=limit)
-    job = SimpleNamespace(
-        step=3,
-        dtype=dtype,
-        _compared=False,
-        config=SimpleNamespace(rollout=rollout),
-        inputs=SimpleNamespace(student=SimpleNamespace(companions=Path("/student"))),
-        folder=SimpleNamespace(logs=Path("/run/logs")),
-    )
-    metrics = {"engine_gap_mean": value, "engine_gap_max": 9.0, "tokens_student": 5}
-    trajectories = [SimpleNamespace(oldest_version=change.pop("version", 3))]
-    for name, other in change.items():
-        (metrics if name in metrics else vars(job))[name] = other
-    Job.check_engine_gap(job, metrics, trajectories)
+def gap(
+    value: float | None,
+    dtype: torch.dtype,
+    limit: float | None = None,
+    *,
+    version: int = 3,
+    tokens: int = 5,
+    looks: int = 1,
+) -> None:
+    """Look at the gap of step 3, whose samples are of version ``version``."""
+    limit = RolloutConfig(prompts="p", max_new_tokens=4, max_engine_gap=limit).max_engine_gap
+    compared = EngineGap(limit, dtype, advice="Compare the files.")
+    sequences: Any = [SimpleNamespace(oldest_version=version)]
+    for gap_mean in (*[1e-6] * (looks - 1), value):
+        metrics = {"engine_gap_mean": gap_mean, "engine_gap_max": 9.0, "tokens_student": tokens}
+        compared.check(metrics, sequences, 3)
 
 
 def test_a_run_whose_engine_computes_another_model_stops() -> None:
@@ -163,8 +164,8 @@ def test_a_gap_is_looked_at_where_it_should_be_small() -> None:
     gap(0.74, torch.float32, limit=1.0)
     gap(0.74, torch.float32, limit=0.0)  # never
     gap(0.74, torch.float32, version=2)  # samples of older weights
-    gap(0.74, torch.float32, _compared=True)
-    gap(None, torch.float32, tokens_student=0)
+    gap(0.74, torch.float32, looks=2)  # the first one was good
+    gap(None, torch.float32, tokens=0)
     with pytest.raises(TrainingError, match=r"at most 0\.5"):
         gap(0.74, torch.float32, limit=0.5)
     with pytest.raises(ConfigError, match="max_engine_gap must be at least 0"):

@@ -28,13 +28,14 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
     (tmp_path / "config.json").write_text(json.dumps(settings))
     made = Job(RunFolder(tmp_path), console=io.StringIO(), stop=SimpleNamespace(requested=False))
     made.is_main = True
-    made.evaluator = SimpleNamespace(example_line=lambda *_: "line\n")
+    made.inputs = None
+    monkeypatch.setattr(jobs, "example_line", lambda *_: "line\n")
     monkeypatch.setattr(jobs, "gather_examples", lambda _: {0: {}})
     return made
 
 
 def keep(job: Job) -> None:
-    job.keep_examples(SimpleNamespace(examples={}), [None])
+    job.keep_examples({}, [None])
 
 
 def test_other_ranks_do_nothing_for_the_records(job: Job) -> None:
@@ -44,7 +45,7 @@ def test_other_ranks_do_nothing_for_the_records(job: Job) -> None:
     assert not job.folder.trajectories.exists()
 
 
-def test_the_step_does_not_wait_for_its_examples(job: Job) -> None:
+def test_the_step_does_not_wait_for_its_examples(job: Job, monkeypatch) -> None:
     """And a checkpoint does: a resumed run would never write those of an older step."""
     may_write, dump = threading.Event(), job.folder.trajectories / "step_000000.jsonl"
 
@@ -52,7 +53,7 @@ def test_the_step_does_not_wait_for_its_examples(job: Job) -> None:
         may_write.wait(30)
         return "line\n"
 
-    job.evaluator.example_line = line
+    monkeypatch.setattr(jobs, "example_line", line)
     keep(job)
     assert not dump.exists(), "it came back before anything is written"
     job.step = 1
@@ -61,11 +62,11 @@ def test_the_step_does_not_wait_for_its_examples(job: Job) -> None:
     assert dump.read_text() == "line\n", "of the step it was asked for in"
 
 
-def test_what_goes_wrong_beside_the_step_ends_the_run(job: Job) -> None:
+def test_what_goes_wrong_beside_the_step_ends_the_run(job: Job, monkeypatch) -> None:
     def line(*_: object) -> str:
         raise OSError(28, "no space left")
 
-    job.evaluator.example_line = line
+    monkeypatch.setattr(jobs, "example_line", line)
     keep(job)
     with pytest.raises(OSError, match="no space left"):
         keep(job)

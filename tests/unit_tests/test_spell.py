@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_tropd.data.tokenizers import load_tokenizer
-from megatron_tropd.distill.evaluation import spell
+from megatron_tropd.distill.examples import spell
 
 TEXT = 3 * (
     "Natalia sold  48 clips \u2014 na\u00efve caf\u00e9,\n\n \u65e5\u672c\u8a9e "

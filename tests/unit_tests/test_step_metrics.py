@@ -13,6 +13,7 @@ from megatron_tropd.config import LossSettings
 from megatron_tropd.data.batch import MicroBatch
 from megatron_tropd.data.packing import LossCounts, pack
 from megatron_tropd.data.sequence import SampleKey, TokenSequence, Writer
+from megatron_tropd.distill.examples import example_rows, gather_examples
 from megatron_tropd.distill.metrics import (
     POSITION_BUCKETS,
     STUDENT_MEANS,
@@ -20,7 +21,7 @@ from megatron_tropd.distill.metrics import (
     repetition,
     trajectory_metrics,
 )
-from megatron_tropd.distill.step_loss import example_rows, gather_examples, segment_weights
+from megatron_tropd.distill.step_loss import segment_weights
 from megatron_tropd.losses.trouble import words
 
 CPU = torch.device("cpu")

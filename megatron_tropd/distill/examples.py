@@ -1,0 +1,76 @@
+"""Some sequences of a step, token by token with their values, for the report."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_tropd.data.sequence import TokenSequence
+from megatron_tropd.distill.evaluation import GRADER
+from megatron_tropd.distill.inputs import Inputs
+from megatron_tropd.distill.step_records import Examples
+from megatron_tropd.tasks.graders import grade
+
+_LONGEST_CHARACTER = 4  # bytes of UTF-8, hence tokens
+
+
+def example_rows(num_samples: int, samples_per_prompt: int, wanted: int) -> list[int]:
+    """One trajectory of each of the first prompts, another sample number for each in turn."""
+    prompts = min(wanted, num_samples // samples_per_prompt)
+    return [i * samples_per_prompt + i % samples_per_prompt for i in range(prompts)]
+
+
+def gather_examples(mine: Examples) -> Examples:
+    """Union of every rank's examples on rank 0, nothing elsewhere. Collectives: one gather."""
+    parts: list[Any] | None = [{}] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(mine, parts, dst=0)
+    return {row: values for part in parts or () for row, values in sorted(part.items())}
+
+
+def example_line(
+    inputs: Inputs, sequence: TokenSequence, values: Mapping[str, Sequence[float | None]]
+) -> str:
+    """One sequence with its per-token values, as a line of a dump.
+
+    Args:
+        inputs: of the run.
+        sequence: of a step.
+        values: :data:`Examples` of it.
+    """
+    tokenizer, ids = inputs.tokenizer, sequence.response_ids
+    # Their positions are no indices: prompts may have been left out.
+    prompt = next(p for p in inputs.prompts if p.index == sequence.key.prompt)
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    answer = prompt.fields.get("answer")
+    record = {
+        "step": sequence.key.step,
+        "prompt": prompt.text,
+        "tokens": spell(tokenizer, ids),
+        "segment": [writer.name.lower() for writer in sequence.writers],
+        "correct": None if answer is None else grade(text, str(answer), grader=GRADER),
+        **values,
+    }
+    return json.dumps(record) + "\n"
+
+
+def spell(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
+    """The text each token adds, so that joined they are the text (spaces included).
+
+    A token is decoded beside the one before it, since its leading space may depend on that. The
+    token that completes a character has it; those with its first bytes add nothing. Bytes that
+    are no text are spelled by U+FFFD, as many as a decoder makes of them here.
+    """
+    ids = list(token_ids)
+    pieces: list[str] = []
+    start = read = 0
+    before = ""
+    for end in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[start:end], skip_special_tokens=False)
+        if text.endswith("\ufffd") and end - read < _LONGEST_CHARACTER and end < len(ids):
+            pieces.append("")
+            continue
+        pieces.append(text[len(before) :])
+        start, read = read, end
+        before = tokenizer.decode(ids[start:read], skip_special_tokens=False)
+    return pieces
