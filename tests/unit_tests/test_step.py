@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from megatron_tropd.distill.engine_gap import EngineGap
-from megatron_tropd.distill.step import StepParts, StepResult, learn
 from test_choices import BETA, VOCAB, _Models, _trajectories
 
 from megatron_tropd.base.errors import TrainingError
 from megatron_tropd.config.loss import preset
 from megatron_tropd.data.sequence import TokenSequence, Writer
+from megatron_tropd.distill.engine_gap import EngineGap
+from megatron_tropd.distill.step import StepParts, StepResult, learn
 from megatron_tropd.mcore.step import NotFinite, Update
 
 LR = 0.1
