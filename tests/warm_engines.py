@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from multiprocessing import forkserver, get_context
+from multiprocessing import forkserver, get_context, spawn
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,15 @@ def environment_of_commands(folder: Path) -> dict[str, str]:
     return address() | {"PYTHONPATH": os.pathsep.join(filter(None, map(str, paths)))}
 
 
+_preparation_data = spawn.get_preparation_data
+
+
+def _without_main(name: str) -> dict[str, Any]:
+    """Nothing that an engine needs is in the script that starts it, which may train a model."""
+    found = _preparation_data(name)
+    return {key: value for key, value in found.items() if not key.startswith("init_main")}
+
+
 class _Child:
     """The part of ``subprocess.Popen`` that an engine's parent uses."""
 
@@ -87,12 +96,13 @@ class _Child:
         self._process = get_context("forkserver").Process(
             target=target, args=arguments, daemon=True
         )
-        ours = forkserver.connect_to_new_process
+        before = forkserver.connect_to_new_process, spawn.get_preparation_data
         forkserver.connect_to_new_process = _server.connect_to_new_process
+        spawn.get_preparation_data = _without_main
         try:
             self._process.start()
         finally:
-            forkserver.connect_to_new_process = ours
+            forkserver.connect_to_new_process, spawn.get_preparation_data = before
         self.pid = self._process.pid
 
     @property
