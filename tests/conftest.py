@@ -60,6 +60,15 @@ def shared_data() -> Path:
     return machine.data_folder()
 
 
+@pytest.fixture(scope="module")
+def warm_engines() -> Generator[None, None, None]:
+    """Engines that this process starts have imported vLLM before (tests/warm_engines.py)."""
+    import warm_engines
+
+    with warm_engines.use():
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """``tiny_model(family, **overrides)``: a cached HF folder; treat it as read-only."""

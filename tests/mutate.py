@@ -5,7 +5,7 @@
 
 Package and tests are copied to a temporary folder, the mistake is written into the copy, and the
 tests that should notice run on it. Exit code 1 if a mistake goes unnoticed, or if the tests fail
-without one. The tables: ``mutate_losses.py``, ``mutate_parts.py``.
+without one. The tables: ``mutate_losses.py``, ``mutate_parts.py``, ``mutate_step.py``.
 """
 
 import os
@@ -45,12 +45,25 @@ class Mutation:
         return tuple(f"tests/{test}" for test in self.tests)
 
 
+def of_file(file: str, *rows: tuple[str, str, str, str]) -> tuple[Mutation, ...]:
+    """Mutations of one file, each noticed by one test.
+
+    Args:
+        file: below the package.
+        rows: (name, old, new, test).
+    """
+    return tuple(
+        Mutation(f"{file}: {name}", file, old, new, (test,)) for name, old, new, test in rows
+    )
+
+
 def tables() -> tuple[Mutation, ...]:
     """Every mutation there is."""
     import mutate_losses
     import mutate_parts
+    import mutate_step
 
-    return (*mutate_parts.MUTATIONS, *mutate_losses.MUTATIONS)
+    return (*mutate_step.MUTATIONS, *mutate_parts.MUTATIONS, *mutate_losses.MUTATIONS)
 
 
 def source(mutation: Mutation, root: Path = REPOSITORY) -> Path:

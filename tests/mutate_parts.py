@@ -3,7 +3,7 @@
 Each names one fast test that notices it.
 """
 
-from mutate import Mutation
+from mutate import of_file
 
 PACKING = "unit_tests/test_data_packing.py::test"
 LAYOUT = "unit_tests/test_platform.py::test_places_and_ranks_are_inverse"
@@ -12,15 +12,8 @@ FOLDER = "unit_tests/test_weight_sync.py::test"
 CHANNEL = "unit_tests/test_weight_channels.py::test"
 
 
-def _of(file: str, *rows: tuple[str, str, str, str]) -> tuple[Mutation, ...]:
-    """Mutations of a file: (name, old, new, test)."""
-    return tuple(
-        Mutation(f"{file}: {name}", file, old, new, (test,)) for name, old, new, test in rows
-    )
-
-
 MUTATIONS = (
-    *_of(
+    *of_file(
         "data/batch.py",
         (
             "labels are the tokens themselves",
@@ -53,7 +46,7 @@ MUTATIONS = (
             f"{PACKING}_draws_differ_by_step_seed_and_trajectory",
         ),
     ),
-    *_of(
+    *of_file(
         "data/packing.py",
         (
             "every replica gets the first one's rows",
@@ -92,7 +85,7 @@ MUTATIONS = (
             f"{PACKING}_the_first_occurrence_of_an_id_in_a_response_is_masked_whoever_wrote_it",
         ),
     ),
-    *_of(
+    *of_file(
         "mcore/layout.py",
         (
             "replicas and stages change places",
@@ -116,52 +109,52 @@ MUTATIONS = (
             "the first stage has the loss",
             "return self.pp_rank == self.pp_size - 1",
             "return self.pp_rank == 0",
-            f"{EXPORT}[pp2]",
+            f"{EXPORT}[2]",
         ),
     ),
-    *_of(
+    *of_file(
         "mcore/weights.py",
         (
             "every rank reads the first shard",
             "place = (layout.tp_rank, layout.tp_size) if",
             "place = (0, layout.tp_size) if",
-            f"{EXPORT}[tp2]",
+            f"{EXPORT}[2]",
         ),
         (
             "shards in the wrong order",
             "return everything if layout.tp_rank in places else None",
             "return everything.flip(0) if layout.tp_rank in places else None",
-            f"{EXPORT}[tp2]",
+            f"{EXPORT}[2]",
         ),
         (
             "the tied copy of the last stage is not filled",
             "parameters[name].copy_(shard)",
             'parameters[name].copy_(shard if name != "output_layer.weight" else 0 * shard)',
-            f"{EXPORT}[pp2]",
+            f"{EXPORT}[2]",
         ),
         (
             "every rank has the first experts",
             "first_expert = layout.ep_rank * shape.experts.count // layout.ep_size if",
             "first_expert = 0 * shape.experts.count // layout.ep_size if",
-            f"{EXPORT}[ep2]",
+            f"{EXPORT}[2]",
         ),
         (
             "experts come from the receiver's own rank",
             "rank if self.home.ep_rank is None else layout.neighbour(rank, self.home.ep_rank)",
             "rank",
-            f"{EXPORT}[ep2]",
+            f"{EXPORT}[2]",
         ),
     ),
-    *_of(
+    *of_file(
         "mcore/export.py",
         (
             "files are never full",
             "SafetensorsWriter(folder, specs, max_file_bytes)",
             "SafetensorsWriter(folder, specs, 10**12)",
-            f"{EXPORT}[tp1]",
+            f"{EXPORT}[1]",
         ),
     ),
-    *_of(
+    *of_file(
         "mcore/student.py",
         (
             "what is not to be trained is trained",
@@ -170,7 +163,7 @@ MUTATIONS = (
             "distributed/test_student_model.py",
         ),
     ),
-    *_of(
+    *of_file(
         "rollout/weights/weight_sync.py",
         (
             "a bucket overwrites the one before",
@@ -191,7 +184,7 @@ MUTATIONS = (
             f"{FOLDER}_living_mailboxes_are_kept_and_left_overs_removed",
         ),
     ),
-    *_of(
+    *of_file(
         "rollout/weights/channels.py",
         (
             "each tensor at the start of the buffer",

@@ -6,12 +6,14 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from machine import data_folder, why_not
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -19,7 +21,7 @@ from megatron_tropd.base.errors import TrainingError
 from megatron_tropd.config import ParallelConfig
 from megatron_tropd.convert.families import model_shape, plan
 from megatron_tropd.convert.hf_folder import HFFolder
-from tests.ranks import run_with_env
+from tests.ranks import leave_layout, run_with_env
 
 TOLERANCE = 1e-4
 PROMPT = 48
@@ -76,66 +78,85 @@ WRONG = (
     ("mixtral", "model.layers.0.block_sparse_moe.gate.weight"),
 )
 """A setting, or a tensor of which one row is wrong."""
+Case = tuple[Path, torch.Tensor, torch.Tensor]
 REAL = ("stories260K", "babyllama-tok105", "stories260K-hd32", "babyllama-tok105-hd32")
+FOR_REAL_MODELS = ("tp1", "tp2", "pp2", "tp2-pp2-sp")
+FOR_WRONG_MODELS = ("tp1", "tp2-pp2-sp")
+WORLD_SIZES = (1, 2, 4)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_tiny_logits_and_export(
-    layout: str, tiny_model: Callable[..., Path], tmp_path: Path
-) -> None:
-    parallel = LAYOUTS[layout]
-    of_mixtures = parallel.expert > 1 or parallel.expert_tensor is not None
-    cases = MIXTURES if of_mixtures else DENSE + MIXTURES
-    _check(parallel, [tiny_model(family, **overrides) for family, overrides in cases], tmp_path)
+@dataclass(frozen=True)
+class Checks:
+    """What a layout has to show. Of every case: folder, ids and logits of transformers."""
 
-
-@pytest.mark.slow
-@pytest.mark.parametrize("layout", ["tp1", "tp2", "pp2", "tp2-pp2-sp"])
-def test_real_logits_greedy_continuations_and_export(
-    layout: str, shared_data: Path, tmp_path: Path
-) -> None:
-    _check(LAYOUTS[layout], [shared_data / "models" / name for name in REAL], tmp_path, greedy=64)
-
-
-@pytest.mark.parametrize("layout", ["tp1", "tp2-pp2-sp"])
-def test_comparison_can_fail(layout: str, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    layout: str
+    same: list[Case]
+    different: list[Case]
     """Another setting or one wrong weight is told apart, so equality means something."""
+
+
+@pytest.fixture(scope="module")
+def check(tiny_model: Callable[..., Path], tmp_path_factory) -> Callable[[int], None]:
+    """``check(world_size)``: everything on so many ranks, in one spawn, once."""
+    checked: set[int] = set()
+
+    def once(world_size: int) -> None:
+        if world_size not in checked:
+            scratch = tmp_path_factory.mktemp("logits")
+            layouts = [n for n, layout in LAYOUTS.items() if layout.world_size == world_size]
+            everything = [_checks(name, tiny_model, scratch) for name in layouts]
+            run_with_env(world_size, _on_rank, everything, scratch)
+            checked.add(world_size)
+
+    return once
+
+
+def _checks(name: str, tiny_model: Callable[..., Path], scratch: Path) -> Checks:
+    layout = LAYOUTS[name]
+    of_mixtures = layout.expert > 1 or layout.expert_tensor is not None
+    tiny = MIXTURES if of_mixtures else DENSE + MIXTURES
+    same = [tiny_model(family, **overrides) for family, overrides in tiny]
+    cases = [(folder, *_reference(folder)) for folder in same]
+    if name in FOR_REAL_MODELS and why_not("data") is None:
+        real = [data_folder() / "models" / folder for folder in REAL]
+        cases += [(folder, *_reference(folder, greedy=64)) for folder in real]
+    return Checks(name, cases, _wrong(tiny_model, scratch) if name in FOR_WRONG_MODELS else [])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_tiny_logits_and_export(world_size: int, check: Callable[[int], None]) -> None:
+    """Also that a wrong model is told apart."""
+    check(world_size)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_real_logits_greedy_continuations_and_export(
+    world_size: int, shared_data: Path, check: Callable[[int], None]
+) -> None:
+    check(world_size)
+
+
+def _wrong(tiny_model: Callable[..., Path], scratch: Path) -> list[Case]:
+    """Models that differ from that whose logits stand beside them."""
     cases = []
     for number, (family, change) in enumerate(WRONG):
-        original, wrong = tiny_model(family), tmp_path / str(number)
-        shutil.copytree(original, wrong)
+        original, wrong = tiny_model(family), scratch / f"wrong-{number}"
+        shutil.copytree(original, wrong, dirs_exist_ok=True)
         if isinstance(change, dict):
             config = json.loads((wrong / "config.json").read_text())
             (wrong / "config.json").write_text(json.dumps(config | change))
         else:
             _halve_a_row(wrong / "model.safetensors", change)
         cases.append((wrong, *_reference(original)))
-    parallel = LAYOUTS[layout]
-    run_with_env(parallel.world_size, _on_rank_differs, parallel, cases)
+    return cases
 
 
 def _halve_a_row(path: Path, name: str) -> None:
     weights = load_file(path)
     weights[name][1] *= 0.5
     save_file(weights, path, metadata={"format": "pt"})
-
-
-def _on_rank_differs(parallel: ParallelConfig, cases: list) -> None:
-    from megatron_tropd.mcore import parallel as mcore_parallel
-
-    ranks = mcore_parallel.initialize(parallel, seed=1)
-    for path, ids, expected in cases:
-        _, logits, _ = _build(parallel, HFFolder(path), ids, ranks)
-        if logits is not None:
-            difference = _difference(logits, expected)
-            assert difference > 10 * TOLERANCE, (str(path), difference)
-    mcore_parallel.shutdown()
-
-
-def _check(parallel: ParallelConfig, folders: list[Path], scratch: Path, greedy: int = 0) -> None:
-    cases = [(folder, *_reference(folder, greedy)) for folder in folders]
-    run_with_env(parallel.world_size, _on_rank, parallel, cases, scratch)
 
 
 @functools.cache
@@ -151,11 +172,29 @@ def _reference(folder: Path, greedy: int = 0) -> tuple[torch.Tensor, torch.Tenso
         return ids, model(ids).logits
 
 
-def _on_rank(parallel: ParallelConfig, cases: list, scratch: Path) -> None:
+def _on_rank(everything: list[Checks], scratch: Path) -> None:
+    from megatron_tropd.mcore import platform
+
+    dist.init_process_group(platform.distributed_backend())
+    for checks in everything:
+        try:
+            _on_rank_of(checks, scratch / checks.layout)
+        except AssertionError as error:
+            raise AssertionError(f"{checks.layout}: {error}") from error
+        leave_layout()
+
+
+def _on_rank_of(checks: Checks, scratch: Path) -> None:
     from megatron_tropd.mcore import parallel as mcore_parallel
 
+    parallel = LAYOUTS[checks.layout]
     ranks = mcore_parallel.initialize(parallel, seed=1)
-    for index, (path, ids, expected) in enumerate(cases):
+    for path, ids, expected in checks.different:
+        _, logits, _ = _build(parallel, HFFolder(path), ids, ranks)
+        if logits is not None:
+            difference = _difference(logits, expected)
+            assert difference > 10 * TOLERANCE, (str(path), difference)
+    for index, (path, ids, expected) in enumerate(checks.same):
         folder = _Recording(path)
         if ranks.dp_size > 1:  # replicas that share experts have tokens of their own
             ids, expected = (whole[[ranks.dp_rank % 2]] for whole in (ids, expected))
@@ -170,7 +209,6 @@ def _on_rank(parallel: ParallelConfig, cases: list, scratch: Path) -> None:
             chosen = logits[:, PROMPT - 1 : -1, : expected.shape[-1]].argmax(-1)
             assert torch.equal(chosen, ids[:, PROMPT:]), path
         _check_export(model, folder, ranks, rows, scratch / str(index))
-    mcore_parallel.shutdown()
 
 
 def _build(parallel: ParallelConfig, folder: HFFolder, ids: torch.Tensor, ranks: Any) -> Any:

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import warm_engines
 from transformers import AutoModelForCausalLM
 
 from megatron_tropd.base.errors import ConfigError, TrainingError
@@ -80,7 +81,7 @@ def prepare(folder: Path, student: Path) -> dict:
 
 def pretrain(live: dict, arguments: str) -> str:
     """Two ranks of ``pretrain``; what the last one printed. Nothing of theirs is left then."""
-    run_with_env(2, _pretrain, live, arguments)
+    run_with_env(2, _pretrain, live, arguments, warm_engines.address())
     assert not engines_of(Path(live["out"]))
     return _printed(live, 1).read_text()
 
@@ -89,7 +90,7 @@ def _printed(live: dict, rank: int) -> Path:
     return Path(live["out"]) / f"printed_{rank}.log"
 
 
-def _pretrain(live: dict, arguments: str) -> None:
+def _pretrain(live: dict, arguments: str, engines: dict[str, str]) -> None:
     """What ``torchrun -m megatron_tropd.integrations.on_cpu`` does on a rank."""
     from megatron_tropd.integrations import on_cpu
     from megatron_tropd.mcore import platform
@@ -99,9 +100,13 @@ def _pretrain(live: dict, arguments: str) -> None:
 
     # Instead of a manager process per rank, which imports this file again.
     filesystem_async._results_queue = queue.Queue()
-    os.environ["LIVE"] = json.dumps(live)
+    os.environ.update(engines, LIVE=json.dumps(live))
     sys.argv = ["on_cpu", str(SCRIPT), *ARGUMENTS.split(), *arguments.split()]
-    with _printed(live, int(os.environ["RANK"])).open("a") as log, redirect_stdout(log):
+    with (
+        _printed(live, int(os.environ["RANK"])).open("a") as log,
+        redirect_stdout(log),
+        warm_engines.use(),
+    ):
         on_cpu.main()
 
 

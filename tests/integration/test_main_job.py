@@ -1,8 +1,8 @@
 """`tropd distill` as a user runs it: real models, real engine, two ranks; and what can go wrong.
 
-One uninterrupted run is the yardstick. Other runs are killed, stopped or lose their engine, and
-are resumed by the same command: their metrics must be those of the yardstick, bit for bit. More
-faults are in test_faults.py.
+One run that nobody disturbs (tests/calm_run.py) is the yardstick. Others are killed, stopped or
+lose their engine, and are resumed by the same command: their metrics must be those of the
+yardstick, bit for bit. More faults are in test_faults.py.
 """
 
 import json
@@ -10,7 +10,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,90 +17,52 @@ from typing import Any
 
 import pytest
 import torch
+from calm_run import STEPS, TROPD, CalmRun, assert_same, records
 from hold import Hold
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from warm_engines import environment_of_commands
 
 from megatron_tropd.convert.to_hf import ToHF, megatron_to_hf
 from megatron_tropd.convert.to_megatron import ToMegatron, hf_to_megatron
 
 pytestmark = pytest.mark.slow
 
-STEPS = 8
-TIMINGS = ("seconds_", "tokens_per_second", "peak_memory")
-TROPD = [sys.executable, "-m", "megatron_tropd.cli"]
+
+@pytest.fixture(scope="module")
+def pair(calm) -> tuple[Path, Path]:
+    """Student and teacher of the calm run."""
+    return calm.student, calm.teacher
 
 
 @pytest.fixture(scope="module")
-def pair(tiny_model) -> tuple[Path, Path]:
-    """A tied Llama student with columns that its teacher lacks; an untied, wider Qwen3 teacher."""
-    student = tiny_model("llama", tie_word_embeddings=True, vocab_size=300)
-    return student, tiny_model("qwen3", hidden_size=96, num_hidden_layers=4, seed=5)
+def config(calm) -> Path:
+    """Of the calm run."""
+    return calm.config
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory, pair) -> Path:
-    """TOML of a short run with guidance, evaluation, checkpoints and dumps."""
-    folder = tmp_path_factory.mktemp("job")
-    lines = [json.dumps({"prompt": f"{i} + {i} =", "answer": str(2 * i)}) for i in range(12)]
-    for name in ("prompts.jsonl", "heldout.jsonl"):
-        (folder / name).write_text("\n".join(lines) + "\n")
-    subprocess.run(
-        [
-            *(sys.executable, "tools/teacher_responses.py", "--teacher", str(pair[1])),
-            *("--prompts", str(folder / "prompts.jsonl")),
-            *("--out", str(folder / "responses.jsonl"), "--max-new-tokens", "16"),
-        ],
-        check=True,
-        cwd=Path(__file__).resolve().parents[2],
-    )
-    toml = folder / "tropd.toml"
-    toml.write_text(f"""
-        [model]
-        student = "{pair[0]}"
-        teacher = "{pair[1]}"
-        [parallel]
-        tensor = 2
-        [rollout]
-        prompts = "prompts.jsonl"
-        max_new_tokens = 16
-        prompts_per_step = 4
-        samples_per_prompt = 2
-        engine_cpu_kv_gib = 0.25
-        [guidance]
-        responses = "responses.jsonl"
-        beta = 0.1
-        [loss]
-        method = "tropd"
-        top_k = 16
-        [train]
-        steps = {STEPS}
-        lr = 1e-3
-        [evaluation]
-        problems = "heldout.jsonl"
-        every = 3
-        [run]
-        dir = "unset"
-        deterministic = true
-        checkpoint_every = 2
-        trajectories_every = 3
-    """)
-    return toml
-
-
-@pytest.fixture(scope="module")
-def unevaluated(config) -> Path:
-    """The same without evaluations, hence without the teacher's engines."""
-    toml = config.with_name("unevaluated.toml")
-    toml.write_text(config.read_text().replace('problems = "heldout.jsonl"', ""))
-    return toml
+def unevaluated(calm) -> Path:
+    """The same without evaluations."""
+    return calm.unevaluated
 
 
 class Run:
-    """A run in the background, from the same command each time."""
+    """A run in the background, from the same command each time.
 
-    def __init__(self, config: Path, folder: Path, *overrides: str, hold: Hold | None = None):
+    Its engines have imported vLLM before, if nobody is going to disturb it.
+    """
+
+    def __init__(
+        self,
+        config: Path,
+        folder: Path,
+        *overrides: str,
+        hold: Hold | None = None,
+        undisturbed: bool = True,
+    ):
         self.folder, self.hold = folder, hold
+        warm = undisturbed and hold is None
         self._before = self.steps_logged()
         self.process = subprocess.Popen(
             [*TROPD, "distill", str(config), f"run.dir={folder}", *overrides],
@@ -109,7 +70,9 @@ class Run:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            env=os.environ | (hold.environment if hold else {}),
+            env=os.environ
+            | (hold.environment if hold else {})
+            | (environment_of_commands(config.parent / "warm") if warm else {}),
         )
 
     def finish(self) -> tuple[int, str]:
@@ -181,9 +144,10 @@ def start(config, tmp_path, monkeypatch) -> Callable[..., Run]:
     monkeypatch.setenv("TROPD_TEST", str(folder))
     started: list[Run] = []
 
-    def make(*overrides: str, config: Path = config, **where: int) -> Run:
+    def make(*overrides: str, config: Path = config, undisturbed: bool = True, **where: int) -> Run:
         hold = Hold(tmp_path / "hold", **where) if where else None
-        started.append(Run(config, folder, *overrides, hold=hold))
+        run = Run(config, folder, *overrides, hold=hold, undisturbed=undisturbed)
+        started.append(run)
         return started[-1]
 
     yield make
@@ -199,24 +163,6 @@ def start(config, tmp_path, monkeypatch) -> Callable[..., Run]:
     assert not left, "processes were left behind"
 
 
-def _records(path: Path) -> list[dict[str, Any]]:
-    return [
-        {k: v for k, v in json.loads(line).items() if not k.startswith(TIMINGS)}
-        for line in path.read_text().splitlines()
-    ]
-
-
-@pytest.fixture(scope="module")
-def yardstick(config, tmp_path_factory) -> Path:
-    """Folder of the uninterrupted run."""
-    folder = tmp_path_factory.mktemp("yardstick") / "run"
-    run = Run(config, folder)
-    code, text = run.finish()
-    assert code == 0, text
-    assert "student after" in text and str(folder / "report.html") in text
-    return folder
-
-
 def test_a_mixture_is_sampled_as_it_is_trained(start, unevaluated, tiny_model):
     """Experts shared by two replicas, each with an engine: the engines follow every update."""
     run = start(
@@ -228,7 +174,7 @@ def test_a_mixture_is_sampled_as_it_is_trained(start, unevaluated, tiny_model):
     )
     code, text = run.finish()
     assert code == 0, text
-    metrics = _records(run.folder / "metrics.jsonl")
+    metrics = records(run.folder / "metrics.jsonl")
     assert len(metrics) == 3
     assert all(record["engine_gap_max"] < 1e-4 for record in metrics)
     AutoModelForCausalLM.from_pretrained(run.folder / "student_hf")
@@ -241,11 +187,11 @@ RECOMPUTED = (
 )
 
 
-def test_megatrons_options_are_in_force_and_change_no_number(start, yardstick):
+def test_megatrons_options_are_in_force_and_change_no_number(start, calm):
     run = start(*RECOMPUTED, "megatron.ddp.overlap_grad_reduce=true")
     code, text = run.finish()
     assert code == 0, text
-    _assert_same_run(run.folder, yardstick)
+    _assert_same_run(run.folder, calm)
     (log,) = (run.folder / "logs").glob("rank_*0.log")
     assert "Megatron's options: megatron.model.recompute_granularity='full'" in log.read_text()
 
@@ -257,34 +203,33 @@ def test_megatron_refuses_an_option_before_anything_is_written(start):
     assert not (run.folder / "config.json").exists()
 
 
-def _assert_same_run(folder: Path, yardstick: Path) -> None:
-    for name in ("metrics.jsonl", "evaluations.jsonl"):
-        assert _records(folder / name) == _records(yardstick / name), name
-    ours, theirs = (load_file(f / "student_hf" / "model.safetensors") for f in (folder, yardstick))
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+def _assert_same_run(folder: Path, calm: CalmRun) -> None:
+    assert_same(folder, calm, "metrics.jsonl", "evaluations.jsonl")
 
 
-def test_a_run_leaves_a_complete_folder(yardstick):
+def test_a_run_leaves_a_complete_folder(calm):
+    yardstick = calm.folder
+    assert "student after" in calm.printed and str(yardstick / "report.html") in calm.printed
     summary = json.loads((yardstick / "summary.json").read_text())
     assert {"student_before", "student_after", "teacher", "seconds"} <= summary.keys()
     assert (summary["steps"], summary["world_size"], summary["tensor_parallel"]) == (STEPS, 2, 2)
-    metrics = _records(yardstick / "metrics.jsonl")
+    metrics = records(yardstick / "metrics.jsonl")
     assert [record["step"] for record in metrics] == list(range(1, STEPS + 1))
     assert max(record["engine_gap_mean"] for record in metrics) < 1e-3
     assert metrics[0]["prefix_share"] > 0 == metrics[-1]["staleness"]
     kept = sorted(p.name for p in (yardstick / "checkpoints").iterdir())
-    assert kept == ["step_000006", "step_000008"]
-    evaluated = [(r["step"], r["model"]) for r in _records(yardstick / "evaluations.jsonl")]
+    assert kept == ["step_000010", "step_000012"]
+    evaluated = [(r["step"], r["model"]) for r in records(yardstick / "evaluations.jsonl")]
     assert evaluated == [
-        *((0, "teacher"), (0, "student"), (3, "student"), (6, "student"), (8, "student"))
+        (0, "teacher"),
+        *((step, "student") for step in (0, 3, 6, 9, 12)),
     ]
     assert {p.name for p in (yardstick / "trajectories").iterdir()} == {
-        f"step_{step:06d}.jsonl" for step in (0, 3, 6, 7)
+        f"step_{step:06d}.jsonl" for step in (0, 3, 6, 9, 11)
     }
 
 
-def test_a_run_from_megatron_checkpoints(start, pair, yardstick, tmp_path):
+def test_a_run_from_megatron_checkpoints(start, pair, calm, tmp_path):
     """The same numbers as from the HF folders; the run's own checkpoint converts to its export."""
     folders = dict(zip(("student", "teacher"), pair, strict=True))
     for who, source in folders.items():
@@ -292,8 +237,8 @@ def test_a_run_from_megatron_checkpoints(start, pair, yardstick, tmp_path):
     run = start(*(f"model.{who}={tmp_path / who}" for who in folders))
     code, text = run.finish()
     assert code == 0, text
-    _assert_same_run(run.folder, yardstick)
-    megatron_to_hf(ToHF(run.folder / "checkpoints" / "step_000008", tmp_path / "again"))
+    _assert_same_run(run.folder, calm)
+    megatron_to_hf(ToHF(run.folder / "checkpoints" / f"step_{STEPS:06d}", tmp_path / "again"))
     one, other = (
         load_file(f / "model.safetensors") for f in (tmp_path / "again", run.folder / "student_hf")
     )
@@ -302,42 +247,45 @@ def test_a_run_from_megatron_checkpoints(start, pair, yardstick, tmp_path):
     assert not (run.folder / "student_hf" / "tensors.json").exists()
 
 
-def test_the_exported_student_loads_in_transformers(yardstick, pair):
-    folder = yardstick / "student_hf"
+def test_the_exported_student_loads_in_transformers(calm, pair):
+    folder = calm.folder / "student_hf"
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert AutoTokenizer.from_pretrained(folder).encode("1 + 1 =")
     before = load_file(pair[0] / "model.safetensors")["model.embed_tokens.weight"]
     assert not torch.equal(model.model.embed_tokens.weight, before), "it has been trained"
 
 
-def test_evaluate_and_report_take_the_run_folder(config, yardstick):
-    problems = str(config.parent / "heldout.jsonl")
-    evaluate = [*TROPD, "evaluate", str(yardstick), problems, "--json"]
-    done = subprocess.run(evaluate, capture_output=True, text=True, check=True)
+def test_evaluate_and_report_take_the_run_folder(calm):
+    problems = str(calm.config.parent / "heldout.jsonl")
+    evaluate = [*TROPD, "evaluate", str(calm.folder), problems, "--json"]
+    warm = environment_of_commands(calm.config.parent / "warm")
+    done = subprocess.run(
+        evaluate, capture_output=True, text=True, check=True, env=os.environ | warm
+    )
     result = json.loads(done.stdout)
     assert result["total"] == 12 and 0 <= result["ci_low"] <= result["accuracy"]
-    summary = json.loads((yardstick / "summary.json").read_text())
+    summary = json.loads((calm.folder / "summary.json").read_text())
     assert result["accuracy"] == summary["student_after"]
-    subprocess.run([*TROPD, "report", str(yardstick)], check=True, capture_output=True)
-    page = (yardstick / "report.html").read_text()
+    subprocess.run([*TROPD, "report", str(calm.folder)], check=True, capture_output=True)
+    page = (calm.folder / "report.html").read_text()
     assert "createElementNS" in page
     assert "http://" not in page.replace("http://www.w3.org", "") and "https://" not in page
 
 
-def test_the_same_command_on_a_complete_run_changes_nothing(config, yardstick):
-    before = (yardstick / "metrics.jsonl").read_bytes()
-    code, text = Run(config, yardstick).finish()
+def test_the_same_command_on_a_complete_run_changes_nothing(calm):
+    before = (calm.folder / "metrics.jsonl").read_bytes()
+    code, text = Run(calm.config, calm.folder).finish()
     assert code == 0 and "student after" in text
-    assert (yardstick / "metrics.jsonl").read_bytes() == before
+    assert (calm.folder / "metrics.jsonl").read_bytes() == before
 
 
-def test_other_settings_in_the_same_folder_are_refused(config, yardstick):
-    code, text = Run(config, yardstick, "train.lr=0.5").finish()
+def test_other_settings_in_the_same_folder_are_refused(calm):
+    code, text = Run(calm.config, calm.folder, "train.lr=0.5").finish()
     assert code == 2 and "train.lr: was 0.001, now 0.5" in text
 
 
 @pytest.mark.timeout(1200)
-def test_whatever_interrupts_it_the_run_continues_bit_for_bit(start, yardstick):
+def test_whatever_interrupts_it_the_run_continues_bit_for_bit(start, calm):
     """One interruption after the other, each in a new start of the same command."""
     run = start(step=3)
     run.wait_for(lambda: run.steps_logged() >= 3, "step 3")
@@ -350,9 +298,9 @@ def test_whatever_interrupts_it_the_run_continues_bit_for_bit(start, yardstick):
     _stop(start(step=1), signal.SIGTERM, 143)
     _stop(start(step=1), signal.SIGINT, 130)
     _kill_engine(start(step=1))
-    code, text = start().finish()
+    code, text = start(undisturbed=False).finish()
     assert code == 0, text
-    _assert_same_run(run.folder, yardstick)
+    _assert_same_run(run.folder, calm)
 
 
 def _kill_during_save(run: Run, step: int) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+import warm_engines
 
 from megatron_tropd.config import load_config
 from tests.ranks import run_with_env
@@ -63,7 +64,13 @@ def _config(path: Path, texts: Path, run: Path):
     return replace(config, evaluation=replace(config.evaluation, problems=None))
 
 
-def _train_all(texts: str, out: str) -> None:
+def _train_all(texts: str, out: str, engines: dict[str, str]) -> None:
+    os.environ.update(engines)
+    with warm_engines.use():
+        _train_each(texts, out)
+
+
+def _train_each(texts: str, out: str) -> None:
     from megatron_tropd.base.progress import Progress
     from megatron_tropd.config.run_folder import open_run
     from megatron_tropd.distill.loop import resume
@@ -137,7 +144,7 @@ def results(tmp_path_factory) -> dict[str, Any]:
     for name, lines in (("prompts.jsonl", 16), ("responses.jsonl", 17)):
         with (PAIR / name).open() as file:
             (texts / name).write_text("".join(islice(file, lines)))
-    run_with_env(1, _train_all, str(texts), str(out))
+    run_with_env(1, _train_all, str(texts), str(out), warm_engines.address())
     return json.loads((out / "results.json").read_text())
 
 

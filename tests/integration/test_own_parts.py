@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from warm_engines import environment_of_commands
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PARTS = REPOSITORY / "examples" / "own_parts"
@@ -19,10 +20,11 @@ pytestmark = pytest.mark.slow
 def test_a_run_of_somebody_elses_parts(tmp_path: Path) -> None:
     root = tmp_path / "run"
     command = [sys.executable, "-m", "megatron_tropd.cli", "distill", str(PARTS / "own.toml")]
-    path = os.pathsep.join([str(PARTS), str(REPOSITORY)])
+    engines = environment_of_commands(tmp_path / "warm")
+    path = os.pathsep.join([str(PARTS), engines["PYTHONPATH"]])
     run = subprocess.run(
         [*command, f"run.dir={root}"],
-        env=os.environ | {"PYTHONPATH": path},
+        env=os.environ | engines | {"PYTHONPATH": path},
         capture_output=True,
         text=True,
     )

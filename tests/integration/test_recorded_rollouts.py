@@ -24,7 +24,11 @@ from megatron_tropd.data.tokenizers import load_tokenizer
 from tools import rollouts
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+    pytest.mark.usefixtures("warm_engines"),
+]
 LR, STEPS_PER_ROUND = 1e-2, 2
 ARGUMENTS = f"""
 --tensor-model-parallel-size 2 --distributed-backend gloo

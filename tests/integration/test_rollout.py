@@ -28,7 +28,7 @@ from megatron_tropd.rollout.engines.engine_model import check_engine, write_engi
 from megatron_tropd.rollout.weights.weight_sync import WeightMailbox
 from tools import teacher_responses
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("warm_engines")]
 REQUESTS = [
     SampleRequest(tuple(3 + (5 * i + j) % 90 for j in range(1 + i % 7)), 40, 10**17 * i + 7)
     for i in range(12)
@@ -38,17 +38,9 @@ SAMPLING = Sampling(stop_token_ids=(2, 50))
 
 def start(folder: Path, log_folder: Path) -> RolloutEngine:
     """An engine for sequences of up to 128 tokens on one thread."""
-    engine = RolloutEngine(
+    return RolloutEngine(
         folder, max_model_len=128, log_file=log_folder / "engine.log", cpu_kv_gib=0.25, threads=1
     )
-    process.prepare(threads=1)  # the next engine imports vLLM while this one works
-    return engine
-
-
-@pytest.fixture(scope="module", autouse=True)
-def nothing_prepared_is_left() -> Iterator[None]:
-    yield
-    process.discard()
 
 
 def reference_logprobs(

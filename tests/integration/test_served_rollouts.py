@@ -23,6 +23,7 @@ from hold import Hold
 from reliability import record
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from warm_engines import environment_of_commands
 
 from megatron_tropd.base.errors import ServersLost
 from megatron_tropd.config import load_config
@@ -349,6 +350,7 @@ class Run:
 
     def __init__(self, toml: Path, folder: Path, *overrides: str) -> None:
         self.folder = folder
+        self.served = "rollout.placement=separate" in overrides
         self.command = [*TROPD, "distill", str(toml), f"run.dir={folder}", *overrides]
         self.process: subprocess.Popen[str] | None = None
 
@@ -366,7 +368,9 @@ class Run:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env=os.environ | (hold.environment if hold else {}),
+            env=os.environ
+            | (hold.environment if hold else {})
+            | ({} if self.served else environment_of_commands(self.folder.parent / "warm")),
         )
         return self.process
 

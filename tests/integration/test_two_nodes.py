@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from hold import Hold
+from warm_engines import environment_of_commands
 
 from megatron_tropd.launch.launcher import LEAVE_SECONDS
 from tests.ranks import free_port
@@ -62,7 +63,7 @@ def config(tmp_path_factory, tiny_model) -> Path:
 
 
 @pytest.fixture
-def start(config) -> Callable[..., list[subprocess.Popen]]:
+def start(config, tmp_path) -> Callable[..., list[subprocess.Popen]]:
     """``start(folder, nodes)``: one launcher for each node, none of which survives the test."""
     started: list[subprocess.Popen] = []
 
@@ -76,6 +77,7 @@ def start(config) -> Callable[..., list[subprocess.Popen]]:
                 [*command, f"run.dir={folder}", *overrides],
                 env=os.environ
                 | (hold.environment if hold else {})
+                | (environment_of_commands(tmp_path / "warm") if nodes == 1 else {})
                 | place
                 | {"TROPD_NODES": str(nodes), "TROPD_NODE_RANK": str(node), "OMP_NUM_THREADS": "1"},
                 stderr=subprocess.PIPE,
