@@ -6,6 +6,7 @@ far from each other.
 """
 
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -293,11 +294,16 @@ def test_prompts_that_end_with_a_stop_and_too_short_ones(engine: RolloutEngine):
 
 
 def test_new_weights_are_the_students(engine: RolloutEngine, models: Models, tmp_path: Path):
+    """Twice, each time from a folder that is gone when the next one comes."""
     tensors = load_file(PAIR / "student" / "model.safetensors")
-    changed = {name: tensor * 1.1 for name, tensor in tensors.items()}
-    changed["lm_head.weight"] = changed["model.embed_tokens.weight"].clone()
-    save_file(changed, tmp_path / "model.safetensors")
-    engine.load_weights(tmp_path)
+    for factor in (1.05, 1.1):
+        changed = {name: tensor * factor for name, tensor in tensors.items()}
+        changed["lm_head.weight"] = changed["model.embed_tokens.weight"].clone()
+        folder = tmp_path / str(factor)
+        folder.mkdir()
+        save_file(changed, folder / "model.safetensors")
+        engine.load_weights(folder)
+        shutil.rmtree(folder)
     student = AutoModelForCausalLM.from_pretrained(PAIR / "student", dtype=torch.float32)
     student.load_state_dict({**student.state_dict(), **changed})
     new = Models(student, models.teacher)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from torch import Tensor
 
 from megatron_tropd.base.errors import ConfigError, InputError
@@ -133,6 +134,14 @@ def expected_tensors(
         for name, shape in entry.operation.hf_shapes().items()
     }
     return {_OUTPUT: shapes[_EMBEDDING]} | shapes
+
+
+def all_tensors(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a folder's ``*.safetensors``, by name."""
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+                yield name, file.get_tensor(name)
 
 
 def first_rows(folder: str | Path, vocab_size: int) -> Iterator[tuple[str, Tensor]]:
