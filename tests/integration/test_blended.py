@@ -248,14 +248,14 @@ def test_other_rules(engine: RolloutEngine, models: Models, kind: str):
 
 def test_different_stops_are_one_event(engine: RolloutEngine, models: Models):
     """Student and teacher may stop by other ids: the student's is written for both."""
-    stops = (STOP, 303, 311)  # some likely ones
+    stops = (STOP, 298, 299, 303, 311)  # some likely ones
     requests = [request(index, 1) for index in range(1000)]
     how = sampling("blended", 0.2, stops=stops, stop_token_ids=stops)
     samples = engine.generate(requests, how)
     log_p, log_q = models.logprobs(list(zip(requests, samples, strict=True)))
     tokens = torch.tensor([sample.token_ids[0] for sample in samples])
-    assert not set(tokens.tolist()) & {303, 311}
-    assert 0.02 < (tokens == STOP).float().mean() < 0.98
+    assert not set(tokens.tolist()) & set(stops[1:])
+    assert 10 <= (tokens == STOP).sum() <= 990
     merged = []
     for logprobs in (log_p[:, 0], log_q[:, 0]):
         alone = logprobs.clone()
@@ -281,7 +281,7 @@ def test_lengths_up_to_the_last_place(engine: RolloutEngine):
 
 def test_prompts_that_end_with_a_stop_and_too_short_ones(engine: RolloutEngine):
     ends = [SampleRequest((7, 8, STOP), 9, seed) for seed in range(40)]
-    stops = (STOP, 303, 307)
+    stops = (STOP, 303)
     found = engine.generate(ends, sampling("blended", 0.05, stop_token_ids=stops))
     assert {sample.finish_reason for sample in found} == {"stop", "length"}
     whole = engine.generate(ends, sampling("blended", 0.05))

@@ -7,7 +7,7 @@ the engine compute another model.
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,27 @@ def _check_tensor_parallel(shape: ModelShape, tensor_parallel: int, who: str) ->
                 f"rollout.engine_tensor_parallel = {tensor_parallel} must divide the {what} of "
                 f"model {who}, found {size}. Choose another."
             )
+
+
+def served_models(
+    sources: Sequence[HFFolder], places: Sequence[Path], vocab_size: int | None
+) -> dict[str, Any]:
+    """What :class:`EngineSettings` says of the models.
+
+    Args:
+        sources: folder of the model, or of a student and its teacher.
+        places: where vLLM finds each.
+        vocab_size: columns that the engine may have at most; None: the models'.
+    """
+    columns = [model_shape(source.config).vocab for source in sources]
+    smallest = min(columns if vocab_size is None else [vocab_size, *columns])
+    # All are cut or none: vLLM loads a draft model as it loads the other.
+    cut = any(width != smallest for width in columns)
+    cut_from = [str(source.path.resolve()) if cut else None for source in sources]
+    served = {"model_folder": str(places[-1]), "cut_from": cut_from[-1], "vocab_size": smallest}
+    if len(sources) > 1:
+        served |= {"draft_folder": str(places[0]), "draft_cut_from": cut_from[0]}
+    return served
 
 
 def write_engine_folder(source: HFFolder, place: Path, vocab_size: int) -> dict[str, Any]:
