@@ -76,14 +76,14 @@ MUTATIONS = (
     Mutation(
         "renormalisation: local support without the student's",
         "terms.py",
-        "log_q_TK = statistics.topk_student_logprobs_TK.log_softmax(dim=-1)",
-        "log_q_TK = statistics.topk_student_logprobs_TK",
+        "log_q_TK, log_p_TK = log_q_TK.log_softmax(dim=-1), log_p_TK.log_softmax(dim=-1)",
+        "log_p_TK = log_p_TK.log_softmax(dim=-1)",
     ),
     Mutation(
         "wrong stop-gradient: local support's weights held constant",
         "terms.py",
-        "topk_TK=times(q_TK, ratio_TK - value_T.unsqueeze(-1)),",
-        "topk_TK=q_TK,",
+        "topk_TK=times(q_TK, ratio_TK))",
+        "topk_TK=q_TK)",
     ),
     Mutation(
         "detach lost: the reward is differentiated",

@@ -345,9 +345,11 @@ def metrics(m: Models) -> dict[str, Tensor]:
     }
 
 
-def top_k_masses(student: Tensor, teacher: Tensor, k: int) -> dict[str, Tensor]:
-    """[T] each: probability of both on the teacher's top-k."""
-    ids = top_k_ids(teacher.double(), k)
+def top_k_masses(
+    student: Tensor, teacher: Tensor, k: int, *, by_student: bool = False
+) -> dict[str, Tensor]:
+    """[T] each: probability of both on the teacher's top-k, or on the student's."""
+    ids = top_k_ids((student if by_student else teacher).double(), k)
     return {
         "topk_mass_teacher": teacher.double().softmax(-1).gather(-1, ids).sum(-1),
         "topk_mass_student": student.double().softmax(-1).gather(-1, ids).sum(-1),

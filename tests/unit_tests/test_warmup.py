@@ -5,14 +5,16 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch
 
-from megatron_tropd.base.errors import ConfigError
+from megatron_tropd.base.errors import ConfigError, InputError
 from megatron_tropd.config import GuidanceConfig, RolloutConfig, load_config
 from megatron_tropd.data.prefixes import plan_sample
 from megatron_tropd.data.samples import Blend, BlendTrace, Sample, SampleRequest, Sampling
 from megatron_tropd.data.sequence import TokenSequence
 from megatron_tropd.data.tokenizers import shared_stops
 from megatron_tropd.data.types import Prompt
+from megatron_tropd.distill.inputs import load_inputs
 from megatron_tropd.distill.metrics import trajectory_metrics
 from megatron_tropd.rollout.warmup import WarmupEngines, sampling_of_step
 
@@ -186,3 +188,23 @@ def test_ends_that_differ_are_shared(tmp_path: Path):
     (teacher / "generation_config.json").write_text('{"eos_token_id": [2, 17]}')
     assert shared_stops(EXAMPLES / "student", teacher) == (2, 17)
     assert shared_stops(teacher, EXAMPLES / "student") == (2, 17)
+
+
+def test_pair_and_prompts_are_checked_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def load(*overrides: str) -> None:
+        load_inputs(load_config(EXAMPLES / "trb.toml", list(overrides)))
+
+    prompts = tmp_path / "prompts.jsonl"
+    lines = (EXAMPLES / "prompts.jsonl").read_text().splitlines()[:31]
+    prompts.write_text("\n".join([*lines, '{"prompt": "5"}']) + "\n")
+    with pytest.raises(InputError, match="prompt 31 is one token long"):
+        load(f"rollout.prompts={prompts}")
+    load(f"rollout.prompts={prompts}", "rollout.behaviour=student")
+    with pytest.raises(InputError, match=r"context of 128 tokens, prompt and response need 1\d\d"):
+        load("rollout.max_new_tokens=92")
+    load("rollout.max_new_tokens=92", "rollout.draft_tokens=2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ConfigError, match="found CUDA"):
+        load()

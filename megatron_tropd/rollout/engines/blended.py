@@ -15,7 +15,7 @@ the same draws whatever was batched, and wherever blocks begin.
 This runs in the engine's process, with vLLM's V1 runner on a CPU.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -162,17 +162,24 @@ def blended_generate(
     params = [_sampling_params(i, request, sampling) for i, request in enumerate(requests)]
     outputs = llm.generate(prompts, params, use_tqdm=False)
     (written,) = llm.collective_rpc("tropd_finish_blending")
-    return [_sample(o.outputs[0], tokens) for o, tokens in zip(outputs, written, strict=True)]
+    stops = frozenset(sampling.stop_token_ids)
+    return [
+        _sample(output.outputs[0], tokens, stops)
+        for output, tokens in zip(outputs, written, strict=True)
+    ]
 
 
 def _sampling_params(index: int, request: SampleRequest, sampling: Sampling) -> Any:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
+    # The last token of the prompt is the first that vLLM "samples". If that one would end the
+    # response, the end is cut off afterwards (_sample).
+    last, stops = request.token_ids[-1], list(sampling.stop_token_ids)
     return SamplingParams(
         temperature=1.0,
-        max_tokens=request.max_new_tokens + 1,  # the last token of the prompt is the first
-        stop_token_ids=list(sampling.stop_token_ids),
+        max_tokens=request.max_new_tokens + 1,
+        stop_token_ids=[] if last in stops else stops,
         ignore_eos=True,
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
@@ -180,13 +187,16 @@ def _sampling_params(index: int, request: SampleRequest, sampling: Sampling) -> 
     )
 
 
-def _sample(completion: Any, written: Sequence[Written]) -> Sample:
+def _sample(completion: Any, written: Sequence[Written], stops: Collection[int]) -> Sample:
     token_ids = tuple(completion.token_ids[1:])
+    end = next((place for place, token in enumerate(token_ids) if token in stops), None)
+    if end is not None:
+        token_ids = token_ids[: end + 1]
     tokens = written[: len(token_ids)]
     return Sample(
         token_ids=token_ids,
         logprobs=tuple(token.log_q for token in tokens),
-        finish_reason=completion.finish_reason,
+        finish_reason="length" if end is None else "stop",
         blend=BlendTrace(
             logprobs=tuple(token.log_mu for token in tokens),
             kl=tuple(token.kl for token in tokens),

@@ -26,6 +26,7 @@ from megatron_tropd.rollout.engines.engine_model import (
     check_engine,
     expected_tensors,
     remove_engine_folder,
+    served_models,
     write_engine_folder,
 )
 from megatron_tropd.rollout.engines.process import engine_environment
@@ -97,16 +98,12 @@ class RolloutEngine:
                 teacher's folder with CUDA.
         """
         cuda = torch.cuda.is_available()
-        if tensor_parallel > 1 and not cuda:
-            raise ConfigError(
-                f"rollout.engine_tensor_parallel must be 1 without CUDA, found {tensor_parallel}."
-            )
-        if teacher_folder is not None and cuda:
-            raise ConfigError(BLENDED_ON_CUDA)
-        sources = [HFFolder(folder) for folder in (model_folder, teacher_folder) if folder]
+        blended = teacher_folder is not None
+        _check_device(cuda, tensor_parallel, blended=blended)
         self._max_model_len = max_model_len
-        if teacher_folder is not None:
+        if blended:
             max_model_len = blended_length(max_model_len, draft_tokens)
+        sources = [HFFolder(folder) for folder in (model_folder, teacher_folder) if folder]
         for source in sources:
             check_tensors(source)
             check_engine(
@@ -116,23 +113,12 @@ class RolloutEngine:
                 who=str(source.path),
                 tensor_parallel=tensor_parallel,
             )
-        columns = [model_shape(source.config).vocab for source in sources]
-        vocab_size = min(columns) if vocab_size is None else min(vocab_size, *columns)
-        self._expected = expected_tensors(sources[0].config, vocab_size)
-        self._missing: dict[str, tuple[int, ...]] = {}
         self._log_file = Path(log_file)
         self._places = [self._log_file.with_suffix(end) for end in _FOLDERS[: len(sources)]]
-        # Of both: vLLM loads target and draft model in the same way.
-        cut = any(vocab_size != width for width in columns)
-        cut_from = [str(source.path.resolve()) if cut else None for source in sources]
-        blended = teacher_folder is not None
+        served = served_models(sources, self._places, vocab_size)
         self._settings = EngineSettings(
-            model_folder=str(self._places[-1]),
-            cut_from=cut_from[-1],
-            draft_folder=str(self._places[0]) if blended else None,
-            draft_cut_from=cut_from[0] if blended else None,
+            **served,
             draft_tokens=draft_tokens if blended else None,
-            vocab_size=vocab_size,
             dtype=dtype,
             max_model_len=max_model_len,
             gpu_share=gpu_share,
@@ -143,8 +129,10 @@ class RolloutEngine:
             prefix_caching=prefix_caching,
             cuda=cuda,
         )
+        self._expected = expected_tensors(sources[0].config, self._settings.vocab_size)
+        self._missing: dict[str, tuple[int, ...]] = {}
         self._configs = [
-            write_engine_folder(source, place, vocab_size)
+            write_engine_folder(source, place, served["vocab_size"])
             for source, place in zip(sources, self._places, strict=True)
         ]
         self._waiting_for = "start"
@@ -402,6 +390,15 @@ class RolloutEngine:
     def _log_tail(self) -> str:
         lines = self._log_file.read_text(errors="replace").splitlines()[-_LOG_LINES_QUOTED:]
         return f"Last lines of {self._log_file}:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def _check_device(cuda: bool, tensor_parallel: int, *, blended: bool) -> None:
+    if tensor_parallel > 1 and not cuda:
+        raise ConfigError(
+            f"rollout.engine_tensor_parallel must be 1 without CUDA, found {tensor_parallel}."
+        )
+    if blended and cuda:
+        raise ConfigError(BLENDED_ON_CUDA)
 
 
 def _visible_devices(environment: Mapping[str, str], count: int) -> str:

@@ -7,10 +7,11 @@ the engine compute another model.
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from torch import Tensor
 
 from megatron_tropd.base.errors import InputError
@@ -73,6 +74,27 @@ def _check_heads(shape: ModelShape, cuda: bool, who: str) -> None:
         )
 
 
+def served_models(
+    sources: Sequence[HFFolder], places: Sequence[Path], vocab_size: int | None
+) -> dict[str, Any]:
+    """What :class:`EngineSettings` says of the models.
+
+    Args:
+        sources: folder of the model, or of a student and its teacher.
+        places: where vLLM finds each.
+        vocab_size: columns that the engine may have at most; None: the models'.
+    """
+    columns = [model_shape(source.config).vocab for source in sources]
+    smallest = min(columns if vocab_size is None else [vocab_size, *columns])
+    # All are cut or none: vLLM loads a draft model as it loads the other.
+    cut = any(width != smallest for width in columns)
+    cut_from = [str(source.path.resolve()) if cut else None for source in sources]
+    served = {"model_folder": str(places[-1]), "cut_from": cut_from[-1], "vocab_size": smallest}
+    if len(sources) > 1:
+        served |= {"draft_folder": str(places[0]), "draft_cut_from": cut_from[0]}
+    return served
+
+
 def write_engine_folder(source: HFFolder, place: Path, vocab_size: int) -> dict[str, Any]:
     """Make the folder that vLLM opens; an older one is replaced.
 
@@ -118,6 +140,14 @@ def expected_tensors(
         for name, shape in entry.operation.hf_shapes().items()
     }
     return {_OUTPUT: shapes[_EMBEDDING]} | shapes
+
+
+def all_tensors(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a folder's ``*.safetensors``, by name."""
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+                yield name, file.get_tensor(name)
 
 
 def first_rows(folder: str | Path, vocab_size: int) -> Iterator[tuple[str, Tensor]]:

@@ -7,7 +7,7 @@ import torch
 
 from megatron_tropd.data.samples import Blend
 from megatron_tropd.rollout.engines.blended import BlendedSampler, Written
-from megatron_tropd.rollout.engines.engine_model import first_rows
+from megatron_tropd.rollout.engines.engine_model import all_tensors, first_rows
 
 
 class WorkerExtension:
@@ -47,12 +47,14 @@ class WorkerExtension:
             vocab_size: columns.
         """
         self._blended = BlendedSampler(self.model_runner)
+        # Once: it is checked when it is made, against a folder that is gone after the start.
+        self._draft_config = self.model_runner.drafter._create_draft_vllm_config()
         if folder is not None:
-            self._reload_draft(weights_iterator=first_rows(folder, vocab_size))
+            self._reload_draft(first_rows(folder, vocab_size))
 
     def tropd_reload_draft(self, folder: str) -> None:
-        """Replace the weights of the draft model by those of a folder."""
-        self._reload_draft(weights_path=folder)
+        """Replace the weights of the draft model by those of a folder of safetensors."""
+        self._reload_draft(all_tensors(folder))
 
     def tropd_start_blending(self, rule: Blend, requests: Sequence[tuple[int, int]]) -> None:
         """As :meth:`BlendedSampler.start`."""
@@ -62,20 +64,14 @@ class WorkerExtension:
         """As :meth:`BlendedSampler.finish`."""
         return self._blended.finish()
 
-    def _reload_draft(
-        self,
-        *,
-        weights_iterator: Iterator[tuple[str, torch.Tensor]] | None = None,
-        weights_path: str | None = None,
-    ) -> None:
+    def _reload_draft(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
         # vLLM's worker reloads the target only; this is what it calls, for the draft model.
         from vllm.model_executor.model_loader.reload.inplace import reload_weights
 
         draft = self.model_runner.get_draft_model()
         if self.device.type == "cpu":
             _forget_packed_experts(draft)
-        config = self.model_runner.drafter._create_draft_vllm_config()
-        reload_weights(config, draft, weights_iterator, weights_path, is_checkpoint_format=True)
+        reload_weights(self._draft_config, draft, tensors, None, is_checkpoint_format=True)
 
 
 def _forget_packed_experts(model: torch.nn.Module) -> None:
