@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from megatron_tropd.config.loss import preset
+from megatron_tropd.config.loss import loss_defaults, preset
 from megatron_tropd.config.loss_of_0_1 import new_form
 
 _TOP_D: dict[str, Any] = dict(
@@ -32,15 +32,21 @@ FLAT: dict[str, dict[str, Any]] = {
     "local_support": {"objective": "local_support", "top_k": 32},
     "proximal_teacher": {"region": "none", "reward": "proximal"},
     "top_d": {**_TOP_D, "future": "mean", "group_normalise": True},
+    "aopd": {"region": "threshold", "tau": 0.0},
+    "power_opd": {"method": "power_opd"},
+    "power_opd_exact": {"method": "power_opd_exact"},
     "gkd_forward_kl": {"objective": "forward_kl", "teacher_tokens": "same"},
     "gkd_reverse_kl": {"objective": "reverse_kl", "teacher_tokens": "same"},
     "gkd_jsd": {"objective": "jsd", "teacher_tokens": "same"},
     "minillm_single_step": {"objective": "reverse_kl"},
 }
-"""Published method -> what differs from 0.1's defaults."""
+"""Published method -> what differs from 0.1's defaults; ``method``: one that 0.1 did not have."""
 
 
 def config_of(**flat: Any) -> Any:
-    """The loss that flat keywords describe."""
-    form = new_form(flat)
-    return preset(form.pop("method"), **form)
+    """The loss that flat keywords describe; a method without a top-k is not told of one."""
+    form = dict(flat) if "method" in flat else new_form(flat)
+    name = form.pop("method")
+    if "method" in flat and "top_k" not in loss_defaults(name):
+        form.pop("top_k", None)
+    return preset(name, **form)

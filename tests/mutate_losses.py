@@ -164,6 +164,18 @@ MUTATIONS = (
         "return math.log(share) / (1 - share)",
         "return math.log(share)",
     ),
+    Mutation(
+        "sign of the power reward",
+        "terms.py",
+        "return (power * statistics.teacher_logprob_T).exp() - (",
+        "return -(power * statistics.teacher_logprob_T).exp() + (",
+    ),
+    Mutation(
+        "power reward without its weight q",
+        "dense_inplace.py",
+        "return torch.sub(of_teacher, of_student, out=out).mul_(self.q)",
+        "return torch.sub(of_teacher, of_student, out=out)",
+    ),
     # Importance, what is dropped, the score function, the floor itself.
     Mutation(
         "importance: EOPD's forward KL escapes it",

@@ -30,7 +30,14 @@ DEFAULTS = dict(
     importance_low=0.5,
     importance_high=2.0,
     teacher_tokens="nll",
+    method=None,
+    power=5.0,
 )
+LIKE = {
+    "power_opd": dict(region="none", reward="power"),
+    "power_opd_exact": dict(objective="power"),
+}
+"""Method that version 0.1 did not have -> which parts of this file it is made of."""
 UNDERFLOW = 1e-45
 """What float32 cannot tell from 0; it must not count as a use of the reward."""
 BATCH_WIDE = ("select", "select_share", "switch_step", "future", "group_normalise", "denominator")
@@ -85,7 +92,7 @@ def losses(student: Tensor, teacher: Tensor, tokens: Tokens, settings: dict, *, 
     """(weighted surrogates [T], differentiable, values by name [T] each); as :func:`answer`."""
     unknown = settings.keys() - DEFAULTS.keys() - set(BATCH_WIDE)
     assert not unknown, unknown
-    s = DEFAULTS | settings
+    s = DEFAULTS | LIKE.get(settings.get("method"), {}) | settings
     num = len(tokens.ids)
     guided = tokens.is_teacher if s["teacher_tokens"] == "nll" else torch.zeros(num).bool()
     student_term = policy_gradient if s["objective"] == "policy_gradient" else divergence
@@ -193,7 +200,8 @@ def policy_gradient(m: Models, tokens: Tokens, s: dict):
     earned = times(share, reward)
     if s["outlier"] == "clip" and s["region"] != "none":
         earned = earned + times(1 - share, reward.clamp(min=reward_floor(s)))
-    infinite = ~earned.isfinite()
+    unwritten = (m.at(m.p) == 0) & (m.at(m.q) == 0)
+    infinite = ~earned.isfinite() | unwritten
     earned = earned.where(~infinite, 0.0)
     if outside_kl and by_score:
         earned = earned - times(1 - inside, m.forward_kl().detach())
@@ -253,6 +261,8 @@ def sampled_reward(m: Models, tokens: Tokens, s: dict) -> Tensor:
         large = torch.logaddexp(math.log(share) + ratio, torch.full_like(ratio, math.log1p(-share)))
         # Exactly 0 where the models agree, for its sign decides about PPO's clip.
         return torch.where(ratio < 100, torch.log1p(share * torch.expm1(ratio)), large)
+    if s["reward"] == "power":
+        return m.at(m.p) ** s["power"] - m.at(m.q) ** s["power"]
     return m.at(m.log_p) - m.at(m.lq)  # no number where neither writes it
 
 
@@ -287,6 +297,8 @@ def exact_trust_region(m: Models, s: dict):
 def divergence(m: Models, tokens: Tokens, s: dict):
     """The objectives that are a divergence at every position."""
     del tokens
+    if s["objective"] == "power":
+        return expected_power(m, s["power"])
     distance = {
         "forward_kl": lambda: times(m.p, m.log_p - m.log_q).sum(-1),
         "reverse_kl": lambda: kl(m.log_q, m.log_p),
@@ -297,6 +309,14 @@ def divergence(m: Models, tokens: Tokens, s: dict):
     }[s["objective"]]()
     none = torch.zeros_like(distance.detach())
     return distance, dict(term=distance.detach(), outlier=none, dropped=none, importance=none + 1)
+
+
+def expected_power(m: Models, power: float):
+    """The mean of (p^a - q^a) log q over x ~ q, the reward held constant."""
+    credit = m.q * (m.p**power - m.q**power)
+    none = torch.zeros_like(m.tv)
+    surrogate = -times(credit, m.log_q).sum(-1)
+    return surrogate, dict(term=-credit.sum(-1), outlier=none, dropped=none, importance=none + 1)
 
 
 def kl(log_a: Tensor, log_b: Tensor) -> Tensor:

@@ -13,8 +13,9 @@ from megatron_tropd.config.settings import Number, Settings, Share, nearest
 
 _METHODS = "megatron_tropd.losses.methods"
 
-Reward = Literal["trust", "trust_clip", "log_ratio", "mixture"]
-"""w_v: min(p,q) r | min(p,q) r + (q - min(p,q)) max(r, tau) | q r | q log((b p + (1-b) q) / q)."""
+Reward = Literal["trust", "trust_clip", "log_ratio", "mixture", "power"]
+"""w_v: min(p,q) r | min(p,q) r + (q - min(p,q)) max(r, tau) | q r | q log((b p + (1-b) q) / q) |
+q (p^a - q^a)."""
 FloorRule = Literal["log(l)/(1-l)", "log(l/(1-l))"]
 
 
@@ -32,6 +33,8 @@ class Needs:
     """Floor of the reward trust_clip."""
     mix: float = 0.5
     """b of the reward mixture."""
+    power: float = 1.0
+    """a of the reward power."""
     teacher_gradient: bool = False
     """Whether the whole p takes part in the gradient."""
     sampled: bool = False
@@ -102,6 +105,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "tropd_clip": ("tropd", {"outlier": "clip", "tau": -2.5}),
     "static_mask": ("static", {"outlier": "mask", "tau": -2.5}),
     "static_clip": ("static", {"outlier": "clip", "tau": -2.5}),
+    "aopd": ("static", {"tau": 0.0}),
     "opd": ("opd", {}),
     "entropy_opd": ("opd", {"entropy_share": 0.2}),
     "reopold": ("reopold", {}),
@@ -109,6 +113,8 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "local_support": ("local_support", {}),
     "proximal_teacher": ("opd", {"proximal_alpha": 0.1}),
     "top_d": ("top_d", {}),
+    "power_opd": ("power_opd", {}),
+    "power_opd_exact": ("power_opd_exact", {}),
     "gkd_forward_kl": ("gkd", {"divergence": "forward_kl"}),
     "gkd_reverse_kl": ("gkd", {"divergence": "reverse_kl"}),
     "gkd_jsd": ("gkd", {"divergence": "jsd"}),

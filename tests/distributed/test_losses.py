@@ -97,9 +97,13 @@ def _all_settings() -> dict[str, dict]:
     score["score-opd"] = dict(region="none", gradient="score_function")
     found |= plain | score
 
+    found |= {
+        **{f"power={a}": dict(method="power_opd", power=a) for a in (0.5, 5.0)},
+        **{f"exact power={a}": dict(method="power_opd_exact", power=a) for a in (0.5, 5.0)},
+    }
     stale = ("bernoulli-forward_kl", "bernoulli-clip", "expected-forward_kl", "expected-clip")
     stale += ("expected-mask", "threshold-mask", "opd", "proximal", "eopd")
-    stale += ("score-bernoulli-forward_kl",)
+    stale += ("score-bernoulli-forward_kl", "power=5.0")
     for importance in ("truncated", "band", "ppo"):
         for name in stale:
             found[f"{name}-{importance}"] = found[name] | dict(
@@ -115,7 +119,7 @@ def _all_settings() -> dict[str, dict]:
 
 SETTINGS = _all_settings()
 FEW = ("bernoulli-forward_kl", "exact-full", "exact-clip", "eopd-ppo", "jsd-same")
-FEW += ("local_support-nll", "reverse_kl-same", "opd")
+FEW += ("local_support-nll", "reverse_kl-same", "opd", "exact power=5.0")
 
 
 def _presets() -> dict[str, dict]:

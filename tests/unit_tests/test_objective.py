@@ -206,7 +206,8 @@ def test_opd_averages_to_the_gradient_of_reverse_kl():
 # ---- single tokens ----
 
 
-@pytest.mark.parametrize("name", [n for n in FLAT if n not in ("eopd", "top_d")])
+# AOPD takes a token of which both think the same for one to imitate.
+@pytest.mark.parametrize("name", [n for n in FLAT if n not in ("eopd", "top_d", "aopd")])
 def test_equal_models_have_no_outlier_and_no_gradient(name):
     logits = torch.randn(50, 12, generator=torch.Generator().manual_seed(1)).requires_grad_()
     settings = _settings_of(name, region="expected") if name == "tropd_expected" else None
@@ -587,7 +588,8 @@ def test_required_signal():
         "eopd": top_k | full,
         "local_support": top_k,
         **{name: full for name in ("gkd_forward_kl", "gkd_reverse_kl", "gkd_jsd")},
-        "minillm_single_step": full,
+        **{name: full for name in ("minillm_single_step", "power_opd_exact")},
+        "aopd": top_k,
     }
     for name, expected in needs.items():
         assert required_signal(preset(name)) == expected, name
