@@ -32,8 +32,14 @@ DEFAULTS = dict(
     teacher_tokens="nll",
     method=None,
     power=5.0,
+    student_power=0.0,
+    decay_steps=0,
+    advantage=-1.0,
 )
 LIKE = {
+    "iw_opd": dict(region="none"),
+    "opsa": dict(region="none", reward="fixed"),
+    "veto": dict(student_power=0.8),
     "power_opd": dict(region="none", reward="power"),
     "power_opd_exact": dict(objective="power"),
 }
@@ -90,9 +96,12 @@ def answer(student: Tensor, teacher: Tensor, tokens: Tokens, settings: dict, *, 
 
 def losses(student: Tensor, teacher: Tensor, tokens: Tokens, settings: dict, *, beta: float):
     """(weighted surrogates [T], differentiable, values by name [T] each); as :func:`answer`."""
-    unknown = settings.keys() - DEFAULTS.keys() - set(BATCH_WIDE)
+    unknown = settings.keys() - DEFAULTS.keys() - set(BATCH_WIDE) - {"divergence"}
     assert not unknown, unknown
     s = DEFAULTS | LIKE.get(settings.get("method"), {}) | settings
+    if s["method"] == "veto":
+        s["objective"] = s["divergence"]
+        teacher = product(teacher, student.detach(), s["student_power"])
     num = len(tokens.ids)
     guided = tokens.is_teacher if s["teacher_tokens"] == "nll" else torch.zeros(num).bool()
     student_term = policy_gradient if s["objective"] == "policy_gradient" else divergence
@@ -114,6 +123,13 @@ def losses(student: Tensor, teacher: Tensor, tokens: Tokens, settings: dict, *, 
     values["loss"] = times(weights.double(), values["term"])
     surrogate = times(weights.double(), surrogate)
     return surrogate, values | metrics(Models(student, teacher, tokens.ids, s["top_k"]))
+
+
+def product(teacher: Tensor, student: Tensor, power: float) -> Tensor:
+    """[T, V] log of p q^b / Z."""
+    log_p, log_q = teacher.log_softmax(-1), student.log_softmax(-1)
+    raised = torch.zeros_like(log_q) if power == 0 else power * log_q
+    return log_p + raised - torch.logsumexp(log_p + raised, -1, keepdim=True)
 
 
 class Models:
@@ -261,6 +277,8 @@ def sampled_reward(m: Models, tokens: Tokens, s: dict) -> Tensor:
         large = torch.logaddexp(math.log(share) + ratio, torch.full_like(ratio, math.log1p(-share)))
         # Exactly 0 where the models agree, for its sign decides about PPO's clip.
         return torch.where(ratio < 100, torch.log1p(share * torch.expm1(ratio)), large)
+    if s["reward"] == "fixed":
+        return torch.full_like(m.ratio_x, s["advantage"])
     if s["reward"] == "power":
         return m.at(m.p) ** s["power"] - m.at(m.q) ** s["power"]
     return m.at(m.log_p) - m.at(m.lq)  # no number where neither writes it

@@ -33,6 +33,8 @@ class Needs:
     """Floor of the reward trust_clip."""
     mix: float = 0.5
     """b of the reward mixture."""
+    student_power: float = 0.0
+    """b: p q^b, normalised, stands in the teacher's place in everything that is computed."""
     power: float = 1.0
     """a of the reward power."""
     teacher_gradient: bool = False
@@ -91,6 +93,11 @@ class LossSettings(Settings, section="loss"):
         """Whether the student must be scored before the step."""
         return self.entropy_share is not None or self.needs.student_pass
 
+    @property
+    def trained_share(self) -> float | None:
+        """Share of the student's tokens that :meth:`Method.choose` leaves; None: all."""
+        return self.entropy_share
+
     def at_step(self, step: int) -> Self:
         """The loss of one step (0-based), for methods that change on the way."""
         return self
@@ -113,6 +120,10 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "local_support": ("local_support", {}),
     "proximal_teacher": ("opd", {"proximal_alpha": 0.1}),
     "top_d": ("top_d", {}),
+    "iw_opd": ("iw_opd", {}),
+    "opsa": ("opsa", {}),
+    "veto_forward_kl": ("veto", {"divergence": "forward_kl"}),
+    "veto_reverse_kl": ("veto", {"divergence": "reverse_kl"}),
     "power_opd": ("power_opd", {}),
     "power_opd_exact": ("power_opd_exact", {}),
     "gkd_forward_kl": ("gkd", {"divergence": "forward_kl"}),

@@ -61,19 +61,19 @@ def choose(
     Returns:
         The choices, equal bit for bit on all ranks of ``tp_group``.
 
-    Collectives: those of ``token_statistics_from_hidden`` per micro-batch; 1 broadcast of [2, T]
+    Collectives: those of ``token_statistics_from_hidden`` per micro-batch; 1 broadcast of [3, T]
     over ``tp_group``; those of ``losses.selection`` over ``dp_group``.
     """
-    values_2T = torch.cat(
+    values_3T = torch.cat(
         [
-            _entropy_and_ratio(*parts, output_weight_vH, config, vocab_size, tp_group)
+            _entropy_ratio_and_logprob(*parts, output_weight_vH, config, vocab_size, tp_group)
             for parts in zip(hidden, batches, signals, strict=True)
         ],
         dim=-1,
     )
     # Round-off that differed between the ranks of one vocabulary would make them choose apart.
-    dist.broadcast(values_2T, src=dist.get_global_rank(tp_group, 0), group=tp_group)
-    facts = _facts(values_2T, batches, trajectories, config, dp_group)
+    dist.broadcast(values_3T, src=dist.get_global_rank(tp_group, 0), group=tp_group)
+    facts = _facts(values_3T, batches, trajectories, config, dp_group)
     choices, lengths = config.choose(facts), [len(part) for part in hidden]
     selected_T, rewards_T = choices.selected_T, choices.rewards_T
     return BatchChoices(
@@ -83,7 +83,7 @@ def choose(
 
 
 def _facts(
-    values_2T: Tensor,
+    values_3T: Tensor,
     batches: Sequence[MicroBatch],
     trajectories: Sequence[TokenSequence],
     config: Method,
@@ -100,10 +100,11 @@ def _facts(
         rows, longest = rows + len(batch.rows), max(longest, length)
     numbers: dict[int, int] = {}
     of_row = [numbers.setdefault(t.key.prompt, len(numbers)) for t in trajectories]
-    entropy_T, log_ratio_T = values_2T
+    entropy_T, log_ratio_T, student_logprob_T = values_3T
     return BatchFacts(
         entropy_T=entropy_T,
         log_ratio_T=log_ratio_T,
+        student_logprob_T=student_logprob_T,
         student_T=torch.cat(student),
         keys_T=(rows_T << 32) + positions_T,
         own_rows_T=torch.cat(own_rows),
@@ -118,7 +119,7 @@ def _facts(
     )
 
 
-def _entropy_and_ratio(
+def _entropy_ratio_and_logprob(
     hidden_TH: Tensor,
     batch: MicroBatch,
     signal: TeacherSignal,
@@ -127,7 +128,7 @@ def _entropy_and_ratio(
     vocab_size: int,
     group: dist.ProcessGroup,
 ) -> Tensor:
-    """[2, T] the student's entropy and log p/q of the token."""
+    """[3, T] the student's entropy, log p/q and log q of the token."""
     statistics = token_statistics_from_hidden(
         hidden_TH,
         output_weight_vH,
@@ -137,7 +138,8 @@ def _entropy_and_ratio(
         vocab_size=vocab_size,
         group=group,
     )
-    return torch.stack([statistics.divergences()["student_entropy"], statistics.log_ratio_T])
+    entropy_T = statistics.divergences()["student_entropy"]
+    return torch.stack([entropy_T, statistics.log_ratio_T, statistics.student_logprob_T])
 
 
 def targets_of(

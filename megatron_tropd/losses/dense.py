@@ -55,6 +55,8 @@ class DenseSpec:
     """Floor of trust_clip."""
     mix: float = 0.5
     """b of mixture."""
+    student_power: float = 0.0
+    """b of p q^b, which the caller puts in p's place."""
     power: float = 1.0
     """a of power."""
     teacher: bool = False

@@ -89,6 +89,7 @@ def dense_spec(needs: Needs, *, metrics: bool, full: bool) -> DenseSpec:
         tau=needs.tau,
         mix=needs.mix,
         power=needs.power,
+        student_power=needs.student_power,
         teacher=needs.teacher_gradient,
     )
 

@@ -98,6 +98,11 @@ def _all_settings() -> dict[str, dict]:
     found |= plain | score
 
     found |= {
+        "opsa": dict(method="opsa", advantage=-0.7),
+        **{
+            f"veto {name} {b}": dict(method="veto", divergence=name, student_power=b)
+            for name, b in (("forward_kl", 0.3), ("reverse_kl", 0.3), ("reverse_kl", 1.0))
+        },
         **{f"power={a}": dict(method="power_opd", power=a) for a in (0.5, 5.0)},
         **{f"exact power={a}": dict(method="power_opd_exact", power=a) for a in (0.5, 5.0)},
     }
@@ -120,6 +125,7 @@ def _all_settings() -> dict[str, dict]:
 SETTINGS = _all_settings()
 FEW = ("bernoulli-forward_kl", "exact-full", "exact-clip", "eopd-ppo", "jsd-same")
 FEW += ("local_support-nll", "reverse_kl-same", "opd", "exact power=5.0")
+FEW += ("veto forward_kl 0.3",)
 
 
 def _presets() -> dict[str, dict]:
@@ -651,7 +657,7 @@ def _check_values(case, problem, kind, values, metrics):
     assert all(v.dtype == torch.float32 and not v.requires_grad for v in values.values())
     # A loss without a top-k reports the mass of 64, or of what the signal brings.
     k = config.needs.top_k or min(64 if full else 2, problem.vocab_size)
-    known = case.answer.values | _masses(problem, k)
+    known = case.answer.values | _masses(problem, k, config.needs.student_power)
     expected = torch.stack([known[name] for name in values])
     weights = torch.ones(expected.shape, dtype=torch.float64)
     if case.tokens.weights is not None:
@@ -660,11 +666,13 @@ def _check_values(case, problem, kind, values, metrics):
     _near(list(values), torch.stack(list(values.values())), expected, allowed)
 
 
-def _masses(problem, k):
-    if k not in problem.masses:
-        found = reference.top_k_masses(problem.real("student"), problem.real("teacher"), k)
-        problem.masses[k] = found
-    return problem.masses[k]
+def _masses(problem, k, power):
+    """Of the teacher's top-k, or of the product's that stands in its place."""
+    if (k, power) not in problem.masses:
+        student, teacher = problem.real("student").double(), problem.real("teacher").double()
+        teacher = reference.product(teacher, student, power) if power else teacher
+        problem.masses[k, power] = reference.top_k_masses(student, teacher, k)
+    return problem.masses[k, power]
 
 
 # ---- every case ----
