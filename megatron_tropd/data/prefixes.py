@@ -124,7 +124,7 @@ def plan_requests(
             responses,
             step=step,
             steps=steps,
-            max_new_tokens=rollout.max_new_tokens,
+            max_new_tokens=rollout.new_tokens_at(step),
             guidance=guidance,
             seed=seed,
         )

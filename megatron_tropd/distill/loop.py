@@ -63,6 +63,7 @@ def train_step(job: Job) -> None:
         job.sync_weights(step + 1)
     metrics |= {
         "prefix_alpha": job.prefix_alpha(),
+        "max_new_tokens": job.config.rollout.new_tokens_at(step),
         **(told.result() if told else {}),
     }
     job.log(metrics)
