@@ -54,6 +54,8 @@ def reward(student: Tensor, teacher: Tensor, spec) -> Tensor:
         return _weighted(q, ratio)
     if spec.reward == "mixture":
         return _weighted(q, _log_mixture(log_q, log_p, spec.mix) - log_q)
+    if spec.reward == "power":
+        return q * (p**spec.power - q**spec.power)
     inside = torch.where(p < q, _weighted(p, ratio), _weighted(q, ratio))
     if spec.reward == "trust":
         return inside

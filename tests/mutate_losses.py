@@ -164,6 +164,31 @@ MUTATIONS = (
         "return math.log(share) / (1 - share)",
         "return math.log(share)",
     ),
+    Mutation(
+        "sign of the power reward",
+        "terms.py",
+        "return (power * statistics.teacher_logprob_T).exp() - (",
+        "return -(power * statistics.teacher_logprob_T).exp() + (",
+    ),
+    Mutation(
+        "power reward without its weight q",
+        "dense_inplace.py",
+        "return torch.sub(of_teacher, of_student, out=out).mul_(self.q)",
+        "return torch.sub(of_teacher, of_student, out=out)",
+    ),
+    Mutation(
+        "Veto's target without the student",
+        "chunks.py",
+        "teacher_tv.add_(student_tv, alpha=pair.spec.student_power)",
+        "pass",
+    ),
+    Mutation(
+        "IW-OPD counts the token itself as before it",
+        "selection.py",
+        "1 - before[rows_T, positions_T] / total_T",
+        "1 - before[rows_T, positions_T + 1] / total_T",
+        tests=("tests/unit_tests/test_choices.py",),
+    ),
     # Importance, what is dropped, the score function, the floor itself.
     Mutation(
         "importance: EOPD's forward KL escapes it",

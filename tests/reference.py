@@ -33,9 +33,18 @@ DEFAULTS = dict(
     method=None,
     support="teacher",
     renormalise=True,
+    power=5.0,
+    student_power=0.0,
+    decay_steps=0,
+    advantage=-1.0,
 )
 LIKE = {
     "trb": dict(objective="local_support", support="student", renormalise=False),
+    "iw_opd": dict(region="none"),
+    "opsa": dict(region="none", reward="fixed"),
+    "veto": dict(student_power=0.8),
+    "power_opd": dict(region="none", reward="power"),
+    "power_opd_exact": dict(objective="power"),
 }
 """Method that version 0.1 did not have -> which parts of this file it is made of."""
 UNDERFLOW = 1e-45
@@ -90,9 +99,12 @@ def answer(student: Tensor, teacher: Tensor, tokens: Tokens, settings: dict, *, 
 
 def losses(student: Tensor, teacher: Tensor, tokens: Tokens, settings: dict, *, beta: float):
     """(weighted surrogates [T], differentiable, values by name [T] each); as :func:`answer`."""
-    unknown = settings.keys() - DEFAULTS.keys() - set(BATCH_WIDE)
+    unknown = settings.keys() - DEFAULTS.keys() - set(BATCH_WIDE) - {"divergence"}
     assert not unknown, unknown
     s = DEFAULTS | LIKE.get(settings.get("method"), {}) | settings
+    if s["method"] == "veto":
+        s["objective"] = s["divergence"]
+        teacher = product(teacher, student.detach(), s["student_power"])
     num = len(tokens.ids)
     guided = tokens.is_teacher if s["teacher_tokens"] == "nll" else torch.zeros(num).bool()
     student_term = policy_gradient if s["objective"] == "policy_gradient" else divergence
@@ -114,6 +126,13 @@ def losses(student: Tensor, teacher: Tensor, tokens: Tokens, settings: dict, *, 
     values["loss"] = times(weights.double(), values["term"])
     surrogate = times(weights.double(), surrogate)
     return surrogate, values | metrics(Models(student, teacher, tokens.ids, s["top_k"]))
+
+
+def product(teacher: Tensor, student: Tensor, power: float) -> Tensor:
+    """[T, V] log of p q^b / Z."""
+    log_p, log_q = teacher.log_softmax(-1), student.log_softmax(-1)
+    raised = torch.zeros_like(log_q) if power == 0 else power * log_q
+    return log_p + raised - torch.logsumexp(log_p + raised, -1, keepdim=True)
 
 
 class Models:
@@ -203,7 +222,8 @@ def policy_gradient(m: Models, tokens: Tokens, s: dict):
     earned = times(share, reward)
     if s["outlier"] == "clip" and s["region"] != "none":
         earned = earned + times(1 - share, reward.clamp(min=reward_floor(s)))
-    infinite = ~earned.isfinite()
+    unwritten = (m.at(m.p) == 0) & (m.at(m.q) == 0)
+    infinite = ~earned.isfinite() | unwritten
     earned = earned.where(~infinite, 0.0)
     if outside_kl and by_score:
         earned = earned - times(1 - inside, m.forward_kl().detach())
@@ -263,6 +283,10 @@ def sampled_reward(m: Models, tokens: Tokens, s: dict) -> Tensor:
         large = torch.logaddexp(math.log(share) + ratio, torch.full_like(ratio, math.log1p(-share)))
         # Exactly 0 where the models agree, for its sign decides about PPO's clip.
         return torch.where(ratio < 100, torch.log1p(share * torch.expm1(ratio)), large)
+    if s["reward"] == "fixed":
+        return torch.full_like(m.ratio_x, s["advantage"])
+    if s["reward"] == "power":
+        return m.at(m.p) ** s["power"] - m.at(m.q) ** s["power"]
     return m.at(m.log_p) - m.at(m.lq)  # no number where neither writes it
 
 
@@ -297,6 +321,8 @@ def exact_trust_region(m: Models, s: dict):
 def divergence(m: Models, tokens: Tokens, s: dict):
     """The objectives that are a divergence at every position."""
     del tokens
+    if s["objective"] == "power":
+        return expected_power(m, s["power"])
     distance = {
         "forward_kl": lambda: times(m.p, m.log_p - m.log_q).sum(-1),
         "reverse_kl": lambda: kl(m.log_q, m.log_p),
@@ -313,6 +339,14 @@ def local_support(m: Models, renormalise: bool) -> Tensor:
     if renormalise:
         return kl(log_q.log_softmax(-1), log_p.log_softmax(-1))
     return kl(log_q, log_p) - log_q.exp().sum(-1) + log_p.exp().sum(-1)
+
+
+def expected_power(m: Models, power: float):
+    """The mean of (p^a - q^a) log q over x ~ q, the reward held constant."""
+    credit = m.q * (m.p**power - m.q**power)
+    none = torch.zeros_like(m.tv)
+    surrogate = -times(credit, m.log_q).sum(-1)
+    return surrogate, dict(term=-credit.sum(-1), outlier=none, dropped=none, importance=none + 1)
 
 
 def kl(log_a: Tensor, log_b: Tensor) -> Tensor:

@@ -98,6 +98,7 @@ def _metrics(step: int, steps: int, draw: random.Random) -> dict[str, Any]:
         "masked_tokens": 0,
         "prefix_share": 0.2 * alpha,
         "prefix_alpha": alpha,
+        "max_new_tokens": 64,
         "prefix_longest": int(60 * alpha),
         "response_length": length,
         "truncated_share": max(0.0, noisy(0.05 * decay, 0.3)),

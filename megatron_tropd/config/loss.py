@@ -13,8 +13,9 @@ from megatron_tropd.config.settings import Number, Settings, Share, nearest
 
 _METHODS = "megatron_tropd.losses.methods"
 
-Reward = Literal["trust", "trust_clip", "log_ratio", "mixture"]
-"""w_v: min(p,q) r | min(p,q) r + (q - min(p,q)) max(r, tau) | q r | q log((b p + (1-b) q) / q)."""
+Reward = Literal["trust", "trust_clip", "log_ratio", "mixture", "power"]
+"""w_v: min(p,q) r | min(p,q) r + (q - min(p,q)) max(r, tau) | q r | q log((b p + (1-b) q) / q) |
+q (p^a - q^a)."""
 FloorRule = Literal["log(l)/(1-l)", "log(l/(1-l))"]
 
 
@@ -34,6 +35,10 @@ class Needs:
     """Floor of the reward trust_clip."""
     mix: float = 0.5
     """b of the reward mixture."""
+    student_power: float = 0.0
+    """b: p q^b, normalised, stands in the teacher's place in everything that is computed."""
+    power: float = 1.0
+    """a of the reward power."""
     teacher_gradient: bool = False
     """Whether the whole p takes part in the gradient."""
     sampled: bool = False
@@ -90,6 +95,11 @@ class LossSettings(Settings, section="loss"):
         """Whether the student must be scored before the step."""
         return self.entropy_share is not None or self.needs.student_pass
 
+    @property
+    def trained_share(self) -> float | None:
+        """Share of the student's tokens that :meth:`Method.choose` leaves; None: all."""
+        return self.entropy_share
+
     def at_step(self, step: int) -> Self:
         """The loss of one step (0-based), for methods that change on the way."""
         return self
@@ -104,6 +114,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "tropd_clip": ("tropd", {"outlier": "clip", "tau": -2.5}),
     "static_mask": ("static", {"outlier": "mask", "tau": -2.5}),
     "static_clip": ("static", {"outlier": "clip", "tau": -2.5}),
+    "aopd": ("static", {"tau": 0.0}),
     "opd": ("opd", {}),
     "entropy_opd": ("opd", {"entropy_share": 0.2}),
     "reopold": ("reopold", {}),
@@ -112,6 +123,12 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "trb": ("local_support", {"support": "student", "top_k": 16, "renormalise": False}),
     "proximal_teacher": ("opd", {"proximal_alpha": 0.1}),
     "top_d": ("top_d", {}),
+    "iw_opd": ("iw_opd", {}),
+    "opsa": ("opsa", {}),
+    "veto_forward_kl": ("veto", {"divergence": "forward_kl"}),
+    "veto_reverse_kl": ("veto", {"divergence": "reverse_kl"}),
+    "power_opd": ("power_opd", {}),
+    "power_opd_exact": ("power_opd_exact", {}),
     "gkd_forward_kl": ("gkd", {"divergence": "forward_kl"}),
     "gkd_reverse_kl": ("gkd", {"divergence": "reverse_kl"}),
     "gkd_jsd": ("gkd", {"divergence": "jsd"}),

@@ -170,6 +170,11 @@ class RolloutConfig(PromptConfig, section="rollout"):
     """JSON lines, one object a line: {"prompt": str} or {"messages": [...]} (docs/prompts.md)."""
     max_new_tokens: Count
     """Longest response in tokens, a teacher prefix included."""
+    first_new_tokens: Count | None = None
+    """The longest response of the first step; it grows linearly to max_new_tokens, which it has
+    from step growth_steps (0-based) on. None: max_new_tokens in every step."""
+    growth_steps: Number = 0
+    """Steps in which first_new_tokens grows to max_new_tokens."""
     prompts_per_step: Count = 128
     """Prompts of one optimizer step (global)."""
     samples_per_prompt: Count = 4
@@ -242,8 +247,26 @@ class RolloutConfig(PromptConfig, section="rollout"):
             f"rollout.max_num_batched_tokens must be at least rollout.max_num_seqs = {sequences}, "
             f"for each sequence decodes a token, found {tokens}.",
         )
+        first = self.first_new_tokens
+        _require(
+            first is None or first <= self.max_new_tokens,
+            f"rollout.first_new_tokens must be at most rollout.max_new_tokens = "
+            f"{self.max_new_tokens}, found {first}.",
+        )
+        _require(
+            (first is None) == (self.growth_steps == 0),
+            "rollout.first_new_tokens and rollout.growth_steps go together, found "
+            f"{first} and {self.growth_steps}. Set both or neither.",
+        )
         if self.asks_teacher:
             self._check_blend()
+
+    def new_tokens_at(self, step: int) -> int:
+        """Longest response of a step (0-based), a teacher prefix included."""
+        first, longest = self.first_new_tokens, self.max_new_tokens
+        if first is None or step >= self.growth_steps:
+            return longest
+        return first + (longest - first) * step // self.growth_steps
 
     @property
     def asks_teacher(self) -> bool:

@@ -102,7 +102,7 @@ def plan_requests(
     **settings: Any,
 ) -> list[PlannedSample]:
     """Every sample of one step, those of a prompt beside each other."""
-    most = rollout.max_new_tokens
+    most = rollout.new_tokens_at(settings["step"])
     return [
         plan_sample(prompt, sample, responses, max_new_tokens=most, **settings)
         for prompt in prompts

@@ -83,7 +83,10 @@ def train_step(run: Session) -> None:
     poll_save(run)
     with reporter.clock("sync"):
         sync_weights(run, step + 1)
-    metrics = result.metrics | {"prefix_alpha": prefix_alpha(run)}
+    metrics = result.metrics | {
+        "prefix_alpha": prefix_alpha(run),
+        "max_new_tokens": run.config.rollout.new_tokens_at(step),
+    }
     metrics |= told.result() if told else {}
     reporter.write_step(step + 1, metrics, run.evaluator.shown)
     run.progress.step += 1

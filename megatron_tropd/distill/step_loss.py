@@ -136,15 +136,15 @@ def segment_weights(config: Method, counts: LossCounts) -> tuple[float, float]:
     segment by itself (``separate``).
 
     Args:
-        config: ``denominator`` and ``entropy_share``.
+        config: ``denominator`` and ``trained_share``.
         counts: loss tokens of the global batch.
 
     Returns:
         (teacher, student) factors; 1 for an empty segment.
     """
     total, trained = counts.teacher + counts.student, counts.student
-    if config.entropy_share is not None:
-        trained = num_selected(config.entropy_share, counts.student)
+    if config.trained_share is not None:
+        trained = num_selected(config.trained_share, counts.student)
     if config.denominator == "joint":
         joint = total / max(counts.teacher + trained, 1) if total else 1.0
         return joint, joint

@@ -62,19 +62,19 @@ def choose_tokens(
     Returns:
         The choices, equal bit for bit on all ranks of ``tp_group``.
 
-    Collectives: those of ``token_statistics_from_hidden`` per micro-batch; 1 broadcast of [2, T]
+    Collectives: those of ``token_statistics_from_hidden`` per micro-batch; 1 broadcast of [3, T]
     over ``tp_group``; those of ``losses.selection`` over ``dp_group``.
     """
-    values_2T = torch.cat(
+    values_3T = torch.cat(
         [
-            _entropy_and_ratio(*parts, output_weight_vH, config, vocab_size, tp_group)
+            _entropy_ratio_and_logprob(*parts, output_weight_vH, config, vocab_size, tp_group)
             for parts in zip(hidden, batches, signals, strict=True)
         ],
         dim=-1,
     )
     # Round-off that differed between the ranks of one vocabulary would make them choose apart.
-    dist.broadcast(values_2T, src=dist.get_global_rank(tp_group, 0), group=tp_group)
-    facts = _facts(values_2T, batches, prompts, num_student, dp_group)
+    dist.broadcast(values_3T, src=dist.get_global_rank(tp_group, 0), group=tp_group)
+    facts = _facts(values_3T, batches, prompts, num_student, dp_group)
     choices, lengths = config.choose(facts), [len(part) for part in hidden]
     selected_T, rewards_T = choices.selected_T, choices.rewards_T
     return BatchChoices(
@@ -84,7 +84,7 @@ def choose_tokens(
 
 
 def _facts(
-    values_2T: Tensor,
+    values_3T: Tensor,
     batches: Sequence[MicroBatch],
     prompts: Sequence[int],
     num_student: int,
@@ -101,10 +101,11 @@ def _facts(
         rows, longest = rows + len(batch.rows), max(longest, length)
     numbers: dict[int, int] = {}
     of_row = [numbers.setdefault(prompt, len(numbers)) for prompt in prompts]
-    entropy_T, log_ratio_T = values_2T
+    entropy_T, log_ratio_T, student_logprob_T = values_3T
     return BatchFacts(
         entropy_T=entropy_T,
         log_ratio_T=log_ratio_T,
+        student_logprob_T=student_logprob_T,
         student_T=torch.cat(student),
         keys_T=(rows_T << 32) + positions_T,
         own_rows_T=torch.cat(own_rows),
@@ -119,7 +120,7 @@ def _facts(
     )
 
 
-def _entropy_and_ratio(
+def _entropy_ratio_and_logprob(
     hidden_TH: Tensor,
     batch: MicroBatch,
     signal: TeacherSignal,
@@ -128,7 +129,7 @@ def _entropy_and_ratio(
     vocab_size: int,
     group: dist.ProcessGroup,
 ) -> Tensor:
-    """[2, T] the student's entropy and log p/q of the token."""
+    """[3, T] the student's entropy, log p/q and log q of the token."""
     statistics = token_statistics_from_hidden(
         hidden_TH,
         output_weight_vH,
@@ -138,7 +139,8 @@ def _entropy_and_ratio(
         vocab_size=vocab_size,
         group=group,
     )
-    return torch.stack([statistics.divergences()["student_entropy"], statistics.log_ratio_T])
+    entropy_T = statistics.divergences()["student_entropy"]
+    return torch.stack([entropy_T, statistics.log_ratio_T, statistics.student_logprob_T])
 
 
 def targets_of(

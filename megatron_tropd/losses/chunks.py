@@ -249,6 +249,8 @@ class _Buffers:
         if isinstance(pair.teacher, FullSignal):
             teacher_tv = buffer[1]
             pair.teacher.write_logits(rows, teacher_tv)
+            if pair.spec.student_power:  # logits of p q^b, whatever normalises them
+                teacher_tv.add_(student_tv, alpha=pair.spec.student_power)
         return student_tv, teacher_tv, passes_for(student_tv, teacher_tv, pair.spec, self._scratch)
 
 

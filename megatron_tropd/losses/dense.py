@@ -55,6 +55,10 @@ class DenseSpec:
     """Floor of trust_clip."""
     mix: float = 0.5
     """b of mixture."""
+    student_power: float = 0.0
+    """b of p q^b, which the caller puts in p's place."""
+    power: float = 1.0
+    """a of power."""
     teacher: bool = False
     """Whether p takes part in the gradient."""
 
@@ -265,12 +269,21 @@ class _Both:
             return self._product(self.q, self.ratio)
         if spec.reward == "mixture":
             return self._product(self.q, self._log_mixture(spec.mix))
+        if spec.reward == "power":
+            return self._powers(spec.power)
         inside = self._product(self._overlap(), self.ratio)
         if spec.reward == "trust":
             return inside
         assert spec.reward == "trust_clip"
         outside = (self.q - self.p).clamp_(min=0.0)
         return inside + self._mask_zero(outside, outside * self.ratio.clamp(min=spec.tau))
+
+    def _powers(self, power: float) -> Tensor:
+        """q (p^a - q^a), in the spare buffer."""
+        self._has_mixture = False
+        of_student = torch.mul(self.log_q, power, out=self._log_mix).exp_()
+        of_teacher = torch.mul(self.log_p, power, out=self._spare).exp_()
+        return of_teacher.sub_(of_student).mul_(self.q)
 
     def add_product(self, total: Tensor, part: Tensor, factor: Tensor) -> None:
         """total += part x factor, where a factor of 0 silences an infinite part."""

@@ -272,6 +272,10 @@ class _Rows:
             return torch.mul(self.q, self.ratio, out=out)
         if spec.reward == "mixture":
             return torch.mul(self._log_mixture(spec.mix), self.q, out=out)
+        if spec.reward == "power":
+            of_teacher = self.p.pow_(spec.power)
+            of_student = torch.pow(self.q, spec.power, out=self._other)
+            return torch.sub(of_teacher, of_student, out=out).mul_(self.q)
         inside = torch.clamp(self.share, max=1.0, out=self._spare)
         if spec.reward == "trust":
             return torch.mul(self.ratio, inside.mul_(self.q), out=out)

@@ -99,7 +99,7 @@ def row_sums(
         student_Tv,
         *(student_Tv, *student_Tv.stride(), student_norm_T2.contiguous()),
         *(teacher_Tv, *teacher_Tv.stride(), teacher_norm_T2.contiguous()),
-        *(float(spec.tau), float(spec.mix), float(1 - spec.mix)),
+        *(_number(spec), float(spec.mix), float(1 - spec.mix)),
         parts_TPD,
         NUM=len(spec.sums),
         REWARD=spec.reward or "",
@@ -147,7 +147,7 @@ def write_gradient(
         student_Tv,
         *(student_Tv, *student_Tv.stride(), student_norm_T2.contiguous()),
         *(teacher_Tv, *teacher_Tv.stride(), teacher_norm_T2.contiguous()),
-        *(float(spec.tau), float(spec.mix), float(1 - spec.mix)),
+        *(_number(spec), float(spec.mix), float(1 - spec.mix)),
         coefficients.student_T.contiguous(),
         coefficients.reward_T.contiguous(),
         coefficients.teacher_T.contiguous(),
@@ -156,6 +156,11 @@ def write_gradient(
         TEACHER=spec.teacher and with_teacher,
         SMALL_MIX=spec.mix <= 0.5,
     )
+
+
+def _number(spec: DenseSpec) -> float:
+    """The one number that a reward of its own may have: a of power, tau of trust_clip."""
+    return float(spec.power if spec.reward == "power" else spec.tau)
 
 
 def _launch(kernel: Any, logits_Tv: Tensor, *arguments: Any, **flags: Any) -> None:
@@ -211,7 +216,7 @@ def _combine_kernel(parts, stats, pieces, PIECES: tl.constexpr):
 def _row_sums_kernel(
     student, student_row, student_column, student_norm,
     teacher, teacher_row, teacher_column, teacher_norm,
-    tau, mix, rest, parts, columns, pieces,
+    number, mix, rest, parts, columns, pieces,
     PIECE: tl.constexpr, BLOCK: tl.constexpr,
     NUM: tl.constexpr, REWARD: tl.constexpr, SMALL_MIX: tl.constexpr,
     TV_AT: tl.constexpr, REVERSE_KL_AT: tl.constexpr, FORWARD_KL_AT: tl.constexpr,
@@ -251,7 +256,7 @@ def _row_sums_kernel(
             if TEACHER_ENTROPY_AT >= 0:
                 teacher_entropy -= _times(p, log_p)
             if REWARD_AT >= 0:
-                reward += _reward(log_q, log_p, tau, mix, rest, REWARD, SMALL_MIX)
+                reward += _reward(log_q, log_p, number, mix, rest, REWARD, SMALL_MIX)
             if TEACHER_TO_MIXTURE_AT >= 0:
                 teacher_to_mixture += _times(p, _over_mixture(log_p - log_q, mix, rest, SMALL_MIX))
     parts += NUM * tl.program_id(0).to(tl.int64)
@@ -268,7 +273,7 @@ def _row_sums_kernel(
 def _gradient_kernel(
     student, student_row, student_column, student_norm,
     teacher, teacher_row, teacher_column, teacher_norm,
-    tau, mix, rest, student_factors, reward_factors, teacher_factors,
+    number, mix, rest, student_factors, reward_factors, teacher_factors,
     out, out_row, out_column, columns, pieces,
     PIECE: tl.constexpr, BLOCK: tl.constexpr,
     REWARD: tl.constexpr, TEACHER: tl.constexpr, SMALL_MIX: tl.constexpr,
@@ -298,7 +303,7 @@ def _gradient_kernel(
                     grad += _times(teacher_factor, tl.exp(log_p))
                 if REWARD != "":
                     grad += _times(
-                        reward_factor, _reward(log_q, log_p, tau, mix, rest, REWARD, SMALL_MIX)
+                        reward_factor, _reward(log_q, log_p, number, mix, rest, REWARD, SMALL_MIX)
                     )
             _store(out, at, out_column, columns, grad, TAIL)
 
@@ -376,19 +381,21 @@ def _log1p(value):
 
 
 @triton.jit
-def _reward(log_q, log_p, tau, mix, rest, REWARD: tl.constexpr, SMALL_MIX: tl.constexpr):
+def _reward(log_q, log_p, number, mix, rest, REWARD: tl.constexpr, SMALL_MIX: tl.constexpr):
     """w of a block: see ``dense.Reward``."""
     q, p, ratio = tl.exp(log_q), tl.exp(log_p), log_p - log_q
     if REWARD == "log_ratio":
         reward = _times(q, ratio)
     elif REWARD == "mixture":
         reward = _times(q, _log_mixture(ratio, mix, rest, SMALL_MIX))
+    elif REWARD == "power":
+        reward = q * (tl.exp(number * log_p) - tl.exp(number * log_q))
     else:
         tl.static_assert(REWARD == "trust" or REWARD == "trust_clip")
         inside = tl.minimum(p, q, propagate_nan=_ALL_NAN)
         reward = _times(inside, ratio)
         if REWARD == "trust_clip":
-            reward += _times(q - inside, tl.maximum(ratio, tau, propagate_nan=_ALL_NAN))
+            reward += _times(q - inside, tl.maximum(ratio, number, propagate_nan=_ALL_NAN))
     return reward
 
 

@@ -35,6 +35,8 @@ class BatchFacts:
     """[T] nats, the student's."""
     log_ratio_T: Tensor
     """[T] log p(x) - log q(x)."""
+    student_logprob_T: Tensor
+    """[T] log q(x)."""
     student_T: Tensor
     """[T] bool, written by the student."""
     keys_T: Tensor
@@ -88,11 +90,22 @@ class Method(LossSettings):
         """
         if self.entropy_share is None:
             return TokenChoices()
+        return self.select(facts, facts.entropy_T, self.entropy_share)
+
+    @staticmethod
+    def select(facts: BatchFacts, values_T: Tensor, share: float) -> TokenChoices:
+        """The share of the student's tokens with the largest values of the global batch.
+
+        Args:
+            facts: of this rank.
+            values_T: [T] what is compared.
+            share: of the student's tokens, in (0, 1].
+        """
         from megatron_tropd.losses.selection import num_selected, top_share
 
         chosen_T = top_share(
-            facts.entropy_T,
-            num_selected(self.entropy_share, facts.num_student),
+            values_T,
+            num_selected(share, facts.num_student),
             facts.student_T,
             keys_T=facts.keys_T,
             longest=facts.longest,

@@ -104,6 +104,45 @@ def future_mean(
     return torch.where(candidates_T, raised_T, 0.0).to(rewards_T.dtype)
 
 
+def early_weight(
+    rewards_T: Tensor,
+    candidates_T: Tensor,
+    *,
+    rows_T: Tensor,
+    positions_T: Tensor,
+    shape: tuple[int, int],
+    gain: float,
+) -> Tensor:
+    r"""More weight for tokens before which student and teacher disagreed little.
+
+    .. math:: 1 + g \left(1 - \frac{\sum_{s < t} |r_s|}{\sum_s |r_s|}\right)
+
+    Args:
+        rewards_T: [T] float32.
+        candidates_T: [T] bool, the tokens that have a reward (student tokens).
+        rows_T: [T] int64 the trajectory of each token, counted on this rank; they are whole.
+        positions_T: [T] int64 place of each token in its trajectory, 0 and up.
+        shape: trajectories of this rank, and places of the longest.
+        gain: g.
+
+    Returns:
+        [T] float32. An infinite reward is no part of a sum.
+
+    Collectives: none.
+
+    Source: IW-OPD, arXiv 2606.22600.
+    """
+    counted_T = candidates_T & rewards_T.isfinite()
+    rows, places = shape
+    sizes = rewards_T.new_zeros(rows, places + 1, dtype=torch.float64)
+    size_T = torch.where(counted_T, rewards_T.double().abs(), 0.0)
+    sizes.index_put_((rows_T, positions_T + 1), size_T)
+    before = sizes.cumsum(-1)
+    # Without any disagreement nothing lies before a token, either.
+    total_T = before[:, -1][rows_T].clamp(min=torch.finfo(torch.float64).tiny)
+    return (1 + gain * (1 - before[rows_T, positions_T] / total_T)).to(rewards_T.dtype)
+
+
 def group_normalise(
     rewards_T: Tensor,
     candidates_T: Tensor,

@@ -88,6 +88,8 @@ def dense_spec(needs: Needs, *, metrics: bool, full: bool) -> DenseSpec:
         reward=needs.reward,
         tau=needs.tau,
         mix=needs.mix,
+        power=needs.power,
+        student_power=needs.student_power,
         teacher=needs.teacher_gradient,
     )
 
@@ -184,6 +186,24 @@ def proximal_reward(log_ratio_T: Tensor, share: float) -> Tensor:
     small_T = torch.log1p(share * torch.expm1(log_ratio_T.clamp(max=20.0)))
     large_T = log_ratio_T + torch.log(share + (1 - share) * torch.exp(-log_ratio_T))
     return torch.where(log_ratio_T < 20, small_T, large_T)
+
+
+def power_reward(statistics: TokenStatistics, power: float) -> Tensor:
+    """[T] p(x)^a - q(x)^a, between -1 and 1.
+
+    Args:
+        statistics: of the T tokens.
+        power: a.
+    """
+    return (power * statistics.teacher_logprob_T).exp() - (
+        power * statistics.student_logprob_T
+    ).exp()
+
+
+def expected_reward(statistics: TokenStatistics) -> Term:
+    """The policy gradient of the dense reward w, its mean over x ~ q in closed form."""
+    value_T = -statistics.sum_of("reward")
+    return _term(statistics, value_T=value_T, reward_T=torch.full_like(value_T, -1.0))
 
 
 def forward_kl_outlier(statistics: TokenStatistics, top_k: int, outlier_T: Tensor) -> Term:

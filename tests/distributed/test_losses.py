@@ -97,9 +97,18 @@ def _all_settings() -> dict[str, dict]:
     score["score-opd"] = dict(region="none", gradient="score_function")
     found |= plain | score
 
+    found |= {
+        "opsa": dict(method="opsa", advantage=-0.7),
+        **{
+            f"veto {name} {b}": dict(method="veto", divergence=name, student_power=b)
+            for name, b in (("forward_kl", 0.3), ("reverse_kl", 0.3), ("reverse_kl", 1.0))
+        },
+        **{f"power={a}": dict(method="power_opd", power=a) for a in (0.5, 5.0)},
+        **{f"exact power={a}": dict(method="power_opd_exact", power=a) for a in (0.5, 5.0)},
+    }
     stale = ("bernoulli-forward_kl", "bernoulli-clip", "expected-forward_kl", "expected-clip")
     stale += ("expected-mask", "threshold-mask", "opd", "proximal", "eopd")
-    stale += ("score-bernoulli-forward_kl",)
+    stale += ("score-bernoulli-forward_kl", "power=5.0")
     for importance in ("truncated", "band", "ppo"):
         for name in stale:
             found[f"{name}-{importance}"] = found[name] | dict(
@@ -121,6 +130,7 @@ def _all_settings() -> dict[str, dict]:
 SETTINGS = _all_settings()
 FEW = ("bernoulli-forward_kl", "exact-full", "exact-clip", "eopd-ppo", "jsd-same")
 FEW += ("local_support-nll", "reverse_kl-same", "opd", "trb-student-nll")
+FEW += ("exact power=5.0", "veto forward_kl 0.3")
 
 
 def _presets() -> dict[str, dict]:
@@ -652,7 +662,8 @@ def _check_values(case, problem, kind, values, metrics):
     assert all(v.dtype == torch.float32 and not v.requires_grad for v in values.values())
     # A loss without a top-k reports the mass of 64, or of what the signal brings.
     k = config.needs.top_k or min(64 if full else 2, problem.vocab_size)
-    known = case.answer.values | _masses(problem, k, config.needs.student_top_k)
+    needs = config.needs
+    known = case.answer.values | _masses(problem, k, needs.student_top_k, needs.student_power)
     expected = torch.stack([known[name] for name in values])
     weights = torch.ones(expected.shape, dtype=torch.float64)
     if case.tokens.weights is not None:
@@ -661,12 +672,14 @@ def _check_values(case, problem, kind, values, metrics):
     _near(list(values), torch.stack(list(values.values())), expected, allowed)
 
 
-def _masses(problem, k, by_student):
-    if (k, by_student) not in problem.masses:
-        pair = problem.real("student"), problem.real("teacher")
-        found = reference.top_k_masses(*pair, k, by_student=by_student)
-        problem.masses[k, by_student] = found
-    return problem.masses[k, by_student]
+def _masses(problem, k, by_student, power):
+    """Of the teacher's or student's top-k, or of the product's that stands in its place."""
+    key = k, by_student, power
+    if key not in problem.masses:
+        student, teacher = problem.real("student").double(), problem.real("teacher").double()
+        teacher = reference.product(teacher, student, power) if power else teacher
+        problem.masses[key] = reference.top_k_masses(student, teacher, k, by_student=by_student)
+    return problem.masses[key]
 
 
 # ---- every case ----

@@ -56,6 +56,8 @@ SPECS = [
     DenseSpec(SUMS, "log_ratio", tau=-2.5, mix=0.7),
     DenseSpec(SUMS, "mixture", tau=-2.5, mix=0.7),
     DenseSpec(SUMS, "mixture", tau=-2.5, mix=0.2),
+    DenseSpec(SUMS, "power", power=5.0, mix=0.2),
+    DenseSpec(SUMS, "power", power=0.5, mix=0.7),
 ]
 FEW_SUMS = [
     DenseSpec(),
@@ -68,7 +70,7 @@ FEW_SUMS = [
 ]
 # The kernels see float32 either way.
 DTYPES = [torch.float32] if INTERPRETED else [torch.float32, torch.bfloat16]
-REWARDS = (None, "trust", "trust_clip", "log_ratio", "mixture")
+REWARDS = (None, "trust", "trust_clip", "log_ratio", "mixture", "power")
 
 
 @pytest.fixture(autouse=True)
@@ -191,7 +193,7 @@ def test_row_sums_of_shards_add_up():
 def test_nan_spoils_its_own_row_and_no_other(model):
     pair = _pair("ordinary")
     pair[model][1, 200] = torch.nan
-    for reward in ("trust", "trust_clip", "log_ratio", "mixture"):
+    for reward in REWARDS[1:]:
         spec = DenseSpec(SUMS, reward, tau=-1.0, teacher=True)
         found = _sums(dense_triton, *pair, spec)
         expected = _sums(dense, *pair, spec)
@@ -209,7 +211,7 @@ def test_nan_in_one_column_alone():
     for model in range(2):
         spoiled = [student.clone(), teacher.clone()]
         spoiled[model][0, 5] = torch.nan
-        for reward in ("trust", "trust_clip", "log_ratio", "mixture"):
+        for reward in REWARDS[1:]:
             spec = DenseSpec(("reward", "tv"), reward, tau=-1.0)
             found = dense_triton.row_sums(*spoiled, *norms, spec, _scratch(student))
             assert found[0].isnan().all() and found[1:].isfinite().all()

@@ -50,8 +50,15 @@ def test_the_phases_of_a_loss_that_switches():
     assert second == preset("static", outlier="clip", floor=0.2, entropy_share=0.2)
     assert second.reward_floor == loss.reward_floor and second.needs_student_pass
     for name in PRESETS:
-        if name != "reopold":
+        if name != "reopold" and not name.startswith("veto"):
             assert preset(name).at_step(7) == preset(name)
+
+
+def test_the_target_of_veto_becomes_the_teacher():
+    loss = preset("veto_reverse_kl", student_power=0.8, decay_steps=4)
+    powers = [loss.at_step(step).needs.student_power for step in range(6)]
+    assert powers == pytest.approx([0.8, 0.6, 0.4, 0.2, 0.0, 0.0])
+    assert loss.at_step(1).at_step(3) == loss.at_step(1)
 
 
 def _trajectories() -> list[TokenSequence]:
@@ -218,4 +225,44 @@ def test_the_gradient_of_top_d():
     for size in (24, 10_000):
         gradient, trained = _weight_gradient(loss, size)
         assert trained == len(tokens)
+        torch.testing.assert_close(gradient.double(), weight.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_the_gradient_of_iw_opd():
+    loss = preset("iw_opd", gain=0.7, mask_first_ids=(7, 8))
+    weight = _Models().weight.double().requires_grad_()
+    tokens = _reference_tokens(weight, loss)
+    rewards = {
+        i: (t.log_p - t.log_q)[t.label].detach() for i, t in enumerate(tokens) if not t.is_teacher
+    }
+    expected = torch.zeros((), dtype=torch.float64)
+    for i, t in enumerate(tokens):
+        if t.is_teacher:
+            expected = expected - BETA * t.log_q[t.label]
+            continue
+        same = [j for j in rewards if tokens[j].row == t.row]
+        before = sum(abs(rewards[j]) for j in same if j < i)
+        factor = 1 + 0.7 * (1 - before / sum(abs(rewards[j]) for j in same))
+        expected = expected - factor * rewards[i] * t.log_q[t.label]
+    (expected / len(tokens)).backward()
+    for size in (24, 10_000):
+        gradient, choices = _weight_gradient(loss, size)
+        assert choices.selected is None
+        torch.testing.assert_close(gradient.double(), weight.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_the_gradient_of_opsa():
+    loss = preset("opsa", lowest_share=0.3, advantage=-0.5)
+    weight = _Models().weight.double().requires_grad_()
+    tokens = _reference_tokens(weight, loss)
+    student = [t for t in tokens if not t.is_teacher]
+    teacher = [t for t in tokens if t.is_teacher]
+    rare = sorted(student, key=lambda t: float(t.log_q[t.label].detach()))[
+        : -(-3 * len(student) // 10)
+    ]
+    expected = sum(0.5 * t.log_q[t.label] for t in rare)
+    expected = expected - sum(BETA * t.log_q[t.label] for t in teacher)
+    (expected / (len(rare) + len(teacher))).backward()
+    for size in (24, 10_000):
+        gradient, _ = _weight_gradient(loss, size)
         torch.testing.assert_close(gradient.double(), weight.grad, rtol=1e-4, atol=1e-6)

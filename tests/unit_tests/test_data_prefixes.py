@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.config import GuidanceConfig, RolloutConfig
 from megatron_tropd.data.prefixes import alpha, plan_requests, prefix_length
 from megatron_tropd.data.responses import TeacherResponse
@@ -112,3 +113,39 @@ def test_several_responses_are_all_used():
         for seed in range(20)
     }
     assert used == {100, 101, 102}
+
+
+def test_responses_that_grow_are_planned_with_the_room_of_their_step():
+    rollout = RolloutConfig(
+        prompts="x", max_new_tokens=16, samples_per_prompt=2, first_new_tokens=5, growth_steps=4
+    )
+    expected = [5, 7, 10, 13, 16, 16]
+    assert [rollout.new_tokens_at(step) for step in range(6)] == expected
+    responses = {i: (_response(12, prompt=i),) for i in range(3)}
+    for step, room in enumerate(expected):
+        plans = plan_requests(
+            _prompts(),
+            responses,
+            step=step,
+            steps=10,
+            rollout=rollout,
+            guidance=GuidanceConfig(schedule="constant"),
+            seed=1,
+        )
+        for plan in plans:
+            assert plan.request.max_new_tokens + len(plan.prefix_ids) == room
+            assert plan.request.max_new_tokens >= 1
+    assert RolloutConfig(prompts="x", max_new_tokens=16).new_tokens_at(3) == 16
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(first_new_tokens=17, growth_steps=2), "at most rollout.max_new_tokens = 16, found"),
+        (dict(first_new_tokens=4), "Set both or neither"),
+        (dict(growth_steps=4), "Set both or neither"),
+    ],
+)
+def test_a_growth_that_cannot_be_is_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        RolloutConfig(prompts="x", max_new_tokens=16, **settings)

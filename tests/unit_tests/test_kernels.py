@@ -151,7 +151,9 @@ def test_they_compile_to_what_was_committed(kernels, launches, committed, monkey
         if "row_sums" in launch.name:
             ptx = code.asm["ptx"]
             assert "min.f32" not in ptx and "max.f32" not in ptx, "nan would be passed over"
-    assert {"trust", "trust_clip", "log_ratio", "mixture", ""} <= {reward for reward, _ in formulas}
+    assert {"trust", "trust_clip", "log_ratio", "mixture", "power", ""} <= {
+        reward for reward, _ in formulas
+    }
 
 
 def test_a_kernel_that_does_not_compile_is_an_error(kernels, launches, monkeypatch, tmp_path):

@@ -25,10 +25,19 @@ OWN = {
     "opd": {"proximal_alpha"} | SAMPLED,
     "eopd": {"entropy_forward_kl", "top_k"} | SAMPLED,
     "top_d": {"proximal_alpha", "future", "group_normalise"} | SAMPLED,
+    "iw_opd": {"proximal_alpha", "gain"} | SAMPLED,
+    "opsa": {"lowest_share", "advantage"} | SAMPLED,
+    "veto": {"divergence", "student_power", "decay_steps", "teacher_tokens"},
+    "power_opd": {"power"} | SAMPLED,
+    "power_opd_exact": {"power"},
     "gkd": {"divergence", "jsd_beta", "teacher_tokens"},
     "local_support": {"top_k", "support", "renormalise", "teacher_tokens"},
 }
-NEEDED = {"static": dict(tau=-2.5), "gkd": dict(divergence="jsd")}
+NEEDED = {
+    "static": dict(tau=-2.5),
+    "gkd": dict(divergence="jsd"),
+    "veto": dict(divergence="forward_kl"),
+}
 """What a method has no default for."""
 
 
@@ -45,7 +54,8 @@ def test_a_method_says_its_name_and_what_it_needs(name):
     assert loss.method_name() == name
     assert not loss.needs.draws or loss.needs.sampled
     assert not (loss.needs.rollout_logprobs and not loss.needs.sampled)
-    assert dataclasses.replace(loss, entropy_share=0.5).needs_student_pass
+    if name != "opsa":  # which chooses in another way
+        assert dataclasses.replace(loss, entropy_share=0.5).needs_student_pass
 
 
 @pytest.mark.parametrize(
@@ -77,6 +87,9 @@ def test_a_method_says_its_name_and_what_it_needs(name):
             ("opd", {f"importance_{end}": value}, r"importance_low <= 1 <= loss\.importance_high")
             for end, value in (("low", -0.1), ("low", 1.1), ("high", 0.9), ("low", math.nan))
         ),
+        ("opsa", dict(entropy_share=0.5), r"chooses tokens by loss\.lowest_share"),
+        ("opsa", dict(advantage=0.1), r"loss\.advantage must be"),
+        ("veto_forward_kl", dict(student_power=1.1), r"loss\.student_power must be"),
         ("tropt", {}, r"must be one of the methods tropd, .*found 'tropt'.*Did you mean 'tropd'"),
         ("math:pi", {}, r"subclass of megatron_tropd\.losses\.method\.Method, found 3\.14"),
         ("nowhere:Toy", {}, r"loss\.method = 'nowhere:Toy' cannot be imported"),
@@ -124,7 +137,7 @@ def test_presets_are_the_published_methods():
     assert preset("tropd_exact_full").needs.top_k == 0
     assert len({preset(name) for name in PRESETS}) == len(PRESETS)
     students = [name for name in PRESETS if preset(name).needs_student_pass]
-    assert students == ["entropy_opd", "reopold", "top_d"]
+    assert students == ["entropy_opd", "reopold", "top_d", "iw_opd", "opsa"]
 
 
 def test_a_preset_can_be_changed():

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,17 @@ def test_single_turns_ask_once_for_what_the_step_plans() -> None:
         assert sequence.by(Writer.STUDENT)[1] == len(plan.request.token_ids)
         assert sequence.oldest_version == 4
     assert [sequence.count(Writer.TEACHER) for sequence in sequences] == [3, 0] * 3
+
+
+def test_single_turns_have_the_room_of_their_step() -> None:
+    engines = Engines()
+    source = make(engines)
+    plan = source._settings
+    grows = replace(plan.rollout, first_new_tokens=4, growth_steps=4)
+    source._settings = replace(plan, rollout=grows, responses=None)
+    source.begin(2)
+    room = 4 + (plan.rollout.max_new_tokens - 4) // 2
+    assert {request.max_new_tokens for request in engines.requests[0]} == {room}
 
 
 def test_episodes_that_ask_again_are_asked_in_rounds_by_engines_that_stay_awake() -> None:

@@ -20,7 +20,7 @@ class SingleTurn:
             settings.responses,
             step=start.step,
             steps=settings.steps,
-            max_new_tokens=settings.rollout.max_new_tokens,
+            max_new_tokens=settings.rollout.new_tokens_at(start.step),
             guidance=settings.guidance,
             seed=settings.seed,
         )
