@@ -1,15 +1,14 @@
-"""The models of a run on its ranks: built, sent to the engines, exported."""
+"""The models of a run on its ranks: built, and sent to the engines."""
 
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from megatron_tropd.config import Config
 from megatron_tropd.convert.families import model_shape
 from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.convert.megatron_folder import MegatronFolder
-from megatron_tropd.distill.step import StepParts
+from megatron_tropd.distill.step_parts import StepParts
 from megatron_tropd.mcore import models, platform, weights
 from megatron_tropd.mcore.parallel import Ranks
 from megatron_tropd.mcore.step import Student
@@ -92,15 +91,3 @@ def send_weights(
         explicit_lm_head=True,
     )
     channel.send(Export(export), version)
-
-
-def export_student(parts: StepParts, source: HFFolder | MegatronFolder, out: Path) -> None:
-    """Write the student as an HF folder on rank 0; collective.
-
-    Args:
-        parts: of the step.
-        source: folder of its first weights.
-        out: the folder.
-    """
-    model = parts.student.model
-    weights.save_hf(model, source, out, parts.ranks, padded_vocab_size=model.vocab_size)
