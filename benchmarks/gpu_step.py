@@ -40,7 +40,8 @@ from megatron_tropd.config.loss import preset
 from megatron_tropd.convert.hf_folder import read_config
 from megatron_tropd.data.sequence import SampleKey, TokenSequence, Writer
 from megatron_tropd.distill.pair import step_parts
-from megatron_tropd.distill.step import StepParts, learn
+from megatron_tropd.distill.step import learn
+from megatron_tropd.distill.step_parts import StepParts
 from megatron_tropd.mcore import dense, models, parallel, platform
 from megatron_tropd.mcore.layout import Layout
 

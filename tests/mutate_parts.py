@@ -9,6 +9,8 @@ PACKING = "unit_tests/test_data_packing.py::test"
 LAYOUT = "unit_tests/test_platform.py::test_places_and_ranks_are_inverse"
 EXPORT = "distributed/test_logits.py::test_tiny_logits_and_export"
 FOLDER = "unit_tests/test_weight_sync.py::test"
+STEP = "unit_tests/test_step.py::test"
+CHOICES = "unit_tests/test_choices.py::test"
 CHANNEL = "unit_tests/test_weight_channels.py::test"
 
 

@@ -2,6 +2,7 @@
 
 import time
 from functools import partial
+from pathlib import Path
 from typing import IO, Any
 
 import torch
@@ -14,12 +15,13 @@ from megatron_tropd.config.run_folder import RunFolder, started_at
 from megatron_tropd.data.prefixes import alpha
 from megatron_tropd.data.sequence import TokenSequence
 from megatron_tropd.distill.metrics import trajectory_metrics
-from megatron_tropd.distill.pair import export_student, send_weights
+from megatron_tropd.distill.pair import send_weights
 from megatron_tropd.distill.session import Session, open_session
 from megatron_tropd.distill.step import StepResult, learn
 from megatron_tropd.distill.token_choices import loss_name
 from megatron_tropd.mcore import models
 from megatron_tropd.mcore.checkpoint import ANY_LAYOUT
+from megatron_tropd.mcore.export import save_hf
 
 
 def train(folder: RunFolder, *, console: IO[str], stop: StopFlag, progress: Progress) -> None:
@@ -83,8 +85,9 @@ def train_step(run: Session) -> None:
     poll_save(run)
     with reporter.clock("sync"):
         sync_weights(run, step + 1)
+    longest = alpha(step, run.config.train.steps, run.config.guidance.schedule)
     metrics = result.metrics | {
-        "prefix_alpha": prefix_alpha(run),
+        "prefix_alpha": 0.0 if run.inputs.responses is None else longest,
         "max_new_tokens": run.config.rollout.new_tokens_at(step),
     }
     metrics |= told.result() if told else {}
@@ -134,13 +137,6 @@ def last_checkpoint(run: Session) -> str:
     return f"Last good checkpoint: {where}/step_{steps[-1]:06d}." if steps else "No checkpoint."
 
 
-def prefix_alpha(run: Session) -> float:
-    """Longest teacher prefix of this step as a share of the response; 0 without guidance."""
-    if run.inputs.responses is None:
-        return 0.0
-    return alpha(run.progress.step, run.config.train.steps, run.config.guidance.schedule)
-
-
 def sync_weights(run: Session, version: int) -> None:
     """Stream the student's weights, seen ``version`` steps, to every engine."""
     send_weights(run.parts, run.engines.channel, version=version)
@@ -182,7 +178,7 @@ def evaluate(run: Session) -> None:
         run.evaluator.measure_student(
             run.engines,
             step=run.progress.step,
-            export=partial(export_student, run.parts, run.inputs.student),
+            export=partial(export_student, run),
             teacher=run.hf_folders["teacher"],
         )
 
@@ -220,10 +216,15 @@ def finish(run: Session) -> None:
     evaluate(run)
     save(run, wait=True)
     with run.reporter.clock("export"):
-        export_student(run.parts, run.inputs.student, run.folder.student)
+        export_student(run, run.folder.student)
     if run.ranks.is_main:
         write_json(run.folder.summary, summary(run))
     dist.barrier()
+
+
+def export_student(run: Session, out: Path) -> None:
+    """Write the student as an HF folder on rank 0; collective."""
+    save_hf(run.parts.student.weights, run.inputs.student, out)
 
 
 def summary(run: Session) -> dict[str, Any]:

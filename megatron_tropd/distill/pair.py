@@ -1,15 +1,13 @@
-"""The models of a run on its ranks: built, sent to the engines, exported."""
+"""The models of a run on its ranks: built, and sent to the engines."""
 
 from functools import partial
-from pathlib import Path
 
 from megatron_tropd.config import Config
 from megatron_tropd.convert.families import model_shape
 from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.convert.megatron_folder import MegatronFolder
-from megatron_tropd.distill.step import StepParts
+from megatron_tropd.distill.step_parts import StepParts
 from megatron_tropd.mcore import models, platform
-from megatron_tropd.mcore.export import save_hf
 from megatron_tropd.mcore.layout import Layout
 from megatron_tropd.mcore.student import Student
 from megatron_tropd.rollout.weights.interface import WeightChannel
@@ -76,14 +74,3 @@ def send_weights(parts: StepParts, channel: WeightChannel, *, version: int) -> N
         explicit_lm_head=True,
     )
     channel.send(Export(export), version)
-
-
-def export_student(parts: StepParts, source: HFFolder | MegatronFolder, out: Path) -> None:
-    """Write the student as an HF folder on rank 0; collective.
-
-    Args:
-        parts: of the step.
-        source: folder of its first weights.
-        out: the folder.
-    """
-    save_hf(parts.student.weights, source, out)

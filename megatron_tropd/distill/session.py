@@ -17,7 +17,7 @@ from megatron_tropd.distill.evaluation import Evaluator
 from megatron_tropd.distill.inputs import Inputs, load_inputs
 from megatron_tropd.distill.pair import step_parts
 from megatron_tropd.distill.reporter import Reporter, say
-from megatron_tropd.distill.step import StepParts
+from megatron_tropd.distill.step_parts import StepParts
 from megatron_tropd.mcore import models, platform
 from megatron_tropd.mcore.checkpoint import Checkpoints
 from megatron_tropd.mcore.layout import Layout

@@ -4,40 +4,19 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from megatron_tropd.base.errors import TrainingError
 from megatron_tropd.data.batch import MicroBatch
 from megatron_tropd.data.packing import LossCounts, count_loss_tokens, pack
 from megatron_tropd.data.sequence import TokenSequence, Writer
-from megatron_tropd.distill.engine_gap import EngineGap
 from megatron_tropd.distill.metrics import BadToken
-from megatron_tropd.distill.step_loss import LossParts, Record, StepLoss
+from megatron_tropd.distill.step_loss import Record, StepLoss
+from megatron_tropd.distill.step_parts import LossParts, StepParts
 from megatron_tropd.distill.step_records import Examples, StepRecords
 from megatron_tropd.distill.token_choices import BatchChoices, choose_tokens
-from megatron_tropd.losses import Method, TeacherSignal
 from megatron_tropd.losses.trouble import words
-from megatron_tropd.mcore.hidden import output_weight
 from megatron_tropd.mcore.student import NotFinite, Student, Update
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepParts(LossParts):
-    """What a whole step is made with: packing and an optimizer beside the loss."""
-
-    student: Student
-    device: torch.device
-    """Where micro-batches go."""
-    tokens_per_micro_batch: int
-    pad_multiple: int = 1
-    """Rows are padded to a multiple of it, which sequence parallelism asks for."""
-    rounded_to: int = 1
-    """And of this, if they have the room (``Layout.row_multiple``)."""
-    seed: int
-    """Keys the mask draws, with the step and the sample."""
-    engine_gap: EngineGap | None = None
-    """Compares engine and trainer; None: nobody does."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +130,7 @@ def forward_backward(
         What ``parts.student.forward_backward`` gives: the reports of ``record``.
 
     Collectives: those of the teacher, of the student's schedule and, if the loss looks at the
-    whole batch first, of ``Student.score`` and ``choose_tokens``.
+    whole batch first, of ``choose_tokens``.
     """
     loss = parts.loss.at_step(step)
     with parts.clock("teacher"):
@@ -159,34 +138,9 @@ def forward_backward(
     with parts.clock("student"):
         choices = BatchChoices()
         if loss.needs_student_pass:
-            choices = _choices(parts, batches, signals, loss, counts, prompts)
+            choices = choose_tokens(parts, loss, batches, signals, counts, prompts)
         step_loss = StepLoss(parts, loss, signals, counts, choices, record)
         return parts.student.forward_backward(batches, step_loss)
-
-
-def _choices(
-    parts: LossParts,
-    batches: Sequence[MicroBatch],
-    signals: Sequence[TeacherSignal],
-    loss: Method,
-    counts: LossCounts,
-    prompts: Sequence[int],
-) -> BatchChoices:
-    hidden = parts.student.score(batches)
-    if not parts.ranks.is_last_stage:
-        return BatchChoices()
-    return choose_tokens(
-        batches,
-        signals,
-        hidden,
-        output_weight(parts.student.model),
-        prompts=prompts,
-        num_student=counts.student,
-        config=loss,
-        vocab_size=parts.vocab_size,
-        tp_group=parts.ranks.tp_group,
-        dp_group=parts.ranks.loss_group,
-    )
 
 
 def _check_finite(bad: BadToken | None, sequences: Sequence[TokenSequence], step: int) -> None:

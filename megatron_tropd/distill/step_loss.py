@@ -1,10 +1,7 @@
 """The loss as Megatron's schedule calls it: one micro-batch at a time, at the last stage."""
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,51 +9,14 @@ from torch import Tensor
 from megatron_tropd.data.batch import MicroBatch
 from megatron_tropd.data.packing import LossCounts
 from megatron_tropd.data.sequence import Writer
+from megatron_tropd.distill.step_parts import LossParts
 from megatron_tropd.distill.token_choices import BatchChoices, targets_of
 from megatron_tropd.losses import Method, TeacherSignal, tropd_loss_from_hidden, unrounded_gradient
 from megatron_tropd.losses.selection import num_selected
-from megatron_tropd.mcore.layout import Layout
-from megatron_tropd.mcore.schedule import LossFn
-from megatron_tropd.teacher import TeacherSource
 
 Record = Callable[[dict[str, Tensor], Tensor, MicroBatch], dict[str, Tensor]]
 """(values of the loss, [T] each; factors of the tokens' losses [T]; micro-batch) -> sums to
 report, as Megatron's loss function gives them."""
-
-
-class StudentPasses(Protocol):
-    """The student as far as gradients go; ``mcore.student.Student`` is one."""
-
-    @property
-    def model(self) -> Any:
-        """This rank's part of it, whose output layer a loss may look at before the step."""
-
-    def score(self, micro_batches: Sequence[MicroBatch]) -> Sequence[Tensor]:
-        """Give the hidden states of the loss tokens, no gradient; see ``Student.score``."""
-
-    def forward_backward(
-        self, micro_batches: Sequence[MicroBatch], loss_fn: LossFn
-    ) -> list[dict[str, Tensor]]:
-        """Add up the gradients; see ``Student.forward_backward``."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LossParts:
-    """What the gradients of a step are made with, on every rank."""
-
-    student: StudentPasses
-    teacher: TeacherSource
-    loss: Method
-    """Of the run; ``at_step`` makes it that of a step."""
-    beta: float
-    """Weight of tokens that the teacher wrote."""
-    vocab_size: int
-    """Columns that are real in both models."""
-    ranks: Layout
-    metrics: bool = True
-    """Whether to compute per-token values that the loss does not need."""
-    clock: Callable[[str], AbstractContextManager[object]] = nullcontext
-    """Entered with the name of each phase: "teacher", "student", "optimizer"."""
 
 
 class StepLoss:

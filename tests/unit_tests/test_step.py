@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from megatron_tropd.mcore.step import NotFinite, Update
-from test_choices import BETA, VOCAB, _Models, _trajectories
+from test_choices import BETA, VOCAB, Models, step_sequences
 
 from megatron_tropd.base.errors import TrainingError
 from megatron_tropd.config.loss import preset
 from megatron_tropd.data.sequence import TokenSequence, Writer
 from megatron_tropd.distill.engine_gap import EngineGap
-from megatron_tropd.distill.step import StepParts, StepResult, learn
+from megatron_tropd.distill.step import StepResult, learn
+from megatron_tropd.distill.step_parts import StepParts
+from megatron_tropd.mcore.student import NotFinite, Update
 
 LR = 0.1
 
@@ -30,7 +31,7 @@ def one_rank(tmp_path):
     dist.destroy_process_group()
 
 
-class _Pair(_Models):
+class _Pair(Models):
     """Both models, with plain gradient descent; remembers what was asked of it."""
 
     def __init__(self) -> None:
@@ -58,7 +59,7 @@ class _Pair(_Models):
 
 def _learn(pair: _Pair, sequences: list[TokenSequence], step: int = 0, **changes: Any):
     world: Any = dist.group.WORLD
-    place = dict(tp_group=world, dp_group=world, dp_rank=0, dp_size=1, tp_rank=0)
+    place = dict(tp_group=world, loss_group=world, dp_rank=0, dp_size=1, tp_rank=0)
     example_rows = changes.pop("example_rows", ())
     ranks: Any = SimpleNamespace(is_last_stage=True, **place | changes.pop("ranks", {}))
     settings: Any = {
@@ -76,7 +77,7 @@ def _learn(pair: _Pair, sequences: list[TokenSequence], step: int = 0, **changes
 
 
 def test_the_teacher_hears_of_the_step_before_it_scores_and_the_update_comes_last():
-    pair, sequences = _Pair(), _trajectories()
+    pair, sequences = _Pair(), step_sequences()
     before = pair.weight.clone()
     result = _learn(pair, sequences, step=3)
     assert pair.asked == [("begin", 3, len(sequences)), "signals", "update"]
@@ -93,27 +94,27 @@ def test_the_teacher_hears_of_the_step_before_it_scores_and_the_update_comes_las
 
 def test_masked_tokens_are_told():
     loss = preset("tropd", top_k=8, mask_truncated=True)
-    (cut,) = (t for t in _trajectories() if t.finish == "length")
-    result = _learn(_Pair(), _trajectories(), loss=loss)
+    (cut,) = (t for t in step_sequences() if t.finish == "length")
+    result = _learn(_Pair(), step_sequences(), loss=loss)
     assert result.metrics["masked_tokens"] == len(cut) - cut.prompt_length
 
 
 def test_a_loss_that_switches_is_that_of_the_step():
     loss = preset("reopold", switch_step=2)
     shares = [
-        _learn(_Pair(), _trajectories(), s, loss=loss).metrics["selected_share"] for s in (1, 2)
+        _learn(_Pair(), step_sequences(), s, loss=loss).metrics["selected_share"] for s in (1, 2)
     ]
     assert shares[0] == 1 and 0.2 <= shares[1] < 0.3
 
 
 def test_one_rank_of_a_vocabulary_counts():
-    result = _learn(_Pair(), _trajectories(), ranks={"tp_rank": 1})
+    result = _learn(_Pair(), step_sequences(), ranks={"tp_rank": 1})
     assert result.metrics["tokens_student"] == 0 and result.counts.student > 0
     assert result.examples == {}
 
 
 def test_examples_are_those_of_their_sequences():
-    sequences, rows = _trajectories(), (1, 4)
+    sequences, rows = step_sequences(), (1, 4)
     found = _learn(_Pair(), sequences, example_rows=rows).examples
     assert set(found) == set(rows)
     alone = {row: _learn(_Pair(), [sequences[row]], example_rows=[0]).examples[0] for row in rows}
@@ -125,7 +126,7 @@ def test_examples_are_those_of_their_sequences():
 
 
 def test_a_loss_that_is_not_finite_changes_nothing():
-    pair, sequences = _Pair(), _trajectories()
+    pair, sequences = _Pair(), step_sequences()
     read = int(sequences[1].ids_N[-2])
     pair.teacher[read] = torch.nan
     before = pair.weight.clone()
@@ -141,19 +142,19 @@ def test_a_gradient_that_is_not_finite_names_the_step():
     pair = _Pair()
     pair.finite = False
     with pytest.raises(TrainingError, match=r"Step 4 ends here.*weights were not updated"):
-        _learn(pair, _trajectories(), step=3)
+        _learn(pair, step_sequences(), step=3)
 
 
 def test_an_engine_of_another_model_is_noticed_before_the_update_once_it_has_these_weights():
     # The log-probs of these sequences are invented, and all are of the weights of step 0.
     pair, gap = _Pair(), EngineGap(None, torch.float32, advice="Look there.")
-    _learn(pair, _trajectories(), step=1, engine_gap=gap)
+    _learn(pair, step_sequences(), step=1, engine_gap=gap)
     pair.asked.clear()
     with pytest.raises(
         TrainingError, match=r"(?s)not compute the same model: in step 1.*Look there"
     ):
-        _learn(pair, _trajectories(), step=0, engine_gap=gap)
+        _learn(pair, step_sequences(), step=0, engine_gap=gap)
     assert "update" not in pair.asked
     pair = _Pair()
-    _learn(pair, _trajectories(), step=0, engine_gap=EngineGap(0, torch.float32))
+    _learn(pair, step_sequences(), step=0, engine_gap=EngineGap(0, torch.float32))
     assert "update" in pair.asked

@@ -20,7 +20,7 @@ from megatron_tropd.data.samples import Sample, SampleRequest, Sampling
 from megatron_tropd.data.types import Prompt
 from megatron_tropd.distill import session as sessions
 from megatron_tropd.distill.evaluation import Evaluator, evaluation_settings
-from megatron_tropd.distill.step import StepParts
+from megatron_tropd.distill.step_parts import StepParts
 from megatron_tropd.report.metrics import MetricsLog
 from megatron_tropd.report.records import read_lines
 from megatron_tropd.rollout.engines.device_memory import wait_for_memory
