@@ -39,8 +39,9 @@ from megatron_tropd.config import (
 from megatron_tropd.config.loss import preset
 from megatron_tropd.convert.hf_folder import read_config
 from megatron_tropd.data.sequence import SampleKey, TokenSequence, Writer
-from megatron_tropd.distill.pair import build_pair, step_parts
-from megatron_tropd.distill.step import StepParts, learn
+from megatron_tropd.distill.pair import step_parts
+from megatron_tropd.distill.step import learn
+from megatron_tropd.distill.step_parts import StepParts
 from megatron_tropd.mcore import models, parallel, platform
 from megatron_tropd.mcore.weights import export_weights
 
@@ -81,14 +82,14 @@ def chosen_layers(wanted: str) -> str:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Figures of the last step, and the loss of the first."""
     ranks = parallel.initialize(ParallelConfig(), seed=1)
-    parts, padded_vocab_size = _parts(options, ranks)
+    parts = _parts(options, ranks)
     losses = []
     for step in range(options.steps):
         phases = _Phases()
         parts = replace(parts, clock=phases)
         metrics = learn(parts, _trajectories(options, parts.vocab_size, step), step).metrics
         with phases("export"):
-            _export(parts, read_config(options.student), padded_vocab_size)
+            _export(parts, read_config(options.student))
         losses.append(metrics["loss"])
     parallel.shutdown()
     tokens = options.samples * options.tokens
@@ -104,8 +105,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _parts(options: argparse.Namespace, ranks: parallel.Ranks) -> tuple[StepParts, int]:
-    """What a step is made with, and the columns of the output layers."""
+def _parts(options: argparse.Namespace, ranks: parallel.Ranks) -> StepParts:
+    """What a step is made with."""
     config = Config(
         model=ModelConfig(student=str(options.student), teacher=str(options.teacher)),
         rollout=RolloutConfig(prompts="", max_new_tokens=options.tokens),
@@ -120,8 +121,7 @@ def _parts(options: argparse.Namespace, ranks: parallel.Ranks) -> tuple[StepPart
         SimpleNamespace(config=read_config(path)) for path in (options.student, options.teacher)
     ]
     with patch.object(models, "load_weights", _draw_weights):
-        pair = build_pair(config, *folders, ranks)
-    return step_parts(config, pair, ranks), pair.padded_vocab_size
+        return step_parts(config, *folders, ranks)
 
 
 def _draw_weights(model: torch.nn.Module, *_: Any, **__: Any) -> None:
@@ -135,9 +135,9 @@ def _draw_weights(model: torch.nn.Module, *_: Any, **__: Any) -> None:
             parameter.normal_(std=0.02, generator=draw)
 
 
-def _export(parts: StepParts, config: dict[str, Any], padded_vocab_size: int) -> None:
+def _export(parts: StepParts, config: dict[str, Any]) -> None:
     model = parts.student.model
-    for _ in export_weights(model, config, parts.ranks, padded_vocab_size=padded_vocab_size):
+    for _ in export_weights(model, config, parts.ranks, padded_vocab_size=model.vocab_size):
         pass
 
 

@@ -9,6 +9,8 @@ PACKING = "unit_tests/test_data_packing.py::test"
 LAYOUT = "unit_tests/test_platform.py::test_places_and_ranks_are_inverse"
 EXPORT = "distributed/test_logits.py::test_tiny_logits_and_export"
 FOLDER = "unit_tests/test_weight_sync.py::test"
+STEP = "unit_tests/test_step.py::test"
+CHOICES = "unit_tests/test_choices.py::test"
 CHANNEL = "unit_tests/test_weight_channels.py::test"
 
 
@@ -156,6 +158,51 @@ MUTATIONS = (
             "numbers[name] = number\n            held += size",
             "numbers[name] = number",
             f"{EXPORT}[tp1]",
+        ),
+    ),
+    *_of(
+        "distill/step.py",
+        (
+            "a loss that is no number reaches the weights",
+            "    _check_finite(totals.first_bad_token, sequences, step)",
+            "    pass",
+            f"{STEP}_a_loss_that_is_no_number_leaves_the_weights_alone",
+        ),
+        (
+            "engine and trainer are compared after the update",
+            "        parts.engine_gap.check(metrics, sequences, step)",
+            "        pass",
+            f"{STEP}_an_engine_that_computes_another_model_is_found_before_the_update",
+        ),
+        (
+            "the loss of every step is that of the first",
+            "loss = parts.loss.at_step(step)",
+            "loss = parts.loss.at_step(0)",
+            f"{STEP}_the_loss_is_that_of_the_step",
+        ),
+    ),
+    *_of(
+        "distill/step_loss.py",
+        (
+            "tokens that were left out are trained",
+            "return weights_T if selected is None else weights_T * selected[index]",
+            "return weights_T",
+            f"{CHOICES}_the_gradient_of_entropy_opd",
+        ),
+        (
+            "every token counts as the teacher's in the denominator",
+            "weights_T = torch.where(is_teacher_T, teacher, student)",
+            "weights_T = torch.where(is_teacher_T, teacher, teacher)",
+            f"{CHOICES}_the_gradient_of_entropy_opd",
+        ),
+    ),
+    *_of(
+        "distill/token_choices.py",
+        (
+            "all prompts are one",
+            "numbers.setdefault(prompt, len(numbers))",
+            "numbers.setdefault(0, len(numbers))",
+            f"{CHOICES}_the_gradient_of_top_d",
         ),
     ),
     *_of(

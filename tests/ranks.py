@@ -21,7 +21,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 PRELOADED = [
-    "megatron_tropd.distill.job",
+    "megatron_tropd.distill.loop",
     "megatron_tropd.integrations.megatron_lm",
     "torch.distributed.checkpoint",
     "transformers.models.llama.modeling_llama",

@@ -47,7 +47,7 @@ def build_parts(
     """
     # Not at the top: ranks and tests that need no Megatron import this module, too.
     from megatron_tropd.convert.hf_folder import HFFolder
-    from megatron_tropd.distill.pair import build_pair, step_parts
+    from megatron_tropd.distill.pair import step_parts
     from megatron_tropd.mcore import parallel
 
     config = Config(
@@ -62,4 +62,4 @@ def build_parts(
     )
     ranks = ranks or parallel.initialize(layout, seed=1)
     folders = HFFolder(Path(student)), HFFolder(Path(teacher))
-    return replace(step_parts(config, build_pair(config, *folders, ranks), ranks), **changes)
+    return replace(step_parts(config, *folders, ranks), **changes)

@@ -36,6 +36,8 @@ class Progress:
         """At the start."""
         self.step = 0
         """Steps done."""
+        self.seconds_before = 0.0
+        """That the run took before this start."""
         self.phase = START
         self.entered = 0
         """Phases entered so far."""

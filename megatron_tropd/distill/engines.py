@@ -1,14 +1,25 @@
-"""The engine that a run's settings ask for: trainer, server and evaluation make it here."""
+"""The engines that a run's settings ask for: trainer, server and evaluation make them here."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_tropd.base.environment import number
 from megatron_tropd.config import Config
+from megatron_tropd.config.run_folder import RunFolder
 from megatron_tropd.distill.inputs import Inputs
+from megatron_tropd.rollout.engines.client import ClientSettings
+from megatron_tropd.rollout.engines.dispatch import Patience
 from megatron_tropd.rollout.engines.engine import RolloutEngine
+from megatron_tropd.rollout.engines.interface import SamplingEngines
+from megatron_tropd.rollout.engines.pool import EnginePool
+from megatron_tropd.rollout.engines.process import engine_threads
+from megatron_tropd.rollout.engines.served import ServerPool
+from megatron_tropd.rollout.engines.wire import Model, served_settings
+from megatron_tropd.rollout.weights.versions import WeightVersions
 
 MEMORY_ALONE = 0.85
 """Share of its GPUs' memory for an engine that has them to itself but for processes without models;
@@ -50,6 +61,56 @@ def make_engine(
         max_num_batched_tokens=config.rollout.max_num_batched_tokens,
         threads=threads,
         log_file=log_file,
+    )
+
+
+def start_engines(
+    model: Model,
+    config: Config,
+    folder: RunFolder,
+    make: Callable[..., RolloutEngine],
+    *,
+    rank: int,
+    world_size: int,
+    stopping: Callable[[], bool] = lambda: False,
+) -> SamplingEngines:
+    """Engines of a run for one of its models; returns while they are still starting.
+
+    Args:
+        model: student or teacher.
+        config: of the run.
+        folder: of the run.
+        make: :func:`make_engine` of the config, inputs and folder of weights.
+        rank: this process.
+        world_size: of the run.
+        stopping: whether the run was asked to stop, after which servers may be gone.
+    """
+    rollout = config.rollout
+    if rollout.placement == "separate":
+        return ServerPool(
+            ClientSettings(folder.servers, served_settings(config)),
+            WeightVersions(folder.weights),
+            rank=rank,
+            num_servers=rollout.num_engines,
+            model=model,
+            patience=Patience.within(60 * config.run.timeout_minutes),
+            stopping=stopping,
+        )
+    threads = engine_threads(rollout.num_engines, number("LOCAL_WORLD_SIZE", 1), world_size)
+
+    def make_numbered(engine: int) -> RolloutEngine:
+        return make(
+            threads=threads,
+            log_file=folder.logs / f"engine_{model}_{engine:03d}.log",
+            alone=model == "teacher",  # its engines have ended before anything is built
+        )
+
+    return EnginePool(
+        rank=rank,
+        world_size=world_size,
+        num_engines=rollout.num_engines,
+        make_engine=make_numbered,
+        transport=None if model == "teacher" else rollout.weight_transport,
     )
 
 

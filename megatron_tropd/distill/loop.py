@@ -1,15 +1,26 @@
-"""The training loop: rollout, teacher, student, weights back to the engine. Runs on every rank."""
+"""The story of a run on every rank: open, resume, step, evaluate, save, finish."""
 
+import time
 from functools import partial
-from typing import IO
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+import torch.distributed as dist
 
 from megatron_tropd.base.errors import TrainingError
-from megatron_tropd.base.progress import Progress, StopFlag
-from megatron_tropd.config.run_folder import RunFolder
+from megatron_tropd.base.files import write_json
+from megatron_tropd.base.progress import Progress, StopFlag, failed_phase
+from megatron_tropd.config.run_folder import RunFolder, started_at
+from megatron_tropd.data.prefixes import alpha
 from megatron_tropd.data.sequence import TokenSequence
-from megatron_tropd.distill.job import Job
 from megatron_tropd.distill.metrics import trajectory_metrics
+from megatron_tropd.distill.pair import send_weights
+from megatron_tropd.distill.session import Session, open_session
 from megatron_tropd.distill.step import StepResult, learn
+from megatron_tropd.distill.token_choices import loss_name
+from megatron_tropd.mcore import models, weights
+from megatron_tropd.mcore.checkpoint import ANY_LAYOUT
 
 
 def train(folder: RunFolder, *, console: IO[str], stop: StopFlag, progress: Progress) -> None:
@@ -25,78 +36,208 @@ def train(folder: RunFolder, *, console: IO[str], stop: StopFlag, progress: Prog
         ConfigError, InputError: the run cannot start.
         TrainingError: it cannot go on; the last complete checkpoint is intact.
     """
-    with Job(folder, console=console, stop=stop, progress=progress) as job:
-        steps = job.config.train.steps
-        job.resume()
-        if job.step == 0:
-            job.evaluate()
-        while job.step < steps and not job.stopping():
+    with open_session(folder, console=console, stop=stop, progress=progress) as run:
+        steps = run.config.train.steps
+        resume(run)
+        if progress.step == 0:
+            evaluate(run)
+        while progress.step < steps and not stopping(stop):
             try:
-                train_step(job)
+                train_step(run)
             except TrainingError as error:
-                if not job.stopped_without_samples(error):
+                if not stopped_without_samples(run, error):
                     raise
                 break
-            job.poll_save()
-            if job.due(job.config.evaluation.every):
-                job.evaluate()
-            if job.due(job.config.run.checkpoint_every):
-                job.save()
-        if job.step == steps:
-            job.finish()
-        elif job.step:
-            job.save(wait=True)
+            poll_save(run)
+            if due(run, run.config.evaluation.every):
+                evaluate(run)
+            if due(run, run.config.run.checkpoint_every):
+                save(run)
+        if progress.step == steps:
+            finish(run)
+        elif progress.step:
+            save(run, wait=True)
 
 
-def train_step(job: Job) -> None:
+def resume(run: Session) -> None:
+    """Take up the newest complete checkpoint, or the HF weights; fill the engines."""
+    progress = run.progress
+    extra = run.checkpoints.load_newest(run.parts.student)
+    if extra is not None:
+        progress.step, progress.seconds_before = extra["step"], extra["seconds"]
+        run.rollouts.restore(run.checkpoints.folder / f"step_{progress.step:06d}")
+    run.reporter.take_up(progress.step, resumed=extra is not None)
+    sync_weights(run, progress.step)
+    run.reporter.begin(progress.step)
+    progress.enter("between phases")
+
+
+def train_step(run: Session) -> None:
     """One optimizer step, from prompts to new weights in the engine."""
-    step, clock = job.step, job.clock
-    with clock("rollout"):
-        trajectories = rollout(job)
-    told = job.aside(partial(trajectory_metrics, trajectories, step=step))
+    step, reporter = run.progress.step, run.reporter
+    with reporter.clock("rollout"):
+        sequences = rollout(run)
+    told = reporter.aside(partial(trajectory_metrics, sequences, step=step))
     # All ranks have just met; a crash from here on finds the checkpoint of the step before.
-    job.poll_save()
-    metrics = taught(job, trajectories).metrics
-    job.poll_save()
-    with clock("sync"):
-        job.sync_weights(step + 1)
-    metrics |= {
-        "prefix_alpha": job.prefix_alpha(),
-        **(told.result() if told else {}),
-    }
-    job.log(metrics)
-    job.step += 1
+    poll_save(run)
+    result = learn_from(run, sequences)
+    poll_save(run)
+    with reporter.clock("sync"):
+        sync_weights(run, step + 1)
+    longest = alpha(step, run.config.train.steps, run.config.guidance.schedule)
+    metrics = result.metrics | {"prefix_alpha": 0.0 if run.inputs.responses is None else longest}
+    metrics |= told.result() if told else {}
+    reporter.write_step(step + 1, metrics, run.evaluator.shown)
+    run.progress.step += 1
 
 
-def rollout(job: Job) -> list[TokenSequence]:
-    """The trajectories of this step, from the engines' newest weights.
+def rollout(run: Session) -> list[TokenSequence]:
+    """The sequences of this step, from the engines' newest weights.
 
     With ``rollout.steps_ahead`` they were asked for a step ago, and the next step's are asked for
     now, to be sampled while this one trains.
     """
-    job.rollouts.begin(job.step)
-    trajectories = job.rollouts.collect()
-    ahead = job.step + job.config.rollout.steps_ahead
-    if job.step < ahead < job.config.train.steps:
-        job.rollouts.begin(ahead)
-    return trajectories
+    step = run.progress.step
+    run.rollouts.begin(step)
+    sequences = run.rollouts.collect()
+    ahead = step + run.config.rollout.steps_ahead
+    if step < ahead < run.config.train.steps:
+        run.rollouts.begin(ahead)
+    return sequences
 
 
-def taught(job: Job, trajectories: list[TokenSequence]) -> StepResult:
-    """Learn from the step's trajectories; tell what there is to tell of it."""
-    rows = job.example_rows()
+def learn_from(run: Session, sequences: list[TokenSequence]) -> StepResult:
+    """Learn from the step's sequences, and tell what there is to tell of it."""
+    step, reporter = run.progress.step, run.reporter
     try:
-        result = learn(job.step_parts(), trajectories, job.step, example_rows=rows)
+        result = learn(run.parts, sequences, step, example_rows=reporter.example_rows(step))
     except TrainingError as error:
         if error.kind == "training":
-            error.args = (f"{error} {job.last_checkpoint()}",)
+            error.args = (f"{error} {last_checkpoint(run)}",)
         raise
     if not result.counts.teacher + result.counts.student:
-        print(f"step {job.step + 1}: every token is masked, so there is no loss", flush=True)
-    if result.update.skipped and job.is_main:
-        job.warn(
-            f"step {job.step + 1}: the gradient norm is {result.update.grad_norm:.4g}, above "
+        print(f"step {step + 1}: every token is masked, so there is no loss", flush=True)
+    if result.update.skipped and run.ranks.is_main:
+        reporter.say(
+            f"step {step + 1}: the gradient norm is {result.update.grad_norm:.4g}, above "
             "megatron.optimizer.grad_norm_skip_threshold: the weights stay as they were."
         )
-    job.keep_examples(result.examples, trajectories)
+    reporter.keep_examples(step, result.examples, sequences)
     return result
+
+
+def last_checkpoint(run: Session) -> str:
+    """Say where a failed run can start again."""
+    steps = run.checkpoints.steps()
+    where = run.folder.checkpoints
+    return f"Last good checkpoint: {where}/step_{steps[-1]:06d}." if steps else "No checkpoint."
+
+
+def sync_weights(run: Session, version: int) -> None:
+    """Stream the student's weights, seen ``version`` steps, to every engine."""
+    send_weights(run.parts, run.inputs.student.config, run.engines.channel, version=version)
+
+
+def due(run: Session, every: int) -> bool:
+    """Whether something done every ``every`` steps comes after this step (the last: later)."""
+    step = run.progress.step
+    return bool(every) and step % every == 0 and step < run.config.train.steps
+
+
+def stopping(stop: StopFlag) -> bool:
+    """Whether any rank was asked to stop. Collectives: one all-reduce of [1]."""
+    # On the host, over gloo: nobody waits for a GPU to be told.
+    flag = torch.tensor([int(stop.requested)])
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
+
+
+def stopped_without_samples(run: Session, error: TrainingError) -> bool:
+    """Whether the run was asked to stop and its engines, asked too, left before it had samples.
+
+    Nothing of the step was done then, and the steps before it can be saved. Not so with
+    ``rollout.steps_ahead``: samples of older weights belong to that state and are lost.
+
+    Collectives: one all-reduce of [1] if engines failed in a rollout, as they do on every rank.
+    """
+    lost = error.kind == "engine" and failed_phase(error) == "rollout"
+    if not lost or run.config.rollout.steps_ahead or not stopping(run.stop):
+        return False
+    run.rollouts.forget()
+    return True
+
+
+def evaluate(run: Session) -> None:
+    """Measure the student on the held-out problems."""
+    run.reporter.settle()
+    with run.reporter.clock("evaluation"):
+        run.evaluator.measure_student(
+            run.engines,
+            step=run.progress.step,
+            export=partial(export_student, run),
+            teacher=run.hf_folders["teacher"],
+        )
+
+
+def save(run: Session, *, wait: bool = False) -> None:
+    """Begin a checkpoint of the steps done so far; ``wait``: until it is complete."""
+    run.reporter.settle()
+    with run.reporter.clock("checkpoint"):
+        extra = {"step": run.progress.step, "seconds": elapsed(run)}
+        run.checkpoints.save(
+            run.parts.student,
+            step=run.progress.step,
+            extra=extra,
+            files=run.rollouts.state(),
+            # The run may go on under another layout: it ends here, or was asked to.
+            sharding=ANY_LAYOUT if wait else run.config.run.checkpoint_sharding,
+        )
+        if wait:
+            run.checkpoints.wait()
+
+
+def poll_save(run: Session) -> None:
+    """Complete the checkpoint in flight, if its files are written."""
+    with run.reporter.clock("checkpoint"):
+        run.checkpoints.poll()
+
+
+def elapsed(run: Session) -> float:
+    """Seconds of the run over all its resumptions."""
+    return run.progress.seconds_before + time.monotonic() - started_at()
+
+
+def finish(run: Session) -> None:
+    """Last evaluation, last checkpoint, HF export, summary."""
+    evaluate(run)
+    save(run, wait=True)
+    with run.reporter.clock("export"):
+        export_student(run, run.folder.student)
+    if run.ranks.is_main:
+        write_json(run.folder.summary, summary(run))
+    dist.barrier()
+
+
+def export_student(run: Session, out: Path) -> None:
+    """Write the student as an HF folder on rank 0; collective."""
+    model = run.parts.student.model
+    padded = model.vocab_size
+    weights.save_hf(model, run.inputs.student, out, run.ranks, padded_vocab_size=padded)
+
+
+def summary(run: Session) -> dict[str, Any]:
+    """What summary.json holds."""
+    config = run.config
+    return {
+        **run.evaluator.summary(),
+        "seconds": round(elapsed(run), 1),
+        "steps": run.progress.step,
+        "world_size": run.ranks.world_size,
+        "tensor_parallel": config.parallel.tensor,
+        "pipeline_parallel": config.parallel.pipeline,
+        "data_parallel": config.parallel.data,
+        "seed": config.train.seed,
+        "dtype": str(models.resolve_dtype(config.model.dtype)).removeprefix("torch."),
+        "loss": loss_name(config.loss),
+        "student": str(run.folder.student),
+    }

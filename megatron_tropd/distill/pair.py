@@ -1,43 +1,38 @@
-"""The student and the teacher of a run, built on its ranks; and the parts of a step they make."""
+"""The models of a run on its ranks: built, and sent to the engines."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
 
 from megatron_tropd.config import Config
 from megatron_tropd.convert.families import model_shape
 from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.convert.megatron_folder import MegatronFolder
-from megatron_tropd.distill.step import StepParts
-from megatron_tropd.mcore import models, platform
+from megatron_tropd.distill.step_parts import StepParts
+from megatron_tropd.mcore import models, platform, weights
 from megatron_tropd.mcore.parallel import Ranks
 from megatron_tropd.mcore.step import Student
-from megatron_tropd.teacher import TeacherSource, TeacherStart, load_teacher
+from megatron_tropd.rollout.weights.interface import WeightChannel
+from megatron_tropd.rollout.weights.weight_sync import Export
+from megatron_tropd.teacher import TeacherStart, load_teacher
 
 
-@dataclass(frozen=True)
-class Pair:
-    """Who learns and who teaches."""
-
-    student: Student
-    teacher: TeacherSource
-    vocab_size: int
-    """Columns that are real in both models."""
-    padded_vocab_size: int
-    """Columns of the output layers, over all tensor-parallel ranks."""
-
-
-def build_pair(
+def step_parts(
     config: Config,
     student: HFFolder | MegatronFolder,
     teacher: HFFolder | MegatronFolder,
     ranks: Ranks,
-) -> Pair:
-    """Build both models of a run; collective.
+) -> StepParts:
+    """Build both models, and with them what a step is made with; collective.
 
     Args:
         config: of the run.
         student: folder of its first weights.
         teacher: folder of the model.
         ranks: this rank's place.
+
+    Returns:
+        The parts, without a clock and without a look at the engines.
     """
     dtype = models.resolve_dtype(config.model.dtype)
     padded = models.padded_vocab_size(student.config, teacher.config, tensor=config.parallel.tensor)
@@ -58,20 +53,13 @@ def build_pair(
         dtype=dtype,
         megatron=config.megatron,
     )
-    source = load_teacher(config.teacher.source)(
-        TeacherStart(config, teacher, ranks, dtype, padded, vocab_size)
-    )
-    return Pair(learner, source, vocab_size, padded)
-
-
-def step_parts(config: Config, pair: Pair, ranks: Ranks) -> StepParts:
-    """The parts of a step as the settings say; nothing is timed, nobody looks at the engines."""
+    start = TeacherStart(config, teacher, ranks, dtype, padded, vocab_size)
     return StepParts(
-        student=pair.student,
-        teacher=pair.teacher,
+        student=learner,
+        teacher=load_teacher(config.teacher.source)(start),
         loss=config.loss,
         beta=config.guidance.beta,
-        vocab_size=pair.vocab_size,
+        vocab_size=vocab_size,
         ranks=ranks,
         device=platform.device(),
         tokens_per_micro_batch=config.train.tokens_per_micro_batch,
@@ -79,3 +67,27 @@ def step_parts(config: Config, pair: Pair, ranks: Ranks) -> StepParts:
         rounded_to=platform.row_multiple(),
         seed=config.train.seed,
     )
+
+
+def send_weights(
+    parts: StepParts, config: Mapping[str, Any], channel: WeightChannel, *, version: int
+) -> None:
+    """Stream the student's weights as HF tensors to every engine; collective.
+
+    Args:
+        parts: of the step.
+        config: of the student's folder.
+        channel: to the engines.
+        version: optimizer steps that the weights have seen.
+    """
+    export = partial(
+        weights.export_weights,
+        parts.student.model,
+        # Columns that the teacher lacks are not sampled: the loss knows nothing of them.
+        {**config, "vocab_size": parts.vocab_size},
+        parts.ranks,
+        padded_vocab_size=parts.student.model.vocab_size,
+        receivers=channel.receivers,
+        explicit_lm_head=True,
+    )
+    channel.send(Export(export), version)

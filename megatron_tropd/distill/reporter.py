@@ -1,14 +1,25 @@
-"""What a rank tells of a step: the seconds of its phases, and the memory it took."""
+"""What a rank tells of a run: seconds of phases, the bar, records, examples, warnings."""
 
 import resource
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import IO, Any, Self
 
 import torch
+from tqdm import tqdm
 
+from megatron_tropd.base.files import replace_text
 from megatron_tropd.base.progress import Progress, failed_in
+from megatron_tropd.config import Config, config_to_dict
+from megatron_tropd.config.run_folder import RunFolder
+from megatron_tropd.data.sequence import TokenSequence
+from megatron_tropd.distill.examples import example_line, example_rows, gather_examples
+from megatron_tropd.distill.inputs import Inputs
+from megatron_tropd.distill.step_records import Examples
+from megatron_tropd.report.metrics import MetricsLog
 
 
 class Clock:
@@ -51,3 +62,172 @@ def peak_memory_gib() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def say(console: IO[str], message: str) -> None:
+    """Tell the user something, and the rank's log."""
+    print(message, flush=True)
+    print(f"tropd: {message}", file=console)
+
+
+class Reporter:
+    """What rank 0 shows and writes of a run; the others measure seconds. A context manager."""
+
+    def __init__(
+        self,
+        config: Config,
+        inputs: Inputs,
+        folder: RunFolder,
+        *,
+        console: IO[str],
+        progress: Progress,
+        is_main: bool,
+    ) -> None:
+        """Open the logs; nothing is written yet.
+
+        Args:
+            config: of the run.
+            inputs: of the run.
+            folder: of the run.
+            console: where the bar is shown.
+            progress: told every phase.
+            is_main: whether this rank shows and writes.
+        """
+        self.clock = Clock(progress)
+        self.log = _open_log(config, folder) if is_main else None
+        self._config, self._inputs, self._folder = config, inputs, folder
+        self._console, self._is_main = console, is_main
+        self._bar: tqdm | None = None
+        self._aside = ThreadPoolExecutor(1, "aside")
+        self._examples: Future[None] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the bar and the logs; what is being written is completed."""
+        if self._bar is not None:
+            self._bar.close()
+        if self.log is not None:
+            self.log.close()
+        self._aside.shutdown(cancel_futures=True)
+
+    def say(self, message: str) -> None:
+        """Tell the user something."""
+        say(self._console, message)
+
+    def aside[T](self, action: Callable[[], T]) -> "Future[T] | None":
+        """Do something for the records beside the step, on rank 0; None on the others.
+
+        ``action`` must not be collective. Actions are done one after the other.
+        """
+        return self._aside.submit(action) if self._is_main else None
+
+    def take_up(self, step: int, *, resumed: bool) -> None:
+        """Drop the records of steps that the run has lost.
+
+        Args:
+            step: steps done.
+            resumed: whether they are those of a checkpoint.
+        """
+        if self.log is None:
+            return
+        # Before the first step nothing but the teacher's evaluation is kept.
+        # The last evaluation comes before the last save and is made again with the summary.
+        at_the_end = step == self._config.train.steps
+        self.log.truncate_after(
+            step if resumed else -1,
+            evaluations=step - 1 if at_the_end else None,
+        )
+
+    def begin(self, step: int) -> None:
+        """Show the bar and start the clock of the next step."""
+        self._bar = tqdm(
+            total=self._config.train.steps,
+            initial=step,
+            desc="distil",
+            unit="step",
+            file=self._console,
+            disable=not self._is_main,
+            dynamic_ncols=True,
+        )
+        self.clock.lap()
+
+    def write_step(self, step: int, metrics: dict[str, Any], shown: Mapping[str, str]) -> None:
+        """Write the metrics of a step that just ended and move the bar.
+
+        Args:
+            step: 1-based.
+            metrics: of the step.
+            shown: further results for the bar.
+        """
+        lap = self.clock.lap()
+        tokens = metrics["tokens_student"] + metrics["tokens_teacher"]
+        record = {
+            "step": step,
+            **metrics,
+            "tokens_per_second": tokens / lap["seconds_total"],
+            **lap,
+            "peak_memory_gib": peak_memory_gib(),
+        }
+        if self.log is not None:
+            self.log.write(record)
+        if self._bar is not None:
+            self._bar.set_postfix(_postfix(record, shown), refresh=False)
+            self._bar.update()
+
+    def example_rows(self, step: int) -> list[int]:
+        """Sequences of a step that are dumped: of the first step, the last, every n-th."""
+        every, rollout = self._config.run.trajectories_every, self._config.rollout
+        if not every or (step % every and step != self._config.train.steps - 1):
+            return []
+        samples = rollout.prompts_per_step * rollout.samples_per_prompt
+        return example_rows(samples, rollout.samples_per_prompt, self._config.run.num_trajectories)
+
+    def keep_examples(self, step: int, mine: Examples, sequences: Sequence[TokenSequence]) -> None:
+        """Begin to write the examples of a step, if there are any; collective.
+
+        Args:
+            step: 0-based.
+            mine: of this rank.
+            sequences: of the step.
+        """
+        if not self.example_rows(step):
+            return
+        examples = gather_examples(mine)
+        if not self._is_main:
+            return
+        self.settle()
+        path = self._folder.trajectories / f"step_{step:06d}.jsonl"
+
+        def write() -> None:
+            lines = [
+                example_line(self._inputs, sequences[row], values)
+                for row, values in sorted(examples.items())
+            ]
+            path.parent.mkdir(exist_ok=True)
+            replace_text(path, "".join(lines))
+
+        self._examples = self.aside(write)
+
+    def settle(self) -> None:
+        """Wait for the dump that is being written: no checkpoint is made before its examples."""
+        if self._examples is not None:
+            self._examples.result()
+            self._examples = None
+
+
+def _open_log(config: Config, folder: RunFolder) -> MetricsLog:
+    return MetricsLog(
+        folder.root,
+        tensorboard=config.run.tensorboard,
+        wandb_project=config.run.wandb_project,
+        config=config_to_dict(config),
+    )
+
+
+def _postfix(record: dict[str, Any], shown: Mapping[str, str]) -> dict[str, str]:
+    """What the bar shows of a step."""
+    values = {"kl": record["reverse_kl"], "outliers": record["outlier_share"]}
+    text = {name: f"{value:.3f}" for name, value in values.items() if value is not None}
+    return {**text, **shown, "tok/s": f"{record['tokens_per_second']:.0f}"}

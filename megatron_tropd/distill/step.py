@@ -1,93 +1,22 @@
 """The distillation step: one function of its parts, for the trainer, the plug-in and the tests."""
 
-from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from megatron_tropd.base.errors import TrainingError
 from megatron_tropd.data.batch import MicroBatch
 from megatron_tropd.data.packing import LossCounts, count_loss_tokens, pack
 from megatron_tropd.data.sequence import TokenSequence, Writer
-from megatron_tropd.distill.engine_gap import EngineGap
 from megatron_tropd.distill.metrics import BadToken
 from megatron_tropd.distill.step_loss import Record, StepLoss
+from megatron_tropd.distill.step_parts import LossParts, StepParts
 from megatron_tropd.distill.step_records import Examples, StepRecords
 from megatron_tropd.distill.token_choices import BatchChoices, choose_tokens
-from megatron_tropd.losses import Method, TeacherSignal
 from megatron_tropd.losses.trouble import words
-from megatron_tropd.mcore.hidden import output_weight
-from megatron_tropd.mcore.parallel import Ranks
-from megatron_tropd.mcore.step import LossFn, NotFinite, Update
-from megatron_tropd.teacher import TeacherSource
-
-
-def untimed(phase: str) -> AbstractContextManager[None]:
-    """A clock that measures nothing."""
-    return nullcontext()
-
-
-class StudentPasses(Protocol):
-    """The student as far as gradients go; ``mcore.step.Student`` is one."""
-
-    @property
-    def model(self) -> Any:
-        """This rank's part of it, whose output layer a loss may look at before the step."""
-
-    def score(self, micro_batches: Sequence[MicroBatch]) -> Sequence[Tensor]:
-        """Give the hidden states of the loss tokens, no gradient; see ``Student.score``."""
-
-    def forward_backward(
-        self, micro_batches: Sequence[MicroBatch], loss_fn: LossFn
-    ) -> list[dict[str, Tensor]]:
-        """Add up the gradients; see ``Student.forward_backward``."""
-
-
-class TrainedStudent(StudentPasses, Protocol):
-    """And with an optimizer."""
-
-    def update(self) -> Update:
-        """Change the weights; see ``Student.update``."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LossParts:
-    """What the gradients of a step are made with, on every rank."""
-
-    student: StudentPasses
-    teacher: TeacherSource
-    loss: Method
-    """Of the run; ``at_step`` makes it that of a step."""
-    beta: float
-    """Weight of tokens that the teacher wrote."""
-    vocab_size: int
-    """Columns that are real in both models."""
-    ranks: Ranks
-    metrics: bool = True
-    """Whether to compute per-token values that the loss does not need."""
-    clock: Callable[[str], AbstractContextManager[None]] = untimed
-    """Entered with the name of each phase: "teacher", "student", "optimizer"."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepParts(LossParts):
-    """What a whole step is made with: packing and an optimizer beside the loss."""
-
-    student: TrainedStudent
-    device: torch.device
-    """Where micro-batches go."""
-    tokens_per_micro_batch: int
-    pad_multiple: int = 1
-    """Rows are padded to a multiple of it, which sequence parallelism asks for."""
-    rounded_to: int = 1
-    """And of this, if they have the room (``platform.row_multiple``)."""
-    seed: int
-    """Keys the mask draws, with the step and the sample."""
-    engine_gap: EngineGap | None = None
-    """Compares engine and trainer; None: nobody does."""
+from megatron_tropd.mcore.step import NotFinite, Student, Update
 
 
 @dataclass(frozen=True)
@@ -201,51 +130,17 @@ def forward_backward(
         What ``parts.student.forward_backward`` gives: the reports of ``record``.
 
     Collectives: those of the teacher, of the student's schedule and, if the loss looks at the
-    whole batch first, of ``Student.score`` and ``choose_tokens``.
+    whole batch first, of ``choose_tokens``.
     """
     loss = parts.loss.at_step(step)
     with parts.clock("teacher"):
         signals = parts.teacher.signals(batches)
     with parts.clock("student"):
-        step_loss = StepLoss(
-            signals,
-            config=loss,
-            beta=parts.beta,
-            vocab_size=parts.vocab_size,
-            group=parts.ranks.tp_group,
-            counts=counts,
-            choices=_choices(parts, batches, signals, loss, counts, prompts),
-            metrics=parts.metrics,
-            record=record,
-        )
+        choices = BatchChoices()
+        if loss.needs_student_pass:
+            choices = choose_tokens(parts, loss, batches, signals, counts, prompts)
+        step_loss = StepLoss(parts, loss, signals, counts, choices, record)
         return parts.student.forward_backward(batches, step_loss)
-
-
-def _choices(
-    parts: LossParts,
-    batches: Sequence[MicroBatch],
-    signals: Sequence[TeacherSignal],
-    loss: Method,
-    counts: LossCounts,
-    prompts: Sequence[int],
-) -> BatchChoices:
-    if not loss.needs_student_pass:
-        return BatchChoices()
-    hidden = parts.student.score(batches)
-    if not parts.ranks.is_last_stage:
-        return BatchChoices()
-    return choose_tokens(
-        batches,
-        signals,
-        hidden,
-        output_weight(parts.student.model),
-        prompts=prompts,
-        num_student=counts.student,
-        config=loss,
-        vocab_size=parts.vocab_size,
-        tp_group=parts.ranks.tp_group,
-        dp_group=parts.ranks.dp_group,
-    )
 
 
 def _check_finite(bad: BadToken | None, sequences: Sequence[TokenSequence], step: int) -> None:
@@ -263,7 +158,7 @@ def _check_finite(bad: BadToken | None, sequences: Sequence[TokenSequence], step
     )
 
 
-def _update(student: TrainedStudent, step: int) -> Update:
+def _update(student: Student, step: int) -> Update:
     """Change the weights, if the gradient's norm lets it."""
     try:
         return student.update()

@@ -4,12 +4,12 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tropd.data.batch import MicroBatch
 from megatron_tropd.data.packing import LossCounts
 from megatron_tropd.data.sequence import Writer
+from megatron_tropd.distill.step_parts import LossParts
 from megatron_tropd.distill.token_choices import BatchChoices, targets_of
 from megatron_tropd.losses import Method, TeacherSignal, tropd_loss_from_hidden, unrounded_gradient
 from megatron_tropd.losses.selection import num_selected
@@ -28,42 +28,35 @@ class StepLoss:
 
     def __init__(
         self,
+        parts: LossParts,
+        loss: Method,
         signals: Sequence[TeacherSignal],
-        *,
-        config: Method,
-        beta: float,
-        vocab_size: int,
-        group: dist.ProcessGroup,
         counts: LossCounts,
         choices: BatchChoices,
-        metrics: bool,
         record: Record,
     ) -> None:
         """One for each step.
 
         Args:
+            parts: of this rank.
+            loss: that of the step.
             signals: the teacher's, one per micro-batch (last stage).
-            config: the loss of this step (``Method.at_step``).
-            beta: weight of teacher tokens.
-            vocab_size: real columns.
-            group: tensor-parallel group.
             counts: loss tokens of the global batch.
             choices: of ``choose_tokens``, if the loss needs it.
-            metrics: whether to compute values that the loss does not need.
             record: given each micro-batch's values; makes its report.
         """
         self._signals = signals
         self._loss = partial(
             tropd_loss_from_hidden,
-            config=config,
-            beta=beta,
-            vocab_size=vocab_size,
-            group=group,
-            metrics=metrics,
+            config=loss,
+            beta=parts.beta,
+            vocab_size=parts.vocab_size,
+            group=parts.ranks.tp_group,
+            metrics=parts.metrics,
             reduce_hidden_grad=False,  # the model sums it, with its own kind of parallelism
         )
         self._choices = choices
-        self._weights = segment_weights(config, counts)
+        self._weights = segment_weights(loss, counts)
         self._record = record
 
     def __call__(

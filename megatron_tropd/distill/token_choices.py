@@ -9,9 +9,12 @@ from torch import Tensor
 
 from megatron_tropd.config.loss import PRESETS, LossSettings, preset
 from megatron_tropd.data.batch import MicroBatch, upload
+from megatron_tropd.data.packing import LossCounts
 from megatron_tropd.data.sequence import Writer
+from megatron_tropd.distill.step_parts import LossParts
 from megatron_tropd.losses import LossTargets, TeacherSignal, token_statistics_from_hidden
 from megatron_tropd.losses.method import BatchFacts, Method
+from megatron_tropd.mcore.hidden import output_weight
 
 
 def loss_name(loss: LossSettings) -> str:
@@ -33,49 +36,45 @@ class BatchChoices:
 
 
 def choose_tokens(
+    parts: LossParts,
+    loss: Method,
     batches: Sequence[MicroBatch],
     signals: Sequence[TeacherSignal],
-    hidden: Sequence[Tensor],
-    output_weight_vH: Tensor,
-    *,
+    counts: LossCounts,
     prompts: Sequence[int],
-    num_student: int,
-    config: Method,
-    vocab_size: int,
-    tp_group: dist.ProcessGroup,
-    dp_group: dist.ProcessGroup,
 ) -> BatchChoices:
     """Selection and rewards that depend on the whole batch, from the student as it is.
 
     Args:
+        parts: of the step.
+        loss: that of the step.
         batches: of this rank.
-        signals: the teacher's, one per micro-batch.
-        hidden: [T, H] the student's, one per micro-batch.
-        output_weight_vH: [v, H] this rank's shard of the student's output layer.
+        signals: the teacher's, one per micro-batch (last stage).
+        counts: loss tokens of the global batch.
         prompts: number of the prompt of each sequence of the step, which the batches' rows count.
-        num_student: student tokens of the step that carry loss.
-        config: the loss of this step.
-        vocab_size: real columns.
-        tp_group: ranks the vocabulary is sharded over.
-        dp_group: ranks that hold the other trajectories.
 
     Returns:
-        The choices, equal bit for bit on all ranks of ``tp_group``.
+        The choices, equal bit for bit on all tensor-parallel ranks; none before the last stage.
 
-    Collectives: those of ``token_statistics_from_hidden`` per micro-batch; 1 broadcast of [2, T]
-    over ``tp_group``; those of ``losses.selection`` over ``dp_group``.
+    Collectives: those of ``Student.score``; on the last stage those of
+    ``token_statistics_from_hidden`` per micro-batch, 1 broadcast of [2, T] over the tensor-parallel
+    group, and those of ``losses.selection`` over the data-parallel group.
     """
+    hidden, ranks = parts.student.score(batches), parts.ranks
+    if not ranks.is_last_stage:
+        return BatchChoices()
+    weight_vH, tp_group = output_weight(parts.student.model), ranks.tp_group
     values_2T = torch.cat(
         [
-            _entropy_and_ratio(*parts, output_weight_vH, config, vocab_size, tp_group)
-            for parts in zip(hidden, batches, signals, strict=True)
+            _entropy_and_ratio(*scored, weight_vH, loss, parts.vocab_size, tp_group)
+            for scored in zip(hidden, batches, signals, strict=True)
         ],
         dim=-1,
     )
     # Round-off that differed between the ranks of one vocabulary would make them choose apart.
     dist.broadcast(values_2T, src=dist.get_global_rank(tp_group, 0), group=tp_group)
-    facts = _facts(values_2T, batches, prompts, num_student, dp_group)
-    choices, lengths = config.choose(facts), [len(part) for part in hidden]
+    facts = _facts(values_2T, batches, prompts, counts.student, ranks.dp_group)
+    choices, lengths = loss.choose(facts), [len(part) for part in hidden]
     selected_T, rewards_T = choices.selected_T, choices.rewards_T
     return BatchChoices(
         None if selected_T is None else list(selected_T.split(lengths)),

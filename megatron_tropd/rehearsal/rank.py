@@ -29,7 +29,7 @@ from megatron_tropd.rehearsal.record import Count, PhaseBytes, RankReport, Reque
 from megatron_tropd.rehearsal.tensors import Device
 
 if TYPE_CHECKING:
-    from megatron_tropd.rehearsal.step import RehearsedJob
+    from megatron_tropd.rehearsal.step import RehearsedRank
 
 _MAKERS = 8
 """Lines shown that hold most of a peak."""
@@ -72,34 +72,34 @@ def rehearse_rank(config: Config, request: Request) -> RankReport:
         others = world.join(device, rank=request.rank, world_size=made.parallel.world_size)
         world.route_evenly()
         from megatron_tropd.rehearsal import engines
-        from megatron_tropd.rehearsal.step import RehearsedJob
+        from megatron_tropd.rehearsal.step import RehearsedRank
 
         engines.believe(made, others, Path(folder))
-        job = RehearsedJob(made, RunFolder(Path(folder)), device, others)
-        counts = _rehearse(job, request.micro_batches)
-        return _report(job, counts, time.perf_counter() - start)
+        rehearsed = RehearsedRank(made, RunFolder(Path(folder)), device, others)
+        counts = _rehearse(rehearsed, request.micro_batches)
+        return _report(rehearsed, counts, time.perf_counter() - start)
 
 
-def _rehearse(job: "RehearsedJob", wanted: int | None) -> dict[str, Counter[Any]]:
+def _rehearse(rank: "RehearsedRank", wanted: int | None) -> dict[str, Counter[Any]]:
     """Build, two steps, export, checkpoint; the events of all, as of one whole step.
 
     The first step leaves the optimizer's states, and its one micro-batch less tells what each
     further one adds.
     """
-    device, parallel = job.rehearsed, job.setup.parallel
-    whole = job.setup.work.most_micro_batches
+    device, parallel = rank.device, rank.setup.parallel
+    whole = rank.setup.work.most_micro_batches
     run = min(whole, parallel.pipeline + 1 if wanted is None else wanted)
-    job.build()
+    rank.build()
     before = device.events.take()
-    job.learn(max(run - 1, 1))
+    rank.learn(max(run - 1, 1))
     fewer = device.events.take()
     device.tracker.forget_phases("build")
-    job.learn(run)
+    rank.learn(run)
     more = device.events.take()
-    job.export()
-    job.save()
+    rank.export()
+    rank.save()
     after = device.events.take()
-    job.run_micro_batches = run
+    rank.run_micro_batches = run
     added = whole - run if run > 1 else 0
     return {
         name: before[name] + _whole_step(more[name], fewer[name], added) + after[name]
@@ -112,9 +112,9 @@ def _whole_step(more: Counter[Any], fewer: Counter[Any], added: int) -> Counter[
     return Counter({event: n + added * max(n - fewer[event], 0) for event, n in more.items()})
 
 
-def _report(job: "RehearsedJob", counts: dict[str, Counter[Any]], seconds: float) -> RankReport:
-    tracker, ranks = job.rehearsed.tracker, job.ranks
-    planned = _planned(memory_of_stage(job.setup, ranks.pp_rank))
+def _report(rank: "RehearsedRank", counts: dict[str, Counter[Any]], seconds: float) -> RankReport:
+    tracker, ranks = rank.device.tracker, rank.ranks
+    planned = _planned(memory_of_stage(rank.setup, ranks.pp_rank))
     phases = [
         PhaseBytes(
             name=name,
@@ -130,16 +130,16 @@ def _report(job: "RehearsedJob", counts: dict[str, Counter[Any]], seconds: float
         stage=ranks.pp_rank,
         tensor_rank=ranks.tp_rank,
         data_rank=ranks.dp_rank,
-        micro_batches=job.setup.work.most_micro_batches,
-        run_micro_batches=job.run_micro_batches,
+        micro_batches=rank.setup.work.most_micro_batches,
+        run_micro_batches=rank.run_micro_batches,
         phases=phases,
         collectives=[Count(count=n, **vars(c)) for c, n in counts["collectives"].items()],
         waits=[Count(count=n, **vars(c)) for c, n in counts["waits"].items()],
         kernels=[Count(count=n, **vars(c)) for c, n in counts["kernels"].items()],
-        engine_bytes=job.engine_bytes,
-        engine_buffers=job.engine.updates,
-        checkpoint_bytes=job.checkpoint_bytes,
-        host_peak=job.rehearsed.host_tracker.most,
+        engine_bytes=rank.engine_bytes,
+        engine_buffers=rank.engine.updates,
+        checkpoint_bytes=rank.checkpoint_bytes,
+        host_peak=rank.device.host_tracker.most,
         seconds=seconds,
         cpu_seconds=time.process_time(),
         resident_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10,

@@ -1,8 +1,9 @@
 """The step itself: the trainer's own functions, on models without weights and made-up samples."""
 
-import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,18 +15,18 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 from torch import Tensor
 
-from megatron_tropd.base.files import write_json
 from megatron_tropd.base.progress import Progress
-from megatron_tropd.config import config_to_dict
 from megatron_tropd.config.run_folder import RunFolder
 from megatron_tropd.convert.accounting import expected_tensors
 from megatron_tropd.convert.families import plan
 from megatron_tropd.convert.hf_folder import HFFolder, read_config
+from megatron_tropd.convert.megatron_folder import MegatronFolder
 from megatron_tropd.data.sequence import SampleKey, TokenSequence, Writer
-from megatron_tropd.distill import job
+from megatron_tropd.distill.engines import start_engines
 from megatron_tropd.distill.inputs import Inputs
-from megatron_tropd.distill.job import Job
+from megatron_tropd.distill.pair import send_weights, step_parts
 from megatron_tropd.distill.reporter import Clock
+from megatron_tropd.distill.startup import check_settings
 from megatron_tropd.distill.step import learn
 from megatron_tropd.mcore import models, parallel, platform, step, weights
 from megatron_tropd.mcore.checkpoint import Checkpoints
@@ -34,7 +35,6 @@ from megatron_tropd.planning import Setup
 from megatron_tropd.rehearsal.engines import Counted, RecordingEngine
 from megatron_tropd.rehearsal.tensors import CPU, Device
 from megatron_tropd.rehearsal.world import World
-from megatron_tropd.rollout.engines.interface import SamplingEngines
 from megatron_tropd.teacher.resident import ResidentTeacher
 
 
@@ -98,10 +98,20 @@ class Kept(list):
         self._room = room
 
 
-class RehearsedJob(Job):
+OpenModel = Callable[[Path], HFFolder | MegatronFolder]
+
+
+class RehearsedRank:
     """A rank of a run with fake tensors, without prompts and weights; engines only write down."""
 
-    def __init__(self, setup: Setup, folder: RunFolder, device: Device, world: World) -> None:
+    def __init__(
+        self,
+        setup: Setup,
+        folder: RunFolder,
+        device: Device,
+        world: World,
+        open_model: OpenModel | None = None,
+    ) -> None:
         """Nothing is built yet.
 
         Args:
@@ -109,12 +119,15 @@ class RehearsedJob(Job):
             folder: an empty one.
             device: where tensors go.
             world: the other ranks.
+            open_model: opens the models' folders; None: for their shapes alone.
         """
-        folder.root.mkdir(parents=True, exist_ok=True)
-        write_json(folder.config, config_to_dict(setup.config))
-        super().__init__(folder, console=io.StringIO(), stop=cast(Any, _NeverStop()))
-        self.setup, self.rehearsed, self.world = setup, device, world
-        self.clock = PhaseClock(self._progress, device)
+        self.setup, self.folder, self.device, self.world = setup, folder, device, world
+        self.config = setup.config
+        self.dtype = models.resolve_dtype(self.config.model.dtype)
+        self.clock = PhaseClock(Progress(), device)
+        self._open_model = open_model or partial(
+            ArchitectureFolder, device=device, dtype=self.dtype
+        )
         self._missing = 0
         self.run_micro_batches = 0
         """Of the last step."""
@@ -132,24 +145,29 @@ class RehearsedJob(Job):
             if config.run.deterministic:
                 platform.be_deterministic()
             self.ranks = parallel.initialize(config.parallel, seed=config.train.seed)
-            self.dtype = models.resolve_dtype(config.model.dtype)
             self.inputs = self._inputs()
-            self.is_main = self.ranks.is_main
-            self._check_options()
-            self._check_steps_ahead()
-            self.hf_folders = {"student": self.inputs.student.path}
-            self.engines = self._start_engines()
-            self._build_models()
+            check_settings(config, self.inputs, is_main=self.ranks.is_main, say=_silent)
+            self.engines = start_engines(
+                "student",
+                config,
+                self.folder,
+                cast(Any, lambda **_: self.engine),
+                rank=self.ranks.rank,
+                world_size=self.ranks.world_size,
+            )
+            folders = self.inputs.student, self.inputs.teacher
+            # Nobody compares engine and trainer: that takes numbers.
+            self.parts = replace(step_parts(config, *folders, self.ranks), clock=self.clock)
             self.checkpoints = Checkpoints(
                 self.folder.checkpoints,
                 keep=config.run.keep_checkpoints,
                 ranks=self.ranks,
                 distributed_optimizer=config.parallel.distributed_optimizer,
-                say=lambda _: None,
+                say=_silent,
             )
-        scored: list[Any] = [self.student]
-        if isinstance(self.teacher, ResidentTeacher):
-            scored.append(self.teacher.scorer)
+        scored: list[Any] = [self.parts.student]
+        if isinstance(self.parts.teacher, ResidentTeacher):
+            scored.append(self.parts.teacher.scorer)
         for model in scored:
             setattr(model, "score", self._keeping(model.score, model.model))  # noqa: B010
 
@@ -168,10 +186,10 @@ class RehearsedJob(Job):
 
         setattr(step, "run_schedule", announced)  # noqa: B010
         try:
-            learn(self.step_parts(), trajectories(self.setup, micro_batches=micro_batches), 0)
+            learn(self.parts, trajectories(self.setup, micro_batches=micro_batches), 0)
         finally:
             step.run_schedule = original
-        with self.rehearsed.tracker.phase("between steps"):
+        with self.device.tracker.phase("between steps"):
             pass
 
     def export(self) -> None:
@@ -181,16 +199,17 @@ class RehearsedJob(Job):
         setattr(weights, "export_weights", counted)  # noqa: B010
         try:
             with self.clock("sync"):
-                self.sync_weights(1)
+                config, channel = self.inputs.student.config, self.engines.channel
+                send_weights(self.parts, config, channel, version=1)
         finally:
             weights.export_weights = original
         self.engine_bytes = counted.bytes
 
-    def save(self, *, wait: bool = False) -> None:
+    def save(self) -> None:
         """What the last checkpoint is made of, which any layout can load; nothing is written."""
         with self.clock("checkpoint"):
             state = self.checkpoints.state(
-                self.student,
+                self.parts.student,
                 extra={},
                 sharding="fully_reshardable",
                 is_loading=False,
@@ -202,10 +221,9 @@ class RehearsedJob(Job):
 
         def kept(batches: Any) -> list[Any]:
             tokens = len(batches[0].loss_at) if self.ranks.is_last_stage else 0
+            shape, device = (tokens, model.config.hidden_size), self.parts.device
             room = [
-                torch.empty(
-                    tokens, model.config.hidden_size, dtype=self.dtype, device=platform.device()
-                )
+                torch.empty(shape, dtype=self.dtype, device=device)
                 for _ in range(self._missing if tokens else 0)
             ]
             return Kept(score(batches), room)
@@ -226,38 +244,23 @@ class RehearsedJob(Job):
                 self.world.expect_shapes(ranks.global_rank(pp_rank=pp_rank, **place), shapes)
 
     def _inputs(self) -> Inputs:
-        def folder(path: str) -> ArchitectureFolder:
-            return ArchitectureFolder(Path(path), self.rehearsed, self.dtype)
-
-        made = self.setup
+        student, teacher = self.setup.student.shape, self.setup.teacher.shape
         return Inputs(
-            student=folder(self.config.model.student),
-            teacher=folder(self.config.model.teacher),
+            student=self._open_model(Path(self.config.model.student)),
+            teacher=self._open_model(Path(self.config.model.teacher)),
             tokenizer=cast(Any, None),
-            vocab_size=min(made.student.shape.vocab, made.teacher.shape.vocab),
-            context=min(made.student.shape.context, made.teacher.shape.context),
+            vocab_size=min(student.vocab, teacher.vocab),
+            context=min(student.context, teacher.context),
             stop_token_ids=(),
             prompts=[],
             responses=None,
             problems=[],
-            max_model_len=made.work.longest,
+            max_model_len=self.setup.work.longest,
         )
 
-    def _start_engines(self) -> SamplingEngines:
-        original = job.make_engine
-        setattr(job, "make_engine", lambda *_, **__: self.engine)  # noqa: B010
-        try:
-            return self.start_engines("student")
-        finally:
-            job.make_engine = original
 
-    def examples_due(self) -> bool:
-        """No examples: their numbers are made up."""
-        return False
-
-
-class _NeverStop:
-    requested = False
+def _silent(message: str) -> None:
+    """Nobody is told what concerns a real run."""
 
 
 def bytes_to_write(state: Any) -> int:

@@ -212,19 +212,18 @@ def _measure_all(student: dict[str, str], teacher: str, runs: list[Run], out: st
 def _measure(config: Config) -> dict[str, float]:
     """Bytes of one rank in a real step."""
     from megatron_tropd.convert.hf_folder import HFFolder
-    from megatron_tropd.distill.pair import build_pair, step_parts
+    from megatron_tropd.distill.pair import step_parts
     from megatron_tropd.distill.step import learn
     from megatron_tropd.mcore import parallel
 
     ranks = parallel.initialize(config.parallel, seed=1)
     folders = HFFolder(config.model.student), HFFolder(config.model.teacher)
-    pair = build_pair(config, *folders, ranks)
-    student, teacher = pair.student, pair.teacher.scorer
+    built: Any = step_parts(config, *folders, ranks)
+    student, teacher = built.student, built.teacher.scorer
     weights = [p for m in (student.model, teacher.model) for p in m.parameters()]
     saved = _Saved({p.untyped_storage().data_ptr() for p in weights})
-    watched = _Watched(student, pair.teacher, saved)
-    parts: Any = replace(step_parts(config, pair, ranks), student=watched, teacher=watched)
-    learn(parts, _trajectories(), 0)
+    watched = _Watched(student, built.teacher, saved)
+    learn(replace(built, student=watched, teacher=watched), _trajectories(), 0)
     assert saved.now == 0
     buffers = [*student.chunk.buffers, *student.chunk.expert_parallel_buffers]
     return {

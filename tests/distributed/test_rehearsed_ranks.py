@@ -8,7 +8,7 @@ import json
 import os
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch.distributed as dist
@@ -90,20 +90,11 @@ def _really(config: Config, folder: Path, layout: dict[str, Any]) -> None:
     from megatron_tropd.mcore import platform
     from megatron_tropd.rehearsal.events import Events, line_running
     from megatron_tropd.rehearsal.memory import Tracker
-    from megatron_tropd.rehearsal.step import RehearsedJob
+    from megatron_tropd.rehearsal.step import RehearsedRank
     from megatron_tropd.rehearsal.world import World
 
     class Place:
         events, tracker = Events(), Tracker(line_running)
-
-    class RealJob(RehearsedJob):
-        def _inputs(self) -> Any:
-            made = super()._inputs()
-            models = self.config.model
-            vars(made).update(
-                student=open_model(models.student), teacher=open_model(models.teacher)
-            )
-            return made
 
     os.environ["TROPD_PLAIN"] = "1"  # the server that forks ranks has another environment
     platform.prepare_platform()
@@ -113,15 +104,16 @@ def _really(config: Config, folder: Path, layout: dict[str, Any]) -> None:
         setattr(dist, name, recorder.note_objects(name))
     rank = int(os.environ["RANK"])
     made = setup(config, CPU, prompt_tokens=PROMPT)
-    job: Any = RealJob(made, RunFolder(folder / f"run_{rank}"), Place, world)  # type: ignore[arg-type]
+    run_folder, place = RunFolder(folder / f"run_{rank}"), cast(Any, Place)
+    rehearsed = RehearsedRank(made, run_folder, place, world, open_model)
     with recorder:
         whole = made.work.most_micro_batches
-        job.build()
-        job.learn(whole)
+        rehearsed.build()
+        rehearsed.learn(whole)
         Place.events.take()
-        job.learn(whole)
-        job.export()
-        job.save()
+        rehearsed.learn(whole)
+        rehearsed.export()
+        rehearsed.save()
     counts = Counter()
     for one, count in Place.events.collectives.items():
         counts[one.phase, one.what, one.size, one.bytes] += count

@@ -13,6 +13,7 @@ import os
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -61,60 +62,70 @@ def _config(path: Path, texts: Path, run: Path):
 
 
 def _train_all(texts: str, out: str) -> None:
+    from megatron_tropd.base.progress import Progress
     from megatron_tropd.config.run_folder import open_run
-    from megatron_tropd.distill.job import Job
+    from megatron_tropd.distill.loop import resume
+    from megatron_tropd.distill.session import open_session
 
-    class Never:
-        requested = False
-
-    run = Path(out, "run")
-    configs = {path.stem: _config(path, Path(texts), run) for path in METHODS}
+    stop: Any = SimpleNamespace(requested=False)
+    folder = Path(out, "run")
+    configs = {path.stem: _config(path, Path(texts), folder) for path in METHODS}
     opd = configs["opd"]
     configs[NOTHING_LEFT] = replace(opd, loss=replace(opd.loss, mask_truncated=True))
-    folder = open_run(next(iter(configs.values())))
-    results = {}
-    with open(os.devnull, "w") as nowhere, Job(folder, console=nowhere, stop=Never()) as job:
-        job.resume()
+    opened, results = open_run(next(iter(configs.values()))), {}
+    with (
+        open(os.devnull, "w") as nowhere,
+        open_session(opened, console=nowhere, stop=stop, progress=Progress()) as run,
+    ):
+        resume(run)
         for name, config in configs.items():
             with contextlib.redirect_stdout(io.StringIO()) as printed:
-                results[name] = _train(job, config)
+                results[name], last = _train(run, config)
             results[name]["log"] = printed.getvalue()
-        results["complete before the step ends"] = _save_and_train(job)
+        results["complete before the step ends"] = _save_and_train(last)
     Path(out, "results.json").write_text(json.dumps(results))
 
 
-def _save_and_train(job: Any) -> list[int]:
+def _save_and_train(run: Any) -> list[int]:
     """The checkpoints that are complete when the step after a save ends."""
-    from megatron_tropd.distill.loop import train_step
+    from megatron_tropd.distill.loop import save, train_step
 
-    job.step = 1
-    job.save()
-    job.checkpoints._save.writer.close()
-    train_step(job)
-    return job.checkpoints.steps()
+    run.progress.step = 1
+    save(run)
+    run.checkpoints._save.writer.close()
+    train_step(run)
+    return run.checkpoints.steps()
 
 
-def _train(job: Any, config: Any) -> dict[str, Any]:
-    """Train with other settings in the same job: new models, the engine gets their weights."""
+def _train(run: Any, config: Any) -> tuple[dict[str, Any], Any]:
+    """Train with other settings in the same run: new models, the engine gets their weights."""
     from megatron_tropd.distill.inputs import load_inputs
-    from megatron_tropd.distill.loop import rollout, taught, train_step
+    from megatron_tropd.distill.loop import learn_from, rollout, sync_weights, train_step
+    from megatron_tropd.distill.pair import step_parts
+    from megatron_tropd.distill.session import sampled_rollouts
 
-    job.config, job.step = config, 0
-    job.inputs = load_inputs(config)
-    job.rollouts = job.rollout_source()
-    job._build_models()
-    job.sync_weights(0)
-    before = [p.detach().clone() for p in job.student.model.parameters()]
+    inputs = load_inputs(config)
+    parts = step_parts(config, inputs.student, inputs.teacher, run.ranks)
+    run = replace(
+        run,
+        config=config,
+        inputs=inputs,
+        rollouts=sampled_rollouts(config, inputs, run.engines, is_main=True),
+        parts=replace(parts, clock=run.reporter.clock),
+    )
+    run.progress.step = 0
+    sync_weights(run, 0)
+    before = [p.detach().clone() for p in parts.student.model.parameters()]
     for _ in range(STEPS):
-        train_step(job)
-    lines = job.folder.metrics.read_text().splitlines()[-STEPS:]
-    after = list(job.student.model.parameters())
-    trajectories = rollout(job)
+        train_step(run)
+    lines = run.folder.metrics.read_text().splitlines()[-STEPS:]
+    after = list(parts.student.model.parameters())
+    sequences = rollout(run)
     return {
         "steps": [json.loads(line) for line in lines],
         "changed": [not torch.equal(old, new) for old, new in zip(before, after, strict=True)],
-        "repeated": [taught(job, trajectories).metrics for _ in range(REPEATS)],
-    }
+        "repeated": [learn_from(run, sequences).metrics for _ in range(REPEATS)],
+    }, run
 
 
 @pytest.fixture(scope="module")

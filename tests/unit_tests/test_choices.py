@@ -17,7 +17,8 @@ from megatron_tropd.config.loss import PRESETS, preset
 from megatron_tropd.data.batch import MicroBatch
 from megatron_tropd.data.packing import count_loss_tokens, pack
 from megatron_tropd.data.sequence import SampleKey, TokenSequence, Writer
-from megatron_tropd.distill.step import LossParts, forward_backward
+from megatron_tropd.distill.step import forward_backward
+from megatron_tropd.distill.step_parts import LossParts
 from megatron_tropd.distill.token_choices import loss_name
 from megatron_tropd.losses import HiddenStatesSignal
 
@@ -53,7 +54,7 @@ def test_the_phases_of_a_loss_that_switches():
             assert preset(name).at_step(7) == preset(name)
 
 
-def _trajectories() -> list[TokenSequence]:
+def step_sequences() -> list[TokenSequence]:
     generator = torch.Generator().manual_seed(2)
 
     def ids(low: int, high: int) -> tuple[int, ...]:
@@ -77,7 +78,7 @@ def _trajectories() -> list[TokenSequence]:
     return made
 
 
-class _Models:
+class Models:
     """Hidden states as a function of the input token, and two output layers: both models."""
 
     def __init__(self) -> None:
@@ -108,7 +109,7 @@ class _Models:
 
 def _weight_gradient(loss: LossSettings, tokens: int) -> tuple[torch.Tensor, int]:
     """Gradient of the output layer as training gets it, and how many tokens were trained."""
-    models, trajectories = _Models(), _trajectories()
+    models, trajectories = Models(), step_sequences()
     world: Any = dist.group.WORLD
     ranks: Any = SimpleNamespace(tp_group=world, dp_group=world, is_last_stage=True)
     parts: Any = LossParts(
@@ -135,7 +136,7 @@ def _weight_gradient(loss: LossSettings, tokens: int) -> tuple[torch.Tensor, int
 
 def _packed(loss: LossSettings, tokens: int) -> list[MicroBatch]:
     place = {"dp_rank": 0, "dp_size": 1, "seed": 1, "step": 0}
-    return pack(_trajectories(), tokens_per_micro_batch=tokens, loss=loss, **place)
+    return pack(step_sequences(), tokens_per_micro_batch=tokens, loss=loss, **place)
 
 
 @dataclasses.dataclass
@@ -151,7 +152,7 @@ class _Token:
 
 
 def _reference_tokens(weight: torch.Tensor, loss: LossSettings) -> list[_Token]:
-    models, tokens = _Models(), []
+    models, tokens = Models(), []
     (batch,) = _packed(loss, 10_000)
     for b, s in batch.loss_mask.nonzero().tolist():
         x = batch.tokens[b, s]
@@ -160,7 +161,7 @@ def _reference_tokens(weight: torch.Tensor, loss: LossSettings) -> list[_Token]:
                 (weight @ models.student[x].double()).log_softmax(-1),
                 (models.teacher_weight.double() @ models.teacher[x].double()).log_softmax(-1),
                 int(batch.labels[b, s]),
-                _trajectories()[batch.rows[b]].key.prompt,
+                step_sequences()[batch.rows[b]].key.prompt,
                 batch.rows[b],
                 int(batch.writers[b, s]) == Writer.TEACHER,
             )
@@ -171,7 +172,7 @@ def _reference_tokens(weight: torch.Tensor, loss: LossSettings) -> list[_Token]:
 @pytest.mark.parametrize("denominator", ["joint", "separate"])
 def test_the_gradient_of_entropy_opd(denominator):
     loss = preset("entropy_opd", entropy_share=0.3, denominator=denominator, mask_truncated=True)
-    weight = _Models().weight.double().requires_grad_()
+    weight = Models().weight.double().requires_grad_()
     tokens = _reference_tokens(weight, loss)
     student = [t for t in tokens if not t.is_teacher]
     teacher = [t for t in tokens if t.is_teacher]
@@ -193,7 +194,7 @@ def test_the_gradient_of_entropy_opd(denominator):
 def test_the_gradient_of_top_d():
     # rho lies far from 1 (rollout log-probs are invented), so PPO's clip is left out here.
     loss = preset("top_d", importance="none", mask_first_ids=(7, 8, 9))
-    weight = _Models().weight.double().requires_grad_()
+    weight = Models().weight.double().requires_grad_()
     tokens = _reference_tokens(weight, loss)
     share = loss.proximal_alpha
     rewards = {}

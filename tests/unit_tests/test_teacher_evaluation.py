@@ -4,29 +4,32 @@ import io
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch.distributed as dist
 
 from megatron_tropd.base.errors import TrainingError
-from megatron_tropd.config import config_from_dict, config_to_dict
+from megatron_tropd.base.progress import Progress
+from megatron_tropd.config import Config, config_from_dict, config_to_dict
 from megatron_tropd.config.run_folder import RunFolder
 from megatron_tropd.data.samples import Sample, SampleRequest, Sampling
 from megatron_tropd.data.types import Prompt
-from megatron_tropd.distill import job as jobs
+from megatron_tropd.distill import session as sessions
 from megatron_tropd.distill.evaluation import Evaluator, evaluation_settings
-from megatron_tropd.distill.job import Job
+from megatron_tropd.distill.step_parts import StepParts
 from megatron_tropd.report.metrics import MetricsLog
 from megatron_tropd.report.records import read_lines
 from megatron_tropd.rollout.engines.device_memory import wait_for_memory
 
 GIB = 2**30
+PARTS = [part.name for part in fields(StepParts)]
 INPUTS = SimpleNamespace(
     problems=[Prompt(0, (1, 2), "1+1=", {"answer": "2"})],
-    student=SimpleNamespace(config={}),
+    student=SimpleNamespace(config={}, companions=Path("student")),
     teacher=SimpleNamespace(config={}),
     stop_token_ids=(0,),
     tokenizer=SimpleNamespace(decode=lambda *_, **__: "2"),
@@ -41,8 +44,8 @@ def one_rank() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def make_job(root: Path, **evaluation: Any) -> Job:
-    """Rank 0 of a run with one held-out problem, of which nothing is started."""
+def make_run(root: Path, **evaluation: Any) -> tuple[Config, Evaluator]:
+    """A run with one held-out problem, of which nothing is started; its evaluator on rank 0."""
     tables = {
         "model": {"student": "s", "teacher": "t"},
         "rollout": {"prompts": "p", "max_new_tokens": 4},
@@ -51,12 +54,9 @@ def make_job(root: Path, **evaluation: Any) -> Job:
         "evaluation": {"problems": "h", **evaluation},
     }
     root.mkdir(exist_ok=True)
-    settings = config_to_dict(config_from_dict(tables))
-    (root / "config.json").write_text(json.dumps(settings))
-    made = Job(RunFolder(root), console=io.StringIO(), stop=SimpleNamespace(requested=False))  # type: ignore[arg-type]
-    made.is_main, made.inputs = True, INPUTS  # type: ignore[assignment]
-    made.evaluator = Evaluator(made.config, INPUTS, made.folder, is_main=True, log=None)  # type: ignore[arg-type]
-    return made
+    config = config_from_dict(tables)
+    (root / "config.json").write_text(json.dumps(config_to_dict(config)))
+    return config, Evaluator(config, INPUTS, RunFolder(root), is_main=True, log=None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -70,30 +70,30 @@ def make_job(root: Path, **evaluation: Any) -> Job:
 def test_the_teacher_is_measured_unless_the_settings_say_otherwise(
     tmp_path: Path, evaluation: dict[str, Any], due: bool
 ) -> None:
-    assert make_job(tmp_path, **evaluation).evaluator.teacher_is_due() is due
+    assert make_run(tmp_path, **evaluation)[1].teacher_is_due() is due
 
 
 def test_a_run_that_resumes_keeps_what_it_measured(tmp_path: Path) -> None:
-    job = make_job(tmp_path)
-    settings = evaluation_settings(job.config, job.inputs)
+    config, evaluator = make_run(tmp_path)
+    settings = evaluation_settings(config, INPUTS)  # type: ignore[arg-type]
     with_settings = {"step": 0, "model": "teacher", "accuracy": 1.0, "settings": settings}
     log = MetricsLog(tmp_path, tensorboard=False)
     log.write_evaluation(with_settings)
     log.write_evaluation(with_settings | {"model": "student"})
-    assert not job.evaluator.teacher_is_due()
+    assert not evaluator.teacher_is_due()
     log.truncate_after(-1)  # killed before the first checkpoint
-    assert [r["model"] for r in read_lines(job.folder.evaluations)] == ["teacher"]
-    assert not job.evaluator.teacher_is_due()
-    assert make_job(tmp_path, max_new_tokens=7).evaluator.teacher_is_due(), "answers were shorter"
+    assert [r["model"] for r in read_lines(RunFolder(tmp_path).evaluations)] == ["teacher"]
+    assert not evaluator.teacher_is_due()
+    assert make_run(tmp_path, max_new_tokens=7)[1].teacher_is_due(), "answers were shorter"
 
 
 def test_without_the_teacher_a_summary_has_none(tmp_path: Path) -> None:
-    job = make_job(tmp_path, teacher=False)
+    _, evaluator = make_run(tmp_path, teacher=False)
     log = MetricsLog(tmp_path, tensorboard=False)
     log.write_evaluation(
         {"step": 0, "model": "student", "accuracy": 0.5, "unjudged": 0, "total": 1}
     )
-    assert job.evaluator.summary()["teacher"] is None
+    assert evaluator.summary()["teacher"] is None
 
 
 class Engines:
@@ -123,45 +123,54 @@ def test_the_teachers_engine_is_gone_before_others_take_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[str] = []
-    job = make_job(tmp_path)
+    make_run(tmp_path)
     ranks = SimpleNamespace(rank=0, world_size=1, is_main=True)
-    monkeypatch.setattr(jobs.platform, "prepare_platform", lambda: None)
-    monkeypatch.setattr(jobs.platform, "check_device", lambda: None)
-    monkeypatch.setattr(jobs.platform, "has_cuda", lambda: True)
-    monkeypatch.setattr(jobs.platform, "device", lambda: "cuda:0")
-    monkeypatch.setattr(jobs.parallel, "initialize", lambda *_, **__: ranks)
-    monkeypatch.setattr(jobs.parallel, "shutdown", lambda: None)
-    monkeypatch.setattr(jobs, "load_inputs", lambda _: INPUTS)
-    monkeypatch.setattr(jobs, "check_options", lambda *_, **__: None)
-    monkeypatch.setattr(jobs, "Checkpoints", lambda *_, **__: None)
-    monkeypatch.setattr(Job, "rollout_source", lambda _: None)
-    monkeypatch.setattr(jobs, "free_bytes", lambda: calls.append("look at memory") or 70 * GIB)
+    parts = cast(Any, StepParts)(**dict.fromkeys(PARTS))
+    teacher = SimpleNamespace(close=lambda: None)
+
+    def start(model: str, *_: object, **__: object) -> Engines:
+        return Engines(model, calls)
+
+    def build(*_: object) -> StepParts:
+        calls.append("build models")
+        return replace(parts, teacher=teacher)
+
+    monkeypatch.setattr(sessions.platform, "has_cuda", lambda: True)
+    monkeypatch.setattr(sessions, "load_inputs", lambda _: INPUTS)
+    monkeypatch.setattr(sessions, "Checkpoints", lambda *_, **__: None)
+    monkeypatch.setattr(sessions, "sampled_rollouts", lambda *_, **__: None)
+    monkeypatch.setattr(sessions, "start_engines", start)
+    monkeypatch.setattr(sessions, "step_parts", build)
+    monkeypatch.setattr(sessions, "free_bytes", lambda: calls.append("look at memory") or 70 * GIB)
     monkeypatch.setattr(
-        jobs, "wait_for_memory", lambda before, who: calls.append(f"wait for {before // GIB} GiB")
+        sessions,
+        "wait_for_memory",
+        lambda before, who: calls.append(f"wait for {before // GIB} GiB"),
     )
-    monkeypatch.setattr(job, "_hf_folders", lambda: {})
-    monkeypatch.setattr(job, "_build_models", lambda: calls.append("build models"))
-    monkeypatch.setattr(job, "start_engines", lambda model: Engines(model, calls))
-    with job:
+    for name, found in {
+        "join_ranks": ranks,
+        "leave_ranks": None,
+        "check_settings": None,
+        "hf_folders": {"student": tmp_path, "teacher": tmp_path},
+    }.items():
+        monkeypatch.setattr(sessions.startup, name, lambda *_, found=found, **__: found)
+    console, stop = io.StringIO(), cast(Any, SimpleNamespace(requested=False))
+
+    def opened() -> Any:
+        folder = RunFolder(tmp_path)
+        return sessions.open_session(folder, console=console, stop=stop, progress=Progress())
+
+    with opened():
         assert calls == [
             *("look at memory", "teacher: start", "teacher: generate", "teacher: close"),
             *("wait for 70 GiB", "student: start", "student: sleep", "build models"),
         ]
     del calls[:]
-    assert job.console.getvalue().count("waiting for the") == 2  # type: ignore[attr-defined]
-    (record,) = read_lines(job.folder.evaluations)
+    assert console.getvalue().count("waiting for the") == 2
+    (record,) = read_lines(RunFolder(tmp_path).evaluations)
     assert (record["model"], record["step"], record["total"]) == ("teacher", 0, 1)
-    with make_and_patch(tmp_path, monkeypatch, calls):
+    with opened():
         assert calls == ["student: start", "student: sleep", "build models"], "resumed"
-
-
-def make_and_patch(root: Path, monkeypatch: pytest.MonkeyPatch, calls: list[str]) -> Job:
-    """The next start in the same folder."""
-    job = make_job(root)
-    monkeypatch.setattr(job, "_hf_folders", lambda: {})
-    monkeypatch.setattr(job, "_build_models", lambda: calls.append("build models"))
-    monkeypatch.setattr(job, "start_engines", lambda model: Engines(model, calls))
-    return job
 
 
 def test_memory_that_comes_back_is_waited_for() -> None:

@@ -1,0 +1,169 @@
+"""The parts of a run on one rank, and the order in which they are built."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import IO
+
+from megatron_tropd.base.progress import Progress, StopFlag
+from megatron_tropd.config import Config
+from megatron_tropd.config.run_folder import RunFolder
+from megatron_tropd.distill import startup
+from megatron_tropd.distill.engine_gap import EngineGap
+from megatron_tropd.distill.engines import make_engine, start_engines
+from megatron_tropd.distill.evaluation import Evaluator
+from megatron_tropd.distill.inputs import Inputs, load_inputs
+from megatron_tropd.distill.pair import step_parts
+from megatron_tropd.distill.reporter import Reporter, say
+from megatron_tropd.distill.step_parts import StepParts
+from megatron_tropd.mcore import models, platform
+from megatron_tropd.mcore.checkpoint import Checkpoints
+from megatron_tropd.mcore.parallel import Ranks
+from megatron_tropd.rollout.collective import run_everywhere
+from megatron_tropd.rollout.engines.device_memory import free_bytes, wait_for_memory
+from megatron_tropd.rollout.engines.interface import SamplingEngines
+from megatron_tropd.rollout.engines.wire import Model
+from megatron_tropd.rollout.episodes import EpisodePlan, load_mode
+from megatron_tropd.rollout.source import RolloutSource, SampledRollouts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """The parts of a run; what changes from step to step is in ``progress`` and in the parts."""
+
+    config: Config
+    folder: RunFolder
+    inputs: Inputs
+    ranks: Ranks
+    stop: StopFlag
+    """Whether the run was asked to stop."""
+    progress: Progress
+    """Steps done, and where this rank is."""
+    reporter: Reporter
+    checkpoints: Checkpoints
+    hf_folders: dict[Model, Path]
+    """The first weights of both models, as HF folders."""
+    evaluator: Evaluator
+    engines: SamplingEngines
+    """Of the student."""
+    rollouts: RolloutSource
+    parts: StepParts
+    """What a step is made with: student and teacher among them."""
+
+
+@contextmanager
+def open_session(
+    folder: RunFolder, *, console: IO[str], stop: StopFlag, progress: Progress
+) -> Iterator[Session]:
+    """Build the parts of a run, until the block is left; nothing is trained yet.
+
+    Args:
+        folder: an opened run folder.
+        console: where rank 0 shows progress.
+        stop: set when the run was asked to stop.
+        progress: holds the step and the phase, for the watchdog.
+
+    Raises:
+        ConfigError, InputError: the run cannot start.
+    """
+    config = folder.read_config()
+    tell = partial(say, console)
+    with ExitStack() as exits:
+        ranks = startup.join_ranks(config)
+        exits.push(startup.leave_ranks)
+        inputs = load_inputs(config)
+        is_main = ranks.is_main
+        startup.check_settings(config, inputs, is_main=is_main, say=tell)
+        checkpoints = Checkpoints(
+            folder.checkpoints,
+            keep=config.run.keep_checkpoints,
+            ranks=ranks,
+            distributed_optimizer=config.parallel.distributed_optimizer,
+            say=tell,
+        )
+        hf_folders = startup.hf_folders(inputs, folder, is_main=is_main)
+        reporter = exits.enter_context(
+            Reporter(config, inputs, folder, console=console, progress=progress, is_main=is_main)
+        )
+        evaluator = Evaluator(config, inputs, folder, is_main=is_main, log=reporter.log)
+
+        def engines_of(model: Model) -> SamplingEngines:
+            if is_main and platform.has_cuda():
+                tell(startup.engines_start(model, config, folder))
+            return start_engines(
+                model,
+                config,
+                folder,
+                partial(make_engine, config, inputs, hf_folders[model]),
+                rank=ranks.rank,
+                world_size=ranks.world_size,
+                stopping=lambda: stop.requested,
+            )
+
+        if evaluator.teacher_is_due():
+            _measure_teacher(evaluator, reporter, lambda: engines_of("teacher"))
+        engines = exits.enter_context(engines_of("student"))
+        if platform.has_cuda():
+            with engines.awake():
+                pass  # vLLM measures free memory while it starts: nobody else may allocate
+        parts = step_parts(config, inputs.student, inputs.teacher, ranks)
+        exits.callback(parts.teacher.close)
+        gap = _engine_gap(config, inputs, folder)
+        yield Session(
+            config=config,
+            folder=folder,
+            inputs=inputs,
+            ranks=ranks,
+            stop=stop,
+            progress=progress,
+            reporter=reporter,
+            checkpoints=checkpoints,
+            hf_folders=hf_folders,
+            evaluator=evaluator,
+            engines=engines,
+            rollouts=sampled_rollouts(config, inputs, engines, is_main=is_main),
+            parts=replace(parts, clock=reporter.clock, engine_gap=gap),
+        )
+
+
+def _measure_teacher(
+    evaluator: Evaluator, reporter: Reporter, start: Callable[[], SamplingEngines]
+) -> None:
+    """Grade the teacher while nobody else has models on the devices; once in a run."""
+    before = free_bytes()
+    with reporter.clock("evaluation"):
+        with start() as engines:
+            evaluator.measure_teacher(engines)
+        run_everywhere(lambda: wait_for_memory(before, "the teacher's engine"))
+
+
+def sampled_rollouts(
+    config: Config, inputs: Inputs, engines: SamplingEngines, *, is_main: bool
+) -> RolloutSource:
+    """Where the run's sequences come from: its engines, in the mode that the settings name."""
+    return SampledRollouts(
+        engines,
+        load_mode(config.rollout.mode),
+        inputs.prompts,
+        EpisodePlan(
+            config.rollout,
+            config.guidance,
+            config.train.steps,
+            config.train.seed,
+            inputs.responses,
+        ),
+        stop_token_ids=inputs.stop_token_ids,
+        is_main=is_main,
+    )
+
+
+def _engine_gap(config: Config, inputs: Inputs, folder: RunFolder) -> EngineGap:
+    return EngineGap(
+        config.rollout.max_engine_gap,
+        models.resolve_dtype(config.model.dtype),
+        advice=f"Compare the config.json in {inputs.student.companions} with the one at the top "
+        f"of the engine's log in {folder.logs}, and both with transformers' log-probs of the "
+        "same tokens.",
+    )

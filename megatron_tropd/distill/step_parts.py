@@ -1,0 +1,69 @@
+"""What a step is made with; ``pair.py`` makes it of the settings."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_tropd.data.batch import MicroBatch
+from megatron_tropd.distill.engine_gap import EngineGap
+from megatron_tropd.losses import Method
+from megatron_tropd.mcore.parallel import Ranks
+from megatron_tropd.mcore.step import LossFn, Student
+from megatron_tropd.teacher import TeacherSource
+
+
+class StudentPasses(Protocol):
+    """The student as far as gradients go; ``mcore.step.Student`` is one."""
+
+    @property
+    def model(self) -> Any:
+        """This rank's part of it, whose output layer a loss may look at before the step."""
+
+    def score(self, micro_batches: Sequence[MicroBatch]) -> Sequence[Tensor]:
+        """Give the hidden states of the loss tokens, no gradient; see ``Student.score``."""
+
+    def forward_backward(
+        self, micro_batches: Sequence[MicroBatch], loss_fn: LossFn
+    ) -> list[dict[str, Tensor]]:
+        """Add up the gradients; see ``Student.forward_backward``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossParts:
+    """What the gradients of a step are made with, on every rank."""
+
+    student: StudentPasses
+    teacher: TeacherSource
+    loss: Method
+    """Of the run; ``at_step`` makes it that of a step."""
+    beta: float
+    """Weight of tokens that the teacher wrote."""
+    vocab_size: int
+    """Columns that are real in both models."""
+    ranks: Ranks
+    metrics: bool = True
+    """Whether to compute per-token values that the loss does not need."""
+    clock: Callable[[str], AbstractContextManager[object]] = nullcontext
+    """Entered with the name of each phase: "teacher", "student", "optimizer"."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepParts(LossParts):
+    """What a whole step is made with: packing and an optimizer beside the loss."""
+
+    student: Student
+    device: torch.device
+    """Where micro-batches go."""
+    tokens_per_micro_batch: int
+    pad_multiple: int = 1
+    """Rows are padded to a multiple of it, which sequence parallelism asks for."""
+    rounded_to: int = 1
+    """And of this, if they have the room (``platform.row_multiple``)."""
+    seed: int
+    """Keys the mask draws, with the step and the sample."""
+    engine_gap: EngineGap | None = None
+    """Compares engine and trainer; None: nobody does."""
