@@ -295,7 +295,8 @@ class _Plugin:
     ) -> Any:
         from megatron.training import get_args
 
-        from megatron_tropd.distill.step import LossParts, forward_backward
+        from megatron_tropd.distill.step import forward_backward
+        from megatron_tropd.distill.step_parts import LossParts
 
         args = get_args()
         assert self._teacher is not None

@@ -431,6 +431,7 @@ def _one_hot_teacher(student: str, sequence_parallel: bool, out: str) -> None:
     from megatron_tropd.config import ParallelConfig, TrainConfig
     from megatron_tropd.convert.hf_folder import HFFolder
     from megatron_tropd.distill.step_loss import StepLoss
+    from megatron_tropd.distill.step_parts import LossParts
     from megatron_tropd.distill.token_choices import BatchChoices
     from megatron_tropd.integrations.loss_report import LossReport
     from megatron_tropd.losses import HiddenStatesSignal
@@ -486,17 +487,13 @@ def _one_hot_teacher(student: str, sequence_parallel: bool, out: str) -> None:
     signal = HiddenStatesSignal(one_hot_TV, identity_vV.contiguous(), vocab)
     args = Namespace(check_for_nan_in_loss_and_grad=False, tropd_metrics=False)
     config = preset("gkd_forward_kl")
-    step_loss = StepLoss(
-        [signal],
-        config=config,
-        beta=1.0,
-        vocab_size=vocab,  # Megatron's cross entropy counts padding columns as real ones
-        group=ranks.tp_group,
-        counts=LossCounts(0, len(loss_at), 0),
-        choices=BatchChoices(),
-        metrics=True,
-        record=LossReport(args, config, iteration=0),
+    # Megatron's cross entropy counts padding columns as real ones.
+    parts = LossParts(
+        student=None, teacher=None, loss=config, beta=1.0, vocab_size=vocab, ranks=ranks
     )
+    record = LossReport(args, config, iteration=0)
+    counts = LossCounts(0, len(loss_at), 0)
+    step_loss = StepLoss(parts, config, [signal], counts, BatchChoices(), record)
     states, loss_of = student_forward(enumerate([batch]), chunk, loss_fn=step_loss)
     loss, count, report = loss_of(states)
     loss.backward()

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from megatron_tropd.base.errors import ConfigError
+from megatron_tropd.config.loss import preset
 from megatron_tropd.integrations import megatron_lm, options, startup
+from megatron_tropd.integrations.loss_report import LossReport
 from megatron_tropd.integrations.printed_log import PrintedLog
 from tests.ranks import run_in_process
 
@@ -252,8 +254,10 @@ def test_spiky_losses_are_looked_for(value, expected, monkeypatch) -> None:
     monkeypatch.setattr(rerun_state_machine, "get_rerun_state_machine", lambda: machine)
     for asked in (True, False):
         machine.found.clear()
-        settings = SimpleNamespace(check_finite=asked, check_spiky=asked)
-        megatron_lm._check(torch.tensor(value), settings, lambda: "row 1")
+        args = SimpleNamespace(
+            check_for_nan_in_loss_and_grad=asked, check_for_spiky_loss=asked, tropd_metrics=False
+        )
+        LossReport(args, preset("opd"), iteration=0)._check(torch.tensor(value), lambda: "row 1")
         assert machine.found == (expected if asked else [])
 
 
