@@ -10,7 +10,7 @@ from megatron_tropd.data.batch import MicroBatch
 
 
 class LoopStudent:
-    """One call of the loop's schedule, as :class:`~megatron_tropd.distill.step_parts.StudentPasses`."""
+    """One call of the loop's schedule: a ``distill.step_parts.StudentPasses``."""
 
     def __init__(self, schedule: Callable[..., Any], model: Any, settings: dict[str, Any]) -> None:
         """Run nothing yet.
