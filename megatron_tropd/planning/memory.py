@@ -106,7 +106,7 @@ class Memory:
             "rollout": self.resident,
             "teacher": signals + self.teacher_forward,
             "student": signals + max(self.activations, self.student_hidden) + backward,
-            "optimizer": signals + self.update,
+            "optimizer": self.resident + self.update,
             "sync": self.resident + self.export,
             "checkpoint": self.resident + self.saving,
         }
