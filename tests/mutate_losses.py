@@ -179,7 +179,7 @@ MUTATIONS = (
     Mutation(
         "Veto's target without the student",
         "chunks.py",
-        "teacher_tv.add_(student_tv, alpha=pair.spec.student_power)",
+        "teacher_tv.add_(student_tv, alpha=power)",
         "pass",
     ),
     Mutation(
@@ -188,6 +188,13 @@ MUTATIONS = (
         "1 - before[rows_T, positions_T] / total_T",
         "1 - before[rows_T, positions_T + 1] / total_T",
         tests=("tests/unit_tests/test_choices.py",),
+    ),
+    Mutation(
+        "an event's gradient goes to each of its ids whole",
+        "merged.py",
+        "shared_t = times(grad_t, self.log_share_tm[:, column].exp())",
+        "shared_t = grad_t",
+        tests=("tests/distributed/test_merged_ids.py",),
     ),
     # Importance, what is dropped, the score function, the floor itself.
     Mutation(
@@ -562,8 +569,8 @@ MUTATIONS = (
     Mutation(
         "every chunk gets the first one's statistics",
         "chunks.py",
-        "statistics.rows(rows))",
-        "statistics.rows(slice(0, rows.stop - rows.start)))",
+        "statistics.rows(rows), event)",
+        "statistics.rows(slice(0, rows.stop - rows.start)), event)",
     ),
     Mutation(
         "the caller's logits are overwritten",

@@ -4,6 +4,7 @@ The methods themselves are files of ``losses/methods``; their settings are read 
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal, Self
 
@@ -56,7 +57,7 @@ class Needs:
 @dataclass(frozen=True, kw_only=True)
 class LossSettings(Settings, section="loss"):
     """The loss (docs/losses.md): ``method`` names it, and each method has settings of its own
-    beside these four, which every method has. Without a [loss] table it is TrOPD as published."""
+    beside these five, which every method has. Without a [loss] table it is TrOPD as published."""
 
     entropy_share: Share | None = None
     """Train only this share of the student's tokens: those with the largest student entropy of the
@@ -65,6 +66,10 @@ class LossSettings(Settings, section="loss"):
     """Ids whose first occurrence in a response carries no loss (special-token masking)."""
     mask_truncated: bool = False
     """Responses cut off at max_new_tokens carry no loss."""
+    merge_ids: tuple[Number, ...] = ()
+    """Ids that are one event, such as <eos> and <end_of_turn> of two models that end differently:
+    their probabilities are added up in both models before anything is compared (arXiv
+    2609.20511). Needs the whole p. (): none."""
     denominator: Literal["joint", "separate"] = "joint"
     """joint: every term over all loss tokens; separate: each segment over its own count."""
 
@@ -78,6 +83,16 @@ class LossSettings(Settings, section="loss"):
         settings = {key: value for key, value in table.items() if key != "method"}
         method, preset_values = _method(table.get("method", "tropd"))
         return method, preset_values | settings
+
+    def _check_field(self, name: str, hint: Any) -> None:
+        super()._check_field(name, hint)
+        if name == "merge_ids" and self.merge_ids:
+            distinct = len(set(self.merge_ids))
+            if distinct < 2 or distinct < len(self.merge_ids):
+                raise ConfigError(
+                    "loss.merge_ids must name two or more ids, each once, found "
+                    f"{list(self.merge_ids)}. Leave it out to merge none."
+                )
 
     @classmethod
     def method_name(cls) -> str:
@@ -99,6 +114,11 @@ class LossSettings(Settings, section="loss"):
     def trained_share(self) -> float | None:
         """Share of the student's tokens that :meth:`Method.choose` leaves; None: all."""
         return self.entropy_share
+
+    def ends(self, stop_token_ids: Sequence[int]) -> tuple[int, ...]:
+        """Ids that end a response: the given ones, and what is one event with one of them."""
+        joined = set(self.merge_ids) if set(self.merge_ids) & set(stop_token_ids) else set()
+        return tuple(sorted(joined.union(stop_token_ids)))
 
     def at_step(self, step: int) -> Self:
         """The loss of one step (0-based), for methods that change on the way."""

@@ -110,7 +110,9 @@ def load_inputs(config: Config) -> Inputs:
         tokenizer=tokenizer,
         vocab_size=vocab_size,
         context=context,
-        stop_token_ids=stop_token_ids(student.companions, config.rollout.stop_token_ids),
+        stop_token_ids=config.loss.ends(
+            stop_token_ids(student.companions, config.rollout.stop_token_ids)
+        ),
         prompts=prompts,
         responses=responses,
         problems=problems,

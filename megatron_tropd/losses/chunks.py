@@ -5,13 +5,14 @@ K = top-k.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from megatron_tropd.losses import vocab_parallel as vp
 from megatron_tropd.losses.dense import DenseSpec, RowCoefficients, Scratch
+from megatron_tropd.losses.merged import Event, merge
 from megatron_tropd.losses.passes import Passes, needs_scratch, passes_for
 from megatron_tropd.losses.signals import (
     FullSignal,
@@ -46,6 +47,10 @@ class Pair:
     spec: DenseSpec
     shard: Shard
     device: torch.device
+    sampled_T: Tensor | None = None
+    """[T] int64 the token itself, if ``ids_T`` has merged ids replaced; None: ``ids_T``."""
+    merge_ids: tuple[int, ...] = ()
+    """Ids that are one event (``merged``)."""
     memory_mib: int | None = None
     """Budget of the chunk buffers; None: 72 MiB on CPU, 4 GiB on GPUs."""
     by_student: bool = False
@@ -71,9 +76,29 @@ class Chunk:
     logits."""
     passes: Passes
     statistics: TokenStatistics
+    event: Event | None = None
+    """Of merged ids; None: there are none."""
 
     def gradient(self, ids_t: Tensor, term: Term, spec: DenseSpec, shard: Shard) -> Tensor:
         """Gradient of the summed term with respect to the student's logits; may overwrite these.
+
+        Args and result as of :meth:`_gradient`, with the gradient of an event on all its ids.
+        """
+        out_tv = self._gradient(ids_t, term, spec, shard)
+        if self.event is not None:
+            known = (self.statistics, self._coefficients(term, spec), spec, shard)
+            self.event.share_gradient(out_tv, ids_t, term, *known)
+        return out_tv
+
+    def _coefficients(self, term: Term, spec: DenseSpec) -> RowCoefficients:
+        return RowCoefficients(
+            student_T=-term.mass(self.statistics, spec),
+            reward_T=term.reward_T,
+            teacher_T=term.teacher_T,
+        )
+
+    def _gradient(self, ids_t: Tensor, term: Term, spec: DenseSpec, shard: Shard) -> Tensor:
+        """Gradient with respect to the logits as the passes saw them.
 
         Args:
             ids_t: [t] the tokens.
@@ -86,9 +111,7 @@ class Chunk:
         """
         statistics, rounded_tv = self.statistics, self.rounded_tv
         out_tv = self.student_tv if rounded_tv is None else rounded_tv
-        coefficients = RowCoefficients(
-            student_T=-term.mass(statistics, spec), reward_T=term.reward_T, teacher_T=term.teacher_T
-        )
+        coefficients = self._coefficients(term, spec)
         needs_teacher = spec.reward is not None or spec.teacher
         norm_T2 = statistics.teacher_normaliser_T2 if needs_teacher else None
         known = (statistics.student_normaliser_T2, norm_T2, coefficients)
@@ -184,7 +207,7 @@ def _finish(steps: Iterator[None]) -> None:
 
 
 def gradient_chunks(pair: Pair, statistics: TokenStatistics) -> Iterator[Chunk]:
-    """The chunks again, for a gradient made later. No collectives.
+    """The chunks again, for a gradient made later. No collectives, unless ids are merged.
 
     Args:
         pair: as in the first pass.
@@ -192,16 +215,16 @@ def gradient_chunks(pair: Pair, statistics: TokenStatistics) -> Iterator[Chunk]:
     """
     buffers = _Buffers(pair, count=1)
     for rows in buffers.chunks(len(pair.ids_T)):
-        student_tv, teacher_tv, passes = buffers.fill(pair, rows, 0)
+        student_tv, teacher_tv, passes, event = buffers.fill(pair, rows, 0)
         passes.prepare()
-        rounded_tv = buffers.rounded(rows)
-        yield Chunk(rows, student_tv, teacher_tv, rounded_tv, passes, statistics.rows(rows))
+        known = (buffers.rounded(rows), passes, statistics.rows(rows), event)
+        yield Chunk(rows, student_tv, teacher_tv, *known)
 
 
 def _steps(
     pair: Pair, rows: slice, buffers: "_Buffers", number: int, use: Callable[[Chunk], None]
 ) -> Iterator[None]:
-    student_tv, teacher_tv, passes = buffers.fill(pair, rows, number)
+    student_tv, teacher_tv, passes, event = buffers.fill(pair, rows, number)
     ids_t = pair.ids_T[rows]
     waiting: Waiting
     if teacher_tv is not None:
@@ -212,7 +235,11 @@ def _steps(
         assert isinstance(pair.teacher, TopKSignal)
         waiting = look_up(student_tv, passes, ids_t, pair.teacher, rows, pair.k, pair.shard)
     statistics = yield from waiting
-    use(Chunk(rows, student_tv, teacher_tv, buffers.rounded(rows), passes, statistics))
+    if event is not None and pair.sampled_T is not None:
+        share_T = event.log_share_of(pair.sampled_T[rows])
+        statistics = replace(statistics, sampled_share_T=share_T)
+    rounded_tv = buffers.rounded(rows)
+    use(Chunk(rows, student_tv, teacher_tv, rounded_tv, passes, statistics, event))
 
 
 class _Buffers:
@@ -241,17 +268,27 @@ class _Buffers:
         for begin in range(0, max(num, 1), self._rows):
             yield slice(begin, min(begin + self._rows, num))
 
-    def fill(self, pair: Pair, rows: slice, number: int) -> tuple[Tensor, Tensor | None, Passes]:
-        """Logits of both models at some rows, and the passes over them."""
+    def fill(
+        self, pair: Pair, rows: slice, number: int
+    ) -> tuple[Tensor, Tensor | None, Passes, Event | None]:
+        """Logits of both models at some rows, the passes over them, and merged ids.
+
+        Collectives: those of ``merged.merge``, if ids are merged.
+        """
+        event, power = None, pair.spec.student_power
         buffer = self._logits[number % len(self._logits), :, : rows.stop - rows.start]
         student_tv, teacher_tv = buffer[0], None
         pair.student.write_logits(rows, student_tv)
         if isinstance(pair.teacher, FullSignal):
             teacher_tv = buffer[1]
             pair.teacher.write_logits(rows, teacher_tv)
-            if pair.spec.student_power:  # logits of p q^b, whatever normalises them
-                teacher_tv.add_(student_tv, alpha=pair.spec.student_power)
-        return student_tv, teacher_tv, passes_for(student_tv, teacher_tv, pair.spec, self._scratch)
+            if pair.merge_ids:
+                merged = merge(student_tv, teacher_tv, pair.merge_ids, pair.shard)
+                event = merged.raised(power)
+            if power:  # logits of p q^b, whatever normalises them
+                teacher_tv.add_(student_tv, alpha=power)
+        passes = passes_for(student_tv, teacher_tv, pair.spec, self._scratch)
+        return student_tv, teacher_tv, passes, event
 
 
 def rows_of_chunk(pair: Pair, *, count: int) -> int:

@@ -27,6 +27,7 @@ from megatron_tropd.losses.checks import (
 )
 from megatron_tropd.losses.chunks import Chunk, Pair, for_each_chunk, gradient_chunks
 from megatron_tropd.losses.first_order import first_order
+from megatron_tropd.losses.merged import with_one_id
 from megatron_tropd.losses.method import Method
 from megatron_tropd.losses.sharded_rows import gather_rows, sum_gradient
 from megatron_tropd.losses.signals import (
@@ -379,7 +380,9 @@ def _pair(
     pair = Pair(
         student=student,
         teacher=signal,
-        ids_T=targets.ids_T,
+        ids_T=with_one_id(targets.ids_T, config.merge_ids),
+        sampled_T=targets.ids_T,
+        merge_ids=config.merge_ids,
         k=k,
         spec=dense_spec(config.needs, metrics=metrics, full=full),
         shard=shard,
@@ -387,7 +390,7 @@ def _pair(
         memory_mib=memory_mib,
         by_student=config.needs.student_top_k,
     )
-    return pair, targets
+    return pair, replace(targets, ids_T=pair.ids_T)
 
 
 def _silenced(hidden_tH: Tensor, weights_t: Tensor | None) -> Tensor:
@@ -411,7 +414,7 @@ def _values(statistics: TokenStatistics, term: Term, weighted: Term) -> dict[str
     values = {
         "loss": weighted.value_T,
         "term": term.value_T,
-        "student_logprob": statistics.student_logprob_T,
+        "student_logprob": statistics.student_logprob_T + statistics.sampled_share_T,
         "teacher_logprob": statistics.teacher_logprob_T,
         "trust": trust(statistics.log_ratio_T),
         "k1": -statistics.log_ratio_T,

@@ -213,7 +213,7 @@ def required_signal(config: LossSettings) -> frozenset[str]:
     needed = {SAMPLED}
     if config.needs.top_k:
         needed.add(TOP_K)
-    if config.needs.sums or config.needs.student_top_k:
+    if config.needs.sums or config.needs.student_top_k or config.merge_ids:
         needed.add(FULL)
     return frozenset(needed)
 
@@ -238,6 +238,11 @@ def check_signal(
         raise ConfigError(
             f"{loss} needs {sorted(missing)} of the teacher, but {name} provides only "
             f"{sorted(signal.provides)}. Choose another loss or another teacher signal."
+        )
+    if max(config.merge_ids, default=0) >= vocab_size:
+        raise ConfigError(
+            f"loss.merge_ids must lie in the vocabulary of {vocab_size} tokens, found "
+            f"{list(config.merge_ids)}."
         )
     if config.needs.top_k > vocab_size:
         raise ConfigError(

@@ -33,6 +33,8 @@ class TokenStatistics:
     """[T, 2] float32 the teacher's; [T, 0] where its logits are not at hand."""
     student_logprob_T: Tensor
     """[T] float32 log q of the token in the trajectory."""
+    sampled_share_T: Tensor
+    """[T] float32 log of what q gives this id of its event (``merged``); 0 for most tokens."""
     teacher_logprob_T: Tensor
     """[T] float32 log p of the token in the trajectory."""
     topk_ids_TK: Tensor
@@ -145,6 +147,7 @@ def compare(
         student_normaliser_T2=student_norm_T2,
         teacher_normaliser_T2=teacher_norm_T2,
         student_logprob_T=vp.normalise(student_x_T1, student_norm_T2).squeeze(-1),
+        sampled_share_T=torch.zeros_like(student_x_T1[:, 0]),
         teacher_logprob_T=vp.normalise(teacher_x_T1, teacher_norm_T2).squeeze(-1),
         topk_ids_TK=topk_ids_TK,
         topk_student_logprobs_TK=vp.normalise(student_TK, student_norm_T2),
@@ -198,6 +201,7 @@ def look_up(
         student_normaliser_T2=student_norm_T2,
         teacher_normaliser_T2=student_norm_T2[:, :0],
         student_logprob_T=logprobs_TK[:, 0],
+        sampled_share_T=torch.zeros_like(logprobs_TK[:, 0]),
         teacher_logprob_T=signal.sampled_logprobs_T[rows].float(),
         topk_ids_TK=topk_ids_TK,
         topk_student_logprobs_TK=logprobs_TK[:, 1:],

@@ -321,7 +321,8 @@ def _importance(statistics: TokenStatistics, targets: LossTargets, how: str) -> 
     """[T] rho = q(x) / (probability that sampled x); 1 if it is not asked for."""
     if how == "none" or targets.rollout_logprobs_T is None:
         return torch.ones_like(statistics.student_logprob_T)
-    return (statistics.student_logprob_T - targets.rollout_logprobs_T).exp()
+    logprob_T = statistics.student_logprob_T + statistics.sampled_share_T
+    return (logprob_T - targets.rollout_logprobs_T).exp()
 
 
 def _ppo_clipped(term: Term, reward_T: Tensor, rho_T: Tensor, low: float, high: float) -> Term:

@@ -15,7 +15,7 @@ from megatron_tropd.config.loss import PRESETS, preset
 from megatron_tropd.config.loss_of_0_1 import new_form, refuse_old_form
 
 METHODS = part_names("megatron_tropd.losses.methods")
-SHARED = {"entropy_share", "mask_first_ids", "mask_truncated", "denominator"}
+SHARED = {"entropy_share", "merge_ids", "mask_first_ids", "mask_truncated", "denominator"}
 SAMPLED = {"gradient", "importance", "importance_low", "importance_high"}
 OWN = {
     "tropd": {"region", "outlier", "top_k", "tau"} | SAMPLED,
@@ -144,6 +144,12 @@ def test_a_preset_can_be_changed():
     assert preset("eopd", top_k=8, importance="none").needs.top_k == 8
     with pytest.raises(TypeError):
         preset("tropd", topk=8)
+
+
+def test_merged_ids_end_a_response_if_one_of_them_does():
+    loss = preset("opd", merge_ids=(5, 7))
+    assert loss.ends((7, 9)) == (5, 7, 9) and loss.ends((9,)) == (9,)
+    assert preset("opd").ends((9, 7)) == (7, 9)
 
 
 def test_settings_are_frozen_and_keyword_only():
