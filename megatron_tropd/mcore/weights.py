@@ -87,7 +87,8 @@ def export_weights(
     the replicas that share them; buckets cross neither stages nor those.
     """
     entries, model_is = plan(hf_config, padded_vocab_size), model_shape(hf_config)
-    own = dict(_own_names(entries, parameters, model_is, layout))
+    # Names alone: a mapping that makes its parameters would make one to say whether it has it.
+    own = dict(_own_names(entries, list(parameters), model_is, layout))
     dtype = dtype or next(iter(parameters.values())).dtype
     for bucket in _buckets(entries, model_is, layout, dtype.itemsize, bucket_bytes):
         shards = _collect(bucket, lambda e: parameters[own[e]], layout, receivers, dtype)
