@@ -43,27 +43,15 @@ MUTATIONS: tuple[Mutation, ...] = (
             "counted=ranks.is_last_stage",
             f"{STEP}_one_rank_of_a_vocabulary_counts",
         ),
-        (
-            "every sequence is a prompt of its own",
-            "prompts=prompts,\n        num_student",
-            "prompts=range(len(prompts)),\n        num_student",
-            f"{CHOICES}_of_top_d",
-        ),
-        (
-            "teacher tokens count as the student's in the selection",
-            "num_student=counts.student,",
-            "num_student=counts.student + counts.teacher,",
-            f"{CHOICES}_of_entropy_opd",
-        ),
+    ),
+    *of_file(
+        "distill/step_loss.py",
         (
             "teacher tokens have the weight of others",
             "beta=parts.beta,",
             "beta=1.0,",
             f"{CHOICES}_of_entropy_opd",
         ),
-    ),
-    *of_file(
-        "distill/step_loss.py",
         (
             "the teacher's signals are those of the micro-batch before",
             "self._signals[index],",
@@ -90,7 +78,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         ),
         (
             "tokens that were not selected are in the denominator",
-            "trained = num_selected(config.entropy_share, counts.student)",
+            "trained = num_selected(config.trained_share, counts.student)",
             "trained = counts.student",
             f"{METRICS}_a_selection_is_divided_by_the_tokens_it_keeps",
         ),
@@ -103,6 +91,18 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     *of_file(
         "distill/token_choices.py",
+        (
+            "every sequence is a prompt of its own",
+            "[numbers.setdefault(prompt, len(numbers)) for prompt in prompts]",
+            "[numbers.setdefault(i, len(numbers)) for i in range(len(prompts))]",
+            f"{CHOICES}_of_top_d",
+        ),
+        (
+            "teacher tokens count as the student's in the selection",
+            "batches, prompts, counts.student,",
+            "batches, prompts, counts.student + counts.teacher,",
+            f"{CHOICES}_of_entropy_opd",
+        ),
         (
             "sign of the advantage",
             "log_ratio_T=log_ratio_T,",
@@ -183,8 +183,8 @@ MUTATIONS: tuple[Mutation, ...] = (
         "distill/loop.py",
         (
             "the engine's new weights keep the old number",
-            "job.sync_weights(step + 1)",
-            "job.sync_weights(step)",
+            "sync_weights(run, step + 1)",
+            "sync_weights(run, step)",
             f"{RUN}_a_method_trains[opd]",
         ),
     ),
