@@ -172,8 +172,8 @@ def _prompts(
 ) -> list[Prompt]:
     if room >= context:
         raise ConfigError(
-            f"rollout.max_new_tokens = {room} leaves no room for a prompt in sequences of at most "
-            f"{context} tokens. Lower it."
+            f"rollout.max_new_tokens = {room} leaves no room for a prompt in a "
+            f"context of {context} tokens. Lower it."
         )
     return load_prompts(
         path,

@@ -28,16 +28,17 @@ from megatron_tropd.config.settings import (
 )
 
 PACKAGE = Path(__file__).resolve().parents[2] / "megatron_tropd"
-RECORDS = {"Failure", "Family", "Recompute", "Setup", "Verdict"}
+RECORDS = {"Failure", "Family", "LossParts", "Mixture", "PlannedRun", "Recompute", "Session"}
+RECORDS |= {"StepParts", "Verdict"}
 """Made by the program alone, although their fields are given by name as those of settings are."""
 
 
-def _classes() -> dict[str, bool]:
+def _classes(before: dict[str, bool]) -> dict[str, bool]:
     """module.Class of every dataclass that looks like settings -> whether it checks itself.
 
     Read from the source: keyword-only, called so, or with a field that is a choice of names.
     """
-    found = {}
+    found = dict(before)
     for path in sorted(PACKAGE.rglob("*.py")):
         module = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
         for node in ast.walk(ast.parse(path.read_text())):
@@ -56,7 +57,9 @@ def _classes() -> dict[str, bool]:
     return found
 
 
-CLASSES = _classes()
+CLASSES: dict[str, bool] = {}
+while (found := _classes(CLASSES)) != CLASSES:  # a class may stand before the one it is made of
+    CLASSES = found
 
 
 def _class(name: str) -> type:
