@@ -118,6 +118,15 @@ METHODS = {
     "TrOPD, clip, guidance": _of("tropd_clip", guidance=True, main=True),
     "TrOPD, mask": _of("tropd_mask", main=True),
     "OPD, guidance": _of("opd", guidance=True, main=True),
+    "TRB": _of(
+        "trb",
+        main=True,
+        rollout={"behaviour": "blended", "epsilon": 0.02, "warmup_steps": STEPS // 8},
+    ),
+    "cooled": _of(
+        "trb",
+        rollout={"behaviour": "cooled", "warmup_temperature": 0.8, "warmup_steps": STEPS // 8},
+    ),
     "forward KL": _of("gkd_forward_kl"),
     "JSD": _of("gkd_jsd"),
     "static clip": _of("static_clip"),
@@ -129,6 +138,12 @@ METHODS = {
     "proximal teacher": _of("proximal_teacher"),
     "TOP-D": _of("top_d"),
     "MiniLLM, one step": _of("minillm_single_step", guidance=True),
+    "AOPD": _of("aopd"),
+    "PowerOPD": _of("power_opd"),
+    "PowerOPD, exact": _of("power_opd_exact"),
+    "IW-OPD": _of("iw_opd"),
+    "Veto, reverse KL": _of("veto_reverse_kl", loss={"decay_steps": STEPS // 2}),
+    "OPSA": _of("opsa"),
 }
 
 
