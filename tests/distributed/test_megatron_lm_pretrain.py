@@ -311,9 +311,10 @@ def test_megatron_lm_trains_as_our_own_trainer(layout, kind, logs, own):
 
 @pytest.mark.parametrize("method", [method for method, _ in WHOLE_BATCH.values()])
 def test_megatron_lm_looks_at_the_whole_batch_as_our_own_trainer(method, logs, own):
-    # Rounding decides which tokens are chosen in the end; six steps it does not.
-    expected = own[method][:HALF]
-    torch.testing.assert_close(history(logs[method], "tropd loss"), expected[:, 0], **CLOSE_LOSS)
+    # Rounding decides which tokens are chosen in the end; six steps it does not. Rewards of both
+    # signs cancel in the loss, so that its last digits are those of larger numbers.
+    expected, close = own[method][:HALF], CLOSE_LOSS | {"atol": 1e-4}
+    torch.testing.assert_close(history(logs[method], "tropd loss"), expected[:, 0], **close)
     torch.testing.assert_close(history(logs[method], "grad norm"), expected[:, 1], **CLOSE_NORM)
 
 
