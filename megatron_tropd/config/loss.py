@@ -18,6 +18,10 @@ Reward = Literal["trust", "trust_clip", "log_ratio", "mixture"]
 FloorRule = Literal["log(l)/(1-l)", "log(l/(1-l))"]
 
 
+TEACHER = (1.0, 0.0, 0.0)
+"""``Needs.target`` of the losses that compare the student with the teacher itself."""
+
+
 @dataclass(frozen=True)
 class Needs:
     """What a method must be given: plain numbers and names, known before any tensor is."""
@@ -40,6 +44,14 @@ class Needs:
     """Whether ``LossTargets.uniforms_T`` is read."""
     rollout_logprobs: bool = False
     """Whether ``LossTargets.rollout_logprobs_T`` is read."""
+    reference: bool = False
+    """Whether log p_ref is read: that of the sampled token, or of all tokens by ``target``."""
+    target: tuple[float, float, float] = TEACHER
+    """(a, b, c): sums, top-k and gradients compare the student with the distribution proportional
+    to p^a p_ref^b q^c (q without a gradient), in place of the teacher p."""
+    outcomes: bool = False
+    """Whether ``LossTargets.rewards_T`` is how much better a sequence's outcome was than that of
+    the prompt's other samples: graded, recorded rollouts have it."""
     outliers: bool = False
     """Whether the loss tells tokens outside of a trust region apart."""
     student_pass: bool = False

@@ -5,7 +5,7 @@ K = top-k.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -19,7 +19,14 @@ from megatron_tropd.losses.signals import (
     TeacherSignal,
     TopKSignal,
 )
-from megatron_tropd.losses.statistics import TokenStatistics, Waiting, compare, look_up
+from megatron_tropd.losses.statistics import (
+    Target,
+    TokenStatistics,
+    Waiting,
+    compare,
+    look_up,
+    own_part,
+)
 from megatron_tropd.losses.terms import Term
 from megatron_tropd.losses.vocab_parallel import Shard
 
@@ -48,6 +55,14 @@ class Pair:
     device: torch.device
     memory_mib: int | None = None
     """Budget of the chunk buffers; None: 72 MiB on CPU, 4 GiB on GPUs."""
+    reference: FullSignal | None = None
+    """What the teacher is measured against; None: the loss does not read it over the vocabulary."""
+    target: Target = field(default_factory=Target)
+
+    @property
+    def models(self) -> int:
+        """Whose logits a chunk holds."""
+        return 1 + self.full + (self.reference is not None)
 
     @property
     def full(self) -> bool:
@@ -63,7 +78,7 @@ class Chunk:
     student_tv: Tensor
     """[t, v] float32 buffer of the student's logits."""
     teacher_tv: Tensor | None
-    """[t, v] float32 buffer of the teacher's; None: not at hand."""
+    """[t, v] float32 buffer of the target's; None: not at hand."""
     rounded_tv: Tensor | None
     """[t, v] buffer of a gradient in lower precision; None: it takes the place of the student's
     logits."""
@@ -190,7 +205,7 @@ def gradient_chunks(pair: Pair, statistics: TokenStatistics) -> Iterator[Chunk]:
     """
     buffers = _Buffers(pair, count=1)
     for rows in buffers.chunks(len(pair.ids_T)):
-        student_tv, teacher_tv, passes = buffers.fill(pair, rows, 0)
+        student_tv, teacher_tv, passes, _ = buffers.fill(pair, rows, 0)
         passes.prepare()
         rounded_tv = buffers.rounded(rows)
         yield Chunk(rows, student_tv, teacher_tv, rounded_tv, passes, statistics.rows(rows))
@@ -199,11 +214,12 @@ def gradient_chunks(pair: Pair, statistics: TokenStatistics) -> Iterator[Chunk]:
 def _steps(
     pair: Pair, rows: slice, buffers: "_Buffers", number: int, use: Callable[[Chunk], None]
 ) -> Iterator[None]:
-    student_tv, teacher_tv, passes = buffers.fill(pair, rows, number)
     ids_t = pair.ids_T[rows]
+    student_tv, teacher_tv, passes, own = buffers.fill(pair, rows, number, ids_t)
     waiting: Waiting
     if teacher_tv is not None:
-        waiting = compare(student_tv, teacher_tv, passes, ids_t, pair.k, pair.shard)
+        given = student_tv, teacher_tv, passes, ids_t, pair.k, pair.shard
+        waiting = compare(*given, own, pair.target)
     else:
         assert isinstance(pair.teacher, TopKSignal)
         waiting = look_up(student_tv, passes, ids_t, pair.teacher, rows, pair.k, pair.shard)
@@ -220,7 +236,7 @@ class _Buffers:
         self._rows = min(max(num, 1), rows_of_chunk(pair, count=count))
         if self._rows >= num:
             count = 1
-        models, stride = 2 if pair.full else 1, _row_stride(columns, pair.device)
+        models, stride = pair.models, _row_stride(columns, pair.device)
         shape = (count, models, self._rows, stride)
         self._logits = torch.empty(shape, dtype=torch.float32, device=pair.device)[..., :columns]
         dtype, self._rounded = gradient_dtype(pair), None
@@ -237,15 +253,31 @@ class _Buffers:
         for begin in range(0, max(num, 1), self._rows):
             yield slice(begin, min(begin + self._rows, num))
 
-    def fill(self, pair: Pair, rows: slice, number: int) -> tuple[Tensor, Tensor | None, Passes]:
-        """Logits of both models at some rows, and the passes over them."""
+    def fill(
+        self, pair: Pair, rows: slice, number: int, ids_t: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None, Passes, list[Tensor]]:
+        """Logits of student and target at some rows, and the passes over them.
+
+        With ``ids_t`` also what ``statistics.compare`` calls ``own``.
+        """
         buffer = self._logits[number % len(self._logits), :, : rows.stop - rows.start]
-        student_tv, teacher_tv = buffer[0], None
+        student_tv, teacher_tv, reference_tv = buffer[0], None, None
+        own: list[Tensor] = []
         pair.student.write_logits(rows, student_tv)
+        if pair.reference is not None and (ids_t is not None or not pair.target.is_teacher):
+            reference_tv = buffer[2]
+            pair.reference.write_logits(rows, reference_tv)
         if isinstance(pair.teacher, FullSignal):
             teacher_tv = buffer[1]
             pair.teacher.write_logits(rows, teacher_tv)
-        return student_tv, teacher_tv, passes_for(student_tv, teacher_tv, pair.spec, self._scratch)
+        if teacher_tv is not None and ids_t is not None:
+            asked = reference_tv, None if pair.target.is_teacher else teacher_tv
+            models = [logits_tv for logits_tv in asked if logits_tv is not None]
+            own = [own_part(tv, ids_t, pair.shard, self._scratch) for tv in models]
+        if teacher_tv is not None and not pair.target.is_teacher:
+            pair.target.write(student_tv, teacher_tv, reference_tv)
+        passes = passes_for(student_tv, teacher_tv, pair.spec, self._scratch)
+        return student_tv, teacher_tv, passes, own
 
 
 def rows_of_chunk(pair: Pair, *, count: int) -> int:
@@ -264,7 +296,7 @@ def rows_of_chunk(pair: Pair, *, count: int) -> int:
     budget = _budget(pair)
     if needs_scratch(pair.device):
         budget -= _scratch(pair).bytes
-    models, stride = 2 if pair.full else 1, _row_stride(pair.shard.widest, pair.device)
+    models, stride = pair.models, _row_stride(pair.shard.widest, pair.device)
     of_row, dtype = 4 * count * models * stride, gradient_dtype(pair)
     if dtype is not None:
         of_row += dtype.itemsize * stride
