@@ -124,6 +124,10 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "gkd_forward_kl": ("gkd", {"divergence": "forward_kl"}),
     "gkd_reverse_kl": ("gkd", {"divergence": "reverse_kl"}),
     "gkd_jsd": ("gkd", {"divergence": "jsd"}),
+    "exopd": ("exopd", {}),
+    "exopd_exact": ("exopd", {"over": "vocabulary"}),
+    "delta": ("delta", {}),
+    "delta_exact": ("delta", {"over": "vocabulary"}),
     "minillm_single_step": ("gkd", {"divergence": "reverse_kl", "teacher_tokens": "nll"}),
 }
 """Published method -> its file in ``losses/methods`` and what differs from that file's defaults

@@ -98,13 +98,14 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def check_same_tokenizer(
-    student_folder: str | Path, teacher_folder: str | Path
+    student_folder: str | Path, teacher_folder: str | Path, *, other: str = "teacher"
 ) -> PreTrainedTokenizerBase:
     """Refuse a pair whose token ids mean different things.
 
     Args:
         student_folder: HF folder of the student.
         teacher_folder: HF folder of the teacher.
+        other: how messages call the teacher.
 
     Returns:
         The student's tokenizer, which is the one used from here on.
@@ -115,12 +116,12 @@ def check_same_tokenizer(
             (:func:`megatron_tropd.data.prompts.check_same_texts`).
     """
     student, teacher = load_tokenizer(student_folder), load_tokenizer(teacher_folder)
-    where = f"student {student_folder}, teacher {teacher_folder}"
+    where = f"student {student_folder}, {other} {teacher_folder}"
     differing = _differing_ids(student.get_vocab(), teacher.get_vocab())
     if differing:
         more = f" and {len(differing) - _MAX_NAMED} more" if len(differing) > _MAX_NAMED else ""
         raise InputError(
-            f"Student and teacher must share one tokenizer, but {len(differing)} ids differ: "
+            f"Student and {other} must share one tokenizer, but {len(differing)} ids differ: "
             f"{'; '.join(differing[:_MAX_NAMED])}{more} ({where}). "
             "Choose a pair trained with the same tokenizer."
         )
@@ -128,7 +129,7 @@ def check_same_tokenizer(
         mine, theirs = getattr(student, name), getattr(teacher, name)
         if mine != theirs:
             raise InputError(
-                f"Student and teacher must agree on {name}, found {_spell(student, mine)} and "
+                f"Student and {other} must agree on {name}, found {_spell(student, mine)} and "
                 f"{_spell(teacher, theirs)} ({where}). If that is only a setting, edit "
                 "tokenizer_config.json of one of them."
             )

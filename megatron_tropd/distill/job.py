@@ -31,7 +31,12 @@ from megatron_tropd.distill.inputs import load_inputs
 from megatron_tropd.distill.metrics import BadToken
 from megatron_tropd.distill.reporter import Clock, peak_memory_gib
 from megatron_tropd.distill.step_loss import StepObjective, example_rows, gather_examples
-from megatron_tropd.distill.token_choices import BatchChoices, choose, loss_name
+from megatron_tropd.distill.token_choices import (
+    BatchChoices,
+    choose,
+    loss_name,
+    outcome_rewards,
+)
 from megatron_tropd.losses import Method, TeacherSignal
 from megatron_tropd.losses.trouble import words
 from megatron_tropd.mcore import models, parallel, platform, weights
@@ -50,6 +55,7 @@ from megatron_tropd.rollout.engines.process import engine_threads
 from megatron_tropd.rollout.engines.served import ServerPool
 from megatron_tropd.rollout.engines.wire import Model, served_settings
 from megatron_tropd.rollout.episodes import EpisodePlan, load_mode
+from megatron_tropd.rollout.recorded import RecordedRollouts
 from megatron_tropd.rollout.source import RolloutSource, SampledRollouts
 from megatron_tropd.rollout.weights.versions import WeightVersions
 from megatron_tropd.rollout.weights.weight_sync import Export
@@ -159,6 +165,11 @@ class Job:
     def rollout_source(self) -> RolloutSource:
         """Where this run's sequences come from."""
         config, inputs = self.config, self.inputs
+        if inputs.recorded is not None:
+            per_step = config.rollout.prompts_per_step
+            return RecordedRollouts(
+                inputs.recorded, prompts_per_step=per_step, seed=config.train.seed
+            )
         return SampledRollouts(
             self.engines,
             load_mode(config.rollout.mode),
@@ -218,7 +229,7 @@ class Job:
                 'attention and Adam. Plan with layers = "local", or install it (README.md).'
             )
         self._padded_vocab_size = models.padded_vocab_size(
-            inputs.student.config, inputs.teacher.config, tensor=config.parallel.tensor
+            *(folder.config for folder in inputs.folders.values()), tensor=config.parallel.tensor
         )
         self.student = Student(
             models.build_model(
@@ -244,6 +255,7 @@ class Job:
                 self.dtype,
                 self._padded_vocab_size,
                 inputs.vocab_size,
+                inputs.reference,
             )
         )
         self._exit.callback(self.teacher.close)
@@ -297,8 +309,7 @@ class Job:
         )
 
     def _check_options(self) -> None:
-        pair = {"student": self.inputs.student.config, "teacher": self.inputs.teacher.config}
-        check_options(self.config, **pair)
+        check_options(self.config, **{n: f.config for n, f in self.inputs.folders.items()})
         if not self.is_main:
             return
         for line in self.config.megatron.lines():
@@ -414,6 +425,8 @@ class Job:
         trajectories: Sequence[TokenSequence],
         loss: Method,
     ) -> BatchChoices | None:
+        if loss.needs.outcomes:
+            return outcome_rewards(batches, trajectories)
         if not loss.needs_student_pass:
             return None
         hidden = self.student.score(batches)

@@ -11,6 +11,7 @@ from megatron_tropd.config.loss import PRESETS, LossSettings, preset
 from megatron_tropd.data.batch import MicroBatch, upload
 from megatron_tropd.data.packing import count_loss_tokens
 from megatron_tropd.data.sequence import TokenSequence, Writer
+from megatron_tropd.distill.recordings import ADVANTAGE
 from megatron_tropd.losses import LossTargets, TeacherSignal, token_statistics_from_hidden
 from megatron_tropd.losses.method import BatchFacts, Method
 
@@ -79,6 +80,21 @@ def choose(
     return BatchChoices(
         None if selected_T is None else list(selected_T.split(lengths)),
         None if rewards_T is None else list(rewards_T.split(lengths)),
+    )
+
+
+def outcome_rewards(
+    batches: Sequence[MicroBatch], trajectories: Sequence[TokenSequence]
+) -> BatchChoices:
+    """Give every token how much better its sequence was than the prompt's others.
+
+    Args:
+        batches: of this rank.
+        trajectories: of the whole step, graded.
+    """
+    advantages = torch.tensor([t.fields[ADVANTAGE] for t in trajectories])
+    return BatchChoices(
+        rewards=[upload(advantages, batch.loss_rows.device)[batch.loss_rows] for batch in batches]
     )
 
 

@@ -84,7 +84,7 @@ def loss_config(args: Namespace) -> Method:
     """The loss that the ``--tropd-*`` arguments describe.
 
     Raises:
-        ConfigError: they do not fit together, or the loss looks at the whole batch first.
+        ConfigError: they do not fit together, or the loss needs what only the trainer has.
     """
     if args.tropd_method is None:
         raise ConfigError(
@@ -104,6 +104,12 @@ def loss_config(args: Namespace) -> Method:
         raise ConfigError(
             f"--tropd-method {args.tropd_method} does not read --tropd-top-k, which would change "
             "nothing. Drop it, or choose a method that does (docs/losses.md)."
+        )
+    if config.needs.reference or config.needs.outcomes:
+        lacking = "a second frozen model" if config.needs.reference else "graded rollouts"
+        raise ConfigError(
+            f"--tropd-method {args.tropd_method} needs {lacking}, which the plug-in does not load. "
+            "Use the trainer (tropd distill) or another method."
         )
     if config.needs_student_pass:
         raise ConfigError(

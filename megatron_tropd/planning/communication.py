@@ -38,17 +38,17 @@ class Communication:
 
 def communication(made: Setup) -> Communication:
     """What each kind of parallelism sends."""
-    student, teacher = made.student, made.teacher
+    student, frozen = made.student, made.frozen
     # A loss that looks at the student first takes one more pass.
     passes = 2 + made.config.loss.needs_student_pass
     again = repeated(made)
     ways = 2 if made.through_folder else 1
     return Communication(
-        tensor_teacher=tensor_bytes(made, teacher, passes=1),
+        tensor_teacher=sum(tensor_bytes(made, model, passes=1) for model in frozen),
         tensor_student=tensor_bytes(made, student, passes=passes - 2 + student_sums(made)),
-        expert_teacher=sum(expert_bytes(made, teacher, passes=1)),
+        expert_teacher=sum(sum(expert_bytes(made, model, passes=1)) for model in frozen),
         expert_student=sum(expert_bytes(made, student, passes=passes + again.routes)),
-        pipeline_teacher=pipeline_bytes(made, teacher, passes=1),
+        pipeline_teacher=sum(pipeline_bytes(made, model, passes=1) for model in frozen),
         pipeline_student=pipeline_bytes(made, student, passes=passes),
         data=max(data_bytes(made, stage) for stage in {0, made.last_stage}),
         tied_embedding=tied_embedding_bytes(made),

@@ -22,8 +22,6 @@ gives back weights and cache. An assumption."""
 TEACHER_SHARE = 0.85
 """Of a GPU's memory for the teacher's engine, which is gone before the models are built."""
 _FLOAT32 = 4
-_LOGITS = 2 * _FLOAT32
-"""Bytes of both models' logits of one token and column."""
 _GROUP, _OF_CANDIDATE = 32, 20
 """Columns of a group from which the largest logits are taken, and bytes of such a column."""
 _BUCKET = 256 * 2**20
@@ -62,10 +60,11 @@ class Memory:
     gradients: float
     optimizer: float
     teacher_weights: float
+    """Of the teacher and its reference, as the next two."""
     teacher_hidden: float
-    """The teacher's hidden states of the whole step, kept until the student has learned."""
+    """Hidden states of the whole step, kept until the student has learned."""
     teacher_forward: float
-    """While the teacher scores one micro-batch."""
+    """While one of the two scores one micro-batch."""
     student_hidden: float
     """The student's own hidden states of the whole step, for losses that look at them first."""
     activations: float
@@ -132,7 +131,7 @@ def memory_of_stage(made: Setup, stage: int) -> Memory:
         made: the run.
         stage: 0-based.
     """
-    student, teacher = made.held(made.student, stage), made.held(made.teacher, stage)
+    student = made.held(made.student, stage)
     last = stage == made.last_stage
     engine = Engine(0.0, 0.0, 0.0, 0.0) if made.separate else engine_memory(made)
     scores = last and made.config.loss.needs_student_pass
@@ -142,9 +141,9 @@ def memory_of_stage(made: Setup, stage: int) -> Memory:
         weights=student.total * made.element,
         gradients=student.total * made.gradient_element,
         optimizer=optimizer_bytes(made, student),
-        teacher_weights=teacher.total * made.element,
-        teacher_hidden=_hidden_states(made, made.teacher) if last else 0.0,
-        teacher_forward=_working_set(made, made.teacher),
+        teacher_weights=sum(made.held(m, stage).total for m in made.frozen) * made.element,
+        teacher_hidden=sum(_hidden_states(made, m) for m in made.frozen) if last else 0.0,
+        teacher_forward=max(_working_set(made, m) for m in made.frozen),
         student_hidden=_hidden_states(made, made.student) if scores else 0.0,
         activations=passes.kept,
         recomputed=passes.recomputed,
@@ -257,7 +256,7 @@ def offloaded_parameters(made: Setup) -> float:
 def loss_bytes(made: Setup) -> float:
     """What the loss of one micro-batch adds at the last stage.
 
-    Logits of both models in float32 for a chunk of tokens and the gradient of bfloat16, within a
+    Logits of all models in float32 for a chunk of tokens and the gradient of bfloat16, within a
     budget (twice the chunks where collectives overlap); the student's hidden states [T, H] and, in
     float32, their gradient; the output layer's gradient [v, H] in float32; per-token values.
     """
@@ -276,18 +275,23 @@ def chunk_bytes(made: Setup, tokens: int) -> float:
     collectives hide behind products.
     """
     if made.hardware.layers == "cpu":
-        return min(LOSS_BUDGET["cpu"], _LOGITS * tokens * made.vocab_shard)
+        return min(LOSS_BUDGET["cpu"], _logits(made) * tokens * made.vocab_shard)
     rows, gradient = _chunk_rows(made, tokens), made.element if made.element == 2 else 0
     two = 2 if rows < tokens and made.parallel.tensor > 1 else 1
-    return float(rows * _columns(made) * (two * _LOGITS + gradient))
+    return float(rows * _columns(made) * (two * _logits(made) + gradient))
 
 
 def _chunk_rows(made: Setup, tokens: int) -> int:
     """Tokens of one chunk of the loss on a GPU."""
     two = 2 if made.parallel.tensor > 1 else 1
-    of_column = two * _LOGITS + (made.element if made.element == 2 else 0)
+    of_column = two * _logits(made) + (made.element if made.element == 2 else 0)
     rows = LOSS_BUDGET["gpu"] // (_columns(made) * of_column)
     return min(tokens, rows // 16 * 16 if rows > 16 else max(rows, 1))
+
+
+def _logits(made: Setup) -> int:
+    """Bytes of the logits of one token and column: those of all models, in float32."""
+    return _FLOAT32 * len(made.models)
 
 
 def _columns(made: Setup) -> int:

@@ -40,7 +40,7 @@ class Model:
     """The architecture of one side of the pair."""
 
     who: str
-    """"student" or "teacher"."""
+    """"student", "teacher" or "reference"."""
     config: dict[str, Any]
     """config.json."""
     shape: ModelShape
@@ -96,7 +96,7 @@ def open_architecture(path: str, who: str) -> Model:
 
     Args:
         path: HF folder, a folder with nothing but config.json, or a Megatron checkpoint.
-        who: "student" or "teacher".
+        who: "student", "teacher" or "reference".
 
     Raises:
         InputError: there is no such folder, no readable config.json, or its architecture is not

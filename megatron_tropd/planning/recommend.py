@@ -201,7 +201,7 @@ def _laid_out(made: Setup, gpus: int, rollout: RolloutConfig) -> Iterator[Setup]
 
 
 def _layouts(made: Setup, gpus: int) -> Iterator[ParallelConfig]:
-    shapes = (made.student.shape, made.teacher.shape)
+    shapes = [model.shape for model in made.models]
     mixture = any(shape.experts for shape in shapes)
     for tensor in _divisors(gpus):
         if tensor > made.hardware.gpus_per_node or made.hardware.gpus_per_node % tensor:

@@ -91,13 +91,9 @@ def plan_json(plan: Plan) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "seconds_and_recommendation": UNCALIBRATED,
-        "student": {
-            "parameters": made.student.parameters,
-            "describe": describe(made.student.config),
-        },
-        "teacher": {
-            "parameters": made.teacher.parameters,
-            "describe": describe(made.teacher.config),
+        **{
+            model.who: {"parameters": model.parameters, "describe": describe(model.config)}
+            for model in made.models
         },
         "hardware": asdict(made.hardware),
         "step": asdict(made.work),
@@ -145,8 +141,7 @@ def _heading(made: Setup) -> str:
     )
     return _lines(
         [
-            ("student", describe(made.student.config)),
-            ("teacher", describe(made.teacher.config)),
+            *[(model.who, describe(model.config)) for model in made.models],
             ("cluster", _cluster(made)),
             ("rates", rates),
             ("step", step),

@@ -80,7 +80,7 @@ def seconds(made: Setup, sent: Communication) -> Seconds:
         student += pass_seconds(made, made.student, backward=False)
     return Seconds(
         rollout=rollout_seconds(made),
-        teacher=pass_seconds(made, made.teacher, backward=False),
+        teacher=sum(pass_seconds(made, model, backward=False) for model in made.frozen),
         student=student,
         optimizer=optimizer_seconds(made),
         sync=sync_seconds(made),
@@ -109,9 +109,9 @@ def layer_seconds(made: Setup, model: Model, positions: float) -> float:
 
 
 def loss_flops(made: Setup, tokens: float) -> float:
-    """Logits of both models, gradients of the student's hidden states and output layer."""
-    student, teacher = made.student.shape.hidden, made.teacher.shape.hidden
-    return 2 * tokens * made.padded_vocab * (3 * student + teacher)
+    """Logits of all models, gradients of the student's hidden states and output layer."""
+    student, frozen = made.student.shape.hidden, sum(m.shape.hidden for m in made.frozen)
+    return 2 * tokens * made.padded_vocab * (3 * student + frozen)
 
 
 def pass_seconds(made: Setup, model: Model, *, backward: bool) -> float:

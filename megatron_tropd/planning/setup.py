@@ -24,6 +24,8 @@ class Setup:
     rollout: RolloutConfig
     student: Model
     teacher: Model
+    reference: Model | None
+    """What the teacher is measured against, if the loss reads it."""
     work: Workload
     hardware: Hardware
     options: Options
@@ -32,9 +34,19 @@ class Setup:
     """Bytes of a weight or activation: 2 for bfloat16, 4 for float32."""
 
     @property
+    def frozen(self) -> tuple[Model, ...]:
+        """The models that only score: the teacher and its reference."""
+        return (self.teacher,) if self.reference is None else (self.teacher, self.reference)
+
+    @property
+    def models(self) -> tuple[Model, ...]:
+        """All models of the trainer."""
+        return self.student, *self.frozen
+
+    @property
     def padded_vocab(self) -> int:
-        """Rows of both models' embeddings."""
-        return _padded_vocab(self.student.key, self.teacher.key, self.parallel.tensor)
+        """Rows of all models' embeddings."""
+        return _padded_vocab(tuple(m.key for m in self.models), self.parallel.tensor)
 
     @property
     def vocab_shard(self) -> int:
@@ -132,6 +144,7 @@ def setup(
         rollout=config.rollout,
         student=open_architecture(config.model.student, "student"),
         teacher=open_architecture(config.model.teacher, "teacher"),
+        reference=open_architecture(config.reference, "reference") if config.reference else None,
         work=workload(
             config,
             config.parallel,
@@ -153,12 +166,12 @@ def row_multiple(hardware: Hardware) -> int:
 
 
 @lru_cache(maxsize=256)
-def _padded_vocab(student: str, teacher: str, tensor: int) -> int:
-    return padded_vocab_size(json.loads(student), json.loads(teacher), tensor=tensor)
+def _padded_vocab(models: tuple[str, ...], tensor: int) -> int:
+    return padded_vocab_size(*map(json.loads, models), tensor=tensor)
 
 
 def _check(made: Setup) -> None:
-    for model in (made.student, made.teacher):
+    for model in made.models:
         check_layout(model.shape, made.parallel, who=model.who)
         if made.work.longest > model.shape.context:
             raise ConfigError(
@@ -167,7 +180,7 @@ def _check(made: Setup) -> None:
                 f"{model.shape.context} tokens. Lower --prompt-tokens or "
                 "rollout.max_new_tokens."
             )
-    if made.parallel.expert > 1 and not (made.student.shape.experts or made.teacher.shape.experts):
+    if made.parallel.expert > 1 and not any(model.shape.experts for model in made.models):
         raise ConfigError(
             f"parallel.expert = {made.parallel.expert} needs a mixture of experts, but student and "
             "teacher are dense. Set parallel.expert = 1."

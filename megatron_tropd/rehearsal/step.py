@@ -26,6 +26,7 @@ from megatron_tropd.distill import job
 from megatron_tropd.distill.inputs import Inputs
 from megatron_tropd.distill.job import Job
 from megatron_tropd.distill.loop import learn
+from megatron_tropd.distill.recordings import ADVANTAGE
 from megatron_tropd.distill.reporter import Clock
 from megatron_tropd.mcore import models, parallel, platform, step, weights
 from megatron_tropd.mcore.checkpoint import Checkpoints
@@ -152,7 +153,7 @@ class RehearsedJob(Job):
             )
         scored: list[Any] = [self.student]
         if isinstance(self.teacher, ResidentTeacher):
-            scored.append(self.teacher.scorer)
+            scored += self.teacher.scorers
         for model in scored:
             setattr(model, "score", self._keeping(model.score, model.model))  # noqa: B010
 
@@ -234,12 +235,14 @@ class RehearsedJob(Job):
         return Inputs(
             student=folder(self.config.model.student),
             teacher=folder(self.config.model.teacher),
+            reference=folder(self.config.reference) if self.config.reference else None,
             tokenizer=cast(Any, None),
-            vocab_size=min(made.student.shape.vocab, made.teacher.shape.vocab),
-            context=min(made.student.shape.context, made.teacher.shape.context),
+            vocab_size=min(model.shape.vocab for model in made.models),
+            context=min(model.shape.context for model in made.models),
             stop_token_ids=(),
             prompts=[],
             responses=None,
+            recorded=None,
             problems=[],
             max_model_len=made.work.longest,
         )
@@ -301,6 +304,7 @@ def trajectories(setup: Setup, *, micro_batches: int | None = None) -> list[Toke
             (Writer.STUDENT, response[taught:]),
             logprobs=logprobs,
             version=0,
+            fields={ADVANTAGE: 0.0},
         )
         for number in range(count)
     ]

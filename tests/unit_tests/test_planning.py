@@ -319,7 +319,10 @@ def test_a_pipeline_waits_for_its_stages(small: Config):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("tokens", "columns"), [(50, 400), (3000, 700), (400, 700)])
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_the_loss_buffers_are_those_of_the_loss(tokens, columns, dtype, ranks, monkeypatch):
+@pytest.mark.parametrize("referenced", [False, True])
+def test_the_loss_buffers_are_those_of_the_loss(
+    tokens, columns, dtype, ranks, referenced, monkeypatch
+):
     """Whole logits where they fit the budget, else as many rows as it holds. As with kernels.
 
     Two chunks share it where collectives hide behind products.
@@ -337,12 +340,17 @@ def test_the_loss_buffers_are_those_of_the_loss(tokens, columns, dtype, ranks, m
         shard=shard,
         device=torch.device("meta"),
         memory_mib=4,
+        reference=signal if referenced else None,
     )
     real = chunks._Buffers(pair, count=ranks)
     monkeypatch.setitem(planned_memory.LOSS_BUDGET, "gpu", 4 * 2**20)
     parallel = SimpleNamespace(tensor=ranks)
     made = SimpleNamespace(
-        vocab_shard=columns, hardware=H100, element=dtype.itemsize, parallel=parallel
+        vocab_shard=columns,
+        hardware=H100,
+        element=dtype.itemsize,
+        parallel=parallel,
+        models=("student", "teacher", "reference")[: 2 + referenced],
     )
     taken = real._logits.untyped_storage().nbytes()
     if real._rounded is not None:
