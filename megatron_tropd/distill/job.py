@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -425,14 +426,13 @@ class Job:
         trajectories: Sequence[TokenSequence],
         loss: Method,
     ) -> BatchChoices | None:
-        if loss.needs.outcomes:
-            return outcome_rewards(batches, trajectories)
+        outcomes = outcome_rewards(batches, trajectories) if loss.needs.outcomes else None
         if not loss.needs_student_pass:
-            return None
+            return outcomes
         hidden = self.student.score(batches)
         if not self.ranks.is_last_stage:
             return None
-        return choose(
+        choices = choose(
             batches,
             trajectories,
             signals,
@@ -443,6 +443,7 @@ class Job:
             tp_group=self.ranks.tp_group,
             dp_group=self.ranks.dp_group,
         )
+        return choices if outcomes is None else replace(choices, rewards=outcomes.rewards)
 
     def aside[T](self, action: Callable[[], T]) -> "Future[T] | None":
         """Do something for the records beside the step, on rank 0; None on the others.

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.config.loss import Needs
 from megatron_tropd.config.settings import Positive
 from megatron_tropd.losses.method import Method
@@ -22,13 +21,6 @@ class ErpdTeacher(Method):
 
     scale: Positive = 1.0
     """b: the fit gives a token that raises the expected outcome by A a log-ratio of A / b."""
-
-    def _check_together(self) -> None:
-        if self.entropy_share is not None:
-            raise ConfigError(
-                "loss.entropy_share is not for loss.method = 'erpd_teacher', which fits all tokens "
-                f"of a graded rollout, found {self.entropy_share}. Leave it out."
-            )
 
     @property
     def needs(self) -> Needs:
