@@ -156,6 +156,22 @@ def test_sixteen_bytes_for_every_parameter_and_two_for_the_teacher(small: Config
     assert stage.teacher_hidden == 512 * 8096 * 2560 * 2
 
 
+def test_a_reference_is_a_second_teacher_to_every_estimate(small: Config):
+    """The teacher as its own reference: twice its weights, states, passes and traffic."""
+    parallel = ParallelConfig(tensor=2)
+    alone = dataclasses.replace(small, parallel=parallel, loss=preset("gkd_reverse_kl"))
+    teacher = dataclasses.replace(small.teacher, reference=small.model.teacher)
+    both = dataclasses.replace(alone, teacher=teacher, loss=preset("exopd_exact"))
+    one, two = (estimate(setup(config, H100)) for config in (alone, both))
+    (had,), (has,) = one.memory, two.memory
+    assert has.teacher_weights == 2 * had.teacher_weights
+    assert has.teacher_hidden == 2 * had.teacher_hidden
+    assert has.teacher_forward == had.teacher_forward
+    assert two.communication.tensor_teacher == 2 * one.communication.tensor_teacher
+    assert two.seconds.teacher == pytest.approx(2 * one.seconds.teacher)
+    assert two.seconds.student > one.seconds.student
+
+
 def test_memory_is_planned_for_micro_batches_full_of_any_lengths(small: Config):
     """Two rows of 8192 positions fill 16384, two of the longest kind do not fit."""
     full, twice = (
