@@ -117,7 +117,7 @@ def check_same_tokenizer(
     """
     student, teacher = load_tokenizer(student_folder), load_tokenizer(teacher_folder)
     where = f"student {student_folder}, {other} {teacher_folder}"
-    differing = _differing_ids(student.get_vocab(), teacher.get_vocab())
+    differing = _differing_ids(student.get_vocab(), teacher.get_vocab(), other)
     if differing:
         more = f" and {len(differing) - _MAX_NAMED} more" if len(differing) > _MAX_NAMED else ""
         raise InputError(
@@ -175,11 +175,11 @@ def stop_token_ids(folder: str | Path, extra: Iterable[int] = ()) -> tuple[int, 
     return tuple(sorted(ids))
 
 
-def _differing_ids(student: dict[str, int], teacher: dict[str, int]) -> list[str]:
+def _differing_ids(student: dict[str, int], teacher: dict[str, int], other: str) -> list[str]:
     mine = {token_id: token for token, token_id in student.items()}
     theirs = {token_id: token for token, token_id in teacher.items()}
     return [
-        f"id {i}: student {mine.get(i, 'nothing')!r}, teacher {theirs.get(i, 'nothing')!r}"
+        f"id {i}: student {mine.get(i, 'nothing')!r}, {other} {theirs.get(i, 'nothing')!r}"
         for i in sorted(mine.keys() | theirs.keys())
         if mine.get(i) != theirs.get(i)
     ]

@@ -151,11 +151,12 @@ class RehearsedJob(Job):
                 distributed_optimizer=config.parallel.distributed_optimizer,
                 say=lambda _: None,
             )
-        scored: list[Any] = [self.student]
+        scored: list[tuple[Any, str, list[Any]]] = [(self.student, "score", [self.student.model])]
         if isinstance(self.teacher, ResidentTeacher):
-            scored += self.teacher.scorers
-        for model in scored:
-            setattr(model, "score", self._keeping(model.score, model.model))  # noqa: B010
+            frozen = [scorer.model for scorer in self.teacher.scorers]
+            scored.append((self.teacher, "signals", frozen))
+        for owner, name, run in scored:
+            setattr(owner, name, self._keeping(getattr(owner, name), run))
 
     def learn(self, micro_batches: int) -> None:
         """Teacher, student and optimizer: the trainer's own step.
@@ -201,13 +202,14 @@ class RehearsedJob(Job):
             )
             self.checkpoint_bytes = bytes_to_write(state)
 
-    def _keeping(self, score: Any, model: Any) -> Any:
-        """Hold as much as if all micro-batches of the step had been scored."""
+    def _keeping(self, score: Any, models: list[Any]) -> Any:
+        """Hold as much as if the models had scored all micro-batches of the step."""
 
         def kept(batches: Any) -> list[Any]:
             tokens = len(batches[0].loss_at) if self.ranks.is_last_stage else 0
             room = [
                 torch.empty(tokens, model.config.hidden_size, dtype=self.dtype, device=self.device)
+                for model in models
                 for _ in range(self._missing if tokens else 0)
             ]
             return Kept(score(batches), room)
