@@ -484,11 +484,11 @@ class Config(Settings):
             f"loss.method = {name!r} fits the outcomes of recorded rollouts and needs "
             "rollout.recorded, found none. Record some with tools/rollouts.py and name the file.",
         )
-        ignored = {
-            "guidance.responses": self.guidance.responses,
-            "rollout.mode": None if self.rollout.mode == RolloutConfig.mode else self.rollout.mode,
+        ignored = {"guidance.responses": self.guidance.responses is not None} | {
+            f"rollout.{name}": getattr(self.rollout, name) != getattr(RolloutConfig, name)
+            for name in ("mode", "behaviour", "first_new_tokens")
         }
-        named = [key for key, value in ignored.items() if value is not None]
+        named = [key for key, is_set in ignored.items() if is_set]
         _require(
             recorded is None or not named,
             f"rollout.recorded takes sequences as they are and does not read {', '.join(named)}. "

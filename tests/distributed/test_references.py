@@ -31,6 +31,9 @@ from tests.ranks import run_on_ranks
 BETA, TOKENS, VOCAB, HIDDEN = 0.3, 220, 507, 8
 WIDTH = 512
 """Columns with padding: 128 on each of four ranks."""
+FROZEN = ("teacher", "reference")
+MERGED = (400, 2, 130)
+"""On four ranks: of the last, the first and the second."""
 _EXACT = dict(over="vocabulary", importance="none")
 LOSSES: dict[str, tuple[str, dict[str, Any]]] = {
     "exopd": ("exopd", dict(scale=1.5)),
@@ -213,12 +216,51 @@ def _check(group: dist.ProcessGroup | None) -> None:
 
 def test_one_rank():
     _check(None)
+    _check_merged(None)
 
 
 def _on_rank(group: dist.ProcessGroup) -> None:
-    _check(group)
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
-    _check(pairs[dist.get_rank() // 2])
+    for some in (group, pairs[dist.get_rank() // 2]):
+        _check(some)
+        _check_merged(some)
+
+
+def _one_event(logits_Tv: Tensor) -> Tensor:
+    """[T, VOCAB - 3 + 1]: the merged ids as one column, the last."""
+    others = [number for number in range(VOCAB) if number not in MERGED]
+    event_T1 = logits_Tv[:, list(MERGED)].logsumexp(-1, keepdim=True)
+    return torch.cat([logits_Tv[:, others], event_T1], dim=-1)
+
+
+def _check_merged(group: dist.ProcessGroup | None) -> None:
+    """Merged ids are one id to all three models: as in the vocabulary that has one."""
+    case, columns = _case(), _columns(group)
+    ids_T, fewer = case.targets.ids_T.clone(), VOCAB - len(MERGED) + 1
+    ids_T[:6] = torch.tensor(MERGED * 2)
+    targets = replace(case.targets, ids_T=ids_T)
+    others = [number for number in range(VOCAB) if number not in MERGED]
+    place = torch.full((VOCAB,), fewer - 1).scatter(0, torch.tensor(others), torch.arange(fewer))
+    small = replace(targets, ids_T=place[ids_T])
+    for name in ("exopd, exact", "delta, exact", "exopd", "delta", "erpd, expected"):
+        method, settings = LOSSES[name]
+        whole = case.logits("student").float().requires_grad_()
+        given = dict(vocab_size=fewer, group=None, beta=BETA)
+        merged = {who: LogitsSignal(_one_event(case.logits(who).float()), fewer) for who in FROZEN}
+        config = preset(method, **settings)
+        expected = tropd_loss(_one_event(whole), small, _signal(merged), config=config, **given)
+        expected.loss_T.sum().backward()
+
+        z = case.logits("student")[:, columns].float().requires_grad_()
+        signals = {who: LogitsSignal(case.logits(who)[:, columns].float(), VOCAB) for who in FROZEN}
+        config = replace(config, merge_ids=MERGED)
+        given = dict(vocab_size=VOCAB, group=group, beta=BETA)
+        found = tropd_loss(z, targets, _signal(signals), config=config, **given)
+        found.loss_T.sum().backward()
+        for key in ("term", "teacher_logprob", "reference_logprob", "reverse_kl"):
+            pair = found.values[key], expected.values[key]
+            assert torch.allclose(*pair, rtol=1e-4, atol=2e-5), (name, key)
+        assert torch.allclose(z.grad, whole.grad[:, columns], rtol=1e-3, atol=5e-6), name
 
 
 @pytest.mark.slow

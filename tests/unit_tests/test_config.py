@@ -304,6 +304,11 @@ def test_a_reference_is_a_folder_or_the_student(toml: Path):
             "does not read guidance.responses",
         ),
         (["rollout.recorded=a.jsonl", "rollout.mode=a:B"], "does not read rollout.mode"),
+        (["rollout.recorded=a.jsonl", "rollout.behaviour=cooled"], "not read rollout.behaviour"),
+        (
+            ["rollout.recorded=a.jsonl", "rollout.first_new_tokens=1", "rollout.growth_steps=1"],
+            "does not read rollout.first_new_tokens",
+        ),
     ],
 )
 def test_models_and_rollouts_that_the_loss_lacks_or_ignores(overrides, message, toml: Path):
