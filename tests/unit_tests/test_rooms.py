@@ -113,7 +113,7 @@ def test_every_room_has_its_arrows():
 
 
 def test_every_import_of_the_package_finds_its_module():
-    """Within functions, too, which nobody may have called yet; the type checker passes over them."""
+    """Within functions, too: the type checker passes over modules that it does not find."""
     modules = {_module(path) for path in FILES}
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_text())):
