@@ -117,11 +117,12 @@ def _parts(options: argparse.Namespace, ranks: Layout) -> StepParts:
         ),
         run=RunConfig(dir="."),
     )
-    folders: list[Any] = [
-        SimpleNamespace(config=read_config(path)) for path in (options.student, options.teacher)
-    ]
+    paths = {"student": options.student, "teacher": options.teacher}
+    folders: dict[str, Any] = {
+        who: SimpleNamespace(config=read_config(path)) for who, path in paths.items()
+    }
     with patch.object(dense, "load_weights", _draw_weights):
-        return step_parts(config, *folders, ranks)
+        return step_parts(config, folders, ranks)
 
 
 def _draw_weights(model: torch.nn.Module, *_: Any, **__: Any) -> None:

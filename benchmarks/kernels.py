@@ -45,10 +45,13 @@ from triton.runtime.jit import MockTensor
 
 from megatron_tropd.losses import (
     PRESETS,
+    FullSignal,
     HiddenStatesSignal,
     LogitsSignal,
     LossTargets,
     Method,
+    ReferencedSignal,
+    TeacherSignal,
     dense_triton,
     preset,
     tropd_loss,
@@ -188,11 +191,12 @@ def variant_name(kernel: Any, arguments: tuple[Any, ...], settings: dict[str, An
 def _from_hidden(config: Method, dtype: torch.dtype, width: int, *, metrics: bool) -> None:
     states = torch.empty(2, TOKENS, HIDDEN, dtype=dtype, device="cuda")
     weights = torch.empty(2, width, HIDDEN, dtype=dtype, device="cuda")
+    signal = HiddenStatesSignal(states[1], weights[1], width)
     tropd_loss_from_hidden(
         states[0].requires_grad_(),
         weights[0].requires_grad_(),
         _targets(),
-        HiddenStatesSignal(states[1], weights[1], width),
+        _signal(signal, config),
         config=config,
         vocab_size=width,
         group=None,
@@ -205,13 +209,18 @@ def _from_logits(config: Method, width: int) -> None:
     student, teacher = torch.empty(2, TOKENS, width, device="cuda").unbind(0)
     signal = LogitsSignal(teacher, width)
     output = tropd_loss(
-        *(student.requires_grad_(), _targets(), signal),
+        *(student.requires_grad_(), _targets(), _signal(signal, config)),
         config=config,
         vocab_size=width,
         group=None,
     )
     node: Any = output.loss_T.grad_fn
     type(node)._forward_cls.backward(node, torch.empty_like(output.loss_T))
+
+
+def _signal(signal: FullSignal, config: Method) -> TeacherSignal:
+    """The teacher's, as its own reference for a loss that reads one."""
+    return ReferencedSignal(signal, signal) if config.needs.reference else signal
 
 
 def _targets() -> LossTargets:

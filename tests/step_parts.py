@@ -61,5 +61,5 @@ def build_parts(
         megatron=megatron or MegatronConfig(),
     )
     ranks = ranks or parallel.initialize(layout, seed=1)
-    folders = HFFolder(Path(student)), HFFolder(Path(teacher))
-    return replace(step_parts(config, *folders, ranks), **changes)
+    folders = {"student": HFFolder(Path(student)), "teacher": HFFolder(Path(teacher))}
+    return replace(step_parts(config, folders, ranks), **changes)

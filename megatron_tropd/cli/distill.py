@@ -182,8 +182,7 @@ def _settings_text(config: Config, inputs: "Inputs") -> str:
     return "\n".join(
         [
             f"ranks:      {p.world_size} (TP {p.tensor} x PP {p.pipeline} x DP {p.data}{shared})",
-            f"student:    {describe(inputs.student.config)}",
-            f"teacher:    {describe(inputs.teacher.config)}",
+            *(f"{who + ':':<11} {describe(f.config)}" for who, f in inputs.folders.items()),
             *_left_unread(inputs),
             f"vocabulary: {inputs.vocab_size} shared columns, context {inputs.context} tokens",
             f"stop ids:   {', '.join(map(str, inputs.stop_token_ids))}",
@@ -203,9 +202,8 @@ def _left_unread(inputs: "Inputs") -> list[str]:
     """A line for each model whose folder holds safetensors files that are not the model's."""
     from megatron_tropd.convert.hf_folder import HFFolder
 
-    folders = {"student": inputs.student, "teacher": inputs.teacher}
     return [
         f"not read:   {', '.join(folder.unread)} ({who}: not files of its model)"
-        for who, folder in folders.items()
+        for who, folder in inputs.folders.items()
         if isinstance(folder, HFFolder) and folder.unread
     ]

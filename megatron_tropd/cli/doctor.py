@@ -298,10 +298,13 @@ def check_options(config: Config) -> Check:
     from megatron_tropd.convert.megatron_folder import open_model
     from megatron_tropd.mcore import options_check
 
-    name, pair = "Megatron's options", (config.model.student, config.model.teacher)
+    name = "Megatron's options"
+    paths = {"student": config.model.student, "teacher": config.model.teacher}
+    if config.reference is not None:
+        paths["reference"] = config.reference
     try:
-        student, teacher = (open_model(path).config for path in pair)
-        options_check.check_options(config, student=student, teacher=teacher)
+        models = {who: open_model(path).config for who, path in paths.items()}
+        options_check.check_options(config, **models)
     except (ConfigError, InputError) as error:
         return Check(name, Status.FAIL, str(error))
     text = ", ".join(config.megatron.lines()) or "none set"

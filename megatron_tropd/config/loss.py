@@ -20,6 +20,10 @@ q (p^a - q^a)."""
 FloorRule = Literal["log(l)/(1-l)", "log(l/(1-l))"]
 
 
+TEACHER = (1.0, 0.0, 0.0)
+"""``Needs.target`` of the losses that compare the student with the teacher itself."""
+
+
 @dataclass(frozen=True)
 class Needs:
     """What a method must be given: plain numbers and names, known before any tensor is."""
@@ -48,6 +52,14 @@ class Needs:
     """Whether ``LossTargets.uniforms_T`` is read."""
     rollout_logprobs: bool = False
     """Whether ``LossTargets.rollout_logprobs_T`` is read."""
+    reference: bool = False
+    """Whether log p_ref is read: that of the sampled token, or of all tokens by ``target``."""
+    target: tuple[float, float, float] = TEACHER
+    """(a, b, c): sums, top-k and gradients compare the student with the distribution proportional
+    to p^a p_ref^b q^c (q without a gradient), in place of the teacher p."""
+    outcomes: bool = False
+    """Whether ``LossTargets.rewards_T`` is how much better a sequence's outcome was than that of
+    the prompt's other samples: graded, recorded rollouts have it."""
     outliers: bool = False
     """Whether the loss tells tokens outside of a trust region apart."""
     student_pass: bool = False
@@ -152,6 +164,10 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "gkd_forward_kl": ("gkd", {"divergence": "forward_kl"}),
     "gkd_reverse_kl": ("gkd", {"divergence": "reverse_kl"}),
     "gkd_jsd": ("gkd", {"divergence": "jsd"}),
+    "exopd": ("exopd", {}),
+    "exopd_exact": ("exopd", {"over": "vocabulary"}),
+    "delta": ("delta", {}),
+    "delta_exact": ("delta", {"over": "vocabulary"}),
     "minillm_single_step": ("gkd", {"divergence": "reverse_kl", "teacher_tokens": "nll"}),
 }
 """Published method -> its file in ``losses/methods`` and what differs from that file's defaults

@@ -38,6 +38,8 @@ from megatron_tropd.config.settings import (
 )
 
 PATH = {"path": True}  # metadata of the fields that name an input file or folder
+STUDENT = "student"
+"""``teacher.reference``: the weights that the student starts from."""
 _GREEDY = "On-policy samples are drawn at random (evaluation is greedy by itself)."
 Temperature = Annotated[float, Range(0, ends="(]", hint=_GREEDY)]
 Moment = Annotated[float, Range(0, 1, "[)")]
@@ -209,6 +211,9 @@ class RolloutConfig(PromptConfig, section="rollout"):
     mode: str = "single_turn"
     """How a prompt becomes a sequence: "single_turn" (the student answers once, perhaps after a
     teacher prefix), or "package.module:attribute" of your own (docs/extending.md)."""
+    recorded: str | None = field(default=None, metadata=PATH)
+    """Train on these rollouts in place of new samples: a file that tools/rollouts.py made of the
+    same prompts, or a folder of rounds (docs/recorded_rollouts.md). None: sample."""
     filter_overlong_prompts: bool = False
     """Leave out prompts that are too long for the models' context, instead of refusing the file."""
     placement: Literal["colocated", "separate"] = "colocated"
@@ -374,6 +379,10 @@ class TeacherConfig(Settings, section="teacher"):
     source: str = "resident"
     """resident: a model on the student's ranks. "package.module:attribute": a source of your own
     (docs/extending.md)."""
+    reference: str | None = field(default=None, metadata=PATH | {"words": (STUDENT,)})
+    """Folder of a second frozen model, which the teacher is measured against by the losses that
+    need one (docs/losses.md); same tokenizer. "student": what the student starts from. None: no
+    such model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -458,6 +467,8 @@ class Config(Settings):
         if self.run.deterministic:
             deterministic.check_options("model", self.megatron.model)
             deterministic.check_options("teacher", self.megatron.teacher)
+        self._check_reference()
+        self._check_recorded()
         samples = self.rollout.prompts_per_step * self.rollout.samples_per_prompt
         _require(
             samples % self.parallel.data == 0,
@@ -465,6 +476,46 @@ class Config(Settings):
             f"parallel.data = {self.parallel.data}: every replica trains on equally many "
             "trajectories. Change one of the three.",
         )
+
+    def _check_recorded(self) -> None:
+        name, recorded = self.loss.method_name(), self.rollout.recorded
+        _require(
+            recorded is not None or not self.loss.needs.outcomes,
+            f"loss.method = {name!r} fits the outcomes of recorded rollouts and needs "
+            "rollout.recorded, found none. Record some with tools/rollouts.py and name the file.",
+        )
+        ignored = {"guidance.responses": self.guidance.responses is not None} | {
+            f"rollout.{name}": getattr(self.rollout, name) != getattr(RolloutConfig, name)
+            for name in ("mode", "behaviour", "first_new_tokens")
+        }
+        named = [key for key, is_set in ignored.items() if is_set]
+        _require(
+            recorded is None or not named,
+            f"rollout.recorded takes sequences as they are and does not read {', '.join(named)}. "
+            "Leave one of the two out.",
+        )
+
+    def _check_reference(self) -> None:
+        name, given = self.loss.method_name(), self.teacher.reference
+        _require(
+            given is not None
+            or not self.loss.needs.reference
+            or self.teacher.source != TeacherConfig.source,
+            f"loss.method = {name!r} measures the teacher against a reference and needs "
+            "teacher.reference, found none. Name the folder of what the teacher was trained from, "
+            'or "student".',
+        )
+        _require(
+            given is None or self.loss.needs.reference,
+            f"teacher.reference = {given!r} would be loaded for nothing: loss.method = {name!r} "
+            "does not read it. Leave it out, or choose a loss that does (exopd, delta, erpd).",
+        )
+
+    @property
+    def reference(self) -> str | None:
+        """Folder of the model that the teacher is measured against."""
+        named = self.teacher.reference
+        return self.model.student if named == STUDENT else named
 
     @property
     def pad_multiple(self) -> int:
@@ -610,8 +661,13 @@ def _anchor_paths(tables: dict[str, Any], folder: Path) -> None:
             continue
         for f in fields(section):
             value = table.get(f.name)
-            if f.metadata.get("path") and isinstance(value, str):
+            if isinstance(value, str) and _is_path(f, value):
                 table[f.name] = str(folder / Path(value).expanduser())
+
+
+def _is_path(f: "dataclasses.Field[Any]", value: str) -> bool:
+    """Whether a value of this field names an input file or folder."""
+    return bool(f.metadata.get("path")) and value not in f.metadata.get("words", ())
 
 
 def apply_override(tables: dict[str, Any], override: str) -> None:
@@ -625,10 +681,9 @@ def apply_override(tables: dict[str, Any], override: str) -> None:
     except tomllib.TOMLDecodeError:
         value = text.strip()
     section = _sections().get(section_name)
-    if section is not None and isinstance(value, str):
-        is_path = any(f.name == name and f.metadata.get("path") for f in fields(section))
-        if is_path:
-            value = str(Path(value).expanduser().resolve())
+    known = () if section is None else fields(section)
+    if isinstance(value, str) and any(f.name == name and _is_path(f, value) for f in known):
+        value = str(Path(value).expanduser().resolve())
     *within, last = (section_name, *name.split("."))
     table = tables
     for depth, key in enumerate(within):

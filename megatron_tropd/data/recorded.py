@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from megatron_tropd.base.errors import InputError
-from megatron_tropd.base.text_files import lines_with_offsets, parse_json_line
+from megatron_tropd.base.text_files import lines_with_offsets, parse_json_line, read_json_lines
 from megatron_tropd.data.batch import row_of
 from megatron_tropd.data.sequence import TokenSequence, Writer
 from megatron_tropd.data.sequence_files import Reader, reader_of
@@ -41,6 +41,49 @@ def training_item(sequence: TokenSequence, seq_length: int) -> dict[str, Tensor]
     row = row_of(sequence, seq_length)
     item = {name: torch.from_numpy(column) for name, column in row.items()}
     return item | {"sample_key": torch.tensor(sequence.key)}
+
+
+def read_recorded(
+    path: str | Path, *, vocab_size: int, tokenizer: "PreTrainedTokenizerBase"
+) -> list[TokenSequence]:
+    """Read recorded trajectories whole, checking every line.
+
+    Args:
+        path: JSON lines of tools/rollouts.py, or a folder of such files, one for each round.
+        vocab_size: ids must be below it.
+        tokenizer: the student's, which must be that of the files.
+
+    Returns:
+        The trajectories in the order of the lines.
+
+    Raises:
+        InputError: as :class:`RecordedTrajectories`.
+    """
+    found: list[TokenSequence] = []
+    headers: list[Mapping[str, Any]] = []
+    for file in _files_of(path):
+        read: Reader | None = None
+        for number, record in read_json_lines(file, "file of recorded trajectories"):
+            where = f"{file}, line {number}"
+            if read is None:
+                read = reader_of(record, where)
+                _check_tokenizer(record, where, tokenizer)
+                headers.append(record)
+                continue
+            found.append(read(record, where))
+            _check_values(found[-1], vocab_size, where)
+    if not found:
+        raise InputError(f"{path} holds no trajectory. Write some with tools/rollouts.py.")
+    _check_order(headers, Path(path))
+    return found
+
+
+def _files_of(path: str | Path) -> list[Path]:
+    path = Path(path)
+    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+    if not files:
+        raise InputError(f"The folder {path} holds no *.jsonl. Write some: tools/rollouts.py.")
+    return files
 
 
 class RecordedTrajectories(Dataset[dict[str, Tensor]]):
@@ -79,11 +122,9 @@ class RecordedTrajectories(Dataset[dict[str, Tensor]]):
         self._longer = longer
         self.num_truncated = 0
         """Trajectories longer than ``seq_length``, with ``longer="truncate"``."""
-        self._files = sorted(self.path.glob("*.jsonl")) if self.path.is_dir() else [self.path]
+        self._files = _files_of(path)
         self._readers: list[Reader] = []
         self._file_of, self._offsets, self._lines = array("q"), array("q"), array("q")
-        if not self._files:
-            raise InputError(f"The folder {path} holds no *.jsonl. Write some: tools/rollouts.py.")
         headers = [self._index(number, tokenizer) for number in range(len(self._files))]
         _check_order(headers, self.path)
 

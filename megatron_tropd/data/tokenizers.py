@@ -92,9 +92,12 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def check_same_tokenizer(
-    student_folder: str | Path, teacher_folder: str | Path
+    student_folder: str | Path, teacher_folder: str | Path, *, other: str = "teacher"
 ) -> PreTrainedTokenizerBase:
     """Refuse a pair whose token ids mean different things.
+
+    Args:
+        other: how messages call the teacher.
 
     Returns:
         The student's tokenizer, which is the one used from here on.
@@ -105,12 +108,12 @@ def check_same_tokenizer(
             (:func:`megatron_tropd.data.prompts.check_same_texts`).
     """
     student, teacher = load_tokenizer(student_folder), load_tokenizer(teacher_folder)
-    where = f"student {student_folder}, teacher {teacher_folder}"
-    differing = _differing_ids(student.get_vocab(), teacher.get_vocab())
+    where = f"student {student_folder}, {other} {teacher_folder}"
+    differing = _differing_ids(student.get_vocab(), teacher.get_vocab(), other)
     if differing:
         more = f" and {len(differing) - _MAX_NAMED} more" if len(differing) > _MAX_NAMED else ""
         raise InputError(
-            f"Student and teacher must share one tokenizer, but {len(differing)} ids differ: "
+            f"Student and {other} must share one tokenizer, but {len(differing)} ids differ: "
             f"{'; '.join(differing[:_MAX_NAMED])}{more} ({where}). "
             "Choose a pair trained with the same tokenizer."
         )
@@ -118,7 +121,7 @@ def check_same_tokenizer(
         mine, theirs = getattr(student, name), getattr(teacher, name)
         if mine != theirs:
             raise InputError(
-                f"Student and teacher must agree on {name}, found {_spell(student, mine)} and "
+                f"Student and {other} must agree on {name}, found {_spell(student, mine)} and "
                 f"{_spell(teacher, theirs)} ({where}). If that is only a setting, edit "
                 "tokenizer_config.json of one of them."
             )
@@ -171,11 +174,11 @@ def shared_stops(student: str | Path, teacher: str | Path) -> tuple[int, ...]:
     return (first, *sorted((mine | theirs) - {first}))
 
 
-def _differing_ids(student: dict[str, int], teacher: dict[str, int]) -> list[str]:
+def _differing_ids(student: dict[str, int], teacher: dict[str, int], other: str) -> list[str]:
     mine = {token_id: token for token, token_id in student.items()}
     theirs = {token_id: token for token, token_id in teacher.items()}
     return [
-        f"id {i}: student {mine.get(i, 'nothing')!r}, teacher {theirs.get(i, 'nothing')!r}"
+        f"id {i}: student {mine.get(i, 'nothing')!r}, {other} {theirs.get(i, 'nothing')!r}"
         for i in sorted(mine.keys() | theirs.keys())
         if mine.get(i) != theirs.get(i)
     ]

@@ -19,12 +19,11 @@ from megatron_tropd.distill.inputs import Inputs
 from megatron_tropd.losses.draws import Purpose, keyed_seed
 from megatron_tropd.report.metrics import MetricsLog
 from megatron_tropd.report.records import read_lines
-from megatron_tropd.tasks.exact_match import Engine, answer_greedily, grade_answers
+from megatron_tropd.tasks.exact_match import GRADER, Engine, answer_greedily, grade_answers
 from megatron_tropd.tasks.reverse_kl import measure_reverse_kl
 
 NUM_EXAMPLES = 20
 """Answers of an evaluation kept for the report."""
-GRADER = "marked"
 _TEMPLATE = "chat_template"  # in the names of the settings that say how prompts are wrapped
 
 

@@ -18,6 +18,7 @@ from megatron_tropd.data.prompts import (
     load_prompts,
 )
 from megatron_tropd.data.responses import TeacherResponse, load_responses
+from megatron_tropd.data.sequence import TokenSequence
 from megatron_tropd.data.tokenizers import (
     check_same_tokenizer,
     load_tokenizer,
@@ -26,11 +27,12 @@ from megatron_tropd.data.tokenizers import (
     stop_token_ids,
 )
 from megatron_tropd.data.types import Prompt
+from megatron_tropd.distill.recordings import load_recorded
 from megatron_tropd.losses import check_signal
 from megatron_tropd.rollout.engines.engine import BLENDED_ON_CUDA, blended_length
 from megatron_tropd.rollout.engines.engine_model import check_engine
 from megatron_tropd.tasks.exact_match import reference_answer
-from megatron_tropd.teacher import load_teacher
+from megatron_tropd.teacher import signal_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,18 +40,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Inputs:
-    """The pair's folders, the tokenizer and all texts of a run."""
+    """The models' folders, the tokenizer and all texts of a run."""
 
     student: HFFolder | MegatronFolder
     teacher: HFFolder | MegatronFolder
+    reference: HFFolder | MegatronFolder | None
+    """What the teacher is measured against, if the loss reads it."""
     tokenizer: "PreTrainedTokenizerBase"
     vocab_size: int
-    """Columns that are real in both models; what lies above is padding."""
+    """Columns that are real in all models; what lies above is padding."""
     context: int
-    """Longest sequence both models take."""
+    """Longest sequence all models take."""
     stop_token_ids: tuple[int, ...]
     prompts: list[Prompt]
     responses: dict[int, tuple[TeacherResponse, ...]] | None
+    recorded: list[list[TokenSequence]] | None
+    """The samples of each recorded prompt, graded if the loss reads outcomes; None: the run
+    samples."""
     problems: list[Prompt]
     """Held-out problems, at most evaluation.num_problems; empty without evaluation."""
     max_model_len: int
@@ -61,6 +68,12 @@ class Inputs:
         """Tokens of the longest prompt and its response."""
         return _longest(self.prompts) + rollout.max_new_tokens
 
+    @property
+    def folders(self) -> dict[str, HFFolder | MegatronFolder]:
+        """Of each model, by what it is to the run."""
+        named = {"student": self.student, "teacher": self.teacher, "reference": self.reference}
+        return {who: folder for who, folder in named.items() if folder is not None}
+
 
 def load_inputs(config: Config) -> Inputs:
     """Read and check models' headers, tokenizers, prompts, responses and problems.
@@ -70,22 +83,28 @@ def load_inputs(config: Config) -> Inputs:
         ConfigError: a setting does not fit the models or the texts.
     """
     student, teacher = open_model(config.model.student), open_model(config.model.teacher)
-    for who, folder in (("student", student), ("teacher", teacher)):
+    reference = None if config.reference is None else open_model(config.reference)
+    models = {"student": student, "teacher": teacher}
+    if reference is not None:
+        models["reference"] = reference
+    for who, folder in models.items():
         _check_config(folder, who)
         if isinstance(folder, HFFolder):  # the other kind is checked when it is opened
             check_tensors(folder)
         check_parallel(folder.config, config.parallel, who=who)
-    _check_experts(config, student, teacher)
+    _check_experts(config, *models.values())
     tokenizer = check_same_tokenizer(student.companions, teacher.companions)
-    shapes = [model_shape(folder.config) for folder in (student, teacher)]
+    if reference is not None:
+        check_same_tokenizer(student.companions, reference.companions, other="reference")
+    shapes = [model_shape(folder.config) for folder in models.values()]
     vocab_size = min(shape.vocab for shape in shapes)
     if num_ids(tokenizer) > vocab_size:
         raise InputError(
-            f"The tokenizer has {num_ids(tokenizer)} ids, but student and teacher share only "
+            f"The tokenizer has {num_ids(tokenizer)} ids, but {' and '.join(models)} share only "
             f"{vocab_size} vocabulary columns. A tokenizer file does not belong to its model, or "
             "its class added a token (name a pad_token in tokenizer_config.json)."
         )
-    check_signal(config.loss, load_teacher(config.teacher.source).signal, vocab_size=vocab_size)
+    check_signal(config.loss, signal_of(config), vocab_size=vocab_size)
     if unknown := [i for i in config.loss.mask_first_ids if not 0 <= i < vocab_size]:
         raise ConfigError(
             f"loss.mask_first_ids must be below the vocabulary of {vocab_size} tokens, found "
@@ -107,6 +126,7 @@ def load_inputs(config: Config) -> Inputs:
     return Inputs(
         student=student,
         teacher=teacher,
+        reference=reference,
         tokenizer=tokenizer,
         vocab_size=vocab_size,
         context=context,
@@ -115,6 +135,7 @@ def load_inputs(config: Config) -> Inputs:
         ),
         prompts=prompts,
         responses=responses,
+        recorded=load_recorded(config, prompts, tokenizer, vocab_size),
         problems=problems,
         max_model_len=max_model_len,
         shared_stops=(

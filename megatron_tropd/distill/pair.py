@@ -1,5 +1,6 @@
 """The models of a run on its ranks: built, and sent to the engines."""
 
+from collections.abc import Mapping
 from functools import partial
 
 from megatron_tropd.config import Config
@@ -16,33 +17,33 @@ from megatron_tropd.teacher import TeacherStart, load_teacher
 
 
 def step_parts(
-    config: Config,
-    student: HFFolder | MegatronFolder,
-    teacher: HFFolder | MegatronFolder,
-    ranks: Layout,
+    config: Config, folders: Mapping[str, HFFolder | MegatronFolder], ranks: Layout
 ) -> StepParts:
-    """Build both models, and with them what a step is made with; collective.
+    """Build all models, and with them what a step is made with; collective.
 
     Args:
         config: of the run.
-        student: folder of its first weights.
-        teacher: folder of the model.
+        folders: "student": its first weights; "teacher"; "reference", if the loss reads it.
         ranks: this rank's place.
 
     Returns:
         The parts, without a clock and without a look at the engines.
     """
     dtype = models.resolve_dtype(config.model.dtype)
-    padded = models.padded_vocab_size(student.config, teacher.config, tensor=config.parallel.tensor)
-    vocab_size = min(model_shape(folder.config).vocab for folder in (student, teacher))
+    configs = [folder.config for folder in folders.values()]
+    padded = models.padded_vocab_size(*configs, tensor=config.parallel.tensor)
+    vocab_size = min(model_shape(each).vocab for each in configs)
     learner = Student(
-        models.build_of_run(config, student, "student", ranks=ranks, padded_vocab_size=padded),
+        models.build_of_run(
+            config, folders["student"], "student", ranks=ranks, padded_vocab_size=padded
+        ),
         train=config.train,
         parallel=config.parallel,
         dtype=dtype,
         megatron=config.megatron,
     )
-    start = TeacherStart(config, teacher, ranks, dtype, padded, vocab_size)
+    teacher, reference = folders["teacher"], folders.get("reference")
+    start = TeacherStart(config, teacher, ranks, dtype, padded, vocab_size, reference)
     return StepParts(
         student=learner,
         teacher=load_teacher(config.teacher.source)(start),

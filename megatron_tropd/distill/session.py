@@ -26,6 +26,7 @@ from megatron_tropd.rollout.engines.device_memory import free_bytes, wait_for_me
 from megatron_tropd.rollout.engines.interface import SamplingEngines
 from megatron_tropd.rollout.engines.wire import Model
 from megatron_tropd.rollout.episodes import EpisodePlan, load_mode
+from megatron_tropd.rollout.recorded import RecordedRollouts
 from megatron_tropd.rollout.source import RolloutSource, SampledRollouts
 from megatron_tropd.rollout.warmup import WarmupEngines
 
@@ -114,7 +115,7 @@ def open_session(
         if platform.has_cuda():
             with engines.awake():
                 pass  # vLLM measures free memory while it starts: nobody else may allocate
-        parts = step_parts(config, inputs.student, inputs.teacher, ranks)
+        parts = step_parts(config, inputs.folders, ranks)
         exits.callback(parts.teacher.close)
         gap = _engine_gap(config, inputs, folder)
         yield Session(
@@ -129,7 +130,7 @@ def open_session(
             hf_folders=hf_folders,
             evaluator=evaluator,
             engines=engines,
-            rollouts=sampled_rollouts(config, inputs, engines, is_main=is_main),
+            rollouts=rollout_source(config, inputs, engines, is_main=is_main),
             parts=replace(parts, clock=reporter.clock, engine_gap=gap),
         )
 
@@ -145,10 +146,13 @@ def _measure_teacher(
         run_everywhere(lambda: wait_for_memory(before, "the teacher's engine"))
 
 
-def sampled_rollouts(
+def rollout_source(
     config: Config, inputs: Inputs, engines: SamplingEngines, *, is_main: bool
 ) -> RolloutSource:
-    """Where the run's sequences come from: its engines, in the mode that the settings name."""
+    """Where the run's sequences come from: records, or engines in the mode that is set."""
+    if inputs.recorded is not None:
+        per_step = config.rollout.prompts_per_step
+        return RecordedRollouts(inputs.recorded, prompts_per_step=per_step, seed=config.train.seed)
     return SampledRollouts(
         engines,
         load_mode(config.rollout.mode),

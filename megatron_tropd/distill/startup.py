@@ -51,7 +51,7 @@ def check_settings(config: Config, inputs: Inputs, *, is_main: bool, say: Say) -
     Raises:
         ConfigError: settings do not fit this machine, Megatron or each other.
     """
-    check_options(config, student=inputs.student.config, teacher=inputs.teacher.config)
+    check_options(config, **{who: folder.config for who, folder in inputs.folders.items()})
     load_mode(config.rollout.mode)
     _check_steps_ahead(config)
     if not is_main:

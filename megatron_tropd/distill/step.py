@@ -1,7 +1,7 @@
 """The distillation step: one function of its parts, for the trainer, the plug-in and the tests."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -11,10 +11,11 @@ from megatron_tropd.data.batch import MicroBatch
 from megatron_tropd.data.packing import LossCounts, count_loss_tokens, pack
 from megatron_tropd.data.sequence import TokenSequence, Writer
 from megatron_tropd.distill.metrics import BadToken
+from megatron_tropd.distill.recordings import ADVANTAGE
 from megatron_tropd.distill.step_loss import Record, StepLoss
 from megatron_tropd.distill.step_parts import LossParts, StepParts
 from megatron_tropd.distill.step_records import Examples, StepRecords
-from megatron_tropd.distill.token_choices import BatchChoices, choose_tokens
+from megatron_tropd.distill.token_choices import BatchChoices, choose_tokens, outcome_rewards
 from megatron_tropd.losses.trouble import words
 from megatron_tropd.mcore.student import NotFinite, Student, Update
 
@@ -65,7 +66,9 @@ def learn(
         example_rows=example_rows,
     )
     prompts = [sequence.key.prompt for sequence in sequences]
-    forward_backward(parts, batches, counts, step, record=records, prompts=prompts)
+    advantages = [s.fields[ADVANTAGE] for s in sequences] if parts.loss.needs.outcomes else []
+    known: dict[str, Any] = dict(prompts=prompts, advantages=advantages)
+    forward_backward(parts, batches, counts, step, record=records, **known)
     with parts.clock("student"):
         totals = records.sums.reduce()
     _check_finite(totals.first_bad_token, sequences, step)
@@ -109,6 +112,7 @@ def forward_backward(
     *,
     record: Record,
     prompts: Sequence[int] = (),
+    advantages: Sequence[float] = (),
 ) -> list[dict[str, Tensor]]:
     """Score micro-batches with the teacher and send them through the student's schedule.
 
@@ -125,6 +129,8 @@ def forward_backward(
             is the micro-batch's report.
         prompts: number of the prompt of each sequence that ``MicroBatch.rows`` counts, over all
             ranks; read only if the loss ``needs_student_pass``.
+        advantages: how much better each of them was than its prompt's others; read only if the loss
+            needs outcomes.
 
     Returns:
         What ``parts.student.forward_backward`` gives: the reports of ``record``.
@@ -139,6 +145,8 @@ def forward_backward(
         choices = BatchChoices()
         if loss.needs_student_pass:
             choices = choose_tokens(parts, loss, batches, signals, counts, prompts)
+        if loss.needs.outcomes:
+            choices = replace(choices, rewards=outcome_rewards(batches, advantages))
         step_loss = StepLoss(parts, loss, signals, counts, choices, record)
         return parts.student.forward_backward(batches, step_loss)
 

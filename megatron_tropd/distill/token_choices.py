@@ -82,6 +82,20 @@ def choose_tokens(
     )
 
 
+def outcome_rewards(batches: Sequence[MicroBatch], advantages: Sequence[float]) -> list[Tensor]:
+    """Give every token how much better its sequence was than the prompt's others.
+
+    Args:
+        batches: of this rank.
+        advantages: of each sequence of the step, which the batches' rows count.
+
+    Returns:
+        [T] float32 each: ``BatchChoices.rewards``.
+    """
+    of_row = torch.tensor(advantages, dtype=torch.float32)
+    return [upload(of_row, batch.loss_rows.device)[batch.loss_rows] for batch in batches]
+
+
 def _facts(
     values_3T: Tensor,
     batches: Sequence[MicroBatch],

@@ -27,7 +27,7 @@ class LoopStudent:
 
     def score(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
         """Hidden states of the loss tokens with the weights of now, no gradient, no dropout."""
-        from megatron_tropd.mcore.step import hidden_states
+        from megatron_tropd.mcore.schedule import hidden_states
 
         was_training = self.model.training
         try:
@@ -50,7 +50,7 @@ class Distilled:
 
     def forward_step(self, model: Any) -> tuple[Tensor, Callable[..., Any]]:
         """Megatron's ``forward_step`` of the next micro-batch."""
-        from megatron_tropd.mcore.step import student_forward
+        from megatron_tropd.mcore.schedule import student_forward
 
         return student_forward(self._batches, model, loss_fn=self._loss_fn)
 

@@ -89,7 +89,7 @@ def loss_config(args: Namespace) -> Method:
     """The loss that the ``--tropd-*`` arguments describe.
 
     Raises:
-        ConfigError: they do not fit together.
+        ConfigError: they do not fit together, or the loss needs what only the trainer has.
     """
     if args.tropd_method is None:
         raise ConfigError(
@@ -109,6 +109,12 @@ def loss_config(args: Namespace) -> Method:
         raise ConfigError(
             f"--tropd-method {args.tropd_method} does not read --tropd-top-k, which would change "
             "nothing. Drop it, or choose a method that does (docs/losses.md)."
+        )
+    if config.needs.reference or config.needs.outcomes:
+        lacking = "a second frozen model" if config.needs.reference else "graded rollouts"
+        raise ConfigError(
+            f"--tropd-method {args.tropd_method} needs {lacking}, which the plug-in does not load. "
+            "Use the trainer (tropd distill) or another method."
         )
     if left_out := [name for name in _LEFT_OUT if getattr(config, name)]:
         raise ConfigError(

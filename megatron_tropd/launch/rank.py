@@ -208,7 +208,7 @@ def check_inputs(config: Config) -> "Inputs":
     from megatron_tropd.mcore.options_check import check_options
 
     inputs = load_inputs(config)
-    check_options(config, student=inputs.student.config, teacher=inputs.teacher.config)
+    check_options(config, **{who: folder.config for who, folder in inputs.folders.items()})
     return inputs
 
 

@@ -19,6 +19,7 @@ _MODULES = {
     ),
     "signals": (
         *("FullSignal", "HiddenStatesSignal", "LogitsSignal", "TeacherSignal", "TopKSignal"),
+        *("ReferencedSignal", "ReferencedTopKSignal"),
         *("check_signal", "required_signal", "top_k_signal"),
     ),
     "statistics": ("TokenStatistics",),

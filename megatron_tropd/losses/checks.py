@@ -16,6 +16,7 @@ from megatron_tropd.losses.signals import (
     HiddenStatesSignal,
     TeacherSignal,
     TopKSignal,
+    split_reference,
 )
 from megatron_tropd.losses.targets import LossTargets
 from megatron_tropd.losses.tensors import check_tensors, with_allowed_values
@@ -51,10 +52,11 @@ def check_products(
             f"output layer, found {main_grad.dtype} {list(main_grad.shape)} on "
             f"{main_grad.device}. Pass the buffer of that very weight."
         )
-    if isinstance(signal, FullSignal):
-        teacher = shard_of_signal(signal, shard.group, "teacher")
-        if teacher.bounds != shard.bounds:
-            raise other_bounds(teacher, shard)
+    for part in split_reference(signal):
+        if isinstance(part, FullSignal):
+            teacher = shard_of_signal(part, shard.group, "teacher")
+            if teacher.bounds != shard.bounds:
+                raise other_bounds(teacher, shard)
 
 
 def other_bounds(teacher: Shard, student: Shard) -> ValueError:
@@ -67,7 +69,11 @@ def other_bounds(teacher: Shard, student: Shard) -> ValueError:
 
 
 def check_inputs(
-    student: FullSignal, targets: LossTargets, signal: TeacherSignal, config: LossSettings
+    student: FullSignal,
+    targets: LossTargets,
+    signal: TeacherSignal,
+    config: LossSettings,
+    who: str = "teacher",
 ) -> tuple[LossTargets, TeacherSignal]:
     """Check everything that a loss is given against what it needs.
 
@@ -76,6 +82,7 @@ def check_inputs(
         targets: the tokens.
         signal: the teacher.
         config: which loss.
+        who: whose signal it is.
 
     Returns:
         Targets and signal in float32, nan where a value is not allowed and the device cannot be
@@ -85,10 +92,10 @@ def check_inputs(
         ConfigError: the vocabularies or the top-k do not fit.
         ValueError: a tensor is missing or of the wrong shape, type, device or, on a CPU, value.
     """
-    check_tensors(student=student, targets=targets, teacher=signal)
+    check_tensors(student=student, targets=targets, **{who: signal})
     if isinstance(signal, FullSignal) and signal.vocab_size != student.vocab_size:
         raise ConfigError(
-            f"Expected a teacher with the student's vocabulary of {student.vocab_size} tokens, "
+            f"Expected a {who} with the student's vocabulary of {student.vocab_size} tokens, "
             f"found {signal.vocab_size}. Give both the size of the tokenizer they share."
         )
     top_k = config.needs.top_k
@@ -105,8 +112,14 @@ def check_inputs(
             "targets.rollout_logprobs_T, the log-probs of the policy that sampled the tokens, "
             "found None. Pass them or set loss.importance to 'none'."
         )
+    if config.needs.outcomes and targets.rewards_T is None:
+        raise ValueError(
+            f"loss.method = {config.method_name()!r} fits outcomes, which needs targets.rewards_T, "
+            "how much better each token's sequence was than the prompt's others, found None. Pass "
+            "them: a run takes them from rollout.recorded."
+        )
     how: dict[str, Any] = dict(vocab_size=student.vocab_size, config=config)
     return (
         with_allowed_values("targets", targets, targets, **how),
-        with_allowed_values("teacher", signal, targets, **how),
+        with_allowed_values(who, signal, targets, **how),
     )

@@ -5,7 +5,7 @@ K = top-k.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -20,7 +20,14 @@ from megatron_tropd.losses.signals import (
     TeacherSignal,
     TopKSignal,
 )
-from megatron_tropd.losses.statistics import TokenStatistics, Waiting, compare, look_up
+from megatron_tropd.losses.statistics import (
+    Target,
+    TokenStatistics,
+    Waiting,
+    compare,
+    look_up,
+    own_part,
+)
 from megatron_tropd.losses.terms import Term
 from megatron_tropd.losses.vocab_parallel import Shard
 
@@ -55,6 +62,14 @@ class Pair:
     """Budget of the chunk buffers; None: 72 MiB on CPU, 4 GiB on GPUs."""
     by_student: bool = False
     """Whether the top-k is the student's, not the teacher's."""
+    reference: FullSignal | None = None
+    """What the teacher is measured against; None: the loss does not read it over the vocabulary."""
+    target: Target = field(default_factory=Target)
+
+    @property
+    def models(self) -> int:
+        """Whose logits a chunk holds."""
+        return 1 + self.full + (self.reference is not None)
 
     @property
     def full(self) -> bool:
@@ -70,7 +85,7 @@ class Chunk:
     student_tv: Tensor
     """[t, v] float32 buffer of the student's logits."""
     teacher_tv: Tensor | None
-    """[t, v] float32 buffer of the teacher's; None: not at hand."""
+    """[t, v] float32 buffer of the target's; None: not at hand."""
     rounded_tv: Tensor | None
     """[t, v] buffer of a gradient in lower precision; None: it takes the place of the student's
     logits."""
@@ -215,7 +230,7 @@ def gradient_chunks(pair: Pair, statistics: TokenStatistics) -> Iterator[Chunk]:
     """
     buffers = _Buffers(pair, count=1)
     for rows in buffers.chunks(len(pair.ids_T)):
-        student_tv, teacher_tv, passes, event = buffers.fill(pair, rows, 0)
+        student_tv, teacher_tv, passes, event, _ = buffers.fill(pair, rows, 0)
         passes.prepare()
         known = (buffers.rounded(rows), passes, statistics.rows(rows), event)
         yield Chunk(rows, student_tv, teacher_tv, *known)
@@ -224,13 +239,12 @@ def gradient_chunks(pair: Pair, statistics: TokenStatistics) -> Iterator[Chunk]:
 def _steps(
     pair: Pair, rows: slice, buffers: "_Buffers", number: int, use: Callable[[Chunk], None]
 ) -> Iterator[None]:
-    student_tv, teacher_tv, passes, event = buffers.fill(pair, rows, number)
     ids_t = pair.ids_T[rows]
+    student_tv, teacher_tv, passes, event, own = buffers.fill(pair, rows, number, ids_t)
     waiting: Waiting
     if teacher_tv is not None:
-        waiting = compare(
-            student_tv, teacher_tv, passes, ids_t, pair.k, pair.shard, by_student=pair.by_student
-        )
+        given = student_tv, teacher_tv, passes, ids_t, pair.k, pair.shard
+        waiting = compare(*given, own, pair.target, by_student=pair.by_student)
     else:
         assert isinstance(pair.teacher, TopKSignal)
         waiting = look_up(student_tv, passes, ids_t, pair.teacher, rows, pair.k, pair.shard)
@@ -251,7 +265,7 @@ class _Buffers:
         self._rows = min(max(num, 1), rows_of_chunk(pair, count=count))
         if self._rows >= num:
             count = 1
-        models, stride = 2 if pair.full else 1, _row_stride(columns, pair.device)
+        models, stride = pair.models, _row_stride(columns, pair.device)
         shape = (count, models, self._rows, stride)
         self._logits = torch.empty(shape, dtype=torch.float32, device=pair.device)[..., :columns]
         dtype, self._rounded = gradient_dtype(pair), None
@@ -269,26 +283,41 @@ class _Buffers:
             yield slice(begin, min(begin + self._rows, num))
 
     def fill(
-        self, pair: Pair, rows: slice, number: int
-    ) -> tuple[Tensor, Tensor | None, Passes, Event | None]:
-        """Logits of both models at some rows, the passes over them, and merged ids.
+        self, pair: Pair, rows: slice, number: int, ids_t: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None, Passes, Event | None, list[Tensor]]:
+        """Logits of student and target at some rows, the passes over them, and merged ids.
+
+        With ``ids_t`` also what ``statistics.compare`` calls ``own``.
 
         Collectives: those of ``merged.merge``, if ids are merged.
         """
-        event, power = None, pair.spec.student_power
         buffer = self._logits[number % len(self._logits), :, : rows.stop - rows.start]
-        student_tv, teacher_tv = buffer[0], None
+        student_tv, teacher_tv, reference_tv = buffer[0], None, None
+        own: list[Tensor] = []
+        event, power = None, pair.spec.student_power
         pair.student.write_logits(rows, student_tv)
+        if pair.reference is not None and (ids_t is not None or not pair.target.is_teacher):
+            reference_tv = buffer[2]
+            pair.reference.write_logits(rows, reference_tv)
         if isinstance(pair.teacher, FullSignal):
             teacher_tv = buffer[1]
             pair.teacher.write_logits(rows, teacher_tv)
+            models = [student_tv, teacher_tv]
+            if reference_tv is not None:
+                models.append(reference_tv)
             if pair.merge_ids:
-                merged = merge(student_tv, teacher_tv, pair.merge_ids, pair.shard)
-                event = merged.raised(power)
+                event = merge(models, pair.merge_ids, pair.shard).raised(power)
+            if ids_t is not None:
+                asked = models[2:] + [teacher_tv] * (not pair.target.is_teacher)
+                own = [own_part(tv, ids_t, pair.shard, self._scratch) for tv in asked]
             if power:  # logits of p q^b, whatever normalises them
                 teacher_tv.add_(student_tv, alpha=power)
+            if not pair.target.is_teacher:
+                pair.target.write(student_tv, teacher_tv, reference_tv)
+                if event is not None:
+                    pair.target.write(event.student_t1, event.teacher_t1, event.reference_t1)
         passes = passes_for(student_tv, teacher_tv, pair.spec, self._scratch)
-        return student_tv, teacher_tv, passes, event
+        return student_tv, teacher_tv, passes, event, own
 
 
 def rows_of_chunk(pair: Pair, *, count: int) -> int:
@@ -307,7 +336,7 @@ def rows_of_chunk(pair: Pair, *, count: int) -> int:
     budget = _budget(pair)
     if needs_scratch(pair.device):
         budget -= _scratch(pair).bytes
-    models, stride = 2 if pair.full else 1, _row_stride(pair.shard.widest, pair.device)
+    models, stride = pair.models, _row_stride(pair.shard.widest, pair.device)
     of_row, dtype = 4 * count * models * stride, gradient_dtype(pair)
     if dtype is not None:
         of_row += dtype.itemsize * stride

@@ -9,7 +9,7 @@ Shape suffixes: t = tokens of the chunk, v = real columns of this rank's shard, 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -39,13 +39,16 @@ class Event:
     """[t, 1] float32 the student's logit."""
     teacher_t1: Tensor
     """[t, 1] float32 the teacher's."""
+    reference_t1: Tensor | None
+    """[t, 1] float32 the reference's, if the loss reads it over the vocabulary."""
     log_share_tm: Tensor
     """[t, m] float32 log of the student's probability of each id, given the event."""
 
     def raised(self, power: float) -> "Event":
         """With p q^b in the teacher's place."""
-        teacher_t1 = self.teacher_t1 + power * self.student_t1 if power else self.teacher_t1
-        return Event(self.ids, self.student_t1, teacher_t1, self.log_share_tm)
+        if not power:
+            return self
+        return replace(self, teacher_t1=self.teacher_t1 + power * self.student_t1)
 
     def log_share_of(self, ids_t: Tensor) -> Tensor:
         """[t] log share of the tokens that were sampled; 0 for those that are no merged id."""
@@ -93,31 +96,32 @@ class Event:
                 out_tv[:, number - shard.start] = shared_t.to(out_tv.dtype)
 
 
-def merge(student_tv: Tensor, teacher_tv: Tensor, ids: Sequence[int], shard: Shard) -> Event:
+def merge(models: Sequence[Tensor], ids: Sequence[int], shard: Shard) -> Event:
     """Make one event of some columns, in place.
 
     Args:
-        student_tv: [t, v] float32 logits; the ids' columns are overwritten.
-        teacher_tv: [t, v] likewise.
+        models: [t, v] float32 logits each of student, teacher and perhaps reference; the ids'
+            columns are overwritten.
         ids: at least two, of the whole vocabulary.
         shard: where the columns lie.
 
     Returns:
         The event.
 
-    Collectives: 1 all-reduce (SUM) of [t, 2 m] float32.
+    Collectives: 1 all-reduce (SUM) of [t, n m] float32 of n models.
     """
     mine = [(at, n - shard.start) for at, n in enumerate(ids) if shard.start <= n < shard.stop]
-    picked_2tm = student_tv.new_zeros(2, len(student_tv), len(ids))
-    for model, logits_tv in enumerate((student_tv, teacher_tv)):
+    picked_ntm = models[0].new_zeros(len(models), len(models[0]), len(ids))
+    for model, logits_tv in enumerate(models):
         for at, column in mine:
-            picked_2tm[model, :, at] = logits_tv[:, column]
-    picked_2tm = vp.all_reduce_sum(picked_2tm, group=shard.group)
-    event_2t1 = picked_2tm.logsumexp(dim=-1, keepdim=True)
-    for model, logits_tv in enumerate((student_tv, teacher_tv)):
+            picked_ntm[model, :, at] = logits_tv[:, column]
+    picked_ntm = vp.all_reduce_sum(picked_ntm, group=shard.group)
+    event_nt1 = picked_ntm.logsumexp(dim=-1, keepdim=True)
+    for model, logits_tv in enumerate(models):
         for at, column in mine:
-            logits_tv[:, column] = -torch.inf if at else event_2t1[model, :, 0]
+            logits_tv[:, column] = -torch.inf if at else event_nt1[model, :, 0]
     # Of an event that the student excludes no id has a share.
-    nothing_t1 = event_2t1[0] == -torch.inf
-    share_tm = torch.where(nothing_t1, -torch.inf, picked_2tm[0] - event_2t1[0])
-    return Event(tuple(ids), event_2t1[0], event_2t1[1], share_tm)
+    nothing_t1 = event_nt1[0] == -torch.inf
+    share_tm = torch.where(nothing_t1, -torch.inf, picked_ntm[0] - event_nt1[0])
+    reference_t1 = event_nt1[2] if len(models) > 2 else None
+    return Event(tuple(ids), event_nt1[0], event_nt1[1], reference_t1, share_tm)

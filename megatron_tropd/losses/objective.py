@@ -34,11 +34,13 @@ from megatron_tropd.losses.signals import (
     FullSignal,
     HiddenStatesSignal,
     LogitsSignal,
+    ReferencedSignal,
     TeacherSignal,
     check_signal,
+    split_reference,
     tensors_of,
 )
-from megatron_tropd.losses.statistics import TokenStatistics
+from megatron_tropd.losses.statistics import Target, TokenStatistics
 from megatron_tropd.losses.targets import LossOutput, LossTargets, SummedLoss
 from megatron_tropd.losses.tensors import check_numbers, check_tensors
 from megatron_tropd.losses.terms import Term, dense_spec, trust
@@ -249,6 +251,8 @@ class _LossOfLogits(torch.autograd.Function):
     ) -> Tensor:
         # For the version check: the gradient reads all of these again.
         teacher = tensors_of(pair.teacher) if pair.full else []
+        if pair.reference is not None:
+            teacher += tensors_of(pair.reference)
         ctx.save_for_backward(student_logits_Tv, pair.ids_T, *teacher)
         ctx.term, ctx.statistics, ctx.pair = term, statistics, pair
         return term.value_T.clone()
@@ -371,7 +375,12 @@ def _pair(
 ) -> tuple[Pair, LossTargets]:
     """What the passes need, and the targets as they may be used."""
     check_signal(config, signal, vocab_size=student.vocab_size)
+    signal, reference = split_reference(signal)
     targets, signal = check_inputs(student, targets, signal, config)
+    if not config.needs.reference:
+        reference = None
+    if reference is not None:
+        check_inputs(student, targets, reference, config, who="reference")
     full = isinstance(signal, FullSignal)
     k = config.needs.top_k
     if metrics and not k:
@@ -389,6 +398,8 @@ def _pair(
         device=targets.ids_T.device,
         memory_mib=memory_mib,
         by_student=config.needs.student_top_k,
+        reference=reference,
+        target=Target(config.needs.target, reference is not None),
     )
     return pair, replace(targets, ids_T=pair.ids_T)
 
@@ -426,6 +437,8 @@ def _values(statistics: TokenStatistics, term: Term, weighted: Term) -> dict[str
     if statistics.topk_ids_TK.shape[-1] > 0:
         values["topk_mass_teacher"] = statistics.topk_teacher_logprobs_TK.exp().sum(dim=-1)
         values["topk_mass_student"] = statistics.topk_student_logprobs_TK.exp().sum(dim=-1)
+    if statistics.reference_logprob_T.dim() == 1:
+        values["reference_logprob"] = statistics.reference_logprob_T
     return {name: value_T.clone() for name, value_T in values.items()}
 
 
@@ -434,7 +447,10 @@ def _tuple(bounds: Sequence[int] | None) -> tuple[int, ...] | None:
 
 
 def _aligned(signal: TeacherSignal, shard: vp.Shard) -> TeacherSignal:
-    """The teacher's logits on the student's columns."""
+    """The teacher's logits on the student's columns, and its reference's."""
+    if isinstance(signal, ReferencedSignal):
+        both: list[Any] = [_aligned(part, shard) for part in (signal.teacher, signal.reference)]
+        return ReferencedSignal(*both)
     if not isinstance(signal, FullSignal):
         return signal
     teacher = shard_of_signal(signal, shard.group, "teacher")

@@ -125,6 +125,17 @@ def passes_for(
     return StatelessPasses(module, student_Tv, teacher_Tv, spec, scratch)
 
 
+def max_and_sum_exp(logits_Tv: Tensor, scratch: Scratch) -> Tensor:
+    """[T, 2] as ``vocab_parallel.max_and_sum_exp``, by the device's implementation.
+
+    Args:
+        logits_Tv: [T, v] float32. Not modified.
+        scratch: for v columns.
+    """
+    stats_T2: Tensor = _module(logits_Tv.device).max_and_sum_exp(logits_Tv, scratch)
+    return stats_T2
+
+
 def needs_scratch(device: torch.device) -> bool:
     """Whether the passes on a device use their ``Scratch``; the kernels do not."""
     return device.type == "cpu" or _module(device) is dense

@@ -25,13 +25,15 @@ TOP_K = "top_k"
 """The teacher's k most likely ids and their log p."""
 FULL = "full"
 """Every log p: the other two and all sums over the vocabulary follow from it."""
+REFERENCE = "reference"
+"""The same of the model that the teacher is measured against."""
 
 
 class TeacherSignal(Protocol):
     """Knowledge about the teacher at T positions."""
 
     provides: ClassVar[frozenset[str]]
-    """Subset of {"sampled", "top_k", "full"}."""
+    """Subset of {"sampled", "top_k", "full", "reference"}."""
 
     @property
     def num_tokens(self) -> int:
@@ -149,6 +151,36 @@ class TopKSignal:
 
 
 @dataclass(frozen=True)
+class ReferencedTopKSignal(TopKSignal):
+    """The same with the reference's log-prob of the token in the trajectory."""
+
+    reference_logprobs_T: Tensor
+    """[T] float32 log p_ref of the token in the trajectory, in nats."""
+    provides: ClassVar[frozenset[str]] = TopKSignal.provides | {REFERENCE}
+
+
+@dataclass(frozen=True)
+class ReferencedSignal:
+    """A teacher and the model it is measured against, both over the whole vocabulary."""
+
+    teacher: FullSignal
+    reference: FullSignal
+    provides: ClassVar[frozenset[str]] = frozenset({SAMPLED, TOP_K, FULL, REFERENCE})
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return self.teacher.num_tokens
+
+
+def split_reference(signal: TeacherSignal) -> tuple[TeacherSignal, FullSignal | None]:
+    """The teacher's own signal, and the reference's if it has one over the vocabulary."""
+    if isinstance(signal, ReferencedSignal):
+        return signal.teacher, signal.reference
+    return signal, None
+
+
+@dataclass(frozen=True)
 class _Ids:
     ids_T: Tensor
 
@@ -197,6 +229,8 @@ def top_k_signal(
 
 def tensors_of(signal: TeacherSignal) -> list[Tensor]:
     """The tensors that a signal holds."""
+    if isinstance(signal, ReferencedSignal):
+        return [*tensors_of(signal.teacher), *tensors_of(signal.reference)]
     held = getattr(signal, "__dict__", {})
     return [value for value in held.values() if isinstance(value, Tensor)]
 
@@ -208,13 +242,15 @@ def required_signal(config: LossSettings) -> frozenset[str]:
         config: the loss.
 
     Returns:
-        Subset of {"sampled", "top_k", "full"}.
+        Subset of {"sampled", "top_k", "full", "reference"}.
     """
     needed = {SAMPLED}
     if config.needs.top_k:
         needed.add(TOP_K)
     if config.needs.sums or config.needs.student_top_k or config.merge_ids:
         needed.add(FULL)
+    if config.needs.reference:
+        needed.add(REFERENCE)
     return frozenset(needed)
 
 

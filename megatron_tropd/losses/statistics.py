@@ -13,10 +13,12 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from megatron_tropd.config.loss import TEACHER
 from megatron_tropd.losses import vocab_parallel as vp
+from megatron_tropd.losses.dense import Scratch
 from megatron_tropd.losses.dense_inplace import combine
-from megatron_tropd.losses.passes import Passes
-from megatron_tropd.losses.signals import TopKSignal
+from megatron_tropd.losses.passes import Passes, max_and_sum_exp
+from megatron_tropd.losses.signals import ReferencedTopKSignal, TopKSignal
 from megatron_tropd.losses.vocab_parallel import Shard
 
 METRICS = ("tv", "reverse_kl", "forward_kl", "student_entropy", "teacher_entropy")
@@ -30,19 +32,24 @@ class TokenStatistics:
     student_normaliser_T2: Tensor
     """[T, 2] float32 what ``vocab_parallel.normalise`` subtracts from the student's logits."""
     teacher_normaliser_T2: Tensor
-    """[T, 2] float32 the teacher's; [T, 0] where its logits are not at hand."""
+    """[T, 2] float32 the target's; [T, 0] where its logits are not at hand."""
     student_logprob_T: Tensor
     """[T] float32 log q of the token in the trajectory."""
     sampled_share_T: Tensor
     """[T] float32 log of what q gives this id of its event (``merged``); 0 for most tokens."""
     teacher_logprob_T: Tensor
     """[T] float32 log p of the token in the trajectory."""
+    reference_logprob_T: Tensor
+    """[T] float32 log p_ref of it; [T, 0] if the loss does not read it."""
+    log_mass_T: Tensor
+    """[T] float32 log of the sum over the vocabulary of what ``Needs.target`` is proportional to;
+    0 of the teacher itself."""
     topk_ids_TK: Tensor
-    """[T, K] int64 the most likely ids of the teacher, or of the student (``student_top_k``)."""
+    """[T, K] int64 the most likely ids of the target, or of the student (``student_top_k``)."""
     topk_student_logprobs_TK: Tensor
     """[T, K] float32 log q of those."""
     topk_teacher_logprobs_TK: Tensor
-    """[T, K] float32 log p of those."""
+    """[T, K] float32 the target's log-probs of those."""
     sums_TD: Tensor
     """[T, D] float32 sums over the whole vocabulary, columns as in ``sum_names``."""
     sum_names: tuple[str, ...]
@@ -78,6 +85,54 @@ class TokenStatistics:
 _TENSORS = tuple(f.name for f in fields(TokenStatistics) if f.name != "sum_names")
 
 
+@dataclass(frozen=True)
+class Target:
+    """What the student is compared with: ``Needs.target``, and whether log p_ref is read."""
+
+    powers: tuple[float, float, float] = TEACHER
+    reads_reference: bool = False
+
+    @property
+    def is_teacher(self) -> bool:
+        """Whether it is the teacher itself."""
+        return self.powers == TEACHER
+
+    def write(self, student_Tv: Tensor, teacher_Tv: Tensor, reference_Tv: Tensor | None) -> None:
+        """Turn the teacher's logits into the target's; a column that one excludes stays excluded.
+
+        Args:
+            student_Tv: [T, v] float32 logits.
+            teacher_Tv: [T, v] float32 logits, overwritten.
+            reference_Tv: [T, v] float32 logits, if its power is not 0.
+        """
+        a, b, c = self.powers
+        excluded_Tv = teacher_Tv == -torch.inf
+        teacher_Tv.mul_(a)
+        if b and reference_Tv is not None:
+            excluded_Tv |= reference_Tv == -torch.inf
+            teacher_Tv.add_(reference_Tv, alpha=b)
+        if c:
+            excluded_Tv |= student_Tv == -torch.inf
+            teacher_Tv.add_(student_Tv, alpha=c)
+        teacher_Tv.masked_fill_(excluded_Tv, -torch.inf)
+
+
+def own_part(logits_Tv: Tensor, ids_T: Tensor, shard: Shard, scratch: Scratch) -> Tensor:
+    """[T, 3] this shard's part of a model's log-prob of the tokens; see :func:`_own_logprobs`."""
+    picked_T1 = vp.pick_columns(logits_Tv, ids_T.unsqueeze(-1), shard)
+    return torch.cat([picked_T1, max_and_sum_exp(logits_Tv, scratch)], dim=-1)
+
+
+def _own_logprobs(parts: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """([T] log-prob of the token, [T] log of the sum of exponentials) of each [R, T, 3]."""
+    found = []
+    for part_RT3 in parts:
+        norm_T2 = vp.combine_normalisers(part_RT3[..., 1:])
+        logprob_T1 = vp.normalise(part_RT3[..., :1].sum(dim=0), norm_T2)
+        found.append((logprob_T1.squeeze(-1), norm_T2.sum(dim=-1)))
+    return found
+
+
 Waiting = Generator[None, None, TokenStatistics]
 """Yields while a collective is under way, so that the caller may compute something else."""
 
@@ -89,6 +144,8 @@ def compare(
     ids_T: Tensor,
     k: int,
     shard: Shard,
+    own: Sequence[Tensor],
+    target: Target,
     *,
     by_student: bool = False,
 ) -> Waiting:
@@ -96,19 +153,23 @@ def compare(
 
     Args:
         student_Tv: [T, v] float32 real columns.
-        teacher_Tv: [T, v] float32 the same columns of the teacher.
+        teacher_Tv: [T, v] float32 the same columns of the target.
         passes: over these two.
         ids_T: [T] int64 tokens of the trajectory.
         k: size of the top-k; 0: none.
         shard: where the columns lie.
-        by_student: the top-k is the student's, not the teacher's.
+        own: [T, 3] each (:func:`own_part`): of the reference, and of a teacher that is not the
+            target itself, in this order.
+        target: which target.
+        by_student: the top-k is the student's, not the target's.
 
     Returns:
         A generator that yields at each of its waits and returns the statistics.
 
-    Collectives: 1 all-gather of [T, 6 + 3 K + moments] int32; 1 all-reduce (SUM) of [T, D] float32
-    where D of the sums are no moments. On a CPU those that need both normalisers (the trust region,
-    JSD, at most 3); with the passes of a GPU, which have no moments, all of them, at most 7.
+    Collectives: 1 all-gather of [T, 6 + 3 K + moments] int32, with 3 more columns for each of
+    ``own``; 1 all-reduce (SUM) of [T, D] float32 where D of the sums are no moments. On a CPU those
+    that need both normalisers (the trust region, JSD, at most 3); with the passes of a GPU, which
+    have no moments, all of them, at most 7.
     """
     ids_T1 = ids_T.unsqueeze(-1)
     no_keys = ids_T.new_empty(len(ids_T), 0)
@@ -123,7 +184,7 @@ def compare(
         ],
         dim=-1,
     )
-    floats_Tn = torch.cat([picked_Tn, passes.first()], dim=-1)
+    floats_Tn = torch.cat([*own, picked_Tn, passes.first()], dim=-1)
     # Bits travel as they are, so that one collective carries floats and keys.
     bits_Tn = torch.cat([keys_TK.view(torch.int32), floats_Tn.view(torch.int32)], dim=-1)
     gathering = vp.AllGather(bits_Tn, group=shard.group)
@@ -131,11 +192,24 @@ def compare(
     bits_RTn = gathering.wait()
     keys_RTK = _as(torch.int64, bits_RTn[..., : 2 * k])
     floats_RTn = _as(torch.float32, bits_RTn[..., 2 * k :])
-    sampled_RT2, other_RTK, stats_RTn = floats_RTn.split([2, k, floats_RTn.shape[-1] - 2 - k], -1)
+    stats_at = 3 * len(own) + 2 + k
+    sizes = [3 * len(own), 2, k, floats_RTn.shape[-1] - stats_at]
+    own_RTn, sampled_RT2, other_RTK, stats_RTn = floats_RTn.split(sizes, -1)
     student_norm_T2 = vp.combine_normalisers(stats_RTn[..., 0:2])
     teacher_norm_T2 = vp.combine_normalisers(stats_RTn[..., 2:4])
     moments_TD = combine(stats_RTn, student_norm_T2, teacher_norm_T2, passes.moments)
     student_x_T1, teacher_x_T1 = sampled_RT2.sum(dim=0).split(1, dim=-1)
+    teacher_logprob_T = vp.normalise(teacher_x_T1, teacher_norm_T2).squeeze(-1)
+    known = _own_logprobs(own_RTn.split(3, dim=-1)) if own else []
+    reference_logprob_T, log_mass_T = student_norm_T2[:, :0], torch.zeros_like(teacher_logprob_T)
+    if target.reads_reference:
+        reference_logprob_T = known[0][0]
+    if not target.is_teacher:
+        teacher_logprob_T = known[-1][0]
+        sums = known[-1][1], known[0][1], student_norm_T2.sum(dim=-1)
+        log_mass_T = teacher_norm_T2.sum(dim=-1)
+        for power, log_sum_T in zip(target.powers, sums, strict=True):
+            log_mass_T = log_mass_T - power * log_sum_T if power else log_mass_T
     merged_TK, other_TK = vp.merge_top_k(keys_RTK, other_RTK)
     ranked_TK, topk_ids_TK = vp.unpack_top_k(merged_TK)
     student_TK, teacher_TK = (ranked_TK, other_TK) if by_student else (other_TK, ranked_TK)
@@ -148,7 +222,9 @@ def compare(
         teacher_normaliser_T2=teacher_norm_T2,
         student_logprob_T=vp.normalise(student_x_T1, student_norm_T2).squeeze(-1),
         sampled_share_T=torch.zeros_like(student_x_T1[:, 0]),
-        teacher_logprob_T=vp.normalise(teacher_x_T1, teacher_norm_T2).squeeze(-1),
+        teacher_logprob_T=teacher_logprob_T,
+        reference_logprob_T=reference_logprob_T,
+        log_mass_T=log_mass_T,
         topk_ids_TK=topk_ids_TK,
         topk_student_logprobs_TK=vp.normalise(student_TK, student_norm_T2),
         topk_teacher_logprobs_TK=vp.normalise(teacher_TK, teacher_norm_T2),
@@ -197,12 +273,17 @@ def look_up(
     packed_RTn = gathering.wait()
     student_norm_T2 = vp.combine_normalisers(packed_RTn[..., -2:])
     logprobs_TK = vp.normalise(packed_RTn[..., :-2].sum(dim=0), student_norm_T2)
+    reference_logprob_T = student_norm_T2[:, :0]
+    if isinstance(signal, ReferencedTopKSignal):
+        reference_logprob_T = signal.reference_logprobs_T[rows].float()
     return TokenStatistics(
         student_normaliser_T2=student_norm_T2,
         teacher_normaliser_T2=student_norm_T2[:, :0],
         student_logprob_T=logprobs_TK[:, 0],
         sampled_share_T=torch.zeros_like(logprobs_TK[:, 0]),
         teacher_logprob_T=signal.sampled_logprobs_T[rows].float(),
+        reference_logprob_T=reference_logprob_T,
+        log_mass_T=torch.zeros_like(logprobs_TK[:, 0]),
         topk_ids_TK=topk_ids_TK,
         topk_student_logprobs_TK=logprobs_TK[:, 1:],
         topk_teacher_logprobs_TK=signal.topk_logprobs_TK[rows, :k].float(),

@@ -173,6 +173,7 @@ VALUES = {
         of_student=True,
     ),
     "sampled_logprobs_T": _LOGPROBS,
+    "reference_logprobs_T": _LOGPROBS,
     "topk_logprobs_TK": _LOGPROBS,
 }
 """Field -> what its numbers have to be.

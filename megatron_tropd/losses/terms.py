@@ -254,6 +254,23 @@ def reverse_kl(statistics: TokenStatistics) -> Term:
     return _term(statistics, value_T=value_T, reward_T=torch.full_like(value_T, -1.0))
 
 
+def tilted_kl(statistics: TokenStatistics) -> Term:
+    r"""-E_q[a log p + b log p_ref + (c - 1) log q] over the whole vocabulary (``Needs.target``).
+
+    That is KL(q || target) - log Z, Z the sum of p^a p_ref^b q^c. Z moves no gradient: it is the
+    same for every token that could have been sampled.
+    """
+    term = reverse_kl(statistics)
+    return replace(term, value_T=term.value_T - statistics.log_mass_T)
+
+
+def ratio_fit(statistics: TokenStatistics, targets: LossTargets, scale: float) -> Term:
+    """(b (log q(x) - log p(x)) - A)^2 with the gradient of the square; A = ``rewards_T``."""
+    assert targets.rewards_T is not None, "checked with the other inputs"
+    error_T = -scale * statistics.log_ratio_T - targets.rewards_T
+    return _term(statistics, value_T=error_T.square(), sampled_T=2 * scale * error_T)
+
+
 def jsd(statistics: TokenStatistics, share: float) -> Term:
     r""":math:`b KL(p||m) + (1-b) KL(q||m)`, m = b p + (1-b) q.
 

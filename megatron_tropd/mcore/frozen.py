@@ -20,7 +20,7 @@ from megatron_tropd.mcore.models import padded_vocab_size as padded_columns
 
 
 class FrozenModel:
-    """A frozen Megatron model on the student's ranks: the teacher."""
+    """A frozen Megatron model on the student's ranks: the teacher, or its reference."""
 
     def __init__(
         self, built: DenseModel, *, vocab_size: int, weight_vH: Tensor | None = None
@@ -65,6 +65,7 @@ def frozen_model(
     dtype: torch.dtype,
     padded_vocab_size: int,
     vocab_size: int,
+    who: str = "teacher",
     options: Mapping[str, Any] | None = None,
 ) -> FrozenModel:
     """Build a model that scores on the student's ranks; collective.
@@ -75,7 +76,8 @@ def frozen_model(
         parallel: sizes of the axes.
         dtype: of its parameters.
         padded_vocab_size: columns of the student's output layer, over all tensor-parallel ranks.
-        vocab_size: columns that are real in both models.
+        vocab_size: columns that are real in all models.
+        who: how messages call it.
         options: fields of Megatron's TransformerConfig that the user set.
 
     Returns:
@@ -91,7 +93,7 @@ def frozen_model(
         parallel=parallel,
         dtype=dtype,
         padded_vocab_size=own,
-        who="teacher",
+        who=who,
         options=options,
     )
     weight_vH = None

@@ -215,7 +215,7 @@ def build_model(
     """
     check_parallel(folder.config, parallel, who=who)
     shape = model_shape(folder.config)
-    table: Table = "teacher" if who == "teacher" else "model"
+    table: Table = "teacher" if who in ("teacher", "reference") else "model"
     config = transformer_config(shape, parallel, dtype, options, table=table)
     # GPTModel is announced as deprecated in favour of HybridModel, which lacks the hook that
     # hands hidden states to a loss.

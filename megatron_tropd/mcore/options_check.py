@@ -36,13 +36,20 @@ def check_types(megatron: MegatronConfig) -> None:
         typed(DATACLASSES[table], options, table=table)
 
 
-def check_options(config: Config, *, student: dict[str, Any], teacher: dict[str, Any]) -> None:
+def check_options(
+    config: Config,
+    *,
+    student: dict[str, Any],
+    teacher: dict[str, Any],
+    reference: dict[str, Any] | None = None,
+) -> None:
     """Check that this machine can build what the options ask for.
 
     Args:
         config: of the run.
         student: content of its config.json.
         teacher: of the teacher's.
+        reference: of its reference's, which is built as the teacher is.
 
     Raises:
         ConfigError: a name or a type is wrong, something is missing here, options do not go
@@ -63,7 +70,9 @@ def check_options(config: Config, *, student: dict[str, Any], teacher: dict[str,
             "megatron.optimizer.apply_wd_to_qk_layernorm is for models that normalise queries and "
             "keys, and the student has no such norms. Remove it."
         )
-    _built("teacher", teacher, config, dtype)
+    for frozen in (teacher, reference):
+        if frozen is not None:
+            _built("teacher", frozen, config, dtype)
     ddp_config(parallel, megatron)
     optimizer_config(config.train, parallel, dtype, megatron, model=built)
 

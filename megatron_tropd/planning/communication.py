@@ -38,17 +38,17 @@ class Communication:
 
 def communication(run: PlannedRun) -> Communication:
     """What each kind of parallelism sends."""
-    student, teacher = run.student, run.teacher
+    student, frozen = run.student, run.frozen
     # A loss that looks at the student first takes one more pass.
     passes = 2 + run.config.loss.needs_student_pass
     again = repeated(run)
     ways = 2 if run.through_folder else 1
     return Communication(
-        tensor_teacher=tensor_bytes(run, teacher, passes=1),
+        tensor_teacher=sum(tensor_bytes(run, model, passes=1) for model in frozen),
         tensor_student=tensor_bytes(run, student, passes=passes - 2 + student_sums(run)),
-        expert_teacher=sum(expert_bytes(run, teacher, passes=1)),
+        expert_teacher=sum(sum(expert_bytes(run, model, passes=1)) for model in frozen),
         expert_student=sum(expert_bytes(run, student, passes=passes + again.routes)),
-        pipeline_teacher=pipeline_bytes(run, teacher, passes=1),
+        pipeline_teacher=sum(pipeline_bytes(run, model, passes=1) for model in frozen),
         pipeline_student=pipeline_bytes(run, student, passes=passes),
         data=max(data_bytes(run, stage) for stage in {0, run.last_stage}),
         tied_embedding=tied_embedding_bytes(run),

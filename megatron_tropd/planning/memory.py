@@ -22,8 +22,6 @@ gives back weights and cache. An assumption."""
 TEACHER_SHARE = 0.85
 """Of a GPU's memory for the teacher's engine, which is gone before the models are built."""
 _FLOAT32 = 4
-_LOGITS = 2 * _FLOAT32
-"""Bytes of both models' logits of one token and column."""
 _GROUP, _OF_CANDIDATE = 32, 20
 """Columns of a group from which the largest logits are taken, and bytes of such a column."""
 _BUCKET = 256 * 2**20
@@ -64,10 +62,11 @@ class Memory:
     gradients: float
     optimizer: float
     teacher_weights: float
+    """Of the teacher and its reference, as the next two."""
     teacher_hidden: float
-    """The teacher's hidden states of the whole step, kept until the student has learned."""
+    """Hidden states of the whole step, kept until the student has learned."""
     teacher_forward: float
-    """While the teacher scores one micro-batch."""
+    """While one of the two scores one micro-batch."""
     student_hidden: float
     """The student's own hidden states of the whole step, for losses that look at them first."""
     activations: float
@@ -129,7 +128,7 @@ class Memory:
 
 def memory_of_stage(run: PlannedRun, stage: int) -> Memory:
     """Every item on a GPU of a pipeline stage."""
-    student, teacher = run.parameters_of(run.student, stage), run.parameters_of(run.teacher, stage)
+    student = run.parameters_of(run.student, stage)
     last = stage == run.last_stage
     engine = Engine(0.0, 0.0, 0.0, 0.0) if run.separate else engine_memory(run)
     scores = last and run.config.loss.needs_student_pass
@@ -139,9 +138,9 @@ def memory_of_stage(run: PlannedRun, stage: int) -> Memory:
         weights=student.total * run.element,
         gradients=student.total * run.gradient_element,
         optimizer=optimizer_bytes(run, student),
-        teacher_weights=teacher.total * run.element,
-        teacher_hidden=_hidden_states(run, run.teacher) if last else 0.0,
-        teacher_forward=_working_set(run, run.teacher),
+        teacher_weights=sum(run.parameters_of(m, stage).total for m in run.frozen) * run.element,
+        teacher_hidden=sum(_hidden_states(run, m) for m in run.frozen) if last else 0.0,
+        teacher_forward=max(_working_set(run, m) for m in run.frozen),
         student_hidden=_hidden_states(run, run.student) if scores else 0.0,
         activations=passes.kept,
         recomputed=passes.recomputed,
@@ -234,7 +233,7 @@ def offloaded_parameters(run: PlannedRun) -> float:
 def loss_bytes(run: PlannedRun) -> float:
     """What the loss of one micro-batch adds at the last stage.
 
-    Logits of both models in float32 for a chunk of tokens and the gradient of bfloat16, within a
+    Logits of all models in float32 for a chunk of tokens and the gradient of bfloat16, within a
     budget (twice the chunks if collectives overlap); the student's hidden states [T, H] and, in
     float32, their gradient; the output layer's gradient [v, H] in float32; per-token values.
     """
@@ -253,18 +252,23 @@ def chunk_bytes(run: PlannedRun, tokens: int) -> float:
     collectives hide behind products.
     """
     if run.hardware.layers == "cpu":
-        return min(LOSS_BUDGET["cpu"], _LOGITS * tokens * run.vocab_shard)
+        return min(LOSS_BUDGET["cpu"], _logits(run) * tokens * run.vocab_shard)
     rows, gradient = _chunk_rows(run, tokens), run.element if run.element == 2 else 0
     two = 2 if rows < tokens and run.parallel.tensor > 1 else 1
-    return float(rows * _columns(run) * (two * _LOGITS + gradient))
+    return float(rows * _columns(run) * (two * _logits(run) + gradient))
 
 
 def _chunk_rows(run: PlannedRun, tokens: int) -> int:
     """Tokens of one chunk of the loss on a GPU."""
     two = 2 if run.parallel.tensor > 1 else 1
-    of_column = two * _LOGITS + (run.element if run.element == 2 else 0)
+    of_column = two * _logits(run) + (run.element if run.element == 2 else 0)
     rows = LOSS_BUDGET["gpu"] // (_columns(run) * of_column)
     return min(tokens, rows // 16 * 16 if rows > 16 else max(rows, 1))
+
+
+def _logits(run: PlannedRun) -> int:
+    """Bytes of the logits of one token and column: those of all models, in float32."""
+    return _FLOAT32 * len(run.models)
 
 
 def _columns(run: PlannedRun) -> int:

@@ -40,7 +40,7 @@ class Model:
     """The architecture of one side of the pair."""
 
     who: str
-    """"student" or "teacher"."""
+    """"student", "teacher" or "reference"."""
     config: dict[str, Any]
     shape: ModelShape
 

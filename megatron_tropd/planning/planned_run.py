@@ -24,6 +24,8 @@ class PlannedRun:
     rollout: RolloutConfig
     student: Model
     teacher: Model
+    reference: Model | None
+    """What the teacher is measured against, if the loss reads it."""
     work: Workload
     hardware: Hardware
     options: Options
@@ -32,9 +34,19 @@ class PlannedRun:
     """Bytes of a weight or activation: 2 for bfloat16, 4 for float32."""
 
     @property
+    def frozen(self) -> tuple[Model, ...]:
+        """The models that only score: the teacher and its reference."""
+        return (self.teacher,) if self.reference is None else (self.teacher, self.reference)
+
+    @property
+    def models(self) -> tuple[Model, ...]:
+        """All models of the trainer."""
+        return self.student, *self.frozen
+
+    @property
     def padded_vocab(self) -> int:
-        """Rows of both models' embeddings."""
-        return _padded_vocab(self.student.key, self.teacher.key, self.parallel.tensor)
+        """Rows of all models' embeddings."""
+        return _padded_vocab(tuple(m.key for m in self.models), self.parallel.tensor)
 
     @property
     def vocab_shard(self) -> int:
@@ -130,6 +142,7 @@ def plan_run(
         rollout=config.rollout,
         student=open_architecture(config.model.student, "student"),
         teacher=open_architecture(config.model.teacher, "teacher"),
+        reference=open_architecture(config.reference, "reference") if config.reference else None,
         work=workload(
             config,
             config.parallel,
@@ -151,12 +164,12 @@ def row_multiple(hardware: Hardware) -> int:
 
 
 @lru_cache(maxsize=256)
-def _padded_vocab(student: str, teacher: str, tensor: int) -> int:
-    return padded_vocab_size(json.loads(student), json.loads(teacher), tensor=tensor)
+def _padded_vocab(models: tuple[str, ...], tensor: int) -> int:
+    return padded_vocab_size(*map(json.loads, models), tensor=tensor)
 
 
 def _check(run: PlannedRun) -> None:
-    for model in (run.student, run.teacher):
+    for model in run.models:
         check_layout(model.shape, run.parallel, who=model.who)
         if run.work.longest > model.shape.context:
             raise ConfigError(
@@ -165,7 +178,7 @@ def _check(run: PlannedRun) -> None:
                 f"{model.shape.context} tokens. Lower --prompt-tokens or "
                 "rollout.max_new_tokens."
             )
-    if run.parallel.expert > 1 and not (run.student.shape.experts or run.teacher.shape.experts):
+    if run.parallel.expert > 1 and not any(model.shape.experts for model in run.models):
         raise ConfigError(
             f"parallel.expert = {run.parallel.expert} needs a mixture of experts, but student and "
             "teacher are dense. Set parallel.expert = 1."

@@ -200,7 +200,7 @@ def _laid_out(run: PlannedRun, gpus: int, rollout: RolloutConfig) -> Iterator[Pl
 
 
 def _layouts(run: PlannedRun, gpus: int) -> Iterator[ParallelConfig]:
-    shapes = (run.student.shape, run.teacher.shape)
+    shapes = [model.shape for model in run.models]
     mixture = any(shape.experts for shape in shapes)
     for tensor in _divisors(gpus):
         if tensor > run.hardware.gpus_per_node or run.hardware.gpus_per_node % tensor:

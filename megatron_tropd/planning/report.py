@@ -83,13 +83,9 @@ def plan_json(plan: Plan) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "seconds_and_recommendation": UNCALIBRATED,
-        "student": {
-            "parameters": run.student.parameters,
-            "describe": describe(run.student.config),
-        },
-        "teacher": {
-            "parameters": run.teacher.parameters,
-            "describe": describe(run.teacher.config),
+        **{
+            model.who: {"parameters": model.parameters, "describe": describe(model.config)}
+            for model in run.models
         },
         "hardware": asdict(run.hardware),
         "step": asdict(run.work),
@@ -137,8 +133,7 @@ def _heading(run: PlannedRun) -> str:
     )
     return _lines(
         [
-            ("student", describe(run.student.config)),
-            ("teacher", describe(run.teacher.config)),
+            *[(model.who, describe(model.config)) for model in run.models],
             ("cluster", _cluster(run)),
             ("rates", rates),
             ("step", step),

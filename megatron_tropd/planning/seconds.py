@@ -75,7 +75,7 @@ def seconds(run: PlannedRun, sent: Communication) -> Seconds:
         student += pass_seconds(run, run.student, backward=False)
     return Seconds(
         rollout=rollout_seconds(run),
-        teacher=pass_seconds(run, run.teacher, backward=False),
+        teacher=sum(pass_seconds(run, model, backward=False) for model in run.frozen),
         student=student,
         optimizer=optimizer_seconds(run),
         sync=sync_seconds(run),
@@ -104,9 +104,9 @@ def layer_seconds(run: PlannedRun, model: Model, positions: float) -> float:
 
 
 def loss_flops(run: PlannedRun, tokens: float) -> float:
-    """Logits of both models, gradients of the student's hidden states and output layer."""
-    student, teacher = run.student.shape.hidden, run.teacher.shape.hidden
-    return 2 * tokens * run.padded_vocab * (3 * student + teacher)
+    """Logits of all models, gradients of the student's hidden states and output layer."""
+    student, frozen = run.student.shape.hidden, sum(m.shape.hidden for m in run.frozen)
+    return 2 * tokens * run.padded_vocab * (3 * student + frozen)
 
 
 def pass_seconds(run: PlannedRun, model: Model, *, backward: bool) -> float:

@@ -25,6 +25,7 @@ from megatron_tropd.data.sequence import SampleKey, TokenSequence, Writer
 from megatron_tropd.distill.engines import start_engines
 from megatron_tropd.distill.inputs import Inputs
 from megatron_tropd.distill.pair import send_weights, step_parts
+from megatron_tropd.distill.recordings import ADVANTAGE
 from megatron_tropd.distill.reporter import Clock
 from megatron_tropd.distill.startup import check_settings
 from megatron_tropd.distill.step import learn
@@ -157,9 +158,9 @@ class RehearsedRank:
                 rank=self.ranks.rank,
                 world_size=self.ranks.world_size,
             )
-            folders = self.inputs.student, self.inputs.teacher
             # Nobody compares engine and trainer: that takes numbers.
-            self.parts = replace(step_parts(config, *folders, self.ranks), clock=self.clock)
+            parts = step_parts(config, self.inputs.folders, self.ranks)
+            self.parts = replace(parts, clock=self.clock)
             self.checkpoints = Checkpoints(
                 self.folder.checkpoints,
                 keep=config.run.keep_checkpoints,
@@ -167,11 +168,12 @@ class RehearsedRank:
                 distributed_optimizer=config.parallel.distributed_optimizer,
                 say=_silent,
             )
-        scored: list[Any] = [self.parts.student]
-        if isinstance(self.parts.teacher, ResidentTeacher):
-            scored.append(self.parts.teacher.scorer)
-        for model in scored:
-            setattr(model, "score", self._keeping(model.score, model.model))  # noqa: B010
+        student, teacher = self.parts.student, self.parts.teacher
+        scored: list[tuple[Any, str, list[Any]]] = [(student, "score", [student.model])]
+        if isinstance(teacher, ResidentTeacher):
+            scored.append((teacher, "signals", [scorer.model for scorer in teacher.scorers]))
+        for owner, name, run in scored:
+            setattr(owner, name, self._keeping(getattr(owner, name), run))
 
     def learn(self, micro_batches: int) -> None:
         """Teacher, student and optimizer: the trainer's own step.
@@ -214,14 +216,16 @@ class RehearsedRank:
             )
             self.checkpoint_bytes = bytes_to_write(state)
 
-    def _keeping(self, score: Any, model: Any) -> Any:
-        """Hold as much as if all micro-batches of the step had been scored."""
+    def _keeping(self, score: Any, models: list[Any]) -> Any:
+        """Hold as much as if the models had scored all micro-batches of the step."""
 
         def kept(batches: Any) -> list[Any]:
             tokens = len(batches[0].loss_at) if self.ranks.is_last_stage else 0
-            shape, device = (tokens, model.config.hidden_size), self.parts.device
             room = [
-                torch.empty(shape, dtype=self.dtype, device=device)
+                torch.empty(
+                    tokens, model.config.hidden_size, dtype=self.dtype, device=self.parts.device
+                )
+                for model in models
                 for _ in range(self._missing if tokens else 0)
             ]
             return Kept(score(batches), room)
@@ -242,16 +246,18 @@ class RehearsedRank:
                 self.world.expect_shapes(ranks.global_rank(pp_rank=pp_rank, **place), shapes)
 
     def _inputs(self) -> Inputs:
-        student, teacher = self.setup.student.shape, self.setup.teacher.shape
+        named, shapes = self.config.reference, [model.shape for model in self.setup.models]
         return Inputs(
             student=self._open_model(Path(self.config.model.student)),
             teacher=self._open_model(Path(self.config.model.teacher)),
+            reference=self._open_model(Path(named)) if named else None,
             tokenizer=cast(Any, None),
-            vocab_size=min(student.vocab, teacher.vocab),
-            context=min(student.context, teacher.context),
+            vocab_size=min(shape.vocab for shape in shapes),
+            context=min(shape.context for shape in shapes),
             stop_token_ids=(),
             prompts=[],
             responses=None,
+            recorded=None,
             problems=[],
             max_model_len=self.setup.work.longest,
         )
@@ -301,6 +307,7 @@ def trajectories(setup: PlannedRun, *, micro_batches: int | None = None) -> list
             (Writer.STUDENT, response[taught:]),
             logprobs=logprobs,
             version=0,
+            fields={ADVANTAGE: 0.0},
         )
         for number in range(count)
     ]

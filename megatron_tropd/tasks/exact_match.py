@@ -13,6 +13,8 @@ from megatron_tropd.tasks.graders import grade
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+GRADER = "marked"
+"""What a run grades answers with, of ``graders.GRADERS``."""
 _Z_95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.base.parts import load_part
 from megatron_tropd.config import Config
 from megatron_tropd.convert.hf_folder import HFFolder
@@ -36,7 +37,9 @@ class TeacherStart:
     padded_vocab_size: int
     """Columns of the output layers, over all tensor-parallel ranks."""
     vocab_size: int
-    """Columns that are real in both models."""
+    """Columns that are real in all models."""
+    reference: HFFolder | MegatronFolder | None = None
+    """The model that the teacher is measured against, if the loss reads it."""
 
 
 class TeacherSource(Protocol):
@@ -71,9 +74,31 @@ class MakeTeacher(Protocol):
     """Makes a source: most are classes."""
 
     signal: type[TeacherSignal]
+    referenced: type[TeacherSignal] | None
+    """What it gives with ``TeacherStart.reference``; None: it knows of no reference."""
 
     def __call__(self, start: TeacherStart) -> TeacherSource:
         """Make it, after the student was built; collective."""
+
+
+def signal_of(config: Config) -> type[TeacherSignal]:
+    """What a run's source will give.
+
+    Raises:
+        ConfigError: there is no such source, or it cannot take the reference.
+    """
+    make = load_teacher(config.teacher.source)
+    if config.reference is None:
+        return make.signal
+    # A source from before there were references has no such attribute.
+    referenced: type[TeacherSignal] | None = getattr(make, "referenced", None)
+    if referenced is None:
+        raise ConfigError(
+            f"teacher.source = {config.teacher.source!r} takes no reference (it has no attribute "
+            f"`referenced`), found teacher.reference = {config.teacher.reference!r}. Leave one of "
+            "the two out."
+        )
+    return referenced
 
 
 def load_teacher(name: str) -> MakeTeacher:

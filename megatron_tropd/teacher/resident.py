@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from megatron_tropd.data.batch import MicroBatch
 from megatron_tropd.data.sequence import TokenSequence
-from megatron_tropd.losses import HiddenStatesSignal
+from megatron_tropd.losses import HiddenStatesSignal, ReferencedSignal
 from megatron_tropd.teacher import TeacherStart
 
 if TYPE_CHECKING:
@@ -13,42 +13,54 @@ if TYPE_CHECKING:
 
 
 class ResidentTeacher:
-    """A frozen Megatron model that lives beside the student."""
+    """A frozen Megatron model that lives beside the student, perhaps with its reference."""
 
     signal = HiddenStatesSignal
+    referenced = ReferencedSignal
 
-    def __init__(self, scorer: "FrozenModel") -> None:
-        """``scorer``: of ``mcore.frozen.frozen_model``."""
-        self.scorer = scorer
+    def __init__(self, *scorers: "FrozenModel") -> None:
+        """``scorers``: of ``mcore.frozen.frozen_model``, the teacher and perhaps its reference."""
+        self.scorers = scorers
 
     def begin(self, step: int, sequences: Sequence[TokenSequence]) -> None:
         """Nothing: its ranks are the student's, and busy."""
 
-    def signals(self, batches: Sequence[MicroBatch]) -> Sequence[HiddenStatesSignal]:
-        """Run it forward; collectives: those of the schedule."""
-        return self.scorer.score(batches)
+    def signals(
+        self, batches: Sequence[MicroBatch]
+    ) -> Sequence[HiddenStatesSignal] | Sequence[ReferencedSignal]:
+        """Run each model forward; collectives: those of the schedule."""
+        teacher, *reference = [scorer.score(batches) for scorer in self.scorers]
+        if not reference:
+            return teacher
+        return [ReferencedSignal(*both) for both in zip(teacher, *reference, strict=True)]
 
     def close(self) -> None:
-        """Nothing: the model ends with the process."""
+        """Nothing: the models end with the process."""
 
 
 class _OfRun(ResidentTeacher):
     """The resident teacher that a run's config names."""
 
     def __init__(self, start: TeacherStart) -> None:
-        """Build it."""
+        """Build its models."""
         # Megatron only where a run trains: a dry run and the engines look at ``signal`` alone.
         from megatron_tropd.mcore.frozen import frozen_model
 
+        models = {"teacher": start.folder, "reference": start.reference}
         super().__init__(
-            frozen_model(
-                start.folder,
-                layout=start.ranks,
-                parallel=start.config.parallel,
-                dtype=start.dtype,
-                padded_vocab_size=start.padded_vocab_size,
-                vocab_size=start.vocab_size,
-                options=start.config.megatron.teacher,
+            *(
+                frozen_model(
+                    folder,
+                    layout=start.ranks,
+                    parallel=start.config.parallel,
+                    dtype=start.dtype,
+                    padded_vocab_size=start.padded_vocab_size,
+                    vocab_size=start.vocab_size,
+                    who=who,
+                    options=start.config.megatron.teacher,
+                )
+                for who, folder in models.items()
+                if folder is not None
             )
         )
 

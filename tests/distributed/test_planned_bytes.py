@@ -217,9 +217,10 @@ def _measure(config: Config) -> dict[str, float]:
     from megatron_tropd.mcore import parallel
 
     ranks = parallel.initialize(config.parallel, seed=1)
-    folders = HFFolder(config.model.student), HFFolder(config.model.teacher)
-    built: Any = step_parts(config, *folders, ranks)
-    student, teacher = built.student, built.teacher.scorer
+    pair = {"student": config.model.student, "teacher": config.model.teacher}
+    folders = {who: HFFolder(path) for who, path in pair.items()}
+    built: Any = step_parts(config, folders, ranks)
+    student, teacher = built.student, built.teacher.scorers[0]
     weights = [p for m in (student.model, teacher.model) for p in m.parameters()]
     saved = _Saved({p.untyped_storage().data_ptr() for p in weights})
     watched = _Watched(student, built.teacher, saved)

@@ -111,15 +111,15 @@ def _train(run: Any, config: Any) -> tuple[dict[str, Any], Any]:
     from megatron_tropd.distill.inputs import load_inputs
     from megatron_tropd.distill.loop import learn_from, rollout, sync_weights, train_step
     from megatron_tropd.distill.pair import step_parts
-    from megatron_tropd.distill.session import sampled_rollouts
+    from megatron_tropd.distill.session import rollout_source
 
     inputs = load_inputs(config)
-    parts = step_parts(config, inputs.student, inputs.teacher, run.ranks)
+    parts = step_parts(config, inputs.folders, run.ranks)
     run = replace(
         run,
         config=config,
         inputs=inputs,
-        rollouts=sampled_rollouts(config, inputs, run.engines, is_main=True),
+        rollouts=rollout_source(config, inputs, run.engines, is_main=True),
         parts=replace(parts, clock=run.reporter.clock),
     )
     run.progress.step = 0

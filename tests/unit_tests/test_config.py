@@ -273,11 +273,47 @@ def test_a_method_knows_its_own_settings_only(toml: Path):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_any_method_survives_json_and_toml(name: str, toml: Path, tmp_path: Path):
-    config = load_config(toml, [f"loss.method={name}", "loss.mask_first_ids=[3, 4]"])
+    needs_reference = preset(name).needs.reference
+    reference = ["teacher.reference=student"] if needs_reference else []
+    config = load_config(toml, [f"loss.method={name}", "loss.mask_first_ids=[3, 4]", *reference])
     assert config.loss == preset(name, mask_first_ids=(3, 4))
     assert config_from_dict(json.loads(json.dumps(config_to_dict(config)))) == config
     (tmp_path / "again.toml").write_text(config_to_toml(config))
     assert load_config(tmp_path / "again.toml").loss == config.loss
+
+
+def test_a_reference_is_a_folder_or_the_student(toml: Path):
+    toml.write_text(SMALLEST + '[loss]\nmethod = "delta"\n[teacher]\nreference = "student"\n')
+    itself = load_config(toml)
+    assert itself.teacher.reference == "student" and itself.reference == itself.model.student
+    toml.write_text(toml.read_text().replace('"student"\n', '"base"\n'))
+    folder = str(toml.parent.resolve() / "base")
+    assert load_config(toml).reference == load_config(toml).teacher.reference == folder
+    named = load_config(toml, ["teacher.reference=./student"])
+    assert named.reference == str(Path("student").resolve())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["loss.method=exopd"], "'exopd' measures the teacher against a reference and needs"),
+        (["teacher.reference=student"], "would be loaded for nothing: loss.method = 'tropd'"),
+        (["loss.method=erpd_teacher"], "'erpd_teacher' fits the outcomes of recorded rollouts"),
+        (
+            ["rollout.recorded=a.jsonl", "guidance.responses=b.jsonl"],
+            "does not read guidance.responses",
+        ),
+        (["rollout.recorded=a.jsonl", "rollout.mode=a:B"], "does not read rollout.mode"),
+        (["rollout.recorded=a.jsonl", "rollout.behaviour=cooled"], "not read rollout.behaviour"),
+        (
+            ["rollout.recorded=a.jsonl", "rollout.first_new_tokens=1", "rollout.growth_steps=1"],
+            "does not read rollout.first_new_tokens",
+        ),
+    ],
+)
+def test_models_and_rollouts_that_the_loss_lacks_or_ignores(overrides, message, toml: Path):
+    with pytest.raises(ConfigError, match=message):
+        load_config(toml, overrides)
 
 
 @pytest.mark.parametrize(

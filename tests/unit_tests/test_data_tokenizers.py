@@ -64,6 +64,8 @@ def test_differing_ids_are_named(pair: tuple[Path, Path]):
         match=f"2 ids differ: id {first}: student 'a', teacher 'b'; id {second}: student 'b'",
     ):
         check_same_tokenizer(*pair)
+    with pytest.raises(InputError, match=r"Student and reference .* student 'a', reference 'b'"):
+        check_same_tokenizer(*pair, other="reference")
     assert fingerprint(load_tokenizer(pair[1])) != before
 
 

@@ -32,6 +32,10 @@ OWN = {
     "power_opd_exact": {"power"},
     "gkd": {"divergence", "jsd_beta", "teacher_tokens"},
     "local_support": {"top_k", "support", "renormalise", "teacher_tokens"},
+    "exopd": {"over", "scale"} | SAMPLED,
+    "delta": {"over"} | SAMPLED,
+    "erpd": {"over", "region"} | SAMPLED,
+    "erpd_teacher": {"scale"},
 }
 NEEDED = {
     "static": dict(tau=-2.5),
@@ -39,10 +43,12 @@ NEEDED = {
     "veto": dict(divergence="forward_kl"),
 }
 """What a method has no default for."""
+OF_STAGES = {"erpd", "erpd_teacher"}
+"""Methods without a preset: neither is a method of its own."""
 
 
 def test_a_method_has_its_own_settings_only():
-    assert OWN.keys() == set(METHODS) == {method for method, _ in PRESETS.values()}
+    assert OWN.keys() == set(METHODS) == {method for method, _ in PRESETS.values()} | OF_STAGES
     for name, own in OWN.items():
         fields = {f.name for f in dataclasses.fields(preset(name, **NEEDED.get(name, {})))}
         assert fields == own | SHARED, name

@@ -149,6 +149,22 @@ def test_sixteen_bytes_for_every_parameter_and_two_for_the_teacher(small: Config
     assert stage.teacher_hidden == 512 * 8096 * 2560 * 2
 
 
+def test_a_reference_is_a_second_teacher_to_every_estimate(small: Config):
+    """The teacher as its own reference: twice its weights, states, passes and traffic."""
+    parallel = ParallelConfig(tensor=2)
+    alone = dataclasses.replace(small, parallel=parallel, loss=preset("gkd_reverse_kl"))
+    teacher = dataclasses.replace(small.teacher, reference=small.model.teacher)
+    both = dataclasses.replace(alone, teacher=teacher, loss=preset("exopd_exact"))
+    one, two = (estimate(plan_run(config, H100)) for config in (alone, both))
+    (had,), (has,) = one.memory, two.memory
+    assert has.teacher_weights == 2 * had.teacher_weights
+    assert has.teacher_hidden == 2 * had.teacher_hidden
+    assert has.teacher_forward == had.teacher_forward
+    assert two.communication.tensor_teacher == 2 * one.communication.tensor_teacher
+    assert two.seconds.teacher == pytest.approx(2 * one.seconds.teacher)
+    assert two.seconds.student > one.seconds.student
+
+
 def test_memory_is_planned_for_micro_batches_full_of_any_lengths(small: Config):
     """Two rows of 8192 positions fill 16384, two of the longest kind do not fit."""
     full, twice = (
@@ -326,7 +342,10 @@ def test_a_pipeline_waits_for_its_stages(small: Config):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("tokens", "columns"), [(50, 400), (3000, 700), (400, 700)])
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_the_loss_buffers_are_those_of_the_loss(tokens, columns, dtype, ranks, monkeypatch):
+@pytest.mark.parametrize("referenced", [False, True])
+def test_the_loss_buffers_are_those_of_the_loss(
+    tokens, columns, dtype, ranks, referenced, monkeypatch
+):
     """Whole logits where they fit the budget, else as many rows as it holds. As with kernels.
 
     Two chunks share it where collectives hide behind products.
@@ -344,12 +363,17 @@ def test_the_loss_buffers_are_those_of_the_loss(tokens, columns, dtype, ranks, m
         shard=shard,
         device=torch.device("meta"),
         memory_mib=4,
+        reference=signal if referenced else None,
     )
     real = chunks._Buffers(pair, count=ranks)
     monkeypatch.setitem(planned_memory.LOSS_BUDGET, "gpu", 4 * 2**20)
     parallel = SimpleNamespace(tensor=ranks)
     run = SimpleNamespace(
-        vocab_shard=columns, hardware=H100, element=dtype.itemsize, parallel=parallel
+        vocab_shard=columns,
+        hardware=H100,
+        element=dtype.itemsize,
+        parallel=parallel,
+        models=("student", "teacher", "reference")[: 2 + referenced],
     )
     taken = real._logits.untyped_storage().nbytes()
     if real._rounded is not None:

@@ -112,6 +112,16 @@ def test_every_room_has_its_arrows():
     assert {path.stem for path in PACKAGE.glob("*.py")} == TOP_LEVEL
 
 
+def test_every_import_of_the_package_finds_its_module():
+    """Within functions, too: the type checker passes over modules that it does not find."""
+    modules = {_module(path) for path in FILES}
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            name = (node.module or "") if isinstance(node, ast.ImportFrom) else ""
+            known = not name.startswith(PACKAGE.name) or {name, f"{name}.__init__"} & modules
+            assert known, f"{path} imports {name}, which is not there"
+
+
 def test_no_circle():
     """Neither of rooms nor of modules; imports in functions and for type checkers count."""
     modules = {_module(path): _imports(path.read_text()) for path in FILES}
