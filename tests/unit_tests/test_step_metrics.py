@@ -136,12 +136,14 @@ def test_the_gap_to_the_engine_is_measured_on_student_tokens_only():
     (batch,) = batches([trajectory(0, prefix=2, response=2)], 1000)
     loss_T, values = values_of(batch)
     teacher_T = batch.writers[batch.loss_mask] == Writer.TEACHER
-    values["student_logprob"] = torch.where(teacher_T, -9.0, torch.tensor(-0.25))
+    # On both sides of the engine's -0.5: the gaps do not cancel out.
+    values["student_logprob"] = torch.where(loss_T == 20, -0.25, torch.tensor(-0.75))
+    values["student_logprob"][teacher_T] = -9.0
     sums = StepSums.zeros(CPU)
     sums.add(loss_T, values, batch)
     metrics = sums.reduce().metrics()
     assert metrics["engine_gap_mean"] == metrics["engine_gap_max"] == 0.25
-    assert metrics["engine_ratio_mean"] == pytest.approx(math.exp(0.25))
+    assert metrics["engine_ratio_mean"] == pytest.approx(math.cosh(0.25))
 
 
 @pytest.mark.parametrize(
