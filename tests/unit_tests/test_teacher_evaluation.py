@@ -31,6 +31,7 @@ INPUTS = SimpleNamespace(
     problems=[Prompt(0, (1, 2), "1+1=", {"answer": "2"})],
     student=SimpleNamespace(config={}, companions=Path("student")),
     teacher=SimpleNamespace(config={}),
+    folders={},
     stop_token_ids=(0,),
     tokenizer=SimpleNamespace(decode=lambda *_, **__: "2"),
 )
