@@ -200,16 +200,9 @@ def compare(
     moments_TD = combine(stats_RTn, student_norm_T2, teacher_norm_T2, passes.moments)
     student_x_T1, teacher_x_T1 = sampled_RT2.sum(dim=0).split(1, dim=-1)
     teacher_logprob_T = vp.normalise(teacher_x_T1, teacher_norm_T2).squeeze(-1)
-    known = _own_logprobs(own_RTn.split(3, dim=-1)) if own else []
-    reference_logprob_T, log_mass_T = student_norm_T2[:, :0], torch.zeros_like(teacher_logprob_T)
-    if target.reads_reference:
-        reference_logprob_T = known[0][0]
-    if not target.is_teacher:
-        teacher_logprob_T = known[-1][0]
-        sums = known[-1][1], known[0][1], student_norm_T2.sum(dim=-1)
-        log_mass_T = teacher_norm_T2.sum(dim=-1)
-        for power, log_sum_T in zip(target.powers, sums, strict=True):
-            log_mass_T = log_mass_T - power * log_sum_T if power else log_mass_T
+    teacher_logprob_T, reference_logprob_T, log_mass_T = _of_target(
+        own_RTn, target, teacher_logprob_T, student_norm_T2, teacher_norm_T2
+    )
     merged_TK, other_TK = vp.merge_top_k(keys_RTK, other_RTK)
     ranked_TK, topk_ids_TK = vp.unpack_top_k(merged_TK)
     student_TK, teacher_TK = (ranked_TK, other_TK) if by_student else (other_TK, ranked_TK)
@@ -231,6 +224,36 @@ def compare(
         sums_TD=torch.cat([moments_TD, reducing.wait()], dim=-1),
         sum_names=passes.moments + passes.sums,
     )
+
+
+def _of_target(
+    own_RTn: Tensor,
+    target: Target,
+    target_logprob_T: Tensor,
+    student_norm_T2: Tensor,
+    target_norm_T2: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probs of teacher and reference, and the log-mass of a target that is neither.
+
+    Args:
+        own_RTn: [R, T, 3 per model] of all ranks (:func:`own_part`).
+        target: which target.
+        target_logprob_T: [T] of the token under it.
+        student_norm_T2: [T, 2] normaliser of the student.
+        target_norm_T2: [T, 2] that of the target.
+
+    Returns:
+        [T] of the teacher; [T] of the reference, [T, 0] if nobody reads it; [T] log-mass.
+    """
+    known = _own_logprobs(own_RTn.split(3, dim=-1)) if own_RTn.shape[-1] else []
+    reference_logprob_T = known[0][0] if target.reads_reference else student_norm_T2[:, :0]
+    if target.is_teacher:
+        return target_logprob_T, reference_logprob_T, torch.zeros_like(target_logprob_T)
+    sums = known[-1][1], known[0][1], student_norm_T2.sum(dim=-1)
+    log_mass_T = target_norm_T2.sum(dim=-1)
+    for power, log_sum_T in zip(target.powers, sums, strict=True):
+        log_mass_T = log_mass_T - power * log_sum_T if power else log_mass_T
+    return known[-1][0], reference_logprob_T, log_mass_T
 
 
 def _as(dtype: torch.dtype, bits: Tensor) -> Tensor:

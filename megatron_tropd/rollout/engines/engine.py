@@ -103,16 +103,8 @@ class RolloutEngine:
         self._max_model_len = max_model_len
         if blended:
             max_model_len = blended_length(max_model_len, draft_tokens)
-        sources = [HFFolder(folder) for folder in (model_folder, teacher_folder) if folder]
-        for source in sources:
-            check_tensors(source)
-            check_engine(
-                source.config,
-                max_model_len,
-                cuda=cuda,
-                who=str(source.path),
-                tensor_parallel=tensor_parallel,
-            )
+        folders = [Path(folder) for folder in (model_folder, teacher_folder) if folder]
+        sources = _checked_sources(folders, max_model_len, cuda, tensor_parallel)
         self._log_file = Path(log_file)
         self._places = [self._log_file.with_suffix(end) for end in _FOLDERS[: len(sources)]]
         served = served_models(sources, self._places, vocab_size)
@@ -390,6 +382,23 @@ class RolloutEngine:
     def _log_tail(self) -> str:
         lines = self._log_file.read_text(errors="replace").splitlines()[-_LOG_LINES_QUOTED:]
         return f"Last lines of {self._log_file}:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def _checked_sources(
+    folders: Sequence[Path], max_model_len: int, cuda: bool, tensor_parallel: int
+) -> list[HFFolder]:
+    """Open folders whose models vLLM runs."""
+    sources = [HFFolder(folder) for folder in folders]
+    for source in sources:
+        check_tensors(source)
+        check_engine(
+            source.config,
+            max_model_len,
+            cuda=cuda,
+            who=str(source.path),
+            tensor_parallel=tensor_parallel,
+        )
+    return sources
 
 
 def _check_device(cuda: bool, tensor_parallel: int, *, blended: bool) -> None:
