@@ -176,14 +176,8 @@ def compare(
     ranked_Tv, other_Tv = (student_Tv, teacher_Tv) if by_student else (teacher_Tv, student_Tv)
     keys_TK = vp.pack_top_k(ranked_Tv, k, start=shard.start) if k else no_keys
     _, candidates_TK = vp.unpack_top_k(keys_TK)
-    picked_Tn = torch.cat(
-        [
-            vp.pick_columns(student_Tv, ids_T1, shard),
-            vp.pick_columns(teacher_Tv, ids_T1, shard),
-            vp.pick_columns(other_Tv, candidates_TK, shard),
-        ],
-        dim=-1,
-    )
+    wanted = (student_Tv, ids_T1), (teacher_Tv, ids_T1), (other_Tv, candidates_TK)
+    picked_Tn = torch.cat([vp.pick_columns(*columns, shard) for columns in wanted], dim=-1)
     floats_Tn = torch.cat([*own, picked_Tn, passes.first()], dim=-1)
     # Bits travel as they are, so that one collective carries floats and keys.
     bits_Tn = torch.cat([keys_TK.view(torch.int32), floats_Tn.view(torch.int32)], dim=-1)
@@ -206,7 +200,6 @@ def compare(
     merged_TK, other_TK = vp.merge_top_k(keys_RTK, other_RTK)
     ranked_TK, topk_ids_TK = vp.unpack_top_k(merged_TK)
     student_TK, teacher_TK = (ranked_TK, other_TK) if by_student else (other_TK, ranked_TK)
-
     reducing = vp.AllReduceSum(passes.second(student_norm_T2, teacher_norm_T2), group=shard.group)
     if passes.sums:
         yield

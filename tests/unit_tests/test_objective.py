@@ -778,7 +778,8 @@ def _records(num=3, vocab=6, hidden=4, k=5):
         torch.zeros(num, dtype=torch.bool),
         *(torch.full((num,), value) for value in (0.5, 1.0, -1.0, 0.25)),
     )
-    full = HiddenStatesSignal(torch.randn(num, hidden), torch.randn(vocab, hidden), vocab)
+    states, layer = (torch.randn(rows, hidden, generator=draw) for rows in (num, vocab))
+    full = HiddenStatesSignal(states, layer, vocab)
     top_k = TopKSignal(logprobs[:, 0], torch.arange(k).expand(num, k), logprobs[:, :k])
     logits = LogitsSignal(torch.randn(num, vocab, generator=draw), vocab)
     return {"targets": everything, "hidden": full, "top_k": top_k, "logits": logits}
