@@ -424,6 +424,27 @@ def _old_reduce(tensor: torch.Tensor, group: Any) -> torch.Tensor:
     return tensor
 
 
+def _text(tokens: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> MicroBatch:
+    """A micro-batch of given text; labels of weight 0 carry no loss."""
+    nothing, loss_at = torch.zeros(ROWS, SEQUENCE), weights.flatten().nonzero()[:, 0]
+    return MicroBatch(
+        tokens=tokens,
+        labels=labels,
+        writers=torch.where(weights != 0, Writer.STUDENT, Writer.CONTEXT),
+        position_ids=torch.arange(SEQUENCE).expand(ROWS, -1),
+        response_positions=nothing.long(),
+        engine_logprobs=nothing,
+        behaviour_logprobs=nothing,
+        uniforms=nothing,
+        weights=weights,
+        loss_at=loss_at,
+        loss_rows=loss_at // SEQUENCE,
+        student_at=torch.arange(len(loss_at)),
+        rows=tuple(range(ROWS)),
+        keys=tuple(SampleKey(0, row, 0) for row in range(ROWS)),
+    )
+
+
 def _one_hot_teacher(student: str, sequence_parallel: bool, out: str) -> None:
     """Gradients of Megatron's cross entropy and of the forward KL from the labels themselves."""
     import torch.distributed as dist
@@ -455,7 +476,6 @@ def _one_hot_teacher(student: str, sequence_parallel: bool, out: str) -> None:
     tokens, labels = torch.randint(0, 259, (2, ROWS, SEQUENCE), generator=generator)
     weights = (torch.rand(ROWS, SEQUENCE, generator=generator) < 0.7).float()
     positions = torch.arange(SEQUENCE).expand(ROWS, -1)
-    nothing = torch.zeros(ROWS, SEQUENCE)
 
     losses = chunk(tokens, positions, None, labels=labels)
     expected = (losses * weights).sum()
@@ -467,24 +487,7 @@ def _one_hot_teacher(student: str, sequence_parallel: bool, out: str) -> None:
     one_hot_TV = 200 * torch.nn.functional.one_hot(labels[weights != 0], vocab).float()
     half = vocab // 2
     identity_vV = torch.eye(vocab)[ranks.tp_rank * half : (ranks.tp_rank + 1) * half]
-    # Megatron's cross entropy counts padding columns as real ones.
-    loss_at = weights.flatten().nonzero()[:, 0]
-    batch = MicroBatch(
-        tokens=tokens,
-        labels=labels,
-        writers=torch.where(weights != 0, Writer.STUDENT, Writer.CONTEXT),
-        position_ids=positions,
-        response_positions=nothing.long(),
-        engine_logprobs=nothing,
-        behaviour_logprobs=nothing,
-        uniforms=nothing,
-        weights=weights,
-        loss_at=loss_at,
-        loss_rows=loss_at // SEQUENCE,
-        student_at=torch.arange(len(loss_at)),
-        rows=tuple(range(ROWS)),
-        keys=tuple(SampleKey(0, row, 0) for row in range(ROWS)),
-    )
+    batch = _text(tokens, labels, weights)
     signal = HiddenStatesSignal(one_hot_TV, identity_vV.contiguous(), vocab)
     args = Namespace(check_for_nan_in_loss_and_grad=False, tropd_metrics=False)
     config = preset("gkd_forward_kl")
@@ -493,7 +496,7 @@ def _one_hot_teacher(student: str, sequence_parallel: bool, out: str) -> None:
         student=None, teacher=None, loss=config, beta=1.0, vocab_size=vocab, ranks=ranks
     )
     record = LossReport(args, config, iteration=0)
-    counts = LossCounts(0, len(loss_at), 0)
+    counts = LossCounts(0, len(batch.loss_at), 0)
     step_loss = StepLoss(parts, config, [signal], counts, BatchChoices(), record)
     states, loss_of = student_forward(enumerate([batch]), chunk, loss_fn=step_loss)
     loss, count, report = loss_of(states)
