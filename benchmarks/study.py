@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from step import commit, describe_hardware
-from study_runs import STEPS, TASKS, Run, grid, reported
+from study_runs import STEPS, TASKS, Run, grid, in_order
 
 AT_THE_END = STEPS // 10
 """Steps over which values of the end are averaged."""
@@ -157,7 +157,7 @@ def work(results: Results, runs: Path, tasks: list[str]) -> None:
     tried: set[Run] = set()
     while True:
         lines = results.read()
-        wanted = (*grid(), *reported(chosen_rates(lines)))
+        wanted = in_order(chosen_rates(lines))
         left = [r for r in wanted if r not in lines and r not in tried and r.task in tasks]
         if not left:
             return

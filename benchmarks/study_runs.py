@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-STEPS = 100
+STEPS = 60
 MAIN_SEEDS, OTHER_SEEDS, GRID_SEED = (1, 2, 3, 4, 5), (1, 2, 3), 101
 """Seeds of the methods whose answers are wanted, of the rest, and of the choice of the rate."""
 
@@ -219,6 +219,12 @@ def reported(chosen: dict[tuple[str, str], float]) -> Iterator[Run]:
                 for name in TASKS:
                     if (name, method) in chosen:
                         yield Run(name, method, chosen[name, method], seed)
+
+
+def in_order(chosen: dict[tuple[str, str], float]) -> list[Run]:
+    """All runs that can be made: the main methods whole, then the others; rates before seeds."""
+    all_runs = [*grid(), *reported(chosen)]
+    return sorted(all_runs, key=lambda run: not METHODS[run.method].main)
 
 
 def _main_first() -> list[str]:
