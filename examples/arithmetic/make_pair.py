@@ -241,7 +241,7 @@ def train_rank(
     backend = platform.distributed_backend()
     dist.init_process_group(backend, store=store, rank=rank, world_size=tensor_parallel)
     parallel = ParallelConfig(tensor=tensor_parallel)
-    ranks = initialize(parallel, recipe.seed)
+    layout = initialize(parallel, recipe.seed)
     folder = HFFolder(first)
     train = TrainConfig(
         steps=recipe.steps,
@@ -254,7 +254,7 @@ def train_rank(
     padded = padded_vocab_size(folder.config, tensor=tensor_parallel)
     model = build_model(
         folder,
-        ranks=ranks,
+        layout=layout,
         parallel=parallel,
         dtype=torch.float32,
         padded_vocab_size=padded,

@@ -121,7 +121,7 @@ def learn_from(run: Session, sequences: list[TokenSequence]) -> StepResult:
         raise
     if not result.counts.teacher + result.counts.student:
         print(f"step {step + 1}: every token is masked, so there is no loss", flush=True)
-    if result.update.skipped and run.ranks.is_main:
+    if result.update.skipped and run.layout.is_main:
         reporter.say(
             f"step {step + 1}: the gradient norm is {result.update.grad_norm:.4g}, above "
             "megatron.optimizer.grad_norm_skip_threshold: the weights stay as they were."
@@ -217,7 +217,7 @@ def finish(run: Session) -> None:
     save(run, wait=True)
     with run.reporter.clock("export"):
         export_student(run, run.folder.student)
-    if run.ranks.is_main:
+    if run.layout.is_main:
         write_json(run.folder.summary, summary(run))
     dist.barrier()
 
@@ -234,7 +234,7 @@ def summary(run: Session) -> dict[str, Any]:
         **run.evaluator.summary(),
         "seconds": round(elapsed(run), 1),
         "steps": run.progress.step,
-        "world_size": run.ranks.world_size,
+        "world_size": run.layout.world_size,
         "tensor_parallel": config.parallel.tensor,
         "pipeline_parallel": config.parallel.pipeline,
         "data_parallel": config.parallel.data,

@@ -17,14 +17,14 @@ from megatron_tropd.teacher import TeacherStart, load_teacher
 
 
 def step_parts(
-    config: Config, folders: Mapping[str, HFFolder | MegatronFolder], ranks: Layout
+    config: Config, folders: Mapping[str, HFFolder | MegatronFolder], layout: Layout
 ) -> StepParts:
     """Build all models, and with them what a step is made with; collective.
 
     Args:
         config: of the run.
         folders: "student": its first weights; "teacher"; "reference", if the loss reads it.
-        ranks: this rank's place.
+        layout: this rank's place.
 
     Returns:
         The parts, without a clock and without a look at the engines.
@@ -35,7 +35,7 @@ def step_parts(
     vocab_size = min(model_shape(each).vocab for each in configs)
     learner = Student(
         models.build_of_run(
-            config, folders["student"], "student", ranks=ranks, padded_vocab_size=padded
+            config, folders["student"], "student", layout=layout, padded_vocab_size=padded
         ),
         train=config.train,
         parallel=config.parallel,
@@ -43,18 +43,18 @@ def step_parts(
         megatron=config.megatron,
     )
     teacher, reference = folders["teacher"], folders.get("reference")
-    start = TeacherStart(config, teacher, ranks, dtype, padded, vocab_size, reference)
+    start = TeacherStart(config, teacher, layout, dtype, padded, vocab_size, reference)
     return StepParts(
         student=learner,
         teacher=load_teacher(config.teacher.source)(start),
         loss=config.loss,
         beta=config.guidance.beta,
         vocab_size=vocab_size,
-        ranks=ranks,
+        layout=layout,
         device=platform.device(),
         tokens_per_micro_batch=config.train.tokens_per_micro_batch,
-        pad_multiple=ranks.pad_multiple,
-        rounded_to=ranks.row_multiple,
+        pad_multiple=layout.pad_multiple,
+        rounded_to=layout.row_multiple,
         seed=config.train.seed,
     )
 

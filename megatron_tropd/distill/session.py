@@ -38,7 +38,7 @@ class Session:
     config: Config
     folder: RunFolder
     inputs: Inputs
-    ranks: Layout
+    layout: Layout
     stop: StopFlag
     """Whether the run was asked to stop."""
     progress: Progress
@@ -73,15 +73,15 @@ def open_session(
     config = folder.read_config()
     tell = partial(say, console)
     with ExitStack() as exits:
-        ranks = startup.join_ranks(config)
+        layout = startup.join_ranks(config)
         exits.push(startup.leave_ranks)
         inputs = load_inputs(config)
-        is_main = ranks.is_main
+        is_main = layout.is_main
         startup.check_settings(config, inputs, is_main=is_main, say=tell)
         checkpoints = Checkpoints(
             folder.checkpoints,
             keep=config.run.keep_checkpoints,
-            ranks=ranks,
+            layout=layout,
             distributed_optimizer=config.parallel.distributed_optimizer,
             say=tell,
         )
@@ -99,8 +99,8 @@ def open_session(
                 config,
                 folder,
                 partial(make_engine, config, inputs, hf_folders[model]),
-                rank=ranks.rank,
-                world_size=ranks.world_size,
+                rank=layout.rank,
+                world_size=layout.world_size,
                 teacher=teacher,
                 stopping=lambda: stop.requested,
             )
@@ -115,14 +115,14 @@ def open_session(
         if platform.has_cuda():
             with engines.awake():
                 pass  # vLLM measures free memory while it starts: nobody else may allocate
-        parts = step_parts(config, inputs.folders, ranks)
+        parts = step_parts(config, inputs.folders, layout)
         exits.callback(parts.teacher.close)
         gap = _engine_gap(config, inputs, folder)
         yield Session(
             config=config,
             folder=folder,
             inputs=inputs,
-            ranks=ranks,
+            layout=layout,
             stop=stop,
             progress=progress,
             reporter=reporter,

@@ -59,10 +59,10 @@ def learn(
     parts.teacher.begin(step, sequences)
     batches = micro_batches(parts, sequences, step)
     counts = count_loss_tokens(sequences, parts.loss)
-    ranks = parts.ranks
+    layout = parts.layout
     records = StepRecords(
         parts.device,
-        counted=ranks.is_last_stage and ranks.tp_rank == 0,
+        counted=layout.is_last_stage and layout.tp_rank == 0,
         example_rows=example_rows,
     )
     prompts = [sequence.key.prompt for sequence in sequences]
@@ -92,8 +92,8 @@ def micro_batches(
     """Pack this rank's share of a step's sequences, on its device."""
     packed = pack(
         sequences,
-        dp_rank=parts.ranks.dp_rank,
-        dp_size=parts.ranks.dp_size,
+        dp_rank=parts.layout.dp_rank,
+        dp_size=parts.layout.dp_size,
         tokens_per_micro_batch=parts.tokens_per_micro_batch,
         pad_multiple=parts.pad_multiple,
         rounded_to=parts.rounded_to,
@@ -101,7 +101,7 @@ def micro_batches(
         step=step,
         loss=parts.loss,
     )
-    return [parts.ranks.local(batch).to(parts.device) for batch in packed]
+    return [parts.layout.local(batch).to(parts.device) for batch in packed]
 
 
 def forward_backward(

@@ -51,7 +51,7 @@ class StepLoss:
             config=loss,
             beta=parts.beta,
             vocab_size=parts.vocab_size,
-            group=parts.ranks.tp_group,
+            group=parts.layout.tp_group,
             metrics=parts.metrics,
             reduce_hidden_grad=False,  # the model sums it, with its own kind of parallelism
         )

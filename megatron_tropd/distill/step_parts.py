@@ -45,7 +45,7 @@ class LossParts:
     """Weight of tokens that the teacher wrote."""
     vocab_size: int
     """Columns that are real in both models."""
-    ranks: Layout
+    layout: Layout
     metrics: bool = True
     """Whether to compute per-token values that the loss does not need."""
     clock: Callable[[str], AbstractContextManager[object]] = nullcontext

@@ -60,10 +60,10 @@ def choose_tokens(
     ``token_statistics_from_hidden`` per micro-batch, 1 broadcast of [3, T] over the tensor-parallel
     group, and those of ``losses.selection`` over the group of the loss.
     """
-    hidden, ranks = parts.student.score(batches), parts.ranks
-    if not ranks.is_last_stage:
+    hidden, layout = parts.student.score(batches), parts.layout
+    if not layout.is_last_stage:
         return BatchChoices()
-    weight_vH, tp_group = output_weight(parts.student.model), ranks.tp_group
+    weight_vH, tp_group = output_weight(parts.student.model), layout.tp_group
     values_3T = torch.cat(
         [
             _entropy_ratio_and_logprob(*scored, weight_vH, loss, parts.vocab_size, tp_group)
@@ -73,7 +73,7 @@ def choose_tokens(
     )
     # Round-off that differed between the ranks of one vocabulary would make them choose apart.
     dist.broadcast(values_3T, src=dist.get_global_rank(tp_group, 0), group=tp_group)
-    facts = _facts(values_3T, batches, prompts, counts.student, ranks.loss_group)
+    facts = _facts(values_3T, batches, prompts, counts.student, layout.loss_group)
     choices, lengths = loss.choose(facts), [len(part) for part in hidden]
     selected_T, rewards_T = choices.selected_T, choices.rewards_T
     return BatchChoices(

@@ -213,7 +213,7 @@ class _Plugin:
         self._folder: HFFolder | MegatronFolder | None = None
         self._config: Method = preset("tropd")
         self._teacher: ResidentTeacher | None = None
-        self._ranks: Any = None
+        self._layout: Any = None
         self._fresh: tuple[int, Sequence[Mapping[str, Tensor]]] | None = None
 
     def replacements(self) -> dict[str, Callable[..., Any]]:
@@ -286,8 +286,8 @@ class _Plugin:
             from megatron_tropd.mcore.layout import current_layout
 
             assert self._folder is not None
-            self._ranks = current_layout()
-            self._teacher = _build_teacher(self._folder, settings, self._ranks)
+            self._layout = current_layout()
+            self._teacher = _build_teacher(self._folder, settings, self._layout)
         return partial(self._distilled_schedule, schedule)
 
     def _distilled_schedule(
@@ -300,7 +300,7 @@ class _Plugin:
 
         args = get_args()
         assert self._teacher is not None
-        share, ranks = self._share(args, settings), self._ranks
+        share, layout = self._share(args, settings), self._layout
         student = LoopStudent(schedule, model, settings)
         if self._rollouts is None or settings.get("forward_only", False):
             iterator = data_iterator[0] if isinstance(data_iterator, list) else data_iterator
@@ -314,11 +314,11 @@ class _Plugin:
             loss=self._config,
             beta=0.001 if args.tropd_beta is None else args.tropd_beta,
             vocab_size=_vocab_size(),
-            ranks=ranks,
+            layout=layout,
             metrics=args.tropd_metrics,
         )
         loss = self._config.at_step(share.step)
-        counts, prompts = whole_batch(batches, loss, ranks.dp_group, share.device)
+        counts, prompts = whole_batch(batches, loss, layout.dp_group, share.device)
         record = LossReport(args, self._config, share.step)
         return forward_backward(parts, batches, counts, share.step, record=record, prompts=prompts)
 
@@ -333,10 +333,10 @@ class _Plugin:
             seed=args.seed,
             masked=bool(getattr(args, "reset_attention_mask", False)),
             must_be_sampled=self._config.needs.sampled,
-            group=self._ranks.tp_group,
+            group=self._layout.tp_group,
             device=platform.device(),
-            dp_rank=self._ranks.dp_rank,
-            dp_size=self._ranks.dp_size,
+            dp_rank=self._layout.dp_rank,
+            dp_size=self._layout.dp_size,
         )
 
     def _fresh_items(
@@ -379,7 +379,7 @@ def recorded_trajectories(args: Namespace) -> Any:
 
 
 def _build_teacher(
-    folder: HFFolder | MegatronFolder, args: Namespace, ranks: Any
+    folder: HFFolder | MegatronFolder, args: Namespace, layout: Any
 ) -> ResidentTeacher:
     """Build the teacher in the student's layout; collective."""
     from megatron_tropd.mcore import platform
@@ -389,7 +389,7 @@ def _build_teacher(
     with torch.random.fork_rng([torch.cuda.current_device()] if platform.has_cuda() else []):
         scorer = frozen_model(
             folder,
-            layout=ranks,
+            layout=layout,
             parallel=startup.layout_of(args, folder.config),
             dtype=args.params_dtype,
             padded_vocab_size=args.padded_vocab_size,

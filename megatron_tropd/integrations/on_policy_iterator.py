@@ -160,13 +160,13 @@ class OnPolicyIterator:
         self, model: torch.nn.Module, seq_length: int, micro_batch_size: int, step: int
     ) -> None:
         self._model, self._seq_length, self.step = model, seq_length, step
-        ranks, rollout = current_layout(), self._rollouts.settings.rollout
-        self._dp_rank, self._dp_size, self._rows = ranks.dp_rank, ranks.dp_size, micro_batch_size
+        layout, rollout = current_layout(), self._rollouts.settings.rollout
+        self._dp_rank, self._dp_size, self._rows = layout.dp_rank, layout.dp_size, micro_batch_size
         batch = rollout.prompts_per_step * rollout.samples_per_prompt
-        if batch % (micro_batch_size * ranks.dp_size):
+        if batch % (micro_batch_size * layout.dp_size):
             raise ConfigError(
                 f"rollout.prompts_per_step x samples_per_prompt = {batch} must be a multiple of "
-                f"micro-batch size x data-parallel size = {micro_batch_size} x {ranks.dp_size}."
+                f"micro-batch size x data-parallel size = {micro_batch_size} x {layout.dp_size}."
             )
 
     def _watch_gradients(self, model: Any) -> None:

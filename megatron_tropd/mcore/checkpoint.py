@@ -69,14 +69,14 @@ class Checkpoints:
         folder: Path,
         *,
         keep: int,
-        ranks: Layout,
+        layout: Layout,
         distributed_optimizer: bool,
         say: Callable[[str], None] = print,
     ):
         """``keep``: complete checkpoints that survive a save; ``say``: where rank 0 warns."""
         self.folder = folder
         self.keep = keep
-        self.ranks = ranks
+        self.layout = layout
         self.distributed_optimizer = distributed_optimizer
         self._say = say
         self._queue = SaveQueue()
@@ -215,7 +215,7 @@ class Checkpoints:
         self._check_layout(saved, student, path)
         self._sharding_of[step] = sharding = saved.get("sharding", ANY_LAYOUT)
         wanted = self.state(student, extra={}, sharding=sharding, is_loading=True)
-        if saved["layout"] != self._layout():
+        if saved["layout"] != self._sizes():
             wanted.pop("rng")
         state = self._together(lambda: _read(wanted, path), path)
         student.weights.restore(state["model"])
@@ -251,7 +251,7 @@ class Checkpoints:
 
         Collectives: for :data:`ANY_DATA` a gather of small objects.
         """
-        about: dict[str, Any] = {"layout": self._layout()}
+        about: dict[str, Any] = {"layout": self._sizes()}
         if self.distributed_optimizer:
             about["sharding"] = sharding
         if sharding == ANY_DATA:
@@ -268,10 +268,10 @@ class Checkpoints:
         """
         files = read_checksums(path)
         if files is None:
-            if self.ranks.is_main:
+            if self.layout.is_main:
                 self._say(f"{path} has no checksums.json (an older version wrote it): not checked.")
             return
-        mine = share(files, self.ranks.rank, self.ranks.world_size)
+        mine = share(files, self.layout.rank, self.layout.world_size)
         if found := problems(path, files, mine):
             raise InputError("; ".join(found))
 
@@ -300,11 +300,11 @@ class Checkpoints:
 
     def _steps_of_first_rank(self) -> list[int]:
         """On a network file system others may not see the newest name yet."""
-        list_folder = self.steps if self.ranks.is_main else list[int]
+        list_folder = self.steps if self.layout.is_main else list[int]
         return _gather(self._together(lambda: read_patiently(list_folder), self.folder))[0]
 
     def _set_aside(self, damaged: dict[int, str], step: int) -> None:
-        for bad, reason in damaged.items() if self.ranks.rank == 0 else ():
+        for bad, reason in damaged.items() if self.layout.rank == 0 else ():
             self._say(f"WARNING: {reason} Resuming from step {step} instead.")
             path = self.folder / f"step_{bad:06d}"
             target = path.with_name(f"{path.name}.damaged")
@@ -337,24 +337,24 @@ class Checkpoints:
         metadata: dict[str, Any] = {
             "singleton_local_shards": False,
             "chained_optim_avoid_prefix": True,
-            "dp_cp_group": self.ranks.loss_group,
+            "dp_cp_group": self.layout.loss_group,
         }
         if self.distributed_optimizer:
             metadata["distrib_optim_sharding_type"] = sharding
         return metadata
 
-    def _layout(self) -> list[int]:
-        return [self.ranks.tp_size, self.ranks.pp_size, self.ranks.dp_size, self.ranks.ep_size]
+    def _sizes(self) -> list[int]:
+        return [self.layout.tp_size, self.layout.pp_size, self.layout.dp_size, self.layout.ep_size]
 
     def _rng(self) -> ShardedObject:
         """One object per rank: RNG states belong to a layout and load only under the same one."""
         return ShardedObject(
-            "rng", _get_rng(), (self.ranks.world_size,), (self.ranks.rank,), replica_id=0
+            "rng", _get_rng(), (self.layout.world_size,), (self.layout.rank,), replica_id=0
         )
 
     def _on_first_rank(self, action: Any, path: Path) -> None:
         error = None
-        if self.ranks.rank == 0:
+        if self.layout.rank == 0:
             try:
                 action()
             except OSError as caught:

@@ -89,7 +89,7 @@ def frozen_model(
     own = max(padded_vocab_size, padded_columns(folder.config, tensor=layout.tp_size))
     built = build_model(
         folder,
-        ranks=layout,
+        layout=layout,
         parallel=parallel,
         dtype=dtype,
         padded_vocab_size=own,

@@ -165,13 +165,13 @@ def build_of_run(
     folder: HFFolder | MegatronFolder,
     who: Literal["student", "teacher"],
     *,
-    ranks: Layout,
+    layout: Layout,
     padded_vocab_size: int,
 ) -> DenseModel:
     """Build one of a run's models as the config wants it; see :func:`build_model`."""
     return build_model(
         folder,
-        ranks=ranks,
+        layout=layout,
         parallel=config.parallel,
         dtype=resolve_dtype(config.model.dtype),
         padded_vocab_size=padded_vocab_size,
@@ -183,7 +183,7 @@ def build_of_run(
 def build_model(
     folder: HFFolder | MegatronFolder,
     *,
-    ranks: Layout,
+    layout: Layout,
     parallel: ParallelConfig,
     dtype: torch.dtype,
     padded_vocab_size: int,
@@ -196,7 +196,7 @@ def build_model(
 
     Args:
         folder: architecture and weights, of either kind.
-        ranks: this rank's place.
+        layout: this rank's place.
         parallel: the layout.
         dtype: of parameters and activations.
         padded_vocab_size: rows of the embeddings, from :func:`padded_vocab_size`.
@@ -221,18 +221,18 @@ def build_model(
     # hands hidden states to a loss.
     model = GPTModel(
         config,
-        _block_spec(config, stage_sizes(shape.layers, ranks.pp_size)[ranks.pp_rank]),
+        _block_spec(config, stage_sizes(shape.layers, layout.pp_size)[layout.pp_rank]),
         vocab_size=padded_vocab_size,
         max_sequence_length=shape.context,
-        pre_process=ranks.is_first_stage,
-        post_process=ranks.is_last_stage,
+        pre_process=layout.is_first_stage,
+        post_process=layout.is_last_stage,
         share_embeddings_and_output_weights=shape.tied,
         position_embedding_type="rope",
     )
     model.rotary_pos_emb.inv_freq = rope_inverse_frequencies(folder.config).to(platform.device())
     model.to(platform.device())
     _mark_experts(model)
-    built = DenseModel(model, folder.config, ranks)
+    built = DenseModel(model, folder.config, layout)
     built.load(folder)
     return built
 

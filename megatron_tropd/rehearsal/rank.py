@@ -113,8 +113,8 @@ def _whole_step(more: Counter[Any], fewer: Counter[Any], added: int) -> Counter[
 
 
 def _report(rank: "RehearsedRank", counts: dict[str, Counter[Any]], seconds: float) -> RankReport:
-    tracker, ranks = rank.device.tracker, rank.ranks
-    planned = _planned(memory_of_stage(rank.setup, ranks.pp_rank))
+    tracker, layout = rank.device.tracker, rank.layout
+    planned = _planned(memory_of_stage(rank.setup, layout.pp_rank))
     phases = [
         PhaseBytes(
             name=name,
@@ -126,10 +126,10 @@ def _report(rank: "RehearsedRank", counts: dict[str, Counter[Any]], seconds: flo
         for name, phase in tracker.phases.items()
     ]
     return RankReport(
-        rank=ranks.rank,
-        stage=ranks.pp_rank,
-        tensor_rank=ranks.tp_rank,
-        data_rank=ranks.dp_rank,
+        rank=layout.rank,
+        stage=layout.pp_rank,
+        tensor_rank=layout.tp_rank,
+        data_rank=layout.dp_rank,
         micro_batches=rank.setup.work.most_micro_batches,
         run_micro_batches=rank.run_micro_batches,
         phases=phases,

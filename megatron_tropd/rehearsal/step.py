@@ -145,26 +145,26 @@ class RehearsedRank:
         with self.clock("build"):
             if config.run.deterministic:
                 platform.be_deterministic()
-            self.ranks = parallel.initialize(
+            self.layout = parallel.initialize(
                 config.parallel, seed=config.train.seed, pad_multiple=config.pad_multiple
             )
             self.inputs = self._inputs()
-            check_settings(config, self.inputs, is_main=self.ranks.is_main, say=_silent)
+            check_settings(config, self.inputs, is_main=self.layout.is_main, say=_silent)
             self.engines = start_engines(
                 "student",
                 config,
                 self.folder,
                 cast(Any, lambda **_: self.engine),
-                rank=self.ranks.rank,
-                world_size=self.ranks.world_size,
+                rank=self.layout.rank,
+                world_size=self.layout.world_size,
             )
             # Nobody compares engine and trainer: that takes numbers.
-            parts = step_parts(config, self.inputs.folders, self.ranks)
+            parts = step_parts(config, self.inputs.folders, self.layout)
             self.parts = replace(parts, clock=self.clock)
             self.checkpoints = Checkpoints(
                 self.folder.checkpoints,
                 keep=config.run.keep_checkpoints,
-                ranks=self.ranks,
+                layout=self.layout,
                 distributed_optimizer=config.parallel.distributed_optimizer,
                 say=_silent,
             )
@@ -220,7 +220,7 @@ class RehearsedRank:
         """Hold as much as if the models had scored all micro-batches of the step."""
 
         def kept(batches: Any) -> list[Any]:
-            tokens = len(batches[0].loss_at) if self.ranks.is_last_stage else 0
+            tokens = len(batches[0].loss_at) if self.layout.is_last_stage else 0
             room = [
                 torch.empty(
                     tokens, model.config.hidden_size, dtype=self.dtype, device=self.parts.device
@@ -234,16 +234,16 @@ class RehearsedRank:
 
     def _announce(self, config: Any, micro_batches: Any) -> None:
         """Neighbours send what this stage would send: hidden states of each micro-batch."""
-        ranks = self.ranks
-        shards = ranks.tp_size if config.sequence_parallel else 1
+        layout = self.layout
+        shards = layout.tp_size if config.sequence_parallel else 1
         shapes = [
             (batch.tokens.shape[1] // shards, batch.tokens.shape[0], config.hidden_size)
             for batch in micro_batches
         ]
-        place = {"tp_rank": ranks.tp_rank, "dp_rank": ranks.dp_rank}
-        for pp_rank in (ranks.pp_rank - 1, ranks.pp_rank + 1):
-            if 0 <= pp_rank < ranks.pp_size:
-                self.world.expect_shapes(ranks.global_rank(pp_rank=pp_rank, **place), shapes)
+        place = {"tp_rank": layout.tp_rank, "dp_rank": layout.dp_rank}
+        for pp_rank in (layout.pp_rank - 1, layout.pp_rank + 1):
+            if 0 <= pp_rank < layout.pp_size:
+                self.world.expect_shapes(layout.global_rank(pp_rank=pp_rank, **place), shapes)
 
     def _inputs(self) -> Inputs:
         named, shapes = self.config.reference, [model.shape for model in self.setup.models]

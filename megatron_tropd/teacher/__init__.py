@@ -30,7 +30,7 @@ class TeacherStart:
     config: Config
     folder: HFFolder | MegatronFolder
     """The teacher's model."""
-    ranks: "Layout"
+    layout: "Layout"
     """This rank's place, and its process groups."""
     dtype: "torch.dtype"
     """Of the models."""

@@ -51,7 +51,7 @@ class _OfRun(ResidentTeacher):
             *(
                 frozen_model(
                     folder,
-                    layout=start.ranks,
+                    layout=start.layout,
                     parallel=start.config.parallel,
                     dtype=start.dtype,
                     padded_vocab_size=start.padded_vocab_size,

@@ -52,7 +52,7 @@ def _student(
     padded = models.padded_vocab_size(source.config, tensor=layout.tensor)
     kind = models.resolve_dtype(dtype)
     model = models.build_model(
-        source, ranks=ranks, parallel=layout, dtype=kind, padded_vocab_size=padded
+        source, layout=ranks, parallel=layout, dtype=kind, padded_vocab_size=padded
     )
     change(model.module)
     learner = Student(
@@ -69,7 +69,7 @@ def _checkpoints(folder: Path, ranks, layout: ParallelConfig, keep: int = 2, say
     from megatron_tropd.mcore.checkpoint import Checkpoints
 
     return Checkpoints(
-        folder, keep=keep, ranks=ranks, distributed_optimizer=layout.distributed_optimizer, say=say
+        folder, keep=keep, layout=ranks, distributed_optimizer=layout.distributed_optimizer, say=say
     )
 
 

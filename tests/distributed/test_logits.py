@@ -220,7 +220,7 @@ def _build(parallel: ParallelConfig, folder: HFFolder, ids: torch.Tensor, ranks:
         layout = dataclasses.replace(parallel, sequence_parallel=True)
     rows = models.padded_vocab_size(folder.config, tensor=parallel.tensor)
     model = models.build_model(
-        folder, ranks=ranks, parallel=layout, dtype=torch.float32, padded_vocab_size=rows
+        folder, layout=ranks, parallel=layout, dtype=torch.float32, padded_vocab_size=rows
     )
     return model, _gathered_logits(model.module.eval(), ids, ranks), rows
 

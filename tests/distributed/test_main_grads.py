@@ -75,7 +75,7 @@ def _gradients(
         megatron=MegatronConfig(ddp={"overlap_grad_reduce": True} if overlap else {}),
         pad_multiple=2,
     )
-    ranks, model = parts.ranks, parts.student.model
+    ranks, model = parts.layout, parts.student.model
     trajectories = recorded_trajectories(0)
     batches, counts = micro_batches(parts, trajectories, 0), count_loss_tokens(trajectories)
     recorded = _Recorded(parts.student, hide_main_grad=hide_main_grad)

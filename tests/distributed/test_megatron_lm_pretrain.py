@@ -466,7 +466,7 @@ def _one_hot_teacher(student: str, sequence_parallel: bool, out: str) -> None:
     ranks = parallel.initialize(layout, seed=1)
     model = models.build_model(
         HFFolder(Path(student)),
-        ranks=ranks,
+        layout=ranks,
         parallel=layout,
         dtype=torch.float32,
         padded_vocab_size=vocab,
@@ -493,7 +493,7 @@ def _one_hot_teacher(student: str, sequence_parallel: bool, out: str) -> None:
     config = preset("gkd_forward_kl")
     # Megatron's cross entropy counts padding columns as real ones.
     parts = LossParts(
-        student=None, teacher=None, loss=config, beta=1.0, vocab_size=vocab, ranks=ranks
+        student=None, teacher=None, loss=config, beta=1.0, vocab_size=vocab, layout=ranks
     )
     record = LossReport(args, config, iteration=0)
     counts = LossCounts(0, len(batch.loss_at), 0)

@@ -280,7 +280,7 @@ class Bench:
             config_of(region="none", outlier="clip"),
             dtype=self.dtype,
             megatron=options,
-            ranks=self.ranks,
+            layout=self.ranks,
             pad_multiple=2,
         )
         learner = parts.student
@@ -316,7 +316,7 @@ class Bench:
         return Checkpoints(
             self.folder,
             keep=1,
-            ranks=self.ranks,
+            layout=self.ranks,
             distributed_optimizer=self.layout.distributed_optimizer,
             say=print,
         )

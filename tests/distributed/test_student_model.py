@@ -68,7 +68,7 @@ def _learner(folder: str, layout: ParallelConfig):
 
     ranks, source = parallel.initialize(layout, seed=1), HFFolder(Path(folder))
     built = models.build_model(
-        source, ranks=ranks, parallel=layout, dtype=torch.float32,
+        source, layout=ranks, parallel=layout, dtype=torch.float32,
         padded_vocab_size=models.padded_vocab_size(source.config, tensor=layout.tensor),
     )  # fmt: skip
     model = OnlyNorms(built.module, source.config, ranks)

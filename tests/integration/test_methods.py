@@ -114,7 +114,7 @@ def _train(run: Any, config: Any) -> tuple[dict[str, Any], Any]:
     from megatron_tropd.distill.session import rollout_source
 
     inputs = load_inputs(config)
-    parts = step_parts(config, inputs.folders, run.ranks)
+    parts = step_parts(config, inputs.folders, run.layout)
     run = replace(
         run,
         config=config,

@@ -118,14 +118,14 @@ def _weight_gradient(loss: LossSettings, tokens: int) -> tuple[torch.Tensor, int
     """Gradient of the output layer as training gets it, and how many tokens were trained."""
     models, trajectories = Models(), step_sequences()
     world: Any = dist.group.WORLD
-    ranks: Any = SimpleNamespace(tp_group=world, loss_group=world, is_last_stage=True)
+    layout: Any = SimpleNamespace(tp_group=world, loss_group=world, is_last_stage=True)
     parts: Any = LossParts(
         student=models,
         teacher=models,  # type: ignore[arg-type]
         loss=loss,  # type: ignore[arg-type]
         beta=BETA,
         vocab_size=VOCAB,
-        ranks=ranks,
+        layout=layout,
     )
     counts = count_loss_tokens(trajectories, loss)
     reports = forward_backward(

@@ -62,14 +62,14 @@ def _learn(pair: _Pair, sequences: list[TokenSequence], step: int = 0, **changes
     place = dict(tp_group=world, loss_group=world, dp_rank=0, dp_size=1, tp_rank=0)
     place["local"] = lambda batch: batch
     example_rows = changes.pop("example_rows", ())
-    ranks: Any = SimpleNamespace(is_last_stage=True, **place | changes.pop("ranks", {}))
+    layout: Any = SimpleNamespace(is_last_stage=True, **place | changes.pop("layout", {}))
     settings: Any = {
         "student": pair,
         "teacher": pair,
         "loss": preset("tropd", top_k=8),
         "beta": BETA,
         "vocab_size": VOCAB,
-        "ranks": ranks,
+        "layout": layout,
         "device": torch.device("cpu"),
         "tokens_per_micro_batch": 24,
         "seed": 1,
@@ -109,7 +109,7 @@ def test_a_loss_that_switches_is_that_of_the_step():
 
 
 def test_one_rank_of_a_vocabulary_counts():
-    result = _learn(_Pair(), step_sequences(), ranks={"tp_rank": 1})
+    result = _learn(_Pair(), step_sequences(), layout={"tp_rank": 1})
     assert result.metrics["tokens_student"] == 0 and result.counts.student > 0
     assert result.examples == {}
 
