@@ -137,7 +137,7 @@ def _draw_weights(model: torch.nn.Module, *_: Any, **__: Any) -> None:
 
 
 def _export(parts: StepParts) -> None:
-    for _ in parts.student.weights.exported():
+    for _ in parts.student.model.exported():
         pass
 
 

@@ -160,8 +160,8 @@ MUTATIONS = (
         "mcore/student.py",
         (
             "what is not to be trained is trained",
-            "weights.module.requires_grad_(False)",
-            "weights.module.requires_grad_(True)",
+            "model.module.requires_grad_(False)",
+            "model.module.requires_grad_(True)",
             "distributed/test_student_model.py",
         ),
     ),

@@ -224,7 +224,7 @@ def finish(run: Session) -> None:
 
 def export_student(run: Session, out: Path) -> None:
     """Write the student as an HF folder on rank 0; collective."""
-    save_hf(run.parts.student.weights, run.inputs.student, out)
+    save_hf(run.parts.student.model, run.inputs.student, out)
 
 
 def summary(run: Session) -> dict[str, Any]:

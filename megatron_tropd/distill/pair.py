@@ -68,7 +68,7 @@ def send_weights(parts: StepParts, channel: WeightChannel, *, version: int) -> N
         version: optimizer steps that the weights have seen.
     """
     export = partial(
-        parts.student.weights.exported,
+        parts.student.model.exported,
         channel.receivers,
         # Columns that the teacher lacks are not sampled: the loss knows nothing of them.
         vocab_size=parts.vocab_size,

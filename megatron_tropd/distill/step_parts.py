@@ -21,7 +21,7 @@ class StudentPasses(Protocol):
     """The student as far as gradients go; ``mcore.student.Student`` is one."""
 
     @property
-    def model(self) -> Any:
+    def module(self) -> Any:
         """This rank's part of it, whose output layer a loss may look at before the step."""
 
     def score(self, micro_batches: Sequence[MicroBatch]) -> Sequence[Tensor]:

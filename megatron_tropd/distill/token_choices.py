@@ -63,7 +63,7 @@ def choose_tokens(
     hidden, layout = parts.student.score(batches), parts.layout
     if not layout.is_last_stage:
         return BatchChoices()
-    weight_vH, tp_group = output_weight(parts.student.model), layout.tp_group
+    weight_vH, tp_group = output_weight(parts.student.module), layout.tp_group
     values_3T = torch.cat(
         [
             _entropy_ratio_and_logprob(*scored, weight_vH, loss, parts.vocab_size, tp_group)

@@ -306,7 +306,7 @@ class _Plugin:
             iterator = data_iterator[0] if isinstance(data_iterator, list) else data_iterator
             batches = draw(iterator, share)
         else:
-            items = self._fresh_items(student.model, args.curr_iteration)
+            items = self._fresh_items(student.module, args.curr_iteration)
             batches = broadcast_items(own_share(items, share), share)
         parts = LossParts(
             student=student,

@@ -218,7 +218,7 @@ class Checkpoints:
         if saved["layout"] != self._sizes():
             wanted.pop("rng")
         state = self._together(lambda: _read(wanted, path), path)
-        student.weights.restore(state["model"])
+        student.model.restore(state["model"])
         with torch.no_grad():  # Megatron copies into the parameters themselves if they are float32
             student.optimizer.load_state_dict(state["optimizer"])
         student.scheduler.load_state_dict(state["scheduler"])
@@ -321,7 +321,7 @@ class Checkpoints:
         read them.
         """
         metadata = self._metadata(sharding)
-        model = student.weights.state(metadata)
+        model = student.model.state(metadata)
         optimizer = student.optimizer.sharded_state_dict(
             {"model": model}, is_loading=is_loading, metadata=metadata
         )
@@ -414,7 +414,7 @@ def _slices(student: Student) -> str:
 
 def _cut_by(student: Student) -> dict[str, Any]:
     """What usually decides it, by the names of the settings."""
-    config, ddp = student.model.config, student.chunk.ddp_config
+    config, ddp = student.module.config, student.chunk.ddp_config
     of_experts = {
         "parallel.expert": config.expert_model_parallel_size,
         "parallel.expert_tensor": config.expert_tensor_parallel_size,

@@ -33,7 +33,7 @@ class FrozenModel:
             weight_vH: [v, H] output layer on the student's columns, where the model's own is
                 sharded otherwise (last stage).
         """
-        self.model = built.module.eval().requires_grad_(False)
+        self.module = built.module.eval().requires_grad_(False)
         self.layout = built.layout
         self.vocab_size = vocab_size
         self.weight_vH = weight_vH
@@ -49,11 +49,11 @@ class FrozenModel:
 
         Collectives: those of :func:`~megatron_tropd.mcore.schedule.hidden_states`.
         """
-        hidden = schedule.hidden_states(self.model, micro_batches)
+        hidden = schedule.hidden_states(self.module, micro_batches)
         if not self.layout.is_last_stage:
             return []
         if self.weight_vH is None:
-            self.weight_vH = output_weight(self.model)
+            self.weight_vH = output_weight(self.module)
         return [HiddenStatesSignal(h, self.weight_vH, self.vocab_size) for h in hidden]
 
 

@@ -169,9 +169,9 @@ class RehearsedRank:
                 say=_silent,
             )
         student, teacher = self.parts.student, self.parts.teacher
-        scored: list[tuple[Any, str, list[Any]]] = [(student, "score", [student.model])]
+        scored: list[tuple[Any, str, list[Any]]] = [(student, "score", [student.module])]
         if isinstance(teacher, ResidentTeacher):
-            scored.append((teacher, "signals", [scorer.model for scorer in teacher.scorers]))
+            scored.append((teacher, "signals", [scorer.module for scorer in teacher.scorers]))
         for owner, name, run in scored:
             setattr(owner, name, self._keeping(getattr(owner, name), run))
 
@@ -198,9 +198,9 @@ class RehearsedRank:
 
     def export(self) -> None:
         """New weights to the engines."""
-        weights = self.parts.student.weights
-        counted = Counted(weights.exported)
-        setattr(weights, "exported", counted)  # noqa: B010
+        model = self.parts.student.model
+        counted = Counted(model.exported)
+        setattr(model, "exported", counted)  # noqa: B010
         with self.clock("sync"):
             send_weights(self.parts, self.engines.channel, version=1)
         self.engine_bytes = counted.bytes

@@ -87,7 +87,8 @@ def _some_steps(learner, ranks, first: int, last: int) -> list[float]:
             seed=0,
             step=step,
         )
-        norms.append(learner.train_step(batches, cross_entropy).grad_norm)
+        learner.forward_backward(batches, cross_entropy)
+        norms.append(learner.update().grad_norm)
     return norms
 
 
@@ -221,7 +222,7 @@ def _save_slices(folder: str, out: str) -> None:
         checkpoints.save(learner, step=3, extra={}, sharding=sharding)
         checkpoints.wait()
         if sharding == "fully_reshardable":
-            parameters = sum(p.numel() for p in learner.model.parameters())
+            parameters = sum(p.numel() for p in learner.module.parameters())
             assert parameters <= 2 * sum(gathered) / 3 < 1.01 * parameters
             shutil.rmtree(Path(out, "step_000003")) if ranks.is_main else None
             dist.barrier()
@@ -424,11 +425,11 @@ def _what_cannot_be_read_is_no_damage(checkpoints, learner) -> None:
     # Without checksums the hiccup meets Megatron's own reading.
     checksums = (checkpoints.folder / "step_000005" / "checksums.json").read_bytes()
     (checkpoints.folder / "step_000005" / "checksums.json").unlink()
-    before = [parameter.clone() for parameter in learner.model.parameters()]
+    before = [parameter.clone() for parameter in learner.module.parameters()]
     _unreadable(file)
     threading.Timer(5.0, lambda: (file.unlink(), file.write_bytes(content))).start()
     assert checkpoints.load_newest(learner)["step"] == 5
-    assert all(map(torch.equal, before, learner.model.parameters()))
+    assert all(map(torch.equal, before, learner.module.parameters()))
     (checkpoints.folder / "step_000005" / "checksums.json").write_bytes(checksums)
     assert checkpoints.steps() == [3, 4, 5], "nothing is set aside"
 

@@ -123,7 +123,7 @@ def _train(
         # Rounded up as on a GPU, where numbers have to stay what they are.
         rounded_to=64 if layout.sequence_parallel else 1,
     )
-    model_config = parts.student.model.config
+    model_config = parts.student.module.config
     assert model_config.deterministic_mode is torch.are_deterministic_algorithms_enabled()
     history = []
     for step in range(STEPS):

@@ -95,7 +95,7 @@ class Models:
         )
         self.student, self.teacher = student, teacher
         layer = SimpleNamespace(weight=self.weight)
-        self.model = SimpleNamespace(share_embeddings_and_output_weights=False, output_layer=layer)
+        self.module = SimpleNamespace(share_embeddings_and_output_weights=False, output_layer=layer)
 
     def score(self, batches: Sequence[MicroBatch]) -> list[torch.Tensor]:
         return [self.student[batch.tokens[batch.loss_mask]] for batch in batches]
