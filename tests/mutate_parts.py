@@ -8,10 +8,10 @@ from mutate import of_file
 PACKING = "unit_tests/test_data_packing.py::test"
 LAYOUT = "unit_tests/test_platform.py::test_places_and_ranks_are_inverse"
 EXPORT = "distributed/test_logits.py::test_tiny_logits_and_export"
-FOLDER = "unit_tests/test_weight_sync.py::test"
+FOLDER = "unit_tests/test_weight_mailbox.py::test"
 STEP = "unit_tests/test_step.py::test"
 CHOICES = "unit_tests/test_choices.py::test"
-CHANNEL = "unit_tests/test_weight_channels.py::test"
+CHANNEL = "unit_tests/test_weight_transports.py::test"
 
 
 MUTATIONS = (
@@ -166,7 +166,7 @@ MUTATIONS = (
         ),
     ),
     *of_file(
-        "rollout/weights/weight_sync.py",
+        "rollout/weights/mailbox.py",
         (
             "a bucket overwrites the one before",
             "bucket, size, count = {}, 0, count + 1",
@@ -187,7 +187,7 @@ MUTATIONS = (
         ),
     ),
     *of_file(
-        "rollout/weights/channels.py",
+        "rollout/weights/transports.py",
         (
             "each tensor at the start of the buffer",
             "self._buffer[self._used : self._used + flat.numel()].copy_(flat)",

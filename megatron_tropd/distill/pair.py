@@ -11,8 +11,7 @@ from megatron_tropd.distill.step_parts import StepParts
 from megatron_tropd.mcore import models, platform
 from megatron_tropd.mcore.layout import Layout
 from megatron_tropd.mcore.student import Student
-from megatron_tropd.rollout.weights.interface import WeightChannel
-from megatron_tropd.rollout.weights.weight_sync import Export
+from megatron_tropd.rollout.weights.interface import RepeatableExport, WeightChannel
 from megatron_tropd.teacher import TeacherStart, load_teacher
 
 
@@ -74,4 +73,4 @@ def send_weights(parts: StepParts, channel: WeightChannel, *, version: int) -> N
         vocab_size=parts.vocab_size,
         explicit_lm_head=True,
     )
-    channel.send(Export(export), version)
+    channel.send(RepeatableExport(export), version)

@@ -36,7 +36,7 @@ from megatron_tropd.rollout.engines.pool import EnginePool
 from megatron_tropd.rollout.engines.process import engine_threads
 from megatron_tropd.rollout.episodes import EpisodePlan, load_mode
 from megatron_tropd.rollout.source import SampledRollouts
-from megatron_tropd.rollout.weights.weight_sync import Export
+from megatron_tropd.rollout.weights.interface import RepeatableExport
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -285,7 +285,7 @@ class OnPolicyData:
             vocab_size=self._columns,
             explicit_lm_head=True,
         )
-        self._engines.channel.send(Export(export), step)
+        self._engines.channel.send(RepeatableExport(export), step)
 
 
 def check_arguments(

@@ -13,8 +13,8 @@ from torch import Tensor
 from megatron_tropd.planning.planned_run import PlannedRun
 from megatron_tropd.rehearsal.world import World
 from megatron_tropd.rollout.engines import pool
-from megatron_tropd.rollout.weights import weight_sync
-from megatron_tropd.rollout.weights.channels import Seat
+from megatron_tropd.rollout.weights import mailbox
+from megatron_tropd.rollout.weights.transports import Seat
 
 
 class RecordingEngine:
@@ -73,7 +73,7 @@ def believe(planned: PlannedRun, world: World, folder: Path) -> None:
     """
     world.let_each_say(Seat, lambda rank: seat(planned, rank))
     setattr(pool, "roomy_root", lambda engines, weight_bytes: folder)  # noqa: B010
-    setattr(weight_sync, "_save", lambda bucket, path: None)  # noqa: B010
+    setattr(mailbox, "_save", lambda bucket, path: None)  # noqa: B010
 
 
 def seat(planned: PlannedRun, rank: int) -> Seat:

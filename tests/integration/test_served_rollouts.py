@@ -34,8 +34,8 @@ from megatron_tropd.rollout.engines.dispatch import Patience
 from megatron_tropd.rollout.engines.engine import RolloutEngine
 from megatron_tropd.rollout.engines.pool import cut_batches, merge_batches
 from megatron_tropd.rollout.engines.served import ServerPool
+from megatron_tropd.rollout.weights.mailbox import write_buckets
 from megatron_tropd.rollout.weights.versions import WeightVersions
-from megatron_tropd.rollout.weights.weight_sync import write_buckets
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 

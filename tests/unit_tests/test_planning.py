@@ -46,7 +46,7 @@ from megatron_tropd.planning.seconds import (
 )
 from megatron_tropd.rollout.engines.child import CPU_SEQUENCES, _cache_bytes_of_a_token
 from megatron_tropd.rollout.engines.settings import EngineSettings
-from megatron_tropd.rollout.weights import weight_sync
+from megatron_tropd.rollout.weights import mailbox
 
 RECIPES = Path(__file__).resolve().parents[2] / "configs" / "recipes"
 TOMLS = sorted(RECIPES.glob("*.toml"))
@@ -403,7 +403,7 @@ def test_constants_are_those_of_the_trainer():
     assert {k: v / 2**20 for k, v in planned_memory.LOSS_BUDGET.items()} == megabytes
     assert MOST_SEQUENCES["cpu"] == CPU_SEQUENCES
     assert planned_memory.TEACHER_SHARE == MEMORY_ALONE
-    assert planned_memory._BUCKET == weight_sync.BUCKET_BYTES
+    assert planned_memory._BUCKET == mailbox.BUCKET_BYTES
     assert planned_memory._GROUP == vocab_parallel._GROUP
     assert row_multiple(H100) == CUDA_ROW_MULTIPLE
 

@@ -20,8 +20,8 @@ from megatron_tropd.rehearsal.report import findings
 
 RECIPES = Path(__file__).resolve().parents[2] / "configs" / "recipes"
 CHANNELS, WRITER = (
-    "megatron_tropd/rollout/weights/channels.py",
-    "megatron_tropd/rollout/weights/weight_sync.py",
+    "megatron_tropd/rollout/weights/transports.py",
+    "megatron_tropd/rollout/weights/mailbox.py",
 )
 NAMES = sorted(path.stem for path in RECIPES.glob("*.toml"))
 

@@ -17,8 +17,8 @@ from megatron_tropd.rollout.engines.engine import (
 )
 from megatron_tropd.rollout.engines.engine_model import expected_tensors
 from megatron_tropd.rollout.weights import versions
+from megatron_tropd.rollout.weights.mailbox import WeightMailbox, remove_stale
 from megatron_tropd.rollout.weights.versions import VersionChannel, WeightsName, WeightVersions
-from megatron_tropd.rollout.weights.weight_sync import WeightMailbox, remove_stale
 
 Tensors = Iterable[tuple[str, torch.Tensor | None]]
 
