@@ -70,7 +70,7 @@ MUTATIONS = (
         ),
         (
             "rows in the order of the list",
-            "key=lambda i: (-len(trajectories[i]), i)",
+            "key=lambda i: (-len(sequences[i]), i)",
             "key=lambda i: i",
             f"{PACKING}_sorting_keeps_padding_small",
         ),

@@ -39,7 +39,7 @@ from megatron_tropd.convert.torch_dist import Part, write_checkpoint
 RELEASE = "release"
 _VOCAB_MULTIPLE = 128  # Megatron's --make-vocab-size-divisible-by
 
-Progress = Callable[[str, int], None]
+TensorDone = Callable[[str, int], None]
 """Called with the name of a finished tensor and its bytes; from any thread."""
 
 
@@ -64,7 +64,7 @@ class ToMegatron:
     """Threads; together they hold at most two of the largest tensors, twice."""
 
 
-def hf_to_megatron(job: ToMegatron, progress: Progress = lambda name, size: None) -> None:
+def hf_to_megatron(job: ToMegatron, progress: TensorDone = lambda name, size: None) -> None:
     """Convert; the output appears whole or not at all.
 
     Raises:
@@ -109,7 +109,7 @@ def check_source(source: HFFolder, job: ToMegatron) -> list[str]:
         InputError, ConfigError: says what does not fit.
     """
     entries, redundant = check_headers(source)
-    check_layout(source.config, job)
+    check_sizes(source.config, job)
     if job.dtype is None:
         _check_one_type(entries, source)
     if job.check_downloads:
@@ -117,7 +117,7 @@ def check_source(source: HFFolder, job: ToMegatron) -> list[str]:
     return redundant
 
 
-def check_layout(hf_config: dict[str, Any], job: ToMegatron) -> None:
+def check_sizes(hf_config: dict[str, Any], job: ToMegatron) -> None:
     """The sizes are only noted, but a checkpoint must not note what nobody can load.
 
     Raises:
@@ -170,7 +170,7 @@ class _Checked:
         return self.dtype or self.source.dtype(next(iter(entry.operation.hf_shapes())))
 
 
-def _parts(where: CheckpointLayout, reading: _Checked, progress: Progress) -> list[Part]:
+def _parts(where: CheckpointLayout, reading: _Checked, progress: TensorDone) -> list[Part]:
     shapes, copied = where.shapes(), {old: new for new, old in where.copies.items()}
 
     def make(entry: Entry, key: str) -> Tensor:

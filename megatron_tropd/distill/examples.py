@@ -16,7 +16,7 @@ _LONGEST_CHARACTER = 4  # bytes of UTF-8, hence tokens
 
 
 def example_rows(num_samples: int, samples_per_prompt: int, wanted: int) -> list[int]:
-    """One trajectory of each of the first prompts, another sample number for each in turn."""
+    """One sequence of each of the first prompts, another sample number for each in turn."""
     prompts = min(wanted, num_samples // samples_per_prompt)
     return [i * samples_per_prompt + i % samples_per_prompt for i in range(prompts)]
 

@@ -14,7 +14,7 @@ from megatron_tropd.base.progress import Progress, StopFlag, failed_phase
 from megatron_tropd.config.run_folder import RunFolder, started_at
 from megatron_tropd.data.prefixes import alpha
 from megatron_tropd.data.sequence import TokenSequence
-from megatron_tropd.distill.metrics import trajectory_metrics
+from megatron_tropd.distill.metrics import sequence_metrics
 from megatron_tropd.distill.pair import send_weights
 from megatron_tropd.distill.session import Session, open_session
 from megatron_tropd.distill.step import StepResult, learn
@@ -78,7 +78,7 @@ def train_step(run: Session) -> None:
     step, reporter = run.progress.step, run.reporter
     with reporter.clock("rollout"):
         sequences = rollout(run)
-    told = reporter.aside(partial(trajectory_metrics, sequences, step=step))
+    told = reporter.aside(partial(sequence_metrics, sequences, step=step))
     # All ranks have just met; a crash from here on finds the checkpoint of the step before.
     poll_save(run)
     result = learn_from(run, sequences)

@@ -12,7 +12,7 @@ from megatron_tropd.distill.metrics import StepSums
 Examples = dict[int, dict[str, list[float | None]]]
 """Sequence of the step -> name -> a value per written token, None where it carries no loss."""
 EXAMPLE_VALUES = {"outlier": "outlier", "trust": "trust", "tv": "tv", "k1": "k1"}
-"""Name in a trajectory dump -> per-token value of the loss."""
+"""Name in a file of examples -> per-token value of the loss."""
 
 
 class StepRecords:

@@ -38,7 +38,7 @@ _BESIDE = frozenset({"attention_mask", "dataset_id"})
 
 
 @dataclass(frozen=True)
-class Share:
+class BatchShare:
     """What every rank knows beforehand of its share of a step's global batch."""
 
     count: int
@@ -72,7 +72,7 @@ def deal(
     return [default_collate(list(items[start : start + rows])) for start in starts]
 
 
-def own_share(items: Sequence[Mapping[str, Tensor]], share: Share) -> list[dict[str, Tensor]]:
+def own_share(items: Sequence[Mapping[str, Tensor]], share: BatchShare) -> list[dict[str, Tensor]]:
     """Make this replica's micro-batches of as many items as a global batch has."""
     expected = share.count * share.shape[0] * share.dp_size
     if len(items) != expected:
@@ -83,7 +83,7 @@ def own_share(items: Sequence[Mapping[str, Tensor]], share: Share) -> list[dict[
     return deal(items, share.shape[0], share.dp_rank, share.dp_size)
 
 
-def draw(iterator: Iterator[Mapping[str, Tensor]] | None, share: Share) -> list[MicroBatch]:
+def draw(iterator: Iterator[Mapping[str, Tensor]] | None, share: BatchShare) -> list[MicroBatch]:
     """Take a global batch's share of this rank from its loader; all tensor ranks get the same.
 
     Args:
@@ -112,7 +112,7 @@ def draw(iterator: Iterator[Mapping[str, Tensor]] | None, share: Share) -> list[
     return broadcast_items(items, share)
 
 
-def broadcast_items(items: Sequence[Mapping[str, Tensor]], share: Share) -> list[MicroBatch]:
+def broadcast_items(items: Sequence[Mapping[str, Tensor]], share: BatchShare) -> list[MicroBatch]:
     """Make micro-batches as :func:`draw` does, of N items on the first rank, or of none.
 
     Collectives: 1 broadcast of the items on ``share.group``, if it has more than one rank.
@@ -138,7 +138,7 @@ def broadcast_items(items: Sequence[Mapping[str, Tensor]], share: Share) -> list
     return [_micro_batch(columns, share, share.rows(n)) for n, columns in enumerate(made)]
 
 
-def _micro_batch(columns: dict[str, NDArray[Any]], share: Share, rows: range) -> MicroBatch:
+def _micro_batch(columns: dict[str, NDArray[Any]], share: BatchShare, rows: range) -> MicroBatch:
     keys = [SampleKey(*key) for key in columns.pop("sample_key").tolist()]
     mask = columns.pop("attention_mask", None)
     made = micro_batch(
@@ -186,7 +186,7 @@ def whole_batch(
     return LossCounts(counts[0], counts[1], 0), [prompts[row] for row in range(len(prompts))]
 
 
-def _columns(item: Mapping[str, Tensor], share: Share, rows: range) -> dict[str, NDArray[Any]]:
+def _columns(item: Mapping[str, Tensor], share: BatchShare, rows: range) -> dict[str, NDArray[Any]]:
     """Take an item as rows of a micro-batch."""
     _check(item, share)
     if "writers" not in item:
@@ -211,7 +211,7 @@ def _as_trajectory(loss_mask: Tensor, step: int, rows: range) -> dict[str, Tenso
     }
 
 
-def _check(item: Mapping[str, Tensor], share: Share) -> None:
+def _check(item: Mapping[str, Tensor], share: BatchShare) -> None:
     expected = TRAJECTORY if "writers" in item else TEXT
     if missing := [name for name in expected if name not in item]:
         raise InputError(

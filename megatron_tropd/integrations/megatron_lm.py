@@ -29,7 +29,7 @@ from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.convert.megatron_folder import MegatronFolder
 from megatron_tropd.integrations import options, startup
 from megatron_tropd.integrations.global_batch import (
-    Share,
+    BatchShare,
     broadcast_items,
     draw,
     own_share,
@@ -322,10 +322,10 @@ class _Plugin:
         record = LossReport(args, self._config, share.step)
         return forward_backward(parts, batches, counts, share.step, record=record, prompts=prompts)
 
-    def _share(self, args: Namespace, settings: Mapping[str, Any]) -> Share:
+    def _share(self, args: Namespace, settings: Mapping[str, Any]) -> BatchShare:
         from megatron_tropd.mcore import platform
 
-        return Share(
+        return BatchShare(
             count=settings["num_microbatches"],
             shape=(settings["micro_batch_size"], settings["seq_length"]),
             # Only training counts them; --skip-train evaluates at the one that was loaded.

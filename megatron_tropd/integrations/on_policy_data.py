@@ -121,8 +121,8 @@ class OnPolicyData:
         """
         if not self._started:
             self.start_for_pretrain(model)
-        trajectories = self.sample(model, iteration)
-        return [training_item(t, self._loop.seq_length) for t in trajectories]
+        sequences = self.sample(model, iteration)
+        return [training_item(t, self._loop.seq_length) for t in sequences]
 
     def start_for_pretrain(self, model: torch.nn.Module) -> Any:
         """:meth:`start` with what Megatron's arguments say; returns them."""

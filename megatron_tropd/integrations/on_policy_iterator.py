@@ -21,7 +21,7 @@ from megatron_tropd.integrations.global_batch import deal
 from megatron_tropd.integrations.on_policy_data import LoopSettings, OnPolicyData, check_arguments
 from megatron_tropd.mcore.layout import current_layout
 
-MicroBatch = dict[str, Tensor]
+LoaderBatch = dict[str, Tensor]
 
 
 class OnPolicyIterator:
@@ -39,7 +39,7 @@ class OnPolicyIterator:
         """Optimizer steps the student has seen when the next global batch is sampled."""
         self._rollouts = rollouts
         self._models: list[torch.nn.Module] = []
-        self._batches: deque[MicroBatch] = deque()
+        self._batches: deque[LoaderBatch] = deque()
         self._source: Any = None
 
     def start(
@@ -79,10 +79,10 @@ class OnPolicyIterator:
         self._source = None
         self.step += 1
 
-    def __iter__(self) -> Iterator[MicroBatch]:
+    def __iter__(self) -> Iterator[LoaderBatch]:
         return self
 
-    def __next__(self) -> MicroBatch:
+    def __next__(self) -> LoaderBatch:
         """This data-parallel rank's next micro-batch, the same on all ranks of a replica.
 
         Returns:

@@ -7,7 +7,7 @@ all-gather half of that.
 from dataclasses import dataclass
 
 from megatron_tropd.convert.sizes import stage_sizes
-from megatron_tropd.planning.parameters import Model
+from megatron_tropd.planning.parameters import PlannedModel
 from megatron_tropd.planning.planned_run import PlannedRun
 
 _FLOAT32 = 4
@@ -85,7 +85,7 @@ def student_sums(run: PlannedRun) -> float:
     return 2 + repeated(run).sums + (0.5 if run.parallel.sequence_parallel else 0)
 
 
-def tensor_bytes(run: PlannedRun, model: Model, *, passes: float) -> float:
+def tensor_bytes(run: PlannedRun, model: PlannedModel, *, passes: float) -> float:
     """Two all-reduces (or pairs of gather and scatter) of the hidden states in every layer.
 
     A mixture's second one is part of :func:`expert_bytes`.
@@ -97,7 +97,7 @@ def tensor_bytes(run: PlannedRun, model: Model, *, passes: float) -> float:
     return passes * layers * sums * 2 * one * (t - 1) / t
 
 
-def expert_bytes(run: PlannedRun, model: Model, *, passes: float) -> tuple[float, float]:
+def expert_bytes(run: PlannedRun, model: PlannedModel, *, passes: float) -> tuple[float, float]:
     """Routed tokens there and back: (over the expert-parallel ranks, over the tensor ones).
 
     An all-to-all over the first, where a rank has its part of the sequence; a gather and a scatter
@@ -114,7 +114,7 @@ def expert_bytes(run: PlannedRun, model: Model, *, passes: float) -> tuple[float
     return there_and_back / t * (e - 1) / e, there_and_back / t * (shards - 1)
 
 
-def pipeline_bytes(run: PlannedRun, model: Model, *, passes: float) -> float:
+def pipeline_bytes(run: PlannedRun, model: PlannedModel, *, passes: float) -> float:
     """Hidden states of every position across one boundary; sharded under sequence parallelism."""
     if run.parallel.pipeline == 1:
         return 0.0

@@ -9,7 +9,7 @@ trainer computes. A separate one has GPUs of its own, which hold nothing else.
 from dataclasses import dataclass
 
 from megatron_tropd.planning.activations import activations, widths
-from megatron_tropd.planning.parameters import Model, RankParameters
+from megatron_tropd.planning.parameters import PlannedModel, RankParameters
 from megatron_tropd.planning.planned_run import PlannedRun
 
 LOSS_BUDGET = {"cpu": 72 * 2**20, "gpu": 4096 * 2**20}
@@ -35,7 +35,7 @@ _VALUES_OF_A_TOKEN = 16
 
 
 @dataclass(frozen=True)
-class Engine:
+class EngineMemory:
     """Bytes of a rollout engine on each of its GPUs."""
 
     weights: float
@@ -130,7 +130,7 @@ def memory_of_stage(run: PlannedRun, stage: int) -> Memory:
     """Every item on a GPU of a pipeline stage."""
     student = run.parameters_of(run.student, stage)
     last = stage == run.last_stage
-    engine = Engine(0.0, 0.0, 0.0, 0.0) if run.separate else engine_memory(run)
+    engine = EngineMemory(0.0, 0.0, 0.0, 0.0) if run.separate else engine_memory(run)
     scores = last and run.config.loss.needs_student_pass
     passes = activations(run, stage)
     return Memory(
@@ -181,7 +181,7 @@ def obstacle(run: PlannedRun, stages: list[Memory]) -> str:
 
 
 def engine_obstacle(run: PlannedRun) -> str:
-    """Why an engine cannot hold one trajectory, or nothing if it can.
+    """Why an engine cannot hold one sequence, or nothing if it can.
 
     An evaluation by exact match starts engines of the teacher before anything else.
     """
@@ -342,7 +342,7 @@ def largest_buckets(run: PlannedRun, held: RankParameters, stage: int) -> tuple[
     return max(dense, alone), experts
 
 
-def engine_memory(run: PlannedRun, model: Model | None = None) -> Engine:
+def engine_memory(run: PlannedRun, model: PlannedModel | None = None) -> EngineMemory:
     """An engine on each of its GPUs.
 
     Args:
@@ -354,23 +354,23 @@ def engine_memory(run: PlannedRun, model: Model | None = None) -> Engine:
         cache, warmup = rollout.engine_cpu_kv_gib * 2**30, 0.0
         if rollout.asks_teacher and model is run.student:
             warmup = weights + run.teacher.parameters * run.element + cache
-        return Engine(weights, 0.0, cache, weights + cache + warmup, warmup)
+        return EngineMemory(weights, 0.0, cache, weights + cache + warmup, warmup)
     of_memory = rollout.engine_gpu_share
     if model.who == "teacher" and not run.separate:
         of_memory = max(of_memory, TEACHER_SHARE)
     share = of_memory * run.hardware.memory_gb * 1e9
     cache = share - weights - ENGINE_WORKSPACE
-    return Engine(weights, ENGINE_WORKSPACE, cache, ENGINE_WORKSPACE)
+    return EngineMemory(weights, ENGINE_WORKSPACE, cache, ENGINE_WORKSPACE)
 
 
-def cache_bytes_per_token(run: PlannedRun, model: Model | None = None) -> float:
+def cache_bytes_per_token(run: PlannedRun, model: PlannedModel | None = None) -> float:
     """Keys and values of one token on one GPU of an engine; heads are copied, not split below 1."""
     shape, gpus = (model or run.student).shape, run.rollout.engine_tensor_parallel
     heads = max(shape.kv_heads / gpus, 1)
     return 2 * shape.layers * heads * shape.head_dim * run.element
 
 
-def cache_tokens(run: PlannedRun, model: Model | None = None) -> int:
+def cache_tokens(run: PlannedRun, model: PlannedModel | None = None) -> int:
     """Tokens that an engine's cache holds."""
     return max(0, int(engine_memory(run, model).cache / cache_bytes_per_token(run, model)))
 
@@ -415,11 +415,11 @@ def checkpoint_bytes(run: PlannedRun) -> float:
     return run.student.parameters * (run.element + states)
 
 
-def _hidden_states(run: PlannedRun, model: Model) -> float:
+def _hidden_states(run: PlannedRun, model: PlannedModel) -> float:
     return run.work.step_loss_tokens * model.shape.hidden * run.element
 
 
-def _working_set(run: PlannedRun, model: Model) -> float:
+def _working_set(run: PlannedRun, model: PlannedModel) -> float:
     """The residual stream and the widest layer output of one micro-batch, and as much again."""
     w = widths(model.shape, run.parallel, run.element, run.hardware.layers)
     routes = model.shape.experts.per_token if model.shape.experts else 1

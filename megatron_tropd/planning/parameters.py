@@ -36,7 +36,7 @@ class RankParameters:
 
 
 @dataclass(frozen=True)
-class Model:
+class PlannedModel:
     """The architecture of one side of the pair."""
 
     who: str
@@ -90,7 +90,7 @@ class Model:
         return json.dumps(self.config, sort_keys=True)
 
 
-def open_architecture(path: str, who: str) -> Model:
+def open_architecture(path: str, who: str) -> PlannedModel:
     """The architecture in a model folder. Weights are not needed: config.json is enough.
 
     Args:
@@ -108,7 +108,7 @@ def open_architecture(path: str, who: str) -> Model:
         )
     config = read_config(companions_of(folder))
     with naming(f"The {who}'s folder {folder}"):
-        return Model(who, config, model_shape(config))
+        return PlannedModel(who, config, model_shape(config))
 
 
 @lru_cache(maxsize=64)

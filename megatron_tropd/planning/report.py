@@ -9,7 +9,7 @@ from typing import Any
 from megatron_tropd.convert.families import describe
 from megatron_tropd.planning.estimate import Estimate, layout_name, slow_phases
 from megatron_tropd.planning.memory import (
-    Engine,
+    EngineMemory,
     Memory,
     cache_tokens,
     checkpoint_bytes,
@@ -179,7 +179,7 @@ def _memory_block(one: Estimate) -> str:
     return f"{aligned(rows)}\n{textwrap.fill(text, WIDTH)}"
 
 
-def _of_engine(engine: Engine | None, item: str) -> list[float]:
+def _of_engine(engine: EngineMemory | None, item: str) -> list[float]:
     if engine is None:
         return []
     return [getattr(engine, _OF_ENGINE[item]) if item in _OF_ENGINE else 0.0]

@@ -22,7 +22,7 @@ from megatron_tropd.planning.memory import (
     offloaded_parameters,
     updated_parameters,
 )
-from megatron_tropd.planning.parameters import Model
+from megatron_tropd.planning.parameters import PlannedModel
 from megatron_tropd.planning.planned_run import PlannedRun
 
 MOST_SEQUENCES = {"cpu": 256, "gpu": 256, "large gpu": 1024}
@@ -83,7 +83,7 @@ def seconds(run: PlannedRun, sent: Communication) -> Seconds:
     )
 
 
-def layer_flops(model: Model, positions: float, length: float) -> float:
+def layer_flops(model: PlannedModel, positions: float, length: float) -> float:
     """Of one layer's forward pass, all tensor-parallel ranks together.
 
     Two for each parameter a position is multiplied with; causal attention of 2 x 2 x length / 2
@@ -96,7 +96,7 @@ def layer_flops(model: Model, positions: float, length: float) -> float:
     return positions * (products + 4 * shape.heads * shape.head_dim * seen)
 
 
-def layer_seconds(run: PlannedRun, model: Model, positions: float) -> float:
+def layer_seconds(run: PlannedRun, model: PlannedModel, positions: float) -> float:
     """Of one layer's forward pass on one GPU; experts' products are slower."""
     experts = 2 * positions * model.active_experts / model.shape.layers
     others = layer_flops(model, positions, run.work.mean) - experts
@@ -109,7 +109,7 @@ def loss_flops(run: PlannedRun, tokens: float) -> float:
     return 2 * tokens * run.padded_vocab * (3 * student + frozen)
 
 
-def pass_seconds(run: PlannedRun, model: Model, *, backward: bool) -> float:
+def pass_seconds(run: PlannedRun, model: PlannedModel, *, backward: bool) -> float:
     """A pipeline's passes over all micro-batches: (m + p - 1) times the slowest stage.
 
     Args:
@@ -151,7 +151,7 @@ def _moved_bytes(run: PlannedRun) -> float:
     return activations(run, 0).on_host / flying
 
 
-def _talk(run: PlannedRun, model: Model, *, backward: bool) -> float:
+def _talk(run: PlannedRun, model: PlannedModel, *, backward: bool) -> float:
     """Seconds of the collectives of one stage and all micro-batches."""
     p, hardware = run.parallel, run.hardware
     routes = 2 + repeated(run).routes if backward else 1

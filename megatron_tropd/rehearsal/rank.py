@@ -25,7 +25,7 @@ from megatron_tropd.rehearsal import cuda, world
 from megatron_tropd.rehearsal.events import Events, line_of, line_running
 from megatron_tropd.rehearsal.memory import Tracker
 from megatron_tropd.rehearsal.processes import rehearsed_hardware
-from megatron_tropd.rehearsal.record import Count, PhaseBytes, RankReport, Request
+from megatron_tropd.rehearsal.record import EventCount, PhaseBytes, RankReport, Request
 from megatron_tropd.rehearsal.tensors import Device
 
 if TYPE_CHECKING:
@@ -133,9 +133,9 @@ def _report(rank: "RehearsedRank", counts: dict[str, Counter[Any]], seconds: flo
         micro_batches=rank.setup.work.most_micro_batches,
         run_micro_batches=rank.run_micro_batches,
         phases=phases,
-        collectives=[Count(count=n, **vars(c)) for c, n in counts["collectives"].items()],
-        waits=[Count(count=n, **vars(c)) for c, n in counts["waits"].items()],
-        kernels=[Count(count=n, **vars(c)) for c, n in counts["kernels"].items()],
+        collectives=[EventCount(count=n, **vars(c)) for c, n in counts["collectives"].items()],
+        waits=[EventCount(count=n, **vars(c)) for c, n in counts["waits"].items()],
+        kernels=[EventCount(count=n, **vars(c)) for c, n in counts["kernels"].items()],
         engine_bytes=rank.engine_bytes,
         engine_buffers=rank.engine.updates,
         checkpoint_bytes=rank.checkpoint_bytes,

@@ -190,7 +190,7 @@ class RehearsedRank:
 
         setattr(schedule, "run_schedule", announced)  # noqa: B010
         try:
-            learn(self.parts, trajectories(self.setup, micro_batches=micro_batches), 0)
+            learn(self.parts, made_sequences(self.setup, micro_batches=micro_batches), 0)
         finally:
             schedule.run_schedule = original
         with self.device.tracker.phase("between steps"):
@@ -280,7 +280,7 @@ def bytes_to_write(state: Any) -> int:
     return sum(map(bytes_to_write, state)) if isinstance(state, list | tuple) else 0
 
 
-def trajectories(setup: PlannedRun, *, micro_batches: int | None = None) -> list[TokenSequence]:
+def made_sequences(setup: PlannedRun, *, micro_batches: int | None = None) -> list[TokenSequence]:
     """The longest step that memory has to hold, as the planner assumes it.
 
     Args:

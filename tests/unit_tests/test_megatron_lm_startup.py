@@ -332,7 +332,9 @@ def _items(**changes: torch.Tensor) -> list[dict[str, torch.Tensor]]:
 
 def _share(count, group, **settings):
     how = {"shape": (2, 4), "step": 0, "seed": 0, "masked": False, "must_be_sampled": False}
-    return global_batch.Share(count, group=group, device=torch.device("cpu"), **(how | settings))
+    return global_batch.BatchShare(
+        count, group=group, device=torch.device("cpu"), **(how | settings)
+    )
 
 
 def _draw(items, group, **settings):

@@ -29,7 +29,7 @@ from megatron_tropd.planning import memory as planned_memory
 from megatron_tropd.planning.activations import saved_per_position, widths
 from megatron_tropd.planning.communication import communication, expert_bytes
 from megatron_tropd.planning.estimate import estimate
-from megatron_tropd.planning.hardware import PRESETS, Hardware, load_hardware
+from megatron_tropd.planning.hardware import GPUS, Hardware, load_hardware
 from megatron_tropd.planning.options import COUNTED, Options, options
 from megatron_tropd.planning.parameters import open_architecture
 from megatron_tropd.planning.plan import make_plan
@@ -50,7 +50,7 @@ from megatron_tropd.rollout.weights import mailbox
 
 RECIPES = Path(__file__).resolve().parents[2] / "configs" / "recipes"
 TOMLS = sorted(RECIPES.glob("*.toml"))
-H100 = PRESETS["h100"]
+H100 = GPUS["h100"]
 # Billions of parameters, as the models' pages say; the first two count a tied layer once.
 PUBLISHED = {
     "Qwen3-1.7B": 1.72,

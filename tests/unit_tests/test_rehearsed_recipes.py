@@ -15,7 +15,7 @@ from megatron_tropd.base.errors import ConfigError, InputError
 from megatron_tropd.config import load_config
 from megatron_tropd.planning.planned_run import PlannedRun
 from megatron_tropd.rehearsal import Rehearsal, rehearsal_table, rehearse
-from megatron_tropd.rehearsal.record import Count
+from megatron_tropd.rehearsal.record import EventCount
 from megatron_tropd.rehearsal.report import findings
 
 RECIPES = Path(__file__).resolve().parents[2] / "configs" / "recipes"
@@ -120,7 +120,7 @@ def test_copies_of_gradients_are_gone_when_the_engines_wake():
     assert findings(rehearse(config, ranks=[0], micro_batches=1)) == []
 
 
-def _synced(one: Count) -> bool:
+def _synced(one: EventCount) -> bool:
     return one.phase == "sync"
 
 

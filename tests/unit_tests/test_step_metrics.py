@@ -19,7 +19,7 @@ from megatron_tropd.distill.metrics import (
     STUDENT_MEANS,
     StepSums,
     repetition,
-    trajectory_metrics,
+    sequence_metrics,
 )
 from megatron_tropd.distill.step_loss import segment_weights
 from megatron_tropd.losses.trouble import words
@@ -229,7 +229,7 @@ def test_what_the_token_ids_alone_tell():
         trajectory(0, prefix=4, response=4, version=2),
         trajectory(1, prefix=0, response=8, finish="length"),
     ]
-    metrics = trajectory_metrics(trajectories, step=3)
+    metrics = sequence_metrics(trajectories, step=3)
     assert metrics["response_length"] == 8
     assert metrics["truncated_share"] == 0.5
     assert metrics["prefix_share"] == 0.25 and metrics["prefix_longest"] == 4

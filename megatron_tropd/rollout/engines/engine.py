@@ -24,7 +24,7 @@ from megatron_tropd.data.samples import Sample, SampleRequest, Sampling
 from megatron_tropd.rollout.engines import process
 from megatron_tropd.rollout.engines.engine_model import (
     check_engine,
-    expected_tensors,
+    engine_tensors,
     remove_engine_folder,
     served_models,
     write_engine_folder,
@@ -121,7 +121,7 @@ class RolloutEngine:
             prefix_caching=prefix_caching,
             cuda=cuda,
         )
-        self._expected = expected_tensors(sources[0].config, self._settings.vocab_size)
+        self._expected = engine_tensors(sources[0].config, self._settings.vocab_size)
         self._missing: dict[str, tuple[int, ...]] = {}
         self._configs = [
             write_engine_folder(source, place, served["vocab_size"])
@@ -456,7 +456,7 @@ def check_complete(
     """Refuse a weight update that is not exactly what the model needs.
 
     Args:
-        expected: from :func:`expected_tensors`.
+        expected: from :func:`engine_tensors`.
         found: from :func:`tensor_shapes`.
         where: for the message.
 

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from megatron_tropd.base.errors import InputError
+from megatron_tropd.convert.accounting import expected_tensors
 from megatron_tropd.convert.checks import check_engine_shards
 from megatron_tropd.convert.families import ModelShape, engine_config, model_shape, plan
 from megatron_tropd.convert.hf_folder import HFFolder
@@ -121,7 +122,7 @@ def remove_engine_folder(place: Path) -> None:
     shutil.rmtree(place, ignore_errors=True)
 
 
-def expected_tensors(
+def engine_tensors(
     hf_config: dict[str, Any], vocab_size: int | None = None
 ) -> dict[str, tuple[int, ...]]:
     """What every weight update must bring: the model's tensors and an explicit output layer.
@@ -133,12 +134,7 @@ def expected_tensors(
     Returns:
         Shape by HF name, ``lm_head.weight`` always among them.
     """
-    entries = plan(_with_columns(hf_config, vocab_size))
-    shapes = {
-        name: tuple(shape)
-        for entry in entries
-        for name, shape in entry.operation.hf_shapes().items()
-    }
+    shapes = expected_tensors(plan(_with_columns(hf_config, vocab_size)))
     return {_OUTPUT: shapes[_EMBEDDING]} | shapes
 
 
@@ -161,7 +157,7 @@ def first_rows(folder: str | Path, vocab_size: int) -> Iterator[tuple[str, Tenso
         HF name and tensor.
     """
     source = HFFolder(folder)
-    for name, shape in expected_tensors(source.config, vocab_size).items():
+    for name, shape in engine_tensors(source.config, vocab_size).items():
         stored = name if name in source.names else _EMBEDDING
         yield name, source.read(stored, stop=shape[0])
 
