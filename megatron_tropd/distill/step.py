@@ -15,7 +15,7 @@ from megatron_tropd.distill.recordings import ADVANTAGE
 from megatron_tropd.distill.step_loss import Record, StepLoss
 from megatron_tropd.distill.step_parts import LossParts, StepParts
 from megatron_tropd.distill.step_records import Examples, StepRecords
-from megatron_tropd.distill.token_choices import BatchChoices, choose_tokens, outcome_rewards
+from megatron_tropd.distill.token_choices import BatchChoices, batch_choices, outcome_rewards
 from megatron_tropd.losses.trouble import words
 from megatron_tropd.mcore.student import NotFinite, Student, Update
 
@@ -136,7 +136,7 @@ def forward_backward(
         What ``parts.student.forward_backward`` gives: the reports of ``record``.
 
     Collectives: those of the teacher, of the student's schedule and, if the loss looks at the
-    whole batch first, of ``choose_tokens``.
+    whole batch first, of ``batch_choices``.
     """
     loss = parts.loss.at_step(step)
     with parts.clock("teacher"):
@@ -144,7 +144,7 @@ def forward_backward(
     with parts.clock("student"):
         choices = BatchChoices()
         if loss.needs_student_pass:
-            choices = choose_tokens(parts, loss, batches, signals, counts, prompts)
+            choices = batch_choices(parts, loss, batches, signals, counts, prompts)
         if loss.needs.outcomes:
             choices = replace(choices, rewards=outcome_rewards(batches, advantages))
         step_loss = StepLoss(parts, loss, signals, counts, choices, record)

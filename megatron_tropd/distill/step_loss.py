@@ -42,7 +42,7 @@ class StepLoss:
             loss: that of the step.
             signals: the teacher's, one per micro-batch (last stage).
             counts: loss tokens of the global batch.
-            choices: of ``choose_tokens``, if the loss needs it.
+            choices: of ``batch_choices``, if the loss needs it.
             record: given each micro-batch's values; makes its report.
         """
         self._signals = signals

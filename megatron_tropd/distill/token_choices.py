@@ -35,7 +35,7 @@ class BatchChoices:
     """[T] float32 each: ``LossTargets.rewards_T``. None: the loss makes its own."""
 
 
-def choose_tokens(
+def batch_choices(
     parts: LossParts,
     loss: Method,
     batches: Sequence[MicroBatch],

@@ -28,7 +28,7 @@ _SHOWN = 12
 class Rehearsal:
     """The rehearsed ranks of a config."""
 
-    setup: PlannedRun
+    planned: PlannedRun
     ranks: list[RankReport]
 
 

@@ -86,8 +86,8 @@ def _rehearse(rank: "RehearsedRank", wanted: int | None) -> dict[str, Counter[An
     The first step leaves the optimizer's states, and its one micro-batch less tells what each
     further one adds.
     """
-    device, parallel = rank.device, rank.setup.parallel
-    whole = rank.setup.work.most_micro_batches
+    device, parallel = rank.device, rank.planned.parallel
+    whole = rank.planned.work.most_micro_batches
     run = min(whole, parallel.pipeline + 1 if wanted is None else wanted)
     rank.build()
     before = device.events.take()
@@ -114,7 +114,7 @@ def _whole_step(more: Counter[Any], fewer: Counter[Any], added: int) -> Counter[
 
 def _report(rank: "RehearsedRank", counts: dict[str, Counter[Any]], seconds: float) -> RankReport:
     tracker, layout = rank.device.tracker, rank.layout
-    planned = _planned(memory_of_stage(rank.setup, layout.pp_rank))
+    planned = _planned(memory_of_stage(rank.planned, layout.pp_rank))
     phases = [
         PhaseBytes(
             name=name,
@@ -130,7 +130,7 @@ def _report(rank: "RehearsedRank", counts: dict[str, Counter[Any]], seconds: flo
         stage=layout.pp_rank,
         tensor_rank=layout.tp_rank,
         data_rank=layout.dp_rank,
-        micro_batches=rank.setup.work.most_micro_batches,
+        micro_batches=rank.planned.work.most_micro_batches,
         run_micro_batches=rank.run_micro_batches,
         phases=phases,
         collectives=[EventCount(count=n, **vars(c)) for c, n in counts["collectives"].items()],

@@ -107,7 +107,7 @@ class RehearsedRank:
 
     def __init__(
         self,
-        setup: PlannedRun,
+        planned: PlannedRun,
         folder: RunFolder,
         device: Device,
         world: World,
@@ -116,14 +116,14 @@ class RehearsedRank:
         """Nothing is built yet.
 
         Args:
-            setup: the run, as the planner reads it.
+            planned: the run, as the planner reads it.
             folder: an empty one.
             device: where tensors go.
             world: the other ranks.
             open_model: opens the models' folders; None: for their shapes alone.
         """
-        self.setup, self.folder, self.device, self.world = setup, folder, device, world
-        self.config = setup.config
+        self.planned, self.folder, self.device, self.world = planned, folder, device, world
+        self.config = planned.config
         self.dtype = models.resolve_dtype(self.config.model.dtype)
         self.clock = PhaseClock(Progress(), device)
         self._open_model = open_model or partial(
@@ -132,7 +132,7 @@ class RehearsedRank:
         self._missing = 0
         self.run_micro_batches = 0
         """Of the last step."""
-        self.engine = RecordingEngine(setup)
+        self.engine = RecordingEngine(planned)
         """This rank's, if it owns one."""
         self.engine_bytes = 0
         """Of new weights that reach this rank on their way to an engine."""
@@ -181,7 +181,7 @@ class RehearsedRank:
         Args:
             micro_batches: to run, of those of the step.
         """
-        self._missing = self.setup.work.most_micro_batches - micro_batches
+        self._missing = self.planned.work.most_micro_batches - micro_batches
         original = schedule.run_schedule
 
         def announced(model: torch.nn.Module, batches: Any, **options: Any) -> list[Any]:
@@ -190,7 +190,7 @@ class RehearsedRank:
 
         setattr(schedule, "run_schedule", announced)  # noqa: B010
         try:
-            learn(self.parts, made_sequences(self.setup, micro_batches=micro_batches), 0)
+            learn(self.parts, made_sequences(self.planned, micro_batches=micro_batches), 0)
         finally:
             schedule.run_schedule = original
         with self.device.tracker.phase("between steps"):
@@ -246,7 +246,7 @@ class RehearsedRank:
                 self.world.expect_shapes(layout.global_rank(pp_rank=pp_rank, **place), shapes)
 
     def _inputs(self) -> Inputs:
-        named, shapes = self.config.reference, [model.shape for model in self.setup.models]
+        named, shapes = self.config.reference, [model.shape for model in self.planned.models]
         return Inputs(
             student=self._open_model(Path(self.config.model.student)),
             teacher=self._open_model(Path(self.config.model.teacher)),
@@ -259,7 +259,7 @@ class RehearsedRank:
             responses=None,
             recorded=None,
             problems=[],
-            max_model_len=self.setup.work.longest,
+            max_model_len=self.planned.work.longest,
         )
 
 
@@ -280,18 +280,18 @@ def bytes_to_write(state: Any) -> int:
     return sum(map(bytes_to_write, state)) if isinstance(state, list | tuple) else 0
 
 
-def made_sequences(setup: PlannedRun, *, micro_batches: int | None = None) -> list[TokenSequence]:
+def made_sequences(planned: PlannedRun, *, micro_batches: int | None = None) -> list[TokenSequence]:
     """The longest step that memory has to hold, as the planner assumes it.
 
     Args:
-        setup: the run.
+        planned: the run.
         micro_batches: of each replica; None: all of the step.
     """
-    work, config = setup.work, setup.config
+    work, config = planned.work, planned.config
     count = work.trajectories
     if micro_batches is not None:
         rows = config.train.tokens_per_micro_batch // work.longest
-        count = min(count, micro_batches * rows * setup.parallel.data)
+        count = min(count, micro_batches * rows * planned.parallel.data)
     response = (1,) * work.longest_response
     taught = work.longest_response // 2 if config.guidance.responses else 0
     prompt, logprobs = (1,) * work.prompt, (-1.0,) * (work.longest_response - taught)
