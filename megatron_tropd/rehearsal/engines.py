@@ -13,8 +13,8 @@ from torch import Tensor
 from megatron_tropd.planning.planned_run import PlannedRun
 from megatron_tropd.rehearsal.world import World
 from megatron_tropd.rollout.engines import pool
+from megatron_tropd.rollout.engines.transports import Seat
 from megatron_tropd.rollout.weights import mailbox
-from megatron_tropd.rollout.weights.transports import Seat
 
 
 class RecordingEngine:

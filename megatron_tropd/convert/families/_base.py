@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from megatron_tropd.base.errors import InputError
-from megatron_tropd.convert.ops import Operation
+from megatron_tropd.convert.families._ops import Operation
 
 
 @dataclass(frozen=True)

@@ -247,7 +247,7 @@ class RolloutEngine:
         """Load what lies in a buffer; on return the engine has read it.
 
         Args:
-            update: from :func:`~megatron_tropd.rollout.weights.transports.update_info`.
+            update: from :func:`~megatron_tropd.rollout.engines.transports.update_info`.
         """
         for name, shape in zip(update["names"], update["shapes"], strict=True):
             expected = self._missing.pop(name, None)

@@ -9,12 +9,10 @@ from typing import Any, Literal, Self
 import torch
 
 from megatron_tropd.base.errors import TrainingError
+from megatron_tropd.data.collective import run_and_share, run_everywhere
 from megatron_tropd.data.samples import Sample, SampleRequest, Sampling
-from megatron_tropd.rollout.collective import run_and_share, run_everywhere
 from megatron_tropd.rollout.engines.engine import RolloutEngine
-from megatron_tropd.rollout.weights.interface import NamedTensor, WeightChannel
-from megatron_tropd.rollout.weights.mailbox import roomy_root
-from megatron_tropd.rollout.weights.transports import (
+from megatron_tropd.rollout.engines.transports import (
     DeviceTransport,
     FolderTransport,
     Seat,
@@ -23,6 +21,8 @@ from megatron_tropd.rollout.weights.transports import (
     export_by_ipc,
     this_seat,
 )
+from megatron_tropd.rollout.weights.interface import NamedTensor, WeightChannel
+from megatron_tropd.rollout.weights.mailbox import roomy_root
 
 Transport = Literal["auto", "folder"]
 

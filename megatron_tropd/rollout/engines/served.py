@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Self
 
+from megatron_tropd.data.collective import run_and_share
 from megatron_tropd.data.samples import Sample, SampleRequest, Sampling
-from megatron_tropd.rollout.collective import run_and_share
 from megatron_tropd.rollout.engines.client import ClientSettings, ServerClient
 from megatron_tropd.rollout.engines.dispatch import Dispatch, Patience
 from megatron_tropd.rollout.engines.pool import cut_batches, merge_batches
@@ -73,7 +73,7 @@ class ServerPool:
             TrainingError: engines died over one batch again and again.
             InputError: a request does not fit the model.
 
-        Collectives: those of :func:`~megatron_tropd.rollout.collective.run_and_share`.
+        Collectives: those of :func:`~megatron_tropd.data.collective.run_and_share`.
         """
         return self._collect(lambda: self._after_pending(requests, sampling))
 
