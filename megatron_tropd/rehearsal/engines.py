@@ -64,13 +64,7 @@ class Counted:
 
 
 def believe(planned: PlannedRun, world: World, folder: Path) -> None:
-    """Let the trainer find every rank on a GPU of its own, and write no weights.
-
-    Args:
-        planned: the run.
-        world: the other ranks.
-        folder: an empty one.
-    """
+    """Let the trainer find every rank on a GPU of its own, and write no weights."""
     world.let_each_say(Seat, lambda rank: seat(planned, rank))
     setattr(pool, "roomy_root", lambda engines, weight_bytes: folder)  # noqa: B010
     setattr(mailbox, "_save", lambda bucket, path: None)  # noqa: B010

@@ -61,9 +61,7 @@ class EnginePool:
         """Start this rank's engine, if it owns one.
 
         Args:
-            rank: of this process.
             world_size: divisible by ``num_engines``.
-            num_engines: how many engines the world has.
             make_engine: called with the engine's number on the rank that owns it.
             transport: of new weights: from GPU to GPU if each GPU of an engine is that of a rank
                 ("auto"), or through a folder; None: they keep the weights they start with.
@@ -93,7 +91,6 @@ class EnginePool:
 
         Args:
             requests: the same list on every rank.
-            sampling: shared settings.
 
         Returns:
             One sample per request, in order, on every rank.

@@ -42,10 +42,7 @@ class ServerPool:
         Args:
             known: how servers are found and recognised.
             versions: where they get weights from.
-            rank: of this process.
-            num_servers: ``rollout.num_engines``.
             model: whose samples are asked for.
-            patience: time-outs.
             stopping: whether the run was asked to stop; it then waits less for servers.
         """
         self.channel = VersionChannel(versions, is_writer=rank == 0)
@@ -63,7 +60,6 @@ class ServerPool:
 
         Args:
             requests: the same list on every rank.
-            sampling: shared settings.
 
         Returns:
             One sample per request, in order, on every rank.
