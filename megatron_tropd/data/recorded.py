@@ -53,9 +53,6 @@ def read_recorded(
         vocab_size: ids must be below it.
         tokenizer: the student's, which must be that of the files.
 
-    Returns:
-        The trajectories in the order of the lines.
-
     Raises:
         InputError: as :class:`RecordedTrajectories`.
     """

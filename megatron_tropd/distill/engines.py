@@ -44,9 +44,6 @@ def make_engine(
         threads: CPU threads of the engine; None: as many as this process may use.
         alone: no model is on its GPUs, so that it takes more than ``rollout.engine_gpu_share``.
         teacher: HF folder of the teacher if responses come from between the two.
-
-    Returns:
-        The engine.
     """
     rollout = config.rollout
     share = rollout.engine_gpu_share

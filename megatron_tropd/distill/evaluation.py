@@ -164,9 +164,6 @@ def sample_problems(config: Config, inputs: Inputs, engine: Sampler) -> list[Sam
 
     Args:
         config: its task says whether answers are greedy or drawn at temperature 1.
-
-    Returns:
-        One sample per problem, in order.
     """
     room, stops = config.max_answer_tokens, inputs.stop_token_ids
     if config.evaluation.task == "exact_match":

@@ -168,9 +168,6 @@ def open_teacher(args: Namespace, vocab_size: int) -> HFFolder | MegatronFolder:
     Args:
         vocab_size: ids of the student's tokenizer.
 
-    Returns:
-        The folder; its tensors are accounted for.
-
     Raises:
         InputError: it is no model folder, not whole, or has another tokenizer.
         ConfigError: its layers, heads or vocabulary do not fit.

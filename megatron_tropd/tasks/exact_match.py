@@ -149,9 +149,6 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
     Args:
         total: trials, at least 1.
 
-    Returns:
-        (low, high) in 0..1.
-
     Source: Wilson, "Probable inference, the law of succession, and statistical inference", 1927.
     """
     share, z2 = correct / total, _Z_95**2

@@ -36,11 +36,7 @@ _CHATTY_LOGGERS = ("vllm.renderers.base", "vllm.v1.core.block_pool")
 
 
 def build_llm(settings: EngineSettings) -> Any:
-    """The vLLM engine, scheduler and model in this process.
-
-    Returns:
-        ``vllm.LLM``.
-    """
+    """The vLLM engine, scheduler and model in this process."""
     arguments = engine_arguments(settings)
     from vllm import LLM
 
@@ -55,7 +51,7 @@ def build_llm(settings: EngineSettings) -> Any:
 
 
 def engine_arguments(settings: EngineSettings) -> dict[str, Any]:
-    """What ``vllm.LLM`` is called with; tests/unit_tests/test_vllm_on_cuda.py reviews it for CUDA."""
+    """What ``vllm.LLM`` is called with; unit_tests/test_vllm_on_cuda.py reviews it for CUDA."""
     device = _cuda_arguments(settings) if settings.cuda else _cpu_arguments(settings)
     return {
         "model": settings.model_folder,
@@ -148,9 +144,6 @@ def generate(llm: Any, requests: Sequence[SampleRequest], sampling: Sampling) ->
 
     Args:
         requests: what to continue, each with a seed of its own.
-
-    Returns:
-        One sample per request, in order.
     """
     # What is cached decides how prompts are chunked, and with it the last bits.
     forget_prefixes(llm)

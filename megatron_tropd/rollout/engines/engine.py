@@ -424,9 +424,6 @@ def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     Args:
         folder: holds one or more ``*.safetensors``.
 
-    Returns:
-        Shape by name.
-
     Raises:
         InputError: there is none, or one is damaged.
     """
@@ -485,10 +482,7 @@ def blended_length(longest: int, draft_tokens: int) -> int:
 
 
 def context_length(folder: str | Path) -> int:
-    """Longest sequence a model takes.
-
-    Returns:
-        Tokens.
+    """Longest sequence a model takes, in tokens.
 
     Raises:
         InputError: config.json is missing, damaged, or of a model that is not supported.

@@ -58,12 +58,6 @@ class ServerPool:
     def generate(self, requests: Sequence[SampleRequest], sampling: Sampling) -> list[Sample]:
         """Continue every request on whichever servers are there.
 
-        Args:
-            requests: the same list on every rank.
-
-        Returns:
-            One sample per request, in order, on every rank.
-
         Raises:
             ServersLost: no server has answered for a bounded time.
             TrainingError: engines died over one batch again and again.

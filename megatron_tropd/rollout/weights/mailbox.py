@@ -60,9 +60,6 @@ class WeightMailbox:
         Args:
             tensors: HF names and tensors on any device; ``None`` values are skipped.
 
-        Returns:
-            The folder of ``*.safetensors``.
-
         Raises:
             TrainingError: no room for the weights.
         """
