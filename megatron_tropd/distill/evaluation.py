@@ -177,7 +177,7 @@ def sample_problems(config: Config, inputs: Inputs, engine: Sampler) -> list[Sam
 
 def accuracy_of(inputs: Inputs, samples: Sequence[Sample]) -> dict[str, Any]:
     """The graded samples as a record of evaluations.jsonl, with some examples."""
-    record = asdict(grade_answers(inputs.problems, samples, inputs.tokenizer, grader=GRADER))
+    record = asdict(grade_answers(inputs.problems, samples, inputs.tokenizer))
     return {**record, "examples": record.pop("responses")[:NUM_EXAMPLES]}
 
 
