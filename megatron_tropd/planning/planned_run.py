@@ -6,7 +6,7 @@ from functools import lru_cache
 
 from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.config import Config, ParallelConfig, RolloutConfig
-from megatron_tropd.convert.checks import check_engine_shards, check_layout
+from megatron_tropd.convert.checks import check_engine_shards, check_expert_parallel, check_layout
 from megatron_tropd.convert.sizes import padded_vocab_size
 from megatron_tropd.planning.hardware import Hardware
 from megatron_tropd.planning.options import Options, options
@@ -178,11 +178,7 @@ def _check(run: PlannedRun) -> None:
                 f"{model.shape.context} tokens. Lower --prompt-tokens or "
                 "rollout.max_new_tokens."
             )
-    if run.parallel.expert > 1 and not any(model.shape.experts for model in run.models):
-        raise ConfigError(
-            f"parallel.expert = {run.parallel.expert} needs a mixture of experts, but student and "
-            "teacher are dense. Set parallel.expert = 1."
-        )
+    check_expert_parallel(run.parallel, [model.shape for model in run.models])
     check_engines(run)
 
 

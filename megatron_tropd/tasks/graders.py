@@ -1,8 +1,8 @@
 r"""Is the answer in a response right?
 
 :func:`marked_answer` finds it in the text; :func:`grade` compares it with the reference. Numbers
-are compared by value (``1,234.50`` equals ``1234.5``, ``\frac{3}{2}`` equals ``1.5``), lists item by
-item, and anything else as text without case, spaces and LaTeX's layout. If none of this tells
+are compared by value (``1,234.50`` equals ``1234.5``, ``\frac{3}{2}`` equals ``1.5``), lists item
+by item, and anything else as text without case, spaces and LaTeX's layout. If none of this tells
 whether two answers are the same (``x(x+1)`` and ``x^2+x``), the verdict is None: it cannot be
 judged, and is counted by itself.
 """
