@@ -43,6 +43,7 @@ STUDENT = "student"
 _GREEDY = "On-policy samples are drawn at random (evaluation is greedy by itself)."
 Temperature = Annotated[float, Range(0, ends="(]", hint=_GREEDY)]
 Moment = Annotated[float, Range(0, 1, "[)")]
+LoraTarget = Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 _GONE = {
     ("rollout.engine_memory", None): "is now two settings, one for each unit: "
     "rollout.engine_gpu_share (share of each GPU's memory) and rollout.engine_cpu_kv_gib (GiB of "
@@ -59,6 +60,28 @@ def _require(condition: bool, message: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraConfig(Settings, section="model.lora"):
+    """Low-rank adapters beside the student's linear layers; its own weights are frozen."""
+
+    rank: Count = 16
+    """Columns of an adapter: W + alpha / rank B A, with A [rank, in] and B [out, rank]."""
+    alpha: Positive = 32.0
+    """An adapter is scaled by alpha / rank."""
+    dropout: Annotated[float, Range(0, 1, "[)")] = 0.0
+    """Share of an adapter's inputs that is dropped while it is trained."""
+    targets: tuple[LoraTarget, ...] = typing.get_args(LoraTarget)
+    """Megatron's linear layers that get adapters. linear_fc1 and linear_fc2 of a mixture are those
+    of its experts."""
+
+    def _check_together(self) -> None:
+        found = list(self.targets)
+        _require(
+            bool(found) and len(set(found)) == len(found),
+            f"model.lora.targets must name at least one layer, and each once, found {found}.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig(Settings, section="model"):
     """The pair: two model folders, each an HF folder (config.json, *.safetensors, tokenizer) or a
     Megatron checkpoint made by ``tropd convert``."""
@@ -69,6 +92,8 @@ class ModelConfig(Settings, section="model"):
     """Folder of the teacher. Frozen. Same tokenizer as the student (checked)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute type of both models. auto: bfloat16 with CUDA, float32 without."""
+    lora: LoraConfig | None = None
+    """[model.lora]: train adapters alone (docs/lora.md). None: train all weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
