@@ -40,6 +40,8 @@ from megatron_tropd.config.settings import (
 PATH = {"path": True}  # metadata of the fields that name an input file or folder
 STUDENT = "student"
 """``teacher.reference``: the weights that the student starts from."""
+CACHED_TOP_K = 64
+"""``teacher.cache_top_k`` of a loss that needs no more."""
 _GREEDY = "On-policy samples are drawn at random (evaluation is greedy by itself)."
 Temperature = Annotated[float, Range(0, ends="(]", hint=_GREEDY)]
 Moment = Annotated[float, Range(0, 1, "[)")]
@@ -48,6 +50,7 @@ _GONE = {
     ("rollout.engine_memory", None): "is now two settings, one for each unit: "
     "rollout.engine_gpu_share (share of each GPU's memory) and rollout.engine_cpu_kv_gib (GiB of "
     "KV cache without CUDA). Set the one that your machine needs.",
+    ("teacher.source", None): "is now teacher.placement, with the same values. Rename it.",
     ("rollout.weight_transport", "direct"): '= "direct" is no longer there: servers read new '
     "weights from the run folder. Remove the line.",
 }
@@ -401,9 +404,17 @@ class EvaluationConfig(Settings, section="evaluation"):
 class TeacherConfig(Settings, section="teacher"):
     """Where the teacher's signals come from."""
 
-    source: str = "resident"
-    """resident: a model on the student's ranks. "package.module:attribute": a source of your own
+    placement: str = "resident"
+    """resident: a model on the student's ranks; cached: no model, but what ``tropd score`` wrote
+    into teacher.cache (docs/teachers.md). "package.module:attribute": a source of your own
     (docs/extending.md)."""
+    cache: str | None = field(default=None, metadata=PATH)
+    """cached: the folder of the scored rollouts; ``tropd score`` makes it."""
+    cache_top_k: Count | None = None
+    """The teacher's most likely ids that ``tropd score`` keeps of each token. None: 64, or as many
+    as the loss needs if these are more."""
+    cache_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type in which ``tropd score`` keeps their log-probs (docs/teachers.md has the error)."""
     reference: str | None = field(default=None, metadata=PATH | {"words": (STUDENT,)})
     """Folder of a second frozen model, which the teacher is measured against by the losses that
     need one (docs/losses.md); same tokenizer. "student": what the student starts from. None: no
@@ -494,6 +505,7 @@ class Config(Settings):
             deterministic.check_options("teacher", self.megatron.teacher)
         self._check_reference()
         self._check_recorded()
+        self._check_cached()
         samples = self.rollout.prompts_per_step * self.rollout.samples_per_prompt
         _require(
             samples % self.parallel.data == 0,
@@ -523,9 +535,7 @@ class Config(Settings):
     def _check_reference(self) -> None:
         name, given = self.loss.method_name(), self.teacher.reference
         _require(
-            given is not None
-            or not self.loss.needs.reference
-            or self.teacher.source != TeacherConfig.source,
+            given is not None or not self.loss.needs.reference or ":" in self.teacher.placement,
             f"loss.method = {name!r} measures the teacher against a reference and needs "
             "teacher.reference, found none. Name the folder of what the teacher was trained from, "
             'or "student".',
@@ -535,6 +545,33 @@ class Config(Settings):
             f"teacher.reference = {given!r} would be loaded for nothing: loss.method = {name!r} "
             "does not read it. Leave it out, or choose a loss that does (exopd, delta, erpd).",
         )
+
+    def _check_cached(self) -> None:
+        if self.loads_teacher:
+            return
+        named = {"teacher.cache": self.teacher.cache, "rollout.recorded": self.rollout.recorded}
+        for name, value in named.items():
+            _require(
+                value is not None,
+                f'teacher.placement = "cached" reads the scores of recorded rollouts and needs '
+                f"{name}, found none. Record with tools/rollouts.py, then run `tropd score`.",
+            )
+        graded = self.evaluation.task == "exact_match" and not self.evaluation.teacher
+        _require(
+            self.evaluation.problems is None or graded,
+            'teacher.placement = "cached" loads no teacher, found an evaluation that needs one. '
+            'Set evaluation.teacher = false and evaluation.task = "exact_match".',
+        )
+
+    @property
+    def loads_teacher(self) -> bool:
+        """Whether the run has a model of the teacher (or a source of the user's own has)."""
+        return self.teacher.placement != "cached"
+
+    @property
+    def cached_top_k(self) -> int:
+        """Ids of each token that ``tropd score`` keeps."""
+        return self.teacher.cache_top_k or max(CACHED_TOP_K, self.loss.needs.top_k)
 
     @property
     def reference(self) -> str | None:
@@ -646,6 +683,9 @@ def read_settings(path: Path) -> dict[str, dict[str, Any]]:
         raise ConfigError(
             f"{path} holds no settings of a run, but another program's. Give another folder."
         )
+    teacher = found.get("teacher", {})
+    if "source" in teacher:  # before there were placements
+        teacher["placement"] = teacher.pop("source")
     loss = found.get("loss")
     if loss and "method" not in loss:  # version 0.1
         loss = new_form(loss)

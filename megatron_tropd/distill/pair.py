@@ -44,7 +44,7 @@ def step_parts(
     start = TeacherStart(config, teacher, layout, dtype, padded, vocab_size, reference)
     return StepParts(
         student=learner,
-        teacher=load_teacher(config.teacher.source)(start),
+        teacher=load_teacher(config.teacher.placement)(start),
         loss=config.loss,
         beta=config.guidance.beta,
         vocab_size=vocab_size,

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,9 +13,17 @@ from megatron_tropd.data.batch import MicroBatch, upload
 from megatron_tropd.data.packing import LossCounts
 from megatron_tropd.data.sequence import Writer
 from megatron_tropd.distill.step_parts import LossParts
-from megatron_tropd.losses import LossTargets, TeacherSignal, token_statistics_from_hidden
+from megatron_tropd.losses import (
+    HiddenStatesSignal,
+    LossTargets,
+    TeacherSignal,
+    token_statistics_from_hidden,
+)
 from megatron_tropd.losses.method import BatchFacts, Method
 from megatron_tropd.mcore.hidden import output_weight
+
+_ANY = preset("opd")
+"""A loss that asks for nothing but log-probs."""
 
 
 def loss_name(loss: LossSettings) -> str:
@@ -143,16 +152,16 @@ def _entropy_ratio_and_logprob(
     group: dist.ProcessGroup,
 ) -> Tensor:
     """[3, T] the student's entropy, log p/q and log q of the token."""
-    statistics = token_statistics_from_hidden(
-        hidden_TH,
-        output_weight_vH,
-        targets_of(batch),
-        signal,
-        config=config,
-        vocab_size=vocab_size,
-        group=group,
-    )
-    entropy_T = statistics.divergences()["student_entropy"]
+    student = hidden_TH, output_weight_vH, targets_of(batch)
+    known: dict[str, Any] = dict(vocab_size=vocab_size, group=group)
+    statistics = token_statistics_from_hidden(*student, signal, config=config, **known)
+    divergences = statistics.divergences()
+    if "student_entropy" not in divergences:
+        # The teacher's logits are not at hand; the entropy is the student's alone.
+        itself = HiddenStatesSignal(hidden_TH, output_weight_vH, vocab_size)
+        alone = token_statistics_from_hidden(*student, itself, config=_ANY, **known)
+        divergences = alone.divergences()
+    entropy_T = divergences["student_entropy"]
     return torch.stack([entropy_T, statistics.log_ratio_T, statistics.student_logprob_T])
 
 

@@ -139,11 +139,12 @@ class Ranks:
             )
         return code or exits.FAILED
 
-    def run(self, folder: RunFolder, peers: Peers, port: int) -> int:
-        """Let them train, and wait for them and for the other nodes.
+    def run(self, folder: RunFolder, peers: Peers, port: int, job: str = "train") -> int:
+        """Let them work, and wait for them and for the other nodes.
 
         Args:
             folder: an opened run folder; the ranks read its ``config.json`` and log below it.
+            job: a key of ``rank.JOBS``.
 
         Returns:
             The exit code to pass on (``exits.py``).
@@ -154,7 +155,7 @@ class Ranks:
             if number == self._nodes.rank == 0:
                 environment[STORE_DESCRIPTOR] = str(self._socket)
             with contextlib.suppress(OSError):  # it has ended, which is seen at once
-                self._order(number, run=str(folder.root), environment=environment)
+                self._order(number, run=str(folder.root), environment=environment, job=job)
         return Supervisor(self.processes, folder, peers).run()
 
     def _order(self, number: int, **order: Any) -> None:

@@ -71,7 +71,7 @@ def check_options(
             "keys, and the student has no such norms. Remove it."
         )
     for frozen in (teacher, reference):
-        if frozen is not None:
+        if frozen is not None and config.loads_teacher:
             _built("teacher", frozen, config, dtype)
     ddp_config(parallel, megatron)
     optimizer_config(config.train, parallel, dtype, megatron, model=built)
