@@ -240,7 +240,7 @@ class RehearsedRank:
             (batch.tokens.shape[1] // shards, batch.tokens.shape[0], config.hidden_size)
             for batch in micro_batches
         ]
-        place = {"tp_rank": ranks.tp_rank, "dp_rank": ranks.dp_rank}
+        place = {"tp_rank": ranks.tp_rank, "replica": ranks.replica}
         for pp_rank in (ranks.pp_rank - 1, ranks.pp_rank + 1):
             if 0 <= pp_rank < ranks.pp_size:
                 self.world.expect_shapes(ranks.global_rank(pp_rank=pp_rank, **place), shapes)
