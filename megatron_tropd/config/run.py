@@ -101,7 +101,7 @@ class ModelConfig(Settings, section="model"):
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig(Settings, section="parallel"):
-    """How the ranks are laid out. World size = tensor x pipeline x data."""
+    """How the ranks are laid out. World size = tensor x context x pipeline x data."""
 
     tensor: Count = 1
     """Tensor-parallel ranks of student and teacher."""
@@ -109,9 +109,12 @@ class ParallelConfig(Settings, section="parallel"):
     """Pipeline stages of student and teacher."""
     data: Count = 1
     """Data-parallel replicas of the student."""
+    context: Count = 1
+    """Ranks that share each row of tokens, for long ones: of 2 x context equal parts of it a rank
+    computes one from the front and its mirror image from the back."""
     expert: Count = 1
-    """Ranks that share the experts of a mixture, taken from the replicas; divides data, or, with
-    expert_tensor = 1, tensor x data."""
+    """Ranks that share the experts of a mixture, taken from the replicas; divides context x data,
+    or, with expert_tensor = 1, tensor x context x data."""
     expert_tensor: Count | None = None
     """Tensor-parallel ranks of each expert: 1 keeps experts whole, so routed tokens are sent once
     and not gathered over the tensor-parallel ranks too. None: tensor."""
@@ -129,11 +132,12 @@ class ParallelConfig(Settings, section="parallel"):
             f"{self.expert_tensor}.",
         )
         whole = self.shards_of_expert < self.tensor
-        sharers = self.tensor * self.data if whole else self.data
+        sharers = self.replicas * (self.tensor if whole else 1)
+        context = "context x " if self.context > 1 else ""
         _require(
             sharers % self.expert == 0,
             f"parallel.expert = {self.expert} must divide parallel."
-            f"{'tensor x data' if whole else 'data'}, found {sharers}: the replicas share the "
+            f"{'tensor x ' if whole else ''}{context}data, found {sharers}: the replicas share the "
             "experts. Change one of the two.",
         )
         _require(
@@ -145,12 +149,18 @@ class ParallelConfig(Settings, section="parallel"):
     @property
     def world_size(self) -> int:
         """Number of ranks (processes) of the run."""
-        return self.tensor * self.pipeline * self.data
+        return self.tensor * self.pipeline * self.replicas
+
+    @property
+    def replicas(self) -> int:
+        """Ranks that hold the same weights, if experts are not counted: for other tokens."""
+        return self.context * self.data
 
     @property
     def row_shards(self) -> int:
         """Equal parts that the axes cut a row into."""
-        return self.tensor if self.sequence_parallel else 1
+        shards = self.tensor if self.sequence_parallel else 1
+        return shards if self.context == 1 else 2 * self.context * shards
 
     @property
     def shards_of_expert(self) -> int:
@@ -160,7 +170,7 @@ class ParallelConfig(Settings, section="parallel"):
     @property
     def expert_replicas(self) -> int:
         """Ranks that hold the same part of the same experts."""
-        return self.tensor * self.data // (self.shards_of_expert * self.expert)
+        return self.tensor * self.replicas // (self.shards_of_expert * self.expert)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -365,7 +375,8 @@ class TrainConfig(Settings, section="train"):
     clip_grad: Amount = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
     tokens_per_micro_batch: Count = 16384
-    """Padded tokens one micro-batch may hold on one data-parallel rank (memory knob)."""
+    """Padded tokens one micro-batch may hold on one data-parallel rank, over its context-parallel
+    ranks (memory knob)."""
     seed: Anything = 1234
     """Keys every random draw: prompt order, sampling, trust-region mask, prefixes."""
 
@@ -474,8 +485,8 @@ class Config(Settings):
         world, engines = self.parallel.world_size, self.rollout.num_engines
         _require(
             self.rollout.placement == "separate" or world % engines == 0,
-            f"rollout.num_engines must divide the world size {world} (tensor x pipeline x data), "
-            f"found {engines}.",
+            f"rollout.num_engines must divide the world size {world} (tensor x context x pipeline "
+            f"x data), found {engines}.",
         )
         _require(
             self.guidance.prefixed_per_prompt <= self.rollout.samples_per_prompt,

@@ -236,6 +236,7 @@ def summary(run: Session) -> dict[str, Any]:
         "steps": run.progress.step,
         "world_size": run.layout.world_size,
         "tensor_parallel": config.parallel.tensor,
+        "context_parallel": config.parallel.context,
         "pipeline_parallel": config.parallel.pipeline,
         "data_parallel": config.parallel.data,
         "seed": config.train.seed,

@@ -21,6 +21,7 @@ from megatron_tropd.losses import (
 )
 from megatron_tropd.losses.method import BatchFacts, Method
 from megatron_tropd.mcore.hidden import output_weight
+from megatron_tropd.mcore.layout import Layout
 
 _ANY = preset("opd")
 """A loss that asks for nothing but log-probs."""
@@ -82,7 +83,7 @@ def batch_choices(
     )
     # Round-off that differed between the ranks of one vocabulary would make them choose apart.
     dist.broadcast(values_3T, src=dist.get_global_rank(tp_group, 0), group=tp_group)
-    facts = _facts(values_3T, batches, prompts, counts.student, layout.loss_group)
+    facts = _facts(values_3T, batches, prompts, counts.student, layout)
     choices, lengths = loss.choose(facts), [len(part) for part in hidden]
     selected_T, rewards_T = choices.selected_T, choices.rewards_T
     return BatchChoices(
@@ -110,7 +111,7 @@ def _facts(
     batches: Sequence[MicroBatch],
     prompts: Sequence[int],
     num_student: int,
-    dp_group: dist.ProcessGroup,
+    layout: Layout,
 ) -> BatchFacts:
     """What a method may look at: the loss tokens of all micro-batches of this rank."""
     student = [b.of_loss_tokens(b.writers) == Writer.STUDENT for b in batches]
@@ -132,13 +133,14 @@ def _facts(
         keys_T=(rows_T << 32) + positions_T,
         own_rows_T=torch.cat(own_rows),
         positions_T=positions_T,
-        shape=(rows, longest),
+        shape=(rows, longest * layout.cp_size),
         prompts_T=upload(torch.tensor(of_row), rows_T.device)[rows_T],
         num_prompts=len(numbers),
         num_student=num_student,
         # Rows and lengths of the n-th micro-batch are the same on every rank; tokens are not.
         longest=sum(batch.tokens.numel() for batch in batches),
-        group=dp_group,
+        group=layout.loss_group,
+        row_group=layout.row_group,
     )
 
 

@@ -69,7 +69,7 @@ class Ranks:
         world = config.parallel.world_size
         if world % nodes.count:
             raise ConfigError(
-                f"{world} ranks (tensor x pipeline x data) cannot be shared equally by "
+                f"{world} ranks (tensor x context x pipeline x data) cannot be shared equally by "
                 f"{nodes.count} nodes. Change parallel.* or the number of nodes."
             )
         self._config, self._nodes, self._local = config, nodes, world // nodes.count

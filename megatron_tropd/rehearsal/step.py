@@ -240,7 +240,7 @@ class RehearsedRank:
             (batch.tokens.shape[1] // shards, batch.tokens.shape[0], config.hidden_size)
             for batch in micro_batches
         ]
-        place = {"tp_rank": layout.tp_rank, "dp_rank": layout.dp_rank}
+        place = {"tp_rank": layout.tp_rank, "replica": layout.replica}
         for pp_rank in (layout.pp_rank - 1, layout.pp_rank + 1):
             if 0 <= pp_rank < layout.pp_size:
                 self.world.expect_shapes(layout.global_rank(pp_rank=pp_rank, **place), shapes)

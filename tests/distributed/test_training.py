@@ -34,6 +34,11 @@ LAYOUTS = {
     "dp2": ParallelConfig(data=2),
     "dp2_distributed_optimizer": ParallelConfig(data=2, distributed_optimizer=True),
     "tp2_sequence_parallel": ParallelConfig(tensor=2, sequence_parallel=True),
+    "cp2": ParallelConfig(context=2),
+    "cp2_tp2_sequence_parallel": ParallelConfig(context=2, tensor=2, sequence_parallel=True),
+    "cp2_pp2": ParallelConfig(context=2, pipeline=2),
+    "cp2_dp2_distributed_optimizer": ParallelConfig(context=2, data=2, distributed_optimizer=True),
+    "cp4": ParallelConfig(context=4),
 }
 Run = tuple[str, str, str]
 """Layout, dtype, method."""
@@ -43,6 +48,7 @@ TRAIN = TrainConfig(
 METHODS = {
     "tropd": preset("tropd", denominator="separate"),
     "top_d": preset("top_d"),
+    "iw_opd": preset("iw_opd"),
     # The static threshold in the first steps, clipping and selection from the fourth on.
     "reopold": preset(
         "reopold", switch_step=3, mask_truncated=True, mask_first_ids=tuple(range(100, 120))
@@ -119,7 +125,7 @@ def _train(
         TRAIN,
         METHODS[method],
         dtype=dtype,
-        pad_multiple=layout.tensor,
+        pad_multiple=layout.tensor if layout.context == 1 else layout.row_shards,
         # Rounded up as on a GPU, where numbers have to stay what they are.
         rounded_to=64 if layout.sequence_parallel else 1,
     )
@@ -189,7 +195,7 @@ def test_the_deterministic_mode_gives_the_same_bits_again(method, histories):
 
 def test_the_methods_do_what_they_say_to_the_batch(histories):
     selected = {m: histories["tp1", "float32", m][:, 4] for m in METHODS}
-    assert (selected["tropd"] == 1).all() and (selected["top_d"] == 1).all()
+    assert all((selected[method] == 1).all() for method in ("tropd", "top_d", "iw_opd"))
     first, second = selected["reopold"][:3], selected["reopold"][3:]
     assert (first == 1).all()
     second = second[~second.isnan()]

@@ -118,7 +118,8 @@ def _weight_gradient(loss: LossSettings, tokens: int) -> tuple[torch.Tensor, int
     """Gradient of the output layer as training gets it, and how many tokens were trained."""
     models, trajectories = Models(), step_sequences()
     world: Any = dist.group.WORLD
-    layout: Any = SimpleNamespace(tp_group=world, loss_group=world, is_last_stage=True)
+    place = dict(tp_group=world, loss_group=world, row_group=None, cp_size=1)
+    layout: Any = SimpleNamespace(**place, is_last_stage=True)
     parts: Any = LossParts(
         student=models,
         teacher=models,  # type: ignore[arg-type]

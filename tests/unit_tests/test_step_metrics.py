@@ -299,10 +299,14 @@ def test_a_selection_is_divided_by_the_tokens_it_keeps():
     assert segment_weights(config_of(**settings), LossCounts(0, 0, 7)) == (1.0, 1.0)
 
 
-def test_examples_are_gathered_by_row():
-    assert gather_examples({5: {"tv": [0.5]}, 0: {"tv": [None]}}) == {
-        0: {"tv": [None]},
-        5: {"tv": [0.5]},
+def test_examples_are_gathered_by_row_and_token(monkeypatch):
+    def gather(mine, parts, dst):
+        parts[:] = [mine, {0: {"tv": {3: 0.25}}}]
+
+    monkeypatch.setattr(dist, "gather_object", gather)
+    assert gather_examples({5: {"tv": {2: 0.5}}, 0: {"tv": {0: 0.75}}}) == {
+        0: {"tv": {0: 0.75, 3: 0.25}},
+        5: {"tv": {2: 0.5}},
     }
 
 

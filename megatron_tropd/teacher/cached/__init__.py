@@ -117,7 +117,7 @@ class _OfRun(CachedTeacher):
     def __init__(self, start: TeacherStart) -> None:
         """Open the cache; the last stages alone."""
         cache = None
-        if start.ranks.is_last_stage:
+        if start.layout.is_last_stage:
             cache = TeacherCache(Path(str(start.config.teacher.cache)))
             print(f"teacher: {cache.describe()}; no model of it is loaded", flush=True)
         super().__init__(cache, referenced=start.reference is not None)
