@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from megatron_tropd.distill.inputs import Inputs
 
 _SET_PDEATHSIG = 1  # of prctl
-_IMPORTED = "megatron_tropd.distill.loop"
+IMPORTED = "megatron_tropd.distill.loop"
 """What a rank imports before its first step, with all that this imports."""
 
 JOBS = {"train": f"{_IMPORTED}:train", "score": "megatron_tropd.distill.score:score"}
@@ -183,7 +183,7 @@ def _import() -> bytes:
         for descriptor in (1, 2):
             os.dup2(kept.fileno(), descriptor)
         try:
-            import_module(_IMPORTED)
+            import_module(IMPORTED)
             failed = False
         except BaseException:
             traceback.print_exc()
