@@ -18,15 +18,17 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
 from step import commit, describe_hardware
-from study_runs import STEPS, TASKS, Run, Values, next_runs
+from study_runs import REPOSITORY, STEPS, TASKS, Run, Values, next_runs
 
 AT_THE_END = STEPS // 10
 """Steps over which values of the end are averaged."""
@@ -115,6 +117,21 @@ def _claimed(folder: Path) -> Iterator[bool]:
             yield True
 
 
+def soften(source: Path, target: Path, temperature: float) -> None:
+    """Copy a model whose logits are divided by ``temperature``: its output layer is."""
+    if target.exists():
+        return
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        copy = Path(scratch) / target.name
+        shutil.copytree(source, copy)
+        weights = copy / "model.safetensors"
+        tensors = load_file(weights)
+        tensors["lm_head.weight"] /= temperature
+        save_file(tensors, weights, metadata={"format": "pt"})
+        with suppress(FileExistsError):  # another worker was first
+            copy.rename(target)
+
+
 def make(run: Run, folder: Path, results: Results) -> bool:
     """Make one run and add its line, unless somebody else does; whether it was made here."""
     with _claimed(folder) as mine:
@@ -122,6 +139,10 @@ def make(run: Run, folder: Path, results: Results) -> bool:
             return False
         config, log_file = (folder.with_name(folder.name + end) for end in (".toml", ".log"))
         config.write_text(run.toml(folder))
+        task = TASKS[run.task]
+        soften(
+            REPOSITORY / task.folder / task.teacher, run.teacher(folder.parent), task.temperature
+        )
         command = [sys.executable, "-m", "megatron_tropd.cli", "distill", str(config)]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         with log_file.open("a") as log:

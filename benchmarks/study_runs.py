@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ class Task:
     """Tokens are counted until the measure is as good as this: out of reach at the start."""
     samples: tuple[int, int] = (16, 4)
     """Prompts of a step, samples of a prompt."""
+    temperature: float = 1.0
+    """Of the teacher's distribution: its logits are divided by this before the run."""
 
     @property
     def larger_is_better(self) -> bool:
@@ -85,6 +87,10 @@ TASKS = {
         samples=(16, 2),
     ),
 }
+TASKS |= {
+    f"arithmetic, {name} teacher": replace(TASKS["arithmetic"], temperature=temperature)
+    for name, temperature in (("soft", 2.0), ("sharp", 0.5))
+}
 
 
 @dataclass(frozen=True)
@@ -125,8 +131,10 @@ METHODS = {
         main=True,
         rollout={"behaviour": "blended", "epsilon": 0.02, "warmup_steps": STEPS // 8},
     ),
-    "cooled": _of(
+    "TRB's loss": _of("trb", main=True),
+    "TRB's loss, cooled": _of(
         "trb",
+        main=True,
         rollout={"behaviour": "cooled", "warmup_temperature": 0.8, "warmup_steps": STEPS // 8},
     ),
     "forward KL": _of("gkd_forward_kl"),
@@ -159,22 +167,21 @@ def _every(methods: Iterable[str], tasks: Iterable[str]) -> list[tuple[str, str]
 
 
 _PAIRS = ("dialect", "arithmetic")
-_PARTS = (
-    "OPD",
-    "OPD, exact",
-    "TrOPD, as published",
-    "TrOPD, no guidance",
-    "TrOPD, mask",
-    "TrOPD, clip",
-    "TrOPD, exact",
-)
+_WHOLE = ("OPD", "OPD, exact", "TrOPD, as published", "TrOPD, clip", "TrOPD, exact")
+_PARTS = ("TrOPD, no guidance", "TrOPD, mask", "OPD, guidance")
+_OUTLIERS = ("OPD", "TrOPD, no guidance", "TrOPD, clip", "TrOPD, exact")
+_SHARPNESS = ("arithmetic, soft teacher", "arithmetic, sharp teacher")
+_BEHAVIOURS = ("TRB", "TRB's loss, cooled", "TRB's loss")
 STAGES = (
+    _every(_WHOLE, _PAIRS),
     _every(_PARTS, _PAIRS),
-    _every(("TRB", "cooled", "OPSA"), _PAIRS),
-    _every(("OPD, guidance", "TrOPD, clip, guidance", "TrOPD, exact, guidance"), _PAIRS),
-    _every(("TrOPD, expected",), _PAIRS),
-    _every(_PARTS, ("stories",)),
-    _every(METHODS, TASKS),
+    _every((*_BEHAVIOURS, "OPSA"), _PAIRS[1:]),
+    _every(_OUTLIERS, _SHARPNESS[:1]),
+    _every((*_BEHAVIOURS, "OPSA"), _PAIRS[:1]),
+    _every(("TrOPD, expected", "TrOPD, clip, guidance", "TrOPD, exact, guidance"), _PAIRS),
+    _every(_OUTLIERS, _SHARPNESS),
+    _every((*_WHOLE, *_PARTS), ("stories",)),
+    _every(METHODS, (*_PAIRS, "stories")),
 )
 """(task, method) in the order in which they are made whole: what the questions wait for first."""
 
@@ -191,15 +198,26 @@ class Run:
     @property
     def key(self) -> str:
         """Its name, and its folder's."""
-        method = "".join(c if c.isalnum() else "-" for c in self.method).replace("--", "-")
-        return f"{self.task}-{method}-{self.lr:g}-{self.seed}"
+        name = f"{self.task} {self.method}"
+        name = "".join(c if c.isalnum() else "-" for c in name).replace("--", "-")
+        return f"{name}-{self.lr:g}-{self.seed}"
+
+    def teacher(self, runs: Path) -> Path:
+        """The folder of its teacher: one of the repository, or a softer copy in ``runs``."""
+        task = TASKS[self.task]
+        if task.temperature == 1:
+            return REPOSITORY / task.folder / task.teacher
+        return runs / f"{Path(task.folder).name}-teacher-{task.temperature:g}"
 
     def toml(self, folder: Path) -> str:
         """Its config, for ``tropd distill``."""
         task, entry = TASKS[self.task], METHODS[self.method]
         where = REPOSITORY / task.folder
         tables: dict[str, dict[str, Any]] = {
-            "model": {"student": str(where / task.student), "teacher": str(where / task.teacher)},
+            "model": {
+                "student": str(where / task.student),
+                "teacher": str(self.teacher(folder.parent)),
+            },
             "rollout": {
                 "prompts": str(where / task.prompts),
                 "max_new_tokens": 64,
