@@ -39,7 +39,7 @@ _SET_PDEATHSIG = 1  # of prctl
 IMPORTED = "megatron_tropd.distill.loop"
 """What a rank imports before its first step, with all that this imports."""
 
-JOBS = {"train": f"{_IMPORTED}:train", "score": "megatron_tropd.distill.score:score"}
+JOBS = {"train": f"{IMPORTED}:train", "score": "megatron_tropd.distill.score:score"}
 """What ranks do for a command: a function of the command's folder."""
 
 
