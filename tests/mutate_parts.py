@@ -187,7 +187,7 @@ MUTATIONS = (
         ),
     ),
     *of_file(
-        "rollout/weights/transports.py",
+        "rollout/engines/transports.py",
         (
             "each tensor at the start of the buffer",
             "self._buffer[self._used : self._used + flat.numel()].copy_(flat)",

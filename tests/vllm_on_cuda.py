@@ -81,8 +81,8 @@ from vllm.v1.worker.gpu_worker import Worker  # noqa: E402
 from megatron_tropd.data.samples import SampleRequest, Sampling  # noqa: E402
 from megatron_tropd.rollout.engines import child  # noqa: E402
 from megatron_tropd.rollout.engines.settings import EngineSettings  # noqa: E402
+from megatron_tropd.rollout.engines.transports import DeviceTransport  # noqa: E402
 from megatron_tropd.rollout.engines.worker_extension import WorkerExtension  # noqa: E402
-from megatron_tropd.rollout.weights.transports import DeviceTransport  # noqa: E402
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "one GPU": {"tensor_parallel": 1},

@@ -42,9 +42,6 @@ class Evaluator:
         """Measure nothing yet.
 
         Args:
-            config: of the run.
-            inputs: of ``config``.
-            folder: of the run.
             is_main: whether this rank grades and writes.
             log: where it writes; None on the other ranks.
         """
@@ -59,10 +56,8 @@ class Evaluator:
         """Measure the student, if the run has held-out problems; collective.
 
         Args:
-            engines: with the student's newest weights.
             step: optimizer steps it has seen.
             export: writes the student as an HF folder; collective.
-            teacher: the teacher's HF folder.
         """
         if not self._inputs.problems:
             return
@@ -169,8 +164,6 @@ def sample_problems(config: Config, inputs: Inputs, engine: Sampler) -> list[Sam
 
     Args:
         config: its task says whether answers are greedy or drawn at temperature 1.
-        inputs: of ``config``.
-        engine: of the model.
 
     Returns:
         One sample per problem, in order.
@@ -198,9 +191,6 @@ def reverse_kl_of(
 
     Args:
         inputs: whose problems were sampled.
-        samples: of :func:`sample_problems`.
-        student: HF folder.
-        teacher: HF folder.
     """
     sequences = [
         (problem.token_ids, sample.token_ids)

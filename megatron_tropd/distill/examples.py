@@ -37,13 +37,7 @@ def gather_examples(mine: Examples) -> Examples:
 def example_line(
     inputs: Inputs, sequence: TokenSequence, values: Mapping[str, Mapping[int, float]]
 ) -> str:
-    """One sequence with its per-token values, null where a token has none, as a line of a dump.
-
-    Args:
-        inputs: of the run.
-        sequence: of a step.
-        values: :data:`Examples` of it.
-    """
+    """One sequence with its per-token values, null where a token has none, as a line of a dump."""
     tokenizer, ids = inputs.tokenizer, sequence.response_ids
     # Their positions are no indices: prompts may have been left out.
     prompt = next(p for p in inputs.prompts if p.index == sequence.key.prompt)

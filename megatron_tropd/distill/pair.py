@@ -22,9 +22,7 @@ def step_parts(
     """Build all models, and with them what a step is made with; collective.
 
     Args:
-        config: of the run.
         folders: "student": its first weights; "teacher"; "reference", if the loss reads it.
-        layout: this rank's place.
 
     Returns:
         The parts, without a clock and without a look at the engines.
@@ -72,8 +70,6 @@ def send_weights(parts: StepParts, channel: WeightChannel, *, version: int) -> N
     """Stream the student's weights as HF tensors to every engine; collective.
 
     Args:
-        parts: of the step.
-        channel: to the engines.
         version: optimizer steps that the weights have seen.
     """
     export = partial(

@@ -10,6 +10,7 @@ from typing import IO
 from megatron_tropd.base.progress import Progress, StopFlag
 from megatron_tropd.config import Config
 from megatron_tropd.config.run_folder import RunFolder
+from megatron_tropd.data.collective import run_everywhere
 from megatron_tropd.distill import startup
 from megatron_tropd.distill.engine_gap import EngineGap
 from megatron_tropd.distill.engines import make_engine, start_engines
@@ -21,7 +22,6 @@ from megatron_tropd.distill.step_parts import StepParts
 from megatron_tropd.mcore import models, platform
 from megatron_tropd.mcore.checkpoint import Checkpoints
 from megatron_tropd.mcore.layout import Layout
-from megatron_tropd.rollout.collective import run_everywhere
 from megatron_tropd.rollout.engines.device_memory import free_bytes, wait_for_memory
 from megatron_tropd.rollout.engines.interface import SamplingEngines
 from megatron_tropd.rollout.engines.wire import Model
@@ -62,7 +62,6 @@ def open_session(
     """Build the parts of a run, until the block is left; nothing is trained yet.
 
     Args:
-        folder: an opened run folder.
         console: where rank 0 shows progress.
         stop: set when the run was asked to stop.
         progress: holds the step and the phase, for the watchdog.

@@ -42,7 +42,6 @@ def learn(
     """Score with the teacher, differentiate the loss, update the student.
 
     Args:
-        parts: of this rank.
         sequences: of the whole step, the same list on every rank.
         step: 0-based.
         example_rows: sequences whose per-token values are wanted.
@@ -121,9 +120,7 @@ def forward_backward(
     loop's schedule. The teacher's ``begin`` is the caller's.
 
     Args:
-        parts: of this rank.
         batches: of this data-parallel rank, on its device; the same list on all its stages.
-        counts: loss tokens of the global batch.
         step: 0-based, for losses that change on the way.
         record: given the per-token values of each micro-batch on the last stage; what it returns
             is the micro-batch's report.

@@ -38,10 +38,7 @@ class StepLoss:
         """One for each step.
 
         Args:
-            parts: of this rank.
-            loss: that of the step.
             signals: the teacher's, one per micro-batch (last stage).
-            counts: loss tokens of the global batch.
             choices: of ``batch_choices``, if the loss needs it.
             record: given each micro-batch's values; makes its report.
         """
@@ -97,7 +94,6 @@ def segment_weights(config: Method, counts: LossCounts) -> tuple[float, float]:
 
     Args:
         config: ``denominator`` and ``trained_share``.
-        counts: loss tokens of the global batch.
 
     Returns:
         (teacher, student) factors; 1 for an empty segment.

@@ -24,7 +24,6 @@ class StepRecords:
         """Nothing is counted yet.
 
         Args:
-            device: of the sums.
             counted: whether this rank's sums count (one of each tensor-parallel group).
             example_rows: sequences whose per-token values are kept in :attr:`examples`.
         """

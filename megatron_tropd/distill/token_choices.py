@@ -56,11 +56,7 @@ def batch_choices(
     """Selection and rewards that depend on the whole batch, from the student as it is.
 
     Args:
-        parts: of the step.
-        loss: that of the step.
-        batches: of this rank.
         signals: the teacher's, one per micro-batch (last stage).
-        counts: loss tokens of the global batch.
         prompts: number of the prompt of each sequence of the step, which the batches' rows count.
 
     Returns:
@@ -96,7 +92,6 @@ def outcome_rewards(batches: Sequence[MicroBatch], advantages: Sequence[float]) 
     """Give every token how much better its sequence was than the prompt's others.
 
     Args:
-        batches: of this rank.
         advantages: of each sequence of the step, which the batches' rows count.
 
     Returns:

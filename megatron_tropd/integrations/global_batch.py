@@ -157,12 +157,6 @@ def whole_batch(
 ) -> tuple[LossCounts, list[int]]:
     """Learn what the loss has to know of the other replicas' micro-batches, if anything.
 
-    Args:
-        batches: of this replica.
-        loss: which loss.
-        group: data-parallel group.
-        device: of its collectives.
-
     Returns:
         Loss tokens of the global batch, and the prompt of each of its rows. If the loss asks for
         neither, this replica's tokens and no prompts.

@@ -16,7 +16,6 @@ class LoopStudent:
         """Run nothing yet.
 
         Args:
-            schedule: Megatron's.
             model: this stage's chunk as Megatron wrapped it, or a list of that one.
             settings: the other arguments of the call, without the data.
         """

@@ -54,9 +54,6 @@ _parser: ArgumentParser | None = None
 def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     """Add the ``--tropd-*`` group: pass this as Megatron's ``extra_args_provider``.
 
-    Args:
-        parser: Megatron's.
-
     Returns:
         The same parser. Without any of the arguments a script trains as if it had not been called.
     """
@@ -351,9 +348,6 @@ class _Plugin:
 
 def recorded_trajectories(args: Namespace) -> Any:
     """The dataset of ``--tropd-trajectories``, which stands in place of the script's datasets.
-
-    Args:
-        args: Megatron's.
 
     Returns:
         A map-style dataset of :data:`~megatron_tropd.integrations.global_batch.TRAJECTORY` items.

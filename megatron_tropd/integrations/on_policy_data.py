@@ -83,11 +83,7 @@ class OnPolicyData:
     """
 
     def __init__(self, settings: OnPolicySettings) -> None:
-        """Remember the settings; nothing is started yet.
-
-        Args:
-            settings: what to sample.
-        """
+        """Remember the settings; nothing is started yet."""
         self.settings = settings
         self._started = False
         self._exit = ExitStack()
@@ -146,7 +142,6 @@ class OnPolicyData:
         """Start the engines. Collective; Megatron's parallel state is set up.
 
         Args:
-            loop: the training loop.
             dtype: of the model's parameters.
 
         Raises:
@@ -294,7 +289,6 @@ def check_arguments(
     """Refuse arguments of Megatron that exclude live rollouts.
 
     Args:
-        args: Megatron's, validated.
         rollout: says how large a global batch is.
         more: further (whether it is wrong, what is needed).
 

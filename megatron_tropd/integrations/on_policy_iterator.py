@@ -49,7 +49,6 @@ class OnPolicyIterator:
 
         Args:
             model: this rank's GPTModel, not wrapped.
-            loop: the training loop.
             micro_batch_size: B, rows of a micro-batch.
             step: optimizer steps the student has seen.
 

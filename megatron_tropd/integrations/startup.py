@@ -134,9 +134,6 @@ def _with_one(table: dict[str, Any]) -> Method:
 def check_arguments(args: Namespace) -> None:
     """Refuse what the plug-in was not made for.
 
-    Args:
-        args: Megatron's, validated.
-
     Raises:
         ConfigError: names the option and what to change.
     """
@@ -169,7 +166,6 @@ def open_teacher(args: Namespace, vocab_size: int) -> HFFolder | MegatronFolder:
     """Open ``--tropd-teacher-load`` and check that it can teach this student.
 
     Args:
-        args: Megatron's.
         vocab_size: ids of the student's tokenizer.
 
     Returns:

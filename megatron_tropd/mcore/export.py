@@ -5,16 +5,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tropd.base.errors import InputError, TrainingError
+from megatron_tropd.convert.accounting import expected_tensors
 from megatron_tropd.convert.companions import copy_companions
 from megatron_tropd.convert.families import plan
 from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.convert.megatron_folder import MegatronFolder
 from megatron_tropd.convert.publish import publishing
 from megatron_tropd.convert.safetensors_writer import SafetensorsWriter, Spec
+from megatron_tropd.data.collective import run_everywhere
 from megatron_tropd.mcore.student import StudentModel
 
 
@@ -40,26 +41,26 @@ def save_hf(
     Raises:
         TrainingError: writing failed, on every rank; an older folder is still there.
 
-    Collectives: those of ``exported``, one broadcast of the outcome on all ranks.
+    Collectives: those of ``exported``, one gather of the outcome on all ranks.
     """
     dtype = dtype or next(model.module.parameters()).dtype
     stream = model.exported(dtype=dtype)
-    failure: list[str | None] = [None]
-    if model.layout.is_main:
+
+    def write() -> None:
         try:
-            write_folder(stream, source, Path(out), dtype, max_file_bytes)
+            if model.layout.is_main:
+                write_folder(stream, source, Path(out), dtype, max_file_bytes)
         except (OSError, InputError) as error:
-            failure = [str(error)]
-    for _ in stream:
-        pass
-    if model.layout.world_size > 1:
-        dist.broadcast_object_list(failure, src=0)
-    if failure[0] is not None:
-        raise TrainingError(
-            f"The export to {out} could not be written: {failure[0]}. Make room, then give the "
-            "same command again.",
-            kind="disk",
-        )
+            raise TrainingError(
+                f"The export to {out} could not be written: {error}. Make room, then give the "
+                "same command again.",
+                kind="disk",
+            ) from None
+        finally:
+            for _ in stream:  # making them is collective
+                pass
+
+    run_everywhere(write)
 
 
 def write_folder(
@@ -70,11 +71,8 @@ def write_folder(
     max_file_bytes: int,
 ) -> None:
     """Write HF tensors of one type, and beside them what else ``source`` has."""
-    specs = {
-        source.stored_name(name): Spec(dtype, tuple(shape))
-        for entry in plan(source.config)
-        for name, shape in entry.operation.hf_shapes().items()
-    }
+    shapes = expected_tensors(plan(source.config))
+    specs = {source.stored_name(name): Spec(dtype, shape) for name, shape in shapes.items()}
     with publishing(out, force=True) as folder:
         copy_companions(source.companions, folder)
         config = source.config | {"dtype": str(dtype).removeprefix("torch.")}

@@ -124,21 +124,8 @@ def _own_settings(
 ) -> dict[str, Any]:
     cuda = platform.has_cuda()
     return dict(
-        num_layers=shape.layers,
-        hidden_size=shape.hidden,
-        ffn_hidden_size=shape.ffn,
-        num_attention_heads=shape.heads,
-        num_query_groups=shape.kv_heads,
-        kv_channels=shape.head_dim,
-        normalization="RMSNorm",
-        layernorm_epsilon=shape.rms_eps,
         gated_linear_unit=True,
         activation_func=F.silu,
-        add_bias_linear=False,
-        add_qkv_bias=shape.qkv_bias,
-        qk_layernorm=shape.qk_norm,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -154,6 +141,7 @@ def _own_settings(
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
         deterministic_mode=torch.are_deterministic_algorithms_enabled(),
+        **shape.megatron_fields(),
         **_axes(shape, parallel),
         **_window_settings(shape),
         **_expert_settings(shape),
@@ -266,14 +254,10 @@ def _axes(shape: ModelShape, parallel: ParallelConfig) -> dict[str, int]:
 def _expert_settings(shape: ModelShape) -> dict[str, Any]:
     # variable_seq_lengths is refused with the default dispatcher, dense model or not.
     settings: dict[str, Any] = {"moe_token_dispatcher_type": "alltoall"}
-    experts = shape.experts
-    if experts is None:
+    if shape.experts is None:
         return settings
     return settings | {
-        "num_moe_experts": experts.count,
-        "moe_router_topk": experts.per_token,
-        "moe_ffn_hidden_size": experts.ffn,
-        "moe_router_pre_softmax": not experts.normalized,
+        "num_moe_experts": shape.experts.count,
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
         # bfloat16 logits tie often, and a tie is broken one way here, another in the engine.

@@ -34,8 +34,6 @@ def believe(device: Device, *, gpus: int, capability: tuple[int, int] = (9, 0)) 
 
     Args:
         device: the mode that runs operations.
-        gpus: of this node.
-        capability: of the GPU.
     """
     torch.utils._device._device_constructors()
     _answer_queries(gpus, capability, device.events)

@@ -46,7 +46,6 @@ def rehearse(
         config: the run; of its files only both models' config.json are read.
         ranks: which; none: one of the first, of a middle and of the last stage.
         prompt_tokens: assumed length of a prompt; responses are as long as allowed.
-        gpus_per_node: of the cluster.
         micro_batches: to run; None: as many as fill the pipeline, and one more.
 
     Raises:

@@ -57,7 +57,6 @@ def rehearse_rank(config: Config, request: Request) -> RankReport:
     """Be a rank from its start to its first checkpoint. The process can do nothing else after.
 
     Args:
-        config: the run.
         request: which rank, and the lengths.
     """
     start = time.perf_counter()

@@ -117,9 +117,6 @@ class RehearsedRank:
 
         Args:
             planned: the run, as the planner reads it.
-            folder: an empty one.
-            device: where tensors go.
-            world: the other ranks.
             open_model: opens the models' folders; None: for their shapes alone.
         """
         self.planned, self.folder, self.device, self.world = planned, folder, device, world
@@ -284,7 +281,6 @@ def made_sequences(planned: PlannedRun, *, micro_batches: int | None = None) -> 
     """The longest step that memory has to hold, as the planner assumes it.
 
     Args:
-        planned: the run.
         micro_batches: of each replica; None: all of the step.
     """
     work, config = planned.work, planned.config

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from ranks import run_on_ranks, run_with_env
 
 from megatron_tropd.base.errors import TrainingError
-from megatron_tropd.rollout.weights.transports import DeviceTransport
+from megatron_tropd.rollout.engines.transports import DeviceTransport
 
 GROUPS = {0: (0, 1)}
 

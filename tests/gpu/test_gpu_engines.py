@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from megatron_tropd.data.samples import SampleRequest, Sampling
 from megatron_tropd.rollout.engines.device_memory import free_bytes, wait_for_memory
 from megatron_tropd.rollout.engines.engine import RolloutEngine
-from megatron_tropd.rollout.weights.transports import DeviceTransport, export_by_ipc, this_seat
+from megatron_tropd.rollout.engines.transports import DeviceTransport, export_by_ipc, this_seat
 
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)

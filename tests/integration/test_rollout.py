@@ -217,7 +217,7 @@ import torch
 from safetensors.torch import load_file
 from vllm import LLM
 from megatron_tropd.rollout.engines import child
-from megatron_tropd.rollout.weights.transports import DeviceTransport
+from megatron_tropd.rollout.engines.transports import DeviceTransport
 from megatron_tropd.rollout.engines.settings import EngineSettings
 from megatron_tropd.data.samples import SampleRequest, Sampling
 

@@ -20,7 +20,7 @@ from megatron_tropd.rehearsal.report import findings
 
 RECIPES = Path(__file__).resolve().parents[2] / "configs" / "recipes"
 CHANNELS, WRITER = (
-    "megatron_tropd/rollout/weights/transports.py",
+    "megatron_tropd/rollout/engines/transports.py",
     "megatron_tropd/rollout/weights/mailbox.py",
 )
 NAMES = sorted(path.stem for path in RECIPES.glob("*.toml"))

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from megatron_tropd.base.errors import ConfigError, TrainingError
-from megatron_tropd.rollout.engines import pool
-from megatron_tropd.rollout.weights import transports
+from megatron_tropd.rollout.engines import pool, transports
+from megatron_tropd.rollout.engines.transports import DeviceTransport, Seat, device_groups
 from megatron_tropd.rollout.weights.mailbox import roomy_root
-from megatron_tropd.rollout.weights.transports import DeviceTransport, Seat, device_groups
 
 CPU = torch.device("cpu")
 

@@ -34,7 +34,7 @@ from megatron_tropd.convert.families._keys import (
     requirements_of,
     written_config,
 )
-from megatron_tropd.convert.ops import Replicated, VocabularyRows
+from megatron_tropd.convert.families._ops import Replicated, VocabularyRows
 
 __all__ = [
     "FAMILIES",

@@ -33,11 +33,7 @@ def check_engine(
     """Refuse what vLLM would refuse later and less clearly, or would compute otherwise.
 
     Args:
-        hf_config: the config.json dictionary.
         max_model_len: longest prompt + response in tokens.
-        cuda: whether the engine runs on CUDA.
-        who: how messages call the model.
-        tensor_parallel: GPUs of the engine.
 
     Raises:
         InputError: the model is not supported, its context is too short, its heads have a size
@@ -100,8 +96,6 @@ def write_engine_folder(source: HFFolder, place: Path, vocab_size: int) -> dict[
     """Make the folder that vLLM opens; an older one is replaced.
 
     Args:
-        source: the model's folder.
-        place: where.
         vocab_size: columns the engine has; fewer than the model's: no weights are linked, as
             vLLM's reader takes whole tensors (:func:`first_rows` cuts them).
 
@@ -128,7 +122,6 @@ def engine_tensors(
     """What every weight update must bring: the model's tensors and an explicit output layer.
 
     Args:
-        hf_config: the config.json dictionary.
         vocab_size: columns the engine has; None: the model's.
 
     Returns:
@@ -148,10 +141,6 @@ def all_tensors(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
 
 def first_rows(folder: str | Path, vocab_size: int) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a model with the first columns of its vocabulary only, output layer included.
-
-    Args:
-        folder: HF folder.
-        vocab_size: columns.
 
     Yields:
         HF name and tensor.

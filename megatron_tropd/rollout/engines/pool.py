@@ -9,12 +9,10 @@ from typing import Any, Literal, Self
 import torch
 
 from megatron_tropd.base.errors import TrainingError
+from megatron_tropd.data.collective import run_and_share, run_everywhere
 from megatron_tropd.data.samples import Sample, SampleRequest, Sampling
-from megatron_tropd.rollout.collective import run_and_share, run_everywhere
 from megatron_tropd.rollout.engines.engine import RolloutEngine
-from megatron_tropd.rollout.weights.interface import NamedTensor, WeightChannel
-from megatron_tropd.rollout.weights.mailbox import roomy_root
-from megatron_tropd.rollout.weights.transports import (
+from megatron_tropd.rollout.engines.transports import (
     DeviceTransport,
     FolderTransport,
     Seat,
@@ -23,6 +21,8 @@ from megatron_tropd.rollout.weights.transports import (
     export_by_ipc,
     this_seat,
 )
+from megatron_tropd.rollout.weights.interface import NamedTensor, WeightChannel
+from megatron_tropd.rollout.weights.mailbox import roomy_root
 
 Transport = Literal["auto", "folder"]
 
@@ -61,9 +61,7 @@ class EnginePool:
         """Start this rank's engine, if it owns one.
 
         Args:
-            rank: of this process.
             world_size: divisible by ``num_engines``.
-            num_engines: how many engines the world has.
             make_engine: called with the engine's number on the rank that owns it.
             transport: of new weights: from GPU to GPU if each GPU of an engine is that of a rank
                 ("auto"), or through a folder; None: they keep the weights they start with.
@@ -93,7 +91,6 @@ class EnginePool:
 
         Args:
             requests: the same list on every rank.
-            sampling: shared settings.
 
         Returns:
             One sample per request, in order, on every rank.

@@ -23,8 +23,8 @@ class RepeatableExport:
 class WeightChannel(Protocol):
     """The way of the student's weights from the training ranks to all engines of a run.
 
-    To engines beside the ranks each rank has a ``transports.WeightTransport``; a pool's channel
-    sends through it.
+    Engines beside the ranks get them by a ``WeightTransport`` (engines/transports.py) of each rank,
+    which the channel of a pool uses.
     """
 
     @property

@@ -97,7 +97,6 @@ def write_buckets(
     """Write tensors as safetensors into a folder, holding one bucket at a time.
 
     Args:
-        target: an empty folder.
         tensors: HF names and tensors on any device; ``None`` values are skipped. Exhausted even if
             writing fails, since making them may be collective.
         bucket_bytes: tensors are written in files of about this size.
@@ -150,7 +149,6 @@ def roomy_root(engines: int, weight_bytes: int) -> Path:
 
     Args:
         engines: that get them at the same time.
-        weight_bytes: of one version.
 
     Returns:
         The first of the two that has room, without what dead runs have left.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_tropd.base.errors import TrainingError
-from megatron_tropd.rollout.collective import run_everywhere
+from megatron_tropd.data.collective import run_everywhere
 from megatron_tropd.rollout.weights.interface import NamedTensor
 from megatron_tropd.rollout.weights.mailbox import write_buckets
 

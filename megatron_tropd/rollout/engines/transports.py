@@ -109,9 +109,6 @@ class DeviceTransport:
 
         Args:
             groups: ranks of each engine's GPUs, by the rank that owns it (:func:`device_groups`).
-            rank: of this process.
-            uuid: of its GPU.
-            device: that GPU.
             export: what another process needs to open a tensor (:func:`export_by_ipc`).
             bucket_bytes: handed over at a time; a larger tensor alone.
         """
