@@ -293,15 +293,16 @@ def _mlp(w: Widths) -> float:
 
 
 def _adapter(w: Widths, layer: str, columns: float) -> float:
-    """Of an adapter's own: A x for the gradient of B, which of dropped inputs.
+    """An adapter's own: A x for the gradient of B, and a mask if inputs are dropped.
 
-    A x of sharded rows is that of all positions. ``columns``: those of x.
+    Beside sharded rows A x is that of all positions. ``columns``: those of x.
     """
     if w.lora is None or layer not in w.lora.targets:
         return 0.0
     dense = w.shape.experts is None or layer not in OF_EXPERTS
     sharded = w.sharded_hidden / w.hidden if dense and layer not in COLUMN_PARALLEL else 1.0
-    return sharded * w.lora.rank * w.element + (columns if w.lora.dropout else 0.0)
+    mask = w.element if w.layers == "cpu" else 1
+    return sharded * w.lora.rank * w.element + (columns * mask if w.lora.dropout else 0.0)
 
 
 def _mixture(w: Widths, experts: Experts) -> float:
