@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from megatron_tropd.base.errors import InputError, TrainingError
@@ -102,7 +102,9 @@ def _write_adapter(stream: Stream, config: dict[str, Any], out: Path) -> None:
     tensors = {name: tensor.cpu() for name, tensor in stream if tensor is not None}
     with publishing(out, force=True) as folder:
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
-        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        # Not save_file, whose file nobody but its owner may read.
+        content = save(tensors, metadata={"format": "pt"})
+        (folder / "adapter_model.safetensors").write_bytes(content)
 
 
 def write_folder(

@@ -83,8 +83,9 @@ def repeated(run: PlannedRun) -> Repeated:
 
 def student_sums(run: PlannedRun) -> float:
     """Forward passes whose collectives equal those of the student's forward and backward."""
-    # Sharded inputs are gathered once more for the gradient of the weights.
-    return 2 + repeated(run).sums + (0.5 if run.parallel.sequence_parallel else 0)
+    # Sharded inputs are gathered once more for the gradient of weights that are trained.
+    gathered = run.parallel.sequence_parallel and run.lora is None
+    return 2 + repeated(run).sums + (0.5 if gathered else 0)
 
 
 def tensor_bytes(run: PlannedRun, model: Model, *, passes: float) -> float:
