@@ -79,6 +79,11 @@ class RunFolder:
         return self.root / "student_hf"
 
     @property
+    def adapter(self) -> Path:
+        """The trained adapters alone, as PEFT loads them; if the student has any."""
+        return self.root / "student_adapter"
+
+    @property
     def logs(self) -> Path:
         """What ranks and engines printed."""
         return self.root / "logs"

@@ -27,7 +27,8 @@ from megatron_tropd.convert.ops import (
 
 COLUMN_PARALLEL = ("linear_qkv", "linear_fc1")
 """Layers whose rows are sharded, hence B; those of the others' columns are, hence A."""
-_OF_EXPERTS = ("linear_fc1", "linear_fc2")
+OF_EXPERTS = ("linear_fc1", "linear_fc2")
+"""Layers that a mixture has in its experts alone."""
 _PEFT = "base_model.model."
 """What PEFT puts before the name of a module."""
 
@@ -67,7 +68,7 @@ def check_lora(shape: ModelShape, lora: LoraConfig, *, grouped_experts: bool) ->
     Raises:
         ConfigError: it cannot.
     """
-    experts = [target for target in lora.targets if target in _OF_EXPERTS]
+    experts = [target for target in lora.targets if target in OF_EXPERTS]
     if shape.experts is not None and experts and grouped_experts:
         raise ConfigError(
             f"model.lora.targets: {' and '.join(experts)} of this mixture are grouped products "
@@ -105,17 +106,18 @@ def peft_config(hf_config: dict[str, Any], lora: LoraConfig, base: str) -> dict[
     Args:
         base: where the model without adapters is.
     """
-    names = [
-        name for entry in adapter_plan(hf_config, lora) for name in entry.operation.hf_shapes()
-    ]
+    entries = adapter_plan(hf_config, lora)
+    modules = {name.split(".")[-3] for entry in entries for name in entry.operation.hf_shapes()}
+    # PEFT refuses dropout beside experts, whose weights it holds in one parameter.
+    has_experts = any(entry.expert is not None for entry in entries)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": lora.rank,
         "lora_alpha": lora.alpha,
-        "lora_dropout": lora.dropout,
-        "target_modules": sorted(names),
+        "lora_dropout": 0.0 if has_experts else lora.dropout,
+        "target_modules": sorted(modules),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,

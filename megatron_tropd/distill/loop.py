@@ -21,7 +21,8 @@ from megatron_tropd.distill.step import StepResult, learn
 from megatron_tropd.distill.token_choices import loss_name
 from megatron_tropd.mcore import models
 from megatron_tropd.mcore.checkpoint import ANY_LAYOUT
-from megatron_tropd.mcore.export import save_hf
+from megatron_tropd.mcore.export import save_adapter, save_hf
+from megatron_tropd.mcore.lora import LoraModel
 
 
 def train(folder: RunFolder, *, console: IO[str], stop: StopFlag, progress: Progress) -> None:
@@ -216,6 +217,9 @@ def finish(run: Session) -> None:
     save(run, wait=True)
     with run.reporter.clock("export"):
         export_student(run, run.folder.student)
+        student = run.parts.student.model
+        if isinstance(student, LoraModel):
+            save_adapter(student, run.hf_folders["student"], run.folder.adapter)
     if run.layout.is_main:
         write_json(run.folder.summary, summary(run))
     dist.barrier()

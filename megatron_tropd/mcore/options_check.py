@@ -13,6 +13,7 @@ from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.config import Config
 from megatron_tropd.config.megatron import MegatronConfig
 from megatron_tropd.config.megatron_fields import Table, verdicts
+from megatron_tropd.convert.adapters import check_lora
 from megatron_tropd.convert.families import model_shape
 from megatron_tropd.mcore import models, platform
 from megatron_tropd.mcore.options import ddp_config, optimizer_config, typed
@@ -70,6 +71,10 @@ def check_options(
             "megatron.optimizer.apply_wd_to_qk_layernorm is for models that normalise queries and "
             "keys, and the student has no such norms. Remove it."
         )
+    if config.model.lora is not None:
+        grouped = bool(built.moe_grouped_gemm)
+        check_lora(model_shape(student), config.model.lora, grouped_experts=grouped)
+        _check_frozen_weights(megatron.optimizer)
     for frozen in (teacher, reference):
         if frozen is not None and config.loads_teacher:
             _built("teacher", frozen, config, dtype)
@@ -198,6 +203,21 @@ def _check_overlap(config: Config) -> None:
             "megatron.ddp.overlap_param_gather needs megatron.ddp.overlap_grad_reduce = true, "
             "whose buckets it gathers, found false. Change one of the two."
         )
+
+
+def _check_frozen_weights(optimizer: dict[str, Any]) -> None:
+    """Refuse what is for weights that a student with adapters does not train."""
+    about = {
+        "decoupled_lr": "embedding and output layer",
+        "decoupled_min_lr": "embedding and output layer",
+        "apply_wd_to_qk_layernorm": "norms of queries and keys",
+    }
+    for name, weights in about.items():
+        if optimizer.get(name):
+            raise ConfigError(
+                f"megatron.optimizer.{name} is for {weights}, which [model.lora] freezes. Remove "
+                "one of the two."
+            )
 
 
 def _check_offloading(megatron: MegatronConfig, dtype: torch.dtype) -> None:

@@ -6,6 +6,7 @@ all-gather half of that.
 
 from dataclasses import dataclass
 
+from megatron_tropd.convert.adapters import COLUMN_PARALLEL, OF_EXPERTS
 from megatron_tropd.convert.sizes import stage_sizes
 from megatron_tropd.planning.parameters import PlannedModel
 from megatron_tropd.planning.planned_run import PlannedRun
@@ -45,7 +46,8 @@ def communication(run: PlannedRun) -> Communication:
     ways = 2 if run.through_folder else 1
     return Communication(
         tensor_teacher=sum(tensor_bytes(run, model, passes=1) for model in frozen),
-        tensor_student=tensor_bytes(run, student, passes=passes - 2 + student_sums(run)),
+        tensor_student=tensor_bytes(run, student, passes=passes - 2 + student_sums(run))
+        + adapter_bytes(run, passes=passes - 2 + repeated(run).sums),
         expert_teacher=sum(sum(expert_bytes(run, model, passes=1)) for model in frozen),
         expert_student=sum(expert_bytes(run, student, passes=passes + again.routes)),
         pipeline_teacher=sum(pipeline_bytes(run, model, passes=1) for model in frozen),
@@ -81,8 +83,9 @@ def repeated(run: PlannedRun) -> Repeated:
 
 def student_sums(run: PlannedRun) -> float:
     """Forward passes whose collectives equal those of the student's forward and backward."""
-    # Sharded inputs are gathered once more for the gradient of the weights.
-    return 2 + repeated(run).sums + (0.5 if run.parallel.sequence_parallel else 0)
+    # Sharded inputs are gathered once more for the gradient of weights that are trained.
+    gathered = run.parallel.sequence_parallel and run.lora is None
+    return 2 + repeated(run).sums + (0.5 if gathered else 0)
 
 
 def tensor_bytes(run: PlannedRun, model: PlannedModel, *, passes: float) -> float:
@@ -95,6 +98,26 @@ def tensor_bytes(run: PlannedRun, model: PlannedModel, *, passes: float) -> floa
     one = run.work.positions * model.shape.hidden * run.element
     sums = 1 if model.shape.experts else 2
     return passes * layers * sums * 2 * one * (t - 1) / t
+
+
+def adapter_bytes(run: PlannedRun, *, passes: float) -> float:
+    """What goes between A and B of the adapters: rank columns, once a target, there or back.
+
+    Of rows that are sharded the gradient is summed, of columns the product; under sequence
+    parallelism it is gathered and scattered, which sends as much.
+
+    Args:
+        passes: forward passes beside the student's own.
+    """
+    if run.lora is None:
+        return 0.0
+    t = run.parallel.tensor
+    layers = -(-run.student.shape.layers // run.parallel.pipeline)
+    experts = OF_EXPERTS if run.student.shape.experts else ()
+    dense = [name for name in run.lora.targets if name not in experts]
+    forward = [name for name in dense if name not in COLUMN_PARALLEL]
+    one = run.work.positions * run.lora.rank * run.element * 2 * (t - 1) / t
+    return layers * one * (len(dense) + passes * len(forward))
 
 
 def expert_bytes(run: PlannedRun, model: PlannedModel, *, passes: float) -> tuple[float, float]:
@@ -124,14 +147,14 @@ def pipeline_bytes(run: PlannedRun, model: PlannedModel, *, passes: float) -> fl
 
 def data_bytes(run: PlannedRun, stage: int) -> float:
     """Gradients over the replicas; with the distributed optimizer, new weights back."""
-    held, p = run.parameters_of(run.student, stage), run.parallel
+    held, p = run.trained_of(stage), run.parallel
     return _reduced(run, held.dense, p.data) + _reduced(run, held.experts, p.expert_replicas)
 
 
 def tied_embedding_bytes(run: PlannedRun) -> float:
     """One float32 all-reduce of the embedding's shard over two ranks."""
     shape, p = run.student.shape, run.parallel
-    if not shape.tied or p.pipeline == 1:
+    if not shape.tied or p.pipeline == 1 or run.lora:
         return 0.0
     return float(_FLOAT32 * run.vocab_shard * shape.hidden)
 

@@ -128,16 +128,16 @@ class Memory:
 
 def memory_of_stage(run: PlannedRun, stage: int) -> Memory:
     """Every item on a GPU of a pipeline stage."""
-    student = run.parameters_of(run.student, stage)
+    trained = run.trained_of(stage)
     last = stage == run.last_stage
     engine = EngineMemory(0.0, 0.0, 0.0, 0.0) if run.separate else engine_memory(run)
     scores = last and run.config.loss.needs_student_pass
     passes = activations(run, stage)
     return Memory(
         stage=stage,
-        weights=student.total * run.element,
-        gradients=student.total * run.gradient_element,
-        optimizer=optimizer_bytes(run, student),
+        weights=run.student_of(stage) * run.element,
+        gradients=trained.total * run.gradient_element,
+        optimizer=optimizer_bytes(run, trained),
         teacher_weights=sum(run.parameters_of(m, stage).total for m in run.frozen) * run.element,
         teacher_hidden=sum(_hidden_states(run, m) for m in run.frozen) if last else 0.0,
         teacher_forward=max(_working_set(run, m) for m in run.frozen),
@@ -150,9 +150,9 @@ def memory_of_stage(run: PlannedRun, stage: int) -> Memory:
         engine_workspace=engine.workspace,
         kv_cache=engine.cache,
         engine_asleep=engine.asleep,
-        update=_update_bytes(run, student),
+        update=_update_bytes(run, trained),
         export=_export_bytes(run, stage),
-        saving=_saving_bytes(run, student, stage),
+        saving=_saving_bytes(run, trained, stage),
     )
 
 
@@ -227,7 +227,7 @@ def offloaded_parameters(run: PlannedRun) -> float:
     """Of those of the first stage, how many the host updates; a CPU offloads nothing."""
     if run.hardware.layers == "cpu":
         return 0.0
-    return run.options.states.on_host * updated_parameters(run, run.parameters_of(run.student, 0))
+    return run.options.states.on_host * updated_parameters(run, run.trained_of(0))
 
 
 def loss_bytes(run: PlannedRun) -> float:
@@ -235,12 +235,14 @@ def loss_bytes(run: PlannedRun) -> float:
 
     Logits of all models in float32 for a chunk of tokens and the gradient of bfloat16, within a
     budget (twice the chunks if collectives overlap); the student's hidden states [T, H] and, in
-    float32, their gradient; the output layer's gradient [v, H] in float32; per-token values.
+    float32, their gradient; the output layer's gradient [v, H] in float32, unless that layer is
+    frozen; per-token values.
     """
     tokens, shard = run.work.most_loss_tokens, run.vocab_shard
     hidden = run.student.shape.hidden
     values = 4 * _VALUES_OF_A_TOKEN * tokens
-    gradients = hidden * (tokens * (run.element + _FLOAT32) + shard * _FLOAT32)
+    of_layer = 0 if run.lora else shard * _FLOAT32
+    gradients = hidden * (tokens * (run.element + _FLOAT32) + of_layer)
     return chunk_bytes(run, tokens) + candidate_bytes(run, tokens) + gradients + values
 
 
@@ -334,6 +336,8 @@ def largest_buckets(run: PlannedRun, held: RankParameters, stage: int) -> tuple[
     p, shape = run.parallel, run.student.shape
     embedding = run.vocab_shard * shape.hidden
     shared = shape.tied and p.pipeline > 1 and stage in (0, run.last_stage)
+    if run.lora:
+        embedding, shared = 0, False
     alone = embedding if shared else 0
     dense, experts = float(held.dense - alone), float(held.experts)
     if run.options.overlap_gradients and stage == 0:
@@ -404,15 +408,15 @@ def saving_host_bytes(run: PlannedRun) -> float:
     replicas (``checkpoint_sharding = "fully_reshardable"``, as at least the last save is).
     """
     ranks = min(run.hardware.gpus_per_node, run.parallel.world_size)
-    held = run.parameters_of(run.student, 0)
+    held = run.trained_of(0)
     states = 3 * _FLOAT32 if run.parallel.distributed_optimizer else 0
     return ranks * held.total * float(states + run.element)
 
 
 def checkpoint_bytes(run: PlannedRun) -> float:
-    """About what one checkpoint takes on disk: the student's weights and optimizer states."""
+    """About what one checkpoint takes on disk: what is trained, and its optimizer states."""
     states = 12 if run.element == 2 else 8
-    return run.student.parameters * (run.element + states)
+    return run.trained * (run.element + states)
 
 
 def _hidden_states(run: PlannedRun, model: PlannedModel) -> float:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from megatron_tropd.config import LoraConfig
 from megatron_tropd.convert.families import describe
 from megatron_tropd.planning.estimate import Estimate, layout_name, slow_phases
 from megatron_tropd.planning.memory import (
@@ -87,6 +88,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
             model.who: {"parameters": model.parameters, "describe": describe(model.config)}
             for model in run.models
         },
+        "trained_parameters": run.trained,
         "hardware": asdict(run.hardware),
         "step": asdict(run.work),
         "asked": _estimate_json(plan.asked),
@@ -134,6 +136,7 @@ def _heading(run: PlannedRun) -> str:
     return _lines(
         [
             *[(model.who, describe(model.config)) for model in run.models],
+            *([("adapters", _adapters(run, run.lora))] if run.lora else []),
             ("cluster", _cluster(run)),
             ("rates", rates),
             ("step", step),
@@ -141,6 +144,14 @@ def _heading(run: PlannedRun) -> str:
             *[("unknown", _UNKNOWN.format(", ".join(run.options.uncounted)))]
             * bool(run.options.uncounted),
         ]
+    )
+
+
+def _adapters(run: PlannedRun, lora: LoraConfig) -> str:
+    share = 100 * run.trained / run.student.parameters
+    return (
+        f"rank {lora.rank} beside {', '.join(lora.targets)}: {run.trained:,} parameters are "
+        f"trained, {share:.2g} % of the student's, which are frozen"
     )
 
 

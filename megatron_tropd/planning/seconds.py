@@ -104,9 +104,9 @@ def layer_seconds(run: PlannedRun, model: PlannedModel, positions: float) -> flo
 
 
 def loss_flops(run: PlannedRun, tokens: float) -> float:
-    """Logits of all models, gradients of the student's hidden states and output layer."""
+    """Logits of all models, gradients of the student's hidden states and trained output layer."""
     student, frozen = run.student.shape.hidden, sum(m.shape.hidden for m in run.frozen)
-    return 2 * tokens * run.padded_vocab * (3 * student + frozen)
+    return 2 * tokens * run.padded_vocab * ((2 if run.lora else 3) * student + frozen)
 
 
 def pass_seconds(run: PlannedRun, model: PlannedModel, *, backward: bool) -> float:
@@ -119,7 +119,8 @@ def pass_seconds(run: PlannedRun, model: PlannedModel, *, backward: bool) -> flo
     m = work.micro_batches
     stages = stage_sizes(model.shape.layers, p.pipeline)
     one_layer = layer_seconds(run, model, work.positions / m)
-    each = 3 + repeated_products(run) if backward else 1
+    # Frozen weights have no gradients, and adapters' products are few.
+    each = (2 if run.lora else 3) + repeated_products(run) if backward else 1
     products = [each * layers * one_layer for layers in stages]
     if backward:
         products[-1] += loss_flops(run, work.loss_tokens / m) / hardware.flops
@@ -188,7 +189,7 @@ def optimizer_seconds(run: PlannedRun) -> float:
     Before it, gradients are cleared and their norm is taken. What the host updates goes there as
     float32 gradients and comes back as float32 weights.
     """
-    hardware, held = run.hardware, run.parameters_of(run.student, 0)
+    hardware, held = run.hardware, run.trained_of(0)
     away = offloaded_parameters(run)
     updated = updated_parameters(run, held) - away
     on_gpu = (2 * run.gradient_element * held.total + 30 * updated) / hardware.memory_bandwidth
