@@ -28,6 +28,7 @@ TRAIN = TrainConfig(steps=9999, lr=1e-30, tokens_per_micro_batch=128)
 TOP_K = 16
 MASKED = tuple(range(40, 140))
 """Left out by one method: tokens that the files have."""
+REFERENCED = ("delta", "erpd")
 SHARDS = (recorded_trajectories(0, count=7), recorded_trajectories(1))
 """Seven rows are no multiple of two replicas."""
 # Largest difference of a loss or a gradient norm, in parts of it.
@@ -70,28 +71,47 @@ def _numbers(parts: Any, method: str, step: int) -> dict[str, float]:
     return {name: found[name] for name in names if found[name] is not None}
 
 
-def compare(student: str, teacher: str, out: str) -> None:
+def compare(student: str, teacher: str, other: str, out: str) -> None:
     """Every layout of two ranks in one spawn."""
     import torch.distributed as dist
 
+    from megatron_tropd.convert.hf_folder import HFFolder
     from megatron_tropd.mcore import platform
+    from megatron_tropd.mcore.frozen import frozen_model
+    from megatron_tropd.mcore.models import padded_vocab_size
     from megatron_tropd.teacher.cached import CachedTeacher
     from megatron_tropd.teacher.cached.files import TeacherCache
+    from megatron_tropd.teacher.resident import ResidentTeacher
 
     dist.init_process_group(platform.distributed_backend())
     before: str | None = None
     worst: dict[str, float] = {}
     for layout, sizes in LAYOUTS.items():
         parts = build_parts(student, teacher, sizes, TRAIN, preset("opd"), metrics=True)
+        # The teacher's reference: here another student.
+        reference = frozen_model(
+            HFFolder(Path(other)),
+            layout=parts.ranks,
+            parallel=sizes,
+            dtype=torch.float32,
+            padded_vocab_size=padded_vocab_size(HFFolder(Path(other)).config, tensor=2),
+            vocab_size=parts.vocab_size,
+        )
+        alone, both = parts.teacher, ResidentTeacher(*parts.teacher.scorers, reference)
+        parts = replace(parts, teacher=both)
         for dtype in TOLERANCE:
             _score(parts, Path(out, f"{layout}-{dtype}"), dtype)
         methods = methods_for(TopKSignal) if layout == "tp2" else ["tropd", "entropy_opd"]
         cases = [(method, layout, "float32") for method in methods]
         cases += [(method, layout, "bfloat16") for method in ("tropd", "local_support")]
+        cases += [(method, layout, "float32") for method in REFERENCED]
         cases += [("tropd", before, "float32")] if before else []
         for method, scored, dtype in cases:
             folder = Path(out, f"{scored}-{dtype}")
-            cached = replace(parts, teacher=CachedTeacher(TeacherCache(folder)))
+            referenced = method in REFERENCED
+            parts = replace(parts, teacher=both if referenced else alone)
+            read_from = CachedTeacher(TeacherCache(folder), referenced=referenced)
+            cached = replace(parts, teacher=read_from)
             for step in range(2):
                 resident = _numbers(parts, method, step)
                 read = _numbers(cached, method, step)
@@ -112,7 +132,8 @@ def compare(student: str, teacher: str, out: str) -> None:
 def test_losses_and_gradients_are_those_of_the_resident_teacher(tmp_path: Path, tiny_model: Any):
     student = tiny_model("llama", tie_word_embeddings=True)
     teacher = tiny_model("qwen3", hidden_size=96, num_hidden_layers=4, seed=5)
-    run_with_env(2, compare, str(student), str(teacher), str(tmp_path))
+    other = tiny_model("llama", tie_word_embeddings=True, seed=9)
+    run_with_env(2, compare, str(student), str(teacher), str(other), str(tmp_path))
 
 
 def test_what_works_with_the_most_likely_ids_is_known():
