@@ -204,12 +204,12 @@ def _check(
     cache: Path, sequences: list[TokenSequence] | None = None, teacher: Path | None = None
 ) -> None:
     check_cache(
-        _config(cache),
+        str(cache),
+        preset("opd"),
         HFFolder(teacher or PAIR / "teacher"),
-        None,
         load_tokenizer(PAIR / "student"),
         VOCAB,
-        [_sequences() if sequences is None else sequences],
+        recorded=[_sequences() if sequences is None else sequences],
     )
 
 

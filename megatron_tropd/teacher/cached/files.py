@@ -246,14 +246,14 @@ class TeacherCache:
         """Refuse the scores of another model, reference, tokenizer or vocabulary.
 
         Args:
-            expected: fields of :class:`CacheHeader`; a reference of None is not compared.
+            expected: fields of :class:`CacheHeader`; what is None is not compared.
 
         Raises:
             InputError: one differs; it is named.
         """
         for name, value in expected.items():
             found = getattr(self.header, name)
-            if value != found and not (name == "reference" and value is None):
+            if value is not None and value != found:
                 raise InputError(
                     f"{self.folder} holds scores of another {name.replace('_', ' ')}: expected "
                     f"{value!r}, found {found!r}. Name the cache of this one in teacher.cache, or "
