@@ -127,7 +127,15 @@ def load_inputs(config: Config) -> Inputs:
         _check_blend(config, student, teacher, prompts)
     recorded = load_recorded(config, prompts, tokenizer, vocab_size)
     if not config.loads_teacher:
-        check_cache(config, teacher, reference, tokenizer, vocab_size, recorded or [])
+        check_cache(
+            config.teacher.cache,
+            config.loss,
+            teacher,
+            tokenizer,
+            vocab_size,
+            reference=reference,
+            recorded=recorded or (),
+        )
     return Inputs(
         student=student,
         teacher=teacher,

@@ -38,7 +38,12 @@ from megatron_tropd.mcore import models, platform
 from megatron_tropd.mcore.layout import Layout
 from megatron_tropd.mcore.options_check import check_types
 from megatron_tropd.teacher import TeacherSource, TeacherStart, load_teacher
-from megatron_tropd.teacher.cached.digest import model_digest, rollouts_digest, scored_tokens
+from megatron_tropd.teacher.cached.digest import (
+    model_digest,
+    num_scored,
+    rollouts_digest,
+    scored_tokens,
+)
 from megatron_tropd.teacher.cached.files import (
     CacheHeader,
     check_header,
@@ -109,7 +114,7 @@ def header_of(config: Config, found: ToScore, shards: int) -> CacheHeader:
         dtype=config.teacher.cache_dtype,
         rollouts=rollouts_digest(found.sequences),
         sequences=len(found.sequences),
-        tokens=sum(int(scored_tokens(s).sum()) for s in found.sequences),
+        tokens=num_scored(found.sequences),
         shards=shards,
     )
 
@@ -130,45 +135,47 @@ def score(folder: RunFolder, *, console: IO[str], stop: StopFlag, progress: Prog
     config, began = folder.read_config(), time.monotonic()
     out = Path(str(config.teacher.cache))
     with ExitStack() as exits:
-        ranks = startup.join_ranks(config)
+        layout = startup.join_ranks(config)
         exits.push(startup.leave_ranks)
-        found = load_to_score(config)
         check_types(config.megatron)
+        found = load_to_score(config)
         shards = shards_of(found.sequences, SHARD_TOKENS)
         header = header_of(config, found, len(shards))
         check_header(out, header)
         dist.barrier()
-        if ranks.is_main:
+        if layout.is_main:
             write_header(out, header)
-        scorer = Scorer(config, found, ranks)
-        bar = exits.enter_context(
-            tqdm(
-                total=header.tokens,
-                desc="score",
-                unit="token",
-                unit_scale=True,
-                file=console,
-                disable=not ranks.is_main,
-            )
-        )
-        # The same on every rank: rank 0 looks.
-        there = [[shard_path(out, n).exists() for n in range(len(shards))]]
-        dist.broadcast_object_list(there, src=0)
-        for number, rows in enumerate(shards):
-            sequences = found.sequences[rows.start : rows.stop]
-            if not there[0][number]:
+        bar = exits.enter_context(_bar(header.tokens, console, layout))
+        scorer = _scorer(config, found, layout)
+        for number, there in enumerate(_there(out, len(shards))):
+            sequences = [found.sequences[row] for row in shards[number]]
+            progress.enter(f"shard {number}")
+            if not there:
                 if stopping(stop):
                     return
-                progress.enter(f"shard {number}")
                 columns = scorer.score(sequences)
                 if columns is not None:
                     write_shard(shard_path(out, number), sequences, columns)
-                progress.step += 1
-            bar.update(sum(int(scored_tokens(s).sum()) for s in sequences))
+            progress.step += 1
+            bar.update(num_scored(sequences))
         dist.barrier()
-        if ranks.is_main:
+        if layout.is_main:
             write_json(folder.summary, _summary(out, header, time.monotonic() - began))
         dist.barrier()
+
+
+def _bar(tokens: int, console: IO[str], layout: Layout) -> Any:
+    hidden = not layout.is_main
+    return tqdm(
+        total=tokens, desc="score", unit="token", unit_scale=True, file=console, disable=hidden
+    )
+
+
+def _there(out: Path, shards: int) -> list[bool]:
+    """Which shards are complete: the same on every rank, for rank 0 looks."""
+    told = [[shard_path(out, number).exists() for number in range(shards)]]
+    dist.broadcast_object_list(told, src=0)
+    return told[0]
 
 
 def _summary(out: Path, header: CacheHeader, seconds: float) -> dict[str, Any]:
@@ -184,23 +191,16 @@ def _summary(out: Path, header: CacheHeader, seconds: float) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
 class Scorer:
-    """The resident teacher on this rank, and what is kept of what it says."""
+    """A resident teacher on this rank, and what is kept of what it says."""
 
-    def __init__(self, config: Config, found: ToScore, ranks: Layout) -> None:
-        """Build the models; collective."""
-        self._config, self._ranks, self._found = config, ranks, found
-        self._teacher: TeacherSource = load_teacher(config.teacher.placement)(
-            TeacherStart(
-                config,
-                found.folders["teacher"],
-                ranks,
-                models.resolve_dtype(config.model.dtype),
-                models.padded_vocab_size(*found.vocab_configs, tensor=ranks.tp_size),
-                found.vocab_size,
-                found.folders.get("reference"),
-            )
-        )
+    teacher: TeacherSource
+    layout: Layout
+    top_k: int
+    dtype: torch.dtype
+    """Of the top-k log-probs."""
+    tokens_per_micro_batch: int
 
     def score(self, sequences: Sequence[TokenSequence]) -> dict[str, Tensor] | None:
         """Score some sequences; collective.
@@ -209,49 +209,47 @@ class Scorer:
             Name of a column -> a row for each scored token, in order, on the one rank that is to
             write them; None elsewhere.
         """
-        ranks, config = self._ranks, self._config
-        batches = [ranks.local(b).to(platform.device()) for b in self._packed(sequences)]
-        signals = self._teacher.signals(batches)
-        if not ranks.is_last_stage:
+        layout = self.layout
+        batches = [layout.local(b).to(platform.device()) for b in self._packed(sequences)]
+        signals = self.teacher.signals(batches)
+        if not layout.is_last_stage:
             return None
         scored = [self._columns(*each) for each in zip(batches, signals, strict=True)]
-        if ranks.tp_rank:
+        if layout.tp_rank:
             return None  # the same as on the first
-        parts = _gathered(scored, ranks)
+        parts = _gathered(scored, layout)
         if parts is None:
             return None
         columns = _in_order(parts, len(sequences))
-        kept = getattr(torch, config.teacher.cache_dtype)
-        return columns | {"topk_logprobs": columns["topk_logprobs"].to(kept)}
+        return columns | {"topk_logprobs": columns["topk_logprobs"].to(self.dtype)}
 
     def _packed(self, sequences: Sequence[TokenSequence]) -> list[MicroBatch]:
         """Pack with every written token as a loss token, whatever a loss will make of it."""
-        ranks, config = self._ranks, self._config
+        layout = self.layout
         weighed = [s.replace(weight_N=scored_tokens(s).astype(np.float32)) for s in sequences]
         # Every replica needs as many rows: the last sequence again, dropped afterwards.
-        weighed += weighed[-1:] * (-len(weighed) % ranks.dp_size)
+        weighed += weighed[-1:] * (-len(weighed) % layout.dp_size)
         return pack(
             weighed,
-            dp_rank=ranks.dp_rank,
-            dp_size=ranks.dp_size,
-            tokens_per_micro_batch=config.train.tokens_per_micro_batch,
-            pad_multiple=ranks.pad_multiple,
-            rounded_to=ranks.row_multiple,
+            dp_rank=layout.dp_rank,
+            dp_size=layout.dp_size,
+            tokens_per_micro_batch=self.tokens_per_micro_batch,
+            pad_multiple=layout.pad_multiple,
+            rounded_to=layout.row_multiple,
             seed=0,
             step=0,
         )
 
     def _columns(self, batch: MicroBatch, signal: Any) -> dict[str, Tensor]:
         """What is kept of a micro-batch, and which sequence and position each row is of."""
-        ids_T, k, group = batch.of_loss_tokens(batch.labels), self._config.cached_top_k, None
-        group = self._ranks.tp_group
+        ids_T, group = batch.of_loss_tokens(batch.labels), self.layout.tp_group
         reference = {}
         if isinstance(signal, ReferencedSignal):
             said = top_k_of(signal.reference, ids_T, 1, group=group)
             reference = {"reference_logprobs": said["sampled_logprobs"]}
             signal = signal.teacher
         columns = {
-            **top_k_of(signal, ids_T, k, group=group),
+            **top_k_of(signal, ids_T, self.top_k, group=group),
             **reference,
             "row": batch.loss_rows,
             "position": batch.of_loss_tokens(batch.response_positions),
@@ -259,13 +257,33 @@ class Scorer:
         return {name: column.cpu() for name, column in columns.items()}
 
 
-def _gathered(scored: list[dict[str, Tensor]], ranks: Layout) -> list[dict[str, Tensor]] | None:
+def _scorer(config: Config, found: ToScore, layout: Layout) -> Scorer:
+    """Build the teacher, and its reference, as a run with a resident one does; collective."""
+    start = TeacherStart(
+        config,
+        found.folders["teacher"],
+        layout,
+        models.resolve_dtype(config.model.dtype),
+        models.padded_vocab_size(*found.vocab_configs, tensor=layout.tp_size),
+        found.vocab_size,
+        found.folders.get("reference"),
+    )
+    return Scorer(
+        load_teacher(config.teacher.placement)(start),
+        layout,
+        config.cached_top_k,
+        getattr(torch, config.teacher.cache_dtype),
+        config.train.tokens_per_micro_batch,
+    )
+
+
+def _gathered(scored: list[dict[str, Tensor]], layout: Layout) -> list[dict[str, Tensor]] | None:
     """The micro-batches of all replicas on the first of them; None elsewhere."""
-    group = ranks.loss_group
+    group = layout.loss_group
     if group.size() == 1:
         return scored
     first = dist.get_global_rank(group, 0)
-    parts: list[Any] | None = [None] * group.size() if ranks.rank == first else None
+    parts: list[Any] | None = [None] * group.size() if layout.rank == first else None
     dist.gather_object(scored, parts, dst=first, group=group)
     return None if parts is None else [batch for part in parts for batch in part]
 

@@ -8,6 +8,7 @@ trainer computes. A separate one has GPUs of its own, which hold nothing else.
 
 from dataclasses import dataclass
 
+from megatron_tropd.config.teacher_cache import signal_bytes_per_token
 from megatron_tropd.planning.activations import activations, widths
 from megatron_tropd.planning.parameters import PlannedModel, RankParameters
 from megatron_tropd.planning.planned_run import PlannedRun
@@ -64,7 +65,8 @@ class Memory:
     teacher_weights: float
     """Of the teacher and its reference, as the next two."""
     teacher_hidden: float
-    """Hidden states of the whole step, kept until the student has learned."""
+    """Hidden states of the whole step, or a cached teacher's most likely ids with their log-probs,
+    kept until the student has learned."""
     teacher_forward: float
     """While one of the two scores one micro-batch."""
     student_hidden: float
@@ -139,8 +141,8 @@ def memory_of_stage(run: PlannedRun, stage: int) -> Memory:
         gradients=trained.total * run.gradient_element,
         optimizer=optimizer_bytes(run, trained),
         teacher_weights=sum(run.parameters_of(m, stage).total for m in run.frozen) * run.element,
-        teacher_hidden=sum(_hidden_states(run, m) for m in run.frozen) if last else 0.0,
-        teacher_forward=max(_working_set(run, m) for m in run.frozen),
+        teacher_hidden=_signals(run) if last else 0.0,
+        teacher_forward=max((_working_set(run, m) for m in run.frozen), default=0.0),
         student_hidden=_hidden_states(run, run.student) if scores else 0.0,
         activations=passes.kept,
         recomputed=passes.recomputed,
@@ -417,6 +419,14 @@ def checkpoint_bytes(run: PlannedRun) -> float:
     """About what one checkpoint takes on disk: what is trained, and its optimizer states."""
     states = 12 if run.element == 2 else 8
     return run.trained * (run.element + states)
+
+
+def _signals(run: PlannedRun) -> float:
+    """What the teacher says of a whole step."""
+    if run.frozen:
+        return sum(_hidden_states(run, model) for model in run.frozen)
+    each = signal_bytes_per_token(run.config.cached_top_k, reference=run.reference is not None)
+    return float(run.work.step_loss_tokens * each)
 
 
 def _hidden_states(run: PlannedRun, model: PlannedModel) -> float:

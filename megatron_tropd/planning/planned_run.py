@@ -36,8 +36,14 @@ class PlannedRun:
 
     @property
     def frozen(self) -> tuple[PlannedModel, ...]:
-        """The models that only score: the teacher and its reference."""
-        return (self.teacher,) if self.reference is None else (self.teacher, self.reference)
+        """The models that only score: the teacher and its reference; none if both are cached."""
+        return self.named[1:] if self.config.loads_teacher else ()
+
+    @property
+    def named(self) -> tuple[PlannedModel, ...]:
+        """All models that the config names."""
+        others = () if self.reference is None else (self.reference,)
+        return self.student, self.teacher, *others
 
     @property
     def models(self) -> tuple[PlannedModel, ...]:
@@ -47,7 +53,7 @@ class PlannedRun:
     @property
     def padded_vocab(self) -> int:
         """Rows of all models' embeddings."""
-        return _padded_vocab(tuple(m.key for m in self.models), self.parallel.tensor)
+        return _padded_vocab(tuple(m.key for m in self.named), self.parallel.tensor)
 
     @property
     def vocab_shard(self) -> int:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_tropd.config import Config
+from megatron_tropd.config import LossSettings
 from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.convert.megatron_folder import MegatronFolder
 from megatron_tropd.data.batch import MicroBatch, upload
@@ -21,6 +21,17 @@ from megatron_tropd.teacher.cached.files import TeacherCache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from megatron_tropd.mcore.layout import Layout
+
+
+def open_cache(path: str | None, layout: "Layout") -> TeacherCache | None:
+    """Open a cache on the last stages, and say so in the log; None elsewhere."""
+    if not layout.is_last_stage:
+        return None
+    cache = TeacherCache(Path(str(path)))
+    print(f"teacher: {cache.describe()}; no model of it is loaded", flush=True)
+    return cache
 
 
 class CachedTeacher:
@@ -41,7 +52,11 @@ class CachedTeacher:
 
     def begin(self, step: int, sequences: Sequence[TokenSequence]) -> None:
         """Keep the step's sequences, which micro-batches name by their places."""
-        self._sequences = dict(enumerate(sequences))
+        self.know(dict(enumerate(sequences)))
+
+    def know(self, sequences: Mapping[int, TokenSequence]) -> None:
+        """Keep the sequences of this rank's rows alone, by the numbers in ``MicroBatch.rows``."""
+        self._sequences = sequences
 
     def signals(self, batches: Sequence[MicroBatch]) -> list[TopKSignal]:
         """Look up every loss token; collectives: none."""
@@ -84,28 +99,39 @@ def _scored_response(sequence: TokenSequence) -> Any:
 
 
 def check_cache(
-    config: Config,
+    path: str | None,
+    loss: LossSettings,
     teacher: HFFolder | MegatronFolder,
-    reference: HFFolder | MegatronFolder | None,
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: "PreTrainedTokenizerBase | None",
     vocab_size: int,
-    recorded: Sequence[Sequence[TokenSequence]],
+    *,
+    reference: HFFolder | MegatronFolder | None = None,
+    recorded: Sequence[Sequence[TokenSequence]] = (),
 ) -> None:
     """Refuse a cache that is not of this run, before anything starts.
+
+    Args:
+        path: of the cache.
+        loss: of the run.
+        teacher: whose scores are wanted.
+        tokenizer: of the run; None: it cannot be compared.
+        vocab_size: columns that are real in all models.
+        reference: of the teacher, if the loss reads it.
+        recorded: what will be asked for, as far as it is known.
 
     Raises:
         InputError: it is missing, not complete, or of another teacher, reference, tokenizer,
             vocabulary or sequence, which is named.
         ConfigError: the loss needs more ids of each token.
     """
-    cache = TeacherCache(Path(str(config.teacher.cache)))
+    cache = TeacherCache(Path(str(path)))
     cache.check_models(
         teacher=model_digest(teacher),
         reference=None if reference is None else model_digest(reference),
-        tokenizer=fingerprint(tokenizer),
+        tokenizer=None if tokenizer is None else fingerprint(tokenizer),
         vocab_size=vocab_size,
     )
-    cache.check_top_k(config.loss.needs.top_k, config.loss.method_name())
+    cache.check_top_k(loss.needs.top_k, loss.method_name())
     for group in recorded:
         for sequence in group:
             cache.find(sequence)
@@ -115,11 +141,8 @@ class _OfRun(CachedTeacher):
     """The cached teacher that a run's config names."""
 
     def __init__(self, start: TeacherStart) -> None:
-        """Open the cache; the last stages alone."""
-        cache = None
-        if start.layout.is_last_stage:
-            cache = TeacherCache(Path(str(start.config.teacher.cache)))
-            print(f"teacher: {cache.describe()}; no model of it is loaded", flush=True)
+        """Open its cache."""
+        cache = open_cache(start.config.teacher.cache, start.layout)
         super().__init__(cache, referenced=start.reference is not None)
 
 

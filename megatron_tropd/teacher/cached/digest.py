@@ -48,6 +48,11 @@ def scored_tokens(sequence: TokenSequence) -> NDArray[np.bool_]:
     return np.asarray(sequence.writer_N != Writer.CONTEXT)
 
 
+def num_scored(sequences: Iterable[TokenSequence]) -> int:
+    """Count the scored tokens."""
+    return sum(int(scored_tokens(sequence).sum()) for sequence in sequences)
+
+
 def sequence_digest(sequence: TokenSequence) -> bytes:
     """Hash the ids, and which of them are scored; 16 bytes."""
     digest = hashlib.blake2b(sequence.ids_N.tobytes(), digest_size=SEQUENCE_BYTES)

@@ -34,7 +34,7 @@ from megatron_tropd.base.files import patiently, write_json
 from megatron_tropd.base.text_files import read_json_object
 from megatron_tropd.convert.safetensors_file import SafetensorsFile
 from megatron_tropd.data.sequence import TokenSequence
-from megatron_tropd.teacher.cached.digest import scored_tokens, sequence_digest
+from megatron_tropd.teacher.cached.digest import num_scored, scored_tokens, sequence_digest
 
 FORMAT = "tropd-teacher-1"
 HEADER = "cache.json"
@@ -78,7 +78,7 @@ def shards_of(sequences: Sequence[TokenSequence], most_tokens: int) -> list[rang
     """Cut a list into shards of whole sequences, at most so many scored tokens each if they can."""
     found, start, tokens = [], 0, 0
     for index, sequence in enumerate(sequences):
-        count = int(scored_tokens(sequence).sum())
+        count = num_scored([sequence])
         if index > start and tokens + count > most_tokens:
             found.append(range(start, index))
             start, tokens = index, 0
@@ -246,14 +246,14 @@ class TeacherCache:
         """Refuse the scores of another model, reference, tokenizer or vocabulary.
 
         Args:
-            expected: fields of :class:`CacheHeader`; a reference of None is not compared.
+            expected: fields of :class:`CacheHeader`; what is None is not compared.
 
         Raises:
             InputError: one differs; it is named.
         """
         for name, value in expected.items():
             found = getattr(self.header, name)
-            if value != found and not (name == "reference" and value is None):
+            if value is not None and value != found:
                 raise InputError(
                     f"{self.folder} holds scores of another {name.replace('_', ' ')}: expected "
                     f"{value!r}, found {found!r}. Name the cache of this one in teacher.cache, or "
