@@ -383,6 +383,11 @@ class TeacherConfig(Settings, section="teacher"):
     """Folder of a second frozen model, which the teacher is measured against by the losses that
     need one (docs/losses.md); same tokenizer. "student": what the student starts from. None: no
     such model."""
+    offload: Literal["none", "host", "host_by_layer"] = "none"
+    """Where the resident teacher's layers (and its reference's) are while they do not score. none:
+    on the GPU. host: page-locked in the host's memory; all visit the GPU to score a step.
+    host_by_layer: the same, but they visit one after the other for each micro-batch, two at a time
+    (docs/planning.md says when). No number changes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -468,6 +473,7 @@ class Config(Settings):
             deterministic.check_options("model", self.megatron.model)
             deterministic.check_options("teacher", self.megatron.teacher)
         self._check_reference()
+        self._check_offload()
         self._check_recorded()
         samples = self.rollout.prompts_per_step * self.rollout.samples_per_prompt
         _require(
@@ -509,6 +515,22 @@ class Config(Settings):
             given is None or self.loss.needs.reference,
             f"teacher.reference = {given!r} would be loaded for nothing: loss.method = {name!r} "
             "does not read it. Leave it out, or choose a loss that does (exopd, delta, erpd).",
+        )
+
+    def _check_offload(self) -> None:
+        where = f"teacher.offload = {self.teacher.offload!r}"
+        is_set, source = self.teacher.offload != "none", self.teacher.source
+        _require(
+            not is_set or source == TeacherConfig.source or ":" in source,
+            f'{where} is for a model on the student\'s ranks, found teacher.source = "{source}". '
+            "Remove one of the two.",
+        )
+        scaled = [name for name in ("fp8", "fp4") if self.megatron.teacher.get(name)]
+        _require(
+            not is_set or not scaled,
+            f"{where} beside megatron.teacher.{''.join(scaled[:1])}: Transformer Engine keeps "
+            "copies of the weights in that type on the GPU, so it would gain little. Remove one of "
+            "the two.",
         )
 
     @property
