@@ -430,6 +430,11 @@ class TeacherConfig(Settings, section="teacher"):
     """Folder of a second frozen model, which the teacher is measured against by the losses that
     need one (docs/losses.md); same tokenizer. "student": what the student starts from. None: no
     such model."""
+    offload: Literal["none", "host", "host_by_layer"] = "none"
+    """Where the resident teacher's layers (and its reference's) are while they do not score. none:
+    on the GPU. host: page-locked in the host's memory; all visit the GPU to score a step.
+    host_by_layer: the same, but they visit one after the other for each micro-batch, two at a time
+    (docs/planning.md says when). No number changes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -515,6 +520,7 @@ class Config(Settings):
             deterministic.check_options("model", self.megatron.model)
             deterministic.check_options("teacher", self.megatron.teacher)
         self._check_reference()
+        self._check_offload()
         self._check_recorded()
         self._check_cached()
         samples = self.rollout.prompts_per_step * self.rollout.samples_per_prompt
@@ -583,6 +589,22 @@ class Config(Settings):
     def cached_top_k(self) -> int:
         """Ids of each token that ``tropd score`` keeps."""
         return self.teacher.cache_top_k or max(CACHED_TOP_K, self.loss.needs.top_k)
+
+    def _check_offload(self) -> None:
+        where = f"teacher.offload = {self.teacher.offload!r}"
+        is_set, source = self.teacher.offload != "none", self.teacher.placement
+        _require(
+            not is_set or source == TeacherConfig.placement or ":" in source,
+            f'{where} is for a model on the student\'s ranks, found teacher.placement = "{source}". '
+            "Remove one of the two.",
+        )
+        scaled = [name for name in ("fp8", "fp4") if self.megatron.teacher.get(name)]
+        _require(
+            not is_set or not scaled,
+            f"{where} beside megatron.teacher.{''.join(scaled[:1])}: Transformer Engine keeps "
+            "copies of the weights in that type on the GPU, so it would gain little. Remove one of "
+            "the two.",
+        )
 
     @property
     def reference(self) -> str | None:

@@ -81,6 +81,12 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
         help="the teacher's scores of --tropd-trajectories (tropd score); no teacher is loaded",
     )
     add(
+        "--tropd-teacher-offload",
+        choices=("host", "host_by_layer"),
+        help="keep the teacher's layers in the host's memory while it does not score, as "
+        "teacher.offload of a config (docs/planning.md)",
+    )
+    add(
         "--tropd-trajectories",
         metavar="FILE",
         help="recorded trajectories (tools/rollouts.py) to train on in place of --data-path",
@@ -399,6 +405,7 @@ def _build_teacher(
             dtype=args.params_dtype,
             padded_vocab_size=args.padded_vocab_size,
             vocab_size=_vocab_size(),
+            offload=args.tropd_teacher_offload or "none",
         )
     return ResidentTeacher(scorer)
 

@@ -63,12 +63,14 @@ class Memory:
     gradients: float
     optimizer: float
     teacher_weights: float
-    """Of the teacher and its reference, as the next two."""
+    """Of the teacher and its reference, as the next two: what is always on the GPU."""
     teacher_hidden: float
     """Hidden states of the whole step, or a cached teacher's most likely ids with their log-probs,
     kept until the student has learned."""
     teacher_forward: float
     """While one of the two scores one micro-batch."""
+    teacher_visiting: float
+    """Weights of one of the two that are on the GPU only while it scores, most at a time."""
     student_hidden: float
     """The student's own hidden states of the whole step, for losses that look at them first."""
     activations: float
@@ -91,6 +93,8 @@ class Memory:
     """Tensors on their way to the engine."""
     saving: float
     """Optimizer states on their way to a checkpoint."""
+    build: float
+    """All models before the first step: frozen ones go to the host once they are built."""
 
     @property
     def resident(self) -> float:
@@ -105,7 +109,7 @@ class Memory:
         backward = max(self.backward + self.recomputed, self.loss)
         return {
             "rollout": self.resident,
-            "teacher": signals + self.teacher_forward,
+            "teacher": signals + self.teacher_visiting + self.teacher_forward,
             "student": signals + max(self.activations, self.student_hidden) + backward,
             "optimizer": self.resident + self.update,
             "sync": self.resident + self.export,
@@ -125,7 +129,7 @@ class Memory:
     @property
     def peak(self) -> float:
         """The largest phase."""
-        return max(self.phases.values())
+        return max(*self.phases.values(), self.build + self.engine_asleep)
 
 
 def memory_of_stage(run: PlannedRun, stage: int) -> Memory:
@@ -135,14 +139,18 @@ def memory_of_stage(run: PlannedRun, stage: int) -> Memory:
     engine = EngineMemory(0.0, 0.0, 0.0, 0.0) if run.separate else engine_memory(run)
     scores = last and run.config.loss.needs_student_pass
     passes = activations(run, stage)
+    visits = [visiting_bytes(run, model, stage) for model in run.frozen]
+    frozen = float(sum(run.parameters_of(m, stage).total for m in run.frozen) * run.element)
+    stays = frozen if run.hardware.layers == "cpu" else frozen - sum(v.moved for v in visits)
     return Memory(
         stage=stage,
         weights=run.student_of(stage) * run.element,
         gradients=trained.total * run.gradient_element,
         optimizer=optimizer_bytes(run, trained),
-        teacher_weights=sum(run.parameters_of(m, stage).total for m in run.frozen) * run.element,
+        teacher_weights=stays,
         teacher_hidden=_signals(run) if last else 0.0,
         teacher_forward=max((_working_set(run, m) for m in run.frozen), default=0.0),
+        teacher_visiting=max((v.at_once for v in visits), default=0.0),
         student_hidden=_hidden_states(run, run.student) if scores else 0.0,
         activations=passes.kept,
         recomputed=passes.recomputed,
@@ -155,7 +163,35 @@ def memory_of_stage(run: PlannedRun, stage: int) -> Memory:
         update=_update_bytes(run, trained),
         export=_export_bytes(run, stage),
         saving=_saving_bytes(run, trained, stage),
+        build=(
+            run.student_of(stage) * float(run.element)
+            + trained.total * run.gradient_element
+            + _main_weights(run, trained)
+            + stays
+            + max((v.moved for v in visits), default=0.0)
+        ),
     )
+
+
+@dataclass(frozen=True)
+class Visit:
+    """Bytes of a frozen model's weights on a rank that lie on the host (``teacher.offload``)."""
+
+    moved: float = 0.0
+    """All of them."""
+    at_once: float = 0.0
+    """On the GPU at a time while the model scores."""
+
+
+def visiting_bytes(run: PlannedRun, model: PlannedModel, stage: int) -> Visit:
+    """Embedding and layers: all of them visit, or one is run while the next arrives."""
+    offload = run.config.teacher.offload
+    if offload == "none":
+        return Visit()
+    parts = model.parts_on_rank(run.parallel, stage, run.padded_vocab)
+    moved = float(sum(parts) * run.element)
+    two = float(sum(sorted(parts)[-2:]) * run.element)
+    return Visit(moved, moved if offload == "host" else two)
 
 
 def memory(run: PlannedRun) -> list[Memory]:
@@ -211,6 +247,11 @@ def optimizer_bytes(run: PlannedRun, held: RankParameters) -> float:
     main = states.main if run.element == 2 else 0.0
     main_stays = 1.0 - (away if states.precision_aware else 0.0)
     return updated * (states.moments * (1 - away) + main * main_stays)
+
+
+def _main_weights(run: PlannedRun, held: RankParameters) -> float:
+    """Of the optimizer's states those that it has before its first step."""
+    return updated_parameters(run, held) * run.options.states.main if run.element == 2 else 0.0
 
 
 def updated_parameters(run: PlannedRun, held: RankParameters) -> float:
@@ -385,6 +426,8 @@ def host_bytes(run: PlannedRun) -> float:
     """Of a node's own memory: what engines take, and what the trainer offloads."""
     ranks = min(run.hardware.gpus_per_node, run.parallel.world_size)
     away = activations(run, 0).on_host + _ON_HOST * offloaded_parameters(run)
+    if run.hardware.layers != "cpu":
+        away += sum(visiting_bytes(run, model, 0).moved for model in run.frozen)
     return engine_host_bytes(run) + ranks * away
 
 

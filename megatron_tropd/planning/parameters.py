@@ -99,6 +99,21 @@ class PlannedModel:
         """All parameters of adapters beside its layers."""
         return sum(_adapter_counts(self.key, lora, 1).values())
 
+    def parts_on_rank(self, parallel: ParallelConfig, stage: int, padded_vocab: int) -> list[int]:
+        """Parameters of the embedding, unless the output layer is the same, and of each layer.
+
+        Those of a frozen model that ``teacher.offload`` moves.
+        """
+        held = self.on_rank(parallel, stage, padded_vocab).total
+        counts, last = _counts(self.key, padded_vocab, parallel.tensor), parallel.pipeline - 1
+        is_output = self.shape.tied and stage == last
+        embedding = counts["embedding"] if stage == 0 and not is_output else 0
+        stays = counts["final"] + counts["output"] if stage == last else 0
+        stays += counts["embedding"] * is_output
+        layers = stage_sizes(self.shape.layers, parallel.pipeline)[stage]
+        layer = (held - embedding - stays) // layers
+        return [embedding] * bool(embedding) + [layer] * layers
+
     @cached_property
     def key(self) -> str:
         """config.json as text."""

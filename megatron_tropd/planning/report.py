@@ -36,6 +36,7 @@ _ITEMS = {
     "teacher weights": "teacher_weights",
     "teacher hidden states": "teacher_hidden",
     "teacher forward pass": "teacher_forward",
+    "teacher, from the host": "teacher_visiting",
     "student hidden states": "student_hidden",
     "activations": "activations",
     "backward pass": "backward",

@@ -21,6 +21,7 @@ from megatron_tropd.planning.memory import (
     cache_tokens,
     offloaded_parameters,
     updated_parameters,
+    visiting_bytes,
 )
 from megatron_tropd.planning.parameters import PlannedModel
 from megatron_tropd.planning.planned_run import PlannedRun
@@ -75,12 +76,24 @@ def seconds(run: PlannedRun, sent: Communication) -> Seconds:
         student += pass_seconds(run, run.student, backward=False)
     return Seconds(
         rollout=rollout_seconds(run),
-        teacher=sum(pass_seconds(run, model, backward=False) for model in run.frozen),
+        teacher=sum(teacher_seconds(run, model) for model in run.frozen),
         student=student,
         optimizer=optimizer_seconds(run),
         sync=sync_seconds(run),
         overlapped=run.separate and run.rollout.steps_ahead == 1,
     )
+
+
+def teacher_seconds(run: PlannedRun, model: PlannedModel) -> float:
+    """Of the scoring by one frozen model, whose weights may have to come from the host.
+
+    All together they come before it; layer by layer, for each micro-batch beside its products.
+    """
+    passes = pass_seconds(run, model, backward=False)
+    arrival = visiting_bytes(run, model, 0).moved / run.hardware.host_link
+    if run.config.teacher.offload == "host_by_layer":
+        return max(passes, (run.work.micro_batches + run.parallel.pipeline - 1) * arrival)
+    return passes + arrival
 
 
 def layer_flops(model: PlannedModel, positions: float, length: float) -> float:
