@@ -86,7 +86,7 @@ class MicroBatch:
         kept = (place_T >= 0).nonzero().flatten()
         of_student = torch.zeros_like(self.loss_at, dtype=torch.bool)
         of_student[self.student_at] = True
-        columns = {
+        columns: dict[str, Any] = {
             f.name: value.index_select(1, positions)
             for f in dataclasses.fields(self)
             if isinstance(value := getattr(self, f.name), Tensor)

@@ -241,9 +241,9 @@ class Checkpoints:
             f"{path} was saved with run.checkpoint_sharding = {ANY_DATA!r}, in slices of the "
             f"optimizer's buffers, and those are cut otherwise now: "
             f"{'; '.join(other) or 'other layers, or another version of Megatron-Core'}. "
-            "Resume with what it was (parallel.data may differ). To change it, stop the run with a "
-            f"signal (Ctrl-C, SIGTERM): the checkpoint that it saves then is {ANY_LAYOUT!r}, and "
-            "so is its last one."
+            "Resume with what it was (parallel.data and parallel.context may differ). To change "
+            "it, stop the run with a signal (Ctrl-C, SIGTERM): the checkpoint that it saves then "
+            f"is {ANY_LAYOUT!r}, and so is its last one."
         )
 
     def _about(self, student: Student, sharding: str) -> dict[str, Any]:
@@ -344,7 +344,10 @@ class Checkpoints:
         return metadata
 
     def _layout(self) -> list[int]:
-        return [self.ranks.tp_size, self.ranks.pp_size, self.ranks.dp_size, self.ranks.ep_size]
+        ranks = self.ranks
+        sizes = [ranks.tp_size, ranks.pp_size, ranks.dp_size, ranks.ep_size]
+        # Checkpoints from before there was this axis have no size of it.
+        return sizes if ranks.cp_size == 1 else [*sizes, ranks.cp_size]
 
     def _rng(self) -> ShardedObject:
         """One object per rank: RNG states belong to a layout and load only under the same one."""

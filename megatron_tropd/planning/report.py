@@ -48,6 +48,8 @@ _OF_ENGINE = {"engine_weights": "weights", "engine_workspace": "workspace", "kv_
 _SENT = {
     "tensor parallel, teacher": "tensor_teacher",
     "tensor parallel, student": "tensor_student",
+    "context parallel, teacher": "context_teacher",
+    "context parallel, student": "context_student",
     "expert parallel, teacher": "expert_teacher",
     "expert parallel, student": "expert_student",
     "pipeline, teacher": "pipeline_teacher",
