@@ -450,8 +450,9 @@ class RunConfig(Settings, section="run"):
     checkpoint_sharding: Literal["fully_reshardable", "dp_reshardable"] = "fully_reshardable"
     """Form of the distributed optimizer's state in the checkpoints of checkpoint_every; Megatron's
     names. fully_reshardable: resumes under any layout; a save gathers 12 bytes a parameter on each
-    replica. dp_reshardable: nothing is gathered; resumes under any parallel.data, the other axes as
-    they were. The last checkpoint, and one that a signal asks for, is fully_reshardable."""
+    replica. dp_reshardable: nothing is gathered; resumes under any parallel.data and context, the
+    other axes as they were. The last checkpoint, and one that a signal asks for, is
+    fully_reshardable."""
     timeout_minutes: Positive = 30.0
     """Longest a phase of a step may last, rollout and evaluation included, before the run is taken
     to hang and ends (exit code 75)."""
@@ -595,8 +596,8 @@ class Config(Settings):
         is_set, source = self.teacher.offload != "none", self.teacher.placement
         _require(
             not is_set or source == TeacherConfig.placement or ":" in source,
-            f'{where} is for a model on the student\'s ranks, found teacher.placement = "{source}". '
-            "Remove one of the two.",
+            f"{where} is for a model on the student's ranks, found teacher.placement = "
+            f'"{source}". Remove one of the two.',
         )
         scaled = [name for name in ("fp8", "fp4") if self.megatron.teacher.get(name)]
         _require(

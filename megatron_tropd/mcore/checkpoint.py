@@ -271,9 +271,9 @@ class Checkpoints:
             f"{path} was saved with run.checkpoint_sharding = {ANY_DATA!r}, in slices of the "
             f"optimizer's buffers, and those are cut otherwise now: "
             f"{'; '.join(other) or 'other layers, or another version of Megatron-Core'}. "
-            "Resume with what it was (parallel.data may differ). To change it, stop the run with a "
-            f"signal (Ctrl-C, SIGTERM): the checkpoint that it saves then is {ANY_LAYOUT!r}, and "
-            "so is its last one."
+            "Resume with what it was (parallel.data and parallel.context may differ). To change "
+            "it, stop the run with a signal (Ctrl-C, SIGTERM): the checkpoint that it saves then "
+            f"is {ANY_LAYOUT!r}, and so is its last one."
         )
 
     def _about(self, student: Student, sharding: str) -> dict[str, Any]:
@@ -374,7 +374,10 @@ class Checkpoints:
         return metadata
 
     def _sizes(self) -> list[int]:
-        return [self.layout.tp_size, self.layout.pp_size, self.layout.dp_size, self.layout.ep_size]
+        layout = self.layout
+        sizes = [layout.tp_size, layout.pp_size, layout.dp_size, layout.ep_size]
+        # Checkpoints from before there was this axis have no size of it.
+        return sizes if layout.cp_size == 1 else [*sizes, layout.cp_size]
 
     def _rng(self) -> ShardedObject:
         """One object per rank: RNG states belong to a layout and load only under the same one."""

@@ -263,7 +263,7 @@ def updated_parameters(run: PlannedRun, held: RankParameters) -> float:
     p = run.parallel
     if not p.distributed_optimizer:
         return float(held.total)
-    return held.dense / p.data + held.experts / p.expert_replicas
+    return held.dense / p.replicas + held.experts / p.expert_replicas
 
 
 def offloaded_parameters(run: PlannedRun) -> float:
@@ -356,7 +356,7 @@ def receiving_stages(run: PlannedRun) -> set[int]:
         return {0}
     block = run.parallel.world_size // run.rollout.num_engines
     gpus = 1 if run.through_folder else run.rollout.engine_tensor_parallel
-    of_stage = run.parallel.tensor * run.parallel.data
+    of_stage = run.parallel.tensor * run.parallel.replicas
     owners = range(0, run.parallel.world_size, block)
     return {rank // of_stage for owner in owners for rank in (owner, owner + gpus - 1)}
 
@@ -367,7 +367,7 @@ def _saving_bytes(run: PlannedRun, held: RankParameters, stage: int) -> float:
     if not p.distributed_optimizer or run.hardware.layers == "cpu":
         return 0.0  # without CUDA they are gathered on the host
     dense, experts = largest_buckets(run, held, stage)
-    return _FLOAT32 * max(dense * (1 + 1 / p.data), experts * (1 + 1 / p.expert_replicas))
+    return _FLOAT32 * max(dense * (1 + 1 / p.replicas), experts * (1 + 1 / p.expert_replicas))
 
 
 def largest_buckets(run: PlannedRun, held: RankParameters, stage: int) -> tuple[float, float]:
@@ -384,7 +384,7 @@ def largest_buckets(run: PlannedRun, held: RankParameters, stage: int) -> tuple[
     alone = embedding if shared else 0
     dense, experts = float(held.dense - alone), float(held.experts)
     if run.options.overlap_gradients and stage == 0:
-        limit = max(_BUCKET_PARAMETERS, _OF_REPLICA * p.data)
+        limit = max(_BUCKET_PARAMETERS, _OF_REPLICA * p.replicas)
         dense, experts = min(dense, limit + embedding - alone), min(experts, limit)
     return max(dense, alone), experts
 
@@ -481,4 +481,4 @@ def _working_set(run: PlannedRun, model: PlannedModel) -> float:
     w = widths(model.shape, run.parallel, run.element, run.hardware.layers)
     routes = model.shape.experts.per_token if model.shape.experts else 1
     widest = max(w.fused_qkv, routes * (3 * w.ffn + (w.routed_hidden if routes > 1 else 0)))
-    return run.work.most_positions * run.element * (2 * w.hidden + 2 * widest)
+    return run.work.rank_positions * run.element * (2 * w.hidden + 2 * widest)

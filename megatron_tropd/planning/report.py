@@ -53,6 +53,8 @@ _OF_CACHE = {"teacher_hidden": "teacher's cached top-k"}
 _SENT = {
     "tensor parallel, teacher": "tensor_teacher",
     "tensor parallel, student": "tensor_student",
+    "context parallel, teacher": "context_teacher",
+    "context parallel, student": "context_student",
     "expert parallel, teacher": "expert_teacher",
     "expert parallel, student": "expert_student",
     "pipeline, teacher": "pipeline_teacher",

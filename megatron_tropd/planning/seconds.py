@@ -10,6 +10,7 @@ from megatron_tropd.convert.sizes import stage_sizes
 from megatron_tropd.planning.activations import activations
 from megatron_tropd.planning.communication import (
     Communication,
+    context_bytes,
     expert_bytes,
     pipeline_bytes,
     repeated,
@@ -173,8 +174,10 @@ def _talk(run: PlannedRun, model: PlannedModel, *, backward: bool) -> float:
     sums = student_sums(run) if backward else 1
     summed = tensor_bytes(run, model, passes=sums) + gathered
     across = pipeline_bytes(run, model, passes=2 if backward else 1)
+    rows = context_bytes(run, model, passes=2 + repeated(run).attention if backward else 1)
     return (
         summed / hardware.link(p.tensor)
+        + rows / hardware.link(p.tensor * p.context)
         + exchanged / hardware.link(p.shards_of_expert * p.expert)
         + across / hardware.link(p.world_size)
     )
@@ -188,7 +191,7 @@ def _reduction_seconds(run: PlannedRun, sent: Communication, passes: float) -> f
     weights go to the engines before the next forward pass.
     """
     p, hardware, element = run.parallel, run.hardware, run.gradient_element
-    over_replicas = sent.data / hardware.link(p.tensor * p.data)
+    over_replicas = sent.data / hardware.link(p.tensor * p.replicas)
     if run.options.overlap_gradients:
         gradients = element / (element + run.element) if p.distributed_optimizer else 1.0
         last_backward = passes * 2 / 3 / (run.work.micro_batches + p.pipeline - 1)
@@ -261,7 +264,7 @@ def sync_seconds(run: PlannedRun) -> float:
     if run.through_folder:
         return 2 * weights / (hardware.host_copy_gb_s * 1e9)
     p = run.parallel
-    arriving = weights / hardware.link(p.tensor * p.pipeline) if p.world_size > p.data else 0.0
+    arriving = weights / hardware.link(p.tensor * p.pipeline) if p.world_size > p.replicas else 0.0
     return arriving + 4 * weights / hardware.memory_bandwidth
 
 

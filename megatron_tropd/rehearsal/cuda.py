@@ -225,6 +225,7 @@ def _send_factories(device: Device) -> None:
         @functools.wraps(factory)
         def call(data: Any, *args: Any, **kwargs: Any) -> Tensor:
             wanted = kwargs.pop("device", None)
+            kwargs.pop("pin_memory", None)
             if on_device(data):
                 return data
             if isinstance(data, (list, tuple)):
