@@ -13,8 +13,8 @@ notices. A program that calls :func:`import_once` does that once for all its run
         child.start()
         child.join()  # child.exitcode is that of the command
 
-The child is a launcher that forks its ranks instead of starting an interpreter for each. They are its
-children all the same, each leads a session and dies with it.
+The child is a launcher that forks its ranks instead of starting an interpreter for each. They are
+its children all the same, each leads a session and dies with it.
 
 A run of its own gains nothing: there, ranks import beside the engine, which takes longer. And never
 with a GPU: what libraries look up of it while they are imported does not survive a fork.
