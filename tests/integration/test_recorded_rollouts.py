@@ -8,7 +8,6 @@ import contextlib
 import io
 import json
 import os
-import queue
 import subprocess
 import sys
 import tempfile
@@ -24,7 +23,7 @@ from megatron_tropd.cli.convert import main_to_hf
 from megatron_tropd.data.recorded import RecordedTrajectories
 from megatron_tropd.data.sequence import Writer
 from megatron_tropd.data.tokenizers import load_tokenizer
-from tests.ranks import run_with_env
+from tests.ranks import run_with_env, save_without_manager
 from tools import rollouts
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -94,10 +93,7 @@ def _train(words: list[str], log: Path) -> None:
     from megatron_tropd.mcore import platform
 
     platform.prepare_training()
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    # Instead of a manager process per rank, which imports this file again.
-    filesystem_async._results_queue = queue.Queue()
+    save_without_manager()
     sys.argv = ["on_cpu", *words]
     with (
         log.with_suffix(f".{os.environ['RANK']}").open("w") as output,
