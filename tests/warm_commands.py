@@ -18,13 +18,13 @@ from multiprocessing import get_context, set_forkserver_preload
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from selectors import EVENT_READ, DefaultSelector
-from typing import NoReturn
+from typing import IO, NoReturn
 
 from tests.ranks import PRELOADED
 
 
 class Command:
-    """``tropd WORDS``, with what tests use of ``subprocess.Popen``."""
+    """``tropd WORDS`` or a script, with what tests use of ``subprocess.Popen``."""
 
     def __init__(
         self,
@@ -32,18 +32,25 @@ class Command:
         *,
         environment: Mapping[str, str] | None = None,
         folder: Path | None = None,
+        log: IO[str] | None = None,
     ) -> None:
         """Start it as the leader of a session.
 
         Args:
-            words: after ``tropd``.
+            words: after ``tropd``; or a script's path and its arguments.
             environment: None: that of this process.
             folder: where; None: that of this process.
+            log: for what it prints; None: :meth:`communicate` returns that.
         """
         set_forkserver_preload(PRELOADED)
         environment = os.environ if environment is None else environment
         place = str(folder or Path.cwd())
-        self._outputs, ends = zip(*(Pipe(duplex=False) for _ in range(2)), strict=True)
+        self._outputs: list[Connection] = []
+        ends = [Connection(os.dup(log.fileno()), readable=False) for _ in range(2)] if log else []
+        while len(ends) < 2:
+            ours, theirs = Pipe(duplex=False)
+            self._outputs.append(ours)
+            ends.append(theirs)
         self._process = get_context("forkserver").Process(
             target=_be, args=(list(map(str, words)), dict(environment), place, *ends)
         )
@@ -84,7 +91,7 @@ class Command:
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         """Wait for it; what it printed to standard output and to standard error."""
-        deadline = time.monotonic() + (timeout or 1e9)
+        deadline = time.monotonic() + (timeout or 1e5)
         printed = {output: b"" for output in self._outputs}
         with DefaultSelector() as selector:
             for output in self._outputs:
@@ -112,7 +119,7 @@ def run(
     folder: Path | None = None,
     timeout: float | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """``tropd WORDS`` to its end."""
+    """A command to its end."""
     command = Command(words, environment=environment, folder=folder)
     try:
         out, err = command.communicate(timeout)
@@ -140,15 +147,18 @@ def _be(
     os.environ.update(environment)
     os.chdir(folder)
     _read_path()
+    if words[0].endswith(".py"):
+        sys.argv = words
+        runpy.run_path(words[0], run_name="__main__")
+        sys.exit()
     forked.import_once()
     sys.exit(main(words))
 
 
 def _read_path() -> None:
-    """Do what a new interpreter does with PYTHONPATH: search it first, run its sitecustomize."""
+    """Do what a new interpreter does with PYTHONPATH: search it first, run what it finds there."""
     paths = list(filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)))
     sys.path[:0] = paths
     for path in paths:
         if (site := Path(path, "sitecustomize.py")).exists():
             runpy.run_path(str(site))
-            return

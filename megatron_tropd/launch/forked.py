@@ -1,10 +1,20 @@
 """Ranks without their imports, for a program that makes many small runs on a CPU.
 
 A rank imports torch, Megatron and transformers for four seconds of a core, which a run of a minute
-notices. A program that calls :func:`import_once` does that once: a launcher that is its child (a
-process of ``multiprocessing``'s "fork" or "forkserver" that calls ``cli.main.main``) then forks its
-ranks instead of starting an interpreter for each. They are its children all the same, each leads a
-session and dies with it.
+notices. A program that calls :func:`import_once` does that once for all its runs::
+
+    def run(config: str) -> None:
+        forked.import_once()
+        raise SystemExit(cli.main.main(["distill", config]))
+
+    forked.import_once()
+    for config in configs:
+        child = multiprocessing.get_context("fork").Process(target=run, args=(config,))
+        child.start()
+        child.join()  # child.exitcode is that of the command
+
+The child is a launcher that forks its ranks instead of starting an interpreter for each. They are
+its children all the same, each leads a session and dies with it.
 
 A run of its own gains nothing: there, ranks import beside the engine, which takes longer. And never
 with a GPU: what libraries look up of it while they are imported does not survive a fork.

@@ -111,11 +111,12 @@ def test_nothing_lost_and_budget_kept():
 
 
 def test_sorting_keeps_padding_small():
-    batches = _pack(_trajectories(), tokens_per_micro_batch=100)
+    trajectories = _trajectories()
+    batches = _pack(trajectories, tokens_per_micro_batch=100)
     rows = sum(batch.tokens.numel() for batch in batches)
-    assert rows < 1.3 * sum(len(t) for t in _trajectories())
-    lengths = [batch.tokens.shape[1] for batch in batches]
-    assert lengths == sorted(lengths, reverse=True)
+    assert rows < 1.3 * sum(len(t) for t in trajectories)
+    lengths = [len(trajectories[row]) for batch in batches for row in batch.rows]
+    assert lengths == sorted(lengths, reverse=True), "rows within a batch too"
 
 
 @pytest.mark.parametrize("dp_size", [1, 2, 3, 4])

@@ -7,11 +7,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing import get_context
 from pathlib import Path
 from typing import NoReturn
 
 import pytest
 
+from megatron_tropd.cli.main import main
 from megatron_tropd.launch import forked, launcher
 from megatron_tropd.launch.rank import die_with
 from tests.ranks import run_in_process
@@ -113,6 +115,29 @@ def test_a_forked_rank_dies_with_the_launcher_even_if_it_stands_still(tmp_path):
     while process.exists() and ") Z " not in process.read_text():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def _distil(words: list[str]) -> NoReturn:
+    forked.import_once()
+    raise SystemExit(main(["distill", *words]))
+
+
+def _sweep(folder: Path) -> None:
+    """As launch/forked.py shows: the launcher is a fork, its rank a fork of the launcher."""
+    recipe = Path(__file__).parents[2] / "configs" / "recipes" / "qwen3_1.7b.toml"
+    one = ("parallel.tensor=1", "parallel.data=1", "rollout.num_engines=1")
+    placed = ('rollout.placement="separate"', f"run.dir={folder / 'run'}")
+    words = [str(recipe), *one, *placed, f"model.student={folder}"]
+    subprocess.Popen = None  # type: ignore
+    forked.import_once()
+    child = get_context("fork").Process(target=_distil, args=(words,))
+    child.start()
+    child.join()
+    assert child.exitcode == 2 and not (folder / "run").exists()
+
+
+def test_a_forked_rank_refuses_the_inputs_of_a_run(tmp_path):
+    assert run_in_process(_sweep, tmp_path) == 0
 
 
 def _started_by(gpus: tuple[str, ...]) -> None:
