@@ -148,12 +148,26 @@ def _answers(lines: Lines, tasks: Sequence[str]) -> str:
     for question, method, other in QUESTIONS:
         for task in tasks:
             if found := contrast(lines, task, method, other):
-                runs, difference = found
-                word = verdict(difference, TASKS[task].larger_is_better)
-                compared = f"{method} - {other}"
-                rows.append([question, task, compared, str(runs), _signed(difference), word])
-    head = ("what", "task", "compared", "seeds", "difference at the end", "")
+                larger = TASKS[task].larger_is_better
+                rows.append(
+                    [
+                        question,
+                        task,
+                        f"{method} - {other}",
+                        str(found[0]),
+                        f"{_signed(found[1])} {verdict(found[1], larger)}",
+                        _divergence(lines, task, method, other) if larger else "",
+                    ]
+                )
+    head = ("what", "task", "compared", "seeds", "measure at the end", "reverse KL at the end")
     return _table("Answers", head, rows)
+
+
+def _divergence(lines: Lines, task: str, method: str, other: str) -> str:
+    if other == START:
+        return ""
+    found = contrast(lines, task, method, other, lambda line: line["reverse_kl"])
+    return f"{_signed(found[1])} {verdict(found[1], larger=False)}" if found else ""
 
 
 def _results(lines: Lines, task: str) -> str:
