@@ -249,7 +249,7 @@ def _rates(lines: Lines) -> str:
         if run.seed == GRID_SEED
     }
     rows = []
-    for task, method in dict.fromkeys(of for stage in STAGES for of in stage):
+    for task, method in dict.fromkeys(of for stage, _ in STAGES for of in stage):
         best, _ = rate(task, method, values)
         tried = [
             f"**{run.lr:g}: {last_value(lines[run]):.3f}**"
