@@ -124,6 +124,7 @@ METHODS = {
     "TrOPD, exact, guidance": _of("tropd_exact", guidance=True, main=True),
     "TrOPD, clip": _of("tropd_clip", main=True),
     "TrOPD, clip, guidance": _of("tropd_clip", guidance=True, main=True),
+    "TrOPD, exact, clip": _of("tropd_exact", loss={"outlier": "clip", "tau": -2.5}, main=True),
     "TrOPD, mask": _of("tropd_mask", main=True),
     "OPD, guidance": _of("opd", guidance=True, main=True),
     "TRB": _of(
@@ -168,12 +169,18 @@ def _every(methods: Iterable[str], tasks: Iterable[str]) -> list[tuple[str, str]
 
 _PAIRS = ("dialect", "arithmetic")
 _FIRST = ("OPD", "OPD, exact", "TrOPD, as published", "TrOPD, clip")
-_PARTS = ("TrOPD, no guidance", "TrOPD, exact", "TrOPD, mask", "OPD, guidance")
+_PARTS = (
+    "TrOPD, no guidance",
+    "TrOPD, exact",
+    "TrOPD, exact, clip",
+    "TrOPD, mask",
+    "OPD, guidance",
+)
 _OUTLIERS = ("OPD", "TrOPD, no guidance", "TrOPD, clip")
 _BEHAVIOURS = ("TRB", "TRB's loss, cooled", "TRB's loss")
 STAGES = (
     (_every(_FIRST, _PAIRS), OTHER_SEEDS),
-    (_every(_PARTS[:2], _PAIRS), OTHER_SEEDS),
+    (_every(_PARTS[:3], _PAIRS), OTHER_SEEDS),
     (_every(_OUTLIERS, ("arithmetic, soft teacher",)), OTHER_SEEDS),
     (_every(_PARTS, _PAIRS), OTHER_SEEDS),
     (_every((*_BEHAVIOURS, "OPSA"), _PAIRS[1:]), OTHER_SEEDS),

@@ -41,6 +41,8 @@ QUESTIONS = (
     ("OPD without sampling noise", "OPD, exact", "OPD"),
     ("TrOPD with the mean over the draw", "TrOPD, expected", "TrOPD, no guidance"),
     ("TrOPD without sampling noise", "TrOPD, exact", "TrOPD, no guidance"),
+    ("clipped TrOPD without sampling noise", "TrOPD, exact, clip", "TrOPD, clip"),
+    ("clipped TrOPD against OPD, both exact", "TrOPD, exact, clip", "OPD, exact"),
     ("TrOPD against OPD, both exact", "TrOPD, exact", "OPD, exact"),
     ("TRB's rollouts", "TRB", "TRB's loss"),
     ("TRB's rollouts against a lower temperature", "TRB", "TRB's loss, cooled"),
