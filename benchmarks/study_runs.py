@@ -178,15 +178,18 @@ _PARTS = (
 )
 _OUTLIERS = ("OPD", "TrOPD, no guidance", "TrOPD, clip")
 _BEHAVIOURS = ("TRB", "TRB's loss, cooled", "TRB's loss")
+_SOFT, _SHARP = "arithmetic, soft teacher", "arithmetic, sharp teacher"
 STAGES = (
     (_every(_FIRST, _PAIRS), OTHER_SEEDS),
+    (_every(_PARTS[:1], _PAIRS), OTHER_SEEDS),
+    (_every(_OUTLIERS[:2], (_SOFT,)), OTHER_SEEDS),
+    (_every(("OPSA", *_BEHAVIOURS), _PAIRS[1:]), OTHER_SEEDS),
     (_every(_PARTS[:3], _PAIRS), OTHER_SEEDS),
-    (_every(_OUTLIERS, ("arithmetic, soft teacher",)), OTHER_SEEDS),
+    (_every(_OUTLIERS, (_SOFT,)), OTHER_SEEDS),
     (_every(_PARTS, _PAIRS), OTHER_SEEDS),
-    (_every((*_BEHAVIOURS, "OPSA"), _PAIRS[1:]), OTHER_SEEDS),
     (_every((*_FIRST, *_PARTS), _PAIRS), MAIN_SEEDS),
     (_every((*_BEHAVIOURS, "OPSA"), _PAIRS), MAIN_SEEDS),
-    (_every(_OUTLIERS, ("arithmetic, soft teacher", "arithmetic, sharp teacher")), MAIN_SEEDS),
+    (_every(_OUTLIERS, (_SOFT, _SHARP)), MAIN_SEEDS),
     (_every((*_FIRST, *_PARTS), ("stories",)), MAIN_SEEDS),
     (_every(METHODS, (*_PAIRS, "stories")), MAIN_SEEDS),
 )
