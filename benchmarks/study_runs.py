@@ -32,6 +32,8 @@ class Task:
     num_problems: int
     goal: float
     """Tokens are counted until the measure is as good as this: out of reach at the start."""
+    goal_kl: float
+    """And until the reverse KL of the samples is this."""
     samples: tuple[int, int] = (16, 4)
     """Prompts of a step, samples of a prompt."""
     temperature: float = 1.0
@@ -60,6 +62,7 @@ TASKS = {
         measure="exact_match",
         num_problems=500,
         goal=0.6,
+        goal_kl=0.45,
     ),
     "dialect": Task(
         "examples/dialect",
@@ -72,6 +75,7 @@ TASKS = {
         measure="exact_match",
         num_problems=500,
         goal=0.45,
+        goal_kl=1.0,
     ),
     "stories": Task(
         "examples/stories/data",
@@ -83,7 +87,8 @@ TASKS = {
         lrs=(1.5e-4, 5e-4, 1.5e-3, 4e-3),
         measure="reverse_kl",
         num_problems=128,
-        goal=0.6,
+        goal=0.75,
+        goal_kl=0.75,
         samples=(16, 2),
     ),
 }

@@ -186,6 +186,7 @@ def _results(lines: Lines, task: str) -> str:
         "outliers drawn, at first, at the end",
         "gradient norm, variation",
         f"tokens to {goal:g}",
+        f"tokens to a reverse KL of {TASKS[task].goal_kl:g}",
     )
     rows = [_result(lines, task, method) for method in _methods(lines, task)]
     return _table(f"{task[0].upper()}{task[1:]}", head, rows)
@@ -197,10 +198,8 @@ def _methods(lines: Lines, task: str) -> Iterator[str]:
 
 def _result(lines: Lines, task: str, method: str) -> list[str]:
     found = list(of_seeds(lines, task, method).values())
-    spent = [
-        tokens_to(line["curve"], line["tokens"], TASKS[task].goal, TASKS[task].larger_is_better)
-        for line in found
-    ]
+    larger = TASKS[task].larger_is_better
+    spent = [tokens_to(line["curve"], line["tokens"], TASKS[task].goal, larger) for line in found]
     drawn = found[0]["outlier_share_first"] or any(line["outlier_share"] for line in found)
     return [
         method,
@@ -214,7 +213,15 @@ def _result(lines: Lines, task: str, method: str) -> list[str]:
         f"{_mean(found, 'outlier_share_first')}, {_mean(found, 'outlier_share')}" if drawn else "",
         f"{_mean(found, 'grad_norm', 2)}, {_mean(found, 'grad_norm_variation', 2)}",
         _tokens(spent),
+        _tokens([_tokens_to_kl(line, TASKS[task].goal_kl) for line in found]),
     ]
+
+
+def _tokens_to_kl(line: Line, goal: float) -> int | None:
+    """Of the mean of each tenth of the steps, which stands for its middle."""
+    tenths = list(enumerate(line["reverse_kl_curve"]))
+    spent = [round(line["tokens"][-1] * (at + 0.5) / len(tenths)) for at, _ in tenths]
+    return tokens_to(tenths, spent, goal, larger=False)
 
 
 def _way(lines: Lines, task: str) -> str:

@@ -120,6 +120,12 @@ def test_tokens_to_a_goal_lie_between_evaluations(
     assert study_tables.tokens_to(curve, [100 * step for step, _ in curve], 0.6, larger) == expected
 
 
+def test_tokens_to_a_divergence_are_those_of_the_middles_of_tenths() -> None:
+    line = _line(0.5, reverse_kl_curve=[1.0, 0.8, 0.4, *[0.3] * 7])
+    assert study_tables._tokens_to_kl(line, 0.6) == 200
+    assert study_tables._tokens_to_kl(line, 0.2) is None
+
+
 def test_a_difference_is_bold_only_if_its_interval_leaves_zero_out() -> None:
     of = {seed: Run("arithmetic", "OPD", 3e-4, seed) for seed in (1, 2, 3)}
     exact = {seed: Run("arithmetic", "OPD, exact", 3e-4, seed) for seed in (1, 2, 3)}
