@@ -1,13 +1,15 @@
 """Compare the methods: the same tasks, budgets and grids for all, several seeds, intervals.
 
     python benchmarks/study.py --out benchmarks/results/study-cpu-2core-amd-epyc.jsonl
-    python benchmarks/study.py --out ... --table > docs/study-tables.md
+    python benchmarks/study.py --out ... --table
+    python benchmarks/study.py --out ... --page docs/study.md
 
 The first command makes the runs that its file has no line for: first those that choose each
 method's learning rate, on a seed of their own, then those that are reported. It can be interrupted
 at any time and started any number of times, on several machines that share ``--out`` and
 ``--runs``: a run belongs to whoever holds the lock of its folder, and an interrupted one resumes.
-A run takes one core and one to three minutes.
+A run takes one core and one to three minutes. The others print the tables, and write them and the
+plots into the page.
 """
 
 import argparse
@@ -28,8 +30,12 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 from step import commit, describe_hardware
+from study_plots import drawings
 from study_runs import REPOSITORY, STEPS, TASKS, Run, Values, next_runs
+from study_tables import tables
 
+MARKS = ("<!-- printed by study.py --table -->", "<!-- end -->")
+"""Around the tables of docs/study.md."""
 AT_THE_END = STEPS // 10
 """Steps over which values of the end are averaged."""
 
@@ -170,6 +176,13 @@ def work(results: Results, runs: Path, tasks: list[str]) -> None:
         make(left[0], runs / left[0].key, results)
 
 
+def with_tables(page: str, lines: dict[Run, dict[str, Any]]) -> str:
+    """The page with these lines' tables between its two marks."""
+    before, _, rest = page.partition(f"{MARKS[0]}\n")
+    _, _, after = rest.partition(MARKS[1])
+    return f"{before}{MARKS[0]}\n\n{tables(lines)}\n\n{MARKS[1]}{after}"
+
+
 def main() -> None:
     """Parse, then run or print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -177,12 +190,16 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/study"), help="scratch")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--table", action="store_true", help="print the tables, run nothing")
+    parser.add_argument("--page", type=Path, help="write tables and plots into it, run nothing")
     args = parser.parse_args()
     results = Results(args.out)
     if args.table:
-        from study_tables import tables
-
         print(tables(results.read()))
+        return
+    if args.page:
+        args.page.write_text(with_tables(args.page.read_text(), results.read()))
+        for name, text in drawings(results.read()).items():
+            (args.page.parent / name).write_text(text)
         return
     for name in args.tasks:
         if missing := TASKS[name].missing():

@@ -32,6 +32,8 @@ class Task:
     num_problems: int
     goal: float
     """Tokens are counted until the measure is as good as this: out of reach at the start."""
+    goal_kl: float
+    """And until the reverse KL of the samples is this."""
     samples: tuple[int, int] = (16, 4)
     """Prompts of a step, samples of a prompt."""
     temperature: float = 1.0
@@ -60,6 +62,7 @@ TASKS = {
         measure="exact_match",
         num_problems=500,
         goal=0.6,
+        goal_kl=0.45,
     ),
     "dialect": Task(
         "examples/dialect",
@@ -72,6 +75,7 @@ TASKS = {
         measure="exact_match",
         num_problems=500,
         goal=0.45,
+        goal_kl=1.0,
     ),
     "stories": Task(
         "examples/stories/data",
@@ -83,7 +87,8 @@ TASKS = {
         lrs=(1.5e-4, 5e-4, 1.5e-3, 4e-3),
         measure="reverse_kl",
         num_problems=128,
-        goal=0.6,
+        goal=0.75,
+        goal_kl=0.75,
         samples=(16, 2),
     ),
 }
@@ -124,6 +129,7 @@ METHODS = {
     "TrOPD, exact, guidance": _of("tropd_exact", guidance=True, main=True),
     "TrOPD, clip": _of("tropd_clip", main=True),
     "TrOPD, clip, guidance": _of("tropd_clip", guidance=True, main=True),
+    "TrOPD, exact, clip": _of("tropd_exact", loss={"outlier": "clip", "tau": -2.5}, main=True),
     "TrOPD, mask": _of("tropd_mask", main=True),
     "OPD, guidance": _of("opd", guidance=True, main=True),
     "TRB": _of(
@@ -167,23 +173,32 @@ def _every(methods: Iterable[str], tasks: Iterable[str]) -> list[tuple[str, str]
 
 
 _PAIRS = ("dialect", "arithmetic")
-_WHOLE = ("OPD", "OPD, exact", "TrOPD, as published", "TrOPD, clip", "TrOPD, exact")
-_PARTS = ("TrOPD, no guidance", "TrOPD, mask", "OPD, guidance")
-_OUTLIERS = ("OPD", "TrOPD, no guidance", "TrOPD, clip", "TrOPD, exact")
-_SHARPNESS = ("arithmetic, soft teacher", "arithmetic, sharp teacher")
-_BEHAVIOURS = ("TRB", "TRB's loss, cooled", "TRB's loss")
-STAGES = (
-    _every(_WHOLE, _PAIRS),
-    _every(_PARTS, _PAIRS),
-    _every((*_BEHAVIOURS, "OPSA"), _PAIRS[1:]),
-    _every(_OUTLIERS, _SHARPNESS[:1]),
-    _every((*_BEHAVIOURS, "OPSA"), _PAIRS[:1]),
-    _every(("TrOPD, expected", "TrOPD, clip, guidance", "TrOPD, exact, guidance"), _PAIRS),
-    _every(_OUTLIERS, _SHARPNESS),
-    _every((*_WHOLE, *_PARTS), ("stories",)),
-    _every(METHODS, (*_PAIRS, "stories")),
+_FIRST = ("OPD", "OPD, exact", "TrOPD, as published", "TrOPD, clip")
+_PARTS = (
+    "TrOPD, no guidance",
+    "TrOPD, exact",
+    "TrOPD, exact, clip",
+    "TrOPD, mask",
+    "OPD, guidance",
 )
-"""(task, method) in the order in which they are made whole: what the questions wait for first."""
+_OUTLIERS = ("OPD", "TrOPD, no guidance", "TrOPD, clip")
+_BEHAVIOURS = ("TRB", "TRB's loss, cooled", "TRB's loss")
+_SOFT, _SHARP = "arithmetic, soft teacher", "arithmetic, sharp teacher"
+STAGES = (
+    (_every(_FIRST, _PAIRS), OTHER_SEEDS),
+    (_every(_PARTS[:1], _PAIRS), OTHER_SEEDS),
+    (_every(_OUTLIERS[:2], (_SOFT,)), OTHER_SEEDS),
+    (_every(("OPSA", *_BEHAVIOURS), _PAIRS[1:]), OTHER_SEEDS),
+    (_every(_PARTS[:3], _PAIRS), OTHER_SEEDS),
+    (_every(_OUTLIERS, (_SOFT,)), OTHER_SEEDS),
+    (_every(_PARTS, _PAIRS), OTHER_SEEDS),
+    (_every((*_FIRST, *_PARTS), _PAIRS), MAIN_SEEDS),
+    (_every((*_BEHAVIOURS, "OPSA"), _PAIRS), MAIN_SEEDS),
+    (_every(_OUTLIERS, (_SOFT, _SHARP)), MAIN_SEEDS),
+    (_every((*_FIRST, *_PARTS), ("stories",)), MAIN_SEEDS),
+    (_every(METHODS, (*_PAIRS, "stories")), MAIN_SEEDS),
+)
+"""(task, method) and seeds, in the order in which they are made: what is asked first."""
 
 
 @dataclass(frozen=True)
@@ -291,15 +306,15 @@ def seeds(method: str) -> tuple[int, ...]:
 def next_runs(values: Values) -> list[Run]:
     """What can be made now, by urgency: stage by stage, rates, then seed after seed."""
     found: list[Run] = []
-    for stage in STAGES:
+    for stage, stage_seeds in STAGES:
         rates = {of: rate(*of, values) for of in stage}
         found += [run for _, missing in rates.values() for run in missing]
         found += [
             run
-            for seed in MAIN_SEEDS
+            for seed in stage_seeds
             for (task, method), (lr, _) in rates.items()
             if lr is not None
             and seed in seeds(method)
             and (run := Run(task, method, lr, seed)) not in values
         ]
-    return found
+    return list(dict.fromkeys(found))

@@ -41,6 +41,8 @@ QUESTIONS = (
     ("OPD without sampling noise", "OPD, exact", "OPD"),
     ("TrOPD with the mean over the draw", "TrOPD, expected", "TrOPD, no guidance"),
     ("TrOPD without sampling noise", "TrOPD, exact", "TrOPD, no guidance"),
+    ("clipped TrOPD without sampling noise", "TrOPD, exact, clip", "TrOPD, clip"),
+    ("clipped TrOPD against OPD, both exact", "TrOPD, exact, clip", "OPD, exact"),
     ("TrOPD against OPD, both exact", "TrOPD, exact", "OPD, exact"),
     ("TRB's rollouts", "TRB", "TRB's loss"),
     ("TRB's rollouts against a lower temperature", "TRB", "TRB's loss, cooled"),
@@ -148,12 +150,26 @@ def _answers(lines: Lines, tasks: Sequence[str]) -> str:
     for question, method, other in QUESTIONS:
         for task in tasks:
             if found := contrast(lines, task, method, other):
-                runs, difference = found
-                word = verdict(difference, TASKS[task].larger_is_better)
-                compared = f"{method} - {other}"
-                rows.append([question, task, compared, str(runs), _signed(difference), word])
-    head = ("what", "task", "compared", "seeds", "difference at the end", "")
+                larger = TASKS[task].larger_is_better
+                rows.append(
+                    [
+                        question,
+                        task,
+                        f"{method} - {other}",
+                        str(found[0]),
+                        f"{_signed(found[1])} {verdict(found[1], larger)}",
+                        _divergence(lines, task, method, other) if larger else "",
+                    ]
+                )
+    head = ("what", "task", "compared", "seeds", "measure at the end", "reverse KL at the end")
     return _table("Answers", head, rows)
+
+
+def _divergence(lines: Lines, task: str, method: str, other: str) -> str:
+    if other == START:
+        return ""
+    found = contrast(lines, task, method, other, lambda line: line["reverse_kl"])
+    return f"{_signed(found[1])} {verdict(found[1], larger=False)}" if found else ""
 
 
 def _results(lines: Lines, task: str) -> str:
@@ -170,6 +186,7 @@ def _results(lines: Lines, task: str) -> str:
         "outliers drawn, at first, at the end",
         "gradient norm, variation",
         f"tokens to {goal:g}",
+        f"tokens to a reverse KL of {TASKS[task].goal_kl:g}",
     )
     rows = [_result(lines, task, method) for method in _methods(lines, task)]
     return _table(f"{task[0].upper()}{task[1:]}", head, rows)
@@ -181,10 +198,8 @@ def _methods(lines: Lines, task: str) -> Iterator[str]:
 
 def _result(lines: Lines, task: str, method: str) -> list[str]:
     found = list(of_seeds(lines, task, method).values())
-    spent = [
-        tokens_to(line["curve"], line["tokens"], TASKS[task].goal, TASKS[task].larger_is_better)
-        for line in found
-    ]
+    larger = TASKS[task].larger_is_better
+    spent = [tokens_to(line["curve"], line["tokens"], TASKS[task].goal, larger) for line in found]
     drawn = found[0]["outlier_share_first"] or any(line["outlier_share"] for line in found)
     return [
         method,
@@ -198,7 +213,15 @@ def _result(lines: Lines, task: str, method: str) -> list[str]:
         f"{_mean(found, 'outlier_share_first')}, {_mean(found, 'outlier_share')}" if drawn else "",
         f"{_mean(found, 'grad_norm', 2)}, {_mean(found, 'grad_norm_variation', 2)}",
         _tokens(spent),
+        _tokens([_tokens_to_kl(line, TASKS[task].goal_kl) for line in found]),
     ]
+
+
+def _tokens_to_kl(line: Line, goal: float) -> int | None:
+    """Of the mean of each tenth of the steps, which stands for its middle."""
+    tenths = list(enumerate(line["reverse_kl_curve"]))
+    spent = [round(line["tokens"][-1] * (at + 0.5) / len(tenths)) for at, _ in tenths]
+    return tokens_to(tenths, spent, goal, larger=False)
 
 
 def _way(lines: Lines, task: str) -> str:
@@ -235,7 +258,7 @@ def _rates(lines: Lines) -> str:
         if run.seed == GRID_SEED
     }
     rows = []
-    for task, method in dict.fromkeys(of for stage in STAGES for of in stage):
+    for task, method in dict.fromkeys(of for stage, _ in STAGES for of in stage):
         best, _ = rate(task, method, values)
         tried = [
             f"**{run.lr:g}: {last_value(lines[run]):.3f}**"

@@ -12,6 +12,7 @@ from megatron_tropd.config import load_config
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import study
+import study_plots
 import study_runs
 import study_tables
 from study_runs import METHODS, TASKS, Run
@@ -119,6 +120,12 @@ def test_tokens_to_a_goal_lie_between_evaluations(
     assert study_tables.tokens_to(curve, [100 * step for step, _ in curve], 0.6, larger) == expected
 
 
+def test_tokens_to_a_divergence_are_those_of_the_middles_of_tenths() -> None:
+    line = _line(0.5, reverse_kl_curve=[1.0, 0.8, 0.4, *[0.3] * 7])
+    assert study_tables._tokens_to_kl(line, 0.6) == 200
+    assert study_tables._tokens_to_kl(line, 0.2) is None
+
+
 def test_a_difference_is_bold_only_if_its_interval_leaves_zero_out() -> None:
     of = {seed: Run("arithmetic", "OPD", 3e-4, seed) for seed in (1, 2, 3)}
     exact = {seed: Run("arithmetic", "OPD, exact", 3e-4, seed) for seed in (1, 2, 3)}
@@ -152,3 +159,23 @@ def test_a_study_that_has_only_begun_has_tables() -> None:
     assert "1 of about" in text and "| arithmetic | OPD | 0.0003: 0.500 |" in text
     text = study_tables.tables(lines | {Run("arithmetic", "OPD", 3e-4, 1): _line(0.5)})
     assert "| OPD | 0.0003 | 1 of 5 | 0.500 |  |" in text
+
+
+def test_the_page_gets_new_tables_in_the_place_of_the_old() -> None:
+    lines = {Run("arithmetic", "OPD", 3e-4, study_runs.GRID_SEED): {"curve": [[0, 0.4], [60, 0.5]]}}
+    page = f"text\n\n{study.MARKS[0]}\n\nold\n\n{study.MARKS[1]}\n\nmore\n"
+    once = study.with_tables(page, lines)
+    assert once.startswith("text\n") and once.endswith("\n\nmore\n") and "old" not in once
+    assert study.with_tables(once, lines) == once
+
+
+def test_a_difference_that_is_told_apart_has_the_colour_of_its_verdict() -> None:
+    lines = {Run("arithmetic", "OPD", 3e-4, seed): _line(0.5 + seed / 100) for seed in (1, 2, 3)}
+    for method, gain in (("OPD, exact", 0.1), ("OPSA", -0.1)):
+        for seed in (1, 2, 3):
+            line = _line(0.5 + seed / 99 + gain)
+            lines[Run("arithmetic", method, 3e-4, seed)] = line
+    text = study_plots.differences(lines)
+    assert text.count("fill:var(--good)") == 1 and text.count("fill:var(--bad)") == 1
+    assert text.count("fill:var(--gray)") == 2  # reverse KL
+    assert "OPD, exact" in text and "TRB" not in text
