@@ -178,8 +178,8 @@ MUTATIONS = (
     ),
     Mutation(
         "Veto's target without the student",
-        "chunks.py",
-        "teacher_tv.add_(student_tv, alpha=power)",
+        "statistics.py",
+        "teacher_Tv.add_(student_Tv, alpha=powers.student)",
         "pass",
     ),
     Mutation(
@@ -415,7 +415,7 @@ MUTATIONS = (
     Mutation(
         "floor lost in the exact clip",
         "dense_inplace.py",
-        "floored = torch.clamp(self.ratio, min=spec.tau, out=self._other)",
+        "floored = torch.clamp(self.ratio, min=spec.reward_floor, out=self._other)",
         "floored = torch.clamp(self.ratio, min=-torch.inf, out=self._other)",
     ),
     Mutation(

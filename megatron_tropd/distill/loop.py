@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron_tropd.base.errors import TrainingError
 from megatron_tropd.base.files import write_json
 from megatron_tropd.base.progress import Progress, StopFlag, failed_phase
+from megatron_tropd.config.loss import loss_name
 from megatron_tropd.config.run_folder import RunFolder, started_at
 from megatron_tropd.data.prefixes import alpha
 from megatron_tropd.data.sequence import TokenSequence
@@ -18,7 +19,6 @@ from megatron_tropd.distill.metrics import trajectory_metrics
 from megatron_tropd.distill.pair import send_weights
 from megatron_tropd.distill.session import Session, open_session
 from megatron_tropd.distill.step import StepResult, learn
-from megatron_tropd.distill.token_choices import loss_name
 from megatron_tropd.mcore import models
 from megatron_tropd.mcore.checkpoint import ANY_LAYOUT
 from megatron_tropd.mcore.export import save_hf

@@ -7,7 +7,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_tropd.config.loss import PRESETS, LossSettings, preset
 from megatron_tropd.data.batch import MicroBatch, upload
 from megatron_tropd.data.packing import LossCounts
 from megatron_tropd.data.sequence import Writer
@@ -15,14 +14,6 @@ from megatron_tropd.distill.step_parts import LossParts
 from megatron_tropd.losses import LossTargets, TeacherSignal, token_statistics_from_hidden
 from megatron_tropd.losses.method import BatchFacts, Method
 from megatron_tropd.mcore.hidden import output_weight
-
-
-def loss_name(loss: LossSettings) -> str:
-    """The preset that a loss is, else its method."""
-    for name in PRESETS:
-        if preset(name) == loss:
-            return name
-    return loss.method_name()
 
 
 @dataclass(frozen=True)

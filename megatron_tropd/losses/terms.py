@@ -86,10 +86,9 @@ def dense_spec(needs: Needs, *, metrics: bool, full: bool) -> DenseSpec:
     return DenseSpec(
         sums=sum_names(needs.sums + (METRICS if metrics else ())) if full else (),
         reward=needs.reward,
-        tau=needs.tau,
+        reward_floor=needs.reward_floor,
         mix=needs.mix,
         power=needs.power,
-        student_power=needs.student_power,
         teacher=needs.teacher_gradient,
     )
 
@@ -407,7 +406,7 @@ def _add(first: Term, second: Term) -> Term:
     )
 
 
-def choose(condition_T: Tensor, first: Term, second: Term) -> Term:
+def where(condition_T: Tensor, first: Term, second: Term) -> Term:
     """The first term of tokens with the condition, the second of the others."""
 
     def pick(a: Tensor, b: Tensor) -> Tensor:
