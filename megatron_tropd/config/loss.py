@@ -4,9 +4,9 @@ The methods themselves are files of ``losses/methods``; their settings are read 
 """
 
 import math
+from abc import ABCMeta
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
-from inspect import isabstract
 from typing import Any, Literal, NamedTuple, Self
 
 from megatron_tropd.base.errors import ConfigError
@@ -68,6 +68,8 @@ class Needs:
     outcomes: bool = False
     """Whether ``LossTargets.rewards_T`` is how much better a sequence's outcome was than that of
     the prompt's other samples: graded, recorded rollouts have it."""
+    golden: bool = False
+    """Whether tokens of golden answers have a loss of their own (``LossTargets.is_golden_T``)."""
     outliers: bool = False
     """Whether the loss tells tokens outside of a trust region apart."""
     student_pass: bool = False
@@ -176,6 +178,8 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "exopd_exact": ("exopd", {"over": "vocabulary"}),
     "delta": ("delta", {}),
     "delta_exact": ("delta", {"over": "vocabulary"}),
+    "stable_opd": ("stable_opd", {}),
+    "stable_opd_exact": ("stable_opd", {"over": "vocabulary"}),
     "minillm_single_step": ("gkd", {"divergence": "reverse_kl", "teacher_tokens": "nll"}),
 }
 """Published method -> its file in ``losses/methods`` and what differs from that file's defaults
@@ -232,7 +236,7 @@ def _method(name: object) -> tuple[type[LossSettings], dict[str, Any]]:
             f"loss.method = {name!r} must be a subclass of megatron_tropd.losses.method.Method, "
             f"found {found!r}. See docs/losses.md."
         )
-    if isabstract(found):
+    if isinstance(found, ABCMeta) and found.__abstractmethods__:
         missing = " and ".join(sorted(found.__abstractmethods__))
         raise ConfigError(
             f"loss.method = {name!r} must define {missing}, which every method does. See "

@@ -119,7 +119,7 @@ def learn_from(run: Session, sequences: list[TokenSequence]) -> StepResult:
         if error.kind == "training":
             error.args = (f"{error} {last_checkpoint(run)}",)
         raise
-    if not result.counts.teacher + result.counts.student:
+    if not result.counts.total:
         print(f"step {step + 1}: every token is masked, so there is no loss", flush=True)
     if result.update.skipped and run.ranks.is_main:
         reporter.say(

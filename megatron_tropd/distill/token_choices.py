@@ -137,7 +137,7 @@ def _entropy_ratio_and_logprob(
     statistics = token_statistics_from_hidden(
         hidden_TH,
         output_weight_vH,
-        targets_of(batch),
+        targets_of(batch, golden=config.needs.golden),
         signal,
         config=config,
         vocab_size=vocab_size,
@@ -148,14 +148,20 @@ def _entropy_ratio_and_logprob(
 
 
 def targets_of(
-    batch: MicroBatch, *, weights_T: Tensor | None = None, rewards_T: Tensor | None = None
+    batch: MicroBatch,
+    *,
+    weights_T: Tensor | None = None,
+    rewards_T: Tensor | None = None,
+    golden: bool = False,
 ) -> LossTargets:
-    """The loss tokens of a micro-batch as the loss takes them."""
+    """The loss tokens of a micro-batch as the loss takes them, golden ones told apart if asked."""
+    writers_T = batch.of_loss_tokens(batch.writers)
     return LossTargets(
         ids_T=batch.of_loss_tokens(batch.labels),
-        is_teacher_T=batch.of_loss_tokens(batch.writers) == Writer.TEACHER,
+        is_teacher_T=writers_T == Writer.TEACHER,
         uniforms_T=batch.of_loss_tokens(batch.uniforms),
         weights_T=weights_T,
         rollout_logprobs_T=batch.of_loss_tokens(batch.behaviour_logprobs),
         rewards_T=rewards_T,
+        is_golden_T=writers_T == Writer.GOLDEN if golden else None,
     )

@@ -106,6 +106,8 @@ class Target:
             reference_Tv: [T, v] float32 logits, if its power is not 0.
         """
         powers = self.powers
+        if not powers.teacher:  # 0 x -inf would be nan
+            teacher_Tv.zero_()
         excluded_Tv = teacher_Tv == -torch.inf
         teacher_Tv.mul_(powers.teacher)
         if powers.reference and reference_Tv is not None:

@@ -394,7 +394,7 @@ def _add(first: Term, second: Term) -> Term:
 
     A token that the divergence moves is not dropped, whatever became of its reward.
     """
-    moved_T = (second.topk_TK != 0).any(dim=-1) | (second.teacher_T != 0)
+    moved_T = (second.topk_TK != 0).any(dim=-1) | (second.teacher_T != 0) | (second.reward_T != 0)
     return replace(
         first,
         value_T=first.value_T + second.value_T,
