@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from test_choices import Models, step_sequences
-from test_rollout_source import PROMPTS, Engines, make
 from test_step import LR, _learn, _Pair
 
 from megatron_tropd.base.errors import ConfigError, InputError
@@ -28,7 +27,6 @@ from megatron_tropd.distill.metrics import trajectory_metrics
 from megatron_tropd.integrations import global_batch
 
 PAIR = Path(__file__).resolve().parents[2] / "examples" / "arithmetic"
-ANSWERS = {i: (40 + i, 41, 2) for i in range(5)}
 LOSS = preset("stable_opd", reference_weight=0.0, golden_weight=0.7)
 
 
@@ -83,25 +81,6 @@ def test_an_answer_that_is_missing_or_too_long_is_named(answer, message):
     with pytest.raises(InputError, match=message):
         tokenizer = load_tokenizer(PAIR / "student")
         golden_answers("a.jsonl", [prompt], "solution", tokenizer, max_new_tokens=8)
-
-
-def test_an_answer_takes_the_place_of_the_last_sample_and_asks_for_nothing():
-    engines, plain = Engines(), Engines()
-    source, sampled = make(engines), make(plain)
-    source._settings = replace(source._settings, golden=ANSWERS)
-    for each in (source, sampled):
-        each.begin(2)
-    sequences, before = source.collect(), sampled.collect()
-    # The others are asked for what they were asked for without answers.
-    assert engines.requests == [plain.requests[0][0::2]]
-    for place, (found, was) in enumerate(zip(sequences, before, strict=True)):
-        if place % 2 == 0:
-            assert dump_sequences([found]) == dump_sequences([was])
-            continue
-        prompt = PROMPTS[found.key.prompt]
-        assert found.key == was.key and tuple(found.prompt_ids) == prompt.token_ids
-        assert tuple(found.by(Writer.GOLDEN)) == ANSWERS[prompt.index]
-        assert found.finish == "stop" and found.weight_N.sum() == 3
 
 
 def test_a_file_of_sequences_keeps_them(tmp_path):
