@@ -192,6 +192,7 @@ def _settings_text(config: Config, inputs: "Inputs") -> str:
             f"prompts:    {len(inputs.prompts)}, {config.rollout.prompts_per_step} a step x "
             f"{config.rollout.samples_per_prompt} samples = {samples} trajectories",
             f"teacher responses: {guidance}",
+            *([f"golden answers: {len(inputs.golden)}, one a prompt"] if inputs.golden else []),
             f"held-out:   {len(inputs.problems)} problems",
             f"steps:      {config.train.steps}",
             *(f"option:     {line}" for line in config.megatron.lines()),

@@ -350,6 +350,9 @@ class GuidanceConfig(Settings, section="guidance"):
     steps, or always 1 (GKD's off-policy share: the teacher's response, then the student)."""
     beta: Amount = 0.001
     """Weight of -log q(x) on teacher tokens."""
+    golden_field: str | None = None
+    """Field of a prompt's line with its golden answer, a text (docs/losses.md): in every step it
+    takes the place of the prompt's last sample. None: all are sampled."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -522,6 +525,7 @@ class Config(Settings):
             deterministic.check_options("teacher", self.megatron.teacher)
         self._check_reference()
         self._check_offload()
+        self._check_golden()
         self._check_recorded()
         self._check_cached()
         samples = self.rollout.prompts_per_step * self.rollout.samples_per_prompt
@@ -539,7 +543,10 @@ class Config(Settings):
             f"loss.method = {name!r} fits the outcomes of recorded rollouts and needs "
             "rollout.recorded, found none. Record some with tools/rollouts.py and name the file.",
         )
-        ignored = {"guidance.responses": self.guidance.responses is not None} | {
+        ignored = {
+            f"guidance.{name}": getattr(self.guidance, name) is not None
+            for name in ("responses", "golden_field")
+        } | {
             f"rollout.{name}": getattr(self.rollout, name) != getattr(RolloutConfig, name)
             for name in ("mode", "behaviour", "first_new_tokens")
         }
@@ -554,14 +561,42 @@ class Config(Settings):
         name, given = self.loss.method_name(), self.teacher.reference
         _require(
             given is not None or not self.loss.needs.reference or ":" in self.teacher.placement,
-            f"loss.method = {name!r} measures the teacher against a reference and needs "
-            "teacher.reference, found none. Name the folder of what the teacher was trained from, "
-            'or "student".',
+            f"loss.method = {name!r} compares with a reference model and needs teacher.reference, "
+            'found none. Name the folder of what the teacher was trained from, or "student", what '
+            "the student starts from.",
         )
         _require(
             given is None or self.loss.needs.reference,
             f"teacher.reference = {given!r} would be loaded for nothing: loss.method = {name!r} "
-            "does not read it. Leave it out, or choose a loss that does (exopd, delta, erpd).",
+            "does not read it. Leave it out, or choose a loss that does (exopd, delta, erpd, "
+            "stable_opd).",
+        )
+
+    def _check_golden(self) -> None:
+        name, field = self.loss.method_name(), self.guidance.golden_field
+        _require(
+            field is not None or not self.loss.needs.golden,
+            f"loss.method = {name!r} reads golden answers and needs guidance.golden_field, found "
+            "none. Name the field of a prompt's line that holds its answer, or set "
+            "loss.golden_weight = 0.",
+        )
+        _require(
+            field is None or self.loss.needs.golden,
+            f"guidance.golden_field = {field!r} would be read for nothing: loss.method = {name!r} "
+            "has no loss for golden answers. Leave it out, or choose one that has (stable_opd).",
+        )
+        samples, mode = self.rollout.samples_per_prompt, self.rollout.mode
+        prefixed = self.guidance.prefixed_per_prompt if self.guidance.responses else 0
+        _require(
+            field is None or samples > max(prefixed, 1),
+            "guidance.golden_field takes one of rollout.samples_per_prompt, and "
+            f"{max(prefixed, 1)} more must be left (a sample, guidance.prefixed_per_prompt), found "
+            f"{samples}. Raise it.",
+        )
+        _require(
+            field is None or mode == RolloutConfig.mode,
+            f'guidance.golden_field needs rollout.mode = "{RolloutConfig.mode}", found "{mode}". '
+            "Leave one of the two out.",
         )
 
     def _check_cached(self) -> None:

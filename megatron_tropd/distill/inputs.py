@@ -12,6 +12,7 @@ from megatron_tropd.convert.companions import CONFIG
 from megatron_tropd.convert.families import model_shape
 from megatron_tropd.convert.hf_folder import HFFolder, naming
 from megatron_tropd.convert.megatron_folder import MegatronFolder, open_model
+from megatron_tropd.data.golden import GoldenAnswers, golden_answers
 from megatron_tropd.data.prompts import (
     check_kwargs_are_read,
     check_same_texts,
@@ -64,6 +65,8 @@ class Inputs:
     """Longest sequence the rollout engine will see."""
     shared_stops: tuple[int, ...] = ()
     """Ids by which student and teacher end a response, if they differ and both sample."""
+    golden: GoldenAnswers | None = None
+    """Those of the prompts, if the loss reads them."""
 
     def longest_rollout(self, rollout: RolloutConfig) -> int:
         """Tokens of the longest prompt and its response."""
@@ -148,6 +151,7 @@ def load_inputs(config: Config) -> Inputs:
         ),
         prompts=prompts,
         responses=responses,
+        golden=_golden(config, prompts, tokenizer),
         recorded=recorded,
         problems=problems,
         max_model_len=max_model_len,
@@ -193,6 +197,16 @@ def _responses(
         return None
     filtered = config.rollout.filter_overlong_prompts
     return load_responses(path, prompts, tokenizer, filtered=filtered)
+
+
+def _golden(
+    config: Config, prompts: list[Prompt], tokenizer: "PreTrainedTokenizerBase"
+) -> GoldenAnswers | None:
+    field, rollout = config.guidance.golden_field, config.rollout
+    if field is None:
+        return None
+    most = rollout.max_new_tokens
+    return golden_answers(rollout.prompts, prompts, field, tokenizer, max_new_tokens=most)
 
 
 def _prompts(

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron_tropd.base.errors import TrainingError
 from megatron_tropd.base.files import write_json
 from megatron_tropd.base.progress import Progress, StopFlag, failed_phase
+from megatron_tropd.config.loss import loss_name
 from megatron_tropd.config.run_folder import RunFolder, started_at
 from megatron_tropd.data.prefixes import alpha
 from megatron_tropd.data.sequence import TokenSequence
@@ -18,7 +19,6 @@ from megatron_tropd.distill.metrics import sequence_metrics
 from megatron_tropd.distill.pair import send_weights
 from megatron_tropd.distill.session import Session, open_session
 from megatron_tropd.distill.step import StepResult, learn
-from megatron_tropd.distill.token_choices import loss_name
 from megatron_tropd.mcore import models
 from megatron_tropd.mcore.checkpoint import ANY_LAYOUT
 from megatron_tropd.mcore.export import save_adapter, save_hf
@@ -119,7 +119,7 @@ def learn_from(run: Session, sequences: list[TokenSequence]) -> StepResult:
         if error.kind == "training":
             error.args = (f"{error} {last_checkpoint(run)}",)
         raise
-    if not result.counts.teacher + result.counts.student:
+    if not result.counts.total:
         print(f"step {step + 1}: every token is masked, so there is no loss", flush=True)
     if result.update.skipped and run.layout.is_main:
         reporter.say(

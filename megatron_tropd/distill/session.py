@@ -163,6 +163,7 @@ def rollout_source(
             config.train.steps,
             config.train.seed,
             inputs.responses,
+            inputs.golden,
         ),
         stop_token_ids=inputs.stop_token_ids,
         shared_stops=inputs.shared_stops,

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_tropd.config.loss import PRESETS, LossSettings, preset
+from megatron_tropd.config.loss import preset
 from megatron_tropd.data.batch import MicroBatch, upload
 from megatron_tropd.data.packing import LossCounts
 from megatron_tropd.data.sequence import Writer
@@ -25,14 +25,6 @@ from megatron_tropd.mcore.layout import Layout
 
 _ANY = preset("opd")
 """A loss that asks for nothing but log-probs."""
-
-
-def loss_name(loss: LossSettings) -> str:
-    """The preset that a loss is, else its method."""
-    for name in PRESETS:
-        if preset(name) == loss:
-            return name
-    return loss.method_name()
 
 
 @dataclass(frozen=True)
@@ -149,7 +141,7 @@ def _entropy_ratio_and_logprob(
     group: dist.ProcessGroup,
 ) -> Tensor:
     """[3, T] the student's entropy, log p/q and log q of the token."""
-    student = hidden_TH, output_weight_vH, targets_of(batch)
+    student = hidden_TH, output_weight_vH, targets_of(batch, golden=config.needs.golden)
     known: dict[str, Any] = dict(vocab_size=vocab_size, group=group)
     statistics = token_statistics_from_hidden(*student, signal, config=config, **known)
     divergences = statistics.divergences()
@@ -163,14 +155,20 @@ def _entropy_ratio_and_logprob(
 
 
 def targets_of(
-    batch: MicroBatch, *, weights_T: Tensor | None = None, rewards_T: Tensor | None = None
+    batch: MicroBatch,
+    *,
+    weights_T: Tensor | None = None,
+    rewards_T: Tensor | None = None,
+    golden: bool = False,
 ) -> LossTargets:
-    """The loss tokens of a micro-batch as the loss takes them."""
+    """The loss tokens of a micro-batch as the loss takes them, golden ones told apart if asked."""
+    writers_T = batch.of_loss_tokens(batch.writers)
     return LossTargets(
         ids_T=batch.of_loss_tokens(batch.labels),
-        is_teacher_T=batch.of_loss_tokens(batch.writers) == Writer.TEACHER,
+        is_teacher_T=writers_T == Writer.TEACHER,
         uniforms_T=batch.of_loss_tokens(batch.uniforms),
         weights_T=weights_T,
         rollout_logprobs_T=batch.of_loss_tokens(batch.behaviour_logprobs),
         rewards_T=rewards_T,
+        is_golden_T=writers_T == Writer.GOLDEN if golden else None,
     )

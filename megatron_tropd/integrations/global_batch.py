@@ -220,6 +220,11 @@ def _columns(item: Mapping[str, Tensor], share: BatchShare, rows: range) -> dict
         item = {**item, **_as_trajectory(item["loss_mask"], share.step, rows)}
     columns = {name: item[name].numpy().astype(dtype) for name, dtype in _COLUMNS.items()}
     columns["sample_key"] = item["sample_key"].numpy()
+    if (columns["writers"] == Writer.GOLDEN).any():
+        raise InputError(
+            "Expected tokens of context, teacher or student, found golden answers, for which no "
+            "method of the plug-in has a loss. Leave their sequences out of the dataset."
+        )
     if share.masked:
         columns["attention_mask"] = item["attention_mask"].bool().numpy()
     return columns

@@ -111,11 +111,17 @@ def loss_config(args: Namespace) -> Method:
             f"--tropd-method {args.tropd_method} does not read --tropd-top-k, which would change "
             "nothing. Drop it, or choose a method that does (docs/losses.md)."
         )
-    if config.needs.reference or config.needs.outcomes:
-        lacking = "a second frozen model" if config.needs.reference else "graded rollouts"
+    needs = config.needs
+    unmet = {
+        "a second frozen model": needs.reference,
+        "graded rollouts": needs.outcomes,
+        "golden answers": needs.golden,
+    }
+    if any(unmet.values()):
         raise ConfigError(
-            f"--tropd-method {args.tropd_method} needs {lacking}, which the plug-in does not load. "
-            "Use the trainer (tropd distill) or another method."
+            f"--tropd-method {args.tropd_method} needs "
+            f"{' and '.join(name for name, is_unmet in unmet.items() if is_unmet)}, which the "
+            "plug-in does not load. Use the trainer (tropd distill) or another method."
         )
     if left_out := [name for name in _LEFT_OUT if getattr(config, name)]:
         raise ConfigError(

@@ -103,8 +103,9 @@ def _written(transforms: Any, bucket: Any) -> tuple[list[Any], Checksum]:
     path, key, (raw, tensors) = bucket
     with open(path, "wb") as file:
         stream: Any = DigestedFile(file)
+        write_item: Any = _write_item  # newer versions of torch take transforms first
         results = [
-            _write_item(*transforms, stream, data, item, key, SerializationFormat.TORCH_SAVE)
+            write_item(*transforms, stream, data, item, key, SerializationFormat.TORCH_SAVE)
             for item, data in (*raw, *tensors)
         ]
         file.flush()
