@@ -1,4 +1,4 @@
-"""A teacher source of your own: ``teacher.source = "own_teacher:Indifferent"``."""
+"""A teacher source of your own: ``teacher.placement = "own_teacher:Indifferent"``."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -28,7 +28,14 @@ class LossCounts(NamedTuple):
     student: int
     """Student tokens that take part in the loss."""
     masked: int
-    """Teacher's and student's tokens that are left out of it."""
+    """Written tokens that are left out of it."""
+    golden: int = 0
+    """Tokens of golden answers that take part in the loss."""
+
+    @property
+    def total(self) -> int:
+        """All that take part in the loss."""
+        return self.teacher + self.student + self.golden
 
 
 def pack(
@@ -100,22 +107,31 @@ def count_loss_tokens(
     """Tokens that take part in the loss, known before the forward pass.
 
     Returns:
-        The counts; a masked token is in none of the other two.
+        The counts; a masked token is in none of the others.
+
+    Raises:
+        ConfigError: there are golden answers, and the loss has nothing for them.
     """
-    teacher = student = masked = 0
+    teacher = student = golden = masked = 0
     for t in sequences:
         kept_N = loss_weights(t, loss) != 0
         teacher += int((kept_N & (t.writer_N == Writer.TEACHER)).sum())
         student += int((kept_N & (t.writer_N == Writer.STUDENT)).sum())
+        golden += int((kept_N & (t.writer_N == Writer.GOLDEN)).sum())
         masked += int((~kept_N & (t.writer_N != Writer.CONTEXT)).sum())
-    return LossCounts(teacher, student, masked)
+    if golden and not loss.needs.golden:
+        raise ConfigError(
+            f"loss.method = {loss.method_name()!r} has no loss for golden answers, found {golden} "
+            "tokens of Writer.GOLDEN. Choose stable_opd, or leave these sequences out."
+        )
+    return LossCounts(teacher, student, masked, golden)
 
 
 def loss_weights(sequence: TokenSequence, loss: LossSettings) -> NDArray[np.float32]:
     """Weigh each token: by the sequence's own weight, 0 if the settings leave it out.
 
     ``mask_first_ids`` leaves out the first occurrence of each of its ids among the tokens that
-    teacher and student wrote; ``mask_truncated`` a whole response that was cut off, its teacher
+    are no context; ``mask_truncated`` a whole response that was cut off, its teacher
     prefix included.
 
     Returns:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron_tropd.base.errors import TrainingError
 from megatron_tropd.base.files import write_json
 from megatron_tropd.base.progress import Progress, StopFlag, failed_phase
+from megatron_tropd.config.loss import loss_name
 from megatron_tropd.config.run_folder import RunFolder, started_at
 from megatron_tropd.data.prefixes import alpha
 from megatron_tropd.data.sequence import TokenSequence
@@ -18,10 +19,10 @@ from megatron_tropd.distill.metrics import sequence_metrics
 from megatron_tropd.distill.pair import send_weights
 from megatron_tropd.distill.session import Session, open_session
 from megatron_tropd.distill.step import StepResult, learn
-from megatron_tropd.distill.token_choices import loss_name
 from megatron_tropd.mcore import models
 from megatron_tropd.mcore.checkpoint import ANY_LAYOUT
-from megatron_tropd.mcore.export import save_hf
+from megatron_tropd.mcore.export import save_adapter, save_hf
+from megatron_tropd.mcore.lora import LoraModel
 
 
 def train(folder: RunFolder, *, console: IO[str], stop: StopFlag, progress: Progress) -> None:
@@ -118,7 +119,7 @@ def learn_from(run: Session, sequences: list[TokenSequence]) -> StepResult:
         if error.kind == "training":
             error.args = (f"{error} {last_checkpoint(run)}",)
         raise
-    if not result.counts.teacher + result.counts.student:
+    if not result.counts.total:
         print(f"step {step + 1}: every token is masked, so there is no loss", flush=True)
     if result.update.skipped and run.layout.is_main:
         reporter.say(
@@ -216,6 +217,9 @@ def finish(run: Session) -> None:
     save(run, wait=True)
     with run.reporter.clock("export"):
         export_student(run, run.folder.student)
+        student = run.parts.student.model
+        if isinstance(student, LoraModel):
+            save_adapter(student, run.hf_folders["student"], run.folder.adapter)
     if run.layout.is_main:
         write_json(run.folder.summary, summary(run))
     dist.barrier()
@@ -235,6 +239,7 @@ def summary(run: Session) -> dict[str, Any]:
         "steps": run.progress.step,
         "world_size": run.layout.world_size,
         "tensor_parallel": config.parallel.tensor,
+        "context_parallel": config.parallel.context,
         "pipeline_parallel": config.parallel.pipeline,
         "data_parallel": config.parallel.data,
         "seed": config.train.seed,

@@ -10,7 +10,8 @@ from megatron_tropd.convert.megatron_folder import MegatronFolder
 from megatron_tropd.distill.step_parts import StepParts
 from megatron_tropd.mcore import models, platform
 from megatron_tropd.mcore.layout import Layout
-from megatron_tropd.mcore.student import Student
+from megatron_tropd.mcore.lora import LoraModel
+from megatron_tropd.mcore.student import Student, StudentModel
 from megatron_tropd.rollout.weights.interface import RepeatableExport, WeightChannel
 from megatron_tropd.teacher import TeacherStart, load_teacher
 
@@ -31,9 +32,7 @@ def step_parts(
     padded = models.padded_vocab_size(*configs, tensor=config.parallel.tensor)
     vocab_size = min(model_shape(each).vocab for each in configs)
     learner = Student(
-        models.build_of_run(
-            config, folders["student"], "student", layout=layout, padded_vocab_size=padded
-        ),
+        _student_model(config, folders["student"], layout, padded),
         train=config.train,
         parallel=config.parallel,
         dtype=dtype,
@@ -43,7 +42,7 @@ def step_parts(
     start = TeacherStart(config, teacher, layout, dtype, padded, vocab_size, reference)
     return StepParts(
         student=learner,
-        teacher=load_teacher(config.teacher.source)(start),
+        teacher=load_teacher(config.teacher.placement)(start),
         loss=config.loss,
         beta=config.guidance.beta,
         vocab_size=vocab_size,
@@ -54,6 +53,17 @@ def step_parts(
         rounded_to=layout.row_multiple,
         seed=config.train.seed,
     )
+
+
+def _student_model(
+    config: Config, folder: HFFolder | MegatronFolder, layout: Layout, padded_vocab_size: int
+) -> StudentModel:
+    """Build the student, with adapters if it has any."""
+    built = models.build_of_run(
+        config, folder, "student", layout=layout, padded_vocab_size=padded_vocab_size
+    )
+    lora = config.model.lora
+    return built if lora is None else LoraModel(built, lora, seed=config.train.seed)
 
 
 def send_weights(parts: StepParts, channel: WeightChannel, *, version: int) -> None:

@@ -156,7 +156,7 @@ class Reporter:
             shown: further results for the bar.
         """
         lap = self.clock.lap()
-        tokens = metrics["tokens_student"] + metrics["tokens_teacher"]
+        tokens = sum(metrics.get(f"tokens_{who}", 0) for who in ("student", "teacher", "golden"))
         record = {
             "step": step,
             **metrics,

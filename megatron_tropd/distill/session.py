@@ -116,6 +116,7 @@ def open_session(
                 pass  # vLLM measures free memory while it starts: nobody else may allocate
         parts = step_parts(config, inputs.folders, layout)
         exits.callback(parts.teacher.close)
+        checkpoints.check_memory(parts.student)
         gap = _engine_gap(config, inputs, folder)
         yield Session(
             config=config,
@@ -162,6 +163,7 @@ def rollout_source(
             config.train.steps,
             config.train.seed,
             inputs.responses,
+            inputs.golden,
         ),
         stop_token_ids=inputs.stop_token_ids,
         shared_stops=inputs.shared_stops,

@@ -21,7 +21,7 @@ from torch.utils.data import default_collate
 from megatron_tropd.base.errors import ConfigError, InputError
 from megatron_tropd.data.batch import MicroBatch, micro_batch, upload
 from megatron_tropd.data.packing import LossCounts
-from megatron_tropd.data.sequence import SampleKey, Writer
+from megatron_tropd.data.sequence import NO_VERSION, SampleKey, TokenSequence, Writer
 from megatron_tropd.losses import Method
 
 TEXT = ("tokens", "labels", "loss_mask", "position_ids")
@@ -152,6 +152,39 @@ def _micro_batch(columns: dict[str, NDArray[Any]], share: BatchShare, rows: rang
     return made.to(share.device)
 
 
+def sequences_of(batches: Sequence[MicroBatch]) -> dict[int, TokenSequence]:
+    """Make the sequences again of which a loader's items were made; the host waits for the device.
+
+    Args:
+        batches: of this replica.
+
+    Returns:
+        Number of a row (``MicroBatch.rows``) -> its ids and writers, up to the last token that
+        somebody wrote. Nothing else of it is known.
+    """
+    found = {}
+    for batch in batches:
+        tokens, labels, writers = (
+            values.cpu().numpy() for values in (batch.tokens, batch.labels, batch.writers)
+        )
+        for place, row in enumerate(batch.rows):
+            length = int(np.flatnonzero(writers[place]).max(initial=-1)) + 1
+            ids_N = np.concatenate([tokens[place, :1], labels[place, :length]])
+            writer_N = np.concatenate([[int(Writer.CONTEXT)], writers[place, :length]])
+            unknown_N = np.full(len(ids_N), np.nan, np.float32)
+            found[row] = TokenSequence(
+                key=batch.keys[place],
+                ids_N=ids_N,
+                writer_N=writer_N,
+                engine_logprobs_N=unknown_N,
+                behaviour_logprobs_N=unknown_N,
+                weight_N=(writer_N != Writer.CONTEXT).astype(np.float32),
+                version_N=np.full(len(ids_N), NO_VERSION),
+                finish="",
+            )
+    return found
+
+
 def whole_batch(
     batches: Sequence[MicroBatch], loss: Method, group: dist.ProcessGroup, device: torch.device
 ) -> tuple[LossCounts, list[int]]:
@@ -187,6 +220,11 @@ def _columns(item: Mapping[str, Tensor], share: BatchShare, rows: range) -> dict
         item = {**item, **_as_trajectory(item["loss_mask"], share.step, rows)}
     columns = {name: item[name].numpy().astype(dtype) for name, dtype in _COLUMNS.items()}
     columns["sample_key"] = item["sample_key"].numpy()
+    if (columns["writers"] == Writer.GOLDEN).any():
+        raise InputError(
+            "Expected tokens of context, teacher or student, found golden answers, for which no "
+            "method of the plug-in has a loss. Leave their sequences out of the dataset."
+        )
     if share.masked:
         columns["attention_mask"] = item["attention_mask"].bool().numpy()
     return columns

@@ -33,12 +33,14 @@ from megatron_tropd.integrations.global_batch import (
     broadcast_items,
     draw,
     own_share,
+    sequences_of,
     whole_batch,
 )
 from megatron_tropd.integrations.loop_student import Distilled, LoopStudent
 from megatron_tropd.integrations.loss_report import LossReport
 from megatron_tropd.integrations.printed_log import PrintedLog
 from megatron_tropd.losses import Method
+from megatron_tropd.teacher.cached import CachedTeacher, open_cache
 from megatron_tropd.teacher.resident import ResidentTeacher
 
 ForwardStep = Callable[..., tuple[Tensor, Callable[..., Any]]]
@@ -72,6 +74,17 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
         "--tropd-teacher-hf-config",
         metavar="FOLDER",
         help="HF folder of the teacher's architecture, for a Megatron checkpoint without one",
+    )
+    add(
+        "--tropd-teacher-cache",
+        metavar="FOLDER",
+        help="the teacher's scores of --tropd-trajectories (tropd score); no teacher is loaded",
+    )
+    add(
+        "--tropd-teacher-offload",
+        choices=("host", "host_by_layer"),
+        help="keep the teacher's layers in the host's memory while it does not score, as "
+        "teacher.offload of a config (docs/planning.md)",
     )
     add(
         "--tropd-trajectories",
@@ -209,7 +222,7 @@ class _Plugin:
         self._rollouts = rollouts
         self._folder: HFFolder | MegatronFolder | None = None
         self._config: Method = preset("tropd")
-        self._teacher: ResidentTeacher | None = None
+        self._teacher: ResidentTeacher | CachedTeacher | None = None
         self._layout: Any = None
         self._fresh: tuple[int, Sequence[Mapping[str, Tensor]]] | None = None
 
@@ -305,6 +318,8 @@ class _Plugin:
         else:
             items = self._fresh_items(student.module, args.curr_iteration)
             batches = broadcast_items(own_share(items, share), share)
+        if isinstance(self._teacher, CachedTeacher) and layout.is_last_stage:
+            self._teacher.know(sequences_of(batches))
         parts = LossParts(
             student=student,
             teacher=self._teacher,
@@ -374,8 +389,10 @@ def recorded_trajectories(args: Namespace) -> Any:
 
 def _build_teacher(
     folder: HFFolder | MegatronFolder, args: Namespace, layout: Any
-) -> ResidentTeacher:
-    """Build the teacher in the student's layout; collective."""
+) -> ResidentTeacher | CachedTeacher:
+    """Build the teacher in the student's layout, or open its scores; collective."""
+    if args.tropd_teacher_cache is not None:
+        return CachedTeacher(open_cache(args.tropd_teacher_cache, layout))
     from megatron_tropd.mcore import platform
     from megatron_tropd.mcore.frozen import frozen_model
 
@@ -388,6 +405,7 @@ def _build_teacher(
             dtype=args.params_dtype,
             padded_vocab_size=args.padded_vocab_size,
             vocab_size=_vocab_size(),
+            offload=args.tropd_teacher_offload or "none",
         )
     return ResidentTeacher(scorer)
 

@@ -223,6 +223,11 @@ class OnPolicyData:
 
     def _check(self) -> None:
         rollout, layout = self.settings.rollout, self._layout
+        if self.settings.guidance.golden_field is not None:
+            raise ConfigError(
+                "No method of the plug-in has a loss for golden answers. Leave "
+                "guidance.golden_field out, or use the trainer (tropd distill)."
+            )
         if rollout.placement != "colocated" or rollout.steps_ahead:
             raise ConfigError(
                 "Live rollouts are sampled by engines beside the trainer, for the step at hand. "

@@ -40,7 +40,7 @@ _WHOLE = "sequences are whole"
 _SHARDS = "the output layer is taken as tensor parallelism shards it"
 REFUSED = (
     Refusal("context_parallel_size", _WHOLE, off=1),
-    Refusal("hybrid_context_parallel", _WHOLE),
+    Refusal("hybrid_context_parallel", "all rows of a micro-batch are split alike"),
     Refusal(
         "virtual_pipeline_model_parallel_size",
         "the teacher has one chunk per stage",

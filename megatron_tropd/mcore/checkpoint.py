@@ -38,6 +38,7 @@ from megatron_tropd.mcore.checksums import (
     share,
     write_checksums,
 )
+from megatron_tropd.mcore.host_memory import shortage
 from megatron_tropd.mcore.layout import Layout
 from megatron_tropd.mcore.models import has_transformer_engine
 from megatron_tropd.mcore.student import Student
@@ -110,9 +111,10 @@ class Checkpoints:
             sharding: of a distributed optimizer's state, :data:`ANY_LAYOUT` or :data:`ANY_DATA`.
 
         Raises:
-            TrainingError: the folder could not be written; older checkpoints are untouched.
+            TrainingError: the folder could not be written, or a node has too little memory for the
+                copy; older checkpoints are untouched.
 
-        Collectives: Megatron's exchange of what each rank writes; a gather of small objects; for
+        Collectives: Megatron's exchange of what each rank writes; gathers of small objects; for
         :data:`ANY_LAYOUT` all-gathers of a distributed optimizer's state over the replicas.
         """
         self.wait()
@@ -120,6 +122,8 @@ class Checkpoints:
         before = self._sharding_of.get(step, sharding)
         if step in self._steps_of_first_rank() and before in (sharding, ANY_LAYOUT):
             return
+        if lacking := self._lacking(student, sharding):
+            raise TrainingError(f"Checkpoint {final} was not begun: {lacking}")
         unfinished = self.folder / f".{final.name}.tmp"
         self._on_first_rank(lambda: _fresh(unfinished, files), unfinished)
         forget_results()
@@ -131,6 +135,32 @@ class Checkpoints:
         )
         self._save = _Save(unfinished, final, self._queue.start(request))
         self._sharding_of[step] = sharding
+
+    def check_memory(self, student: Student) -> None:
+        """Refuse a run whose last checkpoint, the largest, no node could save; collective.
+
+        Raises:
+            ConfigError: a node has too little memory left, on every rank.
+        """
+        if lacking := self._lacking(student, ANY_LAYOUT):
+            raise ConfigError(f"The run could not save its last checkpoint: {lacking}")
+
+    def _lacking(self, student: Student, sharding: str) -> str:
+        """Why a node cannot hold what a save copies, or nothing if all can; collective."""
+        form = sharding if self.distributed_optimizer else None
+        if not (lacking := shortage(saving_bytes(student, self.layout, form))):
+            return ""
+        steps = self.steps()
+        advice = (
+            "For the checkpoints of run.checkpoint_every, which are held in memory until they are "
+            f"written, run.checkpoint_sharding = {ANY_DATA!r} gathers nothing; the last one is "
+            f"{ANY_LAYOUT!r}. "
+        )
+        return (
+            f"{lacking}. Last complete checkpoint: {f'step {steps[-1]}' if steps else 'none yet'}. "
+            f"{advice if self.distributed_optimizer else ''}Give the job more memory (Slurm: "
+            "--mem=0 is all of a node's), or offload less, then give the same command again."
+        )
 
     def poll(self) -> None:
         """Complete the save in flight if every rank has written; returns at once if not.
@@ -241,9 +271,9 @@ class Checkpoints:
             f"{path} was saved with run.checkpoint_sharding = {ANY_DATA!r}, in slices of the "
             f"optimizer's buffers, and those are cut otherwise now: "
             f"{'; '.join(other) or 'other layers, or another version of Megatron-Core'}. "
-            "Resume with what it was (parallel.data may differ). To change it, stop the run with a "
-            f"signal (Ctrl-C, SIGTERM): the checkpoint that it saves then is {ANY_LAYOUT!r}, and "
-            "so is its last one."
+            "Resume with what it was (parallel.data and parallel.context may differ). To change "
+            "it, stop the run with a signal (Ctrl-C, SIGTERM): the checkpoint that it saves then "
+            f"is {ANY_LAYOUT!r}, and so is its last one."
         )
 
     def _about(self, student: Student, sharding: str) -> dict[str, Any]:
@@ -344,7 +374,10 @@ class Checkpoints:
         return metadata
 
     def _sizes(self) -> list[int]:
-        return [self.layout.tp_size, self.layout.pp_size, self.layout.dp_size, self.layout.ep_size]
+        layout = self.layout
+        sizes = [layout.tp_size, layout.pp_size, layout.dp_size, layout.ep_size]
+        # Checkpoints from before there was this axis have no size of it.
+        return sizes if layout.cp_size == 1 else [*sizes, layout.cp_size]
 
     def _rng(self) -> ShardedObject:
         """One object per rank: RNG states belong to a layout and load only under the same one."""
@@ -383,6 +416,26 @@ class Checkpoints:
             # Removing thousands of files takes a network file system its time.
             self._removal = threading.Thread(target=_remove, args=doomed, daemon=True)
             self._removal.start()
+
+
+def saving_bytes(student: Student, layout: Layout, sharding: str | None) -> int:
+    """About what a save takes of the host's memory on this rank, until it is written.
+
+    Args:
+        student: what is saved.
+        layout: this rank's place.
+        sharding: as of :meth:`Checkpoints.save`; None: no distributed optimizer.
+    """
+    held = list(student.model.trainable().values())
+    # Experts are spread over the replicas: each may be the one that writes its own.
+    mine = [p for p in held if layout.dp_rank == 0 or not getattr(p, "allreduce", True)]
+    states = 12 if sharding or held[0].itemsize == 2 else 8
+    if sharding == ANY_LAYOUT:
+        mine = held
+    of_states = sum(p.numel() for p in (mine if sharding is None else held)) * states
+    if sharding == ANY_DATA:
+        of_states //= layout.dp_size
+    return of_states + sum(p.nbytes for p in mine)
 
 
 def complete_steps(folder: Path) -> list[int]:

@@ -1,14 +1,18 @@
-"""The student as an HF folder."""
+"""The student as an HF folder, and its adapters as PEFT's."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
 from megatron_tropd.base.errors import InputError, TrainingError
 from megatron_tropd.convert.accounting import expected_tensors
+from megatron_tropd.convert.adapters import peft_config
 from megatron_tropd.convert.companions import copy_companions
 from megatron_tropd.convert.families import plan
 from megatron_tropd.convert.hf_folder import HFFolder
@@ -16,7 +20,12 @@ from megatron_tropd.convert.megatron_folder import MegatronFolder
 from megatron_tropd.convert.publish import publishing
 from megatron_tropd.convert.safetensors_writer import SafetensorsWriter, Spec
 from megatron_tropd.data.collective import run_everywhere
+from megatron_tropd.mcore.layout import Layout
+from megatron_tropd.mcore.lora import LoraModel
 from megatron_tropd.mcore.student import StudentModel
+
+Stream = Iterator[tuple[str, Tensor | None]]
+"""Tensors by their names; None on the ranks that do not write."""
 
 
 def save_hf(
@@ -44,12 +53,39 @@ def save_hf(
     Collectives: those of ``exported``, one gather of the outcome on all ranks.
     """
     dtype = dtype or next(model.module.parameters()).dtype
-    stream = model.exported(dtype=dtype)
+    write = partial(
+        write_folder, source=source, out=Path(out), dtype=dtype, max_file_bytes=max_file_bytes
+    )
+    _written(model.exported(dtype=dtype), write, Path(out), model.layout)
 
-    def write() -> None:
+
+def save_adapter(model: LoraModel, base: str | Path, out: str | Path) -> None:
+    """Write the adapters as a folder that PEFT loads: its config, one file of tensors. Collective.
+
+    The folder appears when it is complete; an older one is replaced.
+
+    Args:
+        model: whose adapters to write.
+        base: HF folder of the frozen weights, which the config names.
+        out: the folder to write. On rank 0's file system.
+
+    Raises:
+        TrainingError: writing failed, on every rank; an older folder is still there.
+
+    Collectives: those of ``exported_adapters``, one gather of the outcome on all ranks.
+    """
+    config = peft_config(model.hf_config, model.lora, str(base))
+    write = partial(_write_adapter, config=config, out=Path(out))
+    _written(model.exported_adapters(), write, Path(out), model.layout)
+
+
+def _written(stream: Stream, write: Callable[[Stream], None], out: Path, layout: Layout) -> None:
+    """Have rank 0 write what all ranks walk, and all of them know what became of it."""
+
+    def here() -> None:
         try:
-            if model.layout.is_main:
-                write_folder(stream, source, Path(out), dtype, max_file_bytes)
+            if layout.is_main:
+                write(stream)
         except (OSError, InputError) as error:
             raise TrainingError(
                 f"The export to {out} could not be written: {error}. Make room, then give the "
@@ -60,11 +96,20 @@ def save_hf(
             for _ in stream:  # making them is collective
                 pass
 
-    run_everywhere(write)
+    run_everywhere(here)
+
+
+def _write_adapter(stream: Stream, config: dict[str, Any], out: Path) -> None:
+    tensors = {name: tensor.cpu() for name, tensor in stream if tensor is not None}
+    with publishing(out, force=True) as folder:
+        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        # Not save_file, whose file nobody but its owner may read.
+        content = save(tensors, metadata={"format": "pt"})
+        (folder / "adapter_model.safetensors").write_bytes(content)
 
 
 def write_folder(
-    stream: Iterator[tuple[str, Tensor | None]],
+    stream: Stream,
     source: HFFolder | MegatronFolder,
     out: Path,
     dtype: torch.dtype,

@@ -143,7 +143,7 @@ def _own_settings(
         deterministic_mode=torch.are_deterministic_algorithms_enabled(),
         **shape.megatron_fields(),
         **_axes(shape, parallel),
-        **_window_settings(shape),
+        **_window_settings(shape, parallel),
         **_expert_settings(shape),
     )
 
@@ -235,13 +235,15 @@ def _mark_experts(model: GPTModel) -> None:
             parameter.allreduce = False
 
 
-def _window_settings(shape: ModelShape) -> dict[str, Any]:
+def _window_settings(shape: ModelShape, parallel: ParallelConfig) -> dict[str, Any]:
     widest = max((window for window in shape.windows if window is not None), default=None)
     if widest is None:
         return {}
     # Megatron counts the positions before the token, and lists which layers have a window.
     has_window = [int(window is not None) for window in shape.windows]
-    return {"window_size": (widest - 1, 0), "window_attn_skip_freq": has_window}
+    settings = {"window_size": (widest - 1, 0), "window_attn_skip_freq": has_window}
+    # Transformer Engine's default, a ring, has no windows.
+    return settings | ({"cp_comm_type": "all_gather"} if parallel.context > 1 else {})
 
 
 def _axes(shape: ModelShape, parallel: ParallelConfig) -> dict[str, int]:

@@ -80,7 +80,7 @@ def rehearsed_hardware(gpus_per_node: int) -> Hardware:
 
 def default_ranks(planned: PlannedRun) -> list[int]:
     """The first rank of the first stage, of a middle one and of the last."""
-    of_stage = planned.parallel.tensor * planned.parallel.data
+    of_stage = planned.parallel.tensor * planned.parallel.replicas
     stages = sorted({0, planned.parallel.pipeline // 2, planned.last_stage})
     if planned.parallel.pipeline == 2:
         stages = [0, 1]

@@ -147,7 +147,7 @@ def _report(rank: "RehearsedRank", counts: dict[str, Counter[Any]], seconds: flo
 
 def _planned(memory: Memory) -> dict[str, float]:
     """The planner's bytes by the trainer's names of phases; engines are not rehearsed."""
-    return memory.trainer | {"between steps": memory.resident}
+    return memory.trainer | {"between steps": memory.resident, "build": memory.build}
 
 
 def _failure(rank: int, error: Exception) -> str:

@@ -34,6 +34,7 @@ from megatron_tropd.mcore.checkpoint import Checkpoints
 from megatron_tropd.mcore.hidden import unwrap
 from megatron_tropd.planning.planned_run import PlannedRun
 from megatron_tropd.rehearsal.engines import Counted, RecordingEngine
+from megatron_tropd.rehearsal.scores import with_made_up_scores
 from megatron_tropd.rehearsal.tensors import CPU, Device
 from megatron_tropd.rehearsal.world import World
 from megatron_tropd.teacher.resident import ResidentTeacher
@@ -156,7 +157,7 @@ class RehearsedRank:
                 world_size=self.layout.world_size,
             )
             # Nobody compares engine and trainer: that takes numbers.
-            parts = step_parts(config, self.inputs.folders, self.layout)
+            parts = step_parts(with_made_up_scores(config), self.inputs.folders, self.layout)
             self.parts = replace(parts, clock=self.clock)
             self.checkpoints = Checkpoints(
                 self.folder.checkpoints,
@@ -237,7 +238,7 @@ class RehearsedRank:
             (batch.tokens.shape[1] // shards, batch.tokens.shape[0], config.hidden_size)
             for batch in micro_batches
         ]
-        place = {"tp_rank": layout.tp_rank, "dp_rank": layout.dp_rank}
+        place = {"tp_rank": layout.tp_rank, "replica": layout.replica}
         for pp_rank in (layout.pp_rank - 1, layout.pp_rank + 1):
             if 0 <= pp_rank < layout.pp_size:
                 self.world.expect_shapes(layout.global_rank(pp_rank=pp_rank, **place), shapes)

@@ -58,6 +58,7 @@ class _OfRun(ResidentTeacher):
                     vocab_size=start.vocab_size,
                     who=who,
                     options=start.config.megatron.teacher,
+                    offload=start.config.teacher.offload,
                 )
                 for who, folder in models.items()
                 if folder is not None

@@ -208,14 +208,23 @@ def _sharding_of(path: Path) -> str:
     return _saved_extra(path)["sharding"]
 
 
+def _bytes_of(buckets: list) -> int:
+    return sum(tensor.nbytes for _, _, (_, tensors) in buckets for _, tensor in tensors)
+
+
 def _save_slices(folder: str, out: str) -> None:
     import torch.distributed as dist
+
+    from megatron_tropd.mcore import async_save
+    from megatron_tropd.mcore.checkpoint import saving_bytes
 
     layout = ParallelConfig(data=2, distributed_optimizer=True)
     learner, ranks = _student(folder, layout)
     _some_steps(learner, ranks, 0, 3)
     checkpoints = _checkpoints(Path(out), ranks, layout)
     gathered, all_gather = [], dist.all_gather
+    staged, stage = [], async_save._staged
+    async_save._staged = lambda *a: (copies := stage(*a), staged.append(_bytes_of(copies)))[0]
     dist.all_gather = lambda parts, *_: (gathered.append(parts[0].numel()), all_gather(parts, *_))
     for sharding in ("fully_reshardable", "dp_reshardable"):
         gathered.clear()
@@ -224,9 +233,12 @@ def _save_slices(folder: str, out: str) -> None:
         if sharding == "fully_reshardable":
             parameters = sum(p.numel() for p in learner.module.parameters())
             assert parameters <= 2 * sum(gathered) / 3 < 1.01 * parameters
+            taken = sum(gathered) * 2 * 4 + 4 * parameters
+            assert saving_bytes(learner, ranks, sharding) == pytest.approx(taken, rel=0.01)
             shutil.rmtree(Path(out, "step_000003")) if ranks.is_main else None
             dist.barrier()
     assert not gathered, "every rank writes what it has"
+    assert saving_bytes(learner, ranks, sharding) == pytest.approx(staged[-1], rel=0.01)
     uninterrupted = _some_steps(learner, ranks, 3, 6)
     _saved(checkpoints, learner, 6, sharding="dp_reshardable")
     _saved(checkpoints, learner, 6, sharding="dp_reshardable")
@@ -353,7 +365,9 @@ def _faults(folder: str, out: str) -> None:
 
     _writes_in_the_background(checkpoints, learner)
     _no_room(checkpoints, learner)
+    _no_memory(checkpoints, learner)
     _checksums_are_those_of_sha256sum(root / "step_000005")
+    _what_was_meant_is_digested(_checkpoints(root.with_name("other"), ranks, layout), learner)
     _what_cannot_be_read_is_no_damage(checkpoints, learner)
     said.clear()
     _damage_is_found(checkpoints, learner, said)
@@ -396,6 +410,46 @@ def _no_room(checkpoints, learner) -> None:
     assert checkpoints.steps() == [3, 4, 5]
     assert not list(checkpoints.folder.glob(".step_000006*"))
     assert checkpoints.load(learner, 5)["step"] == 5
+
+
+def _no_memory(checkpoints, learner) -> None:
+    """Nothing is begun that the kernel would end with the process."""
+    from megatron_tropd.mcore import host_memory
+
+    left, host_memory.available_bytes = host_memory.available_bytes, lambda: 1000
+    try:
+        told = r"the ranks on \S+ \(1\) need .* GiB are left there.*step 5"
+        with pytest.raises(TrainingError, match=rf"step_000006 was not begun: {told}") as caught:
+            checkpoints.save(learner, step=6, extra={})
+        assert caught.value.kind == "training", "another attempt would fail alike"
+        with pytest.raises(ConfigError, match=rf"could not save its last checkpoint: {told}"):
+            checkpoints.check_memory(learner)
+    finally:
+        host_memory.available_bytes = left
+    checkpoints.check_memory(learner)
+    assert not list(checkpoints.folder.glob(".step_000006*"))
+
+
+def _what_was_meant_is_digested(checkpoints, learner) -> None:
+    """A disk that stores something else is found out when that is loaded."""
+    fsync = os.fsync
+
+    def flip_and_fsync(file: int) -> None:
+        if threading.current_thread().name == "checkpoint":
+            with open(f"/proc/self/fd/{file}", "r+b") as stored:
+                stored.seek(1000)
+                byte = stored.read(1)
+                stored.seek(1000)
+                stored.write(bytes([byte[0] ^ 1]))
+        fsync(file)
+
+    os.fsync = flip_and_fsync
+    try:
+        _saved(checkpoints, learner, 6)
+    finally:
+        os.fsync = fsync
+    with pytest.raises(InputError, match="has other contents than were written"):
+        checkpoints.load(learner, 6)
 
 
 def _checksums_are_those_of_sha256sum(path: Path) -> None:

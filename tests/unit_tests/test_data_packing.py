@@ -1,5 +1,6 @@
 """Packing: what a row holds, that nothing is lost, and that the layout changes nothing."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -12,6 +13,7 @@ from megatron_tropd.data.batch import MicroBatch
 from megatron_tropd.data.packing import count_loss_tokens, loss_weights, pack
 from megatron_tropd.data.sequence import SampleKey, TokenSequence, Writer
 from megatron_tropd.losses.draws import keyed_seed, keyed_uniform
+from megatron_tropd.mcore.layout import zigzag
 
 
 def _trajectory(
@@ -109,11 +111,12 @@ def test_nothing_lost_and_budget_kept():
 
 
 def test_sorting_keeps_padding_small():
-    batches = _pack(_trajectories(), tokens_per_micro_batch=100)
+    trajectories = _trajectories()
+    batches = _pack(trajectories, tokens_per_micro_batch=100)
     rows = sum(batch.tokens.numel() for batch in batches)
-    assert rows < 1.3 * sum(len(t) for t in _trajectories())
-    lengths = [batch.tokens.shape[1] for batch in batches]
-    assert lengths == sorted(lengths, reverse=True)
+    assert rows < 1.3 * sum(len(t) for t in trajectories)
+    lengths = [len(trajectories[row]) for batch in batches for row in batch.rows]
+    assert lengths == sorted(lengths, reverse=True), "rows within a batch too"
 
 
 @pytest.mark.parametrize("dp_size", [1, 2, 3, 4])
@@ -307,3 +310,35 @@ def test_any_order_of_writers_is_packed_and_weighed():
     assert batch.uniforms[0, 1:8].tolist() == draws.tolist()
     assert batch.loss_at.tolist() == [1, 2, 5, 7] and batch.student_at.tolist() == [0, 1, 3]
     assert count_loss_tokens([t], config_of(mask_first_ids=(20,))) == (1, 3, 1)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_parts_of_rows_together_hold_every_token_as_it_was(ranks: int):
+    trajectories = _trajectories()
+    whole = _pack(trajectories, pad_multiple=2 * ranks, tokens_per_micro_batch=72)
+    assert max(len(batch.rows) for batch in whole) > 1
+    shares = [
+        [batch.at(zigzag(batch.tokens.shape[1], rank, ranks)) for batch in whole]
+        for rank in range(ranks)
+    ]
+    of_ranks = [_tokens_of(share) for share in shares]
+    assert set().union(*of_ranks) == _tokens_of(whole)
+    assert sum(map(len, of_ranks)) == len(_tokens_of(whole))
+    for share in shares:
+        for part, batch in zip(share, whole, strict=True):
+            assert part.tokens.shape == (len(batch.rows), batch.tokens.shape[1] // ranks)
+            assert (part.position_ids[:, 1:] > part.position_ids[:, :-1]).all()
+            assert part.loss_at.tolist() == part.loss_mask.flatten().nonzero().flatten().tolist()
+            rows = torch.tensor(batch.rows)[part.loss_at // part.tokens.shape[1]]
+            assert torch.equal(part.loss_rows, rows)
+            written = part.of_loss_tokens(part.writers) == Writer.STUDENT
+            assert torch.equal(part.student_at, written.nonzero().flatten())
+
+
+def test_a_rank_has_a_chunk_and_its_mirror_image_as_megatron_deals_them():
+    assert [zigzag(8, rank, 2).tolist() for rank in (0, 1)] == [[0, 1, 6, 7], [2, 3, 4, 5]]
+    (batch,) = _pack([_trajectory(0, 0, (2, 0, 7))], pad_multiple=8)
+    mask = torch.arange(64).view(1, 1, 8, 8)
+    part = dataclasses.replace(batch, attention_mask=mask).at(zigzag(8, 1, 2))
+    assert part.labels.tolist() == batch.labels[:, 2:6].tolist(), "of the whole row, not shifted"
+    assert torch.equal(part.attention_mask, mask[:, :, 2:6])

@@ -98,6 +98,7 @@ def test_megatron_lm_settings_have_the_names_of_the_config() -> None:
     [
         ("--tropd-method exopd", "--tropd-method exopd needs a second frozen model"),
         ("--tropd-method erpd_teacher", "erpd_teacher needs graded rollouts"),
+        ("--tropd-method stable_opd", "stable_opd needs a second frozen model and golden answers"),
         ("--tropd-method gkd_jsd --tropd-jsd-beta 1.0", "--tropd-jsd-beta must be strictly"),
         ("--tropd-method tropd_clip --tropd-tau nan", "--tropd-tau must be a number and finite"),
         ("--tropd-method tropd --tropd-beta nan", "--tropd-beta must be at least 0 and finite"),

@@ -165,6 +165,42 @@ def test_a_reference_is_a_second_teacher_to_every_estimate(small: Config):
     assert two.seconds.student > one.seconds.student
 
 
+@pytest.mark.parametrize("offload", ["host", "host_by_layer"])
+def test_an_offloaded_teacher_is_on_the_gpu_only_while_it_scores(small: Config, offload: Any):
+    """Qwen3-4B, tied: its embedding is the output layer, which the loss reads, and stays."""
+    teacher = dataclasses.replace(small.teacher, offload=offload)
+    runs = [plan_run(c, H100) for c in (small, dataclasses.replace(small, teacher=teacher))]
+    (had,), (has,) = (estimate(run).memory for run in runs)
+    stays = 2 * (151936 * 2560 + 2560)
+    moved = had.teacher_weights - stays
+    assert (has.teacher_weights, had.teacher_visiting) == (stays, 0)
+    at_once = moved if offload == "host" else 2 * moved / 36
+    assert has.teacher_visiting == at_once
+    for phase, size in has.trainer.items():
+        saved = moved - (at_once if phase == "teacher" else 0)
+        assert size == had.trainer[phase] - saved, phase
+    assert has.build == had.build
+    on_host = [planned_memory.host_bytes(run) for run in runs]
+    assert on_host[1] - on_host[0] == moved  # of its one GPU
+    seconds = [estimate(run).seconds for run in runs]
+    arrival = moved / H100.host_link
+    if offload == "host":
+        assert seconds[1].teacher == pytest.approx(seconds[0].teacher + arrival)
+    else:
+        each = runs[0].work.micro_batches * arrival
+        assert seconds[1].teacher == pytest.approx(max(seconds[0].teacher, each))
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_what_an_offloaded_teacher_keeps_are_output_layer_and_last_norm(small: Config, stage: int):
+    parallel = ParallelConfig(pipeline=2)
+    run = plan_run(dataclasses.replace(small, parallel=parallel), H100)
+    held = run.parameters_of(run.teacher, stage).total
+    parts = run.teacher.parts_on_rank(parallel, stage, run.padded_vocab)
+    assert len(parts) == (19, 18)[stage] and len(set(parts[-18:])) == 1
+    assert held - sum(parts) == (0, 151936 * 2560 + 2560)[stage]
+
+
 def test_memory_is_planned_for_micro_batches_full_of_any_lengths(small: Config):
     """Two rows of 8192 positions fill 16384, two of the longest kind do not fit."""
     full, twice = (
@@ -463,7 +499,8 @@ def test_no_layout_of_a_prime_number_of_gpus(small: Config):
 
 # Of schema 1, listed in docs/planning.md: nothing is renamed or removed without raising the number.
 PLAN_KEYS = {
-    *("schema", "seconds_and_recommendation", "student", "teacher", "hardware", "step"),
+    *("schema", "seconds_and_recommendation", "student", "teacher", "trained_parameters"),
+    *("hardware", "step"),
     *("asked", "recommended", "other_steps_ahead"),
 }
 ESTIMATE_KEYS = {

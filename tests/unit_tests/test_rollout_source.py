@@ -115,6 +115,26 @@ def test_single_turns_ask_once_for_what_the_step_plans() -> None:
     assert [sequence.count(Writer.TEACHER) for sequence in sequences] == [3, 0] * 3
 
 
+def test_a_golden_answer_takes_the_place_of_the_last_sample_and_asks_for_nothing() -> None:
+    answers = {i: (40 + i, 41, 2) for i in range(5)}
+    engines, plain = Engines(), Engines()
+    source, sampled = make(engines), make(plain)
+    source._settings = replace(source._settings, golden=answers)
+    for each in (source, sampled):
+        each.begin(2)
+    sequences, before = source.collect(), sampled.collect()
+    # The others are asked for what they were asked for without answers.
+    assert engines.requests == [plain.requests[0][0::2]]
+    for place, (found, was) in enumerate(zip(sequences, before, strict=True)):
+        if place % 2 == 0:
+            assert dump_sequences([found]) == dump_sequences([was])
+            continue
+        prompt = PROMPTS[found.key.prompt]
+        assert found.key == was.key and tuple(found.prompt_ids) == prompt.token_ids
+        assert tuple(found.by(Writer.GOLDEN)) == answers[prompt.index]
+        assert found.finish == "stop" and found.weight_N.sum() == 3
+
+
 def test_single_turns_have_the_room_of_their_step() -> None:
     engines = Engines()
     source = make(engines)

@@ -38,8 +38,8 @@ ARROWS: dict[str, set[str]] = {
         *("base", "config", "convert", "data", "distill", "losses", "mcore", "rollout", "teacher")
     },
     "rehearsal": {
-        *("base", "config", "convert", "data", "distill", "mcore", "planning", "rollout"),
-        "teacher",
+        *("base", "config", "convert", "data", "distill", "losses", "mcore", "planning"),
+        *("rollout", "teacher"),
     },
     "launch": {"base", "config", "distill", "mcore", "rollout"},
     "cli": {

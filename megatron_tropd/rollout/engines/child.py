@@ -51,7 +51,7 @@ def build_llm(settings: EngineSettings) -> Any:
 
 
 def engine_arguments(settings: EngineSettings) -> dict[str, Any]:
-    """What ``vllm.LLM`` is called with; unit_tests/test_vllm_on_cuda.py reviews it for CUDA."""
+    """What ``vllm.LLM`` is called with; test_vllm_on_cuda.py reviews it for CUDA."""
     device = _cuda_arguments(settings) if settings.cuda else _cpu_arguments(settings)
     return {
         "model": settings.model_folder,
