@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.config import LoraConfig
 from megatron_tropd.convert.families import Entry, ModelShape, plan
-from megatron_tropd.convert.ops import (
+from megatron_tropd.convert.families._ops import (
     FusedQKV,
     GateUp,
     Operation,

@@ -66,7 +66,7 @@ def lora_student(
     ranks, source = parallel.initialize(layout, seed=1), HFFolder(Path(folder))
     kind = models.resolve_dtype(dtype)
     built = models.build_model(
-        source, ranks=ranks, parallel=layout, dtype=kind, options=model,
+        source, layout=ranks, parallel=layout, dtype=kind, options=model,
         padded_vocab_size=models.padded_vocab_size(source.config, tensor=layout.tensor),
     )  # fmt: skip
     weights = LoraModel(built, lora, seed=3)
@@ -90,10 +90,11 @@ def batches_of(ranks, step: int):
 def steps(learner, ranks, first: int, last: int) -> list[float]:
     from megatron_tropd.mcore.schedule import cross_entropy
 
-    return [
-        learner.train_step(batches_of(ranks, step), cross_entropy).grad_norm
-        for step in range(first, last)
-    ]
+    norms = []
+    for step in range(first, last):
+        learner.forward_backward(batches_of(ranks, step), cross_entropy)
+        norms.append(learner.update().grad_norm)
+    return norms
 
 
 def first_gradients(learner, ranks) -> dict[str, torch.Tensor]:
@@ -104,7 +105,7 @@ def first_gradients(learner, ranks) -> dict[str, torch.Tensor]:
     from megatron_tropd.mcore.weights import export_entries
 
     reports = learner.forward_backward(batches_of(ranks, 0), cross_entropy)
-    weights = learner.weights
+    weights = learner.model
     loss = torch.zeros(2, dtype=torch.float64)
     if ranks.tp_rank == 0:
         for report in reports:
@@ -121,7 +122,9 @@ def _all_gradients(folder: str, layouts: dict[str, ParallelConfig], out: str, op
     dist.init_process_group("gloo")
     for name, layout in layouts.items():
         learner, ranks = lora_student(folder, layout, model=options)
-        assert all(n.requires_grad == ("adapter" in k) for k, n in learner.model.named_parameters())
+        assert all(
+            n.requires_grad == ("adapter" in k) for k, n in learner.module.named_parameters()
+        )
         found = first_gradients(learner, ranks)
         found["norms"] = torch.tensor(steps(learner, ranks, 0, 3))
         if dist.get_rank() == 0:
@@ -158,13 +161,13 @@ def _export(folder: str, layout: ParallelConfig, out: str) -> None:
     dist.init_process_group("gloo")
     learner, ranks = lora_student(folder, layout)
     source = HFFolder(Path(folder))
-    save_hf(learner.weights, source, Path(out, "merged"))
-    save_adapter(learner.weights, folder, Path(out, "adapter"))
+    save_hf(learner.model, source, Path(out, "merged"))
+    save_adapter(learner.model, folder, Path(out, "adapter"))
     logits = {}
     for name in ("adapted", "base"):
-        with learner.weights.base_only() if name == "base" else torch.no_grad(), torch.no_grad():
-            learner.model.eval()
-            logits[name] = learner.model(IDS, torch.arange(IDS.shape[1])[None], None)
+        with learner.model.base_only() if name == "base" else torch.no_grad(), torch.no_grad():
+            learner.module.eval()
+            logits[name] = learner.module(IDS, torch.arange(IDS.shape[1])[None], None)
     if ranks.tp_rank == 0:  # its half of the vocabulary
         torch.save(logits, Path(out, "logits.pt"))
 
@@ -222,8 +225,8 @@ def _move(folder: str, layouts, dtype: str, out: Path) -> None:
     _check_saved(out / "step_000002")
     expected = steps(learner, ranks, 2, 5)
     assert all(torch.equal(p, frozen[name]) for name, p in _frozen(learner).items())
-    trained = learner.weights.trainable().items()
-    assert {name for name, p in learner.model.named_parameters() if hasattr(p, "main_grad")} == {
+    trained = learner.model.trainable().items()
+    assert {name for name, p in learner.module.named_parameters() if hasattr(p, "main_grad")} == {
         name for name, _ in trained
     }
     leave_layout()
@@ -240,7 +243,7 @@ def _move(folder: str, layouts, dtype: str, out: Path) -> None:
 
 
 def _frozen(learner) -> dict[str, torch.Tensor]:
-    named = learner.model.named_parameters()
+    named = learner.module.named_parameters()
     return {name: p.detach().clone() for name, p in named if not p.requires_grad}
 
 
@@ -263,7 +266,7 @@ def _begin_as_the_base(folder: str) -> None:
 
     dist.init_process_group("gloo")
     learner, ranks = lora_student(folder, ParallelConfig(tensor=2), drawn=False)
-    weights, source = learner.weights, HFFolder(Path(folder))
+    weights, source = learner.model, HFFolder(Path(folder))
     for name, tensor in weights.exported():
         assert tensor is None or torch.equal(tensor, source.read(name)), name
     batches = batches_of(ranks, 0)
@@ -323,7 +326,7 @@ def _check_shared(learner, ranks) -> None:
     import torch.distributed as dist
     from megatron.core import parallel_state
 
-    for name, adapter in learner.weights.adapters().items():
+    for name, adapter in learner.model.adapters().items():
         of_experts = parallel_state.get_expert_tensor_parallel_group()
         group = of_experts if adapter.is_expert else ranks.tp_group
         first = adapter.shared.detach().clone()

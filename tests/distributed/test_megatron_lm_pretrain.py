@@ -267,7 +267,7 @@ def _score(setting: Setting) -> None:
     train, layout = TrainConfig(steps=1, tokens_per_micro_batch=128), ParallelConfig()
     parts = build_parts(setting.student, setting.teacher, layout, train, preset("tropd"))
     trajectories = [_trajectory(n) for n in range(HALF * ROWS * MICRO_BATCHES)]
-    columns = Scorer(parts.teacher, parts.ranks, 64, torch.float32, 128).score(trajectories)
+    columns = Scorer(parts.teacher, parts.layout, 64, torch.float32, 128).score(trajectories)
     assert columns is not None
     digest, folder = model_digest(HFFolder(setting.teacher)), setting.root / "scores"
     names = (digest, None, "not compared", 259, "float32", 64, "float32", "not compared")
