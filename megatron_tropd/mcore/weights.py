@@ -17,9 +17,8 @@ from torch import Tensor
 
 from megatron_tropd.base.errors import InputError
 from megatron_tropd.convert.checks import check_tensors
-from megatron_tropd.convert.families import Entry, ModelShape, model_shape, plan
+from megatron_tropd.convert.families import Entry, ModelShape, Source, model_shape, plan
 from megatron_tropd.convert.hf_folder import EMBEDDING, HEAD, HFFolder
-from megatron_tropd.convert.ops import Source
 from megatron_tropd.convert.sizes import stage_sizes
 from megatron_tropd.mcore import platform
 from megatron_tropd.mcore.layout import Layout
