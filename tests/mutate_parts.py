@@ -91,8 +91,8 @@ MUTATIONS = (
         "mcore/layout.py",
         (
             "replicas and stages change places",
-            "return (pp_rank * self.dp_size + dp_rank) * self.tp_size + tp_rank",
-            "return (dp_rank * self.pp_size + pp_rank) * self.tp_size + tp_rank",
+            "return (pp_rank * self.dp_size * self.cp_size + replica) * self.tp_size + tp_rank",
+            "return (replica * self.pp_size + pp_rank) * self.tp_size + tp_rank",
             LAYOUT,
         ),
         (
@@ -130,8 +130,9 @@ MUTATIONS = (
         ),
         (
             "the tied copy of the last stage is not filled",
-            "parameters[name].copy_(shard)",
-            'parameters[name].copy_(shard if name != "output_layer.weight" else 0 * shard)',
+            "parameter.copy_(entry.operation.read(source, *place).view(parameter.shape))",
+            'if name != "output_layer.weight":'
+            " parameter.copy_(entry.operation.read(source, *place).view(parameter.shape))",
             f"{EXPORT}[2]",
         ),
         (

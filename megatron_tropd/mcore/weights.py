@@ -17,8 +17,7 @@ from torch import Tensor
 
 from megatron_tropd.base.errors import InputError
 from megatron_tropd.convert.checks import check_tensors
-from megatron_tropd.convert.families import Entry, ModelShape, model_shape, plan
-from megatron_tropd.convert.families._ops import Source
+from megatron_tropd.convert.families import Entry, ModelShape, Source, model_shape, plan
 from megatron_tropd.convert.hf_folder import EMBEDDING, HEAD, HFFolder
 from megatron_tropd.convert.sizes import stage_sizes
 from megatron_tropd.mcore import platform

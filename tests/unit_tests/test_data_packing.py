@@ -103,7 +103,7 @@ def test_nothing_lost_and_budget_kept():
     batches = _pack(trajectories)
     assert sorted(row for batch in batches for row in batch.rows) == list(range(24))
     assert all(batch.tokens.numel() <= 64 for batch in batches)
-    teacher, student, masked = count_loss_tokens(trajectories)
+    teacher, student, masked, _ = count_loss_tokens(trajectories)
     assert masked == 0
     found = torch.cat([batch.writers.flatten() for batch in batches])
     assert (found == Writer.TEACHER).sum() == teacher
@@ -230,7 +230,7 @@ def test_uneven_replicas_and_small_budget_are_refused():
 
 def test_empty_step():
     assert _pack([]) == []
-    assert count_loss_tokens([]) == (0, 0, 0)
+    assert count_loss_tokens([]) == (0, 0, 0, 0)
 
 
 FIRST_IDS = config_of(mask_first_ids=(20, 31, 99))
@@ -255,7 +255,7 @@ def test_the_first_occurrence_of_an_id_in_a_response_is_masked_whoever_wrote_it(
     assert batch.writers.tolist() == [[0, 0, 1, 1, 2, 2, 2, 2, 0, 0]]
     assert batch.weights.tolist() == [[0, 0, *(~masked).tolist(), 0, 0]]
     assert batch.labels[batch.loss_mask].tolist() == [21, 30, 20, 31]
-    assert count_loss_tokens([_by_hand()], FIRST_IDS) == (1, 3, 2)
+    assert count_loss_tokens([_by_hand()], FIRST_IDS) == (1, 3, 2, 0)
 
 
 def test_a_response_that_was_cut_off_is_masked_with_its_prefix():
@@ -263,8 +263,8 @@ def test_a_response_that_was_cut_off_is_masked_with_its_prefix():
     pair = [_by_hand("length"), _by_hand("stop")]
     (batch,) = _pack(pair, loss=loss)
     assert batch.loss_mask.sum(dim=1).tolist() == [0, 6]
-    assert count_loss_tokens(pair, loss) == (2, 4, 6)
-    assert count_loss_tokens(pair) == (4, 8, 0)
+    assert count_loss_tokens(pair, loss) == (2, 4, 6, 0)
+    assert count_loss_tokens(pair) == (4, 8, 0, 0)
 
 
 @pytest.mark.parametrize("dp_size", [1, 2, 3])
@@ -280,7 +280,7 @@ def test_counts_agree_with_the_masks_of_all_ranks(dp_size: int):
             kept = batch.writers[batch.loss_mask]
             sums = [(kept == Writer.TEACHER).sum(), (kept == Writer.STUDENT).sum()]
             found += torch.stack([*sums, masked.sum()])
-    assert tuple(found.tolist()) == count_loss_tokens(trajectories, loss)
+    assert (*found.tolist(), 0) == count_loss_tokens(trajectories, loss)
     assert found.min() > 0
 
 
@@ -309,7 +309,7 @@ def test_any_order_of_writers_is_packed_and_weighed():
     draws = keyed_uniform(3, 4, keyed_seed(5, 1), np.arange(7))
     assert batch.uniforms[0, 1:8].tolist() == draws.tolist()
     assert batch.loss_at.tolist() == [1, 2, 5, 7] and batch.student_at.tolist() == [0, 1, 3]
-    assert count_loss_tokens([t], config_of(mask_first_ids=(20,))) == (1, 3, 1)
+    assert count_loss_tokens([t], config_of(mask_first_ids=(20,))) == (1, 3, 1, 0)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
