@@ -39,7 +39,6 @@ def make_engine(
     """Start an engine that samples as the settings say; returns while it is still starting.
 
     Args:
-        folder: HF folder of the first weights.
         log_file: what the engine prints is appended here.
         threads: CPU threads of the engine; None: as many as this process may use.
         alone: no model is on its GPUs, so that it takes more than ``rollout.engine_gpu_share``.

@@ -41,7 +41,6 @@ class Evaluator:
         """Measure nothing yet.
 
         Args:
-            is_main: whether this rank grades and writes.
             log: where it writes; None on the other ranks.
         """
         self._config, self._inputs, self._folder = config, inputs, folder
@@ -185,11 +184,7 @@ def accuracy_of(inputs: Inputs, samples: Sequence[Sample]) -> dict[str, Any]:
 def reverse_kl_of(
     inputs: Inputs, samples: Sequence[Sample], student: Path, teacher: Path
 ) -> dict[str, Any]:
-    """KL(student || teacher) on the student's samples as a record of evaluations.jsonl.
-
-    Args:
-        inputs: whose problems were sampled.
-    """
+    """KL(student || teacher) on the student's samples as a record of evaluations.jsonl."""
     sequences = [
         (problem.token_ids, sample.token_ids)
         for problem, sample in zip(inputs.problems, samples, strict=True)

@@ -124,8 +124,6 @@ def score(folder: RunFolder, *, console: IO[str], stop: StopFlag, progress: Prog
 
     Args:
         folder: of this command's own files; its config names the cache.
-        console: where rank 0 shows progress.
-        stop: looked at after every shard.
         progress: tells the watchdog where this rank is.
 
     Raises:

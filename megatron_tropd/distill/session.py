@@ -62,7 +62,6 @@ def open_session(
     """Build the parts of a run, until the block is left; nothing is trained yet.
 
     Args:
-        console: where rank 0 shows progress.
         stop: set when the run was asked to stop.
         progress: holds the step and the phase, for the watchdog.
 

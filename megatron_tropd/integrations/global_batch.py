@@ -89,7 +89,6 @@ def draw(iterator: Iterator[Mapping[str, Tensor]] | None, share: BatchShare) -> 
     Args:
         iterator: Megatron's. Tensor ranks other than the first may have none, and so may stages
             in the middle of a pipeline; whoever has one advances it.
-        share: what is to be taken.
 
     Returns:
         N micro-batches; without loss tokens where the stage has no data.
@@ -154,9 +153,6 @@ def _micro_batch(columns: dict[str, NDArray[Any]], share: BatchShare, rows: rang
 
 def sequences_of(batches: Sequence[MicroBatch]) -> dict[int, TokenSequence]:
     """Make the sequences again of which a loader's items were made; the host waits for the device.
-
-    Args:
-        batches: of this replica.
 
     Returns:
         Number of a row (``MicroBatch.rows``) -> its ids and writers, up to the last token that

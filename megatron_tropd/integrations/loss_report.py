@@ -41,9 +41,6 @@ class LossReport:
     def __call__(self, values: dict[str, Tensor], _: Tensor, batch: MicroBatch) -> Report:
         """Make the sums that Megatron divides for its log, TensorBoard and W&B.
 
-        Args:
-            values: [T] each, of the loss.
-
         Returns:
             ``tropd loss``, ``lm loss`` (-log q of the label), ``k1`` (log q - log p), the share of
             outliers for trust-region losses, and the metrics that were asked for.

@@ -180,9 +180,6 @@ def _refuse(args: Namespace, refusal: Refusal, beside: str) -> None:
 def check_unknown(args: Namespace, defaults: dict[str, list[Any]], accepted: list[str]) -> None:
     """Refuse options of Megatron's that nobody has looked at and that are not as by default.
 
-    Args:
-        accepted: ``--tropd-accept-options``.
-
     Raises:
         ConfigError: names them and what to do.
     """

@@ -68,7 +68,6 @@ def widths(
 
     Args:
         element: bytes of an element: 2 for bfloat16, 4 for float32.
-        lora: the model's adapters.
     """
     t = parallel.tensor
     return Widths(

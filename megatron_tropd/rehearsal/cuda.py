@@ -30,11 +30,7 @@ _MEMORY = 80 * 10**9
 
 
 def believe(device: Device, *, gpus: int, capability: tuple[int, int] = (9, 0)) -> None:
-    """Let this process take the branches of a GPU, and send its tensors to ``device``.
-
-    Args:
-        device: the mode that runs operations.
-    """
+    """Let this process take the branches of a GPU, and send its tensors to ``device``."""
     torch.utils._device._device_constructors()
     _answer_queries(gpus, capability, device.events)
     _answer_streams(device.events)

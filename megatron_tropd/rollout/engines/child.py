@@ -187,7 +187,6 @@ def load_weights(llm: Any, folder: str, *, draft: bool = False) -> None:
 
     Args:
         folder: complete, ``lm_head.weight`` included for tied models (checked by the parent).
-        draft: they are the draft model's.
     """
     if draft:
         llm.collective_rpc("tropd_reload_draft", args=(folder,))
@@ -198,11 +197,7 @@ def load_weights(llm: Any, folder: str, *, draft: bool = False) -> None:
 
 
 def forget_prefixes(llm: Any) -> None:
-    """Forget cached keys and values: they are of other weights, or decide how prompts are cut.
-
-    Args:
-        llm: the engine, which samples nothing now.
-    """
+    """Forget cached keys and values: they are of other weights, or decide how prompts are cut."""
     if not llm.reset_prefix_cache():
         raise RuntimeError("vLLM did not empty its prefix cache")
 

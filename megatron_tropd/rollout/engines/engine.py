@@ -70,7 +70,6 @@ class RolloutEngine:
         """Start the child process.
 
         Args:
-            model_folder: HF folder of the first weights.
             max_model_len: longest prompt + response in tokens; at most the model's context.
             log_file: what the child prints is appended here.
             tensor_parallel: GPUs of the engine, from this rank's device on; 1 without CUDA.
@@ -406,9 +405,6 @@ def _visible_devices(environment: Mapping[str, str], count: int) -> str:
 
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor in a folder's safetensors, from their headers.
-
-    Args:
-        folder: holds one or more ``*.safetensors``.
 
     Raises:
         InputError: there is none, or one is damaged.
