@@ -127,11 +127,10 @@ class Run:
                     command = (entry / "cmdline").read_bytes().decode(errors="replace")
                     environment = (entry / "environ").read_bytes().decode(errors="replace")
                     state = (entry / "stat").read_text().rpartition(") ")[2][0]
-                    files = [os.readlink(file) for file in (entry / "fd").iterdir()]
+                    mine = warm_commands.has_open(entry, self.folder)
                 except OSError:
                     continue
-                mine = str(self.folder) in command or f"TROPD_TEST={self.folder}" in environment
-                mine |= any(file.startswith(f"{self.folder}/") for file in files)
+                mine |= str(self.folder) in command or f"TROPD_TEST={self.folder}" in environment
                 if mine and state != "Z":
                     found.append(int(entry.name))
         return found
