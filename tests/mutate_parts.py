@@ -131,8 +131,8 @@ MUTATIONS = (
         ),
         (
             "the tied copy of the last stage is not filled",
-            "parameters[name].copy_(shard)",
-            'parameters[name].copy_(shard if name != "output_layer.weight" else 0 * shard)',
+            "shard = entry.operation.read(source, *place)",
+            'shard = entry.operation.read(source, *place) * (name != "output_layer.weight")',
             f"{EXPORT}[2]",
         ),
         (
