@@ -20,9 +20,8 @@ TIMINGS = ("seconds_", "tokens_per_second", "peak_memory")
 
 
 def distill(folder: Path, environment: dict[str, str]) -> list[dict[str, Any]]:
-    """The example on one rank with few samples and dropout; its metrics."""
+    """The example on one rank with few samples; its metrics."""
     settings = {
-        "model.lora.dropout": 0.1,
         "parallel.tensor": 1,
         "rollout.num_engines": 1,
         "rollout.max_new_tokens": 24,
