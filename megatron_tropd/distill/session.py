@@ -171,10 +171,12 @@ def rollout_source(
 
 
 def _engine_gap(config: Config, inputs: Inputs, folder: RunFolder) -> EngineGap:
+    lora = config.model.lora
     return EngineGap(
         config.rollout.max_engine_gap,
         models.resolve_dtype(config.model.dtype),
         advice=f"Compare the config.json in {inputs.student.companions} with the one at the top "
         f"of the engine's log in {folder.logs}, and both with transformers' log-probs of the "
         "same tokens.",
+        dropout=lora is not None and lora.dropout > 0,
     )
