@@ -84,7 +84,7 @@ def own_share(items: Sequence[Mapping[str, Tensor]], share: Share) -> list[dict[
 
 
 def draw(iterator: Iterator[Mapping[str, Tensor]] | None, share: Share) -> list[MicroBatch]:
-    """Take a global batch's share of this rank from its loader; all tensor ranks get the same.
+    """Take a global batch's share of this replica from its loader; all its ranks get the same.
 
     Args:
         iterator: Megatron's. Tensor ranks other than the first may have none, and so may stages
@@ -92,7 +92,8 @@ def draw(iterator: Iterator[Mapping[str, Tensor]] | None, share: Share) -> list[
         share: what is to be taken.
 
     Returns:
-        N micro-batches; without loss tokens where the stage has no data.
+        N micro-batches of whole rows, on the host; without loss tokens where the stage has no
+        data.
 
     Raises:
         InputError: the data ended; an item lacks keys or has another shape; there are none to take
@@ -141,7 +142,7 @@ def broadcast_items(items: Sequence[Mapping[str, Tensor]], share: Share) -> list
 def _micro_batch(columns: dict[str, NDArray[Any]], share: Share, rows: range) -> MicroBatch:
     keys = [SampleKey(*key) for key in columns.pop("sample_key").tolist()]
     mask = columns.pop("attention_mask", None)
-    made = micro_batch(
+    return micro_batch(
         columns,
         keys,
         rows,
@@ -149,7 +150,6 @@ def _micro_batch(columns: dict[str, NDArray[Any]], share: Share, rows: range) ->
         step=share.step,
         attention_mask=None if mask is None else torch.from_numpy(mask),
     )
-    return made.to(share.device)
 
 
 def whole_batch(

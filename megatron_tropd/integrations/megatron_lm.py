@@ -319,6 +319,7 @@ class _Plugin:
         )
         loss = self._config.at_step(share.step)
         counts, prompts = whole_batch(batches, loss, ranks.dp_group, share.device)
+        batches = [ranks.local(batch).to(share.device) for batch in batches]
         record = LossReport(args, self._config, share.step)
         return forward_backward(parts, batches, counts, share.step, record=record, prompts=prompts)
 
