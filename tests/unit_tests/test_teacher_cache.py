@@ -163,6 +163,14 @@ def test_a_plan_states_the_bytes_that_are_written(tmp_path: Path, dtype: str):
     assert path.stat().st_size - header == expected
 
 
+def test_a_teacher_that_gives_no_number_is_refused_before_anything_is_written(tmp_path: Path):
+    sequences, columns = _sequences(), _told(_sequences(), torch.float32)
+    columns["topk_logprobs"][7, 2] = torch.nan  # the second token of the third
+    with pytest.raises(InputError, match="topk_logprobs of prompt 2, sample 0 are not all numbers"):
+        write_shard(tmp_path / "shard", sequences, columns)
+    assert not list(tmp_path.iterdir())
+
+
 def test_shards_are_of_whole_sequences():
     sequences = _sequences()  # 5, 1, 9, 4, 5 and 5 scored tokens
     assert shards_of(sequences, 10) == [range(2), range(2, 3), range(3, 5), range(5, 6)]
