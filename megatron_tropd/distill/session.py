@@ -83,7 +83,9 @@ def open_session(
             distributed_optimizer=config.parallel.distributed_optimizer,
             say=tell,
         )
-        hf_folders = startup.hf_folders(inputs, folder, is_main=is_main)
+        hf_folders = startup.hf_folders(
+            inputs, folder, is_main=is_main, reads_teacher=config.loads_teacher
+        )
         reporter = exits.enter_context(
             Reporter(config, inputs, folder, console=console, progress=progress, is_main=is_main)
         )
