@@ -87,7 +87,7 @@ def _some_steps(learner, ranks, first: int, last: int) -> list[float]:
             seed=0,
             step=step,
         )
-        batches = [layout.local(batch) for batch in batches]
+        batches = [ranks.local(batch) for batch in batches]
         learner.forward_backward(batches, cross_entropy)
         norms.append(learner.update().grad_norm)
     return norms

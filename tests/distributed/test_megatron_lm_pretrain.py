@@ -48,7 +48,11 @@ STEPS, HALF = 12, 6
 LAYOUTS = {
     "tp2": (2, "--tensor-model-parallel-size 2"),
     "pp2": (2, "--pipeline-model-parallel-size 2"),
-    "tp2_sequence_parallel": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
+    "tp2_sequence_parallel": (
+        2,
+        "--tensor-model-parallel-size 2 --sequence-parallel --recompute-granularity selective "
+        "--recompute-modules core_attn mlp --tropd-teacher-offload host_by_layer",
+    ),
     "dp2_overlapped": (
         2,
         "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather "
@@ -59,7 +63,8 @@ LAYOUTS = {
     "tp2_pp2": (
         4,
         "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --overlap-grad-reduce "
-        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1 "
+        "--tropd-teacher-offload host",
     ),
 }
 RESUMED = ("tp2-text", "pp2-text", "tp2_pp2-text", "tp2-trajectories")
