@@ -11,7 +11,7 @@ from megatron_tropd.data.batch import MicroBatch, upload
 from megatron_tropd.data.packing import LossCounts
 from megatron_tropd.data.sequence import Writer
 from megatron_tropd.distill.step_parts import LossParts
-from megatron_tropd.losses import LossTargets, TeacherSignal, token_statistics_from_hidden
+from megatron_tropd.losses import HiddenStatesSignal, LossTargets, TeacherSignal, token_statistics
 from megatron_tropd.losses.method import BatchFacts, Method
 from megatron_tropd.mcore.hidden import output_weight
 
@@ -48,7 +48,7 @@ def choose_tokens(
         The choices, equal bit for bit on all tensor-parallel ranks; none before the last stage.
 
     Collectives: those of ``Student.score``; on the last stage those of
-    ``token_statistics_from_hidden`` per micro-batch, 1 broadcast of [3, T] over the tensor-parallel
+    ``token_statistics`` per micro-batch, 1 broadcast of [3, T] over the tensor-parallel
     group, and those of ``losses.selection`` over the group of the loss.
     """
     hidden, ranks = parts.student.score(batches), parts.ranks
@@ -134,13 +134,11 @@ def _entropy_ratio_and_logprob(
     group: dist.ProcessGroup,
 ) -> Tensor:
     """[3, T] the student's entropy, log p/q and log q of the token."""
-    statistics = token_statistics_from_hidden(
-        hidden_TH,
-        output_weight_vH,
+    statistics = token_statistics(
+        HiddenStatesSignal(hidden_TH, output_weight_vH, vocab_size),
         targets_of(batch, golden=config.needs.golden),
         signal,
         config=config,
-        vocab_size=vocab_size,
         group=group,
     )
     entropy_T = statistics.divergences()["student_entropy"]

@@ -13,14 +13,11 @@ _MODULES = {
     "align": ("align_logits", "align_output_weight"),
     "draws": ("Purpose", "keyed_seed", "keyed_uniform"),
     "method": ("BatchFacts", "Method", "SampledMethod", "TokenChoices"),
-    "objective": (
-        *("token_statistics", "token_statistics_from_hidden"),
-        *("tropd_loss", "tropd_loss_from_hidden"),
-    ),
+    "objective": ("token_statistics", "top_k_signal", "tropd_loss", "tropd_loss_from_hidden"),
     "signals": (
         *("FullSignal", "HiddenStatesSignal", "LogitsSignal", "TeacherSignal", "TopKSignal"),
         *("ReferencedSignal", "ReferencedTopKSignal"),
-        *("check_signal", "required_signal", "top_k_signal"),
+        *("check_signal", "required_signal"),
     ),
     "statistics": ("TokenStatistics",),
     "targets": ("LossOutput", "LossTargets", "SummedLoss", "unrounded_gradient"),

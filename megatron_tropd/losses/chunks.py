@@ -28,6 +28,7 @@ from megatron_tropd.losses.statistics import (
     look_up,
     own_part,
 )
+from megatron_tropd.losses.tensors import rows_of
 from megatron_tropd.losses.terms import Term
 from megatron_tropd.losses.vocab_parallel import Shard
 
@@ -232,7 +233,7 @@ def gradient_chunks(pair: Pair, statistics: TokenStatistics) -> Iterator[Chunk]:
     for rows in buffers.chunks(len(pair.ids_T)):
         student_tv, teacher_tv, passes, event, _ = buffers.fill(pair, rows, 0)
         passes.prepare()
-        known = (buffers.rounded(rows), passes, statistics.rows(rows), event)
+        known = (buffers.rounded(rows), passes, rows_of(statistics, rows), event)
         yield Chunk(rows, student_tv, teacher_tv, *known)
 
 

@@ -44,12 +44,8 @@ class InPlacePasses:
             spec: which sums and which reward.
             scratch: for v columns.
         """
-        self._student, self._teacher, self._spec, self._scratch = (
-            student_Tv,
-            teacher_Tv,
-            spec,
-            scratch,
-        )
+        self._student, self._teacher = student_Tv, teacher_Tv
+        self._spec, self._scratch = spec, scratch
         self.moments = tuple(name for name in spec.sums if name in MOMENTS)
         self.sums = tuple(name for name in spec.sums if name not in MOMENTS)
         self._keeps_ratio = spec.reward is not None or bool(self.sums)
@@ -159,16 +155,7 @@ class InPlacePasses:
         coefficients: RowCoefficients,
         out_Tv: Tensor,
     ) -> None:
-        """Dense part of the gradient, student x q + reward x w + teacher x p, into ``out_Tv``.
-
-        Rows whose factors are all 0 become 0, whatever the logits hold.
-
-        Args:
-            student_norm_T2: [T, 2] whole-vocabulary normaliser.
-            teacher_norm_T2: [T, 2] the teacher's; None where neither w nor p takes part.
-            coefficients: the factors.
-            out_Tv: [T, v] float32, overwritten; may be the student's logits.
-        """
+        """See ``passes.Passes``."""
         if self._student.shape[1] == 0:
             return
         factors = self._factors(student_norm_T2, teacher_norm_T2)

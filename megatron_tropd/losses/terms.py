@@ -67,10 +67,6 @@ class Term:
             teacher_T=times(factor_T, self.teacher_T),
         )
 
-    def rows(self, rows: slice) -> "Term":
-        """The same of some tokens."""
-        return Term(*(value[rows] for value in vars(self).values()))
-
 
 def dense_spec(needs: Needs, *, metrics: bool, full: bool) -> DenseSpec:
     """The passes over the vocabulary that a loss needs.
