@@ -222,17 +222,9 @@ def _of_target(
     student_norm_T2: Tensor,
     target_norm_T2: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probs of teacher and reference, and the log-mass of a target that is neither.
+    """[T] log-probs of teacher and of reference ([T, 0] if nobody reads it), [T] log-mass.
 
-    Args:
-        own_RTn: [R, T, 3 per model] of all ranks (:func:`own_part`).
-        target: which target.
-        target_logprob_T: [T] of the token under it.
-        student_norm_T2: [T, 2] normaliser of the student.
-        target_norm_T2: [T, 2] that of the target.
-
-    Returns:
-        [T] of the teacher; [T] of the reference, [T, 0] if nobody reads it; [T] log-mass.
+    ``own_RTn`` has the three columns of :func:`own_part` for each model, of all ranks.
     """
     known = _own_logprobs(own_RTn.split(3, dim=-1)) if own_RTn.shape[-1] else []
     reference_logprob_T = known[0][0] if target.reads_reference else student_norm_T2[:, :0]

@@ -127,11 +127,7 @@ class AllGather:
     """The tensor of every rank, stacked, as a collective that runs while others compute."""
 
     def __init__(self, values: Tensor, *, group: dist.ProcessGroup | None) -> None:
-        """Start it.
-
-        Args:
-            values: [...] same shape on every rank.
-            group: the ranks.
+        """Start it, of a tensor that has the same shape on every rank.
 
         Collectives: 1 all-gather of ``values``; none without a group or for an empty tensor.
         """
@@ -157,11 +153,7 @@ class AllReduceSum:
     """The sum over the ranks, as a collective that runs while others compute."""
 
     def __init__(self, values: Tensor, *, group: dist.ProcessGroup | None) -> None:
-        """Start it.
-
-        Args:
-            values: [...] same shape on every rank. Not modified.
-            group: the ranks.
+        """Start it, of a tensor that has the same shape on every rank and is not modified.
 
         Collectives: 1 all-reduce (SUM) of ``values``; none without a group or for an empty tensor.
         """
@@ -184,13 +176,9 @@ def all_reduce_sum(values: Tensor, *, group: dist.ProcessGroup | None) -> Tensor
 
 
 def combine_normalisers(stats_RT2: Tensor) -> Tensor:
-    """Normaliser of the whole vocabulary from ``passes.max_and_sum_exp`` of each shard.
+    """[T, 2] normaliser of the whole vocabulary from ``passes.max_and_sum_exp`` of each shard.
 
-    Args:
-        stats_RT2: [R, T, 2] float32.
-
-    Returns:
-        [T, 2] float32: largest logit and log of the sum of exp(logit - largest), nats.
+    It is the largest logit and the log of the sum of exp(logit - largest).
     """
     max_RT, sum_RT = stats_RT2.unbind(dim=-1)
     max_T = max_RT.amax(dim=0)
@@ -199,15 +187,7 @@ def combine_normalisers(stats_RT2: Tensor) -> Tensor:
 
 
 def normalise(logits_TK: Tensor, normaliser_T2: Tensor) -> Tensor:
-    """Log-probabilities of logits.
-
-    Args:
-        logits_TK: [T, K] float32, any columns. Not modified.
-        normaliser_T2: [T, 2] float32 from :func:`combine_normalisers`.
-
-    Returns:
-        [T, K] float32, nats.
-    """
+    """[T, K] log-probabilities in nats of logits at any columns (:func:`combine_normalisers`)."""
     # Two subtractions: max + log_sum would round to the precision of the largest logit.
     return (logits_TK - normaliser_T2[:, :1]).sub_(normaliser_T2[:, 1:])
 
@@ -234,16 +214,7 @@ def pick_columns(columns_Tv: Tensor, ids_TK: Tensor, shard: Shard) -> Tensor:
 
 
 def local_ids(ids_TK: Tensor, *, start: int, columns: int) -> tuple[Tensor, Tensor]:
-    """Global ids as indices into this rank's columns.
-
-    Args:
-        ids_TK: [T, K] int64 global column ids.
-        start: global id of the first column.
-        columns: real columns here.
-
-    Returns:
-        ([T, K] int64 index, 0 where not held; [T, K] bool whether held here).
-    """
+    """([T, K] int64 index of global ids among this rank's columns, 0 if not held; whether held)."""
     local_TK = ids_TK - start
     mine_TK = (local_TK >= 0) & (local_TK < columns)
     return torch.where(mine_TK, local_TK, 0), mine_TK
@@ -284,14 +255,7 @@ def _candidates(columns_Tv: Tensor, k: int) -> Tensor:
     Were one of these in another group, each of the k groups would hold a logit that comes before
     it: a larger one, or an equal one of a lower column. So a few thousand columns are sorted in
     place of the vocabulary, as keys: equal logits, which most rows of bfloat16 have at any place,
-    cost nothing more.
-
-    Args:
-        columns_Tv: [T, v] float32, more than k groups.
-        k: how many.
-
-    Returns:
-        [T, k * _GROUP] int64; columns from v on do not exist.
+    cost nothing more. [T, k * _GROUP] int64; columns from v on do not exist.
     """
     whole = columns_Tv.shape[-1] // _GROUP * _GROUP
     largest_TG = columns_Tv[:, :whole].unflatten(-1, (-1, _GROUP)).amax(dim=-1)
@@ -312,15 +276,7 @@ def _keys(values_TK: Tensor, columns_TK: Tensor, start: int) -> Tensor:
 
 
 def merge_top_k(keys_RTK: Tensor, values_RTK: Tensor) -> tuple[Tensor, Tensor]:
-    """The k largest keys of all shards, and what came with them.
-
-    Args:
-        keys_RTK: [R, T, k] int64 from :func:`pack_top_k` of each rank.
-        values_RTK: [R, T, k] any dtype, one value per key.
-
-    Returns:
-        ([T, k] int64 keys, descending; [T, k] their values).
-    """
+    """([T, k] largest keys of all shards, descending; [T, k] what came with each)."""
     num_ranks, _, k = keys_RTK.shape
     if num_ranks == 1 or k == 0:
         return keys_RTK[0], values_RTK[0]
@@ -330,14 +286,7 @@ def merge_top_k(keys_RTK: Tensor, values_RTK: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def unpack_top_k(keys_TK: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits and ids of keys, exactly as they went in.
-
-    Args:
-        keys_TK: [T, k] int64.
-
-    Returns:
-        ([T, k] float32 logits, [T, k] int64 global ids).
-    """
+    """([T, k] float32 logits, [T, k] int64 global ids) of keys, exactly as they went in."""
     ids_TK = _ID_MASK - (keys_TK & _ID_MASK)
     bits_TK = _flip_negative((keys_TK >> _ID_BITS).to(torch.int32))
     return bits_TK.view(torch.float32), ids_TK
