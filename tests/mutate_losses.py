@@ -309,7 +309,7 @@ MUTATIONS = (
     ),
     Mutation(
         "input: top_k_signal does not look at ids",
-        "signals.py",
+        "objective.py",
         'check_ids(ids_T, vocab_size, "targets.ids_T")',
         "pass",
     ),
@@ -609,8 +609,8 @@ MUTATIONS = (
     Mutation(
         "every chunk gets the first one's statistics",
         "chunks.py",
-        "statistics.rows(rows), event)",
-        "statistics.rows(slice(0, rows.stop - rows.start)), event)",
+        "rows_of(statistics, rows), event)",
+        "rows_of(statistics, slice(0, rows.stop - rows.start)), event)",
     ),
     Mutation(
         "the caller's logits are overwritten",

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,12 +12,7 @@ from megatron_tropd.data.batch import MicroBatch, upload
 from megatron_tropd.data.packing import LossCounts
 from megatron_tropd.data.sequence import Writer
 from megatron_tropd.distill.step_parts import LossParts
-from megatron_tropd.losses import (
-    HiddenStatesSignal,
-    LossTargets,
-    TeacherSignal,
-    token_statistics_from_hidden,
-)
+from megatron_tropd.losses import HiddenStatesSignal, LossTargets, TeacherSignal, token_statistics
 from megatron_tropd.losses.method import BatchFacts, Method
 from megatron_tropd.mcore.hidden import output_weight
 from megatron_tropd.mcore.layout import Layout
@@ -55,7 +49,7 @@ def batch_choices(
         The choices, equal bit for bit on all tensor-parallel ranks; none before the last stage.
 
     Collectives: those of ``Student.score``; on the last stage those of
-    ``token_statistics_from_hidden`` per micro-batch, 1 broadcast of [3, T] over the tensor-parallel
+    ``token_statistics`` per micro-batch, 1 broadcast of [3, T] over the tensor-parallel
     group, and those of ``losses.selection`` over the group of the loss.
     """
     hidden, layout = parts.student.score(batches), parts.layout
@@ -141,14 +135,13 @@ def _entropy_ratio_and_logprob(
     group: dist.ProcessGroup,
 ) -> Tensor:
     """[3, T] the student's entropy, log p/q and log q of the token."""
-    student = hidden_TH, output_weight_vH, targets_of(batch, golden=config.needs.golden)
-    known: dict[str, Any] = dict(vocab_size=vocab_size, group=group)
-    statistics = token_statistics_from_hidden(*student, signal, config=config, **known)
+    student = HiddenStatesSignal(hidden_TH, output_weight_vH, vocab_size)
+    targets = targets_of(batch, golden=config.needs.golden)
+    statistics = token_statistics(student, targets, signal, config=config, group=group)
     divergences = statistics.divergences()
     if "student_entropy" not in divergences:
         # The teacher's logits are not at hand; the entropy is the student's alone.
-        itself = HiddenStatesSignal(hidden_TH, output_weight_vH, vocab_size)
-        alone = token_statistics_from_hidden(*student, itself, config=_ANY, **known)
+        alone = token_statistics(student, targets, student, config=_ANY, group=group)
         divergences = alone.divergences()
     entropy_T = divergences["student_entropy"]
     return torch.stack([entropy_T, statistics.log_ratio_T, statistics.student_logprob_T])

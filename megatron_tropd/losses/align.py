@@ -5,11 +5,12 @@ another, so equal shards of the two hold different columns on every rank but the
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from megatron_tropd.losses.vocab_parallel import check_bounds, place_in
 
 
 def align_output_weight(
@@ -38,8 +39,9 @@ def align_output_weight(
 
     Collectives: 1 all-to-all; each row travels at most once.
     """
-    size, rank = (1, 0) if group is None else (group.size(), group.rank())
-    _check_bounds(weight_vH.shape[0], have, want, size, rank)
+    size, rank = place_in(group)
+    check_bounds(have, group, weight_vH.shape[0])
+    check_bounds(want, group)
     mine = slice(have[rank], have[rank + 1])
     sent = [_overlap(mine, slice(want[r], want[r + 1])) for r in range(size)]
     wanted = slice(want[rank], want[rank + 1])
@@ -49,7 +51,7 @@ def align_output_weight(
     send = torch.cat([weight_vH[s.start - mine.start : s.stop - mine.start] for s in sent])
     counts_in = [s.stop - s.start for s in received]
     arrived = send
-    if group is not None and size > 1:
+    if size > 1:
         arrived = send.new_empty(sum(counts_in), *send.shape[1:])
         counts_out = [s.stop - s.start for s in sent]
         dist.all_to_all_single(arrived, send, counts_in, counts_out, group=group)
@@ -71,24 +73,3 @@ def _overlap(a: slice, b: slice) -> slice:
     # An empty overlap must still be a legal slice of ``a``.
     start = min(max(start, a.start), a.stop)
     return slice(start, max(start, min(a.stop, b.stop)))
-
-
-def _check_bounds(
-    rows: int, have: Sequence[int], want: Sequence[int], size: int, rank: int
-) -> None:
-    if len(have) != size + 1 or len(want) != size + 1:
-        raise ValueError(
-            f"Expected bounds of {size} shards ({size + 1} column ids), found {list(have)} and "
-            f"{list(want)}."
-        )
-    for bounds in (have, want):
-        if bounds[0] != 0 or any(a > b for a, b in pairwise(bounds)):
-            raise ValueError(
-                f"Expected column ids that start at 0 and ascend, found {list(bounds)}. Give each "
-                "rank the columns after those of the rank before it."
-            )
-    if have[rank + 1] - have[rank] != rows:
-        raise ValueError(
-            f"Expected {have[rank + 1] - have[rank]} rows on rank {rank} (bounds {list(have)}), "
-            f"found {rows}. Give the bounds of this very tensor."
-        )

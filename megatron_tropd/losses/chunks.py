@@ -28,6 +28,7 @@ from megatron_tropd.losses.statistics import (
     look_up,
     own_part,
 )
+from megatron_tropd.losses.tensors import rows_of
 from megatron_tropd.losses.terms import Term
 from megatron_tropd.losses.vocab_parallel import Shard
 
@@ -97,7 +98,14 @@ class Chunk:
     def gradient(self, ids_t: Tensor, term: Term, spec: DenseSpec, shard: Shard) -> Tensor:
         """Gradient of the summed term with respect to the student's logits; may overwrite these.
 
-        Args and result as of :meth:`_gradient`, with the gradient of an event on all its ids.
+        Args:
+            ids_t: [t] the tokens.
+            term: their loss.
+            spec: which reward.
+            shard: where the columns lie.
+
+        Returns:
+            [t, v] float32, or rounded once to the precision of ``rounded_tv``.
         """
         out_tv = self._gradient(ids_t, term, spec, shard)
         if self.event is not None:
@@ -113,17 +121,7 @@ class Chunk:
         )
 
     def _gradient(self, ids_t: Tensor, term: Term, spec: DenseSpec, shard: Shard) -> Tensor:
-        """Gradient with respect to the logits as the passes saw them.
-
-        Args:
-            ids_t: [t] the tokens.
-            term: their loss.
-            spec: which reward.
-            shard: where the columns lie.
-
-        Returns:
-            [t, v] float32, or rounded once to the precision of ``rounded_tv``.
-        """
+        """Gradient with respect to the logits as the passes saw them."""
         statistics, rounded_tv = self.statistics, self.rounded_tv
         out_tv = self.student_tv if rounded_tv is None else rounded_tv
         coefficients = self._coefficients(term, spec)
@@ -169,11 +167,7 @@ def _add_in_order(out_tv: Tensor, local_tK: Tensor, pushes_tK: Tensor) -> Tensor
 def _sparse(
     ids_t: Tensor, term: Term, statistics: TokenStatistics, shard: Shard
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The columns that a term pushes by themselves: the token and the top-k.
-
-    Returns:
-        ([t, 1 + K] index of the column here, whether it is here, what is added to its gradient).
-    """
+    """([t, 1 + K] index here of the token and the top-k, whether they are here, their pushes)."""
     ids_tK = torch.cat([ids_t.unsqueeze(-1), statistics.topk_ids_TK], dim=-1)
     pushes_tK = torch.cat([term.sampled_T.unsqueeze(-1), term.topk_TK], dim=-1)
     return *vp.local_ids(ids_tK, start=shard.start, columns=shard.real), pushes_tK
@@ -232,7 +226,7 @@ def gradient_chunks(pair: Pair, statistics: TokenStatistics) -> Iterator[Chunk]:
     for rows in buffers.chunks(len(pair.ids_T)):
         student_tv, teacher_tv, passes, event, _ = buffers.fill(pair, rows, 0)
         passes.prepare()
-        known = (buffers.rounded(rows), passes, statistics.rows(rows), event)
+        known = (buffers.rounded(rows), passes, rows_of(statistics, rows), event)
         yield Chunk(rows, student_tv, teacher_tv, *known)
 
 
@@ -319,17 +313,10 @@ class _Buffers:
 
 
 def rows_of_chunk(pair: Pair, *, count: int) -> int:
-    """How many rows the budget holds: the shape of a chunk's collectives.
+    """How many rows the budget of ``count`` chunks holds: the shape of a chunk's collectives.
 
     It is counted for the rank with most columns, by all of them. Ranks that counted for the columns
     they hold would call collectives of other shapes, and another number of them.
-
-    Args:
-        pair: the models and tokens.
-        count: chunks that share the budget.
-
-    Returns:
-        Rows, the same on every rank of the group.
     """
     budget = _budget(pair)
     if needs_scratch(pair.device):

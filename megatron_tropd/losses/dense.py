@@ -328,15 +328,9 @@ def _normalise(logits: Tensor, norm: Tensor, *, out: Tensor) -> None:
 
 
 def mixture_over_q(share: Tensor, mix: float, out: Tensor) -> Tensor:
-    """log((b p + (1 - b) q) / q): of its two forms the one that keeps its digits.
+    """log((b p + (1 - b) q) / q) of a share p / q, in the one of two forms that keeps its digits.
 
-    Args:
-        share: [...] float32 p / q.
-        mix: b, in (0, 1).
-        out: [...] float32, overwritten; may be ``share``.
-
-    Returns:
-        ``out``.
+    ``mix`` is b in (0, 1); ``out`` is overwritten, and may be ``share``.
     """
     if mix <= 0.5:  # 1 - b would swallow a small b
         return torch.sub(share, 1.0, out=out).mul_(mix).log1p_()

@@ -36,20 +36,9 @@ class InPlacePasses:
     def __init__(
         self, student_Tv: Tensor, teacher_Tv: Tensor | None, spec: DenseSpec, scratch: Scratch
     ) -> None:
-        """Nothing is computed yet.
-
-        Args:
-            student_Tv: [T, v] float32 logits, to be overwritten.
-            teacher_Tv: [T, v] float32 logits, to be overwritten; None: not at hand.
-            spec: which sums and which reward.
-            scratch: for v columns.
-        """
-        self._student, self._teacher, self._spec, self._scratch = (
-            student_Tv,
-            teacher_Tv,
-            spec,
-            scratch,
-        )
+        """Nothing is computed yet; the arguments are those of ``passes.passes_for``."""
+        self._student, self._teacher = student_Tv, teacher_Tv
+        self._spec, self._scratch = spec, scratch
         self.moments = tuple(name for name in spec.sums if name in MOMENTS)
         self.sums = tuple(name for name in spec.sums if name not in MOMENTS)
         self._keeps_ratio = spec.reward is not None or bool(self.sums)
@@ -159,16 +148,7 @@ class InPlacePasses:
         coefficients: RowCoefficients,
         out_Tv: Tensor,
     ) -> None:
-        """Dense part of the gradient, student x q + reward x w + teacher x p, into ``out_Tv``.
-
-        Rows whose factors are all 0 become 0, whatever the logits hold.
-
-        Args:
-            student_norm_T2: [T, 2] whole-vocabulary normaliser.
-            teacher_norm_T2: [T, 2] the teacher's; None where neither w nor p takes part.
-            coefficients: the factors.
-            out_Tv: [T, v] float32, overwritten; may be the student's logits.
-        """
+        """See ``passes.Passes``."""
         if self._student.shape[1] == 0:
             return
         factors = self._factors(student_norm_T2, teacher_norm_T2)
@@ -303,17 +283,7 @@ class _Rows:
 def combine(
     stats_RTn: Tensor, student_norm_T2: Tensor, teacher_norm_T2: Tensor, moments: tuple[str, ...]
 ) -> Tensor:
-    """Whole-vocabulary moments from every rank's first pass.
-
-    Args:
-        stats_RTn: [R, T, 4 + moments] from :meth:`InPlacePasses.first` of each rank.
-        student_norm_T2: [T, 2] whole-vocabulary normaliser.
-        teacher_norm_T2: [T, 2] the teacher's.
-        moments: their names.
-
-    Returns:
-        [T, moments] float32.
-    """
+    """[T, moments] of the whole vocabulary from :meth:`InPlacePasses.first` of each rank."""
     log_q = _log_factor(stats_RTn[..., 0], student_norm_T2)
     log_p = _log_factor(stats_RTn[..., 2], teacher_norm_T2)
     models = {

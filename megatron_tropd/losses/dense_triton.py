@@ -1,8 +1,8 @@
 r"""The three passes of :mod:`~megatron_tropd.losses.dense` as Triton kernels, for GPUs.
 
-Same functions, same arguments, same formulas; what differs is that every logit is read once per
-pass, float32 arithmetic happens in registers, and nothing of the size of the logits is allocated.
-``scratch`` is accepted and not used.
+Same functions, same formulas, same arguments, of any strides; what differs is that every logit is
+read once per pass, float32 arithmetic happens in registers, and nothing of the size of the logits
+is allocated. ``scratch`` is accepted and not used.
 
 A program takes a piece of one row, ``_PIECE`` columns, a block of them at a time, with one running
 sum per lane; lanes are added up when the piece is done, and the pieces of a row after that. So a
@@ -35,17 +35,7 @@ _PIECE = 16384
 
 
 def max_and_sum_exp(logits_Tv: Tensor, scratch: Scratch) -> Tensor:
-    """Largest logit and sum of exp(logit - largest) of each row, in one pass.
-
-    Args:
-        logits_Tv: [T, v] float32, any strides; v may be 0. Not modified.
-        scratch: not used.
-
-    Returns:
-        [T, 2] float32; (-inf, 0) where there is no column or all are -inf.
-
-    Memory traffic: 4 T v bytes.
-    """
+    """:func:`dense.max_and_sum_exp` in one pass. Memory traffic: 4 T v bytes."""
     num, columns = logits_Tv.shape
     if num == 0 or columns == 0:
         stats_T2 = logits_Tv.new_zeros(num, 2, dtype=torch.float32)
@@ -72,21 +62,7 @@ def row_sums(
     spec: DenseSpec,
     scratch: Scratch,
 ) -> Tensor:
-    """This shard's part of the sums that ``spec`` asks for, all in one pass.
-
-    Args:
-        student_Tv: [T, v] float32 logits, any strides. Not modified.
-        teacher_Tv: [T, v] float32 logits, any strides. Not modified.
-        student_norm_T2: [T, 2] float32 whole-vocabulary (max, log of the sum of exponentials).
-        teacher_norm_T2: [T, 2] the teacher's.
-        spec: which.
-        scratch: not used.
-
-    Returns:
-        [T, len(spec.sums)] float32.
-
-    Memory traffic: 8 T v bytes.
-    """
+    """:func:`dense.row_sums`, all in one pass. Memory traffic: 8 T v bytes."""
     assert set(spec.sums) <= set(SUMS) and (spec.reward or "reward" not in spec.sums)
     num, columns = student_Tv.shape
     if num == 0 or columns == 0 or not spec.sums:
@@ -119,21 +95,9 @@ def write_gradient(
     scratch: Scratch,
     out_Tv: Tensor,
 ) -> None:
-    """The dense part of the gradient, student x q + reward x w + teacher x p, in one pass.
+    """:func:`dense.write_gradient` in one pass, into float32 or bfloat16.
 
-    Rows whose factors are all 0 become 0, whatever the logits hold.
-
-    Args:
-        student_Tv: [T, v] float32 logits, any strides.
-        teacher_Tv: [T, v] float32 logits, any strides; None where neither w nor p takes part.
-        student_norm_T2: [T, 2] as for :func:`row_sums`.
-        teacher_norm_T2: [T, 2] the teacher's, or None.
-        coefficients: the factors.
-        spec: which w.
-        scratch: not used.
-        out_Tv: [T, v] float32 or bfloat16, any strides, overwritten; may be ``student_Tv`` itself.
-
-    Memory traffic: 12 T v bytes, 8 T v where the teacher takes no part.
+    Memory traffic: 12 T v bytes of float32, 8 T v where the teacher takes no part.
     """
     if student_Tv.numel() == 0:
         return

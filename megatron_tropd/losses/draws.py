@@ -67,11 +67,10 @@ def keyed_uniform(
     Returns:
         [...] float32 in [0, 1), multiples of 2**-24, same shape as ``positions``.
     """
-    prefix = np.uint64((_hash((seed, Purpose.MASK, step, trajectory)) + _GOLDEN) & _WORD)
-    words = _mix_array(np.atleast_1d(positions).astype(np.uint64) ^ prefix)
+    prefix = _signed(_hash((seed, Purpose.MASK, step, trajectory)) + _GOLDEN)
+    words = _mix_tensor(torch.from_numpy(np.array(positions, np.int64)) ^ prefix)
     # 24 bits are what float32 holds exactly, so rounding can never reach 1.0.
-    uniforms = (words >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
-    return uniforms.reshape(np.shape(positions))
+    return (_shifted(words, 40).float() * 2.0**-24).numpy()
 
 
 def keyed_noise(keys: Sequence[tuple[int, ...]], size: int, device: torch.device) -> Tensor:
@@ -104,14 +103,8 @@ def _mix(word: int) -> int:
     return word ^ (word >> 31)
 
 
-def _mix_array(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    words = (words ^ (words >> np.uint64(30))) * np.uint64(_MIX_1)
-    words = (words ^ (words >> np.uint64(27))) * np.uint64(_MIX_2)
-    return words ^ (words >> np.uint64(31))
-
-
 def _mix_tensor(words: Tensor) -> Tensor:
-    """The same of int64, which torch multiplies modulo 2**64."""
+    """:func:`_mix` of int64, which torch multiplies modulo 2**64."""
     words = (words ^ _shifted(words, 30)) * _signed(_MIX_1)
     words = (words ^ _shifted(words, 27)) * _signed(_MIX_2)
     return words ^ _shifted(words, 31)

@@ -61,16 +61,9 @@ class Event:
         spec: DenseSpec,
         shard: Shard,
     ) -> None:
-        """Write the gradient of the merged ids that this rank holds; no collectives.
+        """Write the gradient of the merged ids that this rank holds into ``out_tv`` [t, v].
 
-        Args:
-            out_tv: [t, v] the gradient, in which these columns are overwritten.
-            ids_t: [t] the tokens, merged ids replaced by the first.
-            term: their loss.
-            statistics: of the tokens.
-            coefficients: of the dense part.
-            spec: which reward.
-            shard: where the columns lie.
+        In ``ids_t`` and everything that follows from them, the first id stands for all.
         """
         needs_teacher = spec.reward is not None or spec.teacher
         norm_T2 = statistics.teacher_normaliser_T2 if needs_teacher else None

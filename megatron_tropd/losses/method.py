@@ -131,16 +131,7 @@ class Method(LossSettings, ABC):
         return TokenChoices(selected_T=chosen_T | ~facts.student_T)
 
     def whole_term(self, statistics: TokenStatistics, targets: LossTargets, beta: float) -> Term:
-        """The loss of every token, whoever wrote it.
-
-        Args:
-            statistics: of the T tokens.
-            targets: the same tokens.
-            beta: weight of teacher tokens.
-
-        Returns:
-            One term.
-        """
+        """The loss of every token, whoever wrote it; ``beta`` is the weight of teacher tokens."""
         student = self.term(statistics, targets)
         teacher = self.teacher_term(statistics, beta)
         if teacher is None:
@@ -195,24 +186,10 @@ class SampledMethod(Method):
         outlier_T: Tensor | None = None,
         divergence: Term | None = None,
     ) -> Term:
-        """Train the sampled token by its reward, weighted by importance.
-
-        Args:
-            statistics: of the T tokens.
-            targets: the same tokens.
-            earned: ``terms.earned``: reward, and whether it was infinite.
-            outlier_T: [T] how much of the token lies outside of a trust region; None: nothing.
-            divergence: added to the reward's term.
-        """
-        interval = (self.importance_low, self.importance_high)
-        return terms.policy_gradient(
-            statistics,
-            targets,
-            earned,
-            importance=(self.importance, *interval),
-            outlier_T=outlier_T,
-            divergence=divergence,
-        )
+        """Train the sampled token by its reward; the arguments are ``terms.policy_gradient``'s."""
+        importance = self.importance, self.importance_low, self.importance_high
+        more: Any = dict(importance=importance, outlier_T=outlier_T, divergence=divergence)
+        return terms.policy_gradient(statistics, targets, earned, **more)
 
 
 @dataclass(frozen=True, kw_only=True)

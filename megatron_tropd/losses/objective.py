@@ -8,7 +8,7 @@ R = ranks of the group. p = teacher, q = student, x = the token in the trajector
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from megatron_tropd.losses.checks import (
     width_of_top_k,
 )
 from megatron_tropd.losses.chunks import Chunk, Pair, for_each_chunk, gradient_chunks
+from megatron_tropd.losses.dense import DenseSpec
 from megatron_tropd.losses.first_order import first_order
 from megatron_tropd.losses.merged import with_one_id
 from megatron_tropd.losses.method import Method
@@ -36,13 +37,14 @@ from megatron_tropd.losses.signals import (
     LogitsSignal,
     ReferencedSignal,
     TeacherSignal,
+    TopKSignal,
     check_signal,
     split_reference,
     tensors_of,
 )
 from megatron_tropd.losses.statistics import Target, TokenStatistics
 from megatron_tropd.losses.targets import LossOutput, LossTargets, SummedLoss
-from megatron_tropd.losses.tensors import check_numbers, check_tensors
+from megatron_tropd.losses.tensors import check_ids, check_numbers, check_tensors, rows_of
 from megatron_tropd.losses.terms import Term, dense_spec, trust
 
 _METRICS_TOP_K = 64
@@ -141,20 +143,15 @@ def tropd_loss_from_hidden(
     weights of the tokens have to be in ``targets`` (``weights_T``), not in what is done with the
     result. Working memory: the chunk buffers, the two gradients, and per-token values.
 
+    The arguments that are not named here are as there, ``vocab_size`` and ``bounds`` of the output
+    layer's rows; a signal over the vocabulary is sharded at the same bounds.
+
     Args:
         hidden_TH: [T, H] after the final norm, any float dtype, the same on every rank of
             ``group``; with ``sequence_parallel`` this rank's [T / R, H] rows. Not modified.
         output_weight_vH: [v, H] this rank's rows of the output layer, the same dtype (the
             embedding's, where tied). Not modified.
         targets: all T tokens, the same on every rank of ``group``.
-        signal: the teacher at the same T positions, sharded at the same bounds.
-        config: which loss.
-        vocab_size: real rows of the whole output layer; further ones are padding.
-        group: the ranks the vocabulary is sharded over; None where it is not.
-        beta: weight of teacher tokens.
-        bounds: R + 1 row ids where the ranks' shards start and end; None: equal widths.
-        metrics: also report the divergences, entropies and top-k masses the loss does not need.
-        memory_mib: budget of the chunk buffers; None: 72 MiB on CPU, 4 GiB on GPUs.
         sequence_parallel: gather the rows first; scatter the summed gradient.
         reduce_hidden_grad: sum the gradient of the hidden states over the ranks. False where the
             caller does (Megatron's ``copy_to_tensor_model_parallel_region``).
@@ -166,16 +163,11 @@ def tropd_loss_from_hidden(
         once: the gradients are handed out, not kept.
 
     Raises:
-        ConfigError: the signal does not provide what the loss needs, or top-k exceeds the
-            vocabulary.
-        ValueError: shapes, dtypes, bounds, vocabulary sizes or token ids do not fit together.
+        ConfigError, ValueError: as there, of bounds as well.
 
-    Collectives: forward, per chunk of t rows, 1 all-gather of at most [t, 3 K + 10] 32-bit words
-    and, for sums over the vocabulary, 1 all-reduce (SUM) of at most [t, 7] float32; with
-    ``sequence_parallel`` 1 all-gather of the rows. Backward: 1 all-reduce (SUM) of [T, H], a
-    reduce-scatter with ``sequence_parallel``, none without ``reduce_hidden_grad``.
-
-    Source: as :func:`tropd_loss`.
+    Collectives: forward per chunk as there; with ``sequence_parallel`` 1 all-gather of the rows.
+    Backward: 1 all-reduce (SUM) of [T, H], a reduce-scatter with ``sequence_parallel``, none
+    without ``reduce_hidden_grad``.
     """
     check_numbers(beta=beta, vocab_size=vocab_size)
     check_tensors(student=HiddenStatesSignal(hidden_TH, output_weight_vH, vocab_size))
@@ -195,47 +187,84 @@ def tropd_loss_from_hidden(
 
 
 def token_statistics(
-    student_logits_Tv: Tensor,
+    student: FullSignal,
     targets: LossTargets,
     signal: TeacherSignal,
     *,
     config: Method,
-    vocab_size: int,
     group: dist.ProcessGroup | None,
-    bounds: Sequence[int] | None = None,
     memory_mib: int | None = None,
 ) -> TokenStatistics:
-    """What :func:`tropd_loss` would see, without a gradient; arguments and errors as there."""
-    student = LogitsSignal(student_logits_Tv.detach(), vocab_size, _tuple(bounds))
-    shard = shard_of_signal(student, group, "student")
-    pair, _ = _pair(student, targets, _aligned(signal, shard), config, shard, True, memory_mib)
-    with torch.no_grad():
-        return _collect(pair)
+    """What the losses would see of the student's logits or hidden states, without a gradient.
 
-
-def token_statistics_from_hidden(
-    hidden_TH: Tensor,
-    output_weight_vH: Tensor,
-    targets: LossTargets,
-    signal: TeacherSignal,
-    *,
-    config: Method,
-    vocab_size: int,
-    group: dist.ProcessGroup | None,
-    bounds: Sequence[int] | None = None,
-    memory_mib: int | None = None,
-) -> TokenStatistics:
-    """What :func:`tropd_loss_from_hidden` would see, without a gradient; arguments as there."""
-    student = HiddenStatesSignal(
-        hidden_TH.detach(), output_weight_vH.detach(), vocab_size, _tuple(bounds)
-    )
+    The other arguments, errors and collectives are those of :func:`tropd_loss`, or of
+    :func:`tropd_loss_from_hidden`.
+    """
     shard = shard_of_signal(student, group, "student")
-    check_products(student, signal, shard)
+    if isinstance(student, HiddenStatesSignal):
+        check_products(student, signal, shard)
+    else:
+        signal = _aligned(signal, shard)
     pair, _ = _pair(student, targets, signal, config, shard, True, memory_mib)
-    with torch.no_grad():
-        return _collect(pair)
+    return _collect(pair)
 
 
+def top_k_signal(
+    logits_Tv: Tensor,
+    ids_T: Tensor,
+    k: int,
+    *,
+    vocab_size: int,
+    group: dist.ProcessGroup | None,
+    bounds: Sequence[int] | None = None,
+) -> TopKSignal:
+    """Reduce teacher logits to what other ranks need to know.
+
+    Args:
+        logits_Tv: [T, v] teacher logits, any float dtype, this rank's shard. Not modified.
+        ids_T: [T] int64 tokens of the trajectory.
+        k: size of the support.
+        vocab_size: real columns of the whole vocabulary.
+        group: the ranks the vocabulary is sharded over.
+        bounds: R + 1 column ids of the shards; None: shards of equal width.
+
+    Returns:
+        The signal, the same on every rank of ``group``.
+
+    Raises:
+        ValueError: k is larger than the vocabulary, a tensor has another shape or type, or, on a
+            CPU, an id is outside the vocabulary. On a GPU the log-prob of that token is nan.
+
+    Collectives: those of ``statistics.compare``, per chunk.
+    """
+    teacher = LogitsSignal(logits_Tv, vocab_size, _tuple(bounds))
+    seen = teacher_statistics(teacher, ids_T, k, group=group)
+    return TopKSignal(seen.teacher_logprob_T, seen.topk_ids_TK, seen.topk_teacher_logprobs_TK)
+
+
+def teacher_statistics(
+    teacher: FullSignal, ids_T: Tensor, k: int, *, group: dist.ProcessGroup | None
+) -> TokenStatistics:
+    """What there is to say of the teacher alone: its normaliser, log-probs and k most likely ids.
+
+    The other arguments, errors and collectives are those of :func:`top_k_signal`.
+    """
+    vocab_size = teacher.vocab_size
+    check_tensors(teacher=teacher, targets=_Ids(ids_T))
+    check_ids(ids_T, vocab_size, "targets.ids_T")
+    if not 1 <= k <= vocab_size:
+        raise ValueError(f"Expected 1 <= k <= {vocab_size} (the vocabulary), found k = {k}.")
+    shard = shard_of_signal(teacher, group, "teacher")
+    given: dict[str, Any] = dict(spec=DenseSpec(), shard=shard, device=ids_T.device)
+    return _collect(Pair(student=teacher, teacher=teacher, ids_T=ids_T, k=k, **given))
+
+
+@dataclass(frozen=True)
+class _Ids:
+    ids_T: Tensor
+
+
+@torch.no_grad()
 def _collect(pair: Pair) -> TokenStatistics:
     parts: list[TokenStatistics] = []
     for_each_chunk(pair, lambda chunk: parts.append(chunk.statistics))
@@ -267,7 +296,7 @@ class _LossOfLogits(torch.autograd.Function):
         grad_Tv = torch.zeros_like(logits_Tv)
         for chunk in gradient_chunks(pair, ctx.statistics):
             rows = chunk.rows
-            grad_tv = chunk.gradient(pair.ids_T[rows], term.rows(rows), pair.spec, pair.shard)
+            grad_tv = chunk.gradient(pair.ids_T[rows], rows_of(term, rows), pair.spec, pair.shard)
             grad_Tv[rows, : pair.shard.real] = grad_tv
         return grad_Tv, None, None, None
 
@@ -312,7 +341,7 @@ class _GradientMaker:
 
     def _use(self, chunk: Chunk) -> None:
         pair, rows = self._pair, chunk.rows
-        targets = _rows(self._targets, rows)
+        targets = rows_of(self._targets, rows)
         term = self._config.whole_term(chunk.statistics, targets, self._beta)
         weighted = _weighted(term, targets)
         self._values.append(_values(chunk.statistics, term, weighted))
@@ -413,11 +442,6 @@ def _silenced(hidden_tH: Tensor, weights_t: Tensor | None) -> Tensor:
 
 def _weighted(term: Term, targets: LossTargets) -> Term:
     return term if targets.weights_T is None else term.scaled(targets.weights_T.float())
-
-
-def _rows(targets: LossTargets, rows: slice) -> LossTargets:
-    given = {name: value for name, value in vars(targets).items() if value is not None}
-    return replace(targets, **{name: value[rows] for name, value in given.items()})
 
 
 def _values(statistics: TokenStatistics, term: Term, weighted: Term) -> dict[str, Tensor]:

@@ -14,7 +14,10 @@ from megatron_tropd.losses.dense_inplace import InPlacePasses
 
 
 class Passes(Protocol):
-    """Three passes over the logits of one chunk, between which the ranks talk."""
+    """Three passes over the logits of one chunk, between which the ranks talk.
+
+    ``norm`` is [T, 2], of the whole vocabulary (``vocab_parallel.combine_normalisers``).
+    """
 
     moments: tuple[str, ...]
     """Sums of the specification that :meth:`first` prepares (``dense_inplace.combine``)."""
@@ -40,7 +43,17 @@ class Passes(Protocol):
         coefficients: RowCoefficients,
         out_Tv: Tensor,
     ) -> None:
-        """The dense part of the gradient into ``out_Tv``, which may be the student's logits."""
+        """The dense part of the gradient, student x q + reward x w + teacher x p, into ``out_Tv``.
+
+        Rows whose factors are all 0 become 0, whatever the logits hold.
+
+        Args:
+            student_norm_T2: the student's normaliser.
+            teacher_norm_T2: the teacher's; None where neither w nor p takes part.
+            coefficients: the factors.
+            out_Tv: [T, v] float32 (the kernels: or bfloat16), overwritten; may be the student's
+                logits.
+        """
         ...
 
 
@@ -126,7 +139,7 @@ def passes_for(
 
 
 def max_and_sum_exp(logits_Tv: Tensor, scratch: Scratch) -> Tensor:
-    """[T, 2] as ``vocab_parallel.max_and_sum_exp``, by the device's implementation.
+    """[T, 2] largest logit and sum of exp(logit - largest), by the device's implementation.
 
     Args:
         logits_Tv: [T, v] float32. Not modified.

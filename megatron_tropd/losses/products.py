@@ -100,15 +100,8 @@ def _fit(
     """A gradient in lower precision, and the power of 2 it was divided by.
 
     float16 ends at 2^-24, where most of a vocabulary's probabilities are, so that rows are brought
-    to one size first. A row without a finite size, or of zeros, stays as it is.
-
-    Args:
-        grad_Tv: [T, v] float32.
-        dtype: bfloat16 or float16.
-        together: one power for all rows.
-
-    Returns:
-        ([T, v] in ``dtype``, [T, 1] or [1, 1] int32 exponent; None: nothing was divided).
+    to one size first, or ``together`` by one power. A row without a finite size, or of zeros, stays
+    as it is. The exponent is [T, 1] or [1, 1] int32, None if nothing was divided.
     """
     if dtype != torch.float16 or not grad_Tv.numel():
         return grad_Tv.to(dtype), None

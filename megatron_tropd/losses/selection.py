@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_tropd.losses import vocab_parallel as vp
+
 _EPS = 1e-6
 """Added to a standard deviation, so that equal rewards become 0."""
 _NO_KEY = torch.iinfo(torch.int64).max
@@ -96,12 +98,8 @@ def future_mean(
     Source: TOP-D, arXiv 2607.04751.
     """
     counted_T = candidates_T & rewards_T.isfinite()
-    # Tables of trajectories x places: rewards and their number. The last column stays empty.
-    rows, places = shape
-    tables = rewards_T.new_zeros(2, rows, places + 1, dtype=torch.float64)
-    tables[0].index_put_((rows_T, positions_T), torch.where(counted_T, rewards_T.double(), 0.0))
-    tables[1].index_put_((rows_T, positions_T), counted_T.double())
-    _sum(tables, group)
+    values_2T = torch.stack([torch.where(counted_T, rewards_T.double(), 0.0), counted_T.double()])
+    tables = _by_place(values_2T, rows_T, positions_T, shape, group)
     later_T, number_T = tables.flip(-1).cumsum(-1).flip(-1)[:, rows_T, positions_T + 1]
     raised_T = rewards_T + later_T / number_T.clamp(min=1)
     return torch.where(candidates_T, raised_T, 0.0).to(rewards_T.dtype)
@@ -121,14 +119,7 @@ def early_weight(
 
     .. math:: 1 + g \left(1 - \frac{\sum_{s < t} |r_s|}{\sum_s |r_s|}\right)
 
-    Args:
-        rewards_T: [T] float32.
-        candidates_T: [T] bool, the tokens that have a reward (student tokens).
-        rows_T: [T] int64 the trajectory of each token, counted on this rank.
-        positions_T: [T] int64 place of each token in its trajectory, 0 and up.
-        shape: trajectories of this rank, and places of the longest.
-        gain: g.
-        group: the ranks that hold the other tokens of these trajectories; None: they are whole.
+    The arguments are those of :func:`future_mean`, and g is ``gain``.
 
     Returns:
         [T] float32. An infinite reward is no part of a sum.
@@ -138,15 +129,25 @@ def early_weight(
     Source: IW-OPD, arXiv 2606.22600.
     """
     counted_T = candidates_T & rewards_T.isfinite()
-    rows, places = shape
-    sizes = rewards_T.new_zeros(rows, places + 1, dtype=torch.float64)
     size_T = torch.where(counted_T, rewards_T.double().abs(), 0.0)
-    sizes.index_put_((rows_T, positions_T + 1), size_T)
-    _sum(sizes, group)
-    before = sizes.cumsum(-1)
+    before = _by_place(size_T, rows_T, positions_T + 1, shape, group).cumsum(-1)
     # Without any disagreement nothing lies before a token, either.
     total_T = before[:, -1][rows_T].clamp(min=torch.finfo(torch.float64).tiny)
     return (1 + gain * (1 - before[rows_T, positions_T] / total_T)).to(rewards_T.dtype)
+
+
+def _by_place(
+    values_T: Tensor,
+    rows_T: Tensor,
+    places_T: Tensor,
+    shape: tuple[int, int],
+    group: dist.ProcessGroup | None,
+) -> Tensor:
+    """[..., trajectories, places + 1] a table of [..., T] values, 0 where there is no token."""
+    rows, places = shape
+    table = values_T.new_zeros(*values_T.shape[:-1], rows, places + 1)
+    table[..., rows_T, places_T] = values_T
+    return vp.all_reduce_sum(table, group=group)
 
 
 def group_normalise(
@@ -180,38 +181,28 @@ def group_normalise(
     totals_2G = finite_T.new_zeros(2, num_groups)
     totals_2G[0].index_add_(0, groups_T, finite_T)
     totals_2G[1].index_add_(0, groups_T, counted_T.double())
-    _sum(totals_2G, group)
+    totals_2G = vp.all_reduce_sum(totals_2G, group=group)
     counts_G = totals_2G[1].clamp(min=1)
     mean_G = totals_2G[0] / counts_G
     squares_G = finite_T.new_zeros(num_groups)
     apart_T = torch.where(counted_T, finite_T - mean_G[groups_T], 0.0)
     squares_G.index_add_(0, groups_T, apart_T**2)
-    _sum(squares_G, group)
+    squares_G = vp.all_reduce_sum(squares_G, group=group)
     deviation_G = (squares_G / counts_G).sqrt() + _EPS
     standard_T = (rewards_T.double() - mean_G[groups_T]) / deviation_G[groups_T]
     return torch.where(candidates_T, standard_T, 0.0).to(rewards_T.dtype)
-
-
-def _alone(group: dist.ProcessGroup | None) -> bool:
-    return group is None or group.size() == 1
-
-
-def _sum(tensor: Tensor, group: dist.ProcessGroup | None) -> None:
-    if not _alone(group):
-        dist.all_reduce(tensor, group=group)
 
 
 def _gather(
     values_T: Tensor, keys_T: Tensor, longest: int, group: dist.ProcessGroup | None
 ) -> tuple[Tensor, Tensor]:
     """([N] float64, [N] int64) of every rank, one after the other, filled up to ``longest``."""
-    if group is None or _alone(group):
+    if vp.place_in(group)[0] == 1:
         return values_T, keys_T
     # Two rows of 8 bytes a number, so that one collective moves both.
     mine = keys_T.new_full((2, longest), _NO_KEY)
     mine[0].view(torch.float64).fill_(-torch.inf)
     mine[0, : len(values_T)] = values_T.view(torch.int64)
     mine[1, : len(keys_T)] = keys_T
-    everything = mine.new_empty(group.size(), 2, longest)
-    dist.all_gather_into_tensor(everything.view(-1), mine.view(-1), group=group)
+    everything = vp.AllGather(mine, group=group).wait()
     return everything[:, 0].flatten().view(torch.float64), everything[:, 1].flatten()

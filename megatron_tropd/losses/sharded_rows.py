@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tropd.losses.first_order import first_order
+from megatron_tropd.losses.vocab_parallel import place_in
 
 
 def sum_gradient(hidden_TH: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -24,7 +25,7 @@ def sum_gradient(hidden_TH: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
     Collectives: forward none; backward 1 all-reduce (SUM) of [T, H].
     """
-    return hidden_TH if _alone(group) else _SumGradient.apply(hidden_TH, group)
+    return hidden_TH if place_in(group)[0] == 1 else _SumGradient.apply(hidden_TH, group)
 
 
 def gather_rows(hidden_tH: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -39,11 +40,7 @@ def gather_rows(hidden_tH: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
     Collectives: forward 1 all-gather, backward 1 reduce-scatter of [T, H].
     """
-    return hidden_tH if _alone(group) else _GatherRows.apply(hidden_tH, group)
-
-
-def _alone(group: dist.ProcessGroup | None) -> bool:
-    return group is None or group.size() == 1
+    return hidden_tH if place_in(group)[0] == 1 else _GatherRows.apply(hidden_tH, group)
 
 
 class _SumGradient(torch.autograd.Function):

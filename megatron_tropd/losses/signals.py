@@ -6,18 +6,14 @@ compared once at start-up (:func:`check_signal`), so a mismatch never costs a st
 Shape suffixes: T = tokens, V = whole vocabulary, v = this rank's shard, K = top-k, H = hidden.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol, runtime_checkable
 
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.config.loss import PRESETS, LossSettings, preset
 from megatron_tropd.losses import products
-from megatron_tropd.losses import vocab_parallel as vp
-from megatron_tropd.losses.tensors import check_ids, check_tensors
 
 SAMPLED = "sampled"
 """log p of the token in the trajectory."""
@@ -178,53 +174,6 @@ def split_reference(signal: TeacherSignal) -> tuple[TeacherSignal, FullSignal | 
     if isinstance(signal, ReferencedSignal):
         return signal.teacher, signal.reference
     return signal, None
-
-
-@dataclass(frozen=True)
-class _Ids:
-    ids_T: Tensor
-
-
-def top_k_signal(
-    logits_Tv: Tensor,
-    ids_T: Tensor,
-    k: int,
-    *,
-    vocab_size: int,
-    group: dist.ProcessGroup | None,
-    bounds: Sequence[int] | None = None,
-) -> TopKSignal:
-    """Reduce teacher logits to what other ranks need to know.
-
-    Args:
-        logits_Tv: [T, v] teacher logits, any float dtype, this rank's shard. Not modified.
-        ids_T: [T] int64 tokens of the trajectory.
-        k: size of the support.
-        vocab_size: real columns of the whole vocabulary.
-        group: the ranks the vocabulary is sharded over.
-        bounds: R + 1 column ids of the shards; None: shards of equal width.
-
-    Returns:
-        The signal, the same on every rank of ``group``.
-
-    Raises:
-        ValueError: k is larger than the vocabulary, a tensor has another shape or type, or, on a
-            CPU, an id is outside the vocabulary. On a GPU the log-prob of that token is nan.
-
-    Collectives: 2 all-gathers of [T, 2] float32 and [T, k] int64, 1 all-reduce (SUM) of [T]
-    float32.
-    """
-    check_tensors(teacher=LogitsSignal(logits_Tv, vocab_size), targets=_Ids(ids_T))
-    check_ids(ids_T, vocab_size, "targets.ids_T")
-    shard = vp.shard_of(logits_Tv.shape[-1], vocab_size=vocab_size, group=group, bounds=bounds)
-    normaliser_T2 = vp.normaliser(logits_Tv, shard)
-    topk_TK, topk_ids_TK = vp.top_k(logits_Tv, k, vocab_size=vocab_size, shard=shard)
-    sampled_T1 = vp.gather_columns(logits_Tv, ids_T.unsqueeze(-1), shard)
-    return TopKSignal(
-        sampled_logprobs_T=vp.normalise(sampled_T1, normaliser_T2).squeeze(-1),
-        topk_ids_TK=topk_ids_TK,
-        topk_logprobs_TK=vp.normalise(topk_TK, normaliser_T2),
-    )
 
 
 def tensors_of(signal: TeacherSignal) -> list[Tensor]:

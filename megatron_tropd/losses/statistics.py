@@ -8,7 +8,8 @@ shard, K = top-k, D = row sums, R = ranks of the group. p = teacher, q = student
 """
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,19 +71,12 @@ class TokenStatistics:
         """[T] float32 each: those of ``METRICS`` that were asked for."""
         return {name: self.sum_of(name) for name in METRICS if name in self.sum_names}
 
-    def rows(self, rows: slice) -> "TokenStatistics":
-        """The same of some tokens."""
-        cut = {name: getattr(self, name)[rows] for name in _TENSORS}
-        return TokenStatistics(**cut, sum_names=self.sum_names)
-
     @staticmethod
     def concatenate(parts: Sequence["TokenStatistics"]) -> "TokenStatistics":
         """Chunks of one sequence of tokens, joined."""
-        joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in _TENSORS}
-        return TokenStatistics(**joined, sum_names=parts[0].sum_names)
-
-
-_TENSORS = tuple(f.name for f in fields(TokenStatistics) if f.name != "sum_names")
+        names = [name for name, value in vars(parts[0]).items() if isinstance(value, Tensor)]
+        joined: dict[str, Any] = {n: torch.cat([vars(part)[n] for part in parts]) for n in names}
+        return replace(parts[0], **joined)
 
 
 @dataclass(frozen=True)
@@ -228,17 +222,9 @@ def _of_target(
     student_norm_T2: Tensor,
     target_norm_T2: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probs of teacher and reference, and the log-mass of a target that is neither.
+    """[T] log-probs of teacher and of reference ([T, 0] if nobody reads it), [T] log-mass.
 
-    Args:
-        own_RTn: [R, T, 3 per model] of all ranks (:func:`own_part`).
-        target: which target.
-        target_logprob_T: [T] of the token under it.
-        student_norm_T2: [T, 2] normaliser of the student.
-        target_norm_T2: [T, 2] that of the target.
-
-    Returns:
-        [T] of the teacher; [T] of the reference, [T, 0] if nobody reads it; [T] log-mass.
+    ``own_RTn`` has the three columns of :func:`own_part` for each model, of all ranks.
     """
     known = _own_logprobs(own_RTn.split(3, dim=-1)) if own_RTn.shape[-1] else []
     reference_logprob_T = known[0][0] if target.reads_reference else student_norm_T2[:, :0]

@@ -146,6 +146,12 @@ def _check_multipliable(weight: _Given, given: list[_Given]) -> None:
         )
 
 
+def rows_of[R](record: R, rows: slice) -> R:
+    """A dataclass of tensors cut to some tokens; what is no tensor stays."""
+    cut = {n: value[rows] for n, value in vars(record).items() if isinstance(value, Tensor)}
+    return replace(record, **cut)  # type: ignore[type-var]
+
+
 # ---- values ----
 
 

@@ -67,10 +67,6 @@ class Term:
             teacher_T=times(factor_T, self.teacher_T),
         )
 
-    def rows(self, rows: slice) -> "Term":
-        """The same of some tokens."""
-        return Term(*(value[rows] for value in vars(self).values()))
-
 
 def dense_spec(needs: Needs, *, metrics: bool, full: bool) -> DenseSpec:
     """The passes over the vocabulary that a loss needs.
@@ -371,18 +367,13 @@ def _term(
     teacher_T: Tensor | None = None,
 ) -> Term:
     zeros_T = torch.zeros_like(value_T)
-
-    def given(tensor: Tensor | None) -> Tensor:
-        return zeros_T if tensor is None else tensor
-
+    zeros_TK = torch.zeros_like(statistics.topk_student_logprobs_TK)
     return Term(
         value_T=value_T,
-        sampled_T=given(sampled_T),
-        topk_TK=(
-            torch.zeros_like(statistics.topk_student_logprobs_TK) if topk_TK is None else topk_TK
-        ),
-        reward_T=given(reward_T),
-        teacher_T=given(teacher_T),
+        sampled_T=zeros_T if sampled_T is None else sampled_T,
+        topk_TK=zeros_TK if topk_TK is None else topk_TK,
+        reward_T=zeros_T if reward_T is None else reward_T,
+        teacher_T=zeros_T if teacher_T is None else teacher_T,
         outlier_T=zeros_T,
         importance_T=torch.ones_like(value_T),
         dropped_T=torch.zeros_like(value_T, dtype=torch.bool),

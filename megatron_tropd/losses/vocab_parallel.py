@@ -2,9 +2,8 @@
 
 Rank r of the group holds columns [r * v, (r + 1) * v), or those that ``bounds`` names. Columns from
 ``vocab_size`` on are padding and never take part in anything. ``group = None`` means that one rank
-holds every column. The functions up to :func:`unpack_top_k` are local building blocks, so that a
-caller can pack the results of several into one collective; the rest are complete. None is
-differentiable: the losses supply their own backward.
+holds every column. The functions are local building blocks, so that a caller can pack the results
+of several into one collective. None is differentiable: the losses supply their own backward.
 
 Shape suffixes: T = tokens, V = whole vocabulary, v = this rank's shard, K = top-k,
 R = ranks of the group.
@@ -81,20 +80,10 @@ def shard_of(
         ValueError: the shards together have fewer columns than the vocabulary, or ``bounds`` does
             not describe them.
     """
-    size, rank = (1, 0) if group is None else (group.size(), group.rank())
+    size, rank = place_in(group)
     if bounds is None:
         bounds = range(0, (size + 1) * width, width) if width else (0,) * (size + 1)
-    ascending = all(a <= b for a, b in pairwise(bounds))
-    if len(bounds) != size + 1 or bounds[0] != 0 or not ascending:
-        raise ValueError(
-            f"Expected bounds of {size} shards, {size + 1} ascending column ids that start at 0, "
-            f"found {list(bounds)}."
-        )
-    if bounds[rank + 1] - bounds[rank] != width:
-        raise ValueError(
-            f"Expected a shard of {bounds[rank + 1] - bounds[rank]} columns on rank {rank} (bounds "
-            f"{list(bounds)}), found {width}. Give the bounds of these very tensors."
-        )
+    check_bounds(bounds, group, width)
     if bounds[-1] < vocab_size:
         raise ValueError(
             f"Expected shards that hold all {vocab_size} columns of the vocabulary, found "
@@ -103,6 +92,29 @@ def shard_of(
         )
     real = tuple(min(bound, vocab_size) for bound in bounds)
     return Shard(bounds[rank], real[rank + 1] - real[rank], group, real)
+
+
+def place_in(group: dist.ProcessGroup | None) -> tuple[int, int]:
+    """(Ranks of the group, number of this one)."""
+    return (1, 0) if group is None else (group.size(), group.rank())
+
+
+def check_bounds(
+    bounds: Sequence[int], group: dist.ProcessGroup | None, width: int | None = None
+) -> None:
+    """Raise ValueError if bounds do not describe the group, or the columns of this rank."""
+    size, rank = place_in(group)
+    ascending = all(a <= b for a, b in pairwise(bounds))
+    if len(bounds) != size + 1 or bounds[0] != 0 or not ascending:
+        raise ValueError(
+            f"Expected bounds of {size} shards, {size + 1} ascending column ids that start at 0, "
+            f"found {list(bounds)}. Give each rank the columns after those of the rank before it."
+        )
+    if width not in (None, bounds[rank + 1] - bounds[rank]):
+        raise ValueError(
+            f"Expected a shard of {bounds[rank + 1] - bounds[rank]} columns on rank {rank} (bounds "
+            f"{list(bounds)}), found {width}. Give the bounds of these very tensors."
+        )
 
 
 def equal_bounds(vocab_size: int, ranks: int) -> list[int]:
@@ -115,21 +127,17 @@ class AllGather:
     """The tensor of every rank, stacked, as a collective that runs while others compute."""
 
     def __init__(self, values: Tensor, *, group: dist.ProcessGroup | None) -> None:
-        """Start it.
-
-        Args:
-            values: [...] same shape on every rank.
-            group: the ranks.
+        """Start it, of a tensor that has the same shape on every rank.
 
         Collectives: 1 all-gather of ``values``; none without a group or for an empty tensor.
         """
         self._work = None
-        if group is None or group.size() == 1 or values.numel() == 0:
-            size = 1 if group is None else group.size()
+        size, _ = place_in(group)
+        if size == 1 or values.numel() == 0:
             self._parts = values.unsqueeze(0).expand(size, *values.shape)
             return
         self._values = values.contiguous()  # has to outlive the collective
-        self._parts = values.new_empty((group.size(), *values.shape))
+        self._parts = values.new_empty((size, *values.shape))
         self._work = dist.all_gather_into_tensor(
             self._parts.view(-1), self._values.view(-1), group=group, async_op=True
         )
@@ -145,16 +153,12 @@ class AllReduceSum:
     """The sum over the ranks, as a collective that runs while others compute."""
 
     def __init__(self, values: Tensor, *, group: dist.ProcessGroup | None) -> None:
-        """Start it.
-
-        Args:
-            values: [...] same shape on every rank. Not modified.
-            group: the ranks.
+        """Start it, of a tensor that has the same shape on every rank and is not modified.
 
         Collectives: 1 all-reduce (SUM) of ``values``; none without a group or for an empty tensor.
         """
         self._work, self._total = None, values
-        if group is None or group.size() == 1 or values.numel() == 0:
+        if place_in(group)[0] == 1 or values.numel() == 0:
             return
         self._total = values.clone(memory_format=torch.contiguous_format)
         self._work = dist.all_reduce(self._total, group=group, async_op=True)
@@ -166,43 +170,15 @@ class AllReduceSum:
         return self._total
 
 
-def all_gather(values: Tensor, *, group: dist.ProcessGroup | None) -> Tensor:
-    """[R, ...] the tensor of every rank. Collectives: see :class:`AllGather`."""
-    return AllGather(values, group=group).wait()
-
-
 def all_reduce_sum(values: Tensor, *, group: dist.ProcessGroup | None) -> Tensor:
     """[...] the sum over the ranks. Collectives: see :class:`AllReduceSum`."""
     return AllReduceSum(values, group=group).wait()
 
 
-def max_and_sum_exp(columns_Tv: Tensor) -> Tensor:
-    """Largest logit and sum of exp(logit - largest) over the given columns.
-
-    Args:
-        columns_Tv: [T, v] float32, real columns only; v may be 0.
-
-    Returns:
-        [T, 2] float32; (-inf, 0) where there is no column or all are -inf.
-    """
-    if columns_Tv.shape[-1] == 0:
-        zeros_T = columns_Tv.new_zeros(columns_Tv.shape[0])
-        return torch.stack([zeros_T - torch.inf, zeros_T], dim=-1)
-    max_T = columns_Tv.amax(dim=-1)
-    # -inf - -inf would be nan; any finite shift gives the right sum, 0.
-    shift_T = torch.where(max_T == -torch.inf, 0.0, max_T)
-    sum_T = (columns_Tv - shift_T.unsqueeze(-1)).exp().sum(dim=-1)
-    return torch.stack([max_T, sum_T], dim=-1)
-
-
 def combine_normalisers(stats_RT2: Tensor) -> Tensor:
-    """Normaliser of the whole vocabulary from :func:`max_and_sum_exp` of each shard.
+    """[T, 2] normaliser of the whole vocabulary from ``passes.max_and_sum_exp`` of each shard.
 
-    Args:
-        stats_RT2: [R, T, 2] float32.
-
-    Returns:
-        [T, 2] float32: largest logit and log of the sum of exp(logit - largest), nats.
+    It is the largest logit and the log of the sum of exp(logit - largest).
     """
     max_RT, sum_RT = stats_RT2.unbind(dim=-1)
     max_T = max_RT.amax(dim=0)
@@ -211,15 +187,7 @@ def combine_normalisers(stats_RT2: Tensor) -> Tensor:
 
 
 def normalise(logits_TK: Tensor, normaliser_T2: Tensor) -> Tensor:
-    """Log-probabilities of logits.
-
-    Args:
-        logits_TK: [T, K] float32, any columns. Not modified.
-        normaliser_T2: [T, 2] float32 from :func:`combine_normalisers`.
-
-    Returns:
-        [T, K] float32, nats.
-    """
+    """[T, K] log-probabilities in nats of logits at any columns (:func:`combine_normalisers`)."""
     # Two subtractions: max + log_sum would round to the precision of the largest logit.
     return (logits_TK - normaliser_T2[:, :1]).sub_(normaliser_T2[:, 1:])
 
@@ -246,16 +214,7 @@ def pick_columns(columns_Tv: Tensor, ids_TK: Tensor, shard: Shard) -> Tensor:
 
 
 def local_ids(ids_TK: Tensor, *, start: int, columns: int) -> tuple[Tensor, Tensor]:
-    """Global ids as indices into this rank's columns.
-
-    Args:
-        ids_TK: [T, K] int64 global column ids.
-        start: global id of the first column.
-        columns: real columns here.
-
-    Returns:
-        ([T, K] int64 index, 0 where not held; [T, K] bool whether held here).
-    """
+    """([T, K] int64 index of global ids among this rank's columns, 0 if not held; whether held)."""
     local_TK = ids_TK - start
     mine_TK = (local_TK >= 0) & (local_TK < columns)
     return torch.where(mine_TK, local_TK, 0), mine_TK
@@ -296,14 +255,7 @@ def _candidates(columns_Tv: Tensor, k: int) -> Tensor:
     Were one of these in another group, each of the k groups would hold a logit that comes before
     it: a larger one, or an equal one of a lower column. So a few thousand columns are sorted in
     place of the vocabulary, as keys: equal logits, which most rows of bfloat16 have at any place,
-    cost nothing more.
-
-    Args:
-        columns_Tv: [T, v] float32, more than k groups.
-        k: how many.
-
-    Returns:
-        [T, k * _GROUP] int64; columns from v on do not exist.
+    cost nothing more. [T, k * _GROUP] int64; columns from v on do not exist.
     """
     whole = columns_Tv.shape[-1] // _GROUP * _GROUP
     largest_TG = columns_Tv[:, :whole].unflatten(-1, (-1, _GROUP)).amax(dim=-1)
@@ -324,15 +276,7 @@ def _keys(values_TK: Tensor, columns_TK: Tensor, start: int) -> Tensor:
 
 
 def merge_top_k(keys_RTK: Tensor, values_RTK: Tensor) -> tuple[Tensor, Tensor]:
-    """The k largest keys of all shards, and what came with them.
-
-    Args:
-        keys_RTK: [R, T, k] int64 from :func:`pack_top_k` of each rank.
-        values_RTK: [R, T, k] any dtype, one value per key.
-
-    Returns:
-        ([T, k] int64 keys, descending; [T, k] their values).
-    """
+    """([T, k] largest keys of all shards, descending; [T, k] what came with each)."""
     num_ranks, _, k = keys_RTK.shape
     if num_ranks == 1 or k == 0:
         return keys_RTK[0], values_RTK[0]
@@ -342,14 +286,7 @@ def merge_top_k(keys_RTK: Tensor, values_RTK: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def unpack_top_k(keys_TK: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits and ids of keys, exactly as they went in.
-
-    Args:
-        keys_TK: [T, k] int64.
-
-    Returns:
-        ([T, k] float32 logits, [T, k] int64 global ids).
-    """
+    """([T, k] float32 logits, [T, k] int64 global ids) of keys, exactly as they went in."""
     ids_TK = _ID_MASK - (keys_TK & _ID_MASK)
     bits_TK = _flip_negative((keys_TK >> _ID_BITS).to(torch.int32))
     return bits_TK.view(torch.float32), ids_TK
@@ -358,75 +295,3 @@ def unpack_top_k(keys_TK: Tensor) -> tuple[Tensor, Tensor]:
 def _flip_negative(bits: Tensor) -> Tensor:
     """[...] int32 float bits <-> integers in the order of the floats; its own inverse."""
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-def real_columns(logits_Tv: Tensor, shard: Shard) -> Tensor:
-    """This rank's logits without padding, in float32.
-
-    Args:
-        logits_Tv: [T, v] any float dtype. Not modified.
-        shard: where they lie in the vocabulary.
-
-    Returns:
-        [T, real columns] float32, detached, a view where nothing had to be converted.
-    """
-    return logits_Tv.detach()[:, : shard.real].float()
-
-
-def normaliser(logits_Tv: Tensor, shard: Shard) -> Tensor:
-    """What :func:`normalise` subtracts to turn logits into log-probabilities.
-
-    Args:
-        logits_Tv: [T, v] any float dtype, this rank's shard. Not modified.
-        shard: where they lie in the vocabulary.
-
-    Returns:
-        [T, 2] float32, the same on every rank.
-
-    Collectives: 1 all-gather of [T, 2] float32.
-    """
-    stats_T2 = max_and_sum_exp(real_columns(logits_Tv, shard))
-    return combine_normalisers(all_gather(stats_T2, group=shard.group))
-
-
-def gather_columns(logits_Tv: Tensor, ids_TK: Tensor, shard: Shard) -> Tensor:
-    """Logits at given global ids.
-
-    Args:
-        logits_Tv: [T, v] any float dtype, this rank's shard. Not modified.
-        ids_TK: [T, K] int64 global ids, the same on every rank.
-        shard: where the logits lie in the vocabulary.
-
-    Returns:
-        [T, K] float32, the same on every rank; nan for ids outside the vocabulary.
-
-    Collectives: 1 all-reduce (SUM) of [T, K] float32.
-    """
-    columns_Tv = real_columns(logits_Tv, shard)
-    picked_TK = pick_columns(columns_Tv, ids_TK, shard)
-    return all_reduce_sum(picked_TK, group=shard.group)
-
-
-def top_k(logits_Tv: Tensor, k: int, *, vocab_size: int, shard: Shard) -> tuple[Tensor, Tensor]:
-    """The k largest logits of the whole vocabulary, exact; ties go to the lower id.
-
-    Args:
-        logits_Tv: [T, v] any float dtype, this rank's shard. Not modified.
-        k: 1 <= k <= ``vocab_size``.
-        vocab_size: real columns of the whole vocabulary.
-        shard: where the logits lie in it.
-
-    Returns:
-        ([T, k] float32 logits descending, [T, k] int64 global ids), the same on every rank and
-        however the vocabulary is sharded.
-
-    Raises:
-        ValueError: k is larger than the vocabulary.
-
-    Collectives: 1 all-gather of [T, k] int64.
-    """
-    if not 1 <= k <= vocab_size:
-        raise ValueError(f"Expected 1 <= k <= {vocab_size} (the vocabulary), found k = {k}.")
-    keys_TK = pack_top_k(real_columns(logits_Tv, shard), k, start=shard.start)
-    keys_RTK = all_gather(keys_TK, group=shard.group)
-    return unpack_top_k(merge_top_k(keys_RTK, keys_RTK)[0])

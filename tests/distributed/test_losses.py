@@ -34,7 +34,6 @@ from megatron_tropd.losses import (
     required_signal,
     tensors,
     token_statistics,
-    token_statistics_from_hidden,
     top_k_signal,
     tropd_loss,
     tropd_loss_from_hidden,
@@ -811,14 +810,16 @@ def _check_statistics(case, problem, place):
     mine = place.columns(problem, "student")
     options = _options(problem, case, place, metrics=True)
     del options["beta"], options["metrics"]
+    columns = options.pop("vocab_size"), options.pop("bounds", None)
     signal = _signal("logits", problem, case, place, aligned=True)
     targets = _targets(case.tokens)
     leaf = problem.student[:, mine].clone().requires_grad_()
     for found in (
-        token_statistics(leaf, targets, signal, **options),
-        token_statistics_from_hidden(
-            hidden.requires_grad_(), weight[mine].requires_grad_(), targets, signal, **options
-        ),
+        token_statistics(student, targets, signal, **options)
+        for student in (
+            LogitsSignal(leaf, *columns),
+            HiddenStatesSignal(hidden.requires_grad_(), weight[mine].requires_grad_(), *columns),
+        )
     ):
         values = dict(
             student_logprob=found.student_logprob_T,

@@ -860,7 +860,7 @@ def test_numbers_of_every_float_type_are_taken(dtype, importance, signal):
     changed = {
         key: value.to(dtype)
         for key, value in vars(records["targets"]).items()
-        if value.is_floating_point()
+        if value is not None and value.is_floating_point()
     }
     other = records | {"targets": dataclasses.replace(records["targets"], **changed)}
     given = records[signal]
@@ -916,7 +916,7 @@ def test_columns_that_are_moved_ascend_from_0(bounds):
     good = [0, 2, 4, 6]
     for have, want in ((bounds, good), (good, bounds)):
         weight = torch.zeros(have[1] - have[0], 4)
-        with pytest.raises(ValueError, match="column ids that start at 0 and ascend, found"):
+        with pytest.raises(ValueError, match="ascending column ids that start at 0, found"):
             align_output_weight(weight, have=have, want=want, group=Three())
 
 
@@ -935,12 +935,13 @@ def test_an_id_outside_the_vocabulary_is_an_error(wrong):
     logits, ids = torch.zeros(2, 12), torch.tensor([3, wrong])
     options = dict(config=config_of(top_k=4), vocab_size=10, group=None)
     signal, hidden = LogitsSignal(logits, 10), torch.zeros(2, 12)
+    seen = {name: options[name] for name in ("config", "group")}
     topk = TopKSignal(torch.full((2,), -1.0), ids.repeat(4, 1).t(), torch.full((2, 4), -2.0))
     targets, good = _targets(ids), _targets(torch.tensor([3, 4]))
     for call in (
         lambda: tropd_loss(logits, targets, signal, **options),
         lambda: tropd_loss_from_hidden(hidden, torch.zeros(12, 12), targets, signal, **options),
-        lambda: token_statistics(logits, targets, signal, **options),
+        lambda: token_statistics(LogitsSignal(logits, 10), targets, signal, **seen),
         lambda: top_k_signal(logits, ids, 4, vocab_size=10, group=None),
         lambda: tropd_loss(logits, good, topk, **options),
     ):
