@@ -83,7 +83,9 @@ def open_session(
             distributed_optimizer=config.parallel.distributed_optimizer,
             say=tell,
         )
-        hf_folders = startup.hf_folders(inputs, folder, is_main=is_main)
+        hf_folders = startup.hf_folders(
+            inputs, folder, is_main=is_main, reads_teacher=config.loads_teacher
+        )
         reporter = exits.enter_context(
             Reporter(config, inputs, folder, console=console, progress=progress, is_main=is_main)
         )
@@ -171,10 +173,12 @@ def rollout_source(
 
 
 def _engine_gap(config: Config, inputs: Inputs, folder: RunFolder) -> EngineGap:
+    lora = config.model.lora
     return EngineGap(
         config.rollout.max_engine_gap,
         models.resolve_dtype(config.model.dtype),
         advice=f"Compare the config.json in {inputs.student.companions} with the one at the top "
         f"of the engine's log in {folder.logs}, and both with transformers' log-probs of the "
         "same tokens.",
+        dropout=lora is not None and lora.dropout > 0,
     )

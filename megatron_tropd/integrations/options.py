@@ -36,10 +36,8 @@ class Refusal:
         return self.shown or f"--{self.name.replace('_', '-')}"
 
 
-_WHOLE = "sequences are whole"
 _SHARDS = "the output layer is taken as tensor parallelism shards it"
 REFUSED = (
-    Refusal("context_parallel_size", _WHOLE, off=1),
     Refusal("hybrid_context_parallel", "all rows of a micro-batch are split alike"),
     Refusal(
         "virtual_pipeline_model_parallel_size",

@@ -39,6 +39,7 @@ REPLACED = (
 _OPTIONS = {
     "parallel.tensor ": "--tensor-model-parallel-size ",
     "parallel.tensor.": "--tensor-model-parallel-size.",
+    "parallel.context": "--context-parallel-size",
     "parallel.pipeline": "--pipeline-model-parallel-size",
     "parallel.expert_tensor": "--expert-tensor-parallel-size",
     "parallel.expert": "--expert-model-parallel-size",
@@ -160,6 +161,7 @@ def layout_of(args: Namespace, hf_config: dict[str, Any]) -> ParallelConfig:
     dense = model_shape(hf_config).experts is None
     return ParallelConfig(
         tensor=args.tensor_model_parallel_size,
+        context=args.context_parallel_size,
         pipeline=args.pipeline_model_parallel_size,
         data=args.data_parallel_size,
         expert=1 if dense else args.expert_model_parallel_size,

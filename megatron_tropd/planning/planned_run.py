@@ -134,7 +134,7 @@ class PlannedRun:
         work = workload(
             self.config,
             parallel,
-            rounded_to=row_multiple(self.hardware),
+            rounded_to=row_multiple(self.hardware) * parallel.context,
             prompt_tokens=self.work.prompt,
             response_tokens=self.work.mean_response,
         )
@@ -174,7 +174,7 @@ def plan_run(
         work=workload(
             config,
             config.parallel,
-            rounded_to=row_multiple(hardware),
+            rounded_to=row_multiple(hardware) * config.parallel.context,
             prompt_tokens=prompt_tokens,
             response_tokens=response_tokens,
         ),
@@ -187,7 +187,7 @@ def plan_run(
 
 
 def row_multiple(hardware: Hardware) -> int:
-    """What the trainer rounds lengths of rows up to; a test compares it with the trainer's."""
+    """What the trainer rounds lengths of rows up to, on each rank; a test compares them."""
     return 1 if hardware.layers == "cpu" else 128
 
 

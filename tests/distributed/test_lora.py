@@ -20,6 +20,7 @@ from megatron_tropd.data.packing import pack
 from tests.ranks import leave_layout, run_with_env
 
 LORA = LoraConfig(rank=4, alpha=6.0)
+DROPPED = replace(LORA, dropout=0.3)
 DENSE = {
     "tp2": ParallelConfig(tensor=2),
     "tp2_sp": ParallelConfig(tensor=2, sequence_parallel=True),
@@ -213,12 +214,13 @@ def _train_and_resume(folder: str, mixture: str, out: str) -> None:
     dist.init_process_group("gloo")
     _move(folder, RESUMED, "bfloat16", Path(out, "bf16"))
     _move(folder, RESUMED[:2], "float32", Path(out, "fp32"))
+    _move(folder, RESUMED[:1], "float32", Path(out, "dropout"), lora=DROPPED)
     _move(mixture, tuple(MIXTURE.values())[::3], "float32", Path(out, "mixture"))
 
 
-def _move(folder: str, layouts, dtype: str, out: Path) -> None:
+def _move(folder: str, layouts, dtype: str, out: Path, lora: LoraConfig = LORA) -> None:
     """Save under the first layout, resume under all of them."""
-    learner, ranks = lora_student(folder, layouts[0], dtype=dtype)
+    learner, ranks = lora_student(folder, layouts[0], dtype=dtype, lora=lora)
     frozen = _frozen(learner)
     steps(learner, ranks, 0, 2)
     _saved(_checkpoints(out, ranks, layouts[0]), learner, 2)
@@ -231,7 +233,7 @@ def _move(folder: str, layouts, dtype: str, out: Path) -> None:
     }
     leave_layout()
     for layout in layouts:
-        again, ranks = lora_student(folder, layout, dtype=dtype, drawn=False)
+        again, ranks = lora_student(folder, layout, dtype=dtype, lora=lora, drawn=False)
         _checkpoints(out, ranks, layout).load(again, 2)
         found = steps(again, ranks, 2, 5)
         if layout == layouts[0]:
@@ -288,7 +290,6 @@ def test_a_student_begins_as_its_base_and_can_run_as_it(tiny_model) -> None:
     run_with_env(2, _begin_as_the_base, str(tiny_model("qwen3")))
 
 
-DROPPED = LoraConfig(rank=4, dropout=0.3)
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 
 
