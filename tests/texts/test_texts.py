@@ -1,5 +1,6 @@
 """What the texts show and name is there: links, files, metrics, keys, listings."""
 
+import difflib
 import importlib.util
 import json
 import re
@@ -49,6 +50,17 @@ def test_the_parts_shown_are_those_of_the_example():
     names = ("own_method", "own_teacher", "own_rollout")
     files = [REPOSITORY / "examples" / "own_parts" / f"{name}.py" for name in names]
     assert _python_of("docs/extending.md") == [file.read_text() for file in files]
+
+
+def test_the_diff_shown_is_that_of_the_examples_and_short():
+    example = REPOSITORY / "examples" / "megatron_lm"
+    names = ("pretrain_gpt.py", "pretrain_gpt_tropd.py")
+    scripts = [(example / name).read_text().splitlines() for name in names]
+    diff = [line.rstrip() for line in difflib.unified_diff(*scripts, *names, "", "", n=1)]
+    assert 5 < len([line for line in diff[2:] if line[:1] in "+-"]) < 30
+    readme = [line.rstrip() for line in (example / "README.md").read_text().splitlines()]
+    shown = "\n".join(readme).split("```diff\n")[1].split("\n```")[0]
+    assert shown.splitlines() == diff, "the README shows another diff"
 
 
 def _python_of(page: str) -> list[str]:

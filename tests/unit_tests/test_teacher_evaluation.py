@@ -138,7 +138,8 @@ def test_the_teachers_engine_is_gone_before_others_take_memory(
 
     monkeypatch.setattr(sessions.platform, "has_cuda", lambda: True)
     monkeypatch.setattr(sessions, "load_inputs", lambda _: INPUTS)
-    monkeypatch.setattr(sessions, "Checkpoints", lambda *_, **__: None)
+    saved = SimpleNamespace(check_memory=lambda _: None)
+    monkeypatch.setattr(sessions, "Checkpoints", lambda *_, **__: saved)
     monkeypatch.setattr(sessions, "rollout_source", lambda *_, **__: None)
     monkeypatch.setattr(sessions, "start_engines", start)
     monkeypatch.setattr(sessions, "step_parts", build)
