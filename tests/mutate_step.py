@@ -39,8 +39,8 @@ MUTATIONS: tuple[Mutation, ...] = (
         ),
         (
             "every rank of a vocabulary counts its tokens",
-            "counted=ranks.is_last_stage and ranks.tp_rank == 0",
-            "counted=ranks.is_last_stage",
+            "counted=layout.is_last_stage and layout.tp_rank == 0",
+            "counted=layout.is_last_stage",
             f"{STEP}_one_rank_of_a_vocabulary_counts",
         ),
     ),

@@ -20,7 +20,6 @@ class EngineGap:
 
         Args:
             limit: nats on average; 0: do not look; None: that of ``dtype``.
-            dtype: of the models.
             advice: what to compare if the gap is larger.
         """
         self._limit = LIMITS[dtype] if limit is None else limit
@@ -35,7 +34,6 @@ class EngineGap:
 
         Args:
             metrics: of the step, equal on every rank.
-            sequences: of the step.
             step: 0-based.
 
         Raises:

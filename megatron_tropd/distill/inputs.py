@@ -34,6 +34,7 @@ from megatron_tropd.rollout.engines.engine import BLENDED_ON_CUDA, blended_lengt
 from megatron_tropd.rollout.engines.engine_model import check_engine
 from megatron_tropd.tasks.exact_match import reference_answer
 from megatron_tropd.teacher import signal_of
+from megatron_tropd.teacher.cached import check_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -94,7 +95,8 @@ def load_inputs(config: Config) -> Inputs:
         _check_config(folder, who)
         if isinstance(folder, HFFolder):  # the other kind is checked when it is opened
             check_tensors(folder)
-        check_parallel(folder.config, config.parallel, who=who)
+        if who == "student" or config.loads_teacher:
+            check_parallel(folder.config, config.parallel, who=who)
     _check_experts(config, *models.values())
     tokenizer = check_same_tokenizer(student.companions, teacher.companions)
     if reference is not None:
@@ -126,6 +128,17 @@ def load_inputs(config: Config) -> Inputs:
     _check_engines(config, student, teacher, max_model_len, evaluated=bool(problems))
     if config.rollout.asks_teacher:
         _check_blend(config, student, teacher, prompts)
+    recorded = load_recorded(config, prompts, tokenizer, vocab_size)
+    if not config.loads_teacher:
+        check_cache(
+            config.teacher.cache,
+            config.loss,
+            teacher,
+            tokenizer,
+            vocab_size,
+            reference=reference,
+            recorded=recorded or (),
+        )
     return Inputs(
         student=student,
         teacher=teacher,
@@ -139,7 +152,7 @@ def load_inputs(config: Config) -> Inputs:
         prompts=prompts,
         responses=responses,
         golden=_golden(config, prompts, tokenizer),
-        recorded=load_recorded(config, prompts, tokenizer, vocab_size),
+        recorded=recorded,
         problems=problems,
         max_model_len=max_model_len,
         shared_stops=(

@@ -59,7 +59,7 @@ class BadToken:
     """The first token whose loss is no number."""
 
     row: int
-    """Index of its trajectory in the step's list."""
+    """Index of its sequence in the step's list."""
     position: int
     """Index within prefix + response."""
     finding: int
@@ -75,7 +75,7 @@ class StepSums:
     gap_max: Tensor
     """float64 [1] largest |trainer - engine| log-prob."""
     bad_token: Tensor
-    """int64 [1] trajectory, position and finding of the first token whose loss is no number, in
+    """int64 [1] sequence, position and finding of the first token whose loss is no number, in
     one number; 2**62 if there is none."""
 
     @classmethod
@@ -187,30 +187,30 @@ class StepTotals:
         }
 
 
-def trajectory_metrics(trajectories: Sequence[TokenSequence], *, step: int) -> dict[str, float]:
+def sequence_metrics(sequences: Sequence[TokenSequence], *, step: int) -> dict[str, float]:
     """What the token ids alone tell: lengths, cut-off share, repetition, prefixes, staleness.
 
     Golden answers, which nobody sampled, are left out.
     """
-    trajectories = [t for t in trajectories if not t.count(Writer.GOLDEN)]
-    lengths = [len(t) - t.prompt_length for t in trajectories]
-    prefixes = [t.count(Writer.TEACHER) for t in trajectories]
+    sequences = [t for t in sequences if not t.count(Writer.GOLDEN)]
+    lengths = [len(t) - t.prompt_length for t in sequences]
+    prefixes = [t.count(Writer.TEACHER) for t in sequences]
     total = max(sum(lengths), 1)
-    count = len(trajectories)
+    count = len(sequences)
     return {
         "response_length": sum(lengths) / count,
-        "truncated_share": sum(t.finish == "length" for t in trajectories) / count,
-        "repetition_share": sum(repetition(t.by(Writer.STUDENT)) for t in trajectories) / count,
+        "truncated_share": sum(t.finish == "length" for t in sequences) / count,
+        "repetition_share": sum(repetition(t.by(Writer.STUDENT)) for t in sequences) / count,
         "prefix_share": sum(prefixes) / total,
         "prefix_longest": float(max(prefixes)),
-        "staleness": sum(step - t.oldest_version for t in trajectories) / count,
-        **_blend_metrics(trajectories),
+        "staleness": sum(step - t.oldest_version for t in sequences) / count,
+        **_blend_metrics(sequences),
     }
 
 
-def _blend_metrics(trajectories: Sequence[TokenSequence]) -> dict[str, float]:
+def _blend_metrics(sequences: Sequence[TokenSequence]) -> dict[str, float]:
     """Of sequences that were sampled from between student and teacher; none: no metrics."""
-    sums = [t.fields[BLEND] for t in trajectories if BLEND in t.fields]
+    sums = [t.fields[BLEND] for t in sequences if BLEND in t.fields]
     if not sums:
         return {}
     tokens, passes, kl, b = (sum(s[name] for s in sums) for name in ("tokens", "passes", "kl", "b"))

@@ -38,11 +38,8 @@ class StepLoss:
         """One for each step.
 
         Args:
-            parts: of this rank.
-            loss: that of the step.
             signals: the teacher's, one per micro-batch (last stage).
-            counts: loss tokens of the global batch.
-            choices: of ``choose_tokens``, if the loss needs it.
+            choices: of ``batch_choices``, if the loss needs it.
             record: given each micro-batch's values; makes its report.
         """
         self._signals = signals
@@ -51,7 +48,7 @@ class StepLoss:
             config=loss,
             beta=parts.beta,
             vocab_size=parts.vocab_size,
-            group=parts.ranks.tp_group,
+            group=parts.layout.tp_group,
             metrics=parts.metrics,
             reduce_hidden_grad=False,  # the model sums it, with its own kind of parallelism
         )
@@ -101,7 +98,6 @@ def segment_weights(config: Method, counts: LossCounts) -> tuple[float, float, f
 
     Args:
         config: ``denominator`` and ``trained_share``.
-        counts: loss tokens of the global batch.
 
     Returns:
         Factors of teacher, trained student and golden tokens; 1 for an empty segment.

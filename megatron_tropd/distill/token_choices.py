@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_tropd.config.loss import preset
 from megatron_tropd.data.batch import MicroBatch, upload
 from megatron_tropd.data.packing import LossCounts
 from megatron_tropd.data.sequence import Writer
@@ -14,6 +15,10 @@ from megatron_tropd.distill.step_parts import LossParts
 from megatron_tropd.losses import HiddenStatesSignal, LossTargets, TeacherSignal, token_statistics
 from megatron_tropd.losses.method import BatchFacts, Method
 from megatron_tropd.mcore.hidden import output_weight
+from megatron_tropd.mcore.layout import Layout
+
+_ANY = preset("opd")
+"""A loss that asks for nothing but log-probs."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,7 @@ class BatchChoices:
     """[T] float32 each: ``LossTargets.rewards_T``. None: the loss makes its own."""
 
 
-def choose_tokens(
+def batch_choices(
     parts: LossParts,
     loss: Method,
     batches: Sequence[MicroBatch],
@@ -37,11 +42,7 @@ def choose_tokens(
     """Selection and rewards that depend on the whole batch, from the student as it is.
 
     Args:
-        parts: of the step.
-        loss: that of the step.
-        batches: of this rank.
         signals: the teacher's, one per micro-batch (last stage).
-        counts: loss tokens of the global batch.
         prompts: number of the prompt of each sequence of the step, which the batches' rows count.
 
     Returns:
@@ -51,10 +52,10 @@ def choose_tokens(
     ``token_statistics`` per micro-batch, 1 broadcast of [3, T] over the tensor-parallel
     group, and those of ``losses.selection`` over the group of the loss.
     """
-    hidden, ranks = parts.student.score(batches), parts.ranks
-    if not ranks.is_last_stage:
+    hidden, layout = parts.student.score(batches), parts.layout
+    if not layout.is_last_stage:
         return BatchChoices()
-    weight_vH, tp_group = output_weight(parts.student.model), ranks.tp_group
+    weight_vH, tp_group = output_weight(parts.student.module), layout.tp_group
     values_3T = torch.cat(
         [
             _entropy_ratio_and_logprob(*scored, weight_vH, loss, parts.vocab_size, tp_group)
@@ -64,7 +65,7 @@ def choose_tokens(
     )
     # Round-off that differed between the ranks of one vocabulary would make them choose apart.
     dist.broadcast(values_3T, src=dist.get_global_rank(tp_group, 0), group=tp_group)
-    facts = _facts(values_3T, batches, prompts, counts.student, ranks.loss_group)
+    facts = _facts(values_3T, batches, prompts, counts.student, layout)
     choices, lengths = loss.choose(facts), [len(part) for part in hidden]
     selected_T, rewards_T = choices.selected_T, choices.rewards_T
     return BatchChoices(
@@ -77,7 +78,6 @@ def outcome_rewards(batches: Sequence[MicroBatch], advantages: Sequence[float]) 
     """Give every token how much better its sequence was than the prompt's others.
 
     Args:
-        batches: of this rank.
         advantages: of each sequence of the step, which the batches' rows count.
 
     Returns:
@@ -92,7 +92,7 @@ def _facts(
     batches: Sequence[MicroBatch],
     prompts: Sequence[int],
     num_student: int,
-    dp_group: dist.ProcessGroup,
+    layout: Layout,
 ) -> BatchFacts:
     """What a method may look at: the loss tokens of all micro-batches of this rank."""
     student = [b.of_loss_tokens(b.writers) == Writer.STUDENT for b in batches]
@@ -114,13 +114,14 @@ def _facts(
         keys_T=(rows_T << 32) + positions_T,
         own_rows_T=torch.cat(own_rows),
         positions_T=positions_T,
-        shape=(rows, longest),
+        shape=(rows, longest * layout.cp_size),
         prompts_T=upload(torch.tensor(of_row), rows_T.device)[rows_T],
         num_prompts=len(numbers),
         num_student=num_student,
         # Rows and lengths of the n-th micro-batch are the same on every rank; tokens are not.
         longest=sum(batch.tokens.numel() for batch in batches),
-        group=dp_group,
+        group=layout.loss_group,
+        row_group=layout.row_group,
     )
 
 
@@ -134,14 +135,15 @@ def _entropy_ratio_and_logprob(
     group: dist.ProcessGroup,
 ) -> Tensor:
     """[3, T] the student's entropy, log p/q and log q of the token."""
-    statistics = token_statistics(
-        HiddenStatesSignal(hidden_TH, output_weight_vH, vocab_size),
-        targets_of(batch, golden=config.needs.golden),
-        signal,
-        config=config,
-        group=group,
-    )
-    entropy_T = statistics.divergences()["student_entropy"]
+    student = HiddenStatesSignal(hidden_TH, output_weight_vH, vocab_size)
+    targets = targets_of(batch, golden=config.needs.golden)
+    statistics = token_statistics(student, targets, signal, config=config, group=group)
+    divergences = statistics.divergences()
+    if "student_entropy" not in divergences:
+        # The teacher's logits are not at hand; the entropy is the student's alone.
+        alone = token_statistics(student, targets_of(batch), student, config=_ANY, group=group)
+        divergences = alone.divergences()
+    entropy_T = divergences["student_entropy"]
     return torch.stack([entropy_T, statistics.log_ratio_T, statistics.student_logprob_T])
 
 

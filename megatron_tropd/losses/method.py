@@ -69,6 +69,8 @@ class BatchFacts:
     """No rank has more tokens."""
     group: dist.ProcessGroup | None
     """The ranks that hold the other tokens."""
+    row_group: dist.ProcessGroup | None = None
+    """Those among them that hold the others of this rank's sequences; None: they are whole."""
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,7 @@ def future_mean(
     rows_T: Tensor,
     positions_T: Tensor,
     shape: tuple[int, int],
+    group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     r"""Reward plus the mean reward of the later tokens of the same trajectory.
 
@@ -83,19 +84,22 @@ def future_mean(
     Args:
         rewards_T: [T] float32.
         candidates_T: [T] bool, the tokens that have a reward (student tokens).
-        rows_T: [T] int64 the trajectory of each token, counted on this rank; they are whole.
+        rows_T: [T] int64 the trajectory of each token, counted on this rank.
         positions_T: [T] int64 place of each token in its trajectory, 0 and up.
         shape: trajectories of this rank, and places of the longest.
+        group: the ranks that hold the other tokens of these trajectories; None: they are whole.
 
     Returns:
         [T] float32, the last token of a trajectory unchanged, 0 where there is no reward. An
         infinite reward stays what it is and is no part of a mean.
 
+    Collectives: in a group 1 all-reduce (SUM) of [2, *shape] float64.
+
     Source: TOP-D, arXiv 2607.04751.
     """
     counted_T = candidates_T & rewards_T.isfinite()
     values_2T = torch.stack([torch.where(counted_T, rewards_T.double(), 0.0), counted_T.double()])
-    tables = _by_place(values_2T, rows_T, positions_T, shape)
+    tables = _by_place(values_2T, rows_T, positions_T, shape, group)
     later_T, number_T = tables.flip(-1).cumsum(-1).flip(-1)[:, rows_T, positions_T + 1]
     raised_T = rewards_T + later_T / number_T.clamp(min=1)
     return torch.where(candidates_T, raised_T, 0.0).to(rewards_T.dtype)
@@ -109,6 +113,7 @@ def early_weight(
     positions_T: Tensor,
     shape: tuple[int, int],
     gain: float,
+    group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     r"""More weight for tokens before which student and teacher disagreed little.
 
@@ -119,22 +124,30 @@ def early_weight(
     Returns:
         [T] float32. An infinite reward is no part of a sum.
 
+    Collectives: in a group 1 all-reduce (SUM) of [*shape] float64.
+
     Source: IW-OPD, arXiv 2606.22600.
     """
     counted_T = candidates_T & rewards_T.isfinite()
     size_T = torch.where(counted_T, rewards_T.double().abs(), 0.0)
-    before = _by_place(size_T, rows_T, positions_T + 1, shape).cumsum(-1)
+    before = _by_place(size_T, rows_T, positions_T + 1, shape, group).cumsum(-1)
     # Without any disagreement nothing lies before a token, either.
     total_T = before[:, -1][rows_T].clamp(min=torch.finfo(torch.float64).tiny)
     return (1 + gain * (1 - before[rows_T, positions_T] / total_T)).to(rewards_T.dtype)
 
 
-def _by_place(values_T: Tensor, rows_T: Tensor, places_T: Tensor, shape: tuple[int, int]) -> Tensor:
+def _by_place(
+    values_T: Tensor,
+    rows_T: Tensor,
+    places_T: Tensor,
+    shape: tuple[int, int],
+    group: dist.ProcessGroup | None,
+) -> Tensor:
     """[..., trajectories, places + 1] a table of [..., T] values, 0 where there is no token."""
     rows, places = shape
     table = values_T.new_zeros(*values_T.shape[:-1], rows, places + 1)
     table[..., rows_T, places_T] = values_T
-    return table
+    return vp.all_reduce_sum(table, group=group)
 
 
 def group_normalise(

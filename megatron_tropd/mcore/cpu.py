@@ -9,6 +9,7 @@ unchanged. Megatron's own training loop needs more, :func:`patch_training`.
 import contextlib
 import dataclasses
 import functools
+import logging
 import sys
 import warnings
 from collections.abc import Callable
@@ -80,6 +81,7 @@ def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         if _is_cuda(kwargs.get("device")):
             kwargs["device"] = CPU
+        kwargs.pop("pin_memory", None)  # for copies to a GPU
         return factory(*args, **kwargs)
 
     return call
@@ -243,6 +245,10 @@ def _patch_megatron() -> None:
     def set_state(new_state: Any, device: Any = -1, graph_safe: bool = False) -> None:
         _set_state(new_state)
 
+    # Here the two are one, and a draw within its context changes it.
+    logging.getLogger(random.__name__).addFilter(
+        lambda record: "CPU RNG state changed" not in str(record.msg)
+    )
     random._get_cuda_rng_state = get_state
     random._set_cuda_rng_state = set_state
     token_dispatcher.maybe_move_tensor_to_cpu = _sizes_to_cpu

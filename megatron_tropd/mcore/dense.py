@@ -28,7 +28,7 @@ class DenseModel:
             layout: this rank's place.
         """
         self.module, self.layout = module, layout
-        self._hf_config = hf_config
+        self.hf_config = hf_config
 
     def load(self, source: HFFolder | MegatronFolder) -> None:
         """Fill all parameters; collective if they come from a Megatron checkpoint."""
@@ -61,7 +61,7 @@ class DenseModel:
         rows = {} if vocab_size is None else {"vocab_size": vocab_size}
         return export_weights(
             self.trainable(),
-            self._hf_config | rows,
+            self.hf_config | rows,
             self.layout,
             padded_vocab_size=self.module.vocab_size,
             dtype=dtype,

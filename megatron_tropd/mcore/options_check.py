@@ -10,9 +10,10 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer import TransformerConfig
 
 from megatron_tropd.base.errors import ConfigError
-from megatron_tropd.config import Config
+from megatron_tropd.config import Config, ParallelConfig
 from megatron_tropd.config.megatron import MegatronConfig
 from megatron_tropd.config.megatron_fields import Table, verdicts
+from megatron_tropd.convert.adapters import check_lora
 from megatron_tropd.convert.families import model_shape
 from megatron_tropd.mcore import models, platform
 from megatron_tropd.mcore.options import ddp_config, optimizer_config, typed
@@ -58,6 +59,7 @@ def check_options(
     megatron, parallel = config.megatron, config.parallel
     check_types(megatron)
     for table, options in megatron.tables():
+        _check_context(table, options, parallel)
         _check_machine(table, options)
     _check_recomputation(megatron.model)
     _check_overlap(config)
@@ -70,8 +72,12 @@ def check_options(
             "megatron.optimizer.apply_wd_to_qk_layernorm is for models that normalise queries and "
             "keys, and the student has no such norms. Remove it."
         )
+    if config.model.lora is not None:
+        grouped = bool(built.moe_grouped_gemm)
+        check_lora(model_shape(student), config.model.lora, grouped_experts=grouped)
+        _check_frozen_weights(megatron.optimizer)
     for frozen in (teacher, reference):
-        if frozen is not None:
+        if frozen is not None and config.loads_teacher:
             _built("teacher", frozen, config, dtype)
     ddp_config(parallel, megatron)
     optimizer_config(config.train, parallel, dtype, megatron, model=built)
@@ -126,6 +132,23 @@ def _check_machine(table: Table, options: dict[str, Any]) -> None:
         here = {"CUDA": platform.has_cuda(), "Transformer Engine": models.has_transformer_engine()}
         if not here[verdict.needs]:
             raise _missing(f"megatron.{table}.{name} = {options[name]!r}", verdict.needs)
+
+
+def _check_context(table: Table, options: dict[str, Any], parallel: ParallelConfig) -> None:
+    """Refuse ways of keys and values that lead nowhere, or over groups that nobody makes."""
+    if "cp_comm_type" not in options:
+        return
+    where, asked = f"megatron.{table}.cp_comm_type", options["cp_comm_type"]
+    if parallel.context == 1:
+        raise ConfigError(
+            f"{where} does nothing without context parallelism, found parallel.context = 1. Raise "
+            "that, or remove this one."
+        )
+    if "a2a+p2p" in ([asked] if isinstance(asked, str) else asked):
+        raise ConfigError(
+            f'{where} = "a2a+p2p" needs two levels of groups, found one. Set "p2p", "all_gather" '
+            'or "a2a".'
+        )
 
 
 def _check_recomputation(model: dict[str, Any]) -> None:
@@ -198,6 +221,21 @@ def _check_overlap(config: Config) -> None:
             "megatron.ddp.overlap_param_gather needs megatron.ddp.overlap_grad_reduce = true, "
             "whose buckets it gathers, found false. Change one of the two."
         )
+
+
+def _check_frozen_weights(optimizer: dict[str, Any]) -> None:
+    """Refuse what is for weights that a student with adapters does not train."""
+    about = {
+        "decoupled_lr": "embedding and output layer",
+        "decoupled_min_lr": "embedding and output layer",
+        "apply_wd_to_qk_layernorm": "norms of queries and keys",
+    }
+    for name, weights in about.items():
+        if optimizer.get(name):
+            raise ConfigError(
+                f"megatron.optimizer.{name} is for {weights}, which [model.lora] freezes. Remove "
+                "one of the two."
+            )
 
 
 def _check_offloading(megatron: MegatronConfig, dtype: torch.dtype) -> None:

@@ -124,7 +124,7 @@ def student_forward(
         weight_vH = output_weight(unwrap(model))
         loss_sum, report = loss_fn(hidden_TH, weight_vH, batch, index)
         num_tokens = loss_sum.new_full((), len(batch.loss_at), dtype=torch.int)
-        if model.ddp_config.overlap_grad_reduce:
+        if model.ddp_config.overlap_grad_reduce and weight_vH.requires_grad:
             loss_sum = SomeGradient.apply(loss_sum, weight_vH)
         return loss_sum, num_tokens, report
 

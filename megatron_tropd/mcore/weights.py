@@ -17,8 +17,8 @@ from torch import Tensor
 
 from megatron_tropd.base.errors import InputError
 from megatron_tropd.convert.checks import check_tensors
-from megatron_tropd.convert.families import Entry, ModelShape, model_shape, plan
-from megatron_tropd.convert.hf_folder import HFFolder
+from megatron_tropd.convert.families import Entry, ModelShape, Source, model_shape, plan
+from megatron_tropd.convert.hf_folder import EMBEDDING, HEAD, HFFolder
 from megatron_tropd.convert.sizes import stage_sizes
 from megatron_tropd.mcore import platform
 from megatron_tropd.mcore.layout import Layout
@@ -45,15 +45,32 @@ def load_weights(
     Raises:
         InputError: a tensor is missing, surplus, or of another shape than config.json says.
     """
-    entries = plan(folder.config, padded_vocab_size)
     check_tensors(folder)
-    parameters = dict(model.named_parameters())
-    shape = model_shape(folder.config)
-    for entry, name in _own_names(entries, parameters, shape, layout):
+    entries = plan(folder.config, padded_vocab_size)
+    fill(dict(model.named_parameters()), entries, model_shape(folder.config), folder, layout)
+
+
+@torch.no_grad()
+def fill(
+    parameters: Mapping[str, Tensor],
+    entries: list[Entry],
+    shape: ModelShape,
+    source: Source,
+    layout: Layout,
+) -> None:
+    """Fill parameters of this rank, reading only its slices; each must be met by an entry.
+
+    Args:
+        parameters: by their names in an unwrapped GPTModel.
+        entries: of all ranks.
+        shape: of the model.
+        source: of the tensors that the entries name.
+        layout: this rank's place.
+    """
+    for entry, name in _own_names(entries, list(parameters), shape, layout):
         place = (layout.tp_rank, layout.tp_size) if entry.expert is None else layout.expert_shard()
-        shard = entry.operation.read(folder, *place)
-        with torch.no_grad():
-            parameters[name].copy_(shard)
+        parameter = parameters[name]
+        parameter.copy_(entry.operation.read(source, *place).view(parameter.shape))
 
 
 def export_weights(
@@ -86,19 +103,38 @@ def export_weights(
     places receive) and one send to each receiver on another stage or, for experts, on another of
     the replicas that share them; buckets cross neither stages nor those.
     """
-    entries, model_is = plan(hf_config, padded_vocab_size), model_shape(hf_config)
+    entries, shape = plan(hf_config, padded_vocab_size), model_shape(hf_config)
+    stream = export_entries(
+        parameters, entries, shape, layout,
+        dtype=dtype, receivers=receivers, bucket_bytes=bucket_bytes,
+    )  # fmt: skip
+    for name, tensor in stream:
+        yield name, tensor
+        if explicit_lm_head and shape.tied and name == EMBEDDING:
+            yield HEAD, tensor
+
+
+def export_entries(
+    parameters: Mapping[str, Tensor],
+    entries: list[Entry],
+    shape: ModelShape,
+    layout: Layout,
+    *,
+    dtype: torch.dtype | None = None,
+    receivers: Sequence[int] = (0,),
+    bucket_bytes: int = _BUCKET_BYTES,
+) -> Iterator[tuple[str, Tensor | None]]:
+    """:func:`export_weights` of some parameters, which have ``entries``."""
     # Names alone: a mapping that makes its parameters would make one to say whether it has it.
-    own = dict(_own_names(entries, list(parameters), model_is, layout))
+    own = dict(_own_names(entries, list(parameters), shape, layout))
     dtype = dtype or next(iter(parameters.values())).dtype
-    for bucket in _buckets(entries, model_is, layout, dtype.itemsize, bucket_bytes):
+    for bucket in _buckets(entries, shape, layout, dtype.itemsize, bucket_bytes):
         shards = _collect(bucket, lambda e: parameters[own[e]], layout, receivers, dtype)
         for entry in bucket.entries:
             tensors: dict[str, Tensor | None] = dict.fromkeys(entry.operation.hf_shapes())
             if shards is not None:
                 tensors |= entry.operation.merge(shards[entry])
             yield from tensors.items()
-            if explicit_lm_head and model_is.tied and entry.name.startswith("embedding."):
-                yield "lm_head.weight", tensors["model.embed_tokens.weight"]
 
 
 @dataclass(frozen=True)
@@ -110,8 +146,8 @@ class _Bucket:
 
     def sender(self, receiver: int, layout: Layout) -> int:
         """The rank that has the bucket for ``receiver``: its own replica's, or a neighbour's."""
-        tp_rank, _, dp_rank = layout.place(receiver)
-        rank = layout.global_rank(tp_rank=tp_rank, pp_rank=self.home.stage, dp_rank=dp_rank)
+        tp_rank, _, replica = layout.place(receiver)
+        rank = layout.global_rank(tp_rank=tp_rank, pp_rank=self.home.stage, replica=replica)
         return rank if self.home.ep_rank is None else layout.neighbour(rank, self.home.ep_rank)
 
 
@@ -205,8 +241,8 @@ def _collect(
     senders = [bucket.sender(receiver, layout) for receiver in receivers]
     # A bucket in one piece is its sender's alone; else all its tensor-parallel ranks take part.
     here = [layout.place(rank) for rank in senders if shards > 1 or rank == layout.rank]
-    mine = (layout.pp_rank, layout.dp_rank)
-    places = {tp_rank for tp_rank, pp_rank, dp_rank in here if (pp_rank, dp_rank) == mine}
+    mine = (layout.pp_rank, layout.replica)
+    places = {tp_rank for tp_rank, *rest in here if tuple(rest) == mine}
     gathered = None
     if places:
         local = torch.cat([shard_of(e).detach().flatten().to(dtype) for e in bucket.entries])

@@ -11,7 +11,8 @@ Under sequence parallelism h is h / t wherever the sequence is sharded.
 
 from dataclasses import dataclass
 
-from megatron_tropd.config import ParallelConfig
+from megatron_tropd.config import LoraConfig, ParallelConfig
+from megatron_tropd.convert.adapters import COLUMN_PARALLEL, OF_EXPERTS
 from megatron_tropd.convert.families import Experts, ModelShape
 from megatron_tropd.convert.sizes import stage_sizes
 from megatron_tropd.planning.hardware import Layers
@@ -43,6 +44,12 @@ class Widths:
     shape: ModelShape
     element: int
     layers: Layers
+    lora: LoraConfig | None
+    """Adapters of a model that is frozen else; None: all weights are trained."""
+
+    def keeps_input_of(self, layer: str) -> bool:
+        """Whether a product's input is kept for the gradient of its weight, or of A."""
+        return self.lora is None or layer in self.lora.targets
 
     @property
     def fused_qkv(self) -> float:
@@ -50,11 +57,18 @@ class Widths:
         return self.query + 2 * self.key
 
 
-def widths(shape: ModelShape, parallel: ParallelConfig, element: int, layers: Layers) -> Widths:
+def widths(
+    shape: ModelShape,
+    parallel: ParallelConfig,
+    element: int,
+    layers: Layers,
+    lora: LoraConfig | None = None,
+) -> Widths:
     """The columns one rank has.
 
     Args:
         element: bytes of an element: 2 for bfloat16, 4 for float32.
+        lora: the model's adapters.
     """
     t = parallel.tensor
     return Widths(
@@ -70,6 +84,7 @@ def widths(shape: ModelShape, parallel: ParallelConfig, element: int, layers: La
         shape=shape,
         element=element,
         layers=layers,
+        lora=lora,
     )
 
 
@@ -87,7 +102,7 @@ class Activations:
 
 def saved_per_position(w: Widths) -> float:
     """Bytes of one layer for one position: attention, MLP or mixture, two norms."""
-    return 2 * _norm(w) + _attention(w) + _transformed(w)
+    return _first_norm(w) + _second_norm(w) + _attention(w) + _transformed(w)
 
 
 def kept_per_position(w: Widths, recompute: Recompute) -> float:
@@ -95,7 +110,7 @@ def kept_per_position(w: Widths, recompute: Recompute) -> float:
     if recompute.method != "selective":
         return saved_per_position(w)
     modules = recompute.modules
-    first, second, transformed = _norm(w), _norm(w), _transformed(w)
+    first, second, transformed = _first_norm(w), _second_norm(w), _transformed(w)
     attention = _attention(w, recomputed="core_attn" in modules)
     if "layernorm" in modules:  # TE's norms belong to the products, save the one before a mixture
         first = first if _fused_norm(w) else _input(w)
@@ -115,11 +130,11 @@ def activations(run: PlannedRun, stage: int) -> Activations:
     has p - i of them in flight.
     """
     pipeline, work, options = run.parallel.pipeline, run.work, run.options
-    w = widths(run.student.shape, run.parallel, run.element, run.hardware.layers)
+    w = widths(run.student.shape, run.parallel, run.element, run.hardware.layers, run.lora)
     num_layers = stage_sizes(w.shape.layers, pipeline)[stage]
-    positions = work.most_positions
-    kept, again = _layers_kept(w, options.recompute, num_layers, positions, work.longest)
-    if stage == 0:
+    positions, length = work.rank_positions, work.longest // work.shares
+    kept, again = _layers_kept(w, options.recompute, num_layers, positions, length)
+    if stage == 0 and w.lora is None:
         kept += 8 * positions  # the ids, for the embedding
     if stage == pipeline - 1:
         kept += positions * _final(w)
@@ -204,7 +219,8 @@ def _layers_away(options: Options, layers: int, flying: int) -> float:
 def _one_norm(w: Widths, columns: float, groups: float = 1) -> float:
     """What a norm keeps beside its output, which belongs to the product that follows."""
     if w.layers == "cpu":  # torch composes it: the input and the normalised input, in float32
-        return 2 * columns * 4 + groups * _STATISTIC
+        kept = 2 if w.lora is None else 1  # the second is for the gradient of its weight
+        return kept * columns * 4 + groups * _STATISTIC
     return columns * w.element + groups * _STATISTIC
 
 
@@ -216,6 +232,16 @@ def _input(w: Widths) -> float:
 def _norm(w: Widths) -> float:
     """A norm and its output, which the product after it keeps."""
     return _one_norm(w, w.sharded_hidden) + _input(w)
+
+
+def _first_norm(w: Widths) -> float:
+    return _norm(w) - (0.0 if w.keeps_input_of("linear_qkv") else _input(w))
+
+
+def _second_norm(w: Widths) -> float:
+    """Before the MLP; a mixture's router keeps its output in any case."""
+    kept = bool(w.shape.experts) or w.keeps_input_of("linear_fc1")
+    return _norm(w) - (0.0 if kept else _input(w))
 
 
 def _fused_norm(w: Widths) -> bool:
@@ -237,16 +263,21 @@ def _attention(w: Widths, *, recomputed: bool = False) -> float:
     repeats = w.shape.heads > w.shape.kv_heads and w.layers == "cpu" and not recomputed
     kept = 4 * w.query if repeats else 2 * w.query + w.key + w.fused_qkv
     sums = 0.0 if recomputed else w.heads * _STATISTIC
-    return kept * w.element + sums + _qk_norms(w, projection_is_kept=not repeats)
+    adapters = _adapter(w, "linear_qkv", w.sharded_hidden) + _adapter(w, "linear_proj", w.query)
+    if w.keeps_input_of("linear_proj") and w.lora is not None and w.lora.dropout:
+        kept += w.query  # beside the output of attention, what is left of it
+    norms = _qk_norms(w, projection_is_kept=not repeats)
+    return kept * w.element + sums + norms + adapters
 
 
 def _qk_norms(w: Widths, *, projection_is_kept: bool) -> float:
     if not w.shape.qk_norm:
         return 0.0
     statistics = (w.heads + w.kv_heads) * _STATISTIC
+    trained = w.lora is None  # else a norm's weight needs no normalised input
     if w.layers == "cpu" and w.element == 2:  # inputs become float32 copies
-        return 2 * (w.query + w.key) * 4 + statistics
-    normalised = (w.query + w.key) * w.element if w.layers == "cpu" else 0.0
+        return (1 + trained) * (w.query + w.key) * 4 + statistics
+    normalised = (w.query + w.key) * w.element if w.layers == "cpu" and trained else 0.0
     # Of several groups the queries are copied out of the fused projection; a key is a view of it.
     copied = w.query if w.kv_heads > 1 else 0.0
     inputs = copied + (0.0 if projection_is_kept else w.fused_qkv)
@@ -256,7 +287,22 @@ def _qk_norms(w: Widths, *, projection_is_kept: bool) -> float:
 def _mlp(w: Widths) -> float:
     """Output of the first product, what the activation keeps of it, input of the second."""
     columns = 5 if w.layers == "cpu" else 3  # unfused, the activation keeps both factors
-    return columns * w.ffn * w.element
+    columns -= not w.keeps_input_of("linear_fc2")
+    adapters = _adapter(w, "linear_fc1", w.sharded_hidden) + _adapter(w, "linear_fc2", w.ffn)
+    return columns * w.ffn * w.element + adapters
+
+
+def _adapter(w: Widths, layer: str, columns: float) -> float:
+    """An adapter's own: A x for the gradient of B, and a mask if inputs are dropped.
+
+    Beside sharded rows A x is that of all positions. ``columns``: those of x.
+    """
+    if w.lora is None or layer not in w.lora.targets:
+        return 0.0
+    dense = w.shape.experts is None or layer not in OF_EXPERTS
+    sharded = w.sharded_hidden / w.hidden if dense and layer not in COLUMN_PARALLEL else 1.0
+    mask = w.element if w.layers == "cpu" else 1
+    return sharded * w.lora.rank * w.element + (columns * mask if w.lora.dropout else 0.0)
 
 
 def _mixture(w: Widths, experts: Experts) -> float:
@@ -267,7 +313,10 @@ def _mixture(w: Widths, experts: Experts) -> float:
     with whole experts its share of the tokens, with all columns.
     """
     columns = 6 if w.layers == "cpu" else 3
-    one = (w.routed_hidden + columns * w.ffn) * w.element
+    columns -= not w.keeps_input_of("linear_fc2")
+    routed = w.routed_hidden if w.keeps_input_of("linear_fc1") else 0.0
+    adapters = _adapter(w, "linear_fc1", routed) + _adapter(w, "linear_fc2", w.ffn)
+    one = (routed + columns * w.ffn) * w.element + adapters
     routing = experts.per_token * _PER_ROUTE + experts.count * _STATISTIC
     return experts.per_token * one + routing * w.sharded_hidden / w.hidden
 

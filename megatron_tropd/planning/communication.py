@@ -6,8 +6,9 @@ all-gather half of that.
 
 from dataclasses import dataclass
 
+from megatron_tropd.convert.adapters import COLUMN_PARALLEL, OF_EXPERTS
 from megatron_tropd.convert.sizes import stage_sizes
-from megatron_tropd.planning.parameters import Model
+from megatron_tropd.planning.parameters import PlannedModel
 from megatron_tropd.planning.planned_run import PlannedRun
 
 _FLOAT32 = 4
@@ -20,6 +21,10 @@ class Communication:
     tensor_teacher: float
     """Sums over the tensor-parallel group, teacher's forward pass."""
     tensor_student: float
+    context_teacher: float
+    """Keys and values to the ranks that share rows."""
+    context_student: float
+    """The same and their gradients."""
     expert_teacher: float
     """Tokens to their experts and back."""
     expert_student: float
@@ -45,7 +50,10 @@ def communication(run: PlannedRun) -> Communication:
     ways = 2 if run.through_folder else 1
     return Communication(
         tensor_teacher=sum(tensor_bytes(run, model, passes=1) for model in frozen),
-        tensor_student=tensor_bytes(run, student, passes=passes - 2 + student_sums(run)),
+        tensor_student=tensor_bytes(run, student, passes=passes - 2 + student_sums(run))
+        + adapter_bytes(run, passes=passes - 2 + repeated(run).sums),
+        context_teacher=sum(context_bytes(run, model, passes=1) for model in frozen),
+        context_student=context_bytes(run, student, passes=passes + again.attention),
         expert_teacher=sum(sum(expert_bytes(run, model, passes=1)) for model in frozen),
         expert_student=sum(expert_bytes(run, student, passes=passes + again.routes)),
         pipeline_teacher=sum(pipeline_bytes(run, model, passes=1) for model in frozen),
@@ -66,6 +74,8 @@ class Repeated:
     """Of the collectives over the tensor-parallel group."""
     routes: float
     """Of the tokens' ways to their experts and back."""
+    attention: float
+    """Of the keys' and values' ways to the ranks that share rows."""
 
 
 def repeated(run: PlannedRun) -> Repeated:
@@ -76,16 +86,18 @@ def repeated(run: PlannedRun) -> Repeated:
     experts = run.student.shape.experts is not None
     mlp = 0.5 if "mlp" in recompute.modules and not experts else 0.0  # one of two sums
     routes = 1.0 if "moe" in recompute.modules and experts else 0.0
-    return Repeated(layers=whole, sums=whole + mlp, routes=whole + routes)
+    attention = 1.0 if "core_attn" in recompute.modules else whole
+    return Repeated(layers=whole, sums=whole + mlp, routes=whole + routes, attention=attention)
 
 
 def student_sums(run: PlannedRun) -> float:
     """Forward passes whose collectives equal those of the student's forward and backward."""
-    # Sharded inputs are gathered once more for the gradient of the weights.
-    return 2 + repeated(run).sums + (0.5 if run.parallel.sequence_parallel else 0)
+    # Sharded inputs are gathered once more for the gradient of weights that are trained.
+    gathered = run.parallel.sequence_parallel and run.lora is None
+    return 2 + repeated(run).sums + (0.5 if gathered else 0)
 
 
-def tensor_bytes(run: PlannedRun, model: Model, *, passes: float) -> float:
+def tensor_bytes(run: PlannedRun, model: PlannedModel, *, passes: float) -> float:
     """Two all-reduces (or pairs of gather and scatter) of the hidden states in every layer.
 
     A mixture's second one is part of :func:`expert_bytes`.
@@ -97,7 +109,35 @@ def tensor_bytes(run: PlannedRun, model: Model, *, passes: float) -> float:
     return passes * layers * sums * 2 * one * (t - 1) / t
 
 
-def expert_bytes(run: PlannedRun, model: Model, *, passes: float) -> tuple[float, float]:
+def adapter_bytes(run: PlannedRun, *, passes: float) -> float:
+    """What goes between A and B of the adapters: rank columns, once a target, there or back.
+
+    Of rows that are sharded the gradient is summed, of columns the product; under sequence
+    parallelism it is gathered and scattered, which sends as much.
+
+    Args:
+        passes: forward passes beside the student's own.
+    """
+    if run.lora is None:
+        return 0.0
+    t = run.parallel.tensor
+    layers = -(-run.student.shape.layers // run.parallel.pipeline)
+    experts = OF_EXPERTS if run.student.shape.experts else ()
+    dense = [name for name in run.lora.targets if name not in experts]
+    forward = [name for name in dense if name not in COLUMN_PARALLEL]
+    one = run.work.positions * run.lora.rank * run.element * 2 * (t - 1) / t
+    return layers * one * (len(dense) + passes * len(forward))
+
+
+def context_bytes(run: PlannedRun, model: PlannedModel, *, passes: float) -> float:
+    """Every rank's keys and values to the others that share its rows, in every layer."""
+    p, shape = run.parallel, model.shape
+    layers = -(-shape.layers // p.pipeline)
+    columns = 2 * shape.kv_heads * shape.head_dim / p.tensor
+    return passes * layers * run.work.positions * columns * run.element * (p.context - 1)
+
+
+def expert_bytes(run: PlannedRun, model: PlannedModel, *, passes: float) -> tuple[float, float]:
     """Routed tokens there and back: (over the expert-parallel ranks, over the tensor ones).
 
     An all-to-all over the first, where a rank has its part of the sequence; a gather and a scatter
@@ -114,7 +154,7 @@ def expert_bytes(run: PlannedRun, model: Model, *, passes: float) -> tuple[float
     return there_and_back / t * (e - 1) / e, there_and_back / t * (shards - 1)
 
 
-def pipeline_bytes(run: PlannedRun, model: Model, *, passes: float) -> float:
+def pipeline_bytes(run: PlannedRun, model: PlannedModel, *, passes: float) -> float:
     """Hidden states of every position across one boundary; sharded under sequence parallelism."""
     if run.parallel.pipeline == 1:
         return 0.0
@@ -124,14 +164,14 @@ def pipeline_bytes(run: PlannedRun, model: Model, *, passes: float) -> float:
 
 def data_bytes(run: PlannedRun, stage: int) -> float:
     """Gradients over the replicas; with the distributed optimizer, new weights back."""
-    held, p = run.parameters_of(run.student, stage), run.parallel
-    return _reduced(run, held.dense, p.data) + _reduced(run, held.experts, p.expert_replicas)
+    held, p = run.trained_of(stage), run.parallel
+    return _reduced(run, held.dense, p.replicas) + _reduced(run, held.experts, p.expert_replicas)
 
 
 def tied_embedding_bytes(run: PlannedRun) -> float:
     """One float32 all-reduce of the embedding's shard over two ranks."""
     shape, p = run.student.shape, run.parallel
-    if not shape.tied or p.pipeline == 1:
+    if not shape.tied or p.pipeline == 1 or run.lora:
         return 0.0
     return float(_FLOAT32 * run.vocab_shard * shape.hidden)
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tropd.base.errors import InputError
-from megatron_tropd.config import ParallelConfig
+from megatron_tropd.config import LoraConfig, ParallelConfig
+from megatron_tropd.convert.adapters import adapter_plan
 from megatron_tropd.convert.families import Entry, ModelShape, model_shape, plan
 from megatron_tropd.convert.hf_folder import naming, read_config
 from megatron_tropd.convert.megatron_folder import companions_of
@@ -36,7 +37,7 @@ class RankParameters:
 
 
 @dataclass(frozen=True)
-class Model:
+class PlannedModel:
     """The architecture of one side of the pair."""
 
     who: str
@@ -84,13 +85,42 @@ class Model:
             dense += counts["final"] + counts["output"] + copy
         return RankParameters(dense, experts)
 
+    def adapters_on_rank(
+        self, lora: LoraConfig, parallel: ParallelConfig, stage: int
+    ) -> RankParameters:
+        """The same of adapters beside its layers."""
+        layers = self.shape.layers
+        share = stage_sizes(layers, parallel.pipeline)[stage]
+        dense = _adapter_counts(self.key, lora, parallel.tensor)["layer"]
+        experts = _adapter_counts(self.key, lora, parallel.shards_of_expert)["expert"]
+        return RankParameters(dense // layers * share, experts // layers * share // parallel.expert)
+
+    def adapters(self, lora: LoraConfig) -> int:
+        """All parameters of adapters beside its layers."""
+        return sum(_adapter_counts(self.key, lora, 1).values())
+
+    def parts_on_rank(self, parallel: ParallelConfig, stage: int, padded_vocab: int) -> list[int]:
+        """Parameters of the embedding, unless the output layer is the same, and of each layer.
+
+        Those of a frozen model that ``teacher.offload`` moves.
+        """
+        held = self.on_rank(parallel, stage, padded_vocab).total
+        counts, last = _counts(self.key, padded_vocab, parallel.tensor), parallel.pipeline - 1
+        is_output = self.shape.tied and stage == last
+        embedding = counts["embedding"] if stage == 0 and not is_output else 0
+        stays = counts["final"] + counts["output"] if stage == last else 0
+        stays += counts["embedding"] * is_output
+        layers = stage_sizes(self.shape.layers, parallel.pipeline)[stage]
+        layer = (held - embedding - stays) // layers
+        return [embedding] * bool(embedding) + [layer] * layers
+
     @cached_property
     def key(self) -> str:
         """config.json as text."""
         return json.dumps(self.config, sort_keys=True)
 
 
-def open_architecture(path: str, who: str) -> Model:
+def open_architecture(path: str, who: str) -> PlannedModel:
     """The architecture in a model folder. Weights are not needed: config.json is enough.
 
     Args:
@@ -108,30 +138,44 @@ def open_architecture(path: str, who: str) -> Model:
         )
     config = read_config(companions_of(folder))
     with naming(f"The {who}'s folder {folder}"):
-        return Model(who, config, model_shape(config))
+        return PlannedModel(who, config, model_shape(config))
 
 
 @lru_cache(maxsize=64)
 def _counts(config: str, padded_vocab: int | None, tensor: int) -> Counter[str]:
     """Parameters on each of ``tensor`` ranks, by :func:`_kind`, over all layers and experts."""
+    return _counted(_entries(config, padded_vocab), tensor)
+
+
+@lru_cache(maxsize=64)
+def _adapter_counts(config: str, lora: LoraConfig, tensor: int) -> Counter[str]:
+    """The same of adapters."""
+    read = json.loads(config)
+    return _counted(_of_each_size(adapter_plan(read, lora), model_shape(read)), tensor)
+
+
+def _counted(entries: list[tuple[Entry, int]], tensor: int) -> Counter[str]:
     counts: Counter[str] = Counter()
-    for entry, copies in _entries(config, padded_vocab):
+    for entry, copies in entries:
         counts[_kind(entry)] += copies * prod(entry.operation.shard_shape(tensor))
     return counts
 
 
 @lru_cache(maxsize=8)
 def _entries(config: str, padded_vocab: int | None) -> list[tuple[Entry, int]]:
-    """A parameter of every size, and how many like it there are: layers are alike, and experts."""
     read = json.loads(config)
-    shape = model_shape(read)
+    return _of_each_size(plan(read, padded_vocab), model_shape(read))
+
+
+def _of_each_size(entries: list[Entry], shape: ModelShape) -> list[tuple[Entry, int]]:
+    """A parameter of every size, and how many like it there are: layers are alike, and experts."""
     experts = shape.experts.count if shape.experts else 1
     return [
         (
             entry,
             (1 if entry.layer is None else shape.layers) * (experts if entry.expert == 0 else 1),
         )
-        for entry in plan(read, padded_vocab)
+        for entry in entries
         if entry.layer in (None, 0) and entry.expert in (None, 0)
     ]
 

@@ -18,6 +18,7 @@ import torch
 
 from megatron_tropd.config import (
     Config,
+    LoraConfig,
     MegatronConfig,
     ModelConfig,
     ParallelConfig,
@@ -52,12 +53,14 @@ class Run:
     dtype: str
     options: dict[str, Any] = field(default_factory=dict)
     """Of ``[megatron.model]``."""
+    lora: LoraConfig | None = None
 
     @property
     def name(self) -> str:
         layout = "-".join(f"{key}{value}" for key, value in self.layout.items()) or "one"
         words = (str(v).strip("[']") for v in self.options.values())
-        return "-".join([self.family, layout, self.dtype, *words])
+        adapters = ["lora", *map(str, vars(self.lora).values())] if self.lora else []
+        return "-".join([self.family, layout, self.dtype, *words, *adapters])
 
 
 SHARDED = {"tensor": 2, "sequence_parallel": True}
@@ -103,6 +106,22 @@ RECOMPUTED = [
     Run("qwen3_moe", {}, "float32", _modules("moe")),
 ]
 RUNS += RECOMPUTED
+LORA = LoraConfig(rank=8)
+ADAPTED = [
+    Run("qwen3", {}, "float32", lora=LORA),
+    Run("qwen3", SHARDED, "bfloat16", lora=LORA),
+    Run("llama", SHARDED, "float32", lora=replace(LORA, targets=("linear_proj", "linear_fc1"))),
+    Run("llama", {}, "bfloat16", lora=replace(LORA, targets=("linear_qkv",), dropout=0.1)),
+    Run("llama", {}, "float32", lora=replace(LORA, dropout=0.1)),
+    Run("llama", {}, "float32", _whole("uniform", 1), LORA),
+    Run("qwen3", {"pipeline": 2, "uneven_stages": True}, "bfloat16", lora=LORA),
+    Run("llama", {"data": 2, "distributed_optimizer": True}, "bfloat16", lora=LORA),
+    Run("qwen3_moe", SHARDED, "float32", lora=LORA),
+    Run(
+        "qwen3_moe", {"data": 2, "expert": 2, "distributed_optimizer": True}, "bfloat16", lora=LORA
+    ),
+]
+RUNS += ADAPTED
 
 
 def _world(run: Run) -> int:
@@ -111,7 +130,7 @@ def _world(run: Run) -> int:
 
 def _config(student: str, teacher: str, run: Run) -> Config:
     return Config(
-        model=ModelConfig(student=student, teacher=teacher, dtype=run.dtype),
+        model=ModelConfig(student=student, teacher=teacher, dtype=run.dtype, lora=run.lora),
         rollout=RolloutConfig(prompts="none", max_new_tokens=RESPONSE, prompts_per_step=4),
         train=TrainConfig(steps=4, tokens_per_micro_batch=256),
         run=RunConfig(dir="none"),
@@ -189,7 +208,8 @@ class _Watched:
             loss, report = loss_fn(hidden, *others)
             maker = loss.grad_fn.maker
             tensors = [hidden, maker.hidden_grad_TH, maker.weight_grad_vH, *maker.values().values()]
-            self.loss = max(self.loss, sum(tensor.nbytes for tensor in tensors))
+            held = sum(tensor.nbytes for tensor in tensors if tensor is not None)
+            self.loss = max(self.loss, held)
             return loss, report
 
         with torch.autograd.graph.saved_tensors_hooks(self.saved.hold, lambda held: held.tensor):
@@ -221,7 +241,7 @@ def _measure(config: Config) -> dict[str, float]:
     folders = {who: HFFolder(path) for who, path in pair.items()}
     built: Any = step_parts(config, folders, ranks)
     student, teacher = built.student, built.teacher.scorers[0]
-    weights = [p for m in (student.model, teacher.model) for p in m.parameters()]
+    weights = [p for m in (student.module, teacher.module) for p in m.parameters()]
     saved = _Saved({p.untyped_storage().data_ptr() for p in weights})
     watched = _Watched(student, built.teacher, saved)
     learn(replace(built, student=watched, teacher=watched), _trajectories(), 0)
@@ -229,10 +249,10 @@ def _measure(config: Config) -> dict[str, float]:
     buffers = [*student.chunk.buffers, *student.chunk.expert_parallel_buffers]
     return {
         "stage": ranks.pp_rank,
-        "weights": sum(p.nbytes for p in student.model.parameters()),
+        "weights": sum(p.nbytes for p in student.module.parameters()),
         "gradients": sum(b.grad_data.nbytes for b in buffers),
         "optimizer": _optimizer_bytes(student),
-        "teacher_weights": sum(p.nbytes for p in teacher.model.parameters()),
+        "teacher_weights": sum(p.nbytes for p in teacher.module.parameters()),
         "teacher_hidden": watched.hidden,
         "activations": saved.most,
         "loss": watched.loss,
@@ -241,7 +261,7 @@ def _measure(config: Config) -> dict[str, float]:
 
 def _optimizer_bytes(student: Any) -> int:
     """Moments, and main weights that are not the model's own; step counters left out."""
-    own = {p.untyped_storage().data_ptr() for p in student.model.parameters()}
+    own = {p.untyped_storage().data_ptr() for p in student.module.parameters()}
     total = 0
     for part in getattr(student.optimizer, "chained_optimizers", [student.optimizer]):
         inner = part.optimizer

@@ -116,7 +116,7 @@ def _train(run: Any, config: Any) -> tuple[dict[str, Any], Any]:
     from megatron_tropd.distill.session import rollout_source
 
     inputs = load_inputs(config)
-    parts = step_parts(config, inputs.folders, run.ranks)
+    parts = step_parts(config, inputs.folders, run.layout)
     run = replace(
         run,
         config=config,
@@ -126,11 +126,11 @@ def _train(run: Any, config: Any) -> tuple[dict[str, Any], Any]:
     )
     run.progress.step = 0
     sync_weights(run, 0)
-    before = [p.detach().clone() for p in parts.student.model.parameters()]
+    before = [p.detach().clone() for p in parts.student.module.parameters()]
     for _ in range(STEPS):
         train_step(run)
     lines = run.folder.metrics.read_text().splitlines()[-STEPS:]
-    after = list(parts.student.model.parameters())
+    after = list(parts.student.module.parameters())
     sequences = rollout(run)
     return {
         "steps": [json.loads(line) for line in lines],

@@ -95,7 +95,7 @@ class Models:
         )
         self.student, self.teacher = student, teacher
         layer = SimpleNamespace(weight=self.weight)
-        self.model = SimpleNamespace(share_embeddings_and_output_weights=False, output_layer=layer)
+        self.module = SimpleNamespace(share_embeddings_and_output_weights=False, output_layer=layer)
 
     def score(self, batches: Sequence[MicroBatch]) -> list[torch.Tensor]:
         return [self.student[batch.tokens[batch.loss_mask]] for batch in batches]
@@ -118,14 +118,15 @@ def _weight_gradient(loss: LossSettings, tokens: int) -> tuple[torch.Tensor, int
     """Gradient of the output layer as training gets it, and how many tokens were trained."""
     models, trajectories = Models(), step_sequences()
     world: Any = dist.group.WORLD
-    ranks: Any = SimpleNamespace(tp_group=world, loss_group=world, is_last_stage=True)
+    place = dict(tp_group=world, loss_group=world, row_group=None, cp_size=1)
+    layout: Any = SimpleNamespace(**place, is_last_stage=True)
     parts: Any = LossParts(
         student=models,
         teacher=models,  # type: ignore[arg-type]
         loss=loss,  # type: ignore[arg-type]
         beta=BETA,
         vocab_size=VOCAB,
-        ranks=ranks,
+        layout=layout,
     )
     counts = count_loss_tokens(trajectories, loss)
     reports = forward_backward(

@@ -23,7 +23,7 @@ from megatron_tropd.data.sequence import SampleKey, TokenSequence, Writer
 from megatron_tropd.data.sequence_files import dump_sequences, read_sequences
 from megatron_tropd.data.tokenizers import load_tokenizer
 from megatron_tropd.data.types import Prompt
-from megatron_tropd.distill.metrics import trajectory_metrics
+from megatron_tropd.distill.metrics import sequence_metrics
 from megatron_tropd.integrations import global_batch
 
 PAIR = Path(__file__).resolve().parents[2] / "examples" / "arithmetic"
@@ -134,7 +134,7 @@ def test_without_them_a_step_says_nothing_of_them(one_rank):
 def test_lengths_and_repetition_are_those_of_what_was_sampled():
     sequences = _with_answers()
     sampled = [t for t in sequences if not t.count(Writer.GOLDEN)]
-    assert trajectory_metrics(sequences, step=0) == trajectory_metrics(sampled, step=0)
+    assert sequence_metrics(sequences, step=0) == sequence_metrics(sampled, step=0)
 
 
 def test_a_loss_that_has_nothing_for_them_refuses_them():

@@ -214,7 +214,7 @@ def test_megatron_lm_lays_out_experts_where_the_teacher_has_some(tiny_model) -> 
 def test_megatron_lm_evaluates_where_nobody_counts_iterations() -> None:
     """As with --skip-train, which never sets ``curr_iteration``."""
     plugin = megatron_lm._Plugin(None, None)
-    plugin._ranks = Namespace(tp_group=None, dp_rank=0, dp_size=1)
+    plugin._layout = Namespace(tp_group=None, dp_rank=0, dp_size=1)
     sizes = {"num_microbatches": 1, "micro_batch_size": 2, "seq_length": 4}
     args = teach(Path("x"), seed=1, iteration=7)
     assert plugin._share(args, sizes).step == 7
@@ -333,7 +333,9 @@ def _items(**changes: torch.Tensor) -> list[dict[str, torch.Tensor]]:
 
 def _share(count, group, **settings):
     how = {"shape": (2, 4), "step": 0, "seed": 0, "masked": False, "must_be_sampled": False}
-    return global_batch.Share(count, group=group, device=torch.device("cpu"), **(how | settings))
+    return global_batch.BatchShare(
+        count, group=group, device=torch.device("cpu"), **(how | settings)
+    )
 
 
 def _draw(items, group, **settings):

@@ -1,6 +1,6 @@
 """Episodes of a step, side by side: what the engines are asked and what comes out."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from megatron_tropd.data.types import Prompt
 from megatron_tropd.rollout.engines.interface import SamplingEngines
 from megatron_tropd.rollout.episodes import EpisodePlan, load_mode
 from megatron_tropd.rollout.source import PENDING_FILE, RolloutSource, SampledRollouts
-from megatron_tropd.rollout.weights.interface import Tensors
+from megatron_tropd.rollout.weights.interface import NamedTensor
 
 PROMPTS = [Prompt(i, f"p{i}", (1, 2, 3 + i), {}) for i in range(5)]
 RESPONSES = {i: (TeacherResponse(i, 0, (20, 21, 22, 23), "stop"),) for i in range(5)}
@@ -39,7 +39,7 @@ class Engines:
         self.requests: list[list[SampleRequest]] = []
         self.sampling: list[Sampling] = []
 
-    def send(self, tensors: Tensors, version: int) -> None:
+    def send(self, tensors: Iterable[NamedTensor], version: int) -> None:
         self.version = version
 
     @contextmanager

@@ -19,7 +19,7 @@ from megatron_tropd.distill.metrics import (
     STUDENT_MEANS,
     StepSums,
     repetition,
-    trajectory_metrics,
+    sequence_metrics,
 )
 from megatron_tropd.distill.step_loss import segment_weights
 from megatron_tropd.losses.trouble import words
@@ -229,7 +229,7 @@ def test_what_the_token_ids_alone_tell():
         trajectory(0, prefix=4, response=4, version=2),
         trajectory(1, prefix=0, response=8, finish="length"),
     ]
-    metrics = trajectory_metrics(trajectories, step=3)
+    metrics = sequence_metrics(trajectories, step=3)
     assert metrics["response_length"] == 8
     assert metrics["truncated_share"] == 0.5
     assert metrics["prefix_share"] == 0.25 and metrics["prefix_longest"] == 4
@@ -307,10 +307,14 @@ def test_golden_answers_have_a_mean_of_their_own_whatever_the_denominator():
     assert segment_weights(config_of(), LossCounts(0, 0, 5, golden=4))[2] == 1.0
 
 
-def test_examples_are_gathered_by_row():
-    assert gather_examples({5: {"tv": [0.5]}, 0: {"tv": [None]}}) == {
-        0: {"tv": [None]},
-        5: {"tv": [0.5]},
+def test_examples_are_gathered_by_row_and_token(monkeypatch):
+    def gather(mine, parts, dst):
+        parts[:] = [mine, {0: {"tv": {3: 0.25}}}]
+
+    monkeypatch.setattr(dist, "gather_object", gather)
+    assert gather_examples({5: {"tv": {2: 0.5}}, 0: {"tv": {0: 0.75}}}) == {
+        0: {"tv": {0: 0.75, 3: 0.25}},
+        5: {"tv": {2: 0.5}},
     }
 
 

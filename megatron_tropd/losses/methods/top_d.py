@@ -44,6 +44,7 @@ class TopD(Clipped, Opd):
                 rows_T=facts.own_rows_T,
                 positions_T=facts.positions_T,
                 shape=facts.shape,
+                group=facts.row_group,
             )
         if self.group_normalise:
             reward_T = group_normalise(
