@@ -23,7 +23,7 @@ def _hold_after_step(number, path):
         if logged[0] == number:
             _hold(path)
     for module in list(_sys.modules.values()):  # who was forked has imported it already
-        if getattr(module, "append_line", None) is append:
+        if vars(module).get("append_line") is append:
             module.append_line = append_and_hold
 
 def _hold_in_save(number, path):

@@ -12,6 +12,7 @@ FOLDER = "unit_tests/test_weight_mailbox.py::test"
 STEP = "unit_tests/test_step.py::test"
 CHOICES = "unit_tests/test_choices.py::test"
 CHANNEL = "unit_tests/test_weight_transports.py::test"
+LORA = "distributed/test_lora.py::test"
 
 
 MUTATIONS = (
@@ -91,8 +92,8 @@ MUTATIONS = (
         "mcore/layout.py",
         (
             "replicas and stages change places",
-            "return (pp_rank * self.dp_size + dp_rank) * self.tp_size + tp_rank",
-            "return (dp_rank * self.pp_size + pp_rank) * self.tp_size + tp_rank",
+            "return (pp_rank * self.dp_size * self.cp_size + replica) * self.tp_size + tp_rank",
+            "return (replica * self.pp_size + pp_rank) * self.tp_size + tp_rank",
             LAYOUT,
         ),
         (
@@ -130,8 +131,8 @@ MUTATIONS = (
         ),
         (
             "the tied copy of the last stage is not filled",
-            "parameters[name].copy_(shard)",
-            'parameters[name].copy_(shard if name != "output_layer.weight" else 0 * shard)',
+            "shard = entry.operation.read(source, *place)",
+            'shard = entry.operation.read(source, *place) * (name != "output_layer.weight")',
             f"{EXPORT}[2]",
         ),
         (
@@ -163,6 +164,48 @@ MUTATIONS = (
             "model.module.requires_grad_(False)",
             "model.module.requires_grad_(True)",
             "distributed/test_student_model.py",
+        ),
+    ),
+    *of_file(
+        "mcore/lora.py",
+        (
+            "gradients of a part of the positions are not summed",
+            "self.shared.sequence_parallel = sequence_parallel",
+            "self.shared.sequence_parallel = False",
+            f"{LORA}_losses_and_gradients_are_those_of_one_rank[qwen2]",
+        ),
+        (
+            "an expert's shared matrix gets one rank's gradient",
+            "self._shared_of = partial(copy_to_tensor_model_parallel_region, group=group)",
+            "self._shared_of = _as_it_is",
+            f"{LORA}_losses_and_gradients_are_those_of_one_rank[qwen3_moe]",
+        ),
+        (
+            "nothing before the first adapter has a gradient",
+            "output.requires_grad_(True)",
+            "pass",
+            f"{LORA}_losses_and_gradients_are_those_of_one_rank[qwen2]",
+        ),
+        (
+            "ranks drop different parts of the same input",
+            "of_all if input_is_shared else of_a_part",
+            "of_a_part",
+            f"{LORA}_dropout_is_the_same_for_ranks_that_share_an_input",
+        ),
+        (
+            "merged without the scale",
+            "return self.scale * (self.B.flatten(0, -2).float() @ self.A.float())",
+            "return self.B.flatten(0, -2).float() @ self.A.float()",
+            f"{LORA}_merged_folder_and_adapter_folder_give_our_logits[qwen2]",
+        ),
+    ),
+    *of_file(
+        "convert/adapters.py",
+        (
+            "keys get the B of queries",
+            "b: Operation = replace(layer, query=query, key=key, value=value, columns=(rank,))",
+            "b: Operation = replace(layer, query=key, key=query, value=value, columns=(rank,))",
+            f"{LORA}_merged_folder_and_adapter_folder_give_our_logits[qwen2]",
         ),
     ),
     *of_file(

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from io import FileIO, TextIOWrapper
 from multiprocessing import get_context, set_forkserver_preload
 from multiprocessing.connection import Connection, Pipe
@@ -127,6 +128,18 @@ def run(
         command.kill()
     assert command.returncode is not None
     return subprocess.CompletedProcess(list(map(str, words)), command.returncode, out, err)
+
+
+def has_open(process: Path, folder: Path) -> bool:
+    """Whether a process, by its folder in /proc, has a file below ``folder`` open.
+
+    So whoever was forked is found: its command line and its environment are the server's.
+    """
+    for file in (process / "fd").iterdir():
+        with suppress(OSError):
+            if os.readlink(file).startswith(f"{folder}/"):
+                return True
+    return False
 
 
 def _be(

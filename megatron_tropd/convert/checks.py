@@ -1,5 +1,6 @@
 """Whether a model folder is whole and can be laid out as asked, from its headers."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from megatron_tropd.base.errors import ConfigError, InputError
@@ -50,6 +51,19 @@ def check_layout(shape: ModelShape, parallel: ParallelConfig, *, who: str) -> No
         )
     if shape.experts is not None:
         _check_experts(shape.experts.count, parallel, who)
+
+
+def check_expert_parallel(parallel: ParallelConfig, shapes: Iterable[ModelShape]) -> None:
+    """Refuse expert parallelism of models that are all dense.
+
+    Raises:
+        ConfigError: so it is.
+    """
+    if parallel.expert > 1 and not any(shape.experts for shape in shapes):
+        raise ConfigError(
+            f"parallel.expert = {parallel.expert} needs a mixture of experts, but student and "
+            "teacher are dense. Set parallel.expert = 1."
+        )
 
 
 def check_engine_shards(shape: ModelShape, gpus: int, *, who: str) -> None:

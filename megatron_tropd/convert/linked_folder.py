@@ -20,9 +20,6 @@ def link_folder(source: HFFolder, out: Path) -> Path:
     """Fill ``out`` with config.json, an index, and links to the weight files.
 
     A tensor that is stored under another name than the plan's is written again, under the plan's.
-
-    Returns:
-        ``out``.
     """
     ignored = FAMILIES[model_shape(source.config).family].ignores
     config = {key: value for key, value in source.config.items() if key not in ignored}

@@ -27,10 +27,8 @@ def golden_answers(
 
     Args:
         path: of the prompts' file, for messages.
-        prompts: of the run.
         field: ``guidance.golden_field``.
         tokenizer: the student's; ends an answer with its EOS.
-        max_new_tokens: longest response of a run.
 
     Raises:
         InputError: a prompt has none, or one that is too long; with the line number.

@@ -211,9 +211,6 @@ def prompts_of_step(n_prompts: int, per_step: int, step: int, seed: int) -> list
     The last ``n_prompts % per_step`` prompts of each permutation sit that epoch out, so no step
     sees a prompt twice.
 
-    Returns:
-        ``per_step`` different indices.
-
     Raises:
         ConfigError: the file has fewer prompts than a step needs.
     """

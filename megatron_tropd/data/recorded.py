@@ -30,7 +30,6 @@ def training_item(sequence: TokenSequence, seq_length: int) -> dict[str, Tensor]
     """Make a row of a micro-batch for a data loader, cut at ``seq_length``.
 
     Args:
-        sequence: what to learn from.
         seq_length: S.
 
     Returns:
@@ -50,11 +49,7 @@ def read_recorded(
 
     Args:
         path: JSON lines of tools/rollouts.py, or a folder of such files, one for each round.
-        vocab_size: ids must be below it.
         tokenizer: the student's, which must be that of the files.
-
-    Returns:
-        The trajectories in the order of the lines.
 
     Raises:
         InputError: as :class:`RecordedTrajectories`.

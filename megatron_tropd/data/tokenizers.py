@@ -163,7 +163,6 @@ def shared_stops(student: str | Path, teacher: str | Path) -> tuple[int, ...]:
     """Every EOS that two models' folders name, one of the student's first; none if they agree.
 
     Args:
-        student: HF folder.
         teacher: HF folder; one that names no EOS agrees.
     """
     mine, theirs = _eos_ids(student), _eos_ids(teacher)

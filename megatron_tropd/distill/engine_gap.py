@@ -15,17 +15,27 @@ LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 class EngineGap:
     """Looks once in each start: in the first step that trains on samples of its own weights."""
 
-    def __init__(self, limit: float | None, dtype: torch.dtype, *, advice: str = "") -> None:
+    def __init__(
+        self,
+        limit: float | None,
+        dtype: torch.dtype,
+        *,
+        advice: str = "",
+        dropout: bool = False,
+    ) -> None:
         """Nothing is compared yet.
 
         Args:
             limit: nats on average; 0: do not look; None: that of ``dtype``.
             advice: what to compare if the gap is larger.
+            dropout: whether what is trained is another model than the engine's, by what is dropped.
+                Only before the first step there is nothing yet to drop.
         """
         self._limit = LIMITS[dtype] if limit is None else limit
         self._dtype = str(dtype).removeprefix("torch.")
         self._advice = advice
         self._compared = False
+        self._dropout = dropout
 
     def check(
         self, metrics: Mapping[str, Any], sequences: Sequence[TokenSequence], step: int
@@ -41,6 +51,8 @@ class EngineGap:
         """
         own = all(sequence.oldest_version == step for sequence in sequences)
         if self._compared or not own or not metrics["tokens_student"]:
+            return
+        if self._dropout and step > 0:
             return
         self._compared = True
         gap = metrics["engine_gap_mean"]

@@ -39,14 +39,10 @@ def make_engine(
     """Start an engine that samples as the settings say; returns while it is still starting.
 
     Args:
-        folder: HF folder of the first weights.
         log_file: what the engine prints is appended here.
         threads: CPU threads of the engine; None: as many as this process may use.
         alone: no model is on its GPUs, so that it takes more than ``rollout.engine_gpu_share``.
         teacher: HF folder of the teacher if responses come from between the two.
-
-    Returns:
-        The engine.
     """
     rollout = config.rollout
     share = rollout.engine_gpu_share

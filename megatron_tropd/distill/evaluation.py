@@ -7,12 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from megatron_tropd.config import Config
 from megatron_tropd.config.run_folder import RunFolder
 from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.convert.linked_folder import link_folder
+from megatron_tropd.data.collective import run_and_share
 from megatron_tropd.data.samples import Sample, SampleRequest, Sampling
 from megatron_tropd.distill.engines import engine_dtype
 from megatron_tropd.distill.inputs import Inputs
@@ -42,7 +41,6 @@ class Evaluator:
         """Measure nothing yet.
 
         Args:
-            is_main: whether this rank grades and writes.
             log: where it writes; None on the other ranks.
         """
         self._config, self._inputs, self._folder = config, inputs, folder
@@ -70,21 +68,21 @@ class Evaluator:
     def teacher_is_due(self) -> bool:
         """Whether the teacher is to be measured and has not been, with these settings.
 
-        Collectives: one broadcast of an object: what rank 0 finds in the run's folder counts.
+        Collectives: those of :func:`run_and_share`: what rank 0 finds in the run's folder counts.
         """
         evaluation = self._config.evaluation
         exact = evaluation.task == "exact_match"
         if not (self._inputs.problems and evaluation.teacher and exact):
             return False
         settings = json.loads(json.dumps(evaluation_settings(self._config, self._inputs)))
-        due = [
-            not any(
+
+        def due() -> bool:
+            return not any(
                 record["model"] == "teacher" and record.get("settings") == settings
                 for record in (read_lines(self._folder.evaluations) if self._is_main else ())
             )
-        ]
-        dist.broadcast_object_list(due, src=0)
-        return due[0]
+
+        return run_and_share(due, (0,))[0]
 
     def measure_teacher(self, engines: Sampler) -> None:
         """Grade the teacher's answers; collective."""
@@ -121,16 +119,18 @@ class Evaluator:
         self, engines: Sampler, step: int, export: Callable[[Path], None], teacher: Path
     ) -> None:
         samples = sample_problems(self._config, self._inputs, engines)
-        record: list[Any] = [None]
         with tempfile.TemporaryDirectory() as scratch:
             # Rank 0's folder counts: the export collects there, and only it measures.
             student = Path(scratch) / "student"
             export(student)
-            if self._is_main:
-                record = [reverse_kl_of(self._inputs, samples, student, teacher)]
-        dist.broadcast_object_list(record, src=0)
-        self.shown = {"held-out kl": f"{record[0]['reverse_kl']:.3f}"}
-        self._write("student", step, record[0])
+            record = run_and_share(
+                lambda: (
+                    reverse_kl_of(self._inputs, samples, student, teacher) if self._is_main else {}
+                ),
+                (0,),
+            )[0]
+        self.shown = {"held-out kl": f"{record['reverse_kl']:.3f}"}
+        self._write("student", step, record)
 
     def _write(self, model: str, step: int, record: dict[str, Any]) -> None:
         if self._log is not None:
@@ -164,9 +164,6 @@ def sample_problems(config: Config, inputs: Inputs, engine: Sampler) -> list[Sam
 
     Args:
         config: its task says whether answers are greedy or drawn at temperature 1.
-
-    Returns:
-        One sample per problem, in order.
     """
     room, stops = config.max_answer_tokens, inputs.stop_token_ids
     if config.evaluation.task == "exact_match":
@@ -180,18 +177,14 @@ def sample_problems(config: Config, inputs: Inputs, engine: Sampler) -> list[Sam
 
 def accuracy_of(inputs: Inputs, samples: Sequence[Sample]) -> dict[str, Any]:
     """The graded samples as a record of evaluations.jsonl, with some examples."""
-    record = asdict(grade_answers(inputs.problems, samples, inputs.tokenizer, grader=GRADER))
+    record = asdict(grade_answers(inputs.problems, samples, inputs.tokenizer))
     return {**record, "examples": record.pop("responses")[:NUM_EXAMPLES]}
 
 
 def reverse_kl_of(
     inputs: Inputs, samples: Sequence[Sample], student: Path, teacher: Path
 ) -> dict[str, Any]:
-    """KL(student || teacher) on the student's samples as a record of evaluations.jsonl.
-
-    Args:
-        inputs: whose problems were sampled.
-    """
+    """KL(student || teacher) on the student's samples as a record of evaluations.jsonl."""
     sequences = [
         (problem.token_ids, sample.token_ids)
         for problem, sample in zip(inputs.problems, samples, strict=True)

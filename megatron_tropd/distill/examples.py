@@ -7,7 +7,6 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_tropd.data.sequence import TokenSequence
-from megatron_tropd.distill.evaluation import GRADER
 from megatron_tropd.distill.inputs import Inputs
 from megatron_tropd.distill.step_records import Examples
 from megatron_tropd.tasks.graders import grade
@@ -48,7 +47,7 @@ def example_line(
         "prompt": prompt.text,
         "tokens": spell(tokenizer, ids),
         "segment": [writer.name.lower() for writer in sequence.writers],
-        "correct": None if answer is None else grade(text, str(answer), grader=GRADER),
+        "correct": None if answer is None else grade(text, str(answer)),
         **{name: [of.get(i) for i in range(len(ids))] for name, of in values.items()},
     }
     return json.dumps(record) + "\n"

@@ -7,7 +7,7 @@ import torch
 
 from megatron_tropd.base.errors import ConfigError, InputError
 from megatron_tropd.config import Config, RolloutConfig
-from megatron_tropd.convert.checks import check_parallel, check_tensors
+from megatron_tropd.convert.checks import check_expert_parallel, check_parallel, check_tensors
 from megatron_tropd.convert.companions import CONFIG
 from megatron_tropd.convert.families import model_shape
 from megatron_tropd.convert.hf_folder import HFFolder, naming
@@ -97,11 +97,11 @@ def load_inputs(config: Config) -> Inputs:
             check_tensors(folder)
         if who == "student" or config.loads_teacher:
             check_parallel(folder.config, config.parallel, who=who)
-    _check_experts(config, *models.values())
+    shapes = [model_shape(folder.config) for folder in models.values()]
+    check_expert_parallel(config.parallel, shapes)
     tokenizer = check_same_tokenizer(student.companions, teacher.companions)
     if reference is not None:
         check_same_tokenizer(student.companions, reference.companions, other="reference")
-    shapes = [model_shape(folder.config) for folder in models.values()]
     vocab_size = min(shape.vocab for shape in shapes)
     if num_ids(tokenizer) > vocab_size:
         raise InputError(
@@ -255,15 +255,6 @@ def _problems(config: Config, tokenizer: "PreTrainedTokenizerBase", context: int
             with naming(path):
                 reference_answer(problem)
     return problems[: config.evaluation.num_problems]
-
-
-def _check_experts(config: Config, *models: HFFolder | MegatronFolder) -> None:
-    found = [model_shape(model.config).experts for model in models]
-    if config.parallel.expert > 1 and not any(found):
-        raise ConfigError(
-            f"parallel.expert = {config.parallel.expert} needs a mixture of experts, but student "
-            "and teacher are dense. Set parallel.expert = 1."
-        )
 
 
 def _check_config(folder: HFFolder | MegatronFolder, who: str) -> None:

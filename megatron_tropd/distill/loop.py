@@ -29,7 +29,6 @@ def train(folder: RunFolder, *, console: IO[str], stop: StopFlag, progress: Prog
     """Train the student of the run in ``folder`` to its last step, or until ``stop``.
 
     Args:
-        console: where rank 0 shows progress.
         stop: looked at after every step; a requested stop saves a checkpoint and returns.
         progress: tells the watchdog where this rank is.
 

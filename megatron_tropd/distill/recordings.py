@@ -8,7 +8,7 @@ from megatron_tropd.config import Config
 from megatron_tropd.data.recorded import read_recorded
 from megatron_tropd.data.sequence import SampleKey, TokenSequence
 from megatron_tropd.data.types import Prompt
-from megatron_tropd.tasks.exact_match import GRADER, reference_answer
+from megatron_tropd.tasks.exact_match import reference_answer
 from megatron_tropd.tasks.graders import grade
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def _graded(
     """The samples of a prompt with how much better each is than their mean."""
     answer = reference_answer(prompt)
     texts = [tokenizer.decode(s.response_ids, skip_special_tokens=True) for s in group]
-    outcomes = [float(grade(text, answer, grader=GRADER) is True) for text in texts]
+    outcomes = [float(grade(text, answer) is True) for text in texts]
     mean = sum(outcomes) / len(outcomes)
     return [
         sequence.replace(fields={**sequence.fields, OUTCOME: outcome, ADVANTAGE: outcome - mean})

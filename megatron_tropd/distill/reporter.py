@@ -83,12 +83,7 @@ class Reporter:
         progress: Progress,
         is_main: bool,
     ) -> None:
-        """Open the logs; nothing is written yet.
-
-        Args:
-            console: where the bar is shown.
-            progress: told every phase.
-        """
+        """Open the logs; nothing is written yet."""
         self.clock = Clock(progress)
         self.log = _open_log(config, folder) if is_main else None
         self._config, self._inputs, self._folder = config, inputs, folder

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.base.files import write_json
 from megatron_tropd.base.progress import Progress, StopFlag
 from megatron_tropd.config import Config
@@ -95,6 +96,11 @@ def load_to_score(config: Config) -> ToScore:
     configs = [read_config(student), *(folder.config for folder in folders.values())]
     context = min(model_shape(each).context for each in configs)
     vocab_size = min(model_shape(each).vocab for each in configs)
+    if config.cached_top_k > vocab_size:
+        raise ConfigError(
+            f"teacher.cache_top_k = {config.cached_top_k} exceeds the vocabulary of {vocab_size} "
+            f"tokens. Set teacher.cache_top_k to at most {vocab_size}."
+        )
     prompts = training_prompts(config.rollout, tokenizer, context)
     groups = load_recorded(config, prompts, tokenizer, vocab_size) or []
     sequences = [sequence for group in groups for sequence in group]
@@ -124,8 +130,6 @@ def score(folder: RunFolder, *, console: IO[str], stop: StopFlag, progress: Prog
 
     Args:
         folder: of this command's own files; its config names the cache.
-        console: where rank 0 shows progress.
-        stop: looked at after every shard.
         progress: tells the watchdog where this rank is.
 
     Raises:

@@ -62,7 +62,6 @@ def open_session(
     """Build the parts of a run, until the block is left; nothing is trained yet.
 
     Args:
-        console: where rank 0 shows progress.
         stop: set when the run was asked to stop.
         progress: holds the step and the phase, for the watchdog.
 
@@ -84,7 +83,9 @@ def open_session(
             distributed_optimizer=config.parallel.distributed_optimizer,
             say=tell,
         )
-        hf_folders = startup.hf_folders(inputs, folder, is_main=is_main)
+        hf_folders = startup.hf_folders(
+            inputs, folder, is_main=is_main, reads_teacher=config.loads_teacher
+        )
         reporter = exits.enter_context(
             Reporter(config, inputs, folder, console=console, progress=progress, is_main=is_main)
         )
@@ -172,10 +173,12 @@ def rollout_source(
 
 
 def _engine_gap(config: Config, inputs: Inputs, folder: RunFolder) -> EngineGap:
+    lora = config.model.lora
     return EngineGap(
         config.rollout.max_engine_gap,
         models.resolve_dtype(config.model.dtype),
         advice=f"Compare the config.json in {inputs.student.companions} with the one at the top "
         f"of the engine's log in {folder.logs}, and both with transformers' log-probs of the "
         "same tokens.",
+        dropout=lora is not None and lora.dropout > 0,
     )

@@ -85,10 +85,13 @@ def _check_steps_ahead(config: Config) -> None:
         )
 
 
-def hf_folders(inputs: Inputs, folder: RunFolder, *, is_main: bool) -> dict[Model, Path]:
+def hf_folders(
+    inputs: Inputs, folder: RunFolder, *, is_main: bool, reads_teacher: bool = True
+) -> dict[Model, Path]:
     """What engines start from: the pair's HF folders, made of Megatron checkpoints if need be.
 
-    Collective. An existing one is from the start of this run, and complete.
+    Collective. An existing one is from the start of this run, and complete. Without
+    ``reads_teacher`` the teacher's stays what it is: nobody opens it.
     """
     paths: dict[Model, Path] = {}
     sources: dict[Model, HFFolder | MegatronFolder] = {
@@ -97,7 +100,7 @@ def hf_folders(inputs: Inputs, folder: RunFolder, *, is_main: bool) -> dict[Mode
     }
     for who, source in sources.items():
         paths[who] = source.path
-        if isinstance(source, MegatronFolder):
+        if isinstance(source, MegatronFolder) and (reads_teacher or who == "student"):
             paths[who] = folder.initial_hf / who
             if is_main and not paths[who].exists():
                 megatron_to_hf(ToHF(source.path, paths[who]))

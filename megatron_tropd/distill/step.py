@@ -46,9 +46,6 @@ def learn(
         step: 0-based.
         example_rows: sequences whose per-token values are wanted.
 
-    Returns:
-        The step's numbers.
-
     Raises:
         TrainingError: loss or gradient is not finite, or engine and trainer compute different
             models; weights and optimizer are as they were.

@@ -84,15 +84,15 @@ def own_share(items: Sequence[Mapping[str, Tensor]], share: BatchShare) -> list[
 
 
 def draw(iterator: Iterator[Mapping[str, Tensor]] | None, share: BatchShare) -> list[MicroBatch]:
-    """Take a global batch's share of this rank from its loader; all tensor ranks get the same.
+    """Take a global batch's share of this replica from its loader; all its ranks get the same.
 
     Args:
         iterator: Megatron's. Tensor ranks other than the first may have none, and so may stages
             in the middle of a pipeline; whoever has one advances it.
-        share: what is to be taken.
 
     Returns:
-        N micro-batches; without loss tokens where the stage has no data.
+        N micro-batches of whole rows, on the host; without loss tokens where the stage has no
+        data.
 
     Raises:
         InputError: the data ended; an item lacks keys or has another shape; there are none to take
@@ -141,7 +141,7 @@ def broadcast_items(items: Sequence[Mapping[str, Tensor]], share: BatchShare) ->
 def _micro_batch(columns: dict[str, NDArray[Any]], share: BatchShare, rows: range) -> MicroBatch:
     keys = [SampleKey(*key) for key in columns.pop("sample_key").tolist()]
     mask = columns.pop("attention_mask", None)
-    made = micro_batch(
+    return micro_batch(
         columns,
         keys,
         rows,
@@ -149,14 +149,10 @@ def _micro_batch(columns: dict[str, NDArray[Any]], share: BatchShare, rows: rang
         step=share.step,
         attention_mask=None if mask is None else torch.from_numpy(mask),
     )
-    return made.to(share.device)
 
 
 def sequences_of(batches: Sequence[MicroBatch]) -> dict[int, TokenSequence]:
     """Make the sequences again of which a loader's items were made; the host waits for the device.
-
-    Args:
-        batches: of this replica.
 
     Returns:
         Number of a row (``MicroBatch.rows``) -> its ids and writers, up to the last token that

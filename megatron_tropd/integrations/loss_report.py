@@ -41,9 +41,6 @@ class LossReport:
     def __call__(self, values: dict[str, Tensor], _: Tensor, batch: MicroBatch) -> Report:
         """Make the sums that Megatron divides for its log, TensorBoard and W&B.
 
-        Args:
-            values: [T] each, of the loss.
-
         Returns:
             ``tropd loss``, ``lm loss`` (-log q of the label), ``k1`` (log q - log p), the share of
             outliers for trust-region losses, and the metrics that were asked for.
@@ -95,8 +92,9 @@ class LossReport:
         first = int(bad[0])
         row, place = divmod(int(batch.loss_at[first]), batch.tokens.shape[1])
         key, label = batch.keys[row], int(batch.labels[row, place])
+        position = int(batch.position_ids[row, place])
         return (
             f"iteration {self._iteration + 1}, row {row} of the micro-batch (prompt {key.prompt}, "
-            f"sample {key.sample}), position {place}, which predicts token {label}: "
+            f"sample {key.sample}), position {position}, which predicts token {label}: "
             f"{words(int(found_T[first]))}"
         )

@@ -331,6 +331,7 @@ class _Plugin:
         )
         loss = self._config.at_step(share.step)
         counts, prompts = whole_batch(batches, loss, layout.dp_group, share.device)
+        batches = [layout.local(batch).to(share.device) for batch in batches]
         record = LossReport(args, self._config, share.step)
         return forward_backward(parts, batches, counts, share.step, record=record, prompts=prompts)
 

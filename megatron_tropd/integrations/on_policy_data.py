@@ -141,9 +141,6 @@ class OnPolicyData:
     def start(self, loop: LoopSettings, *, dtype: torch.dtype) -> None:
         """Start the engines. Collective; Megatron's parallel state is set up.
 
-        Args:
-            dtype: of the model's parameters.
-
         Raises:
             InputError: the student's folder, the prompts or the responses are unusable.
             ConfigError: prompts, engines or layout do not fit.

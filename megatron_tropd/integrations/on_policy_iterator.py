@@ -127,9 +127,6 @@ class OnPolicyIterator:
         Args:
             num_samples: unused; a global batch is sampled when it is needed.
 
-        Returns:
-            This iterator for training; nothing for validation and test.
-
         Raises:
             As :meth:`start`; ConfigError: Megatron's arguments exclude live rollouts.
 

@@ -36,10 +36,8 @@ class Refusal:
         return self.shown or f"--{self.name.replace('_', '-')}"
 
 
-_WHOLE = "sequences are whole"
 _SHARDS = "the output layer is taken as tensor parallelism shards it"
 REFUSED = (
-    Refusal("context_parallel_size", _WHOLE, off=1),
     Refusal("hybrid_context_parallel", "all rows of a micro-batch are split alike"),
     Refusal(
         "virtual_pipeline_model_parallel_size",
@@ -179,9 +177,6 @@ def _refuse(args: Namespace, refusal: Refusal, beside: str) -> None:
 
 def check_unknown(args: Namespace, defaults: dict[str, list[Any]], accepted: list[str]) -> None:
     """Refuse options of Megatron's that nobody has looked at and that are not as by default.
-
-    Args:
-        accepted: ``--tropd-accept-options``.
 
     Raises:
         ConfigError: names them and what to do.

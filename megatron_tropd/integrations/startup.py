@@ -39,6 +39,7 @@ REPLACED = (
 _OPTIONS = {
     "parallel.tensor ": "--tensor-model-parallel-size ",
     "parallel.tensor.": "--tensor-model-parallel-size.",
+    "parallel.context": "--context-parallel-size",
     "parallel.pipeline": "--pipeline-model-parallel-size",
     "parallel.expert_tensor": "--expert-tensor-parallel-size",
     "parallel.expert": "--expert-model-parallel-size",
@@ -160,6 +161,7 @@ def layout_of(args: Namespace, hf_config: dict[str, Any]) -> ParallelConfig:
     dense = model_shape(hf_config).experts is None
     return ParallelConfig(
         tensor=args.tensor_model_parallel_size,
+        context=args.context_parallel_size,
         pipeline=args.pipeline_model_parallel_size,
         data=args.data_parallel_size,
         expert=1 if dense else args.expert_model_parallel_size,
@@ -174,9 +176,6 @@ def open_teacher(args: Namespace, vocab_size: int) -> HFFolder | MegatronFolder:
 
     Args:
         vocab_size: ids of the student's tokenizer.
-
-    Returns:
-        The folder; its tensors are accounted for.
 
     Raises:
         InputError: it is no model folder, not whole, or has another tokenizer.

@@ -66,7 +66,6 @@ class Watchdog:
 
         Args:
             folder: where all ranks keep their heartbeats (a shared file system).
-            failure: path of ``failure.json``.
         """
         self._progress, self._folder, self._failure = progress, folder, failure
         self._rank, self._world_size, self._minutes = rank, world_size, timeout_minutes

@@ -100,12 +100,11 @@ def forget_results() -> None:
 
 def _written(transforms: Any, bucket: Any) -> tuple[list[Any], Checksum]:
     """Write one file, until it is on disk: what torch notes of each item, and the checksum."""
-    path, key, (raw, tensors) = bucket
+    (transform,), (path, key, (raw, tensors)) = transforms, bucket
     with open(path, "wb") as file:
         stream: Any = DigestedFile(file)
-        write_item: Any = _write_item  # newer versions of torch take transforms first
         results = [
-            write_item(*transforms, stream, data, item, key, SerializationFormat.TORCH_SAVE)
+            _write_item(transform, stream, data, item, key, SerializationFormat.TORCH_SAVE)
             for item, data in (*raw, *tensors)
         ]
         file.flush()

@@ -10,6 +10,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from torch import Tensor
+from torch.nn.attention import bias
 
 
 class FusedAttention(DotProductAttention):
@@ -61,17 +62,22 @@ class FusedAttention(DotProductAttention):
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attend from the last positions of the keys; shapes as of :meth:`forward`."""
         copies = self.num_attention_heads_per_partition // self.num_query_groups_per_partition
-        # The kernels for CUDA share keys and values among queries; those for CPUs copy them, too.
-        shared = copies > 1 and query.is_cuda
+        everything = self._window is None or len(key) <= self._window[0] + 1
+        causal, kernel = everything and len(query) == len(key), everything and query.is_cuda
+        # CUDA's kernels share keys and values among queries unless they are given a mask. Those
+        # for CPUs would copy them, too.
+        shared = copies > 1 and kernel
         if copies > 1 and not shared:
             key, value = (tensor.repeat_interleave(copies, dim=2) for tensor in (key, value))
-        everything = self._window is None or len(key) <= self._window[0] + 1
-        causal = everything and len(query) == len(key)
+        mask = None
+        if not causal:
+            lengths = len(query), len(key)
+            mask = bias.causal_lower_right(*lengths) if kernel else self._visible(query, len(key))
         context = F.scaled_dot_product_attention(
             query.permute(1, 2, 0, 3),
             key.permute(1, 2, 0, 3),
             value.permute(1, 2, 0, 3),
-            attn_mask=None if causal else self._visible(query, len(key)),
+            attn_mask=mask,
             is_causal=causal,
             scale=self.softmax_scale,
             enable_gqa=shared,

@@ -58,6 +58,7 @@ def patch_training() -> None:
     """Let ``megatron.training`` run, too; before it is imported."""
     _patch_device_queries()
     _patch_norms()
+    _patch_attention()
     from megatron.core.datasets import utils as dataset_utils
 
     # A wheel has the compiled helpers, not the Makefile that this looks for.
@@ -277,6 +278,19 @@ def _patch_device_queries() -> None:
     from megatron.training import arguments
 
     arguments.get_device_arch_version = lambda: 10
+
+
+def _patch_attention() -> None:
+    """Our attention for Megatron's own, which refuses context parallelism."""
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+    from megatron_tropd.mcore.attention import FusedAttention
+
+    def choose(cls: type, config: Any, *args: Any, **kwargs: Any) -> Any:
+        shared = cls is DotProductAttention and config.context_parallel_size > 1
+        return object.__new__(FusedAttention if shared else cls)
+
+    DotProductAttention.__new__ = choose
 
 
 def _patch_norms() -> None:

@@ -164,7 +164,8 @@ def _as(parameter: Parameter, memory: Tensor) -> Parameter:
     """A parameter of the same kind at the beginning of ``memory``."""
     view = memory[: parameter.nbytes].view(parameter.dtype).view(parameter.shape)
     made = Parameter(view, requires_grad=False)
-    vars(made).update(vars(parameter))  # marks of Megatron's
+    marks = vars(parameter).items()  # Megatron's
+    vars(made).update({name: mark for name, mark in marks if name not in vars(made)})
     return made
 
 

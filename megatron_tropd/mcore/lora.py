@@ -214,7 +214,7 @@ class LoraModel:
         """A matrix in the checkpoint: all layers, and all experts of a layer, are one tensor."""
         layout, data = self.layout, getattr(adapter, matrix)
         before, key = self._offsets(name)
-        tp_rank, tp_size, replica = layout.tp_rank, layout.tp_size, layout.dp_rank
+        tp_rank, tp_size, replica = layout.tp_rank, layout.tp_size, layout.loss_group.rank()
         if adapter.is_expert:
             tp_rank, tp_size = layout.expert_shard()
             replica = parallel_state.get_expert_data_parallel_rank()

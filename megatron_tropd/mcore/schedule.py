@@ -96,8 +96,8 @@ def run_schedule(
         data_iterator=iter(enumerate(micro_batches)),
         model=model,
         num_microbatches=len(micro_batches),
-        # Ignored: shapes travel with each micro-batch (variable_seq_lengths).
-        seq_length=micro_batches[0].tokens.shape[1],
+        # Of whole rows. Our models ignore it: shapes travel (variable_seq_lengths).
+        seq_length=micro_batches[0].tokens.shape[1] * unwrap(model).config.context_parallel_size,
         micro_batch_size=micro_batches[0].tokens.shape[0],
         forward_only=forward_only,
         collect_non_loss_data=forward_only,

@@ -69,8 +69,8 @@ def fill(
     """
     for entry, name in _own_names(entries, list(parameters), shape, layout):
         place = (layout.tp_rank, layout.tp_size) if entry.expert is None else layout.expert_shard()
-        parameter = parameters[name]
-        parameter.copy_(entry.operation.read(source, *place).view(parameter.shape))
+        shard = entry.operation.read(source, *place)
+        parameters[name].copy_(shard.view_as(parameters[name]))
 
 
 def export_weights(

@@ -41,6 +41,8 @@ class Widths:
     kv_heads: float
     head_dim: int
     ffn: float
+    gathered: int
+    """Ranks whose keys and values attention keeps; Transformer Engine keeps a rank's own."""
     shape: ModelShape
     element: int
     layers: Layers
@@ -68,7 +70,6 @@ def widths(
 
     Args:
         element: bytes of an element: 2 for bfloat16, 4 for float32.
-        lora: the model's adapters.
     """
     t = parallel.tensor
     return Widths(
@@ -81,6 +82,7 @@ def widths(
         kv_heads=shape.kv_heads / t,
         head_dim=shape.head_dim,
         ffn=(shape.experts.ffn if shape.experts else shape.ffn) / t,
+        gathered=1 if layers == "transformer_engine" else parallel.context,
         shape=shape,
         element=element,
         layers=layers,
@@ -258,15 +260,21 @@ def _attention(w: Widths, *, recomputed: bool = False) -> float:
 
     A value is a view of the fused projection and keeps all of it, unless keys and values
     are repeated for every query head, as a CPU's kernels need them. Recomputation begins from
-    queries, keys and values as they were before.
+    queries, keys and values as they were before. Gathered keys and values are copies, and the
+    output of two chunks is put together once more.
     """
     repeats = w.shape.heads > w.shape.kv_heads and w.layers == "cpu" and not recomputed
     kept = 4 * w.query if repeats else 2 * w.query + w.key + w.fused_qkv
+    gathers = w.gathered > 1 and not recomputed
+    if gathers:
+        # Repeated for each chunk: all of the row for one, and what lies before it for the other.
+        whole = w.query * (w.gathered + 0.5) if repeats else w.key * w.gathered
+        kept = 3 * w.query + 2 * whole
     sums = 0.0 if recomputed else w.heads * _STATISTIC
     adapters = _adapter(w, "linear_qkv", w.sharded_hidden) + _adapter(w, "linear_proj", w.query)
     if w.keeps_input_of("linear_proj") and w.lora is not None and w.lora.dropout:
         kept += w.query  # beside the output of attention, what is left of it
-    norms = _qk_norms(w, projection_is_kept=not repeats)
+    norms = _qk_norms(w, projection_is_kept=not repeats and not gathers)
     return kept * w.element + sums + norms + adapters
 
 

@@ -7,7 +7,7 @@ from functools import lru_cache
 from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.config import Config, LoraConfig, ParallelConfig, RolloutConfig
 from megatron_tropd.convert.adapters import check_lora
-from megatron_tropd.convert.checks import check_engine_shards, check_layout
+from megatron_tropd.convert.checks import check_engine_shards, check_expert_parallel, check_layout
 from megatron_tropd.convert.sizes import padded_vocab_size
 from megatron_tropd.planning.hardware import Hardware
 from megatron_tropd.planning.options import Options, options
@@ -134,7 +134,7 @@ class PlannedRun:
         work = workload(
             self.config,
             parallel,
-            rounded_to=row_multiple(self.hardware),
+            rounded_to=row_multiple(self.hardware) * parallel.context,
             prompt_tokens=self.work.prompt,
             response_tokens=self.work.mean_response,
         )
@@ -174,7 +174,7 @@ def plan_run(
         work=workload(
             config,
             config.parallel,
-            rounded_to=row_multiple(hardware),
+            rounded_to=row_multiple(hardware) * config.parallel.context,
             prompt_tokens=prompt_tokens,
             response_tokens=response_tokens,
         ),
@@ -187,7 +187,7 @@ def plan_run(
 
 
 def row_multiple(hardware: Hardware) -> int:
-    """What the trainer rounds lengths of rows up to; a test compares it with the trainer's."""
+    """What the trainer rounds lengths of rows up to, on each rank; a test compares them."""
     return 1 if hardware.layers == "cpu" else 128
 
 
@@ -210,11 +210,7 @@ def _check(run: PlannedRun) -> None:
                 f"{model.shape.context} tokens. Lower --prompt-tokens or "
                 "rollout.max_new_tokens."
             )
-    if run.parallel.expert > 1 and not any(model.shape.experts for model in run.models):
-        raise ConfigError(
-            f"parallel.expert = {run.parallel.expert} needs a mixture of experts, but student and "
-            "teacher are dense. Set parallel.expert = 1."
-        )
+    check_expert_parallel(run.parallel, [model.shape for model in run.models])
     check_engines(run)
 
 

@@ -30,11 +30,7 @@ _MEMORY = 80 * 10**9
 
 
 def believe(device: Device, *, gpus: int, capability: tuple[int, int] = (9, 0)) -> None:
-    """Let this process take the branches of a GPU, and send its tensors to ``device``.
-
-    Args:
-        device: the mode that runs operations.
-    """
+    """Let this process take the branches of a GPU, and send its tensors to ``device``."""
     torch.utils._device._device_constructors()
     _answer_queries(gpus, capability, device.events)
     _answer_streams(device.events)
@@ -401,7 +397,9 @@ def _launch_nothing(device: Device) -> None:
 
 def _take_kernels_of_cuda() -> None:
     """Functions of torch that choose a kernel in C++, which takes the tensors to be on the CPU."""
-    functional, aten = torch.nn.functional, torch.ops.aten
+    from torch.nn.attention import bias
+
+    functional, aten, lower_right = torch.nn.functional, torch.ops.aten, object()
     original_norm, original_attention = functional.rms_norm, functional.scaled_dot_product_attention
 
     @functools.wraps(original_norm)
@@ -420,12 +418,13 @@ def _take_kernels_of_cuda() -> None:
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale,
                 enable_gqa=enable_gqa,
             )  # fmt: skip
-        if attn_mask is None:
+        if attn_mask is None or attn_mask is lower_right:
             return aten._scaled_dot_product_flash_attention(
-                query, key, value, dropout_p, is_causal, scale=scale
+                query, key, value, dropout_p, is_causal or attn_mask is not None, scale=scale
             )[0]
         return aten._scaled_dot_product_efficient_attention(
             query, key, value, attn_mask, query.requires_grad, dropout_p, is_causal, scale=scale
         )[0]
 
     _replace(functional, rms_norm=rms_norm, scaled_dot_product_attention=attention)
+    _replace(bias, causal_lower_right=lambda *lengths: lower_right)

@@ -54,11 +54,7 @@ def main() -> int:
 
 
 def rehearse_rank(config: Config, request: Request) -> RankReport:
-    """Be a rank from its start to its first checkpoint. The process can do nothing else after.
-
-    Args:
-        request: which rank, and the lengths.
-    """
+    """Be a rank from its start to its first checkpoint. The process can do nothing else after."""
     start = time.perf_counter()
     planned = plan_run(
         config,

@@ -12,9 +12,6 @@ def summary_table(summary: Mapping[str, Any]) -> str:
             with the suffix ``_reverse_kl`` (nats per token); ``unjudged`` of ``problems``;
             ``seconds``, ``steps``, ``world_size``, ``tensor_parallel``, ``pipeline_parallel``.
             Absent ones are left out.
-
-    Returns:
-        Lines joined by newlines, without a final newline.
     """
     rows = _result_rows(summary) + _job_rows(summary)
     if not rows:

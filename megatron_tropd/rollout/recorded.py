@@ -16,7 +16,6 @@ class RecordedRollouts:
         """Ask for nothing yet.
 
         Args:
-            groups: the samples of each recorded prompt.
             seed: ``train.seed``; keys the order.
         """
         self._groups = groups

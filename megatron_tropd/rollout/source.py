@@ -60,7 +60,6 @@ class SampledRollouts:
 
         Args:
             engines: they sample with the weights they were given last.
-            stop_token_ids: end a sample.
             shared_stops: ids by which student and teacher end one, if they differ (``Blend``).
         """
         self._engines = engines

@@ -18,8 +18,6 @@ def sampling_of_step(
     Args:
         rollout: says from what, and how fast that becomes the student.
         step: 0-based.
-        stops: ids that end a response.
-        shared_stops: ``Blend.stops``.
     """
     temperature, blend = rollout.temperature, None
     left = warmup_left(rollout, step)
@@ -66,7 +64,6 @@ class WarmupEngines:
         """Start nothing yet.
 
         Args:
-            student: engines of the student.
             open_blended: starts the others, on the same ranks; collective.
             warmup_steps: from these weights on only the student samples.
         """

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 GRADER = "marked"
-"""What a run grades answers with, of ``graders.GRADERS``."""
+"""What ``graders.grade`` is called in the records of evaluations."""
 _Z_95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
 
 
@@ -86,14 +86,8 @@ def grade_answers(
     problems: Sequence[Prompt],
     samples: Sequence[Sample],
     tokenizer: "PreTrainedTokenizerBase",
-    *,
-    grader: str = "marked",
 ) -> EvaluationResult:
-    """Grade what was sampled for each problem.
-
-    Args:
-        grader: a key of :data:`megatron_tropd.tasks.graders.GRADERS`.
-    """
+    """Grade what was sampled for each problem."""
     responses = []
     for problem, sample in zip(problems, samples, strict=True):
         answer = reference_answer(problem)
@@ -104,7 +98,7 @@ def grade_answers(
                 prompt=problem.text,
                 response=text,
                 answer=answer,
-                correct=grade(text, answer, grader=grader),
+                correct=grade(text, answer),
                 finish_reason=sample.finish_reason,
             )
         )
@@ -148,9 +142,6 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
 
     Args:
         total: trials, at least 1.
-
-    Returns:
-        (low, high) in 0..1.
 
     Source: Wilson, "Probable inference, the law of succession, and statistical inference", 1927.
     """

@@ -1,18 +1,16 @@
-r"""Graders: is the answer in a response right?
+r"""Is the answer in a response right?
 
-A grader finds the answer in a text; :func:`grade` compares it with the reference. Numbers are
-compared by value (``1,234.50`` equals ``1234.5``, ``\frac{3}{2}`` equals ``1.5``), lists item by
-item, and anything else as text without case, spaces and LaTeX's layout. If none of this tells
+:func:`marked_answer` finds it in the text; :func:`grade` compares it with the reference. Numbers
+are compared by value (``1,234.50`` equals ``1234.5``, ``\frac{3}{2}`` equals ``1.5``), lists item
+by item, and anything else as text without case, spaces and LaTeX's layout. If none of this tells
 whether two answers are the same (``x(x+1)`` and ``x^2+x``), the verdict is None: it cannot be
 judged, and is counted by itself.
 """
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 
-from megatron_tropd.base.errors import ConfigError
-from megatron_tropd.tasks.answers import LITERAL, compare, read_answer, same_text
+from megatron_tropd.tasks.answers import compare, read_answer, same_text
 
 
 @dataclass(frozen=True)
@@ -25,14 +23,6 @@ class Mark:
     """The same with it: the line, and everything to the end. Only compared as text."""
 
 
-Grader = Callable[[str], Mark | None]
-"""Text -> the answer in it, or None if there is none."""
-
-_LAST_NUMBER = re.compile(
-    r"(?:(?<![\w.)\]}])[-+\u2212]\s?)?"
-    rf"(?:\\[dt]?frac\s*\{{\s*\d+\s*\}}\s*\{{\s*\d+\s*\}}|(?<![\w.^\\/])(?<!\^\{{){LITERAL}"
-    r"(?:\s?/\s?\d+(?![\d.]))?(?:\s?\\?%|[^\W\d_]+)?)(?!\w|\^)"
-)
 _BOX = re.compile(r"\\[{}]|\\(?:boxed|fbox)\s*\{|[{}]")
 _BARE_BOX = re.compile(r"\\(?:boxed|fbox)\s+([^\s{$]+)")
 _TAGS = re.compile(r"<answer>([^<]*(?:<(?!/?answer>)[^<]*)*)</answer>")
@@ -62,16 +52,6 @@ _EXPLANATION = re.compile(
     re.DOTALL,
 )
 _LONGEST_WHOLE = 2000
-
-
-def last_number(text: str) -> Mark | None:
-    """The last number anywhere in the text.
-
-    Returns:
-        The number as written, a fraction or a percentage as a whole, or None.
-    """
-    found = [match[0] for match in _LAST_NUMBER.finditer(text)]
-    return Mark(found[-1]) if found else None
 
 
 def marked_answer(text: str) -> Mark | None:
@@ -179,28 +159,18 @@ def _joined(boxes: list[_Marker], text: str) -> list[_Marker]:
     return joined
 
 
-GRADERS: dict[str, Grader] = {"marked": marked_answer, "last_number": last_number}
-"""By the name used in settings. ``marked`` is the default: an answer nobody announced is wrong."""
-
-
-def grade(response: str, answer: str, *, grader: str = "marked") -> bool | None:
+def grade(response: str, answer: str) -> bool | None:
     r"""Whether a response gives the reference answer.
 
     Args:
         answer: the reference: the answer itself, or a worked solution with a marker (GSM8K's
             ``... #### 18``).
-        grader: a key of :data:`GRADERS`, applied to the response.
 
     Returns:
         True if both are the same number, list or text; False if not, or if there is no answer;
         None if this cannot be judged.
-
-    Raises:
-        ConfigError: no grader of that name.
     """
-    if grader not in GRADERS:
-        raise ConfigError(f"Unknown grader {grader!r}. Known: {', '.join(GRADERS)}.")
-    found = GRADERS[grader](response)
+    found = marked_answer(response)
     if found is None:
         return False
     solution = marked_answer(answer)

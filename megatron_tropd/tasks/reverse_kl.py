@@ -45,8 +45,6 @@ def measure_reverse_kl(
     .. math:: \mathrm{KL}_t = \sum_v q_t(v) \, (\log q_t(v) - \log p_t(v))
 
     Args:
-        student_folder: HF folder of q.
-        teacher_folder: HF folder of p.
         sequences: (prompt ids, response ids); only positions that predict a response token count.
         vocab_size: ids both models share; padded columns after it are left out.
 

@@ -44,7 +44,6 @@ def write_samples(
     Args:
         engine: makes an engine that serves the model; not called when nothing is missing.
         wanted: all lines, in the order of the file.
-        path: the file; made if absent.
         header: its first line; its settings are compared when the file is continued.
         key: names of the integers that tell lines apart.
         resume: continue an existing file; False: an existing file is an error.

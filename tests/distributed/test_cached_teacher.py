@@ -45,7 +45,7 @@ def _score(parts: Any, folder: Path, dtype: str) -> None:
         write_shard,
     )
 
-    scorer = Scorer(parts.teacher, parts.ranks, TOP_K, getattr(torch, dtype), 128)
+    scorer = Scorer(parts.teacher, parts.layout, TOP_K, getattr(torch, dtype), 128)
     count = sum(map(len, SHARDS))
     names = ("t", None, "k", parts.vocab_size, "float32", TOP_K, dtype, "r", count)
     folder.mkdir(exist_ok=True)
@@ -91,7 +91,7 @@ def compare(student: str, teacher: str, other: str, out: str) -> None:
         # The teacher's reference: here another student.
         reference = frozen_model(
             HFFolder(Path(other)),
-            layout=parts.ranks,
+            layout=parts.layout,
             parallel=sizes,
             dtype=torch.float32,
             padded_vocab_size=padded_vocab_size(HFFolder(Path(other)).config, tensor=2),

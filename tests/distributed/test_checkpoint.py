@@ -83,10 +83,11 @@ def _some_steps(learner, ranks, first: int, last: int) -> list[float]:
             dp_rank=ranks.dp_rank,
             dp_size=ranks.dp_size,
             tokens_per_micro_batch=128,
-            pad_multiple=2,
+            pad_multiple=4,
             seed=0,
             step=step,
         )
+        batches = [ranks.local(batch) for batch in batches]
         learner.forward_backward(batches, cross_entropy)
         norms.append(learner.update().grad_norm)
     return norms
@@ -100,6 +101,7 @@ def _layouts(distributed_optimizer: bool) -> dict[str, ParallelConfig]:
             "tp2_dp2": ParallelConfig(tensor=2, data=2, **option),
             "dp4": ParallelConfig(data=4, **option),
             "pp2_dp2": ParallelConfig(pipeline=2, data=2, **option),
+            "cp2_dp2": ParallelConfig(context=2, data=2, **option),
         }
     return {
         "tp2_pp2": ParallelConfig(tensor=2, pipeline=2),
@@ -255,7 +257,8 @@ def _read_slices(folder: str, out: str) -> None:
 
     world = int(os.environ["WORLD_SIZE"])
     expected = json.loads(Path(out, "norms.json").read_text())
-    layout = ParallelConfig(data=world, distributed_optimizer=True)
+    context = 2 if world == 4 else 1
+    layout = ParallelConfig(context=context, data=world // context, distributed_optimizer=True)
     learner, ranks = _student(folder, layout)
     assert _checkpoints(Path(out), ranks, layout).load(learner, 3)["sharding"] == "dp_reshardable"
     norms = _some_steps(learner, ranks, 3, 6)
@@ -272,7 +275,7 @@ def _read_slices(folder: str, out: str) -> None:
     assert checkpoints.load_newest(learner) is not None, "of step 6, when the run was stopped"
     shutil.rmtree(Path(out, "step_000006"), ignore_errors=True)
     dist.barrier()
-    with pytest.raises(ConfigError, match=r"parallel\.data may differ"):
+    with pytest.raises(ConfigError, match=r"parallel\.data and parallel\.context may"):
         checkpoints.load_newest(learner)
     assert checkpoints.steps() == [3], "it is not damaged"
 

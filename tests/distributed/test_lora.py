@@ -20,6 +20,7 @@ from megatron_tropd.data.packing import pack
 from tests.ranks import leave_layout, run_with_env
 
 LORA = LoraConfig(rank=4, alpha=6.0)
+DROPPED = replace(LORA, dropout=0.3)
 DENSE = {
     "tp2": ParallelConfig(tensor=2),
     "tp2_sp": ParallelConfig(tensor=2, sequence_parallel=True),
@@ -66,7 +67,7 @@ def lora_student(
     ranks, source = parallel.initialize(layout, seed=1), HFFolder(Path(folder))
     kind = models.resolve_dtype(dtype)
     built = models.build_model(
-        source, ranks=ranks, parallel=layout, dtype=kind, options=model,
+        source, layout=ranks, parallel=layout, dtype=kind, options=model,
         padded_vocab_size=models.padded_vocab_size(source.config, tensor=layout.tensor),
     )  # fmt: skip
     weights = LoraModel(built, lora, seed=3)
@@ -90,10 +91,11 @@ def batches_of(ranks, step: int):
 def steps(learner, ranks, first: int, last: int) -> list[float]:
     from megatron_tropd.mcore.schedule import cross_entropy
 
-    return [
-        learner.train_step(batches_of(ranks, step), cross_entropy).grad_norm
-        for step in range(first, last)
-    ]
+    norms = []
+    for step in range(first, last):
+        learner.forward_backward(batches_of(ranks, step), cross_entropy)
+        norms.append(learner.update().grad_norm)
+    return norms
 
 
 def first_gradients(learner, ranks) -> dict[str, torch.Tensor]:
@@ -104,7 +106,7 @@ def first_gradients(learner, ranks) -> dict[str, torch.Tensor]:
     from megatron_tropd.mcore.weights import export_entries
 
     reports = learner.forward_backward(batches_of(ranks, 0), cross_entropy)
-    weights = learner.weights
+    weights = learner.model
     loss = torch.zeros(2, dtype=torch.float64)
     if ranks.tp_rank == 0:
         for report in reports:
@@ -121,7 +123,9 @@ def _all_gradients(folder: str, layouts: dict[str, ParallelConfig], out: str, op
     dist.init_process_group("gloo")
     for name, layout in layouts.items():
         learner, ranks = lora_student(folder, layout, model=options)
-        assert all(n.requires_grad == ("adapter" in k) for k, n in learner.model.named_parameters())
+        assert all(
+            n.requires_grad == ("adapter" in k) for k, n in learner.module.named_parameters()
+        )
         found = first_gradients(learner, ranks)
         found["norms"] = torch.tensor(steps(learner, ranks, 0, 3))
         if dist.get_rank() == 0:
@@ -158,13 +162,13 @@ def _export(folder: str, layout: ParallelConfig, out: str) -> None:
     dist.init_process_group("gloo")
     learner, ranks = lora_student(folder, layout)
     source = HFFolder(Path(folder))
-    save_hf(learner.weights, source, Path(out, "merged"))
-    save_adapter(learner.weights, folder, Path(out, "adapter"))
+    save_hf(learner.model, source, Path(out, "merged"))
+    save_adapter(learner.model, folder, Path(out, "adapter"))
     logits = {}
     for name in ("adapted", "base"):
-        with learner.weights.base_only() if name == "base" else torch.no_grad(), torch.no_grad():
-            learner.model.eval()
-            logits[name] = learner.model(IDS, torch.arange(IDS.shape[1])[None], None)
+        with learner.model.base_only() if name == "base" else torch.no_grad(), torch.no_grad():
+            learner.module.eval()
+            logits[name] = learner.module(IDS, torch.arange(IDS.shape[1])[None], None)
     if ranks.tp_rank == 0:  # its half of the vocabulary
         torch.save(logits, Path(out, "logits.pt"))
 
@@ -210,25 +214,26 @@ def _train_and_resume(folder: str, mixture: str, out: str) -> None:
     dist.init_process_group("gloo")
     _move(folder, RESUMED, "bfloat16", Path(out, "bf16"))
     _move(folder, RESUMED[:2], "float32", Path(out, "fp32"))
+    _move(folder, RESUMED[:1], "float32", Path(out, "dropout"), lora=DROPPED)
     _move(mixture, tuple(MIXTURE.values())[::3], "float32", Path(out, "mixture"))
 
 
-def _move(folder: str, layouts, dtype: str, out: Path) -> None:
+def _move(folder: str, layouts, dtype: str, out: Path, lora: LoraConfig = LORA) -> None:
     """Save under the first layout, resume under all of them."""
-    learner, ranks = lora_student(folder, layouts[0], dtype=dtype)
+    learner, ranks = lora_student(folder, layouts[0], dtype=dtype, lora=lora)
     frozen = _frozen(learner)
     steps(learner, ranks, 0, 2)
     _saved(_checkpoints(out, ranks, layouts[0]), learner, 2)
     _check_saved(out / "step_000002")
     expected = steps(learner, ranks, 2, 5)
     assert all(torch.equal(p, frozen[name]) for name, p in _frozen(learner).items())
-    trained = learner.weights.trainable().items()
-    assert {name for name, p in learner.model.named_parameters() if hasattr(p, "main_grad")} == {
+    trained = learner.model.trainable().items()
+    assert {name for name, p in learner.module.named_parameters() if hasattr(p, "main_grad")} == {
         name for name, _ in trained
     }
     leave_layout()
     for layout in layouts:
-        again, ranks = lora_student(folder, layout, dtype=dtype, drawn=False)
+        again, ranks = lora_student(folder, layout, dtype=dtype, lora=lora, drawn=False)
         _checkpoints(out, ranks, layout).load(again, 2)
         found = steps(again, ranks, 2, 5)
         if layout == layouts[0]:
@@ -240,7 +245,7 @@ def _move(folder: str, layouts, dtype: str, out: Path) -> None:
 
 
 def _frozen(learner) -> dict[str, torch.Tensor]:
-    named = learner.model.named_parameters()
+    named = learner.module.named_parameters()
     return {name: p.detach().clone() for name, p in named if not p.requires_grad}
 
 
@@ -263,7 +268,7 @@ def _begin_as_the_base(folder: str) -> None:
 
     dist.init_process_group("gloo")
     learner, ranks = lora_student(folder, ParallelConfig(tensor=2), drawn=False)
-    weights, source = learner.weights, HFFolder(Path(folder))
+    weights, source = learner.model, HFFolder(Path(folder))
     for name, tensor in weights.exported():
         assert tensor is None or torch.equal(tensor, source.read(name)), name
     batches = batches_of(ranks, 0)
@@ -285,7 +290,6 @@ def test_a_student_begins_as_its_base_and_can_run_as_it(tiny_model) -> None:
     run_with_env(2, _begin_as_the_base, str(tiny_model("qwen3")))
 
 
-DROPPED = LoraConfig(rank=4, dropout=0.3)
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 
 
@@ -323,7 +327,7 @@ def _check_shared(learner, ranks) -> None:
     import torch.distributed as dist
     from megatron.core import parallel_state
 
-    for name, adapter in learner.weights.adapters().items():
+    for name, adapter in learner.model.adapters().items():
         of_experts = parallel_state.get_expert_tensor_parallel_group()
         group = of_experts if adapter.is_expert else ranks.tp_group
         first = adapter.shared.detach().clone()

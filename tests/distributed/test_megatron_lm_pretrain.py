@@ -48,16 +48,23 @@ STEPS, HALF = 12, 6
 LAYOUTS = {
     "tp2": (2, "--tensor-model-parallel-size 2"),
     "pp2": (2, "--pipeline-model-parallel-size 2"),
-    "tp2_sequence_parallel": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
+    "tp2_sequence_parallel": (
+        2,
+        "--tensor-model-parallel-size 2 --sequence-parallel --recompute-granularity selective "
+        "--recompute-modules core_attn mlp --tropd-teacher-offload host_by_layer",
+    ),
     "dp2_overlapped": (
         2,
         "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather "
         "--ddp-bucket-size 3000",
     ),
+    "cp2": (2, "--context-parallel-size 2"),
+    "cp2_pp2": (4, "--context-parallel-size 2 --pipeline-model-parallel-size 2"),
     "tp2_pp2": (
         4,
         "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --overlap-grad-reduce "
-        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1 "
+        "--tropd-teacher-offload host",
     ),
 }
 RESUMED = ("tp2-text", "pp2-text", "tp2_pp2-text", "tp2-trajectories")
@@ -66,7 +73,11 @@ CLOSE_LOSS = {"rtol": 1e-4, "atol": 1e-5}
 CLOSE_NORM = {"rtol": 1e-3, "atol": 6e-4}
 METHODS = {"text": "gkd_jsd", "trajectories": "tropd"}
 """What the items are -> the method they are trained with."""
-WHOLE_BATCH = {"dp2_overlapped": ("top_d", {}), "tp2_pp2": ("reopold", {"switch_step": 3})}
+WHOLE_BATCH = {
+    "dp2_overlapped": ("top_d", {}),
+    "tp2_pp2": ("reopold", {"switch_step": 3}),
+    "cp2_pp2": ("iw_opd", {}),
+}
 """Layout -> a method that scores the student before the step, and its settings."""
 
 
@@ -227,7 +238,6 @@ def _refused_runs(setting: Setting) -> list[Run]:
         setting.run("lone", without_teacher),
         setting.run("sampled_on_text", setting.arguments(method="tropd")),
         setting.run("no_method", re.sub("--tropd-method [a-z_]+", "", base)),
-        setting.run("context_parallel", f"{base} --context-parallel-size 2"),
         setting.run(
             "interleaved",
             f"{base} --pipeline-model-parallel-size 2 --num-layers 4 "
@@ -267,7 +277,7 @@ def _score(setting: Setting) -> None:
     train, layout = TrainConfig(steps=1, tokens_per_micro_batch=128), ParallelConfig()
     parts = build_parts(setting.student, setting.teacher, layout, train, preset("tropd"))
     trajectories = [_trajectory(n) for n in range(HALF * ROWS * MICRO_BATCHES)]
-    columns = Scorer(parts.teacher, parts.ranks, 64, torch.float32, 128).score(trajectories)
+    columns = Scorer(parts.teacher, parts.layout, 64, torch.float32, 128).score(trajectories)
     assert columns is not None
     digest, folder = model_digest(HFFolder(setting.teacher)), setting.root / "scores"
     names = (digest, None, "not compared", 259, "float32", 64, "float32", "not compared")
@@ -560,7 +570,6 @@ REFUSED = {
     "lone": "--tropd-method given without --tropd-teacher-load",
     "sampled_on_text": "the dataset has given text",
     "no_method": "--tropd-teacher-load needs --tropd-method",
-    "context_parallel": "--context-parallel-size",
     "interleaved": "interleaved pipeline",
     "bigger_vocabulary": "at least the 300 ids of the student's tokenizer",
 }

@@ -68,6 +68,11 @@ GATHER = OVERLAP | {"overlap_param_gather": True}
 PADDED = {"pad_buckets_for_high_nccl_busbw": True}
 ROUNDED = {"grad_reduce_in_fp32": False}
 IN_FP32 = ROUNDED | {"reduce_scatter_with_fp32_accumulation": True}
+ON_HOST = {
+    "optimizer_cpu_offload": True,
+    "optimizer_offload_fraction": 1.0,
+    "use_precision_aware_optimizer": True,
+}
 LATE = ROUNDED | {"param_name_patterns_for_fp32_local_accumulation": ["all"]}
 RECOMPUTED = {
     "full_uniform": (FULL, {"attention": 2, "mlp": 2}),
@@ -158,6 +163,7 @@ CASES = [
         exact=False,
         rounded=True,
     ),
+    Case("tp2_dp2_spread_bf16", "optimizer_on_host", optimizer=ON_HOST, exact=False),
     Case("pp2_dp2_tied", "overlap", ddp=OVERLAP),
     Case("pp2_dp2_tied", "overlap_mlp", _selective("mlp"), OVERLAP, counts={"mlp": 2}),
     Case("pp2_dp2_spread_tied", "gather", ddp=GATHER, exact=False),
@@ -197,7 +203,7 @@ def _compare_setting(
     assert min(float(norm) for (norm,) in plain["norm"]) > 0
     found = {}
     for case in cases:
-        with _own_reduce_scatter():
+        with _own_reduce_scatter(), _parameters_of_cuda():
             numbers, counts = bench.train(case.options, resume=case.resumed)
         found[case.id] = _over_ranks(_differences(numbers, plain), counts, plain_counts)
     return found
@@ -212,6 +218,33 @@ def _own_reduce_scatter():
         param_and_grad_buffer,
         "dist_reduce_scatter_func",
         param_and_grad_buffer.dist_reduce_scatter_func,
+    ):
+        yield
+
+
+@contextmanager
+def _parameters_of_cuda():
+    """Let Megatron's hybrid optimizer take what it is given for a GPU's, and copy it to the host.
+
+    Without CUDA it finds nothing to copy, and fails in its first step.
+    """
+    from megatron.core.optimizer.cpu_offloading.hybrid_optimizer import HybridDeviceOptimizer
+
+    split = HybridDeviceOptimizer._get_sub_optimizer_param_groups
+
+    def split_as_on_cuda(self: Any, fraction: float) -> Any:
+        given = {id(p) for group in self.param_groups for p in group["params"]}
+        is_cuda = property(lambda tensor: id(tensor) in given)
+        with (
+            mock.patch.object(torch.Tensor, "is_cuda", is_cuda),
+            mock.patch.object(torch.Tensor, "pin_memory", lambda tensor: tensor),
+        ):
+            groups = split(self, fraction)
+        assert len(groups[2]) == len(given), "all have copies"
+        return groups
+
+    with mock.patch.object(
+        HybridDeviceOptimizer, "_get_sub_optimizer_param_groups", split_as_on_cuda
     ):
         yield
 

@@ -80,6 +80,8 @@ RUNS = [
     Run("llama", {"data": 2, "distributed_optimizer": True}, "float32"),
     Run("llama", {"data": 2}, "bfloat16"),
     Run("qwen3_moe", {"data": 2, "expert": 2, "distributed_optimizer": True}, "bfloat16"),
+    Run("qwen3", {"context": 2}, "bfloat16"),
+    Run("llama", {"context": 2, "distributed_optimizer": True}, "float32"),
 ]
 
 
@@ -104,6 +106,7 @@ RECOMPUTED = [
     Run("llama", SHARDED, "float32", _modules("mlp", "core_attn")),
     Run("qwen3", {}, "float32", _modules("core_attn")),
     Run("qwen3_moe", {}, "float32", _modules("moe")),
+    Run("qwen3", {"context": 2}, "float32", _modules("core_attn")),
 ]
 RUNS += RECOMPUTED
 LORA = LoraConfig(rank=8)
@@ -308,8 +311,11 @@ def test_weights_gradients_and_optimizer_are_those_of_the_real_tensors(run, pair
     made = _planned(pair, run)
     for rank in measured[run.name]:
         planned = memory_of_stage(made, int(rank["stage"]))
-        for item in ("weights", "teacher_weights", "teacher_hidden"):
+        for item in ("weights", "teacher_weights"):
             assert getattr(planned, item) == rank[item], item
+        of_stage = [r for r in measured[run.name] if r["stage"] == rank["stage"]]
+        # Ranks that share rows differ in their loss tokens.
+        assert planned.teacher_hidden == max(r["teacher_hidden"] for r in of_stage)
         # The distributed optimizer pads its buffers to multiples of 64 and of the replicas.
         room = 0.01 if run.layout.get("distributed_optimizer") else 0.0
         assert planned.gradients == pytest.approx(rank["gradients"], rel=room)
@@ -332,7 +338,8 @@ def test_activations_are_what_autograd_keeps(run, pair, measured):
 def test_the_loss_keeps_what_is_planned_beside_its_buffers(run, pair, measured):
     made = _planned(pair, run)
     planned = loss_bytes(made) - chunk_bytes(made, made.work.most_loss_tokens)
-    assert planned == pytest.approx(measured[run.name][-1]["loss"], rel=0.1)
+    found = max(rank["loss"] for rank in measured[run.name])
+    assert planned == pytest.approx(found, rel=0.1)
 
 
 def test_the_measurement_sees_more_in_flight_on_the_first_stage(measured):

@@ -22,7 +22,7 @@ PROMPTS, STEPS = 6, 2
 pytestmark = pytest.mark.slow
 
 
-def _record(folder: Path) -> list[int]:
+def record_answers(folder: Path) -> list[int]:
     """Two answers to each prompt, the first right, the second longer; tokens of each answer."""
     with (PAIR / "prompts.jsonl").open() as file:
         (folder / "prompts.jsonl").write_text("".join(islice(file, PROMPTS)))
@@ -70,7 +70,7 @@ def _distil(folder: Path, stage: str, *overrides: str) -> list[dict[str, Any]]:
 
 
 def test_both_stages(tmp_path: Path):
-    lengths = _record(tmp_path)
+    lengths = record_answers(tmp_path)
     first, second = _distil(tmp_path, "erpd_teacher")
     assert first["tokens_student"] == sum(lengths), "the recorded tokens and no others"
     assert first["loss"] == pytest.approx(0.25, abs=1e-6), "A is +-1/2, the log-ratio 0"

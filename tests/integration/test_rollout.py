@@ -222,7 +222,9 @@ from megatron_tropd.rollout.engines.settings import EngineSettings
 from megatron_tropd.data.samples import SampleRequest, Sampling
 
 folder, new, requests = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-settings = EngineSettings(folder, "float32", 128, 0.4, 0.25, 1, None, True, cuda=False)
+settings = EngineSettings(
+    model_folder=folder, max_model_len=128, gpu_share=0.4, cpu_kv_gib=0.25, cuda=False
+)
 transfer = {"weight_transfer_config": {"backend": "ipc"}}
 llm = LLM(**child.engine_arguments(settings) | transfer)
 

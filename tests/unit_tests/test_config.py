@@ -324,6 +324,12 @@ GOLDEN = "guidance.golden_field=solution"
             ["rollout.recorded=a.jsonl", "rollout.first_new_tokens=1", "rollout.growth_steps=1"],
             "does not read rollout.first_new_tokens",
         ),
+        (["teacher.offload=host", "teacher.source=other"], "found teacher.source = .other."),
+        (
+            ["teacher.offload=host", 'megatron.teacher={fp8="hybrid", fp8_recipe="tensorwise"}'],
+            r"beside megatron\.teacher\.fp8: Transformer Engine keeps copies",
+        ),
+        (["teacher.offload=disk"], "teacher.offload must be one of"),
     ],
 )
 def test_models_and_rollouts_that_the_loss_lacks_or_ignores(overrides, message, toml: Path):

@@ -7,7 +7,6 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm_commands
 from safetensors.torch import load_file, save_file
 
 from megatron_tropd.base.errors import InputError
@@ -311,11 +311,10 @@ def test_commands(llama: Path, tmp_path: Path, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [[], ["--dtype", "bfloat16"]])
 def test_verify(dtype: list[str], llama: Path, tmp_path: Path):
-    """In processes of their own, as a user runs it; a wrong tensor is found."""
+    """The command in processes of their own; a wrong tensor is found."""
     hf, megatron, back = str(llama), str(tmp_path / "m"), str(tmp_path / "hf")
-    run = [sys.executable, "-m", "megatron_tropd.cli", "convert"]
-    there = ["to-megatron", "--hf", hf, "--megatron", megatron, "--verify", *dtype]
-    said = subprocess.run([*run, *there], capture_output=True, text=True, cwd=REPOSITORY)
+    there = ["convert", "to-megatron", "--hf", hf, "--megatron", megatron, "--verify", *dtype]
+    said = warm_commands.run(there, folder=REPOSITORY)
     assert said.returncode == 0, said.stderr
     assert "21 of 21 tensors are equal bit for bit" in said.stdout
     assert "logits differ by at most" in said.stdout and "verify: passed" in said.stdout
@@ -865,8 +864,9 @@ def test_interrupted(direction: str, llama: Path, tmp_path: Path):
     main = "main_to_megatron" if direction == "there" else "main_to_hf"
     other = "--megatron" if direction == "there" else "--hf"
     arguments = [given, str(source), other, str(tmp_path / out), "--workers", "1"]
-    script = [sys.executable, "-c", INTERRUPTER, direction, main, *arguments]
-    stopped = subprocess.run(script, cwd=REPOSITORY, capture_output=True, text=True)
+    script = tmp_path / "interrupter.py"
+    script.write_text(INTERRUPTER)
+    stopped = warm_commands.run([script, direction, main, *arguments], folder=REPOSITORY)
     assert stopped.returncode == 130, stopped.stderr
     assert "interrupted" in stopped.stderr and "Traceback" not in stopped.stderr
     assert int(stopped.stdout) < 15, "of 21 tensors and more"

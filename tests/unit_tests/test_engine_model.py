@@ -137,17 +137,19 @@ def gap(
     dtype: torch.dtype,
     limit: float | None = None,
     *,
+    step: int = 3,
     version: int = 3,
     tokens: int = 5,
     looks: int = 1,
+    dropout: bool = False,
 ) -> None:
-    """Look at the gap of step 3, whose samples are of version ``version``."""
+    """Look at the gap of a step whose samples are of version ``version``."""
     limit = RolloutConfig(prompts="p", max_new_tokens=4, max_engine_gap=limit).max_engine_gap
-    compared = EngineGap(limit, dtype, advice="Compare the files.")
+    compared = EngineGap(limit, dtype, advice="Compare the files.", dropout=dropout)
     sequences: Any = [SimpleNamespace(oldest_version=version)]
     for gap_mean in (*[1e-6] * (looks - 1), value):
         metrics = {"engine_gap_mean": gap_mean, "engine_gap_max": 9.0, "tokens_student": tokens}
-        compared.check(metrics, sequences, 3)
+        compared.check(metrics, sequences, step)
 
 
 def test_a_run_whose_engine_computes_another_model_stops() -> None:
@@ -166,6 +168,9 @@ def test_a_gap_is_looked_at_where_it_should_be_small() -> None:
     gap(0.74, torch.float32, version=2)  # samples of older weights
     gap(0.74, torch.float32, looks=2)  # the first one was good
     gap(None, torch.float32, tokens=0)
+    gap(0.74, torch.float32, dropout=True)  # of adapters that are no longer zero
+    with pytest.raises(TrainingError, match=r"at most 0\.001"):
+        gap(0.74, torch.float32, step=0, version=0, dropout=True)
     with pytest.raises(TrainingError, match=r"at most 0\.5"):
         gap(0.74, torch.float32, limit=0.5)
     with pytest.raises(ConfigError, match="max_engine_gap must be at least 0"):

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.tasks.exact_match import wilson_interval
-from megatron_tropd.tasks.graders import grade, last_number, marked_answer
+from megatron_tropd.tasks.graders import grade, marked_answer
 
 SAME = r"""
 answer: 3 millions ~ 3000000
@@ -451,23 +450,6 @@ def test_marked_answer(text: str, found: str | None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "found"),
-    [
-        ("1 then -2.5 then x", "-2.5"),
-        ("10-5", "5"),
-        ("it is 1/2", "1/2"),
-        ("1,234 and 1,2", "2"),
-        ("CO2 is 15kg of 2^3", "15kg"),
-        ("at .5", ".5"),
-        ("none", None),
-    ],
-)
-def test_last_number(text: str, found: str | None) -> None:
-    mark = last_number(text)
-    assert (mark and mark.text) == found
-
-
-@pytest.mark.parametrize(
     ("response", "answer", "correct"),
     [
         ("answer 66", "66", True),
@@ -485,13 +467,6 @@ def test_last_number(text: str, found: str | None) -> None:
 )
 def test_grade(response: str, answer: str, correct: bool | None) -> None:
     assert grade(response, answer) is correct
-
-
-def test_graders_are_chosen_by_name() -> None:
-    assert grade("it makes 66", "66", grader="last_number")
-    assert grade("that is 3/2", "1/2", grader="last_number") is False
-    with pytest.raises(ConfigError, match="Known: marked, last_number"):
-        grade("66", "66", grader="none")
 
 
 def test_answers_of_users(shared_data: Path) -> None:
@@ -572,8 +547,7 @@ def test_long_nonsense_is_graded_at_once() -> None:
     ]
     began = time.perf_counter()
     for text in texts:
-        for grader in ("marked", "last_number"):
-            assert grade(text, "7", grader=grader) is not True
+        assert grade(text, "7") is not True
         assert grade("answer: 7", text) is not True
     assert time.perf_counter() - began < 60
 

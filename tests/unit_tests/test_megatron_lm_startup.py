@@ -124,7 +124,6 @@ def test_megatron_lm_refuses_losses(options: str, named: str, tiny_model) -> Non
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"context_parallel_size": 2}, "--context-parallel-size"),
         ({"virtual_pipeline_model_parallel_size": 2}, "an interleaved pipeline"),
         ({"mtp_num_layers": 1}, "--mtp-num-layers"),
         ({"fp16": True}, "--fp16"),

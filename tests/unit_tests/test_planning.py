@@ -26,7 +26,7 @@ from megatron_tropd.losses.signals import HiddenStatesSignal
 from megatron_tropd.losses.vocab_parallel import shard_of
 from megatron_tropd.mcore.layout import CUDA_ROW_MULTIPLE
 from megatron_tropd.planning import memory as planned_memory
-from megatron_tropd.planning.activations import saved_per_position, widths
+from megatron_tropd.planning.activations import activations, saved_per_position, widths
 from megatron_tropd.planning.communication import communication, expert_bytes
 from megatron_tropd.planning.estimate import estimate
 from megatron_tropd.planning.hardware import GPUS, Hardware, load_hardware
@@ -340,6 +340,30 @@ def test_bytes_sent_by_hand(small: Config):
     sharded = 1_720_574_976 - 28 * (2 * 2048 + 2 * 128) - 2048
     held = sharded / 2 + 28 * (2 * 2048 + 2 * 128) + 2048
     assert sent.data == pytest.approx(held * (4 + 2) * 3 / 4)
+
+
+def test_context_parallelism_divides_rows_and_sends_keys_and_values(small: Config):
+    runs = [
+        plan_run(dataclasses.replace(small, parallel=ParallelConfig(context=c, data=8 // c)), H100)
+        for c in (1, 2, 4)
+    ]
+    one, two, four = (activations(run, 0).kept for run in runs)
+    assert two == pytest.approx(one / 2, rel=0.01) and four == pytest.approx(one / 4, rel=0.01)
+    sent = [communication(run) for run in runs]
+    assert sent[0].context_student == sent[0].context_teacher == 0
+    # 4 times as long a step of a replica, of which a rank has a quarter and sends it to three.
+    positions = 64 * (512 + 8096 - 1)
+    assert sent[2].context_teacher == pytest.approx(36 * positions * 2 * 8 * 128 * 2 * 3)
+    assert sent[2].context_student == pytest.approx(2 * 28 / 36 * sent[2].context_teacher)
+    assert all(one.data == sent[0].data for one in sent), "as many replicas"
+
+
+def test_the_fullest_rank_of_a_row_is_planned_for():
+    """512 + 1,536 - 1 positions in 4 chunks of 512: prompt, then the response in three."""
+    words = ["rollout.max_new_tokens=1536", "train.tokens_per_micro_batch=2048"]
+    work = _with(*words, "parallel.context=2", "parallel.data=4").work
+    assert (work.longest, work.rank_positions) == (2048, 1024)
+    assert work.most_loss_tokens == 1024, "of the rank with the chunks in the middle"
 
 
 def test_a_tied_embedding_is_summed_over_two_stages(small: Config):

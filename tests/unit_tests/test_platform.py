@@ -161,8 +161,8 @@ def test_places_and_ranks_are_inverse() -> None:
 
     ranks = Layout(0, 12, 0, 2, 0, 3, 0, 2, groups=None)  # type: ignore[arg-type]
     for rank in range(12):
-        tp_rank, pp_rank, dp_rank = ranks.place(rank)
-        assert ranks.global_rank(tp_rank=tp_rank, pp_rank=pp_rank, dp_rank=dp_rank) == rank
+        tp_rank, pp_rank, replica = ranks.place(rank)
+        assert ranks.global_rank(tp_rank=tp_rank, pp_rank=pp_rank, replica=replica) == rank
     assert [ranks.ep_rank_of(rank) for rank in range(4)] == [0, 0, 0, 0]
     whole = dataclasses.replace(ranks, ep_size=4)
     assert [whole.ep_rank_of(rank) for rank in range(8)] == [0, 1, 2, 3, 0, 1, 2, 3]

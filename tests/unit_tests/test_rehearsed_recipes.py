@@ -56,6 +56,19 @@ def test_a_recipe_agrees_with_its_plan(name: str, rehearsals: dict[str, Rehearsa
     assert f"rank {rank.rank}" in rehearsal_table(rehearsal)
 
 
+def test_a_teacher_on_the_host_agrees_with_its_plan():
+    """And its layers take the host's memory, not the GPU's."""
+    recipe = RECIPES / "qwen3_1.7b.toml"
+    rehearsal = rehearse(
+        load_config(recipe, ["teacher.offload=host_by_layer"]), ranks=[0], micro_batches=1
+    )
+    assert findings(rehearsal) == []
+    (rank,), run = rehearsal.ranks, rehearsal.setup
+    resident = next(p for p in rank.phases if p.name == "between steps").difference
+    assert resident is not None and abs(resident) < 0.01
+    assert rank.host_peak > run.element * run.teacher.parameters / run.parallel.tensor / 2
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_new_weights_go_from_gpu_to_gpu(name: str, rehearsals: dict[str, Rehearsal]):
     """By the trainer's own channel: one buffer after the other, which the host waits for twice."""

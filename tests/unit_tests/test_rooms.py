@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_tropd import losses
+
 PACKAGE = Path(__file__).resolve().parents[2] / "megatron_tropd"
 
 # The rooms each room may import, itself apart. Arrows point down: no circle.
@@ -56,6 +58,8 @@ OUTSIDE = {
 KERNELS = PACKAGE / "losses" / "dense_triton.py"
 TRITON = {KERNELS, PACKAGE / "rehearsal" / "cuda.py"}
 """Who may import triton: where kernels are written, and where their launches are caught."""
+PROGRAMS = ("tests", "benchmarks", "examples", "tools", "slurm")
+"""Folders whose programs use the package."""
 LIGHT = {"base", "config", "cluster"}
 """Rooms that need the standard library alone."""
 
@@ -112,14 +116,38 @@ def test_every_room_has_its_arrows():
     assert {path.stem for path in PACKAGE.glob("*.py")} == TOP_LEVEL
 
 
-def test_every_import_of_the_package_finds_its_module():
-    """Within functions, too: the type checker passes over modules that it does not find."""
-    modules = {_module(path) for path in FILES}
-    for path in FILES:
+def test_every_import_of_the_package_finds_its_name():
+    """Within functions, too, and in programs that no type checker reads."""
+    modules = {_module(path).removesuffix(".__init__"): path for path in FILES}
+    names = {module: _top_level(path) for module, path in modules.items()}
+    names[losses.__name__] |= set(losses.__all__)  # imported when they are asked for
+    outside = (p for folder in PROGRAMS for p in (PACKAGE.parent / folder).rglob("*.py"))
+    for path in (*FILES, *outside):
         for node in ast.walk(ast.parse(path.read_text())):
-            name = (node.module or "") if isinstance(node, ast.ImportFrom) else ""
-            known = not name.startswith(PACKAGE.name) or {name, f"{name}.__init__"} & modules
-            assert known, f"{path} imports {name}, which is not there"
+            module = (node.module or "") if isinstance(node, ast.ImportFrom) else ""
+            if module.split(".")[0] != PACKAGE.name:
+                continue
+            assert module in modules, f"{path} imports {module}, which is not there"
+            for name in (alias.name for alias in node.names):
+                known = name in names[module] or f"{module}.{name}" in modules
+                assert known, f"{path} imports {name} of {module}, which has none"
+
+
+def _top_level(path: Path) -> set[str]:
+    """What a module binds outside of functions and classes."""
+    found: set[str] = set()
+    waiting: list[ast.AST] = [ast.parse(path.read_text())]
+    while waiting:
+        for node in ast.iter_child_nodes(waiting.pop()):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                found.add(node.name)
+            elif isinstance(node, ast.alias):
+                found.add((node.asname or node.name).split(".")[0])
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                found.add(node.id)
+            else:
+                waiting.append(node)
+    return found
 
 
 def test_no_circle():

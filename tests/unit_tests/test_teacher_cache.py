@@ -31,6 +31,7 @@ from megatron_tropd.data.prompts import load_prompts
 from megatron_tropd.data.sequence import SampleKey, TokenSequence, Writer
 from megatron_tropd.data.sequence_files import FORMAT, record_of
 from megatron_tropd.data.tokenizers import fingerprint, load_tokenizer
+from megatron_tropd.distill.score import load_to_score
 from megatron_tropd.losses import (
     LogitsSignal,
     ReferencedTopKSignal,
@@ -166,6 +167,14 @@ def test_a_plan_states_the_bytes_that_are_written(tmp_path: Path, dtype: str):
     header = int.from_bytes(path.read_bytes()[:8], "little") + 8
     expected = bytes_per_token(K, dtype) * num_scored(sequences) + 64 * len(sequences)
     assert path.stat().st_size - header == expected
+
+
+def test_a_teacher_that_gives_no_number_is_refused_before_anything_is_written(tmp_path: Path):
+    sequences, columns = _sequences(), _told(_sequences(), torch.float32)
+    columns["topk_logprobs"][7, 2] = torch.nan  # the second token of the third
+    with pytest.raises(InputError, match="topk_logprobs of prompt 2, sample 0 are not all numbers"):
+        write_shard(tmp_path / "shard", sequences, columns)
+    assert not list(tmp_path.iterdir())
 
 
 def test_shards_are_of_whole_sequences():
@@ -371,6 +380,15 @@ def score_in_shards(config: dict[str, Any], killed_at: str | None) -> None:
 
     score.SHARD_TOKENS, score.write_shard = 20, write  # type: ignore[misc]
     score.score(folder, console=sys.stderr, stop=StopFlag(), progress=Progress())
+
+
+def test_more_ids_than_there_are_cannot_be_kept(tmp_path: Path):
+    config = _write_rollouts(tmp_path)
+    config = dataclasses.replace(
+        config, teacher=dataclasses.replace(config.teacher, cache_top_k=VOCAB + 1)
+    )
+    with pytest.raises(ConfigError, match=r"teacher\.cache_top_k = 321 exceeds .* 320 tokens"):
+        load_to_score(config)
 
 
 def test_a_killed_writer_goes_on_and_writes_the_same_bytes(tmp_path: Path):

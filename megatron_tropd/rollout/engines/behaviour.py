@@ -49,9 +49,6 @@ def blend(rule: Blend, log_p_NV: Tensor, log_q_NV: Tensor) -> Blended:
         rule: which, and how far from the student.
         log_p_NV: [N, V] float64 log-probs of the teacher.
         log_q_NV: [N, V] float64 log-probs of the student.
-
-    Returns:
-        One distribution for each row.
     """
     if rule.kind == "blended":
         return trust_region(log_p_NV, log_q_NV, rule.strength)

@@ -151,10 +151,6 @@ def blended_generate(
     Args:
         llm: with a :class:`BlendedSampler` in its worker (``tropd_blend``).
         requests: prompts of at least two tokens.
-        sampling: with a ``blend``.
-
-    Returns:
-        One sample per request, in order.
     """
     starts = [(request.seed, request.token_ids[-1]) for request in requests]
     llm.collective_rpc("tropd_start_blending", args=(sampling.blend, starts))

@@ -36,11 +36,7 @@ _CHATTY_LOGGERS = ("vllm.renderers.base", "vllm.v1.core.block_pool")
 
 
 def build_llm(settings: EngineSettings) -> Any:
-    """The vLLM engine, scheduler and model in this process.
-
-    Returns:
-        ``vllm.LLM``.
-    """
+    """The vLLM engine, scheduler and model in this process."""
     arguments = engine_arguments(settings)
     from vllm import LLM
 
@@ -148,9 +144,6 @@ def generate(llm: Any, requests: Sequence[SampleRequest], sampling: Sampling) ->
 
     Args:
         requests: what to continue, each with a seed of its own.
-
-    Returns:
-        One sample per request, in order.
     """
     # What is cached decides how prompts are chunked, and with it the last bits.
     forget_prefixes(llm)
@@ -194,7 +187,6 @@ def load_weights(llm: Any, folder: str, *, draft: bool = False) -> None:
 
     Args:
         folder: complete, ``lm_head.weight`` included for tied models (checked by the parent).
-        draft: they are the draft model's.
     """
     if draft:
         llm.collective_rpc("tropd_reload_draft", args=(folder,))
@@ -205,11 +197,7 @@ def load_weights(llm: Any, folder: str, *, draft: bool = False) -> None:
 
 
 def forget_prefixes(llm: Any) -> None:
-    """Forget cached keys and values: they are of other weights, or decide how prompts are cut.
-
-    Args:
-        llm: the engine, which samples nothing now.
-    """
+    """Forget cached keys and values: they are of other weights, or decide how prompts are cut."""
     if not llm.reset_prefix_cache():
         raise RuntimeError("vLLM did not empty its prefix cache")
 

@@ -60,36 +60,26 @@ class RolloutEngine:
         *,
         max_model_len: int,
         log_file: str | Path,
-        dtype: str = "float32",
-        gpu_share: float = 0.85,
-        cpu_kv_gib: float = 1.0,
         tensor_parallel: int = 1,
         threads: int | None = None,
-        max_num_seqs: int | None = None,
-        max_num_batched_tokens: int | None = None,
-        prefix_caching: bool = True,
         vocab_size: int | None = None,
         teacher_folder: str | Path | None = None,
         draft_tokens: int = 6,
+        **settings: Any,
     ) -> None:
         """Start the child process.
 
         Args:
-            model_folder: HF folder of the first weights.
             max_model_len: longest prompt + response in tokens; at most the model's context.
             log_file: what the child prints is appended here.
-            dtype: "float32" or "bfloat16".
-            gpu_share: share of each GPU's memory.
             tensor_parallel: GPUs of the engine, from this rank's device on; 1 without CUDA.
             threads: CPU threads of the engine; None: as many as this process may use.
-            max_num_seqs: most sequences decoded together; None: vLLM's default.
-            max_num_batched_tokens: most tokens of one forward pass; None: vLLM's default.
-            prefix_caching: share the KV cache of equal beginnings within one call.
             vocab_size: the engine has so many columns of the vocabulary, the first ones: others
                 are never sampled and log-probs are over these. None: all of the model's.
             teacher_folder: HF folder of a teacher: the engine samples from between the two
                 (``Sampling.blend``), and new weights are the student's. None: there is none.
             draft_tokens: of the student, for each pass of the teacher.
+            settings: further ones of :class:`EngineSettings`.
 
         Raises:
             InputError: the folder has no readable weights, or vLLM does not run its model.
@@ -109,15 +99,10 @@ class RolloutEngine:
         served = served_models(sources, self._places, vocab_size)
         self._settings = EngineSettings(
             **served,
+            **settings,
             draft_tokens=draft_tokens if blended else None,
-            dtype=dtype,
             max_model_len=max_model_len,
-            gpu_share=gpu_share,
-            cpu_kv_gib=cpu_kv_gib,
             tensor_parallel=tensor_parallel,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            prefix_caching=prefix_caching,
             cuda=cuda,
         )
         self._expected = engine_tensors(sources[0].config, self._settings.vocab_size)
@@ -421,12 +406,6 @@ def _visible_devices(environment: Mapping[str, str], count: int) -> str:
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor in a folder's safetensors, from their headers.
 
-    Args:
-        folder: holds one or more ``*.safetensors``.
-
-    Returns:
-        Shape by name.
-
     Raises:
         InputError: there is none, or one is damaged.
     """
@@ -485,10 +464,7 @@ def blended_length(longest: int, draft_tokens: int) -> int:
 
 
 def context_length(folder: str | Path) -> int:
-    """Longest sequence a model takes.
-
-    Returns:
-        Tokens.
+    """Longest sequence a model takes, in tokens.
 
     Raises:
         InputError: config.json is missing, damaged, or of a model that is not supported.

@@ -98,9 +98,6 @@ def write_engine_folder(source: HFFolder, place: Path, vocab_size: int) -> dict[
     Args:
         vocab_size: columns the engine has; fewer than the model's: no weights are linked, as
             vLLM's reader takes whole tensors (:func:`first_rows` cuts them).
-
-    Returns:
-        The config.json dictionary.
     """
     remove_engine_folder(place)
     place.mkdir(parents=True)
@@ -140,11 +137,7 @@ def all_tensors(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def first_rows(folder: str | Path, vocab_size: int) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a model with the first columns of its vocabulary only, output layer included.
-
-    Yields:
-        HF name and tensor.
-    """
+    """A model's tensors with the first columns of its vocabulary only, output layer included."""
     source = HFFolder(folder)
     for name, shape in engine_tensors(source.config, vocab_size).items():
         stored = name if name in source.names else _EMBEDDING

@@ -23,7 +23,11 @@ class SamplingEngines(Protocol):
         """Keep the engines' memory until the block is left, also by an error."""
 
     def generate(self, requests: Sequence[SampleRequest], sampling: Sampling) -> list[Sample]:
-        """Continue every request; one sample each, in order, on every rank."""
+        """Continue every request; one sample each, in order, on every rank.
+
+        Args:
+            requests: the same list on every rank.
+        """
 
     def start(self, requests: Sequence[SampleRequest], sampling: Sampling) -> None:
         """Ask for samples of the newest weights without waiting; one call at a time."""

@@ -89,12 +89,6 @@ class EnginePool:
     def generate(self, requests: Sequence[SampleRequest], sampling: Sampling) -> list[Sample]:
         """Continue every request, spread evenly over the engines.
 
-        Args:
-            requests: the same list on every rank.
-
-        Returns:
-            One sample per request, in order, on every rank.
-
         Collectives: those of :func:`run_and_share`; as many more where others were asked for
         before, and those of the tensors where the engines dropped their weights.
         """

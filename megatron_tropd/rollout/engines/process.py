@@ -143,9 +143,6 @@ def engine_environment(
 
     Args:
         cuda_devices: CUDA_VISIBLE_DEVICES of the child; None: no CUDA.
-
-    Returns:
-        A new dictionary.
     """
     kept = {
         name: value

@@ -40,9 +40,6 @@ class ServerPool:
         """Nothing is asked yet: servers may still be starting, or start later.
 
         Args:
-            known: how servers are found and recognised.
-            versions: where they get weights from.
-            model: whose samples are asked for.
             stopping: whether the run was asked to stop; it then waits less for servers.
         """
         self.channel = VersionChannel(versions, is_writer=rank == 0)
@@ -57,12 +54,6 @@ class ServerPool:
 
     def generate(self, requests: Sequence[SampleRequest], sampling: Sampling) -> list[Sample]:
         """Continue every request on whichever servers are there.
-
-        Args:
-            requests: the same list on every rank.
-
-        Returns:
-            One sample per request, in order, on every rank.
 
         Raises:
             ServersLost: no server has answered for a bounded time.

@@ -147,8 +147,6 @@ def make_app(
     """The HTTP side.
 
     Args:
-        slot: where jobs go.
-        keeper: asked for the engine's state.
         token: what a client must show.
         about: constant part of /status.
     """

@@ -5,25 +5,25 @@ from dataclasses import dataclass
 from megatron_tropd.config.settings import Between, Count, Positive, Settings
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EngineSettings(Settings):
     """How one engine is built; what the parent hands to its child process."""
 
     model_folder: str
     """HF folder: config.json as we read it, safetensors of the first weights."""
-    dtype: str
+    dtype: str = "float32"
     """"float32" or "bfloat16"."""
     max_model_len: Count
     """Longest prompt + response in tokens."""
-    gpu_share: Between
+    gpu_share: Between = 0.85
     """Of each GPU's memory."""
-    cpu_kv_gib: Positive
+    cpu_kv_gib: Positive = 1.0
     """GiB of KV cache without CUDA."""
-    tensor_parallel: Count
+    tensor_parallel: Count = 1
     """GPUs of the engine; 1 without CUDA."""
-    max_num_seqs: Count | None
+    max_num_seqs: Count | None = None
     """Most sequences decoded together; None: vLLM's default."""
-    prefix_caching: bool
+    prefix_caching: bool = True
     """Share the KV cache of equal beginnings within one call."""
     cuda: bool
     """Whether the child runs on CUDA."""

@@ -61,7 +61,6 @@ class FolderTransport:
         """Make this rank's folder.
 
         Args:
-            owners: ranks with an engine.
             root: where (:func:`~megatron_tropd.rollout.weights.mailbox.roomy_root`); None:
                 this rank owns no engine.
         """

@@ -40,7 +40,6 @@ class WeightMailbox:
         """Make the folder and remove those of dead runs.
 
         Args:
-            root: where; :func:`roomy_root` finds one.
             bucket_bytes: tensors are written in files of about this size.
         """
         remove_stale(root)
@@ -59,9 +58,6 @@ class WeightMailbox:
 
         Args:
             tensors: HF names and tensors on any device; ``None`` values are skipped.
-
-        Returns:
-            The folder of ``*.safetensors``.
 
         Raises:
             TrainingError: no room for the weights.
@@ -124,11 +120,7 @@ def write_buckets(
 
 
 def remove_stale(root: Path) -> None:
-    """Remove the mailboxes in ``root`` whose owner is gone.
-
-    Args:
-        root: the folder mailboxes are made in.
-    """
+    """Remove the mailboxes in ``root`` whose owner is gone."""
     for folder in root.glob(f"{_PREFIX}*"):
         if not os.access(folder, os.W_OK):
             continue

@@ -51,7 +51,6 @@ class WeightVersions:
         """Write a version; one of the same number is replaced.
 
         Args:
-            name: the version and its writer.
             tensors: HF names and tensors on any device; always exhausted.
 
         Raises:

@@ -112,7 +112,6 @@ def check_cache(
 
     Args:
         path: of the cache.
-        loss: of the run.
         teacher: whose scores are wanted.
         tokenizer: of the run; None: it cannot be compared.
         vocab_size: columns that are real in all models.

@@ -145,6 +145,7 @@ def write_shard(path: Path, sequences: Sequence[TokenSequence], columns: dict[st
         columns: name -> a row for each of their scored tokens.
 
     Raises:
+        InputError: a score is no number; nothing is written.
         TrainingError: it cannot be written (kind "disk").
     """
     masks = [scored_tokens(sequence) for sequence in sequences]
@@ -153,6 +154,7 @@ def write_shard(path: Path, sequences: Sequence[TokenSequence], columns: dict[st
     columns = {**columns, "ids": torch.from_numpy(ids).int()}
     columns["topk_ids"] = columns["topk_ids"].int()
     rows = list(pairwise(accumulate(counts, initial=0)))
+    _check_numbers(sequences, columns, rows)
     digests = np.frombuffer(b"".join(map(sequence_digest, sequences)), np.uint8)
     tensors = {
         **columns,
@@ -175,6 +177,22 @@ def write_shard(path: Path, sequences: Sequence[TokenSequence], columns: dict[st
         temporary.replace(path)
 
     patiently(replace, path)
+
+
+def _check_numbers(
+    sequences: Sequence[TokenSequence],
+    columns: Mapping[str, Tensor],
+    rows: Sequence[tuple[int, int]],
+) -> None:
+    for sequence, (start, stop) in zip(sequences, rows, strict=True):
+        bad = [name for name, column in columns.items() if column[start:stop].isnan().any()]
+        if bad:
+            key = sequence.key
+            raise InputError(
+                f"The teacher's {', '.join(bad)} of prompt {key.prompt}, sample {key.sample} are "
+                "not all numbers: it overflows, or its weights are damaged. Try model.dtype = "
+                '"float32", or another copy of the weights.'
+            )
 
 
 def _checksum(columns: Mapping[str, Tensor], start: int, stop: int) -> int:
