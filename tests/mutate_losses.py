@@ -309,8 +309,8 @@ MUTATIONS = (
     ),
     Mutation(
         "input: top_k_signal does not look at ids",
-        "objective.py",
-        'check_ids(ids_T, vocab_size, "targets.ids_T")',
+        "reduction.py",
+        'check_ids(ids_T, signal.vocab_size, "targets.ids_T")',
         "pass",
     ),
     Mutation(

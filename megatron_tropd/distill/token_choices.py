@@ -141,7 +141,7 @@ def _entropy_ratio_and_logprob(
     divergences = statistics.divergences()
     if "student_entropy" not in divergences:
         # The teacher's logits are not at hand; the entropy is the student's alone.
-        alone = token_statistics(student, targets, student, config=_ANY, group=group)
+        alone = token_statistics(student, targets_of(batch), student, config=_ANY, group=group)
         divergences = alone.divergences()
     entropy_T = divergences["student_entropy"]
     return torch.stack([entropy_T, statistics.log_ratio_T, statistics.student_logprob_T])

@@ -13,13 +13,8 @@ _MODULES = {
     "align": ("align_logits", "align_output_weight"),
     "draws": ("Purpose", "keyed_seed", "keyed_uniform"),
     "method": ("BatchFacts", "Method", "SampledMethod", "TokenChoices"),
-    "objective": (
-        "teacher_statistics",
-        "token_statistics",
-        "top_k_signal",
-        "tropd_loss",
-        "tropd_loss_from_hidden",
-    ),
+    "objective": ("token_statistics", "tropd_loss", "tropd_loss_from_hidden"),
+    "reduction": ("reduce_signal", "top_k_signal"),
     "signals": (
         *("FullSignal", "HiddenStatesSignal", "LogitsSignal", "TeacherSignal", "TopKSignal"),
         *("ReferencedSignal", "ReferencedTopKSignal"),

@@ -8,7 +8,7 @@ R = ranks of the group. p = teacher, q = student, x = the token in the trajector
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,7 +26,6 @@ from megatron_tropd.losses.checks import (
     width_of_top_k,
 )
 from megatron_tropd.losses.chunks import Chunk, Pair, for_each_chunk, gradient_chunks
-from megatron_tropd.losses.dense import DenseSpec
 from megatron_tropd.losses.first_order import first_order
 from megatron_tropd.losses.merged import with_one_id
 from megatron_tropd.losses.method import Method
@@ -37,14 +36,13 @@ from megatron_tropd.losses.signals import (
     LogitsSignal,
     ReferencedSignal,
     TeacherSignal,
-    TopKSignal,
     check_signal,
     split_reference,
     tensors_of,
 )
 from megatron_tropd.losses.statistics import Target, TokenStatistics
 from megatron_tropd.losses.targets import LossOutput, LossTargets, SummedLoss
-from megatron_tropd.losses.tensors import check_ids, check_numbers, check_tensors, rows_of
+from megatron_tropd.losses.tensors import check_numbers, check_tensors, rows_of
 from megatron_tropd.losses.terms import Term, dense_spec, trust
 
 _METRICS_TOP_K = 64
@@ -207,61 +205,6 @@ def token_statistics(
         signal = _aligned(signal, shard)
     pair, _ = _pair(student, targets, signal, config, shard, True, memory_mib)
     return _collect(pair)
-
-
-def top_k_signal(
-    logits_Tv: Tensor,
-    ids_T: Tensor,
-    k: int,
-    *,
-    vocab_size: int,
-    group: dist.ProcessGroup | None,
-    bounds: Sequence[int] | None = None,
-) -> TopKSignal:
-    """Reduce teacher logits to what other ranks need to know.
-
-    Args:
-        logits_Tv: [T, v] teacher logits, any float dtype, this rank's shard. Not modified.
-        ids_T: [T] int64 tokens of the trajectory.
-        k: size of the support.
-        vocab_size: real columns of the whole vocabulary.
-        group: the ranks the vocabulary is sharded over.
-        bounds: R + 1 column ids of the shards; None: shards of equal width.
-
-    Returns:
-        The signal, the same on every rank of ``group``.
-
-    Raises:
-        ValueError: k is larger than the vocabulary, a tensor has another shape or type, or, on a
-            CPU, an id is outside the vocabulary. On a GPU the log-prob of that token is nan.
-
-    Collectives: those of ``statistics.compare``, per chunk.
-    """
-    teacher = LogitsSignal(logits_Tv, vocab_size, _tuple(bounds))
-    seen = teacher_statistics(teacher, ids_T, k, group=group)
-    return TopKSignal(seen.teacher_logprob_T, seen.topk_ids_TK, seen.topk_teacher_logprobs_TK)
-
-
-def teacher_statistics(
-    teacher: FullSignal, ids_T: Tensor, k: int, *, group: dist.ProcessGroup | None
-) -> TokenStatistics:
-    """What there is to say of the teacher alone: its normaliser, log-probs and k most likely ids.
-
-    The other arguments, errors and collectives are those of :func:`top_k_signal`.
-    """
-    vocab_size = teacher.vocab_size
-    check_tensors(teacher=teacher, targets=_Ids(ids_T))
-    check_ids(ids_T, vocab_size, "targets.ids_T")
-    if not 1 <= k <= vocab_size:
-        raise ValueError(f"Expected 1 <= k <= {vocab_size} (the vocabulary), found k = {k}.")
-    shard = shard_of_signal(teacher, group, "teacher")
-    given: dict[str, Any] = dict(spec=DenseSpec(), shard=shard, device=ids_T.device)
-    return _collect(Pair(student=teacher, teacher=teacher, ids_T=ids_T, k=k, **given))
-
-
-@dataclass(frozen=True)
-class _Ids:
-    ids_T: Tensor
 
 
 @torch.no_grad()

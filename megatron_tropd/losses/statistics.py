@@ -180,8 +180,8 @@ def compare(
     gathering = vp.AllGather(bits_Tn, group=shard.group)
     yield
     bits_RTn = gathering.wait()
-    keys_RTK = _as(torch.int64, bits_RTn[..., : 2 * k])
-    floats_RTn = _as(torch.float32, bits_RTn[..., 2 * k :])
+    keys_RTK = bits_as(torch.int64, bits_RTn[..., : 2 * k])
+    floats_RTn = bits_as(torch.float32, bits_RTn[..., 2 * k :])
     stats_at = 3 * len(own) + 2 + k
     sizes = [3 * len(own), 2, k, floats_RTn.shape[-1] - stats_at]
     own_RTn, sampled_RT2, other_RTK, stats_RTn = floats_RTn.split(sizes, -1)
@@ -238,7 +238,8 @@ def _of_target(
     return known[-1][0], reference_logprob_T, log_mass_T
 
 
-def _as(dtype: torch.dtype, bits: Tensor) -> Tensor:
+def bits_as(dtype: torch.dtype, bits: Tensor) -> Tensor:
+    """Bits that travelled as int32 as what they were."""
     if bits.shape[-1] == 0:
         return bits.to(dtype)
     # Not ``contiguous``: it leaves odd strides of single rows, which no wider type can view.

@@ -32,7 +32,13 @@ from megatron_tropd.data.sequence import SampleKey, TokenSequence, Writer
 from megatron_tropd.data.sequence_files import FORMAT, record_of
 from megatron_tropd.data.tokenizers import fingerprint, load_tokenizer
 from megatron_tropd.distill.score import load_to_score
-from megatron_tropd.losses import LogitsSignal, ReferencedTopKSignal, TopKSignal, check_signal
+from megatron_tropd.losses import (
+    LogitsSignal,
+    ReferencedTopKSignal,
+    TopKSignal,
+    check_signal,
+    reduction,
+)
 from megatron_tropd.teacher import signal_of
 from megatron_tropd.teacher.cached import CachedTeacher, check_cache, top_k
 from megatron_tropd.teacher.cached.digest import (
@@ -183,6 +189,7 @@ def test_the_most_likely_ids_are_those_of_the_whole_distribution():
     logits = torch.randn(17, 40, generator=torch.Generator().manual_seed(1))
     logits[:, 33:] = 50  # padding
     ids = torch.arange(17)
+    monkeypatch.setitem(reduction._BUDGET, "cpu", 4 * 33 * 5)  # five rows at a time
     found = top_k.top_k_of(LogitsSignal(logits, 33), ids, 6, group=None)
     expected = logits[:, :33].double().log_softmax(-1)
     values, places = expected.topk(6)
