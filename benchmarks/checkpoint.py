@@ -65,18 +65,18 @@ class Training:
         from megatron_tropd.mcore.student import Student
 
         platform.prepare_platform()
-        layout, source = ParallelConfig(tensor=RANKS), HFFolder(model)
+        sizes, source = ParallelConfig(tensor=RANKS), HFFolder(model)
         if sharding:
-            layout = ParallelConfig(data=RANKS, distributed_optimizer=True)
+            sizes = ParallelConfig(data=RANKS, distributed_optimizer=True)
         self._sharding = {"sharding": sharding} if sharding else {}
-        self.ranks = parallel.initialize(layout, seed=1)
+        self.layout = parallel.initialize(sizes, seed=1)
         self._vocab = model_shape(source.config).vocab
-        shared = {"parallel": layout, "dtype": torch.float32}
-        padded = models.padded_vocab_size(source.config, tensor=layout.tensor)
-        network = models.build_model(source, ranks=self.ranks, padded_vocab_size=padded, **shared)
+        shared = {"parallel": sizes, "dtype": torch.float32}
+        padded = models.padded_vocab_size(source.config, tensor=sizes.tensor)
+        network = models.build_model(source, layout=self.layout, padded_vocab_size=padded, **shared)
         self._student = Student(network, train=TRAIN, **shared)
         self._checkpoints = Checkpoints(
-            folder, keep=1, ranks=self.ranks, distributed_optimizer=layout.distributed_optimizer
+            folder, keep=1, layout=self.layout, distributed_optimizer=sizes.distributed_optimizer
         )
         self._steps = 0
 
@@ -84,11 +84,12 @@ class Training:
         """Seconds of an optimizer step."""
         from megatron_tropd.mcore.schedule import cross_entropy
 
-        place = {"dp_rank": self.ranks.dp_rank, "dp_size": self.ranks.dp_size}
+        place = {"dp_rank": self.layout.dp_rank, "dp_size": self.layout.dp_size}
         given = trajectories(self._steps, self._vocab)
         batches = pack(given, **place, tokens_per_micro_batch=512, seed=0, step=0)
         start = time.perf_counter()
-        self._student.train_step(batches, cross_entropy)
+        self._student.forward_backward(batches, cross_entropy)
+        self._student.update()
         self._steps += 1
         return time.perf_counter() - start
 

@@ -81,8 +81,8 @@ def chosen_layers(wanted: str) -> str:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Figures of the last step, and the loss of the first."""
-    ranks = parallel.initialize(ParallelConfig(), seed=1)
-    parts = _parts(options, ranks)
+    layout = parallel.initialize(ParallelConfig(), seed=1)
+    parts = _parts(options, layout)
     losses = []
     for step in range(options.steps):
         phases = _Phases()
@@ -105,7 +105,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _parts(options: argparse.Namespace, ranks: Layout) -> StepParts:
+def _parts(options: argparse.Namespace, layout: Layout) -> StepParts:
     """What a step is made with."""
     config = Config(
         model=ModelConfig(student=str(options.student), teacher=str(options.teacher)),
@@ -122,7 +122,7 @@ def _parts(options: argparse.Namespace, ranks: Layout) -> StepParts:
         who: SimpleNamespace(config=read_config(path)) for who, path in paths.items()
     }
     with patch.object(dense, "load_weights", _draw_weights):
-        return step_parts(config, folders, ranks)
+        return step_parts(config, folders, layout)
 
 
 def _draw_weights(model: torch.nn.Module, *_: Any, **__: Any) -> None:
@@ -137,7 +137,7 @@ def _draw_weights(model: torch.nn.Module, *_: Any, **__: Any) -> None:
 
 
 def _export(parts: StepParts) -> None:
-    for _ in parts.student.weights.exported():
+    for _ in parts.student.model.exported():
         pass
 
 

@@ -1,19 +1,19 @@
 """One run of `tropd distill` that nobody disturbs, for every test that compares another with it."""
 
 import json
-import os
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import warm_commands
 from filelock import FileLock
 from safetensors.torch import load_file
 from tiny_models import write_tiny_model
 from warm_engines import environment_of_commands
 
+REPOSITORY = Path(__file__).resolve().parents[1]
 STEPS = 12
 TROPD = [sys.executable, "-m", "megatron_tropd.cli"]
 TIMINGS = ("seconds_", "tokens_per_second", "peak_memory")
@@ -75,24 +75,17 @@ def _make(run: CalmRun) -> None:
     for name in ("prompts.jsonl", "heldout.jsonl"):
         (run.root / name).write_text("\n".join(lines) + "\n")
     _write_configs(run)
-    environment = os.environ | environment_of_commands(run.root / "warm")
+    environment = environment_of_commands(run.root / "warm")
     responses = [
         *("tools/teacher_responses.py", "--teacher", str(run.teacher)),
         *("--prompts", str(run.root / "prompts.jsonl"), "--max-new-tokens", "16"),
         *("--out", str(run.root / "responses.jsonl")),
     ]
-    distil = [*TROPD[1:], "distill", str(run.config), f"run.dir={run.folder}"]
-    for arguments in (responses, distil):
-        done = subprocess.run(
-            [sys.executable, *arguments],
-            cwd=Path(__file__).resolve().parents[1],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        (run.root / "printed.txt").write_text(done.stdout)
-        assert done.returncode == 0, done.stdout
+    distil = ["distill", run.config, f"run.dir={run.folder}"]
+    for words in (responses, distil):
+        done = warm_commands.run(words, environment=environment, folder=REPOSITORY)
+        (run.root / "printed.txt").write_text(done.stdout + done.stderr)
+        assert done.returncode == 0, run.printed
 
 
 def _write_configs(run: CalmRun) -> None:

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 SITE = """
-import os as _os, time as _time
+import os as _os, sys as _sys, time as _time
 
 def _hold(path):
     while _os.path.exists(path):
@@ -22,7 +22,9 @@ def _hold_after_step(number, path):
         logged[0] += file.name == "metrics.jsonl"
         if logged[0] == number:
             _hold(path)
-    files.append_line = append_and_hold
+    for module in list(_sys.modules.values()):  # who was forked has imported it already
+        if getattr(module, "append_line", None) is append:
+            module.append_line = append_and_hold
 
 def _hold_in_save(number, path):
     from pathlib import Path

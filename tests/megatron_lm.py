@@ -5,7 +5,6 @@ is a script with its command line, and Megatron's globals are destroyed in betwe
 """
 
 import contextlib
-import queue
 import re
 import runpy
 import sys
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tests.ranks import run_with_env
+from tests.ranks import run_with_env, save_without_manager
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "examples" / "megatron_lm"
 CHECKOUT = Path(__file__).resolve().parent / "checkout" / "pretrain_gpt.py"
@@ -119,11 +118,9 @@ def _run_all(runs: list[Run], out: Path) -> None:
 
 
 def _run(run: Run) -> None:
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.training.training import destroy_global_state
 
-    # Instead of a manager process per rank, which imports this file again.
-    filesystem_async._results_queue = queue.Queue()
+    save_without_manager()
     sys.argv = command_line(run.script, run.arguments)
     after = run.before() if run.before else None
     try:

@@ -15,6 +15,11 @@ ONE_RANK = (
 )
 SETTINGS = ("tests/unit_tests/test_settings.py", "tests/unit_tests/test_loss_config.py")
 METRICS = ("tests/unit_tests/test_step_metrics.py",)
+REFERENCES = (
+    "tests/distributed/test_references.py::test_one_rank",
+    "tests/distributed/test_references.py::test_an_anchor_ignores_what_the_teacher_excludes",
+)
+GOLDEN = ("tests/unit_tests/test_golden.py::test_the_step_divides_their_loss_by_their_number",)
 SEVERAL_RANKS = ("tests/distributed/test_losses.py::test_losses_tp2_and_tp4",)
 
 
@@ -178,9 +183,44 @@ MUTATIONS = (
     ),
     Mutation(
         "Veto's target without the student",
-        "chunks.py",
-        "teacher_tv.add_(student_tv, alpha=power)",
+        "statistics.py",
+        "teacher_Tv.add_(student_Tv, alpha=powers.student)",
         "pass",
+    ),
+    Mutation(
+        "StableOPD's anchor without its weight",
+        "methods/stable_opd.py",
+        "terms.reverse_kl(statistics).scaled(weight)",
+        "terms.reverse_kl(statistics)",
+        tests=REFERENCES,
+    ),
+    Mutation(
+        "StableOPD: both KLs lose their common factor",
+        "methods/stable_opd.py",
+        "terms.tilted_kl(statistics).scaled(1 + weight)",
+        "terms.tilted_kl(statistics)",
+        tests=REFERENCES,
+    ),
+    Mutation(
+        "StableOPD: the anchor keeps what the teacher excludes",
+        "statistics.py",
+        "        if not powers.teacher:  # 0 x -inf would be nan",
+        "        if False:",
+        tests=REFERENCES,
+    ),
+    Mutation(
+        "golden answers share the student's denominator",
+        "../distill/step_loss.py",
+        "weights_T = torch.where(writers_T == Writer.GOLDEN, golden, weights_T)",
+        "pass",
+        tests=GOLDEN,
+    ),
+    Mutation(
+        "golden answers count as the teacher's",
+        "../distill/metrics.py",
+        "len(loss_T) - len(student)) - golden_T.sum(),",
+        "len(loss_T) - len(student)),",
+        tests=GOLDEN,
     ),
     Mutation(
         "IW-OPD counts the token itself as before it",
@@ -415,7 +455,7 @@ MUTATIONS = (
     Mutation(
         "floor lost in the exact clip",
         "dense_inplace.py",
-        "floored = torch.clamp(self.ratio, min=spec.tau, out=self._other)",
+        "floored = torch.clamp(self.ratio, min=spec.reward_floor, out=self._other)",
         "floored = torch.clamp(self.ratio, min=-torch.inf, out=self._other)",
     ),
     Mutation(

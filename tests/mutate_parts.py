@@ -8,10 +8,10 @@ from mutate import of_file
 PACKING = "unit_tests/test_data_packing.py::test"
 LAYOUT = "unit_tests/test_platform.py::test_places_and_ranks_are_inverse"
 EXPORT = "distributed/test_logits.py::test_tiny_logits_and_export"
-FOLDER = "unit_tests/test_weight_sync.py::test"
+FOLDER = "unit_tests/test_weight_mailbox.py::test"
 STEP = "unit_tests/test_step.py::test"
 CHOICES = "unit_tests/test_choices.py::test"
-CHANNEL = "unit_tests/test_weight_channels.py::test"
+CHANNEL = "unit_tests/test_weight_transports.py::test"
 LORA = "distributed/test_lora.py::test"
 
 
@@ -71,7 +71,7 @@ MUTATIONS = (
         ),
         (
             "rows in the order of the list",
-            "key=lambda i: (-len(trajectories[i]), i)",
+            "key=lambda i: (-len(sequences[i]), i)",
             "key=lambda i: i",
             f"{PACKING}_sorting_keeps_padding_small",
         ),
@@ -161,8 +161,8 @@ MUTATIONS = (
         "mcore/student.py",
         (
             "what is not to be trained is trained",
-            "weights.module.requires_grad_(False)",
-            "weights.module.requires_grad_(True)",
+            "model.module.requires_grad_(False)",
+            "model.module.requires_grad_(True)",
             "distributed/test_student_model.py",
         ),
     ),
@@ -209,7 +209,7 @@ MUTATIONS = (
         ),
     ),
     *of_file(
-        "rollout/weights/weight_sync.py",
+        "rollout/weights/mailbox.py",
         (
             "a bucket overwrites the one before",
             "bucket, size, count = {}, 0, count + 1",
@@ -230,7 +230,7 @@ MUTATIONS = (
         ),
     ),
     *of_file(
-        "rollout/weights/channels.py",
+        "rollout/engines/transports.py",
         (
             "each tensor at the start of the buffer",
             "self._buffer[self._used : self._used + flat.numel()].copy_(flat)",

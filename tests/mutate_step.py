@@ -39,8 +39,8 @@ MUTATIONS: tuple[Mutation, ...] = (
         ),
         (
             "every rank of a vocabulary counts its tokens",
-            "counted=ranks.is_last_stage and ranks.tp_rank == 0",
-            "counted=ranks.is_last_stage",
+            "counted=layout.is_last_stage and layout.tp_rank == 0",
+            "counted=layout.is_last_stage",
             f"{STEP}_one_rank_of_a_vocabulary_counts",
         ),
     ),
@@ -60,8 +60,8 @@ MUTATIONS: tuple[Mutation, ...] = (
         ),
         (
             "weights of the segments change places",
-            "torch.where(is_teacher_T, teacher, student)",
-            "torch.where(is_teacher_T, student, teacher)",
+            "torch.where(writers_T == Writer.TEACHER, teacher, student)",
+            "torch.where(writers_T == Writer.TEACHER, student, teacher)",
             f"{CHOICES}_of_entropy_opd",
         ),
         (
@@ -84,8 +84,8 @@ MUTATIONS: tuple[Mutation, ...] = (
         ),
         (
             "the separate denominator is the joint one",
-            "teacher, student = (total / count if count",
-            "teacher, student = (1.0 if count",
+            "teacher, student, golden = (total / count if count",
+            "teacher, student, golden = (1.0 if count",
             f"{METRICS}_segment_weights_turn_the_joint_denominator_into_the_separate_one",
         ),
     ),
@@ -123,8 +123,8 @@ MUTATIONS: tuple[Mutation, ...] = (
         ),
         (
             "the student's tokens are taken for the teacher's",
-            "is_teacher_T=batch.of_loss_tokens(batch.writers) == Writer.TEACHER",
-            "is_teacher_T=batch.of_loss_tokens(batch.writers) == Writer.STUDENT",
+            "is_teacher_T=writers_T == Writer.TEACHER",
+            "is_teacher_T=writers_T == Writer.STUDENT",
             f"{CHOICES}_of_entropy_opd",
         ),
     ),
@@ -168,7 +168,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         ),
         (
             "the loss is divided by the student's tokens",
-            '"loss": _ratio(loss, teacher + student),',
+            '"loss": _ratio(loss, teacher + student + golden),',
             '"loss": _ratio(loss, student),',
             f"{METRICS}_means_are_over_student_tokens_and_the_loss_over_all",
         ),

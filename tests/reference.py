@@ -102,6 +102,7 @@ def losses(student: Tensor, teacher: Tensor, tokens: Tokens, settings: dict, *, 
     unknown = settings.keys() - DEFAULTS.keys() - set(BATCH_WIDE) - {"divergence"}
     assert not unknown, unknown
     s = DEFAULTS | LIKE.get(settings.get("method"), {}) | settings
+    of_teacher = of_token(Models(student, teacher, tokens.ids, 0))
     if s["method"] == "veto":
         s["objective"] = s["divergence"]
         teacher = product(teacher, student.detach(), s["student_power"])
@@ -125,7 +126,8 @@ def losses(student: Tensor, teacher: Tensor, tokens: Tokens, settings: dict, *, 
     weights = torch.ones(num) if tokens.weights is None else tokens.weights
     values["loss"] = times(weights.double(), values["term"])
     surrogate = times(weights.double(), surrogate)
-    return surrogate, values | metrics(Models(student, teacher, tokens.ids, s["top_k"]))
+    found = metrics(Models(student, teacher, tokens.ids, s["top_k"]))
+    return surrogate, values | found | of_teacher
 
 
 def product(teacher: Tensor, student: Tensor, power: float) -> Tensor:
@@ -364,13 +366,19 @@ def jsd(m: Models, share: float) -> Tensor:
     return share * kl(m.log_p, log_mix) + (1 - share) * kl(m.log_q, log_mix)
 
 
-def metrics(m: Models) -> dict[str, Tensor]:
-    """[T] each: what is reported besides the loss."""
+def of_token(m: Models) -> dict[str, Tensor]:
+    """[T] each: what is reported of the token, whatever stands in the teacher's place elsewhere."""
     return {
         "student_logprob": m.at(m.lq),
         "teacher_logprob": m.at(m.log_p),
         "trust": m.trust_x,
         "k1": -m.ratio_x,
+    }
+
+
+def metrics(m: Models) -> dict[str, Tensor]:
+    """[T] each: what is reported besides the loss."""
+    return {
         "tv": m.tv,
         "reverse_kl": kl(m.lq, m.log_p),
         "forward_kl": kl(m.log_p, m.lq),

@@ -13,6 +13,7 @@ from megatron_tropd.config import (
     ParallelConfig,
     RolloutConfig,
     RunConfig,
+    TeacherConfig,
     TrainConfig,
 )
 
@@ -29,6 +30,7 @@ def build_parts(
     *,
     dtype: str = "float32",
     megatron: MegatronConfig | None = None,
+    source: TeacherConfig | None = None,
     ranks: Any = None,
     **changes: Any,
 ) -> Any:
@@ -42,6 +44,7 @@ def build_parts(
         loss: of the run.
         dtype: of both.
         megatron: further options.
+        source: settings of the teacher's.
         ranks: if there are process groups already.
         changes: other fields of ``StepParts``.
     """
@@ -59,7 +62,10 @@ def build_parts(
         train=replace(train, seed=SEED),
         run=RunConfig(dir="."),
         megatron=megatron or MegatronConfig(),
+        teacher=source or TeacherConfig(),
     )
     ranks = ranks or parallel.initialize(layout, seed=1)
     folders = {"student": HFFolder(Path(student)), "teacher": HFFolder(Path(teacher))}
+    if config.reference is not None:
+        folders["reference"] = HFFolder(Path(config.reference))
     return replace(step_parts(config, folders, ranks), **changes)

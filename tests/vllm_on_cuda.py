@@ -81,8 +81,8 @@ from vllm.v1.worker.gpu_worker import Worker  # noqa: E402
 from megatron_tropd.data.samples import SampleRequest, Sampling  # noqa: E402
 from megatron_tropd.rollout.engines import child  # noqa: E402
 from megatron_tropd.rollout.engines.settings import EngineSettings  # noqa: E402
+from megatron_tropd.rollout.engines.transports import DeviceTransport  # noqa: E402
 from megatron_tropd.rollout.engines.worker_extension import WorkerExtension  # noqa: E402
-from megatron_tropd.rollout.weights.channels import DeviceChannel  # noqa: E402
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "one GPU": {"tensor_parallel": 1},
@@ -205,7 +205,7 @@ def transferred(config: Any) -> dict[str, Any]:
         "large": torch.randn(99),
     }
     model = Model()
-    channel = DeviceChannel(
+    channel = DeviceTransport(
         {0: (0,)}, rank=0, uuid="GPU-3", device=torch.device("cpu"), export=export, bucket_bytes=50
     )
     channel.send(iter(weights.items()), Engine(config, model))  # type: ignore[arg-type]

@@ -68,16 +68,19 @@ def address() -> dict[str, str]:
     return {ADDRESS: _server._forkserver_address}
 
 
-def environment_of_commands(folder: Path) -> dict[str, str]:
+def environment_of_commands(folder: Path, *paths: Path | str) -> dict[str, str]:
     """Environment of a command whose ranks are to use the server.
 
     Args:
         folder: for a ``sitecustomize.py``, which each Python that is started reads first.
+        paths: others of its PYTHONPATH, before that of this process.
     """
     folder.mkdir(exist_ok=True)
     (folder / "sitecustomize.py").write_text(SITE)
-    paths = (folder, Path(__file__).parent, os.environ.get("PYTHONPATH", ""))
-    return address() | {"PYTHONPATH": os.pathsep.join(filter(None, map(str, paths)))}
+    searched = (folder, Path(__file__).parent, *paths, os.environ.get("PYTHONPATH", ""))
+    return (
+        os.environ | address() | {"PYTHONPATH": os.pathsep.join(filter(None, map(str, searched)))}
+    )
 
 
 _preparation_data = spawn.get_preparation_data

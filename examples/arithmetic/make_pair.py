@@ -14,7 +14,7 @@ import random
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import count, islice
@@ -48,7 +48,7 @@ from megatron_tropd.mcore.export import save_hf
 from megatron_tropd.mcore.models import build_model, padded_vocab_size
 from megatron_tropd.mcore.parallel import initialize, shutdown
 from megatron_tropd.mcore.schedule import cross_entropy
-from megatron_tropd.mcore.student import StepResult, Student
+from megatron_tropd.mcore.student import Student
 from megatron_tropd.rollout.engines.engine import RolloutEngine
 from megatron_tropd.tasks.exact_match import answer_greedily, grade_answers
 
@@ -241,7 +241,7 @@ def train_rank(
     backend = platform.distributed_backend()
     dist.init_process_group(backend, store=store, rank=rank, world_size=tensor_parallel)
     parallel = ParallelConfig(tensor=tensor_parallel)
-    ranks = initialize(parallel, recipe.seed)
+    layout = initialize(parallel, recipe.seed)
     folder = HFFolder(first)
     train = TrainConfig(
         steps=recipe.steps,
@@ -254,7 +254,7 @@ def train_rank(
     padded = padded_vocab_size(folder.config, tensor=tensor_parallel)
     model = build_model(
         folder,
-        ranks=ranks,
+        layout=layout,
         parallel=parallel,
         dtype=torch.float32,
         padded_vocab_size=padded,
@@ -264,8 +264,8 @@ def train_rank(
     losses: deque[float] = deque(maxlen=LOSS_WINDOW)
     began = time.perf_counter()
     for step, micro_batches in enumerate(islice(stream, recipe.steps), start=1):
-        result = student.train_step(micro_batches, cross_entropy)
-        losses.append(_mean_loss(result))
+        losses.append(_mean_loss(student.forward_backward(micro_batches, cross_entropy)))
+        student.update()
         loss = sum(losses) / len(losses)
         done = step == recipe.steps or (step > LOSS_WINDOW and loss < recipe.stop_loss)
         if rank == 0 and (done or step % LOG_EVERY == 0):
@@ -276,9 +276,9 @@ def train_rank(
     shutdown()
 
 
-def _mean_loss(result: StepResult) -> float:
-    tokens = sum(float(report["tokens"]) for report in result.reports)
-    return sum(float(report["loss"]) for report in result.reports) / tokens
+def _mean_loss(reports: Sequence[dict[str, torch.Tensor]]) -> float:
+    tokens = sum(float(report["tokens"]) for report in reports)
+    return sum(float(report["loss"]) for report in reports) / tokens
 
 
 def _write_log(log: Path, *, step: int, loss: float, seconds: float) -> None:

@@ -47,8 +47,9 @@ class Problem:
     """The number in the last line."""
 
     def as_line(self) -> str:
-        """One JSON line: the prompt and what the grader needs."""
-        return json.dumps({"prompt": self.prompt, "answer": str(self.answer)})
+        """One JSON line: the prompt, what the grader needs, and a golden answer."""
+        line = {"prompt": self.prompt, "answer": str(self.answer), "solution": self.working}
+        return json.dumps(line)
 
 
 def _operation(value: int, rng: random.Random) -> tuple[str, str, int]:

@@ -1,4 +1,4 @@
-"""A teacher source of your own: ``teacher.source = "own_teacher:Indifferent"``."""
+"""A teacher source of your own: ``teacher.placement = "own_teacher:Indifferent"``."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,8 +14,8 @@ class Indifferent:
     signal = LogitsSignal
 
     def __init__(self, start: TeacherStart) -> None:
-        self._last = start.ranks.is_last_stage
-        self._columns = start.padded_vocab_size // start.ranks.tp_size
+        self._last = start.layout.is_last_stage
+        self._columns = start.padded_vocab_size // start.layout.tp_size
         self._real = start.vocab_size
         self._seen: list[int] = []
 

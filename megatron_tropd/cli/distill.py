@@ -151,8 +151,9 @@ def _be_rank(config: Config) -> int:
     world = number("WORLD_SIZE")
     if world != config.parallel.world_size:
         raise ConfigError(
-            f"The launcher started {world} ranks, the config asks for tensor x pipeline x data = "
-            f"{config.parallel.world_size}. Change parallel.* or the number of ranks."
+            f"The launcher started {world} ranks, the config asks for tensor x context x "
+            f"pipeline x data = {config.parallel.world_size}. Change parallel.* or the number of "
+            "ranks."
         )
     is_first = number("RANK") == 0
     root = Path(config.run.dir).resolve()
@@ -178,10 +179,12 @@ def _settings_text(config: Config, inputs: "Inputs") -> str:
     samples = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
     p = config.parallel
     shared = f", experts over {p.expert}" if p.expert > 1 else ""
+    context = f" x CP {p.context}" if p.context > 1 else ""
     guidance = f"{len(inputs.responses)} prompts have one" if inputs.responses else "off"
     return "\n".join(
         [
-            f"ranks:      {p.world_size} (TP {p.tensor} x PP {p.pipeline} x DP {p.data}{shared})",
+            f"ranks:      {p.world_size} (TP {p.tensor}{context} x PP {p.pipeline} x DP "
+            f"{p.data}{shared})",
             *(f"{who + ':':<11} {describe(f.config)}" for who, f in inputs.folders.items()),
             *_left_unread(inputs),
             f"vocabulary: {inputs.vocab_size} shared columns, context {inputs.context} tokens",
@@ -189,6 +192,7 @@ def _settings_text(config: Config, inputs: "Inputs") -> str:
             f"prompts:    {len(inputs.prompts)}, {config.rollout.prompts_per_step} a step x "
             f"{config.rollout.samples_per_prompt} samples = {samples} trajectories",
             f"teacher responses: {guidance}",
+            *([f"golden answers: {len(inputs.golden)}, one a prompt"] if inputs.golden else []),
             f"held-out:   {len(inputs.problems)} problems",
             f"steps:      {config.train.steps}",
             *(f"option:     {line}" for line in config.megatron.lines()),

@@ -10,6 +10,7 @@ from megatron_tropd.base.failures import exit_code
 
 COMMANDS = {
     "distill": "train a student from a TOML file",
+    "score": "the teacher's signals of recorded rollouts, for runs without a teacher",
     "slurm": "write or submit the Slurm job of a run",
     "serve": "one rollout server of a run",
     "plan": "memory, traffic and seconds before anything runs",

@@ -51,9 +51,9 @@ def _ranks_per_node(world: int, site: Site) -> int:
         return world
     if world % slots:
         raise ConfigError(
-            f"{world} ranks (parallel: tensor x pipeline x data) do not fill nodes of {slots}: "
-            f"{world % slots} would be left for the last one. Change parallel.* to a multiple of "
-            f"{slots}, or gpus_per_node (ranks_per_node) of the site file."
+            f"{world} ranks (parallel: tensor x context x pipeline x data) do not fill nodes of "
+            f"{slots}: {world % slots} would be left for the last one. Change parallel.* to a "
+            f"multiple of {slots}, or gpus_per_node (ranks_per_node) of the site file."
         )
     return slots
 

@@ -4,9 +4,10 @@ The methods themselves are files of ``losses/methods``; their settings are read 
 """
 
 import math
+from abc import ABCMeta
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.base.parts import load_part, part_names
@@ -15,13 +16,22 @@ from megatron_tropd.config.settings import Number, Settings, Share, nearest
 _METHODS = "megatron_tropd.losses.methods"
 
 Reward = Literal["trust", "trust_clip", "log_ratio", "mixture", "power"]
-"""w_v: min(p,q) r | min(p,q) r + (q - min(p,q)) max(r, tau) | q r | q log((b p + (1-b) q) / q) |
+"""w_v: min(p,q) r | min(p,q) r + (q - min(p,q)) max(r, floor) | q r | q log((b p + (1-b) q) / q) |
 q (p^a - q^a)."""
 FloorRule = Literal["log(l)/(1-l)", "log(l/(1-l))"]
 
 
-TEACHER = (1.0, 0.0, 0.0)
-"""``Needs.target`` of the losses that compare the student with the teacher itself."""
+class Powers(NamedTuple):
+    """A target: the distribution proportional to p^teacher p_ref^reference q^student, in which q
+    has no gradient."""
+
+    teacher: float = 1.0
+    reference: float = 0.0
+    student: float = 0.0
+
+
+TEACHER = Powers()
+"""The target of the losses that compare the student with the teacher itself."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +46,10 @@ class Needs:
     """Sums over the whole vocabulary that its value is made of (``losses.dense.SUMS``)."""
     reward: Reward | None = None
     """w of the gradient over the whole vocabulary, and of the sum "reward"."""
-    tau: float = 0.0
-    """Floor of the reward trust_clip."""
+    reward_floor: float = 0.0
+    """Floor of r in the reward trust_clip."""
     mix: float = 0.5
     """b of the reward mixture."""
-    student_power: float = 0.0
-    """b: p q^b, normalised, stands in the teacher's place in everything that is computed."""
     power: float = 1.0
     """a of the reward power."""
     teacher_gradient: bool = False
@@ -54,12 +62,14 @@ class Needs:
     """Whether ``LossTargets.rollout_logprobs_T`` is read."""
     reference: bool = False
     """Whether log p_ref is read: that of the sampled token, or of all tokens by ``target``."""
-    target: tuple[float, float, float] = TEACHER
-    """(a, b, c): sums, top-k and gradients compare the student with the distribution proportional
-    to p^a p_ref^b q^c (q without a gradient), in place of the teacher p."""
+    target: Powers = TEACHER
+    """What sums, top-k and gradients compare the student with; k1, trust and the log-probs of the
+    token stay the teacher's."""
     outcomes: bool = False
     """Whether ``LossTargets.rewards_T`` is how much better a sequence's outcome was than that of
     the prompt's other samples: graded, recorded rollouts have it."""
+    golden: bool = False
+    """Whether tokens of golden answers have a loss of their own (``LossTargets.is_golden_T``)."""
     outliers: bool = False
     """Whether the loss tells tokens outside of a trust region apart."""
     student_pass: bool = False
@@ -114,8 +124,8 @@ class LossSettings(Settings, section="loss"):
 
     @property
     def needs(self) -> Needs:
-        """What the loss must be given."""
-        raise NotImplementedError
+        """What the loss must be given; by itself a table of settings needs nothing."""
+        return Needs()
 
     @property
     def needs_student_pass(self) -> bool:
@@ -168,6 +178,8 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "exopd_exact": ("exopd", {"over": "vocabulary"}),
     "delta": ("delta", {}),
     "delta_exact": ("delta", {"over": "vocabulary"}),
+    "stable_opd": ("stable_opd", {}),
+    "stable_opd_exact": ("stable_opd", {"over": "vocabulary"}),
     "minillm_single_step": ("gkd", {"divergence": "reverse_kl", "teacher_tokens": "nll"}),
 }
 """Published method -> its file in ``losses/methods`` and what differs from that file's defaults
@@ -189,6 +201,11 @@ def preset(name: str, **changes: Any) -> Any:
     """
     method, values = _method(name)
     return method(**{**values, **changes})
+
+
+def loss_name(loss: LossSettings) -> str:
+    """The preset that a loss is, else its method."""
+    return next((name for name in PRESETS if preset(name) == loss), loss.method_name())
 
 
 def loss_defaults(name: str) -> dict[str, Any]:
@@ -218,5 +235,11 @@ def _method(name: object) -> tuple[type[LossSettings], dict[str, Any]]:
         raise ConfigError(
             f"loss.method = {name!r} must be a subclass of megatron_tropd.losses.method.Method, "
             f"found {found!r}. See docs/losses.md."
+        )
+    if isinstance(found, ABCMeta) and found.__abstractmethods__:
+        missing = " and ".join(sorted(found.__abstractmethods__))
+        raise ConfigError(
+            f"loss.method = {name!r} must define {missing}, which every method does. See "
+            "docs/extending.md."
         )
     return found, values

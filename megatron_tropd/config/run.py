@@ -40,6 +40,8 @@ from megatron_tropd.config.settings import (
 PATH = {"path": True}  # metadata of the fields that name an input file or folder
 STUDENT = "student"
 """``teacher.reference``: the weights that the student starts from."""
+CACHED_TOP_K = 64
+"""``teacher.cache_top_k`` of a loss that needs no more."""
 _GREEDY = "On-policy samples are drawn at random (evaluation is greedy by itself)."
 Temperature = Annotated[float, Range(0, ends="(]", hint=_GREEDY)]
 Moment = Annotated[float, Range(0, 1, "[)")]
@@ -48,6 +50,7 @@ _GONE = {
     ("rollout.engine_memory", None): "is now two settings, one for each unit: "
     "rollout.engine_gpu_share (share of each GPU's memory) and rollout.engine_cpu_kv_gib (GiB of "
     "KV cache without CUDA). Set the one that your machine needs.",
+    ("teacher.source", None): "is now teacher.placement, with the same values. Rename it.",
     ("rollout.weight_transport", "direct"): '= "direct" is no longer there: servers read new '
     "weights from the run folder. Remove the line.",
 }
@@ -98,7 +101,7 @@ class ModelConfig(Settings, section="model"):
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig(Settings, section="parallel"):
-    """How the ranks are laid out. World size = tensor x pipeline x data."""
+    """How the ranks are laid out. World size = tensor x context x pipeline x data."""
 
     tensor: Count = 1
     """Tensor-parallel ranks of student and teacher."""
@@ -106,9 +109,12 @@ class ParallelConfig(Settings, section="parallel"):
     """Pipeline stages of student and teacher."""
     data: Count = 1
     """Data-parallel replicas of the student."""
+    context: Count = 1
+    """Ranks that share each row of tokens, for long ones: of 2 x context equal parts of it a rank
+    computes one from the front and its mirror image from the back."""
     expert: Count = 1
-    """Ranks that share the experts of a mixture, taken from the replicas; divides data, or, with
-    expert_tensor = 1, tensor x data."""
+    """Ranks that share the experts of a mixture, taken from the replicas; divides context x data,
+    or, with expert_tensor = 1, tensor x context x data."""
     expert_tensor: Count | None = None
     """Tensor-parallel ranks of each expert: 1 keeps experts whole, so routed tokens are sent once
     and not gathered over the tensor-parallel ranks too. None: tensor."""
@@ -126,11 +132,12 @@ class ParallelConfig(Settings, section="parallel"):
             f"{self.expert_tensor}.",
         )
         whole = self.shards_of_expert < self.tensor
-        sharers = self.tensor * self.data if whole else self.data
+        sharers = self.replicas * (self.tensor if whole else 1)
+        context = "context x " if self.context > 1 else ""
         _require(
             sharers % self.expert == 0,
             f"parallel.expert = {self.expert} must divide parallel."
-            f"{'tensor x data' if whole else 'data'}, found {sharers}: the replicas share the "
+            f"{'tensor x ' if whole else ''}{context}data, found {sharers}: the replicas share the "
             "experts. Change one of the two.",
         )
         _require(
@@ -142,12 +149,18 @@ class ParallelConfig(Settings, section="parallel"):
     @property
     def world_size(self) -> int:
         """Number of ranks (processes) of the run."""
-        return self.tensor * self.pipeline * self.data
+        return self.tensor * self.pipeline * self.replicas
+
+    @property
+    def replicas(self) -> int:
+        """Ranks that hold the same weights, if experts are not counted: for other tokens."""
+        return self.context * self.data
 
     @property
     def row_shards(self) -> int:
         """Equal parts that the axes cut a row into."""
-        return self.tensor if self.sequence_parallel else 1
+        shards = self.tensor if self.sequence_parallel else 1
+        return shards if self.context == 1 else 2 * self.context * shards
 
     @property
     def shards_of_expert(self) -> int:
@@ -157,7 +170,7 @@ class ParallelConfig(Settings, section="parallel"):
     @property
     def expert_replicas(self) -> int:
         """Ranks that hold the same part of the same experts."""
-        return self.tensor * self.data // (self.shards_of_expert * self.expert)
+        return self.tensor * self.replicas // (self.shards_of_expert * self.expert)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -337,6 +350,9 @@ class GuidanceConfig(Settings, section="guidance"):
     steps, or always 1 (GKD's off-policy share: the teacher's response, then the student)."""
     beta: Amount = 0.001
     """Weight of -log q(x) on teacher tokens."""
+    golden_field: str | None = None
+    """Field of a prompt's line with its golden answer, a text (docs/losses.md): in every step it
+    takes the place of the prompt's last sample. None: all are sampled."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -362,7 +378,8 @@ class TrainConfig(Settings, section="train"):
     clip_grad: Amount = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
     tokens_per_micro_batch: Count = 16384
-    """Padded tokens one micro-batch may hold on one data-parallel rank (memory knob)."""
+    """Padded tokens one micro-batch may hold on one data-parallel rank, over its context-parallel
+    ranks (memory knob)."""
     seed: Anything = 1234
     """Keys every random draw: prompt order, sampling, trust-region mask, prefixes."""
 
@@ -401,13 +418,26 @@ class EvaluationConfig(Settings, section="evaluation"):
 class TeacherConfig(Settings, section="teacher"):
     """Where the teacher's signals come from."""
 
-    source: str = "resident"
-    """resident: a model on the student's ranks. "package.module:attribute": a source of your own
+    placement: str = "resident"
+    """resident: a model on the student's ranks; cached: no model, but what ``tropd score`` wrote
+    into teacher.cache (docs/teachers.md). "package.module:attribute": a source of your own
     (docs/extending.md)."""
+    cache: str | None = field(default=None, metadata=PATH)
+    """cached: the folder of the scored rollouts; ``tropd score`` makes it."""
+    cache_top_k: Count | None = None
+    """The teacher's most likely ids that ``tropd score`` keeps of each token. None: 64, or as many
+    as the loss needs if these are more."""
+    cache_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type in which ``tropd score`` keeps their log-probs (docs/teachers.md has the error)."""
     reference: str | None = field(default=None, metadata=PATH | {"words": (STUDENT,)})
     """Folder of a second frozen model, which the teacher is measured against by the losses that
     need one (docs/losses.md); same tokenizer. "student": what the student starts from. None: no
     such model."""
+    offload: Literal["none", "host", "host_by_layer"] = "none"
+    """Where the resident teacher's layers (and its reference's) are while they do not score. none:
+    on the GPU. host: page-locked in the host's memory; all visit the GPU to score a step.
+    host_by_layer: the same, but they visit one after the other for each micro-batch, two at a time
+    (docs/planning.md says when). No number changes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -423,8 +453,9 @@ class RunConfig(Settings, section="run"):
     checkpoint_sharding: Literal["fully_reshardable", "dp_reshardable"] = "fully_reshardable"
     """Form of the distributed optimizer's state in the checkpoints of checkpoint_every; Megatron's
     names. fully_reshardable: resumes under any layout; a save gathers 12 bytes a parameter on each
-    replica. dp_reshardable: nothing is gathered; resumes under any parallel.data, the other axes as
-    they were. The last checkpoint, and one that a signal asks for, is fully_reshardable."""
+    replica. dp_reshardable: nothing is gathered; resumes under any parallel.data and context, the
+    other axes as they were. The last checkpoint, and one that a signal asks for, is
+    fully_reshardable."""
     timeout_minutes: Positive = 30.0
     """Longest a phase of a step may last, rollout and evaluation included, before the run is taken
     to hang and ends (exit code 75)."""
@@ -463,8 +494,8 @@ class Config(Settings):
         world, engines = self.parallel.world_size, self.rollout.num_engines
         _require(
             self.rollout.placement == "separate" or world % engines == 0,
-            f"rollout.num_engines must divide the world size {world} (tensor x pipeline x data), "
-            f"found {engines}.",
+            f"rollout.num_engines must divide the world size {world} (tensor x context x pipeline "
+            f"x data), found {engines}.",
         )
         _require(
             self.guidance.prefixed_per_prompt <= self.rollout.samples_per_prompt,
@@ -493,7 +524,10 @@ class Config(Settings):
             deterministic.check_options("model", self.megatron.model)
             deterministic.check_options("teacher", self.megatron.teacher)
         self._check_reference()
+        self._check_offload()
+        self._check_golden()
         self._check_recorded()
+        self._check_cached()
         samples = self.rollout.prompts_per_step * self.rollout.samples_per_prompt
         _require(
             samples % self.parallel.data == 0,
@@ -509,7 +543,10 @@ class Config(Settings):
             f"loss.method = {name!r} fits the outcomes of recorded rollouts and needs "
             "rollout.recorded, found none. Record some with tools/rollouts.py and name the file.",
         )
-        ignored = {"guidance.responses": self.guidance.responses is not None} | {
+        ignored = {
+            f"guidance.{name}": getattr(self.guidance, name) is not None
+            for name in ("responses", "golden_field")
+        } | {
             f"rollout.{name}": getattr(self.rollout, name) != getattr(RolloutConfig, name)
             for name in ("mode", "behaviour", "first_new_tokens")
         }
@@ -523,17 +560,86 @@ class Config(Settings):
     def _check_reference(self) -> None:
         name, given = self.loss.method_name(), self.teacher.reference
         _require(
-            given is not None
-            or not self.loss.needs.reference
-            or self.teacher.source != TeacherConfig.source,
-            f"loss.method = {name!r} measures the teacher against a reference and needs "
-            "teacher.reference, found none. Name the folder of what the teacher was trained from, "
-            'or "student".',
+            given is not None or not self.loss.needs.reference or ":" in self.teacher.placement,
+            f"loss.method = {name!r} compares with a reference model and needs teacher.reference, "
+            'found none. Name the folder of what the teacher was trained from, or "student", what '
+            "the student starts from.",
         )
         _require(
             given is None or self.loss.needs.reference,
             f"teacher.reference = {given!r} would be loaded for nothing: loss.method = {name!r} "
-            "does not read it. Leave it out, or choose a loss that does (exopd, delta, erpd).",
+            "does not read it. Leave it out, or choose a loss that does (exopd, delta, erpd, "
+            "stable_opd).",
+        )
+
+    def _check_golden(self) -> None:
+        name, field = self.loss.method_name(), self.guidance.golden_field
+        _require(
+            field is not None or not self.loss.needs.golden,
+            f"loss.method = {name!r} reads golden answers and needs guidance.golden_field, found "
+            "none. Name the field of a prompt's line that holds its answer, or set "
+            "loss.golden_weight = 0.",
+        )
+        _require(
+            field is None or self.loss.needs.golden,
+            f"guidance.golden_field = {field!r} would be read for nothing: loss.method = {name!r} "
+            "has no loss for golden answers. Leave it out, or choose one that has (stable_opd).",
+        )
+        samples, mode = self.rollout.samples_per_prompt, self.rollout.mode
+        prefixed = self.guidance.prefixed_per_prompt if self.guidance.responses else 0
+        _require(
+            field is None or samples > max(prefixed, 1),
+            "guidance.golden_field takes one of rollout.samples_per_prompt, and "
+            f"{max(prefixed, 1)} more must be left (a sample, guidance.prefixed_per_prompt), found "
+            f"{samples}. Raise it.",
+        )
+        _require(
+            field is None or mode == RolloutConfig.mode,
+            f'guidance.golden_field needs rollout.mode = "{RolloutConfig.mode}", found "{mode}". '
+            "Leave one of the two out.",
+        )
+
+    def _check_cached(self) -> None:
+        if self.loads_teacher:
+            return
+        named = {"teacher.cache": self.teacher.cache, "rollout.recorded": self.rollout.recorded}
+        for name, value in named.items():
+            _require(
+                value is not None,
+                f'teacher.placement = "cached" reads the scores of recorded rollouts and needs '
+                f"{name}, found none. Record with tools/rollouts.py, then run `tropd score`.",
+            )
+        graded = self.evaluation.task == "exact_match" and not self.evaluation.teacher
+        _require(
+            self.evaluation.problems is None or graded,
+            'teacher.placement = "cached" loads no teacher, found an evaluation that needs one. '
+            'Set evaluation.teacher = false and evaluation.task = "exact_match".',
+        )
+
+    @property
+    def loads_teacher(self) -> bool:
+        """Whether the run has a model of the teacher (or a source of the user's own has)."""
+        return self.teacher.placement != "cached"
+
+    @property
+    def cached_top_k(self) -> int:
+        """Ids of each token that ``tropd score`` keeps."""
+        return self.teacher.cache_top_k or max(CACHED_TOP_K, self.loss.needs.top_k)
+
+    def _check_offload(self) -> None:
+        where = f"teacher.offload = {self.teacher.offload!r}"
+        is_set, source = self.teacher.offload != "none", self.teacher.placement
+        _require(
+            not is_set or source == TeacherConfig.placement or ":" in source,
+            f"{where} is for a model on the student's ranks, found teacher.placement = "
+            f'"{source}". Remove one of the two.',
+        )
+        scaled = [name for name in ("fp8", "fp4") if self.megatron.teacher.get(name)]
+        _require(
+            not is_set or not scaled,
+            f"{where} beside megatron.teacher.{''.join(scaled[:1])}: Transformer Engine keeps "
+            "copies of the weights in that type on the GPU, so it would gain little. Remove one of "
+            "the two.",
         )
 
     @property
@@ -646,6 +752,9 @@ def read_settings(path: Path) -> dict[str, dict[str, Any]]:
         raise ConfigError(
             f"{path} holds no settings of a run, but another program's. Give another folder."
         )
+    teacher = found.get("teacher", {})
+    if "source" in teacher:  # before there were placements
+        teacher["placement"] = teacher.pop("source")
     loss = found.get("loss")
     if loss and "method" not in loss:  # version 0.1
         loss = new_form(loss)

@@ -15,14 +15,16 @@ from torch import Tensor
 
 from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.config import LoraConfig
-from megatron_tropd.convert.families import Entry, ModelShape, plan
-from megatron_tropd.convert.ops import (
+from megatron_tropd.convert.families import (
+    Entry,
     FusedQKV,
     GateUp,
+    ModelShape,
     Operation,
     Replicated,
     Sharded,
     Source,
+    plan,
 )
 
 COLUMN_PARALLEL = ("linear_qkv", "linear_fc1")

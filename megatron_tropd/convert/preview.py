@@ -26,7 +26,7 @@ from megatron_tropd.convert.safetensors_writer import Spec
 from megatron_tropd.convert.to_hf import ToHF, hf_specs, tied_copies
 from megatron_tropd.convert.to_megatron import (
     ToMegatron,
-    check_layout,
+    check_sizes,
     check_source,
     padded_vocab,
 )
@@ -134,7 +134,7 @@ def _source_by_index(
     stored = {old: new for new, old in stored_names(config, weights).items()}
     names = [stored.get(name, name) for name in weights]
     entries, redundant = account(config, names, str(index))
-    check_layout(config, job)
+    check_sizes(config, job)
     name = config_dtype(config) or "float32"
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):

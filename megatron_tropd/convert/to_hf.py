@@ -18,7 +18,7 @@ from megatron_tropd.convert.hf_folder import EMBEDDING, HEAD
 from megatron_tropd.convert.megatron_folder import MegatronFolder
 from megatron_tropd.convert.publish import claim, publishing
 from megatron_tropd.convert.safetensors_writer import SafetensorsWriter, Spec
-from megatron_tropd.convert.to_megatron import Progress
+from megatron_tropd.convert.to_megatron import TensorDone
 
 _TIED = {HEAD: EMBEDDING}
 
@@ -40,7 +40,7 @@ class ToHF:
     """Threads; together they hold at most two of the largest tensors, twice."""
 
 
-def megatron_to_hf(job: ToHF, progress: Progress = lambda name, size: None) -> None:
+def megatron_to_hf(job: ToHF, progress: TensorDone = lambda name, size: None) -> None:
     """Convert; the output appears whole or not at all.
 
     Raises:

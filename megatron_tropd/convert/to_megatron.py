@@ -39,7 +39,7 @@ from megatron_tropd.convert.torch_dist import Part, write_checkpoint
 RELEASE = "release"
 _VOCAB_MULTIPLE = 128  # Megatron's --make-vocab-size-divisible-by
 
-Progress = Callable[[str, int], None]
+TensorDone = Callable[[str, int], None]
 """Called with the name of a finished tensor and its bytes; from any thread."""
 
 
@@ -64,7 +64,7 @@ class ToMegatron:
     """Threads; together they hold at most two of the largest tensors, twice."""
 
 
-def hf_to_megatron(job: ToMegatron, progress: Progress = lambda name, size: None) -> None:
+def hf_to_megatron(job: ToMegatron, progress: TensorDone = lambda name, size: None) -> None:
     """Convert; the output appears whole or not at all.
 
     Raises:
@@ -109,7 +109,7 @@ def check_source(source: HFFolder, job: ToMegatron) -> list[str]:
         InputError, ConfigError: says what does not fit.
     """
     entries, redundant = check_headers(source)
-    check_layout(source.config, job)
+    check_sizes(source.config, job)
     if job.dtype is None:
         _check_one_type(entries, source)
     if job.check_downloads:
@@ -117,7 +117,7 @@ def check_source(source: HFFolder, job: ToMegatron) -> list[str]:
     return redundant
 
 
-def check_layout(hf_config: dict[str, Any], job: ToMegatron) -> None:
+def check_sizes(hf_config: dict[str, Any], job: ToMegatron) -> None:
     """The sizes are only noted, but a checkpoint must not note what nobody can load.
 
     Raises:
@@ -170,7 +170,7 @@ class _Checked:
         return self.dtype or self.source.dtype(next(iter(entry.operation.hf_shapes())))
 
 
-def _parts(where: CheckpointLayout, reading: _Checked, progress: Progress) -> list[Part]:
+def _parts(where: CheckpointLayout, reading: _Checked, progress: TensorDone) -> list[Part]:
     shapes, copied = where.shapes(), {old: new for new, old in where.copies.items()}
 
     def make(entry: Entry, key: str) -> Tensor:
@@ -265,15 +265,8 @@ def _arguments(
 
 
 def _architecture(shape: ModelShape) -> dict[str, Any]:
-    experts = shape.experts
-    settings: dict[str, Any] = {
-        "num_layers": shape.layers,
-        "hidden_size": shape.hidden,
-        "ffn_hidden_size": shape.ffn,
-        "num_attention_heads": shape.heads,
-        "num_query_groups": shape.kv_heads,
+    settings = shape.megatron_fields() | {
         "group_query_attention": shape.kv_heads != shape.heads,
-        "kv_channels": shape.head_dim,
         "max_position_embeddings": shape.context,
         "seq_length": shape.context,
         "position_embedding_type": "rope",
@@ -281,26 +274,16 @@ def _architecture(shape: ModelShape) -> dict[str, Any]:
         "use_rotary_position_embeddings": True,
         "rotary_percent": 1.0,
         "rotary_interleaved": False,
-        "add_bias_linear": False,
-        "add_qkv_bias": shape.qkv_bias,
-        "qk_layernorm": shape.qk_norm,
         "swiglu": True,
         "squared_relu": False,
-        "normalization": "RMSNorm",
-        "norm_epsilon": shape.rms_eps,
-        "layernorm_epsilon": shape.rms_eps,  # what Megatron 0.19 calls it
+        "norm_epsilon": shape.rms_eps,  # until Megatron 0.19, which says layernorm_epsilon
         "apply_layernorm_1p": False,
         "apply_query_key_layer_scaling": False,
-        "attention_dropout": 0.0,
-        "hidden_dropout": 0.0,
         "untie_embeddings_and_output_weights": not shape.tied,
     }
-    if experts:
+    if shape.experts:
         settings |= {
-            "num_experts": experts.count,
-            "moe_ffn_hidden_size": experts.ffn,
-            "moe_router_topk": experts.per_token,
-            "moe_router_pre_softmax": not experts.normalized,
+            "num_experts": shape.experts.count,
             "moe_router_score_function": "softmax",
             "moe_layer_freq": 1,
         }

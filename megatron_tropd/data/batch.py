@@ -30,7 +30,7 @@ class MicroBatch:
     writers: Tensor
     """[B, S] int64 :class:`~megatron_tropd.data.sequence.Writer` of the label."""
     position_ids: Tensor
-    """[B, S] int64 0..S-1 in every row."""
+    """[B, S] int64 place in the whole row."""
     response_positions: Tensor
     """[B, S] int64 index of the label after the prompt, 0 elsewhere."""
     engine_logprobs: Tensor
@@ -53,7 +53,7 @@ class MicroBatch:
     keys: tuple[SampleKey, ...]
     """[B] key of each row's sequence."""
     attention_mask: Tensor | None = None
-    """[B, 1, S, S] bool, true where nothing is to be seen; None: causal."""
+    """[B, 1, S, whole row] bool, true where nothing is to be seen; None: causal."""
 
     @property
     def loss_mask(self) -> Tensor:
@@ -67,6 +67,40 @@ class MicroBatch:
     def of_loss_tokens(self, values_BS: Tensor) -> Tensor:
         """[T] the values at the labels that take part in the loss."""
         return values_BS.flatten().index_select(0, self.loss_at)
+
+    def at(self, positions: Tensor) -> "MicroBatch":
+        """The same rows at some of their positions, on the host.
+
+        Every value stays what it was at its token: labels are the next tokens of the whole row.
+
+        Args:
+            positions: [P] of the S, ascending.
+
+        Returns:
+            A batch of S = P.
+        """
+        length = self.tokens.shape[1]
+        place_S = torch.full((length,), -1)
+        place_S[positions] = torch.arange(len(positions))
+        place_T = place_S[self.loss_at % length]
+        kept = (place_T >= 0).nonzero().flatten()
+        of_student = torch.zeros_like(self.loss_at, dtype=torch.bool)
+        of_student[self.student_at] = True
+        columns: dict[str, Any] = {
+            f.name: value.index_select(1, positions)
+            for f in dataclasses.fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor)
+            and value.shape == self.tokens.shape
+        }
+        mask = self.attention_mask
+        return dataclasses.replace(
+            self,
+            **columns,
+            loss_at=(self.loss_at // length * len(positions) + place_T)[kept],
+            loss_rows=self.loss_rows[kept],
+            student_at=of_student[kept].nonzero().flatten(),
+            attention_mask=None if mask is None else mask.index_select(2, positions),
+        )
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same batch with its tensors on ``device``."""

@@ -1,6 +1,6 @@
-"""Trajectories to micro-batches: sorted by length, dealt evenly to the data-parallel ranks.
+"""Sequences to micro-batches: sorted by length, dealt evenly to the data-parallel ranks.
 
-Shape suffixes: B = rows of a micro-batch, S = padded length, N = tokens of one trajectory.
+Shape suffixes: B = rows of a micro-batch, S = padded length, N = tokens of one sequence.
 The same rows come out at every layout; only who holds them and how they are grouped changes, and
 the loss, a sum over tokens divided by a global count, does not see the grouping.
 """
@@ -28,11 +28,18 @@ class LossCounts(NamedTuple):
     student: int
     """Student tokens that take part in the loss."""
     masked: int
-    """Teacher's and student's tokens that are left out of it."""
+    """Written tokens that are left out of it."""
+    golden: int = 0
+    """Tokens of golden answers that take part in the loss."""
+
+    @property
+    def total(self) -> int:
+        """All that take part in the loss."""
+        return self.teacher + self.student + self.golden
 
 
 def pack(
-    trajectories: Sequence[TokenSequence],
+    sequences: Sequence[TokenSequence],
     *,
     dp_rank: int,
     dp_size: int,
@@ -49,9 +56,9 @@ def pack(
     on each of them. N tokens make N - 1 positions, each predicting the next token.
 
     Args:
-        trajectories: all trajectories of the step, the same list on every rank.
+        sequences: all sequences of the step, the same list on every rank.
         dp_rank: this rank's number among the replicas.
-        dp_size: number of replicas; divides the number of trajectories.
+        dp_size: number of replicas; divides the number of sequences.
         tokens_per_micro_batch: most padded positions B x S of one micro-batch on one rank.
         pad_multiple: S is a multiple of it (sequence parallelism: the tensor-parallel size).
         rounded_to: S is a multiple of it, too, unless one row would exceed the budget; so a device
@@ -60,14 +67,14 @@ def pack(
         step: training step; keys the mask draws.
 
     Returns:
-        Micro-batches, ``rows`` indexing ``trajectories``.
+        Micro-batches, ``rows`` indexing ``sequences``.
 
     Raises:
         ConfigError: the replicas cannot get equally many rows, or one row exceeds the budget.
     """
-    if len(trajectories) % dp_size:
+    if len(sequences) % dp_size:
         raise ConfigError(
-            f"{len(trajectories)} trajectories cannot be dealt evenly to {dp_size} data-parallel "
+            f"{len(sequences)} trajectories cannot be dealt evenly to {dp_size} data-parallel "
             "ranks. Change rollout.prompts_per_step, samples_per_prompt or parallel.data."
         )
     most = tokens_per_micro_batch // pad_multiple * pad_multiple
@@ -76,46 +83,55 @@ def pack(
             _padded_length(t, pad_multiple),
             min(_padded_length(t, math.lcm(pad_multiple, rounded_to)), most),
         )
-        for t in trajectories
+        for t in sequences
     ]
     if lengths and max(lengths) > tokens_per_micro_batch:
         raise ConfigError(
             f"train.tokens_per_micro_batch = {tokens_per_micro_batch} is less than one trajectory "
             f"padded to {max(lengths)} tokens. Raise it to at least that."
         )
-    order = sorted(range(len(trajectories)), key=lambda i: (-len(trajectories[i]), i))
+    order = sorted(range(len(sequences)), key=lambda i: (-len(sequences[i]), i))
     batches, start = [], 0
     while start < len(order):
         length = lengths[order[start]]
         stop = start + dp_size * (tokens_per_micro_batch // length)
         rows = order[start:stop][dp_rank::dp_size]
-        batches.append(_micro_batch(trajectories, rows, length, seed, step, loss))
+        batches.append(_micro_batch(sequences, rows, length, seed, step, loss))
         start = stop
     return batches
 
 
 def count_loss_tokens(
-    trajectories: Sequence[TokenSequence], loss: LossSettings = _NO_MASK
+    sequences: Sequence[TokenSequence], loss: LossSettings = _NO_MASK
 ) -> LossCounts:
     """Tokens that take part in the loss, known before the forward pass.
 
     Returns:
-        The counts; a masked token is in none of the other two.
+        The counts; a masked token is in none of the others.
+
+    Raises:
+        ConfigError: there are golden answers, and the loss has nothing for them.
     """
-    teacher = student = masked = 0
-    for t in trajectories:
+    teacher = student = golden = masked = 0
+    for t in sequences:
         kept_N = loss_weights(t, loss) != 0
         teacher += int((kept_N & (t.writer_N == Writer.TEACHER)).sum())
         student += int((kept_N & (t.writer_N == Writer.STUDENT)).sum())
+        golden += int((kept_N & (t.writer_N == Writer.GOLDEN)).sum())
         masked += int((~kept_N & (t.writer_N != Writer.CONTEXT)).sum())
-    return LossCounts(teacher, student, masked)
+    if golden and not loss.needs.golden:
+        raise ConfigError(
+            f"loss.method = {loss.method_name()!r} has no loss for golden answers, found {golden} "
+            "tokens of Writer.GOLDEN. Choose stable_opd, or leave these sequences out."
+        )
+    return LossCounts(teacher, student, masked, golden)
 
 
 def loss_weights(sequence: TokenSequence, loss: LossSettings) -> NDArray[np.float32]:
     """Weigh each token: by the sequence's own weight, 0 if the settings leave it out.
 
     ``mask_first_ids`` leaves out the first occurrence of each of its ids among the tokens that
-    teacher and student wrote; ``mask_truncated`` a whole response that was cut off, its teacher
+    are no context; ``mask_truncated`` a whole response that was cut off, its teacher
     prefix included.
 
     Returns:
@@ -131,20 +147,20 @@ def loss_weights(sequence: TokenSequence, loss: LossSettings) -> NDArray[np.floa
     return weight_N
 
 
-def _padded_length(trajectory: TokenSequence, multiple: int) -> int:
-    positions = max(len(trajectory) - 1, 1)
+def _padded_length(sequence: TokenSequence, multiple: int) -> int:
+    positions = max(len(sequence) - 1, 1)
     return -(-positions // multiple) * multiple
 
 
 def _micro_batch(
-    trajectories: Sequence[TokenSequence],
+    sequences: Sequence[TokenSequence],
     rows: Sequence[int],
     length: int,
     seed: int,
     step: int,
     loss: LossSettings,
 ) -> MicroBatch:
-    taken = [trajectories[row] for row in rows]
+    taken = [sequences[row] for row in rows]
     made = [row_of(t, length, loss_weights(t, loss)) for t in taken]
     columns = {name: np.stack([row[name] for row in made]) for name in made[0]}
     return micro_batch(columns, [t.key for t in taken], rows, seed=seed, step=step)

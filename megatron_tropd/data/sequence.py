@@ -20,11 +20,13 @@ NO_VERSION = -1
 
 
 class Writer(IntEnum):
-    """Who wrote a token. CONTEXT has no loss: prompts, text of tools; it also marks padding."""
+    """Who wrote a token. CONTEXT has no loss: prompts, text of tools; it also marks padding. GOLDEN
+    is a reference solution of the prompts' file."""
 
     CONTEXT = 0
     TEACHER = 1
     STUDENT = 2
+    GOLDEN = 3
 
 
 class SampleKey(NamedTuple):

@@ -27,7 +27,6 @@ class EngineGap:
 
         Args:
             limit: nats on average; 0: do not look; None: that of ``dtype``.
-            dtype: of the models.
             advice: what to compare if the gap is larger.
             dropout: whether what is trained is another model than the engine's, by what is dropped.
                 Only before the first step there is nothing yet to drop.
@@ -45,7 +44,6 @@ class EngineGap:
 
         Args:
             metrics: of the step, equal on every rank.
-            sequences: of the step.
             step: 0-based.
 
         Raises:

@@ -39,8 +39,6 @@ def make_engine(
     """Start an engine that samples as the settings say; returns while it is still starting.
 
     Args:
-        config: of the run.
-        inputs: what ``config`` names.
         folder: HF folder of the first weights.
         log_file: what the engine prints is appended here.
         threads: CPU threads of the engine; None: as many as this process may use.
@@ -83,12 +81,7 @@ def start_engines(
     """Engines of a run for one of its models; returns while they are still starting.
 
     Args:
-        model: student or teacher.
-        config: of the run.
-        folder: of the run.
         make: :func:`make_engine` of the config, inputs and folder of weights.
-        rank: this process.
-        world_size: of the run.
         teacher: HF folder of the teacher if responses come from between the two.
         stopping: whether the run was asked to stop, after which servers may be gone.
     """
@@ -141,8 +134,6 @@ def tool_engine(options: argparse.Namespace, folder: Path, **settings: Any) -> R
 
     Args:
         options: parsed; ``out`` is the tool's file, beside which the engine's log lies.
-        folder: HF folder of the model.
-        settings: the others of :class:`~megatron_tropd.rollout.engines.engine.RolloutEngine`.
 
     Raises:
         InputError, ConfigError: the folder or an option is unusable.

@@ -19,7 +19,7 @@ from megatron_tropd.distill.inputs import Inputs
 from megatron_tropd.losses.draws import Purpose, keyed_seed
 from megatron_tropd.report.metrics import MetricsLog
 from megatron_tropd.report.records import read_lines
-from megatron_tropd.tasks.exact_match import GRADER, Engine, answer_greedily, grade_answers
+from megatron_tropd.tasks.exact_match import GRADER, Sampler, answer_greedily, grade_answers
 from megatron_tropd.tasks.reverse_kl import measure_reverse_kl
 
 NUM_EXAMPLES = 20
@@ -42,9 +42,6 @@ class Evaluator:
         """Measure nothing yet.
 
         Args:
-            config: of the run.
-            inputs: of ``config``.
-            folder: of the run.
             is_main: whether this rank grades and writes.
             log: where it writes; None on the other ranks.
         """
@@ -54,15 +51,13 @@ class Evaluator:
         """The newest result, for the progress bar."""
 
     def measure_student(
-        self, engines: Engine, *, step: int, export: Callable[[Path], None], teacher: Path
+        self, engines: Sampler, *, step: int, export: Callable[[Path], None], teacher: Path
     ) -> None:
         """Measure the student, if the run has held-out problems; collective.
 
         Args:
-            engines: with the student's newest weights.
             step: optimizer steps it has seen.
             export: writes the student as an HF folder; collective.
-            teacher: the teacher's HF folder.
         """
         if not self._inputs.problems:
             return
@@ -91,7 +86,7 @@ class Evaluator:
         dist.broadcast_object_list(due, src=0)
         return due[0]
 
-    def measure_teacher(self, engines: Engine) -> None:
+    def measure_teacher(self, engines: Sampler) -> None:
         """Grade the teacher's answers; collective."""
         if result := self._accuracy(engines):
             self._write("teacher", 0, result)
@@ -117,13 +112,13 @@ class Evaluator:
             "problems": last["total"],
         }
 
-    def _accuracy(self, engine: Engine) -> dict[str, Any] | None:
+    def _accuracy(self, engine: Sampler) -> dict[str, Any] | None:
         """The graded answers; None on the ranks that do not grade (all have the samples)."""
         samples = sample_problems(self._config, self._inputs, engine)
         return accuracy_of(self._inputs, samples) if self._is_main else None
 
     def _measure_reverse_kl(
-        self, engines: Engine, step: int, export: Callable[[Path], None], teacher: Path
+        self, engines: Sampler, step: int, export: Callable[[Path], None], teacher: Path
     ) -> None:
         samples = sample_problems(self._config, self._inputs, engines)
         record: list[Any] = [None]
@@ -164,13 +159,11 @@ def _drawn(config: Config) -> dict[str, Any]:
     return {"temperature": 1.0, "seed": config.train.seed}
 
 
-def sample_problems(config: Config, inputs: Inputs, engine: Engine) -> list[Sample]:
+def sample_problems(config: Config, inputs: Inputs, engine: Sampler) -> list[Sample]:
     """What a model writes to the held-out problems; collective if the engine is.
 
     Args:
         config: its task says whether answers are greedy or drawn at temperature 1.
-        inputs: of ``config``.
-        engine: of the model.
 
     Returns:
         One sample per problem, in order.
@@ -198,9 +191,6 @@ def reverse_kl_of(
 
     Args:
         inputs: whose problems were sampled.
-        samples: of :func:`sample_problems`.
-        student: HF folder.
-        teacher: HF folder.
     """
     sequences = [
         (problem.token_ids, sample.token_ids)

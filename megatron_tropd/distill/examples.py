@@ -16,7 +16,7 @@ _LONGEST_CHARACTER = 4  # bytes of UTF-8, hence tokens
 
 
 def example_rows(num_samples: int, samples_per_prompt: int, wanted: int) -> list[int]:
-    """One trajectory of each of the first prompts, another sample number for each in turn."""
+    """One sequence of each of the first prompts, another sample number for each in turn."""
     prompts = min(wanted, num_samples // samples_per_prompt)
     return [i * samples_per_prompt + i % samples_per_prompt for i in range(prompts)]
 
@@ -25,19 +25,19 @@ def gather_examples(mine: Examples) -> Examples:
     """Union of every rank's examples on rank 0, nothing elsewhere. Collectives: one gather."""
     parts: list[Any] | None = [{}] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(mine, parts, dst=0)
-    return {row: values for part in parts or () for row, values in sorted(part.items())}
+    union: Examples = {}
+    for part in parts or ():
+        for row, values in part.items():
+            of_row = union.setdefault(row, {})
+            for name, of_tokens in values.items():
+                of_row.setdefault(name, {}).update(of_tokens)
+    return union
 
 
 def example_line(
-    inputs: Inputs, sequence: TokenSequence, values: Mapping[str, Sequence[float | None]]
+    inputs: Inputs, sequence: TokenSequence, values: Mapping[str, Mapping[int, float]]
 ) -> str:
-    """One sequence with its per-token values, as a line of a dump.
-
-    Args:
-        inputs: of the run.
-        sequence: of a step.
-        values: :data:`Examples` of it.
-    """
+    """One sequence with its per-token values, null where a token has none, as a line of a dump."""
     tokenizer, ids = inputs.tokenizer, sequence.response_ids
     # Their positions are no indices: prompts may have been left out.
     prompt = next(p for p in inputs.prompts if p.index == sequence.key.prompt)
@@ -49,7 +49,7 @@ def example_line(
         "tokens": spell(tokenizer, ids),
         "segment": [writer.name.lower() for writer in sequence.writers],
         "correct": None if answer is None else grade(text, str(answer), grader=GRADER),
-        **values,
+        **{name: [of.get(i) for i in range(len(ids))] for name, of in values.items()},
     }
     return json.dumps(record) + "\n"
 

@@ -12,6 +12,7 @@ from megatron_tropd.convert.companions import CONFIG
 from megatron_tropd.convert.families import model_shape
 from megatron_tropd.convert.hf_folder import HFFolder, naming
 from megatron_tropd.convert.megatron_folder import MegatronFolder, open_model
+from megatron_tropd.data.golden import GoldenAnswers, golden_answers
 from megatron_tropd.data.prompts import (
     check_kwargs_are_read,
     check_same_texts,
@@ -33,6 +34,7 @@ from megatron_tropd.rollout.engines.engine import BLENDED_ON_CUDA, blended_lengt
 from megatron_tropd.rollout.engines.engine_model import check_engine
 from megatron_tropd.tasks.exact_match import reference_answer
 from megatron_tropd.teacher import signal_of
+from megatron_tropd.teacher.cached import check_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,6 +65,8 @@ class Inputs:
     """Longest sequence the rollout engine will see."""
     shared_stops: tuple[int, ...] = ()
     """Ids by which student and teacher end a response, if they differ and both sample."""
+    golden: GoldenAnswers | None = None
+    """Those of the prompts, if the loss reads them."""
 
     def longest_rollout(self, rollout: RolloutConfig) -> int:
         """Tokens of the longest prompt and its response."""
@@ -91,7 +95,8 @@ def load_inputs(config: Config) -> Inputs:
         _check_config(folder, who)
         if isinstance(folder, HFFolder):  # the other kind is checked when it is opened
             check_tensors(folder)
-        check_parallel(folder.config, config.parallel, who=who)
+        if who == "student" or config.loads_teacher:
+            check_parallel(folder.config, config.parallel, who=who)
     _check_experts(config, *models.values())
     tokenizer = check_same_tokenizer(student.companions, teacher.companions)
     if reference is not None:
@@ -123,6 +128,17 @@ def load_inputs(config: Config) -> Inputs:
     _check_engines(config, student, teacher, max_model_len, evaluated=bool(problems))
     if config.rollout.asks_teacher:
         _check_blend(config, student, teacher, prompts)
+    recorded = load_recorded(config, prompts, tokenizer, vocab_size)
+    if not config.loads_teacher:
+        check_cache(
+            config.teacher.cache,
+            config.loss,
+            teacher,
+            tokenizer,
+            vocab_size,
+            reference=reference,
+            recorded=recorded or (),
+        )
     return Inputs(
         student=student,
         teacher=teacher,
@@ -135,7 +151,8 @@ def load_inputs(config: Config) -> Inputs:
         ),
         prompts=prompts,
         responses=responses,
-        recorded=load_recorded(config, prompts, tokenizer, vocab_size),
+        golden=_golden(config, prompts, tokenizer),
+        recorded=recorded,
         problems=problems,
         max_model_len=max_model_len,
         shared_stops=(
@@ -180,6 +197,16 @@ def _responses(
         return None
     filtered = config.rollout.filter_overlong_prompts
     return load_responses(path, prompts, tokenizer, filtered=filtered)
+
+
+def _golden(
+    config: Config, prompts: list[Prompt], tokenizer: "PreTrainedTokenizerBase"
+) -> GoldenAnswers | None:
+    field, rollout = config.guidance.golden_field, config.rollout
+    if field is None:
+        return None
+    most = rollout.max_new_tokens
+    return golden_answers(rollout.prompts, prompts, field, tokenizer, max_new_tokens=most)
 
 
 def _prompts(

@@ -11,14 +11,14 @@ import torch.distributed as dist
 from megatron_tropd.base.errors import TrainingError
 from megatron_tropd.base.files import write_json
 from megatron_tropd.base.progress import Progress, StopFlag, failed_phase
+from megatron_tropd.config.loss import loss_name
 from megatron_tropd.config.run_folder import RunFolder, started_at
 from megatron_tropd.data.prefixes import alpha
 from megatron_tropd.data.sequence import TokenSequence
-from megatron_tropd.distill.metrics import trajectory_metrics
+from megatron_tropd.distill.metrics import sequence_metrics
 from megatron_tropd.distill.pair import send_weights
 from megatron_tropd.distill.session import Session, open_session
 from megatron_tropd.distill.step import StepResult, learn
-from megatron_tropd.distill.token_choices import loss_name
 from megatron_tropd.mcore import models
 from megatron_tropd.mcore.checkpoint import ANY_LAYOUT
 from megatron_tropd.mcore.export import save_adapter, save_hf
@@ -29,7 +29,6 @@ def train(folder: RunFolder, *, console: IO[str], stop: StopFlag, progress: Prog
     """Train the student of the run in ``folder`` to its last step, or until ``stop``.
 
     Args:
-        folder: an opened run folder.
         console: where rank 0 shows progress.
         stop: looked at after every step; a requested stop saves a checkpoint and returns.
         progress: tells the watchdog where this rank is.
@@ -79,7 +78,7 @@ def train_step(run: Session) -> None:
     step, reporter = run.progress.step, run.reporter
     with reporter.clock("rollout"):
         sequences = rollout(run)
-    told = reporter.aside(partial(trajectory_metrics, sequences, step=step))
+    told = reporter.aside(partial(sequence_metrics, sequences, step=step))
     # All ranks have just met; a crash from here on finds the checkpoint of the step before.
     poll_save(run)
     result = learn_from(run, sequences)
@@ -120,9 +119,9 @@ def learn_from(run: Session, sequences: list[TokenSequence]) -> StepResult:
         if error.kind == "training":
             error.args = (f"{error} {last_checkpoint(run)}",)
         raise
-    if not result.counts.teacher + result.counts.student:
+    if not result.counts.total:
         print(f"step {step + 1}: every token is masked, so there is no loss", flush=True)
-    if result.update.skipped and run.ranks.is_main:
+    if result.update.skipped and run.layout.is_main:
         reporter.say(
             f"step {step + 1}: the gradient norm is {result.update.grad_norm:.4g}, above "
             "megatron.optimizer.grad_norm_skip_threshold: the weights stay as they were."
@@ -218,17 +217,17 @@ def finish(run: Session) -> None:
     save(run, wait=True)
     with run.reporter.clock("export"):
         export_student(run, run.folder.student)
-        weights = run.parts.student.weights
-        if isinstance(weights, LoraModel):
-            save_adapter(weights, run.hf_folders["student"], run.folder.adapter)
-    if run.ranks.is_main:
+        student = run.parts.student.model
+        if isinstance(student, LoraModel):
+            save_adapter(student, run.hf_folders["student"], run.folder.adapter)
+    if run.layout.is_main:
         write_json(run.folder.summary, summary(run))
     dist.barrier()
 
 
 def export_student(run: Session, out: Path) -> None:
     """Write the student as an HF folder on rank 0; collective."""
-    save_hf(run.parts.student.weights, run.inputs.student, out)
+    save_hf(run.parts.student.model, run.inputs.student, out)
 
 
 def summary(run: Session) -> dict[str, Any]:
@@ -238,8 +237,9 @@ def summary(run: Session) -> dict[str, Any]:
         **run.evaluator.summary(),
         "seconds": round(elapsed(run), 1),
         "steps": run.progress.step,
-        "world_size": run.ranks.world_size,
+        "world_size": run.layout.world_size,
         "tensor_parallel": config.parallel.tensor,
+        "context_parallel": config.parallel.context,
         "pipeline_parallel": config.parallel.pipeline,
         "data_parallel": config.parallel.data,
         "seed": config.train.seed,

@@ -44,6 +44,8 @@ _SCALARS = (
     *STUDENT_MEANS,
     "engine_gap_mean",
     "engine_ratio_mean",
+    "tokens_golden",
+    "golden_nll",
 )
 POSITION_BUCKETS = 18
 """Response positions 0-7, 8-15, 16-31, 32-63, ... up to 2**20."""
@@ -57,7 +59,7 @@ class BadToken:
     """The first token whose loss is no number."""
 
     row: int
-    """Index of its trajectory in the step's list."""
+    """Index of its sequence in the step's list."""
     position: int
     """Index within prefix + response."""
     finding: int
@@ -73,7 +75,7 @@ class StepSums:
     gap_max: Tensor
     """float64 [1] largest |trainer - engine| log-prob."""
     bad_token: Tensor
-    """int64 [1] trajectory, position and finding of the first token whose loss is no number, in
+    """int64 [1] sequence, position and finding of the first token whose loss is no number, in
     one number; 2**62 if there is none."""
 
     @classmethod
@@ -99,15 +101,19 @@ class StepSums:
         def of_student(values_T: Tensor) -> Tensor:
             return values_T.index_select(0, student)
 
+        golden_T = (batch.of_loss_tokens(batch.writers) == Writer.GOLDEN).double()
+        nll_T = torch.where(golden_T > 0, -values["student_logprob"].double(), 0.0)
         engine_T = batch.of_loss_tokens(batch.engine_logprobs)
         gap_U = of_student(values["student_logprob"] - engine_T).double()
         absent = torch.full_like(loss_T, math.nan)
         scalars = {
             "loss": loss_T.double().sum(),
-            "tokens_teacher": self.sums.new_full((), len(loss_T) - len(student)),
+            "tokens_teacher": self.sums.new_full((), len(loss_T) - len(student)) - golden_T.sum(),
             "tokens_student": self.sums.new_full((), len(student)),
             "engine_gap_mean": gap_U.abs().sum(),
             "engine_ratio_mean": gap_U.exp().sum(),
+            "tokens_golden": golden_T.sum(),
+            "golden_nll": nll_T.sum(),
         }
         for metric, key in STUDENT_MEANS.items():
             scalars[metric] = of_student(values.get(key, absent)).double().sum()
@@ -162,42 +168,49 @@ class StepTotals:
         """Means and counts of the step; null where nothing was counted."""
         scalars = dict(zip(_SCALARS, self.sums, strict=False))
         teacher, student = scalars.pop("tokens_teacher"), scalars.pop("tokens_student")
+        golden, nll = scalars.pop("tokens_golden"), scalars.pop("golden_nll")
         loss = scalars.pop("loss")
+        of_golden = {"tokens_golden": int(golden), "golden_nll": nll / golden} if golden else {}
         means = {name: _ratio(value, student) for name, value in scalars.items()}
         by_bucket = self.sums[len(_SCALARS) :]
         accepted, counts = by_bucket[:POSITION_BUCKETS], by_bucket[POSITION_BUCKETS:]
         filled = [i for i, count in enumerate(counts) if count]
         by_position = [_ratio(a, c) for a, c in zip(accepted, counts, strict=True)]
         return {
-            "loss": _ratio(loss, teacher + student),
+            "loss": _ratio(loss, teacher + student + golden),
             "tokens_student": int(student),
             "tokens_teacher": int(teacher),
+            **of_golden,
             **means,
             "engine_gap_max": self.gap_max,
             "acceptance_by_position": by_position[: max(filled, default=-1) + 1],
         }
 
 
-def trajectory_metrics(trajectories: Sequence[TokenSequence], *, step: int) -> dict[str, float]:
-    """What the token ids alone tell: lengths, cut-off share, repetition, prefixes, staleness."""
-    lengths = [len(t) - t.prompt_length for t in trajectories]
-    prefixes = [t.count(Writer.TEACHER) for t in trajectories]
+def sequence_metrics(sequences: Sequence[TokenSequence], *, step: int) -> dict[str, float]:
+    """What the token ids alone tell: lengths, cut-off share, repetition, prefixes, staleness.
+
+    Golden answers, which nobody sampled, are left out.
+    """
+    sequences = [t for t in sequences if not t.count(Writer.GOLDEN)]
+    lengths = [len(t) - t.prompt_length for t in sequences]
+    prefixes = [t.count(Writer.TEACHER) for t in sequences]
     total = max(sum(lengths), 1)
-    count = len(trajectories)
+    count = len(sequences)
     return {
         "response_length": sum(lengths) / count,
-        "truncated_share": sum(t.finish == "length" for t in trajectories) / count,
-        "repetition_share": sum(repetition(t.by(Writer.STUDENT)) for t in trajectories) / count,
+        "truncated_share": sum(t.finish == "length" for t in sequences) / count,
+        "repetition_share": sum(repetition(t.by(Writer.STUDENT)) for t in sequences) / count,
         "prefix_share": sum(prefixes) / total,
         "prefix_longest": float(max(prefixes)),
-        "staleness": sum(step - t.oldest_version for t in trajectories) / count,
-        **_blend_metrics(trajectories),
+        "staleness": sum(step - t.oldest_version for t in sequences) / count,
+        **_blend_metrics(sequences),
     }
 
 
-def _blend_metrics(trajectories: Sequence[TokenSequence]) -> dict[str, float]:
+def _blend_metrics(sequences: Sequence[TokenSequence]) -> dict[str, float]:
     """Of sequences that were sampled from between student and teacher; none: no metrics."""
-    sums = [t.fields[BLEND] for t in trajectories if BLEND in t.fields]
+    sums = [t.fields[BLEND] for t in sequences if BLEND in t.fields]
     if not sums:
         return {}
     tokens, passes, kl, b = (sum(s[name] for s in sums) for name in ("tokens", "passes", "kl", "b"))

@@ -12,20 +12,17 @@ from megatron_tropd.mcore import models, platform
 from megatron_tropd.mcore.layout import Layout
 from megatron_tropd.mcore.lora import LoraModel
 from megatron_tropd.mcore.student import Student, StudentModel
-from megatron_tropd.rollout.weights.interface import WeightChannel
-from megatron_tropd.rollout.weights.weight_sync import Export
+from megatron_tropd.rollout.weights.interface import RepeatableExport, WeightChannel
 from megatron_tropd.teacher import TeacherStart, load_teacher
 
 
 def step_parts(
-    config: Config, folders: Mapping[str, HFFolder | MegatronFolder], ranks: Layout
+    config: Config, folders: Mapping[str, HFFolder | MegatronFolder], layout: Layout
 ) -> StepParts:
     """Build all models, and with them what a step is made with; collective.
 
     Args:
-        config: of the run.
         folders: "student": its first weights; "teacher"; "reference", if the loss reads it.
-        ranks: this rank's place.
 
     Returns:
         The parts, without a clock and without a look at the engines.
@@ -35,35 +32,35 @@ def step_parts(
     padded = models.padded_vocab_size(*configs, tensor=config.parallel.tensor)
     vocab_size = min(model_shape(each).vocab for each in configs)
     learner = Student(
-        _student_model(config, folders["student"], ranks, padded),
+        _student_model(config, folders["student"], layout, padded),
         train=config.train,
         parallel=config.parallel,
         dtype=dtype,
         megatron=config.megatron,
     )
     teacher, reference = folders["teacher"], folders.get("reference")
-    start = TeacherStart(config, teacher, ranks, dtype, padded, vocab_size, reference)
+    start = TeacherStart(config, teacher, layout, dtype, padded, vocab_size, reference)
     return StepParts(
         student=learner,
-        teacher=load_teacher(config.teacher.source)(start),
+        teacher=load_teacher(config.teacher.placement)(start),
         loss=config.loss,
         beta=config.guidance.beta,
         vocab_size=vocab_size,
-        ranks=ranks,
+        layout=layout,
         device=platform.device(),
         tokens_per_micro_batch=config.train.tokens_per_micro_batch,
-        pad_multiple=ranks.pad_multiple,
-        rounded_to=ranks.row_multiple,
+        pad_multiple=layout.pad_multiple,
+        rounded_to=layout.row_multiple,
         seed=config.train.seed,
     )
 
 
 def _student_model(
-    config: Config, folder: HFFolder | MegatronFolder, ranks: Layout, padded_vocab_size: int
+    config: Config, folder: HFFolder | MegatronFolder, layout: Layout, padded_vocab_size: int
 ) -> StudentModel:
     """Build the student, with adapters if it has any."""
     built = models.build_of_run(
-        config, folder, "student", ranks=ranks, padded_vocab_size=padded_vocab_size
+        config, folder, "student", layout=layout, padded_vocab_size=padded_vocab_size
     )
     lora = config.model.lora
     return built if lora is None else LoraModel(built, lora, seed=config.train.seed)
@@ -73,15 +70,13 @@ def send_weights(parts: StepParts, channel: WeightChannel, *, version: int) -> N
     """Stream the student's weights as HF tensors to every engine; collective.
 
     Args:
-        parts: of the step.
-        channel: to the engines.
         version: optimizer steps that the weights have seen.
     """
     export = partial(
-        parts.student.weights.exported,
+        parts.student.model.exported,
         channel.receivers,
         # Columns that the teacher lacks are not sampled: the loss knows nothing of them.
         vocab_size=parts.vocab_size,
         explicit_lm_head=True,
     )
-    channel.send(Export(export), version)
+    channel.send(RepeatableExport(export), version)

@@ -26,9 +26,6 @@ def load_recorded(
     """Read the rollouts that a run trains on.
 
     Args:
-        config: of the run.
-        prompts: of the run.
-        tokenizer: the student's.
         vocab_size: columns that are real in all models.
 
     Returns:

@@ -86,12 +86,8 @@ class Reporter:
         """Open the logs; nothing is written yet.
 
         Args:
-            config: of the run.
-            inputs: of the run.
-            folder: of the run.
             console: where the bar is shown.
             progress: told every phase.
-            is_main: whether this rank shows and writes.
         """
         self.clock = Clock(progress)
         self.log = _open_log(config, folder) if is_main else None
@@ -127,7 +123,6 @@ class Reporter:
         """Drop the records of steps that the run has lost.
 
         Args:
-            step: steps done.
             resumed: whether they are those of a checkpoint.
         """
         if self.log is None:
@@ -158,11 +153,10 @@ class Reporter:
 
         Args:
             step: 1-based.
-            metrics: of the step.
             shown: further results for the bar.
         """
         lap = self.clock.lap()
-        tokens = metrics["tokens_student"] + metrics["tokens_teacher"]
+        tokens = sum(metrics.get(f"tokens_{who}", 0) for who in ("student", "teacher", "golden"))
         record = {
             "step": step,
             **metrics,
@@ -189,8 +183,6 @@ class Reporter:
 
         Args:
             step: 0-based.
-            mine: of this rank.
-            sequences: of the step.
         """
         if not self.example_rows(step):
             return

@@ -10,6 +10,7 @@ from typing import IO
 from megatron_tropd.base.progress import Progress, StopFlag
 from megatron_tropd.config import Config
 from megatron_tropd.config.run_folder import RunFolder
+from megatron_tropd.data.collective import run_everywhere
 from megatron_tropd.distill import startup
 from megatron_tropd.distill.engine_gap import EngineGap
 from megatron_tropd.distill.engines import make_engine, start_engines
@@ -21,7 +22,6 @@ from megatron_tropd.distill.step_parts import StepParts
 from megatron_tropd.mcore import models, platform
 from megatron_tropd.mcore.checkpoint import Checkpoints
 from megatron_tropd.mcore.layout import Layout
-from megatron_tropd.rollout.collective import run_everywhere
 from megatron_tropd.rollout.engines.device_memory import free_bytes, wait_for_memory
 from megatron_tropd.rollout.engines.interface import SamplingEngines
 from megatron_tropd.rollout.engines.wire import Model
@@ -38,7 +38,7 @@ class Session:
     config: Config
     folder: RunFolder
     inputs: Inputs
-    ranks: Layout
+    layout: Layout
     stop: StopFlag
     """Whether the run was asked to stop."""
     progress: Progress
@@ -62,7 +62,6 @@ def open_session(
     """Build the parts of a run, until the block is left; nothing is trained yet.
 
     Args:
-        folder: an opened run folder.
         console: where rank 0 shows progress.
         stop: set when the run was asked to stop.
         progress: holds the step and the phase, for the watchdog.
@@ -73,15 +72,15 @@ def open_session(
     config = folder.read_config()
     tell = partial(say, console)
     with ExitStack() as exits:
-        ranks = startup.join_ranks(config)
+        layout = startup.join_ranks(config)
         exits.push(startup.leave_ranks)
         inputs = load_inputs(config)
-        is_main = ranks.is_main
+        is_main = layout.is_main
         startup.check_settings(config, inputs, is_main=is_main, say=tell)
         checkpoints = Checkpoints(
             folder.checkpoints,
             keep=config.run.keep_checkpoints,
-            ranks=ranks,
+            layout=layout,
             distributed_optimizer=config.parallel.distributed_optimizer,
             say=tell,
         )
@@ -99,8 +98,8 @@ def open_session(
                 config,
                 folder,
                 partial(make_engine, config, inputs, hf_folders[model]),
-                rank=ranks.rank,
-                world_size=ranks.world_size,
+                rank=layout.rank,
+                world_size=layout.world_size,
                 teacher=teacher,
                 stopping=lambda: stop.requested,
             )
@@ -115,14 +114,15 @@ def open_session(
         if platform.has_cuda():
             with engines.awake():
                 pass  # vLLM measures free memory while it starts: nobody else may allocate
-        parts = step_parts(config, inputs.folders, ranks)
+        parts = step_parts(config, inputs.folders, layout)
         exits.callback(parts.teacher.close)
+        checkpoints.check_memory(parts.student)
         gap = _engine_gap(config, inputs, folder)
         yield Session(
             config=config,
             folder=folder,
             inputs=inputs,
-            ranks=ranks,
+            layout=layout,
             stop=stop,
             progress=progress,
             reporter=reporter,
@@ -163,6 +163,7 @@ def rollout_source(
             config.train.steps,
             config.train.seed,
             inputs.responses,
+            inputs.golden,
         ),
         stop_token_ids=inputs.stop_token_ids,
         shared_stops=inputs.shared_stops,

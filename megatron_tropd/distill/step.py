@@ -15,7 +15,7 @@ from megatron_tropd.distill.recordings import ADVANTAGE
 from megatron_tropd.distill.step_loss import Record, StepLoss
 from megatron_tropd.distill.step_parts import LossParts, StepParts
 from megatron_tropd.distill.step_records import Examples, StepRecords
-from megatron_tropd.distill.token_choices import BatchChoices, choose_tokens, outcome_rewards
+from megatron_tropd.distill.token_choices import BatchChoices, batch_choices, outcome_rewards
 from megatron_tropd.losses.trouble import words
 from megatron_tropd.mcore.student import NotFinite, Student, Update
 
@@ -42,7 +42,6 @@ def learn(
     """Score with the teacher, differentiate the loss, update the student.
 
     Args:
-        parts: of this rank.
         sequences: of the whole step, the same list on every rank.
         step: 0-based.
         example_rows: sequences whose per-token values are wanted.
@@ -59,10 +58,10 @@ def learn(
     parts.teacher.begin(step, sequences)
     batches = micro_batches(parts, sequences, step)
     counts = count_loss_tokens(sequences, parts.loss)
-    ranks = parts.ranks
+    layout = parts.layout
     records = StepRecords(
         parts.device,
-        counted=ranks.is_last_stage and ranks.tp_rank == 0,
+        counted=layout.is_last_stage and layout.tp_rank == 0,
         example_rows=example_rows,
     )
     prompts = [sequence.key.prompt for sequence in sequences]
@@ -92,8 +91,8 @@ def micro_batches(
     """Pack this rank's share of a step's sequences, on its device."""
     packed = pack(
         sequences,
-        dp_rank=parts.ranks.dp_rank,
-        dp_size=parts.ranks.dp_size,
+        dp_rank=parts.layout.dp_rank,
+        dp_size=parts.layout.dp_size,
         tokens_per_micro_batch=parts.tokens_per_micro_batch,
         pad_multiple=parts.pad_multiple,
         rounded_to=parts.rounded_to,
@@ -101,7 +100,7 @@ def micro_batches(
         step=step,
         loss=parts.loss,
     )
-    return [parts.ranks.local(batch).to(parts.device) for batch in packed]
+    return [parts.layout.local(batch).to(parts.device) for batch in packed]
 
 
 def forward_backward(
@@ -121,9 +120,7 @@ def forward_backward(
     loop's schedule. The teacher's ``begin`` is the caller's.
 
     Args:
-        parts: of this rank.
         batches: of this data-parallel rank, on its device; the same list on all its stages.
-        counts: loss tokens of the global batch.
         step: 0-based, for losses that change on the way.
         record: given the per-token values of each micro-batch on the last stage; what it returns
             is the micro-batch's report.
@@ -136,7 +133,7 @@ def forward_backward(
         What ``parts.student.forward_backward`` gives: the reports of ``record``.
 
     Collectives: those of the teacher, of the student's schedule and, if the loss looks at the
-    whole batch first, of ``choose_tokens``.
+    whole batch first, of ``batch_choices``.
     """
     loss = parts.loss.at_step(step)
     with parts.clock("teacher"):
@@ -144,7 +141,7 @@ def forward_backward(
     with parts.clock("student"):
         choices = BatchChoices()
         if loss.needs_student_pass:
-            choices = choose_tokens(parts, loss, batches, signals, counts, prompts)
+            choices = batch_choices(parts, loss, batches, signals, counts, prompts)
         if loss.needs.outcomes:
             choices = replace(choices, rewards=outcome_rewards(batches, advantages))
         step_loss = StepLoss(parts, loss, signals, counts, choices, record)

@@ -38,11 +38,8 @@ class StepLoss:
         """One for each step.
 
         Args:
-            parts: of this rank.
-            loss: that of the step.
             signals: the teacher's, one per micro-batch (last stage).
-            counts: loss tokens of the global batch.
-            choices: of ``choose_tokens``, if the loss needs it.
+            choices: of ``batch_choices``, if the loss needs it.
             record: given each micro-batch's values; makes its report.
         """
         self._signals = signals
@@ -51,10 +48,11 @@ class StepLoss:
             config=loss,
             beta=parts.beta,
             vocab_size=parts.vocab_size,
-            group=parts.ranks.tp_group,
+            group=parts.layout.tp_group,
             metrics=parts.metrics,
             reduce_hidden_grad=False,  # the model sums it, with its own kind of parallelism
         )
+        self._golden = loss.needs.golden
         self._choices = choices
         self._weights = segment_weights(loss, counts)
         self._record = record
@@ -72,6 +70,7 @@ class StepLoss:
                 batch,
                 weights_T=weights_T,
                 rewards_T=None if rewards is None else rewards[index],
+                golden=self._golden,
             ),
             self._signals[index],
             main_grad=unrounded_gradient(output_weight_vH),
@@ -80,33 +79,34 @@ class StepLoss:
 
     def _weights_of(self, batch: MicroBatch, index: int) -> Tensor:
         """[T] float32 factor of each loss token."""
-        teacher, student = self._weights
-        is_teacher_T = batch.of_loss_tokens(batch.writers) == Writer.TEACHER
-        weights_T = torch.where(is_teacher_T, teacher, student)
+        teacher, student, golden = self._weights
+        writers_T = batch.of_loss_tokens(batch.writers)
+        weights_T = torch.where(writers_T == Writer.TEACHER, teacher, student)
+        if self._golden:
+            weights_T = torch.where(writers_T == Writer.GOLDEN, golden, weights_T)
         weights_T = weights_T * batch.of_loss_tokens(batch.weights)
         selected = self._choices.selected
         return weights_T if selected is None else weights_T * selected[index]
 
 
-def segment_weights(config: Method, counts: LossCounts) -> tuple[float, float]:
-    """Factors on (teacher, trained student) tokens that turn Megatron's denominator into ours.
+def segment_weights(config: Method, counts: LossCounts) -> tuple[float, float, float]:
+    """Factors of tokens, by their writers, that turn Megatron's denominator into ours.
 
     Megatron divides by N, all loss tokens. Ours is the number of tokens that are trained, known
     before the step: teacher tokens and the selected student tokens, together (``joint``) or each
-    segment by itself (``separate``).
+    segment by itself (``separate``). Golden answers always have a mean of their own.
 
     Args:
         config: ``denominator`` and ``trained_share``.
-        counts: loss tokens of the global batch.
 
     Returns:
-        (teacher, student) factors; 1 for an empty segment.
+        Factors of teacher, trained student and golden tokens; 1 for an empty segment.
     """
-    total, trained = counts.teacher + counts.student, counts.student
+    total, trained = counts.total, counts.student
     if config.trained_share is not None:
         trained = num_selected(config.trained_share, counts.student)
+    apart = counts.teacher, trained, counts.golden
+    teacher, student, golden = (total / count if count else 1.0 for count in apart)
     if config.denominator == "joint":
-        joint = total / max(counts.teacher + trained, 1) if total else 1.0
-        return joint, joint
-    teacher, student = (total / count if count else 1.0 for count in (counts.teacher, trained))
-    return teacher, student
+        teacher = student = total / max(counts.teacher + trained, 1) if total else 1.0
+    return teacher, student, golden

@@ -21,7 +21,7 @@ class StudentPasses(Protocol):
     """The student as far as gradients go; ``mcore.student.Student`` is one."""
 
     @property
-    def model(self) -> Any:
+    def module(self) -> Any:
         """This rank's part of it, whose output layer a loss may look at before the step."""
 
     def score(self, micro_batches: Sequence[MicroBatch]) -> Sequence[Tensor]:
@@ -45,7 +45,7 @@ class LossParts:
     """Weight of tokens that the teacher wrote."""
     vocab_size: int
     """Columns that are real in both models."""
-    ranks: Layout
+    layout: Layout
     metrics: bool = True
     """Whether to compute per-token values that the loss does not need."""
     clock: Callable[[str], AbstractContextManager[object]] = nullcontext

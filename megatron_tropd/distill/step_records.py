@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from megatron_tropd.data.batch import MicroBatch
-from megatron_tropd.data.sequence import Writer
 from megatron_tropd.distill.metrics import StepSums
 
-Examples = dict[int, dict[str, list[float | None]]]
-"""Sequence of the step -> name -> a value per written token, None where it carries no loss."""
+Examples = dict[int, dict[str, dict[int, float]]]
+"""Sequence of the step -> name -> index in the response -> value of the token. Tokens that carry no
+loss have none, nor has a token that lies on another rank."""
 EXAMPLE_VALUES = {"outlier": "outlier", "trust": "trust", "tv": "tv", "k1": "k1"}
-"""Name in a trajectory dump -> per-token value of the loss."""
+"""Name in a file of examples -> per-token value of the loss."""
 
 
 class StepRecords:
@@ -24,7 +24,6 @@ class StepRecords:
         """Nothing is counted yet.
 
         Args:
-            device: of the sums.
             counted: whether this rank's sums count (one of each tensor-parallel group).
             example_rows: sequences whose per-token values are kept in :attr:`examples`.
         """
@@ -48,22 +47,14 @@ class StepRecords:
     @property
     def examples(self) -> Examples:
         """Those of this rank; waits for the device."""
-        found = {}
+        found: Examples = {}
         for batch, shown in self._kept:
-            for b in [b for b, row in enumerate(batch.rows) if row in self._example_rows]:
-                # The response is what has positions, from the first token that somebody wrote.
-                start = int((batch.writers[b] != Writer.CONTEXT).int().argmax())
-                stop = start + 1 + int(batch.response_positions[b].max())
-                carries_loss = batch.loss_mask[b][start:stop].tolist()
-                mine_T = batch.loss_rows == batch.rows[b]
-                found[batch.rows[b]] = {
-                    name: _spread(values_T[mine_T].tolist(), carries_loss)
+            positions_T = batch.of_loss_tokens(batch.response_positions)
+            for row in self._example_rows.intersection(batch.rows):
+                mine_T = batch.loss_rows == row
+                places = positions_T[mine_T].tolist()
+                found[row] = {
+                    name: dict(zip(places, values_T[mine_T].tolist(), strict=True))
                     for name, values_T in shown.items()
                 }
         return found
-
-
-def _spread(values: list[float], carries_loss: list[bool]) -> list[float | None]:
-    """One entry per written token, None where it carries no loss."""
-    given = iter(values)
-    return [next(given) if carries else None for carries in carries_loss]

@@ -2,27 +2,29 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_tropd.config.loss import PRESETS, LossSettings, preset
+from megatron_tropd.config.loss import preset
 from megatron_tropd.data.batch import MicroBatch, upload
 from megatron_tropd.data.packing import LossCounts
 from megatron_tropd.data.sequence import Writer
 from megatron_tropd.distill.step_parts import LossParts
-from megatron_tropd.losses import LossTargets, TeacherSignal, token_statistics_from_hidden
+from megatron_tropd.losses import (
+    HiddenStatesSignal,
+    LossTargets,
+    TeacherSignal,
+    token_statistics_from_hidden,
+)
 from megatron_tropd.losses.method import BatchFacts, Method
 from megatron_tropd.mcore.hidden import output_weight
+from megatron_tropd.mcore.layout import Layout
 
-
-def loss_name(loss: LossSettings) -> str:
-    """The preset that a loss is, else its method."""
-    for name in PRESETS:
-        if preset(name) == loss:
-            return name
-    return loss.method_name()
+_ANY = preset("opd")
+"""A loss that asks for nothing but log-probs."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class BatchChoices:
     """[T] float32 each: ``LossTargets.rewards_T``. None: the loss makes its own."""
 
 
-def choose_tokens(
+def batch_choices(
     parts: LossParts,
     loss: Method,
     batches: Sequence[MicroBatch],
@@ -46,11 +48,7 @@ def choose_tokens(
     """Selection and rewards that depend on the whole batch, from the student as it is.
 
     Args:
-        parts: of the step.
-        loss: that of the step.
-        batches: of this rank.
         signals: the teacher's, one per micro-batch (last stage).
-        counts: loss tokens of the global batch.
         prompts: number of the prompt of each sequence of the step, which the batches' rows count.
 
     Returns:
@@ -60,10 +58,10 @@ def choose_tokens(
     ``token_statistics_from_hidden`` per micro-batch, 1 broadcast of [3, T] over the tensor-parallel
     group, and those of ``losses.selection`` over the group of the loss.
     """
-    hidden, ranks = parts.student.score(batches), parts.ranks
-    if not ranks.is_last_stage:
+    hidden, layout = parts.student.score(batches), parts.layout
+    if not layout.is_last_stage:
         return BatchChoices()
-    weight_vH, tp_group = output_weight(parts.student.model), ranks.tp_group
+    weight_vH, tp_group = output_weight(parts.student.module), layout.tp_group
     values_3T = torch.cat(
         [
             _entropy_ratio_and_logprob(*scored, weight_vH, loss, parts.vocab_size, tp_group)
@@ -73,7 +71,7 @@ def choose_tokens(
     )
     # Round-off that differed between the ranks of one vocabulary would make them choose apart.
     dist.broadcast(values_3T, src=dist.get_global_rank(tp_group, 0), group=tp_group)
-    facts = _facts(values_3T, batches, prompts, counts.student, ranks.loss_group)
+    facts = _facts(values_3T, batches, prompts, counts.student, layout)
     choices, lengths = loss.choose(facts), [len(part) for part in hidden]
     selected_T, rewards_T = choices.selected_T, choices.rewards_T
     return BatchChoices(
@@ -86,7 +84,6 @@ def outcome_rewards(batches: Sequence[MicroBatch], advantages: Sequence[float]) 
     """Give every token how much better its sequence was than the prompt's others.
 
     Args:
-        batches: of this rank.
         advantages: of each sequence of the step, which the batches' rows count.
 
     Returns:
@@ -101,7 +98,7 @@ def _facts(
     batches: Sequence[MicroBatch],
     prompts: Sequence[int],
     num_student: int,
-    dp_group: dist.ProcessGroup,
+    layout: Layout,
 ) -> BatchFacts:
     """What a method may look at: the loss tokens of all micro-batches of this rank."""
     student = [b.of_loss_tokens(b.writers) == Writer.STUDENT for b in batches]
@@ -123,13 +120,14 @@ def _facts(
         keys_T=(rows_T << 32) + positions_T,
         own_rows_T=torch.cat(own_rows),
         positions_T=positions_T,
-        shape=(rows, longest),
+        shape=(rows, longest * layout.cp_size),
         prompts_T=upload(torch.tensor(of_row), rows_T.device)[rows_T],
         num_prompts=len(numbers),
         num_student=num_student,
         # Rows and lengths of the n-th micro-batch are the same on every rank; tokens are not.
         longest=sum(batch.tokens.numel() for batch in batches),
-        group=dp_group,
+        group=layout.loss_group,
+        row_group=layout.row_group,
     )
 
 
@@ -143,28 +141,34 @@ def _entropy_ratio_and_logprob(
     group: dist.ProcessGroup,
 ) -> Tensor:
     """[3, T] the student's entropy, log p/q and log q of the token."""
-    statistics = token_statistics_from_hidden(
-        hidden_TH,
-        output_weight_vH,
-        targets_of(batch),
-        signal,
-        config=config,
-        vocab_size=vocab_size,
-        group=group,
-    )
-    entropy_T = statistics.divergences()["student_entropy"]
+    student = hidden_TH, output_weight_vH, targets_of(batch, golden=config.needs.golden)
+    known: dict[str, Any] = dict(vocab_size=vocab_size, group=group)
+    statistics = token_statistics_from_hidden(*student, signal, config=config, **known)
+    divergences = statistics.divergences()
+    if "student_entropy" not in divergences:
+        # The teacher's logits are not at hand; the entropy is the student's alone.
+        itself = HiddenStatesSignal(hidden_TH, output_weight_vH, vocab_size)
+        alone = token_statistics_from_hidden(*student, itself, config=_ANY, **known)
+        divergences = alone.divergences()
+    entropy_T = divergences["student_entropy"]
     return torch.stack([entropy_T, statistics.log_ratio_T, statistics.student_logprob_T])
 
 
 def targets_of(
-    batch: MicroBatch, *, weights_T: Tensor | None = None, rewards_T: Tensor | None = None
+    batch: MicroBatch,
+    *,
+    weights_T: Tensor | None = None,
+    rewards_T: Tensor | None = None,
+    golden: bool = False,
 ) -> LossTargets:
-    """The loss tokens of a micro-batch as the loss takes them."""
+    """The loss tokens of a micro-batch as the loss takes them, golden ones told apart if asked."""
+    writers_T = batch.of_loss_tokens(batch.writers)
     return LossTargets(
         ids_T=batch.of_loss_tokens(batch.labels),
-        is_teacher_T=batch.of_loss_tokens(batch.writers) == Writer.TEACHER,
+        is_teacher_T=writers_T == Writer.TEACHER,
         uniforms_T=batch.of_loss_tokens(batch.uniforms),
         weights_T=weights_T,
         rollout_logprobs_T=batch.of_loss_tokens(batch.behaviour_logprobs),
         rewards_T=rewards_T,
+        is_golden_T=writers_T == Writer.GOLDEN if golden else None,
     )

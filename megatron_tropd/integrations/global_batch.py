@@ -21,7 +21,7 @@ from torch.utils.data import default_collate
 from megatron_tropd.base.errors import ConfigError, InputError
 from megatron_tropd.data.batch import MicroBatch, micro_batch, upload
 from megatron_tropd.data.packing import LossCounts
-from megatron_tropd.data.sequence import SampleKey, Writer
+from megatron_tropd.data.sequence import NO_VERSION, SampleKey, TokenSequence, Writer
 from megatron_tropd.losses import Method
 
 TEXT = ("tokens", "labels", "loss_mask", "position_ids")
@@ -38,7 +38,7 @@ _BESIDE = frozenset({"attention_mask", "dataset_id"})
 
 
 @dataclass(frozen=True)
-class Share:
+class BatchShare:
     """What every rank knows beforehand of its share of a step's global batch."""
 
     count: int
@@ -72,7 +72,7 @@ def deal(
     return [default_collate(list(items[start : start + rows])) for start in starts]
 
 
-def own_share(items: Sequence[Mapping[str, Tensor]], share: Share) -> list[dict[str, Tensor]]:
+def own_share(items: Sequence[Mapping[str, Tensor]], share: BatchShare) -> list[dict[str, Tensor]]:
     """Make this replica's micro-batches of as many items as a global batch has."""
     expected = share.count * share.shape[0] * share.dp_size
     if len(items) != expected:
@@ -83,7 +83,7 @@ def own_share(items: Sequence[Mapping[str, Tensor]], share: Share) -> list[dict[
     return deal(items, share.shape[0], share.dp_rank, share.dp_size)
 
 
-def draw(iterator: Iterator[Mapping[str, Tensor]] | None, share: Share) -> list[MicroBatch]:
+def draw(iterator: Iterator[Mapping[str, Tensor]] | None, share: BatchShare) -> list[MicroBatch]:
     """Take a global batch's share of this rank from its loader; all tensor ranks get the same.
 
     Args:
@@ -112,7 +112,7 @@ def draw(iterator: Iterator[Mapping[str, Tensor]] | None, share: Share) -> list[
     return broadcast_items(items, share)
 
 
-def broadcast_items(items: Sequence[Mapping[str, Tensor]], share: Share) -> list[MicroBatch]:
+def broadcast_items(items: Sequence[Mapping[str, Tensor]], share: BatchShare) -> list[MicroBatch]:
     """Make micro-batches as :func:`draw` does, of N items on the first rank, or of none.
 
     Collectives: 1 broadcast of the items on ``share.group``, if it has more than one rank.
@@ -138,7 +138,7 @@ def broadcast_items(items: Sequence[Mapping[str, Tensor]], share: Share) -> list
     return [_micro_batch(columns, share, share.rows(n)) for n, columns in enumerate(made)]
 
 
-def _micro_batch(columns: dict[str, NDArray[Any]], share: Share, rows: range) -> MicroBatch:
+def _micro_batch(columns: dict[str, NDArray[Any]], share: BatchShare, rows: range) -> MicroBatch:
     keys = [SampleKey(*key) for key in columns.pop("sample_key").tolist()]
     mask = columns.pop("attention_mask", None)
     made = micro_batch(
@@ -152,16 +152,43 @@ def _micro_batch(columns: dict[str, NDArray[Any]], share: Share, rows: range) ->
     return made.to(share.device)
 
 
+def sequences_of(batches: Sequence[MicroBatch]) -> dict[int, TokenSequence]:
+    """Make the sequences again of which a loader's items were made; the host waits for the device.
+
+    Args:
+        batches: of this replica.
+
+    Returns:
+        Number of a row (``MicroBatch.rows``) -> its ids and writers, up to the last token that
+        somebody wrote. Nothing else of it is known.
+    """
+    found = {}
+    for batch in batches:
+        tokens, labels, writers = (
+            values.cpu().numpy() for values in (batch.tokens, batch.labels, batch.writers)
+        )
+        for place, row in enumerate(batch.rows):
+            length = int(np.flatnonzero(writers[place]).max(initial=-1)) + 1
+            ids_N = np.concatenate([tokens[place, :1], labels[place, :length]])
+            writer_N = np.concatenate([[int(Writer.CONTEXT)], writers[place, :length]])
+            unknown_N = np.full(len(ids_N), np.nan, np.float32)
+            found[row] = TokenSequence(
+                key=batch.keys[place],
+                ids_N=ids_N,
+                writer_N=writer_N,
+                engine_logprobs_N=unknown_N,
+                behaviour_logprobs_N=unknown_N,
+                weight_N=(writer_N != Writer.CONTEXT).astype(np.float32),
+                version_N=np.full(len(ids_N), NO_VERSION),
+                finish="",
+            )
+    return found
+
+
 def whole_batch(
     batches: Sequence[MicroBatch], loss: Method, group: dist.ProcessGroup, device: torch.device
 ) -> tuple[LossCounts, list[int]]:
     """Learn what the loss has to know of the other replicas' micro-batches, if anything.
-
-    Args:
-        batches: of this replica.
-        loss: which loss.
-        group: data-parallel group.
-        device: of its collectives.
 
     Returns:
         Loss tokens of the global batch, and the prompt of each of its rows. If the loss asks for
@@ -186,13 +213,18 @@ def whole_batch(
     return LossCounts(counts[0], counts[1], 0), [prompts[row] for row in range(len(prompts))]
 
 
-def _columns(item: Mapping[str, Tensor], share: Share, rows: range) -> dict[str, NDArray[Any]]:
+def _columns(item: Mapping[str, Tensor], share: BatchShare, rows: range) -> dict[str, NDArray[Any]]:
     """Take an item as rows of a micro-batch."""
     _check(item, share)
     if "writers" not in item:
         item = {**item, **_as_trajectory(item["loss_mask"], share.step, rows)}
     columns = {name: item[name].numpy().astype(dtype) for name, dtype in _COLUMNS.items()}
     columns["sample_key"] = item["sample_key"].numpy()
+    if (columns["writers"] == Writer.GOLDEN).any():
+        raise InputError(
+            "Expected tokens of context, teacher or student, found golden answers, for which no "
+            "method of the plug-in has a loss. Leave their sequences out of the dataset."
+        )
     if share.masked:
         columns["attention_mask"] = item["attention_mask"].bool().numpy()
     return columns
@@ -211,7 +243,7 @@ def _as_trajectory(loss_mask: Tensor, step: int, rows: range) -> dict[str, Tenso
     }
 
 
-def _check(item: Mapping[str, Tensor], share: Share) -> None:
+def _check(item: Mapping[str, Tensor], share: BatchShare) -> None:
     expected = TRAJECTORY if "writers" in item else TEXT
     if missing := [name for name in expected if name not in item]:
         raise InputError(

@@ -16,24 +16,23 @@ class LoopStudent:
         """Run nothing yet.
 
         Args:
-            schedule: Megatron's.
             model: this stage's chunk as Megatron wrapped it, or a list of that one.
             settings: the other arguments of the call, without the data.
         """
         from megatron_tropd.mcore.hidden import unwrap
 
         self._schedule, self._model, self._settings = schedule, model, settings
-        self.model = unwrap(model[0] if isinstance(model, list) else model)
+        self.module = unwrap(model[0] if isinstance(model, list) else model)
 
     def score(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
         """Hidden states of the loss tokens with the weights of now, no gradient, no dropout."""
         from megatron_tropd.mcore.schedule import hidden_states
 
-        was_training = self.model.training
+        was_training = self.module.training
         try:
-            return hidden_states(self.model, micro_batches)
+            return hidden_states(self.module, micro_batches)
         finally:
-            self.model.train(was_training)
+            self.module.train(was_training)
 
     def forward_backward(self, micro_batches: Sequence[MicroBatch], loss_fn: Any) -> Any:
         """Call the schedule; its ``forward_step_func`` is one of ``megatron_lm.distilling``."""

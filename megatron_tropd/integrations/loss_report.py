@@ -27,8 +27,6 @@ class LossReport:
         """Take what is wanted from Megatron's arguments.
 
         Args:
-            args: Megatron's.
-            config: the loss.
             iteration: 0-based.
         """
         self._iteration = iteration
@@ -45,7 +43,6 @@ class LossReport:
 
         Args:
             values: [T] each, of the loss.
-            batch: the micro-batch.
 
         Returns:
             ``tropd loss``, ``lm loss`` (-log q of the label), ``k1`` (log q - log p), the share of

@@ -29,16 +29,18 @@ from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.convert.megatron_folder import MegatronFolder
 from megatron_tropd.integrations import options, startup
 from megatron_tropd.integrations.global_batch import (
-    Share,
+    BatchShare,
     broadcast_items,
     draw,
     own_share,
+    sequences_of,
     whole_batch,
 )
 from megatron_tropd.integrations.loop_student import Distilled, LoopStudent
 from megatron_tropd.integrations.loss_report import LossReport
 from megatron_tropd.integrations.printed_log import PrintedLog
 from megatron_tropd.losses import Method
+from megatron_tropd.teacher.cached import CachedTeacher, open_cache
 from megatron_tropd.teacher.resident import ResidentTeacher
 
 ForwardStep = Callable[..., tuple[Tensor, Callable[..., Any]]]
@@ -53,9 +55,6 @@ _parser: ArgumentParser | None = None
 
 def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     """Add the ``--tropd-*`` group: pass this as Megatron's ``extra_args_provider``.
-
-    Args:
-        parser: Megatron's.
 
     Returns:
         The same parser. Without any of the arguments a script trains as if it had not been called.
@@ -75,6 +74,17 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
         "--tropd-teacher-hf-config",
         metavar="FOLDER",
         help="HF folder of the teacher's architecture, for a Megatron checkpoint without one",
+    )
+    add(
+        "--tropd-teacher-cache",
+        metavar="FOLDER",
+        help="the teacher's scores of --tropd-trajectories (tropd score); no teacher is loaded",
+    )
+    add(
+        "--tropd-teacher-offload",
+        choices=("host", "host_by_layer"),
+        help="keep the teacher's layers in the host's memory while it does not score, as "
+        "teacher.offload of a config (docs/planning.md)",
     )
     add(
         "--tropd-trajectories",
@@ -212,8 +222,8 @@ class _Plugin:
         self._rollouts = rollouts
         self._folder: HFFolder | MegatronFolder | None = None
         self._config: Method = preset("tropd")
-        self._teacher: ResidentTeacher | None = None
-        self._ranks: Any = None
+        self._teacher: ResidentTeacher | CachedTeacher | None = None
+        self._layout: Any = None
         self._fresh: tuple[int, Sequence[Mapping[str, Tensor]]] | None = None
 
     def replacements(self) -> dict[str, Callable[..., Any]]:
@@ -286,8 +296,8 @@ class _Plugin:
             from megatron_tropd.mcore.layout import current_layout
 
             assert self._folder is not None
-            self._ranks = current_layout()
-            self._teacher = _build_teacher(self._folder, settings, self._ranks)
+            self._layout = current_layout()
+            self._teacher = _build_teacher(self._folder, settings, self._layout)
         return partial(self._distilled_schedule, schedule)
 
     def _distilled_schedule(
@@ -300,32 +310,34 @@ class _Plugin:
 
         args = get_args()
         assert self._teacher is not None
-        share, ranks = self._share(args, settings), self._ranks
+        share, layout = self._share(args, settings), self._layout
         student = LoopStudent(schedule, model, settings)
         if self._rollouts is None or settings.get("forward_only", False):
             iterator = data_iterator[0] if isinstance(data_iterator, list) else data_iterator
             batches = draw(iterator, share)
         else:
-            items = self._fresh_items(student.model, args.curr_iteration)
+            items = self._fresh_items(student.module, args.curr_iteration)
             batches = broadcast_items(own_share(items, share), share)
+        if isinstance(self._teacher, CachedTeacher) and layout.is_last_stage:
+            self._teacher.know(sequences_of(batches))
         parts = LossParts(
             student=student,
             teacher=self._teacher,
             loss=self._config,
             beta=0.001 if args.tropd_beta is None else args.tropd_beta,
             vocab_size=_vocab_size(),
-            ranks=ranks,
+            layout=layout,
             metrics=args.tropd_metrics,
         )
         loss = self._config.at_step(share.step)
-        counts, prompts = whole_batch(batches, loss, ranks.dp_group, share.device)
+        counts, prompts = whole_batch(batches, loss, layout.dp_group, share.device)
         record = LossReport(args, self._config, share.step)
         return forward_backward(parts, batches, counts, share.step, record=record, prompts=prompts)
 
-    def _share(self, args: Namespace, settings: Mapping[str, Any]) -> Share:
+    def _share(self, args: Namespace, settings: Mapping[str, Any]) -> BatchShare:
         from megatron_tropd.mcore import platform
 
-        return Share(
+        return BatchShare(
             count=settings["num_microbatches"],
             shape=(settings["micro_batch_size"], settings["seq_length"]),
             # Only training counts them; --skip-train evaluates at the one that was loaded.
@@ -333,10 +345,10 @@ class _Plugin:
             seed=args.seed,
             masked=bool(getattr(args, "reset_attention_mask", False)),
             must_be_sampled=self._config.needs.sampled,
-            group=self._ranks.tp_group,
+            group=self._layout.tp_group,
             device=platform.device(),
-            dp_rank=self._ranks.dp_rank,
-            dp_size=self._ranks.dp_size,
+            dp_rank=self._layout.dp_rank,
+            dp_size=self._layout.dp_size,
         )
 
     def _fresh_items(
@@ -351,9 +363,6 @@ class _Plugin:
 
 def recorded_trajectories(args: Namespace) -> Any:
     """The dataset of ``--tropd-trajectories``, which stands in place of the script's datasets.
-
-    Args:
-        args: Megatron's.
 
     Returns:
         A map-style dataset of :data:`~megatron_tropd.integrations.global_batch.TRAJECTORY` items.
@@ -379,9 +388,11 @@ def recorded_trajectories(args: Namespace) -> Any:
 
 
 def _build_teacher(
-    folder: HFFolder | MegatronFolder, args: Namespace, ranks: Any
-) -> ResidentTeacher:
-    """Build the teacher in the student's layout; collective."""
+    folder: HFFolder | MegatronFolder, args: Namespace, layout: Any
+) -> ResidentTeacher | CachedTeacher:
+    """Build the teacher in the student's layout, or open its scores; collective."""
+    if args.tropd_teacher_cache is not None:
+        return CachedTeacher(open_cache(args.tropd_teacher_cache, layout))
     from megatron_tropd.mcore import platform
     from megatron_tropd.mcore.frozen import frozen_model
 
@@ -389,11 +400,12 @@ def _build_teacher(
     with torch.random.fork_rng([torch.cuda.current_device()] if platform.has_cuda() else []):
         scorer = frozen_model(
             folder,
-            layout=ranks,
+            layout=layout,
             parallel=startup.layout_of(args, folder.config),
             dtype=args.params_dtype,
             padded_vocab_size=args.padded_vocab_size,
             vocab_size=_vocab_size(),
+            offload=args.tropd_teacher_offload or "none",
         )
     return ResidentTeacher(scorer)
 

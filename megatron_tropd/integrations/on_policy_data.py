@@ -36,7 +36,7 @@ from megatron_tropd.rollout.engines.pool import EnginePool
 from megatron_tropd.rollout.engines.process import engine_threads
 from megatron_tropd.rollout.episodes import EpisodePlan, load_mode
 from megatron_tropd.rollout.source import SampledRollouts
-from megatron_tropd.rollout.weights.weight_sync import Export
+from megatron_tropd.rollout.weights.interface import RepeatableExport
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -83,11 +83,7 @@ class OnPolicyData:
     """
 
     def __init__(self, settings: OnPolicySettings) -> None:
-        """Remember the settings; nothing is started yet.
-
-        Args:
-            settings: what to sample.
-        """
+        """Remember the settings; nothing is started yet."""
         self.settings = settings
         self._started = False
         self._exit = ExitStack()
@@ -121,8 +117,8 @@ class OnPolicyData:
         """
         if not self._started:
             self.start_for_pretrain(model)
-        trajectories = self.sample(model, iteration)
-        return [training_item(t, self._loop.seq_length) for t in trajectories]
+        sequences = self.sample(model, iteration)
+        return [training_item(t, self._loop.seq_length) for t in sequences]
 
     def start_for_pretrain(self, model: torch.nn.Module) -> Any:
         """:meth:`start` with what Megatron's arguments say; returns them."""
@@ -146,7 +142,6 @@ class OnPolicyData:
         """Start the engines. Collective; Megatron's parallel state is set up.
 
         Args:
-            loop: the training loop.
             dtype: of the model's parameters.
 
         Raises:
@@ -156,7 +151,7 @@ class OnPolicyData:
 
         Collectives: gathers of the outcome on all ranks.
         """
-        self._loop, self._ranks = loop, current_layout()
+        self._loop, self._layout = loop, current_layout()
         self._make_episode = load_mode(self.settings.rollout.mode)
         self._read_texts()
         self._check()
@@ -197,7 +192,7 @@ class OnPolicyData:
                 settings.rollout, settings.guidance, loop.steps, loop.seed, self._responses
             ),
             stop_token_ids=stop_token_ids(settings.student, settings.rollout.stop_token_ids),
-            is_main=self._ranks.is_main,
+            is_main=self._layout.is_main,
         )
 
     def _read_texts(self) -> None:
@@ -227,7 +222,12 @@ class OnPolicyData:
             check_same_texts(rollout.prompts, prompts, tokenizer, teacher, rollout)
 
     def _check(self) -> None:
-        rollout, ranks = self.settings.rollout, self._ranks
+        rollout, layout = self.settings.rollout, self._layout
+        if self.settings.guidance.golden_field is not None:
+            raise ConfigError(
+                "No method of the plug-in has a loss for golden answers. Leave "
+                "guidance.golden_field out, or use the trainer (tropd distill)."
+            )
         if rollout.placement != "colocated" or rollout.steps_ahead:
             raise ConfigError(
                 "Live rollouts are sampled by engines beside the trainer, for the step at hand. "
@@ -238,20 +238,20 @@ class OnPolicyData:
                 f'rollout.behaviour = "{rollout.behaviour}" is not built for live rollouts. Set '
                 'rollout.behaviour = "student", or "cooled".'
             )
-        if ranks.tp_size * ranks.pp_size * ranks.dp_size != ranks.world_size:
+        if layout.tp_size * layout.pp_size * layout.dp_size != layout.world_size:
             raise ConfigError(
-                f"Live rollouts need tensor x pipeline x data = {ranks.world_size} ranks, found "
-                f"{ranks.tp_size} x {ranks.pp_size} x {ranks.dp_size}. Switch context parallelism "
-                "off."
+                f"Live rollouts need tensor x pipeline x data = {layout.world_size} ranks, found "
+                f"{layout.tp_size} x {layout.pp_size} x {layout.dp_size}. Switch context "
+                "parallelism off."
             )
-        if ranks.world_size % rollout.num_engines:
+        if layout.world_size % rollout.num_engines:
             raise ConfigError(
-                f"rollout.num_engines must divide the {ranks.world_size} ranks, found "
+                f"rollout.num_engines must divide the {layout.world_size} ranks, found "
                 f"{rollout.num_engines}."
             )
 
     def _start_engines(self, dtype: torch.dtype) -> EnginePool:
-        rollout, ranks = self.settings.rollout, self._ranks
+        rollout, layout = self.settings.rollout, self._layout
         local = number("LOCAL_WORLD_SIZE", 1)
         longest = max(len(prompt.token_ids) for prompt in self._prompts)
 
@@ -266,13 +266,13 @@ class OnPolicyData:
                 tensor_parallel=rollout.engine_tensor_parallel,
                 max_num_seqs=rollout.max_num_seqs,
                 max_num_batched_tokens=rollout.max_num_batched_tokens,
-                threads=engine_threads(rollout.num_engines, local, ranks.world_size),
+                threads=engine_threads(rollout.num_engines, local, layout.world_size),
                 log_file=self.settings.log_folder / f"engine_{number:03d}.log",
             )
 
         return EnginePool(
-            rank=ranks.rank,
-            world_size=ranks.world_size,
+            rank=layout.rank,
+            world_size=layout.world_size,
             num_engines=rollout.num_engines,
             make_engine=make,
             transport=rollout.weight_transport,
@@ -280,12 +280,12 @@ class OnPolicyData:
 
     def _push_weights(self, model: torch.nn.Module, step: int) -> None:
         export = partial(
-            DenseModel(model, self._folder.config, self._ranks).exported,
+            DenseModel(model, self._folder.config, self._layout).exported,
             self._engines.channel.receivers,
             vocab_size=self._columns,
             explicit_lm_head=True,
         )
-        self._engines.channel.send(Export(export), step)
+        self._engines.channel.send(RepeatableExport(export), step)
 
 
 def check_arguments(
@@ -294,7 +294,6 @@ def check_arguments(
     """Refuse arguments of Megatron that exclude live rollouts.
 
     Args:
-        args: Megatron's, validated.
         rollout: says how large a global batch is.
         more: further (whether it is wrong, what is needed).
 

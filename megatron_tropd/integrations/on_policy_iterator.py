@@ -21,7 +21,7 @@ from megatron_tropd.integrations.global_batch import deal
 from megatron_tropd.integrations.on_policy_data import LoopSettings, OnPolicyData, check_arguments
 from megatron_tropd.mcore.layout import current_layout
 
-MicroBatch = dict[str, Tensor]
+LoaderBatch = dict[str, Tensor]
 
 
 class OnPolicyIterator:
@@ -39,7 +39,7 @@ class OnPolicyIterator:
         """Optimizer steps the student has seen when the next global batch is sampled."""
         self._rollouts = rollouts
         self._models: list[torch.nn.Module] = []
-        self._batches: deque[MicroBatch] = deque()
+        self._batches: deque[LoaderBatch] = deque()
         self._source: Any = None
 
     def start(
@@ -49,7 +49,6 @@ class OnPolicyIterator:
 
         Args:
             model: this rank's GPTModel, not wrapped.
-            loop: the training loop.
             micro_batch_size: B, rows of a micro-batch.
             step: optimizer steps the student has seen.
 
@@ -79,10 +78,10 @@ class OnPolicyIterator:
         self._source = None
         self.step += 1
 
-    def __iter__(self) -> Iterator[MicroBatch]:
+    def __iter__(self) -> Iterator[LoaderBatch]:
         return self
 
-    def __next__(self) -> MicroBatch:
+    def __next__(self) -> LoaderBatch:
         """This data-parallel rank's next micro-batch, the same on all ranks of a replica.
 
         Returns:
@@ -160,13 +159,13 @@ class OnPolicyIterator:
         self, model: torch.nn.Module, seq_length: int, micro_batch_size: int, step: int
     ) -> None:
         self._model, self._seq_length, self.step = model, seq_length, step
-        ranks, rollout = current_layout(), self._rollouts.settings.rollout
-        self._dp_rank, self._dp_size, self._rows = ranks.dp_rank, ranks.dp_size, micro_batch_size
+        layout, rollout = current_layout(), self._rollouts.settings.rollout
+        self._dp_rank, self._dp_size, self._rows = layout.dp_rank, layout.dp_size, micro_batch_size
         batch = rollout.prompts_per_step * rollout.samples_per_prompt
-        if batch % (micro_batch_size * ranks.dp_size):
+        if batch % (micro_batch_size * layout.dp_size):
             raise ConfigError(
                 f"rollout.prompts_per_step x samples_per_prompt = {batch} must be a multiple of "
-                f"micro-batch size x data-parallel size = {micro_batch_size} x {ranks.dp_size}."
+                f"micro-batch size x data-parallel size = {micro_batch_size} x {layout.dp_size}."
             )
 
     def _watch_gradients(self, model: Any) -> None:

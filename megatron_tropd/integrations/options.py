@@ -40,7 +40,7 @@ _WHOLE = "sequences are whole"
 _SHARDS = "the output layer is taken as tensor parallelism shards it"
 REFUSED = (
     Refusal("context_parallel_size", _WHOLE, off=1),
-    Refusal("hybrid_context_parallel", _WHOLE),
+    Refusal("hybrid_context_parallel", "all rows of a micro-batch are split alike"),
     Refusal(
         "virtual_pipeline_model_parallel_size",
         "the teacher has one chunk per stage",
@@ -125,9 +125,6 @@ BESIDE_TRAJECTORIES = (
 def check_refused(args: Namespace) -> None:
     """Refuse what the plug-in was not made for.
 
-    Args:
-        args: Megatron's, validated.
-
     Raises:
         ConfigError: names the option and what to change.
     """
@@ -184,8 +181,6 @@ def check_unknown(args: Namespace, defaults: dict[str, list[Any]], accepted: lis
     """Refuse options of Megatron's that nobody has looked at and that are not as by default.
 
     Args:
-        args: Megatron's, validated.
-        defaults: of :func:`megatron_defaults`.
         accepted: ``--tropd-accept-options``.
 
     Raises:
@@ -215,8 +210,6 @@ def of_the_script(args: Namespace, parser: ArgumentParser, known: Set[str]) -> l
     """Options that the script adds to Megatron's and that are not as by default.
 
     Args:
-        args: Megatron's, validated.
-        parser: that parsed them.
         known: Megatron's options, and those that were accepted.
     """
     known = known | reviewed()

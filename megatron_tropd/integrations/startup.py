@@ -24,7 +24,8 @@ from megatron_tropd.convert.megatron_folder import (
 from megatron_tropd.data.tokenizers import check_same_tokenizer, load_tokenizer
 from megatron_tropd.integrations import options
 from megatron_tropd.losses.method import Method
-from megatron_tropd.losses.signals import HiddenStatesSignal, check_signal
+from megatron_tropd.losses.signals import HiddenStatesSignal, TopKSignal, check_signal
+from megatron_tropd.teacher.cached import check_cache
 
 SUPPORTED = ("0.17", "0.18", "0.19")
 """Versions of megatron-core whose training loop was run with the plug-in."""
@@ -110,11 +111,17 @@ def loss_config(args: Namespace) -> Method:
             f"--tropd-method {args.tropd_method} does not read --tropd-top-k, which would change "
             "nothing. Drop it, or choose a method that does (docs/losses.md)."
         )
-    if config.needs.reference or config.needs.outcomes:
-        lacking = "a second frozen model" if config.needs.reference else "graded rollouts"
+    needs = config.needs
+    unmet = {
+        "a second frozen model": needs.reference,
+        "graded rollouts": needs.outcomes,
+        "golden answers": needs.golden,
+    }
+    if any(unmet.values()):
         raise ConfigError(
-            f"--tropd-method {args.tropd_method} needs {lacking}, which the plug-in does not load. "
-            "Use the trainer (tropd distill) or another method."
+            f"--tropd-method {args.tropd_method} needs "
+            f"{' and '.join(name for name, is_unmet in unmet.items() if is_unmet)}, which the "
+            "plug-in does not load. Use the trainer (tropd distill) or another method."
         )
     if left_out := [name for name in _LEFT_OUT if getattr(config, name)]:
         raise ConfigError(
@@ -133,9 +140,6 @@ def _with_one(table: dict[str, Any]) -> Method:
 
 def check_arguments(args: Namespace) -> None:
     """Refuse what the plug-in was not made for.
-
-    Args:
-        args: Megatron's, validated.
 
     Raises:
         ConfigError: names the option and what to change.
@@ -169,7 +173,6 @@ def open_teacher(args: Namespace, vocab_size: int) -> HFFolder | MegatronFolder:
     """Open ``--tropd-teacher-load`` and check that it can teach this student.
 
     Args:
-        args: Megatron's.
         vocab_size: ids of the student's tokenizer.
 
     Returns:
@@ -186,13 +189,17 @@ def open_teacher(args: Namespace, vocab_size: int) -> HFFolder | MegatronFolder:
         raise InputError(f"{error} Or give --tropd-teacher-hf-config and that folder.") from None
     if isinstance(folder, HFFolder):
         check_tensors(folder)
+    cached = args.tropd_teacher_cache is not None
+    signal = TopKSignal if cached else HiddenStatesSignal
     try:
-        check_parallel(folder.config, layout_of(args, folder.config), who="teacher")
-        check_signal(loss_config(args), HiddenStatesSignal, vocab_size=vocab_size)
+        if not cached:
+            check_parallel(folder.config, layout_of(args, folder.config), who="teacher")
+        check_signal(loss_config(args), signal, vocab_size=vocab_size)
     except ConfigError as error:
         raise ConfigError(_in_options(error)) from None
-    _check_expert_shards(args, folder)
-    _check_mask_is_read(args, folder)
+    if not cached:
+        _check_expert_shards(args, folder)
+        _check_mask_is_read(args, folder)
     shape = model_shape(folder.config)
     if shape.vocab < vocab_size:
         raise ConfigError(
@@ -206,7 +213,20 @@ def open_teacher(args: Namespace, vocab_size: int) -> HFFolder | MegatronFolder:
             f"tokens, found {args.seq_length}. Lower it."
         )
     _check_tokenizer(args, folder)
+    if cached:
+        _check_scores(args, folder, vocab_size)
     return folder
+
+
+def _check_scores(args: Namespace, folder: HFFolder | MegatronFolder, vocab_size: int) -> None:
+    """Refuse scores of something else; each trajectory is looked up when it is drawn."""
+    if args.tropd_trajectories is None:
+        raise ConfigError(
+            "--tropd-teacher-cache holds the scores of recorded trajectories, found no "
+            "--tropd-trajectories. Give the file that `tropd score` read."
+        )
+    loss, tokenizer = loss_config(args), student_tokenizer(args)
+    check_cache(args.tropd_teacher_cache, loss, folder, tokenizer, vocab_size)
 
 
 def _check_expert_shards(args: Namespace, folder: HFFolder | MegatronFolder) -> None:

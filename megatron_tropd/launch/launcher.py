@@ -29,7 +29,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import IO, Any, Self
@@ -40,7 +40,9 @@ from megatron_tropd.base.errors import ConfigError, TrainingError
 from megatron_tropd.base.failures import Failure, report
 from megatron_tropd.config import Config, config_to_dict
 from megatron_tropd.config.run_folder import RunFolder
+from megatron_tropd.launch import forked
 from megatron_tropd.launch.nodes import Nodes, Peers
+from megatron_tropd.launch.rank import main as be_rank
 from megatron_tropd.launch.watchdog import read_beats
 from megatron_tropd.rollout.engines.process import engine_threads
 
@@ -56,6 +58,8 @@ _BACKLOG = 4096
 """Ranks that may call before rank 0 answers."""
 _OFTEN = "(SIGKILL without a reason in the logs: often the node ran out of memory.)"
 
+RankProcess = subprocess.Popen | forked.ForkedRank
+
 
 class Ranks:
     """This node's ranks. A context manager: whoever still runs at its end is killed."""
@@ -69,14 +73,14 @@ class Ranks:
         world = config.parallel.world_size
         if world % nodes.count:
             raise ConfigError(
-                f"{world} ranks (tensor x pipeline x data) cannot be shared equally by "
+                f"{world} ranks (tensor x context x pipeline x data) cannot be shared equally by "
                 f"{nodes.count} nodes. Change parallel.* or the number of nodes."
             )
         self._config, self._nodes, self._local = config, nodes, world // nodes.count
         self.port = 0
         """Where the ranks meet; known on node 0, whose first rank has the socket."""
         self._socket = -1
-        self.processes: list[subprocess.Popen] = []
+        self.processes: list[RankProcess] = []
         self._orders: list[IO[str]] = []
 
     def __enter__(self) -> Self:
@@ -106,13 +110,11 @@ class Ranks:
         place = {"RANK": str(rank), "LOCAL_RANK": str(local_rank)}
         ours, theirs = socket.socketpair()
         with ours, theirs:
-            command = [sys.executable, "-m", "megatron_tropd.launch.rank"]
-            child = subprocess.Popen(
-                [*command, str(os.getpid()), str(threads), run],
-                env=rank_environment(self._local, self._nodes) | place,
-                stdin=theirs.fileno(),
-                pass_fds=descriptors,
-                start_new_session=True,
+            child = _start_rank(
+                [str(os.getpid()), str(threads), run],
+                rank_environment(self._local, self._nodes) | place,
+                theirs.fileno(),
+                descriptors,
             )
             self.processes.append(child)
             self._orders.append(ours.makefile("rw"))
@@ -139,11 +141,12 @@ class Ranks:
             )
         return code or exits.FAILED
 
-    def run(self, folder: RunFolder, peers: Peers, port: int) -> int:
-        """Let them train, and wait for them and for the other nodes.
+    def run(self, folder: RunFolder, peers: Peers, port: int, job: str = "train") -> int:
+        """Let them work, and wait for them and for the other nodes.
 
         Args:
             folder: an opened run folder; the ranks read its ``config.json`` and log below it.
+            job: a key of ``rank.JOBS``.
 
         Returns:
             The exit code to pass on (``exits.py``).
@@ -154,11 +157,31 @@ class Ranks:
             if number == self._nodes.rank == 0:
                 environment[STORE_DESCRIPTOR] = str(self._socket)
             with contextlib.suppress(OSError):  # it has ended, which is seen at once
-                self._order(number, run=str(folder.root), environment=environment)
+                self._order(number, run=str(folder.root), environment=environment, job=job)
         return Supervisor(self.processes, folder, peers).run()
 
     def _order(self, number: int, **order: Any) -> None:
         print(json.dumps(order), file=self._orders[number], flush=True)
+
+
+def _start_rank(
+    arguments: Sequence[str],
+    environment: Mapping[str, str],
+    stdin: int,
+    descriptors: Sequence[int],
+) -> RankProcess:
+    """Start one in a session of its own; by a fork where this process has done its imports."""
+    if forked.is_ready() and not _has_gpu():
+        return forked.ForkedRank(
+            be_rank, arguments, environment=environment, stdin=stdin, descriptors=descriptors
+        )
+    return subprocess.Popen(
+        [sys.executable, "-m", be_rank.__module__, *arguments],
+        env=environment,
+        stdin=stdin,
+        pass_fds=descriptors,
+        start_new_session=True,
+    )
 
 
 def listen(nodes: Nodes) -> socket.socket:
@@ -177,10 +200,13 @@ def _engine_threads(config: Config, rank: int, local: int) -> int:
     """Threads of the engine whose process a rank can start before all else; 0: it owns none."""
     rollout, world = config.rollout, config.parallel.world_size
     # With a GPU the engine's devices are known only when the rank has its own.
-    gpu = any(Path(device).exists() for device in _GPU_DEVICES)
-    if gpu or rollout.placement == "separate" or rank % (world // rollout.num_engines):
+    if _has_gpu() or rollout.placement == "separate" or rank % (world // rollout.num_engines):
         return 0
     return engine_threads(rollout.num_engines, local, world)
+
+
+def _has_gpu() -> bool:
+    return any(Path(device).exists() for device in _GPU_DEVICES)
 
 
 def rank_environment(local: int, nodes: Nodes) -> dict[str, str]:
@@ -207,7 +233,7 @@ def rank_environment(local: int, nodes: Nodes) -> dict[str, str]:
     }
 
 
-def kill(ranks: list[subprocess.Popen]) -> None:
+def kill(ranks: list[RankProcess]) -> None:
     """Kill processes, wait for them and forget them: their numbers may be others' soon."""
     for rank in ranks:
         kill_session(rank.pid)  # its engine goes with it
@@ -231,7 +257,7 @@ def kill_session(leader: int) -> None:
 class Supervisor:
     """Waits for this node's ranks; listens to signals and to the other nodes meanwhile."""
 
-    def __init__(self, ranks: list[subprocess.Popen], folder: RunFolder, peers: Peers) -> None:
+    def __init__(self, ranks: list[RankProcess], folder: RunFolder, peers: Peers) -> None:
         """Nothing is watched yet.
 
         Args:

@@ -36,15 +36,19 @@ if TYPE_CHECKING:
     from megatron_tropd.distill.inputs import Inputs
 
 _SET_PDEATHSIG = 1  # of prctl
-_IMPORTED = "megatron_tropd.distill.loop"
+IMPORTED = "megatron_tropd.distill.loop"
 """What a rank imports before its first step, with all that this imports."""
 
+JOBS = {"train": f"{IMPORTED}:train", "score": "megatron_tropd.distill.score:score"}
+"""What ranks do for a command: a function of the command's folder."""
 
-def run_rank(folder: RunFolder, *, announce: bool = False) -> int:
-    """Train as the rank the environment names; after an error the process ends here.
+
+def run_rank(folder: RunFolder, *, announce: bool = False, job: str = "train") -> int:
+    """Do a job as the rank the environment names; after an error the process ends here.
 
     Args:
         announce: print an error on the terminal too (where our own launcher does not).
+        job: a key of ``JOBS``.
 
     Returns:
         0 when the run is complete, 128 + the signal after which it was left.
@@ -69,10 +73,10 @@ def run_rank(folder: RunFolder, *, announce: bool = False) -> int:
         say=say if announce else lambda _: None,
     )
     try:
-        from megatron_tropd.distill.loop import train
-
+        module, _, function = JOBS[job].partition(":")
+        do = getattr(import_module(module), function)
         with watchdog:
-            train(folder, console=console, stop=stop, progress=progress)
+            do(folder, console=console, stop=stop, progress=progress)
         complete = folder.summary.exists() or stop.signal is None
         return exits.COMPLETE if complete else exits.stopped_by(stop.signal or 0)
     except (ConfigError, InputError, TrainingError) as error:
@@ -160,7 +164,7 @@ def main() -> NoReturn:
     folder = RunFolder(Path(order["run"]))
     with contextlib.suppress(OSError), log_file(folder, number("RANK")).open("ab") as log:
         log.write(printed)
-    code = run_rank(folder)
+    code = run_rank(folder, job=order["job"])
     # A stop that was asked for is no failure: the launcher knows the signal.
     leave(0 if exits.is_stop(code) else code)
 
@@ -179,7 +183,7 @@ def _import() -> bytes:
         for descriptor in (1, 2):
             os.dup2(kept.fileno(), descriptor)
         try:
-            import_module(_IMPORTED)
+            import_module(IMPORTED)
             failed = False
         except BaseException:
             traceback.print_exc()

@@ -118,6 +118,13 @@ def check_inputs(
             "how much better each token's sequence was than the prompt's others, found None. Pass "
             "them: a run takes them from rollout.recorded."
         )
+    given = targets.is_golden_T is not None
+    if config.needs.golden != given:
+        found, advice = ("given", "Leave it out") if given else ("None", "Pass it")
+        raise ValueError(
+            f"loss.method = {config.method_name()!r} has {'no' if given else 'a'} loss for golden "
+            f"answers, found targets.is_golden_T, which tells tokens apart, {found}. {advice}."
+        )
     how: dict[str, Any] = dict(vocab_size=student.vocab_size, config=config)
     return (
         with_allowed_values("targets", targets, targets, **how),

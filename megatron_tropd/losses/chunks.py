@@ -294,7 +294,7 @@ class _Buffers:
         buffer = self._logits[number % len(self._logits), :, : rows.stop - rows.start]
         student_tv, teacher_tv, reference_tv = buffer[0], None, None
         own: list[Tensor] = []
-        event, power = None, pair.spec.student_power
+        event = None
         pair.student.write_logits(rows, student_tv)
         if pair.reference is not None and (ids_t is not None or not pair.target.is_teacher):
             reference_tv = buffer[2]
@@ -306,12 +306,10 @@ class _Buffers:
             if reference_tv is not None:
                 models.append(reference_tv)
             if pair.merge_ids:
-                event = merge(models, pair.merge_ids, pair.shard).raised(power)
+                event = merge(models, pair.merge_ids, pair.shard)
             if ids_t is not None:
                 asked = models[2:] + [teacher_tv] * (not pair.target.is_teacher)
                 own = [own_part(tv, ids_t, pair.shard, self._scratch) for tv in asked]
-            if power:  # logits of p q^b, whatever normalises them
-                teacher_tv.add_(student_tv, alpha=power)
             if not pair.target.is_teacher:
                 pair.target.write(student_tv, teacher_tv, reference_tv)
                 if event is not None:

@@ -51,12 +51,10 @@ class DenseSpec:
     """Subset of :data:`SUMS`."""
     reward: Reward | None = None
     """w of the gradient and of the sum "reward"."""
-    tau: float = 0.0
-    """Floor of trust_clip."""
+    reward_floor: float = 0.0
+    """Floor of r in trust_clip."""
     mix: float = 0.5
     """b of mixture."""
-    student_power: float = 0.0
-    """b of p q^b, which the caller puts in p's place."""
     power: float = 1.0
     """a of power."""
     teacher: bool = False
@@ -276,7 +274,7 @@ class _Both:
             return inside
         assert spec.reward == "trust_clip"
         outside = (self.q - self.p).clamp_(min=0.0)
-        return inside + self._mask_zero(outside, outside * self.ratio.clamp(min=spec.tau))
+        return inside + self._mask_zero(outside, outside * self.ratio.clamp(min=spec.reward_floor))
 
     def _powers(self, power: float) -> Tensor:
         """q (p^a - q^a), in the spare buffer."""

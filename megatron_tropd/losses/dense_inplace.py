@@ -279,8 +279,8 @@ class _Rows:
         inside = torch.clamp(self.share, max=1.0, out=self._spare)
         if spec.reward == "trust":
             return torch.mul(self.ratio, inside.mul_(self.q), out=out)
-        floored = torch.clamp(self.ratio, min=spec.tau, out=self._other)
-        # min(p, q) r + (q - min(p, q)) max(r, tau), over q
+        floored = torch.clamp(self.ratio, min=spec.reward_floor, out=self._other)
+        # min(p, q) r + (q - min(p, q)) max(r, floor), over q
         torch.sub(self.ratio, floored, out=out)
         return out.mul_(inside).add_(floored).mul_(self.q)
 

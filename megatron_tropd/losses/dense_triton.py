@@ -159,8 +159,8 @@ def write_gradient(
 
 
 def _number(spec: DenseSpec) -> float:
-    """The one number that a reward of its own may have: a of power, tau of trust_clip."""
-    return float(spec.power if spec.reward == "power" else spec.tau)
+    """The one number that a reward of its own may have: a of power, floor of trust_clip."""
+    return float(spec.power if spec.reward == "power" else spec.reward_floor)
 
 
 def _launch(kernel: Any, logits_Tv: Tensor, *arguments: Any, **flags: Any) -> None:

@@ -9,7 +9,7 @@ Shape suffixes: t = tokens of the chunk, v = real columns of this rank's shard, 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -43,12 +43,6 @@ class Event:
     """[t, 1] float32 the reference's, if the loss reads it over the vocabulary."""
     log_share_tm: Tensor
     """[t, m] float32 log of the student's probability of each id, given the event."""
-
-    def raised(self, power: float) -> "Event":
-        """With p q^b in the teacher's place."""
-        if not power:
-            return self
-        return replace(self, teacher_t1=self.teacher_t1 + power * self.student_t1)
 
     def log_share_of(self, ids_t: Tensor) -> Tensor:
         """[t] log share of the tokens that were sampled; 0 for those that are no merged id."""

@@ -5,19 +5,31 @@ Importing this needs the standard library alone; what computes is imported when 
 
 from __future__ import annotations
 
+import importlib
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from megatron_tropd.config.loss import LossSettings
+from megatron_tropd.config.loss import LossSettings, Needs
 from megatron_tropd.config.settings import Range
 
 if TYPE_CHECKING:
     import torch.distributed as dist
     from torch import Tensor
 
+    from megatron_tropd.losses import terms
     from megatron_tropd.losses.statistics import TokenStatistics
     from megatron_tropd.losses.targets import LossTargets
     from megatron_tropd.losses.terms import Term
+else:
+
+    class _Terms:
+        """``losses.terms``, imported with torch when something of it is asked for."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(importlib.import_module("megatron_tropd.losses.terms"), name)
+
+    terms = _Terms()
 
 TopK = Annotated[int, Range(0, hint="0: everything.")]
 Outlier = Literal["forward_kl", "mask", "clip"]
@@ -57,6 +69,8 @@ class BatchFacts:
     """No rank has more tokens."""
     group: dist.ProcessGroup | None
     """The ranks that hold the other tokens."""
+    row_group: dist.ProcessGroup | None = None
+    """Those among them that hold the others of this rank's sequences; None: they are whole."""
 
 
 @dataclass(frozen=True)
@@ -70,17 +84,20 @@ class TokenChoices:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Method(LossSettings):
+class Method(LossSettings, ABC):
     """A loss. Its fields are its settings; ``needs`` and ``term`` are what a method writes."""
 
+    @property
+    @abstractmethod
+    def needs(self) -> Needs:
+        """What the loss must be given."""
+
+    @abstractmethod
     def term(self, statistics: TokenStatistics, targets: LossTargets) -> Term:
         """Value and gradient of every token as one that the student wrote."""
-        raise NotImplementedError
 
     def teacher_term(self, statistics: TokenStatistics, beta: float) -> Term | None:
         """The same of tokens that the teacher wrote; None: as the student's."""
-        from megatron_tropd.losses import terms
-
         return terms.teacher_token(statistics, beta)
 
     def choose(self, facts: BatchFacts) -> TokenChoices:
@@ -124,13 +141,23 @@ class Method(LossSettings):
         Returns:
             One term.
         """
-        from megatron_tropd.losses import terms
-
         student = self.term(statistics, targets)
         teacher = self.teacher_term(statistics, beta)
         if teacher is None:
             return student
-        return terms.choose(targets.is_teacher_T, teacher, student)
+        return terms.where(targets.is_teacher_T, teacher, student)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Divergence(Method):
+    """A distance of two distributions, at every position; no token is a sample."""
+
+    teacher_tokens: Literal["nll", "same"] = "nll"
+    """Loss of tokens the teacher wrote: -beta log q(x), or the divergence."""
+
+    def teacher_term(self, statistics: TokenStatistics, beta: float) -> Term | None:
+        """-beta log q(x), unless ``same`` is asked for."""
+        return None if self.teacher_tokens == "same" else super().teacher_term(statistics, beta)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,10 +176,13 @@ class SampledMethod(Method):
     importance_high: HighRho = 2.0
     """Upper end of the interval of rho (truncated, band, ppo)."""
 
+    @property
+    def needs(self) -> Needs:
+        """Log-probs of a token that the student sampled."""
+        return Needs(sampled=True, rollout_logprobs=self.importance != "none")
+
     def teacher_term(self, statistics: TokenStatistics, beta: float) -> Term | None:
         """-beta log q(x), or its detached reward."""
-        from megatron_tropd.losses import terms
-
         by_score = self.gradient == "score_function"
         return terms.teacher_token(statistics, beta, by_score=by_score)
 
@@ -174,8 +204,6 @@ class SampledMethod(Method):
             outlier_T: [T] how much of the token lies outside of a trust region; None: nothing.
             divergence: added to the reward's term.
         """
-        from megatron_tropd.losses import terms
-
         interval = (self.importance_low, self.importance_high)
         return terms.policy_gradient(
             statistics,
@@ -185,3 +213,15 @@ class SampledMethod(Method):
             outlier_T=outlier_T,
             divergence=divergence,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clipped(SampledMethod):
+    """A policy gradient that clips as PPO does, unless told otherwise."""
+
+    importance: Importance = "ppo"
+    """How rho enters, as in the other policy gradients."""
+    importance_low: LowRho = 0.8
+    """Lower end of the interval of rho (band, ppo)."""
+    importance_high: HighRho = 1.2
+    """Upper end of the interval of rho (truncated, band, ppo)."""

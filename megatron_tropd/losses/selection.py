@@ -73,6 +73,7 @@ def future_mean(
     rows_T: Tensor,
     positions_T: Tensor,
     shape: tuple[int, int],
+    group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     r"""Reward plus the mean reward of the later tokens of the same trajectory.
 
@@ -81,15 +82,16 @@ def future_mean(
     Args:
         rewards_T: [T] float32.
         candidates_T: [T] bool, the tokens that have a reward (student tokens).
-        rows_T: [T] int64 the trajectory of each token, counted on this rank; they are whole.
+        rows_T: [T] int64 the trajectory of each token, counted on this rank.
         positions_T: [T] int64 place of each token in its trajectory, 0 and up.
         shape: trajectories of this rank, and places of the longest.
+        group: the ranks that hold the other tokens of these trajectories; None: they are whole.
 
     Returns:
         [T] float32, the last token of a trajectory unchanged, 0 where there is no reward. An
         infinite reward stays what it is and is no part of a mean.
 
-    Collectives: none.
+    Collectives: in a group 1 all-reduce (SUM) of [2, *shape] float64.
 
     Source: TOP-D, arXiv 2607.04751.
     """
@@ -99,6 +101,7 @@ def future_mean(
     tables = rewards_T.new_zeros(2, rows, places + 1, dtype=torch.float64)
     tables[0].index_put_((rows_T, positions_T), torch.where(counted_T, rewards_T.double(), 0.0))
     tables[1].index_put_((rows_T, positions_T), counted_T.double())
+    _sum(tables, group)
     later_T, number_T = tables.flip(-1).cumsum(-1).flip(-1)[:, rows_T, positions_T + 1]
     raised_T = rewards_T + later_T / number_T.clamp(min=1)
     return torch.where(candidates_T, raised_T, 0.0).to(rewards_T.dtype)
@@ -112,6 +115,7 @@ def early_weight(
     positions_T: Tensor,
     shape: tuple[int, int],
     gain: float,
+    group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     r"""More weight for tokens before which student and teacher disagreed little.
 
@@ -120,15 +124,16 @@ def early_weight(
     Args:
         rewards_T: [T] float32.
         candidates_T: [T] bool, the tokens that have a reward (student tokens).
-        rows_T: [T] int64 the trajectory of each token, counted on this rank; they are whole.
+        rows_T: [T] int64 the trajectory of each token, counted on this rank.
         positions_T: [T] int64 place of each token in its trajectory, 0 and up.
         shape: trajectories of this rank, and places of the longest.
         gain: g.
+        group: the ranks that hold the other tokens of these trajectories; None: they are whole.
 
     Returns:
         [T] float32. An infinite reward is no part of a sum.
 
-    Collectives: none.
+    Collectives: in a group 1 all-reduce (SUM) of [*shape] float64.
 
     Source: IW-OPD, arXiv 2606.22600.
     """
@@ -137,6 +142,7 @@ def early_weight(
     sizes = rewards_T.new_zeros(rows, places + 1, dtype=torch.float64)
     size_T = torch.where(counted_T, rewards_T.double().abs(), 0.0)
     sizes.index_put_((rows_T, positions_T + 1), size_T)
+    _sum(sizes, group)
     before = sizes.cumsum(-1)
     # Without any disagreement nothing lies before a token, either.
     total_T = before[:, -1][rows_T].clamp(min=torch.finfo(torch.float64).tiny)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tropd.base.errors import ConfigError
-from megatron_tropd.config.loss import LossSettings
+from megatron_tropd.config.loss import PRESETS, LossSettings, preset
 from megatron_tropd.losses import products
 from megatron_tropd.losses import vocab_parallel as vp
 from megatron_tropd.losses.tensors import check_ids, check_tensors
@@ -254,6 +254,11 @@ def required_signal(config: LossSettings) -> frozenset[str]:
     return frozenset(needed)
 
 
+def methods_for(signal: type[TeacherSignal] | TeacherSignal) -> list[str]:
+    """The presets that need no more than a signal provides."""
+    return [name for name in PRESETS if required_signal(preset(name)) <= signal.provides]
+
+
 def check_signal(
     config: LossSettings, signal: type[TeacherSignal] | TeacherSignal, *, vocab_size: int
 ) -> None:
@@ -273,7 +278,8 @@ def check_signal(
     if missing := required_signal(config) - signal.provides:
         raise ConfigError(
             f"{loss} needs {sorted(missing)} of the teacher, but {name} provides only "
-            f"{sorted(signal.provides)}. Choose another loss or another teacher signal."
+            f"{sorted(signal.provides)}. Choose another teacher.placement, or a method that works "
+            f"with this one: {', '.join(methods_for(signal))}."
         )
     if max(config.merge_ids, default=0) >= vocab_size:
         raise ConfigError(

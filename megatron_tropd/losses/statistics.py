@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from megatron_tropd.config.loss import TEACHER
+from megatron_tropd.config.loss import TEACHER, Powers
 from megatron_tropd.losses import vocab_parallel as vp
 from megatron_tropd.losses.dense import Scratch
 from megatron_tropd.losses.dense_inplace import combine
@@ -89,7 +89,7 @@ _TENSORS = tuple(f.name for f in fields(TokenStatistics) if f.name != "sum_names
 class Target:
     """What the student is compared with: ``Needs.target``, and whether log p_ref is read."""
 
-    powers: tuple[float, float, float] = TEACHER
+    powers: Powers = TEACHER
     reads_reference: bool = False
 
     @property
@@ -105,15 +105,17 @@ class Target:
             teacher_Tv: [T, v] float32 logits, overwritten.
             reference_Tv: [T, v] float32 logits, if its power is not 0.
         """
-        a, b, c = self.powers
+        powers = self.powers
+        if not powers.teacher:  # 0 x -inf would be nan
+            teacher_Tv.zero_()
         excluded_Tv = teacher_Tv == -torch.inf
-        teacher_Tv.mul_(a)
-        if b and reference_Tv is not None:
+        teacher_Tv.mul_(powers.teacher)
+        if powers.reference and reference_Tv is not None:
             excluded_Tv |= reference_Tv == -torch.inf
-            teacher_Tv.add_(reference_Tv, alpha=b)
-        if c:
+            teacher_Tv.add_(reference_Tv, alpha=powers.reference)
+        if powers.student:
             excluded_Tv |= student_Tv == -torch.inf
-            teacher_Tv.add_(student_Tv, alpha=c)
+            teacher_Tv.add_(student_Tv, alpha=powers.student)
         teacher_Tv.masked_fill_(excluded_Tv, -torch.inf)
 
 
@@ -242,6 +244,7 @@ def _of_target(
     reference_logprob_T = known[0][0] if target.reads_reference else student_norm_T2[:, :0]
     if target.is_teacher:
         return target_logprob_T, reference_logprob_T, torch.zeros_like(target_logprob_T)
+    # Without a reference its power is 0, and what stands in its place is not read.
     sums = known[-1][1], known[0][1], student_norm_T2.sum(dim=-1)
     log_mass_T = target_norm_T2.sum(dim=-1)
     for power, log_sum_T in zip(target.powers, sums, strict=True):

@@ -22,6 +22,9 @@ class LossTargets:
     ``importance``; read where the student wrote the token."""
     rewards_T: Tensor | None = None
     """[T] float32 reward of each student token in place of the log-ratio's (``selection``)."""
+    is_golden_T: Tensor | None = None
+    """[T] bool, true where the token is one of a golden answer, which nobody sampled. Given if the
+    loss has a term for them (``Needs.golden``)."""
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,16 @@ from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.config.loss import LossSettings
 from megatron_tropd.losses.targets import LossTargets
 
-_NO_FLOATS = {"ids_T": torch.int64, "topk_ids_TK": torch.int64, "is_teacher_T": torch.bool}
+_NO_FLOATS = {
+    **dict.fromkeys(("ids_T", "topk_ids_TK"), torch.int64),
+    **dict.fromkeys(("is_teacher_T", "is_golden_T"), torch.bool),
+}
 """Field -> dtype; every other field is of any floating-point type."""
 _REMEDIES = {
     "ids_T": "Pass ids of one flat sequence of tokens, as .long().",
-    "is_teacher_T": "Pass a mask of one flat sequence of tokens, as .bool().",
+    **dict.fromkeys(
+        ("is_teacher_T", "is_golden_T"), "Pass a mask of one flat sequence of tokens, as .bool()."
+    ),
     "logits_Tv": "Flatten batch and sequence into tokens, and pass logits, not ids.",
     "hidden_TH": "Flatten batch and sequence into tokens, and pass activations of that very model.",
     "output_weight_vH": "Pass the output layer of that very model.",

@@ -86,10 +86,9 @@ def dense_spec(needs: Needs, *, metrics: bool, full: bool) -> DenseSpec:
     return DenseSpec(
         sums=sum_names(needs.sums + (METRICS if metrics else ())) if full else (),
         reward=needs.reward,
-        tau=needs.tau,
+        reward_floor=needs.reward_floor,
         mix=needs.mix,
         power=needs.power,
-        student_power=needs.student_power,
         teacher=needs.teacher_gradient,
     )
 
@@ -395,7 +394,7 @@ def _add(first: Term, second: Term) -> Term:
 
     A token that the divergence moves is not dropped, whatever became of its reward.
     """
-    moved_T = (second.topk_TK != 0).any(dim=-1) | (second.teacher_T != 0)
+    moved_T = (second.topk_TK != 0).any(dim=-1) | (second.teacher_T != 0) | (second.reward_T != 0)
     return replace(
         first,
         value_T=first.value_T + second.value_T,
@@ -407,7 +406,7 @@ def _add(first: Term, second: Term) -> Term:
     )
 
 
-def choose(condition_T: Tensor, first: Term, second: Term) -> Term:
+def where(condition_T: Tensor, first: Term, second: Term) -> Term:
     """The first term of tokens with the condition, the second of the others."""
 
     def pick(a: Tensor, b: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ CUDA context; the other spawns a process that needs a CUDA device. A thread need
 it does (writing, fsync, checksums) leaves Python to the training thread.
 """
 
+import os
 import queue
 import threading
 from pathlib import Path
@@ -16,12 +17,13 @@ from megatron.core.dist_checkpointing.strategies.async_utils import (
     AsyncCallsQueue,
     AsyncRequest,
 )
+from torch.distributed.checkpoint.filesystem import SerializationFormat, _write_item
 
-from megatron_tropd.mcore.checksums import Checksum, checksum
+from megatron_tropd.mcore.checksums import Checksum, DigestedFile
 
 
 class ThreadCaller(AsyncCaller):
-    """Writes this rank's files of one request, then their checksums, in a thread."""
+    """Writes this rank's files of one request in a thread, and digests what it writes."""
 
     def __init__(self) -> None:
         """Nothing runs yet."""
@@ -59,19 +61,14 @@ class ThreadCaller(AsyncCaller):
         """Nothing to end: the thread is a daemon."""
 
     def _run(self, write: Any, buckets: list, results: queue.Queue) -> None:
-        # What Megatron's own function for this does, but for the reason of a failure: it only logs
-        # that, and the writer below names not even the error of the file system.
+        # What Megatron's own function for this does, but for the checksums and for the reason of a
+        # failure: it only logs that, and its writer names not even the error of the file system.
         transforms, _ = write.args
         try:
             written = {}
             for index, bucket in enumerate(buckets):
-                _, outcome = filesystem_async.FileSystemWriterAsync.write_preloaded_data(
-                    transforms, index, bucket, None, None, use_fsync=True
-                )
-                if isinstance(outcome, Exception):
-                    raise outcome
-                written[index] = outcome
-            self.checksums = {Path(b[0]).name: checksum(Path(b[0])) for b in buckets}
+                written[index], digest = _written(transforms, bucket)
+                self.checksums[Path(bucket[0]).name] = digest
             results.put(written)
         except Exception as error:  # whatever it is, the training thread must hear of it
             self.reason = _cause(error)
@@ -99,6 +96,21 @@ def forget_results() -> None:
     queue serves a thread; Megatron's own is a manager process per rank (5-18 s at the first save).
     """
     filesystem_async._results_queue = queue.Queue()
+
+
+def _written(transforms: Any, bucket: Any) -> tuple[list[Any], Checksum]:
+    """Write one file, until it is on disk: what torch notes of each item, and the checksum."""
+    path, key, (raw, tensors) = bucket
+    with open(path, "wb") as file:
+        stream: Any = DigestedFile(file)
+        write_item: Any = _write_item  # newer versions of torch take transforms first
+        results = [
+            write_item(*transforms, stream, data, item, key, SerializationFormat.TORCH_SAVE)
+            for item, data in (*raw, *tensors)
+        ]
+        file.flush()
+        os.fsync(file.fileno())
+    return results, stream.checksum()
 
 
 def _cause(error: BaseException) -> str:

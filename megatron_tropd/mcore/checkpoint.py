@@ -38,6 +38,7 @@ from megatron_tropd.mcore.checksums import (
     share,
     write_checksums,
 )
+from megatron_tropd.mcore.host_memory import shortage
 from megatron_tropd.mcore.layout import Layout
 from megatron_tropd.mcore.models import has_transformer_engine
 from megatron_tropd.mcore.student import Student
@@ -69,14 +70,14 @@ class Checkpoints:
         folder: Path,
         *,
         keep: int,
-        ranks: Layout,
+        layout: Layout,
         distributed_optimizer: bool,
         say: Callable[[str], None] = print,
     ):
         """``keep``: complete checkpoints that survive a save; ``say``: where rank 0 warns."""
         self.folder = folder
         self.keep = keep
-        self.ranks = ranks
+        self.layout = layout
         self.distributed_optimizer = distributed_optimizer
         self._say = say
         self._queue = SaveQueue()
@@ -110,9 +111,10 @@ class Checkpoints:
             sharding: of a distributed optimizer's state, :data:`ANY_LAYOUT` or :data:`ANY_DATA`.
 
         Raises:
-            TrainingError: the folder could not be written; older checkpoints are untouched.
+            TrainingError: the folder could not be written, or a node has too little memory for the
+                copy; older checkpoints are untouched.
 
-        Collectives: Megatron's exchange of what each rank writes; a gather of small objects; for
+        Collectives: Megatron's exchange of what each rank writes; gathers of small objects; for
         :data:`ANY_LAYOUT` all-gathers of a distributed optimizer's state over the replicas.
         """
         self.wait()
@@ -120,6 +122,8 @@ class Checkpoints:
         before = self._sharding_of.get(step, sharding)
         if step in self._steps_of_first_rank() and before in (sharding, ANY_LAYOUT):
             return
+        if lacking := self._lacking(student, sharding):
+            raise TrainingError(f"Checkpoint {final} was not begun: {lacking}")
         unfinished = self.folder / f".{final.name}.tmp"
         self._on_first_rank(lambda: _fresh(unfinished, files), unfinished)
         forget_results()
@@ -131,6 +135,32 @@ class Checkpoints:
         )
         self._save = _Save(unfinished, final, self._queue.start(request))
         self._sharding_of[step] = sharding
+
+    def check_memory(self, student: Student) -> None:
+        """Refuse a run whose last checkpoint, the largest, no node could save; collective.
+
+        Raises:
+            ConfigError: a node has too little memory left, on every rank.
+        """
+        if lacking := self._lacking(student, ANY_LAYOUT):
+            raise ConfigError(f"The run could not save its last checkpoint: {lacking}")
+
+    def _lacking(self, student: Student, sharding: str) -> str:
+        """Why a node cannot hold what a save copies, or nothing if all can; collective."""
+        form = sharding if self.distributed_optimizer else None
+        if not (lacking := shortage(saving_bytes(student, self.layout, form))):
+            return ""
+        steps = self.steps()
+        advice = (
+            "For the checkpoints of run.checkpoint_every, which are held in memory until they are "
+            f"written, run.checkpoint_sharding = {ANY_DATA!r} gathers nothing; the last one is "
+            f"{ANY_LAYOUT!r}. "
+        )
+        return (
+            f"{lacking}. Last complete checkpoint: {f'step {steps[-1]}' if steps else 'none yet'}. "
+            f"{advice if self.distributed_optimizer else ''}Give the job more memory (Slurm: "
+            "--mem=0 is all of a node's), or offload less, then give the same command again."
+        )
 
     def poll(self) -> None:
         """Complete the save in flight if every rank has written; returns at once if not.
@@ -215,10 +245,10 @@ class Checkpoints:
         self._check_layout(saved, student, path)
         self._sharding_of[step] = sharding = saved.get("sharding", ANY_LAYOUT)
         wanted = self.state(student, extra={}, sharding=sharding, is_loading=True)
-        if saved["layout"] != self._layout():
+        if saved["layout"] != self._sizes():
             wanted.pop("rng")
         state = self._together(lambda: _read(wanted, path), path)
-        student.weights.restore(state["model"])
+        student.model.restore(state["model"])
         with torch.no_grad():  # Megatron copies into the parameters themselves if they are float32
             student.optimizer.load_state_dict(state["optimizer"])
         student.scheduler.load_state_dict(state["scheduler"])
@@ -241,9 +271,9 @@ class Checkpoints:
             f"{path} was saved with run.checkpoint_sharding = {ANY_DATA!r}, in slices of the "
             f"optimizer's buffers, and those are cut otherwise now: "
             f"{'; '.join(other) or 'other layers, or another version of Megatron-Core'}. "
-            "Resume with what it was (parallel.data may differ). To change it, stop the run with a "
-            f"signal (Ctrl-C, SIGTERM): the checkpoint that it saves then is {ANY_LAYOUT!r}, and "
-            "so is its last one."
+            "Resume with what it was (parallel.data and parallel.context may differ). To change "
+            "it, stop the run with a signal (Ctrl-C, SIGTERM): the checkpoint that it saves then "
+            f"is {ANY_LAYOUT!r}, and so is its last one."
         )
 
     def _about(self, student: Student, sharding: str) -> dict[str, Any]:
@@ -251,7 +281,7 @@ class Checkpoints:
 
         Collectives: for :data:`ANY_DATA` a gather of small objects.
         """
-        about: dict[str, Any] = {"layout": self._layout()}
+        about: dict[str, Any] = {"layout": self._sizes()}
         if self.distributed_optimizer:
             about["sharding"] = sharding
         if sharding == ANY_DATA:
@@ -268,10 +298,10 @@ class Checkpoints:
         """
         files = read_checksums(path)
         if files is None:
-            if self.ranks.is_main:
+            if self.layout.is_main:
                 self._say(f"{path} has no checksums.json (an older version wrote it): not checked.")
             return
-        mine = share(files, self.ranks.rank, self.ranks.world_size)
+        mine = share(files, self.layout.rank, self.layout.world_size)
         if found := problems(path, files, mine):
             raise InputError("; ".join(found))
 
@@ -300,11 +330,11 @@ class Checkpoints:
 
     def _steps_of_first_rank(self) -> list[int]:
         """On a network file system others may not see the newest name yet."""
-        list_folder = self.steps if self.ranks.is_main else list[int]
+        list_folder = self.steps if self.layout.is_main else list[int]
         return _gather(self._together(lambda: read_patiently(list_folder), self.folder))[0]
 
     def _set_aside(self, damaged: dict[int, str], step: int) -> None:
-        for bad, reason in damaged.items() if self.ranks.rank == 0 else ():
+        for bad, reason in damaged.items() if self.layout.rank == 0 else ():
             self._say(f"WARNING: {reason} Resuming from step {step} instead.")
             path = self.folder / f"step_{bad:06d}"
             target = path.with_name(f"{path.name}.damaged")
@@ -321,7 +351,7 @@ class Checkpoints:
         read them.
         """
         metadata = self._metadata(sharding)
-        model = student.weights.state(metadata)
+        model = student.model.state(metadata)
         optimizer = student.optimizer.sharded_state_dict(
             {"model": model}, is_loading=is_loading, metadata=metadata
         )
@@ -337,24 +367,27 @@ class Checkpoints:
         metadata: dict[str, Any] = {
             "singleton_local_shards": False,
             "chained_optim_avoid_prefix": True,
-            "dp_cp_group": self.ranks.loss_group,
+            "dp_cp_group": self.layout.loss_group,
         }
         if self.distributed_optimizer:
             metadata["distrib_optim_sharding_type"] = sharding
         return metadata
 
-    def _layout(self) -> list[int]:
-        return [self.ranks.tp_size, self.ranks.pp_size, self.ranks.dp_size, self.ranks.ep_size]
+    def _sizes(self) -> list[int]:
+        layout = self.layout
+        sizes = [layout.tp_size, layout.pp_size, layout.dp_size, layout.ep_size]
+        # Checkpoints from before there was this axis have no size of it.
+        return sizes if layout.cp_size == 1 else [*sizes, layout.cp_size]
 
     def _rng(self) -> ShardedObject:
         """One object per rank: RNG states belong to a layout and load only under the same one."""
         return ShardedObject(
-            "rng", _get_rng(), (self.ranks.world_size,), (self.ranks.rank,), replica_id=0
+            "rng", _get_rng(), (self.layout.world_size,), (self.layout.rank,), replica_id=0
         )
 
     def _on_first_rank(self, action: Any, path: Path) -> None:
         error = None
-        if self.ranks.rank == 0:
+        if self.layout.rank == 0:
             try:
                 action()
             except OSError as caught:
@@ -383,6 +416,26 @@ class Checkpoints:
             # Removing thousands of files takes a network file system its time.
             self._removal = threading.Thread(target=_remove, args=doomed, daemon=True)
             self._removal.start()
+
+
+def saving_bytes(student: Student, layout: Layout, sharding: str | None) -> int:
+    """About what a save takes of the host's memory on this rank, until it is written.
+
+    Args:
+        student: what is saved.
+        layout: this rank's place.
+        sharding: as of :meth:`Checkpoints.save`; None: no distributed optimizer.
+    """
+    held = list(student.model.trainable().values())
+    # Experts are spread over the replicas: each may be the one that writes its own.
+    mine = [p for p in held if layout.dp_rank == 0 or not getattr(p, "allreduce", True)]
+    states = 12 if sharding or held[0].itemsize == 2 else 8
+    if sharding == ANY_LAYOUT:
+        mine = held
+    of_states = sum(p.numel() for p in (mine if sharding is None else held)) * states
+    if sharding == ANY_DATA:
+        of_states //= layout.dp_size
+    return of_states + sum(p.nbytes for p in mine)
 
 
 def complete_steps(folder: Path) -> list[int]:
@@ -414,7 +467,7 @@ def _slices(student: Student) -> str:
 
 def _cut_by(student: Student) -> dict[str, Any]:
     """What usually decides it, by the names of the settings."""
-    config, ddp = student.model.config, student.chunk.ddp_config
+    config, ddp = student.module.config, student.chunk.ddp_config
     of_experts = {
         "parallel.expert": config.expert_model_parallel_size,
         "parallel.expert_tensor": config.expert_tensor_parallel_size,

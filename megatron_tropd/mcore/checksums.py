@@ -1,4 +1,4 @@
-"""Checksums of a checkpoint's files: made by the ranks that wrote them, checked before loading.
+"""Checksums of a checkpoint's files: made of what the ranks write, checked before loading.
 
 ``checksums.json`` lies in the checkpoint's folder: ``{"algorithm": "sha256", "files": {name:
 {"bytes": size, "sha256": hex digits}}}``, as ``sha256sum`` would print them.
@@ -7,9 +7,10 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Buffer, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from megatron_tropd.base.errors import InputError
 from megatron_tropd.base.files import is_missing, read_patiently
@@ -23,6 +24,37 @@ class Checksum:
 
     bytes: int
     sha256: str
+
+
+class DigestedFile:
+    """A file that is written once from its beginning, and the digest of what goes in.
+
+    Reading it back would cost a pass over the disk, and a fault on the way there would be taken
+    for what was meant.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        """``file``: empty, open for writing."""
+        self._file, self._digest, self._bytes = file, hashlib.sha256(), 0
+
+    def write(self, data: Buffer) -> int:
+        """Write and digest (about 1 GB/s on a core; other threads run meanwhile)."""
+        with memoryview(data) as view:
+            self._digest.update(view)
+            self._bytes += view.nbytes
+            return self._file.write(view)
+
+    def tell(self) -> int:
+        """Bytes so far."""
+        return self._bytes
+
+    def flush(self) -> None:
+        """Hand on what is in Python's buffer."""
+        self._file.flush()
+
+    def checksum(self) -> Checksum:
+        """Of everything so far."""
+        return Checksum(self._bytes, self._digest.hexdigest())
 
 
 def checksum(path: Path) -> Checksum:

@@ -81,6 +81,7 @@ def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         if _is_cuda(kwargs.get("device")):
             kwargs["device"] = CPU
+        kwargs.pop("pin_memory", None)  # for copies to a GPU
         return factory(*args, **kwargs)
 
     return call

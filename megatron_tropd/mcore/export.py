@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import save
 from torch import Tensor
 
 from megatron_tropd.base.errors import InputError, TrainingError
+from megatron_tropd.convert.accounting import expected_tensors
 from megatron_tropd.convert.adapters import peft_config
 from megatron_tropd.convert.companions import copy_companions
 from megatron_tropd.convert.families import plan
@@ -19,6 +19,7 @@ from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.convert.megatron_folder import MegatronFolder
 from megatron_tropd.convert.publish import publishing
 from megatron_tropd.convert.safetensors_writer import SafetensorsWriter, Spec
+from megatron_tropd.data.collective import run_everywhere
 from megatron_tropd.mcore.layout import Layout
 from megatron_tropd.mcore.lora import LoraModel
 from megatron_tropd.mcore.student import StudentModel
@@ -49,7 +50,7 @@ def save_hf(
     Raises:
         TrainingError: writing failed, on every rank; an older folder is still there.
 
-    Collectives: those of ``exported``, one broadcast of the outcome on all ranks.
+    Collectives: those of ``exported``, one gather of the outcome on all ranks.
     """
     dtype = dtype or next(model.module.parameters()).dtype
     write = partial(
@@ -71,7 +72,7 @@ def save_adapter(model: LoraModel, base: str | Path, out: str | Path) -> None:
     Raises:
         TrainingError: writing failed, on every rank; an older folder is still there.
 
-    Collectives: those of ``exported_adapters``, one broadcast of the outcome on all ranks.
+    Collectives: those of ``exported_adapters``, one gather of the outcome on all ranks.
     """
     config = peft_config(model.hf_config, model.lora, str(base))
     write = partial(_write_adapter, config=config, out=Path(out))
@@ -80,22 +81,22 @@ def save_adapter(model: LoraModel, base: str | Path, out: str | Path) -> None:
 
 def _written(stream: Stream, write: Callable[[Stream], None], out: Path, layout: Layout) -> None:
     """Have rank 0 write what all ranks walk, and all of them know what became of it."""
-    failure: list[str | None] = [None]
-    if layout.is_main:
+
+    def here() -> None:
         try:
-            write(stream)
+            if layout.is_main:
+                write(stream)
         except (OSError, InputError) as error:
-            failure = [str(error)]
-    for _ in stream:
-        pass
-    if layout.world_size > 1:
-        dist.broadcast_object_list(failure, src=0)
-    if failure[0] is not None:
-        raise TrainingError(
-            f"The export to {out} could not be written: {failure[0]}. Make room, then give the "
-            "same command again.",
-            kind="disk",
-        )
+            raise TrainingError(
+                f"The export to {out} could not be written: {error}. Make room, then give the "
+                "same command again.",
+                kind="disk",
+            ) from None
+        finally:
+            for _ in stream:  # making them is collective
+                pass
+
+    run_everywhere(here)
 
 
 def _write_adapter(stream: Stream, config: dict[str, Any], out: Path) -> None:
@@ -115,11 +116,8 @@ def write_folder(
     max_file_bytes: int,
 ) -> None:
     """Write HF tensors of one type, and beside them what else ``source`` has."""
-    specs = {
-        source.stored_name(name): Spec(dtype, tuple(shape))
-        for entry in plan(source.config)
-        for name, shape in entry.operation.hf_shapes().items()
-    }
+    shapes = expected_tensors(plan(source.config))
+    specs = {source.stored_name(name): Spec(dtype, shape) for name, shape in shapes.items()}
     with publishing(out, force=True) as folder:
         copy_companions(source.companions, folder)
         config = source.config | {"dtype": str(dtype).removeprefix("torch.")}

@@ -1,6 +1,7 @@
 """Models that are not trained: hidden states, never logits."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from megatron_tropd.losses import HiddenStatesSignal, align_output_weight, equal
 from megatron_tropd.mcore import schedule
 from megatron_tropd.mcore.dense import DenseModel
 from megatron_tropd.mcore.hidden import output_weight
+from megatron_tropd.mcore.host_weights import HostWeights, Offload
 from megatron_tropd.mcore.layout import Layout
 from megatron_tropd.mcore.models import build_model
 from megatron_tropd.mcore.models import padded_vocab_size as padded_columns
@@ -23,7 +25,12 @@ class FrozenModel:
     """A frozen Megatron model on the student's ranks: the teacher, or its reference."""
 
     def __init__(
-        self, built: DenseModel, *, vocab_size: int, weight_vH: Tensor | None = None
+        self,
+        built: DenseModel,
+        *,
+        vocab_size: int,
+        weight_vH: Tensor | None = None,
+        offload: Offload = "none",
     ) -> None:
         """Freeze it.
 
@@ -32,11 +39,15 @@ class FrozenModel:
             vocab_size: columns that are real in both models.
             weight_vH: [v, H] output layer on the student's columns, where the model's own is
                 sharded otherwise (last stage).
+            offload: where its weights are while it does not score.
         """
-        self.model = built.module.eval().requires_grad_(False)
+        self.module = built.module.eval().requires_grad_(False)
         self.layout = built.layout
         self.vocab_size = vocab_size
         self.weight_vH = weight_vH
+        self._on_host = None
+        if offload != "none":
+            self._on_host = HostWeights(self.module, by_layer=offload == "host_by_layer")
 
     def score(self, micro_batches: Sequence[MicroBatch]) -> list[HiddenStatesSignal]:
         """The signal for the loss tokens of each micro-batch.
@@ -49,11 +60,13 @@ class FrozenModel:
 
         Collectives: those of :func:`~megatron_tropd.mcore.schedule.hidden_states`.
         """
-        hidden = schedule.hidden_states(self.model, micro_batches)
+        away = self._on_host
+        with nullcontext() if away is None else away.visiting(len(micro_batches)):
+            hidden = schedule.hidden_states(self.module, micro_batches)
         if not self.layout.is_last_stage:
             return []
         if self.weight_vH is None:
-            self.weight_vH = output_weight(self.model)
+            self.weight_vH = output_weight(self.module)
         return [HiddenStatesSignal(h, self.weight_vH, self.vocab_size) for h in hidden]
 
 
@@ -67,6 +80,7 @@ def frozen_model(
     vocab_size: int,
     who: str = "teacher",
     options: Mapping[str, Any] | None = None,
+    offload: Offload = "none",
 ) -> FrozenModel:
     """Build a model that scores on the student's ranks; collective.
 
@@ -79,6 +93,7 @@ def frozen_model(
         vocab_size: columns that are real in all models.
         who: how messages call it.
         options: fields of Megatron's TransformerConfig that the user set.
+        offload: where its weights are while it does not score.
 
     Returns:
         The model, known to no optimizer, DDP or checkpoint. Its output layer lies on the student's
@@ -89,7 +104,7 @@ def frozen_model(
     own = max(padded_vocab_size, padded_columns(folder.config, tensor=layout.tp_size))
     built = build_model(
         folder,
-        ranks=layout,
+        layout=layout,
         parallel=parallel,
         dtype=dtype,
         padded_vocab_size=own,
@@ -104,4 +119,4 @@ def frozen_model(
             want=equal_bounds(padded_vocab_size, layout.tp_size),
             group=layout.tp_group,
         )
-    return FrozenModel(built, vocab_size=vocab_size, weight_vH=weight_vH)
+    return FrozenModel(built, vocab_size=vocab_size, weight_vH=weight_vH, offload=offload)

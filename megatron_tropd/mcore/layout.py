@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -62,11 +63,23 @@ class Layout:
         On CUDA kernels are chosen, and some compiled, for each shape; products and attention are
         fast at multiples of their tiles.
         """
-        return CUDA_ROW_MULTIPLE if platform.has_cuda() else 1
+        return self.cp_size * CUDA_ROW_MULTIPLE if platform.has_cuda() else 1
+
+    @property
+    def row_group(self) -> dist.ProcessGroup | None:
+        """Ranks holding the other tokens of this rank's rows; None: rows are whole."""
+        return self.groups.cp if self.cp_size > 1 else None
 
     def local(self, batch: MicroBatch) -> MicroBatch:
-        """The part of a micro-batch that this rank computes: all of its positions."""
-        return batch
+        """The part of a micro-batch that this rank computes: all of its positions, or its share.
+
+        Of 2 x cp_size equal chunks of each row that is the one at cp_rank and its mirror image:
+        under causal attention every rank then has the same work. So Megatron's models and
+        Transformer Engine expect it.
+        """
+        if self.cp_size == 1:
+            return batch
+        return batch.at(zigzag(batch.tokens.shape[1], self.cp_rank, self.cp_size))
 
     @property
     def ep_rank(self) -> int:
@@ -76,6 +89,11 @@ class Layout:
     def ep_rank_of(self, rank: int) -> int:
         """Which part of the experts a global rank holds."""
         return rank // self.etp_size % self.ep_size
+
+    @property
+    def replica(self) -> int:
+        """This rank's number among those with the same weights, if experts are not counted."""
+        return self.dp_rank * self.cp_size + self.cp_rank
 
     def neighbour(self, rank: int, ep_rank: int) -> int:
         """The rank that holds part ``ep_rank`` of the experts that ``rank`` shares."""
@@ -100,21 +118,34 @@ class Layout:
         """Whether this rank writes the run's files."""
         return self.rank == 0
 
-    def global_rank(self, *, tp_rank: int, pp_rank: int, dp_rank: int) -> int:
+    def global_rank(self, *, tp_rank: int, pp_rank: int, replica: int) -> int:
         """The rank at a place of the layout."""
-        return (pp_rank * self.dp_size + dp_rank) * self.tp_size + tp_rank
+        return (pp_rank * self.dp_size * self.cp_size + replica) * self.tp_size + tp_rank
 
     def place(self, rank: int) -> tuple[int, int, int]:
-        """(tp_rank, pp_rank, dp_rank) of a global rank; inverse of :meth:`global_rank`."""
+        """(tp_rank, pp_rank, replica) of a global rank; inverse of :meth:`global_rank`."""
         rest, tp_rank = divmod(rank, self.tp_size)
-        pp_rank, dp_rank = divmod(rest, self.dp_size)
-        return tp_rank, pp_rank, dp_rank
+        pp_rank, replica = divmod(rest, self.dp_size * self.cp_size)
+        return tp_rank, pp_rank, replica
+
+
+def zigzag(length: int, cp_rank: int, cp_size: int) -> torch.Tensor:
+    """Positions of a row that a context-parallel rank computes, ascending.
+
+    Args:
+        length: of the row, a multiple of 2 x cp_size.
+        cp_rank: the rank.
+        cp_size: ranks that share the row.
+    """
+    chunks = torch.arange(length).view(2 * cp_size, -1)
+    return torch.cat([chunks[cp_rank], chunks[-1 - cp_rank]])
 
 
 def axis_sizes(parallel: ParallelConfig) -> dict[str, int]:
     """Sizes of the axes by the names that Megatron's process groups and its models share."""
     return {
         "tensor_model_parallel_size": parallel.tensor,
+        "context_parallel_size": parallel.context,
         "pipeline_model_parallel_size": parallel.pipeline,
         "expert_model_parallel_size": parallel.expert,
         "expert_tensor_parallel_size": parallel.shards_of_expert,

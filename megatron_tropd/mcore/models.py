@@ -124,21 +124,8 @@ def _own_settings(
 ) -> dict[str, Any]:
     cuda = platform.has_cuda()
     return dict(
-        num_layers=shape.layers,
-        hidden_size=shape.hidden,
-        ffn_hidden_size=shape.ffn,
-        num_attention_heads=shape.heads,
-        num_query_groups=shape.kv_heads,
-        kv_channels=shape.head_dim,
-        normalization="RMSNorm",
-        layernorm_epsilon=shape.rms_eps,
         gated_linear_unit=True,
         activation_func=F.silu,
-        add_bias_linear=False,
-        add_qkv_bias=shape.qkv_bias,
-        qk_layernorm=shape.qk_norm,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -154,8 +141,9 @@ def _own_settings(
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
         deterministic_mode=torch.are_deterministic_algorithms_enabled(),
+        **shape.megatron_fields(),
         **_axes(shape, parallel),
-        **_window_settings(shape),
+        **_window_settings(shape, parallel),
         **_expert_settings(shape),
     )
 
@@ -165,13 +153,13 @@ def build_of_run(
     folder: HFFolder | MegatronFolder,
     who: Literal["student", "teacher"],
     *,
-    ranks: Layout,
+    layout: Layout,
     padded_vocab_size: int,
 ) -> DenseModel:
     """Build one of a run's models as the config wants it; see :func:`build_model`."""
     return build_model(
         folder,
-        ranks=ranks,
+        layout=layout,
         parallel=config.parallel,
         dtype=resolve_dtype(config.model.dtype),
         padded_vocab_size=padded_vocab_size,
@@ -183,7 +171,7 @@ def build_of_run(
 def build_model(
     folder: HFFolder | MegatronFolder,
     *,
-    ranks: Layout,
+    layout: Layout,
     parallel: ParallelConfig,
     dtype: torch.dtype,
     padded_vocab_size: int,
@@ -196,7 +184,7 @@ def build_model(
 
     Args:
         folder: architecture and weights, of either kind.
-        ranks: this rank's place.
+        layout: this rank's place.
         parallel: the layout.
         dtype: of parameters and activations.
         padded_vocab_size: rows of the embeddings, from :func:`padded_vocab_size`.
@@ -221,18 +209,18 @@ def build_model(
     # hands hidden states to a loss.
     model = GPTModel(
         config,
-        _block_spec(config, stage_sizes(shape.layers, ranks.pp_size)[ranks.pp_rank]),
+        _block_spec(config, stage_sizes(shape.layers, layout.pp_size)[layout.pp_rank]),
         vocab_size=padded_vocab_size,
         max_sequence_length=shape.context,
-        pre_process=ranks.is_first_stage,
-        post_process=ranks.is_last_stage,
+        pre_process=layout.is_first_stage,
+        post_process=layout.is_last_stage,
         share_embeddings_and_output_weights=shape.tied,
         position_embedding_type="rope",
     )
     model.rotary_pos_emb.inv_freq = rope_inverse_frequencies(folder.config).to(platform.device())
     model.to(platform.device())
     _mark_experts(model)
-    built = DenseModel(model, folder.config, ranks)
+    built = DenseModel(model, folder.config, layout)
     built.load(folder)
     return built
 
@@ -247,13 +235,15 @@ def _mark_experts(model: GPTModel) -> None:
             parameter.allreduce = False
 
 
-def _window_settings(shape: ModelShape) -> dict[str, Any]:
+def _window_settings(shape: ModelShape, parallel: ParallelConfig) -> dict[str, Any]:
     widest = max((window for window in shape.windows if window is not None), default=None)
     if widest is None:
         return {}
     # Megatron counts the positions before the token, and lists which layers have a window.
     has_window = [int(window is not None) for window in shape.windows]
-    return {"window_size": (widest - 1, 0), "window_attn_skip_freq": has_window}
+    settings = {"window_size": (widest - 1, 0), "window_attn_skip_freq": has_window}
+    # Transformer Engine's default, a ring, has no windows.
+    return settings | ({"cp_comm_type": "all_gather"} if parallel.context > 1 else {})
 
 
 def _axes(shape: ModelShape, parallel: ParallelConfig) -> dict[str, int]:
@@ -266,14 +256,10 @@ def _axes(shape: ModelShape, parallel: ParallelConfig) -> dict[str, int]:
 def _expert_settings(shape: ModelShape) -> dict[str, Any]:
     # variable_seq_lengths is refused with the default dispatcher, dense model or not.
     settings: dict[str, Any] = {"moe_token_dispatcher_type": "alltoall"}
-    experts = shape.experts
-    if experts is None:
+    if shape.experts is None:
         return settings
     return settings | {
-        "num_moe_experts": experts.count,
-        "moe_router_topk": experts.per_token,
-        "moe_ffn_hidden_size": experts.ffn,
-        "moe_router_pre_softmax": not experts.normalized,
+        "num_moe_experts": shape.experts.count,
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
         # bfloat16 logits tie often, and a tie is broken one way here, another in the engine.

@@ -41,7 +41,7 @@ def initialize(
         this process' place and groups.
 
     Raises:
-        ConfigError: the number of started processes is not tensor x pipeline x data.
+        ConfigError: the number of started processes is not tensor x context x pipeline x data.
 
     Collectives: creation of the process groups, on all ranks.
     """
@@ -73,9 +73,10 @@ def _join(parallel: ParallelConfig, timeout: timedelta) -> None:
         world_size = dist.get_world_size()
     if world_size != parallel.world_size:
         raise ConfigError(
-            f"parallel.tensor x pipeline x data = {parallel.tensor} x {parallel.pipeline} x "
-            f"{parallel.data} = {parallel.world_size} needs as many processes, found {world_size}. "
-            "Change parallel.* or the number of processes started."
+            f"parallel.tensor x context x pipeline x data = {parallel.tensor} x "
+            f"{parallel.context} x {parallel.pipeline} x {parallel.data} = {parallel.world_size} "
+            f"needs as many processes, found {world_size}. Change parallel.* or the number of "
+            "processes started."
         )
     if platform.has_cuda():
         torch.cuda.set_device(_local_device())
@@ -113,7 +114,7 @@ def _local_device() -> int:
         ranks = number("LOCAL_WORLD_SIZE", here + 1)
         raise ConfigError(
             f"Expected a GPU for each of the {ranks} ranks of this node, found {available}. Lower "
-            "parallel.* (and rollout.num_engines) so that tensor x pipeline x data is the number "
-            "of GPUs, or start on more nodes."
+            "parallel.* (and rollout.num_engines) so that tensor x context x pipeline x data is "
+            "the number of GPUs, or start on more nodes."
         )
     return here

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -76,18 +75,6 @@ class StudentModel(Protocol):
         """
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """What one optimizer step leaves behind on this rank."""
-
-    reports: list[dict[str, Tensor]]
-    """One per micro-batch on the last stage, empty elsewhere."""
-    grad_norm: float
-    """Global norm before clipping, equal on all ranks."""
-    lr: float
-    """Learning rate this step used."""
-
-
 class NotFinite(ArithmeticError):
     """The norm of the gradient is no number; no weight was changed."""
 
@@ -128,7 +115,7 @@ class Student:
 
     def __init__(
         self,
-        weights: StudentModel,
+        model: StudentModel,
         *,
         train: TrainConfig,
         parallel: ParallelConfig,
@@ -138,7 +125,7 @@ class Student:
         """Wrap a model for training. ``dtype`` bfloat16 keeps fp32 main weights and gradients.
 
         Args:
-            weights: the model.
+            model: whose weights are trained.
             train: the optimizer's settings.
             parallel: the layout.
             dtype: of the model.
@@ -148,20 +135,20 @@ class Student:
             ConfigError: Megatron refuses the options.
         """
         megatron = megatron or MegatronConfig()
-        self.weights = weights
-        self.model = model = weights.module.requires_grad_(False)
-        for parameter in weights.trainable().values():
+        self.model = model
+        self.module = module = model.module.requires_grad_(False)
+        for parameter in model.trainable().values():
             parameter.requires_grad_(True)
-        self.chunk = _wrap(model, ddp_config(parallel, megatron), dtype)
+        self.chunk = _wrap(module, ddp_config(parallel, megatron), dtype)
         self.optimizer = get_megatron_optimizer(
-            optimizer_config(train, parallel, dtype, megatron, model=model.config),
+            optimizer_config(train, parallel, dtype, megatron, model=module.config),
             [self.chunk],
             # Side groups for host tensors; without CUDA the groups are gloo already.
             use_gloo_process_groups=platform.has_cuda(),
         )
         self._look_at_norms()
         self.scheduler = _scheduler(self.optimizer, train)
-        config = model.config
+        config = module.config
         config.calculate_per_token_loss = True
         config.finalize_model_grads_func = finalize_model_grads
         config.no_sync_func = self.chunk.no_sync
@@ -174,7 +161,7 @@ class Student:
         def good_norm() -> float:
             norm = norm_of()
             if norm is not None and not math.isfinite(norm):
-                raise NotFinite(float(norm), broken_gradients(self.model))
+                raise NotFinite(float(norm), broken_gradients(self.module))
             # Megatron would skip, too, but not on a rank that has no part of the states: the others
             # would wait for it in the next collective.
             if norm is not None and norm > self.optimizer.config.grad_norm_skip_threshold:
@@ -198,7 +185,7 @@ class Student:
 
         As :func:`~megatron_tropd.mcore.schedule.hidden_states`.
         """
-        return schedule.hidden_states(self.model, micro_batches)
+        return schedule.hidden_states(self.module, micro_batches)
 
     def update(self) -> Update:
         """Clip, step, advance the schedule.
@@ -227,12 +214,6 @@ class Student:
         """
         if self.chunk.ddp_config.overlap_param_gather:
             self.chunk.start_param_sync(force_sync=True)
-
-    def train_step(self, micro_batches: Sequence[MicroBatch], loss_fn: LossFn) -> StepResult:
-        """:meth:`forward_backward` and :meth:`update` together."""
-        reports = self.forward_backward(micro_batches, loss_fn)
-        update = self.update()
-        return StepResult(reports, update.grad_norm, update.lr)
 
 
 def _wrap(

@@ -142,12 +142,12 @@ def _transformers_logits(
 def _megatron_logits(
     checkpoint: MegatronFolder, prompts: Sequence[Sequence[int]], dtype: torch.dtype
 ) -> list[Tensor]:
-    layout = ParallelConfig()
-    ranks = parallel.initialize(layout, seed=1)
+    sizes = ParallelConfig()
+    layout = parallel.initialize(sizes, seed=1)
     try:
         padded = models.padded_vocab_size(checkpoint.config, tensor=1)
         built = models.build_model(
-            checkpoint, ranks=ranks, parallel=layout, dtype=torch.float32, padded_vocab_size=padded
+            checkpoint, layout=layout, parallel=sizes, dtype=torch.float32, padded_vocab_size=padded
         )
         model = built.module.eval()
         for parameter in model.parameters():

@@ -17,9 +17,8 @@ from torch import Tensor
 
 from megatron_tropd.base.errors import InputError
 from megatron_tropd.convert.checks import check_tensors
-from megatron_tropd.convert.families import Entry, ModelShape, model_shape, plan
+from megatron_tropd.convert.families import Entry, ModelShape, Source, model_shape, plan
 from megatron_tropd.convert.hf_folder import EMBEDDING, HEAD, HFFolder
-from megatron_tropd.convert.ops import Source
 from megatron_tropd.convert.sizes import stage_sizes
 from megatron_tropd.mcore import platform
 from megatron_tropd.mcore.layout import Layout
@@ -147,8 +146,8 @@ class _Bucket:
 
     def sender(self, receiver: int, layout: Layout) -> int:
         """The rank that has the bucket for ``receiver``: its own replica's, or a neighbour's."""
-        tp_rank, _, dp_rank = layout.place(receiver)
-        rank = layout.global_rank(tp_rank=tp_rank, pp_rank=self.home.stage, dp_rank=dp_rank)
+        tp_rank, _, replica = layout.place(receiver)
+        rank = layout.global_rank(tp_rank=tp_rank, pp_rank=self.home.stage, replica=replica)
         return rank if self.home.ep_rank is None else layout.neighbour(rank, self.home.ep_rank)
 
 
@@ -242,8 +241,8 @@ def _collect(
     senders = [bucket.sender(receiver, layout) for receiver in receivers]
     # A bucket in one piece is its sender's alone; else all its tensor-parallel ranks take part.
     here = [layout.place(rank) for rank in senders if shards > 1 or rank == layout.rank]
-    mine = (layout.pp_rank, layout.dp_rank)
-    places = {tp_rank for tp_rank, pp_rank, dp_rank in here if (pp_rank, dp_rank) == mine}
+    mine = (layout.pp_rank, layout.replica)
+    places = {tp_rank for tp_rank, *rest in here if tuple(rest) == mine}
     gathered = None
     if places:
         local = torch.cat([shard_of(e).detach().flatten().to(dtype) for e in bucket.entries])

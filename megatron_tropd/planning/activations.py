@@ -132,8 +132,8 @@ def activations(run: PlannedRun, stage: int) -> Activations:
     pipeline, work, options = run.parallel.pipeline, run.work, run.options
     w = widths(run.student.shape, run.parallel, run.element, run.hardware.layers, run.lora)
     num_layers = stage_sizes(w.shape.layers, pipeline)[stage]
-    positions = work.most_positions
-    kept, again = _layers_kept(w, options.recompute, num_layers, positions, work.longest)
+    positions, length = work.rank_positions, work.longest // work.shares
+    kept, again = _layers_kept(w, options.recompute, num_layers, positions, length)
     if stage == 0 and w.lora is None:
         kept += 8 * positions  # the ids, for the embedding
     if stage == pipeline - 1:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from megatron_tropd.convert.adapters import COLUMN_PARALLEL, OF_EXPERTS
 from megatron_tropd.convert.sizes import stage_sizes
-from megatron_tropd.planning.parameters import Model
+from megatron_tropd.planning.parameters import PlannedModel
 from megatron_tropd.planning.planned_run import PlannedRun
 
 _FLOAT32 = 4
@@ -21,6 +21,10 @@ class Communication:
     tensor_teacher: float
     """Sums over the tensor-parallel group, teacher's forward pass."""
     tensor_student: float
+    context_teacher: float
+    """Keys and values to the ranks that share rows."""
+    context_student: float
+    """The same and their gradients."""
     expert_teacher: float
     """Tokens to their experts and back."""
     expert_student: float
@@ -48,6 +52,8 @@ def communication(run: PlannedRun) -> Communication:
         tensor_teacher=sum(tensor_bytes(run, model, passes=1) for model in frozen),
         tensor_student=tensor_bytes(run, student, passes=passes - 2 + student_sums(run))
         + adapter_bytes(run, passes=passes - 2 + repeated(run).sums),
+        context_teacher=sum(context_bytes(run, model, passes=1) for model in frozen),
+        context_student=context_bytes(run, student, passes=passes + again.attention),
         expert_teacher=sum(sum(expert_bytes(run, model, passes=1)) for model in frozen),
         expert_student=sum(expert_bytes(run, student, passes=passes + again.routes)),
         pipeline_teacher=sum(pipeline_bytes(run, model, passes=1) for model in frozen),
@@ -68,6 +74,8 @@ class Repeated:
     """Of the collectives over the tensor-parallel group."""
     routes: float
     """Of the tokens' ways to their experts and back."""
+    attention: float
+    """Of the keys' and values' ways to the ranks that share rows."""
 
 
 def repeated(run: PlannedRun) -> Repeated:
@@ -78,7 +86,8 @@ def repeated(run: PlannedRun) -> Repeated:
     experts = run.student.shape.experts is not None
     mlp = 0.5 if "mlp" in recompute.modules and not experts else 0.0  # one of two sums
     routes = 1.0 if "moe" in recompute.modules and experts else 0.0
-    return Repeated(layers=whole, sums=whole + mlp, routes=whole + routes)
+    attention = 1.0 if "core_attn" in recompute.modules else whole
+    return Repeated(layers=whole, sums=whole + mlp, routes=whole + routes, attention=attention)
 
 
 def student_sums(run: PlannedRun) -> float:
@@ -88,7 +97,7 @@ def student_sums(run: PlannedRun) -> float:
     return 2 + repeated(run).sums + (0.5 if gathered else 0)
 
 
-def tensor_bytes(run: PlannedRun, model: Model, *, passes: float) -> float:
+def tensor_bytes(run: PlannedRun, model: PlannedModel, *, passes: float) -> float:
     """Two all-reduces (or pairs of gather and scatter) of the hidden states in every layer.
 
     A mixture's second one is part of :func:`expert_bytes`.
@@ -120,7 +129,15 @@ def adapter_bytes(run: PlannedRun, *, passes: float) -> float:
     return layers * one * (len(dense) + passes * len(forward))
 
 
-def expert_bytes(run: PlannedRun, model: Model, *, passes: float) -> tuple[float, float]:
+def context_bytes(run: PlannedRun, model: PlannedModel, *, passes: float) -> float:
+    """Every rank's keys and values to the others that share its rows, in every layer."""
+    p, shape = run.parallel, model.shape
+    layers = -(-shape.layers // p.pipeline)
+    columns = 2 * shape.kv_heads * shape.head_dim / p.tensor
+    return passes * layers * run.work.positions * columns * run.element * (p.context - 1)
+
+
+def expert_bytes(run: PlannedRun, model: PlannedModel, *, passes: float) -> tuple[float, float]:
     """Routed tokens there and back: (over the expert-parallel ranks, over the tensor ones).
 
     An all-to-all over the first, where a rank has its part of the sequence; a gather and a scatter
@@ -137,7 +154,7 @@ def expert_bytes(run: PlannedRun, model: Model, *, passes: float) -> tuple[float
     return there_and_back / t * (e - 1) / e, there_and_back / t * (shards - 1)
 
 
-def pipeline_bytes(run: PlannedRun, model: Model, *, passes: float) -> float:
+def pipeline_bytes(run: PlannedRun, model: PlannedModel, *, passes: float) -> float:
     """Hidden states of every position across one boundary; sharded under sequence parallelism."""
     if run.parallel.pipeline == 1:
         return 0.0
@@ -148,7 +165,7 @@ def pipeline_bytes(run: PlannedRun, model: Model, *, passes: float) -> float:
 def data_bytes(run: PlannedRun, stage: int) -> float:
     """Gradients over the replicas; with the distributed optimizer, new weights back."""
     held, p = run.trained_of(stage), run.parallel
-    return _reduced(run, held.dense, p.data) + _reduced(run, held.experts, p.expert_replicas)
+    return _reduced(run, held.dense, p.replicas) + _reduced(run, held.experts, p.expert_replicas)
 
 
 def tied_embedding_bytes(run: PlannedRun) -> float:

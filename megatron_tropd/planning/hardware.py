@@ -116,7 +116,7 @@ _H100 = Hardware(
     host_link_gb_s=64,
 )
 _H200 = replace(_H100, name="h200", memory_gb=141, memory_gb_s=4800)
-PRESETS = {preset.name: preset for preset in (_A100, _H100, _H200)}
+GPUS = {preset.name: preset for preset in (_A100, _H100, _H200)}
 """By name; :func:`load_hardware` takes these names."""
 
 
@@ -128,12 +128,12 @@ def load_hardware(name_or_path: str) -> Hardware:
     Raises:
         ConfigError: no such preset or file, an unknown or missing field, an impossible value.
     """
-    if name_or_path in PRESETS:
-        return PRESETS[name_or_path]
+    if name_or_path in GPUS:
+        return GPUS[name_or_path]
     path = Path(name_or_path)
     if not path.exists():
         raise ConfigError(
-            f"Hardware {name_or_path!r} is neither one of {', '.join(PRESETS)} nor a TOML file. "
+            f"Hardware {name_or_path!r} is neither one of {', '.join(GPUS)} nor a TOML file. "
             "Give one of them."
         )
     return _from_table(read_toml(path, "Hardware file"), path)
@@ -141,9 +141,9 @@ def load_hardware(name_or_path: str) -> Hardware:
 
 def _from_table(table: dict[str, Any], path: Path) -> Hardware:
     like = table.pop("like", None)
-    if like is not None and like not in list(PRESETS):
-        raise ConfigError(f"{path}: like must be one of {', '.join(PRESETS)}, found {like!r}.")
-    base = {} if like is None else vars(PRESETS[like])
+    if like is not None and like not in list(GPUS):
+        raise ConfigError(f"{path}: like must be one of {', '.join(GPUS)}, found {like!r}.")
+    base = {} if like is None else vars(GPUS[like])
     try:
         return settings_from_table(Hardware, {"name": path.stem} | base | table)
     except ConfigError as error:

@@ -8,8 +8,9 @@ trainer computes. A separate one has GPUs of its own, which hold nothing else.
 
 from dataclasses import dataclass
 
+from megatron_tropd.config.teacher_cache import signal_bytes_per_token
 from megatron_tropd.planning.activations import activations, widths
-from megatron_tropd.planning.parameters import Model, RankParameters
+from megatron_tropd.planning.parameters import PlannedModel, RankParameters
 from megatron_tropd.planning.planned_run import PlannedRun
 
 LOSS_BUDGET = {"cpu": 72 * 2**20, "gpu": 4096 * 2**20}
@@ -35,7 +36,7 @@ _VALUES_OF_A_TOKEN = 16
 
 
 @dataclass(frozen=True)
-class Engine:
+class EngineMemory:
     """Bytes of a rollout engine on each of its GPUs."""
 
     weights: float
@@ -62,11 +63,14 @@ class Memory:
     gradients: float
     optimizer: float
     teacher_weights: float
-    """Of the teacher and its reference, as the next two."""
+    """Of the teacher and its reference, as the next two: what is always on the GPU."""
     teacher_hidden: float
-    """Hidden states of the whole step, kept until the student has learned."""
+    """Hidden states of the whole step, or a cached teacher's most likely ids with their log-probs,
+    kept until the student has learned."""
     teacher_forward: float
     """While one of the two scores one micro-batch."""
+    teacher_visiting: float
+    """Weights of one of the two that are on the GPU only while it scores, most at a time."""
     student_hidden: float
     """The student's own hidden states of the whole step, for losses that look at them first."""
     activations: float
@@ -89,6 +93,8 @@ class Memory:
     """Tensors on their way to the engine."""
     saving: float
     """Optimizer states on their way to a checkpoint."""
+    build: float
+    """All models before the first step: frozen ones go to the host once they are built."""
 
     @property
     def resident(self) -> float:
@@ -103,7 +109,7 @@ class Memory:
         backward = max(self.backward + self.recomputed, self.loss)
         return {
             "rollout": self.resident,
-            "teacher": signals + self.teacher_forward,
+            "teacher": signals + self.teacher_visiting + self.teacher_forward,
             "student": signals + max(self.activations, self.student_hidden) + backward,
             "optimizer": self.resident + self.update,
             "sync": self.resident + self.export,
@@ -123,24 +129,28 @@ class Memory:
     @property
     def peak(self) -> float:
         """The largest phase."""
-        return max(self.phases.values())
+        return max(*self.phases.values(), self.build + self.engine_asleep)
 
 
 def memory_of_stage(run: PlannedRun, stage: int) -> Memory:
     """Every item on a GPU of a pipeline stage."""
     trained = run.trained_of(stage)
     last = stage == run.last_stage
-    engine = Engine(0.0, 0.0, 0.0, 0.0) if run.separate else engine_memory(run)
+    engine = EngineMemory(0.0, 0.0, 0.0, 0.0) if run.separate else engine_memory(run)
     scores = last and run.config.loss.needs_student_pass
     passes = activations(run, stage)
+    visits = [visiting_bytes(run, model, stage) for model in run.frozen]
+    frozen = float(sum(run.parameters_of(m, stage).total for m in run.frozen) * run.element)
+    stays = frozen if run.hardware.layers == "cpu" else frozen - sum(v.moved for v in visits)
     return Memory(
         stage=stage,
         weights=run.student_of(stage) * run.element,
         gradients=trained.total * run.gradient_element,
         optimizer=optimizer_bytes(run, trained),
-        teacher_weights=sum(run.parameters_of(m, stage).total for m in run.frozen) * run.element,
-        teacher_hidden=sum(_hidden_states(run, m) for m in run.frozen) if last else 0.0,
-        teacher_forward=max(_working_set(run, m) for m in run.frozen),
+        teacher_weights=stays,
+        teacher_hidden=_signals(run) if last else 0.0,
+        teacher_forward=max((_working_set(run, m) for m in run.frozen), default=0.0),
+        teacher_visiting=max((v.at_once for v in visits), default=0.0),
         student_hidden=_hidden_states(run, run.student) if scores else 0.0,
         activations=passes.kept,
         recomputed=passes.recomputed,
@@ -153,7 +163,35 @@ def memory_of_stage(run: PlannedRun, stage: int) -> Memory:
         update=_update_bytes(run, trained),
         export=_export_bytes(run, stage),
         saving=_saving_bytes(run, trained, stage),
+        build=(
+            run.student_of(stage) * float(run.element)
+            + trained.total * run.gradient_element
+            + _main_weights(run, trained)
+            + stays
+            + max((v.moved for v in visits), default=0.0)
+        ),
     )
+
+
+@dataclass(frozen=True)
+class Visit:
+    """Bytes of a frozen model's weights on a rank that lie on the host (``teacher.offload``)."""
+
+    moved: float = 0.0
+    """All of them."""
+    at_once: float = 0.0
+    """On the GPU at a time while the model scores."""
+
+
+def visiting_bytes(run: PlannedRun, model: PlannedModel, stage: int) -> Visit:
+    """Embedding and layers: all of them visit, or one is run while the next arrives."""
+    offload = run.config.teacher.offload
+    if offload == "none":
+        return Visit()
+    parts = model.parts_on_rank(run.parallel, stage, run.padded_vocab)
+    moved = float(sum(parts) * run.element)
+    two = float(sum(sorted(parts)[-2:]) * run.element)
+    return Visit(moved, moved if offload == "host" else two)
 
 
 def memory(run: PlannedRun) -> list[Memory]:
@@ -181,7 +219,7 @@ def obstacle(run: PlannedRun, stages: list[Memory]) -> str:
 
 
 def engine_obstacle(run: PlannedRun) -> str:
-    """Why an engine cannot hold one trajectory, or nothing if it can.
+    """Why an engine cannot hold one sequence, or nothing if it can.
 
     An evaluation by exact match starts engines of the teacher before anything else.
     """
@@ -211,6 +249,11 @@ def optimizer_bytes(run: PlannedRun, held: RankParameters) -> float:
     return updated * (states.moments * (1 - away) + main * main_stays)
 
 
+def _main_weights(run: PlannedRun, held: RankParameters) -> float:
+    """Of the optimizer's states those that it has before its first step."""
+    return updated_parameters(run, held) * run.options.states.main if run.element == 2 else 0.0
+
+
 def updated_parameters(run: PlannedRun, held: RankParameters) -> float:
     """Parameters that one rank's optimizer updates.
 
@@ -220,7 +263,7 @@ def updated_parameters(run: PlannedRun, held: RankParameters) -> float:
     p = run.parallel
     if not p.distributed_optimizer:
         return float(held.total)
-    return held.dense / p.data + held.experts / p.expert_replicas
+    return held.dense / p.replicas + held.experts / p.expert_replicas
 
 
 def offloaded_parameters(run: PlannedRun) -> float:
@@ -313,7 +356,7 @@ def receiving_stages(run: PlannedRun) -> set[int]:
         return {0}
     block = run.parallel.world_size // run.rollout.num_engines
     gpus = 1 if run.through_folder else run.rollout.engine_tensor_parallel
-    of_stage = run.parallel.tensor * run.parallel.data
+    of_stage = run.parallel.tensor * run.parallel.replicas
     owners = range(0, run.parallel.world_size, block)
     return {rank // of_stage for owner in owners for rank in (owner, owner + gpus - 1)}
 
@@ -324,7 +367,7 @@ def _saving_bytes(run: PlannedRun, held: RankParameters, stage: int) -> float:
     if not p.distributed_optimizer or run.hardware.layers == "cpu":
         return 0.0  # without CUDA they are gathered on the host
     dense, experts = largest_buckets(run, held, stage)
-    return _FLOAT32 * max(dense * (1 + 1 / p.data), experts * (1 + 1 / p.expert_replicas))
+    return _FLOAT32 * max(dense * (1 + 1 / p.replicas), experts * (1 + 1 / p.expert_replicas))
 
 
 def largest_buckets(run: PlannedRun, held: RankParameters, stage: int) -> tuple[float, float]:
@@ -341,12 +384,12 @@ def largest_buckets(run: PlannedRun, held: RankParameters, stage: int) -> tuple[
     alone = embedding if shared else 0
     dense, experts = float(held.dense - alone), float(held.experts)
     if run.options.overlap_gradients and stage == 0:
-        limit = max(_BUCKET_PARAMETERS, _OF_REPLICA * p.data)
+        limit = max(_BUCKET_PARAMETERS, _OF_REPLICA * p.replicas)
         dense, experts = min(dense, limit + embedding - alone), min(experts, limit)
     return max(dense, alone), experts
 
 
-def engine_memory(run: PlannedRun, model: Model | None = None) -> Engine:
+def engine_memory(run: PlannedRun, model: PlannedModel | None = None) -> EngineMemory:
     """An engine on each of its GPUs.
 
     Args:
@@ -358,23 +401,23 @@ def engine_memory(run: PlannedRun, model: Model | None = None) -> Engine:
         cache, warmup = rollout.engine_cpu_kv_gib * 2**30, 0.0
         if rollout.asks_teacher and model is run.student:
             warmup = weights + run.teacher.parameters * run.element + cache
-        return Engine(weights, 0.0, cache, weights + cache + warmup, warmup)
+        return EngineMemory(weights, 0.0, cache, weights + cache + warmup, warmup)
     of_memory = rollout.engine_gpu_share
     if model.who == "teacher" and not run.separate:
         of_memory = max(of_memory, TEACHER_SHARE)
     share = of_memory * run.hardware.memory_gb * 1e9
     cache = share - weights - ENGINE_WORKSPACE
-    return Engine(weights, ENGINE_WORKSPACE, cache, ENGINE_WORKSPACE)
+    return EngineMemory(weights, ENGINE_WORKSPACE, cache, ENGINE_WORKSPACE)
 
 
-def cache_bytes_per_token(run: PlannedRun, model: Model | None = None) -> float:
+def cache_bytes_per_token(run: PlannedRun, model: PlannedModel | None = None) -> float:
     """Keys and values of one token on one GPU of an engine; heads are copied, not split below 1."""
     shape, gpus = (model or run.student).shape, run.rollout.engine_tensor_parallel
     heads = max(shape.kv_heads / gpus, 1)
     return 2 * shape.layers * heads * shape.head_dim * run.element
 
 
-def cache_tokens(run: PlannedRun, model: Model | None = None) -> int:
+def cache_tokens(run: PlannedRun, model: PlannedModel | None = None) -> int:
     """Tokens that an engine's cache holds."""
     return max(0, int(engine_memory(run, model).cache / cache_bytes_per_token(run, model)))
 
@@ -383,6 +426,8 @@ def host_bytes(run: PlannedRun) -> float:
     """Of a node's own memory: what engines take, and what the trainer offloads."""
     ranks = min(run.hardware.gpus_per_node, run.parallel.world_size)
     away = activations(run, 0).on_host + _ON_HOST * offloaded_parameters(run)
+    if run.hardware.layers != "cpu":
+        away += sum(visiting_bytes(run, model, 0).moved for model in run.frozen)
     return engine_host_bytes(run) + ranks * away
 
 
@@ -419,13 +464,21 @@ def checkpoint_bytes(run: PlannedRun) -> float:
     return run.trained * (run.element + states)
 
 
-def _hidden_states(run: PlannedRun, model: Model) -> float:
+def _signals(run: PlannedRun) -> float:
+    """What the teacher says of a whole step."""
+    if run.frozen:
+        return sum(_hidden_states(run, model) for model in run.frozen)
+    each = signal_bytes_per_token(run.config.cached_top_k, reference=run.reference is not None)
+    return float(run.work.step_loss_tokens * each)
+
+
+def _hidden_states(run: PlannedRun, model: PlannedModel) -> float:
     return run.work.step_loss_tokens * model.shape.hidden * run.element
 
 
-def _working_set(run: PlannedRun, model: Model) -> float:
+def _working_set(run: PlannedRun, model: PlannedModel) -> float:
     """The residual stream and the widest layer output of one micro-batch, and as much again."""
     w = widths(model.shape, run.parallel, run.element, run.hardware.layers)
     routes = model.shape.experts.per_token if model.shape.experts else 1
     widest = max(w.fused_qkv, routes * (3 * w.ffn + (w.routed_hidden if routes > 1 else 0)))
-    return run.work.most_positions * run.element * (2 * w.hidden + 2 * widest)
+    return run.work.rank_positions * run.element * (2 * w.hidden + 2 * widest)

@@ -37,7 +37,7 @@ class RankParameters:
 
 
 @dataclass(frozen=True)
-class Model:
+class PlannedModel:
     """The architecture of one side of the pair."""
 
     who: str
@@ -99,13 +99,28 @@ class Model:
         """All parameters of adapters beside its layers."""
         return sum(_adapter_counts(self.key, lora, 1).values())
 
+    def parts_on_rank(self, parallel: ParallelConfig, stage: int, padded_vocab: int) -> list[int]:
+        """Parameters of the embedding, unless the output layer is the same, and of each layer.
+
+        Those of a frozen model that ``teacher.offload`` moves.
+        """
+        held = self.on_rank(parallel, stage, padded_vocab).total
+        counts, last = _counts(self.key, padded_vocab, parallel.tensor), parallel.pipeline - 1
+        is_output = self.shape.tied and stage == last
+        embedding = counts["embedding"] if stage == 0 and not is_output else 0
+        stays = counts["final"] + counts["output"] if stage == last else 0
+        stays += counts["embedding"] * is_output
+        layers = stage_sizes(self.shape.layers, parallel.pipeline)[stage]
+        layer = (held - embedding - stays) // layers
+        return [embedding] * bool(embedding) + [layer] * layers
+
     @cached_property
     def key(self) -> str:
         """config.json as text."""
         return json.dumps(self.config, sort_keys=True)
 
 
-def open_architecture(path: str, who: str) -> Model:
+def open_architecture(path: str, who: str) -> PlannedModel:
     """The architecture in a model folder. Weights are not needed: config.json is enough.
 
     Args:
@@ -123,7 +138,7 @@ def open_architecture(path: str, who: str) -> Model:
         )
     config = read_config(companions_of(folder))
     with naming(f"The {who}'s folder {folder}"):
-        return Model(who, config, model_shape(config))
+        return PlannedModel(who, config, model_shape(config))
 
 
 @lru_cache(maxsize=64)

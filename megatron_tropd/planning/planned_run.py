@@ -11,7 +11,7 @@ from megatron_tropd.convert.checks import check_engine_shards, check_layout
 from megatron_tropd.convert.sizes import padded_vocab_size
 from megatron_tropd.planning.hardware import Hardware
 from megatron_tropd.planning.options import Options, options
-from megatron_tropd.planning.parameters import Model, RankParameters, open_architecture
+from megatron_tropd.planning.parameters import PlannedModel, RankParameters, open_architecture
 from megatron_tropd.planning.workload import PROMPT_TOKENS, Workload, workload
 
 
@@ -23,9 +23,9 @@ class PlannedRun:
     """Of the run; ``parallel``, ``rollout`` and ``options`` below replace its own."""
     parallel: ParallelConfig
     rollout: RolloutConfig
-    student: Model
-    teacher: Model
-    reference: Model | None
+    student: PlannedModel
+    teacher: PlannedModel
+    reference: PlannedModel | None
     """What the teacher is measured against, if the loss reads it."""
     work: Workload
     hardware: Hardware
@@ -35,19 +35,25 @@ class PlannedRun:
     """Bytes of a weight or activation: 2 for bfloat16, 4 for float32."""
 
     @property
-    def frozen(self) -> tuple[Model, ...]:
-        """The models that only score: the teacher and its reference."""
-        return (self.teacher,) if self.reference is None else (self.teacher, self.reference)
+    def frozen(self) -> tuple[PlannedModel, ...]:
+        """The models that only score: the teacher and its reference; none if both are cached."""
+        return self.named[1:] if self.config.loads_teacher else ()
 
     @property
-    def models(self) -> tuple[Model, ...]:
+    def named(self) -> tuple[PlannedModel, ...]:
+        """All models that the config names."""
+        others = () if self.reference is None else (self.reference,)
+        return self.student, self.teacher, *others
+
+    @property
+    def models(self) -> tuple[PlannedModel, ...]:
         """All models of the trainer."""
         return self.student, *self.frozen
 
     @property
     def padded_vocab(self) -> int:
         """Rows of all models' embeddings."""
-        return _padded_vocab(tuple(m.key for m in self.models), self.parallel.tensor)
+        return _padded_vocab(tuple(m.key for m in self.named), self.parallel.tensor)
 
     @property
     def vocab_shard(self) -> int:
@@ -94,7 +100,7 @@ class PlannedRun:
         apart = self.rollout.num_engines * self.rollout.engine_tensor_parallel
         return self.parallel.world_size + (apart if self.separate else 0)
 
-    def parameters_of(self, model: Model, stage: int) -> RankParameters:
+    def parameters_of(self, model: PlannedModel, stage: int) -> RankParameters:
         """Parameters of a model on one rank of a stage."""
         return model.on_rank(self.parallel, stage, self.padded_vocab)
 

@@ -164,7 +164,7 @@ def _ways(one: PlannedRun, *, offload: bool) -> list[list[Options]]:
 def _usable(
     one: PlannedRun, engines: list[RolloutConfig]
 ) -> Iterator[tuple[RolloutConfig, PlannedRun]]:
-    """The engines that the trainer accepts and that hold a trajectory."""
+    """The engines that the trainer accepts and that hold a sequence."""
     for rollout in engines:
         other = replace(one, rollout=rollout)
         try:

@@ -7,10 +7,11 @@ from dataclasses import asdict
 from typing import Any
 
 from megatron_tropd.config import LoraConfig
+from megatron_tropd.config.teacher_cache import bytes_per_token
 from megatron_tropd.convert.families import describe
 from megatron_tropd.planning.estimate import Estimate, layout_name, slow_phases
 from megatron_tropd.planning.memory import (
-    Engine,
+    EngineMemory,
     Memory,
     cache_tokens,
     checkpoint_bytes,
@@ -35,6 +36,7 @@ _ITEMS = {
     "teacher weights": "teacher_weights",
     "teacher hidden states": "teacher_hidden",
     "teacher forward pass": "teacher_forward",
+    "teacher, from the host": "teacher_visiting",
     "student hidden states": "student_hidden",
     "activations": "activations",
     "backward pass": "backward",
@@ -46,9 +48,13 @@ _ITEMS = {
 }
 _OF_ENGINE = {"engine_weights": "weights", "engine_workspace": "workspace", "kv_cache": "cache"}
 """Item -> the same of an engine that has GPUs of its own."""
+_OF_CACHE = {"teacher_hidden": "teacher's cached top-k"}
+"""Item -> its label if the teacher is cached."""
 _SENT = {
     "tensor parallel, teacher": "tensor_teacher",
     "tensor parallel, student": "tensor_student",
+    "context parallel, teacher": "context_teacher",
+    "context parallel, student": "context_student",
     "expert parallel, teacher": "expert_teacher",
     "expert parallel, student": "expert_student",
     "pipeline, teacher": "pipeline_teacher",
@@ -86,9 +92,10 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "seconds_and_recommendation": UNCALIBRATED,
         **{
             model.who: {"parameters": model.parameters, "describe": describe(model.config)}
-            for model in run.models
+            for model in run.named
         },
         "trained_parameters": run.trained,
+        "teacher_cache": _cache_json(run),
         "hardware": asdict(run.hardware),
         "step": asdict(run.work),
         "asked": _estimate_json(plan.asked),
@@ -135,8 +142,9 @@ def _heading(run: PlannedRun) -> str:
     )
     return _lines(
         [
-            *[(model.who, describe(model.config)) for model in run.models],
+            *[(model.who, describe(model.config)) for model in run.named],
             *([("adapters", _adapters(run, run.lora))] if run.lora else []),
+            *[("scores", text) for text in _cache(run)],
             ("cluster", _cluster(run)),
             ("rates", rates),
             ("step", step),
@@ -155,6 +163,27 @@ def _adapters(run: PlannedRun, lora: LoraConfig) -> str:
     )
 
 
+def _cache_json(run: PlannedRun) -> dict[str, Any] | None:
+    """What `tropd score` writes of each token; None: the run reads no scores."""
+    config = run.config
+    if config.loads_teacher:
+        return None
+    k, dtype = config.cached_top_k, config.teacher.cache_dtype
+    each = bytes_per_token(k, dtype, reference=run.reference is not None)
+    return {"top_k": k, "dtype": dtype, "bytes_per_token": each}
+
+
+def _cache(run: PlannedRun) -> list[str]:
+    """A line about the cached teacher, if the run has one."""
+    kept = _cache_json(run)
+    if kept is None:
+        return []
+    return [
+        f"cached by `tropd score`, {kept['bytes_per_token']} bytes a token (k = {kept['top_k']}, "
+        f"{kept['dtype']}) and 64 a sequence; no teacher is loaded"
+    ]
+
+
 def _cluster(run: PlannedRun) -> str:
     h, world = run.hardware, run.parallel.world_size
     nodes = run.training_nodes + run.engine_nodes
@@ -171,6 +200,7 @@ def _memory_block(one: Estimate) -> str:
     heads = [f"stage {stage.stage}" for stage in shown] + (["engine"] if engine else [])
     rows = [["GB on each GPU", *heads]]
     for label, name in _ITEMS.items():
+        label = _OF_CACHE.get(name, label) if not run.frozen else label
         values = [getattr(stage, name) for stage in shown] + _of_engine(engine, name)
         if any(values):
             rows.append([f"  {label}", *map(_gb, values)])
@@ -190,7 +220,7 @@ def _memory_block(one: Estimate) -> str:
     return f"{aligned(rows)}\n{textwrap.fill(text, WIDTH)}"
 
 
-def _of_engine(engine: Engine | None, item: str) -> list[float]:
+def _of_engine(engine: EngineMemory | None, item: str) -> list[float]:
     if engine is None:
         return []
     return [getattr(engine, _OF_ENGINE[item]) if item in _OF_ENGINE else 0.0]

@@ -10,6 +10,7 @@ from megatron_tropd.convert.sizes import stage_sizes
 from megatron_tropd.planning.activations import activations
 from megatron_tropd.planning.communication import (
     Communication,
+    context_bytes,
     expert_bytes,
     pipeline_bytes,
     repeated,
@@ -21,8 +22,9 @@ from megatron_tropd.planning.memory import (
     cache_tokens,
     offloaded_parameters,
     updated_parameters,
+    visiting_bytes,
 )
-from megatron_tropd.planning.parameters import Model
+from megatron_tropd.planning.parameters import PlannedModel
 from megatron_tropd.planning.planned_run import PlannedRun
 
 MOST_SEQUENCES = {"cpu": 256, "gpu": 256, "large gpu": 1024}
@@ -75,7 +77,7 @@ def seconds(run: PlannedRun, sent: Communication) -> Seconds:
         student += pass_seconds(run, run.student, backward=False)
     return Seconds(
         rollout=rollout_seconds(run),
-        teacher=sum(pass_seconds(run, model, backward=False) for model in run.frozen),
+        teacher=sum(teacher_seconds(run, model) for model in run.frozen),
         student=student,
         optimizer=optimizer_seconds(run),
         sync=sync_seconds(run),
@@ -83,7 +85,19 @@ def seconds(run: PlannedRun, sent: Communication) -> Seconds:
     )
 
 
-def layer_flops(model: Model, positions: float, length: float) -> float:
+def teacher_seconds(run: PlannedRun, model: PlannedModel) -> float:
+    """Of the scoring by one frozen model, whose weights may have to come from the host.
+
+    All together they come before it; layer by layer, for each micro-batch beside its products.
+    """
+    passes = pass_seconds(run, model, backward=False)
+    arrival = visiting_bytes(run, model, 0).moved / run.hardware.host_link
+    if run.config.teacher.offload == "host_by_layer":
+        return max(passes, (run.work.micro_batches + run.parallel.pipeline - 1) * arrival)
+    return passes + arrival
+
+
+def layer_flops(model: PlannedModel, positions: float, length: float) -> float:
     """Of one layer's forward pass, all tensor-parallel ranks together.
 
     Two for each parameter a position is multiplied with; causal attention of 2 x 2 x length / 2
@@ -96,7 +110,7 @@ def layer_flops(model: Model, positions: float, length: float) -> float:
     return positions * (products + 4 * shape.heads * shape.head_dim * seen)
 
 
-def layer_seconds(run: PlannedRun, model: Model, positions: float) -> float:
+def layer_seconds(run: PlannedRun, model: PlannedModel, positions: float) -> float:
     """Of one layer's forward pass on one GPU; experts' products are slower."""
     experts = 2 * positions * model.active_experts / model.shape.layers
     others = layer_flops(model, positions, run.work.mean) - experts
@@ -109,7 +123,7 @@ def loss_flops(run: PlannedRun, tokens: float) -> float:
     return 2 * tokens * run.padded_vocab * ((2 if run.lora else 3) * student + frozen)
 
 
-def pass_seconds(run: PlannedRun, model: Model, *, backward: bool) -> float:
+def pass_seconds(run: PlannedRun, model: PlannedModel, *, backward: bool) -> float:
     """A pipeline's passes over all micro-batches: (m + p - 1) times the slowest stage.
 
     Args:
@@ -152,7 +166,7 @@ def _moved_bytes(run: PlannedRun) -> float:
     return activations(run, 0).on_host / flying
 
 
-def _talk(run: PlannedRun, model: Model, *, backward: bool) -> float:
+def _talk(run: PlannedRun, model: PlannedModel, *, backward: bool) -> float:
     """Seconds of the collectives of one stage and all micro-batches."""
     p, hardware = run.parallel, run.hardware
     routes = 2 + repeated(run).routes if backward else 1
@@ -160,8 +174,10 @@ def _talk(run: PlannedRun, model: Model, *, backward: bool) -> float:
     sums = student_sums(run) if backward else 1
     summed = tensor_bytes(run, model, passes=sums) + gathered
     across = pipeline_bytes(run, model, passes=2 if backward else 1)
+    rows = context_bytes(run, model, passes=2 + repeated(run).attention if backward else 1)
     return (
         summed / hardware.link(p.tensor)
+        + rows / hardware.link(p.tensor * p.context)
         + exchanged / hardware.link(p.shards_of_expert * p.expert)
         + across / hardware.link(p.world_size)
     )
@@ -175,7 +191,7 @@ def _reduction_seconds(run: PlannedRun, sent: Communication, passes: float) -> f
     weights go to the engines before the next forward pass.
     """
     p, hardware, element = run.parallel, run.hardware, run.gradient_element
-    over_replicas = sent.data / hardware.link(p.tensor * p.data)
+    over_replicas = sent.data / hardware.link(p.tensor * p.replicas)
     if run.options.overlap_gradients:
         gradients = element / (element + run.element) if p.distributed_optimizer else 1.0
         last_backward = passes * 2 / 3 / (run.work.micro_batches + p.pipeline - 1)
@@ -248,7 +264,7 @@ def sync_seconds(run: PlannedRun) -> float:
     if run.through_folder:
         return 2 * weights / (hardware.host_copy_gb_s * 1e9)
     p = run.parallel
-    arriving = weights / hardware.link(p.tensor * p.pipeline) if p.world_size > p.data else 0.0
+    arriving = weights / hardware.link(p.tensor * p.pipeline) if p.world_size > p.replicas else 0.0
     return arriving + 4 * weights / hardware.memory_bandwidth
 
 

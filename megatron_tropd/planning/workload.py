@@ -12,7 +12,10 @@ PROMPT_TOKENS = 512
 
 @dataclass(frozen=True)
 class Workload:
-    """One step of one data-parallel replica. All lengths in tokens."""
+    """One step of one data-parallel replica. All lengths in tokens.
+
+    Under context parallelism the ranks of a replica have parts of its rows.
+    """
 
     trajectories: int
     """Of the whole step, all replicas together."""
@@ -31,26 +34,47 @@ class Workload:
     """Of one replica, with trajectories of the longest kind."""
     most_positions: int
     """Most positions that one micro-batch can hold, of whatever length its trajectories are."""
+    shares: int
+    """Ranks that share a row."""
+
+    @property
+    def rank_positions(self) -> int:
+        """Most positions of one micro-batch on one rank."""
+        return self.most_positions // self.shares
 
     @property
     def positions(self) -> float:
-        """Average positions of one replica's step."""
-        return self.rows * self.mean
+        """Average positions of one rank's step."""
+        return self.rows * self.mean / self.shares
 
     @property
     def most_loss_tokens(self) -> int:
-        """Most tokens of one micro-batch that carry loss."""
-        return self.most_positions * self.longest_response // self.longest
+        """Most tokens of one micro-batch that carry loss, on one rank."""
+        return self.most_positions * self._loss_of_row // self.longest
 
     @property
     def loss_tokens(self) -> float:
-        """Average loss tokens of one replica's step."""
-        return self.rows * self.mean_response
+        """Average loss tokens of one rank's step."""
+        return self.rows * self.mean_response / self.shares
 
     @property
     def step_loss_tokens(self) -> int:
-        """Most loss tokens of one replica's step."""
-        return self.rows * self.longest_response
+        """Most loss tokens of one rank's step."""
+        return self.rows * self._loss_of_row
+
+    @property
+    def _loss_of_row(self) -> int:
+        """Most loss tokens of the longest row on one rank: a chunk of it and its mirror image."""
+        chunk, first = self.longest // (2 * self.shares), self.prompt - 1
+
+        def inside(number: int) -> int:
+            start, stop = number * chunk, (number + 1) * chunk
+            return max(0, min(stop, first + self.longest_response) - max(start, first))
+
+        if self.shares == 1:
+            return self.longest_response
+        mirror = 2 * self.shares - 1
+        return max(inside(rank) + inside(mirror - rank) for rank in range(self.shares))
 
 
 def workload(
@@ -111,6 +135,7 @@ def workload(
         micro_batches=-(-rows // min(rows, int(room // mean))),
         most_micro_batches=-(-rows // held),
         most_positions=max(held * longest, min(room, rows * longest)),
+        shares=parallel.context,
     )
 
 

@@ -34,8 +34,6 @@ def believe(device: Device, *, gpus: int, capability: tuple[int, int] = (9, 0)) 
 
     Args:
         device: the mode that runs operations.
-        gpus: of this node.
-        capability: of the GPU.
     """
     torch.utils._device._device_constructors()
     _answer_queries(gpus, capability, device.events)
@@ -93,12 +91,23 @@ def _answer_queries(gpus: int, capability: tuple[int, int], events: Events) -> N
     }
     _replace(torch.cuda, **replacements)
     _replace(torch.accelerator, current_device_index=lambda: 0)
+    _replace(torch.cuda, cudart=_Runtime)
+    _replace(FakeTensor, data_ptr=lambda self: 0)
     # What another process needs to open a tensor of the device.
     _replace(reductions, reduce_tensor=lambda tensor: (None, (tensor.shape,)))
     # Of the optimizers: whether a graph is being captured; whether tensors are many at a time.
     _replace(torch.optim.Optimizer, _accelerator_graph_capture_health_check=lambda self: None)
     for module in ("torch.utils._foreach_utils", "torch.optim.optimizer"):
         importlib.import_module(module)._foreach_supported_types.append(FakeTensor)
+
+
+class _Runtime:
+    """CUDA's library, as far as the trainer calls it itself: page-locked memory."""
+
+    def _done(self, *args: Any) -> int:
+        return 0
+
+    cudaHostRegister = cudaHostUnregister = _done
 
 
 class _Stream:
@@ -216,6 +225,7 @@ def _send_factories(device: Device) -> None:
         @functools.wraps(factory)
         def call(data: Any, *args: Any, **kwargs: Any) -> Tensor:
             wanted = kwargs.pop("device", None)
+            kwargs.pop("pin_memory", None)
             if on_device(data):
                 return data
             if isinstance(data, (list, tuple)):

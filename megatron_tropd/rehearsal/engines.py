@@ -13,8 +13,8 @@ from torch import Tensor
 from megatron_tropd.planning.planned_run import PlannedRun
 from megatron_tropd.rehearsal.world import World
 from megatron_tropd.rollout.engines import pool
-from megatron_tropd.rollout.weights import weight_sync
-from megatron_tropd.rollout.weights.channels import Seat
+from megatron_tropd.rollout.engines.transports import Seat
+from megatron_tropd.rollout.weights import mailbox
 
 
 class RecordingEngine:
@@ -64,16 +64,10 @@ class Counted:
 
 
 def believe(planned: PlannedRun, world: World, folder: Path) -> None:
-    """Let the trainer find every rank on a GPU of its own, and write no weights.
-
-    Args:
-        planned: the run.
-        world: the other ranks.
-        folder: an empty one.
-    """
+    """Let the trainer find every rank on a GPU of its own, and write no weights."""
     world.let_each_say(Seat, lambda rank: seat(planned, rank))
     setattr(pool, "roomy_root", lambda engines, weight_bytes: folder)  # noqa: B010
-    setattr(weight_sync, "_save", lambda bucket, path: None)  # noqa: B010
+    setattr(mailbox, "_save", lambda bucket, path: None)  # noqa: B010
 
 
 def seat(planned: PlannedRun, rank: int) -> Seat:

@@ -28,7 +28,7 @@ _SHOWN = 12
 class Rehearsal:
     """The rehearsed ranks of a config."""
 
-    setup: PlannedRun
+    planned: PlannedRun
     ranks: list[RankReport]
 
 
@@ -46,7 +46,6 @@ def rehearse(
         config: the run; of its files only both models' config.json are read.
         ranks: which; none: one of the first, of a middle and of the last stage.
         prompt_tokens: assumed length of a prompt; responses are as long as allowed.
-        gpus_per_node: of the cluster.
         micro_batches: to run; None: as many as fill the pipeline, and one more.
 
     Raises:
@@ -81,7 +80,7 @@ def rehearsed_hardware(gpus_per_node: int) -> Hardware:
 
 def default_ranks(planned: PlannedRun) -> list[int]:
     """The first rank of the first stage, of a middle one and of the last."""
-    of_stage = planned.parallel.tensor * planned.parallel.data
+    of_stage = planned.parallel.tensor * planned.parallel.replicas
     stages = sorted({0, planned.parallel.pipeline // 2, planned.last_stage})
     if planned.parallel.pipeline == 2:
         stages = [0, 1]

@@ -25,7 +25,7 @@ from megatron_tropd.rehearsal import cuda, world
 from megatron_tropd.rehearsal.events import Events, line_of, line_running
 from megatron_tropd.rehearsal.memory import Tracker
 from megatron_tropd.rehearsal.processes import rehearsed_hardware
-from megatron_tropd.rehearsal.record import Count, PhaseBytes, RankReport, Request
+from megatron_tropd.rehearsal.record import EventCount, PhaseBytes, RankReport, Request
 from megatron_tropd.rehearsal.tensors import Device
 
 if TYPE_CHECKING:
@@ -57,7 +57,6 @@ def rehearse_rank(config: Config, request: Request) -> RankReport:
     """Be a rank from its start to its first checkpoint. The process can do nothing else after.
 
     Args:
-        config: the run.
         request: which rank, and the lengths.
     """
     start = time.perf_counter()
@@ -86,8 +85,8 @@ def _rehearse(rank: "RehearsedRank", wanted: int | None) -> dict[str, Counter[An
     The first step leaves the optimizer's states, and its one micro-batch less tells what each
     further one adds.
     """
-    device, parallel = rank.device, rank.setup.parallel
-    whole = rank.setup.work.most_micro_batches
+    device, parallel = rank.device, rank.planned.parallel
+    whole = rank.planned.work.most_micro_batches
     run = min(whole, parallel.pipeline + 1 if wanted is None else wanted)
     rank.build()
     before = device.events.take()
@@ -113,8 +112,8 @@ def _whole_step(more: Counter[Any], fewer: Counter[Any], added: int) -> Counter[
 
 
 def _report(rank: "RehearsedRank", counts: dict[str, Counter[Any]], seconds: float) -> RankReport:
-    tracker, ranks = rank.device.tracker, rank.ranks
-    planned = _planned(memory_of_stage(rank.setup, ranks.pp_rank))
+    tracker, layout = rank.device.tracker, rank.layout
+    planned = _planned(memory_of_stage(rank.planned, layout.pp_rank))
     phases = [
         PhaseBytes(
             name=name,
@@ -126,16 +125,16 @@ def _report(rank: "RehearsedRank", counts: dict[str, Counter[Any]], seconds: flo
         for name, phase in tracker.phases.items()
     ]
     return RankReport(
-        rank=ranks.rank,
-        stage=ranks.pp_rank,
-        tensor_rank=ranks.tp_rank,
-        data_rank=ranks.dp_rank,
-        micro_batches=rank.setup.work.most_micro_batches,
+        rank=layout.rank,
+        stage=layout.pp_rank,
+        tensor_rank=layout.tp_rank,
+        data_rank=layout.dp_rank,
+        micro_batches=rank.planned.work.most_micro_batches,
         run_micro_batches=rank.run_micro_batches,
         phases=phases,
-        collectives=[Count(count=n, **vars(c)) for c, n in counts["collectives"].items()],
-        waits=[Count(count=n, **vars(c)) for c, n in counts["waits"].items()],
-        kernels=[Count(count=n, **vars(c)) for c, n in counts["kernels"].items()],
+        collectives=[EventCount(count=n, **vars(c)) for c, n in counts["collectives"].items()],
+        waits=[EventCount(count=n, **vars(c)) for c, n in counts["waits"].items()],
+        kernels=[EventCount(count=n, **vars(c)) for c, n in counts["kernels"].items()],
         engine_bytes=rank.engine_bytes,
         engine_buffers=rank.engine.updates,
         checkpoint_bytes=rank.checkpoint_bytes,
@@ -148,7 +147,7 @@ def _report(rank: "RehearsedRank", counts: dict[str, Counter[Any]], seconds: flo
 
 def _planned(memory: Memory) -> dict[str, float]:
     """The planner's bytes by the trainer's names of phases; engines are not rehearsed."""
-    return memory.trainer | {"between steps": memory.resident}
+    return memory.trainer | {"between steps": memory.resident, "build": memory.build}
 
 
 def _failure(rank: int, error: Exception) -> str:

@@ -25,7 +25,7 @@ class PhaseBytes:
 
 
 @dataclass(frozen=True)
-class Count:
+class EventCount:
     """Equal events of one phase."""
 
     phase: str
@@ -58,9 +58,9 @@ class RankReport:
     run_micro_batches: int
     """How many of them were run; the others are counted like the last of these."""
     phases: list[PhaseBytes]
-    collectives: list[Count]
-    waits: list[Count]
-    kernels: list[Count]
+    collectives: list[EventCount]
+    waits: list[EventCount]
+    kernels: list[EventCount]
     """Launches of Triton kernels."""
     engine_bytes: int
     """New weights that reach this rank on their way to a rollout engine."""
@@ -80,7 +80,7 @@ class RankReport:
     def of(cls, values: dict[str, Any]) -> "RankReport":
         """From the JSON of :meth:`values`."""
         counts = {
-            name: [Count(**one) for one in values[name]]
+            name: [EventCount(**one) for one in values[name]]
             for name in ("collectives", "waits", "kernels")
         }
         phases = [

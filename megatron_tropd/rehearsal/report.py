@@ -40,7 +40,7 @@ def rehearsal_json(rehearsal: Rehearsal) -> dict[str, Any]:
     """Everything as plain values; bytes and seconds. docs/planning.md lists the keys."""
     return {
         "schema": SCHEMA,
-        "layout": layout_name(rehearsal.setup),
+        "layout": layout_name(rehearsal.planned),
         "findings": findings(rehearsal),
         "ranks": [
             rank.values()
@@ -63,7 +63,7 @@ def rehearsal_table(rehearsal: Rehearsal) -> str:
 
 
 def _heading(rehearsal: Rehearsal) -> str:
-    planned, ranks = rehearsal.setup, rehearsal.ranks
+    planned, ranks = rehearsal.planned, rehearsal.ranks
     one = ranks[0]
     step = (
         f"prompt {planned.work.prompt}, response {planned.work.longest_response} tokens; "

@@ -34,6 +34,7 @@ from megatron_tropd.mcore.checkpoint import Checkpoints
 from megatron_tropd.mcore.hidden import unwrap
 from megatron_tropd.planning.planned_run import PlannedRun
 from megatron_tropd.rehearsal.engines import Counted, RecordingEngine
+from megatron_tropd.rehearsal.scores import with_made_up_scores
 from megatron_tropd.rehearsal.tensors import CPU, Device
 from megatron_tropd.rehearsal.world import World
 from megatron_tropd.teacher.resident import ResidentTeacher
@@ -107,7 +108,7 @@ class RehearsedRank:
 
     def __init__(
         self,
-        setup: PlannedRun,
+        planned: PlannedRun,
         folder: RunFolder,
         device: Device,
         world: World,
@@ -116,14 +117,11 @@ class RehearsedRank:
         """Nothing is built yet.
 
         Args:
-            setup: the run, as the planner reads it.
-            folder: an empty one.
-            device: where tensors go.
-            world: the other ranks.
+            planned: the run, as the planner reads it.
             open_model: opens the models' folders; None: for their shapes alone.
         """
-        self.setup, self.folder, self.device, self.world = setup, folder, device, world
-        self.config = setup.config
+        self.planned, self.folder, self.device, self.world = planned, folder, device, world
+        self.config = planned.config
         self.dtype = models.resolve_dtype(self.config.model.dtype)
         self.clock = PhaseClock(Progress(), device)
         self._open_model = open_model or partial(
@@ -132,7 +130,7 @@ class RehearsedRank:
         self._missing = 0
         self.run_micro_batches = 0
         """Of the last step."""
-        self.engine = RecordingEngine(setup)
+        self.engine = RecordingEngine(planned)
         """This rank's, if it owns one."""
         self.engine_bytes = 0
         """Of new weights that reach this rank on their way to an engine."""
@@ -145,33 +143,33 @@ class RehearsedRank:
         with self.clock("build"):
             if config.run.deterministic:
                 platform.be_deterministic()
-            self.ranks = parallel.initialize(
+            self.layout = parallel.initialize(
                 config.parallel, seed=config.train.seed, pad_multiple=config.pad_multiple
             )
             self.inputs = self._inputs()
-            check_settings(config, self.inputs, is_main=self.ranks.is_main, say=_silent)
+            check_settings(config, self.inputs, is_main=self.layout.is_main, say=_silent)
             self.engines = start_engines(
                 "student",
                 config,
                 self.folder,
                 cast(Any, lambda **_: self.engine),
-                rank=self.ranks.rank,
-                world_size=self.ranks.world_size,
+                rank=self.layout.rank,
+                world_size=self.layout.world_size,
             )
             # Nobody compares engine and trainer: that takes numbers.
-            parts = step_parts(config, self.inputs.folders, self.ranks)
+            parts = step_parts(with_made_up_scores(config), self.inputs.folders, self.layout)
             self.parts = replace(parts, clock=self.clock)
             self.checkpoints = Checkpoints(
                 self.folder.checkpoints,
                 keep=config.run.keep_checkpoints,
-                ranks=self.ranks,
+                layout=self.layout,
                 distributed_optimizer=config.parallel.distributed_optimizer,
                 say=_silent,
             )
         student, teacher = self.parts.student, self.parts.teacher
-        scored: list[tuple[Any, str, list[Any]]] = [(student, "score", [student.model])]
+        scored: list[tuple[Any, str, list[Any]]] = [(student, "score", [student.module])]
         if isinstance(teacher, ResidentTeacher):
-            scored.append((teacher, "signals", [scorer.model for scorer in teacher.scorers]))
+            scored.append((teacher, "signals", [scorer.module for scorer in teacher.scorers]))
         for owner, name, run in scored:
             setattr(owner, name, self._keeping(getattr(owner, name), run))
 
@@ -181,7 +179,7 @@ class RehearsedRank:
         Args:
             micro_batches: to run, of those of the step.
         """
-        self._missing = self.setup.work.most_micro_batches - micro_batches
+        self._missing = self.planned.work.most_micro_batches - micro_batches
         original = schedule.run_schedule
 
         def announced(model: torch.nn.Module, batches: Any, **options: Any) -> list[Any]:
@@ -190,7 +188,7 @@ class RehearsedRank:
 
         setattr(schedule, "run_schedule", announced)  # noqa: B010
         try:
-            learn(self.parts, trajectories(self.setup, micro_batches=micro_batches), 0)
+            learn(self.parts, made_sequences(self.planned, micro_batches=micro_batches), 0)
         finally:
             schedule.run_schedule = original
         with self.device.tracker.phase("between steps"):
@@ -198,9 +196,9 @@ class RehearsedRank:
 
     def export(self) -> None:
         """New weights to the engines."""
-        weights = self.parts.student.weights
-        counted = Counted(weights.exported)
-        setattr(weights, "exported", counted)  # noqa: B010
+        model = self.parts.student.model
+        counted = Counted(model.exported)
+        setattr(model, "exported", counted)  # noqa: B010
         with self.clock("sync"):
             send_weights(self.parts, self.engines.channel, version=1)
         self.engine_bytes = counted.bytes
@@ -220,7 +218,7 @@ class RehearsedRank:
         """Hold as much as if the models had scored all micro-batches of the step."""
 
         def kept(batches: Any) -> list[Any]:
-            tokens = len(batches[0].loss_at) if self.ranks.is_last_stage else 0
+            tokens = len(batches[0].loss_at) if self.layout.is_last_stage else 0
             room = [
                 torch.empty(
                     tokens, model.config.hidden_size, dtype=self.dtype, device=self.parts.device
@@ -234,19 +232,19 @@ class RehearsedRank:
 
     def _announce(self, config: Any, micro_batches: Any) -> None:
         """Neighbours send what this stage would send: hidden states of each micro-batch."""
-        ranks = self.ranks
-        shards = ranks.tp_size if config.sequence_parallel else 1
+        layout = self.layout
+        shards = layout.tp_size if config.sequence_parallel else 1
         shapes = [
             (batch.tokens.shape[1] // shards, batch.tokens.shape[0], config.hidden_size)
             for batch in micro_batches
         ]
-        place = {"tp_rank": ranks.tp_rank, "dp_rank": ranks.dp_rank}
-        for pp_rank in (ranks.pp_rank - 1, ranks.pp_rank + 1):
-            if 0 <= pp_rank < ranks.pp_size:
-                self.world.expect_shapes(ranks.global_rank(pp_rank=pp_rank, **place), shapes)
+        place = {"tp_rank": layout.tp_rank, "replica": layout.replica}
+        for pp_rank in (layout.pp_rank - 1, layout.pp_rank + 1):
+            if 0 <= pp_rank < layout.pp_size:
+                self.world.expect_shapes(layout.global_rank(pp_rank=pp_rank, **place), shapes)
 
     def _inputs(self) -> Inputs:
-        named, shapes = self.config.reference, [model.shape for model in self.setup.models]
+        named, shapes = self.config.reference, [model.shape for model in self.planned.models]
         return Inputs(
             student=self._open_model(Path(self.config.model.student)),
             teacher=self._open_model(Path(self.config.model.teacher)),
@@ -259,7 +257,7 @@ class RehearsedRank:
             responses=None,
             recorded=None,
             problems=[],
-            max_model_len=self.setup.work.longest,
+            max_model_len=self.planned.work.longest,
         )
 
 
@@ -280,18 +278,17 @@ def bytes_to_write(state: Any) -> int:
     return sum(map(bytes_to_write, state)) if isinstance(state, list | tuple) else 0
 
 
-def trajectories(setup: PlannedRun, *, micro_batches: int | None = None) -> list[TokenSequence]:
+def made_sequences(planned: PlannedRun, *, micro_batches: int | None = None) -> list[TokenSequence]:
     """The longest step that memory has to hold, as the planner assumes it.
 
     Args:
-        setup: the run.
         micro_batches: of each replica; None: all of the step.
     """
-    work, config = setup.work, setup.config
+    work, config = planned.work, planned.config
     count = work.trajectories
     if micro_batches is not None:
         rows = config.train.tokens_per_micro_batch // work.longest
-        count = min(count, micro_batches * rows * setup.parallel.data)
+        count = min(count, micro_batches * rows * planned.parallel.data)
     response = (1,) * work.longest_response
     taught = work.longest_response // 2 if config.guidance.responses else 0
     prompt, logprobs = (1,) * work.prompt, (-1.0,) * (work.longest_response - taught)

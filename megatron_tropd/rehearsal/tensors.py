@@ -166,6 +166,11 @@ class Device(TorchDispatchMode):
             return self._counted(func, args, kwargs, values)
         if func in _INDEX and any(i is not None and not on_device(i) for i in args[1]):
             self.events.wait("index from the host")
+        if func is _aten.copy_.default and on_device(args[1]) and not on_device(args[0]):
+            # torch's fake result would be on the GPU, with the host's memory behind it.
+            if not (kwargs.get("non_blocking") or args[2:3] == (True,)):
+                self.events.wait("to the host")
+            return args[0]
         run = _BY_SHAPE.get(func, func)
         if not all(isinstance(tensor, FakeTensor) for tensor in tensors):
             args, kwargs = self._faked(args), self._faked(kwargs)

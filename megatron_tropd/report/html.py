@@ -2,6 +2,13 @@
 
 Python gathers and thins the numbers; ``page.js`` draws them as SVG; ``page.css`` says how they
 look. All text of the run reaches the page as data, never as markup.
+
+Curves are drawn by about 210 of the script's 660 lines. Plotting libraries that fit into an offline
+page were measured with a run of 600 steps, whose page has 0.33 MB (8 ms to compile its script):
+Bokeh 3.10 makes 1.67 MB of the curves alone (177 ms), takes 7 s to import and build them, and
+brings 8 packages. Vega by Altair 6.3 brings 0.90 MB of script (159 ms), a shared library of 88 MB,
+and evaluates expressions, which the page forbids. Plotly's script has 4.8 MB. Either would replace
+those lines by some 100 and take the themes and the crosshair through all charts along.
 """
 
 import json

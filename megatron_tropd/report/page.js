@@ -589,13 +589,18 @@ function side(item, step, shade, withPrompt) {
   return el("div", { class: "side" }, caption, withPrompt ? el("div", { class: "prompt" }, item.prompt || "") : null, text);
 }
 
+// Written by the teacher, or taken from a golden answer.
+function isGiven(item, i) {
+  return ["teacher", "golden"].includes(item.segment[i]);
+}
+
 // A token left out of the loss has no values.
 function isMasked(item, i) {
-  return item.segment[i] !== "teacher" && ["outlier", "trust", "tv", "k1"].every((name) => !isNumber((item[name] || [])[i]));
+  return !isGiven(item, i) && ["outlier", "trust", "tv", "k1"].every((name) => !isNumber((item[name] || [])[i]));
 }
 
 function tokenSpan(item, token, i, shade) {
-  const region = isMasked(item, i) ? "masked" : item.segment[i] === "teacher" ? "teacher" : item.outlier[i] ? "outlier" : "trusted";
+  const region = isMasked(item, i) ? "masked" : isGiven(item, i) ? "teacher" : item.outlier[i] ? "outlier" : "trusted";
   const amount = SHADES[shade](item, i);
   const floor = { teacher: .18, outlier: .25, trusted: .05, masked: 0 }[region], strength = isNumber(amount) ? clamp(amount, 0, 1) : 0;
   const special = /^<[^<>]*>$/.test(token) ? " special" : "";
@@ -604,7 +609,7 @@ function tokenSpan(item, token, i, shade) {
   const number = (name, digits) => isNumber((item[name] || [])[i]) ? item[name][i].toFixed(digits) : "–";
   const color = region === "masked" ? "var(--gray)" : `var(--${region})`;
   const show = (event) => showTip(event, `${JSON.stringify(token)} · position ${i}`, [
-    [color, "region", { teacher: "teacher prefix", masked: "left out of the loss" }[region] || region], [null, "trust min(p/q, 1)", number("trust", 3)],
+    [color, "region", { teacher: item.segment[i] === "golden" ? "golden answer" : "teacher prefix", masked: "left out of the loss" }[region] || region], [null, "trust min(p/q, 1)", number("trust", 3)],
     [null, "total variation", number("tv", 3)], [null, "log q − log p", number("k1", 3)]]);
   span.addEventListener("pointermove", show);
   span.addEventListener("click", show);

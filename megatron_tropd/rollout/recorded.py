@@ -17,7 +17,6 @@ class RecordedRollouts:
 
         Args:
             groups: the samples of each recorded prompt.
-            prompts_per_step: groups of a step.
             seed: ``train.seed``; keys the order.
         """
         self._groups = groups

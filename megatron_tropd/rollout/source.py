@@ -60,12 +60,8 @@ class SampledRollouts:
 
         Args:
             engines: they sample with the weights they were given last.
-            make_episode: the mode (:func:`~megatron_tropd.rollout.episodes.load_mode`).
-            prompts: of the run.
-            settings: for the episodes.
             stop_token_ids: end a sample.
             shared_stops: ids by which student and teacher end one, if they differ (``Blend``).
-            is_main: whether this rank writes checkpoints.
         """
         self._engines = engines
         self._make_episode = make_episode

@@ -1,13 +1,13 @@
 """The first steps of a run, in which another distribution than the student's samples."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Self
 
 from megatron_tropd.config import RolloutConfig
 from megatron_tropd.data.samples import Blend, Sample, SampleRequest, Sampling
 from megatron_tropd.rollout.engines.interface import SamplingEngines
-from megatron_tropd.rollout.weights.interface import Tensors, WeightChannel
+from megatron_tropd.rollout.weights.interface import NamedTensor, WeightChannel
 
 
 def sampling_of_step(
@@ -77,7 +77,7 @@ class WarmupEngines:
         self._asked: SamplingEngines = student
         self.channel: WeightChannel = _WarmupChannel(self)
 
-    def send(self, tensors: Tensors, version: int) -> None:
+    def send(self, tensors: Iterable[NamedTensor], version: int) -> None:
         """Give all engines weights; those of the warm-up start and end here. Collective."""
         self._student.channel.send(tensors, version)
         if version >= self._warmup_steps:
@@ -150,6 +150,6 @@ class _WarmupChannel:
         """Of the student's engines."""
         return self._engines.student_channel.version
 
-    def send(self, tensors: Tensors, version: int) -> None:
+    def send(self, tensors: Iterable[NamedTensor], version: int) -> None:
         """Give every engine the weights."""
         self._engines.send(tensors, version)

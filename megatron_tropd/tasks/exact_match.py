@@ -18,7 +18,7 @@ GRADER = "marked"
 _Z_95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
 
 
-class Engine(Protocol):
+class Sampler(Protocol):
     """Anything that continues requests; the rollout room's engines do."""
 
     def generate(self, requests: Sequence[SampleRequest], sampling: Sampling) -> list[Sample]:
@@ -60,7 +60,7 @@ class EvaluationResult:
 
 
 def answer_greedily(
-    engine: Engine,
+    engine: Sampler,
     problems: Sequence[Prompt],
     *,
     stop_token_ids: tuple[int, ...],

@@ -23,7 +23,7 @@ from megatron_tropd.data.sequence import NO_VERSION
 from megatron_tropd.data.sequence_files import FORMAT, record_of
 from megatron_tropd.data.tokenizers import fingerprint
 from megatron_tropd.data.types import Prompt
-from megatron_tropd.tasks.exact_match import Engine
+from megatron_tropd.tasks.exact_match import Sampler
 from megatron_tropd.tasks.sample_files import WantedSample, write_samples
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class RolloutRound:
 
 
 def write_rollouts(
-    engine: Callable[[], Engine],
+    engine: Callable[[], Sampler],
     plans: Sequence[PlannedSample],
     tokenizer: "PreTrainedTokenizerBase",
     path: str | Path,

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.data.resumable import ResumableLines
 from megatron_tropd.data.samples import Sample, SampleRequest, Sampling
-from megatron_tropd.tasks.exact_match import Engine
+from megatron_tropd.tasks.exact_match import Sampler
 
 _REQUESTS_PER_BATCH = 256
 
@@ -25,7 +25,7 @@ class WantedSample(NamedTuple):
 
 
 def write_samples(
-    engine: Callable[[], Engine],
+    engine: Callable[[], Sampler],
     wanted: Sequence[WantedSample],
     path: str | Path,
     *,

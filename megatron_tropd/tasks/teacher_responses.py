@@ -9,7 +9,7 @@ from megatron_tropd.data.responses import TeacherResponse, header_record, respon
 from megatron_tropd.data.samples import Sample, SampleRequest, Sampling
 from megatron_tropd.data.types import Prompt
 from megatron_tropd.losses.draws import Purpose, keyed_seed
-from megatron_tropd.tasks.exact_match import Engine
+from megatron_tropd.tasks.exact_match import Sampler
 from megatron_tropd.tasks.sample_files import WantedSample, write_samples
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def write_responses(
-    engine: Callable[[], Engine],
+    engine: Callable[[], Sampler],
     prompts: Sequence[Prompt],
     tokenizer: "PreTrainedTokenizerBase",
     path: str | Path,

@@ -1,6 +1,7 @@
 """Where the teacher's signals come from.
 
-A file here is a source (``teacher.source``); its ``SOURCE`` makes one of a :class:`TeacherStart`.
+A file or package here is a source (``teacher.placement``); its ``SOURCE`` makes one of a
+:class:`TeacherStart`.
 Another package's is named as "package.module:attribute".
 """
 
@@ -30,7 +31,7 @@ class TeacherStart:
     config: Config
     folder: HFFolder | MegatronFolder
     """The teacher's model."""
-    ranks: "Layout"
+    layout: "Layout"
     """This rank's place, and its process groups."""
     dtype: "torch.dtype"
     """Of the models."""
@@ -87,25 +88,25 @@ def signal_of(config: Config) -> type[TeacherSignal]:
     Raises:
         ConfigError: there is no such source, or it cannot take the reference.
     """
-    make = load_teacher(config.teacher.source)
+    make = load_teacher(config.teacher.placement)
     if config.reference is None:
         return make.signal
     # A source from before there were references has no such attribute.
     referenced: type[TeacherSignal] | None = getattr(make, "referenced", None)
     if referenced is None:
         raise ConfigError(
-            f"teacher.source = {config.teacher.source!r} takes no reference (it has no attribute "
-            f"`referenced`), found teacher.reference = {config.teacher.reference!r}. Leave one of "
-            "the two out."
+            f"teacher.placement = {config.teacher.placement!r} takes no reference (it has no "
+            f"attribute `referenced`), found teacher.reference = {config.teacher.reference!r}. "
+            "Leave one of the two out."
         )
     return referenced
 
 
 def load_teacher(name: str) -> MakeTeacher:
-    """Find the source that ``teacher.source`` names.
+    """Find the source that ``teacher.placement`` names.
 
     Raises:
         ConfigError: there is none of this name.
     """
-    make: MakeTeacher = load_part(__name__, name, attribute="SOURCE", setting="teacher.source")
+    make: MakeTeacher = load_part(__name__, name, attribute="SOURCE", setting="teacher.placement")
     return make

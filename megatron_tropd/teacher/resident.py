@@ -51,13 +51,14 @@ class _OfRun(ResidentTeacher):
             *(
                 frozen_model(
                     folder,
-                    layout=start.ranks,
+                    layout=start.layout,
                     parallel=start.config.parallel,
                     dtype=start.dtype,
                     padded_vocab_size=start.padded_vocab_size,
                     vocab_size=start.vocab_size,
                     who=who,
                     options=start.config.megatron.teacher,
+                    offload=start.config.teacher.offload,
                 )
                 for who, folder in models.items()
                 if folder is not None

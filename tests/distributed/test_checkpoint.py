@@ -52,7 +52,7 @@ def _student(
     padded = models.padded_vocab_size(source.config, tensor=layout.tensor)
     kind = models.resolve_dtype(dtype)
     model = models.build_model(
-        source, ranks=ranks, parallel=layout, dtype=kind, padded_vocab_size=padded
+        source, layout=ranks, parallel=layout, dtype=kind, padded_vocab_size=padded
     )
     change(model.module)
     learner = Student(
@@ -69,7 +69,7 @@ def _checkpoints(folder: Path, ranks, layout: ParallelConfig, keep: int = 2, say
     from megatron_tropd.mcore.checkpoint import Checkpoints
 
     return Checkpoints(
-        folder, keep=keep, ranks=ranks, distributed_optimizer=layout.distributed_optimizer, say=say
+        folder, keep=keep, layout=ranks, distributed_optimizer=layout.distributed_optimizer, say=say
     )
 
 
@@ -87,7 +87,8 @@ def _some_steps(learner, ranks, first: int, last: int) -> list[float]:
             seed=0,
             step=step,
         )
-        norms.append(learner.train_step(batches, cross_entropy).grad_norm)
+        learner.forward_backward(batches, cross_entropy)
+        norms.append(learner.update().grad_norm)
     return norms
 
 
@@ -207,25 +208,37 @@ def _sharding_of(path: Path) -> str:
     return _saved_extra(path)["sharding"]
 
 
+def _bytes_of(buckets: list) -> int:
+    return sum(tensor.nbytes for _, _, (_, tensors) in buckets for _, tensor in tensors)
+
+
 def _save_slices(folder: str, out: str) -> None:
     import torch.distributed as dist
+
+    from megatron_tropd.mcore import async_save
+    from megatron_tropd.mcore.checkpoint import saving_bytes
 
     layout = ParallelConfig(data=2, distributed_optimizer=True)
     learner, ranks = _student(folder, layout)
     _some_steps(learner, ranks, 0, 3)
     checkpoints = _checkpoints(Path(out), ranks, layout)
     gathered, all_gather = [], dist.all_gather
+    staged, stage = [], async_save._staged
+    async_save._staged = lambda *a: (copies := stage(*a), staged.append(_bytes_of(copies)))[0]
     dist.all_gather = lambda parts, *_: (gathered.append(parts[0].numel()), all_gather(parts, *_))
     for sharding in ("fully_reshardable", "dp_reshardable"):
         gathered.clear()
         checkpoints.save(learner, step=3, extra={}, sharding=sharding)
         checkpoints.wait()
         if sharding == "fully_reshardable":
-            parameters = sum(p.numel() for p in learner.model.parameters())
+            parameters = sum(p.numel() for p in learner.module.parameters())
             assert parameters <= 2 * sum(gathered) / 3 < 1.01 * parameters
+            taken = sum(gathered) * 2 * 4 + 4 * parameters
+            assert saving_bytes(learner, ranks, sharding) == pytest.approx(taken, rel=0.01)
             shutil.rmtree(Path(out, "step_000003")) if ranks.is_main else None
             dist.barrier()
     assert not gathered, "every rank writes what it has"
+    assert saving_bytes(learner, ranks, sharding) == pytest.approx(staged[-1], rel=0.01)
     uninterrupted = _some_steps(learner, ranks, 3, 6)
     _saved(checkpoints, learner, 6, sharding="dp_reshardable")
     _saved(checkpoints, learner, 6, sharding="dp_reshardable")
@@ -352,7 +365,9 @@ def _faults(folder: str, out: str) -> None:
 
     _writes_in_the_background(checkpoints, learner)
     _no_room(checkpoints, learner)
+    _no_memory(checkpoints, learner)
     _checksums_are_those_of_sha256sum(root / "step_000005")
+    _what_was_meant_is_digested(_checkpoints(root.with_name("other"), ranks, layout), learner)
     _what_cannot_be_read_is_no_damage(checkpoints, learner)
     said.clear()
     _damage_is_found(checkpoints, learner, said)
@@ -397,6 +412,46 @@ def _no_room(checkpoints, learner) -> None:
     assert checkpoints.load(learner, 5)["step"] == 5
 
 
+def _no_memory(checkpoints, learner) -> None:
+    """Nothing is begun that the kernel would end with the process."""
+    from megatron_tropd.mcore import host_memory
+
+    left, host_memory.available_bytes = host_memory.available_bytes, lambda: 1000
+    try:
+        told = r"the ranks on \S+ \(1\) need .* GiB are left there.*step 5"
+        with pytest.raises(TrainingError, match=rf"step_000006 was not begun: {told}") as caught:
+            checkpoints.save(learner, step=6, extra={})
+        assert caught.value.kind == "training", "another attempt would fail alike"
+        with pytest.raises(ConfigError, match=rf"could not save its last checkpoint: {told}"):
+            checkpoints.check_memory(learner)
+    finally:
+        host_memory.available_bytes = left
+    checkpoints.check_memory(learner)
+    assert not list(checkpoints.folder.glob(".step_000006*"))
+
+
+def _what_was_meant_is_digested(checkpoints, learner) -> None:
+    """A disk that stores something else is found out when that is loaded."""
+    fsync = os.fsync
+
+    def flip_and_fsync(file: int) -> None:
+        if threading.current_thread().name == "checkpoint":
+            with open(f"/proc/self/fd/{file}", "r+b") as stored:
+                stored.seek(1000)
+                byte = stored.read(1)
+                stored.seek(1000)
+                stored.write(bytes([byte[0] ^ 1]))
+        fsync(file)
+
+    os.fsync = flip_and_fsync
+    try:
+        _saved(checkpoints, learner, 6)
+    finally:
+        os.fsync = fsync
+    with pytest.raises(InputError, match="has other contents than were written"):
+        checkpoints.load(learner, 6)
+
+
 def _checksums_are_those_of_sha256sum(path: Path) -> None:
     files = json.loads((path / "checksums.json").read_text())["files"]
     assert (
@@ -424,11 +479,11 @@ def _what_cannot_be_read_is_no_damage(checkpoints, learner) -> None:
     # Without checksums the hiccup meets Megatron's own reading.
     checksums = (checkpoints.folder / "step_000005" / "checksums.json").read_bytes()
     (checkpoints.folder / "step_000005" / "checksums.json").unlink()
-    before = [parameter.clone() for parameter in learner.model.parameters()]
+    before = [parameter.clone() for parameter in learner.module.parameters()]
     _unreadable(file)
     threading.Timer(5.0, lambda: (file.unlink(), file.write_bytes(content))).start()
     assert checkpoints.load_newest(learner)["step"] == 5
-    assert all(map(torch.equal, before, learner.model.parameters()))
+    assert all(map(torch.equal, before, learner.module.parameters()))
     (checkpoints.folder / "step_000005" / "checksums.json").write_bytes(checksums)
     assert checkpoints.steps() == [3, 4, 5], "nothing is set aside"
 

@@ -59,7 +59,7 @@ def _check(source: Path, converted: Path, layout: ParallelConfig, out: Path) -> 
     ranks, megatron = parallel.initialize(layout, seed=1), MegatronFolder(converted)
     expected, found = (
         models.build_model(  # the checkpoint has 512 rows
-            folder, ranks=ranks, parallel=layout, dtype=torch.float32, padded_vocab_size=320
+            folder, layout=ranks, parallel=layout, dtype=torch.float32, padded_vocab_size=320
         )
         for folder in (HFFolder(source), megatron)
     )

@@ -30,6 +30,10 @@ LAYOUTS = {
     "tp2": ParallelConfig(tensor=2, uneven_stages=True),
     "pp2": ParallelConfig(pipeline=2, uneven_stages=True),
     "tp2-pp2-sp": ParallelConfig(tensor=2, pipeline=2, sequence_parallel=True, uneven_stages=True),
+    "cp2": ParallelConfig(context=2, uneven_stages=True),
+    "tp2-cp2-sp": ParallelConfig(tensor=2, context=2, sequence_parallel=True, uneven_stages=True),
+    "pp2-cp2": ParallelConfig(pipeline=2, context=2, uneven_stages=True),
+    "cp2-ep2": ParallelConfig(context=2, expert=2),
     "ep2": ParallelConfig(data=2, expert=2),
     "tp2-ep2": ParallelConfig(tensor=2, data=2, expert=2),
     "pp2-ep2": ParallelConfig(pipeline=2, data=2, expert=2, uneven_stages=True),
@@ -220,7 +224,7 @@ def _build(parallel: ParallelConfig, folder: HFFolder, ids: torch.Tensor, ranks:
         layout = dataclasses.replace(parallel, sequence_parallel=True)
     rows = models.padded_vocab_size(folder.config, tensor=parallel.tensor)
     model = models.build_model(
-        folder, ranks=ranks, parallel=layout, dtype=torch.float32, padded_vocab_size=rows
+        folder, layout=ranks, parallel=layout, dtype=torch.float32, padded_vocab_size=rows
     )
     return model, _gathered_logits(model.module.eval(), ids, ranks), rows
 
@@ -264,7 +268,11 @@ def _gathered_logits(model, ids, ranks) -> torch.Tensor | None:
     """[B, S, padded V] on the last stage, through the pipeline schedule."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    positions = torch.arange(ids.shape[1]).expand_as(ids)
+    from megatron_tropd.mcore.layout import zigzag
+
+    places = [zigzag(ids.shape[1], rank, ranks.cp_size) for rank in range(ranks.cp_size)]
+    here = torch.arange(ids.shape[1]) if ranks.cp_size == 1 else places[ranks.cp_rank]
+    ids, positions = ids[:, here], here.expand(len(ids), -1)
 
     def forward(iterator, chunk):
         output = chunk(input_ids=ids, position_ids=positions, attention_mask=None)
@@ -285,7 +293,12 @@ def _gathered_logits(model, ids, ranks) -> torch.Tensor | None:
         return None
     shards = [torch.empty_like(found[0]) for _ in range(ranks.tp_size)]
     dist.all_gather(shards, found[0].contiguous(), group=ranks.tp_group)
-    return torch.cat(shards, dim=-1)
+    logits = torch.cat(shards, dim=-1)
+    if ranks.cp_size == 1:
+        return logits
+    parts = [torch.empty_like(logits) for _ in places]
+    dist.all_gather(parts, logits, group=ranks.row_group)
+    return torch.cat(parts, dim=1)[:, torch.cat(places).argsort()]
 
 
 def _check_export(model, folder: HFFolder, ranks, rows: int, out: Path) -> None:

@@ -663,7 +663,7 @@ def _check_values(case, problem, kind, values, metrics):
     # A loss without a top-k reports the mass of 64, or of what the signal brings.
     k = config.needs.top_k or min(64 if full else 2, problem.vocab_size)
     needs = config.needs
-    known = case.answer.values | _masses(problem, k, needs.student_top_k, needs.student_power)
+    known = case.answer.values | _masses(problem, k, needs.student_top_k, needs.target.student)
     expected = torch.stack([known[name] for name in values])
     weights = torch.ones(expected.shape, dtype=torch.float64)
     if case.tokens.weights is not None:

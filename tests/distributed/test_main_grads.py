@@ -33,7 +33,7 @@ class _Recorded:
     """A student; and the exact sum of the output layer's gradients that its loss makes."""
 
     def __init__(self, student: Any, *, hide_main_grad: bool) -> None:
-        self.student, self.model = student, student.model
+        self.student, self.module = student, student.module
         self.hide_main_grad = hide_main_grad
         self.exact: torch.Tensor | None = None
 
@@ -75,7 +75,7 @@ def _gradients(
         megatron=MegatronConfig(ddp={"overlap_grad_reduce": True} if overlap else {}),
         pad_multiple=2,
     )
-    ranks, model = parts.ranks, parts.student.model
+    ranks, model = parts.layout, parts.student.module
     trajectories = recorded_trajectories(0)
     batches, counts = micro_batches(parts, trajectories, 0), count_loss_tokens(trajectories)
     recorded = _Recorded(parts.student, hide_main_grad=hide_main_grad)

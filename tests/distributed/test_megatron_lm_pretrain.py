@@ -205,6 +205,10 @@ def _layout_runs(setting: Setting, layout: str) -> list[Run]:
         on_samples = setting.arguments("trajectories", method=method, steps=HALF)
         more = "".join(f"--tropd-set {name}={value}" for name, value in changes.items())
         runs.append(setting.run(method, f"{on_samples} {options} {more}"))
+    if layout == "tp2":
+        scores = f"--tropd-teacher-cache {setting.root / 'scores'}"
+        kind = setting.arguments("trajectories", steps=HALF)
+        runs.append(setting.run("cached", f"{kind} {options} {scores}"))
     if layout == EVALUATED:
         evaluation = "--split 80,20,0 --lr 0 --eval-iters 2 --eval-interval 2"
         on_text = setting.arguments("text", steps=2)
@@ -237,6 +241,7 @@ def _refused_runs(setting: Setting) -> list[Run]:
 def logs(setting: Setting) -> dict[str, str]:
     """Name of a run -> its log."""
     found = {}
+    run_with_env(1, _score, setting)
     for world_size in (2, 4):
         layouts = [name for name, (size, _) in LAYOUTS.items() if size == world_size]
         runs = [run for layout in layouts for run in _layout_runs(setting, layout)]
@@ -244,6 +249,31 @@ def logs(setting: Setting) -> dict[str, str]:
             runs += _refused_runs(setting)
         found |= run_all(world_size, runs, setting.logs)
     return found
+
+
+def _score(setting: Setting) -> None:
+    """Write what the teacher says of the first half's trajectories, as ``tropd score`` does."""
+    from megatron_tropd.config import ParallelConfig, TrainConfig
+    from megatron_tropd.convert.hf_folder import HFFolder
+    from megatron_tropd.distill.score import Scorer
+    from megatron_tropd.teacher.cached.digest import model_digest, num_scored
+    from megatron_tropd.teacher.cached.files import (
+        CacheHeader,
+        shard_path,
+        write_header,
+        write_shard,
+    )
+
+    train, layout = TrainConfig(steps=1, tokens_per_micro_batch=128), ParallelConfig()
+    parts = build_parts(setting.student, setting.teacher, layout, train, preset("tropd"))
+    trajectories = [_trajectory(n) for n in range(HALF * ROWS * MICRO_BATCHES)]
+    columns = Scorer(parts.teacher, parts.ranks, 64, torch.float32, 128).score(trajectories)
+    assert columns is not None
+    digest, folder = model_digest(HFFolder(setting.teacher)), setting.root / "scores"
+    names = (digest, None, "not compared", 259, "float32", 64, "float32", "not compared")
+    folder.mkdir()
+    write_header(folder, CacheHeader(*names, len(trajectories), num_scored(trajectories), 1))
+    write_shard(shard_path(folder, 0), trajectories, columns)
 
 
 @pytest.fixture(scope="module")
@@ -316,6 +346,13 @@ def test_megatron_lm_looks_at_the_whole_batch_as_our_own_trainer(method, logs, o
     expected, close = own[method][:HALF], CLOSE_LOSS | {"atol": 1e-4}
     torch.testing.assert_close(history(logs[method], "tropd loss"), expected[:, 0], **close)
     torch.testing.assert_close(history(logs[method], "grad norm"), expected[:, 1], **CLOSE_NORM)
+
+
+def test_megatron_lm_learns_from_scores_as_from_the_teacher(logs):
+    assert "no model of it is loaded" in logs["cached"]
+    for name in ("tropd loss", "grad norm", "k1"):
+        read, said = (history(logs[run], name)[:HALF] for run in ("cached", "tp2-trajectories"))
+        torch.testing.assert_close(read, said, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -466,7 +503,7 @@ def _one_hot_teacher(student: str, sequence_parallel: bool, out: str) -> None:
     ranks = parallel.initialize(layout, seed=1)
     model = models.build_model(
         HFFolder(Path(student)),
-        ranks=ranks,
+        layout=ranks,
         parallel=layout,
         dtype=torch.float32,
         padded_vocab_size=vocab,
@@ -493,7 +530,7 @@ def _one_hot_teacher(student: str, sequence_parallel: bool, out: str) -> None:
     config = preset("gkd_forward_kl")
     # Megatron's cross entropy counts padding columns as real ones.
     parts = LossParts(
-        student=None, teacher=None, loss=config, beta=1.0, vocab_size=vocab, ranks=ranks
+        student=None, teacher=None, loss=config, beta=1.0, vocab_size=vocab, layout=ranks
     )
     record = LossReport(args, config, iteration=0)
     counts = LossCounts(0, len(batch.loss_at), 0)

@@ -280,7 +280,7 @@ class Bench:
             config_of(region="none", outlier="clip"),
             dtype=self.dtype,
             megatron=options,
-            ranks=self.ranks,
+            layout=self.ranks,
             pad_multiple=2,
         )
         learner = parts.student
@@ -299,7 +299,7 @@ class Bench:
             metrics = learn(parts, self.trajectories[step], step).metrics
             found["loss"].append([torch.tensor([metrics["loss"], metrics["reverse_kl"]])])
             found["norm"].append([torch.tensor(metrics["grad_norm"])])
-            found["weight"].append([p.detach().clone() for p in learner.model.parameters()])
+            found["weight"].append([p.detach().clone() for p in learner.module.parameters()])
             if save and step == 0:
                 checkpoints = self._checkpoints()
                 checkpoints.save(learner, step=1, extra={})
@@ -316,7 +316,7 @@ class Bench:
         return Checkpoints(
             self.folder,
             keep=1,
-            ranks=self.ranks,
+            layout=self.ranks,
             distributed_optimizer=self.layout.distributed_optimizer,
             say=print,
         )
@@ -324,7 +324,7 @@ class Bench:
     def _reduced(self, learner) -> list[torch.nn.Parameter]:
         """The parameters whose gradients this rank has in full."""
         spread = self.layout.distributed_optimizer
-        return [] if spread else list(learner.model.parameters())
+        return [] if spread else list(learner.module.parameters())
 
 
 def _count(learner) -> Counter[str]:
@@ -334,20 +334,20 @@ def _count(learner) -> Counter[str]:
     def counting(kind: str):
         return lambda *_: counts.update([kind])
 
-    for layer in learner.model.decoder.layers:
+    for layer in learner.module.decoder.layers:
         layer.self_attention.core_attention.register_forward_hook(counting("attention"))
         getattr(layer.mlp, "experts", layer.mlp).register_forward_hook(counting("mlp"))
     chunk = learner.chunk
     groups = chunk.bucket_groups + chunk.expert_parallel_bucket_groups
     counts["buckets"] = sum(len(group.buckets) for group in groups)
-    finalize, backward = learner.model.config.finalize_model_grads_func, [True]
+    finalize, backward = learner.module.config.finalize_model_grads_func, [True]
 
     def finalized(*args, **kwargs) -> None:
         backward[0] = False
         finalize(*args, **kwargs)
         backward[0] = True
 
-    learner.model.config.finalize_model_grads_func = finalized
+    learner.module.config.finalize_model_grads_func = finalized
     for group in groups:
         group.start_grad_sync = _counted(group.start_grad_sync, counts, backward)
     return counts

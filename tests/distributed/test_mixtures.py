@@ -66,13 +66,13 @@ def _compare_routing(folder: Path, normalized: bool) -> None:
         logits, weights, chosen = output
         found["theirs"].append(torch.zeros_like(logits).scatter(1, chosen, weights))
 
-    for layer in learner.model.decoder.layers:
+    for layer in learner.module.decoder.layers:
         layer.mlp.router.register_forward_hook(lambda m, i, out: found["ours"].append(out[0]))
     for layer in theirs.model.layers:
         layer.mlp.gate.register_forward_hook(keep_theirs)
     ids = torch.randint(3, 259, (1, 40), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        learner.model.eval()(ids, torch.arange(40)[None], None)
+        learner.module.eval()(ids, torch.arange(40)[None], None)
         theirs(ids)
     ours, expected = torch.stack(found["ours"]), torch.stack(found["theirs"])
     assert ours.shape == expected.shape

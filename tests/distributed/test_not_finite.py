@@ -19,7 +19,7 @@ BROKEN = "decoder.layers.0.mlp.linear_fc2.weight"
 
 def _state(learner) -> list[torch.Tensor]:
     """Weights and what the optimizer keeps of them."""
-    kept = [p.detach() for p in learner.model.parameters()]
+    kept = [p.detach() for p in learner.module.parameters()]
     for optimizer in learner.optimizer.chained_optimizers:
         states = optimizer.optimizer.state.items()
         kept += [v for p, state in states for v in (p, *state.values()) if torch.is_tensor(v)]
@@ -47,7 +47,7 @@ def _check(folder: str) -> None:
         batches = pack(recorded_trajectories(2), **_how(ranks, 2))
         for value in (math.nan, math.inf):
             learner.forward_backward(batches, cross_entropy)
-            mine = [p for n, p in learner.model.named_parameters() if n == BROKEN]
+            mine = [p for n, p in learner.module.named_parameters() if n == BROKEN]
             for weight in mine if dist.get_rank() == 0 or name.startswith("dp2") else []:
                 weight.main_grad.view(-1)[0] = value
             before, lr = _state(learner), learner.optimizer.param_groups[0]["lr"]

@@ -241,7 +241,7 @@ def _measure(config: Config) -> dict[str, float]:
     folders = {who: HFFolder(path) for who, path in pair.items()}
     built: Any = step_parts(config, folders, ranks)
     student, teacher = built.student, built.teacher.scorers[0]
-    weights = [p for m in (student.model, teacher.model) for p in m.parameters()]
+    weights = [p for m in (student.module, teacher.module) for p in m.parameters()]
     saved = _Saved({p.untyped_storage().data_ptr() for p in weights})
     watched = _Watched(student, built.teacher, saved)
     learn(replace(built, student=watched, teacher=watched), _trajectories(), 0)
@@ -249,10 +249,10 @@ def _measure(config: Config) -> dict[str, float]:
     buffers = [*student.chunk.buffers, *student.chunk.expert_parallel_buffers]
     return {
         "stage": ranks.pp_rank,
-        "weights": sum(p.nbytes for p in student.model.parameters()),
+        "weights": sum(p.nbytes for p in student.module.parameters()),
         "gradients": sum(b.grad_data.nbytes for b in buffers),
         "optimizer": _optimizer_bytes(student),
-        "teacher_weights": sum(p.nbytes for p in teacher.model.parameters()),
+        "teacher_weights": sum(p.nbytes for p in teacher.module.parameters()),
         "teacher_hidden": watched.hidden,
         "activations": saved.most,
         "loss": watched.loss,
@@ -261,7 +261,7 @@ def _measure(config: Config) -> dict[str, float]:
 
 def _optimizer_bytes(student: Any) -> int:
     """Moments, and main weights that are not the model's own; step counters left out."""
-    own = {p.untyped_storage().data_ptr() for p in student.model.parameters()}
+    own = {p.untyped_storage().data_ptr() for p in student.module.parameters()}
     total = 0
     for part in getattr(student.optimizer, "chained_optimizers", [student.optimizer]):
         inner = part.optimizer

@@ -48,7 +48,13 @@ LOSSES: dict[str, tuple[str, dict[str, Any]]] = {
     "erpd, expected": ("erpd", dict(region="expected", importance="none")),
     "erpd, exact": ("erpd", _EXACT),
     "erpd_teacher": ("erpd_teacher", dict(scale=0.7)),
+    "stable_opd": ("stable_opd", dict(reference_weight=0.3, golden_weight=0.7)),
+    "stable_opd, ppo": ("stable_opd", dict(importance="ppo", importance_low=0.8)),
+    "stable_opd, exact": ("stable_opd", dict(reference_weight=0.3, golden_weight=0.7) | _EXACT),
+    "stable_opd, no anchor": ("stable_opd", dict(reference_weight=0.0)),
+    "stable_opd, no answers": ("stable_opd", dict(golden_weight=0.0)),
 }
+STABLE = ("stable_opd", "stable_opd, exact")
 
 
 @dataclass
@@ -64,7 +70,23 @@ class Case:
         return hidden.double() @ weight.double().t()
 
 
-def _case() -> Case:
+def _case(name: str = "delta") -> Case:
+    """The tokens as the loss of that name takes them."""
+    case, needs = _plain_case(), _config(name).needs
+    if needs.outcomes:
+        case.targets = replace(case.targets, rewards_T=torch.linspace(-1, 1, TOKENS))
+    if needs.golden:
+        is_golden_T = (torch.arange(TOKENS) % 5 == 0) & ~case.targets.is_teacher_T
+        case.targets = replace(case.targets, is_golden_T=is_golden_T)
+    return case
+
+
+def _config(name: str) -> Any:
+    method, settings = LOSSES[name]
+    return preset(method, **settings)
+
+
+def _plain_case() -> Case:
     draw = torch.Generator().manual_seed(5)
 
     def normal(*shape: int) -> Tensor:
@@ -113,8 +135,16 @@ def _expected(case: Case, name: str) -> tuple[Tensor, Tensor]:
     else:
         reward = _reward(method, settings, at(log_p), at(log_r), at(log_q)).detach()
         loss, value = _policy_gradient(method, settings, reward, at(log_q), at(log_p), targets)
-    loss = torch.where(targets.is_teacher_T, -BETA * at(log_q), loss)
-    value = torch.where(targets.is_teacher_T, -BETA * at(log_q).detach(), value)
+        if method == "stable_opd":
+            kl = (log_q.exp() * (log_q - log_r)).sum(-1)
+            anchor = settings.get("reference_weight", 0.1) * kl
+            loss, value = loss + anchor, value + anchor.detach()
+    given = [(targets.is_teacher_T, BETA)]
+    if targets.is_golden_T is not None:
+        given.append((targets.is_golden_T, settings.get("golden_weight", 0.1)))
+    for is_given_T, weight in given:
+        loss = torch.where(is_given_T, -weight * at(log_q), loss)
+        value = torch.where(is_given_T, -weight * at(log_q).detach(), value)
     (targets.weights_T.double() * loss).sum().backward()
     return value, z.grad
 
@@ -122,6 +152,9 @@ def _expected(case: Case, name: str) -> tuple[Tensor, Tensor]:
 def _reward(method: str, settings: dict, log_p: Tensor, log_r: Tensor, log_q: Tensor) -> Tensor:
     if method == "exopd":
         return settings.get("scale", 1.25) * (log_p - log_r) + (log_r - log_q)
+    if method == "stable_opd":
+        anchor = settings.get("reference_weight", 0.1) if "over" in settings else 0.0
+        return log_p - log_q - anchor * (log_q - log_r)
     return log_p - log_r
 
 
@@ -137,7 +170,8 @@ def _policy_gradient(
     rho = (log_q - targets.rollout_logprobs_T.double()).exp()
     importance = settings.get("importance", "ppo" if method == "erpd" else "none")
     if importance == "ppo":
-        loss = -torch.minimum(reward * rho, reward * rho.clamp(0.8, 1.2))
+        high = 1.2 if method == "erpd" else 2.0
+        loss = -torch.minimum(reward * rho, reward * rho.clamp(0.8, high))
         return loss, loss.detach()
     factor = rho.detach().clamp(max=1.1) if importance == "truncated" else 1.0
     return -factor * reward * log_q, -factor * reward
@@ -153,8 +187,7 @@ def _columns(group: dist.ProcessGroup | None) -> slice:
 
 def _run(case: Case, name: str, group: dist.ProcessGroup | None, how: str) -> tuple[Any, Tensor]:
     """(values, [T, v] gradient of the student's logits, or [T, H] of its hidden states)."""
-    method, settings = LOSSES[name]
-    config, columns = preset(method, **settings), _columns(group)
+    config, columns = _config(name), _columns(group)
     given = dict(config=config, vocab_size=VOCAB, group=group, beta=BETA, memory_mib=1)
     if how == "hidden":
         signals = {
@@ -189,16 +222,12 @@ def _top_k(case: Case, signals: dict[str, Any], group: Any) -> ReferencedTopKSig
 
 
 def _check(group: dist.ProcessGroup | None) -> None:
-    for name, (method, settings) in LOSSES.items():
-        case, columns = _case(), _columns(group)
-        if method == "erpd_teacher":
-            rewards_T = torch.linspace(-1, 1, TOKENS)
-            case.targets = replace(case.targets, rewards_T=rewards_T)
+    for name in LOSSES:
+        case, columns, needs = _case(name), _columns(group), _config(name).needs
         value, grad = _expected(case, name)
         wide = torch.zeros(TOKENS, WIDTH, dtype=torch.float64)
         wide[:, :VOCAB] = grad
-        sampled = settings.get("over") != "vocabulary"
-        for how in ("logits", "hidden", *(("top_k",) if sampled else ())):
+        for how in ("logits", "hidden", *(() if needs.sums else ("top_k",))):
             values, found = _run(case, name, group, how)
             said = f"{name}, {how}"
             assert torch.allclose(values["term"].double(), value, rtol=2e-5, atol=2e-5), said
@@ -211,7 +240,7 @@ def _check(group: dist.ProcessGroup | None) -> None:
                     log = log.gather(-1, case.targets.ids_T.unsqueeze(-1)).squeeze(-1)
                     assert torch.allclose(values[f"{who}_logprob"].double(), log, atol=2e-5), said
             if how != "top_k":  # which carries it whether it is read or not
-                assert ("reference_logprob" in values) == (method != "erpd_teacher"), said
+                assert ("reference_logprob" in values) == needs.reference, said
 
 
 def test_one_rank():
@@ -235,19 +264,19 @@ def _one_event(logits_Tv: Tensor) -> Tensor:
 
 def _check_merged(group: dist.ProcessGroup | None) -> None:
     """Merged ids are one id to all three models: as in the vocabulary that has one."""
-    case, columns = _case(), _columns(group)
-    ids_T, fewer = case.targets.ids_T.clone(), VOCAB - len(MERGED) + 1
-    ids_T[:6] = torch.tensor(MERGED * 2)
-    targets = replace(case.targets, ids_T=ids_T)
+    columns, fewer = _columns(group), VOCAB - len(MERGED) + 1
     others = [number for number in range(VOCAB) if number not in MERGED]
     place = torch.full((VOCAB,), fewer - 1).scatter(0, torch.tensor(others), torch.arange(fewer))
-    small = replace(targets, ids_T=place[ids_T])
-    for name in ("exopd, exact", "delta, exact", "exopd", "delta", "erpd, expected"):
-        method, settings = LOSSES[name]
+    for name in (*("exopd, exact", "delta, exact", "exopd", "delta", "erpd, expected"), *STABLE):
+        case = _case(name)
+        ids_T = case.targets.ids_T.clone()
+        ids_T[:6] = torch.tensor(MERGED * 2)
+        targets = replace(case.targets, ids_T=ids_T)
+        small = replace(targets, ids_T=place[ids_T])
         whole = case.logits("student").float().requires_grad_()
         given = dict(vocab_size=fewer, group=None, beta=BETA)
         merged = {who: LogitsSignal(_one_event(case.logits(who).float()), fewer) for who in FROZEN}
-        config = preset(method, **settings)
+        config = _config(name)
         expected = tropd_loss(_one_event(whole), small, _signal(merged), config=config, **given)
         expected.loss_T.sum().backward()
 
@@ -314,3 +343,28 @@ def test_a_column_that_one_model_excludes_takes_no_part():
         out.loss_T.sum().backward()
         assert out.loss_T.isfinite().all() and z.grad.isfinite().all()
         assert (z.grad[:, 3] == 0).all()
+
+
+def test_golden_answers_are_given_exactly_if_the_loss_reads_them():
+    case = _case("stable_opd")
+    case.targets = replace(case.targets, is_golden_T=None)
+    with pytest.raises(ValueError, match=r"'stable_opd' has a loss for golden answers.*None. Pass"):
+        _run(case, "stable_opd", None, "logits")
+    with pytest.raises(ValueError, match=r"'delta' has no loss for golden answers.*Leave it out"):
+        _run(_case("stable_opd"), "delta", None, "logits")
+
+
+def test_an_anchor_ignores_what_the_teacher_excludes():
+    """KL(q || p_ref) reads p nowhere: 0 x -inf is no number."""
+    case = _case("stable_opd")
+    logits = {who: case.logits(who).float() for who in case.models}
+    logits["teacher"][:, 3] = -torch.inf
+    signals = {who: LogitsSignal(logits[who], VOCAB) for who in FROZEN}
+    z = logits["student"].requires_grad_()
+    given = dict(config=_config("stable_opd"), vocab_size=VOCAB, group=None)
+    out = tropd_loss(z, case.targets, _signal(signals), **given)
+    out.loss_T.sum().backward()
+    log_q, log_r = (logits[who][:, :VOCAB].log_softmax(-1) for who in ("student", "reference"))
+    kl_T = (log_q.exp() * (log_q - log_r)).sum(-1).detach()
+    assert torch.allclose(out.values["reverse_kl"], kl_T, atol=2e-5)
+    assert z.grad.isfinite().all() and (z.grad[:, 3] != 0).any()

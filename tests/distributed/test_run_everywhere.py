@@ -10,7 +10,7 @@ from tests.ranks import run_with_env
 
 
 def _foreseen(rank: int) -> None:
-    from megatron_tropd.rollout.collective import run_everywhere
+    from megatron_tropd.data.collective import run_everywhere
 
     def action() -> int:
         if rank == 1:
@@ -32,7 +32,7 @@ def _foreseen(rank: int) -> None:
 
 def _shared(rank: int) -> None:
     """What owners have, in their order; others have nothing to send."""
-    from megatron_tropd.rollout.collective import run_and_share
+    from megatron_tropd.data.collective import run_and_share
 
     assert run_and_share(lambda: [rank] * (rank + 1), (1, 0)) == [[1, 1], [0]]
     assert run_and_share(lambda: {"from": rank}, (1,)) == [{"from": 1}]
@@ -40,7 +40,7 @@ def _shared(rank: int) -> None:
 
 def _unforeseen(rank: int) -> None:
     """The others are in a collective that will never end: no gather could tell them."""
-    from megatron_tropd.rollout.collective import run_everywhere
+    from megatron_tropd.data.collective import run_everywhere
 
     def action() -> None:
         if rank == 1:

@@ -68,7 +68,7 @@ def _learner(folder: str, layout: ParallelConfig):
 
     ranks, source = parallel.initialize(layout, seed=1), HFFolder(Path(folder))
     built = models.build_model(
-        source, ranks=ranks, parallel=layout, dtype=torch.float32,
+        source, layout=ranks, parallel=layout, dtype=torch.float32,
         padded_vocab_size=models.padded_vocab_size(source.config, tensor=layout.tensor),
     )  # fmt: skip
     model = OnlyNorms(built.module, source.config, ranks)
@@ -81,11 +81,11 @@ def _train_a_part(folder: str, out: str) -> None:
     dist.init_process_group("gloo")
     for number, layout in enumerate(LAYOUTS):
         learner, ranks = _learner(folder, layout)
-        before = {n: p.detach().clone() for n, p in learner.model.named_parameters()}
+        before = {n: p.detach().clone() for n, p in learner.module.named_parameters()}
         _some_steps(learner, ranks, 0, 2)
-        changed = {n for n, p in learner.model.named_parameters() if not torch.equal(p, before[n])}
-        assert changed == learner.weights.trainable().keys() and changed
-        with_gradient = {n for n, p in learner.model.named_parameters() if hasattr(p, "main_grad")}
+        changed = {n for n, p in learner.module.named_parameters() if not torch.equal(p, before[n])}
+        assert changed == learner.model.trainable().keys() and changed
+        with_gradient = {n for n, p in learner.module.named_parameters() if hasattr(p, "main_grad")}
         assert with_gradient == changed
         _check_saved(learner, ranks, layout, Path(out, str(number)))
         expected = _some_steps(learner, ranks, 2, 4)
@@ -108,13 +108,13 @@ def _check_saved(learner, ranks, layout: ParallelConfig, folder: Path) -> None:
 
 
 def _check_exported(learner, ranks, source: HFFolder) -> None:
-    tensors = {name: t for name, t in learner.weights.exported() if t is not None}
-    assert sorted(learner.weights.merged.made) == sorted(set(learner.weights.merged.made))
+    tensors = {name: t for name, t in learner.model.exported() if t is not None}
+    assert sorted(learner.model.merged.made) == sorted(set(learner.model.merged.made))
     if ranks.is_main:
         assert tensors.keys() == source.names
         frozen = {name for name in source.names if "norm" not in name}
         assert all(torch.equal(tensors[name], source.read(name)) for name in frozen)
-        name, ours = "model.norm.weight", learner.model.decoder.final_layernorm.weight
+        name, ours = "model.norm.weight", learner.module.decoder.final_layernorm.weight
         assert torch.equal(tensors[name], 2 * ours)
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from megatron_tropd.data.samples import SampleRequest, Sampling
 from megatron_tropd.rollout.engines.device_memory import free_bytes, wait_for_memory
 from megatron_tropd.rollout.engines.engine import RolloutEngine
-from megatron_tropd.rollout.weights.channels import DeviceChannel, export_by_ipc, this_seat
+from megatron_tropd.rollout.engines.transports import DeviceTransport, export_by_ipc, this_seat
 
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
@@ -47,11 +47,11 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return weights
 
 
-def channel(engine: RolloutEngine) -> DeviceChannel:
+def channel(engine: RolloutEngine) -> DeviceTransport:
     seat = this_seat(engine, "here")
     assert seat.device is not None
     device = torch.device("cuda", seat.device)
-    return DeviceChannel({0: (0,)}, rank=0, uuid=seat.uuid, device=device, export=export_by_ipc)
+    return DeviceTransport({0: (0,)}, rank=0, uuid=seat.uuid, device=device, export=export_by_ipc)
 
 
 def test_weights_go_from_gpu_to_gpu_and_sleep_gives_the_memory_back(

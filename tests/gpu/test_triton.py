@@ -51,11 +51,11 @@ cuda_only = pytest.mark.skipif(INTERPRETED, reason="needs a GPU, not the interpr
 PAIRS = ("ordinary", "excluded", "huge", "underflow")
 SPECS = [
     DenseSpec(SUMS[:5]),
-    DenseSpec(SUMS, "trust", tau=-2.5, mix=0.7),
-    DenseSpec(SUMS, "trust_clip", tau=-2.5, mix=0.7),
-    DenseSpec(SUMS, "log_ratio", tau=-2.5, mix=0.7),
-    DenseSpec(SUMS, "mixture", tau=-2.5, mix=0.7),
-    DenseSpec(SUMS, "mixture", tau=-2.5, mix=0.2),
+    DenseSpec(SUMS, "trust", reward_floor=-2.5, mix=0.7),
+    DenseSpec(SUMS, "trust_clip", reward_floor=-2.5, mix=0.7),
+    DenseSpec(SUMS, "log_ratio", reward_floor=-2.5, mix=0.7),
+    DenseSpec(SUMS, "mixture", reward_floor=-2.5, mix=0.7),
+    DenseSpec(SUMS, "mixture", reward_floor=-2.5, mix=0.2),
     DenseSpec(SUMS, "power", power=5.0, mix=0.2),
     DenseSpec(SUMS, "power", power=0.5, mix=0.7),
 ]
@@ -66,7 +66,7 @@ FEW_SUMS = [
     DenseSpec(("teacher_to_mixture", "reward"), "mixture", mix=0.1),
     DenseSpec(("reward",), "log_ratio"),
     DenseSpec(("tv", "reward"), "trust"),
-    DenseSpec(("reward", "tv"), "trust_clip", tau=-1.0),
+    DenseSpec(("reward", "tv"), "trust_clip", reward_floor=-1.0),
 ]
 # The kernels see float32 either way.
 DTYPES = [torch.float32] if INTERPRETED else [torch.float32, torch.bfloat16]
@@ -180,7 +180,7 @@ def test_row_sums_of_shards_add_up():
     """Normalisers are those of the whole vocabulary; a shard may have no finite logit."""
     student, teacher = _pair("ordinary")
     student[:, -60:], teacher[:, -60:] = -torch.inf, -torch.inf
-    spec = DenseSpec(SUMS, "trust_clip", tau=-1.0)
+    spec = DenseSpec(SUMS, "trust_clip", reward_floor=-1.0)
     norms = reference.normaliser(student), reference.normaliser(teacher)
     total = 0.0
     for shard in (slice(0, 100), slice(100, -60), slice(-60, None), slice(0, 0)):
@@ -194,7 +194,7 @@ def test_nan_spoils_its_own_row_and_no_other(model):
     pair = _pair("ordinary")
     pair[model][1, 200] = torch.nan
     for reward in REWARDS[1:]:
-        spec = DenseSpec(SUMS, reward, tau=-1.0, teacher=True)
+        spec = DenseSpec(SUMS, reward, reward_floor=-1.0, teacher=True)
         found = _sums(dense_triton, *pair, spec)
         expected = _sums(dense, *pair, spec)
         _close(found, expected)
@@ -212,7 +212,7 @@ def test_nan_in_one_column_alone():
         spoiled = [student.clone(), teacher.clone()]
         spoiled[model][0, 5] = torch.nan
         for reward in REWARDS[1:]:
-            spec = DenseSpec(("reward", "tv"), reward, tau=-1.0)
+            spec = DenseSpec(("reward", "tv"), reward, reward_floor=-1.0)
             found = dense_triton.row_sums(*spoiled, *norms, spec, _scratch(student))
             assert found[0].isnan().all() and found[1:].isfinite().all()
 
@@ -225,7 +225,7 @@ def test_nan_in_one_column_alone():
 @pytest.mark.parametrize("reward", REWARDS)
 def test_gradient(reward, teacher_too, kind):
     student, teacher = _pair(kind)
-    spec = DenseSpec((), reward, tau=-1.5, mix=0.3, teacher=teacher_too)
+    spec = DenseSpec((), reward, reward_floor=-1.5, mix=0.3, teacher=teacher_too)
     found = _gradient(dense_triton, student, teacher, _factors(2), spec)
     _close(found, reference.gradient(student, teacher, _factors(2), spec), atol=1e-6)
     _close(found, _gradient(dense, student, teacher, _factors(2), spec), atol=1e-6)
@@ -253,7 +253,7 @@ def test_a_small_share_of_the_mixture_keeps_its_digits():
 @pytest.mark.parametrize("teacher_too", [False, True])
 @pytest.mark.parametrize("reward", REWARDS)
 def test_a_row_of_zero_factors_is_zero_whatever_it_holds(reward, teacher_too, value):
-    spec = DenseSpec((), reward, tau=-1.5, mix=0.3, teacher=teacher_too)
+    spec = DenseSpec((), reward, reward_floor=-1.5, mix=0.3, teacher=teacher_too)
     factors = [factor.clone() for factor in _factors(2)]
     for factor in factors:
         factor[1] = 0.0
@@ -287,7 +287,7 @@ def _transposed(logits):
 @pytest.mark.parametrize("columns", [97, COLUMNS])
 def test_views_of_larger_buffers(columns):
     student, teacher = _pair("ordinary", 4, columns)
-    spec = DenseSpec(SUMS, "trust_clip", tau=-1.0, teacher=True)
+    spec = DenseSpec(SUMS, "trust_clip", reward_floor=-1.0, teacher=True)
     expected = (
         dense_triton.max_and_sum_exp(student, _scratch(student)),
         _sums(dense_triton, student, teacher, spec),
@@ -358,7 +358,7 @@ def test_the_same_bits_every_time():
 # --- The whole loss ------------------------------------------------------------------------------
 
 CONFIGS = {name: preset(name) for name in PRESETS if not preset(name).needs.reference} | {
-    "exact_clip": preset("tropd_exact", outlier="clip", tau=-1.0),
+    "exact_clip": preset("tropd_exact", outlier="clip", reward_floor=-1.0),
     "score_function": preset("tropd", gradient="score_function"),
 }
 
@@ -508,7 +508,7 @@ def test_whole_loss_equals_that_of_a_cpu(name, monkeypatch):
 @cuda_only
 def test_rows_of_a_real_vocabulary():
     student, teacher = _pair("ordinary", 5, 151_936)
-    spec = DenseSpec(SUMS, "trust_clip", tau=-2.0, teacher=True)
+    spec = DenseSpec(SUMS, "trust_clip", reward_floor=-2.0, teacher=True)
     _close(_sums(dense_triton, student, teacher, spec), reference.sums(student, teacher, spec))
     found = _gradient(dense_triton, student, teacher, _factors(5), spec)
     _close(found, reference.gradient(student, teacher, _factors(5), spec), atol=1e-6)
@@ -566,7 +566,7 @@ def _peak_over(run):
 def test_kernels_allocate_nothing_of_the_size_of_the_logits():
     student, teacher = _pair("ordinary", 512, 151_936)
     norms = reference.normaliser(student), reference.normaliser(teacher)
-    spec = DenseSpec(SUMS, "trust_clip", tau=-2.0, teacher=True)
+    spec = DenseSpec(SUMS, "trust_clip", reward_floor=-2.0, teacher=True)
     factors, scratch = RowCoefficients(*_factors(512)), _scratch(student)
 
     def run():

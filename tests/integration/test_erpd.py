@@ -1,14 +1,13 @@
 """ERPD's two stages by their commands: recorded rollouts, graded; a teacher with a reference."""
 
 import json
-import os
-import subprocess
-import sys
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
+import warm_commands
+from warm_engines import environment_of_commands
 
 from megatron_tropd.config import load_config
 from megatron_tropd.data.prompts import load_prompts
@@ -59,15 +58,11 @@ def _distil(folder: Path, stage: str, *overrides: str) -> list[dict[str, Any]]:
         "evaluation.teacher": "false",
         "run.dir": folder / stage,
     }
-    command = [sys.executable, "-m", "megatron_tropd.cli", "distill", str(PAIR / f"{stage}.toml")]
     settings = [f"{name}={value}" for name, value in small.items()]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    run = subprocess.run(
-        [*command, *settings, *overrides],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
+    run = warm_commands.run(
+        ["distill", PAIR / f"{stage}.toml", *settings, *overrides],
+        folder=folder,
+        environment=environment_of_commands(folder / "warm"),
     )
     assert run.returncode == 0, run.stderr
     lines = (folder / stage / "metrics.jsonl").read_text().splitlines()

@@ -6,7 +6,6 @@ rollouts are those of Megatron's forward pass, in every step, though the learnin
 
 import json
 import os
-import queue
 import re
 import subprocess
 import sys
@@ -33,7 +32,7 @@ from megatron_tropd.integrations.on_policy_data import (
     check_arguments,
 )
 from megatron_tropd.integrations.on_policy_iterator import OnPolicyIterator
-from tests.ranks import run_with_env
+from tests.ranks import run_with_env, save_without_manager
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = REPOSITORY / "tests" / "live_pretrain.py"
@@ -96,10 +95,7 @@ def _pretrain(live: dict, arguments: str, engines: dict[str, str]) -> None:
     from megatron_tropd.mcore import platform
 
     platform.prepare_training()
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    # Instead of a manager process per rank, which imports this file again.
-    filesystem_async._results_queue = queue.Queue()
+    save_without_manager()
     os.environ.update(engines, LIVE=json.dumps(live))
     sys.argv = ["on_cpu", str(SCRIPT), *ARGUMENTS.split(), *arguments.split()]
     with (

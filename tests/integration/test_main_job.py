@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+import warm_commands
 from calm_run import STEPS, TROPD, CalmRun, assert_same, records
 from hold import Hold
 from safetensors.torch import load_file, save_file
@@ -50,7 +51,7 @@ def unevaluated(calm) -> Path:
 class Run:
     """A run in the background, from the same command each time.
 
-    Its engines have imported vLLM before, if nobody is going to disturb it.
+    Command, ranks and engines have done their imports before, unless they are ``fresh``.
     """
 
     def __init__(
@@ -59,20 +60,33 @@ class Run:
         folder: Path,
         *overrides: str,
         hold: Hold | None = None,
-        undisturbed: bool = True,
+        fresh: str = "",
     ):
+        """Start it.
+
+        Args:
+            fresh: "all", or "engines" alone.
+        """
         self.folder, self.hold = folder, hold
-        warm = undisturbed and hold is None
         self._before = self.steps_logged()
-        self.process = subprocess.Popen(
-            [*TROPD, "distill", str(config), f"run.dir={folder}", *overrides],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-            env=os.environ
-            | (hold.environment if hold else {})
-            | (environment_of_commands(config.parent / "warm") if warm else {}),
+        held = hold.environment if hold else {}
+        words = ["distill", str(config), f"run.dir={folder}", *overrides]
+        if fresh:
+            environment = os.environ | held
+        else:
+            path = held.get("PYTHONPATH", "")
+            environment = held | environment_of_commands(config.parent / "warm", path)
+        self.process = (
+            warm_commands.Command(words, environment=environment)
+            if fresh != "all"
+            else subprocess.Popen(
+                [*TROPD, *words],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+                env=environment,
+            )
         )
 
     def finish(self) -> tuple[int, str]:
@@ -105,7 +119,7 @@ class Run:
         self.wait_for(is_new, "a step")
 
     def processes(self) -> list[int]:
-        """Every process of this run, found by the run folder or engine it serves."""
+        """Every process of this run: it is named so, or has a file of the run folder open."""
         found = []
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
@@ -113,9 +127,11 @@ class Run:
                     command = (entry / "cmdline").read_bytes().decode(errors="replace")
                     environment = (entry / "environ").read_bytes().decode(errors="replace")
                     state = (entry / "stat").read_text().rpartition(") ")[2][0]
+                    files = [os.readlink(file) for file in (entry / "fd").iterdir()]
                 except OSError:
                     continue
                 mine = str(self.folder) in command or f"TROPD_TEST={self.folder}" in environment
+                mine |= any(file.startswith(f"{self.folder}/") for file in files)
                 if mine and state != "Z":
                     found.append(int(entry.name))
         return found
@@ -144,9 +160,9 @@ def start(config, tmp_path, monkeypatch) -> Callable[..., Run]:
     monkeypatch.setenv("TROPD_TEST", str(folder))
     started: list[Run] = []
 
-    def make(*overrides: str, config: Path = config, undisturbed: bool = True, **where: int) -> Run:
+    def make(*overrides: str, config: Path = config, fresh: str = "", **where: int) -> Run:
         hold = Hold(tmp_path / "hold", **where) if where else None
-        run = Run(config, folder, *overrides, hold=hold, undisturbed=undisturbed)
+        run = Run(config, folder, *overrides, hold=hold, fresh=fresh)
         started.append(run)
         return started[-1]
 
@@ -257,11 +273,10 @@ def test_the_exported_student_loads_in_transformers(calm, pair):
 
 def test_evaluate_and_report_take_the_run_folder(calm):
     problems = str(calm.config.parent / "heldout.jsonl")
-    evaluate = [*TROPD, "evaluate", str(calm.folder), problems, "--json"]
+    evaluate = ["evaluate", calm.folder, problems, "--json"]
     warm = environment_of_commands(calm.config.parent / "warm")
-    done = subprocess.run(
-        evaluate, capture_output=True, text=True, check=True, env=os.environ | warm
-    )
+    done = warm_commands.run(evaluate, environment=warm)
+    assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["total"] == 12 and 0 <= result["ci_low"] <= result["accuracy"]
     summary = json.loads((calm.folder / "summary.json").read_text())
@@ -287,7 +302,7 @@ def test_other_settings_in_the_same_folder_are_refused(calm):
 @pytest.mark.timeout(1200)
 def test_whatever_interrupts_it_the_run_continues_bit_for_bit(start, calm):
     """One interruption after the other, each in a new start of the same command."""
-    run = start(step=3)
+    run = start(step=3, fresh="all")
     run.wait_for(lambda: run.steps_logged() >= 3, "step 3")
     # The process that was prepared served the teacher; the student's engine came after it.
     *ranks, engine = run.named("megatron_tropd.")[1:]
@@ -297,8 +312,8 @@ def test_whatever_interrupts_it_the_run_continues_bit_for_bit(start, calm):
     _kill_during_save(start(save=4), step=4)
     _stop(start(step=1), signal.SIGTERM, 143)
     _stop(start(step=1), signal.SIGINT, 130)
-    _kill_engine(start(step=1))
-    code, text = start(undisturbed=False).finish()
+    _kill_engine(start(step=1, fresh="engines"))
+    code, text = start().finish()
     assert code == 0, text
     _assert_same_run(run.folder, calm)
 

@@ -54,6 +54,8 @@ def _overrides(path: Path, texts: Path, run: Path) -> list[str]:
         settings["rollout.behaviour"] = "student"  # the engine has no teacher (test_warmup_run.py)
     if "responses" in text:
         settings["guidance.responses"] = texts / "responses.jsonl"
+    if "golden_field" in text:
+        settings["guidance.golden_field"] = "answer"  # the solutions are longer
     if "switch_step" in text:
         settings["loss.switch_step"] = 1  # one step of each phase
     return [f"{name}={value}" for name, value in settings.items()]
@@ -114,7 +116,7 @@ def _train(run: Any, config: Any) -> tuple[dict[str, Any], Any]:
     from megatron_tropd.distill.session import rollout_source
 
     inputs = load_inputs(config)
-    parts = step_parts(config, inputs.folders, run.ranks)
+    parts = step_parts(config, inputs.folders, run.layout)
     run = replace(
         run,
         config=config,
@@ -124,11 +126,11 @@ def _train(run: Any, config: Any) -> tuple[dict[str, Any], Any]:
     )
     run.progress.step = 0
     sync_weights(run, 0)
-    before = [p.detach().clone() for p in parts.student.model.parameters()]
+    before = [p.detach().clone() for p in parts.student.module.parameters()]
     for _ in range(STEPS):
         train_step(run)
     lines = run.folder.metrics.read_text().splitlines()[-STEPS:]
-    after = list(parts.student.model.parameters())
+    after = list(parts.student.module.parameters())
     sequences = rollout(run)
     return {
         "steps": [json.loads(line) for line in lines],
@@ -163,6 +165,9 @@ def test_a_method_trains(method, results):
         # The engine samples from the weights of the step before.
         assert record["engine_gap_mean"] < 1e-5 and record["staleness"] == 0
         assert (record["tokens_teacher"] > 0) == method.startswith(("tropd", "gkd"))
+        # A number and EOS of each of 4 prompts.
+        golden = record.get("tokens_golden", 0)
+        assert 4 * 2 <= golden <= 4 * 3 if method.startswith("stable") else golden == 0
     first, last = found["repeated"][0], found["repeated"][-1]
     if method.startswith("veto"):  # its target moves with the student, and is sharper
         assert last["student_entropy"] < 0.95 * first["student_entropy"]

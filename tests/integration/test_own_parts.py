@@ -2,12 +2,10 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import warm_commands
 from warm_engines import environment_of_commands
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -19,15 +17,9 @@ pytestmark = pytest.mark.slow
 
 def test_a_run_of_somebody_elses_parts(tmp_path: Path) -> None:
     root = tmp_path / "run"
-    command = [sys.executable, "-m", "megatron_tropd.cli", "distill", str(PARTS / "own.toml")]
-    engines = environment_of_commands(tmp_path / "warm")
-    path = os.pathsep.join([str(PARTS), engines["PYTHONPATH"]])
-    run = subprocess.run(
-        [*command, f"run.dir={root}"],
-        env=os.environ | engines | {"PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-    )
+    command = ["distill", PARTS / "own.toml", f"run.dir={root}"]
+    environment = environment_of_commands(tmp_path / "warm", PARTS)
+    run = warm_commands.run(command, environment=environment)
     assert run.returncode == 0, run.stderr
     steps = [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()]
     assert [step["step"] for step in steps] == [1, 2]

@@ -1,6 +1,7 @@
 """On-policy rounds driven from outside: rollouts, Megatron's own loop, conversion, rollouts.
 
-Real vLLM, two gloo ranks of ``pretrain``, tiny models; every command is run as a user would, once.
+Real vLLM, two gloo ranks of ``pretrain``, tiny models; every command is run once as a user would,
+and then in processes that have done the imports.
 """
 
 import contextlib
@@ -9,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from megatron_tropd.cli.convert import main_to_hf
 from megatron_tropd.data.recorded import RecordedTrajectories
 from megatron_tropd.data.sequence import Writer
 from megatron_tropd.data.tokenizers import load_tokenizer
+from tests.ranks import run_with_env, save_without_manager
 from tools import rollouts
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -29,6 +32,7 @@ pytestmark = [
     pytest.mark.timeout(600),
     pytest.mark.usefixtures("warm_engines"),
 ]
+SCRIPT = REPOSITORY / "examples" / "megatron_lm" / "pretrain_gpt_tropd.py"
 LR, STEPS_PER_ROUND = 1e-2, 2
 ARGUMENTS = f"""
 --tensor-model-parallel-size 2 --distributed-backend gloo
@@ -67,6 +71,35 @@ def call(tool: str, *options: str | Path) -> str:
     with contextlib.redirect_stdout(io.StringIO()) as output:
         assert not main(list(map(str, options)))
     return output.getvalue()
+
+
+def train(*arguments: str | Path) -> str:
+    """Megatron's loop with the plug-in on two ranks, started by torchrun; what they print."""
+    return run(
+        *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        *("-m", "megatron_tropd.integrations.on_cpu", SCRIPT, *arguments),
+    )
+
+
+def train_again(*arguments: str | Path) -> str:
+    """The same on ranks that have done the imports."""
+    with tempfile.TemporaryDirectory() as folder:
+        run_with_env(2, _train, [str(SCRIPT), *map(str, arguments)], Path(folder, "log"))
+        return "".join(log.read_text() for log in Path(folder).iterdir())
+
+
+def _train(words: list[str], log: Path) -> None:
+    from megatron_tropd.integrations import on_cpu
+    from megatron_tropd.mcore import platform
+
+    platform.prepare_training()
+    save_without_manager()
+    sys.argv = ["on_cpu", *words]
+    with (
+        log.with_suffix(f".{os.environ['RANK']}").open("w") as output,
+        contextlib.redirect_stdout(output),
+    ):
+        on_cpu.main()
 
 
 def write_prompts(path: Path, count: int) -> Path:
@@ -115,7 +148,7 @@ def test_two_rounds_driven_from_outside(tiny_model: Callable[..., Path], tmp_pat
     prompts = write_prompts(tmp_path / "prompts.jsonl", 6)
     megatron, saved, recorded = tmp_path / "megatron", tmp_path / "saved", tmp_path / "rounds"
     run("tools/hf_to_megatron.py", "--hf", student, "--megatron", megatron)
-    sampler, tool = student, run
+    sampler, tool, loop = student, run, train
     for number in range(2):
         recording = ["--student", sampler, "--prompts", prompts, "--round", number]
         recording += ["--prompts-per-round", 4, "--samples", 4, "--max-new-tokens", 12]
@@ -124,18 +157,13 @@ def test_two_rounds_driven_from_outside(tiny_model: Callable[..., Path], tmp_pat
         assert logprob_gap(sampler, RecordedTrajectories(out, seq_length=32, vocab_size=259)) < 1e-4
         training = ["--tokenizer-model", student, "--tropd-teacher-load", teacher]
         training += ["--pretrained-checkpoint", megatron, "--load", saved, "--save", saved]
-        log = run(
-            *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-            *("-m", "megatron_tropd.integrations.on_cpu"),
-            *("examples/megatron_lm/pretrain_gpt_tropd.py", *ARGUMENTS.split(), *training),
-            *("--tropd-trajectories", recorded),
-        )
+        log = loop(*ARGUMENTS.split(), *training, "--tropd-trajectories", recorded)
         assert f"consumed samples: {16 * (number + 1):12d} |" in log
         trained = tmp_path / f"student-{number + 1}"
         options = ["--megatron", saved, "--hf", trained, "--hf-config", student]
         tool("tools/megatron_to_hf.py", *options)
         check_trained(sampler, trained)
-        sampler, tool = trained, call
+        sampler, tool, loop = trained, call, train_again
 
 
 def check_trained(before: Path, after: Path) -> None:

@@ -25,7 +25,7 @@ from megatron_tropd.data.tokenizers import load_tokenizer
 from megatron_tropd.rollout.engines import process
 from megatron_tropd.rollout.engines.engine import RolloutEngine
 from megatron_tropd.rollout.engines.engine_model import check_engine, write_engine_folder
-from megatron_tropd.rollout.weights.weight_sync import WeightMailbox
+from megatron_tropd.rollout.weights.mailbox import WeightMailbox
 from tools import teacher_responses
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("warm_engines")]
@@ -217,7 +217,7 @@ import torch
 from safetensors.torch import load_file
 from vllm import LLM
 from megatron_tropd.rollout.engines import child
-from megatron_tropd.rollout.weights.channels import DeviceChannel
+from megatron_tropd.rollout.engines.transports import DeviceTransport
 from megatron_tropd.rollout.engines.settings import EngineSettings
 from megatron_tropd.data.samples import SampleRequest, Sampling
 
@@ -241,7 +241,7 @@ engine = SimpleNamespace(
     take_weights=lambda update: llm.update_weights({"update_info": update}),
     finish_weights=lambda: child.finish_weights(llm),
 )
-channel = DeviceChannel(
+channel = DeviceTransport(
     {0: (0,)}, rank=0, uuid="GPU-0", device=torch.device("cpu"), export=export, bucket_bytes=30_000
 )
 weights = load_file(new + "/model.safetensors")
@@ -369,7 +369,7 @@ ORPHAN = """
 import sys, time
 from pathlib import Path
 from megatron_tropd.rollout.engines.engine import RolloutEngine
-from megatron_tropd.rollout.weights.weight_sync import WeightMailbox
+from megatron_tropd.rollout.weights.mailbox import WeightMailbox
 from tools import teacher_responses
 engine = RolloutEngine(sys.argv[1], max_model_len=64, log_file=sys.argv[2] + "/engine.log")
 mailbox = WeightMailbox(Path(sys.argv[2]))

@@ -23,6 +23,7 @@ from hold import Hold
 from reliability import record
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from warm_commands import Command
 from warm_engines import environment_of_commands
 
 from megatron_tropd.base.errors import ServersLost
@@ -34,8 +35,8 @@ from megatron_tropd.rollout.engines.dispatch import Patience
 from megatron_tropd.rollout.engines.engine import RolloutEngine
 from megatron_tropd.rollout.engines.pool import cut_batches, merge_batches
 from megatron_tropd.rollout.engines.served import ServerPool
+from megatron_tropd.rollout.weights.mailbox import write_buckets
 from megatron_tropd.rollout.weights.versions import WeightVersions
-from megatron_tropd.rollout.weights.weight_sync import write_buckets
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
@@ -86,21 +87,29 @@ def toml(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Pat
 
 
 class Server:
-    """`tropd serve` in the background."""
+    """`tropd serve` in the background.
 
-    def __init__(self, toml: Path, run: Path, number: int, *overrides: str) -> None:
+    Command and engine have done their imports before, unless it is ``fresh``.
+    """
+
+    def __init__(
+        self, toml: Path, run: Path, number: int, *overrides: str, fresh: bool = False
+    ) -> None:
         self.folder, self.number = run / "servers", number
         self.log = run.parent / f"{run.name}.server_{number}.log"
+        words = ["serve", str(toml), f"run.dir={run}", *overrides]
+        words += ["rollout.placement=separate", "--number", str(number)]
         with self.log.open("a") as log:
-            self.process = subprocess.Popen(
-                [
-                    *(*TROPD, "serve", str(toml), f"run.dir={run}", *overrides),
-                    *("rollout.placement=separate", "--number", str(number)),
-                ],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
-            )
+            if fresh:
+                self.process: subprocess.Popen | Command = subprocess.Popen(
+                    [*TROPD, *words],
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env=os.environ | {"OMP_NUM_THREADS": "1"},
+                )
+            else:
+                warm = environment_of_commands(run.parent / "warm")
+                self.process = Command(words, environment=warm | {"OMP_NUM_THREADS": "1"}, log=log)
 
     def status(self) -> dict[str, Any]:
         """What /status says; state "gone" when nobody answers."""
@@ -162,7 +171,7 @@ def _wait_gone(pids: list[int]) -> None:
 def servers(toml: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Server]]:
     """Two servers of one run folder. A test may kill one; the list holds those that live."""
     run = tmp_path_factory.mktemp("cluster") / "run"
-    running = [Server(toml, run, number) for number in range(2)]
+    running = [Server(toml, run, number, fresh=True) for number in range(2)]
     yield running
     pids = [server.process.pid for server in running]
     pids += [server.status().get("engine_pid") or 0 for server in running]
@@ -299,7 +308,7 @@ def test_a_server_killed_in_the_middle_is_not_missed_and_used_again(
     assert _disturbed(pool, old, lambda _: old.process.kill()) == expected
     old.process.wait()
     _wait_gone([engine])
-    servers[1] = Server(toml, old.folder.parent, 1)
+    servers[1] = Server(toml, old.folder.parent, 1, fresh=True)
     servers[1].wait_for("ready")
     assert pool.generate(REQUESTS, SAMPLING) == expected
     assert servers[1].status()["weights"]["version"] == 1
@@ -350,9 +359,8 @@ class Run:
 
     def __init__(self, toml: Path, folder: Path, *overrides: str) -> None:
         self.folder = folder
-        self.served = "rollout.placement=separate" in overrides
-        self.command = [*TROPD, "distill", str(toml), f"run.dir={folder}", *overrides]
-        self.process: subprocess.Popen[str] | None = None
+        self.command = ["distill", str(toml), f"run.dir={folder}", *overrides]
+        self.process: Command | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -361,24 +369,18 @@ class Run:
         if self.process is not None:
             self.process.kill()
 
-    def start(self, hold: Hold | None = None) -> subprocess.Popen[str]:
+    def start(self, hold: Hold | None = None) -> Command:
         """The trainer, in the background."""
-        self.process = subprocess.Popen(
-            self.command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=os.environ
-            | (hold.environment if hold else {})
-            | ({} if self.served else environment_of_commands(self.folder.parent / "warm")),
-        )
+        held = hold.environment if hold else {}
+        warm = environment_of_commands(self.folder.parent / "warm", held.get("PYTHONPATH", ""))
+        self.process = Command(self.command, environment=held | warm)
         return self.process
 
     def finish(self) -> tuple[int, str]:
         """(exit code, output) of the trainer that runs, or of a new one."""
         process, self.process = self.process or self.start(), None
-        output = process.communicate(timeout=SECONDS)[0]
-        return process.returncode, output
+        output = "".join(process.communicate(timeout=SECONDS))
+        return process.wait(), output
 
     def interrupted_at(self, step: int) -> None:
         """Run until ``step`` is logged, then SIGTERM."""

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from hold import Hold
+from warm_commands import Command
 from warm_engines import environment_of_commands
 
 from megatron_tropd.launch.launcher import LEAVE_SECONDS
@@ -18,6 +19,7 @@ from tests.ranks import free_port
 
 pytestmark = pytest.mark.slow
 
+Launcher = subprocess.Popen | Command
 AGENT_RANK = """
 import os, sys, time
 from pathlib import Path
@@ -63,27 +65,35 @@ def config(tmp_path_factory, tiny_model) -> Path:
 
 
 @pytest.fixture
-def start(config, tmp_path) -> Callable[..., list[subprocess.Popen]]:
-    """``start(folder, nodes)``: one launcher for each node, none of which survives the test."""
-    started: list[subprocess.Popen] = []
+def start(config, tmp_path) -> Callable[..., list[Launcher]]:
+    """``start(folder, nodes)``: one launcher for each node, none of which survives the test.
+
+    They and all that they start have done their imports before, unless they are ``fresh``.
+    """
+    started: list[Launcher] = []
 
     def make(
-        folder: Path, nodes: int, *overrides: str, hold: Hold | None = None
-    ) -> list[subprocess.Popen]:
+        folder: Path,
+        nodes: int,
+        *overrides: str,
+        hold: Hold | None = None,
+        fresh: bool = False,
+    ) -> list[Launcher]:
+        held = hold.environment if hold else {}
+        warm = environment_of_commands(tmp_path / "warm", held.get("PYTHONPATH", ""))
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        command = [sys.executable, "-m", "megatron_tropd.cli", "distill", str(config)]
+        place |= {"TROPD_NODES": str(nodes), "OMP_NUM_THREADS": "1"}
+        words = ["distill", str(config), f"run.dir={folder}", *overrides]
         launchers = [
             subprocess.Popen(
-                [*command, f"run.dir={folder}", *overrides],
-                env=os.environ
-                | (hold.environment if hold else {})
-                | (environment_of_commands(tmp_path / "warm") if nodes == 1 else {})
-                | place
-                | {"TROPD_NODES": str(nodes), "TROPD_NODE_RANK": str(node), "OMP_NUM_THREADS": "1"},
+                [sys.executable, "-m", "megatron_tropd.cli", *words],
+                env=os.environ | held | place | {"TROPD_NODE_RANK": str(node)},
                 stderr=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
             )
+            if fresh
+            else Command(words, environment=held | warm | place | {"TROPD_NODE_RANK": str(node)})
             for node in range(nodes)
         ]
         started.extend(launchers)
@@ -96,7 +106,7 @@ def start(config, tmp_path) -> Callable[..., list[subprocess.Popen]]:
             launcher.wait()
 
 
-def _end(launchers: list[subprocess.Popen], seconds: float = 500) -> list[tuple[int, str]]:
+def _end(launchers: list[Launcher], seconds: float = 500) -> list[tuple[int, str]]:
     texts = ["".join(launcher.communicate(timeout=seconds)) for launcher in launchers]
     return [(run.returncode, text) for run, text in zip(launchers, texts, strict=True)]
 
@@ -108,7 +118,7 @@ def _metrics(folder: Path) -> list[dict[str, object]]:
     ]
 
 
-def _wait_for_step(folder: Path, launchers: list[subprocess.Popen]) -> None:
+def _wait_for_step(folder: Path, launchers: list[Launcher]) -> None:
     deadline = time.monotonic() + 500
     metrics = folder / "metrics.jsonl"
     while not (metrics.exists() and metrics.read_text()):
@@ -138,7 +148,7 @@ def test_two_launchers_are_one_world(start, tmp_path):
 
 def test_a_killed_launcher_ends_the_other(start, tmp_path):
     folder = tmp_path / "run"
-    launchers = start(folder, 2, "train.steps=1000")
+    launchers = start(folder, 2, "train.steps=1000", fresh=True)
     _wait_for_step(folder, launchers)
     launchers[1].kill()
     before = time.monotonic()

@@ -2,13 +2,13 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
+import warm_commands
+from warm_engines import environment_of_commands
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 PAIR = Path(__file__).resolve().parents[2] / "examples" / "arithmetic"
@@ -39,8 +39,11 @@ def distill(folder: Path, prompts: Path) -> list[dict[str, Any]]:
         "run.trajectories_every": 0,
     }
     words = [f"{name}={value}" for name, value in settings.items()]
-    command = [sys.executable, "-m", "megatron_tropd.cli", "distill", str(PAIR / "trb.toml")]
-    done = subprocess.run([*command, *words], capture_output=True, text=True, timeout=500)
+    done = warm_commands.run(
+        ["distill", PAIR / "trb.toml", *words],
+        environment=environment_of_commands(folder.parent / "warm"),
+        timeout=500,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return [{k: v for k, v in line.items() if not k.startswith(TIMINGS)} for line in lines]

@@ -149,3 +149,13 @@ def test_a_result_of_the_losses_is_complete(loss: ModuleType, path: Path):
     assert result["aims"] == loss.aims(rows)
     assert set(result["versions"]["peers"]) == set(module("loss_peers").PACKAGES)
     assert not re.search(r'["\s]/\w', path.read_text())  # no absolute path
+
+
+def test_the_page_of_the_study_has_the_tables_and_plots_of_its_lines():
+    study, plots = module("study"), module("study_plots")
+    (path,) = (BENCHMARKS / "results").glob("study-*.jsonl")
+    lines = study.Results(path).read()
+    page = BENCHMARKS.parent / "docs" / "study.md"
+    assert study.with_tables(page.read_text(), lines) == page.read_text()
+    for name, text in plots.drawings(lines).items():
+        assert (page.parent / name).read_text() == text

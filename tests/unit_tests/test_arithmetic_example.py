@@ -54,6 +54,7 @@ def test_every_prompt_lies_in_the_split_of_its_file_whatever_the_seed() -> None:
 def test_answers_are_right(name: str) -> None:
     for line in read_prompts(name):
         assert solve(line["prompt"]) == int(line["answer"]), line
+        assert line["solution"].endswith(f"\nanswer {line['answer']}"), line
 
 
 def test_working_is_a_chain_of_true_lines() -> None:

@@ -7,7 +7,7 @@ import torch
 
 from megatron_tropd.data.samples import Blend
 from megatron_tropd.losses.draws import Purpose, keyed_noise, keyed_seed
-from megatron_tropd.rollout.behaviour import (
+from megatron_tropd.rollout.engines.behaviour import (
     TOLERANCE,
     accepted,
     blend,

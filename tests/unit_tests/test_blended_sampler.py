@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from megatron_tropd.data.samples import Blend
-from megatron_tropd.rollout.behaviour import trust_region
 from megatron_tropd.rollout.engines import blended
+from megatron_tropd.rollout.engines.behaviour import trust_region
 from megatron_tropd.rollout.engines.blended import _INDEX, BlendedSampler, Written
 
 SIZE = 7

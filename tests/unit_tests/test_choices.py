@@ -13,13 +13,12 @@ import torch
 import torch.distributed as dist
 
 from megatron_tropd.config import LossSettings
-from megatron_tropd.config.loss import PRESETS, preset
+from megatron_tropd.config.loss import PRESETS, TEACHER, loss_name, preset
 from megatron_tropd.data.batch import MicroBatch
 from megatron_tropd.data.packing import count_loss_tokens, pack
 from megatron_tropd.data.sequence import SampleKey, TokenSequence, Writer
 from megatron_tropd.distill.step import forward_backward
 from megatron_tropd.distill.step_parts import LossParts
-from megatron_tropd.distill.token_choices import loss_name
 from megatron_tropd.losses import HiddenStatesSignal
 
 VOCAB, HIDDEN, BETA = 41, 8, 0.5
@@ -56,8 +55,9 @@ def test_the_phases_of_a_loss_that_switches():
 
 def test_the_target_of_veto_becomes_the_teacher():
     loss = preset("veto_reverse_kl", student_power=0.8, decay_steps=4)
-    powers = [loss.at_step(step).needs.student_power for step in range(6)]
-    assert powers == pytest.approx([0.8, 0.6, 0.4, 0.2, 0.0, 0.0])
+    targets = [loss.at_step(step).needs.target for step in range(6)]
+    assert [t.student for t in targets] == pytest.approx([0.8, 0.6, 0.4, 0.2, 0.0, 0.0])
+    assert targets[5] == TEACHER
     assert loss.at_step(1).at_step(3) == loss.at_step(1)
 
 
@@ -95,7 +95,7 @@ class Models:
         )
         self.student, self.teacher = student, teacher
         layer = SimpleNamespace(weight=self.weight)
-        self.model = SimpleNamespace(share_embeddings_and_output_weights=False, output_layer=layer)
+        self.module = SimpleNamespace(share_embeddings_and_output_weights=False, output_layer=layer)
 
     def score(self, batches: Sequence[MicroBatch]) -> list[torch.Tensor]:
         return [self.student[batch.tokens[batch.loss_mask]] for batch in batches]
@@ -118,14 +118,15 @@ def _weight_gradient(loss: LossSettings, tokens: int) -> tuple[torch.Tensor, int
     """Gradient of the output layer as training gets it, and how many tokens were trained."""
     models, trajectories = Models(), step_sequences()
     world: Any = dist.group.WORLD
-    ranks: Any = SimpleNamespace(tp_group=world, loss_group=world, is_last_stage=True)
+    place = dict(tp_group=world, loss_group=world, row_group=None, cp_size=1)
+    layout: Any = SimpleNamespace(**place, is_last_stage=True)
     parts: Any = LossParts(
         student=models,
         teacher=models,  # type: ignore[arg-type]
         loss=loss,  # type: ignore[arg-type]
         beta=BETA,
         vocab_size=VOCAB,
-        ranks=ranks,
+        layout=layout,
     )
     counts = count_loss_tokens(trajectories, loss)
     reports = forward_backward(

@@ -273,9 +273,10 @@ def test_a_method_knows_its_own_settings_only(toml: Path):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_any_method_survives_json_and_toml(name: str, toml: Path, tmp_path: Path):
-    needs_reference = preset(name).needs.reference
-    reference = ["teacher.reference=student"] if needs_reference else []
-    config = load_config(toml, [f"loss.method={name}", "loss.mask_first_ids=[3, 4]", *reference])
+    needs = preset(name).needs
+    more = ["teacher.reference=student"] if needs.reference else []
+    more += ["guidance.golden_field=solution"] if needs.golden else []
+    config = load_config(toml, [f"loss.method={name}", "loss.mask_first_ids=[3, 4]", *more])
     assert config.loss == preset(name, mask_first_ids=(3, 4))
     assert config_from_dict(json.loads(json.dumps(config_to_dict(config)))) == config
     (tmp_path / "again.toml").write_text(config_to_toml(config))
@@ -293,10 +294,24 @@ def test_a_reference_is_a_folder_or_the_student(toml: Path):
     assert named.reference == str(Path("student").resolve())
 
 
+STABLE_OPD = ("loss.method=stable_opd", "teacher.reference=student")
+GOLDEN = "guidance.golden_field=solution"
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["loss.method=exopd"], "'exopd' measures the teacher against a reference and needs"),
+        (["loss.method=exopd"], "'exopd' compares with a reference model and needs teacher.ref"),
+        (["loss.method=stable_opd"], "'stable_opd' compares with a reference model and needs"),
+        ([*STABLE_OPD], "'stable_opd' reads golden answers and needs guidance.golden_field"),
+        (["guidance.golden_field=solution"], "would be read for nothing: loss.method = 'tropd'"),
+        ([*STABLE_OPD, GOLDEN, "rollout.samples_per_prompt=1"], "1 more must be left .* found 1"),
+        (
+            [*STABLE_OPD, GOLDEN, "guidance.responses=a.jsonl", "guidance.prefixed_per_prompt=4"],
+            "and 4 more must be left",
+        ),
+        ([*STABLE_OPD, GOLDEN, "rollout.mode=a:B"], 'needs rollout.mode = "single_turn", found'),
+        ([*STABLE_OPD, GOLDEN, "rollout.recorded=a.jsonl"], "does not read guidance.golden_field"),
         (["teacher.reference=student"], "would be loaded for nothing: loss.method = 'tropd'"),
         (["loss.method=erpd_teacher"], "'erpd_teacher' fits the outcomes of recorded rollouts"),
         (

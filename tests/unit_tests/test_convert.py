@@ -20,8 +20,7 @@ from megatron_tropd.convert.families import (
     plan,
     rope_inverse_frequencies,
 )
-from megatron_tropd.convert.hf_folder import HFFolder
-from megatron_tropd.convert.ops import (
+from megatron_tropd.convert.families._ops import (
     FusedQKV,
     GateUp,
     Operation,
@@ -29,6 +28,7 @@ from megatron_tropd.convert.ops import (
     Sharded,
     VocabularyRows,
 )
+from megatron_tropd.convert.hf_folder import HFFolder
 
 LLAMA = {
     "model_type": "llama",

@@ -1,5 +1,6 @@
 """Packing: what a row holds, that nothing is lost, and that the layout changes nothing."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -12,6 +13,7 @@ from megatron_tropd.data.batch import MicroBatch
 from megatron_tropd.data.packing import count_loss_tokens, loss_weights, pack
 from megatron_tropd.data.sequence import SampleKey, TokenSequence, Writer
 from megatron_tropd.losses.draws import keyed_seed, keyed_uniform
+from megatron_tropd.mcore.layout import zigzag
 
 
 def _trajectory(
@@ -101,7 +103,7 @@ def test_nothing_lost_and_budget_kept():
     batches = _pack(trajectories)
     assert sorted(row for batch in batches for row in batch.rows) == list(range(24))
     assert all(batch.tokens.numel() <= 64 for batch in batches)
-    teacher, student, masked = count_loss_tokens(trajectories)
+    teacher, student, masked, _ = count_loss_tokens(trajectories)
     assert masked == 0
     found = torch.cat([batch.writers.flatten() for batch in batches])
     assert (found == Writer.TEACHER).sum() == teacher
@@ -109,11 +111,12 @@ def test_nothing_lost_and_budget_kept():
 
 
 def test_sorting_keeps_padding_small():
-    batches = _pack(_trajectories(), tokens_per_micro_batch=100)
+    trajectories = _trajectories()
+    batches = _pack(trajectories, tokens_per_micro_batch=100)
     rows = sum(batch.tokens.numel() for batch in batches)
-    assert rows < 1.3 * sum(len(t) for t in _trajectories())
-    lengths = [batch.tokens.shape[1] for batch in batches]
-    assert lengths == sorted(lengths, reverse=True)
+    assert rows < 1.3 * sum(len(t) for t in trajectories)
+    lengths = [len(trajectories[row]) for batch in batches for row in batch.rows]
+    assert lengths == sorted(lengths, reverse=True), "rows within a batch too"
 
 
 @pytest.mark.parametrize("dp_size", [1, 2, 3, 4])
@@ -227,7 +230,7 @@ def test_uneven_replicas_and_small_budget_are_refused():
 
 def test_empty_step():
     assert _pack([]) == []
-    assert count_loss_tokens([]) == (0, 0, 0)
+    assert count_loss_tokens([]) == (0, 0, 0, 0)
 
 
 FIRST_IDS = config_of(mask_first_ids=(20, 31, 99))
@@ -252,7 +255,7 @@ def test_the_first_occurrence_of_an_id_in_a_response_is_masked_whoever_wrote_it(
     assert batch.writers.tolist() == [[0, 0, 1, 1, 2, 2, 2, 2, 0, 0]]
     assert batch.weights.tolist() == [[0, 0, *(~masked).tolist(), 0, 0]]
     assert batch.labels[batch.loss_mask].tolist() == [21, 30, 20, 31]
-    assert count_loss_tokens([_by_hand()], FIRST_IDS) == (1, 3, 2)
+    assert count_loss_tokens([_by_hand()], FIRST_IDS) == (1, 3, 2, 0)
 
 
 def test_a_response_that_was_cut_off_is_masked_with_its_prefix():
@@ -260,8 +263,8 @@ def test_a_response_that_was_cut_off_is_masked_with_its_prefix():
     pair = [_by_hand("length"), _by_hand("stop")]
     (batch,) = _pack(pair, loss=loss)
     assert batch.loss_mask.sum(dim=1).tolist() == [0, 6]
-    assert count_loss_tokens(pair, loss) == (2, 4, 6)
-    assert count_loss_tokens(pair) == (4, 8, 0)
+    assert count_loss_tokens(pair, loss) == (2, 4, 6, 0)
+    assert count_loss_tokens(pair) == (4, 8, 0, 0)
 
 
 @pytest.mark.parametrize("dp_size", [1, 2, 3])
@@ -277,7 +280,7 @@ def test_counts_agree_with_the_masks_of_all_ranks(dp_size: int):
             kept = batch.writers[batch.loss_mask]
             sums = [(kept == Writer.TEACHER).sum(), (kept == Writer.STUDENT).sum()]
             found += torch.stack([*sums, masked.sum()])
-    assert tuple(found.tolist()) == count_loss_tokens(trajectories, loss)
+    assert (*found.tolist(), 0) == count_loss_tokens(trajectories, loss)
     assert found.min() > 0
 
 
@@ -306,4 +309,36 @@ def test_any_order_of_writers_is_packed_and_weighed():
     draws = keyed_uniform(3, 4, keyed_seed(5, 1), np.arange(7))
     assert batch.uniforms[0, 1:8].tolist() == draws.tolist()
     assert batch.loss_at.tolist() == [1, 2, 5, 7] and batch.student_at.tolist() == [0, 1, 3]
-    assert count_loss_tokens([t], config_of(mask_first_ids=(20,))) == (1, 3, 1)
+    assert count_loss_tokens([t], config_of(mask_first_ids=(20,))) == (1, 3, 1, 0)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_parts_of_rows_together_hold_every_token_as_it_was(ranks: int):
+    trajectories = _trajectories()
+    whole = _pack(trajectories, pad_multiple=2 * ranks, tokens_per_micro_batch=72)
+    assert max(len(batch.rows) for batch in whole) > 1
+    shares = [
+        [batch.at(zigzag(batch.tokens.shape[1], rank, ranks)) for batch in whole]
+        for rank in range(ranks)
+    ]
+    of_ranks = [_tokens_of(share) for share in shares]
+    assert set().union(*of_ranks) == _tokens_of(whole)
+    assert sum(map(len, of_ranks)) == len(_tokens_of(whole))
+    for share in shares:
+        for part, batch in zip(share, whole, strict=True):
+            assert part.tokens.shape == (len(batch.rows), batch.tokens.shape[1] // ranks)
+            assert (part.position_ids[:, 1:] > part.position_ids[:, :-1]).all()
+            assert part.loss_at.tolist() == part.loss_mask.flatten().nonzero().flatten().tolist()
+            rows = torch.tensor(batch.rows)[part.loss_at // part.tokens.shape[1]]
+            assert torch.equal(part.loss_rows, rows)
+            written = part.of_loss_tokens(part.writers) == Writer.STUDENT
+            assert torch.equal(part.student_at, written.nonzero().flatten())
+
+
+def test_a_rank_has_a_chunk_and_its_mirror_image_as_megatron_deals_them():
+    assert [zigzag(8, rank, 2).tolist() for rank in (0, 1)] == [[0, 1, 6, 7], [2, 3, 4, 5]]
+    (batch,) = _pack([_trajectory(0, 0, (2, 0, 7))], pad_multiple=8)
+    mask = torch.arange(64).view(1, 1, 8, 8)
+    part = dataclasses.replace(batch, attention_mask=mask).at(zigzag(8, 1, 2))
+    assert part.labels.tolist() == batch.labels[:, 2:6].tolist(), "of the whole row, not shifted"
+    assert torch.equal(part.attention_mask, mask[:, :, 2:6])

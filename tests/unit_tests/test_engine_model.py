@@ -19,7 +19,7 @@ from megatron_tropd.rollout.engines.child import _is_refusal
 from megatron_tropd.rollout.engines.engine import RolloutEngine
 from megatron_tropd.rollout.engines.engine_model import (
     check_engine,
-    expected_tensors,
+    engine_tensors,
     first_rows,
     remove_engine_folder,
     write_engine_folder,
@@ -64,7 +64,7 @@ def test_the_first_columns_are_what_the_trainer_will_send(
     whole = load_file(folder / "model.safetensors")
     rows = dict(first_rows(folder, 200))
     shapes = {name: tuple(tensor.shape) for name, tensor in rows.items()}
-    assert shapes == expected_tensors(HFFolder(folder).config, 200)
+    assert shapes == engine_tensors(HFFolder(folder).config, 200)
     head = whole["model.embed_tokens.weight" if tied else "lm_head.weight"]
     assert torch.equal(rows["lm_head.weight"], head[:200])
     assert torch.equal(rows["model.norm.weight"], whole["model.norm.weight"])

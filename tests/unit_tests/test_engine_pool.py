@@ -12,7 +12,7 @@ from megatron_tropd.base.errors import TrainingError
 from megatron_tropd.data.samples import Sample, SampleRequest, Sampling
 from megatron_tropd.rollout.engines.engine import RolloutEngine
 from megatron_tropd.rollout.engines.pool import EnginePool
-from megatron_tropd.rollout.weights.weight_sync import Export
+from megatron_tropd.rollout.weights.interface import RepeatableExport
 
 REQUESTS = [SampleRequest((1, 2), 4, seed) for seed in range(3)]
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, stop_token_ids=())
@@ -73,8 +73,8 @@ def _pool(engine: RecordingEngine) -> EnginePool:
     return EnginePool(rank=0, world_size=1, num_engines=1, make_engine=lambda _: engine)  # type: ignore[arg-type,return-value]
 
 
-def _weights(value: int) -> Export:
-    return Export(lambda: iter([("a", torch.tensor(float(value)))]))
+def _weights(value: int) -> RepeatableExport:
+    return RepeatableExport(lambda: iter([("a", torch.tensor(float(value)))]))
 
 
 @pytest.mark.usefixtures("one_rank")

@@ -20,7 +20,7 @@ from megatron_tropd.config.run_folder import open_run
 from megatron_tropd.convert.adapters import FirstAdapters, adapter_plan, check_lora, peft_config
 from megatron_tropd.convert.families import model_shape
 from megatron_tropd.convert.hf_folder import read_config
-from megatron_tropd.planning.hardware import PRESETS
+from megatron_tropd.planning.hardware import GPUS
 from megatron_tropd.planning.memory import checkpoint_bytes, memory_of_stage
 from megatron_tropd.planning.plan import make_plan
 from megatron_tropd.planning.planned_run import plan_run
@@ -28,7 +28,7 @@ from megatron_tropd.planning.report import plan_json, plan_table
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "configs" / "recipes"
-H100 = PRESETS["h100"]
+H100 = GPUS["h100"]
 
 
 def _config(*overrides: str, recipe: str = "qwen3_8b_one_node") -> Config:

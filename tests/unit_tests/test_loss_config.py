@@ -36,6 +36,7 @@ OWN = {
     "delta": {"over"} | SAMPLED,
     "erpd": {"over", "region"} | SAMPLED,
     "erpd_teacher": {"scale"},
+    "stable_opd": {"over", "reference_weight", "golden_weight"} | SAMPLED,
 }
 NEEDED = {
     "static": dict(tau=-2.5),

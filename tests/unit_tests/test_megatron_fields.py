@@ -293,6 +293,10 @@ def test_what_is_ours_or_refused_is_named_without_megatron(tables, message) -> N
             "does nothing without parallel.distributed_optimizer = true",
         ),
         ({"optimizer": {"optimizer_cpu_offload": True}}, "needs Transformer Engine on CUDA"),
+        (
+            {"model": {"cp_comm_type": "a2a"}},
+            r"cp_comm_type does nothing .* found parallel\.context = 1",
+        ),
         ({"ddp": {"nccl_ub": True}}, "megatron.ddp.nccl_ub = True needs a CUDA device, found no"),
         (
             {"ddp": OVERLAP | {"overlap_param_gather": True}},
@@ -303,6 +307,20 @@ def test_what_is_ours_or_refused_is_named_without_megatron(tables, message) -> N
 def test_what_cannot_be_here_is_said_before_anything_is_built(tables, message) -> None:
     with pytest.raises(ConfigError, match=message):
         check(**tables)
+
+
+def test_keys_and_values_travel_as_asked_if_transformer_engine_sends_them(request) -> None:
+    shared, asked = ParallelConfig(context=2), {"cp_comm_type": "a2a"}
+    with pytest.raises(ConfigError, match="cp_comm_type = 'a2a' needs Transformer Engine on CUDA"):
+        check(shared, model=asked)
+    with pytest.raises(ConfigError, match="needs two levels of groups"):
+        check(shared, teacher={"cp_comm_type": "a2a+p2p"})
+    request.getfixturevalue("gpu")
+    check(shared, model=asked, teacher={"cp_comm_type": "p2p"})
+    names = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+    windows = LLAMA | names | {"sliding_window": 4}
+    made = models.transformer_config(models.model_shape(windows), shared, torch.bfloat16)
+    assert made.cp_comm_type == "all_gather", "Transformer Engine's ring has no windows"
 
 
 def test_sums_in_float32_are_for_gradients_in_less() -> None:
@@ -449,6 +467,9 @@ def test_rows_are_padded_as_products_in_few_bits_want_them() -> None:
     shared = ParallelConfig(tensor=4, sequence_parallel=True)
     assert config().pad_multiple == 1 and config(shared).pad_multiple == 4
     assert config(teacher={"fp8": "hybrid"}).pad_multiple == 32
+    assert config(ParallelConfig(context=2)).pad_multiple == 4
+    both = ParallelConfig(context=2, tensor=4, sequence_parallel=True)
+    assert config(both).pad_multiple == 16
     assert config(shared, model={"fp4": "e2m1"}).pad_multiple == 128
 
 

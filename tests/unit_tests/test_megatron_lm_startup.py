@@ -98,6 +98,7 @@ def test_megatron_lm_settings_have_the_names_of_the_config() -> None:
     [
         ("--tropd-method exopd", "--tropd-method exopd needs a second frozen model"),
         ("--tropd-method erpd_teacher", "erpd_teacher needs graded rollouts"),
+        ("--tropd-method stable_opd", "stable_opd needs a second frozen model and golden answers"),
         ("--tropd-method gkd_jsd --tropd-jsd-beta 1.0", "--tropd-jsd-beta must be strictly"),
         ("--tropd-method tropd_clip --tropd-tau nan", "--tropd-tau must be a number and finite"),
         ("--tropd-method tropd --tropd-beta nan", "--tropd-beta must be at least 0 and finite"),
@@ -213,7 +214,7 @@ def test_megatron_lm_lays_out_experts_where_the_teacher_has_some(tiny_model) -> 
 def test_megatron_lm_evaluates_where_nobody_counts_iterations() -> None:
     """As with --skip-train, which never sets ``curr_iteration``."""
     plugin = megatron_lm._Plugin(None, None)
-    plugin._ranks = Namespace(tp_group=None, dp_rank=0, dp_size=1)
+    plugin._layout = Namespace(tp_group=None, dp_rank=0, dp_size=1)
     sizes = {"num_microbatches": 1, "micro_batch_size": 2, "seq_length": 4}
     args = teach(Path("x"), seed=1, iteration=7)
     assert plugin._share(args, sizes).step == 7
@@ -332,7 +333,9 @@ def _items(**changes: torch.Tensor) -> list[dict[str, torch.Tensor]]:
 
 def _share(count, group, **settings):
     how = {"shape": (2, 4), "step": 0, "seed": 0, "masked": False, "must_be_sampled": False}
-    return global_batch.Share(count, group=group, device=torch.device("cpu"), **(how | settings))
+    return global_batch.BatchShare(
+        count, group=group, device=torch.device("cpu"), **(how | settings)
+    )
 
 
 def _draw(items, group, **settings):

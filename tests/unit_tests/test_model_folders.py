@@ -34,7 +34,7 @@ from megatron_tropd.convert.torch_dist import TorchDistReader
 from megatron_tropd.data.tokenizers import load_tokenizer, stop_token_ids
 from megatron_tropd.distill.inputs import load_inputs
 from megatron_tropd.planning.parameters import open_architecture
-from megatron_tropd.rollout.engines.engine import RolloutEngine, context_length, expected_tensors
+from megatron_tropd.rollout.engines.engine import RolloutEngine, context_length, engine_tensors
 from megatron_tropd.tasks.sample_files import model_identity
 
 Tensors = dict[str, torch.Tensor]
@@ -131,7 +131,7 @@ def test_files_that_are_not_the_models_are_named_and_not_read(
     found = HFFolder(folder)
     assert found.unread == ["adapter_model.safetensors", "consolidated.safetensors"]
     assert found.names == HFFolder(tiny_qwen3).names
-    assert expected_tensors(found.config) == expected_tensors(HFFolder(tiny_qwen3).config)
+    assert engine_tensors(found.config) == engine_tensors(HFFolder(tiny_qwen3).config)
     for who in ("student", "teacher"):
         code, text = command("distill", f"model.{who}={folder}")
         assert code == 0 and f"consolidated.safetensors ({who}" in text
@@ -196,7 +196,7 @@ def test_tensors_that_every_reader_computes_do_not_count(kind: str, middle: str,
     name = f"model.layers.0.self_attn.rotary{middle}_emb.{kind}"
     folder = HFFolder(make(lambda tensors: tensors | {name: torch.ones(16)}))
     check_tensors(folder)
-    assert name not in expected_tensors(folder.config)
+    assert name not in engine_tensors(folder.config)
 
 
 @pytest.mark.parametrize("who", ["student", "teacher"])
@@ -240,7 +240,7 @@ def test_a_tied_model_stored_as_its_output_layer(make: Make, command, tiny_qwen3
     for dim in (0, 1):
         part = found.read(EMBEDDING, dim=dim, start=3, stop=9)
         assert torch.equal(part, plain.read(EMBEDDING, dim=dim, start=3, stop=9))
-    assert expected_tensors(found.config) == expected_tensors(plain.config)
+    assert engine_tensors(found.config) == engine_tensors(plain.config)
     for who in ("student", "teacher"):
         assert command("distill", f"model.{who}={folder}")[0] == 0
     linked = link_folder(found, _new(tmp_path / "linked"))
@@ -269,7 +269,7 @@ def test_it_gets_its_own_name_back_from_a_run(limit: int, make: Make, tmp_path: 
     from megatron_tropd.mcore.export import write_folder
 
     source, out = HFFolder(make(head_only)), tmp_path / "out"
-    names = [name for name in expected_tensors(source.config) if name != HEAD]
+    names = [name for name in engine_tensors(source.config) if name != HEAD]
     stream = iter([(name, source.read(name)) for name in names])
     write_folder(stream, source, out, torch.float32, limit)
     again = HFFolder(out)

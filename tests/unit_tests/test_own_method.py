@@ -88,3 +88,13 @@ def test_it_trains_with_the_gradient_of_its_formula(toml: Path):
     )
     for found, leaf in zip(leaves, exact, strict=True):
         torch.testing.assert_close(found.grad.double(), leaf.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_a_method_without_its_loss_is_refused_before_anything_starts(toml: Path, monkeypatch):
+    source = (
+        "from megatron_tropd.losses.method import Method\nclass Half(Method):\n    needs = None\n"
+    )
+    (toml.parent / "half_method.py").write_text(source)
+    monkeypatch.syspath_prepend(str(toml.parent))
+    with pytest.raises(ConfigError, match=r"'half_method:Half' must define term, which every"):
+        load_config(toml, ["loss.method=half_method:Half"])

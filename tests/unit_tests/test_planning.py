@@ -29,7 +29,7 @@ from megatron_tropd.planning import memory as planned_memory
 from megatron_tropd.planning.activations import saved_per_position, widths
 from megatron_tropd.planning.communication import communication, expert_bytes
 from megatron_tropd.planning.estimate import estimate
-from megatron_tropd.planning.hardware import PRESETS, Hardware, load_hardware
+from megatron_tropd.planning.hardware import GPUS, Hardware, load_hardware
 from megatron_tropd.planning.options import COUNTED, Options, options
 from megatron_tropd.planning.parameters import open_architecture
 from megatron_tropd.planning.plan import make_plan
@@ -46,11 +46,11 @@ from megatron_tropd.planning.seconds import (
 )
 from megatron_tropd.rollout.engines.child import CPU_SEQUENCES, _cache_bytes_of_a_token
 from megatron_tropd.rollout.engines.settings import EngineSettings
-from megatron_tropd.rollout.weights import weight_sync
+from megatron_tropd.rollout.weights import mailbox
 
 RECIPES = Path(__file__).resolve().parents[2] / "configs" / "recipes"
 TOMLS = sorted(RECIPES.glob("*.toml"))
-H100 = PRESETS["h100"]
+H100 = GPUS["h100"]
 # Billions of parameters, as the models' pages say; the first two count a tied layer once.
 PUBLISHED = {
     "Qwen3-1.7B": 1.72,
@@ -163,6 +163,42 @@ def test_a_reference_is_a_second_teacher_to_every_estimate(small: Config):
     assert two.communication.tensor_teacher == 2 * one.communication.tensor_teacher
     assert two.seconds.teacher == pytest.approx(2 * one.seconds.teacher)
     assert two.seconds.student > one.seconds.student
+
+
+@pytest.mark.parametrize("offload", ["host", "host_by_layer"])
+def test_an_offloaded_teacher_is_on_the_gpu_only_while_it_scores(small: Config, offload: Any):
+    """Qwen3-4B, tied: its embedding is the output layer, which the loss reads, and stays."""
+    teacher = dataclasses.replace(small.teacher, offload=offload)
+    runs = [plan_run(c, H100) for c in (small, dataclasses.replace(small, teacher=teacher))]
+    (had,), (has,) = (estimate(run).memory for run in runs)
+    stays = 2 * (151936 * 2560 + 2560)
+    moved = had.teacher_weights - stays
+    assert (has.teacher_weights, had.teacher_visiting) == (stays, 0)
+    at_once = moved if offload == "host" else 2 * moved / 36
+    assert has.teacher_visiting == at_once
+    for phase, size in has.trainer.items():
+        saved = moved - (at_once if phase == "teacher" else 0)
+        assert size == had.trainer[phase] - saved, phase
+    assert has.build == had.build
+    on_host = [planned_memory.host_bytes(run) for run in runs]
+    assert on_host[1] - on_host[0] == moved  # of its one GPU
+    seconds = [estimate(run).seconds for run in runs]
+    arrival = moved / H100.host_link
+    if offload == "host":
+        assert seconds[1].teacher == pytest.approx(seconds[0].teacher + arrival)
+    else:
+        each = runs[0].work.micro_batches * arrival
+        assert seconds[1].teacher == pytest.approx(max(seconds[0].teacher, each))
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_what_an_offloaded_teacher_keeps_are_output_layer_and_last_norm(small: Config, stage: int):
+    parallel = ParallelConfig(pipeline=2)
+    run = plan_run(dataclasses.replace(small, parallel=parallel), H100)
+    held = run.parameters_of(run.teacher, stage).total
+    parts = run.teacher.parts_on_rank(parallel, stage, run.padded_vocab)
+    assert len(parts) == (19, 18)[stage] and len(set(parts[-18:])) == 1
+    assert held - sum(parts) == (0, 151936 * 2560 + 2560)[stage]
 
 
 def test_memory_is_planned_for_micro_batches_full_of_any_lengths(small: Config):
@@ -403,7 +439,7 @@ def test_constants_are_those_of_the_trainer():
     assert {k: v / 2**20 for k, v in planned_memory.LOSS_BUDGET.items()} == megabytes
     assert MOST_SEQUENCES["cpu"] == CPU_SEQUENCES
     assert planned_memory.TEACHER_SHARE == MEMORY_ALONE
-    assert planned_memory._BUCKET == weight_sync.BUCKET_BYTES
+    assert planned_memory._BUCKET == mailbox.BUCKET_BYTES
     assert planned_memory._GROUP == vocab_parallel._GROUP
     assert row_multiple(H100) == CUDA_ROW_MULTIPLE
 
@@ -463,7 +499,14 @@ def test_no_layout_of_a_prime_number_of_gpus(small: Config):
 
 # Of schema 1, listed in docs/planning.md: nothing is renamed or removed without raising the number.
 PLAN_KEYS = {
-    *("schema", "seconds_and_recommendation", "student", "teacher", "trained_parameters"),
+    *(
+        "schema",
+        "seconds_and_recommendation",
+        "student",
+        "teacher_cache",
+        "teacher",
+        "trained_parameters",
+    ),
     *("hardware", "step"),
     *("asked", "recommended", "other_steps_ahead"),
 }

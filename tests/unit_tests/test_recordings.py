@@ -121,6 +121,6 @@ def test_a_source_without_references_says_so():
     assert signal_of(config) is ReferencedSignal
     plain = replace(config, teacher=replace(config.teacher, reference=None), loss=preset("opd"))
     assert signal_of(plain) is HiddenStatesSignal
-    own = replace(config, teacher=replace(config.teacher, source="own_teacher:Indifferent"))
+    own = replace(config, teacher=replace(config.teacher, placement="own_teacher:Indifferent"))
     with pytest.raises(ConfigError, match="'own_teacher:Indifferent' takes no reference"):
         signal_of(own)

@@ -15,13 +15,13 @@ from megatron_tropd.base.errors import ConfigError, InputError
 from megatron_tropd.config import load_config
 from megatron_tropd.planning.planned_run import PlannedRun
 from megatron_tropd.rehearsal import Rehearsal, rehearsal_table, rehearse
-from megatron_tropd.rehearsal.record import Count
+from megatron_tropd.rehearsal.record import EventCount
 from megatron_tropd.rehearsal.report import findings
 
 RECIPES = Path(__file__).resolve().parents[2] / "configs" / "recipes"
 CHANNELS, WRITER = (
-    "megatron_tropd/rollout/weights/channels.py",
-    "megatron_tropd/rollout/weights/weight_sync.py",
+    "megatron_tropd/rollout/engines/transports.py",
+    "megatron_tropd/rollout/weights/mailbox.py",
 )
 NAMES = sorted(path.stem for path in RECIPES.glob("*.toml"))
 
@@ -60,7 +60,7 @@ def test_a_recipe_agrees_with_its_plan(name: str, rehearsals: dict[str, Rehearsa
 def test_new_weights_go_from_gpu_to_gpu(name: str, rehearsals: dict[str, Rehearsal]):
     """By the trainer's own channel: one buffer after the other, which the host waits for twice."""
     rehearsal = rehearsals[name]
-    (rank,), planned = rehearsal.ranks, rehearsal.setup
+    (rank,), planned = rehearsal.ranks, rehearsal.planned
     waits = {(one.line.split(":")[0], one.what): one.count for one in rank.waits if _synced(one)}
     waits.pop(
         ("megatron_tropd/distill/reporter.py", "synchronize")
@@ -89,7 +89,7 @@ def test_new_weights_go_through_a_folder_if_asked():
     of_the_host = [one for one in rank.waits if _synced(one) and one.what == "to the host"]
     assert {one.line.split(":")[0] for one in of_the_host} == {WRITER}
     assert sum(one.count for one in of_the_host) == 311, "each tensor, the output layer's too"
-    assert (rank.engine_buffers, rank.engine_bytes) == (0, _exported(rehearsal.setup))
+    assert (rank.engine_buffers, rank.engine_bytes) == (0, _exported(rehearsal.planned))
 
 
 def test_stages_of_a_tied_student_agree_with_the_plan():
@@ -120,7 +120,7 @@ def test_copies_of_gradients_are_gone_when_the_engines_wake():
     assert findings(rehearse(config, ranks=[0], micro_batches=1)) == []
 
 
-def _synced(one: Count) -> bool:
+def _synced(one: EventCount) -> bool:
     return one.phase == "sync"
 
 

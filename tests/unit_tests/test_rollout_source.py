@@ -1,6 +1,6 @@
 """Episodes of a step, side by side: what the engines are asked and what comes out."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from megatron_tropd.data.types import Prompt
 from megatron_tropd.rollout.engines.interface import SamplingEngines
 from megatron_tropd.rollout.episodes import EpisodePlan, load_mode
 from megatron_tropd.rollout.source import PENDING_FILE, RolloutSource, SampledRollouts
-from megatron_tropd.rollout.weights.interface import Tensors
+from megatron_tropd.rollout.weights.interface import NamedTensor
 
 PROMPTS = [Prompt(i, f"p{i}", (1, 2, 3 + i), {}) for i in range(5)]
 RESPONSES = {i: (TeacherResponse(i, 0, (20, 21, 22, 23), "stop"),) for i in range(5)}
@@ -39,7 +39,7 @@ class Engines:
         self.requests: list[list[SampleRequest]] = []
         self.sampling: list[Sampling] = []
 
-    def send(self, tensors: Tensors, version: int) -> None:
+    def send(self, tensors: Iterable[NamedTensor], version: int) -> None:
         self.version = version
 
     @contextmanager
@@ -113,6 +113,26 @@ def test_single_turns_ask_once_for_what_the_step_plans() -> None:
         assert sequence.by(Writer.STUDENT)[1] == len(plan.request.token_ids)
         assert sequence.oldest_version == 4
     assert [sequence.count(Writer.TEACHER) for sequence in sequences] == [3, 0] * 3
+
+
+def test_a_golden_answer_takes_the_place_of_the_last_sample_and_asks_for_nothing() -> None:
+    answers = {i: (40 + i, 41, 2) for i in range(5)}
+    engines, plain = Engines(), Engines()
+    source, sampled = make(engines), make(plain)
+    source._settings = replace(source._settings, golden=answers)
+    for each in (source, sampled):
+        each.begin(2)
+    sequences, before = source.collect(), sampled.collect()
+    # The others are asked for what they were asked for without answers.
+    assert engines.requests == [plain.requests[0][0::2]]
+    for place, (found, was) in enumerate(zip(sequences, before, strict=True)):
+        if place % 2 == 0:
+            assert dump_sequences([found]) == dump_sequences([was])
+            continue
+        prompt = PROMPTS[found.key.prompt]
+        assert found.key == was.key and tuple(found.prompt_ids) == prompt.token_ids
+        assert tuple(found.by(Writer.GOLDEN)) == answers[prompt.index]
+        assert found.finish == "stop" and found.weight_N.sum() == 3
 
 
 def test_single_turns_have_the_room_of_their_step() -> None:

@@ -19,7 +19,7 @@ from megatron_tropd.distill.metrics import (
     STUDENT_MEANS,
     StepSums,
     repetition,
-    trajectory_metrics,
+    sequence_metrics,
 )
 from megatron_tropd.distill.step_loss import segment_weights
 from megatron_tropd.losses.trouble import words
@@ -229,7 +229,7 @@ def test_what_the_token_ids_alone_tell():
         trajectory(0, prefix=4, response=4, version=2),
         trajectory(1, prefix=0, response=8, finish="length"),
     ]
-    metrics = trajectory_metrics(trajectories, step=3)
+    metrics = sequence_metrics(trajectories, step=3)
     assert metrics["response_length"] == 8
     assert metrics["truncated_share"] == 0.5
     assert metrics["prefix_share"] == 0.25 and metrics["prefix_longest"] == 4
@@ -282,27 +282,39 @@ def test_segment_weights_turn_the_joint_denominator_into_the_separate_one():
         LossCounts(teacher=3, student=9, masked=5),
         config_of(denominator="separate"),
     )
-    assert segment_weights(config_of(), counts) == (1.0, 1.0)
+    assert segment_weights(config_of(), counts) == (1.0, 1.0, 1.0)
     # Megatron divides by 12: a sum over 3 teacher tokens times 4 / 12 is their mean.
-    assert segment_weights(separate, counts) == (4.0, 12 / 9)
-    assert segment_weights(separate, LossCounts(0, 9, 0)) == (1.0, 1.0)
-    assert segment_weights(separate, LossCounts(0, 0, 4)) == (1.0, 1.0)
+    assert segment_weights(separate, counts) == (4.0, 12 / 9, 1.0)
+    assert segment_weights(separate, LossCounts(0, 9, 0)) == (1.0, 1.0, 1.0)
+    assert segment_weights(separate, LossCounts(0, 0, 4)) == (1.0, 1.0, 1.0)
 
 
 def test_a_selection_is_divided_by_the_tokens_it_keeps():
     settings = {"region": "none", "select": "student_entropy", "select_share": 0.25}
     counts = LossCounts(teacher=2, student=10, masked=0)
     # 3 of the 10 student tokens are trained, with 2 teacher tokens: 12 / 5 undoes N = 12.
-    assert segment_weights(config_of(**settings), counts) == (12 / 5, 12 / 5)
+    assert segment_weights(config_of(**settings), counts) == (12 / 5, 12 / 5, 1.0)
     separate = config_of(denominator="separate", **settings)
-    assert segment_weights(separate, counts) == (12 / 2, 12 / 3)
-    assert segment_weights(config_of(**settings), LossCounts(0, 0, 7)) == (1.0, 1.0)
+    assert segment_weights(separate, counts) == (12 / 2, 12 / 3, 1.0)
+    assert segment_weights(config_of(**settings), LossCounts(0, 0, 7)) == (1.0, 1.0, 1.0)
 
 
-def test_examples_are_gathered_by_row():
-    assert gather_examples({5: {"tv": [0.5]}, 0: {"tv": [None]}}) == {
-        0: {"tv": [None]},
-        5: {"tv": [0.5]},
+def test_golden_answers_have_a_mean_of_their_own_whatever_the_denominator():
+    counts = LossCounts(teacher=3, student=9, masked=0, golden=4)
+    # Megatron divides by 16.
+    assert segment_weights(config_of(), counts) == (16 / 12, 16 / 12, 4.0)
+    assert segment_weights(config_of(denominator="separate"), counts) == (16 / 3, 16 / 9, 4.0)
+    assert segment_weights(config_of(), LossCounts(0, 0, 5, golden=4))[2] == 1.0
+
+
+def test_examples_are_gathered_by_row_and_token(monkeypatch):
+    def gather(mine, parts, dst):
+        parts[:] = [mine, {0: {"tv": {3: 0.25}}}]
+
+    monkeypatch.setattr(dist, "gather_object", gather)
+    assert gather_examples({5: {"tv": {2: 0.5}}, 0: {"tv": {0: 0.75}}}) == {
+        0: {"tv": {0: 0.75, 3: 0.25}},
+        5: {"tv": {2: 0.5}},
     }
 
 

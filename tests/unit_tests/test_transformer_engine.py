@@ -52,7 +52,7 @@ def marks(path, with_te):
     folder = HFFolder(path)
     width = models.padded_vocab_size(folder.config, tensor=2)
     model = models.build_model(
-        folder, ranks=ranks, parallel=places, dtype=torch.float32, padded_vocab_size=width
+        folder, layout=ranks, parallel=places, dtype=torch.float32, padded_vocab_size=width
     )
     found = {}
     for name, parameter in model.trainable().items():
@@ -82,7 +82,7 @@ def look(path, ranks, out):
     folder = HFFolder(path)
     width = models.padded_vocab_size(folder.config, tensor=1)
     settings = dict(
-        ranks=ranks, parallel=ParallelConfig(), dtype=torch.float32, padded_vocab_size=width
+        layout=ranks, parallel=ParallelConfig(), dtype=torch.float32, padded_vocab_size=width
     )
     model = models.build_model(folder, **settings)
     hf_to_megatron(ToMegatron(path, out))

@@ -15,7 +15,7 @@ from megatron_tropd.data.sequence import TokenSequence
 from megatron_tropd.data.tokenizers import shared_stops
 from megatron_tropd.data.types import Prompt
 from megatron_tropd.distill.inputs import load_inputs
-from megatron_tropd.distill.metrics import trajectory_metrics
+from megatron_tropd.distill.metrics import sequence_metrics
 from megatron_tropd.rollout.warmup import WarmupEngines, sampling_of_step
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "arithmetic"
@@ -170,11 +170,11 @@ def test_a_sequence_knows_what_sampled_it():
     assert blended.behaviour_logprobs_N[2:].tolist() == [-0.5, -0.25]
     assert blended.engine_logprobs_N[2:].tolist() == [-1.0, -2.0]
     assert plain.behaviour_logprobs_N[2:].tolist() == [-1.0, -2.0] and not plain.fields
-    metrics = trajectory_metrics([blended, plain, blended], step=1)
+    metrics = sequence_metrics([blended, plain, blended], step=1)
     assert metrics["behaviour_kl"] == pytest.approx(0.02)
     assert metrics["behaviour_teacher_share"] == 0.75
     assert metrics["tokens_per_teacher_pass"] == 1.0
-    assert "behaviour_kl" not in trajectory_metrics([plain], step=1)
+    assert "behaviour_kl" not in sequence_metrics([plain], step=1)
 
 
 def test_ends_that_differ_are_shared(tmp_path: Path):

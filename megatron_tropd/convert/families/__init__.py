@@ -34,15 +34,29 @@ from megatron_tropd.convert.families._keys import (
     requirements_of,
     written_config,
 )
-from megatron_tropd.convert.ops import Replicated, VocabularyRows
+from megatron_tropd.convert.families._ops import (
+    FusedQKV,
+    GateUp,
+    Operation,
+    Replicated,
+    Sharded,
+    Source,
+    VocabularyRows,
+)
 
 __all__ = [
     "FAMILIES",
     "Entry",
     "Experts",
     "Family",
+    "FusedQKV",
+    "GateUp",
     "ModelShape",
+    "Operation",
+    "Replicated",
     "Requirement",
+    "Sharded",
+    "Source",
     "describe",
     "engine_config",
     "model_shape",

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from megatron_tropd.base.errors import InputError
-from megatron_tropd.convert.ops import Operation
+from megatron_tropd.convert.families._ops import Operation
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,31 @@ class ModelShape:
     def has_window(self) -> bool:
         """Whether some layer has a window."""
         return any(window is not None for window in self.windows)
+
+    def megatron_fields(self) -> dict[str, Any]:
+        """Say it in the names that Megatron's TransformerConfig and its arguments share."""
+        fields: dict[str, Any] = {
+            "num_layers": self.layers,
+            "hidden_size": self.hidden,
+            "ffn_hidden_size": self.ffn,
+            "num_attention_heads": self.heads,
+            "num_query_groups": self.kv_heads,
+            "kv_channels": self.head_dim,
+            "normalization": "RMSNorm",
+            "layernorm_epsilon": self.rms_eps,
+            "add_bias_linear": False,
+            "add_qkv_bias": self.qkv_bias,
+            "qk_layernorm": self.qk_norm,
+            "hidden_dropout": 0.0,
+            "attention_dropout": 0.0,
+        }
+        if self.experts:
+            fields |= {
+                "moe_ffn_hidden_size": self.experts.ffn,
+                "moe_router_topk": self.experts.per_token,
+                "moe_router_pre_softmax": not self.experts.normalized,
+            }
+        return fields
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ follows, where that layer is dense. Where a model keeps its norms apart,
 """
 
 from megatron_tropd.convert.families._base import Entry, Mixture, ModelShape
-from megatron_tropd.convert.ops import FusedQKV, GateUp, Replicated, Sharded
+from megatron_tropd.convert.families._ops import FusedQKV, GateUp, Replicated, Sharded
 
 
 def standard_layer(shape: ModelShape, hf: str, names: Mixture | None) -> list[Entry]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from megatron_tropd.base.errors import ConfigError
-from megatron_tropd.config.loss import TEACHER, Needs
-from megatron_tropd.losses.method import SampledMethod
+from megatron_tropd.config.loss import Needs, Powers
+from megatron_tropd.losses.method import SampledMethod, terms
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Referenced(SampledMethod):
+class Referenced(SampledMethod, ABC):
     """The reward a log p + b log p_ref + (c - 1) log q, sampled or in closed form.
 
     Its mean over x ~ q is log Z - KL(q || t) with the target t = p^a p_ref^b q^c / Z, in which q
@@ -30,9 +31,9 @@ class Referenced(SampledMethod):
     distribution, in closed form."""
 
     @property
-    def powers(self) -> tuple[float, float, float]:
+    @abstractmethod
+    def powers(self) -> Powers:
         """(a, b, c)."""
-        raise NotImplementedError
 
     def _check_together(self) -> None:
         sampled = {"importance": "none", "gradient": "backprop"}
@@ -46,15 +47,10 @@ class Referenced(SampledMethod):
     @property
     def needs(self) -> Needs:
         """The reference: of the sampled token, or within the target."""
-        whole = self.over == "vocabulary"
-        return Needs(
-            sums=("reverse_kl",) if whole else (),
-            reward="log_ratio" if whole else None,
-            reference=True,
-            target=self.powers if whole else TEACHER,
-            sampled=not whole,
-            rollout_logprobs=self.importance != "none",
-        )
+        if self.over == "sampled":
+            return replace(super().needs, reference=True)
+        sums = ("reverse_kl",)
+        return Needs(sums=sums, reward="log_ratio", reference=True, target=self.powers)
 
     def reward(self, statistics: TokenStatistics) -> Tensor:
         """[T] nats; infinite where the reference excludes the token."""
@@ -69,8 +65,6 @@ class Referenced(SampledMethod):
 
     def term(self, statistics: TokenStatistics, targets: LossTargets) -> Term:
         """The reward's policy gradient, or the reverse KL to the target."""
-        from megatron_tropd.losses import terms
-
         if self.over == "vocabulary":
             return terms.tilted_kl(statistics)
         earned = terms.earned(statistics, targets, self.reward(statistics))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.config.loss import Needs
-from megatron_tropd.losses.method import Outlier, SampledMethod, TopK
+from megatron_tropd.losses.method import Outlier, SampledMethod, TopK, terms
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrustRegion(SampledMethod):
+class TrustRegion(SampledMethod, ABC):
     """The log-ratio as reward of trusted tokens, another rule for the others."""
 
     outlier: Outlier = "forward_kl"
@@ -28,32 +29,29 @@ class TrustRegion(SampledMethod):
     vocabulary."""
 
     @property
+    @abstractmethod
     def reward_floor(self) -> float | None:
         """Floor of a clipped outlier's log-ratio, in nats."""
-        raise NotImplementedError
 
+    @abstractmethod
     def trusted(self, statistics: TokenStatistics, targets: LossTargets) -> Tensor:
         """[T] float share of each token inside the region."""
-        raise NotImplementedError
 
     @property
     def needs(self) -> Needs:
         """The top-k or the whole vocabulary for the outliers' forward KL."""
         diverges = self.outlier == "forward_kl"
         whole = diverges and not self.top_k
-        return Needs(
+        return replace(
+            super().needs,
             top_k=self.top_k if diverges else 0,
             sums=("forward_kl",) if whole else (),
             teacher_gradient=whole and self.gradient == "backprop",
-            sampled=True,
-            rollout_logprobs=self.importance != "none",
             outliers=True,
         )
 
     def term(self, statistics: TokenStatistics, targets: LossTargets) -> Term:
         """Reward of the sampled token inside the trust region, the outlier rule outside."""
-        from megatron_tropd.losses import terms
-
         trusted_T = self.trusted(statistics, targets)
         outlier_T = 1.0 - trusted_T
         clip_at = self.reward_floor if self.outlier == "clip" else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_tropd.config.loss import Powers
 from megatron_tropd.losses.methods._reference import Referenced
 
 
@@ -12,9 +13,9 @@ class Delta(Referenced):
     """The reward log p - log p_ref."""
 
     @property
-    def powers(self) -> tuple[float, float, float]:
+    def powers(self) -> Powers:
         """Those of q p / p_ref."""
-        return 1.0, -1.0, 1.0
+        return Powers(teacher=1, reference=-1, student=1)
 
 
 METHOD = Delta

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from megatron_tropd.config.loss import Needs
 from megatron_tropd.config.settings import Amount, Count
-from megatron_tropd.losses.method import HighRho, Importance, LowRho, SampledMethod
+from megatron_tropd.losses.method import Clipped, terms
 
 if TYPE_CHECKING:
     from megatron_tropd.losses.statistics import TokenStatistics
@@ -16,34 +16,21 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Eopd(SampledMethod):
+class Eopd(Clipped):
     """The log-ratio as reward, and a forward KL on tokens of high teacher entropy."""
 
     entropy_forward_kl: Amount = 0.8
     """Add the forward KL if the teacher's entropy exceeds this many nats."""
     top_k: Count = 16
     """Support of the forward KL, on which the teacher is renormalised."""
-    importance: Importance = "ppo"
-    """How rho enters, as in the other policy gradients."""
-    importance_low: LowRho = 0.8
-    """Lower end of the interval of rho (band, ppo)."""
-    importance_high: HighRho = 1.2
-    """Upper end of the interval of rho (truncated, band, ppo)."""
 
     @property
     def needs(self) -> Needs:
         """The teacher's top-k and its entropy."""
-        return Needs(
-            top_k=self.top_k,
-            sums=("teacher_entropy",),
-            sampled=True,
-            rollout_logprobs=self.importance != "none",
-        )
+        return replace(super().needs, top_k=self.top_k, sums=("teacher_entropy",))
 
     def term(self, statistics: TokenStatistics, targets: LossTargets) -> Term:
         """The reward's term and the forward KL; PPO clips the reward alone."""
-        from megatron_tropd.losses import terms
-
         earned = terms.earned(statistics, targets, statistics.log_ratio_T)
         divergence = terms.entropy_forward_kl(statistics, self.entropy_forward_kl)
         return self.policy_gradient(statistics, targets, earned, divergence=divergence)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.config.loss import Needs
-from megatron_tropd.losses.method import HighRho, Importance, LowRho
+from megatron_tropd.losses.method import Clipped, terms
 from megatron_tropd.losses.methods.delta import Delta
 
 if TYPE_CHECKING:
@@ -17,18 +17,12 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Erpd(Delta):
-    """The reward log p - log p_ref within a trust region."""
+class Erpd(Clipped, Delta):
+    """The reward log p - log p_ref within a trust region, by default PPO's."""
 
     region: Literal["none", "bernoulli", "expected"] = "none"
     """TrOPD's region beside that of ``importance``: a token is trusted with probability
     min(p/q, 1), by a draw or in the mean; an untrusted one gets no reward."""
-    importance: Importance = "ppo"
-    """How rho enters, as in the other policy gradients; ppo is the trust region."""
-    importance_low: LowRho = 0.8
-    """Lower end of the interval of rho (band, ppo)."""
-    importance_high: HighRho = 1.2
-    """Upper end of the interval of rho (truncated, band, ppo)."""
 
     def _check_together(self) -> None:
         super()._check_together()
@@ -46,8 +40,6 @@ class Erpd(Delta):
 
     def term(self, statistics: TokenStatistics, targets: LossTargets) -> Term:
         """The reward of trusted tokens."""
-        from megatron_tropd.losses import terms
-
         if self.region == "none":
             return super().term(statistics, targets)
         ratio_T = statistics.log_ratio_T

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_tropd.config.loss import Powers
 from megatron_tropd.config.settings import Positive
 from megatron_tropd.losses.methods._reference import Referenced
 
@@ -16,9 +17,9 @@ class Exopd(Referenced):
     """l: 1 is plain OPD, less lies between reference and teacher, more goes beyond the teacher."""
 
     @property
-    def powers(self) -> tuple[float, float, float]:
+    def powers(self) -> Powers:
         """Those of p^l p_ref^(1-l)."""
-        return self.scale, 1 - self.scale, 0.0
+        return Powers(teacher=self.scale, reference=1 - self.scale)
 
 
 METHOD = Exopd

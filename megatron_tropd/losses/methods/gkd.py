@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.config.loss import Needs
 from megatron_tropd.config.settings import Range
-from megatron_tropd.losses.method import Method
+from megatron_tropd.losses.method import terms
+from megatron_tropd.losses.methods._whole import WholeKl
 
 if TYPE_CHECKING:
     from megatron_tropd.losses.statistics import TokenStatistics
@@ -19,7 +20,7 @@ JsdBeta = Annotated[float, Range(0, 1, "()", "Ask for forward_kl or reverse_kl b
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gkd(Method):
+class Gkd(WholeKl):
     """A divergence over the whole vocabulary."""
 
     divergence: Literal["forward_kl", "reverse_kl", "jsd"]
@@ -39,28 +40,16 @@ class Gkd(Method):
     @property
     def needs(self) -> Needs:
         """The divergence's sums and gradient."""
-        if self.divergence == "forward_kl":
-            sums: tuple[str, ...] = ("forward_kl",)
-            return Needs(sums=sums, teacher_gradient=True)
-        if self.divergence == "reverse_kl":
-            return Needs(sums=("reverse_kl",), reward="log_ratio")
+        if self.divergence != "jsd":
+            return super().needs
         sums = ("reward", "teacher_to_mixture")
         return Needs(sums=sums, reward="mixture", mix=self.jsd_beta)
 
     def term(self, statistics: TokenStatistics, targets: LossTargets) -> Term:
         """The divergence."""
-        from megatron_tropd.losses import terms
-
-        if self.divergence == "jsd":
-            return terms.jsd(statistics, self.jsd_beta)
-        if self.divergence == "forward_kl":
-            return terms.forward_kl(statistics)
-        return terms.reverse_kl(statistics)
-
-    def teacher_term(self, statistics: TokenStatistics, beta: float) -> Term | None:
-        """The divergence, unless ``nll`` is asked for."""
-        same = self.teacher_tokens == "same"
-        return None if same else super().teacher_term(statistics, beta)
+        if self.divergence != "jsd":
+            return super().term(statistics, targets)
+        return terms.jsd(statistics, self.jsd_beta)
 
 
 METHOD = Gkd

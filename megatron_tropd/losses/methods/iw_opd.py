@@ -36,6 +36,7 @@ class IwOpd(Opd):
             rows_T=facts.own_rows_T,
             positions_T=facts.positions_T,
             shape=facts.shape,
+            group=facts.row_group,
             gain=self.gain,
         )
         return replace(super().choose(facts), rewards_T=weight_T * reward_T)

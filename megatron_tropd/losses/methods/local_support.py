@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from megatron_tropd.config.loss import Needs
 from megatron_tropd.config.settings import Count
-from megatron_tropd.losses.method import Method
+from megatron_tropd.losses.method import Divergence, terms
 
 if TYPE_CHECKING:
     from megatron_tropd.losses.statistics import TokenStatistics
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LocalSupport(Method):
+class LocalSupport(Divergence):
     """KL(q||p) on the k most likely tokens of one model."""
 
     top_k: Count = 32
@@ -26,8 +26,6 @@ class LocalSupport(Method):
     renormalise: bool = True
     """Make both distributions sum to 1 there; false: the sum of q (log q - log p) - q + p, the KL
     of what need not sum to 1."""
-    teacher_tokens: Literal["nll", "same"] = "nll"
-    """Loss of tokens the teacher wrote: -beta log q(x), or the divergence."""
 
     @property
     def needs(self) -> Needs:
@@ -36,14 +34,7 @@ class LocalSupport(Method):
 
     def term(self, statistics: TokenStatistics, targets: LossTargets) -> Term:
         """The divergence."""
-        from megatron_tropd.losses import terms
-
         return terms.local_support(statistics, renormalise=self.renormalise)
-
-    def teacher_term(self, statistics: TokenStatistics, beta: float) -> Term | None:
-        """-beta log q(x), unless ``same`` is asked for."""
-        same = self.teacher_tokens == "same"
-        return None if same else super().teacher_term(statistics, beta)
 
 
 METHOD = LocalSupport

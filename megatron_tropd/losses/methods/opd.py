@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from megatron_tropd.config.loss import Needs
 from megatron_tropd.config.settings import Share
-from megatron_tropd.losses.method import SampledMethod
+from megatron_tropd.losses.method import SampledMethod, terms
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,24 +24,12 @@ class Opd(SampledMethod):
     """a in (0, 1], the teacher's share in the proximal teacher: the reward is
     log(a p/q + 1 - a). 1: log p/q."""
 
-    @property
-    def needs(self) -> Needs:
-        """Log-probs of the sampled token alone."""
-        return Needs(
-            sampled=True,
-            rollout_logprobs=self.importance != "none",
-        )
-
     def reward(self, log_ratio_T: Tensor) -> Tensor:
         """[T] nats, from log p(x) - log q(x)."""
-        from megatron_tropd.losses import terms
-
         return terms.proximal_reward(log_ratio_T, self.proximal_alpha)
 
     def term(self, statistics: TokenStatistics, targets: LossTargets) -> Term:
         """Reward x log q of the sampled token."""
-        from megatron_tropd.losses import terms
-
         earned = terms.earned(statistics, targets, self.reward(statistics.log_ratio_T))
         return self.policy_gradient(statistics, targets, earned)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated
 
 from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.config.loss import Needs
 from megatron_tropd.config.settings import Range, Share
-from megatron_tropd.losses.method import SampledMethod
+from megatron_tropd.losses.method import SampledMethod, terms
 
 if TYPE_CHECKING:
     from megatron_tropd.losses.method import BatchFacts, TokenChoices
@@ -39,7 +39,7 @@ class Opsa(SampledMethod):
     @property
     def needs(self) -> Needs:
         """The student's pass before the step."""
-        return Needs(sampled=True, rollout_logprobs=self.importance != "none", student_pass=True)
+        return replace(super().needs, student_pass=True)
 
     @property
     def trained_share(self) -> float | None:
@@ -53,8 +53,6 @@ class Opsa(SampledMethod):
     def term(self, statistics: TokenStatistics, targets: LossTargets) -> Term:
         """Reward x log q of the sampled token."""
         import torch
-
-        from megatron_tropd.losses import terms
 
         reward_T = torch.full_like(statistics.student_logprob_T, self.advantage)
         # A reward that asks neither model would hide that one of them is broken.

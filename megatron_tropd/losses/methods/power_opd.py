@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from megatron_tropd.config.loss import Needs
 from megatron_tropd.config.settings import Positive
-from megatron_tropd.losses.method import SampledMethod
+from megatron_tropd.losses.method import SampledMethod, terms
 
 if TYPE_CHECKING:
     from megatron_tropd.losses.statistics import TokenStatistics
@@ -22,15 +21,8 @@ class PowerOpd(SampledMethod):
     power: Positive = 5.0
     """a: the larger, the more the likely tokens alone count."""
 
-    @property
-    def needs(self) -> Needs:
-        """Log-probs of the sampled token alone."""
-        return Needs(sampled=True, rollout_logprobs=self.importance != "none")
-
     def term(self, statistics: TokenStatistics, targets: LossTargets) -> Term:
         """Reward x log q of the sampled token."""
-        from megatron_tropd.losses import terms
-
         reward_T = terms.power_reward(statistics, self.power)
         return self.policy_gradient(
             statistics, targets, terms.earned(statistics, targets, reward_T)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from megatron_tropd.config.loss import Needs
 from megatron_tropd.config.settings import Positive
-from megatron_tropd.losses.method import Method
+from megatron_tropd.losses.method import Method, terms
 
 if TYPE_CHECKING:
     from megatron_tropd.losses.statistics import TokenStatistics
@@ -29,8 +29,6 @@ class PowerOpdExact(Method):
 
     def term(self, statistics: TokenStatistics, targets: LossTargets) -> Term:
         """The closed form."""
-        from megatron_tropd.losses import terms
-
         return terms.expected_reward(statistics)
 
 

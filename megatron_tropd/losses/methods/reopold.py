@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_tropd.config.loss import FloorRule, Needs, floor_of
 from megatron_tropd.config.settings import Between, Number, Share
-from megatron_tropd.losses.method import Outlier
+from megatron_tropd.losses.method import Outlier, terms
 from megatron_tropd.losses.methods._trust_region import TrustRegion
 from megatron_tropd.losses.methods.static import Static
 
@@ -53,8 +53,6 @@ class Reopold(TrustRegion):
 
     def trusted(self, statistics: TokenStatistics, targets: LossTargets) -> Tensor:
         """[T] whether the log-ratio is at least the floor."""
-        from megatron_tropd.losses import terms
-
         return terms.above(statistics.log_ratio_T, self.reward_floor, keeps_floor=True)
 
 

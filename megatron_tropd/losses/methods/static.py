@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.config.loss import FloorRule, floor_of
 from megatron_tropd.config.settings import Between, Finite
+from megatron_tropd.losses.method import terms
 from megatron_tropd.losses.methods._trust_region import TrustRegion
 
 if TYPE_CHECKING:
@@ -44,8 +45,6 @@ class Static(TrustRegion):
 
     def trusted(self, statistics: TokenStatistics, targets: LossTargets) -> Tensor:
         """[T] whether the log-ratio is above the floor."""
-        from megatron_tropd.losses import terms
-
         assert self.reward_floor is not None
         # REOPOLD keeps R >= c; TrOPD's static test is log p/q > tau.
         keeps_floor = self.floor is not None

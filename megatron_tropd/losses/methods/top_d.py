@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from megatron_tropd.config.loss import Needs
 from megatron_tropd.config.settings import Share
-from megatron_tropd.losses.method import HighRho, Importance, LowRho
+from megatron_tropd.losses.method import Clipped
 from megatron_tropd.losses.methods.opd import Opd
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TopD(Opd):
+class TopD(Clipped, Opd):
     """OPD with the proximal teacher and rewards of the whole batch."""
 
     proximal_alpha: Share = 0.1
@@ -25,12 +25,6 @@ class TopD(Opd):
     of the student before the step."""
     group_normalise: bool = True
     """Standardise rewards over the student tokens of all samples of a prompt."""
-    importance: Importance = "ppo"
-    """How rho enters, as in the other policy gradients."""
-    importance_low: LowRho = 0.8
-    """Lower end of the interval of rho (band, ppo)."""
-    importance_high: HighRho = 1.2
-    """Upper end of the interval of rho (truncated, band, ppo)."""
 
     @property
     def needs(self) -> Needs:
@@ -50,6 +44,7 @@ class TopD(Opd):
                 rows_T=facts.own_rows_T,
                 positions_T=facts.positions_T,
                 shape=facts.shape,
+                group=facts.row_group,
             )
         if self.group_normalise:
             reward_T = group_normalise(

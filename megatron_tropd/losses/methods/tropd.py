@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.config.loss import Needs
 from megatron_tropd.config.settings import Finite
+from megatron_tropd.losses.method import terms
 from megatron_tropd.losses.methods._trust_region import TrustRegion, check_tau
 
 if TYPE_CHECKING:
@@ -46,8 +47,6 @@ class Tropd(TrustRegion):
 
     def trusted(self, statistics: TokenStatistics, targets: LossTargets) -> Tensor:
         """[T] the draw, or its mean."""
-        from megatron_tropd.losses import terms
-
         if self.region == "expected":
             return terms.trust(statistics.log_ratio_T)
         return terms.drawn(statistics.log_ratio_T, targets.uniforms_T)

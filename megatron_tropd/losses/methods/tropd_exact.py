@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from megatron_tropd.config.loss import Needs
 from megatron_tropd.config.settings import Finite
-from megatron_tropd.losses.method import Method, Outlier, TopK
+from megatron_tropd.losses.method import Method, Outlier, TopK, terms
 from megatron_tropd.losses.methods._trust_region import check_tau
 
 if TYPE_CHECKING:
@@ -39,15 +39,13 @@ class TropdExact(Method):
             top_k=self.top_k if diverges else 0,
             sums=("tv", "reward", *(("forward_kl",) if whole else ())),
             reward="trust_clip" if self.outlier == "clip" else "trust",
-            tau=self.tau or 0.0,
+            reward_floor=self.tau or 0.0,
             teacher_gradient=whole,
             outliers=True,
         )
 
     def term(self, statistics: TokenStatistics, targets: LossTargets) -> Term:
         """The closed form."""
-        from megatron_tropd.losses import terms
-
         support = self.top_k if self.outlier == "forward_kl" else None
         return terms.exact_trust_region(statistics, support)
 

@@ -2,7 +2,7 @@
 
 vLLM serves the teacher; the student is its draft model. The student drafts g tokens, one pass of
 the teacher scores them, and what vLLM would compare with the teacher's distribution is compared
-with mu (:mod:`megatron_tropd.rollout.behaviour`). That is exact: every token of a response is drawn
+with mu (behaviour.py). That is exact: every token of a response is drawn
 from mu of its prefix. So that this also holds for the first one and for the one behind a block,
 
 - vLLM is given the prompt without its last token, and is made to "sample" that one: the
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from megatron_tropd.data.samples import Blend, BlendTrace, Sample, SampleRequest, Sampling
 from megatron_tropd.losses.draws import Purpose, keyed_noise
-from megatron_tropd.rollout.behaviour import accepted, blend, residual, share_stops
+from megatron_tropd.rollout.engines.behaviour import accepted, blend, residual, share_stops
 
 _INDEX = "tropd_request"
 """In a request's ``extra_args``: its place in the call."""

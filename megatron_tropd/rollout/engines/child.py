@@ -38,9 +38,6 @@ _CHATTY_LOGGERS = ("vllm.renderers.base", "vllm.v1.core.block_pool")
 def build_llm(settings: EngineSettings) -> Any:
     """The vLLM engine, scheduler and model in this process.
 
-    Args:
-        settings: from the parent.
-
     Returns:
         ``vllm.LLM``.
     """
@@ -58,11 +55,7 @@ def build_llm(settings: EngineSettings) -> Any:
 
 
 def engine_arguments(settings: EngineSettings) -> dict[str, Any]:
-    """What ``vllm.LLM`` is called with; tests/unit_tests/test_vllm_on_cuda.py reviews it for CUDA.
-
-    Args:
-        settings: from the parent.
-    """
+    """What ``vllm.LLM`` is called with; test_vllm_on_cuda.py reviews it for CUDA."""
     device = _cuda_arguments(settings) if settings.cuda else _cpu_arguments(settings)
     return {
         "model": settings.model_folder,
@@ -154,9 +147,7 @@ def generate(llm: Any, requests: Sequence[SampleRequest], sampling: Sampling) ->
     """Continue every request; a function of weights, requests and sampling alone.
 
     Args:
-        llm: the engine.
         requests: what to continue, each with a seed of its own.
-        sampling: shared settings.
 
     Returns:
         One sample per request, in order.
@@ -202,7 +193,6 @@ def load_weights(llm: Any, folder: str, *, draft: bool = False) -> None:
     """Replace the weights in place by those of a folder of safetensors with HF names.
 
     Args:
-        llm: the engine.
         folder: complete, ``lm_head.weight`` included for tied models (checked by the parent).
         draft: they are the draft model's.
     """
@@ -225,22 +215,14 @@ def forget_prefixes(llm: Any) -> None:
 
 
 def begin_weights(llm: Any) -> None:
-    """Begin to replace the weights by vLLM's ``ipc`` transfer, of packed buffers.
-
-    Args:
-        llm: the engine.
-    """
+    """Begin to replace the weights by vLLM's ``ipc`` transfer, of packed buffers."""
     llm.collective_rpc("tropd_forget_packed_experts")
     llm.init_weight_transfer_engine({"init_info": {"packed": True}})
     llm.start_weight_update()
 
 
 def finish_weights(llm: Any) -> None:
-    """Use the weights that came since :func:`begin_weights`.
-
-    Args:
-        llm: the engine.
-    """
+    """Use the weights that came since :func:`begin_weights`."""
     llm.finish_weight_update()
     forget_prefixes(llm)
 

@@ -71,7 +71,6 @@ class ServerClient:
         """Have a batch made.
 
         Args:
-            batch: what to make.
             wanted: asked after every answer; false: nobody waits for the samples any more.
 
         Raises:

@@ -29,7 +29,6 @@ def wait_for_memory(
     Args:
         before: what :func:`free_bytes` said then.
         who: took it, and has ended.
-        seconds: longest wait.
         free: what is free now.
 
     Raises:

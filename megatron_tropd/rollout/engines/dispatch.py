@@ -75,7 +75,6 @@ class Dispatch:
         Args:
             batches: in the order of the result.
             clients: one per server, of this dispatch alone.
-            patience: time-outs.
             stopping: whether the run was asked to stop.
         """
         self._batches = batches

@@ -24,7 +24,7 @@ from megatron_tropd.data.samples import Sample, SampleRequest, Sampling
 from megatron_tropd.rollout.engines import process
 from megatron_tropd.rollout.engines.engine_model import (
     check_engine,
-    expected_tensors,
+    engine_tensors,
     remove_engine_folder,
     served_models,
     write_engine_folder,
@@ -80,7 +80,6 @@ class RolloutEngine:
             log_file: what the child prints is appended here.
             dtype: "float32" or "bfloat16".
             gpu_share: share of each GPU's memory.
-            cpu_kv_gib: GiB of KV cache without CUDA.
             tensor_parallel: GPUs of the engine, from this rank's device on; 1 without CUDA.
             threads: CPU threads of the engine; None: as many as this process may use.
             max_num_seqs: most sequences decoded together; None: vLLM's default.
@@ -121,7 +120,7 @@ class RolloutEngine:
             prefix_caching=prefix_caching,
             cuda=cuda,
         )
-        self._expected = expected_tensors(sources[0].config, self._settings.vocab_size)
+        self._expected = engine_tensors(sources[0].config, self._settings.vocab_size)
         self._missing: dict[str, tuple[int, ...]] = {}
         self._configs = [
             write_engine_folder(source, place, served["vocab_size"])
@@ -244,11 +243,7 @@ class RolloutEngine:
         self._ask("begin_weights")
 
     def take_weights(self, update: Mapping[str, Any]) -> None:
-        """Load what lies in a buffer; on return the engine has read it.
-
-        Args:
-            update: from :func:`~megatron_tropd.rollout.weights.channels.update_info`.
-        """
+        """Load what lies in a buffer; on return the engine has read it."""
         for name, shape in zip(update["names"], update["shapes"], strict=True):
             expected = self._missing.pop(name, None)
             if expected != tuple(shape):
@@ -455,11 +450,6 @@ def check_complete(
 ) -> None:
     """Refuse a weight update that is not exactly what the model needs.
 
-    Args:
-        expected: from :func:`expected_tensors`.
-        found: from :func:`tensor_shapes`.
-        where: for the message.
-
     Raises:
         InputError: names missing, unknown and misshapen tensors.
     """
@@ -496,9 +486,6 @@ def blended_length(longest: int, draft_tokens: int) -> int:
 
 def context_length(folder: str | Path) -> int:
     """Longest sequence a model takes.
-
-    Args:
-        folder: HF folder.
 
     Returns:
         Tokens.

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from megatron_tropd.base.errors import InputError
+from megatron_tropd.convert.accounting import expected_tensors
 from megatron_tropd.convert.checks import check_engine_shards
 from megatron_tropd.convert.families import ModelShape, engine_config, model_shape, plan
 from megatron_tropd.convert.hf_folder import HFFolder
@@ -32,11 +33,7 @@ def check_engine(
     """Refuse what vLLM would refuse later and less clearly, or would compute otherwise.
 
     Args:
-        hf_config: the config.json dictionary.
         max_model_len: longest prompt + response in tokens.
-        cuda: whether the engine runs on CUDA.
-        who: how messages call the model.
-        tensor_parallel: GPUs of the engine.
 
     Raises:
         InputError: the model is not supported, its context is too short, its heads have a size
@@ -99,8 +96,6 @@ def write_engine_folder(source: HFFolder, place: Path, vocab_size: int) -> dict[
     """Make the folder that vLLM opens; an older one is replaced.
 
     Args:
-        source: the model's folder.
-        place: where.
         vocab_size: columns the engine has; fewer than the model's: no weights are linked, as
             vLLM's reader takes whole tensors (:func:`first_rows` cuts them).
 
@@ -121,24 +116,18 @@ def remove_engine_folder(place: Path) -> None:
     shutil.rmtree(place, ignore_errors=True)
 
 
-def expected_tensors(
+def engine_tensors(
     hf_config: dict[str, Any], vocab_size: int | None = None
 ) -> dict[str, tuple[int, ...]]:
     """What every weight update must bring: the model's tensors and an explicit output layer.
 
     Args:
-        hf_config: the config.json dictionary.
         vocab_size: columns the engine has; None: the model's.
 
     Returns:
         Shape by HF name, ``lm_head.weight`` always among them.
     """
-    entries = plan(_with_columns(hf_config, vocab_size))
-    shapes = {
-        name: tuple(shape)
-        for entry in entries
-        for name, shape in entry.operation.hf_shapes().items()
-    }
+    shapes = expected_tensors(plan(_with_columns(hf_config, vocab_size)))
     return {_OUTPUT: shapes[_EMBEDDING]} | shapes
 
 
@@ -153,15 +142,11 @@ def all_tensors(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
 def first_rows(folder: str | Path, vocab_size: int) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a model with the first columns of its vocabulary only, output layer included.
 
-    Args:
-        folder: HF folder.
-        vocab_size: columns.
-
     Yields:
         HF name and tensor.
     """
     source = HFFolder(folder)
-    for name, shape in expected_tensors(source.config, vocab_size).items():
+    for name, shape in engine_tensors(source.config, vocab_size).items():
         stored = name if name in source.names else _EMBEDDING
         yield name, source.read(stored, stop=shape[0])
 

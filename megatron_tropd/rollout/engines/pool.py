@@ -1,7 +1,7 @@
 """The engines of a run: which rank owns one, and how all ranks use them together."""
 
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -9,20 +9,20 @@ from typing import Any, Literal, Self
 import torch
 
 from megatron_tropd.base.errors import TrainingError
+from megatron_tropd.data.collective import run_and_share, run_everywhere
 from megatron_tropd.data.samples import Sample, SampleRequest, Sampling
-from megatron_tropd.rollout.collective import run_and_share, run_everywhere
 from megatron_tropd.rollout.engines.engine import RolloutEngine
-from megatron_tropd.rollout.weights.channels import (
-    DeviceChannel,
-    EngineChannel,
-    FolderChannel,
+from megatron_tropd.rollout.engines.transports import (
+    DeviceTransport,
+    FolderTransport,
     Seat,
+    WeightTransport,
     device_groups,
     export_by_ipc,
     this_seat,
 )
-from megatron_tropd.rollout.weights.interface import Tensors, WeightChannel
-from megatron_tropd.rollout.weights.weight_sync import roomy_root
+from megatron_tropd.rollout.weights.interface import NamedTensor, WeightChannel
+from megatron_tropd.rollout.weights.mailbox import roomy_root
 
 Transport = Literal["auto", "folder"]
 
@@ -30,11 +30,13 @@ Transport = Literal["auto", "folder"]
 class _PoolChannel:
     """The way of weights to the engines of a pool."""
 
-    def __init__(self, give: Callable[[Tensors], None], receivers: tuple[int, ...]) -> None:
+    def __init__(
+        self, give: Callable[[Iterable[NamedTensor]], None], receivers: tuple[int, ...]
+    ) -> None:
         self._give = give
         self.receivers, self.version = receivers, 0
 
-    def send(self, tensors: Tensors, version: int) -> None:
+    def send(self, tensors: Iterable[NamedTensor], version: int) -> None:
         """Give every engine the weights."""
         self._give(tensors)
         self.version = version
@@ -59,9 +61,7 @@ class EnginePool:
         """Start this rank's engine, if it owns one.
 
         Args:
-            rank: of this process.
             world_size: divisible by ``num_engines``.
-            num_engines: how many engines the world has.
             make_engine: called with the engine's number on the rank that owns it.
             transport: of new weights: from GPU to GPU if each GPU of an engine is that of a rank
                 ("auto"), or through a folder; None: they keep the weights they start with.
@@ -73,17 +73,17 @@ class EnginePool:
         self.owners = tuple(range(0, world_size, block))
         self._number = rank // block if rank in self.owners else None
         self._engine: RolloutEngine | None = None
-        self._into_engine: EngineChannel | None = None
+        self._transport: WeightTransport | None = None
         self._awake = self._asked = False
         self._settled: list[Sample] | None = None
-        self._tensors: Tensors = iter(())
+        self._tensors: Iterable[NamedTensor] = iter(())
         self._filled = True
         """Whether the engines have weights; those that they start with, at first."""
         seats = run_everywhere(lambda: self._make(make_engine))
         self._forgetful = any(seat.forgets for seat in seats)
         if transport is not None:
-            self._into_engine = _open_channel(seats, rank, transport)
-        receivers = self._into_engine.receivers if self._into_engine else ()
+            self._transport = _open_transport(seats, rank, transport)
+        receivers = self._transport.receivers if self._transport else ()
         self.channel: WeightChannel = _PoolChannel(self._give, receivers)
 
     def generate(self, requests: Sequence[SampleRequest], sampling: Sampling) -> list[Sample]:
@@ -91,7 +91,6 @@ class EnginePool:
 
         Args:
             requests: the same list on every rank.
-            sampling: shared settings.
 
         Returns:
             One sample per request, in order, on every rank.
@@ -167,9 +166,9 @@ class EnginePool:
         if self._engine is not None:
             self._engine.close()
             self._engine = None
-        if self._into_engine is not None:
-            self._into_engine.close()
-            self._into_engine = None
+        if self._transport is not None:
+            self._transport.close()
+            self._transport = None
 
     def __enter__(self) -> Self:
         return self
@@ -203,7 +202,7 @@ class EnginePool:
         run_everywhere(lambda: self._load(self._tensors))
         self._filled = True
 
-    def _give(self, tensors: Tensors) -> None:
+    def _give(self, tensors: Iterable[NamedTensor]) -> None:
         """Collectives: those of ``tensors``, a gather of the outcome, and those of
         :func:`run_and_share` for samples that are still being made: they are of the weights before.
         """
@@ -212,9 +211,9 @@ class EnginePool:
         run_everywhere(lambda: self._load(tensors))
         self._filled = True
 
-    def _load(self, tensors: Tensors) -> None:
-        assert self._into_engine is not None, "these engines keep the weights they start with"
-        self._into_engine.send(iter(tensors), self._engine)
+    def _load(self, tensors: Iterable[NamedTensor]) -> None:
+        assert self._transport is not None, "these engines keep the weights they start with"
+        self._transport.send(iter(tensors), self._engine)
 
     def _cut(self, requests: Sequence[SampleRequest]) -> list[list[SampleRequest]]:
         return cut_batches(requests, len(self.owners))
@@ -250,13 +249,15 @@ class EnginePool:
         self._slept()
 
 
-def _open_channel(seats: Sequence[Seat], rank: int, transport: Transport) -> EngineChannel:
+def _open_transport(seats: Sequence[Seat], rank: int, kind: Transport) -> WeightTransport:
     """The way of the weights; collective."""
     mine, owners = seats[rank], [number for number, seat in enumerate(seats) if seat.engine_gpus]
-    groups = device_groups(seats) if transport == "auto" else "rollout.weight_transport = folder"
+    groups = device_groups(seats) if kind == "auto" else "rollout.weight_transport = folder"
     if not isinstance(groups, str) and mine.device is not None:
         device = torch.device("cuda", mine.device)
-        return DeviceChannel(groups, rank=rank, uuid=mine.uuid, device=device, export=export_by_ipc)
+        return DeviceTransport(
+            groups, rank=rank, uuid=mine.uuid, device=device, export=export_by_ipc
+        )
     if mine.device is not None and rank == 0:
         print(f"Weights go to the engines through shared memory: {groups}.", flush=True)
     here = [seat for seat in seats if seat.host == mine.host and seat.engine_gpus]
@@ -265,7 +266,7 @@ def _open_channel(seats: Sequence[Seat], rank: int, transport: Transport) -> Eng
         return roomy_root(len(here), mine.weight_bytes) if mine.engine_gpus else None
 
     # Together: ranks whose node has room must not wait for one whose node has none.
-    return FolderChannel(owners, run_everywhere(root)[rank])
+    return FolderTransport(owners, run_everywhere(root)[rank])
 
 
 def cut_batches[T](requests: Sequence[T], count: int) -> list[list[T]]:

@@ -40,11 +40,7 @@ class EngineProcess:
     """A child that imports vLLM and then serves its end of a pipe (``rollout.engines.child``)."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
-        """Start it; what it prints is kept until it is told where it belongs.
-
-        Args:
-            environment: from :func:`engine_environment`.
-        """
+        """Start it; what it prints is kept until it is told where it belongs."""
         self.environment = dict(environment)
         self._output: IO[bytes] | None = tempfile.TemporaryFile()  # noqa: SIM115
         ours, theirs = socket.socketpair()
@@ -146,8 +142,6 @@ def engine_environment(
     """Environment of the child: the parent's without its place in the job and its CUDA settings.
 
     Args:
-        base: the parent's environment.
-        threads: CPU threads of the engine.
         cuda_devices: CUDA_VISIBLE_DEVICES of the child; None: no CUDA.
 
     Returns:

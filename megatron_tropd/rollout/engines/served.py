@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Self
 
+from megatron_tropd.data.collective import run_and_share
 from megatron_tropd.data.samples import Sample, SampleRequest, Sampling
-from megatron_tropd.rollout.collective import run_and_share
 from megatron_tropd.rollout.engines.client import ClientSettings, ServerClient
 from megatron_tropd.rollout.engines.dispatch import Dispatch, Patience
 from megatron_tropd.rollout.engines.pool import cut_batches, merge_batches
@@ -42,10 +42,7 @@ class ServerPool:
         Args:
             known: how servers are found and recognised.
             versions: where they get weights from.
-            rank: of this process.
-            num_servers: ``rollout.num_engines``.
             model: whose samples are asked for.
-            patience: time-outs.
             stopping: whether the run was asked to stop; it then waits less for servers.
         """
         self.channel = VersionChannel(versions, is_writer=rank == 0)
@@ -63,7 +60,6 @@ class ServerPool:
 
         Args:
             requests: the same list on every rank.
-            sampling: shared settings.
 
         Returns:
             One sample per request, in order, on every rank.
@@ -73,7 +69,7 @@ class ServerPool:
             TrainingError: engines died over one batch again and again.
             InputError: a request does not fit the model.
 
-        Collectives: those of :func:`~megatron_tropd.rollout.collective.run_and_share`.
+        Collectives: those of :func:`~megatron_tropd.data.collective.run_and_share`.
         """
         return self._collect(lambda: self._after_pending(requests, sampling))
 

@@ -245,10 +245,8 @@ class RolloutServer:
         """Bind the address; nothing runs yet.
 
         Args:
-            address: where to listen.
             make_keeper: makes the engine's keeper, given how to sleep.
             settings: fingerprint of what samples depend on.
-            pid: announced.
 
         Raises:
             ConfigError: the address cannot be bound, or it is not loopback and there is no token.

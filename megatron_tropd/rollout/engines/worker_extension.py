@@ -23,7 +23,6 @@ class WorkerExtension:
         """Load a model with the first columns of its vocabulary only.
 
         Args:
-            folder: HF folder.
             vocab_size: columns, those of this engine's model.
         """
         self.tropd_forget_packed_experts()
@@ -44,7 +43,6 @@ class WorkerExtension:
 
         Args:
             folder: HF folder of the student if the engine has its first columns only.
-            vocab_size: columns.
         """
         self._blended = BlendedSampler(self.model_runner)
         # Once: it is checked when it is made, against a folder that is gone after the start.

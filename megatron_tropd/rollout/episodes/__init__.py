@@ -10,6 +10,7 @@ from typing import Protocol
 
 from megatron_tropd.base.parts import load_part
 from megatron_tropd.config import GuidanceConfig, RolloutConfig
+from megatron_tropd.data.golden import GoldenAnswers
 from megatron_tropd.data.prefixes import sample_seed
 from megatron_tropd.data.responses import TeacherResponse
 from megatron_tropd.data.samples import Sample, SampleRequest
@@ -29,6 +30,8 @@ class EpisodePlan:
     """``train.seed``; keys every draw."""
     responses: Mapping[int, Sequence[TeacherResponse]] | None
     """The teacher's, by ``Prompt.index``; None: no guidance."""
+    golden: GoldenAnswers | None = None
+    """Of the prompts: the last sample of each is its golden answer. None: all are sampled."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,14 @@ class EpisodeStart:
     def key(self) -> SampleKey:
         """Of the sequence."""
         return SampleKey(self.step, self.prompt.index, self.sample_index)
+
+    @property
+    def golden_answer(self) -> tuple[int, ...] | None:
+        """What takes this sample's place; None: it is sampled."""
+        golden, samples = self.settings.golden, self.settings.rollout.samples_per_prompt
+        if golden is None or self.sample_index < samples - 1:
+            return None
+        return golden[self.prompt.index]
 
     def seed(self, turn: int = 0) -> int:
         """The seed of a request: that of no other sample, step or turn."""

@@ -6,12 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
-
 from megatron_tropd.base.errors import TrainingError
-from megatron_tropd.rollout.collective import run_everywhere
-from megatron_tropd.rollout.weights.interface import Tensors
-from megatron_tropd.rollout.weights.weight_sync import write_buckets
+from megatron_tropd.data.collective import run_everywhere
+from megatron_tropd.rollout.weights.interface import NamedTensor
+from megatron_tropd.rollout.weights.mailbox import write_buckets
 
 _WRITER = "writer.txt"
 VISIBLE_SECONDS = 60.0
@@ -49,7 +47,7 @@ class WeightVersions:
         """Where a version lies, or would."""
         return self.folder / f"version_{version:06d}"
 
-    def write(self, name: WeightsName, tensors: Iterable[tuple[str, Tensor | None]]) -> None:
+    def write(self, name: WeightsName, tensors: Iterable[NamedTensor]) -> None:
         """Write a version; one of the same number is replaced.
 
         Args:
@@ -133,7 +131,7 @@ class VersionChannel:
         """Optimizer steps that the weights sent last have seen."""
         return self.name.version if self.name else 0
 
-    def send(self, tensors: Tensors, version: int) -> None:
+    def send(self, tensors: Iterable[NamedTensor], version: int) -> None:
         """Write the weights; a server loads them when it is first asked for samples of them.
 
         Collectives: those of ``tensors``, a gather of the outcome.
@@ -147,7 +145,7 @@ class VersionChannel:
         if self.name is not None and self._is_writer:
             self._versions.clear()
 
-    def _write(self, name: WeightsName, tensors: Tensors) -> None:
+    def _write(self, name: WeightsName, tensors: Iterable[NamedTensor]) -> None:
         tensors = iter(tensors)
         try:
             if self._is_writer:

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from megatron_tropd.base.errors import TrainingError
 from megatron_tropd.rollout.engines.engine import RolloutEngine
-from megatron_tropd.rollout.weights.weight_sync import BUCKET_BYTES, WeightMailbox
+from megatron_tropd.rollout.weights.interface import NamedTensor
+from megatron_tropd.rollout.weights.mailbox import BUCKET_BYTES, WeightMailbox
 
-Tensors = Iterator[tuple[str, Tensor | None]]
 _EXPANDABLE, _FIXED = "expandable_segments:True", "expandable_segments:False"
 
 
@@ -41,20 +41,20 @@ class Seat:
     """Of one version, on the way to its engine."""
 
 
-class EngineChannel(Protocol):
+class WeightTransport(Protocol):
     """How weights get into the engines beside the ranks; :meth:`send` is collective."""
 
     receivers: tuple[int, ...]
     """Ranks that need the tensors; the others are given None."""
 
-    def send(self, tensors: Tensors, engine: RolloutEngine | None) -> None:
+    def send(self, tensors: Iterator[NamedTensor], engine: RolloutEngine | None) -> None:
         """Give this rank's engine, if it owns one, the weights; exhausts ``tensors``."""
 
     def close(self) -> None:
         """Let go of everything; not collective."""
 
 
-class FolderChannel:
+class FolderTransport:
     """Files in shared memory, written by the engine's owner and mapped by its workers."""
 
     def __init__(self, owners: Sequence[int], root: Path | None) -> None:
@@ -62,13 +62,13 @@ class FolderChannel:
 
         Args:
             owners: ranks with an engine.
-            root: where (:func:`~megatron_tropd.rollout.weights.weight_sync.roomy_root`); None:
+            root: where (:func:`~megatron_tropd.rollout.weights.mailbox.roomy_root`); None:
                 this rank owns no engine.
         """
         self.receivers = tuple(owners)
         self._mailbox = None if root is None else WeightMailbox(root)
 
-    def send(self, tensors: Tensors, engine: RolloutEngine | None) -> None:
+    def send(self, tensors: Iterator[NamedTensor], engine: RolloutEngine | None) -> None:
         """Write the weights, have them loaded, remove them."""
         folder = None
         try:
@@ -88,7 +88,7 @@ class FolderChannel:
             self._mailbox.close()
 
 
-class DeviceChannel:
+class DeviceTransport:
     """A buffer on each GPU of an engine, filled by the rank there and read by the worker there.
 
     Every worker needs a handle of memory on its own GPU (vLLM looks them up by the GPU's UUID), so
@@ -109,9 +109,6 @@ class DeviceChannel:
 
         Args:
             groups: ranks of each engine's GPUs, by the rank that owns it (:func:`device_groups`).
-            rank: of this process.
-            uuid: of its GPU.
-            device: that GPU.
             export: what another process needs to open a tensor (:func:`export_by_ipc`).
             bucket_bytes: handed over at a time; a larger tensor alone.
         """
@@ -132,7 +129,7 @@ class DeviceChannel:
                 group_desc="GPUS_OF_AN_ENGINE",
             )
 
-    def send(self, tensors: Tensors, engine: RolloutEngine | None) -> None:
+    def send(self, tensors: Iterator[NamedTensor], engine: RolloutEngine | None) -> None:
         """Hand the weights over, one buffer after the other."""
         if self._takes_part:
             _give_cache_back()
@@ -181,7 +178,7 @@ class DeviceChannel:
 class _Sent:
     """One version on its way. Ranks of an engine go through the same tensors in the same order."""
 
-    channel: DeviceChannel
+    transport: DeviceTransport
     engine: RolloutEngine | None
     """Of this rank; None: it fills the buffer for another rank's."""
     _buffer: Tensor | None = None
@@ -201,9 +198,9 @@ class _Sent:
         if other or self._used + flat.numel() > self._size:
             self._flush()
         if flat.numel() > self._size:
-            size = max(flat.numel(), self.channel.bucket_bytes)
+            size = max(flat.numel(), self.transport.bucket_bytes)
             self._buffer = None  # before the larger one is there
-            self._buffer, self._handles = self.channel.stage(size)
+            self._buffer, self._handles = self.transport.stage(size)
         assert self._buffer is not None
         self._buffer[self._used : self._used + flat.numel()].copy_(flat)
         self._used += flat.numel()
@@ -212,7 +209,7 @@ class _Sent:
     def finish(self) -> None:
         self._flush()
         self._tell(lambda engine: engine.finish_weights())
-        self.channel.wait_for_each_other()  # the workers have let go of the buffers on every GPU
+        self.transport.wait_for_each_other()  # the workers have let go of the buffers on every GPU
         self._buffer = None
         if torch.cuda.is_available():
             torch.cuda.ipc_collect()
@@ -227,10 +224,10 @@ class _Sent:
     def _flush(self) -> None:
         if not self._parts:
             return
-        self.channel.wait_for_each_other()
+        self.transport.wait_for_each_other()
         update = update_info(self._parts, self._handles)
         self._tell(lambda engine: engine.take_weights(update))
-        self.channel.wait_for_each_other()  # the workers have copied what was in the buffer
+        self.transport.wait_for_each_other()  # the workers have copied what was in the buffer
         self._parts, self._used = [], 0
 
     def _tell(self, action: Callable[[RolloutEngine], None]) -> None:

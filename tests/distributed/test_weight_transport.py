@@ -10,7 +10,7 @@ import torch.distributed as dist
 from ranks import run_on_ranks, run_with_env
 
 from megatron_tropd.base.errors import TrainingError
-from megatron_tropd.rollout.weights.channels import DeviceChannel
+from megatron_tropd.rollout.engines.transports import DeviceTransport
 
 GROUPS = {0: (0, 1)}
 
@@ -43,7 +43,7 @@ def hand_over(group: dist.ProcessGroup, fails: bool) -> None:
         buffers.append(buffer)
         return rank, len(buffers)
 
-    channel = DeviceChannel(
+    channel = DeviceTransport(
         GROUPS,
         rank=rank,
         uuid=f"GPU-{rank}",
@@ -88,7 +88,7 @@ def test_every_gpu_of_an_engine_has_its_buffer(fails: bool) -> None:
 
 def wait_as_long() -> None:
     dist.init_process_group("gloo", timeout=timedelta(hours=7))
-    channel = DeviceChannel(
+    channel = DeviceTransport(
         GROUPS,
         rank=dist.get_rank(),
         uuid="",

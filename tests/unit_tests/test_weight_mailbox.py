@@ -15,10 +15,10 @@ from megatron_tropd.rollout.engines.engine import (
     engine_environment,
     tensor_shapes,
 )
-from megatron_tropd.rollout.engines.engine_model import expected_tensors
+from megatron_tropd.rollout.engines.engine_model import engine_tensors
 from megatron_tropd.rollout.weights import versions
+from megatron_tropd.rollout.weights.mailbox import WeightMailbox, remove_stale
 from megatron_tropd.rollout.weights.versions import VersionChannel, WeightsName, WeightVersions
-from megatron_tropd.rollout.weights.weight_sync import WeightMailbox, remove_stale
 
 Tensors = Iterable[tuple[str, torch.Tensor | None]]
 
@@ -83,13 +83,13 @@ def test_a_full_disk_is_an_error_that_says_how_much_is_missing(
 def test_tied_models_must_bring_an_explicit_output_layer(
     tiny_qwen3: Path, tiny_llama: Path
 ) -> None:
-    tied = expected_tensors(HFFolder(tiny_qwen3).config)
+    tied = engine_tensors(HFFolder(tiny_qwen3).config)
     assert "lm_head.weight" not in tensor_shapes(tiny_qwen3)
     assert tied["lm_head.weight"] == tied["model.embed_tokens.weight"] == (259, 64)
     with pytest.raises(InputError, match=r"missing 1 \(lm_head.weight\)"):
         check_complete(tied, tensor_shapes(tiny_qwen3), tiny_qwen3)
     check_complete(
-        expected_tensors(HFFolder(tiny_llama).config), tensor_shapes(tiny_llama), tiny_llama
+        engine_tensors(HFFolder(tiny_llama).config), tensor_shapes(tiny_llama), tiny_llama
     )
 
 

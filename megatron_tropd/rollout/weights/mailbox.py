@@ -11,8 +11,7 @@ import shutil
 import socket
 import tempfile
 import uuid
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Self
 
@@ -22,22 +21,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_tropd.base.errors import ConfigError, TrainingError
+from megatron_tropd.rollout.weights.interface import NamedTensor
 
 _PREFIX = "tropd-weights-"
 _LOCK = "owner.lock"
 SHARED_MEMORY = Path("/dev/shm")
 BUCKET_BYTES = 256 * 2**20
-
-
-@dataclass(frozen=True)
-class Export:
-    """A model's tensors under their HF names, made anew by everyone who goes through them."""
-
-    make: Callable[[], Iterator[tuple[str, Tensor | None]]]
-    """Making them is collective."""
-
-    def __iter__(self) -> Iterator[tuple[str, Tensor | None]]:
-        return self.make()
 
 
 class WeightMailbox:
@@ -65,7 +54,7 @@ class WeightMailbox:
         self.folder = hidden.rename(root / name)
         self._version = 0
 
-    def write(self, tensors: Iterable[tuple[str, Tensor | None]]) -> Path:
+    def write(self, tensors: Iterable[NamedTensor]) -> Path:
         """Write one version of the weights; the one before is removed first.
 
         Args:
@@ -102,13 +91,12 @@ class WeightMailbox:
 
 def write_buckets(
     target: Path,
-    tensors: Iterable[tuple[str, Tensor | None]],
+    tensors: Iterable[NamedTensor],
     bucket_bytes: int = BUCKET_BYTES,
 ) -> None:
     """Write tensors as safetensors into a folder, holding one bucket at a time.
 
     Args:
-        target: an empty folder.
         tensors: HF names and tensors on any device; ``None`` values are skipped. Exhausted even if
             writing fails, since making them may be collective.
         bucket_bytes: tensors are written in files of about this size.
@@ -161,7 +149,6 @@ def roomy_root(engines: int, weight_bytes: int) -> Path:
 
     Args:
         engines: that get them at the same time.
-        weight_bytes: of one version.
 
     Returns:
         The first of the two that has room, without what dead runs have left.

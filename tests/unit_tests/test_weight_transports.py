@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from megatron_tropd.base.errors import ConfigError, TrainingError
-from megatron_tropd.rollout.engines import pool
-from megatron_tropd.rollout.weights import channels
-from megatron_tropd.rollout.weights.channels import DeviceChannel, Seat, device_groups
-from megatron_tropd.rollout.weights.weight_sync import roomy_root
+from megatron_tropd.rollout.engines import pool, transports
+from megatron_tropd.rollout.engines.transports import DeviceTransport, Seat, device_groups
+from megatron_tropd.rollout.weights.mailbox import roomy_root
 
 CPU = torch.device("cpu")
 
@@ -61,7 +60,7 @@ def buffers() -> dict[str, Tensor]:
 
 
 @pytest.fixture
-def channel(buffers: dict[str, Tensor]) -> DeviceChannel:
+def channel(buffers: dict[str, Tensor]) -> DeviceTransport:
     """To an engine on one GPU, 100 bytes at a time."""
 
     def export(tensor: Tensor) -> tuple[Any, ...]:
@@ -69,7 +68,7 @@ def channel(buffers: dict[str, Tensor]) -> DeviceChannel:
         buffers[handle] = tensor
         return (handle,)
 
-    return DeviceChannel(
+    return DeviceTransport(
         {0: (0,)}, rank=0, uuid="GPU-0", device=CPU, export=export, bucket_bytes=100
     )
 
@@ -86,7 +85,7 @@ def _weights() -> dict[str, Tensor]:
 
 
 def test_an_engine_reads_one_buffer_after_the_other(
-    channel: DeviceChannel, buffers: dict[str, Tensor]
+    channel: DeviceTransport, buffers: dict[str, Tensor]
 ) -> None:
     weights, engine = _weights(), ReadingEngine(buffers)
     channel.send(iter(weights.items()), engine)  # type: ignore[arg-type]
@@ -98,7 +97,7 @@ def test_an_engine_reads_one_buffer_after_the_other(
 
 
 def test_buffers_are_given_up_once_the_workers_on_every_gpu_have_let_go(
-    channel: DeviceChannel, buffers: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+    channel: DeviceTransport, buffers: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = ReadingEngine(buffers)
     monkeypatch.setattr(channel, "wait_for_each_other", lambda: engine.calls.append("wait"))
@@ -107,7 +106,7 @@ def test_buffers_are_given_up_once_the_workers_on_every_gpu_have_let_go(
 
 
 def test_after_a_failure_the_export_goes_on_for_the_other_ranks(
-    channel: DeviceChannel, buffers: dict[str, Tensor]
+    channel: DeviceTransport, buffers: dict[str, Tensor]
 ) -> None:
     tensors, engine = iter(_weights().items()), ReadingEngine(buffers, fails_at=3)
     with pytest.raises(TrainingError, match="the engine died"):
@@ -117,7 +116,7 @@ def test_after_a_failure_the_export_goes_on_for_the_other_ranks(
 
 
 def test_a_rank_without_an_engines_gpu_goes_along() -> None:
-    channel = DeviceChannel({0: (0,)}, rank=1, uuid="GPU-1", device=CPU, export=lambda _: ())
+    channel = DeviceTransport({0: (0,)}, rank=1, uuid="GPU-1", device=CPU, export=lambda _: ())
     tensors: Iterator[tuple[str, None]] = iter([("a", None), ("b", None)])
     channel.send(tensors, None)
     assert next(tensors, None) is None
@@ -171,14 +170,14 @@ def test_a_shared_buffer_lies_in_no_expandable_segment(
     monkeypatch.setattr(
         torch._C, "_accelerator_setAllocatorSettings", lambda text: now.__setitem__(0, text)
     )
-    with channels.fixed_segments():
+    with transports.fixed_segments():
         assert now == [inside]
     assert now[0].replace(" ", "") == settings.replace(" ", "")
 
 
 def test_torch_has_the_settings_of_its_allocator() -> None:
     before = torch._C._accelerator_getAllocatorSettings()
-    with channels.fixed_segments():
+    with transports.fixed_segments():
         assert torch._C._accelerator_getAllocatorSettings() == before
 
 
@@ -190,7 +189,7 @@ def disks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[int, int
     """Sets the GiB that shared memory and the temporary folder have free."""
     usage = collections.namedtuple("usage", "total used free")
     shared, temporary = tmp_path / "shm", tmp_path / "tmp"
-    monkeypatch.setattr("megatron_tropd.rollout.weights.weight_sync.SHARED_MEMORY", shared)
+    monkeypatch.setattr("megatron_tropd.rollout.weights.mailbox.SHARED_MEMORY", shared)
     monkeypatch.setattr("tempfile.gettempdir", lambda: str(temporary))
 
     def set_free(of_shared: int, of_temporary: int) -> Free:
@@ -233,11 +232,11 @@ def test_on_gpus_a_pool_takes_the_device_and_elsewhere_the_folder(
     disks(1, 1)
     monkeypatch.setattr(pool, "run_everywhere", lambda action: [action()])
     gpu, cpu = _seats("a", {0: 1}), [Seat("a", engine_gpus=1, weight_bytes=8)]
-    assert isinstance(pool._open_channel(gpu, 0, "auto"), DeviceChannel)
+    assert isinstance(pool._open_transport(gpu, 0, "auto"), DeviceTransport)
     assert not capsys.readouterr().out
-    assert isinstance(pool._open_channel(cpu, 0, "auto"), channels.FolderChannel)
+    assert isinstance(pool._open_transport(cpu, 0, "auto"), transports.FolderTransport)
     assert not capsys.readouterr().out
-    assert isinstance(pool._open_channel(gpu, 0, "folder"), channels.FolderChannel)
+    assert isinstance(pool._open_transport(gpu, 0, "folder"), transports.FolderTransport)
     assert "shared memory: rollout.weight_transport = folder" in capsys.readouterr().out
 
 
@@ -249,5 +248,5 @@ def test_the_time_of_the_default_group_or_a_long_one(monkeypatch, hides) -> None
         _device_types=["cpu"], _get_backend=lambda _: SimpleNamespace(options=options)
     )
     default = SimpleNamespace(group=SimpleNamespace(WORLD=world))
-    monkeypatch.setattr(channels, "dist", default)
-    assert channels._timeout() == (timedelta(days=1) if hides else wanted)
+    monkeypatch.setattr(transports, "dist", default)
+    assert transports._timeout() == (timedelta(days=1) if hides else wanted)
