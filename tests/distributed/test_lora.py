@@ -26,12 +26,14 @@ DENSE = {
     "tp2_sp": ParallelConfig(tensor=2, sequence_parallel=True),
     "pp2": ParallelConfig(pipeline=2),
     "dp2": ParallelConfig(data=2),
+    "cp2": ParallelConfig(context=2),
 }
 MIXTURE = {
     "tp2_sp": ParallelConfig(tensor=2, sequence_parallel=True),
     "tp2_whole_experts": ParallelConfig(tensor=2, sequence_parallel=True, expert_tensor=1),
     "tp2_ep2": ParallelConfig(tensor=2, sequence_parallel=True, expert_tensor=1, expert=2),
     "ep2": ParallelConfig(data=2, expert=2),
+    "cp2_ep2": ParallelConfig(context=2, expert=2),
 }
 RECOMPUTED = {
     "recompute_granularity": "full",
@@ -81,11 +83,12 @@ def lora_student(
 
 
 def batches_of(ranks, step: int):
-    return pack(
+    packed = pack(
         recorded_trajectories(step),
         dp_rank=ranks.dp_rank, dp_size=ranks.dp_size,
-        tokens_per_micro_batch=128, pad_multiple=2, seed=0, step=step,
+        tokens_per_micro_batch=128, pad_multiple=4, seed=0, step=step,
     )  # fmt: skip
+    return [ranks.local(batch) for batch in packed]
 
 
 def steps(learner, ranks, first: int, last: int) -> list[float]:
@@ -207,15 +210,17 @@ RESUMED = (
     ParallelConfig(pipeline=2, distributed_optimizer=True),
 )
 
+ACROSS = ParallelConfig(context=2, distributed_optimizer=True)
+
 
 def _train_and_resume(folder: str, mixture: str, out: str) -> None:
     import torch.distributed as dist
 
     dist.init_process_group("gloo")
     _move(folder, RESUMED, "bfloat16", Path(out, "bf16"))
-    _move(folder, RESUMED[:2], "float32", Path(out, "fp32"))
+    _move(folder, (RESUMED[0], ACROSS), "float32", Path(out, "fp32"))
     _move(folder, RESUMED[:1], "float32", Path(out, "dropout"), lora=DROPPED)
-    _move(mixture, tuple(MIXTURE.values())[::3], "float32", Path(out, "mixture"))
+    _move(mixture, (MIXTURE["tp2_sp"], MIXTURE["ep2"]), "float32", Path(out, "mixture"))
 
 
 def _move(folder: str, layouts, dtype: str, out: Path, lora: LoraConfig = LORA) -> None:
