@@ -132,7 +132,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         "distill/step_records.py",
         (
             "examples are those of the row in its micro-batch",
-            "mine_T = batch.loss_rows == batch.rows[b]",
+            "mine_T = batch.loss_rows == row",
             "mine_T = batch.loss_rows == batch.rows[0]",
             f"{STEP}_examples_are_those_of_their_sequences",
         ),
