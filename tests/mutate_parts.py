@@ -89,12 +89,27 @@ MUTATIONS = (
         ),
     ),
     *of_file(
+        "data/batch.py",
+        (
+            "tokens of a part of a row keep their places in the whole one",
+            "loss_at=(self.loss_at // length * len(positions) + place_T)[kept],",
+            "loss_at=self.loss_at[kept],",
+            f"{PACKING}_parts_of_rows_together_hold_every_token_as_it_was",
+        ),
+    ),
+    *of_file(
         "mcore/layout.py",
         (
             "replicas and stages change places",
             "return (pp_rank * self.dp_size * self.cp_size + replica) * self.tp_size + tp_rank",
             "return (replica * self.pp_size + pp_rank) * self.tp_size + tp_rank",
             LAYOUT,
+        ),
+        (
+            "a rank of a row has two chunks from its front",
+            "chunks[cp_rank], chunks[-1 - cp_rank]",
+            "chunks[cp_rank], chunks[cp_rank + cp_size]",
+            f"{PACKING}_a_rank_has_a_chunk_and_its_mirror_image_as_megatron_deals_them",
         ),
         (
             "shards of an expert count as parts of the experts",

@@ -286,8 +286,8 @@ def _patch_attention() -> None:
 
     from megatron_tropd.mcore.attention import FusedAttention
 
-    def choose(cls: type, config: Any, *args: Any, **kwargs: Any) -> Any:
-        shared = cls is DotProductAttention and config.context_parallel_size > 1
+    def choose(cls: type, config: Any = None, *args: Any, **kwargs: Any) -> Any:
+        shared = cls is DotProductAttention and config and config.context_parallel_size > 1
         return object.__new__(FusedAttention if shared else cls)
 
     DotProductAttention.__new__ = choose

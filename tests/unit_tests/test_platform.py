@@ -160,9 +160,12 @@ def test_places_and_ranks_are_inverse() -> None:
     from megatron_tropd.mcore.layout import Layout
 
     ranks = Layout(0, 12, 0, 2, 0, 3, 0, 2, groups=None)  # type: ignore[arg-type]
-    for rank in range(12):
-        tp_rank, pp_rank, replica = ranks.place(rank)
-        assert ranks.global_rank(tp_rank=tp_rank, pp_rank=pp_rank, replica=replica) == rank
+    for one in (ranks, dataclasses.replace(ranks, world_size=24, cp_rank=1, cp_size=2)):
+        assert one.replica == one.cp_rank
+        for rank in range(one.world_size):
+            tp_rank, pp_rank, replica = one.place(rank)
+            assert one.global_rank(tp_rank=tp_rank, pp_rank=pp_rank, replica=replica) == rank
+            assert replica < one.world_size // 6
     assert [ranks.ep_rank_of(rank) for rank in range(4)] == [0, 0, 0, 0]
     whole = dataclasses.replace(ranks, ep_size=4)
     assert [whole.ep_rank_of(rank) for rank in range(8)] == [0, 1, 2, 3, 0, 1, 2, 3]

@@ -185,7 +185,7 @@ def test_shards_are_of_whole_sequences():
     assert shards_of([], 99) == []
 
 
-def test_the_most_likely_ids_are_those_of_the_whole_distribution():
+def test_the_most_likely_ids_are_those_of_the_whole_distribution(monkeypatch: pytest.MonkeyPatch):
     logits = torch.randn(17, 40, generator=torch.Generator().manual_seed(1))
     logits[:, 33:] = 50  # padding
     ids = torch.arange(17)
