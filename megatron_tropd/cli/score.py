@@ -14,7 +14,6 @@ from megatron_tropd.base.environment import number
 from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.base.failures import exit_code, read
 from megatron_tropd.base.files import write_json
-from megatron_tropd.cli.distill import is_rank
 from megatron_tropd.config import Config, config_to_dict, load_config
 from megatron_tropd.config.run_folder import (
     RunFolder,
@@ -40,6 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Write what is missing in ``teacher.cache``; on several nodes this node's share."""
+    from megatron_tropd.cli.distill import is_rank
+
     started_at()
     config = job_config(load_config(arguments.config, arguments.overrides))
     set_environment(config.run.deterministic)

@@ -32,7 +32,7 @@ REFERENCED = ("delta", "erpd")
 SHARDS = (recorded_trajectories(0, count=7), recorded_trajectories(1))
 """Seven rows are no multiple of two replicas."""
 # Largest difference of a loss or a gradient norm, in parts of it.
-TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
+TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-3}
 
 
 def _score(parts: Any, folder: Path, dtype: str) -> None:

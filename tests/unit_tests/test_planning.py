@@ -523,16 +523,8 @@ def test_no_layout_of_a_prime_number_of_gpus(small: Config):
 
 # Of schema 1, listed in docs/planning.md: nothing is renamed or removed without raising the number.
 PLAN_KEYS = {
-    *(
-        "schema",
-        "seconds_and_recommendation",
-        "student",
-        "teacher_cache",
-        "teacher",
-        "trained_parameters",
-    ),
-    *("hardware", "step"),
-    *("asked", "recommended", "other_steps_ahead"),
+    *("schema", "seconds_and_recommendation", "student", "teacher", "trained_parameters"),
+    *("hardware", "step", "asked", "recommended", "other_steps_ahead", "teacher_cache"),
 }
 ESTIMATE_KEYS = {
     *("parallel", "rollout", "training_nodes", "engine_nodes", "fits", "obstacle"),
@@ -563,6 +555,28 @@ def test_command_prints_a_table_or_json(capsys):
     assert plan["asked"].keys() == ESTIMATE_KEYS
     recommended = plan["recommended"]["parallel"]
     assert recommended["tensor"] * recommended["pipeline"] * recommended["data"] == 16
+
+
+def test_a_cached_teacher_takes_no_memory_and_a_stated_size_on_disk(capsys):
+    cached = ["teacher.placement=cached", "teacher.cache=c", "rollout.recorded=r"]
+    cached += ["teacher.cache_top_k=16", "evaluation.teacher=false"]
+    plans = {}
+    for name, settings in {"cached": cached, "resident": []}.items():
+        words = [str(RECIPES / "qwen3_1.7b.toml"), *settings]
+        assert main(["plan", *words, "--json"]) == 0
+        plans[name] = json.loads(capsys.readouterr().out)
+    first, last = plans["cached"]["asked"]["memory_bytes"][0], plans["cached"]["step"]
+    assert first["teacher_weights"] == first["teacher_forward"] == 0
+    tokens = last["rows"] * last["longest_response"]
+    assert first["teacher_hidden"] == tokens * (16 * 12 + 4)
+    assert first["peak"] < plans["resident"]["asked"]["memory_bytes"][0]["peak"]
+    assert plans["cached"]["asked"]["seconds"]["teacher"] == 0
+    kept = {"top_k": 16, "dtype": "float32", "bytes_per_token": 12 + 16 * 8}
+    assert plans["cached"]["teacher_cache"] == kept and plans["resident"]["teacher_cache"] is None
+    assert main(["plan", str(RECIPES / "qwen3_1.7b.toml"), *cached]) == 0
+    table = " ".join(capsys.readouterr().out.split())
+    assert "140 bytes a token (k = 16, float32)" in table and "no teacher is loaded" in table
+    assert "teacher's cached top-k" in table and "teacher weights" not in table
 
 
 ERRORS = {
