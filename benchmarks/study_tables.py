@@ -63,10 +63,11 @@ def bootstrap(values: Sequence[float]) -> tuple[float, float]:
 def paired(values: Seeds, others: Seeds) -> tuple[float, float, float] | None:
     """Mean of the differences seed by seed, and Student's 95 % interval of it.
 
-    A bootstrap of three to five differences is too narrow to call anything better.
+    A bootstrap of three to five differences is too narrow to call anything better, and two
+    accuracies of whole problems may differ by the same number by chance: None.
     """
     both = [values[seed] - others[seed] for seed in values.keys() & others.keys()]
-    if len(both) < 2:
+    if len(both) < 3:
         return None
     mean = statistics.fmean(both)
     half = T_975[len(both) - 1] * statistics.stdev(both) / math.sqrt(len(both))
