@@ -86,7 +86,8 @@ def _forest(
 
 def curves(lines: Lines) -> str:
     """Means over the seeds along the way, a row for each task."""
-    parts, top = [_legend()], 24
+    shown = [m for m in DRAWN if any(of_seeds(lines, task, m) for task in TASKS)]
+    parts, top = [_legend(shown)], 24
     for task in TASKS:
         held_out = _curves_of(lines, task, _held_out)
         if not held_out:
@@ -141,9 +142,9 @@ def _panel(found: dict[str, Points], name: str, left: int, top: int) -> Iterator
         yield f'<path d="M{path}" class="curve" style="stroke:{_colour(method)}"/>'
 
 
-def _legend() -> str:
+def _legend(methods: Sequence[str]) -> str:
     parts, left = [], 0.0
-    for method in DRAWN:
+    for method in methods:
         parts.append(
             f'<rect x="{left:.0f}" y="6" width="14" height="3" style="fill:{_colour(method)}"/>'
         )

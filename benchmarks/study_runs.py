@@ -187,6 +187,7 @@ _SOFT, _SHARP = "arithmetic, soft teacher", "arithmetic, sharp teacher"
 STAGES = (
     (_every(_FIRST, _PAIRS), OTHER_SEEDS),
     (_every(_PARTS[:1], _PAIRS), OTHER_SEEDS),
+    (_every(_FIRST[:2], _PAIRS), MAIN_SEEDS),
     (_every(_OUTLIERS[:2], (_SOFT,)), OTHER_SEEDS),
     (_every(("OPSA", *_BEHAVIOURS), _PAIRS[1:]), OTHER_SEEDS),
     (_every(_PARTS[:3], _PAIRS), OTHER_SEEDS),

@@ -37,8 +37,11 @@ QUESTIONS = (
     ("guidance alone", "OPD, guidance", "OPD"),
     ("outliers clipped", "TrOPD, clip", "OPD"),
     ("clipped in place of forward KL", "TrOPD, clip", "TrOPD, no guidance"),
+    ("clipped TrOPD in place of the published", "TrOPD, clip", "TrOPD, as published"),
     ("guidance, if clipped", "TrOPD, clip, guidance", "TrOPD, clip"),
     ("OPD without sampling noise", "OPD, exact", "OPD"),
+    ("OPD without sampling noise against TrOPD as published", "OPD, exact", "TrOPD, as published"),
+    ("OPD without sampling noise against clipped TrOPD", "OPD, exact", "TrOPD, clip"),
     ("TrOPD with the mean over the draw", "TrOPD, expected", "TrOPD, no guidance"),
     ("TrOPD without sampling noise", "TrOPD, exact", "TrOPD, no guidance"),
     ("clipped TrOPD without sampling noise", "TrOPD, exact, clip", "TrOPD, clip"),
@@ -63,10 +66,11 @@ def bootstrap(values: Sequence[float]) -> tuple[float, float]:
 def paired(values: Seeds, others: Seeds) -> tuple[float, float, float] | None:
     """Mean of the differences seed by seed, and Student's 95 % interval of it.
 
-    A bootstrap of three to five differences is too narrow to call anything better.
+    A bootstrap of three to five differences is too narrow to call anything better, and two
+    accuracies of whole problems may differ by the same number by chance: None.
     """
     both = [values[seed] - others[seed] for seed in values.keys() & others.keys()]
-    if len(both) < 2:
+    if len(both) < 3:
         return None
     mean = statistics.fmean(both)
     half = T_975[len(both) - 1] * statistics.stdev(both) / math.sqrt(len(both))

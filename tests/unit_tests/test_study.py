@@ -143,6 +143,7 @@ def test_a_difference_is_bold_only_if_its_interval_leaves_zero_out() -> None:
 def test_a_mean_of_differences_has_students_interval() -> None:
     mean, low, high = study_tables.paired({1: 1.0, 2: 2.0, 3: 6.0}, {1: 0.0, 2: 0.0, 3: 0.0})
     assert mean == 3.0
+    assert study_tables.paired({1: 1.0, 2: 1.0}, {1: 0.5, 2: 0.5, 3: 0.0}) is None
     # s = sqrt(7), n = 3, t = 4.303.
     assert (low, high) == (pytest.approx(3 - 6.5729, abs=1e-3), pytest.approx(9.5729, abs=1e-3))
 
