@@ -41,7 +41,6 @@ PROMPT = 8
 LAYOUTS = {
     "TP 2 x PP 2": {"tensor": 2, "pipeline": 2, "sequence_parallel": True},
     "TP 2 x DP 2": {"tensor": 2, "data": 2, "distributed_optimizer": True},
-    "CP 2 x DP 2": {"context": 2, "data": 2, "distributed_optimizer": True},
 }
 OBJECTS = ("all_gather_object", "gather_object", "broadcast_object_list")
 
