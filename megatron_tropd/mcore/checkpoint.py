@@ -428,14 +428,22 @@ def saving_bytes(student: Student, layout: Layout, sharding: str | None) -> int:
     """
     held = list(student.model.trainable().values())
     # Experts are spread over the replicas: each may be the one that writes its own.
-    mine = [p for p in held if layout.dp_rank == 0 or not getattr(p, "allreduce", True)]
+    mine = [p for p in held if layout.replica == 0 or not getattr(p, "allreduce", True)]
     states = 12 if sharding or held[0].itemsize == 2 else 8
     if sharding == ANY_LAYOUT:
         mine = held
     of_states = sum(p.numel() for p in (mine if sharding is None else held)) * states
     if sharding == ANY_DATA:
-        of_states //= layout.dp_size
+        of_states = sum(p.numel() * states // _holders(p, layout) for p in held)
     return of_states + sum(p.nbytes for p in mine)
+
+
+def _holders(parameter: torch.Tensor, layout: Layout) -> int:
+    """Ranks with the same part of a parameter, over which its optimizer's states are spread."""
+    replicas = layout.dp_size * layout.cp_size
+    if getattr(parameter, "allreduce", True):
+        return replicas
+    return layout.tp_size * replicas // (layout.etp_size * layout.ep_size)
 
 
 def complete_steps(folder: Path) -> list[int]:

@@ -1,8 +1,11 @@
 """What a process may still take of the host's memory, from files as Linux writes them."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from megatron_tropd.base.host_memory import available_bytes
 
@@ -61,3 +64,25 @@ def test_the_older_kind_of_groups(node: Path):
 
 def test_this_machine_has_some():
     assert 0 < available_bytes() < 2**50
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_ranks_that_share_rows_share_what_a_save_takes(part: int):
+    """The first of two writes the weights; each holds its slice of the states."""
+    from megatron_tropd.mcore.checkpoint import saving_bytes
+    from megatron_tropd.mcore.layout import Layout
+
+    sizes: dict[str, Any] = dict(tp_rank=0, tp_size=1, pp_rank=0, pp_size=1, dp_rank=0, dp_size=1)
+    shared = Layout(
+        rank=part, world_size=2, groups=None, cp_rank=part, cp_size=2, ep_size=2, **sizes
+    )
+    dense, expert = torch.nn.Parameter(torch.zeros(100)), torch.nn.Parameter(torch.zeros(10))
+    expert.allreduce = False
+    student: Any = SimpleNamespace(
+        model=SimpleNamespace(trainable=lambda: {"dense": dense, "expert": expert})
+    )
+    weights = 4 * (100 * (part == 0) + 10)
+    # Each of the two has experts of its own.
+    assert saving_bytes(student, shared, "dp_reshardable") == 12 * (50 + 10) + weights
+    assert saving_bytes(student, shared, None) == weights + 8 * weights // 4
+    assert saving_bytes(student, shared, "fully_reshardable") == (12 + 4) * 110
