@@ -160,6 +160,42 @@ def test_every_loss_token_gets_the_row_of_its_token(cache: Path):
     assert CachedTeacher(None).signals(batches) == [], "a rank without the loss reads nothing"
 
 
+def test_what_stands_behind_the_last_scored_token_changes_no_score(cache: Path):
+    """A loader's row does not tell a tool's last words from padding."""
+    sequence = _sequences()[4]
+    runs = [(C, [3]), (S, [8, 9]), (C, [4, 4, 4]), (S, [7, 7, 2]), (C, [6, 6])]
+    longer = TokenSequence.of_runs(sequence.key, *runs, logprobs=[-1.0] * 5)
+    opened = TeacherCache(cache)
+    found, expected = opened.read(longer), opened.read(sequence)
+    assert all(torch.equal(found[name], column) for name, column in expected.items())
+    other = sequence.replace(ids_N=np.append(sequence.ids_N[:-1], 3))
+    with pytest.raises(InputError, match="has no scores"):
+        opened.find(other)
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+def test_parts_of_rows_get_the_rows_of_their_tokens(cache: Path, parts: int):
+    """As ranks that share rows ask; a part without loss tokens gets none."""
+    from megatron_tropd.mcore.layout import zigzag
+
+    sequences, seen = _sequences(), 0
+    (whole,) = pack(
+        sequences, dp_rank=0, dp_size=1, tokens_per_micro_batch=72, pad_multiple=12, seed=1, step=0
+    )
+    teacher = CachedTeacher(TeacherCache(cache))
+    teacher.begin(0, sequences)
+    for part in range(parts):
+        batch = whole.at(zigzag(whole.tokens.shape[1], part, parts))
+        (found,) = teacher.signals([batch])
+        places = batch.of_loss_tokens(batch.position_ids) + 1
+        rows = batch.loss_rows
+        assert torch.equal(found.sampled_logprobs_T, -(100 * rows + places) / 64)
+        seen += len(batch.loss_at)
+    assert seen == num_scored(sequences)
+    (padding,) = teacher.signals([whole.at(torch.tensor([11]))])
+    assert padding.topk_ids_TK.shape == (0, K)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_plan_states_the_bytes_that_are_written(tmp_path: Path, dtype: str):
     sequences, path = _sequences(), tmp_path / "shard"

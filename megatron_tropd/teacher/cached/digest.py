@@ -54,9 +54,14 @@ def num_scored(sequences: Iterable[TokenSequence]) -> int:
 
 
 def sequence_digest(sequence: TokenSequence) -> bytes:
-    """Hash the ids, and which of them are scored; 16 bytes."""
-    digest = hashlib.blake2b(sequence.ids_N.tobytes(), digest_size=SEQUENCE_BYTES)
-    digest.update(scored_tokens(sequence).tobytes())
+    """Hash the ids up to the last scored one, and which of them are scored; 16 bytes.
+
+    What comes after it changes no score, and a data loader's row does not tell it from padding.
+    """
+    scored_N = scored_tokens(sequence)
+    stop = int(np.flatnonzero(scored_N).max(initial=-1)) + 1
+    digest = hashlib.blake2b(sequence.ids_N[:stop].tobytes(), digest_size=SEQUENCE_BYTES)
+    digest.update(scored_N[:stop].tobytes())
     return digest.digest()
 
 
