@@ -98,7 +98,7 @@ def load_inputs(config: Config) -> Inputs:
         if who == "student" or config.loads_teacher:
             check_parallel(folder.config, config.parallel, who=who)
     shapes = [model_shape(folder.config) for folder in models.values()]
-    check_expert_parallel(config.parallel, shapes)
+    check_expert_parallel(config.parallel, shapes if config.loads_teacher else shapes[:1])
     tokenizer = check_same_tokenizer(student.companions, teacher.companions)
     if reference is not None:
         check_same_tokenizer(student.companions, reference.companions, other="reference")

@@ -321,9 +321,12 @@ def _columns(run: PlannedRun) -> int:
 
 
 def candidate_bytes(run: PlannedRun, tokens: int) -> float:
-    """What a chunk's search for the teacher's k largest logits takes on a GPU."""
+    """What a chunk's search for the teacher's k largest logits takes on a GPU.
+
+    A cached teacher's were found when it was scored.
+    """
     groups = run.config.loss.needs.top_k * _GROUP
-    if run.hardware.layers == "cpu" or groups >= run.vocab_shard:
+    if not run.frozen or run.hardware.layers == "cpu" or groups >= run.vocab_shard:
         return 0.0
     return float(_chunk_rows(run, tokens) * groups * _OF_CANDIDATE)
 

@@ -203,6 +203,7 @@ def _check(run: PlannedRun) -> None:
         check_lora(run.student.shape, run.lora, grouped_experts=bool(chosen))
     for model in run.models:
         check_layout(model.shape, run.parallel, who=model.who)
+    for model in run.named:
         if run.work.longest > model.shape.context:
             raise ConfigError(
                 f"A prompt of {run.work.prompt} tokens and rollout.max_new_tokens = "

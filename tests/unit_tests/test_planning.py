@@ -577,6 +577,13 @@ def test_a_cached_teacher_takes_no_memory_and_a_stated_size_on_disk(capsys):
     table = " ".join(capsys.readouterr().out.split())
     assert "140 bytes a token (k = 16, float32)" in table and "no teacher is loaded" in table
     assert "teacher's cached top-k" in table and "teacher weights" not in table
+    runs = [
+        plan_run(load_config(RECIPES / "qwen3_1.7b.toml", settings), H100)
+        for settings in (cached, [])
+    ]
+    assert runs[0].config.loss.needs.top_k, "else nothing is searched for"
+    searches = [planned_memory.candidate_bytes(run, 4096) for run in runs]
+    assert searches[0] == 0 < searches[1]
 
 
 ERRORS = {
