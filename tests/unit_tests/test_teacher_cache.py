@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -451,3 +452,30 @@ def test_a_killed_writer_goes_on_and_writes_the_same_bytes(tmp_path: Path):
         path.unlink()
     assert run_in_process(score_in_shards, config, None) == 0
     assert {path.name: path.read_bytes() for path in cache.glob("signals-*")} == resumed
+
+
+@pytest.mark.parametrize(("data", "context"), [(1, 2), (2, 2), (4, 1)])
+def test_scores_of_parts_of_rows_are_put_in_order(data: int, context: int):
+    """As replicas of rows and ranks that share them give them; six rows are no multiple of four."""
+    from megatron_tropd.distill.score import Scorer, _in_order
+    from megatron_tropd.losses import LogitsSignal
+    from megatron_tropd.mcore.layout import Layout
+
+    sequences, parts = _sequences(), []
+    sizes: dict[str, Any] = dict(tp_rank=0, tp_size=1, pp_rank=0, pp_size=1)
+    groups = SimpleNamespace(tp=None)
+    for replica in range(data * context):
+        where = {"dp_rank": replica // context, "cp_rank": replica % context}
+        layout = Layout(
+            rank=replica, world_size=data * context, dp_size=data, cp_size=context,
+            groups=groups, pad_multiple=2 * context, **where, **sizes,
+        )  # fmt: skip
+        scorer = Scorer(CachedTeacher(None), layout, 1, torch.float32, 24)
+        for batch in map(layout.local, scorer._packed(sequences)):
+            # The most likely id is the place of the token in its row.
+            places = batch.of_loss_tokens(batch.position_ids) + 1
+            logits = torch.nn.functional.one_hot(places, VOCAB).float()
+            parts.append(scorer._columns(batch, LogitsSignal(logits, VOCAB)))
+    found = _in_order(parts, len(sequences))
+    expected = np.concatenate([np.flatnonzero(scored_tokens(s)) for s in sequences])
+    assert found["topk_ids"].flatten().tolist() == expected.tolist()
