@@ -151,14 +151,25 @@ def check_arguments(args: Namespace) -> None:
             "--tropd-teacher-load needs --calculate-per-token-loss: micro-batches differ in their "
             "number of loss tokens. Add it."
         )
-    if args.tropd_teacher_cache is not None and args.tropd_teacher_offload is not None:
+    _check_beside_cache(args)
+    if args.tropd_beta is not None:
+        check_value(Amount, args.tropd_beta, "--tropd-beta")
+    loss_config(args)
+
+
+def _check_beside_cache(args: Namespace) -> None:
+    if args.tropd_teacher_cache is None:
+        return
+    if args.tropd_teacher_offload is not None:
         raise ConfigError(
             "--tropd-teacher-offload is for a teacher on the student's ranks, and with "
             "--tropd-teacher-cache none is loaded. Drop one of the two."
         )
-    if args.tropd_beta is not None:
-        check_value(Amount, args.tropd_beta, "--tropd-beta")
-    loss_config(args)
+    if args.tropd_metrics:
+        raise ConfigError(
+            "--tropd-metrics compares both models over the vocabulary, and --tropd-teacher-cache "
+            "has the teacher's most likely ids alone. Drop one of the two."
+        )
 
 
 def layout_of(args: Namespace, hf_config: dict[str, Any]) -> ParallelConfig:

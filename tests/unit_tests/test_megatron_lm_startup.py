@@ -119,6 +119,7 @@ def test_megatron_lm_refuses_losses(options: str, named: str, tiny_model) -> Non
         ({"cuda_graph_impl": "full_iteration"}, "CUDA graphs"),
         ({"calculate_per_token_loss": False}, "--calculate-per-token-loss"),
         ({"tropd_teacher_cache": "c", "tropd_teacher_offload": "host"}, "none is loaded"),
+        ({"tropd_teacher_cache": "c", "tropd_metrics": True}, "most likely ids alone"),
     ],
 )
 def test_megatron_lm_refuses_what_it_was_not_made_for(settings, named, tiny_model) -> None:
