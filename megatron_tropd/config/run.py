@@ -562,8 +562,8 @@ class Config(Settings):
         _require(
             given is not None or not self.loss.needs.reference or ":" in self.teacher.placement,
             f"loss.method = {name!r} compares with a reference model and needs teacher.reference, "
-            'found none. Name the folder of what the teacher was trained from, or "student", what '
-            "the student starts from.",
+            'found none. Name "student", what the student starts from (stable_opd means it), or '
+            "the folder of what the teacher was trained from.",
         )
         _require(
             given is None or self.loss.needs.reference,
@@ -834,12 +834,13 @@ def _build(cls: Any, table: Any, where: str) -> Any:
     hints = typing.get_type_hints(cls)
     known = {f.name: f for f in fields(cls)}
     prefix = f"{where}." if where else ""
+    method = f" of loss.method = {cls.method_name()!r}" if issubclass(cls, LossSettings) else ""
     for name, value in table.items():
         _refuse_gone(prefix + name, value)
         if name not in known:
             hint = nearest(name, known).replace("'", prefix, 1).replace("'", "")
             raise ConfigError(
-                f"Unknown config key {prefix}{name}.{hint} Known here: {', '.join(known)}."
+                f"Unknown config key {prefix}{name}{method}.{hint} Known here: {', '.join(known)}."
             )
     values = {}
     for name, f in known.items():

@@ -266,7 +266,9 @@ def test_there_may_be_any_number_of_servers(toml: Path):
 
 
 def test_a_method_knows_its_own_settings_only(toml: Path):
-    message = r"Unknown config key loss\.outlier.*Known here: .*proximal_alpha"
+    message = (
+        r"Unknown config key loss\.outlier of loss\.method = 'opd'\. .*Known here: .*proximal_alpha"
+    )
     with pytest.raises(ConfigError, match=message):
         load_config(toml, ["loss.method=opd", "loss.outlier=clip"])
 
