@@ -195,7 +195,7 @@ def _from_hidden(config: Method, dtype: torch.dtype, width: int, *, metrics: boo
     tropd_loss_from_hidden(
         states[0].requires_grad_(),
         weights[0].requires_grad_(),
-        _targets(),
+        _targets(config),
         _signal(signal, config),
         config=config,
         vocab_size=width,
@@ -209,7 +209,7 @@ def _from_logits(config: Method, width: int) -> None:
     student, teacher = torch.empty(2, TOKENS, width, device="cuda").unbind(0)
     signal = LogitsSignal(teacher, width)
     output = tropd_loss(
-        *(student.requires_grad_(), _targets(), _signal(signal, config)),
+        *(student.requires_grad_(), _targets(config), _signal(signal, config)),
         config=config,
         vocab_size=width,
         group=None,
@@ -223,12 +223,14 @@ def _signal(signal: FullSignal, config: Method) -> TeacherSignal:
     return ReferencedSignal(signal, signal) if config.needs.reference else signal
 
 
-def _targets() -> LossTargets:
+def _targets(config: Method) -> LossTargets:
+    golden = config.needs.golden
     return LossTargets(
         ids_T=torch.empty(TOKENS, dtype=torch.int64, device="cuda"),
         is_teacher_T=torch.empty(TOKENS, dtype=torch.bool, device="cuda"),
         uniforms_T=torch.empty(TOKENS, device="cuda"),
         rollout_logprobs_T=torch.empty(TOKENS, device="cuda"),
+        is_golden_T=torch.empty(TOKENS, dtype=torch.bool, device="cuda") if golden else None,
     )
 
 

@@ -298,7 +298,7 @@ def kernel_rates(vocab: int) -> dict[str, Any]:
         for x in (student_Tv, teacher_Tv)
     ]
     factors = RowCoefficients(*torch.randn(3, KERNEL_ROWS, device="cuda").unbind(0))
-    spec, one = DenseSpec(SUMS, "trust", tau=-2.5, mix=0.5), student_Tv.nbytes
+    spec, one = DenseSpec(SUMS, "trust", reward_floor=-2.5, mix=0.5), student_Tv.nbytes
     calls: dict[str, tuple[int, Callable[[], Any]]] = {
         "copy": (2 * one, lambda: out_Tv.copy_(student_Tv)),
         "max_and_sum_exp": (one, lambda: dense_triton.max_and_sum_exp(student_Tv, scratch)),

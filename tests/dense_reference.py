@@ -60,7 +60,7 @@ def reward(student: Tensor, teacher: Tensor, spec) -> Tensor:
     if spec.reward == "trust":
         return inside
     assert spec.reward == "trust_clip"
-    floored = torch.where(ratio > spec.tau, ratio, spec.tau)
+    floored = torch.where(ratio > spec.reward_floor, ratio, spec.reward_floor)
     return inside + torch.where(p < q, (q - p) * floored, 0.0)
 
 

@@ -16,7 +16,10 @@ from pathlib import Path
 
 from megatron_tropd.base.errors import InputError
 
-_OF_A_MODEL = ("config.json", "*.safetensors*", "latest_checkpointed_iteration.txt", ".metadata")
+_OF_A_MODEL = (
+    *("config.json", "adapter_config.json", "*.safetensors*"),
+    *("latest_checkpointed_iteration.txt", ".metadata"),
+)
 
 
 @contextmanager

@@ -313,7 +313,7 @@ class Bench:
             config_of(region="none", outlier="clip"),
             dtype=self.dtype,
             megatron=options,
-            layout=self.ranks,
+            ranks=self.ranks,
             pad_multiple=2,
         )
         learner = parts.student

@@ -358,7 +358,7 @@ def test_the_same_bits_every_time():
 # --- The whole loss ------------------------------------------------------------------------------
 
 CONFIGS = {name: preset(name) for name in PRESETS if not preset(name).needs.reference} | {
-    "exact_clip": preset("tropd_exact", outlier="clip", reward_floor=-1.0),
+    "exact_clip": preset("tropd_exact", outlier="clip", tau=-1.0),
     "score_function": preset("tropd", gradient="score_function"),
 }
 

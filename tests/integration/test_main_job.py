@@ -203,7 +203,7 @@ def test_ranks_that_share_rows_train_alike_and_resume_under_another_layout(
     run.wait_for(lambda: run.steps_logged() >= 3, "step 3")
     _stop(run, signal.SIGTERM, 143)
     halfway = run.steps_logged()
-    code, text = start(config=unevaluated, undisturbed=False).finish()
+    code, text = start(config=unevaluated).finish()
     assert code == 0, text
     found, expected = (records(folder / "metrics.jsonl") for folder in (run.folder, calm.folder))
     # The gaps are round-off themselves; more steps add it up.

@@ -326,7 +326,10 @@ GOLDEN = "guidance.golden_field=solution"
             ["rollout.recorded=a.jsonl", "rollout.first_new_tokens=1", "rollout.growth_steps=1"],
             "does not read rollout.first_new_tokens",
         ),
-        (["teacher.offload=host", "teacher.source=other"], "found teacher.source = .other."),
+        (
+            ["teacher.offload=host", "teacher.placement=cached"],
+            "found teacher.placement = .cached.",
+        ),
         (
             ["teacher.offload=host", 'megatron.teacher={fp8="hybrid", fp8_recipe="tensorwise"}'],
             r"beside megatron\.teacher\.fp8: Transformer Engine keeps copies",

@@ -63,7 +63,7 @@ def test_a_teacher_on_the_host_agrees_with_its_plan():
         load_config(recipe, ["teacher.offload=host_by_layer"]), ranks=[0], micro_batches=1
     )
     assert findings(rehearsal) == []
-    (rank,), run = rehearsal.ranks, rehearsal.setup
+    (rank,), run = rehearsal.ranks, rehearsal.planned
     resident = next(p for p in rank.phases if p.name == "between steps").difference
     assert resident is not None and abs(resident) < 0.01
     assert rank.host_peak > run.element * run.teacher.parameters / run.parallel.tensor / 2
