@@ -103,18 +103,7 @@ def load_inputs(config: Config) -> Inputs:
     if reference is not None:
         check_same_tokenizer(student.companions, reference.companions, other="reference")
     vocab_size = min(shape.vocab for shape in shapes)
-    if num_ids(tokenizer) > vocab_size:
-        raise InputError(
-            f"The tokenizer has {num_ids(tokenizer)} ids, but {' and '.join(models)} share only "
-            f"{vocab_size} vocabulary columns. A tokenizer file does not belong to its model, or "
-            "its class added a token (name a pad_token in tokenizer_config.json)."
-        )
-    check_signal(config.loss, signal_of(config), vocab_size=vocab_size)
-    if unknown := [i for i in config.loss.mask_first_ids if not 0 <= i < vocab_size]:
-        raise ConfigError(
-            f"loss.mask_first_ids must be below the vocabulary of {vocab_size} tokens, found "
-            f"{unknown}: they would never occur. Look the ids up in the student's tokenizer."
-        )
+    _check_vocabulary(config, tokenizer, vocab_size, list(models))
     context = min(shape.context for shape in shapes)
     prompts = training_prompts(config.rollout, tokenizer, context)
     responses = _responses(config, prompts, tokenizer)
@@ -161,6 +150,24 @@ def load_inputs(config: Config) -> Inputs:
             else ()
         ),
     )
+
+
+def _check_vocabulary(
+    config: Config, tokenizer: "PreTrainedTokenizerBase", vocab_size: int, models: list[str]
+) -> None:
+    """Compare the columns that all models share with the tokenizer's ids and the loss's."""
+    if num_ids(tokenizer) > vocab_size:
+        raise InputError(
+            f"The tokenizer has {num_ids(tokenizer)} ids, but {' and '.join(models)} share only "
+            f"{vocab_size} vocabulary columns. A tokenizer file does not belong to its model, or "
+            "its class added a token (name a pad_token in tokenizer_config.json)."
+        )
+    check_signal(config.loss, signal_of(config), vocab_size=vocab_size)
+    if unknown := [i for i in config.loss.mask_first_ids if not 0 <= i < vocab_size]:
+        raise ConfigError(
+            f"loss.mask_first_ids must be below the vocabulary of {vocab_size} tokens, found "
+            f"{unknown}: they would never occur. Look the ids up in the student's tokenizer."
+        )
 
 
 def training_prompts(
