@@ -615,6 +615,12 @@ class Config(Settings):
             'teacher.placement = "cached" loads no teacher, found an evaluation that needs one. '
             'Set evaluation.teacher = false and evaluation.task = "exact_match".',
         )
+        kept, read = self.cached_top_k, self.loss.needs.top_k
+        _require(
+            kept >= read,
+            f"teacher.cache_top_k must be at least {read}, the ids that the loss reads of each "
+            f"token, found {kept}. Raise it, or leave it out, before `tropd score` runs.",
+        )
 
     @property
     def loads_teacher(self) -> bool:

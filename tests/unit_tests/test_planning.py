@@ -559,7 +559,7 @@ def test_command_prints_a_table_or_json(capsys):
 
 def test_a_cached_teacher_takes_no_memory_and_a_stated_size_on_disk(capsys):
     cached = ["teacher.placement=cached", "teacher.cache=c", "rollout.recorded=r"]
-    cached += ["teacher.cache_top_k=16", "evaluation.teacher=false"]
+    cached += ["teacher.cache_top_k=16", "loss.top_k=16", "evaluation.teacher=false"]
     plans = {}
     for name, settings in {"cached": cached, "resident": []}.items():
         words = [str(RECIPES / "qwen3_1.7b.toml"), *settings]

@@ -358,6 +358,14 @@ def test_settings_that_do_not_go_with_a_cache_are_refused(tmp_path: Path):
             PAIR / "opd.toml",
             [cached[0], f"teacher.cache={tmp_path}", f"rollout.recorded={tmp_path}"],
         )
+    with pytest.raises(ConfigError, match=r"cache_top_k must be at least 32, .* found 8"):
+        load_config(
+            PAIR / "opd.toml",
+            [
+                *(*cached, f"teacher.cache={tmp_path}", f"rollout.recorded={tmp_path}/a.jsonl"),
+                *("loss.method=local_support", "loss.support=teacher", "teacher.cache_top_k=8"),
+            ],
+        )
     with pytest.raises(ConfigError, match=r'Set teacher\.placement = "cached"'):
         job_config(load_config(PAIR / "opd.toml"))
 
