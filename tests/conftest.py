@@ -1,5 +1,6 @@
 """What every test may use: optional parts of a machine, real data, tiny models made on the fly."""
 
+import signal
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,14 @@ _surroundings = machine.Surroundings()
 
 
 def pytest_configure() -> None:
-    """Refuse a wrong TROPD_TEST_HIDE before anything runs."""
+    """Refuse a wrong TROPD_TEST_HIDE before anything runs; hear Ctrl-C.
+
+    A shell starts what runs in the background with SIGINT ignored, which all commands of all tests
+    would inherit: those that are to end by it never would.
+    """
     machine.hidden_names()
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

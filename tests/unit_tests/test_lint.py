@@ -3,6 +3,7 @@
 import importlib.util
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -19,3 +20,9 @@ def test_the_code_is_clean(command: str):
         [sys.executable, "-m", tool, *arguments], cwd=REPOSITORY, capture_output=True, text=True
     )
     assert found.returncode == 0, f"make lint:\n{found.stdout}{found.stderr}"
+
+
+def test_no_two_test_files_have_one_name():
+    """They are modules without a package: the second of a name is an error, or the wrong module."""
+    names = Counter(path.name for path in (REPOSITORY / "tests").rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []
