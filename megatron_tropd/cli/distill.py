@@ -146,8 +146,12 @@ def _say_stopped(code: int, logs: Path) -> None:
         print(f"tropd: a rank ended with code {code}. Logs: {logs}", file=sys.stderr)
 
 
-def _be_rank(config: Config) -> int:
-    """torchrun started us: this process is a rank; rank 0 locks and opens the folder."""
+def check_world_size(config: Config) -> None:
+    """See that torchrun started the ranks that the config asks for.
+
+    Raises:
+        ConfigError: it started another number.
+    """
     world = number("WORLD_SIZE")
     if world != config.parallel.world_size:
         raise ConfigError(
@@ -155,6 +159,11 @@ def _be_rank(config: Config) -> int:
             f"pipeline x data = {config.parallel.world_size}. Change parallel.* or the number of "
             "ranks."
         )
+
+
+def _be_rank(config: Config) -> int:
+    """torchrun started us: this process is a rank; rank 0 locks and opens the folder."""
+    check_world_size(config)
     is_first = number("RANK") == 0
     root = Path(config.run.dir).resolve()
     with hold(root, patience()) if is_first else nullcontext():

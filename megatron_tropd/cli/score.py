@@ -124,12 +124,9 @@ def _said(config: Config, folder: RunFolder, code: int) -> int:
 
 def _be_rank(config: Config) -> int:
     """torchrun started us: this process is a rank; rank 0 locks and opens the folder."""
-    world = number("WORLD_SIZE")
-    if world != config.parallel.world_size:
-        raise ConfigError(
-            f"The launcher started {world} ranks, the config asks for "
-            f"{config.parallel.world_size}. Change parallel.* or the number of ranks."
-        )
+    from megatron_tropd.cli.distill import check_world_size
+
+    check_world_size(config)
     is_first = number("RANK") == 0
     with hold(Path(config.run.dir), patience()) if is_first else nullcontext():
         folder = _opened(config) if is_first else wait_until_open(config)

@@ -81,8 +81,7 @@ def test_a_rank_above_the_layer_and_grouped_experts_are_refused():
     mixture = ("model.lora.rank=8", "parallel.pipeline=1")
     config = _config(*mixture, recipe="qwen3_30b_a3b")
     shape = model_shape(read_config(Path(config.model.student)))
-    if shape.experts is None:
-        pytest.skip("the recipe's student is dense")
+    assert shape.experts is not None
     with pytest.raises(ConfigError, match=r"linear_fc1 and linear_fc2 .*moe_grouped_gemm = false"):
         check_lora(shape, LoraConfig(), grouped_experts=True)
     check_lora(shape, LoraConfig(), grouped_experts=False)
