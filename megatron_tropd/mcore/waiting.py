@@ -42,7 +42,7 @@ class GradientWait:
     @staticmethod
     def _marks() -> tuple[Any, Any]:
         if platform.has_cuda():
-            return tuple(torch.cuda.Event(enable_timing=True) for _ in range(2))
+            return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         return _HostMark(), _HostMark()
 
 
