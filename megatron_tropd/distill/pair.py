@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from functools import partial
 
 from megatron_tropd.config import Config
-from megatron_tropd.convert.families import model_shape
+from megatron_tropd.convert.families import ModelShape, model_shape
 from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.convert.megatron_folder import MegatronFolder
+from megatron_tropd.convert.sizes import row_flops
 from megatron_tropd.distill.step_parts import StepParts
 from megatron_tropd.mcore import models, platform
 from megatron_tropd.mcore.layout import Layout
@@ -51,8 +52,16 @@ def step_parts(
         tokens_per_micro_batch=config.train.tokens_per_micro_batch,
         pad_multiple=layout.pad_multiple,
         rounded_to=layout.row_multiple,
+        work=partial(_row_work, config, {n: model_shape(f.config) for n, f in folders.items()}),
         seed=config.train.seed,
     )
+
+
+def _row_work(config: Config, shapes: Mapping[str, ModelShape], length: int) -> float:
+    """Work of a row in a step: a pass of each model here, and the student's backward pass."""
+    here = [name for name in shapes if name == "student" or config.loads_teacher]
+    passes = 1 + config.loss.needs_student_pass + (1 if config.model.lora else 2)
+    return sum(row_flops(shapes[n], length) * (passes if n == "student" else 1) for n in here)
 
 
 def _student_model(

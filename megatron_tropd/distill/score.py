@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,10 +24,12 @@ from megatron_tropd.base.progress import Progress, StopFlag
 from megatron_tropd.config import Config
 from megatron_tropd.config.run_folder import RunFolder
 from megatron_tropd.convert.checks import check_parallel
-from megatron_tropd.convert.families import model_shape
+from megatron_tropd.convert.families import ModelShape, model_shape
 from megatron_tropd.convert.hf_folder import HFFolder, read_config
 from megatron_tropd.convert.megatron_folder import MegatronFolder, companions_of, open_model
+from megatron_tropd.convert.sizes import row_flops
 from megatron_tropd.data.batch import MicroBatch
+from megatron_tropd.data.dealing import Work
 from megatron_tropd.data.packing import pack
 from megatron_tropd.data.sequence import TokenSequence
 from megatron_tropd.data.tokenizers import check_same_tokenizer, fingerprint
@@ -205,6 +208,8 @@ class Scorer:
     dtype: torch.dtype
     """Of the top-k log-probs."""
     tokens_per_micro_batch: int
+    work: Work = float
+    """Of a row of some padded length."""
 
     def score(self, sequences: Sequence[TokenSequence]) -> dict[str, Tensor] | None:
         """Score some sequences; collective.
@@ -240,6 +245,7 @@ class Scorer:
             tokens_per_micro_batch=self.tokens_per_micro_batch,
             pad_multiple=layout.pad_multiple,
             rounded_to=layout.row_multiple,
+            work=self.work,
             seed=0,
             step=0,
         )
@@ -278,7 +284,13 @@ def _scorer(config: Config, found: ToScore, layout: Layout) -> Scorer:
         config.cached_top_k,
         getattr(torch, config.teacher.cache_dtype),
         config.train.tokens_per_micro_batch,
+        partial(_row_work, [model_shape(folder.config) for folder in found.folders.values()]),
     )
+
+
+def _row_work(shapes: Sequence[ModelShape], length: int) -> float:
+    """Work of a row: a pass of each model."""
+    return sum(row_flops(shape, length) for shape in shapes)
 
 
 def _gathered(scored: list[dict[str, Tensor]], layout: Layout) -> list[dict[str, Tensor]] | None:

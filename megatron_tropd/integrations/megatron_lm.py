@@ -13,6 +13,7 @@ micro-batches. Everything else of the loop is Megatron's.
 T = loss tokens of a micro-batch, B = rows, S = sequence length, v = vocabulary shard, H = hidden.
 """
 
+import math
 import sys
 from argparse import Action, ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -327,6 +328,7 @@ class _Plugin:
             beta=0.001 if args.tropd_beta is None else args.tropd_beta,
             vocab_size=_vocab_size(),
             layout=layout,
+            tokens_per_micro_batch=math.prod(share.shape),
             metrics=args.tropd_metrics,
         )
         loss = self._config.at_step(share.step)

@@ -25,6 +25,7 @@ from megatron_tropd.mcore import platform, schedule
 from megatron_tropd.mcore.layout import Layout
 from megatron_tropd.mcore.options import ddp_config, optimizer_config
 from megatron_tropd.mcore.schedule import LossFn
+from megatron_tropd.mcore.waiting import GradientWait
 
 
 class StudentModel(Protocol):
@@ -153,6 +154,7 @@ class Student:
         config.finalize_model_grads_func = finalize_model_grads
         config.no_sync_func = self.chunk.no_sync
         config.grad_scale_func = self.optimizer.scale_loss
+        config.timers = self.wait = GradientWait()
 
     def _look_at_norms(self) -> None:
         """Have the optimizer stop between the gradient's norm and the first weight it changes."""

@@ -540,7 +540,13 @@ def _one_hot_teacher(student: str, sequence_parallel: bool, out: str) -> None:
     config = preset("gkd_forward_kl")
     # Megatron's cross entropy counts padding columns as real ones.
     parts = LossParts(
-        student=None, teacher=None, loss=config, beta=1.0, vocab_size=vocab, layout=ranks
+        student=None,
+        teacher=None,
+        loss=config,
+        beta=1.0,
+        vocab_size=vocab,
+        layout=ranks,
+        tokens_per_micro_batch=tokens.numel(),
     )
     record = LossReport(args, config, iteration=0)
     counts = LossCounts(0, len(batch.loss_at), 0)

@@ -138,10 +138,10 @@ def test_layout_changes_no_token(dp_size: int, budget: int, pad_multiple: int):
     assert {token for part in parts for token in _tokens_of(part)} == _tokens_of(
         _pack(trajectories)
     )
-    shapes = [[tuple(batch.tokens.shape) for batch in part] for part in parts]
-    assert all(shape == shapes[0] for shape in shapes)
-    assert sum(rows for rows, _ in shapes[0]) == len(trajectories) // dp_size
-    assert all(length % pad_multiple == 0 for _, length in shapes[0])
+    assert {len(part) for part in parts} == {len(parts[0])}, "collectives meet"
+    assert sum(len(batch.rows) for part in parts for batch in part) == len(trajectories)
+    shapes = [batch.tokens.shape for part in parts for batch in part]
+    assert all(shape[1] % pad_multiple == 0 and shape.numel() <= budget for shape in shapes)
 
 
 @pytest.mark.parametrize(("multiple", "rounded_to"), [(1, 16), (4, 16), (6, 16)])
