@@ -22,7 +22,8 @@ import warm_commands
 from calm_run import TROPD, assert_same
 from hold import Hold
 from machine import why_not
-from reliability import record
+from reliability import are_recorded, record
+from warm_engines import environment_of_commands
 
 from slurm.testcluster.runs import small_file_system
 
@@ -70,12 +71,19 @@ class Command:
         """Seconds from each start to its first new step."""
 
     def start(self, *overrides: str, fresh: bool = False, **environment: str) -> None:
-        """With ``fresh``, command and ranks are started as by a shell; else forked."""
-        path = os.pathsep.join([str(self.site), os.environ.get("PYTHONPATH", "")])
+        """With ``fresh``, command, ranks and engine are started as by a shell; else forked.
+
+        When seconds are written down, all are.
+        """
+        fresh = fresh or are_recorded()
         self._mark = f"TROPD_TEST={self.folder}"
         self._before, self._started = self.steps_logged(), time.monotonic()
         words = ["distill", str(self.config), f"run.dir={self.folder}", *LITTLE_ELSE, *overrides]
-        known = os.environ | {"PYTHONPATH": path, "TROPD_TEST": str(self.folder)} | environment
+        path = os.pathsep.join([str(self.site), os.environ.get("PYTHONPATH", "")])
+        known = os.environ | {"PYTHONPATH": path}
+        if not fresh:
+            known = environment_of_commands(self.site.with_name("warm"), self.site)
+        known |= {"TROPD_TEST": str(self.folder)} | environment
         if fresh:
             self.process: subprocess.Popen | warm_commands.Command = subprocess.Popen(
                 [*TROPD, *words],
