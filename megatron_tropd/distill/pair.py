@@ -53,6 +53,7 @@ def step_parts(
         pad_multiple=layout.pad_multiple,
         rounded_to=layout.row_multiple,
         work=partial(_row_work, config, {n: model_shape(f.config) for n, f in folders.items()}),
+        batch_multiple=layout.batch_multiple,
         seed=config.train.seed,
     )
 

@@ -60,6 +60,7 @@ def check_options(
     check_types(megatron)
     for table, options in megatron.tables():
         _check_context(table, options, parallel)
+        _check_virtual_pipeline(table, options, parallel)
         _check_machine(table, options)
     _check_recomputation(megatron.model)
     _check_overlap(config)
@@ -148,6 +149,17 @@ def _check_context(table: Table, options: dict[str, Any], parallel: ParallelConf
         raise ConfigError(
             f'{where} = "a2a+p2p" needs two levels of groups, found one. Set "p2p", "all_gather" '
             'or "a2a".'
+        )
+
+
+def _check_virtual_pipeline(
+    table: Table, options: dict[str, Any], parallel: ParallelConfig
+) -> None:
+    """Refuse batches of sends, in which two stages would mix up both directions."""
+    if parallel.virtual_pipeline > 1 and options.get("batch_p2p_comm"):
+        raise ConfigError(
+            f"megatron.{table}.batch_p2p_comm = true does not go with parallel.virtual_pipeline = "
+            f"{parallel.virtual_pipeline}, whose stages send in one direction at a time. Remove it."
         )
 
 
