@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_tropd.data.batch import MicroBatch
+from megatron_tropd.data.routes import Routes
 from megatron_tropd.distill.engine_gap import EngineGap
 from megatron_tropd.losses import Method
 from megatron_tropd.mcore.layout import Layout
@@ -46,6 +47,8 @@ class LossParts:
     vocab_size: int
     """Columns that are real in both models."""
     layout: Layout
+    routes: Routes | None = None
+    """Whose the prompts are, if there are several teachers."""
     metrics: bool = True
     """Whether to compute per-token values that the loss does not need."""
     clock: Callable[[str], AbstractContextManager[object]] = nullcontext
