@@ -3,14 +3,12 @@
     python examples/two_teachers/make_models.py --out runs/two_teachers
     python benchmarks/two_teachers.py --out benchmarks/results/two-teachers-cpu-2core-amd-epyc.json
 
-Runs and evaluations that are complete in ``--runs`` are not repeated. docs/teachers.md
-has the table.
+Runs that are complete in ``--runs`` are not repeated. docs/teachers.md has the table.
 """
 
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tomllib
@@ -23,72 +21,64 @@ from step import commit, describe_hardware, our_packages
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIG = REPOSITORY / "examples" / "two_teachers" / "two_teachers.toml"
 TASKS = ("plain", "mirrored")
-WHO = {"both": "a teacher for each task", "plain": "the plain one", "mirrored": "the mirrored one"}
+WHO = {
+    "both": "a teacher for each task",
+    "plain": "the plain task's alone",
+    "mirrored": "the mirrored task's alone",
+}
 """Whose the runs are."""
 
 
-def config_of(who: str, models: Path, folder: Path) -> Path:
-    """Write the settings of a run: those of the example, with one teacher alone if it is one's."""
+def config_of(who: str, models: Path, runs: Path) -> Path:
+    """Write the settings of a run: the example's, or with one of the teachers for both tasks."""
     text = CONFIG.read_text()
     if who != "both":
-        (one,) = (t for t in tomllib.loads(text)["teachers"] if t["name"] == who)
-        head, _, rest = text.partition("[[teachers]]")
-        rest = rest[rest.index("[rollout]") :]
-        text = f'{head}teacher = "{one["model"]}"\n\n{rest}'
+        head, *tables = text.split("[[teachers]]")
+        rest = tables[-1][tables[-1].index("[rollout]") :]
+        (mine,) = (t for t in tomllib.loads(text)["teachers"] if t["name"] == who)
+        mine["sources"] = list(TASKS)
+        table = "".join(f"{key} = {json.dumps(value)}\n" for key, value in mine.items())
+        text = f"{head}[[teachers]]\n{table}\n{rest}"
     text = text.replace("../../runs/two_teachers", str(models))
     text = text.replace("../arithmetic", str(CONFIG.parents[1] / "arithmetic"))
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{who}.toml"
+    runs.mkdir(parents=True, exist_ok=True)
+    path = runs / f"{who}.toml"
     path.write_text(text)
     return path
 
 
-def tropd(*words: object, log: Path | None = None) -> str:
-    """Run a command of the package; its output."""
-    command = [sys.executable, "-m", "megatron_tropd.cli", *map(str, words)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    if log is not None:
-        log.write_text(done.stdout + done.stderr)
-    if done.returncode not in (0,):
-        raise SystemExit(f"{' '.join(command)}: {done.stderr[-2000:]}")
-    return done.stdout
-
-
-def accuracies(model: Path, models: Path, like: Path) -> dict[str, float]:
-    """Share of each task's held-out problems that a model answers rightly."""
-    found = {}
-    for task in TASKS:
-        words = ("evaluate", model, models / f"{task}.jsonl", "--like", like, "--json")
-        found[task] = json.loads(tropd(*words))["accuracy"]
-    return found
-
-
 def one_run(who: str, seed: int, models: Path, runs: Path) -> dict[str, Any]:
-    """Train and measure, or read what was measured before."""
+    """Run, unless it is complete; its evaluations, and what the last step says of each teacher."""
     folder = runs / f"{who}-{seed}"
-    done = folder / "accuracies.json"
-    if not done.exists():
-        config = config_of(who, models, runs)
-        log = runs / f"{who}-{seed}.log"
-        tropd("distill", config, f"run.dir={folder}", f"train.seed={seed}", log=log)
-        done.write_text(json.dumps(accuracies(folder / "student_hf", models, folder)))
-    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
-    shares = {name: v for name, v in last.items() if name.startswith("teacher/")}
-    return {"seed": seed, "accuracy": json.loads(done.read_text()), "last_step": shares}
+    if not (folder / "summary.json").exists():
+        command = [sys.executable, "-m", "megatron_tropd.cli", "distill"]
+        command += [str(config_of(who, models, runs)), f"run.dir={folder}", f"train.seed={seed}"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        with (runs / f"{who}-{seed}.log").open("w") as log:
+            subprocess.run(command, check=True, env=environment, stdout=log, stderr=log)
+    measured = [json.loads(text) for text in (folder / "evaluations.jsonl").open()]
+    steps = [json.loads(text) for text in (folder / "metrics.jsonl").open()]
+    return {
+        "seed": seed,
+        **{
+            when: {task: record[f"accuracy/{task}"] for task in TASKS}
+            for when, record in (("before", measured[0]), ("after", measured[-1]))
+        },
+        "last_step": {n: v for n, v in steps[-1].items() if n.startswith("teacher/")},
+    }
 
 
-def table(before: dict[str, float], rows: dict[str, list[dict[str, Any]]]) -> str:
-    """The results as Markdown: medians, and each seed's."""
-    lines = ["| teachers | plain | mirrored |", "|---|---|---|"]
-    lines.append("| before | " + " | ".join(f"{100 * before[t]:.1f} %" for t in TASKS) + " |")
-    for who, found in rows.items():
-        cells = []
-        for task in TASKS:
-            each = [100 * run["accuracy"][task] for run in found]
-            listed = ", ".join(f"{value:.1f}" for value in each)
-            cells.append(f"{statistics.median(each):.1f} % ({listed})")
-        lines.append(f"| {WHO[who]} | {' | '.join(cells)} |")
+def table(rows: dict[str, list[dict[str, Any]]]) -> str:
+    """The results as Markdown, one number a seed."""
+
+    def cells(found: list[dict[str, Any]], when: str) -> str:
+        return " | ".join(
+            ", ".join(f"{100 * run[when][task]:.1f} %" for run in found) for task in TASKS
+        )
+
+    lines = ["| teachers | plain task | mirrored task |", "|---|---|---|"]
+    lines.append(f"| before | {cells(rows['both'][:1], 'before')} |")
+    lines += [f"| {WHO[who]} | {cells(found, 'after')} |" for who, found in rows.items()]
     return "\n".join(lines)
 
 
@@ -97,7 +87,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", type=Path, default=Path("runs/two_teachers"))
     parser.add_argument("--runs", type=Path, default=Path("runs/two_teachers/runs"))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1])
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     models, runs = args.models.resolve(), args.runs.resolve()
@@ -105,21 +95,17 @@ def main() -> None:
     for seed in args.seeds:
         for who, found in rows.items():
             found.append(one_run(who, seed, models, runs))
-    like = runs / f"both-{args.seeds[0]}"
-    made = json.loads((models / "models.json").read_text())
-    before = {t: v["accuracy"] for t, v in made["student"]["accuracy"].items()}
     result = {
         "command": "python benchmarks/two_teachers.py",
         "commit": commit(),
         "hardware": describe_hardware()[1],
         "packages": {package: version(package) for package in our_packages()},
-        "models": made,
-        "steps": tomllib.loads(CONFIG.read_text())["train"]["steps"],
+        "models": json.loads((models / "models.json").read_text()),
+        "config": tomllib.loads(CONFIG.read_text()),
         "runs": rows,
-        "like": like.name,
     }
     args.out.write_text(json.dumps(result, indent=2) + "\n")
-    print(table(before, rows))
+    print(table(rows))
 
 
 if __name__ == "__main__":

@@ -28,8 +28,8 @@ import make_pair  # noqa: E402
 from problems import Problem, problems  # noqa: E402
 
 PLAIN, MIRRORED = "plain", "mirrored"
-NUM_PROMPTS, NUM_HELD_OUT = 2000, 250
-"""Of each task."""
+NUM_PROMPTS, NUM_HELD_OUT = 4000, 300
+"""Of both tasks together."""
 RECIPES = {
     MIRRORED: replace(make_pair.RECIPES["teacher"], steps=100, lr=1e-3, warmup_steps=20, seed=1),
     "student": replace(
@@ -60,22 +60,25 @@ def train(rank: int, share: float, *how: Any) -> None:
     make_pair.train_rank(rank, *how)
 
 
+def line(problem: Problem, task: str) -> str:
+    """A line of prompts or problems, which says of which task it is."""
+    chosen = mirrored(problem) if task == MIRRORED else problem
+    return json.dumps(json.loads(chosen.as_line()) | {"source": task}) + "\n"
+
+
 def write_files(out: Path) -> None:
-    """Write the prompts of both tasks, each line with its teacher, and the problems of each."""
-    lines = []
-    for problem in islice(problems("train", seed=0), 2 * NUM_PROMPTS):
-        teacher = (PLAIN, MIRRORED)[len(lines) % 2]
-        chosen = mirrored(problem) if teacher == MIRRORED else problem
-        lines.append(json.dumps(json.loads(chosen.as_line()) | {"teacher": teacher}) + "\n")
-    (out / "prompts.jsonl").write_text("".join(lines))
-    held_out = list(islice(problems("heldout", seed=0), NUM_HELD_OUT))
-    of_task = {PLAIN: held_out, MIRRORED: [mirrored(problem) for problem in held_out]}
-    for task, chosen_ones in of_task.items():
-        (out / f"{task}.jsonl").write_text("".join(p.as_line() + "\n" for p in chosen_ones))
+    """Write prompts to distil on and problems to be graded on, the two tasks in turn."""
+    for split, count, name in (
+        ("train", NUM_PROMPTS, "prompts.jsonl"),
+        ("heldout", NUM_HELD_OUT, "heldout.jsonl"),
+    ):
+        drawn = islice(problems(split, seed=0), count)
+        lines = [line(problem, (PLAIN, MIRRORED)[n % 2]) for n, problem in enumerate(drawn)]
+        (out / name).write_text("".join(lines))
 
 
 def make(name: str, out: Path) -> dict[str, Any]:
-    """Train one model; what it took, and how much of each task it can do."""
+    """Train one model; what it took."""
     recipe = RECIPES[name]
     first = ARITHMETIC / ("student" if name == "student" else "teacher")
     with tempfile.TemporaryDirectory() as folder:
@@ -85,7 +88,7 @@ def make(name: str, out: Path) -> dict[str, Any]:
         )
         seconds = round(time.perf_counter() - began)
         log = [json.loads(line) for line in (scratch / "log.jsonl").read_text().splitlines()]
-    return {"recipe": asdict(recipe), "seconds": seconds, "steps": log[-1]["step"]}
+    return {"recipe": asdict(recipe), "seconds": seconds, "log": log}
 
 
 def main() -> None:
@@ -101,15 +104,6 @@ def main() -> None:
         if name not in made:
             made[name] = make(name, out)
             record.write_text(json.dumps(made, indent=2) + "\n")
-    for name, folder in {PLAIN: ARITHMETIC / "teacher", **{n: out / n for n in RECIPES}}.items():
-        if "accuracy" not in made.setdefault(name, {}):
-            with tempfile.TemporaryDirectory() as scratch:
-                made[name]["accuracy"] = {
-                    task: make_pair.accuracy(folder, out / f"{task}.jsonl", Path(scratch))
-                    for task in (PLAIN, MIRRORED)
-                }
-            record.write_text(json.dumps(made, indent=2) + "\n")
-        print(name, {t: v["accuracy"] for t, v in made[name]["accuracy"].items()}, flush=True)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from megatron_tropd.config.run_folder import RunFolder
 from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.convert.linked_folder import link_folder
 from megatron_tropd.data.collective import run_and_share
+from megatron_tropd.data.routes import SOURCE
 from megatron_tropd.data.samples import Sample, SampleRequest, Sampling
 from megatron_tropd.data.types import Prompt
 from megatron_tropd.distill.engines import engine_dtype
@@ -195,7 +196,13 @@ def sample_problems(
 def accuracy_of(inputs: Inputs, samples: Sequence[Sample]) -> dict[str, Any]:
     """The graded samples as a record of evaluations.jsonl, with some examples."""
     record = asdict(grade_answers(inputs.problems, samples, inputs.tokenizer))
-    return {**record, "examples": record.pop("responses")[:NUM_EXAMPLES]}
+    responses = record.pop("responses")
+    right: dict[str, list[bool]] = {}
+    for problem, response in zip(inputs.problems, responses, strict=True):
+        right.setdefault(str(problem.fields.get(SOURCE)), []).append(response["correct"] is True)
+    if len(right) > 1:
+        record |= {f"accuracy/{name}": sum(each) / len(each) for name, each in right.items()}
+    return {**record, "examples": responses[:NUM_EXAMPLES]}
 
 
 def reverse_kl_of(

@@ -180,9 +180,12 @@ def test_the_teachers_engine_is_gone_before_others_take_memory(
 def test_each_problem_is_answered_by_its_own_teacher(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    problems = [Prompt(i, "1+1=", (1, i), {"answer": "2"}) for i in range(4)]
+    lines = [{"answer": str(2 + i % 2), "source": ("even", "odd")[i % 2]} for i in range(4)]
+    problems = [Prompt(i, "1+1=", (1, i), line) for i, line in enumerate(lines)]
     whose = {"teacher a": problems[1:], "teacher b": [], "teacher c": problems[:1]}
-    inputs = SimpleNamespace(**vars(INPUTS) | {"problems": problems, "problems_of": whose})
+    says = SimpleNamespace(decode=lambda *_, **__: "answer: 2")
+    changed = {"problems": problems, "problems_of": whose, "tokenizer": says}
+    inputs = SimpleNamespace(**vars(INPUTS) | changed)
     config, _ = make_run(tmp_path)
     log = MetricsLog(tmp_path, tensorboard=False)
     folder = RunFolder(tmp_path)
@@ -196,7 +199,8 @@ def test_each_problem_is_answered_by_its_own_teacher(
     of_other = [f"teacher c: {what}" for what in ("start", "generate", "close")]
     assert calls == [*of_one, "wait", *of_other, "wait"], "the second has no problem"
     (record,) = read_lines(folder.evaluations)
-    assert (record["model"], record["total"]) == ("teacher", 4)
+    assert (record["model"], record["total"], record["accuracy"]) == ("teacher", 4, 0.5)
+    assert (record["accuracy/even"], record["accuracy/odd"]) == (1.0, 0.0)
     assert [example["prompt_index"] for example in record["examples"]] == [0, 1, 2, 3]
 
 
