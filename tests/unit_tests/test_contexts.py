@@ -131,7 +131,6 @@ def test_the_teacher_is_the_student_and_reads_and_answers_in_its_context(run: An
         (["rollout.behaviour=blended"], "teacher.context would not be read"),
         (["teacher.ema_decay=0.5", "teacher.offload=host"], "for a model on the student's ranks"),
         (["teacher.reference=student", "loss.method=exopd"], "takes no reference"),
-        (["train.tokens_per_micro_batch=16"], "less than the longest possible trajectory"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(
@@ -139,3 +138,13 @@ def test_settings_that_do_not_go_together_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=expected):
         load_inputs(run(*changed))
+
+
+def test_the_longest_context_must_fit_a_micro_batch(run: Any) -> None:
+    inputs = load_inputs(run())
+    assert inputs.routes is not None
+    longest = max(map(len, inputs.routes.contexts.values())) + 8 - 1
+    assert longest > max(len(prompt.token_ids) for prompt in inputs.prompts) + 8 - 1
+    load_inputs(run(f"train.tokens_per_micro_batch={longest}"))
+    with pytest.raises(ConfigError, match=f"make {longest} positions"):
+        load_inputs(run(f"train.tokens_per_micro_batch={longest - 1}"))

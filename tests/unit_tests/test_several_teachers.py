@@ -303,3 +303,76 @@ def test_a_teacher_without_tokens_shows() -> None:
     metrics = StepTotals(sums.sums.tolist(), 0.0, 2**62, routes.names).metrics()
     assert metrics["teacher/code/tokens"] == 0
     assert metrics["teacher/code/token_share"] is None is metrics["teacher/code/k1"]
+
+
+# ---- tropd score ----
+
+
+def _cached(config: Config, path: Path, **changed: Any) -> Config:
+    """The second teacher is cached, and reads the answer too; the first is resident."""
+    second = dataclasses.replace(
+        config.teachers[1],
+        placement="cached",
+        cache=str(path / "scores"),
+        context="{prompt} {answer}",
+    )
+    rollout = dataclasses.replace(
+        config.rollout, recorded=str(path / "rollouts.jsonl"), samples_per_prompt=1
+    )
+    evaluation = dataclasses.replace(config.evaluation, teacher=False)
+    teachers = (config.teachers[0], second)
+    settings: dict[str, Any] = dict(rollout=rollout, evaluation=evaluation, teachers=teachers)
+    return dataclasses.replace(config, **settings | changed)
+
+
+def test_scores_are_of_one_teacher_its_own_prompts_and_its_context(
+    pair: Path, tmp_path: Path
+) -> None:
+    from megatron_tropd.cli.score import job_config
+    from megatron_tropd.data.prompts import load_prompts
+    from megatron_tropd.data.sequence_files import FORMAT, record_of
+    from megatron_tropd.data.tokenizers import fingerprint, load_tokenizer
+    from megatron_tropd.distill.score import load_to_score
+
+    config = _cached(load_config(pair / "two.toml"), tmp_path)
+    tokenizer = load_tokenizer(config.model.student)
+    lines = [{"format": FORMAT, "tokenizer": fingerprint(tokenizer)}]
+    for prompt in load_prompts(config.rollout.prompts, tokenizer):
+        sequence = TokenSequence.of_runs(
+            SampleKey(0, prompt.index, 0),
+            (Writer.CONTEXT, prompt.token_ids),
+            (Writer.STUDENT, [10 + prompt.index, 2]),
+            logprobs=[-1.0, -1.0],
+        )
+        lines.append(record_of(sequence))
+    (tmp_path / "rollouts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    job = job_config(config)
+    assert [(t.name, t.placement) for t in job.teachers] == [("code", "resident")]
+    assert job.run.dir == str(tmp_path / "scores" / "job")
+    found = load_to_score(job)
+    assert list(found.folders) == ["teacher"]
+    assert [s.response_ids for s in found.sequences] == [[10 + i, 2] for i in (1, 3, 5, 7)]
+    read = [tokenizer.decode(s.prompt_ids, skip_special_tokens=True) for s in found.sequences]
+    assert read == [f"{i} + {i} = {2 * i}" for i in (1, 3, 5, 7)]
+    with pytest.raises(InputError, match=r"scores.* holds no cache\.json"):
+        load_inputs(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("math", "expected --teacher with one of code, found math"), ("x", "one of code, found x")],
+)
+def test_a_teacher_that_is_not_cached_is_not_scored(
+    name: str, expected: str, pair: Path, tmp_path: Path
+) -> None:
+    from megatron_tropd.cli.score import job_config
+
+    config = load_config(pair / "two.toml")
+    with pytest.raises(ConfigError, match=expected):
+        job_config(_cached(config, tmp_path), name)
+    with pytest.raises(ConfigError, match="no teacher is cached"):
+        job_config(config)
+    (alone,) = [c for who, c in config.by_teacher.items() if who.endswith("math")]
+    with pytest.raises(ConfigError, match=r"--teacher math: the config has no \[\[teachers\]\]"):
+        job_config(alone, "math")
