@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_tropd.data.batch import MicroBatch
 from megatron_tropd.data.dealing import Work
+from megatron_tropd.data.routes import Routes
 from megatron_tropd.distill.engine_gap import EngineGap
 from megatron_tropd.losses import Method
 from megatron_tropd.mcore.layout import Layout
@@ -49,6 +50,8 @@ class LossParts:
     layout: Layout
     tokens_per_micro_batch: int
     """Most padded positions of a micro-batch of whole rows, on any replica."""
+    routes: Routes | None = None
+    """Whose the prompts are, if there are several teachers."""
     metrics: bool = True
     """Whether to compute per-token values that the loss does not need."""
     clock: Callable[[str], AbstractContextManager[object]] = nullcontext

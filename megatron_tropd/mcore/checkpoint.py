@@ -249,6 +249,8 @@ class Checkpoints:
             wanted.pop("rng")
         state = self._together(lambda: _read(wanted, path), path)
         student.model.restore(state["model"])
+        if student.average is not None:
+            student.average.restore(state["average"])
         with torch.no_grad():  # Megatron copies into the parameters themselves if they are float32
             student.optimizer.load_state_dict(state["optimizer"])
         student.scheduler.load_state_dict(state["scheduler"])
@@ -362,6 +364,7 @@ class Checkpoints:
             "scheduler": student.scheduler.state_dict(),
             "rng": self._rng(),
             "extra": extra | self._about(student, sharding),
+            **({} if student.average is None else {"average": student.average.state(metadata)}),
         }
 
     def _metadata(self, sharding: str) -> dict[str, Any]:
@@ -439,7 +442,8 @@ def saving_bytes(student: Student, layout: Layout, sharding: str | None) -> int:
     of_states = sum(p.numel() for p in (mine if sharding is None else held)) * states
     if sharding == ANY_DATA:
         of_states = sum(p.numel() * states // _holders(p, layout) for p in held)
-    return of_states + sum(p.nbytes for p in mine)
+    average = 0 if student.average is None else 4
+    return of_states + sum(p.nbytes + average * p.numel() for p in mine)
 
 
 def _holders(parameter: torch.Tensor, layout: Layout) -> int:

@@ -22,6 +22,7 @@ from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.convert.megatron_folder import MegatronFolder
 from megatron_tropd.data.batch import MicroBatch
 from megatron_tropd.mcore import platform, schedule
+from megatron_tropd.mcore.average import Average
 from megatron_tropd.mcore.layout import Layout
 from megatron_tropd.mcore.options import ddp_config, optimizer_config
 from megatron_tropd.mcore.schedule import LossFn
@@ -160,6 +161,8 @@ class Student:
         )
         self._look_at_norms()
         self.scheduler = _scheduler(self.optimizer, train)
+        self.average: Average | None = None
+        """Of the weights, over the steps: checkpoints hold it, too. None: nobody keeps one."""
         config.calculate_per_token_loss = True
         config.finalize_model_grads_func = finalize_model_grads
         no_sync = [chunk.no_sync for chunk in self.chunks]

@@ -17,6 +17,7 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
 
 from megatron_tropd.base.progress import Progress
+from megatron_tropd.config.run import TEACHER
 from megatron_tropd.config.run_folder import RunFolder
 from megatron_tropd.convert.accounting import expected_tensors
 from megatron_tropd.convert.families import plan
@@ -267,11 +268,15 @@ class RehearsedRank:
             P2PCommunicator._communicate_shapes = original
 
     def _inputs(self) -> Inputs:
-        named, shapes = self.config.reference, [model.shape for model in self.planned.models]
+        model = self.planned.config.model
+        shapes = [each.shape for each in self.planned.models]
+        named = {
+            "student": model.student,
+            TEACHER: model.teacher,
+            "reference": self.config.reference,
+        }
         return Inputs(
-            student=self._open_model(Path(self.config.model.student)),
-            teacher=self._open_model(Path(self.config.model.teacher)),
-            reference=self._open_model(Path(named)) if named else None,
+            folders={who: self._open_model(Path(path)) for who, path in named.items() if path},
             tokenizer=cast(Any, None),
             vocab_size=min(shape.vocab for shape in shapes),
             context=min(shape.context for shape in shapes),

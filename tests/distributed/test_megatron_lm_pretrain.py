@@ -484,6 +484,7 @@ def _text(tokens: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> 
         student_at=torch.arange(len(loss_at)),
         rows=tuple(range(ROWS)),
         keys=tuple(SampleKey(0, row, 0) for row in range(ROWS)),
+        loss_counts=tuple((weights != 0).sum(dim=1).tolist()),
     )
 
 
