@@ -53,7 +53,29 @@ def build_parts(
     from megatron_tropd.distill.pair import step_parts
     from megatron_tropd.mcore import parallel
 
-    config = Config(
+    config = config_of_parts(
+        student, teacher, layout, train, loss, dtype=dtype, megatron=megatron, source=source
+    )
+    ranks = ranks or parallel.initialize(layout, seed=1)
+    folders = {"student": HFFolder(Path(student)), "teacher": HFFolder(Path(teacher))}
+    if config.reference is not None:
+        folders["reference"] = HFFolder(Path(config.reference))
+    return replace(step_parts(config, folders, ranks), **changes)
+
+
+def config_of_parts(
+    student: str | Path,
+    teacher: str | Path,
+    layout: ParallelConfig,
+    train: TrainConfig,
+    loss: LossSettings,
+    *,
+    dtype: str = "float32",
+    megatron: MegatronConfig | None = None,
+    source: TeacherConfig | None = None,
+) -> Config:
+    """What :func:`build_parts` is given, as a run's settings."""
+    return Config(
         model=ModelConfig(student=str(student), teacher=str(teacher), dtype=dtype),
         parallel=layout,
         rollout=RolloutConfig(prompts="", max_new_tokens=1),
@@ -64,8 +86,3 @@ def build_parts(
         megatron=megatron or MegatronConfig(),
         teacher=source or TeacherConfig(),
     )
-    ranks = ranks or parallel.initialize(layout, seed=1)
-    folders = {"student": HFFolder(Path(student)), "teacher": HFFolder(Path(teacher))}
-    if config.reference is not None:
-        folders["reference"] = HFFolder(Path(config.reference))
-    return replace(step_parts(config, folders, ranks), **changes)

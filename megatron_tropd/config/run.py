@@ -100,15 +100,17 @@ class ModelConfig(Settings, section="model"):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParallelConfig(Settings, section="parallel"):
-    """How the ranks are laid out. World size = tensor x context x pipeline x data."""
+class ModelParallelConfig(Settings, section="teacher.parallel"):
+    """How one copy of a model is laid out, over tensor x context x pipeline ranks.
+
+    As [teacher.parallel]: a layout of the teacher's own on the ranks of the run. How many copies of
+    it there are follows.
+    """
 
     tensor: Count = 1
-    """Tensor-parallel ranks of student and teacher."""
+    """Tensor-parallel ranks; without [teacher.parallel] of student and teacher."""
     pipeline: Count = 1
-    """Pipeline stages of student and teacher."""
-    data: Count = 1
-    """Data-parallel replicas of the student."""
+    """Pipeline stages; without [teacher.parallel] of student and teacher."""
     context: Count = 1
     """Ranks that share each row of tokens, for long ones: of 2 x context equal parts of it a rank
     computes one from the front and its mirror image from the back."""
@@ -122,28 +124,55 @@ class ParallelConfig(Settings, section="parallel"):
     """Accept layers that pipeline does not divide: the first stages take one more."""
     sequence_parallel: bool = False
     """Shard activations between the tensor-parallel regions along the sequence."""
-    distributed_optimizer: bool = False
-    """Shard optimizer states over the data-parallel ranks."""
 
     def _check_together(self) -> None:
         _require(
             self.expert_tensor in (None, 1, self.tensor),
-            f"parallel.expert_tensor must be 1 or parallel.tensor = {self.tensor}, found "
+            f"{self.key('expert_tensor')} must be 1 or {self.key('tensor')} = {self.tensor}, found "
             f"{self.expert_tensor}.",
         )
+        _require(
+            self.tensor > 1 or not self.sequence_parallel,
+            f"{self.key('sequence_parallel')} = true needs {self.key('tensor')} of at least 2, "
+            f"found 1. Raise {self.key('tensor')} or set sequence_parallel = false.",
+        )
+
+    @property
+    def ranks_of_copy(self) -> int:
+        """Ranks that hold one copy of the model, if experts are not counted."""
+        return self.tensor * self.context * self.pipeline
+
+    @property
+    def row_shards(self) -> int:
+        """Equal parts that the axes cut a row into."""
+        shards = self.tensor if self.sequence_parallel else 1
+        return shards if self.context == 1 else 2 * self.context * shards
+
+    @property
+    def shards_of_expert(self) -> int:
+        """Tensor-parallel ranks of each expert."""
+        return self.tensor if self.expert_tensor is None else self.expert_tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig(ModelParallelConfig, section="parallel"):
+    """How the ranks are laid out. World size = tensor x context x pipeline x data."""
+
+    data: Count = 1
+    """Data-parallel replicas of the student."""
+    distributed_optimizer: bool = False
+    """Shard optimizer states over the data-parallel ranks."""
+
+    def _check_together(self) -> None:
+        super()._check_together()
         whole = self.shards_of_expert < self.tensor
         sharers = self.replicas * (self.tensor if whole else 1)
         context = "context x " if self.context > 1 else ""
         _require(
             sharers % self.expert == 0,
-            f"parallel.expert = {self.expert} must divide parallel."
+            f"{self.key('expert')} = {self.expert} must divide {self._prefix}"
             f"{'tensor x ' if whole else ''}{context}data, found {sharers}: the replicas share the "
             "experts. Change one of the two.",
-        )
-        _require(
-            self.tensor > 1 or not self.sequence_parallel,
-            "parallel.sequence_parallel = true needs parallel.tensor of at least 2, found 1. "
-            "Raise parallel.tensor or set sequence_parallel = false.",
         )
 
     @property
@@ -157,20 +186,13 @@ class ParallelConfig(Settings, section="parallel"):
         return self.context * self.data
 
     @property
-    def row_shards(self) -> int:
-        """Equal parts that the axes cut a row into."""
-        shards = self.tensor if self.sequence_parallel else 1
-        return shards if self.context == 1 else 2 * self.context * shards
-
-    @property
-    def shards_of_expert(self) -> int:
-        """Tensor-parallel ranks of each expert."""
-        return self.tensor if self.expert_tensor is None else self.expert_tensor
-
-    @property
     def expert_replicas(self) -> int:
         """Ranks that hold the same part of the same experts."""
         return self.tensor * self.replicas // (self.shards_of_expert * self.expert)
+
+
+class TeacherLayout(ParallelConfig, section="teacher.parallel"):
+    """The teacher's own layout, with the data-parallel replicas that follow from the world."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -439,6 +461,10 @@ class TeacherConfig(Settings, section="teacher"):
     host_by_layer: the same, but they visit one after the other for each micro-batch, two at a time
     (docs/planning.md says when). No number changes."""
 
+    parallel: ModelParallelConfig | None = None
+    """[teacher.parallel]: a layout of the resident teacher's own (and of its reference) on the same
+    ranks (docs/teachers.md). None: the student's."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(Settings, section="run"):
@@ -525,6 +551,7 @@ class Config(Settings):
             deterministic.check_options("teacher", self.megatron.teacher)
         self._check_reference()
         self._check_offload()
+        self._check_teacher_layout()
         self._check_golden()
         self._check_recorded()
         self._check_cached()
@@ -648,6 +675,38 @@ class Config(Settings):
             "the two.",
         )
 
+    def _check_teacher_layout(self) -> None:
+        own, source = self.teacher.parallel, self.teacher.placement
+        if own is None:
+            return
+        _require(
+            source == TeacherConfig.placement or ":" in source,
+            "[teacher.parallel] lays out a model on the student's ranks, found teacher.placement = "
+            f'"{source}", which has none there. Remove one of the two.',
+        )
+        world = self.parallel.world_size
+        _require(
+            world % own.ranks_of_copy == 0,
+            "[teacher.parallel]: a copy of the teacher takes tensor x context x pipeline = "
+            f"{own.tensor} x {own.context} x {own.pipeline} = {own.ranks_of_copy} ranks, which "
+            f"must divide the {world} ranks of the run ([parallel]: tensor x context x pipeline x "
+            "data). Change one of the two.",
+        )
+        assert self.teacher_parallel  # checks itself
+
+    @property
+    def teacher_parallel(self) -> ParallelConfig:
+        """Layout of the teacher and its reference: their own, or the student's."""
+        own = self.teacher.parallel
+        if own is None:
+            return self.parallel
+        copies = self.parallel.world_size // own.ranks_of_copy
+        return TeacherLayout(**dataclasses.asdict(own), data=copies)
+
+    def parallel_of(self, who: str) -> ParallelConfig:
+        """Layout of one of the run's models: "student", "teacher" or "reference"."""
+        return self.parallel if who == "student" else self.teacher_parallel
+
     @property
     def reference(self) -> str | None:
         """Folder of the model that the teacher is measured against."""
@@ -721,14 +780,15 @@ def config_to_toml(config: Config) -> str:
     lines = []
     for section, table in config_to_dict(config).items():
         lines.append(f"\n[{section}]")
-        # TOML has no null: it leaves out what is None by default.
         lines += [f"{key} = {_toml(value)}" for key, value in table.items() if value is not None]
     return "\n".join(lines) + "\n"
 
 
 def _toml(value: Any) -> str:
     if isinstance(value, dict):
-        entries = (f"{json.dumps(key)} = {_toml(item)}" for key, item in value.items())
+        # TOML has no null: it leaves out what is None by default.
+        given = {key: item for key, item in value.items() if item is not None}
+        entries = (f"{json.dumps(key)} = {_toml(item)}" for key, item in given.items())
         return "{" + ", ".join(entries) + "}"
     if isinstance(value, list):
         return "[" + ", ".join(map(_toml, value)) + "]"

@@ -36,18 +36,19 @@ def check_layout(shape: ModelShape, parallel: ParallelConfig, *, who: str) -> No
     for what, size in sharded:
         if size % tensor:
             raise ConfigError(
-                f"parallel.tensor = {tensor} must divide the {who}'s {what}, found {size}. "
-                "Choose another parallel.tensor."
+                f"{parallel.key('tensor')} = {tensor} must divide the {who}'s {what}, found "
+                f"{size}. Choose another {parallel.key('tensor')}."
             )
     if shape.layers % pipeline and not parallel.uneven_stages:
         raise ConfigError(
-            f"parallel.pipeline = {pipeline} must divide the {who}'s layers, found {shape.layers}. "
-            "Choose another parallel.pipeline or set parallel.uneven_stages = true."
+            f"{parallel.key('pipeline')} = {pipeline} must divide the {who}'s layers, found "
+            f"{shape.layers}. Choose another {parallel.key('pipeline')} or set "
+            f"{parallel.key('uneven_stages')} = true."
         )
     if shape.layers < pipeline:
         raise ConfigError(
-            f"parallel.pipeline = {pipeline} exceeds the {who}'s layers, found {shape.layers}: "
-            "every stage needs one. Lower it."
+            f"{parallel.key('pipeline')} = {pipeline} exceeds the {who}'s layers, found "
+            f"{shape.layers}: every stage needs one. Lower it."
         )
     if shape.experts is not None:
         _check_experts(shape.experts.count, parallel, who)
@@ -61,8 +62,8 @@ def check_expert_parallel(parallel: ParallelConfig, shapes: Iterable[ModelShape]
     """
     if parallel.expert > 1 and not any(shape.experts for shape in shapes):
         raise ConfigError(
-            f"parallel.expert = {parallel.expert} needs a mixture of experts, but student and "
-            "teacher are dense. Set parallel.expert = 1."
+            f"{parallel.key('expert')} = {parallel.expert} needs a mixture of experts, and every "
+            f"model that is laid out so is dense. Set {parallel.key('expert')} = 1."
         )
 
 
@@ -132,12 +133,12 @@ def not_tied(where: str) -> InputError:
 def _check_experts(count: int, parallel: ParallelConfig, who: str) -> None:
     if count % parallel.expert:
         raise ConfigError(
-            f"parallel.expert = {parallel.expert} must divide the {who}'s experts, found {count}. "
-            "Choose another parallel.expert."
+            f"{parallel.key('expert')} = {parallel.expert} must divide the {who}'s experts, found "
+            f"{count}. Choose another {parallel.key('expert')}."
         )
     # Without it every tensor-parallel rank would send the same tokens to the experts.
     if parallel.tensor > 1 and not parallel.sequence_parallel:
         raise ConfigError(
-            f"The {who} is a mixture of experts: parallel.tensor = {parallel.tensor} needs "
-            "parallel.sequence_parallel = true, found false."
+            f"The {who} is a mixture of experts: {parallel.key('tensor')} = {parallel.tensor} "
+            f"needs {parallel.key('sequence_parallel')} = true, found false."
         )

@@ -96,9 +96,12 @@ def load_inputs(config: Config) -> Inputs:
         if isinstance(folder, HFFolder):  # the other kind is checked when it is opened
             check_tensors(folder)
         if who == "student" or config.loads_teacher:
-            check_parallel(folder.config, config.parallel, who=who)
+            check_parallel(folder.config, config.parallel_of(who), who=who)
     shapes = [model_shape(folder.config) for folder in models.values()]
-    check_expert_parallel(config.parallel, shapes if config.loads_teacher else shapes[:1])
+    alike = config.loads_teacher and config.teacher.parallel is None
+    check_expert_parallel(config.parallel, shapes if alike else shapes[:1])
+    if config.teacher.parallel is not None:
+        check_expert_parallel(config.teacher_parallel, shapes[1:])
     tokenizer = check_same_tokenizer(student.companions, teacher.companions)
     if reference is not None:
         check_same_tokenizer(student.companions, reference.companions, other="reference")

@@ -1,7 +1,7 @@
 """Models that are not trained: hidden states, never logits."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -60,14 +60,17 @@ class FrozenModel:
 
         Collectives: those of :func:`~megatron_tropd.mcore.schedule.hidden_states`.
         """
-        away = self._on_host
-        with nullcontext() if away is None else away.visiting(len(micro_batches)):
+        with self.ready(len(micro_batches)):
             hidden = schedule.hidden_states(self.module, micro_batches)
         if not self.layout.is_last_stage:
             return []
         if self.weight_vH is None:
             self.weight_vH = output_weight(self.module)
         return [HiddenStatesSignal(h, self.weight_vH, self.vocab_size) for h in hidden]
+
+    def ready(self, passes: int) -> AbstractContextManager[None]:
+        """Have the weights on the device in a block that runs the model so often at most."""
+        return nullcontext() if self._on_host is None else self._on_host.visiting(passes)
 
 
 def frozen_model(

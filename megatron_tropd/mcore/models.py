@@ -216,6 +216,7 @@ def build_model(
         post_process=layout.is_last_stage,
         share_embeddings_and_output_weights=shape.tied,
         position_embedding_type="rope",
+        pg_collection=layout.groups,
     )
     model.rotary_pos_emb.inv_freq = rope_inverse_frequencies(folder.config).to(platform.device())
     model.to(platform.device())
