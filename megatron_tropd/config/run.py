@@ -137,10 +137,21 @@ class ModelParallelConfig(Settings, section="teacher.parallel"):
             f"found 1. Raise {self.key('tensor')} or set sequence_parallel = false.",
         )
 
-    @property
-    def ranks_of_copy(self) -> int:
-        """Ranks that hold one copy of the model, if experts are not counted."""
-        return self.tensor * self.context * self.pipeline
+    def over(self, world_size: int) -> "ParallelConfig":
+        """The layout with as many copies of the model as the run has ranks for.
+
+        Raises:
+            ConfigError: they do not divide the ranks.
+        """
+        ranks = self.tensor * self.context * self.pipeline
+        _require(
+            world_size % ranks == 0,
+            "[teacher.parallel]: a copy of the teacher takes tensor x context x pipeline = "
+            f"{self.tensor} x {self.context} x {self.pipeline} = {ranks} ranks, which must divide "
+            f"the {world_size} ranks of the run ([parallel]: tensor x context x pipeline x data). "
+            "Change one of the two.",
+        )
+        return TeacherLayout(**dataclasses.asdict(self), data=world_size // ranks)
 
     @property
     def row_shards(self) -> int:
@@ -684,24 +695,13 @@ class Config(Settings):
             "[teacher.parallel] lays out a model on the student's ranks, found teacher.placement = "
             f'"{source}", which has none there. Remove one of the two.',
         )
-        world = self.parallel.world_size
-        _require(
-            world % own.ranks_of_copy == 0,
-            "[teacher.parallel]: a copy of the teacher takes tensor x context x pipeline = "
-            f"{own.tensor} x {own.context} x {own.pipeline} = {own.ranks_of_copy} ranks, which "
-            f"must divide the {world} ranks of the run ([parallel]: tensor x context x pipeline x "
-            "data). Change one of the two.",
-        )
-        assert self.teacher_parallel  # checks itself
+        own.over(self.parallel.world_size)
 
     @property
     def teacher_parallel(self) -> ParallelConfig:
         """Layout of the teacher and its reference: their own, or the student's."""
         own = self.teacher.parallel
-        if own is None:
-            return self.parallel
-        copies = self.parallel.world_size // own.ranks_of_copy
-        return TeacherLayout(**dataclasses.asdict(own), data=copies)
+        return self.parallel if own is None else own.over(self.parallel.world_size)
 
     def parallel_of(self, who: str) -> ParallelConfig:
         """Layout of one of the run's models: "student", "teacher" or "reference"."""

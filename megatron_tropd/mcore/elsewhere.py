@@ -59,6 +59,8 @@ class ModelElsewhere:
 
         Collectives: those of ``build_model`` and 1 all-to-all of the output layer.
         """
+        self.exchange: Exchange | None = None
+        """Of the micro-batches that are scored next."""
         self._groups, self._student = groups, student
         self._dtype, self._hidden_size = dtype, model_shape(folder.config).hidden
         own = padded_columns(folder.config, tensor=groups.layout.tp_size)
@@ -80,20 +82,20 @@ class ModelElsewhere:
         """This rank's part of the model."""
         return self._frozen.module
 
-    def score(self, wanted: Sequence[MicroBatch], exchange: Exchange) -> list[HiddenStatesSignal]:
+    def score(self, wanted: Sequence[MicroBatch]) -> list[HiddenStatesSignal]:
         """The signal for the loss tokens of the student's micro-batches.
 
         Args:
-            wanted: the micro-batches.
-            exchange: planned for them.
+            wanted: those that ``exchange`` was planned for.
 
         Returns:
             One signal per micro-batch on the student's last stage, an empty list elsewhere.
 
         Collectives: those of ``Exchange.states``.
         """
-        with self._frozen.ready(len(exchange.batches)), torch.no_grad():
-            states = exchange.states(
+        assert self.exchange is not None, "nothing was planned"
+        with self._frozen.ready(len(self.exchange.batches)), torch.no_grad():
+            states = self.exchange.states(
                 self._states, wanted, hidden_size=self._hidden_size, dtype=self._dtype
             )
         size = self._frozen.vocab_size

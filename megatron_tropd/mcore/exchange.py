@@ -12,7 +12,7 @@ holds little more than what it will keep. S = padded length of a whole row, H = 
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -26,6 +26,9 @@ from megatron_tropd.losses.align import all_to_all_rows, choose_sender
 from megatron_tropd.mcore.layout import Layout
 
 Places = NDArray[np.int64]
+ROUND_OF_STAGE = 4
+"""Micro-batches for each stage of a pipeline between two exchanges: more take more memory, fewer
+let stages wait."""
 
 
 class Rows(NamedTuple):
@@ -39,14 +42,22 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class Dealt:
-    """The micro-batches of a rank: of the student, or of the model that scores."""
+    """The micro-batches of a rank."""
 
     batches: tuple[Rows, ...]
 
     @classmethod
-    def of(cls, batches: Sequence[MicroBatch], layout: Layout) -> "Dealt":
-        """Describe a rank's part of micro-batches."""
-        return cls(tuple(Rows(b.rows, b.tokens.shape[1] * layout.cp_size) for b in batches))
+    def of(cls, batches: Sequence[MicroBatch], *, shares: int = 1) -> Self:
+        """Describe micro-batches of which a rank has one of so many ``shares``."""
+        return cls(tuple(Rows(b.rows, b.tokens.shape[1] * shares) for b in batches))
+
+
+class Offered(Dealt):
+    """Of the model that scores."""
+
+
+class Wanted(Dealt):
+    """Of the student."""
 
 
 class _Transfer(NamedTuple):
@@ -148,7 +159,8 @@ def plan_exchange(
     Collectives: 2 all-gathers of a few numbers a row, on the host.
     """
     local = [scorer.local(batch) for batch in batches]
-    offers, wants = _told(Dealt.of(local, scorer)), _told(Dealt.of(wanted, student))
+    offers = _told(Offered.of(batches))
+    wants = _told(Wanted.of(wanted, shares=student.cp_size))
     written = {number: written_positions(sequences[number]) for number in sequences}
     mine = [
         transfer
@@ -183,12 +195,12 @@ def cp_rank_of(positions: Places, length: int, cp_size: int) -> Places:
 
 def _per_round(scorer: Layout) -> int:
     """Micro-batches between two exchanges: enough to keep a pipeline's stages busy."""
-    return 1 if scorer.pp_size == 1 else 4 * scorer.pp_size
+    return 1 if scorer.pp_size == 1 else ROUND_OF_STAGE * scorer.pp_size
 
 
-def _told(mine: Dealt) -> list[Dealt]:
+def _told[T: Dealt](mine: T) -> list[T]:
     """What every rank has, by its number; collective."""
-    told: list[Dealt] = [mine] * dist.get_world_size()
+    told = [mine] * dist.get_world_size()
     dist.all_gather_object(told, mine)
     return told
 

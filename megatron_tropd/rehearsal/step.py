@@ -32,11 +32,14 @@ from megatron_tropd.distill.step import learn
 from megatron_tropd.mcore import models, parallel, platform, schedule
 from megatron_tropd.mcore.checkpoint import Checkpoints
 from megatron_tropd.mcore.hidden import unwrap
+from megatron_tropd.mcore.layout import Layout
 from megatron_tropd.planning.planned_run import PlannedRun
 from megatron_tropd.rehearsal.engines import Counted, RecordingEngine
+from megatron_tropd.rehearsal.other_layout import ToldRows
 from megatron_tropd.rehearsal.scores import with_made_up_scores
 from megatron_tropd.rehearsal.tensors import CPU, Device
 from megatron_tropd.rehearsal.world import World
+from megatron_tropd.teacher.other_layout import OtherLayoutTeacher
 from megatron_tropd.teacher.resident import ResidentTeacher
 
 
@@ -167,6 +170,9 @@ class RehearsedRank:
                 say=_silent,
             )
         student, teacher = self.parts.student, self.parts.teacher
+        self.rows = None
+        if isinstance(teacher, OtherLayoutTeacher):
+            self.rows = ToldRows(self.parts, teacher, self.world)
         scored: list[tuple[Any, str, list[Any]]] = [(student, "score", [student.module])]
         if isinstance(teacher, ResidentTeacher):
             scored.append((teacher, "signals", [scorer.module for scorer in teacher.scorers]))
@@ -182,13 +188,21 @@ class RehearsedRank:
         self._missing = self.planned.work.most_micro_batches - micro_batches
         original = schedule.run_schedule
 
+        teacher, trained = self.parts.teacher, self.parts.student.module
+
         def announced(model: torch.nn.Module, batches: Any, **options: Any) -> list[Any]:
-            self._announce(unwrap(model).config, batches)
+            layout = self.layout
+            if isinstance(teacher, OtherLayoutTeacher) and unwrap(model) is not trained:
+                layout = teacher.layout
+            self._announce(unwrap(model).config, batches, layout)
             return original(model, batches, **options)
 
         setattr(schedule, "run_schedule", announced)  # noqa: B010
         try:
-            learn(self.parts, made_sequences(self.planned, micro_batches=micro_batches), 0)
+            sequences = made_sequences(self.planned, micro_batches=micro_batches)
+            if self.rows is not None:
+                self.rows.begin(sequences)
+            learn(self.parts, sequences, 0)
         finally:
             schedule.run_schedule = original
         with self.device.tracker.phase("between steps"):
@@ -230,9 +244,8 @@ class RehearsedRank:
 
         return kept
 
-    def _announce(self, config: Any, micro_batches: Any) -> None:
+    def _announce(self, config: Any, micro_batches: Any, layout: Layout) -> None:
         """Neighbours send what this stage would send: hidden states of each micro-batch."""
-        layout = self.layout
         shards = layout.tp_size if config.sequence_parallel else 1
         shapes = [
             (batch.tokens.shape[1] // shards, batch.tokens.shape[0], config.hidden_size)

@@ -10,16 +10,14 @@ from megatron_tropd.data.sequence import TokenSequence
 from megatron_tropd.losses import HiddenStatesSignal, ReferencedSignal
 from megatron_tropd.mcore import platform
 from megatron_tropd.mcore.elsewhere import ModelElsewhere
-from megatron_tropd.mcore.exchange import Exchange, plan_exchange
+from megatron_tropd.mcore.exchange import plan_exchange
 from megatron_tropd.mcore.own_groups import OwnGroups
 from megatron_tropd.teacher import TeacherStart
+from megatron_tropd.teacher.resident import ResidentTeacher
 
 
-class OtherLayoutTeacher:
+class OtherLayoutTeacher(ResidentTeacher):
     """Frozen models that deal a step's sequences to replicas of their own."""
-
-    signal = HiddenStatesSignal
-    referenced = ReferencedSignal
 
     def __init__(self, start: TeacherStart) -> None:
         """Build the teacher, and its reference if there is one, in one layout; collective."""
@@ -29,11 +27,11 @@ class OtherLayoutTeacher:
             pad_multiple=config.teacher_parallel.row_shards * config.megatron.token_multiple,
             timeout_seconds=limits(config.run.timeout_minutes).collectives,
         )
-        self._student, self._layout = start.layout, groups.layout
+        self.layout, self._student = groups.layout, start.layout
         self._tokens = config.train.tokens_per_micro_batch
         self._sequences: Mapping[int, TokenSequence] = {}
         models = {"teacher": start.folder, "reference": start.reference}
-        self.scorers = [
+        self._models = [
             ModelElsewhere(
                 folder,
                 groups=groups,
@@ -48,6 +46,7 @@ class OtherLayoutTeacher:
             for who, folder in models.items()
             if folder is not None
         ]
+        super().__init__(*self._models)
 
     def begin(self, step: int, sequences: Sequence[TokenSequence]) -> None:
         """Keep the step's sequences, which are dealt anew."""
@@ -56,40 +55,32 @@ class OtherLayoutTeacher:
     def signals(
         self, batches: Sequence[MicroBatch]
     ) -> Sequence[HiddenStatesSignal] | Sequence[ReferencedSignal]:
-        """Run each model forward; collectives: those of ``plan_exchange`` and ``score``."""
-        exchange = self._exchange(batches)
-        teacher, *reference = [scorer.score(batches, exchange) for scorer in self.scorers]
-        if not reference:
-            return teacher
-        return [ReferencedSignal(*both) for both in zip(teacher, *reference, strict=True)]
-
-    def close(self) -> None:
-        """Nothing: the models end with the process."""
-
-    def _exchange(self, batches: Sequence[MicroBatch]) -> Exchange:
-        plan = plan_exchange(
-            self._dealt(),
+        """Run each model forward; collectives: those of ``plan_exchange`` and of the scorers."""
+        exchange = plan_exchange(
+            self.dealt(self.layout.dp_rank),
             batches,
             self._sequences,
-            scorer=self._layout,
+            scorer=self.layout,
             student=self._student,
         )
         device = platform.device()
-        return replace(plan, batches=[batch.to(device) for batch in plan.batches])
+        exchange = replace(exchange, batches=[b.to(device) for b in exchange.batches])
+        for model in self._models:
+            model.exchange = exchange
+        return super().signals(batches)
 
-    def _dealt(self) -> list[MicroBatch]:
-        """This replica's share of the step, whole rows on the host."""
-        layout = self._layout
-        numbers = list(self._sequences)
+    def dealt(self, dp_rank: int) -> list[MicroBatch]:
+        """A replica's share of the step, whole rows on the host."""
+        numbers, replicas = list(self._sequences), self.layout.dp_size
         # Every replica needs as many rows: the last one again, whose states nobody takes.
-        numbers += numbers[-1:] * (-len(numbers) % layout.dp_size)
+        numbers += numbers[-1:] * (-len(numbers) % replicas)
         packed = pack(
             [self._sequences[number] for number in numbers],
-            dp_rank=layout.dp_rank,
-            dp_size=layout.dp_size,
+            dp_rank=dp_rank,
+            dp_size=replicas,
             tokens_per_micro_batch=self._tokens,
-            pad_multiple=layout.pad_multiple,
-            rounded_to=layout.row_multiple,
+            pad_multiple=self.layout.pad_multiple,
+            rounded_to=self.layout.row_multiple,
             seed=0,
             step=0,
         )

@@ -9,6 +9,7 @@ from megatron_tropd.losses import HiddenStatesSignal, ReferencedSignal
 from megatron_tropd.teacher import TeacherSource, TeacherStart
 
 if TYPE_CHECKING:
+    from megatron_tropd.mcore.elsewhere import ModelElsewhere
     from megatron_tropd.mcore.frozen import FrozenModel
 
 
@@ -18,8 +19,8 @@ class ResidentTeacher:
     signal = HiddenStatesSignal
     referenced = ReferencedSignal
 
-    def __init__(self, *scorers: "FrozenModel") -> None:
-        """``scorers``: of ``mcore.frozen.frozen_model``, the teacher and perhaps its reference."""
+    def __init__(self, *scorers: "FrozenModel | ModelElsewhere") -> None:
+        """``scorers``: the teacher and perhaps its reference."""
         self.scorers = scorers
 
     def begin(self, step: int, sequences: Sequence[TokenSequence]) -> None:
@@ -28,7 +29,7 @@ class ResidentTeacher:
     def signals(
         self, batches: Sequence[MicroBatch]
     ) -> Sequence[HiddenStatesSignal] | Sequence[ReferencedSignal]:
-        """Run each model forward; collectives: those of the schedule."""
+        """Run each model forward; collectives: those of the scorers."""
         teacher, *reference = [scorer.score(batches) for scorer in self.scorers]
         if not reference:
             return teacher

@@ -4,13 +4,19 @@ One spawn of four ranks: a student in each of its layouts, with its teacher in t
 with teachers in others. Nothing else changes between the two.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_tropd.config import ModelParallelConfig, ParallelConfig, TeacherConfig, TrainConfig
+from megatron_tropd.config import (
+    Config,
+    ModelParallelConfig,
+    ParallelConfig,
+    TeacherConfig,
+    TrainConfig,
+)
 from megatron_tropd.config.loss import preset
 from tests.distributed.test_training import recorded_trajectories
 from tests.ranks import leave_layout, run_with_env
@@ -29,36 +35,46 @@ STUDENTS: dict[str, dict[str, Any]] = {
     "wider": dict(tie_word_embeddings=True, vocab_size=600),  # 640 columns, the teacher 320
     "same": dict(seed=3),
 }
-# Student's layout -> student, teacher, and layouts of the teacher.
-CASES: list[tuple[ParallelConfig, str, str, list[Own]]] = [
-    (
-        ParallelConfig(tensor=2, data=2),
+
+
+@dataclass(frozen=True)
+class Case:
+    """A student in its layout, and its teacher in others."""
+
+    layout: ParallelConfig
+    student: str
+    teacher: str
+    own: tuple[Own, ...]
+    loss: str = "tropd_exact"
+    offload: Any = "none"
+    read_from: str | None = None
+    """Another folder of the same teacher; None: its own."""
+
+
+_TP2_DP2 = ParallelConfig(tensor=2, data=2)
+_SP = dict(tensor=2, sequence_parallel=True)
+CASES = [
+    Case(
+        _TP2_DP2,
         "wider",
         "plain",
-        [
+        (
             Own(),
             Own(tensor=4),
             Own(pipeline=2),
             Own(tensor=2, pipeline=2),
             Own(pipeline=4),
             Own(context=2),
-            Own(tensor=2, context=2, sequence_parallel=True),
-        ],
+            Own(context=2, **_SP),
+        ),
     ),
-    (ParallelConfig(tensor=2, data=2), "same", "tied", [Own(pipeline=2), Own(context=4)]),
-    (ParallelConfig(pipeline=2, data=2), "same", "plain", [Own(), Own(tensor=4)]),
-    (
-        ParallelConfig(tensor=2, context=2, sequence_parallel=True),
-        "same",
-        "plain",
-        [Own(), Own(context=2, pipeline=2)],
-    ),
-    (
-        ParallelConfig(data=4),
-        "same",
-        "mixture",
-        [Own(expert=2), Own(tensor=2, expert=2, sequence_parallel=True)],
-    ),
+    Case(_TP2_DP2, "same", "tied", (Own(pipeline=2), Own(context=4))),
+    Case(_TP2_DP2, "same", "plain", (Own(pipeline=2),), offload="host"),
+    Case(_TP2_DP2, "same", "plain", (Own(tensor=4),), read_from="checkpoint"),
+    Case(_TP2_DP2, "same", "plain", (Own(pipeline=2), Own(context=2)), loss="exopd"),
+    Case(ParallelConfig(pipeline=2, data=2), "same", "plain", (Own(), Own(tensor=4))),
+    Case(ParallelConfig(context=2, **_SP), "same", "plain", (Own(), Own(context=2, pipeline=2))),
+    Case(ParallelConfig(data=4), "same", "mixture", (Own(expert=2), Own(expert=2, **_SP))),
 ]
 
 
@@ -91,31 +107,41 @@ def _compare(case: Any, found: dict[str, Any], expected: dict[str, Any]) -> floa
     return worst
 
 
-def _start(parts: Any, student: str, teacher: str, layout: ParallelConfig) -> Any:
+def _start(parts: Any, config: Config) -> Any:
     """What a teacher is made of beside the student of ``parts``."""
-    from megatron_tropd.convert.hf_folder import HFFolder
+    from megatron_tropd.convert.megatron_folder import open_model
     from megatron_tropd.teacher import TeacherStart
 
     return TeacherStart(
-        config_of_parts(student, teacher, layout, TRAIN, parts.loss),
-        HFFolder(Path(teacher)),
+        config,
+        open_model(config.model.teacher),
         parts.layout,
         torch.float32,
         parts.student.module.vocab_size,
         parts.vocab_size,
+        open_model(config.reference) if config.reference else None,
     )
 
 
-def _other(parts: Any, start: Any, **teacher: Any) -> Any:
-    """The same step with another teacher."""
+def _run(case: Case, folders: dict[str, str], worst: dict[str, float]) -> None:
+    """One student with its teacher in every layout."""
     from megatron_tropd.teacher import load_teacher
 
-    source = TeacherConfig(reference=start.config.teacher.reference, **teacher)
-    start = replace(start, config=replace(start.config, teacher=source))
-    return replace(parts, teacher=load_teacher("resident")(start))
+    pair = folders[case.student], folders[case.teacher]
+    loss = preset(case.loss)
+    source = TeacherConfig(reference="student" if loss.needs.reference else None)
+    parts = build_parts(*pair, case.layout, TRAIN, loss, source=source)
+    expected = _numbers(parts)
+    read_from = folders[case.read_from or case.teacher]
+    for own in case.own:
+        other = replace(source, parallel=own, offload=case.offload)
+        config = config_of_parts(pair[0], read_from, case.layout, TRAIN, loss, source=other)
+        teacher = load_teacher("resident")(_start(parts, config))
+        name = f"{case} {own}"
+        worst[name] = _compare(name, _numbers(replace(parts, teacher=teacher)), expected)
 
 
-def compare(students: dict[str, str], teachers: dict[str, str]) -> None:
+def compare(folders: dict[str, str]) -> None:
     """Every layout of four ranks in one spawn."""
     import torch.distributed as dist
 
@@ -123,20 +149,20 @@ def compare(students: dict[str, str], teachers: dict[str, str]) -> None:
 
     dist.init_process_group(platform.distributed_backend())
     worst: dict[str, float] = {}
-    for layout, student, teacher, own in CASES:
-        pair = students[student], teachers[teacher]
-        parts = build_parts(*pair, layout, TRAIN, preset("tropd_exact"))
-        start = _start(parts, *pair, layout)
-        expected = _numbers(parts)
-        for parallel in own:
-            other = _other(parts, start, parallel=parallel)
-            case = f"{layout} {parallel}"
-            worst[case] = _compare(case, _numbers(other), expected)
+    for case in CASES:
+        _run(case, folders, worst)
         leave_layout()
-    print({case: f"{value:.1e}" for case, value in worst.items()})
+    if dist.get_rank() == 0:
+        print(f"\nlargest difference: {max(worst.values()):.1e}")
 
 
-def test_losses_and_gradients_are_those_of_a_teacher_in_the_students_layout(tiny_model: Any):
-    students = {name: str(tiny_model("llama", **more)) for name, more in STUDENTS.items()}
-    teachers = {name: str(tiny_model(kind, **more)) for name, (kind, more) in TEACHERS.items()}
-    run_with_env(4, compare, students, teachers)
+def test_losses_and_gradients_are_those_of_a_teacher_in_the_students_layout(
+    tiny_model: Any, tmp_path: Path
+):
+    from megatron_tropd.convert.to_megatron import ToMegatron, hf_to_megatron
+
+    folders = {name: str(tiny_model("llama", **more)) for name, more in STUDENTS.items()}
+    folders |= {name: str(tiny_model(kind, **more)) for name, (kind, more) in TEACHERS.items()}
+    hf_to_megatron(ToMegatron(Path(folders["plain"]), tmp_path / "megatron", tensor_parallel=2))
+    folders["checkpoint"] = str(tmp_path / "megatron")
+    run_with_env(4, compare, folders)

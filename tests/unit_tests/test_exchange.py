@@ -117,10 +117,8 @@ def test_every_state_reaches_the_loss_that_reads_it(student: str, teacher: str, 
     wanted = [[x.local(b) for b in _packed(sequences, x)] for x in students]
     batches = [_packed(sequences, x) for x in scorers]
     told = {
-        "wants": [Dealt.of(w, x) for w, x in zip(wanted, students, strict=True)],
-        "offers": [
-            Dealt.of([x.local(b) for b in bs], x) for bs, x in zip(batches, scorers, strict=True)
-        ],
+        "wants": [Dealt.of(w, shares=STUDENTS[student].context) for w in wanted],
+        "offers": [Dealt.of(b) for b in batches],
     }
     plans = []
     for rank in range(8):
@@ -153,14 +151,14 @@ def test_work_is_shared_by_the_ranks_that_hold_the_same():
     scorers = [_layout(TEACHERS["tp8"], rank) for rank in range(8)]
     sequences = _sequences(24)
     written = {n: exchange.written_positions(s) for n, s in enumerate(sequences)}
-    offers = [Dealt.of(_packed(sequences, x), x) for x in scorers]
-    wants = [Dealt.of(_packed(sequences, x), x) for x in students]
+    offers = [Dealt.of(_packed(sequences, x)) for x in scorers]
+    wants = [Dealt.of(_packed(sequences, x)) for x in students]
     for t in exchange._transfers(offers, wants, written, scorers[0], students[0]):
         assert t.sender == t.receiver
     few = replace(students[0], tp_size=4, dp_size=1, pp_size=2)
-    wants = [Dealt.of(_packed(sequences, replace(x, dp_rank=0, dp_size=1)), x) for x in students]
+    wants = [Dealt.of(_packed(sequences, replace(x, dp_rank=0, dp_size=1))) for x in students]
     pipe = [_layout(TEACHERS["tp2 pp2 dp2"], rank) for rank in range(8)]
-    offers = [Dealt.of(_packed(sequences, x), x) for x in pipe]
+    offers = [Dealt.of(_packed(sequences, x)) for x in pipe]
     found = list(exchange._transfers(offers, wants, written, pipe[0], few))
     assert {t.receiver for t in found} == {4, 5, 6, 7}
     assert {t.sender for t in found} == {4, 5, 6, 7}
