@@ -107,17 +107,16 @@ def all_to_all_rows(
     return arrived
 
 
-def choose_sender(receiver: int, holders: Sequence[int]) -> int:
-    """Who of those that hold the same gives it to ``receiver``: itself, or one of them in turn."""
-    return receiver if receiver in holders else holders[receiver % len(holders)]
-
-
 def _senders(have: Sequence[slice], receiver: int) -> set[int]:
-    """The ranks that give a receiver what it wants: one for each set of rows."""
+    """The ranks that give a receiver what it wants: of those that have the same rows itself, or one
+    of them in turn."""
     holders: dict[tuple[int, int], list[int]] = {}
     for rank, rows in enumerate(have):
         holders.setdefault((rows.start, rows.stop), []).append(rank)
-    return {choose_sender(receiver, ranks) for ranks in holders.values()}
+    return {
+        receiver if receiver in ranks else ranks[receiver % len(ranks)]
+        for ranks in holders.values()
+    }
 
 
 def align_logits(

@@ -10,6 +10,7 @@ What travels are the written tokens, all that can have a loss. They travel in ro
 holds little more than what it will keep. S = padded length of a whole row, H = hidden size.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Self
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from megatron_tropd.data.batch import MicroBatch, upload
 from megatron_tropd.data.sequence import TokenSequence, Writer
-from megatron_tropd.losses.align import all_to_all_rows, choose_sender
+from megatron_tropd.losses.align import all_to_all_rows
 from megatron_tropd.mcore.layout import Layout
 
 Places = NDArray[np.int64]
@@ -213,7 +214,7 @@ def _transfers(
     student: Layout,
 ) -> Iterator[_Transfer]:
     """All tokens that travel, or stay where they are, in the same order on every rank."""
-    at = _sources(offers, scorer)
+    at, senders = _sources(offers, scorer), _Senders(scorer)
     for receiver, dealt in enumerate(wants):
         _, pp_rank, replica = student.place(receiver)
         if pp_rank != student.pp_size - 1:
@@ -228,9 +229,31 @@ def _transfers(
                 owners = cp_rank_of(positions, length, scorer.cp_size)
                 for cp_rank in range(scorer.cp_size):
                     part = owners == cp_rank
-                    holders = _holders(scorer, dp_rank * scorer.cp_size + cp_rank)
-                    sender = choose_sender(receiver, holders)
+                    sender = senders.of(receiver, dp_rank * scorer.cp_size + cp_rank)
                     yield _Transfer(sender, receiver, source, positions[part], target, places[part])
+
+
+class _Senders:
+    """Who of those that hold the same states gives them to whom: the receiver itself if it can,
+    else one after the other."""
+
+    def __init__(self, scorer: Layout) -> None:
+        """Nobody has a sender yet."""
+        self._scorer = scorer
+        self._chosen: dict[tuple[int, int], int] = {}
+        self._turns: Counter[int] = Counter()
+
+    def of(self, receiver: int, replica: int) -> int:
+        """The rank that sends a receiver the states of a replica of the scorer's."""
+        key = receiver, replica
+        if key not in self._chosen:
+            holders = _holders(self._scorer, replica)
+            if receiver in holders:
+                self._chosen[key] = receiver
+            else:
+                self._chosen[key] = holders[self._turns[replica] % len(holders)]
+                self._turns[replica] += 1
+        return self._chosen[key]
 
 
 def _sources(

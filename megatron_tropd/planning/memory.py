@@ -494,8 +494,8 @@ def _scoring_bytes(run: PlannedRun, model: PlannedModel) -> float:
         return _working_set(run, model)
     stages = own.parallel.pipeline
     batches = min(own.work.most_micro_batches, 1 if stages == 1 else ROUND_OF_STAGE * stages)
-    sent = 2 * min(1.0, run.parallel.tensor / own.parallel.tensor)
     arrived = own.parallel.replicas / run.parallel.replicas
+    sent = 2 * min(1.0, max(arrived, run.parallel.tensor / own.parallel.tensor))
     states = batches * own.work.most_loss_tokens * model.shape.hidden * run.element
     return _working_set(own, model) + (sent + arrived) * states
 

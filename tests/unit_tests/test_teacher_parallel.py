@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -21,6 +22,10 @@ from megatron_tropd.config import (
     load_config,
 )
 from megatron_tropd.convert.checks import check_parallel
+from megatron_tropd.planning import memory
+from megatron_tropd.planning.hardware import load_hardware
+from megatron_tropd.planning.memory import memory_of_stage
+from megatron_tropd.planning.planned_run import PlannedRun, plan_run
 
 SHAPE = {
     "model_type": "llama",
@@ -33,6 +38,10 @@ SHAPE = {
     "max_position_embeddings": 256,
     "rms_norm_eps": 1e-6,
 }
+
+
+RECIPE = Path(__file__).resolve().parents[2] / "configs" / "recipes" / "qwen3_8b.toml"
+"""TP 2 x PP 2 x DP 8, a teacher of 64 layers."""
 
 
 def _config(own: ModelParallelConfig | None, **student: int) -> Config:
@@ -105,3 +114,60 @@ def test_the_table_survives_files(tmp_path):
     assert other.teacher.parallel == ModelParallelConfig(pipeline=2)
     with pytest.raises(ConfigError, match=r"Unknown config key teacher.parallel.data"):
         load_config(written, ["teacher.parallel.data=2"])
+
+
+def _planned(*overrides: str) -> PlannedRun:
+    return plan_run(load_config(RECIPE, overrides), load_hardware("h100"))
+
+
+def test_plans_count_the_teacher_in_its_own_layout():
+    alike, run = _planned(), _planned("teacher.parallel.tensor=8", "teacher.parallel.pipeline=2")
+    teacher, columns = run.teacher, run.padded_vocab
+    whole = teacher.parameters
+    # Two stages and two tensor-parallel ranks become eight: a quarter, norms aside.
+    assert run.frozen_on(teacher, 0) == pytest.approx(
+        alike.frozen_on(alike.teacher, 0) / 4, rel=1e-3
+    )
+    # The output layer lies on the student's columns, the teacher's own eighth is gone.
+    last = run.scoring.parameters_of(teacher, 1).total
+    moved = columns // 2 * teacher.shape.hidden - columns // 8 * teacher.shape.hidden
+    assert run.frozen_on(teacher, 1) == last + moved
+    assert run.scoring.parallel.data == 2
+    assert 8 * (run.frozen_on(teacher, 0) + last) == pytest.approx(whole, rel=1e-3)
+    assert memory_of_stage(run, 0).teacher_weights == 2 * run.frozen_on(teacher, 0)
+    # What a rank keeps of the teacher's states is what it computes the loss of.
+    kept = memory_of_stage(alike, 1).teacher_hidden
+    assert memory_of_stage(run, 1).teacher_hidden == kept > 0
+    assert alike.scoring is alike
+
+
+def test_stages_of_the_teacher_on_those_of_the_student():
+    run = _planned("teacher.parallel.tensor=2", "teacher.parallel.pipeline=4")
+    assert [list(run.scoring_stages(stage)) for stage in (0, 1)] == [[0, 1], [2, 3]]
+    assert list(_planned("teacher.parallel.tensor=8").scoring_stages(1)) == [0]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["teacher.parallel.pipeline=32"], None),
+        (["teacher.parallel.pipeline=16", "teacher.parallel.tensor=2"], None),
+        (
+            ["teacher.parallel.tensor=16"],
+            "teacher.parallel.tensor = 16 must divide the teacher's k",
+        ),
+        (["teacher.parallel.expert=2"], "teacher.parallel.expert = 2 needs a mixture"),
+    ],
+)
+def test_plans_refuse_what_the_trainer_refuses(overrides: list[str], words: str | None):
+    if words is None:
+        _planned(*overrides)
+        return
+    with pytest.raises(ConfigError, match=words):
+        _planned(*overrides)
+
+
+def test_rounds_are_planned_as_they_are():
+    from megatron_tropd.mcore import exchange
+
+    assert memory.ROUND_OF_STAGE == exchange.ROUND_OF_STAGE
