@@ -62,8 +62,43 @@ def build_parts(
     from megatron_tropd.distill.pair import step_parts
     from megatron_tropd.mcore import parallel
 
+    config = config_of_parts(
+        student,
+        teacher,
+        layout,
+        train,
+        loss,
+        dtype=dtype,
+        megatron=megatron,
+        source=source,
+        recorded=recorded,
+        lora=lora,
+    )
+    ranks = ranks or parallel.initialize(layout, seed=1)
+    folders = {"student": HFFolder(Path(student))}
+    for who, alone in config.by_teacher.items():
+        folders[who] = HFFolder(Path(alone.model.teacher))
+        if alone.reference is not None:
+            folders[reference_of(who)] = HFFolder(Path(alone.reference))
+    return replace(step_parts(config, folders, ranks, routes), **changes)
+
+
+def config_of_parts(
+    student: str | Path,
+    teacher: str | Path | tuple[NamedTeacher, ...],
+    layout: ParallelConfig,
+    train: TrainConfig,
+    loss: LossSettings,
+    *,
+    dtype: str = "float32",
+    megatron: MegatronConfig | None = None,
+    source: TeacherConfig | None = None,
+    recorded: str | None = None,
+    lora: LoraConfig | None = None,
+) -> Config:
+    """What :func:`build_parts` is given, as a run's settings."""
     several = teacher if isinstance(teacher, tuple) else ()
-    config = Config(
+    return Config(
         model=ModelConfig(
             student=str(student),
             teacher="" if several else str(teacher),
@@ -80,10 +115,3 @@ def build_parts(
         megatron=megatron or MegatronConfig(),
         teacher=source or TeacherConfig(),
     )
-    ranks = ranks or parallel.initialize(layout, seed=1)
-    folders = {"student": HFFolder(Path(student))}
-    for who, alone in config.by_teacher.items():
-        folders[who] = HFFolder(Path(alone.model.teacher))
-        if alone.reference is not None:
-            folders[reference_of(who)] = HFFolder(Path(alone.reference))
-    return replace(step_parts(config, folders, ranks, routes), **changes)

@@ -105,18 +105,17 @@ class ModelConfig(Settings, section="model"):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParallelConfig(Settings, section="parallel"):
-    """How the ranks are laid out. World size = tensor x context x pipeline x data."""
+class ModelParallelConfig(Settings, section="teacher.parallel"):
+    """How one copy of a model is laid out, over tensor x context x pipeline ranks.
+
+    As [teacher.parallel]: a layout of the teacher's own on the ranks of the run. How many copies of
+    it there are follows.
+    """
 
     tensor: Count = 1
-    """Tensor-parallel ranks of student and teacher."""
+    """Tensor-parallel ranks; without [teacher.parallel] of student and teacher."""
     pipeline: Count = 1
-    """Pipeline stages of student and teacher."""
-    virtual_pipeline: Count = 1
-    """Parts of the layers that each stage holds, in turns with the others (Megatron's interleaved
-    schedule): idle time is divided by it, and micro-batches are a multiple of pipeline."""
-    data: Count = 1
-    """Data-parallel replicas of the student."""
+    """Pipeline stages; without [teacher.parallel] of student and teacher."""
     context: Count = 1
     """Ranks that share each row of tokens, for long ones: of 2 x context equal parts of it a rank
     computes one from the front and its mirror image from the back."""
@@ -130,34 +129,75 @@ class ParallelConfig(Settings, section="parallel"):
     """Accept layers that pipeline does not divide: the first stages take one more."""
     sequence_parallel: bool = False
     """Shard activations between the tensor-parallel regions along the sequence."""
-    distributed_optimizer: bool = False
-    """Shard optimizer states over the data-parallel ranks."""
 
     def _check_together(self) -> None:
         _require(
             self.expert_tensor in (None, 1, self.tensor),
-            f"parallel.expert_tensor must be 1 or parallel.tensor = {self.tensor}, found "
+            f"{self.key('expert_tensor')} must be 1 or {self.key('tensor')} = {self.tensor}, found "
             f"{self.expert_tensor}.",
         )
-        whole = self.shards_of_expert < self.tensor
-        sharers = self.replicas * (self.tensor if whole else 1)
-        context = "context x " if self.context > 1 else ""
         _require(
-            sharers % self.expert == 0,
-            f"parallel.expert = {self.expert} must divide parallel."
-            f"{'tensor x ' if whole else ''}{context}data, found {sharers}: the replicas share the "
-            "experts. Change one of the two.",
+            self.tensor > 1 or not self.sequence_parallel,
+            f"{self.key('sequence_parallel')} = true needs {self.key('tensor')} of at least 2, "
+            f"found 1. Raise {self.key('tensor')} or set sequence_parallel = false.",
         )
+
+    def over(self, world_size: int) -> "ParallelConfig":
+        """The layout with as many copies of the model as the run has ranks for.
+
+        Raises:
+            ConfigError: they do not divide the ranks.
+        """
+        ranks = self.tensor * self.context * self.pipeline
+        _require(
+            world_size % ranks == 0,
+            "[teacher.parallel]: a copy of the teacher takes tensor x context x pipeline = "
+            f"{self.tensor} x {self.context} x {self.pipeline} = {ranks} ranks, which must divide "
+            f"the {world_size} ranks of the run ([parallel]: tensor x context x pipeline x data). "
+            "Change one of the two.",
+        )
+        return TeacherLayout(**dataclasses.asdict(self), data=world_size // ranks)
+
+    @property
+    def row_shards(self) -> int:
+        """Equal parts that the axes cut a row into."""
+        shards = self.tensor if self.sequence_parallel else 1
+        return shards if self.context == 1 else 2 * self.context * shards
+
+    @property
+    def shards_of_expert(self) -> int:
+        """Tensor-parallel ranks of each expert."""
+        return self.tensor if self.expert_tensor is None else self.expert_tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig(ModelParallelConfig, section="parallel"):
+    """How the ranks are laid out. World size = tensor x context x pipeline x data."""
+
+    virtual_pipeline: Count = 1
+    """Parts of the layers that each stage holds, in turns with the others (Megatron's interleaved
+    schedule): idle time is divided by it, and micro-batches are a multiple of pipeline."""
+    data: Count = 1
+    """Data-parallel replicas of the student."""
+    distributed_optimizer: bool = False
+    """Shard optimizer states over the data-parallel ranks."""
+
+    def _check_together(self) -> None:
+        super()._check_together()
         _require(
             self.pipeline > 1 or self.virtual_pipeline == 1,
             f"parallel.virtual_pipeline = {self.virtual_pipeline} needs parallel.pipeline of at "
             "least 2, found 1: one stage has nobody to take turns with. Raise parallel.pipeline or "
             "set virtual_pipeline = 1.",
         )
+        whole = self.shards_of_expert < self.tensor
+        sharers = self.replicas * (self.tensor if whole else 1)
+        context = "context x " if self.context > 1 else ""
         _require(
-            self.tensor > 1 or not self.sequence_parallel,
-            "parallel.sequence_parallel = true needs parallel.tensor of at least 2, found 1. "
-            "Raise parallel.tensor or set sequence_parallel = false.",
+            sharers % self.expert == 0,
+            f"{self.key('expert')} = {self.expert} must divide {self._prefix}"
+            f"{'tensor x ' if whole else ''}{context}data, found {sharers}: the replicas share the "
+            "experts. Change one of the two.",
         )
 
     @property
@@ -181,20 +221,13 @@ class ParallelConfig(Settings, section="parallel"):
         return self.pipeline if self.virtual_pipeline > 1 else 1
 
     @property
-    def row_shards(self) -> int:
-        """Equal parts that the axes cut a row into."""
-        shards = self.tensor if self.sequence_parallel else 1
-        return shards if self.context == 1 else 2 * self.context * shards
-
-    @property
-    def shards_of_expert(self) -> int:
-        """Tensor-parallel ranks of each expert."""
-        return self.tensor if self.expert_tensor is None else self.expert_tensor
-
-    @property
     def expert_replicas(self) -> int:
         """Ranks that hold the same part of the same experts."""
         return self.tensor * self.replicas // (self.shards_of_expert * self.expert)
+
+
+class TeacherLayout(ParallelConfig, section="teacher.parallel"):
+    """The teacher's own layout, with the data-parallel replicas that follow from the world."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -470,6 +503,10 @@ class TeacherConfig(Settings, section="teacher"):
     """self: after each step the teacher is ema_decay times itself plus the rest of the student.
     None: it stays what the student starts from."""
 
+    parallel: ModelParallelConfig | None = None
+    """[teacher.parallel]: a layout of the resident teacher's own (and of its reference) on the same
+    ranks (docs/teachers.md). None: the student's."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class NamedTeacher(TeacherConfig, section="teachers"):
@@ -587,6 +624,7 @@ class Config(Settings):
         else:
             self._check_reference()
             self._check_offload()
+            self._check_teacher_layout()
             self._check_cached()
             self._check_self()
             self._check_context()
@@ -644,6 +682,7 @@ class Config(Settings):
         graded = self.evaluation.problems is not None
         one_only = {
             f'rollout.behaviour = "{self.rollout.behaviour}"': self.rollout.asks_teacher,
+            "[teachers.parallel]": any(teacher.parallel for teacher in self.teachers),
             'evaluation.task = "reverse_kl"': graded and self.evaluation.task == "reverse_kl",
             'evaluation.teacher = true with rollout.placement = "separate"': graded
             and self.evaluation.teacher
@@ -758,6 +797,7 @@ class Config(Settings):
         graded = self.evaluation.problems is not None
         blind = {
             f'rollout.behaviour = "{self.rollout.behaviour}"': self.rollout.asks_teacher,
+            "[teachers.parallel]": any(teacher.parallel for teacher in self.teachers),
             'evaluation.task = "reverse_kl"': graded and self.evaluation.task == "reverse_kl",
         }
         named = [what for what, is_set in blind.items() if is_set]
@@ -821,6 +861,32 @@ class Config(Settings):
             "copies of the weights in that type on the GPU, so it would gain little. Remove one of "
             "the two.",
         )
+
+    def _check_teacher_layout(self) -> None:
+        own, source = self.teacher.parallel, self.teacher.placement
+        if own is None:
+            return
+        _require(
+            source == TeacherConfig.placement or ":" in source,
+            "[teacher.parallel] lays out a model on the student's ranks, found teacher.placement = "
+            f'"{source}", which has none there. Remove one of the two.',
+        )
+        _require(
+            self.teacher.context is None,
+            "teacher.context is read in the student's layout, found [teacher.parallel] beside it. "
+            "Remove one of the two.",
+        )
+        own.over(self.parallel.world_size)
+
+    @property
+    def teacher_parallel(self) -> ParallelConfig:
+        """Layout of the teacher and its reference: their own, or the student's."""
+        own = self.teacher.parallel
+        return self.parallel if own is None else own.over(self.parallel.world_size)
+
+    def parallel_of(self, who: str) -> ParallelConfig:
+        """Layout of one of the run's models: "student", "teacher" or "reference"."""
+        return self.parallel if who == "student" else self.teacher_parallel
 
     @property
     def reference(self) -> str | None:
@@ -904,14 +970,15 @@ def config_to_toml(config: Config) -> str:
         several = isinstance(found, list)
         for table in found if several else [found]:
             lines.append(f"\n[[{section}]]" if several else f"\n[{section}]")
-            # TOML has no null: it leaves out what is None by default.
             lines += [f"{k} = {_toml(value)}" for k, value in table.items() if value is not None]
     return "\n".join(lines) + "\n"
 
 
 def _toml(value: Any) -> str:
     if isinstance(value, dict):
-        entries = (f"{json.dumps(key)} = {_toml(item)}" for key, item in value.items())
+        # TOML has no null: it leaves out what is None by default.
+        given = {key: item for key, item in value.items() if item is not None}
+        entries = (f"{json.dumps(key)} = {_toml(item)}" for key, item in given.items())
         return "{" + ", ".join(entries) + "}"
     if isinstance(value, list):
         return "[" + ", ".join(map(_toml, value)) + "]"

@@ -145,19 +145,20 @@ def load_inputs(config: Config) -> Inputs:
 def _open_models(config: Config) -> dict[str, HFFolder | MegatronFolder]:
     """Open all models of a run, as ``Inputs.folders``, and check that ranks can build them."""
     models = {"student": open_model(config.model.student)}
-    built = {"student"}
+    layouts = {"student": config.parallel}
     for who, alone in config.by_teacher.items():
         mine = {who: alone.model.teacher, reference_of(who): alone.reference}
         models |= {name: open_model(path) for name, path in mine.items() if path is not None}
-        built |= mine.keys() if alone.loads_teacher else set()
+        layouts |= dict.fromkeys(mine, alone.teacher_parallel) if alone.loads_teacher else {}
     for who, folder in models.items():
         _check_config(folder, who)
         if isinstance(folder, HFFolder):  # the other kind is checked when it is opened
             check_tensors(folder)
-        if who in built:
-            check_parallel(folder.config, config.parallel, who=who)
-    shapes = [model_shape(folder.config) for who, folder in models.items() if who in built]
-    check_expert_parallel(config.parallel, shapes)
+        if who in layouts:
+            check_parallel(folder.config, layouts[who], who=who)
+    for layout in {id(each): each for each in layouts.values()}.values():
+        alike = [model_shape(models[who].config) for who in models if layouts.get(who) is layout]
+        check_expert_parallel(layout, alike)
     return models
 
 

@@ -102,7 +102,7 @@ def load_to_score(config: Config) -> ToScore:
     if alone.reference is not None:
         folders[reference_of(TEACHER)] = open_model(alone.reference)
     for who, folder in folders.items():
-        check_parallel(folder.config, config.parallel, who=who)
+        check_parallel(folder.config, config.parallel_of(who), who=who)
         tokenizer = check_same_tokenizer(student, folder.companions, other=who)
     configs = [read_config(student), *(folder.config for folder in folders.values())]
     context = min(model_shape(each).context for each in configs)
@@ -248,7 +248,9 @@ class Scorer:
             write them; None elsewhere.
         """
         layout = self.layout
-        batches = [layout.local(b).to(platform.device()) for b in self._packed(sequences)]
+        weighed = self._weighed(sequences)
+        self.teacher.begin(0, weighed)
+        batches = [layout.local(b).to(platform.device()) for b in self._packed(weighed)]
         signals = self.teacher.signals(batches)
         if not layout.is_last_stage:
             return None
@@ -261,13 +263,16 @@ class Scorer:
         columns = _in_order(parts, len(sequences))
         return columns | {"topk_logprobs": columns["topk_logprobs"].to(self.dtype)}
 
-    def _packed(self, sequences: Sequence[TokenSequence]) -> list[MicroBatch]:
-        """Pack with every written token as a loss token, whatever a loss will make of it."""
-        layout = self.layout
+    def _weighed(self, sequences: Sequence[TokenSequence]) -> list[TokenSequence]:
+        """Make every written token a loss token, whatever a loss will make of it."""
         weighed = [s.replace(weight_N=scored_tokens(s).astype(np.float32)) for s in sequences]
         # Every replica needs as many rows, perhaps a multiple: the last sequence again, dropped
         # afterwards.
-        weighed += weighed[-1:] * (-len(weighed) % (layout.dp_size * layout.batch_multiple))
+        multiple = self.layout.dp_size * self.layout.batch_multiple
+        return weighed + weighed[-1:] * (-len(weighed) % multiple)
+
+    def _packed(self, weighed: Sequence[TokenSequence]) -> list[MicroBatch]:
+        layout = self.layout
         return pack(
             weighed,
             dp_rank=layout.dp_rank,

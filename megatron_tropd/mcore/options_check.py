@@ -52,8 +52,9 @@ def check_options(config: Config, **configs: dict[str, Any]) -> None:
     megatron, parallel, student = config.megatron, config.parallel, configs["student"]
     check_types(megatron)
     for table, options in megatron.tables():
-        _check_context(table, options, parallel)
-        _check_virtual_pipeline(table, options, parallel)
+        layout = config.parallel_of(_model_of(table))
+        _check_context(table, options, layout)
+        _check_virtual_pipeline(table, options, layout)
         _check_machine(table, options)
     _check_recomputation(megatron.model)
     _check_overlap(config)
@@ -98,13 +99,19 @@ def _built(
             f"megatron.{table}.recompute_modules: {', '.join(sorted(unused))} is of mixtures of "
             'experts, and this model is dense. Say "mlp" for its MLPs.'
         )
-    built = models.transformer_config(shape, config.parallel, dtype, options, table=table)
+    parallel = config.parallel_of(_model_of(table))
+    built = models.transformer_config(shape, parallel, dtype, options, table=table)
     if built.activation_func_fp8_input_store and not built.bias_activation_fusion:
         raise ConfigError(
             f"megatron.{table}.activation_func_fp8_input_store does nothing without "
             f"megatron.{table}.bias_activation_fusion = true. Set that, too, or remove this one."
         )
     return built
+
+
+def _model_of(table: Table) -> str:
+    """Whose options a table has."""
+    return "teacher" if table == "teacher" else "student"
 
 
 def unreviewed(megatron: MegatronConfig) -> list[str]:
@@ -136,8 +143,8 @@ def _check_context(table: Table, options: dict[str, Any], parallel: ParallelConf
     where, asked = f"megatron.{table}.cp_comm_type", options["cp_comm_type"]
     if parallel.context == 1:
         raise ConfigError(
-            f"{where} does nothing without context parallelism, found parallel.context = 1. Raise "
-            "that, or remove this one."
+            f"{where} does nothing without context parallelism, found {parallel.key('context')} = "
+            "1. Raise that, or remove this one."
         )
     if "a2a+p2p" in ([asked] if isinstance(asked, str) else asked):
         raise ConfigError(

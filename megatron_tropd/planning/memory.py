@@ -31,6 +31,9 @@ _BUCKET_PARAMETERS, _OF_REPLICA = 40_000_000, 1_000_000
 """Megatron's size of a bucket of gradients: at least, and for each replica."""
 _ON_HOST = 4 * _FLOAT32
 """Bytes in the host's memory of a parameter that it updates: gradient, weight, two moments."""
+ROUND_OF_STAGE = 4
+"""Micro-batches for each stage of a teacher in a layout of its own, between two exchanges of hidden
+states; a test compares it with the trainer's."""
 _VALUES_OF_A_TOKEN = 16
 """32-bit words that the loss reports of a token; measured."""
 
@@ -140,7 +143,7 @@ def memory_of_stage(run: PlannedRun, stage: int) -> Memory:
     scores = last and run.config.loss.needs_student_pass
     passes = activations(run, stage)
     visits = [visiting_bytes(run, model, stage) for model in run.frozen]
-    frozen = float(sum(run.parameters_of(m, stage).total for m in run.frozen) * run.element)
+    frozen = float(sum(run.frozen_on(m, stage) for m in run.frozen) * run.element)
     stays = frozen if run.hardware.layers == "cpu" else frozen - sum(v.moved for v in visits)
     return Memory(
         stage=stage,
@@ -149,7 +152,7 @@ def memory_of_stage(run: PlannedRun, stage: int) -> Memory:
         optimizer=optimizer_bytes(run, trained),
         teacher_weights=stays,
         teacher_hidden=_signals(run) if last else 0.0,
-        teacher_forward=max((_working_set(run, m) for m in run.frozen), default=0.0),
+        teacher_forward=max((_scoring_bytes(run, m) for m in run.frozen), default=0.0),
         teacher_visiting=max((v.at_once for v in visits), default=0.0),
         student_hidden=_hidden_states(run, run.student) if scores else 0.0,
         activations=passes.kept,
@@ -188,7 +191,9 @@ def visiting_bytes(run: PlannedRun, model: PlannedModel, stage: int) -> Visit:
     offload = run.config.teacher.offload
     if offload == "none":
         return Visit()
-    parts = model.parts_on_rank(run.parallel, stage, run.padded_vocab)
+    own, stages = run.scoring, run.scoring_stages(stage)
+    held = [model.parts_on_rank(own.parallel, number, own.padded_vocab) for number in stages]
+    parts = max(held, key=sum)
     moved = float(sum(parts) * run.element)
     two = float(sum(sorted(parts)[-2:]) * run.element)
     return Visit(moved, moved if offload == "host" else two)
@@ -477,6 +482,22 @@ def _signals(run: PlannedRun) -> float:
 
 def _hidden_states(run: PlannedRun, model: PlannedModel) -> float:
     return run.work.step_loss_tokens * model.shape.hidden * run.element
+
+
+def _scoring_bytes(run: PlannedRun, model: PlannedModel) -> float:
+    """While a frozen model scores; in a layout of its own with the states of a round on their way.
+
+    They are sent as a copy, by the tensor-parallel ranks that share the work, and arrive as one.
+    """
+    own = run.scoring
+    if own is run:
+        return _working_set(run, model)
+    stages = own.parallel.pipeline
+    batches = min(own.work.most_micro_batches, 1 if stages == 1 else ROUND_OF_STAGE * stages)
+    arrived = own.parallel.replicas / run.parallel.replicas
+    sent = 2 * min(1.0, max(arrived, run.parallel.tensor / own.parallel.tensor))
+    states = batches * own.work.most_loss_tokens * model.shape.hidden * run.element
+    return _working_set(own, model) + (sent + arrived) * states
 
 
 def _working_set(run: PlannedRun, model: PlannedModel) -> float:

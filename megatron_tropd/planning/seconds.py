@@ -90,11 +90,22 @@ def teacher_seconds(run: PlannedRun, model: PlannedModel) -> float:
 
     All together they come before it; layer by layer, for each micro-batch beside its products.
     """
-    passes = pass_seconds(run, model, backward=False)
+    own = run.scoring
+    passes = pass_seconds(own, model, backward=False)
     arrival = visiting_bytes(run, model, 0).moved / run.hardware.host_link
     if run.config.teacher.offload == "host_by_layer":
-        return max(passes, _slots(run) * arrival)
-    return passes + arrival
+        passes = max(passes, _slots(own) * arrival)
+        arrival = 0.0
+    return (
+        passes + arrival + exchanged_bytes(run, model) / run.hardware.link(own.parallel.world_size)
+    )
+
+
+def exchanged_bytes(run: PlannedRun, model: PlannedModel) -> float:
+    """Hidden states that a rank of the last stage gets from a model in a layout of its own."""
+    if run.scoring is run:
+        return 0.0
+    return run.work.loss_tokens * model.shape.hidden * run.element
 
 
 def layer_flops(model: PlannedModel, positions: float, length: float) -> float:

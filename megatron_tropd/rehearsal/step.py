@@ -34,11 +34,14 @@ from megatron_tropd.distill.step import learn
 from megatron_tropd.mcore import models, parallel, platform, schedule
 from megatron_tropd.mcore.checkpoint import Checkpoints
 from megatron_tropd.mcore.hidden import unwrap
+from megatron_tropd.mcore.layout import Layout
 from megatron_tropd.planning.planned_run import PlannedRun
 from megatron_tropd.rehearsal.engines import Counted, RecordingEngine
+from megatron_tropd.rehearsal.other_layout import ToldRows
 from megatron_tropd.rehearsal.scores import with_made_up_scores
 from megatron_tropd.rehearsal.tensors import CPU, Device
 from megatron_tropd.rehearsal.world import World
+from megatron_tropd.teacher.other_layout import OtherLayoutTeacher
 from megatron_tropd.teacher.resident import ResidentTeacher
 
 
@@ -169,6 +172,9 @@ class RehearsedRank:
                 say=_silent,
             )
         student, teacher = self.parts.student, self.parts.teacher
+        self.rows = None
+        if isinstance(teacher, OtherLayoutTeacher):
+            self.rows = ToldRows(self.parts, teacher, self.world)
         scored: list[tuple[Any, str, list[Any]]] = [(student, "score", [student.module])]
         if isinstance(teacher, ResidentTeacher):
             scored.append((teacher, "signals", [scorer.chunks[0] for scorer in teacher.scorers]))
@@ -184,13 +190,21 @@ class RehearsedRank:
         self._missing = self.planned.work.most_micro_batches - micro_batches
         original = schedule.run_schedule
 
+        teacher, trained = self.parts.teacher, self.parts.student.model.chunks
+
         def announced(chunks: Sequence[Any], batches: Any, **options: Any) -> list[Any]:
-            with self._announced([unwrap(chunk) for chunk in chunks], batches):
+            layout, run = self.layout, [unwrap(chunk) for chunk in chunks]
+            if isinstance(teacher, OtherLayoutTeacher) and run[0] is not trained[0]:
+                layout = teacher.layout
+            with self._announced(run, batches, layout):
                 return original(chunks, batches, **options)
 
         setattr(schedule, "run_schedule", announced)  # noqa: B010
         try:
-            learn(self.parts, made_sequences(self.planned, micro_batches=micro_batches), 0)
+            sequences = made_sequences(self.planned, micro_batches=micro_batches)
+            if self.rows is not None:
+                self.rows.begin(sequences)
+            learn(self.parts, sequences, 0)
         finally:
             schedule.run_schedule = original
         with self.device.tracker.phase("between steps"):
@@ -233,9 +247,11 @@ class RehearsedRank:
         return kept
 
     @contextmanager
-    def _announced(self, chunks: Sequence[Any], micro_batches: Any) -> Iterator[None]:
+    def _announced(
+        self, chunks: Sequence[Any], micro_batches: Any, layout: Layout
+    ) -> Iterator[None]:
         """Have neighbours send what this stage would send: hidden states of each micro-batch."""
-        layout, config = self.layout, chunks[0].config
+        config = chunks[0].config
         shards = layout.tp_size if config.sequence_parallel else 1
         shapes = [
             (batch.tokens.shape[1] // shards, batch.tokens.shape[0], config.hidden_size)

@@ -244,6 +244,8 @@ class _Reader:
 
     def _packed(self, numbers: Sequence[int]) -> list[MicroBatch]:
         layout = self._layout
+        # Virtual stages want a multiple: the last one again, which fills its slots twice.
+        numbers = [*numbers, *numbers[-1:] * (-len(numbers) % layout.batch_multiple)]
         read = [self._read[number] for number in numbers]
         written = [(s.writer_N != Writer.CONTEXT).astype(np.float32) for s in read]
         weighed = [s.replace(weight_N=w_N) for s, w_N in zip(read, written, strict=True)]
@@ -254,6 +256,7 @@ class _Reader:
             tokens_per_micro_batch=self._room,
             pad_multiple=layout.pad_multiple,
             rounded_to=layout.row_multiple,
+            batch_multiple=layout.batch_multiple,
             seed=0,
             step=0,
         )

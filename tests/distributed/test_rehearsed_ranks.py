@@ -17,9 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_tropd.config import (
     Config,
     ModelConfig,
+    ModelParallelConfig,
     ParallelConfig,
     RolloutConfig,
     RunConfig,
+    TeacherConfig,
     TrainConfig,
 )
 from megatron_tropd.planning.hardware import Hardware
@@ -41,6 +43,7 @@ PROMPT = 8
 LAYOUTS = {
     "TP 2 x PP 2": {"tensor": 2, "pipeline": 2, "sequence_parallel": True},
     "TP 2 x DP 2": {"tensor": 2, "data": 2, "distributed_optimizer": True},
+    "TP 2 x DP 2, teacher PP 2": {"tensor": 2, "data": 2, "teacher": {"pipeline": 2}},
 }
 OBJECTS = ("all_gather_object", "gather_object", "broadcast_object_list")
 
@@ -53,7 +56,10 @@ def _config(folder: Path, layout: dict[str, Any]) -> Config:
         rollout=RolloutConfig(prompts="none", max_new_tokens=121, prompts_per_step=4),
         train=TrainConfig(steps=4, tokens_per_micro_batch=256),
         run=RunConfig(dir="none"),
-        parallel=ParallelConfig(**layout),
+        parallel=ParallelConfig(**{k: v for k, v in layout.items() if k != "teacher"}),
+        teacher=TeacherConfig(
+            parallel=ModelParallelConfig(**layout["teacher"]) if "teacher" in layout else None
+        ),
     )
 
 

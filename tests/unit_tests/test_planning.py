@@ -644,7 +644,7 @@ ERRORS = {
     "rollout.engine_tensor_parallel=3": "must divide the attention heads of the student, found 16",
     "rollout.steps_ahead=1": 'needs rollout.placement = "separate"',
     "rollout.engine_gpu_share=1.5": "strictly between 0 and 1, found 1.5",
-    "parallel.expert=2": "student and teacher are dense",
+    "parallel.expert=2": "laid out so is dense",
     "model.teacher=nowhere": "does not exist. Give a folder that holds config.json",
 }
 
