@@ -245,7 +245,8 @@ class _Reader:
     def _packed(self, numbers: Sequence[int]) -> list[MicroBatch]:
         layout = self._layout
         # Virtual stages want a multiple: the last one again, which fills its slots twice.
-        numbers = [*numbers, *numbers[-1:] * (-len(numbers) % layout.batch_multiple)]
+        missing = -len(numbers) % layout.batch_multiple
+        numbers = [*numbers, *list(numbers[-1:]) * missing]
         read = [self._read[number] for number in numbers]
         written = [(s.writer_N != Writer.CONTEXT).astype(np.float32) for s in read]
         weighed = [s.replace(weight_N=w_N) for s, w_N in zip(read, written, strict=True)]
