@@ -62,7 +62,7 @@ def job_config(config: Config) -> Config:
     Raises:
         ConfigError: the run's teacher is not cached.
     """
-    if config.loads_teacher:
+    if config.teacher.placement != "cached":
         raise ConfigError(
             "`tropd score` fills teacher.cache for a run that reads it, found teacher.placement = "
             f'{config.teacher.placement!r}. Set teacher.placement = "cached" and teacher.cache.'

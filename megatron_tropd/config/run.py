@@ -420,8 +420,8 @@ class TeacherConfig(Settings, section="teacher"):
 
     placement: str = "resident"
     """resident: a model on the student's ranks; cached: no model, but what ``tropd score`` wrote
-    into teacher.cache (docs/teachers.md). "package.module:attribute": a source of your own
-    (docs/extending.md)."""
+    into teacher.cache; served: no model, but `vllm serve` at teacher.address (docs/teachers.md).
+    "package.module:attribute": a source of your own (docs/extending.md)."""
     cache: str | None = field(default=None, metadata=PATH)
     """cached: the folder of the scored rollouts; ``tropd score`` makes it."""
     cache_top_k: Count | None = None
@@ -438,6 +438,23 @@ class TeacherConfig(Settings, section="teacher"):
     on the GPU. host: page-locked in the host's memory; all visit the GPU to score a step.
     host_by_layer: the same, but they visit one after the other for each micro-batch, two at a time
     (docs/planning.md says when). No number changes."""
+
+    address: tuple[str, ...] = ()
+    """served: addresses of `vllm serve` with the teacher, "http://host:port" each; several are
+    replicas that share the work."""
+    served_model: str | None = None
+    """served: the name of the teacher there. None: a name or path that ends like model.teacher."""
+    requests: Count = 32
+    """served: sequences under way at each address, over all ranks."""
+    timeout_seconds: Positive = 300.0
+    """served: a request without an answer for so long is made again, perhaps elsewhere."""
+
+    def _check_together(self) -> None:
+        wrong = [one for one in self.address if not one.startswith(("http://", "https://"))]
+        _require(
+            not wrong,
+            f'teacher.address must hold addresses like "http://host:8000", found {wrong}.',
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -528,6 +545,7 @@ class Config(Settings):
         self._check_golden()
         self._check_recorded()
         self._check_cached()
+        self._check_served()
         samples = self.rollout.prompts_per_step * self.rollout.samples_per_prompt
         _require(
             samples % self.parallel.data == 0,
@@ -600,7 +618,7 @@ class Config(Settings):
         )
 
     def _check_cached(self) -> None:
-        if self.loads_teacher:
+        if self.teacher.placement != "cached":
             return
         named = {"teacher.cache": self.teacher.cache, "rollout.recorded": self.rollout.recorded}
         for name, value in named.items():
@@ -609,12 +627,7 @@ class Config(Settings):
                 f'teacher.placement = "cached" reads the scores of recorded rollouts and needs '
                 f"{name}, found none. Record with tools/rollouts.py, then run `tropd score`.",
             )
-        graded = self.evaluation.task == "exact_match" and not self.evaluation.teacher
-        _require(
-            self.evaluation.problems is None or graded,
-            'teacher.placement = "cached" loads no teacher, found an evaluation that needs one. '
-            'Set evaluation.teacher = false and evaluation.task = "exact_match".',
-        )
+        self._check_without_teacher()
         kept, read = self.cached_top_k, self.loss.needs.top_k
         _require(
             kept >= read,
@@ -622,10 +635,43 @@ class Config(Settings):
             f"token, found {kept}. Raise it, or leave it out, before `tropd score` runs.",
         )
 
+    def _check_without_teacher(self) -> None:
+        placement = self.teacher.placement
+        graded = self.evaluation.task == "exact_match" and not self.evaluation.teacher
+        _require(
+            self.evaluation.problems is None or graded,
+            f'teacher.placement = "{placement}" loads no teacher, found an evaluation that needs '
+            'one. Set evaluation.teacher = false and evaluation.task = "exact_match".',
+        )
+
+    def _check_served(self) -> None:
+        served, addresses = self.teacher.placement == "served", self.teacher.address
+        _require(
+            served == bool(addresses),
+            'teacher.placement = "served" and teacher.address go together, found '
+            f'"{self.teacher.placement}" and {list(addresses)}. Name where `vllm serve` runs, or '
+            "leave teacher.address out.",
+        )
+        if not served:
+            return
+        self._check_without_teacher()
+        _require(
+            not self.rollout.asks_teacher,
+            f'rollout.behaviour = "{self.rollout.behaviour}" samples with a teacher that is '
+            'loaded, found teacher.placement = "served". Change one of the two.',
+        )
+
     @property
     def loads_teacher(self) -> bool:
         """Whether the run has a model of the teacher (or a source of the user's own has)."""
-        return self.teacher.placement != "cached"
+        return self.teacher.placement not in ("cached", "served")
+
+    @property
+    def signal_top_k(self) -> int:
+        """Ids of each token that a teacher says which is not loaded."""
+        if self.teacher.placement == "served":
+            return self.loss.needs.top_k
+        return self.cached_top_k
 
     @property
     def cached_top_k(self) -> int:

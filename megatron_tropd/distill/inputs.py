@@ -86,15 +86,17 @@ def load_inputs(config: Config) -> Inputs:
         InputError: a file is missing or unusable; names file and line.
         ConfigError: a setting does not fit the models or the texts.
     """
-    student, teacher = open_model(config.model.student), open_model(config.model.teacher)
+    served = config.teacher.placement == "served"
+    student = open_model(config.model.student)
+    teacher = open_model(config.model.teacher, weights=not served)
     reference = None if config.reference is None else open_model(config.reference)
     models = {"student": student, "teacher": teacher}
     if reference is not None:
         models["reference"] = reference
     for who, folder in models.items():
         _check_config(folder, who)
-        if isinstance(folder, HFFolder):  # the other kind is checked when it is opened
-            check_tensors(folder)
+        if isinstance(folder, HFFolder) and folder.names:
+            check_tensors(folder)  # the other kind is checked when it is opened
         if who == "student" or config.loads_teacher:
             check_parallel(folder.config, config.parallel, who=who)
     shapes = [model_shape(folder.config) for folder in models.values()]
@@ -118,7 +120,7 @@ def load_inputs(config: Config) -> Inputs:
     if config.rollout.asks_teacher:
         _check_blend(config, student, teacher, prompts)
     recorded = load_recorded(config, prompts, tokenizer, vocab_size)
-    if not config.loads_teacher:
+    if config.teacher.placement == "cached":
         check_cache(
             config.teacher.cache,
             config.loss,

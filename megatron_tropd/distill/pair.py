@@ -17,12 +17,17 @@ from megatron_tropd.teacher import TeacherStart, load_teacher
 
 
 def step_parts(
-    config: Config, folders: Mapping[str, HFFolder | MegatronFolder], layout: Layout
+    config: Config,
+    folders: Mapping[str, HFFolder | MegatronFolder],
+    layout: Layout,
+    *,
+    longest: int = 0,
 ) -> StepParts:
     """Build all models, and with them what a step is made with; collective.
 
     Args:
         folders: "student": its first weights; "teacher"; "reference", if the loss reads it.
+        longest: tokens of the longest sequence; 0: not known.
 
     Returns:
         The parts, without a clock and without a look at the engines.
@@ -39,7 +44,7 @@ def step_parts(
         megatron=config.megatron,
     )
     teacher, reference = folders["teacher"], folders.get("reference")
-    start = TeacherStart(config, teacher, layout, dtype, padded, vocab_size, reference)
+    start = TeacherStart(config, teacher, layout, dtype, padded, vocab_size, reference, longest)
     return StepParts(
         student=learner,
         teacher=load_teacher(config.teacher.placement)(start),

@@ -41,6 +41,8 @@ class TeacherStart:
     """Columns that are real in all models."""
     reference: HFFolder | MegatronFolder | None = None
     """The model that the teacher is measured against, if the loss reads it."""
+    longest: int = 0
+    """Tokens of the longest sequence; 0: not known."""
 
 
 class TeacherSource(Protocol):
