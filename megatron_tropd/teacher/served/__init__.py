@@ -7,6 +7,7 @@ others of the last stage through their process groups. No model of the teacher i
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,18 +19,22 @@ from megatron_tropd.base.files import write_json
 from megatron_tropd.base.text_files import read_json_object
 from megatron_tropd.config import TeacherConfig
 from megatron_tropd.convert.families import model_shape
+from megatron_tropd.convert.hf_folder import HFFolder
+from megatron_tropd.convert.megatron_folder import MegatronFolder
 from megatron_tropd.data.batch import MicroBatch, upload
 from megatron_tropd.data.collective import run_and_share, run_everywhere
 from megatron_tropd.data.dispatch import Dispatch, Patience, ServerError, Words
 from megatron_tropd.data.sequence import TokenSequence
 from megatron_tropd.data.tokenizers import load_tokenizer
 from megatron_tropd.losses import TopKSignal
-from megatron_tropd.mcore.layout import Layout
 from megatron_tropd.teacher import TeacherStart
 from megatron_tropd.teacher.cached import CachedTeacher
 from megatron_tropd.teacher.cached.digest import num_scored, scored_tokens, sequence_digest
 from megatron_tropd.teacher.served.probe import Probe, check_same, make_probe, resident_score
 from megatron_tropd.teacher.served.server import Connection, Gone, Scored, Server, Wanted
+
+if TYPE_CHECKING:
+    from megatron_tropd.mcore.layout import Layout
 
 RECORD = "served_teacher.json"
 """File of a run: what its teacher said of the probe at the first start."""
@@ -170,7 +175,7 @@ class ServedTeacher(CachedTeacher):
     signal = TopKSignal
     referenced = None
 
-    def __init__(self, servers: TeacherServers | None, layout: Layout, *, top_k: int) -> None:
+    def __init__(self, servers: TeacherServers | None, layout: "Layout", *, top_k: int) -> None:
         """Take servers.
 
         Args:
@@ -252,15 +257,29 @@ def _to_score(sequence: TokenSequence) -> ToScore:
 
 
 def meet_servers(
-    start: TeacherStart, settings: TeacherConfig, *, top_k: int, record: Path | None, minutes: float
+    settings: TeacherConfig,
+    folder: HFFolder | MegatronFolder,
+    layout: "Layout",
+    *,
+    top_k: int,
+    vocab_size: int,
+    longest: int,
+    dtype: torch.dtype,
+    minutes: float,
+    record: Path | None = None,
 ) -> TeacherServers | None:
     """Wait for the servers and check them; collective.
 
     Args:
         settings: addresses, and how to ask there.
+        folder: of the teacher; it may hold no weights.
+        layout: this rank's place.
         top_k: ids that the loss reads.
-        record: file of the run that tells later starts who the teacher was; None: nobody is told.
+        vocab_size: columns that are real in all models.
+        longest: tokens of the longest sequence; 0: not known.
+        dtype: in which the weights are compared, if they are there.
         minutes: longest that a phase of a step may last.
+        record: file of the run that tells later starts who the teacher was; None: nobody is told.
 
     Returns:
         Those that this rank asks; None: another rank asks.
@@ -269,29 +288,36 @@ def meet_servers(
         ServersLost: no server has answered for too long.
         InputError, ConfigError: a server is not the teacher, or not started as it must be.
     """
-    layout, folder = start.layout, start.folder
     columns = model_shape(folder.config).vocab
     seconds = min(settings.timeout_seconds, 30 * minutes)
     servers = TeacherServers(
         settings.address,
-        Wanted(top_k, start.vocab_size, columns, seconds),
+        Wanted(top_k, vocab_size, columns, seconds),
         make_probe(
             load_tokenizer(folder.companions),
             folder,
             served_model=settings.served_model,
-            vocab_size=start.vocab_size,
-            longest=start.longest,
+            vocab_size=vocab_size,
+            longest=longest,
         ),
         Patience.within(60 * minutes),
         requests=max(1, settings.requests // layout.dp_size),
     )
-    said = run_and_share(lambda: _meet(servers, start, record) if layout.is_main else None, (0,))
-    servers.said = said[0]
+
+    def meet() -> NDArray[np.float32] | None:
+        return _meet(servers, folder, dtype, record) if layout.is_main else None
+
+    [servers.said] = run_and_share(meet, (0,))
     asks = layout.is_last_stage and layout.tp_rank == 0 and layout.cp_rank == 0
     return servers if asks else None
 
 
-def _meet(servers: TeacherServers, start: TeacherStart, record: Path | None) -> NDArray[np.float32]:
+def _meet(
+    servers: TeacherServers,
+    folder: HFFolder | MegatronFolder,
+    dtype: torch.dtype,
+    record: Path | None,
+) -> NDArray[np.float32]:
     """Wait for the teacher and compare it with what is known of it; what it says of the probe."""
     ids = list(servers.probe.ids)
     told = read_json_object(record) if record is not None and record.exists() else {}
@@ -306,13 +332,12 @@ def _meet(servers: TeacherServers, start: TeacherStart, record: Path | None) -> 
     )
     if told.get("token_ids") == ids:
         return said
-    resident = resident_score(start.folder, ids, start.dtype)
+    resident = resident_score(folder, ids, dtype)
     if isinstance(resident, str):
         print(f"teacher: not compared with a resident score: {resident}", flush=True)
     else:
-        gap = check_same(
-            _WORDS.server, said, resident, f"those of the weights in {start.folder.path}"
-        )
+        weights = f"those of the weights in {folder.path}"
+        gap = check_same("The served teacher", said, resident, weights)
         print(f"teacher: served and resident log-probs differ by {gap:.2g} nats", flush=True)
     if record is not None:
         write_json(record, {"token_ids": ids, "logprobs": said.tolist()})
@@ -324,16 +349,19 @@ class _OfRun(ServedTeacher):
 
     def __init__(self, start: TeacherStart) -> None:
         """Meet its servers."""
-        config, layout = start.config, start.layout
-        top_k = config.loss.needs.top_k
+        config, top_k = start.config, start.config.loss.needs.top_k
         servers = meet_servers(
-            start,
             config.teacher,
+            start.folder,
+            start.layout,
             top_k=top_k,
-            record=Path(config.run.dir) / RECORD,
+            vocab_size=start.vocab_size,
+            longest=start.longest,
+            dtype=start.dtype,
             minutes=config.run.timeout_minutes,
+            record=Path(config.run.dir) / RECORD,
         )
-        super().__init__(servers, layout, top_k=top_k)
+        super().__init__(servers, start.layout, top_k=top_k)
 
 
 SOURCE = _OfRun

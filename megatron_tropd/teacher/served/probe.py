@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from megatron_tropd.base.errors import ConfigError, InputError
 from megatron_tropd.base.host_memory import available_bytes
@@ -176,6 +176,8 @@ def resident_score(
     Returns:
         Log p of each token but the first; or why there is none.
     """
+    from transformers import AutoModelForCausalLM  # slow to import
+
     if not isinstance(folder, HFFolder):
         return "model.teacher is a Megatron checkpoint"
     if not folder.names:
