@@ -201,7 +201,8 @@ def record(address: str) -> None:
         servers.meet()
         servers.score([to_score(ids) for ids in SEQUENCES])
     unique = {_key(one["path"], one["body"]): one for one in written}
-    RECORDING.write_text("[\n" + ",\n".join(map(json.dumps, unique.values())) + "\n]\n")
+    text = "[\n" + ",\n".join(map(json.dumps, unique.values())) + "\n]\n"
+    RECORDING.write_text(text.replace(f"{REPOSITORY}/", ""))
 
 
 if __name__ == "__main__":

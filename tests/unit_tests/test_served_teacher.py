@@ -140,7 +140,7 @@ def _with_temperature(told: Any) -> None:
 def _with_defaults(told: Any) -> None:
     body, answer = told
     for said in _entries(answer):
-        said["logprob"] /= body.get("temperature", 0.6)
+        said["logprob"] /= 1.0 if "temperature" in body else 0.6
 
 
 def _path(path: str, code: int, answer: Any) -> Behave:
