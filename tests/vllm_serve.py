@@ -35,7 +35,13 @@ def vllm_serve(
     """Run ``vllm serve``; its address, once it answers, and its process."""
     port = port or free_port()
     words = [
-        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)),
+        *(
+            sys.executable,
+            "-m",
+            "vllm.entrypoints.launchers.api_server.entry",
+            "--model",
+            str(folder),
+        ),
         *("--host", "127.0.0.1", "--port", str(port), "--served-model-name", NAME),
         *("--enforce-eager", "--dtype", "float32", "--max-logprobs", "32"),
         *("--max-num-seqs", "32", "--disable-uvicorn-access-log", *options),

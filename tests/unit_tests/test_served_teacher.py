@@ -5,6 +5,7 @@ tests/integration/test_served_teacher.py.
 """
 
 import copy
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,9 +19,11 @@ from megatron_tropd.base.errors import ConfigError, InputError, ServersLost, Tra
 from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.teacher.served import probe as probes
 from megatron_tropd.teacher.served.server import TOKEN_VARIABLE, Wanted, _scored
+from tests.teacher_stand_in import Model
 from tests.vllm_serve import (
     NAME,
     PAIR,
+    RECORDING,
     SEQUENCES,
     TOP_K,
     Answer,
@@ -72,6 +75,24 @@ def test_recorded_scores_are_those_of_the_weights(start: Callable[..., Replay]):
     bodies = [body for path, body in server.asked if path == COMPLETIONS]
     assert all(body["max_tokens"] == 1 for body in bodies)
     assert bodies[-1]["temperature"] == 1.0 and bodies[-1]["repetition_penalty"] == 1.0
+
+
+def test_the_stand_in_of_fault_stories_answers_as_the_real_one_did():
+    model = Model(str(PAIR / "teacher"), 0.0)
+    for one in json.loads(RECORDING.read_text()):
+        code, answer = model.answer(one["path"], one["body"])
+        assert code == one["code"]
+        if one["path"] == "/tokenize":
+            assert answer["tokens"] == one["answer"]["tokens"]
+        for told, right in zip(_tables(answer), _tables(one["answer"]), strict=True):
+            assert told == pytest.approx(right, abs=2e-5)
+
+
+def _tables(answer: Any) -> list[dict[str, float]]:
+    """Id -> log-prob of each scored token."""
+    [choice] = answer.get("choices", [{}])
+    entries = choice.get("prompt_logprobs") or []
+    return [{i: said["logprob"] for i, said in entry.items()} for entry in entries if entry]
 
 
 def test_a_known_server_is_asked_but_once_more_in_each_step(start: Callable[..., Replay]):
