@@ -70,7 +70,9 @@ def job_config(config: Config) -> Config:
     config = with_date(config)
     return replace(
         config,
-        teacher=replace(config.teacher, placement="resident"),
+        teacher=replace(
+            config.teacher, placement="served" if config.teacher.address else "resident"
+        ),
         # No engine is started, here or by the launcher.
         rollout=replace(config.rollout, placement="separate"),
         run=replace(config.run, dir=str(Path(str(config.teacher.cache)).resolve() / JOB)),

@@ -441,7 +441,7 @@ class TeacherConfig(Settings, section="teacher"):
 
     address: tuple[str, ...] = ()
     """served: addresses of `vllm serve` with the teacher, "http://host:port" each; several are
-    replicas that share the work."""
+    replicas that share the work. cached: where ``tropd score`` asks, in place of loading it."""
     served_model: str | None = None
     """served: the name of the teacher there. None: a name or path that ends like model.teacher."""
     requests: Count = 32
@@ -645,14 +645,15 @@ class Config(Settings):
         )
 
     def _check_served(self) -> None:
-        served, addresses = self.teacher.placement == "served", self.teacher.address
+        placement, addresses = self.teacher.placement, self.teacher.address
+        asks = placement == "served" or (placement == "cached" and bool(addresses))
         _require(
-            served == bool(addresses),
-            'teacher.placement = "served" and teacher.address go together, found '
-            f'"{self.teacher.placement}" and {list(addresses)}. Name where `vllm serve` runs, or '
-            "leave teacher.address out.",
+            asks == bool(addresses),
+            f'teacher.placement = "{placement}" and teacher.address = {list(addresses)} do not go '
+            'together: "served" needs addresses of `vllm serve`, "cached" may have some, others '
+            "have none.",
         )
-        if not served:
+        if placement != "served":
             return
         self._check_without_teacher()
         _require(
@@ -669,7 +670,8 @@ class Config(Settings):
     @property
     def signal_top_k(self) -> int:
         """Ids of each token that a teacher says which is not loaded."""
-        if self.teacher.placement == "served":
+        for_files = self.teacher.cache is not None  # `tropd score` asks a server
+        if self.teacher.placement == "served" and not for_files:
             return self.loss.needs.top_k
         return self.cached_top_k
 

@@ -1,7 +1,8 @@
 """``tropd score`` on every rank: the teacher's signals of recorded rollouts, written as files.
 
-Ranks, layout, packing and the teacher are those of a run with a resident teacher. Each shard is
-packed by itself, so that a command that was stopped writes the same bytes as one that was not.
+Ranks, layout, packing and the teacher are those of a run with a resident teacher, or with a served
+one. Each shard is packed by itself, so that a command that was stopped writes the same bytes as one
+that was not.
 """
 
 import time
@@ -38,7 +39,7 @@ from megatron_tropd.losses import ReferencedSignal
 from megatron_tropd.mcore import models, platform
 from megatron_tropd.mcore.layout import Layout
 from megatron_tropd.mcore.options_check import check_types
-from megatron_tropd.teacher import TeacherSource, TeacherStart, load_teacher
+from megatron_tropd.teacher import TeacherSource, TeacherStart, load_teacher, signal_of
 from megatron_tropd.teacher.cached.digest import (
     model_digest,
     num_scored,
@@ -87,11 +88,13 @@ def load_to_score(config: Config) -> ToScore:
         ConfigError: a setting does not fit the models or the texts.
     """
     student = companions_of(config.model.student)
-    folders = {"teacher": open_model(config.model.teacher)}
+    signal_of(config)  # a served teacher has no reference
+    folders = {"teacher": open_model(config.model.teacher, weights=config.loads_teacher)}
     if config.reference is not None:
         folders["reference"] = open_model(config.reference)
     for who, folder in folders.items():
-        check_parallel(folder.config, config.parallel, who=who)
+        if config.loads_teacher:
+            check_parallel(folder.config, config.parallel, who=who)
         tokenizer = check_same_tokenizer(student, folder.companions, other=who)
     configs = [read_config(student), *(folder.config for folder in folders.values())]
     context = min(model_shape(each).context for each in configs)
@@ -197,7 +200,7 @@ def _summary(out: Path, header: CacheHeader, seconds: float) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Scorer:
-    """A resident teacher on this rank, and what is kept of what it says."""
+    """A teacher on this rank, and what is kept of what it says."""
 
     teacher: TeacherSource
     layout: Layout
@@ -214,7 +217,11 @@ class Scorer:
             write them; None elsewhere.
         """
         layout = self.layout
-        batches = [layout.local(b).to(platform.device()) for b in self._packed(sequences)]
+        # Every replica needs as many rows: the last sequence again, dropped afterwards.
+        rows = list(sequences)
+        rows += rows[-1:] * (-len(rows) % layout.dp_size)
+        self.teacher.begin(0, rows)
+        batches = [layout.local(b).to(platform.device()) for b in self._packed(rows)]
         signals = self.teacher.signals(batches)
         if not layout.is_last_stage:
             return None
@@ -231,8 +238,6 @@ class Scorer:
         """Pack with every written token as a loss token, whatever a loss will make of it."""
         layout = self.layout
         weighed = [s.replace(weight_N=scored_tokens(s).astype(np.float32)) for s in sequences]
-        # Every replica needs as many rows: the last sequence again, dropped afterwards.
-        weighed += weighed[-1:] * (-len(weighed) % layout.dp_size)
         return pack(
             weighed,
             dp_rank=layout.dp_rank,
@@ -271,6 +276,7 @@ def _scorer(config: Config, found: ToScore, layout: Layout) -> Scorer:
         models.padded_vocab_size(*found.vocab_configs, tensor=layout.tp_size),
         found.vocab_size,
         found.folders.get("reference"),
+        max(map(len, found.sequences), default=0),
     )
     return Scorer(
         load_teacher(config.teacher.placement)(start),

@@ -349,7 +349,7 @@ class _OfRun(ServedTeacher):
 
     def __init__(self, start: TeacherStart) -> None:
         """Meet its servers."""
-        config, top_k = start.config, start.config.loss.needs.top_k
+        config, top_k = start.config, start.config.signal_top_k
         servers = meet_servers(
             config.teacher,
             start.folder,
