@@ -32,8 +32,8 @@ class Client[Batch, Made](Protocol):
     number: int
     """Of the server."""
 
-    def state(self) -> str:
-        """What the server does: "ready", or something else.
+    def state(self) -> str | None:
+        """What the server does: "ready", or something else; None: another client finds out.
 
         Raises:
             ServerError: it is not there or refuses us; says why.
@@ -172,7 +172,8 @@ class Dispatch[Batch, Made]:
         while not self._finished():
             try:
                 state = client.state()
-                self._answered(client, f"is {state}")
+                if state is not None:
+                    self._answered(client, f"is {state}")
                 if state != "ready":
                     self._pause(1)
                     continue

@@ -4,6 +4,7 @@ Of each data-parallel replica one rank asks, for the rows of its own; what it ge
 others of the last stage through their process groups. No model of the teacher is in the run.
 """
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 
 RECORD = "served_teacher.json"
 """File of a run: what its teacher said of the probe at the first start."""
+_A_MOMENT = 1.0
+"""Seconds to wait for a thread that checks a server; as a rule it takes less."""
 _WORDS = Words(
     "teacher server",
     "Start `vllm serve` with the teacher there (docs/teachers.md), and the same command again to "
@@ -62,20 +65,24 @@ class Asking:
         self._connection = Connection(server, servers.wanted)
         self._losses = 0
 
-    def state(self) -> str:
-        """Check who is there, if that is not known; "ready" if it is the teacher."""
-        with self._server.lock:
-            if not self._server.checked:
-                self._check()
-            self._losses = self._server.losses
-        return "ready"
+    def state(self) -> str | None:
+        """Check who is there, if that is not known: "ready" if it is the teacher.
 
-    def _check(self) -> None:
+        None: another thread is finding out.
+        """
+        server = self._server
+        if not server.checking.acquire(timeout=_A_MOMENT):
+            return None
         try:
-            self._servers.check(self._connection)
+            self._losses = server.losses
+            if not server.checked:
+                self._servers.check(self._connection)
         except ServerError as error:
-            self._servers.lost(self._server, error)
+            server.lost(error)
             raise
+        finally:
+            server.checking.release()
+        return "ready"
 
     def make(self, batch: ToScore, *, wanted: Callable[[], bool]) -> Scored:
         """Score a sequence; an answer counts only if nobody else can have given it."""
@@ -86,7 +93,7 @@ class Asking:
             if found != fingerprint or server.losses != self._losses:
                 raise Gone(f"({server.address}) was replaced: it calls itself {found!r} now")
         except ServerError as error:
-            self._servers.lost(server, error)
+            server.lost(error)
             raise
         return scored
 
@@ -118,6 +125,7 @@ class TeacherServers:
         """What the teacher says of the probe; None: it was not asked yet."""
         self.said_when = "what the teacher said before"
         self._patience, self._requests = patience, requests
+        self._lock = threading.Lock()
 
     def check(self, connection: Connection) -> None:
         """Find out whether a server is the teacher: all about it, or whether it still is.
@@ -126,24 +134,19 @@ class TeacherServers:
             ServerError: it does not answer, or not as a teacher.
             InputError, ConfigError: somebody else is there.
         """
-        server = connection.server
-        if server.known:
-            scored, server.fingerprint = connection.score(self.probe.ids, self.probe.at)
-        else:
-            scored = self.probe.check(connection)
-        if self.said is None:
-            self.said = scored.sampled_M
+        server, probe = connection.server, self.probe
+        losses, known = server.losses, server.known
+        if known:
+            scored, found = connection.score(probe.ids, probe.at)
+            known = found == server.fingerprint
+        if not known:
+            scored = probe.check(connection)
+        with self._lock:  # or each of two replicas would be compared with itself
+            if self.said is None:
+                self.said = scored.sampled_M
         check_same(str(server), scored.sampled_M, self.said, self.said_when)
-        server.known = server.checked = True
-
-    @staticmethod
-    def lost(server: Server, error: ServerError) -> None:
-        """Take note that a server failed: it is checked before it is asked again."""
         with server.lock:
-            server.checked = False
-            if isinstance(error, Gone):
-                server.known = False
-                server.losses += 1
+            server.known = server.checked = server.losses == losses
 
     def score(self, work: Sequence[ToScore]) -> list[Scored]:
         """Score sequences on whichever servers are there.

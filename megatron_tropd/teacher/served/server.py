@@ -92,7 +92,18 @@ class Server:
     """Whether it is the teacher, as far as one knows: not after it was gone."""
     losses: int = 0
     """How often it was gone."""
-    lock: threading.RLock = field(default_factory=threading.RLock)
+    checking: threading.Lock = field(default_factory=threading.Lock)
+    """Held by the one thread that finds out who is there."""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    """Of what is known; never held for long."""
+
+    def lost(self, error: ServerError) -> None:
+        """Take note that it failed: it is checked before it is asked again."""
+        with self.lock:
+            self.checked = False
+            if isinstance(error, Gone):
+                self.known = False
+                self.losses += 1
 
     def __str__(self) -> str:
         """As messages call it."""
@@ -169,14 +180,16 @@ class Connection:
             "add_special_tokens": False,
             **sampling,
         }
-        answer = self._ask("completions", body)
-        scored = self._read(
-            answer,
-            lambda found: _scored(found["choices"][0]["prompt_logprobs"], ids_N, at, wanted),
+        scored, fingerprint = self._read(
+            self._ask("completions", body),
+            lambda found: (
+                _scored(found["choices"][0]["prompt_logprobs"], ids_N, at, wanted),
+                found.get("system_fingerprint"),
+            ),
         )
         if not all(np.isfinite(part).all() for part in (scored.sampled_M, scored.logprobs_MK)):
             raise InputError(f"{self.server}: the teacher's log-probs {_OVERFLOW}")
-        return scored, self._read(answer, lambda found: found.get("system_fingerprint"))
+        return scored, fingerprint
 
     def _ask(
         self, what: str, body: Mapping[str, Any] | None, *, refusable: bool = False
@@ -196,7 +209,7 @@ class Connection:
         except requests.Timeout:
             raise ServerError(f"({address}) did not answer for {seconds:g} s") from None
         except requests.RequestException as error:
-            raise Gone(f"({address}) is not there: {error}") from None
+            raise Gone(f"({address}) is not there: {_reason(error)}") from None
         if not (refusable and answer.status_code in (400, 404, 422, 501)):
             self._check(answer)
         return answer
@@ -227,6 +240,16 @@ class Connection:
             raise ServerError(
                 f"({self.server.address}) answered like no `vllm serve`: {answer.text[:100]!r}"
             ) from None
+
+
+def _reason(error: BaseException) -> str:
+    """What the system said, without the libraries in between."""
+    inner: BaseException | None = error
+    while inner is not None:
+        if isinstance(inner, OSError) and inner.strerror:
+            return inner.strerror
+        inner = inner.__cause__ or inner.__context__
+    return type(error).__name__
 
 
 def _detail(answer: requests.Response) -> str:
