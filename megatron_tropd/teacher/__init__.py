@@ -52,6 +52,8 @@ class TeacherStart:
     """The model that the teacher is measured against, if the loss reads it."""
     student: "Student | None" = None
     """Of the run; None: there is none, for `tropd score` scores."""
+    longest: int = 0
+    """Tokens of the longest sequence; 0: not known."""
 
 
 class TeacherSource(Protocol):
@@ -136,7 +138,7 @@ def make_teacher(
     sources = [load_teacher(start.config.teacher.placement)(start) for start in starts]
     if routes is None:
         return sources[0]
-    kept = [alone.cached_top_k for alone in config.by_teacher.values() if not alone.loads_teacher]
+    kept = [alone.signal_top_k for alone in config.by_teacher.values() if not alone.loads_teacher]
     return RoutedTeacher(
         sources,
         routes,
