@@ -479,7 +479,7 @@ def test_scores_of_parts_of_rows_are_put_in_order(data: int, context: int):
             groups=groups, pad_multiple=2 * context, **where, **sizes,
         )  # fmt: skip
         scorer = Scorer(CachedTeacher(None), layout, 1, torch.float32, 24)
-        for batch in map(layout.local, scorer._packed(sequences)):
+        for batch in map(layout.local, scorer._packed(scorer._weighed(sequences))):
             # The most likely id is the place of the token in its row.
             places = batch.of_loss_tokens(batch.position_ids) + 1
             logits = torch.nn.functional.one_hot(places, VOCAB).float()
