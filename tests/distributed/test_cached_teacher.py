@@ -22,6 +22,7 @@ LAYOUTS = {
     "tp2": ParallelConfig(tensor=2),
     "pp2": ParallelConfig(pipeline=2),
     "dp2": ParallelConfig(data=2),
+    "cp2": ParallelConfig(context=2),
 }
 # So small a step that the weights stay, bit for bit: one student serves all comparisons.
 TRAIN = TrainConfig(steps=9999, lr=1e-30, tokens_per_micro_batch=128)
