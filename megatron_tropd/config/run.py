@@ -437,7 +437,8 @@ class TeacherConfig(Settings, section="teacher"):
     """Where the resident teacher's layers (and its reference's) are while they do not score. none:
     on the GPU. host: page-locked in the host's memory; all visit the GPU to score a step.
     host_by_layer: the same, but they visit one after the other for each micro-batch, two at a time
-    (docs/planning.md says when). No number changes."""
+    (docs/planning.md says when). No number changes. Of a cached teacher: while ``tropd score``
+    runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -636,7 +637,7 @@ class Config(Settings):
         where = f"teacher.offload = {self.teacher.offload!r}"
         is_set, source = self.teacher.offload != "none", self.teacher.placement
         _require(
-            not is_set or source == TeacherConfig.placement or ":" in source,
+            not is_set or source in (TeacherConfig.placement, "cached") or ":" in source,
             f"{where} is for a model on the student's ranks, found teacher.placement = "
             f'"{source}". Remove one of the two.',
         )

@@ -297,6 +297,13 @@ def test_a_loss_that_needs_more_ids_is_refused(cache: Path):
         opened.check_top_k(64, "tropd")
 
 
+def test_the_command_takes_the_offload_of_the_settings(tmp_path: Path):
+    config = _config(tmp_path)
+    teacher = dataclasses.replace(config.teacher, offload="host_by_layer")
+    scored = job_config(dataclasses.replace(config, teacher=teacher)).teacher
+    assert (scored.placement, scored.offload) == ("resident", "host_by_layer")
+
+
 @pytest.mark.parametrize("method", ["gkd_jsd", "tropd_exact", "trb", "eopd"])
 def test_a_method_that_needs_more_is_told_which_work(tmp_path: Path, method: str):
     config = _config(tmp_path, name=method)
