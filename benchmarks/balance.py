@@ -260,10 +260,10 @@ def measured(steps: int) -> list[dict[str, Any]]:
             torch.manual_seed(seed)
             config = LlamaConfig(
                 vocab_size=2048,
-                hidden_size=256,
-                intermediate_size=1024,
-                num_hidden_layers=4,
-                num_attention_heads=4,
+                hidden_size=128,
+                intermediate_size=512,
+                num_hidden_layers=2,
+                num_attention_heads=2,
                 max_position_embeddings=2048,
             )
             AutoModelForCausalLM.from_config(config).save_pretrained(Path(scratch) / name)
