@@ -495,7 +495,8 @@ class TeacherConfig(Settings, section="teacher"):
     """Where the resident teacher's layers (and its reference's) are while they do not score. none:
     on the GPU. host: page-locked in the host's memory; all visit the GPU to score a step.
     host_by_layer: the same, but they visit one after the other for each micro-batch, two at a time
-    (docs/planning.md says when). No number changes."""
+    (docs/planning.md says when). No number changes. Of a cached teacher: while ``tropd score``
+    runs."""
 
     context: str | None = None
     """What the teacher reads in the place of the prompt: a text with fields of the prompt's line in
@@ -898,7 +899,7 @@ class Config(Settings):
         is_set, source = self.teacher.offload != "none", self.teacher.placement
         copied = source == SELF and self.teacher.ema_decay is None and self.model.lora is None
         _require(
-            not is_set or source == TeacherConfig.placement or ":" in source or copied,
+            not is_set or source in (TeacherConfig.placement, "cached") or ":" in source or copied,
             f"{where} is for a model on the student's ranks, found teacher.placement = "
             f'"{source}". Remove one of the two.',
         )

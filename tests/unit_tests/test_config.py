@@ -333,10 +333,6 @@ GOLDEN = "guidance.golden_field=solution"
             "does not read rollout.first_new_tokens",
         ),
         (
-            ["teacher.offload=host", "teacher.placement=cached"],
-            "found teacher.placement = .cached.",
-        ),
-        (
             ["teacher.offload=host", 'megatron.teacher={fp8="hybrid", fp8_recipe="tensorwise"}'],
             r"beside megatron\.teacher\.fp8: Transformer Engine keeps copies",
         ),
