@@ -14,6 +14,7 @@ STEP = "unit_tests/test_step.py::test"
 CHOICES = "unit_tests/test_choices.py::test"
 CHANNEL = "unit_tests/test_weight_transports.py::test"
 LORA = "distributed/test_lora.py::test"
+VIRTUAL = "distributed/test_virtual_pipeline.py::test"
 
 
 MUTATIONS = (
@@ -128,6 +129,12 @@ MUTATIONS = (
             f"{PACKING}_a_rank_has_a_chunk_and_its_mirror_image_as_megatron_deals_them",
         ),
         (
+            "chunks take any number of micro-batches",
+            "return self.pp_size if self.vp_size > 1 else 1",
+            "return 1",
+            f"{VIRTUAL}_losses_and_grad_norms_are_those_without",
+        ),
+        (
             "shards of an expert count as parts of the experts",
             "return rank // self.etp_size % self.ep_size",
             "return rank % self.ep_size",
@@ -148,6 +155,12 @@ MUTATIONS = (
     ),
     *of_file(
         "mcore/weights.py",
+        (
+            "every chunk counts its layers from the first",
+            "first = chunk.decoder.layers[0].layer_number - 1",
+            "first = 0",
+            f"{EXPORT}[2]",
+        ),
         (
             "every rank reads the first shard",
             "place = (layout.tp_rank, layout.tp_size) if",

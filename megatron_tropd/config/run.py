@@ -211,7 +211,7 @@ class ParallelConfig(ModelParallelConfig, section="parallel"):
         return self.context * self.data
 
     @property
-    def chunks(self) -> int:
+    def num_chunks(self) -> int:
         """Parts that the layers are cut into, one after the other."""
         return self.pipeline * self.virtual_pipeline
 
