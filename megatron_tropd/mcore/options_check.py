@@ -10,7 +10,7 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer import TransformerConfig
 
 from megatron_tropd.base.errors import ConfigError
-from megatron_tropd.config import Config, ParallelConfig
+from megatron_tropd.config import Config
 from megatron_tropd.config.megatron import MegatronConfig
 from megatron_tropd.config.megatron_fields import Table, verdicts
 from megatron_tropd.convert.adapters import check_lora
@@ -59,7 +59,6 @@ def check_options(
     megatron, parallel = config.megatron, config.parallel
     check_types(megatron)
     for table, options in megatron.tables():
-        _check_context(table, options, parallel)
         _check_machine(table, options)
     _check_recomputation(megatron.model)
     _check_overlap(config)
@@ -132,23 +131,6 @@ def _check_machine(table: Table, options: dict[str, Any]) -> None:
         here = {"CUDA": platform.has_cuda(), "Transformer Engine": models.has_transformer_engine()}
         if not here[verdict.needs]:
             raise _missing(f"megatron.{table}.{name} = {options[name]!r}", verdict.needs)
-
-
-def _check_context(table: Table, options: dict[str, Any], parallel: ParallelConfig) -> None:
-    """Refuse ways of keys and values that lead nowhere, or over groups that nobody makes."""
-    if "cp_comm_type" not in options:
-        return
-    where, asked = f"megatron.{table}.cp_comm_type", options["cp_comm_type"]
-    if parallel.context == 1:
-        raise ConfigError(
-            f"{where} does nothing without context parallelism, found parallel.context = 1. Raise "
-            "that, or remove this one."
-        )
-    if "a2a+p2p" in ([asked] if isinstance(asked, str) else asked):
-        raise ConfigError(
-            f'{where} = "a2a+p2p" needs two levels of groups, found one. Set "p2p", "all_gather" '
-            'or "a2a".'
-        )
 
 
 def _check_recomputation(model: dict[str, Any]) -> None:
