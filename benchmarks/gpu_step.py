@@ -125,10 +125,10 @@ def _parts(options: argparse.Namespace, layout: Layout) -> StepParts:
         return step_parts(config, folders, layout)
 
 
-def _draw_weights(model: torch.nn.Module, *_: Any, **__: Any) -> None:
+def _draw_weights(parameters: dict[str, torch.Tensor], *_: Any, **__: Any) -> None:
     """In place of loading: the same for any kind of layers, whatever their parameters' order."""
     with torch.no_grad():
-        for name, parameter in sorted(model.named_parameters()):
+        for name, parameter in sorted(parameters.items()):
             if parameter.dim() == 1:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
                 continue

@@ -189,10 +189,11 @@ def _settings_text(config: Config, inputs: "Inputs") -> str:
     p = config.parallel
     shared = f", experts over {p.expert}" if p.expert > 1 else ""
     context = f" x CP {p.context}" if p.context > 1 else ""
+    virtual = f" (VPP {p.virtual_pipeline})" if p.virtual_pipeline > 1 else ""
     guidance = f"{len(inputs.responses)} prompts have one" if inputs.responses else "off"
     return "\n".join(
         [
-            f"ranks:      {p.world_size} (TP {p.tensor}{context} x PP {p.pipeline} x DP "
+            f"ranks:      {p.world_size} (TP {p.tensor}{context} x PP {p.pipeline}{virtual} x DP "
             f"{p.data}{shared})",
             *(f"{who + ':':<11} {describe(f.config)}" for who, f in inputs.folders.items()),
             *_left_unread(inputs),

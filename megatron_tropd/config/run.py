@@ -110,6 +110,9 @@ class ParallelConfig(Settings, section="parallel"):
     """Tensor-parallel ranks of student and teacher."""
     pipeline: Count = 1
     """Pipeline stages of student and teacher."""
+    virtual_pipeline: Count = 1
+    """Parts of the layers that each stage holds, in turns with the others (Megatron's interleaved
+    schedule): idle time is divided by it, and micro-batches are a multiple of pipeline."""
     data: Count = 1
     """Data-parallel replicas of the student."""
     context: Count = 1
@@ -144,6 +147,12 @@ class ParallelConfig(Settings, section="parallel"):
             "experts. Change one of the two.",
         )
         _require(
+            self.pipeline > 1 or self.virtual_pipeline == 1,
+            f"parallel.virtual_pipeline = {self.virtual_pipeline} needs parallel.pipeline of at "
+            "least 2, found 1: one stage has nobody to take turns with. Raise parallel.pipeline or "
+            "set virtual_pipeline = 1.",
+        )
+        _require(
             self.tensor > 1 or not self.sequence_parallel,
             "parallel.sequence_parallel = true needs parallel.tensor of at least 2, found 1. "
             "Raise parallel.tensor or set sequence_parallel = false.",
@@ -158,6 +167,16 @@ class ParallelConfig(Settings, section="parallel"):
     def replicas(self) -> int:
         """Ranks that hold the same weights, if experts are not counted: for other tokens."""
         return self.context * self.data
+
+    @property
+    def chunks(self) -> int:
+        """Parts that the layers are cut into, one after the other."""
+        return self.pipeline * self.virtual_pipeline
+
+    @property
+    def batch_multiple(self) -> int:
+        """What the number of micro-batches of a step is a multiple of."""
+        return self.pipeline if self.virtual_pipeline > 1 else 1
 
     @property
     def row_shards(self) -> int:
@@ -540,6 +559,15 @@ class Config(Settings):
             f"rollout.prompts_per_step x samples_per_prompt = {samples} must be divisible by "
             f"parallel.data = {self.parallel.data}: every replica trains on equally many "
             "trajectories. Change one of the three.",
+        )
+        rows, multiple = samples // self.parallel.data, self.parallel.batch_multiple
+        _require(
+            rows % multiple == 0,
+            f"parallel.virtual_pipeline = {self.parallel.virtual_pipeline} sends micro-batches "
+            f"through the chunks in groups of parallel.pipeline = {multiple}: expected a multiple "
+            f"of {multiple} trajectories for each replica, found rollout.prompts_per_step x "
+            f"samples_per_prompt / parallel.data = {rows}. Change one of them, or set "
+            "virtual_pipeline = 1.",
         )
 
     def _check_context(self) -> None:

@@ -1,5 +1,6 @@
 """Sizes that every rank must agree on before a model exists: padded rows, layers of a stage."""
 
+import itertools
 from typing import Any
 
 from megatron_tropd.convert.families import model_shape
@@ -20,7 +21,18 @@ def padded_vocab_size(*hf_configs: dict[str, Any], tensor: int) -> int:
     return -(-largest // multiple) * multiple
 
 
-def stage_sizes(layers: int, pp_size: int) -> list[int]:
-    """Layers of each pipeline stage; if they do not divide, the first stages take one more."""
-    size, rest = divmod(layers, pp_size)
-    return [size + (stage < rest) for stage in range(pp_size)]
+def stage_sizes(layers: int, pp_size: int, vp_size: int = 1) -> list[int]:
+    """Layers of each pipeline stage; if they do not divide, the first chunks take one more."""
+    return [sum(map(len, chunks)) for chunks in stage_chunks(layers, pp_size, vp_size)]
+
+
+def stage_chunks(layers: int, pp_size: int, vp_size: int = 1) -> list[list[range]]:
+    """Layers of each chunk of each pipeline stage, by their numbers in the whole model.
+
+    A stage without virtual stages has one chunk. With them chunk after chunk goes to the next
+    stage, and after the last one to the first again: Megatron's interleaved order.
+    """
+    size, rest = divmod(layers, pp_size * vp_size)
+    starts = [chunk * size + min(chunk, rest) for chunk in range(pp_size * vp_size + 1)]
+    chunks = [range(*bounds) for bounds in itertools.pairwise(starts)]
+    return [chunks[stage::pp_size] for stage in range(pp_size)]

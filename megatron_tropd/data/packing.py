@@ -46,6 +46,7 @@ def pack(
     tokens_per_micro_batch: int,
     pad_multiple: int = 1,
     rounded_to: int = 1,
+    batch_multiple: int = 1,
     seed: int,
     step: int,
     loss: LossSettings = _NO_MASK,
@@ -63,6 +64,8 @@ def pack(
         pad_multiple: S is a multiple of it (sequence parallelism: the tensor-parallel size).
         rounded_to: S is a multiple of it, too, unless one row would exceed the budget; so a device
             that compiles for a shape, or is fast at some, meets few of them.
+        batch_multiple: the number of micro-batches is a multiple of it, as an interleaved pipeline
+            asks.
         seed: ``train.seed``; keys the mask draws.
         step: training step; keys the mask draws.
 
@@ -70,7 +73,8 @@ def pack(
         Micro-batches, ``rows`` indexing ``sequences``.
 
     Raises:
-        ConfigError: the replicas cannot get equally many rows, or one row exceeds the budget.
+        ConfigError: the replicas cannot get equally many rows, one row exceeds the budget, or there
+            are too few rows for ``batch_multiple``.
     """
     if len(sequences) % dp_size:
         raise ConfigError(
@@ -91,14 +95,33 @@ def pack(
             f"padded to {max(lengths)} tokens. Raise it to at least that."
         )
     order = sorted(range(len(sequences)), key=lambda i: (-len(sequences[i]), i))
-    batches, start = [], 0
+    # Of all ranks together.
+    groups, start = [], 0
     while start < len(order):
-        length = lengths[order[start]]
-        stop = start + dp_size * (tokens_per_micro_batch // length)
-        rows = order[start:stop][dp_rank::dp_size]
-        batches.append(_micro_batch(sequences, rows, length, seed, step, loss))
+        stop = start + dp_size * (tokens_per_micro_batch // lengths[order[start]])
+        groups.append(order[start:stop])
         start = stop
-    return batches
+    return [
+        _micro_batch(sequences, group[dp_rank::dp_size], lengths[group[0]], seed, step, loss)
+        for group in _split_up(groups, batch_multiple, dp_size)
+    ]
+
+
+def _split_up(groups: list[list[int]], multiple: int, dp_size: int) -> list[list[int]]:
+    """Halve the largest micro-batches until there are as many as a multiple."""
+    while len(groups) % multiple:
+        at = max(range(len(groups)), key=lambda i: len(groups[i]))
+        rows = groups[at]
+        if len(rows) == dp_size:
+            raise ConfigError(
+                f"parallel.pipeline = {multiple} with virtual stages needs a multiple of "
+                f"{multiple} trajectories for each replica, found {sum(map(len, groups))} for "
+                f"{dp_size} replicas. Change rollout.prompts_per_step or samples_per_prompt, or "
+                "set parallel.virtual_pipeline = 1."
+            )
+        half = (len(rows) // dp_size + 1) // 2 * dp_size
+        groups = [*groups[:at], rows[:half], rows[half:], *groups[at + 1 :]]
+    return groups
 
 
 def count_loss_tokens(

@@ -51,6 +51,7 @@ def step_parts(
         tokens_per_micro_batch=config.train.tokens_per_micro_batch,
         pad_multiple=layout.pad_multiple,
         rounded_to=layout.row_multiple,
+        batch_multiple=layout.batch_multiple,
         seed=config.train.seed,
     )
 

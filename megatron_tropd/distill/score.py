@@ -231,8 +231,9 @@ class Scorer:
         """Pack with every written token as a loss token, whatever a loss will make of it."""
         layout = self.layout
         weighed = [s.replace(weight_N=scored_tokens(s).astype(np.float32)) for s in sequences]
-        # Every replica needs as many rows: the last sequence again, dropped afterwards.
-        weighed += weighed[-1:] * (-len(weighed) % layout.dp_size)
+        # Every replica needs as many rows, perhaps a multiple: the last sequence again, dropped
+        # afterwards.
+        weighed += weighed[-1:] * (-len(weighed) % (layout.dp_size * layout.batch_multiple))
         return pack(
             weighed,
             dp_rank=layout.dp_rank,
@@ -240,6 +241,7 @@ class Scorer:
             tokens_per_micro_batch=self.tokens_per_micro_batch,
             pad_multiple=layout.pad_multiple,
             rounded_to=layout.row_multiple,
+            batch_multiple=layout.batch_multiple,
             seed=0,
             step=0,
         )

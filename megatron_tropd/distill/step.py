@@ -93,6 +93,7 @@ def micro_batches(
         tokens_per_micro_batch=parts.tokens_per_micro_batch,
         pad_multiple=parts.pad_multiple,
         rounded_to=parts.rounded_to,
+        batch_multiple=parts.batch_multiple,
         seed=parts.seed,
         step=step,
         loss=parts.loss,

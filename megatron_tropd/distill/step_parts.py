@@ -64,6 +64,8 @@ class StepParts(LossParts):
     """Rows are padded to a multiple of it, which sequence parallelism asks for."""
     rounded_to: int = 1
     """And of this, if they have the room (``Layout.row_multiple``)."""
+    batch_multiple: int = 1
+    """A replica's number of micro-batches is a multiple of it, as an interleaved pipeline asks."""
     seed: int
     """Keys the mask draws, with the step and the sample."""
     engine_gap: EngineGap | None = None

@@ -225,6 +225,7 @@ class _Plugin:
         self._teacher: ResidentTeacher | CachedTeacher | None = None
         self._layout: Any = None
         self._fresh: tuple[int, Sequence[Mapping[str, Tensor]]] | None = None
+        self._recorded: Any = None
 
     def replacements(self) -> dict[str, Callable[..., Any]]:
         """Name in ``megatron.training.training`` -> function, the same without a teacher."""
@@ -276,7 +277,10 @@ class _Plugin:
             return original(provider)
 
         def recorded_only(num_samples: Any) -> tuple[Any, None, None]:
-            return recorded_trajectories(args), None, None
+            # Asked for once for each chunk of an interleaved pipeline.
+            if self._recorded is None:
+                self._recorded = recorded_trajectories(args)
+            return self._recorded, None, None
 
         recorded_only.is_distributed = True  # type: ignore[attr-defined]
         return original(recorded_only)

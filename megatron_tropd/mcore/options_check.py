@@ -10,7 +10,7 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer import TransformerConfig
 
 from megatron_tropd.base.errors import ConfigError
-from megatron_tropd.config import Config
+from megatron_tropd.config import Config, ParallelConfig
 from megatron_tropd.config.megatron import MegatronConfig
 from megatron_tropd.config.megatron_fields import Table, verdicts
 from megatron_tropd.convert.adapters import check_lora
@@ -59,6 +59,7 @@ def check_options(
     megatron, parallel = config.megatron, config.parallel
     check_types(megatron)
     for table, options in megatron.tables():
+        _check_virtual_pipeline(table, options, parallel)
         _check_machine(table, options)
     _check_recomputation(megatron.model)
     _check_overlap(config)
@@ -131,6 +132,17 @@ def _check_machine(table: Table, options: dict[str, Any]) -> None:
         here = {"CUDA": platform.has_cuda(), "Transformer Engine": models.has_transformer_engine()}
         if not here[verdict.needs]:
             raise _missing(f"megatron.{table}.{name} = {options[name]!r}", verdict.needs)
+
+
+def _check_virtual_pipeline(
+    table: Table, options: dict[str, Any], parallel: ParallelConfig
+) -> None:
+    """Refuse batches of sends, in which two stages would mix up both directions."""
+    if parallel.virtual_pipeline > 1 and options.get("batch_p2p_comm"):
+        raise ConfigError(
+            f"megatron.{table}.batch_p2p_comm = true does not go with parallel.virtual_pipeline = "
+            f"{parallel.virtual_pipeline}, whose stages send in one direction at a time. Remove it."
+        )
 
 
 def _check_recomputation(model: dict[str, Any]) -> None:

@@ -40,16 +40,24 @@ def _layouts(run: PlannedRun, gpus: int) -> Iterator[ParallelConfig]:
                     tensor=tensor,
                     context=context,
                     pipeline=pipeline,
+                    virtual_pipeline=virtual,
                     data=replicas // context,
                     expert=expert,
                     expert_tensor=expert_tensor,
-                    uneven_stages=any(shape.layers % pipeline for shape in shapes),
+                    uneven_stages=any(shape.layers % (pipeline * virtual) for shape in shapes),
                     sequence_parallel=tensor > 1,
                     distributed_optimizer=replicas > 1,
                 )
+                for virtual in _virtual_stages(pipeline, min(shape.layers for shape in shapes))
                 for context in _contexts(run, tensor, replicas)
                 for expert, expert_tensor in experts
             )
+
+
+def _virtual_stages(pipeline: int, layers: int) -> list[int]:
+    """Chunks of each stage: one, two or four, each with a layer of every model."""
+    most = layers // pipeline if pipeline > 1 else 1
+    return [virtual for virtual in (1, 2, 4) if virtual <= most]
 
 
 def _contexts(run: PlannedRun, tensor: int, replicas: int) -> Iterator[int]:

@@ -171,7 +171,7 @@ class Savings:
     """What a layout can do to save memory."""
 
     layers: int
-    """Of a stage of the student."""
+    """Of the student, in the largest chunk of a stage."""
     mixture: bool
     """Whether the student is a mixture of experts."""
     offloads: bool

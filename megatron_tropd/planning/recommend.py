@@ -10,7 +10,7 @@ from typing import Literal
 
 from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.config import LoraConfig, RolloutConfig, TeacherConfig
-from megatron_tropd.convert.sizes import stage_sizes
+from megatron_tropd.convert.sizes import stage_chunks
 from megatron_tropd.planning.estimate import Estimate, estimate, layout_name
 from megatron_tropd.planning.layouts import apart, colocated, laid_out, usable
 from megatron_tropd.planning.memory import engine_memory, fullest_stages
@@ -24,8 +24,8 @@ _COMPARED = 2.0
 """Times the fastest: layouts that cannot be faster than this are not looked at."""
 _MOST_SPLITS = 8
 """Ways to divide the nodes between trainer and engines that are looked at."""
-_CONTEXT_EFFORT = 2
-"""Of context parallelism: as much as of layers that are computed again."""
+_CONTEXT_EFFORT, _VIRTUAL_EFFORT = 2, 1
+"""Of context parallelism and of virtual stages, beside that of what saves memory."""
 _RECOMPUTED = {"none": "nothing", "selective": "modules", "block": "some layers", "uniform": "all"}
 _TEACHER = {"none": "on the GPU", "host": "on the host", "host_by_layer": "on the host by layer"}
 _Labels = dict[str, str]
@@ -186,7 +186,7 @@ class _Search:
         best, fastest = self.best, self._fastest
         assert best is not None
         which = "the fastest that fits"
-        if self._preferred is not self._fitting:
+        if min(one.seconds.total for one in self._fitting) < fastest.seconds.total:
             which += " and can be rehearsed"
         if best is not fastest:
             slower = 100 * (best.seconds.total / fastest.seconds.total - 1)
@@ -335,8 +335,10 @@ def _savings(run: PlannedRun) -> Savings:
     # own says itself where its weights are.
     low = any(run.config.megatron.teacher.get(name) for name in ("fp8", "fp4"))
     resident = teacher.placement == TeacherConfig.placement
+    p = run.parallel
+    first = stage_chunks(run.student.shape.layers, p.pipeline, p.virtual_pipeline)[0][0]
     return Savings(
-        layers=stage_sizes(run.student.shape.layers, run.parallel.pipeline)[0],
+        layers=len(first),
         mixture=run.student.shape.experts is not None,
         offloads=on_gpu,
         teacher=on_gpu and resident and not low,
@@ -352,7 +354,8 @@ def _ways(savings: Savings, configured: Options) -> list[tuple[Options, _Labels]
 
 def _labels_of_layout(run: PlannedRun) -> _Labels:
     p = run.parallel
-    sizes = {"TP": p.tensor, "CP": p.context, "PP": p.pipeline, "EP": p.expert}
+    sizes = {"TP": p.tensor, "CP": p.context, "PP": p.pipeline, "VPP": p.virtual_pipeline}
+    sizes["EP"] = p.expert
     engines = "on nodes of their own" if run.separate else "colocated"
     return {name: str(size) for name, size in sizes.items()} | {"engines": engines}
 
@@ -372,6 +375,8 @@ def _complexity(run: PlannedRun) -> tuple[bool, int, int]:
     # Last, how many ranks a replica's weights are spread over.
     return (
         run.separate,
-        effort(run.options) + _CONTEXT_EFFORT * (p.context > 1),
+        effort(run.options)
+        + _CONTEXT_EFFORT * (p.context > 1)
+        + _VIRTUAL_EFFORT * (p.virtual_pipeline > 1),
         p.pipeline * max(p.tensor, p.shards_of_expert * p.expert),
     )

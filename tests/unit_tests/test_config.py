@@ -131,6 +131,10 @@ def test_overrides(toml: Path, override: str, section: str, name: str, value: ob
         ("model.dtype=float16", r"model\.dtype must be one of"),
         ("parallel.tensor=0", r"parallel\.tensor must be at least 1"),
         ("parallel.sequence_parallel=true", r"needs parallel\.tensor of at least 2"),
+        (
+            "parallel.virtual_pipeline=2",
+            r"parallel\.virtual_pipeline = 2 needs parallel\.pipeline of at least 2, found 1",
+        ),
         ("parallel.expert=2", r"parallel\.expert = 2 must divide parallel\.data, found 1"),
         ("parallel.expert_tensor=2", r"expert_tensor must be 1 or parallel\.tensor = 1, found 2"),
         ("parallel.data=3", r"= 512 must be divisible by parallel\.data = 3"),
