@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 
 from megatron_tropd.base import deterministic
 from megatron_tropd.base.errors import ConfigError
+from megatron_tropd.base.parts import check_part
 from megatron_tropd.base.text_files import read_toml
 from megatron_tropd.config.loss import LossSettings, loss_defaults, preset
 from megatron_tropd.config.loss_of_0_1 import new_form, refuse_old_form
@@ -44,6 +45,8 @@ TEACHER = "teacher"
 """What messages call the teacher; one of several is "teacher NAME"."""
 STUDENT = "student"
 """``teacher.reference``: the weights that the student starts from."""
+_SOURCES, _MODES = "megatron_tropd.teacher", "megatron_tropd.rollout.episodes"
+"""Packages whose modules teacher.placement and rollout.mode name."""
 CACHED_TOP_K = 64
 """``teacher.cache_top_k`` of a loss that needs no more."""
 _GREEDY = "On-policy samples are drawn at random (evaluation is greedy by itself)."
@@ -638,9 +641,12 @@ class Config(Settings):
         if self.run.deterministic:
             deterministic.check_options("model", self.megatron.model)
             deterministic.check_options("teacher", self.megatron.teacher)
+        check_part(_MODES, self.rollout.mode, setting="rollout.mode")
+        self._check_cp_comm_type()
         if self.teachers:
             self._check_teachers()
         else:
+            check_part(_SOURCES, self.teacher.placement, setting="teacher.placement")
             self._check_reference()
             self._check_offload()
             self._check_teacher_layout()
@@ -713,6 +719,16 @@ class Config(Settings):
             not named,
             f"{', '.join(named)} takes one teacher, found [[teachers]]. Change one of the two.",
         )
+
+    def _check_cp_comm_type(self) -> None:
+        """Refuse a way of keys and values that leads nowhere."""
+        for table, options in self.megatron.tables():
+            layout = self.teacher_parallel if table == "teacher" else self.parallel
+            _require(
+                layout.context > 1 or "cp_comm_type" not in options,
+                f"megatron.{table}.cp_comm_type does nothing without context parallelism, found "
+                f"{layout.key('context')} = 1. Raise that, or remove this one.",
+            )
 
     def _check_recorded(self) -> None:
         name, recorded = self.loss.method_name(), self.rollout.recorded

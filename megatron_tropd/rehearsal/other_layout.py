@@ -11,7 +11,7 @@ from megatron_tropd.mcore.exchange import Offered, Wanted
 from megatron_tropd.rehearsal.world import World
 
 if TYPE_CHECKING:
-    from megatron_tropd.teacher.other_layout import OtherLayoutTeacher
+    from megatron_tropd.teacher._other_layout import OtherLayoutTeacher
 
 
 class ToldRows:

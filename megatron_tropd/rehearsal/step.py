@@ -41,7 +41,7 @@ from megatron_tropd.rehearsal.other_layout import ToldRows
 from megatron_tropd.rehearsal.scores import with_made_up_scores
 from megatron_tropd.rehearsal.tensors import CPU, Device
 from megatron_tropd.rehearsal.world import World
-from megatron_tropd.teacher.other_layout import OtherLayoutTeacher
+from megatron_tropd.teacher._other_layout import OtherLayoutTeacher
 from megatron_tropd.teacher.resident import ResidentTeacher
 
 

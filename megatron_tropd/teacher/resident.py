@@ -49,7 +49,7 @@ class _OfRun:
         """Build its models: in the student's layout, or in [teacher.parallel]."""
         # Megatron only where a run trains: a dry run and the engines look at ``signal`` alone.
         from megatron_tropd.mcore.frozen import frozen_model
-        from megatron_tropd.teacher.other_layout import OtherLayoutTeacher
+        from megatron_tropd.teacher._other_layout import OtherLayoutTeacher
 
         if start.config.teacher.parallel is not None:
             return OtherLayoutTeacher(start)
