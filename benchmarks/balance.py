@@ -23,6 +23,7 @@ import itertools
 import json
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -88,7 +89,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("--steps", type=int, default=20, help="counted for each row (default 20)")
-    add("--measured", type=int, default=6, help="steps measured for each (default 6)")
+    add("--measured", type=int, default=6, help="steps measured for each (default 6; 0: none)")
     add("--table", action="store_true", help="print the committed result; measure nothing")
     return parser.parse_args(arguments)
 
@@ -105,14 +106,16 @@ def main(arguments: list[str] | None = None) -> None:
     began = time.time()
     result = {
         "hardware": hardware,
-        "command": shown_command(["", *(arguments or [])]).replace("step.py", "balance.py"),
+        "command": shown_command(["", *(arguments or sys.argv[1:])]).replace(
+            "step.py", "balance.py"
+        ),
         **commit(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "versions": {package: version(package) for package in our_packages()},
         "settings": {"steps": options.steps, "measured": options.measured},
         "lengths": {kind: lengths._asdict() for kind, lengths in LENGTHS.items()},
         "counted": counted(options.steps),
-        "measured": measured(options.measured),
+        "measured": measured(options.measured) if options.measured else [],
         "seconds": round(time.time() - began, 1),
     }
     path = RESULTS / f"balance-{name}.json"
@@ -362,6 +365,8 @@ def table(result: dict[str, Any]) -> str:
             f"| {row['micro_batches']:.1f} | {row['time_over_in_turns']:.3f} "
             f"| {row['experts_shared_over_in_turns']:.3f} |"
         )
+    if not result["measured"]:
+        return "\n".join(lines).replace("%", " %")
     lines += ["", "| lengths | dealt | padding | idle | `waiting_share` | CPU seconds | ratio |"]
     lines.append("|---|---|---|---|---|---|---|")
     for row in result["measured"]:

@@ -161,8 +161,8 @@ class _Cutter:
 def _dealt(cuts: Sequence[_Cut], dp_size: int) -> list[list[_Cut]]:
     """Deal heaviest first, one to each replica in a round, the heaviest to whom has least.
 
-    Karmarkar and Karp's differencing finds at most 1 % less for the replica that has most, and
-    replicas that share experts would wait longer for one another (benchmarks/balance.py).
+    Karmarkar and Karp's differencing finds some 1 % less for the replica that has most
+    (benchmarks/balance.py).
     """
     if dp_size == 1:
         return [list(cuts)]
