@@ -6,15 +6,17 @@ all that a new part needs. ``"package.module:attribute"`` names a part that live
 
 import importlib
 import pkgutil
+from functools import cache
 from typing import Any
 
 from megatron_tropd.base.errors import ConfigError
 
 
-def part_names(package: str) -> list[str]:
+@cache
+def part_names(package: str) -> tuple[str, ...]:
     """The names of our own parts in ``package``, such as "megatron_tropd.losses.methods"."""
     found = importlib.import_module(package)
-    return sorted(m.name for m in pkgutil.iter_modules(found.__path__) if m.name[0] != "_")
+    return tuple(sorted(m.name for m in pkgutil.iter_modules(found.__path__) if m.name[0] != "_"))
 
 
 def load_part(package: str, name: str, *, attribute: str, setting: str) -> Any:
