@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 import warm_commands
+from calm_run import TIMINGS
 from safetensors.torch import load_file
 from warm_engines import environment_of_commands
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 PAIR = Path(__file__).resolve().parents[2] / "examples" / "arithmetic"
 STEPS, SAVED = 3, 1
-TIMINGS = ("seconds_", "tokens_per_second", "peak_memory")
 
 
 def distill(folder: Path, environment: dict[str, str]) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ import pytest
 import requests
 import torch
 import torch.distributed as dist
+from calm_run import TIMINGS
 from hold import Hold
 from reliability import record
 from safetensors.torch import load_file
@@ -28,10 +29,10 @@ from warm_engines import environment_of_commands
 
 from megatron_tropd.base.errors import ServersLost
 from megatron_tropd.config import load_config
+from megatron_tropd.data.dispatch import Patience
 from megatron_tropd.data.samples import Sample, SampleRequest, Sampling
 from megatron_tropd.rollout.engines import wire
 from megatron_tropd.rollout.engines.client import ClientSettings
-from megatron_tropd.rollout.engines.dispatch import Patience
 from megatron_tropd.rollout.engines.engine import RolloutEngine
 from megatron_tropd.rollout.engines.pool import cut_batches, merge_batches
 from megatron_tropd.rollout.engines.served import ServerPool
@@ -41,7 +42,6 @@ from megatron_tropd.rollout.weights.versions import WeightVersions
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 TROPD = [sys.executable, "-m", "megatron_tropd.cli"]
-TIMINGS = ("seconds_", "tokens_per_second", "peak_memory")
 SAMPLING = Sampling(stop_token_ids=(2, 50))
 REQUESTS = [
     SampleRequest(tuple(3 + (5 * i + j) % 90 for j in range(1 + i % 7)), 110, 10**17 * i + 7)
