@@ -12,6 +12,9 @@ import pytest
 _surroundings = machine.Surroundings()
 
 
+gc.disable()  # until all is imported and collected
+
+
 def pytest_configure() -> None:
     """Refuse a wrong TROPD_TEST_HIDE before anything runs; hear Ctrl-C.
 
@@ -32,8 +35,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish() -> None:
     """Spare the garbage collector what was imported and collected: it stays."""
-    gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -7,19 +7,21 @@ all that a new part needs. ``"package.module:attribute"`` names a part that live
 import importlib
 import importlib.util
 import pkgutil
+from functools import cache
 from typing import Any
 
 from megatron_tropd.base.errors import ConfigError
 
 
-def part_names(package: str) -> list[str]:
+@cache
+def part_names(package: str) -> tuple[str, ...]:
     """The names of our own parts in ``package``, such as "megatron_tropd.losses.methods".
 
     The package itself is not imported: a login node may lack what it needs.
     """
     found = importlib.util.find_spec(package)
     places = found.submodule_search_locations if found else None
-    return sorted(m.name for m in pkgutil.iter_modules(places) if m.name[0] != "_")
+    return tuple(sorted(m.name for m in pkgutil.iter_modules(places) if m.name[0] != "_"))
 
 
 def check_part(package: str, name: str, *, setting: str) -> None:

@@ -199,8 +199,8 @@ class Story:
             # Only where something is to stand still: a busy machine is slow everywhere else too.
             overrides = [STANDS_STILL] if fault == "stopped rank" else []
             held = Hold(self.run.site / "hold", step=3)  # a checkpoint further
-            # Who signals or stops single processes does it to those of a shell.
-            fresh = fault in ("stopped rank", "killed rank")
+            # Whose rank is killed, has an engine that looks for its parent.
+            fresh = fault == "killed rank"
             self.run.start(*overrides, fresh=fresh, **{HELD: held.environment[HELD]})
             self.run.wait_for_steps(3)
             self._faults[fault]()
