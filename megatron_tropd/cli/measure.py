@@ -13,6 +13,7 @@ from typing import Any
 from megatron_tropd.base.errors import ConfigError, InputError
 from megatron_tropd.config import (
     Config,
+    DataConfig,
     EvaluationConfig,
     GuidanceConfig,
     ModelConfig,
@@ -23,6 +24,7 @@ from megatron_tropd.config import (
 )
 from megatron_tropd.config.run_folder import RunFolder, run_of
 from megatron_tropd.convert.megatron_folder import MegatronFolder
+from megatron_tropd.data.prompts import num_tokens
 from megatron_tropd.distill.engines import make_engine
 from megatron_tropd.distill.evaluation import (
     accuracy_of,
@@ -45,6 +47,7 @@ class Overrides:
     num_problems: int | None = None
     apply_chat_template: bool | None = None
     dtype: str | None = None
+    data: DataConfig | None = None
 
     @property
     def given(self) -> list[str]:
@@ -53,7 +56,11 @@ class Overrides:
 
     def on(self, config: Config) -> Config:
         """The settings with these in their place."""
-        evaluation = {"max_new_tokens": self.max_new_tokens, "num_problems": self.num_problems}
+        evaluation = {
+            "max_new_tokens": self.max_new_tokens,
+            "num_problems": self.num_problems,
+            "data": self.data,
+        }
         return replace(
             config,
             model=_changed(config.model, dtype=self.dtype),
@@ -61,6 +68,7 @@ class Overrides:
                 config.rollout,
                 apply_chat_template=self.apply_chat_template,
                 max_new_tokens=self.max_new_tokens,
+                data=self.data,
             ),
             evaluation=_changed(config.evaluation, **evaluation),
         )
@@ -72,7 +80,7 @@ def _changed(section: Any, **values: Any) -> Any:
 
 def evaluate(
     model: Path,
-    problems: Path | None = None,
+    problems: str | Path | None = None,
     *,
     like: Path | None = None,
     overrides: Overrides | None = None,
@@ -81,7 +89,7 @@ def evaluate(
 
     Args:
         model: run folder, its exported student, or any other HF folder.
-        problems: JSON lines of held-out problems; None: those of the run.
+        problems: file or data set of held-out problems; None: those of the run.
         like: a run whose settings are used for an HF folder.
 
     Returns:
@@ -124,10 +132,13 @@ def _student_of(run: RunFolder) -> Path:
     return run.student
 
 
-def _as_in_run(run: RunFolder, folder: Path, problems: Path | None, notes: list[str]) -> Config:
+def _as_in_run(
+    run: RunFolder, folder: Path, problems: str | Path | None, notes: list[str]
+) -> Config:
     """The settings of a run, for one engine that answers problems and for nothing else."""
     config = run.read_config()
     path = str(problems) if problems else config.evaluation.problems
+    data = DataConfig() if problems else config.evaluation.data
     if path is None:
         raise ConfigError(
             f"Run {run.root} has no held-out problems (evaluation.problems is unset): give a file."
@@ -148,6 +159,7 @@ def _as_in_run(run: RunFolder, folder: Path, problems: Path | None, notes: list[
         rollout=replace(
             config.rollout,
             prompts=path,
+            data=data,
             max_new_tokens=room,
             prompts_per_step=1,
             placement="colocated",
@@ -157,11 +169,13 @@ def _as_in_run(run: RunFolder, folder: Path, problems: Path | None, notes: list[
         ),
         guidance=GuidanceConfig(prefixed_per_prompt=0),
         train=replace(config.train, tokens_per_micro_batch=_ALL),
-        evaluation=replace(config.evaluation, problems=path, max_new_tokens=room),
+        evaluation=replace(config.evaluation, problems=path, data=data, max_new_tokens=room),
     )
 
 
-def _assumed(folder: Path, problems: Path | None, overrides: Overrides, notes: list[str]) -> Config:
+def _assumed(
+    folder: Path, problems: str | Path | None, overrides: Overrides, notes: list[str]
+) -> Config:
     """Settings for a folder of which no run says any."""
     if problems is None:
         raise ConfigError(f"{folder} is no run folder, so it has no problems: give a file.")
@@ -188,7 +202,7 @@ def _assumed(folder: Path, problems: Path | None, overrides: Overrides, notes: l
         )
     if overrides.max_new_tokens is not None:
         return config
-    room = min(_ANSWER_TOKENS, inputs.context - max(len(p.token_ids) for p in inputs.problems))
+    room = min(_ANSWER_TOKENS, inputs.context - max(num_tokens(inputs.problems)))
     return replace(overrides, max_new_tokens=room).on(config)
 
 

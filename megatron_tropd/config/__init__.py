@@ -4,6 +4,7 @@ from megatron_tropd.config.loss import LossSettings
 from megatron_tropd.config.megatron import MegatronConfig
 from megatron_tropd.config.run import (
     Config,
+    DataConfig,
     EvaluationConfig,
     GuidanceConfig,
     LoraConfig,
@@ -26,6 +27,7 @@ from megatron_tropd.config.run import (
 
 __all__ = [
     "Config",
+    "DataConfig",
     "EvaluationConfig",
     "GuidanceConfig",
     "LoraConfig",

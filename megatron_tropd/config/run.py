@@ -38,6 +38,8 @@ from megatron_tropd.config.settings import (
 )
 
 PATH = {"path": True}  # metadata of the fields that name an input file or folder
+HUB = "hf://datasets/"
+"""Begins the name of a data set of the Hugging Face hub, which is no path."""
 STUDENT = "student"
 """``teacher.reference``: the weights that the student starts from."""
 CACHED_TOP_K = 64
@@ -174,6 +176,19 @@ class ParallelConfig(Settings, section="parallel"):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DataConfig(Settings, section="data"):
+    """What of a file or data set is read, and under which names (docs/prompts.md)."""
+
+    subset: str = ""
+    """Configuration of a data set that has several, such as "main"."""
+    split: str = ""
+    """"train", "test", ...: needed for a data set that has several."""
+    fields: dict[str, str] = field(default_factory=dict)
+    """Our name = theirs: {prompt = "question", answer = "reward_model.ground_truth"}; points lead
+    into tables and lists."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PromptConfig(Settings, section="rollout"):
     """How a line of a prompts file becomes token ids (docs/prompts.md)."""
 
@@ -185,6 +200,11 @@ class PromptConfig(Settings, section="rollout"):
     chat_template_date: str | None = None
     """The date (YYYY-MM-DD) that a template which reads the clock is told. None: the day the run
     begins, also after a resumption."""
+    system_prompt: str = ""
+    """First message of every conversation that has no system message of its own."""
+    prompt_template: str = ""
+    """Jinja text that makes the prompt of a line's fields: "{{ prompt }} Think step by step."
+    Empty: the line's prompt as it is."""
 
     def _check_together(self) -> None:
         require_plain(self.chat_template_kwargs, "rollout.chat_template_kwargs")
@@ -207,7 +227,10 @@ class RolloutConfig(PromptConfig, section="rollout"):
     """What the student samples at every step, and the engine that samples it."""
 
     prompts: str = field(metadata=PATH)
-    """JSON lines, one object a line: {"prompt": str} or {"messages": [...]} (docs/prompts.md)."""
+    """JSON lines or a JSON array, of {"prompt": str} or {"messages": [...]}; or such rows of a
+    Parquet file, of a folder, or of "hf://datasets/OWNER/NAME" (docs/prompts.md)."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """What of them is read: split, and names of fields."""
     max_new_tokens: Count
     """Longest response in tokens, a teacher prefix included."""
     first_new_tokens: Count | None = None
@@ -400,7 +423,10 @@ class EvaluationConfig(Settings, section="evaluation"):
     """What is measured on held-out problems, before, during and after the run."""
 
     problems: str | None = field(default=None, metadata=PATH)
-    """JSON lines of held-out problems, {"prompt", "answer"} for exact_match. None: none."""
+    """Held-out problems, in any form of rollout.prompts, with an "answer" each for exact_match.
+    None: none."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """What of them is read; nothing of rollout.data."""
     task: Literal["exact_match", "reverse_kl"] = "exact_match"
     """exact_match: greedy answers graded; reverse_kl: exact KL(student || teacher) per token on
     fresh student samples, measured with transformers."""
@@ -710,7 +736,8 @@ def default_settings() -> dict[str, dict[str, Any]]:
 
 
 def _default(f: "dataclasses.Field[Any]") -> Any:
-    return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+    value = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
 
 
 def config_to_toml(config: Config) -> str:
@@ -807,7 +834,8 @@ def _anchor_paths(tables: dict[str, Any], folder: Path) -> None:
 
 def _is_path(f: "dataclasses.Field[Any]", value: str) -> bool:
     """Whether a value of this field names an input file or folder."""
-    return bool(f.metadata.get("path")) and value not in f.metadata.get("words", ())
+    named = value in f.metadata.get("words", ()) or value.startswith(HUB)
+    return bool(f.metadata.get("path")) and not named
 
 
 def apply_override(tables: dict[str, Any], override: str) -> None:

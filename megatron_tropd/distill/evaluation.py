@@ -143,7 +143,9 @@ class Evaluator:
 def evaluation_settings(config: Config, inputs: Inputs) -> dict[str, Any]:
     """What decides the result of an evaluation beside the model and the problems, JSON-ready."""
     exact = config.evaluation.task == "exact_match"
-    templates = {name: value for name, value in asdict(config.rollout).items() if _TEMPLATE in name}
+    rollout = asdict(config.rollout)
+    templates = {name: value for name, value in rollout.items() if _TEMPLATE in name}
+    templates |= {n: rollout[n] for n in ("system_prompt", "prompt_template") if rollout[n]}
     return {
         "task": config.evaluation.task,
         "problems": len(inputs.problems),

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_tropd.data.prompts import find_prompt
 from megatron_tropd.data.sequence import TokenSequence
 from megatron_tropd.distill.inputs import Inputs
 from megatron_tropd.distill.step_records import Examples
@@ -39,7 +40,8 @@ def example_line(
     """One sequence with its per-token values, null where a token has none, as a line of a dump."""
     tokenizer, ids = inputs.tokenizer, sequence.response_ids
     # Their positions are no indices: prompts may have been left out.
-    prompt = next(p for p in inputs.prompts if p.index == sequence.key.prompt)
+    prompt = find_prompt(inputs.prompts, sequence.key.prompt)
+    assert prompt is not None, "a sequence is of a prompt of the run"
     text = tokenizer.decode(ids, skip_special_tokens=True)
     answer = prompt.fields.get("answer")
     record = {

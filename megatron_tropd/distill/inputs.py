@@ -1,12 +1,13 @@
 """Everything a run reads, checked before anything is started or written."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from megatron_tropd.base.errors import ConfigError, InputError
-from megatron_tropd.config import Config, RolloutConfig
+from megatron_tropd.config import Config, DataConfig, RolloutConfig
 from megatron_tropd.convert.checks import check_expert_parallel, check_parallel, check_tensors
 from megatron_tropd.convert.companions import CONFIG
 from megatron_tropd.convert.families import model_shape
@@ -17,6 +18,7 @@ from megatron_tropd.data.prompts import (
     check_kwargs_are_read,
     check_same_texts,
     load_prompts,
+    num_tokens,
 )
 from megatron_tropd.data.responses import TeacherResponse, load_responses
 from megatron_tropd.data.sequence import TokenSequence
@@ -54,12 +56,12 @@ class Inputs:
     context: int
     """Longest sequence all models take."""
     stop_token_ids: tuple[int, ...]
-    prompts: list[Prompt]
+    prompts: Sequence[Prompt]
     responses: dict[int, tuple[TeacherResponse, ...]] | None
     recorded: list[list[TokenSequence]] | None
     """The samples of each recorded prompt, graded if the loss reads outcomes; None: the run
     samples."""
-    problems: list[Prompt]
+    problems: Sequence[Prompt]
     """Held-out problems, at most evaluation.num_problems; empty without evaluation."""
     max_model_len: int
     """Longest sequence the rollout engine will see."""
@@ -172,7 +174,7 @@ def _check_vocabulary(
 
 def training_prompts(
     rollout: RolloutConfig, tokenizer: "PreTrainedTokenizerBase", context: int
-) -> list[Prompt]:
+) -> Sequence[Prompt]:
     """Read the prompts that are sampled, as long as ``context`` leaves room for a response.
 
     Raises:
@@ -182,6 +184,7 @@ def training_prompts(
     prompts = _prompts(
         rollout,
         rollout.prompts,
+        rollout.data,
         tokenizer,
         context,
         rollout.max_new_tokens,
@@ -197,7 +200,7 @@ def training_prompts(
 
 
 def _responses(
-    config: Config, prompts: list[Prompt], tokenizer: "PreTrainedTokenizerBase"
+    config: Config, prompts: Sequence[Prompt], tokenizer: "PreTrainedTokenizerBase"
 ) -> dict[int, tuple[TeacherResponse, ...]] | None:
     path = config.guidance.responses
     if not path:
@@ -207,7 +210,7 @@ def _responses(
 
 
 def _golden(
-    config: Config, prompts: list[Prompt], tokenizer: "PreTrainedTokenizerBase"
+    config: Config, prompts: Sequence[Prompt], tokenizer: "PreTrainedTokenizerBase"
 ) -> GoldenAnswers | None:
     field, rollout = config.guidance.golden_field, config.rollout
     if field is None:
@@ -219,12 +222,13 @@ def _golden(
 def _prompts(
     rollout: RolloutConfig,
     path: str,
+    data: DataConfig,
     tokenizer: "PreTrainedTokenizerBase",
     context: int,
     room: int,
     *,
     filter_overlong: bool | None = None,
-) -> list[Prompt]:
+) -> Sequence[Prompt]:
     if room >= context:
         raise ConfigError(
             f"rollout.max_new_tokens = {room} leaves no room for a prompt in a "
@@ -234,6 +238,7 @@ def _prompts(
         path,
         tokenizer,
         rollout,
+        data=data,
         max_prompt_tokens=context - room,
         filter_overlong=filter_overlong,
     )
@@ -241,8 +246,8 @@ def _prompts(
 
 def _check_templates(
     config: Config,
-    prompts: list[Prompt],
-    problems: list[Prompt],
+    prompts: Sequence[Prompt],
+    problems: Sequence[Prompt],
     tokenizer: "PreTrainedTokenizerBase",
     teacher: HFFolder | MegatronFolder,
 ) -> None:
@@ -252,11 +257,14 @@ def _check_templates(
         check_same_texts(str(path), texts, tokenizer, teachers, config.rollout)
 
 
-def _problems(config: Config, tokenizer: "PreTrainedTokenizerBase", context: int) -> list[Prompt]:
+def _problems(
+    config: Config, tokenizer: "PreTrainedTokenizerBase", context: int
+) -> Sequence[Prompt]:
     path = config.evaluation.problems
     if path is None:
         return []
-    problems = _prompts(config.rollout, path, tokenizer, context, config.max_answer_tokens)
+    data, room = config.evaluation.data, config.max_answer_tokens
+    problems = _prompts(config.rollout, path, data, tokenizer, context, room)
     if config.evaluation.task == "exact_match":
         for problem in problems:
             with naming(path):
@@ -298,7 +306,7 @@ def _check_blend(
     config: Config,
     student: HFFolder | MegatronFolder,
     teacher: HFFolder | MegatronFolder,
-    prompts: list[Prompt],
+    prompts: Sequence[Prompt],
 ) -> None:
     """Refuse what engines that hold student and teacher would refuse later."""
     rollout, cuda = config.rollout, torch.cuda.is_available()
@@ -307,7 +315,9 @@ def _check_blend(
     longest = blended_length(_longest(prompts) + rollout.max_new_tokens, rollout.draft_tokens)
     for who, folder in ((config.model.student, student), (config.model.teacher, teacher)):
         check_engine(folder.config, longest, cuda=cuda, who=who)
-    if short := next((p for p in prompts if len(p.token_ids) < 2), None):
+    lengths = num_tokens(prompts)
+    if min(lengths) < 2:
+        short = prompts[lengths.index(min(lengths))]
         raise InputError(
             f"{rollout.prompts}: prompt {short.index} is one token long; rollout.behaviour = "
             f'"{rollout.behaviour}" needs at least 2. Leave it out, or put BOS before it.'
@@ -325,5 +335,5 @@ def _check_micro_batch(config: Config, longest: int) -> None:
         )
 
 
-def _longest(prompts: list[Prompt]) -> int:
-    return max((len(p.token_ids) for p in prompts), default=0)
+def _longest(prompts: Sequence[Prompt]) -> int:
+    return max(num_tokens(prompts), default=0)

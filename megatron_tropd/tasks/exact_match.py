@@ -129,7 +129,7 @@ def reference_answer(problem: Prompt) -> str:
     if not good or not str(answer).strip():
         found = repr(answer) if "answer" in problem.fields else "none"
         raise InputError(
-            f'Problem {problem.index} (line {problem.line}) needs an "answer", a string or a '
+            f'Problem {problem.index} ({problem.place}) needs an "answer", a string or a '
             f'number, found {found}. Add it, or use evaluation.task = "reverse_kl".'
         )
     return str(answer)
