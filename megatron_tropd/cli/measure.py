@@ -216,7 +216,7 @@ def _measure(
             samples = sample_problems(config, inputs, engine)
     if teacher is not None:
         return reverse_kl_of(inputs, samples, folder, teacher)
-    record = accuracy_of(inputs, samples)
+    record = accuracy_of(config, inputs, samples)
     del record["examples"]
     return record
 
@@ -245,6 +245,8 @@ def result_lines(result: dict[str, Any]) -> Sequence[str]:
         )
         if result["unjudged"]:
             numbers += f"; {result['unjudged']} cannot be judged and count as not correct"
+        if result["grader_errors"]:
+            numbers += f"; the grader failed at {result['grader_errors']}, which do not count"
     else:
         numbers = (
             f"reverse KL {result['reverse_kl']:.4f} nats a token (95 % interval "

@@ -9,6 +9,7 @@ import dataclasses
 import datetime
 import json
 import os
+import re
 import tomllib
 import types
 import typing
@@ -441,6 +442,33 @@ class EvaluationConfig(Settings, section="evaluation"):
 
 
 @dataclass(frozen=True, kw_only=True)
+class GraderConfig(Settings, section="grader"):
+    """What says whether an answer is right (docs/graders.md)."""
+
+    name: str = "marked"
+    """marked: the answer after a mark, by our own rules; math: the same and math-verify; choice,
+    exact, last_number; regex: what pattern finds; code: runs the model's program by unit tests; or
+    "package.module:function" of your own."""
+    pattern: str = ""
+    """regex: its last match is the answer, or that match's first group."""
+    timeout_seconds: Positive = 10.0
+    """Longest grading of one answer outside of this process; for code, of each test."""
+    memory_mib: Count = 2048
+    """Address space of a process that grades, and of a program it runs; your own has no limit."""
+
+    def _check_together(self) -> None:
+        _require(
+            (self.name == "regex") == bool(self.pattern),
+            f'grader.pattern is for grader.name = "regex", which needs one, found grader.name = '
+            f"{self.name!r} and the pattern {self.pattern!r}.",
+        )
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise ConfigError(f"grader.pattern = {self.pattern!r} is not valid: {error}.") from None
+
+
+@dataclass(frozen=True, kw_only=True)
 class TeacherConfig(Settings, section="teacher"):
     """Where the teacher's signals come from."""
 
@@ -514,6 +542,7 @@ class Config(Settings):
     guidance: GuidanceConfig = GuidanceConfig()
     loss: LossSettings = field(default_factory=lambda: preset("tropd"))
     evaluation: EvaluationConfig = EvaluationConfig()
+    grader: GraderConfig = GraderConfig()
     megatron: MegatronConfig = field(default_factory=MegatronConfig)
 
     def _check_together(self) -> None:
@@ -737,7 +766,7 @@ def default_settings() -> dict[str, dict[str, Any]]:
 
 def _default(f: "dataclasses.Field[Any]") -> Any:
     value = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+    return vars(value) if isinstance(value, Settings) else value
 
 
 def config_to_toml(config: Config) -> str:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megatron_tropd.config import Config
+from megatron_tropd.config import Config, GraderConfig
 from megatron_tropd.config.run_folder import RunFolder
 from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.convert.linked_folder import link_folder
@@ -18,7 +18,8 @@ from megatron_tropd.distill.inputs import Inputs
 from megatron_tropd.losses.draws import Purpose, keyed_seed
 from megatron_tropd.report.metrics import MetricsLog
 from megatron_tropd.report.records import read_lines
-from megatron_tropd.tasks.exact_match import GRADER, Sampler, answer_greedily, grade_answers
+from megatron_tropd.tasks.exact_match import Sampler, answer_greedily, grade_answers
+from megatron_tropd.tasks.grading import grader_of
 from megatron_tropd.tasks.reverse_kl import measure_reverse_kl
 
 NUM_EXAMPLES = 20
@@ -113,7 +114,7 @@ class Evaluator:
     def _accuracy(self, engine: Sampler) -> dict[str, Any] | None:
         """The graded answers; None on the ranks that do not grade (all have the samples)."""
         samples = sample_problems(self._config, self._inputs, engine)
-        return accuracy_of(self._inputs, samples) if self._is_main else None
+        return accuracy_of(self._config, self._inputs, samples) if self._is_main else None
 
     def _measure_reverse_kl(
         self, engines: Sampler, step: int, export: Callable[[Path], None], teacher: Path
@@ -153,8 +154,13 @@ def evaluation_settings(config: Config, inputs: Inputs) -> dict[str, Any]:
         "stop_token_ids": list(inputs.stop_token_ids),
         **templates,
         "dtype": engine_dtype(config.model.dtype),
-        **({"temperature": 0.0, "grader": GRADER} if exact else _drawn(config)),
+        **({"temperature": 0.0, "grader": _named(config.grader)} if exact else _drawn(config)),
     }
+
+
+def _named(grader: GraderConfig) -> str | dict[str, Any]:
+    """The grader's name, if that says it all."""
+    return grader.name if grader == GraderConfig(name="marked") else asdict(grader)
 
 
 def _drawn(config: Config) -> dict[str, Any]:
@@ -177,9 +183,10 @@ def sample_problems(config: Config, inputs: Inputs, engine: Sampler) -> list[Sam
     return engine.generate(requests, Sampling(stop_token_ids=stops))
 
 
-def accuracy_of(inputs: Inputs, samples: Sequence[Sample]) -> dict[str, Any]:
+def accuracy_of(config: Config, inputs: Inputs, samples: Sequence[Sample]) -> dict[str, Any]:
     """The graded samples as a record of evaluations.jsonl, with some examples."""
-    record = asdict(grade_answers(inputs.problems, samples, inputs.tokenizer))
+    grader = grader_of(config.grader)
+    record = asdict(grade_answers(inputs.problems, samples, inputs.tokenizer, grader))
     return {**record, "examples": record.pop("responses")[:NUM_EXAMPLES]}
 
 

@@ -34,7 +34,7 @@ from megatron_tropd.distill.recordings import load_recorded
 from megatron_tropd.losses import check_signal
 from megatron_tropd.rollout.engines.engine import BLENDED_ON_CUDA, blended_length
 from megatron_tropd.rollout.engines.engine_model import check_engine
-from megatron_tropd.tasks.exact_match import reference_answer
+from megatron_tropd.tasks.grading import grader_of
 from megatron_tropd.teacher import signal_of
 from megatron_tropd.teacher.cached import check_cache
 
@@ -266,9 +266,10 @@ def _problems(
     data, room = config.evaluation.data, config.max_answer_tokens
     problems = _prompts(config.rollout, path, data, tokenizer, context, room)
     if config.evaluation.task == "exact_match":
+        grader = grader_of(config.grader)
         for problem in problems:
             with naming(path):
-                reference_answer(problem)
+                grader.check(problem.fields, f"Problem {problem.index} ({problem.place})")
     return problems[: config.evaluation.num_problems]
 
 

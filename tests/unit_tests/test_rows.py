@@ -15,7 +15,7 @@ from megatron_tropd.config import DataConfig, PromptConfig, load_config
 from megatron_tropd.config.run import config_from_dict, config_to_dict, config_to_toml
 from megatron_tropd.data import rows
 from megatron_tropd.data.prompts import Prompts, find_prompt, load_prompts, num_tokens
-from megatron_tropd.tasks.exact_match import reference_answer
+from megatron_tropd.tasks.graders import grade
 
 ROWS = [{"prompt": f"né {i} " + "x" * i, "answer": str(i), "of": {"a": [i]}} for i in range(7)]
 CHAT = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
@@ -130,7 +130,7 @@ def test_fields_have_our_names(tmp_path: Path, tokenizer):
     path = tmp_path / "p.jsonl"
     path.write_text(json.dumps({"q": {"text": "2+2"}, "reward_model": [4], "messages": []}) + "\n")
     (prompt,) = load_prompts(path, tokenizer, data=NAMES)
-    assert (prompt.text, reference_answer(prompt)) == ("2+2", "4")
+    assert (prompt.text, prompt.fields["answer"]) == ("2+2", 4)
     path.write_text('{"q": {"text": "1"}, "reward_model": [4]}\n{"q": {"text": "2"}}\n')
     with pytest.raises(InputError, match=r"line 2: data.fields has answer = 'reward_model.0', but"):
         load_prompts(path, tokenizer, data=NAMES)
@@ -251,4 +251,4 @@ def test_gsm8k_is_read_and_put_into_a_template(shared_data: Path, tokenizer, mon
     assert len(prompts) == 1319
     assert prompts[0].text.startswith("[user]Janet\u2019s ducks lay 16 eggs per day.")
     assert prompts[0].text.endswith("within \\boxed{}.[no]")
-    assert reference_answer(prompts[0]).endswith("#### 18")
+    assert grade(r"So \boxed{18}", prompts[0].fields["answer"]) is True
