@@ -45,7 +45,7 @@ def parse_with_run(
     taken = {}
     for action in parser._actions:
         value = values.get(action.dest)
-        if value is not None:
+        if value not in (None, ""):
             # A default that is text is read as if it stood in the command.
             text = json.dumps(value) if isinstance(value, dict) else value
             action.default = taken[action.dest] = list(text) if isinstance(text, tuple) else text

@@ -110,6 +110,7 @@ def load_inputs(config: Config) -> Inputs:
     prompts = training_prompts(config.rollout, tokenizer, context)
     responses = _responses(config, prompts, tokenizer)
     _check_micro_batch(config, _longest(prompts) + config.rollout.max_new_tokens)
+    grader_of(config.grader)  # refused now, not at the first answer
     problems = _problems(config, tokenizer, context)
     _check_templates(config, prompts, problems, tokenizer, teacher)
     max_model_len = max(

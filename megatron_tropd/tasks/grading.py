@@ -45,7 +45,7 @@ _NO_PROSE = frozenset(
 )
 _MARKUP = re.compile(r"\\(?:text|mathrm|mbox|operatorname)\s*\{[^{}]*\}")
 _AMBIGUOUS = re.compile(
-    r"\d \d|\d\.\d+\.|[\"'`:%=]|\d_|/\s*\d+\s*[a-z(]|^\d+ ?- ?\d+$|^[^a-z\\]*,[^a-z\\]*$"
+    r"(?<![_^])\d \d|\d\.\d+\.|[\"'`:%=]|\d_|/\s*\d+\s*[a-z(]|^\d+ ?- ?\d+$|^[^a-z\\]*,[^a-z\\]*$"
     r"|^-?[\d.]+ *[a-z]$"
 )
 """What math-verify reads in one of several ways, or takes as a chain of which it reads the end:

@@ -2,8 +2,9 @@
 
 What is limited: wall and processor time, memory, the size of what it writes, its environment (no
 variable of ours) and, where the system lets an ordinary user have them, its network and the
-processes that it leaves (namespaces of their own). What is not: it may read what the user may read,
-and write where the user may write. Run strangers' models in a container.
+processes that it leaves (namespaces of their own). What is not: how many processes it has until its
+time is up; and it may read what the user may read, and write where the user may write. Run models
+that you do not trust in a container.
 """
 
 import json
@@ -19,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from megatron_tropd.base.errors import InputError
 
@@ -83,7 +84,7 @@ def tests_of(answer: Any) -> Tests:
     )
 
 
-def _are_texts(value: Any) -> bool:
+def _are_texts(value: Any) -> TypeGuard[list[str]]:
     return isinstance(value, list) and bool(value) and all(isinstance(v, str) for v in value)
 
 

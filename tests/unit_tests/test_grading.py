@@ -260,13 +260,6 @@ GOOD = "Here:\n```python\ndef add(a, b):\n    return a + b\n```\nDone."
         ("```python\nb = bytearray(2**33)\n```" + GOOD[5:], TESTS, True),  # the last block counts
         ("```python\nb = bytearray(2**33)\ndef add(a, b): return a + b\n```", TESTS, False),
         ("```python\nwhile True: print('x' * 10**6)\n```", TESTS, False),
-        (
-            "```python\nimport os\nwhile os.fork() >= 0: pass\n```"
-            if sandbox.network_is_off()
-            else "```python\n1/0\n```",
-            TESTS,
-            False,
-        ),
         (TWICE, {"inputs": ["2\n", "5"], "outputs": ["4", "10\n"]}, True),
         (TWICE, '{"inputs": ["2"], "outputs": ["5"]}', False),
         ("```python\nimport os\nassert 'SECRET' not in os.environ\n```", "pass", True),
@@ -290,6 +283,18 @@ def test_programs_have_no_network_where_the_system_allows_it():
         program = f"import socket\nsocket.create_connection(('127.0.0.1', {port}), 2)\nprint('in')"
         assert sandbox.run_program(program, "", seconds=20, memory_mib=512) is None
         socket.create_connection(("127.0.0.1", port), 2).close()
+
+
+def test_what_a_program_started_ends_with_it(tmp_path: Path):
+    """Also if it left the session: where a user may have a namespace of processes."""
+    left = tmp_path / "left"
+    child = f"import time; time.sleep(3); open({str(left)!r}, 'w')"
+    program = f"import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', {child!r}], "
+    for apart in (False, True) if sandbox.network_is_off() else (False,):
+        ended = program + f"start_new_session={apart})\nprint('done')"
+        assert sandbox.run_program(ended, "", seconds=60, memory_mib=512) == "done\n"
+    time.sleep(5)
+    assert not left.exists()
 
 
 def test_a_sandbox_that_cannot_start_is_an_error_and_no_verdict(monkeypatch):
