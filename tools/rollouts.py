@@ -21,6 +21,7 @@ from megatron_tropd.config import Config, GuidanceConfig, RolloutConfig
 from megatron_tropd.config.run_defaults import parse_with_run
 from megatron_tropd.config.run_folder import RunFolder
 from megatron_tropd.data.arguments import add_prompt_options, read_prompts
+from megatron_tropd.data.prompts import num_tokens
 from megatron_tropd.data.responses import load_responses
 from megatron_tropd.data.samples import Sampling
 from megatron_tropd.data.tokenizers import load_tokenizer, num_ids, stop_token_ids
@@ -124,7 +125,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.responses:
         filtered = options.filter_overlong_prompts
         responses = load_responses(options.responses, prompts, tokenizer, filtered=filtered)
-    longest = max(len(prompt.token_ids) for prompt in prompts) + options.max_new_tokens
+    longest = max(num_tokens(prompts)) + options.max_new_tokens
     with ExitStack() as exits, tqdm(desc="rollouts", unit="rollout") as bar:
 
         def progress(done: int, total: int) -> None:

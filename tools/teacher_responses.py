@@ -15,6 +15,7 @@ from tqdm import tqdm
 from megatron_tropd.base.failures import exit_code
 from megatron_tropd.config.run_defaults import parse_with_run
 from megatron_tropd.data.arguments import add_prompt_options, read_prompts
+from megatron_tropd.data.prompts import num_tokens
 from megatron_tropd.data.samples import Sampling
 from megatron_tropd.data.tokenizers import load_tokenizer, num_ids, stop_token_ids
 from megatron_tropd.distill.engines import add_engine_options, tool_engine
@@ -68,7 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
     tokenizer = load_tokenizer(options.teacher)
     prompts, template = read_prompts(options, tokenizer, context_length(options.teacher))
-    longest = max(len(prompt.token_ids) for prompt in prompts)
+    longest = max(num_tokens(prompts))
     engines: list[RolloutEngine] = []
 
     def start() -> RolloutEngine:

@@ -6,6 +6,7 @@ without a mark. What is something else is an error that says how to make text of
 """
 
 import codecs
+import itertools
 import json
 import re
 import tomllib
@@ -17,6 +18,10 @@ from typing import IO, Any
 from megatron_tropd.base.errors import ConfigError, InputError
 
 _HEAD = 1024  # bytes that a format is told by
+_BLOCK = 2**20  # bytes of an array that are read at once
+_LONGEST_ELEMENT = 2**26  # characters of it that may be one broken object
+_DECODER = json.JSONDecoder()
+_SPACES = re.compile(r"[ \t\r\n]*")
 _PARQUET = (
     "pandas converts it: python -c \"import pandas; pandas.read_parquet('{path}').to_json("
     "'{stem}.jsonl', orient='records', lines=True)\""
@@ -183,17 +188,125 @@ def lines_with_offsets(path: str | Path, what: str) -> Iterator[tuple[int, int, 
     Raises:
         InputError: the file cannot be read or is of another format.
     """
-    with _opened(Path(path), what) as file:
-        offset = 0
-        for number, line in enumerate(file, start=1):
-            start = len(codecs.BOM_UTF8) if number == 1 and line.startswith(codecs.BOM_UTF8) else 0
-            if line[start:].strip():
-                yield number, offset + start, line[start:]
-            offset += len(line)
+    with open_text(Path(path), what) as file:
+        yield from lines_of(file)
+
+
+def lines_of(file: IO[bytes]) -> Iterator[tuple[int, int, bytes]]:
+    """Read the same from an open file, at its beginning."""
+    offset = 0
+    for number, line in enumerate(file, start=1):
+        start = len(codecs.BOM_UTF8) if number == 1 and line.startswith(codecs.BOM_UTF8) else 0
+        if line[start:].strip():
+            yield number, offset + start, line[start:]
+        offset += len(line)
+
+
+def is_json_array(head: bytes) -> bool:
+    """Whether a file that begins with these bytes holds one JSON array."""
+    return head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+
+
+def elements_of(file: IO[bytes], where: str) -> Iterator[tuple[int, int, int, dict[str, Any]]]:
+    """Read the objects of the one JSON array in an open file, at its beginning.
+
+    No more of the file is held than the longest object, and a block.
+
+    Yields:
+        (1-based number, byte offset, bytes, object).
+
+    Raises:
+        InputError: the file is no array of objects in UTF-8; names the element.
+    """
+    window = _Window(file, where)
+    window.skip(b"[")
+    for number in itertools.count(1):
+        window.name = f"{where}, element {number}"
+        if window.peek() == "]" and number == 1:
+            break
+        start = window.offset
+        value = window.value()
+        if not isinstance(value, dict):
+            found = type(value).__name__
+            raise InputError(f"{window.name}: expected a JSON object, found {found}.")
+        yield number, start, window.offset - start, value
+        if window.peek() != ",":
+            break
+        window.skip(b",")
+    window.skip(b"]")
+    if rest := window.peek():
+        raise InputError(f"{where}: expected nothing after the array, found {rest!r}. Remove it.")
+
+
+class _Window:
+    """What of a file is held while its array is read."""
+
+    def __init__(self, file: IO[bytes], where: str) -> None:
+        self._file, self.name = file, where
+        self._decode = codecs.getincrementaldecoder("utf-8")().decode
+        self._text, self._place = "", 0
+        head = file.read(len(codecs.BOM_UTF8))
+        marked = head == codecs.BOM_UTF8
+        self.offset = len(head) if marked else 0
+        """Of the next character in the file, in bytes."""
+        self._unread = b"" if marked else head
+
+    def peek(self) -> str:
+        """The next character that is no space; empty at the end."""
+        while True:
+            spaces = _SPACES.match(self._text, self._place)
+            self._move(spaces.end() if spaces else self._place)
+            if self._place < len(self._text) or not self._read():
+                return self._text[self._place : self._place + 1]
+
+    def skip(self, expected: bytes) -> None:
+        """Pass a character; raises InputError if another one is there."""
+        found = self.peek()
+        if found != expected.decode():
+            raise InputError(
+                f"{self.name}: expected {expected.decode()!r} of the JSON array, found "
+                f"{found or 'the end of the file'!r}. Write the array whole, with commas between "
+                "its objects."
+            )
+        self._move(self._place + 1)
+
+    def value(self) -> Any:
+        """The JSON value that comes next."""
+        self.peek()
+        while True:
+            try:
+                value, end = _DECODER.raw_decode(self._text, self._place)
+            except (ValueError, RecursionError) as error:
+                if len(self._text) - self._place > _LONGEST_ELEMENT or not self._read():
+                    raise InputError(
+                        f"{self.name}: expected a JSON object, found {error}."
+                    ) from None
+                continue
+            self._move(end)
+            return value
+
+    def _move(self, place: int) -> None:
+        self.offset += len(self._text[self._place : place].encode())
+        self._place = place
+
+    def _read(self) -> bool:
+        """Hold as much again, at least a block; False: there is no more."""
+        held = self._text[self._place :]
+        block, self._unread = self._unread + self._file.read(max(_BLOCK, len(held))), b""
+        try:
+            self._text, self._place = held + self._decode(block, not block), 0
+        except UnicodeDecodeError as error:
+            raise InputError(f"{self.name}: expected UTF-8, found {error}.") from None
+        return bool(block)
 
 
 @contextmanager
-def _opened(path: Path, what: str) -> Iterator[IO[bytes]]:
+def open_text(path: Path, what: str) -> Iterator[IO[bytes]]:
+    """Open a file of UTF-8 text.
+
+    Raises:
+        InputError: it cannot be read or is of another format.
+    """
     try:
         with path.open("rb") as file:
             # Looked at without seeking: the file may be a pipe.

@@ -9,7 +9,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Give ``parser`` the arguments of ``tropd evaluate``."""
     add = parser.add_argument
     add("model", type=Path, help="run folder (its student, with its settings), or HF folder")
-    add("problems", type=Path, nargs="?", help="JSON lines; default: the run's held-out problems")
+    add("problems", nargs="?", help="file or data set; default: the run's held-out problems")
+    add("--data", metavar="JSON", help='what of it is read: {"split": "test"} (docs/prompts.md)')
     add("--like", type=Path, metavar="RUN", help="use the settings of this run for an HF folder")
     add("--max-new-tokens", type=int, default=None, help="longest answer, not the run's")
     add("--num-problems", type=int, default=None, help="only the first ones, not the run's number")
@@ -26,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Measure a model and print the result."""
     from megatron_tropd.cli.measure import Overrides, evaluate, result_lines
+    from megatron_tropd.data.arguments import data_of
 
     result = evaluate(
         arguments.model,
@@ -36,6 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
             num_problems=arguments.num_problems,
             apply_chat_template=arguments.chat_template,
             dtype=arguments.dtype,
+            data=data_of(arguments.data) if arguments.data else None,
         ),
     )
     print(json.dumps(result) if arguments.json else "\n".join(result_lines(result)))

@@ -13,6 +13,7 @@ from typing import Any
 from megatron_tropd.base.errors import ConfigError, InputError
 from megatron_tropd.config import (
     Config,
+    DataConfig,
     EvaluationConfig,
     GuidanceConfig,
     ModelConfig,
@@ -25,6 +26,7 @@ from megatron_tropd.config import (
 from megatron_tropd.config.run import SELF, TEACHER
 from megatron_tropd.config.run_folder import RunFolder, run_of
 from megatron_tropd.convert.megatron_folder import MegatronFolder
+from megatron_tropd.data.prompts import num_tokens
 from megatron_tropd.distill.engines import make_engine
 from megatron_tropd.distill.evaluation import (
     accuracy_of,
@@ -47,6 +49,7 @@ class Overrides:
     num_problems: int | None = None
     apply_chat_template: bool | None = None
     dtype: str | None = None
+    data: DataConfig | None = None
 
     @property
     def given(self) -> list[str]:
@@ -55,7 +58,11 @@ class Overrides:
 
     def on(self, config: Config) -> Config:
         """The settings with these in their place."""
-        evaluation = {"max_new_tokens": self.max_new_tokens, "num_problems": self.num_problems}
+        evaluation = {
+            "max_new_tokens": self.max_new_tokens,
+            "num_problems": self.num_problems,
+            "data": self.data,
+        }
         return replace(
             config,
             model=_changed(config.model, dtype=self.dtype),
@@ -63,6 +70,7 @@ class Overrides:
                 config.rollout,
                 apply_chat_template=self.apply_chat_template,
                 max_new_tokens=self.max_new_tokens,
+                data=self.data,
             ),
             evaluation=_changed(config.evaluation, **evaluation),
         )
@@ -74,7 +82,7 @@ def _changed(section: Any, **values: Any) -> Any:
 
 def evaluate(
     model: Path,
-    problems: Path | None = None,
+    problems: str | Path | None = None,
     *,
     like: Path | None = None,
     overrides: Overrides | None = None,
@@ -83,7 +91,7 @@ def evaluate(
 
     Args:
         model: run folder, its exported student, or any other HF folder.
-        problems: JSON lines of held-out problems; None: those of the run.
+        problems: file or data set of held-out problems; None: those of the run.
         like: a run whose settings are used for an HF folder.
 
     Returns:
@@ -126,11 +134,14 @@ def _student_of(run: RunFolder) -> Path:
     return run.student
 
 
-def _as_in_run(run: RunFolder, folder: Path, problems: Path | None, notes: list[str]) -> Config:
+def _as_in_run(
+    run: RunFolder, folder: Path, problems: str | Path | None, notes: list[str]
+) -> Config:
     """The settings of a run, for one engine that answers problems and for nothing else."""
     # The student's engine reads of its teachers how long sequences may be, and the vocabulary.
     config = next(iter(run.read_config().by_teacher.values()))
     path = str(problems) if problems else config.evaluation.problems
+    data = DataConfig() if problems else config.evaluation.data
     if path is None:
         raise ConfigError(
             f"Run {run.root} has no held-out problems (evaluation.problems is unset): give a file."
@@ -151,6 +162,7 @@ def _as_in_run(run: RunFolder, folder: Path, problems: Path | None, notes: list[
         rollout=replace(
             config.rollout,
             prompts=path,
+            data=data,
             max_new_tokens=room,
             prompts_per_step=1,
             placement="colocated",
@@ -161,7 +173,7 @@ def _as_in_run(run: RunFolder, folder: Path, problems: Path | None, notes: list[
         teacher=_read_alone(config.teacher),
         guidance=GuidanceConfig(prefixed_per_prompt=0),
         train=replace(config.train, tokens_per_micro_batch=_ALL),
-        evaluation=replace(config.evaluation, problems=path, max_new_tokens=room),
+        evaluation=replace(config.evaluation, problems=path, data=data, max_new_tokens=room),
     )
 
 
@@ -173,7 +185,9 @@ def _read_alone(teacher: TeacherConfig) -> TeacherConfig:
     return replace(teacher, placement=TeacherConfig.placement, ema_decay=None)
 
 
-def _assumed(folder: Path, problems: Path | None, overrides: Overrides, notes: list[str]) -> Config:
+def _assumed(
+    folder: Path, problems: str | Path | None, overrides: Overrides, notes: list[str]
+) -> Config:
     """Settings for a folder of which no run says any."""
     if problems is None:
         raise ConfigError(f"{folder} is no run folder, so it has no problems: give a file.")
@@ -200,7 +214,7 @@ def _assumed(folder: Path, problems: Path | None, overrides: Overrides, notes: l
         )
     if overrides.max_new_tokens is not None:
         return config
-    room = min(_ANSWER_TOKENS, inputs.context - max(len(p.token_ids) for p in inputs.problems))
+    room = min(_ANSWER_TOKENS, inputs.context - max(num_tokens(inputs.problems)))
     return replace(overrides, max_new_tokens=room).on(config)
 
 
@@ -214,7 +228,7 @@ def _measure(
             samples = sample_problems(config, inputs, engine)
     if teacher is not None:
         return reverse_kl_of(inputs, samples, folder, teacher)
-    record = accuracy_of(inputs, samples)
+    record = accuracy_of(config, inputs, samples)
     del record["examples"]
     return record
 
@@ -244,6 +258,8 @@ def result_lines(result: dict[str, Any]) -> Sequence[str]:
         )
         if result["unjudged"]:
             numbers += f"; {result['unjudged']} cannot be judged and count as not correct"
+        if result["grader_errors"]:
+            numbers += f"; the grader failed at {result['grader_errors']}, which do not count"
     else:
         numbers = (
             f"reverse KL {result['reverse_kl']:.4f} nats a token (95 % interval "

@@ -4,7 +4,9 @@ from megatron_tropd.config.loss import LossSettings
 from megatron_tropd.config.megatron import MegatronConfig
 from megatron_tropd.config.run import (
     Config,
+    DataConfig,
     EvaluationConfig,
+    GraderConfig,
     GuidanceConfig,
     LoraConfig,
     ModelConfig,
@@ -28,7 +30,9 @@ from megatron_tropd.config.run import (
 
 __all__ = [
     "Config",
+    "DataConfig",
     "EvaluationConfig",
+    "GraderConfig",
     "GuidanceConfig",
     "LoraConfig",
     "LossSettings",

@@ -9,6 +9,7 @@ import dataclasses
 import datetime
 import json
 import os
+import re
 import tomllib
 import types
 import typing
@@ -43,6 +44,8 @@ SELF = "self"
 """``teacher.placement``: the student's own weights."""
 TEACHER = "teacher"
 """What messages call the teacher; one of several is "teacher NAME"."""
+HUB = "hf://datasets/"
+"""Begins the name of a data set of the Hugging Face hub, which is no path."""
 STUDENT = "student"
 """``teacher.reference``: the weights that the student starts from."""
 _SOURCES, _MODES = "megatron_tropd.teacher", "megatron_tropd.rollout.episodes"
@@ -234,6 +237,19 @@ class TeacherLayout(ParallelConfig, section="teacher.parallel"):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DataConfig(Settings, section="data"):
+    """What of a file or data set is read, and under which names (docs/prompts.md)."""
+
+    subset: str = ""
+    """Configuration of a data set that has several, such as "main"."""
+    split: str = ""
+    """"train", "test", ...: needed for a data set that has several."""
+    fields: dict[str, str] = field(default_factory=dict)
+    """Our name = theirs: {prompt = "question", answer = "reward_model.ground_truth"}; points lead
+    into tables and lists."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PromptConfig(Settings, section="rollout"):
     """How a line of a prompts file becomes token ids (docs/prompts.md)."""
 
@@ -245,6 +261,11 @@ class PromptConfig(Settings, section="rollout"):
     chat_template_date: str | None = None
     """The date (YYYY-MM-DD) that a template which reads the clock is told. None: the day the run
     begins, also after a resumption."""
+    system_prompt: str = ""
+    """First message of every conversation that has no system message of its own."""
+    prompt_template: str = ""
+    """Jinja text that makes the prompt of a line's fields: "{{ prompt }} Think step by step."
+    Empty: the line's prompt as it is."""
 
     def _check_together(self) -> None:
         require_plain(self.chat_template_kwargs, "rollout.chat_template_kwargs")
@@ -267,7 +288,10 @@ class RolloutConfig(PromptConfig, section="rollout"):
     """What the student samples at every step, and the engine that samples it."""
 
     prompts: str = field(metadata=PATH)
-    """JSON lines, one object a line: {"prompt": str} or {"messages": [...]} (docs/prompts.md)."""
+    """JSON lines or a JSON array, of {"prompt": str} or {"messages": [...]}; or such rows of a
+    Parquet file, of a folder, or of "hf://datasets/OWNER/NAME" (docs/prompts.md)."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """What of them is read: split, and names of fields."""
     max_new_tokens: Count
     """Longest response in tokens, a teacher prefix included."""
     first_new_tokens: Count | None = None
@@ -460,7 +484,10 @@ class EvaluationConfig(Settings, section="evaluation"):
     """What is measured on held-out problems, before, during and after the run."""
 
     problems: str | None = field(default=None, metadata=PATH)
-    """JSON lines of held-out problems, {"prompt", "answer"} for exact_match. None: none."""
+    """Held-out problems, in any form of rollout.prompts, with an "answer" each for exact_match.
+    None: none."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """What of them is read; nothing of rollout.data."""
     task: Literal["exact_match", "reverse_kl"] = "exact_match"
     """exact_match: greedy answers graded; reverse_kl: exact KL(student || teacher) per token on
     fresh student samples, measured with transformers."""
@@ -472,6 +499,33 @@ class EvaluationConfig(Settings, section="evaluation"):
     """Steps between evaluations; 0: only before the first and after the last step."""
     max_new_tokens: Count | None = None
     """Longest answer; None: rollout.max_new_tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraderConfig(Settings, section="grader"):
+    """What says whether an answer is right (docs/graders.md)."""
+
+    name: str = "marked"
+    """marked: the answer after a mark, by our own rules; math: the same and math-verify; choice,
+    exact, last_number; regex: what pattern finds; code: runs the model's program by unit tests; or
+    "package.module:function" of your own."""
+    pattern: str = ""
+    """regex: its last match is the answer, or that match's first group."""
+    timeout_seconds: Positive = 10.0
+    """Longest grading of one answer outside of this process; for code, of each test."""
+    memory_mib: Count = 2048
+    """Address space of a process that grades, and of a program it runs; your own has no limit."""
+
+    def _check_together(self) -> None:
+        _require(
+            (self.name == "regex") == bool(self.pattern),
+            f'grader.pattern is for grader.name = "regex", which needs one, found grader.name = '
+            f"{self.name!r} and the pattern {self.pattern!r}.",
+        )
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise ConfigError(f"grader.pattern = {self.pattern!r} is not valid: {error}.") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -601,6 +655,7 @@ class Config(Settings):
     guidance: GuidanceConfig = GuidanceConfig()
     loss: LossSettings = field(default_factory=lambda: preset("tropd"))
     evaluation: EvaluationConfig = EvaluationConfig()
+    grader: GraderConfig = GraderConfig()
     megatron: MegatronConfig = field(default_factory=MegatronConfig)
 
     def _check_together(self) -> None:
@@ -1022,7 +1077,8 @@ def default_settings() -> dict[str, dict[str, Any]]:
 
 
 def _default(f: "dataclasses.Field[Any]") -> Any:
-    return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+    value = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+    return vars(value) if isinstance(value, Settings) else value
 
 
 def config_to_toml(config: Config) -> str:
@@ -1132,7 +1188,8 @@ def _anchor(table: Any, section: Any, folder: Path) -> None:
 
 def _is_path(f: "dataclasses.Field[Any]", value: str) -> bool:
     """Whether a value of this field names an input file or folder."""
-    return bool(f.metadata.get("path") and value) and value not in f.metadata.get("words", ())
+    named = value in f.metadata.get("words", ()) or value.startswith(HUB)
+    return bool(f.metadata.get("path") and value) and not named
 
 
 def apply_override(tables: dict[str, Any], override: str) -> None:

@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def parse_with_run(
     taken = {}
     for action in parser._actions:
         value = values.get(action.dest)
-        if value is not None:
+        if value not in (None, ""):
             # A default that is text is read as if it stood in the command.
             text = json.dumps(value) if isinstance(value, dict) else value
             action.default = taken[action.dest] = list(text) if isinstance(text, tuple) else text
@@ -73,4 +74,6 @@ def _config_of(run: Path) -> Config:
 
 def _prompt_settings(config: Config) -> dict[str, Any]:
     """What decides of a run's prompts and samples, by the names that config and tools share."""
-    return {**vars(config.rollout), "seed": config.train.seed, "dtype": config.model.dtype}
+    data = asdict(config.rollout.data)
+    rollout = {**vars(config.rollout), "data": {k: v for k, v in data.items() if v} or None}
+    return {**rollout, "seed": config.train.seed, "dtype": config.model.dtype}

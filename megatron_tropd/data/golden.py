@@ -34,8 +34,7 @@ def golden_answers(
         InputError: a prompt has none, or one that is too long; with the line number.
     """
     return {
-        p.index: _answer(p, field, tokenizer, max_new_tokens, f"{path}, line {p.line}")
-        for p in prompts
+        p.index: _answer(p, field, tokenizer, max_new_tokens, f"{path}, {p.place}") for p in prompts
     }
 
 

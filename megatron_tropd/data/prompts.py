@@ -2,17 +2,19 @@
 
 import datetime
 import sys
-from collections.abc import Iterable, Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_tropd.base.errors import ConfigError, InputError
-from megatron_tropd.base.text_files import read_json_lines
-from megatron_tropd.config import PromptConfig
+from megatron_tropd.config import DataConfig, PromptConfig
+from megatron_tropd.data.rows import Row, Rows, open_rows, shaped
 from megatron_tropd.data.templates import conversation, render
 from megatron_tropd.data.types import Prompt
 from megatron_tropd.losses.draws import Purpose, keyed_seed, keyed_uniform
@@ -26,6 +28,86 @@ _READ_BY_US = ("prompt", "messages", "chat_template_kwargs", *_FOR_TEMPLATE)
 _MAX_NAMED = 100
 _PROBE = "A text of 1 line."
 _PLAIN = PromptConfig()
+_AS_IT_IS = DataConfig()
+_ENTRY = np.dtype([(n, "i8") for n in ("number", "start", "size", "index")] + [("tokens", "i4")])
+
+
+class Prompts(Sequence[Prompt]):
+    """The prompts of a file, each read and tokenized when it is asked for."""
+
+    def __init__(self, reader: "_Reader", entries_N: NDArray[Any]) -> None:
+        """Hold what places and lengths are known of.
+
+        Args:
+            entries_N: of :data:`_ENTRY`, ascending by index.
+        """
+        self._reader, self.entries_N = reader, entries_N
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self.entries_N)
+
+    @overload
+    def __getitem__(self, place: int) -> Prompt: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> "Prompts": ...
+
+    def __getitem__(self, place: int | slice) -> "Prompt | Prompts":
+        """Read one, or choose some."""
+        if isinstance(place, slice):
+            return Prompts(self._reader, self.entries_N[place])
+        number, start, size, index, _ = self.entries_N[place].item()
+        return self._reader.prompt(index, Row(number, start, size, {}))
+
+
+def num_tokens(prompts: Sequence[Prompt]) -> Sequence[int]:
+    """Count the token ids of each; nothing is read for it."""
+    if isinstance(prompts, Prompts):
+        return prompts.entries_N["tokens"].tolist()
+    return [len(prompt.token_ids) for prompt in prompts]
+
+
+def indices_of(prompts: Sequence[Prompt]) -> Sequence[int]:
+    """List the ``Prompt.index`` of each; nothing is read for it."""
+    if isinstance(prompts, Prompts):
+        return prompts.entries_N["index"].tolist()
+    return [prompt.index for prompt in prompts]
+
+
+def find_prompt(prompts: Sequence[Prompt], index: int) -> Prompt | None:
+    """Find the prompt of an index among those of a file, some of which may have been left out."""
+    known = prompts.entries_N["index"] if isinstance(prompts, Prompts) else indices_of(prompts)
+    place = bisect_left(known, index)
+    return prompts[place] if place < len(known) and known[place] == index else None
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """How rows of a file become prompts."""
+
+    path: str
+    rows: Rows
+    data: DataConfig
+    settings: PromptConfig
+    tokenizer: "PreTrainedTokenizerBase"
+    leading: Sequence[int]
+
+    def entries(self) -> Iterator[tuple[int, int, int, int, int]]:
+        """Read all rows: an :data:`_ENTRY` of each."""
+        for index, row in enumerate(self.rows):
+            prompt = self._made(index, row, row.fields)
+            yield row.number, row.start, row.size, index, len(prompt.token_ids)
+
+    def prompt(self, index: int, row: Row) -> Prompt:
+        """Read one row again."""
+        return self._made(index, row, self.rows.read(row.start, row.size))
+
+    def _made(self, index: int, row: Row, found: dict[str, Any]) -> Prompt:
+        where, settings = f"{self.path}, {self.rows.unit} {row.number}", self.settings
+        fields = shaped(found, self.data, settings.prompt_template, where)
+        text, ids = tokenize_line(fields, self.tokenizer, settings, where, self.leading)
+        return Prompt(index, text, ids, fields, row.number, self.rows.unit)
 
 
 def load_prompts(
@@ -33,14 +115,16 @@ def load_prompts(
     tokenizer: "PreTrainedTokenizerBase",
     settings: PromptConfig = _PLAIN,
     *,
+    data: DataConfig = _AS_IT_IS,
     max_prompt_tokens: int | None = None,
     filter_overlong: bool | None = False,
-) -> list[Prompt]:
-    """Read and tokenize a prompts file, all of it or an error.
+) -> Prompts:
+    """Read and tokenize a prompts file once, all of it or an error; keep where each prompt is.
 
     Args:
-        path: JSON lines of the forms in docs/prompts.md; other keys are kept in ``Prompt.fields``.
+        path: any of the forms in docs/prompts.md; other keys are kept in ``Prompt.fields``.
         settings: how lines become token ids; a run's ``config.rollout`` is one.
+        data: what of the file is read, and under which names.
         max_prompt_tokens: most tokens a prompt may have (context minus the response).
         filter_overlong: leave longer prompts out, and say so on stderr; None: no setting does.
 
@@ -52,15 +136,14 @@ def load_prompts(
         InputError: the file is missing, empty or of another format, a line is broken, or a prompt
             is empty; with the line number. Prompts are too long: all of them are named.
     """
-    prompts, leading = [], leading_ids(tokenizer)
-    for index, (number, fields) in enumerate(read_json_lines(path, "prompts file")):
-        text, ids = tokenize_line(fields, tokenizer, settings, f"{path}, line {number}", leading)
-        prompts.append(Prompt(index=index, text=text, token_ids=ids, fields=fields, line=number))
+    rows = open_rows(path, data)
+    reader = _Reader(str(path), rows, data, settings, tokenizer, leading_ids(tokenizer))
+    prompts = Prompts(reader, np.fromiter(reader.entries(), _ENTRY))
     if not prompts:
         raise InputError(f"The prompts file {path} is empty: expected one JSON object per line.")
     if max_prompt_tokens is None:
         return prompts
-    return _short_enough(prompts, path, max_prompt_tokens, filter_overlong)
+    return _short_enough(prompts, path, rows.unit, max_prompt_tokens, filter_overlong)
 
 
 def leading_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
@@ -159,7 +242,7 @@ def check_same_texts(
     for prompt in prompts:
         if not is_templated(prompt.fields, settings):
             continue
-        where = f"{path}, line {prompt.line}"
+        where = f"{path}, {prompt.place}"
         try:
             text, _ = tokenize_line(prompt.fields, teacher, settings, where, ())
         except InputError as error:
@@ -182,12 +265,14 @@ def _check_same_beginnings(
     path: str | Path,
 ) -> None:
     """Refuse tokenizers of which one puts BOS, say, before a plain text and the other does not."""
-    plain = next((p for p in prompts if not is_templated(p.fields, settings)), None)
     ids = {who: leading_ids(tok) for who, tok in (("student", student), ("teacher", teacher))}
-    if plain and ids["student"] != ids["teacher"]:
+    if ids["student"] == ids["teacher"]:
+        return
+    plain = next((p for p in prompts if not is_templated(p.fields, settings)), None)
+    if plain:
         begins = [f"the {who}'s with {student.decode(found)!r}" for who, found in ids.items()]
         raise InputError(
-            f"{path}, line {plain.line}: the tokenizers begin a text differently, "
+            f"{path}, {plain.place}: the tokenizers begin a text differently, "
             f"{' and '.join(begins)}: one of the models would read prompts as it never did. Give "
             "both folders the same tokenizer files."
         )
@@ -220,14 +305,14 @@ def prompts_of_step(n_prompts: int, per_step: int, step: int, seed: int) -> list
             "Lower it or add prompts."
         )
     epoch, place = divmod(step, n_prompts // per_step)
-    return list(_permutation(n_prompts, epoch, seed)[place * per_step : (place + 1) * per_step])
+    return _permutation(n_prompts, epoch, seed)[place * per_step : (place + 1) * per_step].tolist()
 
 
 @lru_cache(maxsize=2)
-def _permutation(n_prompts: int, epoch: int, seed: int) -> tuple[int, ...]:
+def _permutation(n_prompts: int, epoch: int, seed: int) -> NDArray[np.int64]:
     key = keyed_seed(seed, Purpose.PROMPT_ORDER)
     draws = keyed_uniform(key, epoch, 0, np.arange(n_prompts))
-    return tuple(np.argsort(draws, kind="stable").tolist())
+    return np.argsort(draws, kind="stable")
 
 
 @dataclass(frozen=True)
@@ -241,6 +326,20 @@ class _Line:
 
     def messages(self) -> list[dict[str, Any]] | None:
         """The messages that a template is to render; None for a text that stands for itself."""
+        messages = self._conversation()
+        if not self.settings.system_prompt:
+            return messages
+        if messages is None:
+            raise InputError(
+                f"{self.where}: rollout.system_prompt is read by a chat template, but the prompt "
+                "is plain text. Set rollout.apply_chat_template = true, or write the words into "
+                "rollout.prompt_template."
+            )
+        if messages[0]["role"] in ("system", "developer"):
+            return messages
+        return [{"role": "system", "content": self.settings.system_prompt}, *messages]
+
+    def _conversation(self) -> list[dict[str, Any]] | None:
         messages, prompt = self.fields.get("messages"), self.fields.get("prompt")
         if messages is not None and prompt is not None:
             raise InputError(
@@ -316,15 +415,18 @@ def _check_text(text: str, where: str) -> None:
 
 
 def _short_enough(
-    prompts: Sequence[Prompt], path: str | Path, most: int, filter_overlong: bool | None
-) -> list[Prompt]:
-    kept = [prompt for prompt in prompts if len(prompt.token_ids) <= most]
-    long = [prompt for prompt in prompts if len(prompt.token_ids) > most]
-    if not long:
-        return kept
-    named = ", ".join(f"line {p.line} ({len(p.token_ids)} tokens)" for p in long[:_MAX_NAMED])
+    prompts: Prompts, path: str | Path, unit: str, most: int, filter_overlong: bool | None
+) -> Prompts:
+    entries_N = prompts.entries_N
+    fits_N = entries_N["tokens"] <= most
+    kept, long = Prompts(prompts._reader, entries_N[fits_N]), entries_N[~fits_N]
+    if not len(long):
+        return prompts
+    named = ", ".join(
+        f"{unit} {number} ({tokens} tokens)" for number, *_, tokens in long[:_MAX_NAMED].tolist()
+    )
     if len(long) > _MAX_NAMED:
-        longest = max(len(p.token_ids) for p in long)
+        longest = long["tokens"].max()
         named += f" and {len(long) - _MAX_NAMED} more, of up to {longest} tokens"
     limit = f"at most {most} fit (context of the models minus the longest response)"
     if filter_overlong and kept:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_tropd.base.errors import InputError
 from megatron_tropd.base.text_files import read_json_lines
+from megatron_tropd.data.prompts import find_prompt, indices_of
 from megatron_tropd.data.tokenizers import fingerprint, num_ids
 from megatron_tropd.data.types import Prompt
 
@@ -94,16 +95,15 @@ def load_responses(
     _, header = next(lines, (0, None))
     _check_header(header, path, fingerprint(tokenizer))
     found: dict[int, dict[int, TeacherResponse]] = {}
-    by_index = {prompt.index: prompt for prompt in prompts}
     for number, record in lines:
         where = f"{path}, line {number}"
         index = record.get("prompt_index")
-        prompt = by_index.get(index) if type(index) is int else None
+        prompt = find_prompt(prompts, index) if type(index) is int else None
         if prompt is None and filtered and type(index) is int:
             continue
         response = _response(record, prompt, len(prompts), num_ids(tokenizer), where, header)
         found.setdefault(response.prompt_index, {})[response.sample] = response
-    missing = [prompt.index for prompt in prompts if prompt.index not in found]
+    missing = [index for index in indices_of(prompts) if index not in found]
     if missing:
         raise InputError(
             f"{path} has no response to {len(missing)} of the {len(prompts)} prompts, the first "

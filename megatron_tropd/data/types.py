@@ -17,4 +17,11 @@ class Prompt:
     fields: dict[str, Any]
     """The line as read (``answer`` and whatever else the grader wants)."""
     line: int = 0
-    """1-based line in the file, for errors."""
+    """1-based line in the file, for errors; or another unit."""
+    unit: str = "line"
+    """What the file is counted in: lines, elements of an array, rows of a data set."""
+
+    @property
+    def place(self) -> str:
+        """Where it stands in its file: "line 4"."""
+        return f"{self.unit} {self.line}"

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megatron_tropd.config import Config
+from megatron_tropd.config import Config, GraderConfig
 from megatron_tropd.config.run_folder import RunFolder
 from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.convert.linked_folder import link_folder
@@ -20,7 +20,8 @@ from megatron_tropd.distill.inputs import Inputs
 from megatron_tropd.losses.draws import Purpose, keyed_seed
 from megatron_tropd.report.metrics import MetricsLog
 from megatron_tropd.report.records import read_lines
-from megatron_tropd.tasks.exact_match import GRADER, Sampler, answer_greedily, grade_answers
+from megatron_tropd.tasks.exact_match import Sampler, answer_greedily, grade_answers
+from megatron_tropd.tasks.grading import grader_of
 from megatron_tropd.tasks.reverse_kl import measure_reverse_kl
 
 NUM_EXAMPLES = 20
@@ -101,7 +102,7 @@ class Evaluator:
         """
         if self._is_main:
             in_order = [samples[problem.index] for problem in self._inputs.problems]
-            self._write("teacher", 0, accuracy_of(self._inputs, in_order))
+            self._write("teacher", 0, accuracy_of(self._config, self._inputs, in_order))
 
     def summary(self) -> dict[str, Any]:
         """The entries of summary.json that come from evaluations."""
@@ -127,7 +128,7 @@ class Evaluator:
     def _accuracy(self, engine: Sampler) -> dict[str, Any] | None:
         """The graded answers; None on the ranks that do not grade (all have the samples)."""
         samples = sample_problems(self._config, self._inputs, engine)
-        return accuracy_of(self._inputs, samples) if self._is_main else None
+        return accuracy_of(self._config, self._inputs, samples) if self._is_main else None
 
     def _measure_reverse_kl(
         self, engines: Sampler, step: int, export: Callable[[Path], None], teacher: Path
@@ -157,7 +158,9 @@ class Evaluator:
 def evaluation_settings(config: Config, inputs: Inputs) -> dict[str, Any]:
     """What decides the result of an evaluation beside the model and the problems, JSON-ready."""
     exact = config.evaluation.task == "exact_match"
-    templates = {name: value for name, value in asdict(config.rollout).items() if _TEMPLATE in name}
+    rollout = asdict(config.rollout)
+    templates = {name: value for name, value in rollout.items() if _TEMPLATE in name}
+    templates |= {n: rollout[n] for n in ("system_prompt", "prompt_template") if rollout[n]}
     return {
         "task": config.evaluation.task,
         "problems": len(inputs.problems),
@@ -165,8 +168,13 @@ def evaluation_settings(config: Config, inputs: Inputs) -> dict[str, Any]:
         "stop_token_ids": list(inputs.stop_token_ids),
         **templates,
         "dtype": engine_dtype(config.model.dtype),
-        **({"temperature": 0.0, "grader": GRADER} if exact else _drawn(config)),
+        **({"temperature": 0.0, "grader": _named(config.grader)} if exact else _drawn(config)),
     }
+
+
+def _named(grader: GraderConfig) -> str | dict[str, Any]:
+    """The grader's name, if that says it all."""
+    return grader.name if grader == GraderConfig(name="marked") else asdict(grader)
 
 
 def _drawn(config: Config) -> dict[str, Any]:
@@ -193,9 +201,10 @@ def sample_problems(
     return engine.generate(requests, Sampling(stop_token_ids=stops))
 
 
-def accuracy_of(inputs: Inputs, samples: Sequence[Sample]) -> dict[str, Any]:
+def accuracy_of(config: Config, inputs: Inputs, samples: Sequence[Sample]) -> dict[str, Any]:
     """The graded samples as a record of evaluations.jsonl, with some examples."""
-    record = asdict(grade_answers(inputs.problems, samples, inputs.tokenizer))
+    grader = grader_of(config.grader)
+    record = asdict(grade_answers(inputs.problems, samples, inputs.tokenizer, grader))
     responses = record.pop("responses")
     right: dict[str, list[bool]] = {}
     for problem, response in zip(inputs.problems, responses, strict=True):

@@ -6,10 +6,11 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_tropd.data.prompts import find_prompt
 from megatron_tropd.data.sequence import TokenSequence
 from megatron_tropd.distill.inputs import Inputs
 from megatron_tropd.distill.step_records import Examples
-from megatron_tropd.tasks.graders import grade
+from megatron_tropd.tasks.grading import Grader
 
 _LONGEST_CHARACTER = 4  # bytes of UTF-8, hence tokens
 
@@ -34,20 +35,24 @@ def gather_examples(mine: Examples) -> Examples:
 
 
 def example_line(
-    inputs: Inputs, sequence: TokenSequence, values: Mapping[str, Mapping[int, float]]
+    inputs: Inputs,
+    sequence: TokenSequence,
+    values: Mapping[str, Mapping[int, float]],
+    grader: Grader,
 ) -> str:
     """One sequence with its per-token values, null where a token has none, as a line of a dump."""
     tokenizer, ids = inputs.tokenizer, sequence.response_ids
     # Their positions are no indices: prompts may have been left out.
-    prompt = next(p for p in inputs.prompts if p.index == sequence.key.prompt)
+    prompt = find_prompt(inputs.prompts, sequence.key.prompt)
+    assert prompt is not None, "a sequence is of a prompt of the run"
     text = tokenizer.decode(ids, skip_special_tokens=True)
-    answer = prompt.fields.get("answer")
+    graded = "answer" in prompt.fields and prompt.fields["answer"] is not None
     record = {
         "step": sequence.key.step,
         "prompt": prompt.text,
         "tokens": spell(tokenizer, ids),
         "segment": [writer.name.lower() for writer in sequence.writers],
-        "correct": None if answer is None else grade(text, str(answer)),
+        "correct": grader.grade(text, prompt.fields).correct if graded else None,
         **{name: [of.get(i) for i in range(len(ids))] for name, of in values.items()},
     }
     return json.dumps(record) + "\n"

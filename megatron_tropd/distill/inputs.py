@@ -1,12 +1,13 @@
 """Everything a run reads, checked before anything is started or written."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from megatron_tropd.base.errors import ConfigError, InputError
-from megatron_tropd.config import Config, RolloutConfig
+from megatron_tropd.config import Config, DataConfig, RolloutConfig
 from megatron_tropd.config.run import TEACHER, reference_of
 from megatron_tropd.convert.checks import check_expert_parallel, check_parallel, check_tensors
 from megatron_tropd.convert.companions import CONFIG
@@ -19,6 +20,7 @@ from megatron_tropd.data.prompts import (
     check_kwargs_are_read,
     check_same_texts,
     load_prompts,
+    num_tokens,
 )
 from megatron_tropd.data.responses import TeacherResponse, load_responses
 from megatron_tropd.data.routes import Routes, routes_of
@@ -35,7 +37,7 @@ from megatron_tropd.distill.recordings import load_recorded
 from megatron_tropd.losses import check_signal
 from megatron_tropd.rollout.engines.engine import BLENDED_ON_CUDA, blended_length
 from megatron_tropd.rollout.engines.engine_model import check_engine
-from megatron_tropd.tasks.exact_match import reference_answer
+from megatron_tropd.tasks.grading import grader_of
 from megatron_tropd.teacher import signal_of
 from megatron_tropd.teacher.cached import check_cache
 
@@ -56,12 +58,12 @@ class Inputs:
     context: int
     """Longest sequence all models take."""
     stop_token_ids: tuple[int, ...]
-    prompts: list[Prompt]
+    prompts: Sequence[Prompt]
     responses: dict[int, tuple[TeacherResponse, ...]] | None
     recorded: list[list[TokenSequence]] | None
     """The samples of each recorded prompt, graded if the loss reads outcomes; None: the run
     samples."""
-    problems: list[Prompt]
+    problems: Sequence[Prompt]
     """Held-out problems, at most evaluation.num_problems; empty without evaluation."""
     max_model_len: int
     """Longest sequence the rollout engine will see."""
@@ -71,7 +73,7 @@ class Inputs:
     """Those of the prompts, if the loss reads them."""
     routes: Routes | None = None
     """Whose the prompts are, if there are several teachers, and what a teacher reads instead."""
-    problems_of: dict[str, list[Prompt]] = field(default_factory=dict)
+    problems_of: dict[str, Sequence[Prompt]] = field(default_factory=dict)
     """The held-out problems that each teacher answers, as it reads them, if it is measured."""
 
     @property
@@ -106,6 +108,7 @@ def load_inputs(config: Config) -> Inputs:
     responses = _responses(config, prompts, tokenizer, routes)
     read = max([_longest(prompts), *map(len, contexts.values())])
     _check_micro_batch(config, read + config.rollout.max_new_tokens)
+    grader_of(config.grader)  # refused now, not at the first answer
     problems = _problems(config, tokenizer, context)
     problems_of = _problems_of_teachers(config, problems, tokenizer, context)
     _check_templates(config, prompts, problems, problems_of, tokenizer, models, routes)
@@ -178,14 +181,14 @@ def _tokenizer(models: dict[str, HFFolder | MegatronFolder]) -> "PreTrainedToken
     return tokenizer
 
 
-def _routes(config: Config, path: str, prompts: list[Prompt]) -> Routes | None:
+def _routes(config: Config, path: str, prompts: Sequence[Prompt]) -> Routes | None:
     """Whose some prompts are; None: those of the one teacher."""
     return routes_of(path, prompts, config.teachers) if config.teachers else None
 
 
 def _each_teacher(
-    config: Config, routes: Routes | None, prompts: list[Prompt]
-) -> list[tuple[str, Config, list[Prompt]]]:
+    config: Config, routes: Routes | None, prompts: Sequence[Prompt]
+) -> list[tuple[str, Config, Sequence[Prompt]]]:
     """Every teacher with the run of it alone, and its prompts."""
     return [
         (who, alone, prompts if routes is None else routes.prompts_of(number, prompts))
@@ -196,7 +199,7 @@ def _each_teacher(
 def _contexts(
     config: Config,
     routes: Routes | None,
-    prompts: list[Prompt],
+    prompts: Sequence[Prompt],
     tokenizer: "PreTrainedTokenizerBase",
     context: int,
 ) -> dict[int, tuple[int, ...]]:
@@ -218,10 +221,10 @@ def _contexts(
 
 def _problems_of_teachers(
     config: Config,
-    problems: list[Prompt],
+    problems: Sequence[Prompt],
     tokenizer: "PreTrainedTokenizerBase",
     context: int,
-) -> dict[str, list[Prompt]]:
+) -> dict[str, Sequence[Prompt]]:
     """The problems that each teacher answers, as it reads them; none if no teacher is measured."""
     evaluation = config.evaluation
     if not (problems and evaluation.teacher and evaluation.task == "exact_match"):
@@ -284,7 +287,7 @@ def _check_vocabulary(
 
 def training_prompts(
     rollout: RolloutConfig, tokenizer: "PreTrainedTokenizerBase", context: int
-) -> list[Prompt]:
+) -> Sequence[Prompt]:
     """Read the prompts that are sampled, as long as ``context`` leaves room for a response.
 
     Raises:
@@ -294,6 +297,7 @@ def training_prompts(
     prompts = _prompts(
         rollout,
         rollout.prompts,
+        rollout.data,
         tokenizer,
         context,
         rollout.max_new_tokens,
@@ -310,7 +314,7 @@ def training_prompts(
 
 def _responses(
     config: Config,
-    prompts: list[Prompt],
+    prompts: Sequence[Prompt],
     tokenizer: "PreTrainedTokenizerBase",
     routes: Routes | None,
 ) -> dict[int, tuple[TeacherResponse, ...]] | None:
@@ -324,7 +328,7 @@ def _responses(
 
 
 def _golden(
-    config: Config, prompts: list[Prompt], tokenizer: "PreTrainedTokenizerBase"
+    config: Config, prompts: Sequence[Prompt], tokenizer: "PreTrainedTokenizerBase"
 ) -> GoldenAnswers | None:
     field, rollout = config.guidance.golden_field, config.rollout
     if field is None:
@@ -336,12 +340,13 @@ def _golden(
 def _prompts(
     rollout: RolloutConfig,
     path: str,
+    data: DataConfig,
     tokenizer: "PreTrainedTokenizerBase",
     context: int,
     room: int,
     *,
     filter_overlong: bool | None = None,
-) -> list[Prompt]:
+) -> Sequence[Prompt]:
     if room >= context:
         raise ConfigError(
             f"rollout.max_new_tokens = {room} leaves no room for a prompt in a "
@@ -351,6 +356,7 @@ def _prompts(
         path,
         tokenizer,
         rollout,
+        data=data,
         max_prompt_tokens=context - room,
         filter_overlong=filter_overlong,
     )
@@ -358,9 +364,9 @@ def _prompts(
 
 def _check_templates(
     config: Config,
-    prompts: list[Prompt],
-    problems: list[Prompt],
-    problems_of: dict[str, list[Prompt]],
+    prompts: Sequence[Prompt],
+    problems: Sequence[Prompt],
+    problems_of: dict[str, Sequence[Prompt]],
     tokenizer: "PreTrainedTokenizerBase",
     models: dict[str, HFFolder | MegatronFolder],
     routes: Routes | None,
@@ -374,15 +380,19 @@ def _check_templates(
             check_same_texts(where, texts, tokenizer, teachers, config.rollout)
 
 
-def _problems(config: Config, tokenizer: "PreTrainedTokenizerBase", context: int) -> list[Prompt]:
+def _problems(
+    config: Config, tokenizer: "PreTrainedTokenizerBase", context: int
+) -> Sequence[Prompt]:
     path = config.evaluation.problems
     if path is None:
         return []
-    problems = _prompts(config.rollout, path, tokenizer, context, config.max_answer_tokens)
+    data, room = config.evaluation.data, config.max_answer_tokens
+    problems = _prompts(config.rollout, path, data, tokenizer, context, room)
     if config.evaluation.task == "exact_match":
+        grader = grader_of(config.grader)
         for problem in problems:
             with naming(path):
-                reference_answer(problem)
+                grader.check(problem.fields, f"Problem {problem.index} ({problem.place})")
     return problems[: config.evaluation.num_problems]
 
 
@@ -398,7 +408,7 @@ def _check_engines(
     config: Config,
     models: dict[str, HFFolder | MegatronFolder],
     max_model_len: int,
-    problems_of: dict[str, list[Prompt]],
+    problems_of: dict[str, Sequence[Prompt]],
 ) -> None:
     """Refuse models that no engine will run; a teacher has one only to be evaluated."""
     measured = {alone.model.teacher: who for who, alone in config.by_teacher.items()}
@@ -419,7 +429,7 @@ def _check_blend(
     config: Config,
     student: HFFolder | MegatronFolder,
     teacher: HFFolder | MegatronFolder,
-    prompts: list[Prompt],
+    prompts: Sequence[Prompt],
 ) -> None:
     """Refuse what engines that hold student and teacher would refuse later."""
     rollout, cuda = config.rollout, torch.cuda.is_available()
@@ -428,7 +438,9 @@ def _check_blend(
     longest = blended_length(_longest(prompts) + rollout.max_new_tokens, rollout.draft_tokens)
     for who, folder in ((config.model.student, student), (config.model.teacher, teacher)):
         check_engine(folder.config, longest, cuda=cuda, who=who)
-    if short := next((p for p in prompts if len(p.token_ids) < 2), None):
+    lengths = num_tokens(prompts)
+    if min(lengths) < 2:
+        short = prompts[lengths.index(min(lengths))]
         raise InputError(
             f"{rollout.prompts}: prompt {short.index} is one token long; rollout.behaviour = "
             f'"{rollout.behaviour}" needs at least 2. Leave it out, or put BOS before it.'
@@ -446,5 +458,5 @@ def _check_micro_batch(config: Config, longest: int) -> None:
         )
 
 
-def _longest(prompts: list[Prompt]) -> int:
-    return max((len(p.token_ids) for p in prompts), default=0)
+def _longest(prompts: Sequence[Prompt]) -> int:
+    return max(num_tokens(prompts), default=0)

@@ -1,15 +1,17 @@
 """The recorded rollouts that a run trains on: read, compared with its prompts, graded."""
 
+from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
 from megatron_tropd.base.errors import ConfigError, InputError
 from megatron_tropd.config import Config
+from megatron_tropd.data.prompts import find_prompt
 from megatron_tropd.data.recorded import read_recorded
 from megatron_tropd.data.sequence import SampleKey, TokenSequence
 from megatron_tropd.data.types import Prompt
-from megatron_tropd.tasks.exact_match import reference_answer
-from megatron_tropd.tasks.graders import grade
+from megatron_tropd.tasks.exact_match import num_errors
+from megatron_tropd.tasks.grading import Grade, Grader, grader_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,7 +23,7 @@ OUTCOME = "outcome"
 
 
 def load_recorded(
-    config: Config, prompts: list[Prompt], tokenizer: "PreTrainedTokenizerBase", vocab_size: int
+    config: Config, prompts: Sequence[Prompt], tokenizer: "PreTrainedTokenizerBase", vocab_size: int
 ) -> list[list[TokenSequence]] | None:
     """Read the rollouts that a run trains on.
 
@@ -39,10 +41,9 @@ def load_recorded(
     rollout = config.rollout
     if rollout.recorded is None:
         return None
-    of_index = {prompt.index: prompt for prompt in prompts}
     sequences = read_recorded(rollout.recorded, vocab_size=vocab_size, tokenizer=tokenizer)
     for sequence in sequences:
-        _check(sequence, of_index.get(sequence.key.prompt), config)
+        _check(sequence, find_prompt(prompts, sequence.key.prompt), config)
 
     def which(sequence: TokenSequence) -> SampleKey:
         return sequence.key._replace(sample=0)
@@ -62,7 +63,7 @@ def load_recorded(
             f"prompts of {rollout.recorded}. Lower it or record more."
         )
     if config.loss.needs.outcomes:
-        return [_graded(group, of_index[group[0].key.prompt], tokenizer) for group in groups]
+        return _all_graded(groups, prompts, tokenizer, grader_of(config.grader))
     return groups
 
 
@@ -85,14 +86,31 @@ def _check(sequence: TokenSequence, prompt: Prompt | None, config: Config) -> No
         )
 
 
-def _graded(
-    group: list[TokenSequence], prompt: Prompt, tokenizer: "PreTrainedTokenizerBase"
-) -> list[TokenSequence]:
-    """The samples of a prompt with how much better each is than their mean."""
-    answer = reference_answer(prompt)
-    texts = [tokenizer.decode(s.response_ids, skip_special_tokens=True) for s in group]
-    outcomes = [float(grade(text, answer) is True) for text in texts]
-    mean = sum(outcomes) / len(outcomes)
+def _all_graded(
+    groups: list[list[TokenSequence]],
+    prompts: Sequence[Prompt],
+    tokenizer: "PreTrainedTokenizerBase",
+    grader: Grader,
+) -> list[list[TokenSequence]]:
+    """The samples of every prompt with how much better each is than their mean."""
+    pairs = []
+    for group in groups:
+        prompt = find_prompt(prompts, group[0].key.prompt)
+        assert prompt is not None, "its sequences were compared with it"
+        grader.check(prompt.fields, f"Prompt {prompt.index} ({prompt.place})")
+        texts = [tokenizer.decode(s.response_ids, skip_special_tokens=True) for s in group]
+        pairs += [(text, prompt.fields) for text in texts]
+    grades = grader.grade_all(pairs)
+    num_errors(grades)
+    left = iter(grades)
+    return [_graded(group, [next(left) for _ in group]) for group in groups]
+
+
+def _graded(group: list[TokenSequence], grades: list[Grade]) -> list[TokenSequence]:
+    """One without a verdict counts as the mean, so that it is neither better nor worse."""
+    judged = [float(given.correct is True) for given in grades if not given.error]
+    mean = sum(judged) / len(judged) if judged else 0.0
+    outcomes = [mean if given.error else float(given.correct is True) for given in grades]
     return [
         sequence.replace(fields={**sequence.fields, OUTCOME: outcome, ADVANTAGE: outcome - mean})
         for sequence, outcome in zip(group, outcomes, strict=True)

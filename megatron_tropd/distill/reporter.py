@@ -20,6 +20,7 @@ from megatron_tropd.distill.examples import example_line, example_rows, gather_e
 from megatron_tropd.distill.inputs import Inputs
 from megatron_tropd.distill.step_records import Examples
 from megatron_tropd.report.metrics import MetricsLog
+from megatron_tropd.tasks.grading import grader_of
 
 
 class Clock:
@@ -186,10 +187,11 @@ class Reporter:
             return
         self.settle()
         path = self._folder.trajectories / f"step_{step:06d}.jsonl"
+        grader = grader_of(self._config.grader)
 
         def write() -> None:
             lines = [
-                example_line(self._inputs, sequences[row], values)
+                example_line(self._inputs, sequences[row], values, grader)
                 for row, values in sorted(examples.items())
             ]
             path.parent.mkdir(exist_ok=True)

@@ -22,7 +22,7 @@ from megatron_tropd.config.settings import Anything, Count, Settings
 from megatron_tropd.convert.families import model_shape
 from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.convert.megatron_folder import open_model
-from megatron_tropd.data.prompts import check_same_texts, is_templated
+from megatron_tropd.data.prompts import check_same_texts, is_templated, num_tokens
 from megatron_tropd.data.recorded import training_item
 from megatron_tropd.data.responses import load_responses
 from megatron_tropd.data.sequence import TokenSequence
@@ -250,7 +250,7 @@ class OnPolicyData:
     def _start_engines(self, dtype: torch.dtype) -> EnginePool:
         rollout, layout = self.settings.rollout, self._layout
         local = number("LOCAL_WORLD_SIZE", 1)
-        longest = max(len(prompt.token_ids) for prompt in self._prompts)
+        longest = max(num_tokens(self._prompts))
 
         def make(number: int) -> RolloutEngine:
             return RolloutEngine(

@@ -1,20 +1,20 @@
 """Exact-match accuracy: greedy answers to held-out problems, graded."""
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from megatron_tropd.base.errors import InputError
+from megatron_tropd.config import GraderConfig
 from megatron_tropd.data.samples import Sample, SampleRequest, Sampling
 from megatron_tropd.data.types import Prompt
-from megatron_tropd.tasks.graders import grade
+from megatron_tropd.tasks.grading import Grade, Grader, grader_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-GRADER = "marked"
-"""What ``graders.grade`` is called in the records of evaluations."""
 _Z_95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
 
 
@@ -40,6 +40,8 @@ class GradedResponse:
     """The grader's verdict; None: it cannot judge."""
     finish_reason: str
     """"stop" or "length"."""
+    error: str = ""
+    """Why the grader gave no verdict, if it failed."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +49,12 @@ class EvaluationResult:
     """Accuracy on a set of problems."""
 
     accuracy: float
-    """correct / total, 0..1: what cannot be judged is not correct."""
+    """correct / (total - grader_errors), 0..1: what cannot be judged is not correct."""
     correct: int
     unjudged: int
     """Answers of which the grader cannot tell whether they are correct."""
+    grader_errors: int
+    """Answers at which the grader failed: it crashed, or took too long."""
     total: int
     ci_low: float
     """Of the 95 % Wilson interval of the accuracy, as the next."""
@@ -69,15 +73,14 @@ def answer_greedily(
     """One greedy sample for each problem.
 
     Args:
+        problems: checked by :func:`check_problems`.
         stop_token_ids: ids that end an answer, EOS included.
 
     Raises:
-        InputError: there is no problem, or one has no answer.
+        InputError: there is no problem.
     """
     if not problems:
         raise InputError("There is no problem to evaluate: the list is empty.")
-    for problem in problems:
-        reference_answer(problem)  # before the work, not after it
     requests = [SampleRequest(problem.token_ids, max_new_tokens, 0) for problem in problems]
     return engine.generate(requests, Sampling(temperature=0.0, stop_token_ids=stop_token_ids))
 
@@ -86,29 +89,41 @@ def grade_answers(
     problems: Sequence[Prompt],
     samples: Sequence[Sample],
     tokenizer: "PreTrainedTokenizerBase",
+    grader: Grader | None = None,
 ) -> EvaluationResult:
-    """Grade what was sampled for each problem."""
-    responses = []
-    for problem, sample in zip(problems, samples, strict=True):
-        answer = reference_answer(problem)
-        text = tokenizer.decode(list(sample.token_ids), skip_special_tokens=True)
-        responses.append(
-            GradedResponse(
-                prompt_index=problem.index,
-                prompt=problem.text,
-                response=text,
-                answer=answer,
-                correct=grade(text, answer),
-                finish_reason=sample.finish_reason,
-            )
+    """Grade what was sampled for each problem.
+
+    Args:
+        grader: None: the one of the default settings.
+
+    Raises:
+        InputError: the grader failed at every answer.
+    """
+    grader = grader or grader_of(GraderConfig())
+    texts = [tokenizer.decode(list(s.token_ids), skip_special_tokens=True) for s in samples]
+    fields = [problem.fields for problem in problems]
+    grades = grader.grade_all(list(zip(texts, fields, strict=True)))
+    responses = [
+        GradedResponse(
+            prompt_index=problem.index,
+            prompt=problem.text,
+            response=text,
+            answer=str(problem.fields.get("answer")),
+            correct=given.correct,
+            finish_reason=sample.finish_reason,
+            error=given.error,
         )
+        for problem, sample, text, given in zip(problems, samples, texts, grades, strict=True)
+    ]
+    errors = num_errors(grades)
     verdicts = [response.correct for response in responses]
     correct, total = verdicts.count(True), len(verdicts)
-    low, high = wilson_interval(correct, total)
+    low, high = wilson_interval(correct, total - errors)
     return EvaluationResult(
-        accuracy=correct / total,
+        accuracy=correct / (total - errors),
         correct=correct,
-        unjudged=verdicts.count(None),
+        unjudged=verdicts.count(None) - errors,
+        grader_errors=errors,
         total=total,
         ci_low=low,
         ci_high=high,
@@ -116,23 +131,20 @@ def grade_answers(
     )
 
 
-def reference_answer(problem: Prompt) -> str:
-    """The "answer" of a problem, a string or a number, as text.
+def num_errors(grades: Sequence[Grade]) -> int:
+    """Count the answers at which a grader failed, and say on stderr why the first did.
 
     Raises:
-        InputError: there is none.
+        InputError: all of them.
     """
-    answer = problem.fields.get("answer")
-    good = isinstance(answer, str | int) and not isinstance(answer, bool)
-    if isinstance(answer, float):
-        good = math.isfinite(answer)
-    if not good or not str(answer).strip():
-        found = repr(answer) if "answer" in problem.fields else "none"
-        raise InputError(
-            f'Problem {problem.index} (line {problem.line}) needs an "answer", a string or a '
-            f'number, found {found}. Add it, or use evaluation.task = "reverse_kl".'
-        )
-    return str(answer)
+    errors = [grade.error for grade in grades if grade.error]
+    if not errors:
+        return 0
+    said = f"the grader gave no verdict on {len(errors)} of {len(grades)} answers"
+    if len(errors) == len(grades):
+        raise InputError(f"{said}: {errors[0]}. Correct [grader].")
+    print(f"tropd: warning: {said}, which count by themselves: {errors[0]}", file=sys.stderr)
+    return len(errors)
 
 
 def wilson_interval(correct: int, total: int) -> tuple[float, float]:

@@ -103,8 +103,6 @@ def test_messages_the_template_refuses(tmp_path: Path, tokenizer, monkeypatch):
 def test_unreadable_files(tmp_path: Path, tokenizer):
     with pytest.raises(InputError, match=r"absent\.jsonl cannot be read: No such file"):
         load_prompts(tmp_path / "absent.jsonl", tokenizer)
-    with pytest.raises(InputError, match="cannot be read: Is a directory"):
-        load_prompts(tmp_path, tokenizer)
     path = tmp_path / "latin.jsonl"
     path.write_bytes(b'{"prompt": "a"}\n{"prompt": "\xe9"}\n')
     with pytest.raises(InputError, match=r"line 2: expected a JSON object, found .*utf-8"):

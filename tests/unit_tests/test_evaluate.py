@@ -14,7 +14,7 @@ from megatron_tropd.base.errors import ConfigError, InputError
 from megatron_tropd.cli import measure as command
 from megatron_tropd.cli.main import main
 from megatron_tropd.cli.measure import Overrides, evaluate
-from megatron_tropd.config import Config, config_from_dict, config_to_dict
+from megatron_tropd.config import Config, DataConfig, config_from_dict, config_to_dict
 from megatron_tropd.config.run_folder import RunFolder
 from megatron_tropd.data.samples import Sample, SampleRequest, Sampling
 from megatron_tropd.distill.evaluation import Evaluator
@@ -144,7 +144,7 @@ def test_only_what_the_command_asks_for_is_another(
 ) -> None:
     run, _ = make_run()
     overrides = Overrides(max_new_tokens=3, num_problems=2, apply_chat_template=False)
-    result = evaluate(run, overrides=replace(overrides, dtype="float32"))
+    result = evaluate(run, overrides=replace(overrides, dtype="float32", data=DataConfig()))
     requests, sampling = engines[0].asked[0]
     assert [r.max_new_tokens for r in requests] == [3, 3]
     assert {7, 11} < set(sampling.stop_token_ids)

@@ -52,7 +52,7 @@ def test_the_ids_are_the_trainers(prompts: Path, tiny_llama: Path):
         chat_template_kwargs={"effort": "low"},
         chat_template_date="2026-01-31",
     )
-    assert found == load_prompts(prompts, tokenizer, settings)[:1]
+    assert list(found) == list(load_prompts(prompts, tokenizer, settings)[:1])
     assert found[0].text == "31 Janlowb"
     assert recorded == {
         "chat_template_kwargs": {"effort": "low"},

@@ -56,7 +56,7 @@ def test_the_tools_take_the_settings_of_a_run(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shared = {
-        **{"prompts": tmp_path / "prompts.jsonl", "max_new_tokens": 33, "temperature": 0.5},
+        **{"prompts": str(tmp_path / "prompts.jsonl"), "max_new_tokens": 33, "temperature": 0.5},
         **{"top_p": 0.75, "stop_token_ids": [5, 9], "apply_chat_template": True, "seed": 99},
         "dtype": "bfloat16",
     }

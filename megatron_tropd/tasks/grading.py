@@ -1,0 +1,384 @@
+"""Graders by name: what `[grader]` chooses, and what becomes of one that crashes or hangs.
+
+A grader says True, False, or None if it cannot tell. Those that run code of others (mathematics by
+`math-verify`, a regular expression, a function of the user's, a program of the model's) run in
+processes of their own, with limits. One that dies, raises or exceeds its time gives no verdict but
+an error, which is counted by itself: it must not pass for a wrong answer.
+"""
+
+import atexit
+import importlib.util
+import json
+import math
+import os
+import queue
+import re
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from megatron_tropd.base.errors import ConfigError, InputError
+from megatron_tropd.base.parts import load_part
+from megatron_tropd.config import GraderConfig
+from megatron_tropd.tasks import sandbox
+from megatron_tropd.tasks.answers import Choice, Listing, Number, compare, read_answer, same_text
+from megatron_tropd.tasks.graders import grade, marked_answer
+
+_WORKERS = 4
+_START_SECONDS = 120.0
+"""What a worker may take to import its grader on a busy machine."""
+_NUMBER = re.compile(r"(?<![\w.])[-+\u2212]?\s?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
+_END_OF_THOUGHT = "</think>"
+_PROSE = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}")
+"""A word; names of functions and constants are none."""
+_NO_PROSE = frozenset(
+    (
+        *("sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh", "arcsin", "arccos"),
+        *("arctan", "log", "ln", "exp", "sqrt", "pi", "inf", "infty", "pmatrix", "bmatrix"),
+    )
+)
+_MARKUP = re.compile(r"\\(?:text|mathrm|mbox|operatorname)\s*\{[^{}]*\}")
+_AMBIGUOUS = re.compile(
+    r"(?<![_^])\d \d|\d\.\d+\.|[\"'`:%=]|\d_|/\s*\d+\s*[a-z(]|^\d+ ?- ?\d+$|^[^a-z\\]*,[^a-z\\]*$"
+    r"|^-?[\d.]+ *[a-z]$"
+)
+"""What math-verify reads in one of several ways, or takes as a chain of which it reads the end:
+2x = 10, 5-7, 1/2x, 10m, 101_2, and lists of numbers, of which our own rules say what can be
+said."""
+
+
+class GraderError(Exception):
+    """A grader gave no verdict."""
+
+
+@dataclass(frozen=True)
+class Grade:
+    """What a grader says of a response."""
+
+    correct: bool | None
+    """None: it cannot tell, or gave no verdict."""
+    error: str = ""
+    """Why it gave none."""
+
+
+class Grader:
+    """The grader that some settings choose."""
+
+    def __init__(self, config: GraderConfig) -> None:
+        """Check that there is such a grader; start nothing.
+
+        Raises:
+            ConfigError: there is none, or it lacks a package or a setting.
+        """
+        self._config = config
+        known = config.name in _RULES or ":" in config.name
+        if not known:
+            raise ConfigError(
+                f"grader.name = {config.name!r}: expected one of {', '.join(_RULES)}, or "
+                '"package.module:function" of your own.'
+            )
+        if ":" in config.name:
+            load_part("", config.name, attribute="", setting="grader.name")
+        if config.name == "math" and importlib.util.find_spec("math_verify") is None:
+            raise ConfigError(
+                "grader.name = \"math\" needs math-verify: pip install 'megatron-tropd[tasks]'."
+            )
+        self._rule = _RULES.get(config.name, _by_function)
+        self._workers = _Workers(config)
+
+    def check(self, problem: Mapping[str, Any], where: str) -> None:
+        """Refuse a problem whose reference this grader cannot use.
+
+        Raises:
+            InputError: there is no such answer.
+        """
+        if ":" in self._config.name:  # it may look at any field
+            return
+        answer = problem.get("answer")
+        if self._config.name == "code":
+            with _naming(where):
+                sandbox.tests_of(answer)
+            return
+        usual = isinstance(answer, str | int | float) and not isinstance(answer, bool)
+        usual = usual and (not isinstance(answer, float) or math.isfinite(answer))
+        if not usual or not str(answer).strip():
+            found = repr(answer)[:60] if "answer" in problem else "none"
+            raise InputError(
+                f'{where} needs an "answer", a string or a number, found {found}. Add it, or use '
+                'evaluation.task = "reverse_kl".'
+            )
+        if self._config.name == "choice" and _letter(str(answer)) is None:
+            raise InputError(
+                f'{where}: grader.name = "choice" compares letters, found "answer" {answer!r:.60}. '
+                "Write the letter of the option."
+            )
+        if self._config.name == "last_number" and _last_number(str(answer)) is None:
+            raise InputError(f"{where}: expected an answer with a number, found {answer!r:.60}.")
+
+    def grade(self, response: str, problem: Mapping[str, Any]) -> Grade:
+        """Grade one response.
+
+        Args:
+            problem: fields of its line; "answer" is the reference.
+        """
+        try:
+            return Grade(self._rule(self, response, problem))
+        except GraderError as error:
+            return Grade(None, " ".join(str(error).split())[:300])
+
+    def grade_all(self, pairs: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Grade]:
+        """Grade responses to problems, some at once."""
+        with ThreadPoolExecutor(_WORKERS) as threads:
+            return list(threads.map(lambda pair: self.grade(*pair), pairs))
+
+    def ask(self, **request: Any) -> bool | None:
+        """Have a worker answer.
+
+        Raises:
+            GraderError: it died, raised or took too long.
+        """
+        return self._workers.ask(request)
+
+    @property
+    def config(self) -> GraderConfig:
+        """Its settings."""
+        return self._config
+
+
+@lru_cache
+def grader_of(config: GraderConfig) -> Grader:
+    """Make the grader of some settings, once in a process."""
+    return Grader(config)
+
+
+class _naming:
+    """Put a name before the message of an InputError."""
+
+    def __init__(self, where: str) -> None:
+        self._where = where
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if isinstance(error, InputError):
+            raise InputError(f"{self._where}: {error}") from None
+
+
+# ---------------------------------------------------------------- rules
+
+
+def _reference(problem: Mapping[str, Any]) -> str:
+    return str(problem.get("answer"))
+
+
+def _said(response: str) -> str:
+    """What follows a thought."""
+    return response.rpartition(_END_OF_THOUGHT)[2]
+
+
+def _by_mark(_: Grader, response: str, problem: Mapping[str, Any]) -> bool | None:
+    return grade(response, _reference(problem))
+
+
+def _by_mathematics(grader: Grader, response: str, problem: Mapping[str, Any]) -> bool | None:
+    """Our own verdict; what it leaves open is asked of math-verify, if both are mathematics."""
+    answer = _reference(problem)
+    verdict, found = grade(response, answer), marked_answer(response)
+    if verdict is not None or found is None:
+        return verdict
+    solution = marked_answer(answer)
+    reference = answer if solution is None else solution.text
+    if not may_be_asked(found.text, reference):
+        return None
+    return grader.ask(kind="math", response=found.text, answer=reference)
+
+
+def may_be_asked(one: str, other: str) -> bool:
+    """Whether math-verify is asked: formulas without words, in like brackets, none a mere number.
+
+    Of two numbers our rules know more: 0.33 may be said for 1/3, or in error.
+    """
+    read = [read_answer(text) for text in (one, other)]
+    if all(isinstance(answer, Number) for answer in read):
+        return False
+    brackets = {answer.brackets if isinstance(answer, Listing) else None for answer in read}
+    return len(brackets) == 1 and _is_formula(one) and _is_formula(other)
+
+
+def _is_formula(text: str) -> bool:
+    words = {word.lower() for word in _PROSE.findall(text)} - _NO_PROSE
+    return not words and not _MARKUP.search(text) and not _AMBIGUOUS.search(text)
+
+
+def _by_choice(_: Grader, response: str, problem: Mapping[str, Any]) -> bool | None:
+    wanted, said = _letter(_reference(problem)), _said(response)
+    mark = marked_answer(said)
+    last = said.strip().rpartition("\n")[2] if mark is None else mark.text
+    found = _letter(last)
+    if found is None:
+        return False if mark is None else None
+    return found == wanted
+
+
+def _letter(text: str) -> str | None:
+    mark = marked_answer(text)
+    answer = read_answer(text if mark is None else mark.text)
+    return answer.letter if isinstance(answer, Choice) else None
+
+
+def _by_equality(_: Grader, response: str, problem: Mapping[str, Any]) -> bool:
+    return _said(response).strip() == _reference(problem).strip()
+
+
+def _by_last_number(_: Grader, response: str, problem: Mapping[str, Any]) -> bool | None:
+    found, wanted = _last_number(_said(response)), _last_number(_reference(problem))
+    return False if found is None or wanted is None else compare(found, wanted)
+
+
+def _last_number(text: str) -> Number | None:
+    for literal in reversed(_NUMBER.findall(text)):
+        answer = read_answer(literal.rstrip(","))
+        if isinstance(answer, Number):
+            return answer
+    return None
+
+
+def _by_expression(grader: Grader, response: str, problem: Mapping[str, Any]) -> bool | None:
+    """The last match of the pattern, compared as a marked answer is."""
+    found = grader._workers.request({"kind": "regex", "response": response})["found"]
+    if found is None:
+        return False
+    answer = _reference(problem)
+    if same_text(found, answer):
+        return True
+    return compare(read_answer(found), read_answer(answer))
+
+
+def _by_program(grader: Grader, response: str, problem: Mapping[str, Any]) -> bool:
+    config = grader.config
+    try:
+        return sandbox.passes(
+            sandbox.code_of(_said(response)),
+            sandbox.tests_of(problem.get("answer")),
+            seconds=config.timeout_seconds,
+            memory_mib=config.memory_mib,
+        )
+    except (OSError, sandbox.SandboxError) as error:
+        raise GraderError(str(error)) from None
+
+
+def _by_function(grader: Grader, response: str, problem: Mapping[str, Any]) -> bool | None:
+    return grader.ask(kind="function", response=response, problem=dict(problem))
+
+
+_RULES: dict[str, Callable[[Grader, str, Mapping[str, Any]], bool | None]] = {
+    "marked": _by_mark,
+    "math": _by_mathematics,
+    "choice": _by_choice,
+    "exact": _by_equality,
+    "last_number": _by_last_number,
+    "regex": _by_expression,
+    "code": _by_program,
+}
+
+
+# ---------------------------------------------------------------- workers
+
+
+class _Workers:
+    """Processes that grade, each one request at a time; started when they are needed."""
+
+    def __init__(self, config: GraderConfig) -> None:
+        self._config = config
+        self._idle: queue.LifoQueue[_Worker | None] = queue.LifoQueue()
+        for _ in range(_WORKERS):
+            self._idle.put(None)
+
+    def ask(self, request: Mapping[str, Any]) -> bool | None:
+        """The verdict of a worker."""
+        verdict = self.request(request)["correct"]
+        if verdict not in (True, False, None):
+            raise GraderError(f"expected True, False or None of the grader, found {verdict!r:.60}")
+        return verdict
+
+    def request(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """The reply of a worker, which is put back if it lives.
+
+        Raises:
+            GraderError: there is none.
+        """
+        worker = self._idle.get()
+        try:
+            if worker is None:
+                worker = _Worker(self._config)
+            reply = worker.request(request, self._config.timeout_seconds)
+        except GraderError:
+            if worker is not None:
+                worker.close()
+                worker = None
+            raise
+        finally:
+            self._idle.put(worker)
+        if "error" in reply:
+            raise GraderError(reply["error"])
+        return reply
+
+
+class _Worker:
+    """One process of `tasks/grading_worker.py`."""
+
+    def __init__(self, config: GraderConfig) -> None:
+        """Start it and wait until it has imported what it needs."""
+        settings = {"name": config.name, "pattern": config.pattern, "mib": config.memory_mib}
+        command = [sys.executable, "-m", "megatron_tropd.tasks.grading_worker"]
+        self._process = subprocess.Popen(
+            [*command, json.dumps(settings)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            start_new_session=True,
+        )
+        self._read = b""
+        atexit.register(self.close)
+        self._line(_START_SECONDS)
+
+    def request(self, request: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+        """Send a request and read the reply."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(request, default=str).encode() + b"\n")
+            self._process.stdin.flush()
+        except OSError:
+            raise GraderError("the grader's process is gone") from None
+        return self._line(seconds)
+
+    def _line(self, seconds: float) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        end = time.monotonic() + seconds
+        while b"\n" not in self._read:
+            left = end - time.monotonic()
+            if left <= 0 or not select.select([self._process.stdout], [], [], left)[0]:
+                raise GraderError(f"no verdict within grader.timeout_seconds = {seconds:g}")
+            got = os.read(self._process.stdout.fileno(), 2**16)
+            if not got:
+                code = self._process.wait()
+                raise GraderError(f"the grader's process ended with code {code}")
+            self._read += got
+        line, _, self._read = self._read.partition(b"\n")
+        return json.loads(line)
+
+    def close(self) -> None:
+        """End it."""
+        atexit.unregister(self.close)
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                pipe.close()
