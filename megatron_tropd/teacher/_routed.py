@@ -49,7 +49,7 @@ def make_teacher(
     sources = [load_teacher(start.config.teacher.placement)(start) for start in starts]
     if routes is None:
         return sources[0]
-    kept = [alone.cached_top_k for alone in config.by_teacher.values() if not alone.loads_teacher]
+    kept = [alone.cached_top_k for alone in config.by_teacher.values()]
     return RoutedTeacher(
         sources,
         routes,
@@ -100,7 +100,7 @@ class RoutedTeacher:
             reader.begin(step, mine)
 
     def signals(self, batches: Sequence[MicroBatch]) -> list[TeacherSignal]:
-        """Score with one teacher after the other; collectives: theirs, and of ``_Reader.score``."""
+        """Score with one teacher after the other; collectives: of ``_Reader``."""
         said = [reader.signals(batches) for reader in self._readers]
         if not self._layout.is_last_stage:
             return []
