@@ -16,7 +16,8 @@ from megatron_tropd.mcore.layout import Layout
 from megatron_tropd.mcore.lora import LoraModel
 from megatron_tropd.mcore.student import Student, StudentModel
 from megatron_tropd.rollout.weights.interface import RepeatableExport, WeightChannel
-from megatron_tropd.teacher import TeacherStart, make_teacher
+from megatron_tropd.teacher import TeacherStart
+from megatron_tropd.teacher._routed import make_teacher
 
 
 def step_parts(

@@ -2,25 +2,36 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
 from megatron.core.dist_checkpointing.mapping import ShardedBase
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from megatron_tropd.mcore.student import StudentModel
+from torch.nn import Parameter
 
 _PREFIX = "average."
 """Of its tensors' names in a checkpoint."""
 
 
+class Averaged(Protocol):
+    """What an average asks of a ``StudentModel``."""
+
+    def trainable(self) -> Mapping[str, Parameter]:
+        """Find the parameters that are averaged."""
+
+    def state(self, metadata: dict[str, Any]) -> dict[str, Any]:
+        """Describe what a checkpoint holds of what they hold now."""
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Copy into them what was described, loaded."""
+
+
 class Average:
     """This rank's part of the average, in float32: small steps would be lost in bfloat16."""
 
-    def __init__(self, model: "StudentModel", *, decay: float) -> None:
+    def __init__(self, model: Averaged, *, decay: float) -> None:
         """Begin with the weights as they are.
 
         Args:

@@ -15,7 +15,6 @@ from megatron_tropd.config import Config
 from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.convert.megatron_folder import MegatronFolder
 from megatron_tropd.data.batch import MicroBatch
-from megatron_tropd.data.routes import Routes
 from megatron_tropd.data.sequence import TokenSequence
 from megatron_tropd.losses import (
     ReferencedSignal,
@@ -24,7 +23,6 @@ from megatron_tropd.losses import (
     TeacherSignal,
     TopKSignal,
 )
-from megatron_tropd.teacher._routed import RoutedTeacher
 
 if TYPE_CHECKING:
     import torch
@@ -123,30 +121,6 @@ def _signal_alone(config: Config) -> type[TeacherSignal]:
             "Leave one of the two out."
         )
     return referenced
-
-
-def make_teacher(
-    starts: Sequence[TeacherStart], config: Config, routes: Routes | None
-) -> TeacherSource:
-    """Make a run's source: its one teacher's, or one that asks several; collective.
-
-    Args:
-        starts: of each teacher, in the order of the config.
-        config: of the run.
-        routes: whose the prompts are; None: one teacher, which reads what the student reads.
-    """
-    sources = [load_teacher(start.config.teacher.placement)(start) for start in starts]
-    if routes is None:
-        return sources[0]
-    kept = [alone.signal_top_k for alone in config.by_teacher.values() if not alone.loads_teacher]
-    return RoutedTeacher(
-        sources,
-        routes,
-        starts[0].layout,
-        signal=signal_of(config),
-        tokens_per_micro_batch=config.train.tokens_per_micro_batch,
-        top_k=min([*kept, starts[0].vocab_size]),
-    )
 
 
 def load_teacher(name: str) -> MakeTeacher:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_tropd.config import Config
 from megatron_tropd.data.batch import MicroBatch, upload
 from megatron_tropd.data.packing import pack
 from megatron_tropd.data.routes import Routes
@@ -29,10 +30,34 @@ from megatron_tropd.losses import (
     reduce_signal,
 )
 from megatron_tropd.losses.signals import with_tokens
+from megatron_tropd.teacher import TeacherSource, TeacherStart, load_teacher, signal_of
 
 if TYPE_CHECKING:
     from megatron_tropd.mcore.layout import Layout
-    from megatron_tropd.teacher import TeacherSource
+
+
+def make_teacher(
+    starts: Sequence[TeacherStart], config: Config, routes: Routes | None
+) -> TeacherSource:
+    """Make a run's source: its one teacher's, or one that asks several; collective.
+
+    Args:
+        starts: of each teacher, in the order of the config.
+        config: of the run.
+        routes: whose the prompts are; None: one teacher, which reads what the student reads.
+    """
+    sources = [load_teacher(start.config.teacher.placement)(start) for start in starts]
+    if routes is None:
+        return sources[0]
+    kept = [alone.signal_top_k for alone in config.by_teacher.values()]
+    return RoutedTeacher(
+        sources,
+        routes,
+        starts[0].layout,
+        signal=signal_of(config),
+        tokens_per_micro_batch=config.train.tokens_per_micro_batch,
+        top_k=min([*kept, starts[0].vocab_size]),
+    )
 
 
 class RoutedTeacher:
@@ -40,7 +65,7 @@ class RoutedTeacher:
 
     def __init__(
         self,
-        sources: Sequence["TeacherSource"],
+        sources: Sequence[TeacherSource],
         routes: Routes,
         layout: "Layout",
         *,
@@ -75,7 +100,7 @@ class RoutedTeacher:
             reader.begin(step, mine)
 
     def signals(self, batches: Sequence[MicroBatch]) -> list[TeacherSignal]:
-        """Score with one teacher after the other; collectives: theirs, and of ``_Reader.score``."""
+        """Score with one teacher after the other; collectives: of ``_Reader``."""
         said = [reader.signals(batches) for reader in self._readers]
         if not self._layout.is_last_stage:
             return []
@@ -149,7 +174,7 @@ class _Reader:
     """A teacher and the sequences that it reads, which need not have the student's prompts."""
 
     def __init__(
-        self, source: "TeacherSource", layout: "Layout", tokens_per_micro_batch: int
+        self, source: TeacherSource, layout: "Layout", tokens_per_micro_batch: int
     ) -> None:
         self._source, self._layout = source, layout
         self._room = tokens_per_micro_batch

@@ -30,6 +30,8 @@ DECAY = 0.7
 FROZEN = TeacherConfig(placement="self")
 AVERAGE = replace(FROZEN, ema_decay=DECAY)
 LORA = LoraConfig(rank=2, alpha=4.0)
+NOTHING = 1e-5
+"""Round-off: the teacher's rows are packed by themselves, so that products have other shapes."""
 DIVERGENCES = ("k1", "reverse_kl", "forward_kl", "tv")
 
 
@@ -49,6 +51,10 @@ def _routes(longer: bool) -> Routes:
 def _alike() -> list[TokenSequence]:
     """Sequences of prompts of their own, for these differ within a group of the recorded ones."""
     return [s.replace(key=s.key._replace(prompt=n, sample=0)) for n, s in enumerate(_sequences())]
+
+
+def _largest(metrics: dict[str, Any]) -> float:
+    return max(abs(metrics[name]) for name in DIVERGENCES)
 
 
 def _step(parts: Any, routes: Routes | None = None, step: int = 0) -> dict[str, Any]:
@@ -110,10 +116,8 @@ def in_contexts(student: str, teacher: str) -> None:
         for source in (FROZEN, AVERAGE):
             for routes in (None, same):
                 parts = build(source=source, routes=routes)
-                found = _step(parts)
-                assert max(abs(found[name]) for name in DIVERGENCES) < 1e-6, (layout, source)
-        adapted = build(source=FROZEN, lora=LORA, routes=same)
-        assert max(abs(_step(adapted)[name]) for name in DIVERGENCES) < 1e-6, layout
+                assert _largest(_step(parts)) < NOTHING, (layout, source)
+        assert _largest(_step(build(source=FROZEN, lora=LORA, routes=same))) < NOTHING, layout
         adapted = build(source=FROZEN, lora=LORA, routes=other)
         first, second = _step(adapted), _step(adapted, step=1)
         assert second["teacher_entropy"] == pytest.approx(first["teacher_entropy"], rel=1e-6)

@@ -174,3 +174,13 @@ def test_the_page_of_the_study_has_the_tables_and_plots_of_its_lines():
     assert made and set(re.findall(r"\d+ of about \d+", readme)) == {made[0].removesuffix(" runs")}
     for name, text in plots.drawings(lines).items():
         assert (page.parent / name).read_text() == text
+
+
+def test_the_table_of_two_teachers_is_that_of_its_runs():
+    (path,) = (BENCHMARKS / "results").glob("two-teachers-*.json")
+    runs = json.loads(path.read_text())["runs"]
+    text = (BENCHMARKS.parent / "docs" / "teachers.md").read_text()
+    assert module("two_teachers").table(runs) in text
+    for both, *alone in zip(*runs.values(), strict=True):
+        for task in ("plain", "mirrored"):
+            assert both["after"][task] > max(run["after"][task] for run in alone)
