@@ -11,15 +11,15 @@ from megatron_tropd.mcore.exchange import Offered, Wanted
 from megatron_tropd.rehearsal.world import World
 
 if TYPE_CHECKING:
-    from megatron_tropd.teacher.other_layout import OtherLayoutTeacher
+    from megatron_tropd.teacher.other_layout import OtherLayout
 
 
 class ToldRows:
     """Answers of all ranks to what ``plan_exchange`` gathers."""
 
-    def __init__(self, parts: StepParts, teacher: "OtherLayoutTeacher", world: World) -> None:
+    def __init__(self, parts: StepParts, elsewhere: "OtherLayout", world: World) -> None:
         """Tell the world who says what."""
-        self._parts, self._teacher = parts, teacher
+        self._parts, self._elsewhere = parts, elsewhere
         self._packed: dict[tuple[str, int], list[MicroBatch]] = {}
         self._of: Sequence[TokenSequence] = ()
         world.let_each_say(Offered, self._offered)
@@ -30,11 +30,11 @@ class ToldRows:
         self._of, self._packed = sequences, {}
 
     def _offered(self, rank: int) -> Offered:
-        layout = self._teacher.layout
+        layout = self._elsewhere.layout
         dp_rank = layout.place(rank)[2] // layout.cp_size
         key = "teacher", dp_rank
         if key not in self._packed:
-            self._packed[key] = self._teacher.dealt(dp_rank)
+            self._packed[key] = self._elsewhere.dealt(dp_rank)
         return Offered.of(self._packed[key])
 
     def _wanted(self, rank: int) -> Wanted:

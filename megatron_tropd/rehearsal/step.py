@@ -39,7 +39,6 @@ from megatron_tropd.rehearsal.other_layout import ToldRows
 from megatron_tropd.rehearsal.scores import with_made_up_scores
 from megatron_tropd.rehearsal.tensors import CPU, Device
 from megatron_tropd.rehearsal.world import World
-from megatron_tropd.teacher.other_layout import OtherLayoutTeacher
 from megatron_tropd.teacher.resident import ResidentTeacher
 
 
@@ -170,9 +169,10 @@ class RehearsedRank:
                 say=_silent,
             )
         student, teacher = self.parts.student, self.parts.teacher
+        self.elsewhere = teacher.elsewhere if isinstance(teacher, ResidentTeacher) else None
         self.rows = None
-        if isinstance(teacher, OtherLayoutTeacher):
-            self.rows = ToldRows(self.parts, teacher, self.world)
+        if self.elsewhere is not None:
+            self.rows = ToldRows(self.parts, self.elsewhere, self.world)
         scored: list[tuple[Any, str, list[Any]]] = [(student, "score", [student.module])]
         if isinstance(teacher, ResidentTeacher):
             scored.append((teacher, "signals", [scorer.module for scorer in teacher.scorers]))
@@ -188,12 +188,12 @@ class RehearsedRank:
         self._missing = self.planned.work.most_micro_batches - micro_batches
         original = schedule.run_schedule
 
-        teacher, trained = self.parts.teacher, self.parts.student.module
+        trained = self.parts.student.module
 
         def announced(model: torch.nn.Module, batches: Any, **options: Any) -> list[Any]:
             layout = self.layout
-            if isinstance(teacher, OtherLayoutTeacher) and unwrap(model) is not trained:
-                layout = teacher.layout
+            if self.elsewhere is not None and unwrap(model) is not trained:
+                layout = self.elsewhere.layout
             self._announce(unwrap(model).config, batches, layout)
             return original(model, batches, **options)
 
