@@ -32,7 +32,7 @@ class ResidentTeacher:
         self.scorers, self.elsewhere = scorers, elsewhere
 
     def begin(self, step: int, sequences: Sequence[TokenSequence]) -> None:
-        """Note the sequences, if they are to be dealt anew: the ranks are the student's, and busy."""
+        """Note the sequences if they are dealt anew: the ranks are the student's, and busy."""
         if self.elsewhere is not None:
             self.elsewhere.begin(sequences)
 
