@@ -176,8 +176,8 @@ MUTATIONS = (
         "mcore/student.py",
         (
             "what is not to be trained is trained",
-            "model.module.requires_grad_(False)",
-            "model.module.requires_grad_(True)",
+            "chunk.requires_grad_(False)",
+            "chunk.requires_grad_(True)",
             "distributed/test_student_model.py",
         ),
     ),

@@ -26,6 +26,7 @@ PRELOADED = [
     "megatron_tropd.integrations.megatron_lm",
     "torch.distributed.checkpoint",
     "transformers.models.llama.modeling_llama",
+    "tests.frozen",
 ]
 """What most ranks import, with all that these import: torch, Megatron-Core, transformers."""
 _layouts_left = 0

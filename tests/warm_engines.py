@@ -31,6 +31,7 @@ PRELOADED = [
         f"vllm.model_executor.models.{family}"
         for family in ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe")
     ),
+    "tests.frozen",
 ]
 """What every engine imports, and the models of the tests."""
 

@@ -211,7 +211,8 @@ def _settings_text(config: Config, inputs: "Inputs") -> str:
 def _axes(p: ParallelConfig) -> str:
     shared = f", experts over {p.expert}" if p.expert > 1 else ""
     context = f" x CP {p.context}" if p.context > 1 else ""
-    return f"TP {p.tensor}{context} x PP {p.pipeline} x DP {p.data}{shared}"
+    virtual = f" (VPP {p.virtual_pipeline})" if p.virtual_pipeline > 1 else ""
+    return f"TP {p.tensor}{context} x PP {p.pipeline}{virtual} x DP {p.data}{shared}"
 
 
 def _left_unread(inputs: "Inputs") -> list[str]:

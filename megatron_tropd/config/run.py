@@ -38,6 +38,10 @@ from megatron_tropd.config.settings import (
 )
 
 PATH = {"path": True}  # metadata of the fields that name an input file or folder
+SELF = "self"
+"""``teacher.placement``: the student's own weights."""
+TEACHER = "teacher"
+"""What messages call the teacher; one of several is "teacher NAME"."""
 STUDENT = "student"
 """``teacher.reference``: the weights that the student starts from."""
 CACHED_TOP_K = 64
@@ -91,8 +95,9 @@ class ModelConfig(Settings, section="model"):
 
     student: str = field(metadata=PATH)
     """Folder of the student: architecture and first weights."""
-    teacher: str = field(metadata=PATH)
-    """Folder of the teacher. Frozen. Same tokenizer as the student (checked)."""
+    teacher: str = field(default="", metadata=PATH)
+    """Folder of the teacher. Frozen. Same tokenizer as the student (checked). Left out if there are
+    several, in [[teachers]]."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute type of both models. auto: bfloat16 with CUDA, float32 without."""
     lora: LoraConfig | None = None
@@ -169,6 +174,9 @@ class ModelParallelConfig(Settings, section="teacher.parallel"):
 class ParallelConfig(ModelParallelConfig, section="parallel"):
     """How the ranks are laid out. World size = tensor x context x pipeline x data."""
 
+    virtual_pipeline: Count = 1
+    """Parts of the layers that each stage holds, in turns with the others (Megatron's interleaved
+    schedule): idle time is divided by it, and micro-batches are a multiple of pipeline."""
     data: Count = 1
     """Data-parallel replicas of the student."""
     distributed_optimizer: bool = False
@@ -185,6 +193,12 @@ class ParallelConfig(ModelParallelConfig, section="parallel"):
             f"{'tensor x ' if whole else ''}{context}data, found {sharers}: the replicas share the "
             "experts. Change one of the two.",
         )
+        _require(
+            self.pipeline > 1 or self.virtual_pipeline == 1,
+            f"parallel.virtual_pipeline = {self.virtual_pipeline} needs parallel.pipeline of at "
+            "least 2, found 1: one stage has nobody to take turns with. Raise parallel.pipeline or "
+            "set virtual_pipeline = 1.",
+        )
 
     @property
     def world_size(self) -> int:
@@ -195,6 +209,16 @@ class ParallelConfig(ModelParallelConfig, section="parallel"):
     def replicas(self) -> int:
         """Ranks that hold the same weights, if experts are not counted: for other tokens."""
         return self.context * self.data
+
+    @property
+    def chunks(self) -> int:
+        """Parts that the layers are cut into, one after the other."""
+        return self.pipeline * self.virtual_pipeline
+
+    @property
+    def batch_multiple(self) -> int:
+        """What the number of micro-batches of a step is a multiple of."""
+        return self.pipeline if self.virtual_pipeline > 1 else 1
 
     @property
     def expert_replicas(self) -> int:
@@ -453,8 +477,8 @@ class TeacherConfig(Settings, section="teacher"):
 
     placement: str = "resident"
     """resident: a model on the student's ranks; cached: no model, but what ``tropd score`` wrote
-    into teacher.cache (docs/teachers.md). "package.module:attribute": a source of your own
-    (docs/extending.md)."""
+    into teacher.cache; self: the student's own weights (docs/teachers.md).
+    "package.module:attribute": a source of your own (docs/extending.md)."""
     cache: str | None = field(default=None, metadata=PATH)
     """cached: the folder of the scored rollouts; ``tropd score`` makes it."""
     cache_top_k: Count | None = None
@@ -475,6 +499,34 @@ class TeacherConfig(Settings, section="teacher"):
     parallel: ModelParallelConfig | None = None
     """[teacher.parallel]: a layout of the resident teacher's own (and of its reference) on the same
     ranks (docs/teachers.md). None: the student's."""
+    context: str | None = None
+    """What the teacher reads in the place of the prompt: a text with fields of the prompt's line in
+    braces, such as "{prompt} {solution}". None: the prompt."""
+    ema_decay: Annotated[float, Range(0, 1, "[)")] | None = None
+    """self: after each step the teacher is ema_decay times itself plus the rest of the student.
+    None: it stays what the student starts from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedTeacher(TeacherConfig, section="teachers"):
+    """One of several teachers, [[teachers]]: what [teacher] says of a single one, and whose prompts
+    it scores (docs/teachers.md). Resident ones are in the host's memory while they do not score."""
+
+    name: str
+    """Letters, digits, - and _: what "teacher" in a line of the prompts says, and metrics."""
+    model: str = field(metadata=PATH)
+    """Its folder; model.teacher is left out."""
+    sources: tuple[str, ...] = ()
+    """It scores the prompts whose lines have one of these as "source", and no "teacher"."""
+    responses: str | None = field(default=None, metadata=PATH)
+    """What it answers to its prompts, for guidance; guidance.responses is left out."""
+
+    def _check_together(self) -> None:
+        super()._check_together()
+        _require(
+            bool(self.name) and self.name.replace("-", "").replace("_", "").isalnum(),
+            f"teachers.name must have letters, digits, - and _ alone, found {self.name!r}.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -522,12 +574,18 @@ class Config(Settings):
     run: RunConfig
     parallel: ParallelConfig = ParallelConfig()
     teacher: TeacherConfig = TeacherConfig()
+    teachers: tuple[NamedTeacher, ...] = ()
     guidance: GuidanceConfig = GuidanceConfig()
     loss: LossSettings = field(default_factory=lambda: preset("tropd"))
     evaluation: EvaluationConfig = EvaluationConfig()
     megatron: MegatronConfig = field(default_factory=MegatronConfig)
 
     def _check_together(self) -> None:
+        _require(
+            bool(self.model.teacher) or bool(self.teachers) or self.teacher.placement == SELF,
+            "Config key model.teacher is missing and has no default. Name the teacher's folder, or "
+            "several in [[teachers]].",
+        )
         world, engines = self.parallel.world_size, self.rollout.num_engines
         _require(
             self.rollout.placement == "separate" or world % engines == 0,
@@ -560,18 +618,78 @@ class Config(Settings):
         if self.run.deterministic:
             deterministic.check_options("model", self.megatron.model)
             deterministic.check_options("teacher", self.megatron.teacher)
-        self._check_reference()
-        self._check_offload()
-        self._check_teacher_layout()
+        if self.teachers:
+            self._check_teachers()
+        else:
+            self._check_reference()
+            self._check_offload()
+            self._check_teacher_layout()
+            self._check_cached()
+            self._check_self()
+            self._check_context()
         self._check_golden()
         self._check_recorded()
-        self._check_cached()
         samples = self.rollout.prompts_per_step * self.rollout.samples_per_prompt
         _require(
             samples % self.parallel.data == 0,
             f"rollout.prompts_per_step x samples_per_prompt = {samples} must be divisible by "
             f"parallel.data = {self.parallel.data}: every replica trains on equally many "
             "trajectories. Change one of the three.",
+        )
+        rows, multiple = samples // self.parallel.data, self.parallel.batch_multiple
+        _require(
+            rows % multiple == 0,
+            f"parallel.virtual_pipeline = {self.parallel.virtual_pipeline} sends micro-batches "
+            f"through the chunks in groups of parallel.pipeline = {multiple}: expected a multiple "
+            f"of {multiple} trajectories for each replica, found rollout.prompts_per_step x "
+            f"samples_per_prompt / parallel.data = {rows}. Change one of them, or set "
+            "virtual_pipeline = 1.",
+        )
+
+    def _check_teachers(self) -> None:
+        names = [teacher.name for teacher in self.teachers]
+        sources = [source for teacher in self.teachers for source in teacher.sources]
+        for key, values in (("name", names), ("sources", sources)):
+            twice = sorted({value for value in values if values.count(value) > 1})
+            _require(not twice, f"teachers.{key}: {', '.join(twice)} is there twice. Change one.")
+        single = {
+            "model.teacher": bool(self.model.teacher),
+            "[teacher]": self.teacher != TeacherConfig(),
+            "guidance.responses": self.guidance.responses is not None,
+        }
+        found = [key for key, is_set in single.items() if is_set]
+        _require(
+            not found,
+            f"[[teachers]] is beside {', '.join(found)}, which is for a single teacher. Move it "
+            "into each [[teachers]], or leave it out.",
+        )
+        without = [teacher.name for teacher in self.teachers if teacher.responses is None]
+        _require(
+            not without or len(without) == len(names),
+            f"teachers.responses must be there for every teacher or for none, found none for "
+            f"{', '.join(without)}.",
+        )
+        self._check_for_one_teacher()
+        for named in self.teachers:
+            try:
+                self._alone(named)  # is checked when it is made
+            except ConfigError as error:
+                raise ConfigError(f"[[teachers]] {named.name}: {error}") from None
+
+    def _check_for_one_teacher(self) -> None:
+        """Refuse with several teachers what knows of one alone."""
+        graded = self.evaluation.problems is not None
+        one_only = {
+            f'rollout.behaviour = "{self.rollout.behaviour}"': self.rollout.asks_teacher,
+            'evaluation.task = "reverse_kl"': graded and self.evaluation.task == "reverse_kl",
+            'evaluation.teacher = true with rollout.placement = "separate"': graded
+            and self.evaluation.teacher
+            and self.rollout.placement == "separate",
+        }
+        named = [what for what, is_set in one_only.items() if is_set]
+        _require(
+            not named,
+            f"{', '.join(named)} takes one teacher, found [[teachers]]. Change one of the two.",
         )
 
     def _check_recorded(self) -> None:
@@ -660,9 +778,63 @@ class Config(Settings):
             f"token, found {kept}. Raise it, or leave it out, before `tropd score` runs.",
         )
 
+    def _check_self(self) -> None:
+        is_self, named = self.teacher.placement == SELF, self.model.teacher
+        _require(
+            not is_self or named in ("", self.model.student),
+            f'teacher.placement = "{SELF}" is the student itself, found model.teacher = {named!r}. '
+            "Leave it out.",
+        )
+        _require(
+            is_self or self.teacher.ema_decay is None,
+            f'teacher.ema_decay is for teacher.placement = "{SELF}", found '
+            f'"{self.teacher.placement}". Remove it.',
+        )
+
+    def _check_context(self) -> None:
+        graded = self.evaluation.problems is not None
+        blind = {
+            f'rollout.behaviour = "{self.rollout.behaviour}"': self.rollout.asks_teacher,
+            'evaluation.task = "reverse_kl"': graded and self.evaluation.task == "reverse_kl",
+        }
+        named = [what for what, is_set in blind.items() if is_set]
+        _require(
+            self.teacher.context is None or not named,
+            f"{', '.join(named)} shows the teacher the student's prompt, and teacher.context would "
+            "not be read there. Change one of the two.",
+        )
+
+    @property
+    def by_teacher(self) -> dict[str, "Config"]:
+        """The run with each of its teachers alone, by what messages call the teacher.
+
+        model.teacher is a folder there: the student's, if the teacher is the student itself.
+        """
+        if not self.teachers:
+            is_self = self.teacher.placement == SELF
+            folder = self.model.student if is_self else self.model.teacher
+            model = dataclasses.replace(self.model, teacher=folder)
+            return {TEACHER: dataclasses.replace(self, model=model) if is_self else self}
+        return {f"{TEACHER} {named.name}": self._alone(named) for named in self.teachers}
+
+    def _alone(self, named: NamedTeacher) -> "Config":
+        settings = {f.name: getattr(named, f.name) for f in fields(TeacherConfig)}
+        resident = [t for t in self.teachers if t.placement == TeacherConfig.placement]
+        if named in resident and len(resident) > 1 and named.offload == "none":
+            settings["offload"] = "host"  # one of them on the device at a time
+        return dataclasses.replace(
+            self,
+            model=dataclasses.replace(self.model, teacher=named.model),
+            teacher=TeacherConfig(**settings),
+            guidance=dataclasses.replace(self.guidance, responses=named.responses),
+            teachers=(),
+        )
+
     @property
     def loads_teacher(self) -> bool:
-        """Whether the run has a model of the teacher (or a source of the user's own has)."""
+        """Whether the run has a model of a teacher (or a source of the user's own has)."""
+        if self.teachers:
+            return any(alone.loads_teacher for alone in self.by_teacher.values())
         return self.teacher.placement != "cached"
 
     @property
@@ -673,8 +845,9 @@ class Config(Settings):
     def _check_offload(self) -> None:
         where = f"teacher.offload = {self.teacher.offload!r}"
         is_set, source = self.teacher.offload != "none", self.teacher.placement
+        copied = source == SELF and self.teacher.ema_decay is None and self.model.lora is None
         _require(
-            not is_set or source == TeacherConfig.placement or ":" in source,
+            not is_set or source == TeacherConfig.placement or ":" in source or copied,
             f"{where} is for a model on the student's ranks, found teacher.placement = "
             f'"{source}". Remove one of the two.',
         )
@@ -724,6 +897,11 @@ class Config(Settings):
         return self.evaluation.max_new_tokens or self.rollout.max_new_tokens
 
 
+def reference_of(teacher: str) -> str:
+    """What messages call the reference of a teacher (a key of ``Config.by_teacher``)."""
+    return teacher.replace(TEACHER, "reference", 1)
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a TOML file, apply ``section.key=value`` overrides, check everything.
 
@@ -752,6 +930,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def config_to_dict(config: Config) -> dict[str, Any]:
     """Plain nested dictionary of every setting, JSON-ready."""
     tables = dataclasses.asdict(config)
+    if not config.teachers:
+        del tables["teachers"]
     tables["loss"] = {"method": config.loss.method_name(), **tables["loss"]}
     return json.loads(json.dumps(tables))
 
@@ -778,9 +958,12 @@ def config_to_toml(config: Config) -> str:
     Input paths are absolute, as in any loaded config; so must ``run.dir`` be.
     """
     lines = []
-    for section, table in config_to_dict(config).items():
-        lines.append(f"\n[{section}]")
-        lines += [f"{key} = {_toml(value)}" for key, value in table.items() if value is not None]
+    for section, found in config_to_dict(config).items():
+        several = isinstance(found, list)
+        for table in found if several else [found]:
+            lines.append(f"\n[[{section}]]" if several else f"\n[{section}]")
+            # TOML has no null: it leaves out what is None by default.
+            lines += [f"{k} = {_toml(value)}" for k, value in table.items() if value is not None]
     return "\n".join(lines) + "\n"
 
 
@@ -831,8 +1014,11 @@ def read_settings(path: Path) -> dict[str, dict[str, Any]]:
 
 def is_run_settings(value: Any) -> bool:
     """Whether the content of a config.json is a run's, and no model's."""
-    known = isinstance(value, dict) and {"model", "rollout", "run"} <= value.keys()
-    return known and all(isinstance(section, dict) for section in value.values())
+    if not (isinstance(value, dict) and {"model", "rollout", "run"} <= value.keys()):
+        return False
+    several = value.get("teachers", [])
+    sections = [section for name, section in value.items() if name != "teachers"]
+    return isinstance(several, list) and all(isinstance(s, dict) for s in [*sections, *several])
 
 
 def settings_from_table(cls: Any, table: dict[str, Any], section: str = "") -> Any:
@@ -850,24 +1036,31 @@ def settings_from_table(cls: Any, table: dict[str, Any], section: str = "") -> A
 
 
 def _sections() -> dict[str, Any]:
+    """Tables of a config, but [[teachers]], of which there are several."""
     hints = typing.get_type_hints(Config)
-    return {f.name: hints[f.name] for f in fields(Config)}
+    return {f.name: hints[f.name] for f in fields(Config) if f.name != "teachers"}
 
 
 def _anchor_paths(tables: dict[str, Any], folder: Path) -> None:
     for name, section in _sections().items():
-        table = tables.get(name)
-        if not isinstance(table, dict):
-            continue
-        for f in fields(section):
-            value = table.get(f.name)
-            if isinstance(value, str) and _is_path(f, value):
-                table[f.name] = str(folder / Path(value).expanduser())
+        _anchor(tables.get(name), section, folder)
+    several = tables.get("teachers")
+    for table in several if isinstance(several, list) else ():
+        _anchor(table, NamedTeacher, folder)
+
+
+def _anchor(table: Any, section: Any, folder: Path) -> None:
+    if not isinstance(table, dict):
+        return
+    for f in fields(section):
+        value = table.get(f.name)
+        if isinstance(value, str) and _is_path(f, value):
+            table[f.name] = str(folder / Path(value).expanduser())
 
 
 def _is_path(f: "dataclasses.Field[Any]", value: str) -> bool:
     """Whether a value of this field names an input file or folder."""
-    return bool(f.metadata.get("path")) and value not in f.metadata.get("words", ())
+    return bool(f.metadata.get("path") and value) and value not in f.metadata.get("words", ())
 
 
 def apply_override(tables: dict[str, Any], override: str) -> None:

@@ -27,7 +27,7 @@ def check_parallel(hf_config: dict[str, Any], parallel: ParallelConfig, *, who: 
 
 def check_layout(shape: ModelShape, parallel: ParallelConfig, *, who: str) -> None:
     """:func:`check_parallel` of an architecture that is known."""
-    tensor, pipeline = parallel.tensor, parallel.pipeline
+    tensor = parallel.tensor
     sharded = [("attention heads", shape.heads), ("key/value heads", shape.kv_heads)]
     if shape.experts is None:
         sharded.append(("intermediate size", shape.ffn))
@@ -39,19 +39,30 @@ def check_layout(shape: ModelShape, parallel: ParallelConfig, *, who: str) -> No
                 f"{parallel.key('tensor')} = {tensor} must divide the {who}'s {what}, found "
                 f"{size}. Choose another {parallel.key('tensor')}."
             )
-    if shape.layers % pipeline and not parallel.uneven_stages:
-        raise ConfigError(
-            f"{parallel.key('pipeline')} = {pipeline} must divide the {who}'s layers, found "
-            f"{shape.layers}. Choose another {parallel.key('pipeline')} or set "
-            f"{parallel.key('uneven_stages')} = true."
-        )
-    if shape.layers < pipeline:
-        raise ConfigError(
-            f"{parallel.key('pipeline')} = {pipeline} exceeds the {who}'s layers, found "
-            f"{shape.layers}: every stage needs one. Lower it."
-        )
+    _check_chunks(shape.layers, parallel, who)
     if shape.experts is not None:
         _check_experts(shape.experts.count, parallel, who)
+
+
+def _check_chunks(layers: int, parallel: ParallelConfig, who: str) -> None:
+    """Refuse layers that the stages, or their virtual stages, cannot share."""
+    setting, part = f"{parallel.key('pipeline')} = {parallel.pipeline}", "stage"
+    if parallel.virtual_pipeline > 1:
+        setting = (
+            f"parallel.pipeline x virtual_pipeline = {parallel.pipeline} x "
+            f"{parallel.virtual_pipeline} = {parallel.chunks}"
+        )
+        part = "virtual stage"
+    if layers % parallel.chunks and not parallel.uneven_stages:
+        raise ConfigError(
+            f"{setting} must divide the {who}'s layers, found {layers}. Choose another "
+            f"{parallel.key('pipeline')} or set {parallel.key('uneven_stages')} = true."
+        )
+    if layers < parallel.chunks:
+        raise ConfigError(
+            f"{setting} exceeds the {who}'s layers, found {layers}: every {part} needs one. Lower "
+            "it."
+        )
 
 
 def check_expert_parallel(parallel: ParallelConfig, shapes: Iterable[ModelShape]) -> None:

@@ -78,9 +78,9 @@ class ModelElsewhere:
         self._frozen = FrozenModel(built, vocab_size=vocab_size, offload=offload)
 
     @property
-    def module(self) -> Any:
-        """This rank's part of the model."""
-        return self._frozen.module
+    def chunks(self) -> Sequence[Any]:
+        """This rank's part of the model: one chunk."""
+        return self._frozen.chunks
 
     def score(self, wanted: Sequence[MicroBatch]) -> list[HiddenStatesSignal]:
         """The signal for the loss tokens of the student's micro-batches.
@@ -94,7 +94,8 @@ class ModelElsewhere:
         Collectives: those of ``Exchange.states``.
         """
         assert self.exchange is not None, "nothing was planned"
-        with self._frozen.ready(len(self.exchange.batches)), torch.no_grad():
+        turns = schedule.turns(self.chunks, len(self.exchange.batches))
+        with self._frozen.ready(turns), torch.no_grad():
             states = self.exchange.states(
                 self._states, wanted, hidden_size=self._hidden_size, dtype=self._dtype
             )
@@ -103,7 +104,7 @@ class ModelElsewhere:
 
     def _states(self, batches: Sequence[MicroBatch]) -> list[Tensor]:
         with self._groups.current():
-            return schedule.hidden_states(self.module, batches)
+            return schedule.hidden_states(self.chunks, batches)
 
     @torch.no_grad()
     def _output_layer(self, module: Any, own: int, wanted: int) -> Tensor:

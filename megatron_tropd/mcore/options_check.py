@@ -13,6 +13,7 @@ from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.config import Config, ParallelConfig
 from megatron_tropd.config.megatron import MegatronConfig
 from megatron_tropd.config.megatron_fields import Table, verdicts
+from megatron_tropd.config.run import reference_of
 from megatron_tropd.convert.adapters import check_lora
 from megatron_tropd.convert.families import model_shape
 from megatron_tropd.mcore import models, platform
@@ -37,29 +38,23 @@ def check_types(megatron: MegatronConfig) -> None:
         typed(DATACLASSES[table], options, table=table)
 
 
-def check_options(
-    config: Config,
-    *,
-    student: dict[str, Any],
-    teacher: dict[str, Any],
-    reference: dict[str, Any] | None = None,
-) -> None:
+def check_options(config: Config, **configs: dict[str, Any]) -> None:
     """Check that this machine can build what the options ask for.
 
     Args:
         config: of the run.
-        student: content of its config.json.
-        teacher: of the teacher's.
-        reference: of its reference's, which is built as the teacher is.
+        configs: content of each config.json, by what the model is to the run (``Inputs.folders``).
 
     Raises:
         ConfigError: a name or a type is wrong, something is missing here, options do not go
             together, or Megatron refuses them.
     """
-    megatron, parallel = config.megatron, config.parallel
+    megatron, parallel, student = config.megatron, config.parallel, configs["student"]
     check_types(megatron)
     for table, options in megatron.tables():
-        _check_context(table, options, config.parallel_of(_model_of(table)))
+        of_model = config.parallel_of(_model_of(table))
+        _check_context(table, options, of_model)
+        _check_virtual_pipeline(table, options, of_model)
         _check_machine(table, options)
     _check_recomputation(megatron.model)
     _check_overlap(config)
@@ -76,9 +71,10 @@ def check_options(
         grouped = bool(built.moe_grouped_gemm)
         check_lora(model_shape(student), config.model.lora, grouped_experts=grouped)
         _check_frozen_weights(megatron.optimizer)
-    for frozen in (teacher, reference):
-        if frozen is not None and config.loads_teacher:
-            _built("teacher", frozen, config, dtype)
+    for who, alone in config.by_teacher.items():
+        for name in (who, reference_of(who)):
+            if name in configs and alone.loads_teacher:
+                _built("teacher", configs[name], alone, dtype)
     ddp_config(parallel, megatron)
     optimizer_config(config.train, parallel, dtype, megatron, model=built)
 
@@ -154,6 +150,17 @@ def _check_context(table: Table, options: dict[str, Any], parallel: ParallelConf
         raise ConfigError(
             f'{where} = "a2a+p2p" needs two levels of groups, found one. Set "p2p", "all_gather" '
             'or "a2a".'
+        )
+
+
+def _check_virtual_pipeline(
+    table: Table, options: dict[str, Any], parallel: ParallelConfig
+) -> None:
+    """Refuse batches of sends, in which two stages would mix up both directions."""
+    if parallel.virtual_pipeline > 1 and options.get("batch_p2p_comm"):
+        raise ConfigError(
+            f"megatron.{table}.batch_p2p_comm = true does not go with parallel.virtual_pipeline = "
+            f"{parallel.virtual_pipeline}, whose stages send in one direction at a time. Remove it."
         )
 
 

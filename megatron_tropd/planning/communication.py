@@ -7,7 +7,7 @@ all-gather half of that.
 from dataclasses import dataclass
 
 from megatron_tropd.convert.adapters import COLUMN_PARALLEL, OF_EXPERTS
-from megatron_tropd.convert.sizes import stage_sizes
+from megatron_tropd.convert.sizes import stage_chunks
 from megatron_tropd.planning.parameters import PlannedModel
 from megatron_tropd.planning.planned_run import PlannedRun
 
@@ -81,8 +81,9 @@ class Repeated:
 def repeated(run: PlannedRun) -> Repeated:
     """What the options have the student's backward pass do again, on the first stage."""
     recompute = run.options.recompute
-    layers = stage_sizes(run.student.shape.layers, run.parallel.pipeline)[0]
-    whole = recompute.whole_layers(layers) / layers
+    p = run.parallel
+    chunks = stage_chunks(run.student.shape.layers, p.pipeline, p.virtual_pipeline)[0]
+    whole = sum(recompute.whole_layers(len(c)) for c in chunks) / sum(map(len, chunks))
     experts = run.student.shape.experts is not None
     mlp = 0.5 if "mlp" in recompute.modules and not experts else 0.0  # one of two sums
     routes = 1.0 if "moe" in recompute.modules and experts else 0.0
@@ -155,11 +156,16 @@ def expert_bytes(run: PlannedRun, model: PlannedModel, *, passes: float) -> tupl
 
 
 def pipeline_bytes(run: PlannedRun, model: PlannedModel, *, passes: float) -> float:
-    """Hidden states of every position across one boundary; sharded under sequence parallelism."""
-    if run.parallel.pipeline == 1:
+    """Hidden states of every position across the boundary of each chunk.
+
+    Sharded under sequence parallelism.
+    """
+    p = run.parallel
+    if p.pipeline == 1:
         return 0.0
-    shards = run.parallel.tensor if run.parallel.sequence_parallel else 1
-    return passes * run.work.positions * model.shape.hidden * run.element / shards
+    shards = p.tensor if p.sequence_parallel else 1
+    one = run.work.positions * model.shape.hidden * run.element / shards
+    return passes * p.virtual_pipeline * one
 
 
 def data_bytes(run: PlannedRun, stage: int) -> float:

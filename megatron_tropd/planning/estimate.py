@@ -63,7 +63,8 @@ def layout_name(run: PlannedRun) -> str:
     """A layout and its engines in one line."""
     p, rollout = run.parallel, run.rollout
     context = f" x CP {p.context}" if p.context > 1 else ""
-    parts = [f"TP {p.tensor}{context} x PP {p.pipeline} x DP {p.data}"]
+    virtual = f" (VPP {p.virtual_pipeline})" if p.virtual_pipeline > 1 else ""
+    parts = [f"TP {p.tensor}{context} x PP {p.pipeline}{virtual} x DP {p.data}"]
     if p.expert > 1:
         parts.append(f"EP {p.expert}")
     if p.shards_of_expert < p.tensor:

@@ -6,6 +6,7 @@ from functools import cached_property, lru_cache
 
 from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.config import Config, LoraConfig, ParallelConfig, RolloutConfig
+from megatron_tropd.config.run import SELF
 from megatron_tropd.convert.adapters import check_lora
 from megatron_tropd.convert.checks import check_engine_shards, check_expert_parallel, check_layout
 from megatron_tropd.convert.sizes import padded_vocab_size
@@ -194,6 +195,17 @@ def plan_run(
         InputError: a model's config.json is missing, unreadable or not supported.
         ConfigError: the trainer would refuse the settings, or a length is impossible.
     """
+    if config.teachers:
+        raise ConfigError(
+            "A plan holds one teacher, found [[teachers]]. Plan with each of them alone, in "
+            "model.teacher: one at a time is on the device, and all are in the host's memory."
+        )
+    (config,) = config.by_teacher.values()
+    if config.teacher.placement == SELF and (config.teacher.ema_decay or config.model.lora):
+        raise ConfigError(
+            f'A plan counts teacher.placement = "{SELF}" as a copy of the student, found '
+            "teacher.ema_decay or [model.lora], which make none. Plan without that."
+        )
     on_cpu = hardware.layers == "cpu"
     kind = config.model.dtype
     if kind == "auto":

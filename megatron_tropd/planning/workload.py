@@ -125,6 +125,13 @@ def workload(
             f"parallel.data = {parallel.data}. Change one of the three."
         )
     rows = -(-trajectories // parallel.data)
+    if rows % parallel.batch_multiple:
+        raise ConfigError(
+            f"parallel.virtual_pipeline = {parallel.virtual_pipeline} needs a multiple of "
+            f"parallel.pipeline = {parallel.pipeline} trajectories for each replica, found "
+            f"rollout.prompts_per_step x samples_per_prompt / parallel.data = {rows}. Change one "
+            "of them, or set virtual_pipeline = 1."
+        )
     mean = prompt_tokens + mean_response - 1
     held = min(rows, room // longest)
     return Workload(
@@ -135,8 +142,8 @@ def workload(
         mean=mean,
         longest_response=longest_response,
         mean_response=mean_response,
-        micro_batches=-(-rows // min(rows, int(room // mean))),
-        most_micro_batches=-(-rows // held),
+        micro_batches=_up(-(-rows // min(rows, int(room // mean))), parallel.batch_multiple),
+        most_micro_batches=_up(-(-rows // held), parallel.batch_multiple),
         most_positions=max(held * longest, min(room, rows * longest)),
         shares=parallel.context,
     )

@@ -1,6 +1,6 @@
 """The step itself: the trainer's own functions, on models without weights and made-up samples."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -13,9 +13,11 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensorFactory,
     is_main_replica,
 )
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
 
 from megatron_tropd.base.progress import Progress
+from megatron_tropd.config.run import TEACHER
 from megatron_tropd.config.run_folder import RunFolder
 from megatron_tropd.convert.accounting import expected_tensors
 from megatron_tropd.convert.families import plan
@@ -172,10 +174,10 @@ class RehearsedRank:
         self.elsewhere = teacher.elsewhere if isinstance(teacher, ResidentTeacher) else None
         self.rows = None
         if self.elsewhere is not None:
-            self.rows = ToldRows(self.parts, self.elsewhere, self.world)
+            self.rows = ToldRows(self.parts, self.world)
         scored: list[tuple[Any, str, list[Any]]] = [(student, "score", [student.module])]
         if isinstance(teacher, ResidentTeacher):
-            scored.append((teacher, "signals", [scorer.module for scorer in teacher.scorers]))
+            scored.append((teacher, "signals", [scorer.chunks[0] for scorer in teacher.scorers]))
         for owner, name, run in scored:
             setattr(owner, name, self._keeping(getattr(owner, name), run))
 
@@ -190,12 +192,13 @@ class RehearsedRank:
 
         trained = self.parts.student.module
 
-        def announced(model: torch.nn.Module, batches: Any, **options: Any) -> list[Any]:
+        def announced(chunks: Sequence[Any], batches: Any, **options: Any) -> list[Any]:
+            models = [unwrap(chunk) for chunk in chunks]
             layout = self.layout
-            if self.elsewhere is not None and unwrap(model) is not trained:
+            if self.elsewhere is not None and models[-1] is not trained:
                 layout = self.elsewhere.layout
-            self._announce(unwrap(model).config, batches, layout)
-            return original(model, batches, **options)
+            with self._announced(models, batches, layout):
+                return original(chunks, batches, **options)
 
         setattr(schedule, "run_schedule", announced)  # noqa: B010
         try:
@@ -244,24 +247,53 @@ class RehearsedRank:
 
         return kept
 
-    def _announce(self, config: Any, micro_batches: Any, layout: Layout) -> None:
-        """Neighbours send what this stage would send: hidden states of each micro-batch."""
+    @contextmanager
+    def _announced(
+        self, chunks: Sequence[Any], micro_batches: Any, layout: Layout
+    ) -> Iterator[None]:
+        """Have neighbours send what this stage would send: hidden states of each micro-batch."""
+        config = chunks[0].config
         shards = layout.tp_size if config.sequence_parallel else 1
         shapes = [
             (batch.tokens.shape[1] // shards, batch.tokens.shape[0], config.hidden_size)
             for batch in micro_batches
         ]
-        place = {"tp_rank": layout.tp_rank, "replica": layout.replica}
-        for pp_rank in (layout.pp_rank - 1, layout.pp_rank + 1):
-            if 0 <= pp_rank < layout.pp_size:
-                self.world.expect_shapes(layout.global_rank(pp_rank=pp_rank, **place), shapes)
+        turns = schedule.turns(chunks, len(shapes))
+        arriving = [shapes[index] for index, _ in turns]
+        # What the first chunk of all reads nobody sends, nor gradients to the last: the ends of a
+        # pipeline hear of the others, which are as many whichever of the two is left out.
+        inner = [shapes[index] for index, chunk in turns if chunk]
+        forward = iter(inner if layout.is_first_stage else arriving)
+        backward = iter(inner if layout.is_last_stage else arriving)
+        original = P2PCommunicator._communicate_shapes
+
+        def told(neighbours: Any, next_: Any, prev: Any, recv_prev: bool, recv_next: bool) -> Any:
+            sent: dict[int, list[tuple[int, ...]]] = {}
+            # In the order in which they are received: of two stages both are the same rank.
+            if recv_prev:
+                sent.setdefault(neighbours.prev_rank, []).append(next(forward))
+            if recv_next:
+                sent.setdefault(neighbours.next_rank, []).append(next(backward))
+            for rank, announced in sent.items():
+                self.world.expect_shapes(rank, announced)
+            return original(neighbours, next_, prev, recv_prev, recv_next)
+
+        setattr(P2PCommunicator, "_communicate_shapes", told)  # noqa: B010
+        try:
+            yield
+        finally:
+            P2PCommunicator._communicate_shapes = original
 
     def _inputs(self) -> Inputs:
-        named, shapes = self.config.reference, [model.shape for model in self.planned.models]
+        model = self.planned.config.model
+        shapes = [each.shape for each in self.planned.models]
+        named = {
+            "student": model.student,
+            TEACHER: model.teacher,
+            "reference": self.config.reference,
+        }
         return Inputs(
-            student=self._open_model(Path(self.config.model.student)),
-            teacher=self._open_model(Path(self.config.model.teacher)),
-            reference=self._open_model(Path(named)) if named else None,
+            folders={who: self._open_model(Path(path)) for who, path in named.items() if path},
             tokenizer=cast(Any, None),
             vocab_size=min(shape.vocab for shape in shapes),
             context=min(shape.context for shape in shapes),

@@ -1,11 +1,15 @@
 """The teacher on the student's ranks in a layout of its own: ``[teacher.parallel]``."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 from megatron_tropd.base.progress import limits
+from megatron_tropd.convert.families import model_shape
+from megatron_tropd.convert.sizes import row_flops
 from megatron_tropd.data.batch import MicroBatch
-from megatron_tropd.data.packing import pack
+from megatron_tropd.data.dealing import BatchRows
+from megatron_tropd.data.packing import dealt, packed
 from megatron_tropd.data.sequence import TokenSequence
 from megatron_tropd.mcore import platform
 from megatron_tropd.mcore.elsewhere import ModelElsewhere
@@ -27,7 +31,8 @@ class OtherLayout:
         )
         self.layout, self._student = groups.layout, start.layout
         self._tokens = config.train.tokens_per_micro_batch
-        self._sequences: Mapping[int, TokenSequence] = {}
+        self._work = partial(row_flops, model_shape(start.folder.config))
+        self._sequences: Sequence[TokenSequence] = ()
         folders = {"teacher": start.folder, "reference": start.reference}
         self.models = [
             ModelElsewhere(
@@ -47,7 +52,7 @@ class OtherLayout:
 
     def begin(self, sequences: Sequence[TokenSequence]) -> None:
         """Keep the next step's sequences."""
-        self._sequences = dict(enumerate(sequences))
+        self._sequences = sequences
 
     def plan(self, wanted: Sequence[MicroBatch]) -> None:
         """Deal the step's sequences, and tell the models who sends which states to whom.
@@ -57,10 +62,13 @@ class OtherLayout:
 
         Collectives: those of ``plan_exchange``.
         """
+        dealt = self.dealt()
+        mine = dealt[self.layout.dp_rank]
         exchange = plan_exchange(
-            self.dealt(self.layout.dp_rank),
+            dealt,
+            packed(self._sequences, mine, seed=0, step=0),
             wanted,
-            self._sequences,
+            dict(enumerate(self._sequences)),
             scorer=self.layout,
             student=self._student,
         )
@@ -69,19 +77,20 @@ class OtherLayout:
         for model in self.models:
             model.exchange = exchange
 
-    def dealt(self, dp_rank: int) -> list[MicroBatch]:
-        """A replica's share of the step, whole rows on the host."""
-        numbers, replicas = list(self._sequences), self.layout.dp_size
+    def dealt(self) -> list[list[BatchRows]]:
+        """Micro-batches of each replica; ``rows`` name the sequences."""
+        replicas, numbers = self.layout.dp_size, list(range(len(self._sequences)))
         # Every replica needs as many rows: the last one again, whose states nobody takes.
         numbers += numbers[-1:] * (-len(numbers) % replicas)
-        packed = pack(
+        dealing = dealt(
             [self._sequences[number] for number in numbers],
-            dp_rank=dp_rank,
             dp_size=replicas,
             tokens_per_micro_batch=self._tokens,
             pad_multiple=self.layout.pad_multiple,
             rounded_to=self.layout.row_multiple,
-            seed=0,
-            step=0,
+            work=self._work,
         )
-        return [replace(b, rows=tuple(numbers[row] for row in b.rows)) for b in packed]
+        return [
+            [batch._replace(rows=tuple(numbers[row] for row in batch.rows)) for batch in batches]
+            for batches in dealing.replicas
+        ]

@@ -249,7 +249,7 @@ def _measure(config: Config) -> dict[str, float]:
     watched = _Watched(student, built.teacher, saved)
     learn(replace(built, student=watched, teacher=watched), _trajectories(), 0)
     assert saved.now == 0
-    buffers = [*student.chunk.buffers, *student.chunk.expert_parallel_buffers]
+    buffers = [b for c in student.chunks for b in (*c.buffers, *c.expert_parallel_buffers)]
     return {
         "stage": ranks.pp_rank,
         "weights": sum(p.nbytes for p in student.module.parameters()),

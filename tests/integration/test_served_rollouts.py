@@ -19,6 +19,7 @@ import pytest
 import requests
 import torch
 import torch.distributed as dist
+from calm_run import TIMINGS
 from hold import Hold
 from reliability import record
 from safetensors.torch import load_file
@@ -41,7 +42,6 @@ from megatron_tropd.rollout.weights.versions import WeightVersions
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 TROPD = [sys.executable, "-m", "megatron_tropd.cli"]
-TIMINGS = ("seconds_", "tokens_per_second", "peak_memory")
 SAMPLING = Sampling(stop_token_ids=(2, 50))
 REQUESTS = [
     SampleRequest(tuple(3 + (5 * i + j) % 90 for j in range(1 + i % 7)), 110, 10**17 * i + 7)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from calm_run import TIMINGS
 from hold import Hold
 from warm_commands import Command
 from warm_engines import environment_of_commands
@@ -31,7 +32,6 @@ if os.environ["RANK"] == "1":
 time.sleep(600)
 """
 """The first stands for a rank that waits in a collective, the second breaks."""
-TIMINGS = ("seconds_", "tokens_per_second", "peak_memory")
 
 
 @pytest.fixture(scope="module")

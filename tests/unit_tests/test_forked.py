@@ -1,5 +1,6 @@
 """Ranks that are forked behave as those that are started; each test in a process of its own."""
 
+import gc
 import json
 import os
 import signal
@@ -155,3 +156,11 @@ def _started_by(gpus: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("gpus", [(), ("/dev/null",)])
 def test_ranks_are_forked_where_the_imports_were_done(gpus):
     assert run_in_process(_started_by, gpus) == 0
+
+
+def _has_frozen_imports() -> None:
+    assert gc.get_freeze_count() > 300_000, gc.get_freeze_count()
+
+
+def test_ranks_of_tests_leave_their_imports_to_no_garbage_collector():
+    assert run_in_process(_has_frozen_imports) == 0

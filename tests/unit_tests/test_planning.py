@@ -26,9 +26,9 @@ from megatron_tropd.losses.signals import HiddenStatesSignal
 from megatron_tropd.losses.vocab_parallel import shard_of
 from megatron_tropd.mcore.layout import CUDA_ROW_MULTIPLE
 from megatron_tropd.planning import memory as planned_memory
-from megatron_tropd.planning.activations import activations, saved_per_position, widths
+from megatron_tropd.planning.activations import activations, in_flight, saved_per_position, widths
 from megatron_tropd.planning.communication import communication, expert_bytes
-from megatron_tropd.planning.estimate import estimate
+from megatron_tropd.planning.estimate import estimate, layout_name
 from megatron_tropd.planning.hardware import GPUS, Hardware, load_hardware
 from megatron_tropd.planning.options import COUNTED, Options, options
 from megatron_tropd.planning.parameters import open_architecture
@@ -397,6 +397,50 @@ def test_a_pipeline_waits_for_its_stages(small: Config):
     one, both = (plan_run(config, free) for config in (alone, two))
     took = [pass_seconds(run, run.teacher, backward=False) for run in (one, both)]
     assert took[1] == pytest.approx(took[0])
+
+
+def test_virtual_stages_wait_a_part_of_it(small: Config):
+    """m + (p - 1) / v slots, and v times the sends."""
+    rollout = dataclasses.replace(small.rollout, prompts_per_step=2, samples_per_prompt=1)
+    alone, free = dataclasses.replace(small, rollout=rollout), {"intra_node_gb_s": 1e9}
+    took, sent = [], []
+    for virtual in (1, 2, 7):
+        parallel = ParallelConfig(pipeline=2, virtual_pipeline=virtual)
+        run = plan_run(
+            dataclasses.replace(alone, parallel=parallel), dataclasses.replace(H100, **free)
+        )
+        took.append(pass_seconds(run, run.teacher, backward=False))
+        sent.append(communication(run).pipeline_student)
+        assert run.work.micro_batches == 2
+        assert ("(VPP " in layout_name(run)) == (virtual > 1)
+    assert [t / took[0] for t in took] == pytest.approx([1, 2.5 / 3, (2 + 1 / 7) / 3])
+    assert [s / sent[0] for s in sent] == [1, 2, 7]
+
+
+@pytest.mark.parametrize(("stages", "virtual"), [(2, 2), (2, 5), (4, 2), (4, 3), (8, 2)])
+@pytest.mark.parametrize("groups", [1, 2, 5])
+def test_chunks_in_flight_are_those_of_megatrons_schedule(stages, virtual, groups):
+    """Its table of passes, and its count of passes before the first backward one."""
+    from megatron.core.pipeline_parallel import schedules
+
+    micro_batches = groups * stages
+    table = schedules.get_schedule_table(micro_batches, virtual, stages)
+    for stage in range(stages):
+        group = SimpleNamespace(size=lambda: stages, rank=lambda stage=stage: stage)
+        neighbours = SimpleNamespace(pp_group=group, virtual_pipeline_model_parallel_size=virtual)
+        _, _, ahead, _ = schedules.get_pp_rank_microbatches(
+            micro_batches, virtual, stages, p2p_communicator=neighbours
+        )
+        counts, moments = [0] * virtual, set()
+        for number, (_, chunk) in enumerate(table):
+            counts[chunk] += 1
+            moments.add(tuple(counts))
+            if number >= ahead:
+                counts[virtual - 1 - table[number - ahead][1]] -= 1
+        fullest = max(map(sum, moments))
+        expected = {moment for moment in moments if sum(moment) == fullest}
+        found = set(in_flight(stages, virtual, stage, micro_batches))
+        assert found == expected if groups < 5 else found >= expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

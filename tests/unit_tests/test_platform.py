@@ -4,15 +4,18 @@ import dataclasses
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from megatron_tropd.base.errors import ConfigError, InputError, TrainingError
 from megatron_tropd.config import ParallelConfig
 from megatron_tropd.convert.hf_folder import HFFolder
+from tests.ranks import run_in_process
 
 FINGERPRINT = """
 import torch
@@ -119,6 +122,25 @@ torch.cuda.set_rng_state(state)
 assert torch.equal(torch.rand(3), first)
 """
     )
+
+
+def _make_groups() -> None:
+    from megatron_tropd.mcore import platform
+
+    platform.prepare_platform()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    groups = [dist.new_group([0], timeout=timedelta(seconds=5 + n)) for n in range(5)]
+    for n, group in enumerate(groups):
+        dist.barrier(group)
+        options = group._get_backend(torch.device("cpu")).options
+        assert options._timeout.total_seconds() == 5 + n
+    names = [task.joinpath("comm").read_text() for task in Path("/proc/self/task").iterdir()]
+    assert names.count("gloo_tcp_loop\n") == 1, names
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the patches are for machines without CUDA")
+def test_gloo_groups_share_one_thread() -> None:
+    assert run_in_process(_make_groups) == 0
 
 
 def test_padded_vocabularies_agree_between_layouts() -> None:
