@@ -85,7 +85,7 @@ def build_parts(
 
 def config_of_parts(
     student: str | Path,
-    teacher: Any,
+    teacher: str | Path | tuple[NamedTeacher, ...],
     layout: ParallelConfig,
     train: TrainConfig,
     loss: LossSettings,

@@ -14,7 +14,7 @@ from megatron_tropd.base.environment import number
 from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.base.failures import exit_code, read
 from megatron_tropd.base.files import write_json
-from megatron_tropd.config import Config, NamedTeacher, config_to_dict, load_config
+from megatron_tropd.config import Config, NamedTeacher, TeacherConfig, config_to_dict, load_config
 from megatron_tropd.config.run_folder import (
     RunFolder,
     hold,
@@ -71,8 +71,8 @@ def job_config(config: Config, name: str | None = None) -> Config:
     folder = str(Path(str(alone.teacher.cache)).resolve() / JOB)
     return replace(
         config,
-        teachers=tuple(replace(teacher, placement="resident") for teacher in cached),
-        teacher=replace(config.teacher, placement="resident"),
+        teachers=tuple(replace(teacher, placement=_scored_by(teacher)) for teacher in cached),
+        teacher=replace(config.teacher, placement=_scored_by(config.teacher)),
         # No engine is started, here or by the launcher.
         rollout=replace(config.rollout, placement="separate"),
         run=replace(config.run, dir=folder),
@@ -84,7 +84,7 @@ def _cached(config: Config, name: str | None) -> tuple[list[NamedTeacher], Confi
     if not config.teachers:
         if name is not None:
             raise ConfigError(f"--teacher {name}: the config has no [[teachers]]. Leave it out.")
-        if config.loads_teacher:
+        if config.teacher.placement != "cached":
             raise ConfigError(
                 "`tropd score` fills teacher.cache for a run that reads it, found "
                 f"teacher.placement = {config.teacher.placement!r}. Set teacher.placement = "
@@ -92,7 +92,7 @@ def _cached(config: Config, name: str | None) -> tuple[list[NamedTeacher], Confi
             )
         return [], config
     of_name = dict(zip((t.name for t in config.teachers), config.by_teacher.values(), strict=True))
-    cached = [t for t in config.teachers if not of_name[t.name].loads_teacher]
+    cached = [teacher for teacher in config.teachers if teacher.placement == "cached"]
     meant = [teacher for teacher in cached if name in (None, teacher.name)]
     if len(meant) != 1:
         raise ConfigError(
@@ -100,6 +100,11 @@ def _cached(config: Config, name: str | None) -> tuple[list[NamedTeacher], Confi
             f"{', '.join(t.name for t in cached) or 'none (no teacher is cached)'}, found {name}."
         )
     return meant, of_name[meant[0].name]
+
+
+def _scored_by(teacher: TeacherConfig) -> str:
+    """Placement of a cached teacher while it scores."""
+    return "served" if teacher.address else "resident"
 
 
 def _share(config: Config, ranks: Ranks, peers: Peers) -> int:

@@ -184,6 +184,12 @@ class ParallelConfig(ModelParallelConfig, section="parallel"):
 
     def _check_together(self) -> None:
         super()._check_together()
+        _require(
+            self.pipeline > 1 or self.virtual_pipeline == 1,
+            f"parallel.virtual_pipeline = {self.virtual_pipeline} needs parallel.pipeline of at "
+            "least 2, found 1: one stage has nobody to take turns with. Raise parallel.pipeline or "
+            "set virtual_pipeline = 1.",
+        )
         whole = self.shards_of_expert < self.tensor
         sharers = self.replicas * (self.tensor if whole else 1)
         context = "context x " if self.context > 1 else ""
@@ -192,12 +198,6 @@ class ParallelConfig(ModelParallelConfig, section="parallel"):
             f"{self.key('expert')} = {self.expert} must divide {self._prefix}"
             f"{'tensor x ' if whole else ''}{context}data, found {sharers}: the replicas share the "
             "experts. Change one of the two.",
-        )
-        _require(
-            self.pipeline > 1 or self.virtual_pipeline == 1,
-            f"parallel.virtual_pipeline = {self.virtual_pipeline} needs parallel.pipeline of at "
-            "least 2, found 1: one stage has nobody to take turns with. Raise parallel.pipeline or "
-            "set virtual_pipeline = 1.",
         )
 
     @property
@@ -477,7 +477,8 @@ class TeacherConfig(Settings, section="teacher"):
 
     placement: str = "resident"
     """resident: a model on the student's ranks; cached: no model, but what ``tropd score`` wrote
-    into teacher.cache; self: the student's own weights (docs/teachers.md).
+    into teacher.cache; served: no model, but `vllm serve` at teacher.address; self: the student's
+    own weights (docs/teachers.md).
     "package.module:attribute": a source of your own (docs/extending.md)."""
     cache: str | None = field(default=None, metadata=PATH)
     """cached: the folder of the scored rollouts; ``tropd score`` makes it."""
@@ -496,15 +497,33 @@ class TeacherConfig(Settings, section="teacher"):
     host_by_layer: the same, but they visit one after the other for each micro-batch, two at a time
     (docs/planning.md says when). No number changes."""
 
-    parallel: ModelParallelConfig | None = None
-    """[teacher.parallel]: a layout of the resident teacher's own (and of its reference) on the same
-    ranks (docs/teachers.md). None: the student's."""
     context: str | None = None
     """What the teacher reads in the place of the prompt: a text with fields of the prompt's line in
     braces, such as "{prompt} {solution}". None: the prompt."""
     ema_decay: Annotated[float, Range(0, 1, "[)")] | None = None
     """self: after each step the teacher is ema_decay times itself plus the rest of the student.
     None: it stays what the student starts from."""
+
+    parallel: ModelParallelConfig | None = None
+    """[teacher.parallel]: a layout of the resident teacher's own (and of its reference) on the same
+    ranks (docs/teachers.md). None: the student's."""
+
+    address: tuple[str, ...] = ()
+    """served: addresses of `vllm serve` with the teacher, "http://host:port" each; several are
+    replicas that share the work. cached: where ``tropd score`` asks, in place of loading it."""
+    served_model: str | None = None
+    """served: the name of the teacher there. None: a name or path that ends like model.teacher."""
+    requests: Count = 32
+    """served: sequences under way at each address, over all ranks."""
+    timeout_seconds: Positive = 300.0
+    """served: a request without an answer for so long is made again, perhaps elsewhere."""
+
+    def _check_together(self) -> None:
+        wrong = [one for one in self.address if not one.startswith(("http://", "https://"))]
+        _require(
+            not wrong,
+            f'teacher.address must hold addresses like "http://host:8000", found {wrong}.',
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -625,6 +644,7 @@ class Config(Settings):
             self._check_offload()
             self._check_teacher_layout()
             self._check_cached()
+            self._check_served()
             self._check_self()
             self._check_context()
         self._check_golden()
@@ -681,6 +701,7 @@ class Config(Settings):
         graded = self.evaluation.problems is not None
         one_only = {
             f'rollout.behaviour = "{self.rollout.behaviour}"': self.rollout.asks_teacher,
+            "[teachers.parallel]": any(teacher.parallel for teacher in self.teachers),
             'evaluation.task = "reverse_kl"': graded and self.evaluation.task == "reverse_kl",
             'evaluation.teacher = true with rollout.placement = "separate"': graded
             and self.evaluation.teacher
@@ -756,7 +777,7 @@ class Config(Settings):
         )
 
     def _check_cached(self) -> None:
-        if self.loads_teacher:
+        if self.teacher.placement != "cached":
             return
         named = {"teacher.cache": self.teacher.cache, "rollout.recorded": self.rollout.recorded}
         for name, value in named.items():
@@ -765,12 +786,7 @@ class Config(Settings):
                 f'teacher.placement = "cached" reads the scores of recorded rollouts and needs '
                 f"{name}, found none. Record with tools/rollouts.py, then run `tropd score`.",
             )
-        graded = self.evaluation.task == "exact_match" and not self.evaluation.teacher
-        _require(
-            self.evaluation.problems is None or graded,
-            'teacher.placement = "cached" loads no teacher, found an evaluation that needs one. '
-            'Set evaluation.teacher = false and evaluation.task = "exact_match".',
-        )
+        self._check_without_teacher()
         kept, read = self.cached_top_k, self.loss.needs.top_k
         _require(
             kept >= read,
@@ -830,12 +846,47 @@ class Config(Settings):
             teachers=(),
         )
 
+    def _check_without_teacher(self) -> None:
+        placement = self.teacher.placement
+        graded = self.evaluation.task == "exact_match" and not self.evaluation.teacher
+        _require(
+            self.evaluation.problems is None or graded,
+            f'teacher.placement = "{placement}" loads no teacher, found an evaluation that needs '
+            'one. Set evaluation.teacher = false and evaluation.task = "exact_match".',
+        )
+
+    def _check_served(self) -> None:
+        placement, addresses = self.teacher.placement, self.teacher.address
+        asks = placement == "served" or (placement == "cached" and bool(addresses))
+        _require(
+            asks == bool(addresses),
+            f'teacher.placement = "{placement}" and teacher.address = {list(addresses)} do not go '
+            'together: "served" needs addresses of `vllm serve`, "cached" may have some, others '
+            "have none.",
+        )
+        if placement != "served":
+            return
+        self._check_without_teacher()
+        _require(
+            not self.rollout.asks_teacher,
+            f'rollout.behaviour = "{self.rollout.behaviour}" samples with a teacher that is '
+            'loaded, found teacher.placement = "served". Change one of the two.',
+        )
+
     @property
     def loads_teacher(self) -> bool:
         """Whether the run has a model of a teacher (or a source of the user's own has)."""
         if self.teachers:
             return any(alone.loads_teacher for alone in self.by_teacher.values())
-        return self.teacher.placement != "cached"
+        return self.teacher.placement not in ("cached", "served")
+
+    @property
+    def signal_top_k(self) -> int:
+        """Ids of each token that a teacher says which is not loaded."""
+        for_files = self.teacher.cache is not None  # `tropd score` asks a server
+        if self.teacher.placement == "served" and not for_files:
+            return self.loss.needs.top_k
+        return self.cached_top_k
 
     @property
     def cached_top_k(self) -> int:
@@ -867,6 +918,11 @@ class Config(Settings):
             source == TeacherConfig.placement or ":" in source,
             "[teacher.parallel] lays out a model on the student's ranks, found teacher.placement = "
             f'"{source}", which has none there. Remove one of the two.',
+        )
+        _require(
+            self.teacher.context is None,
+            "teacher.context is read in the student's layout, found [teacher.parallel] beside it. "
+            "Remove one of the two.",
         )
         own.over(self.parallel.world_size)
 
@@ -962,7 +1018,6 @@ def config_to_toml(config: Config) -> str:
         several = isinstance(found, list)
         for table in found if several else [found]:
             lines.append(f"\n[[{section}]]" if several else f"\n[{section}]")
-            # TOML has no null: it leaves out what is None by default.
             lines += [f"{k} = {_toml(value)}" for k, value in table.items() if value is not None]
     return "\n".join(lines) + "\n"
 

@@ -46,17 +46,18 @@ def check_layout(shape: ModelShape, parallel: ParallelConfig, *, who: str) -> No
 
 def _check_chunks(layers: int, parallel: ParallelConfig, who: str) -> None:
     """Refuse layers that the stages, or their virtual stages, cannot share."""
-    setting, part = f"{parallel.key('pipeline')} = {parallel.pipeline}", "stage"
+    pipeline, uneven = parallel.key("pipeline"), parallel.key("uneven_stages")
+    setting, part = f"{pipeline} = {parallel.pipeline}", "stage"
     if parallel.virtual_pipeline > 1:
         setting = (
-            f"parallel.pipeline x virtual_pipeline = {parallel.pipeline} x "
+            f"{pipeline} x virtual_pipeline = {parallel.pipeline} x "
             f"{parallel.virtual_pipeline} = {parallel.chunks}"
         )
         part = "virtual stage"
     if layers % parallel.chunks and not parallel.uneven_stages:
         raise ConfigError(
-            f"{setting} must divide the {who}'s layers, found {layers}. Choose another "
-            f"{parallel.key('pipeline')} or set {parallel.key('uneven_stages')} = true."
+            f"{setting} must divide the {who}'s layers, found {layers}. "
+            f"Choose another {pipeline} or set {uneven} = true."
         )
     if layers < parallel.chunks:
         raise ConfigError(

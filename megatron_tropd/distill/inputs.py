@@ -148,17 +148,22 @@ def _open_models(config: Config) -> dict[str, HFFolder | MegatronFolder]:
     layouts = {"student": config.parallel}
     for who, alone in config.by_teacher.items():
         mine = {who: alone.model.teacher, reference_of(who): alone.reference}
-        models |= {name: open_model(path) for name, path in mine.items() if path is not None}
+        needed = alone.teacher.placement != "served"
+        models |= {
+            name: open_model(path, weights=needed or name != who)
+            for name, path in mine.items()
+            if path is not None
+        }
         layouts |= dict.fromkeys(mine, alone.teacher_parallel) if alone.loads_teacher else {}
     for who, folder in models.items():
         _check_config(folder, who)
-        if isinstance(folder, HFFolder):  # the other kind is checked when it is opened
-            check_tensors(folder)
+        if isinstance(folder, HFFolder) and folder.names:
+            check_tensors(folder)  # the other kind is checked when it is opened
         if who in layouts:
             check_parallel(folder.config, layouts[who], who=who)
-    for parallel in dict.fromkeys(layouts.values()):
-        alike = [models[who] for who in models if layouts.get(who) == parallel]
-        check_expert_parallel(parallel, [model_shape(folder.config) for folder in alike])
+    for layout in {id(each): each for each in layouts.values()}.values():
+        alike = [model_shape(models[who].config) for who in models if layouts.get(who) is layout]
+        check_expert_parallel(layout, alike)
     return models
 
 
@@ -242,7 +247,7 @@ def _check_caches(
 ) -> None:
     """Refuse a cache that is not of its teacher, or lacks one of its sequences."""
     for number, (who, alone) in enumerate(config.by_teacher.items()):
-        if not alone.loads_teacher:
+        if alone.teacher.placement == "cached":
             mine = [
                 [s if routes is None else routes.as_read(s) for s in group]
                 for group in recorded

@@ -24,6 +24,8 @@ def step_parts(
     folders: Mapping[str, HFFolder | MegatronFolder],
     layout: Layout,
     routes: Routes | None = None,
+    *,
+    longest: int = 0,
 ) -> StepParts:
     """Build all models, and with them what a step is made with; collective.
 
@@ -31,6 +33,7 @@ def step_parts(
         folders: "student": its first weights; "teacher"; "reference", if the loss reads it; of
             several teachers "teacher NAME" and "reference NAME".
         routes: whose the prompts are, if there are several teachers.
+        longest: tokens of the longest sequence; 0: not known.
 
     Returns:
         The parts, without a clock and without a look at the engines.
@@ -56,6 +59,7 @@ def step_parts(
             vocab_size,
             folders.get(reference_of(who)),
             learner,
+            longest,
         )
         for who, alone in config.by_teacher.items()
     ]

@@ -1,7 +1,8 @@
 """``tropd score`` on every rank: the teacher's signals of recorded rollouts, written as files.
 
-Ranks, layout, packing and the teacher are those of a run with a resident teacher. Each shard is
-packed by itself, so that a command that was stopped writes the same bytes as one that was not.
+Ranks, layout, packing and the teacher are those of a run with a resident teacher, or with a served
+one. Each shard is packed by itself, so that a command that was stopped writes the same bytes as one
+that was not.
 """
 
 import time
@@ -45,7 +46,7 @@ from megatron_tropd.losses import ReferencedSignal
 from megatron_tropd.mcore import models, platform
 from megatron_tropd.mcore.layout import Layout
 from megatron_tropd.mcore.options_check import check_types
-from megatron_tropd.teacher import TeacherSource, TeacherStart, load_teacher
+from megatron_tropd.teacher import TeacherSource, TeacherStart, load_teacher, signal_of
 from megatron_tropd.teacher.cached.digest import (
     model_digest,
     num_scored,
@@ -98,11 +99,13 @@ def load_to_score(config: Config) -> ToScore:
     """
     (alone,) = config.by_teacher.values()
     student = companions_of(config.model.student)
-    folders = {TEACHER: open_model(alone.model.teacher)}
+    signal_of(alone)  # a served teacher has no reference
+    folders = {TEACHER: open_model(alone.model.teacher, weights=alone.loads_teacher)}
     if alone.reference is not None:
         folders[reference_of(TEACHER)] = open_model(alone.reference)
     for who, folder in folders.items():
-        check_parallel(folder.config, alone.teacher_parallel, who=who)
+        if alone.loads_teacher:
+            check_parallel(folder.config, alone.teacher_parallel, who=who)
         tokenizer = check_same_tokenizer(student, folder.companions, other=who)
     configs = [read_config(student), *(folder.config for folder in folders.values())]
     context = min(model_shape(each).context for each in configs)
@@ -229,7 +232,7 @@ def _summary(out: Path, header: CacheHeader, seconds: float) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Scorer:
-    """A resident teacher on this rank, and what is kept of what it says."""
+    """A teacher on this rank, and what is kept of what it says."""
 
     teacher: TeacherSource
     layout: Layout
@@ -314,6 +317,7 @@ def _scorer(config: Config, found: ToScore, layout: Layout) -> Scorer:
         models.padded_vocab_size(*found.vocab_configs, tensor=layout.tp_size),
         found.vocab_size,
         found.folders.get(reference_of(TEACHER)),
+        longest=max(map(len, found.sequences), default=0),
     )
     return Scorer(
         load_teacher(alone.teacher.placement)(start),

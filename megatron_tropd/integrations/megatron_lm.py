@@ -40,6 +40,7 @@ from megatron_tropd.integrations.global_batch import (
 from megatron_tropd.integrations.loop_student import Distilled, LoopStudent
 from megatron_tropd.integrations.loss_report import LossReport
 from megatron_tropd.integrations.printed_log import PrintedLog
+from megatron_tropd.integrations.startup import served_teacher
 from megatron_tropd.losses import Method
 from megatron_tropd.teacher.cached import CachedTeacher, open_cache
 from megatron_tropd.teacher.resident import ResidentTeacher
@@ -80,6 +81,12 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
         "--tropd-teacher-cache",
         metavar="FOLDER",
         help="the teacher's scores of --tropd-trajectories (tropd score); no teacher is loaded",
+    )
+    add(
+        "--tropd-teacher-address",
+        metavar="URL",
+        nargs="+",
+        help="where `vllm serve` has the teacher (http://host:port); no teacher is loaded",
     )
     add(
         "--tropd-teacher-offload",
@@ -397,9 +404,11 @@ def recorded_trajectories(args: Namespace) -> Any:
 def _build_teacher(
     folder: HFFolder | MegatronFolder, args: Namespace, layout: Any
 ) -> ResidentTeacher | CachedTeacher:
-    """Build the teacher in the student's layout, or open its scores; collective."""
+    """Build the teacher in the student's layout, open its scores, or meet it; collective."""
     if args.tropd_teacher_cache is not None:
         return CachedTeacher(open_cache(args.tropd_teacher_cache, layout))
+    if args.tropd_teacher_address is not None:
+        return served_teacher(folder, args, layout, vocab_size=_vocab_size())
     from megatron_tropd.mcore import platform
     from megatron_tropd.mcore.frozen import frozen_model
 

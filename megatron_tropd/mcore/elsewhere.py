@@ -94,8 +94,7 @@ class ModelElsewhere:
         Collectives: those of ``Exchange.states``.
         """
         assert self.exchange is not None, "nothing was planned"
-        turns = schedule.turns(self.chunks, len(self.exchange.batches))
-        with self._frozen.ready(turns), torch.no_grad():
+        with self._frozen.ready(len(self.exchange.batches)), torch.no_grad():
             states = self.exchange.states(
                 self._states, wanted, hidden_size=self._hidden_size, dtype=self._dtype
             )

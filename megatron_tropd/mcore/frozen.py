@@ -60,7 +60,7 @@ class FrozenModel:
 
         Collectives: those of :func:`~megatron_tropd.mcore.schedule.hidden_states`.
         """
-        with self.ready(schedule.turns(self.chunks, len(micro_batches))):
+        with self.ready(len(micro_batches)):
             hidden = schedule.hidden_states(self.chunks, micro_batches)
         if not self.layout.is_last_stage:
             return []
@@ -68,10 +68,13 @@ class FrozenModel:
             self.weight_vH = output_weight(self.chunks[-1])
         return [HiddenStatesSignal(h, self.weight_vH, self.vocab_size) for h in hidden]
 
-    def ready(self, turns: Sequence[tuple[int, int]]) -> AbstractContextManager[None]:
-        """Have the weights on the device in a block that runs ``schedule.turns``."""
-        chunks = [chunk for _, chunk in turns]
-        return nullcontext() if self._on_host is None else self._on_host.visiting(chunks)
+    def ready(self, micro_batches: int) -> AbstractContextManager[None]:
+        """Have the weights on the device in a block that runs at most so many micro-batches."""
+        if self._on_host is None:
+            return nullcontext()
+        return self._on_host.visiting(
+            [chunk for _, chunk in schedule.turns(self.chunks, micro_batches)]
+        )
 
 
 def frozen_model(

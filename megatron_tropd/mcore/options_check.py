@@ -52,9 +52,9 @@ def check_options(config: Config, **configs: dict[str, Any]) -> None:
     megatron, parallel, student = config.megatron, config.parallel, configs["student"]
     check_types(megatron)
     for table, options in megatron.tables():
-        of_model = config.parallel_of(_model_of(table))
-        _check_context(table, options, of_model)
-        _check_virtual_pipeline(table, options, of_model)
+        layout = config.parallel_of(_model_of(table))
+        _check_context(table, options, layout)
+        _check_virtual_pipeline(table, options, layout)
         _check_machine(table, options)
     _check_recomputation(megatron.model)
     _check_overlap(config)

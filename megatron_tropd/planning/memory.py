@@ -476,7 +476,7 @@ def _signals(run: PlannedRun) -> float:
     """What the teacher says of a whole step."""
     if run.frozen:
         return sum(_hidden_states(run, model) for model in run.frozen)
-    each = signal_bytes_per_token(run.config.cached_top_k, reference=run.reference is not None)
+    each = signal_bytes_per_token(run.config.signal_top_k, reference=run.reference is not None)
     return float(run.work.step_loss_tokens * each)
 
 

@@ -46,10 +46,13 @@ _ITEMS = {
     "engine workspace": "engine_workspace",
     "KV cache": "kv_cache",
 }
+SERVED_ROWS = 1024
+"""Tokens whose logits vLLM 0.32 holds at once for ``prompt_logprobs`` (``CHUNK_SIZE`` of its V2
+model runner, which is CUDA's)."""
 _OF_ENGINE = {"engine_weights": "weights", "engine_workspace": "workspace", "kv_cache": "cache"}
 """Item -> the same of an engine that has GPUs of its own."""
-_OF_CACHE = {"teacher_hidden": "teacher's cached top-k"}
-"""Item -> its label if the teacher is cached."""
+_OF_TOP_K = {"teacher_hidden": "teacher's {} top-k"}
+"""Item -> its label if the teacher is cached or served."""
 _SENT = {
     "tensor parallel, teacher": "tensor_teacher",
     "tensor parallel, student": "tensor_student",
@@ -96,6 +99,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         },
         "trained_parameters": run.trained,
         "teacher_cache": _cache_json(run),
+        "teacher_served": _served_json(run),
         "hardware": asdict(run.hardware),
         "step": asdict(run.work),
         "asked": _estimate_json(plan.asked),
@@ -144,7 +148,7 @@ def _heading(run: PlannedRun) -> str:
         [
             *[(model.who, describe(model.config)) for model in run.named],
             *([("adapters", _adapters(run, run.lora))] if run.lora else []),
-            *[("scores", text) for text in _cache(run)],
+            *[("scores", text) for text in (*_cache(run), *_served(run))],
             ("cluster", _cluster(run)),
             ("rates", rates),
             ("step", step),
@@ -166,7 +170,7 @@ def _adapters(run: PlannedRun, lora: LoraConfig) -> str:
 def _cache_json(run: PlannedRun) -> dict[str, Any] | None:
     """What `tropd score` writes of each token; None: the run reads no scores."""
     config = run.config
-    if config.loads_teacher:
+    if config.teacher.placement != "cached":
         return None
     k, dtype = config.cached_top_k, config.teacher.cache_dtype
     each = bytes_per_token(k, dtype, reference=run.reference is not None)
@@ -181,6 +185,31 @@ def _cache(run: PlannedRun) -> list[str]:
     return [
         f"cached by `tropd score`, {kept['bytes_per_token']} bytes a token (k = {kept['top_k']}, "
         f"{kept['dtype']}) and 64 a sequence; no teacher is loaded"
+    ]
+
+
+def _served_json(run: PlannedRun) -> dict[str, Any] | None:
+    """What a served teacher is asked for, and what that takes there; None: there is none."""
+    config = run.config
+    if config.teacher.placement != "served":
+        return None
+    return {
+        "top_k": config.signal_top_k,
+        "requests": config.teacher.requests,
+        "logits_bytes": SERVED_ROWS * run.teacher.shape.vocab * run.element,
+    }
+
+
+def _served(run: PlannedRun) -> list[str]:
+    """A line about the served teacher, if the run has one."""
+    asked = _served_json(run)
+    if asked is None:
+        return []
+    return [
+        f"served at {len(run.config.teacher.address)} addresses, k = {asked['top_k']}, at most "
+        f"{asked['requests']} sequences under way at each; a server's logits of prompts take "
+        f"{_gb(asked['logits_bytes'])} GB, of {SERVED_ROWS} tokens at a time (docs/teachers.md); "
+        "no teacher is loaded"
     ]
 
 
@@ -200,7 +229,8 @@ def _memory_block(one: Estimate) -> str:
     heads = [f"stage {stage.stage}" for stage in shown] + (["engine"] if engine else [])
     rows = [["GB on each GPU", *heads]]
     for label, name in _ITEMS.items():
-        label = _OF_CACHE.get(name, label) if not run.frozen else label
+        if not run.frozen:
+            label = _OF_TOP_K.get(name, label).format(run.config.teacher.placement)
         values = [getattr(stage, name) for stage in shown] + _of_engine(engine, name)
         if any(values):
             rows.append([f"  {label}", *map(_gb, values)])

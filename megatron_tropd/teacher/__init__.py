@@ -52,6 +52,8 @@ class TeacherStart:
     """The model that the teacher is measured against, if the loss reads it."""
     student: "Student | None" = None
     """Of the run; None: there is none, for `tropd score` scores."""
+    longest: int = 0
+    """Tokens of the longest sequence; 0: not known."""
 
 
 class TeacherSource(Protocol):
@@ -72,8 +74,7 @@ class TeacherSource(Protocol):
         """Give the signal for the loss tokens of each micro-batch.
 
         Args:
-            batches: of this rank, made of the sequences of the last :meth:`begin`; none of several
-                teachers, if this rank has none of its rows.
+            batches: of this rank, made of the sequences of the last :meth:`begin`.
 
         Returns:
             One per micro-batch on the last stage, none elsewhere.
@@ -137,7 +138,7 @@ def make_teacher(
     sources = [load_teacher(start.config.teacher.placement)(start) for start in starts]
     if routes is None:
         return sources[0]
-    kept = [alone.cached_top_k for alone in config.by_teacher.values() if not alone.loads_teacher]
+    kept = [alone.signal_top_k for alone in config.by_teacher.values() if not alone.loads_teacher]
     return RoutedTeacher(
         sources,
         routes,

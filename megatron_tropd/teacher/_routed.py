@@ -215,7 +215,7 @@ class _Reader:
         Collectives: the teacher's; with context parallelism 1 all-reduce of each tensor, [slots,
         ...].
         """
-        signals = self._source.signals(batches)
+        signals = self._source.signals(batches) if batches else []
         if not first or not signals:
             return None
         at = [_slots(batch, first) for batch in batches]
@@ -244,6 +244,9 @@ class _Reader:
 
     def _packed(self, numbers: Sequence[int]) -> list[MicroBatch]:
         layout = self._layout
+        # Virtual stages want a multiple: the last one again, which fills its slots twice.
+        missing = -len(numbers) % layout.batch_multiple
+        numbers = [*numbers, *list(numbers[-1:]) * missing]
         read = [self._read[number] for number in numbers]
         written = [(s.writer_N != Writer.CONTEXT).astype(np.float32) for s in read]
         weighed = [s.replace(weight_N=w_N) for s, w_N in zip(read, written, strict=True)]
@@ -254,6 +257,7 @@ class _Reader:
             tokens_per_micro_batch=self._room,
             pad_multiple=layout.pad_multiple,
             rounded_to=layout.row_multiple,
+            batch_multiple=layout.batch_multiple,
             seed=0,
             step=0,
         )

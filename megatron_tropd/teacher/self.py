@@ -44,8 +44,6 @@ class SelfTeacher:
         """Run it forward; collectives: those of the schedule."""
         from megatron_tropd.mcore.hidden import output_weight
 
-        if not batches:
-            return []
         with self._weights():
             hidden = self._student.score(batches)
             if not self._student.model.layout.is_last_stage:

@@ -58,7 +58,7 @@ def _score(parts: Any, folder: Path, dtype: str) -> None:
     torch.distributed.barrier()
 
 
-def _numbers(parts: Any, method: str, step: int) -> dict[str, float]:
+def numbers(parts: Any, method: str, step: int) -> dict[str, float]:
     from megatron_tropd.distill.step import learn
 
     settings: dict[str, Any] = {"top_k": TOP_K} if preset(method).needs.top_k else {}
@@ -113,8 +113,8 @@ def compare(student: str, teacher: str, other: str, out: str) -> None:
             read_from = CachedTeacher(TeacherCache(folder), referenced=referenced)
             cached = replace(parts, teacher=read_from)
             for step in range(2):
-                resident = _numbers(parts, method, step)
-                read = _numbers(cached, method, step)
+                resident = numbers(parts, method, step)
+                read = numbers(cached, method, step)
                 assert resident.keys() == read.keys()
                 for name, value in resident.items():
                     assert read[name] == pytest.approx(

@@ -65,7 +65,9 @@ def _gradient(parts: Any, sequences: Sequence[TokenSequence], loss: Any = None) 
     forward_backward(parts, batches, counts, 0, record=record, prompts=prompts)
     metrics = sums.reduce().metrics()
     total = counts.total
-    gradients = {n: p.main_grad.clone() * total for n, p in parts.student.chunk.named_parameters()}
+    gradients = {
+        n: p.main_grad.clone() * total for n, p in parts.student.chunks[0].named_parameters()
+    }
     return {"loss": metrics["loss"] * total, "of": metrics, "gradients": gradients, "count": total}
 
 

@@ -29,10 +29,10 @@ from warm_engines import environment_of_commands
 
 from megatron_tropd.base.errors import ServersLost
 from megatron_tropd.config import load_config
+from megatron_tropd.data.dispatch import Patience
 from megatron_tropd.data.samples import Sample, SampleRequest, Sampling
 from megatron_tropd.rollout.engines import wire
 from megatron_tropd.rollout.engines.client import ClientSettings
-from megatron_tropd.rollout.engines.dispatch import Patience
 from megatron_tropd.rollout.engines.engine import RolloutEngine
 from megatron_tropd.rollout.engines.pool import cut_batches, merge_batches
 from megatron_tropd.rollout.engines.served import ServerPool

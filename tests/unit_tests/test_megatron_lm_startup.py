@@ -131,6 +131,12 @@ def test_megatron_lm_refuses_losses(options: str, named: str, tiny_model) -> Non
         ({"calculate_per_token_loss": False}, "--calculate-per-token-loss"),
         ({"tropd_teacher_cache": "c", "tropd_teacher_offload": "host"}, "none is loaded"),
         ({"tropd_teacher_cache": "c", "tropd_metrics": True}, "most likely ids alone"),
+        ({"tropd_teacher_address": ["a"], "tropd_metrics": True}, "most likely ids alone"),
+        ({"tropd_teacher_address": ["a"], "tropd_teacher_cache": "c"}, "is at one place"),
+        (
+            {"tropd_teacher_address": ["a"], "reset_attention_mask": True},
+            "read the row as one text",
+        ),
     ],
 )
 def test_megatron_lm_refuses_what_it_was_not_made_for(settings, named, tiny_model) -> None:

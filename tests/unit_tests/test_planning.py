@@ -569,6 +569,7 @@ def test_no_layout_of_a_prime_number_of_gpus(small: Config):
 PLAN_KEYS = {
     *("schema", "seconds_and_recommendation", "student", "teacher", "trained_parameters"),
     *("hardware", "step", "asked", "recommended", "other_steps_ahead", "teacher_cache"),
+    "teacher_served",
 }
 ESTIMATE_KEYS = {
     *("parallel", "rollout", "training_nodes", "engine_nodes", "fits", "obstacle"),
@@ -599,6 +600,23 @@ def test_command_prints_a_table_or_json(capsys):
     assert plan["asked"].keys() == ESTIMATE_KEYS
     recommended = plan["recommended"]["parallel"]
     assert recommended["tensor"] * recommended["pipeline"] * recommended["data"] == 16
+
+
+def test_a_served_teacher_takes_no_memory_and_its_server_a_stated_size(capsys):
+    served = ["teacher.placement=served", 'teacher.address=["http://a:1", "http://b:1"]']
+    served += ["loss.top_k=16", "evaluation.teacher=false"]
+    words = [str(RECIPES / "qwen3_1.7b.toml"), *served]
+    assert main(["plan", *words, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    first, step = plan["asked"]["memory_bytes"][0], plan["step"]
+    assert first["teacher_weights"] == first["teacher_forward"] == 0
+    assert first["teacher_hidden"] == step["rows"] * step["longest_response"] * (16 * 12 + 4)
+    logits = 1024 * 151936 * 2
+    assert plan["teacher_served"] == {"top_k": 16, "requests": 32, "logits_bytes": logits}
+    assert plan["teacher_cache"] is None
+    assert main(["plan", *words]) == 0
+    table = " ".join(capsys.readouterr().out.split())
+    assert "served at 2 addresses, k = 16" in table and "teacher's served top-k" in table
 
 
 def test_a_cached_teacher_takes_no_memory_and_a_stated_size_on_disk(capsys):

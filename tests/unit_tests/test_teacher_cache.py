@@ -383,7 +383,7 @@ def test_the_setting_s_former_name_is_read_in_run_folders_alone(tmp_path: Path):
 # ---- tropd score ----
 
 
-def _write_rollouts(folder: Path, count: int = 12) -> Config:
+def write_rollouts(folder: Path, count: int = 12) -> Config:
     """Answers of several lengths to the first prompts, and the settings that score them."""
     tokenizer = load_tokenizer(PAIR / "student")
     config = load_config(
@@ -428,7 +428,7 @@ def score_in_shards(config: dict[str, Any], killed_at: str | None) -> None:
 
 
 def test_more_ids_than_there_are_cannot_be_kept(tmp_path: Path):
-    config = _write_rollouts(tmp_path)
+    config = write_rollouts(tmp_path)
     config = dataclasses.replace(
         config, teacher=dataclasses.replace(config.teacher, cache_top_k=VOCAB + 1)
     )
@@ -437,7 +437,7 @@ def test_more_ids_than_there_are_cannot_be_kept(tmp_path: Path):
 
 
 def test_a_killed_writer_goes_on_and_writes_the_same_bytes(tmp_path: Path):
-    config = config_to_dict(_write_rollouts(tmp_path))
+    config = config_to_dict(write_rollouts(tmp_path))
     cache = tmp_path / "cache"
     assert run_in_process(score_in_shards, config, "signals-00002.safetensors") == -signal.SIGKILL
     left = sorted(path.name for path in cache.glob("*signals-*"))
