@@ -9,7 +9,9 @@ replicas compute equal shapes. ``greedy`` is ``data.dealing``; ``differencing`` 
 micro-batches by Karmarkar and Karp's method. Lengths are drawn log-normally (``LENGTHS``).
 
 *Measured*: two replicas of a random pair on this machine's cores, with lengths 1/16 as long; the
-same steps dealt in turns and by work, one after the other.
+same steps dealt in turns and by work, one after the other. Processor seconds of the busiest rank,
+which other programs do not lengthen much, and how much more they are than the ranks' mean; beside
+them what the metric ``waiting_share`` says, in which the others' load is.
 
 The result goes to ``benchmarks/results/balance-<hardware>.json``; ``--table`` prints the committed
 one as docs/parallelism.md shows it.
@@ -19,6 +21,7 @@ import argparse
 import heapq
 import itertools
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -98,6 +101,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(table(json.loads(path.read_text())))
         return
     name, hardware = describe_hardware()
+    hardware["load_average_before"] = round(os.getloadavg()[0], 2)
     began = time.time()
     result = {
         "hardware": hardware,
@@ -256,10 +260,10 @@ def measured(steps: int) -> list[dict[str, Any]]:
             torch.manual_seed(seed)
             config = LlamaConfig(
                 vocab_size=2048,
-                hidden_size=256,
-                intermediate_size=1024,
-                num_hidden_layers=4,
-                num_attention_heads=4,
+                hidden_size=128,
+                intermediate_size=512,
+                num_hidden_layers=2,
+                num_attention_heads=2,
                 max_position_embeddings=2048,
             )
             AutoModelForCausalLM.from_config(config).save_pretrained(Path(scratch) / name)
@@ -288,15 +292,19 @@ def work_of_rank(rank: int, scratch: str, steps: int) -> None:
             for name, way in ways.items():
                 setattr(step_module, "dealt_to_replicas", way)  # noqa: B010
                 dist.barrier()
-                began = time.perf_counter()
+                began = time.process_time()
                 metrics = step_module.learn(parts, sequences, max(number, 0)).metrics
                 shares = {key: metrics[key] for key in ("padding_share", "waiting_share")}
+                each = [torch.zeros(1) for _ in range(REPLICAS)]
+                dist.all_gather(each, torch.tensor([time.process_time() - began]))
+                most = max(map(float, each))
+                idle = 1 - sum(map(float, each)) / REPLICAS / most
                 if number >= 0:  # the first is a warm-up
-                    seconds[name].append({"seconds": time.perf_counter() - began, **shares})
-        for name, each in seconds.items():
-            medians = {k: round(statistics.median(s[k] for s in each), 4) for k in each[0]}
-            pairs = zip(each, seconds["in turns"], strict=True)
-            ratio = statistics.median(a["seconds"] / b["seconds"] for a, b in pairs)
+                    seconds[name].append({"cpu_seconds": most, "idle_share": idle, **shares})
+        for name, steps_of in seconds.items():
+            medians = {k: round(statistics.median(s[k] for s in steps_of), 4) for k in steps_of[0]}
+            pairs = zip(steps_of, seconds["in turns"], strict=True)
+            ratio = statistics.median(a["cpu_seconds"] / b["cpu_seconds"] for a, b in pairs)
             found.append({"lengths": kind, "dealt": name, **medians, "ratio": round(ratio, 3)})
     if rank == 0:
         (Path(scratch) / "found.json").write_text(json.dumps(found))
@@ -354,12 +362,13 @@ def table(result: dict[str, Any]) -> str:
             f"| {row['micro_batches']:.1f} | {row['time_over_in_turns']:.3f} "
             f"| {row['experts_shared_over_in_turns']:.3f} |"
         )
-    lines += ["", "| lengths | dealt | padding | waiting | seconds | ratio |"]
-    lines.append("|---|---|---|---|---|---|")
+    lines += ["", "| lengths | dealt | padding | idle | `waiting_share` | CPU seconds | ratio |"]
+    lines.append("|---|---|---|---|---|---|---|")
     for row in result["measured"]:
         lines.append(
             f"| {row['lengths']} | {row['dealt']} | {row['padding_share']:.1%} "
-            f"| {row['waiting_share']:.1%} | {row['seconds']:.2f} | {row['ratio']:.2f} |"
+            f"| {row['idle_share']:.1%} | {row['waiting_share']:.1%} | {row['cpu_seconds']:.2f} "
+            f"| {row['ratio']:.2f} |"
         )
     return "\n".join(lines).replace("%", " %")
 

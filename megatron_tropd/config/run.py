@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 
 from megatron_tropd.base import deterministic
 from megatron_tropd.base.errors import ConfigError
+from megatron_tropd.base.parts import check_part
 from megatron_tropd.base.text_files import read_toml
 from megatron_tropd.config.loss import LossSettings, loss_defaults, preset
 from megatron_tropd.config.loss_of_0_1 import new_form, refuse_old_form
@@ -44,6 +45,8 @@ TEACHER = "teacher"
 """What messages call the teacher; one of several is "teacher NAME"."""
 STUDENT = "student"
 """``teacher.reference``: the weights that the student starts from."""
+_SOURCES, _MODES = "megatron_tropd.teacher", "megatron_tropd.rollout.episodes"
+"""Packages whose modules teacher.placement and rollout.mode name."""
 CACHED_TOP_K = 64
 """``teacher.cache_top_k`` of a loss that needs no more."""
 _GREEDY = "On-policy samples are drawn at random (evaluation is greedy by itself)."
@@ -211,7 +214,7 @@ class ParallelConfig(ModelParallelConfig, section="parallel"):
         return self.context * self.data
 
     @property
-    def chunks(self) -> int:
+    def num_chunks(self) -> int:
         """Parts that the layers are cut into, one after the other."""
         return self.pipeline * self.virtual_pipeline
 
@@ -495,7 +498,8 @@ class TeacherConfig(Settings, section="teacher"):
     """Where the resident teacher's layers (and its reference's) are while they do not score. none:
     on the GPU. host: page-locked in the host's memory; all visit the GPU to score a step.
     host_by_layer: the same, but they visit one after the other for each micro-batch, two at a time
-    (docs/planning.md says when). No number changes."""
+    (docs/planning.md says when). No number changes. Of a cached teacher: while ``tropd score``
+    runs."""
 
     context: str | None = None
     """What the teacher reads in the place of the prompt: a text with fields of the prompt's line in
@@ -637,9 +641,12 @@ class Config(Settings):
         if self.run.deterministic:
             deterministic.check_options("model", self.megatron.model)
             deterministic.check_options("teacher", self.megatron.teacher)
+        check_part(_MODES, self.rollout.mode, setting="rollout.mode")
+        self._check_cp_comm_type()
         if self.teachers:
             self._check_teachers()
         else:
+            check_part(_SOURCES, self.teacher.placement, setting="teacher.placement")
             self._check_reference()
             self._check_offload()
             self._check_teacher_layout()
@@ -712,6 +719,16 @@ class Config(Settings):
             not named,
             f"{', '.join(named)} takes one teacher, found [[teachers]]. Change one of the two.",
         )
+
+    def _check_cp_comm_type(self) -> None:
+        """Refuse a way of keys and values that leads nowhere."""
+        for table, options in self.megatron.tables():
+            layout = self.teacher_parallel if table == "teacher" else self.parallel
+            _require(
+                layout.context > 1 or "cp_comm_type" not in options,
+                f"megatron.{table}.cp_comm_type does nothing without context parallelism, found "
+                f"{layout.key('context')} = 1. Raise that, or remove this one.",
+            )
 
     def _check_recorded(self) -> None:
         name, recorded = self.loss.method_name(), self.rollout.recorded
@@ -898,7 +915,7 @@ class Config(Settings):
         is_set, source = self.teacher.offload != "none", self.teacher.placement
         copied = source == SELF and self.teacher.ema_decay is None and self.model.lora is None
         _require(
-            not is_set or source == TeacherConfig.placement or ":" in source or copied,
+            not is_set or source in (TeacherConfig.placement, "cached") or ":" in source or copied,
             f"{where} is for a model on the student's ranks, found teacher.placement = "
             f'"{source}". Remove one of the two.',
         )

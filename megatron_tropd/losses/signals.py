@@ -6,7 +6,7 @@ compared once at start-up (:func:`check_signal`), so a mismatch never costs a st
 Shape suffixes: T = tokens, V = whole vocabulary, v = this rank's shard, K = top-k, H = hidden.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -24,6 +24,12 @@ FULL = "full"
 """Every log p: the other two and all sums over the vocabulary follow from it."""
 REFERENCE = "reference"
 """The same of the model that the teacher is measured against."""
+_IN_WORDS = {
+    FULL: "the whole distribution of each token",
+    TOP_K: "its most likely ids",
+    SAMPLED: "the log-prob of each sampled token",
+    REFERENCE: "a reference model",
+}
 
 
 class TeacherSignal(Protocol):
@@ -302,13 +308,12 @@ def check_signal(
         ConfigError: the loss needs something the signal does not provide, or its top-k exceeds
             the vocabulary.
     """
-    name = signal.__name__ if isinstance(signal, type) else type(signal).__name__
     loss = f"loss.method = {config.method_name()!r}"
     if missing := required_signal(config) - signal.provides:
         raise ConfigError(
-            f"{loss} needs {sorted(missing)} of the teacher, but {name} provides only "
-            f"{sorted(signal.provides)}. Choose another teacher.placement, or a method that works "
-            f"with this one: {', '.join(methods_for(signal))}."
+            f"{loss} needs of the teacher {_in_words(missing)}, found one that gives only "
+            f"{_in_words(signal.provides)}. Choose another teacher.placement, or a method that "
+            f"works with this one: {', '.join(methods_for(signal))}."
         )
     if max(config.merge_ids, default=0) >= vocab_size:
         raise ConfigError(
@@ -320,3 +325,7 @@ def check_signal(
             f"{loss} needs loss.top_k <= the vocabulary of {vocab_size} tokens, found "
             f"{config.needs.top_k}. Set loss.top_k to at most {vocab_size}."
         )
+
+
+def _in_words(parts: Collection[str]) -> str:
+    return " and ".join(words for part, words in _IN_WORDS.items() if part in parts)

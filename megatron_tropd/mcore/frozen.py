@@ -69,12 +69,10 @@ class FrozenModel:
         return [HiddenStatesSignal(h, self.weight_vH, self.vocab_size) for h in hidden]
 
     def ready(self, micro_batches: int) -> AbstractContextManager[None]:
-        """Have the weights on the device in a block that runs at most so many micro-batches."""
+        """Have the weights on the device in a block that runs so many micro-batches."""
         if self._on_host is None:
             return nullcontext()
-        return self._on_host.visiting(
-            [chunk for _, chunk in schedule.turns(self.chunks, micro_batches)]
-        )
+        return self._on_host.visiting(c for _, c in schedule.turns(self.chunks, micro_batches))
 
 
 def frozen_model(

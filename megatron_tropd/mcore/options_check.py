@@ -52,9 +52,7 @@ def check_options(config: Config, **configs: dict[str, Any]) -> None:
     megatron, parallel, student = config.megatron, config.parallel, configs["student"]
     check_types(megatron)
     for table, options in megatron.tables():
-        layout = config.parallel_of(_model_of(table))
-        _check_context(table, options, layout)
-        _check_virtual_pipeline(table, options, layout)
+        _check_virtual_pipeline(table, options, config.parallel_of(_model_of(table)))
         _check_machine(table, options)
     _check_recomputation(megatron.model)
     _check_overlap(config)
@@ -134,23 +132,6 @@ def _check_machine(table: Table, options: dict[str, Any]) -> None:
         here = {"CUDA": platform.has_cuda(), "Transformer Engine": models.has_transformer_engine()}
         if not here[verdict.needs]:
             raise _missing(f"megatron.{table}.{name} = {options[name]!r}", verdict.needs)
-
-
-def _check_context(table: Table, options: dict[str, Any], parallel: ParallelConfig) -> None:
-    """Refuse ways of keys and values that lead nowhere, or over groups that nobody makes."""
-    if "cp_comm_type" not in options:
-        return
-    where, asked = f"megatron.{table}.cp_comm_type", options["cp_comm_type"]
-    if parallel.context == 1:
-        raise ConfigError(
-            f"{where} does nothing without context parallelism, found {parallel.key('context')} = "
-            "1. Raise that, or remove this one."
-        )
-    if "a2a+p2p" in ([asked] if isinstance(asked, str) else asked):
-        raise ConfigError(
-            f'{where} = "a2a+p2p" needs two levels of groups, found one. Set "p2p", "all_gather" '
-            'or "a2a".'
-        )
 
 
 def _check_virtual_pipeline(

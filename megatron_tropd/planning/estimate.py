@@ -16,8 +16,6 @@ class Estimate:
     """What a layout needs and takes."""
 
     run: PlannedRun
-    communication: Communication
-    seconds: Seconds
     peak: float
     """Bytes on the fullest training GPU."""
     obstacle: str
@@ -27,6 +25,16 @@ class Estimate:
     def fits(self) -> bool:
         """Whether every GPU holds what it must."""
         return not self.obstacle
+
+    @cached_property
+    def communication(self) -> Communication:
+        """Bytes that a GPU sends."""
+        return communication(self.run)
+
+    @cached_property
+    def seconds(self) -> Seconds:
+        """Of the phases of a step."""
+        return seconds(self.run, self.communication)
 
     @cached_property
     def memory(self) -> list[Memory]:
@@ -50,11 +58,9 @@ def slow_phases(one: Estimate) -> list[str]:
 
 def estimate(run: PlannedRun) -> Estimate:
     """Everything about one layout; arithmetic only."""
-    fullest, sent = fullest_stages(run), communication(run)
+    fullest = fullest_stages(run)
     return Estimate(
         run,
-        sent,
-        seconds(run, sent),
         peak=max(stage.peak for stage in fullest),
         obstacle=obstacle(run, fullest),
     )

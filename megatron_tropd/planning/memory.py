@@ -9,6 +9,7 @@ trainer computes. A separate one has GPUs of its own, which hold nothing else.
 from dataclasses import dataclass
 
 from megatron_tropd.config.teacher_cache import signal_bytes_per_token
+from megatron_tropd.convert.sizes import stage_chunks
 from megatron_tropd.planning.activations import activations, widths
 from megatron_tropd.planning.parameters import PlannedModel, RankParameters
 from megatron_tropd.planning.planned_run import PlannedRun
@@ -188,7 +189,7 @@ class Visit:
 
 def visiting_bytes(run: PlannedRun, model: PlannedModel, stage: int) -> Visit:
     """Embedding and layers: all of them visit, or one is run while the next arrives."""
-    offload = run.config.teacher.offload
+    offload = run.options.teacher
     if offload == "none":
         return Visit()
     own, stages = run.scoring, run.scoring_stages(stage)
@@ -219,6 +220,12 @@ def obstacle(run: PlannedRun, stages: list[Memory]) -> str:
         return (
             f"rollout.engine_gpu_share = {run.rollout.engine_gpu_share:g} is "
             f"{engine.total / 1e9:.1f} GB, an engine's GPU has {usable / 1e9:.1f} usable ones"
+        )
+    on_host, has = host_bytes(run) + saving_host_bytes(run), run.hardware.host_memory_gb * 1e9
+    if run.hardware.layers != "cpu" and on_host > has:
+        return (
+            f"a node needs {on_host / 1e9:.0f} GB of memory of its own while it saves a "
+            f"checkpoint, it has {has / 1e9:.0f}"
         )
     return engine_obstacle(run)
 
@@ -381,8 +388,9 @@ def _saving_bytes(run: PlannedRun, held: RankParameters, stage: int) -> float:
 def largest_buckets(run: PlannedRun, held: RankParameters, stage: int) -> tuple[float, float]:
     """Parameters of the largest bucket of gradients: (of dense ones, of experts).
 
-    An embedding that two stages share has its own. If gradients are reduced beside the backward
-    pass, the first stage has many: the last to be full takes the embedding, too.
+    An embedding that two stages share has its own, and so has each chunk. If gradients are reduced
+    beside the backward pass, the first chunk of all has many: the last to be full takes the
+    embedding, too.
     """
     p, shape = run.parallel, run.student.shape
     embedding = run.vocab_shard * shape.hidden
@@ -390,8 +398,11 @@ def largest_buckets(run: PlannedRun, held: RankParameters, stage: int) -> tuple[
     if run.lora:
         embedding, shared = 0, False
     alone = embedding if shared else 0
-    dense, experts = float(held.dense - alone), float(held.experts)
-    if run.options.overlap_gradients and stage == 0:
+    chunks = list(map(len, stage_chunks(shape.layers, p.pipeline, p.virtual_pipeline)[stage]))
+    share = max(chunks) / sum(chunks)
+    ends = embedding - alone if stage in (0, run.last_stage) else 0
+    dense, experts = (held.dense - alone - ends) * share + ends, held.experts * share
+    if run.options.overlap_gradients and (stage, len(chunks)) == (0, 1):
         limit = max(_BUCKET_PARAMETERS, _OF_REPLICA * p.replicas)
         dense, experts = min(dense, limit + embedding - alone), min(experts, limit)
     return max(dense, alone), experts
@@ -457,13 +468,18 @@ def engine_host_bytes(run: PlannedRun) -> float:
 def saving_host_bytes(run: PlannedRun) -> float:
     """About what a save takes of a node's own memory, until it is written.
 
-    Every rank gathers the main weights and moments of its part of the model there, those of all
-    replicas (``checkpoint_sharding = "fully_reshardable"``, as at least the last save is).
+    What ``mcore.checkpoint.saving_bytes`` counts on each of its ranks. With the distributed
+    optimizer every rank gathers the main weights and moments of its part of the model there, those
+    of all replicas (``checkpoint_sharding = "fully_reshardable"``, as at least the last save is).
+    Without, the first replica alone writes them; experts may be written by any.
     """
-    ranks = min(run.hardware.gpus_per_node, run.parallel.world_size)
-    held = run.trained_of(0)
-    states = 3 * _FLOAT32 if run.parallel.distributed_optimizer else 0
-    return ranks * held.total * float(states + run.element)
+    p, held = run.parallel, run.trained_of(0)
+    ranks = range(min(run.hardware.gpus_per_node, p.world_size))
+    first = sum(rank // p.tensor % p.replicas == 0 for rank in ranks)
+    writers = len(ranks) if p.distributed_optimizer else first
+    has_main = p.distributed_optimizer or run.element == 2
+    each = run.element + _FLOAT32 * (2 + has_main)
+    return float(each * (writers * held.dense + len(ranks) * held.experts))
 
 
 def checkpoint_bytes(run: PlannedRun) -> float:

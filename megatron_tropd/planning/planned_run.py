@@ -31,7 +31,7 @@ class PlannedRun:
     work: Workload
     hardware: Hardware
     options: Options
-    """Of Megatron's own, replacing the config's."""
+    """Megatron's own and ``teacher.offload``, replacing the config's."""
     element: int
     """Bytes of a weight or activation: 2 for bfloat16, 4 for float32."""
 
@@ -225,7 +225,7 @@ def plan_run(
             response_tokens=response_tokens,
         ),
         hardware=hardware,
-        options=options(config.megatron),
+        options=options(config.megatron, teacher=config.teacher.offload),
         element=2 if kind == "bfloat16" else 4,
     )
     _check(run)

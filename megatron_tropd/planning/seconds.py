@@ -85,6 +85,16 @@ def seconds(run: PlannedRun, sent: Communication) -> Seconds:
     )
 
 
+def fewest_seconds(run: PlannedRun) -> float:
+    """Of a step's products alone if all GPUs had equal shares of them: no layout is faster."""
+    positions = run.work.trajectories * run.work.mean
+
+    def forward(model: PlannedModel) -> float:
+        return model.shape.layers * layer_seconds(run, model, positions) / run.parallel.world_size
+
+    return sum(map(forward, run.frozen)) + (2 if run.lora else 3) * forward(run.student)
+
+
 def teacher_seconds(run: PlannedRun, model: PlannedModel) -> float:
     """Of the scoring by one frozen model, whose weights may have to come from the host.
 
@@ -93,7 +103,7 @@ def teacher_seconds(run: PlannedRun, model: PlannedModel) -> float:
     own = run.scoring
     passes = pass_seconds(own, model, backward=False)
     arrival = visiting_bytes(run, model, 0).moved / run.hardware.host_link
-    if run.config.teacher.offload == "host_by_layer":
+    if run.options.teacher == "host_by_layer":
         passes, arrival = max(passes, _slots(own) * arrival), 0.0
     link = run.hardware.link(own.parallel.world_size)
     return passes + arrival + exchanged_bytes(run, model) / link

@@ -126,6 +126,7 @@ def _report(rank: "RehearsedRank", counts: dict[str, Counter[Any]], seconds: flo
         stage=layout.pp_rank,
         tensor_rank=layout.tp_rank,
         data_rank=layout.dp_rank,
+        context_rank=layout.cp_rank,
         micro_batches=rank.planned.work.most_micro_batches,
         run_micro_batches=rank.run_micro_batches,
         phases=phases,

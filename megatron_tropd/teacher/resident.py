@@ -11,7 +11,7 @@ from megatron_tropd.teacher import TeacherStart
 if TYPE_CHECKING:
     from megatron_tropd.mcore.elsewhere import ModelElsewhere
     from megatron_tropd.mcore.frozen import FrozenModel
-    from megatron_tropd.teacher.other_layout import OtherLayout
+    from megatron_tropd.teacher._other_layout import OtherLayout
 
 
 class ResidentTeacher:
@@ -58,7 +58,7 @@ class _OfRun(ResidentTeacher):
         """Build its models."""
         # Megatron only where a run trains: a dry run and the engines look at ``signal`` alone.
         from megatron_tropd.mcore.frozen import frozen_model
-        from megatron_tropd.teacher.other_layout import OtherLayout
+        from megatron_tropd.teacher._other_layout import OtherLayout
 
         if start.config.teacher.parallel is not None:
             elsewhere = OtherLayout(start)
