@@ -105,7 +105,7 @@ def load_to_score(config: Config) -> ToScore:
         folders[reference_of(TEACHER)] = open_model(alone.reference)
     for who, folder in folders.items():
         if alone.loads_teacher:
-            check_parallel(folder.config, config.parallel_of(who), who=who)
+            check_parallel(folder.config, alone.teacher_parallel, who=who)
         tokenizer = check_same_tokenizer(student, folder.companions, other=who)
     configs = [read_config(student), *(folder.config for folder in folders.values())]
     context = min(model_shape(each).context for each in configs)

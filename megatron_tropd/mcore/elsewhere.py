@@ -79,7 +79,7 @@ class ModelElsewhere:
 
     @property
     def chunks(self) -> Sequence[Any]:
-        """This rank's part of the model."""
+        """This rank's part of the model: one chunk."""
         return self._frozen.chunks
 
     def score(self, wanted: Sequence[MicroBatch]) -> list[HiddenStatesSignal]:

@@ -22,8 +22,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_tropd.data.batch import MicroBatch, upload
+from megatron_tropd.data.dealing import BatchRows
 from megatron_tropd.data.sequence import TokenSequence, Writer
 from megatron_tropd.losses.align import all_to_all_rows
+from megatron_tropd.mcore import platform
 from megatron_tropd.mcore.layout import Layout
 
 Places = NDArray[np.int64]
@@ -32,33 +34,17 @@ ROUND_OF_STAGE = 4
 let stages wait."""
 
 
-class Rows(NamedTuple):
-    """Rows of one micro-batch of a rank, as the others need to know them."""
-
-    numbers: tuple[int, ...]
-    """Of the sequences."""
-    length: int
-    """S."""
-
-
 @dataclass(frozen=True)
-class Dealt:
-    """The micro-batches of a rank."""
+class Wanted:
+    """The student's micro-batches on a rank, as the others need to know them."""
 
-    batches: tuple[Rows, ...]
+    batches: tuple[BatchRows, ...]
+    """Numbers of the sequences, and S."""
 
     @classmethod
-    def of(cls, batches: Sequence[MicroBatch], *, shares: int = 1) -> Self:
+    def of(cls, batches: Sequence[MicroBatch], *, shares: int) -> Self:
         """Describe micro-batches of which a rank has one of so many ``shares``."""
-        return cls(tuple(Rows(b.rows, b.tokens.shape[1] * shares) for b in batches))
-
-
-class Offered(Dealt):
-    """Of the model that scores."""
-
-
-class Wanted(Dealt):
-    """Of the student."""
+        return cls(tuple(BatchRows(b.rows, b.tokens.shape[1] * shares) for b in batches))
 
 
 class _Transfer(NamedTuple):
@@ -122,7 +108,7 @@ class Exchange:
 
         Collectives: those of ``score``, and 1 all-to-all of all ranks, in each round.
         """
-        device = wanted[0].tokens.device
+        device = platform.device()
         empty = torch.empty(0, hidden_size, dtype=dtype, device=device)
         found = [empty.new_empty(count, hidden_size) for count in self.expected]
         for number, part in enumerate(self.rounds):
@@ -140,6 +126,7 @@ class Exchange:
 
 
 def plan_exchange(
+    dealt: Sequence[Sequence[BatchRows]],
     batches: Sequence[MicroBatch],
     wanted: Sequence[MicroBatch],
     sequences: Mapping[int, TokenSequence],
@@ -150,22 +137,22 @@ def plan_exchange(
     """Say what this rank computes for whom.
 
     Args:
-        batches: of this rank in the scorer's layout, whole rows on the host; ``rows`` name the
-            sequences. A number of more than one row is scored and sent from one of them.
-        wanted: of this rank in the student's layout.
+        dealt: the scorer's micro-batches by its data-parallel ranks, equally many. If a number is
+            there twice, one of the two rows is sent.
+        batches: those of this rank, whole rows on the host.
+        wanted: of this rank in the student's layout; it may have none.
         sequences: of all rows, by their numbers; the same on every rank.
         scorer: layout of the model that scores.
         student: layout of the student.
 
-    Collectives: 2 all-gathers of a few numbers a row, on the host.
+    Collectives: 1 all-gather of a few numbers a row, on the host.
     """
-    local = [scorer.local(batch) for batch in batches]
-    offers = _told(Offered.of(batches))
     wants = _told(Wanted.of(wanted, shares=student.cp_size))
+    local = [scorer.local(batch) for batch in batches]
     written = {number: written_positions(sequences[number]) for number in sequences}
     mine = [
         transfer
-        for transfer in _transfers(offers, wants, written, scorer, student)
+        for transfer in _transfers(dealt, wants, written, scorer, student)
         if scorer.rank in (transfer.sender, transfer.receiver)
     ]
     sends, per_round = _Sends(mine, local, scorer), _per_round(scorer)
@@ -174,7 +161,7 @@ def plan_exchange(
         for start in range(0, len(local), per_round)
     ]
     expected = [
-        sum(len(_held(written[n], rows.length, student)) for n in rows.numbers)
+        sum(len(_held(written[n], rows.length, student)) for n in rows.rows)
         for rows in wants[student.rank].batches
         if student.is_last_stage
     ]
@@ -199,29 +186,29 @@ def _per_round(scorer: Layout) -> int:
     return 1 if scorer.pp_size == 1 else ROUND_OF_STAGE * scorer.pp_size
 
 
-def _told[T: Dealt](mine: T) -> list[T]:
-    """What every rank has, by its number; collective."""
+def _told(mine: Wanted) -> list[Wanted]:
+    """What every rank wants, by its number; collective."""
     told = [mine] * dist.get_world_size()
     dist.all_gather_object(told, mine)
     return told
 
 
 def _transfers(
-    offers: Sequence[Dealt],
-    wants: Sequence[Dealt],
+    dealt: Sequence[Sequence[BatchRows]],
+    wants: Sequence[Wanted],
     written: Mapping[int, Places],
     scorer: Layout,
     student: Layout,
 ) -> Iterator[_Transfer]:
     """All tokens that travel, or stay where they are, in the same order on every rank."""
-    at, senders = _sources(offers, scorer), _Senders(scorer)
-    for receiver, dealt in enumerate(wants):
+    at, senders = _sources(dealt), _Senders(scorer)
+    for receiver, wanted in enumerate(wants):
         _, pp_rank, replica = student.place(receiver)
         if pp_rank != student.pp_size - 1:
             continue
-        for target, rows in enumerate(dealt.batches):
+        for target, rows in enumerate(wanted.batches):
             start = 0
-            for number in rows.numbers:
+            for number in rows.rows:
                 positions = _held(written[number], rows.length, student, replica)
                 places = np.arange(start, start + len(positions))
                 start += len(positions)
@@ -257,16 +244,15 @@ class _Senders:
 
 
 def _sources(
-    offers: Sequence[Dealt], scorer: Layout
+    dealt: Sequence[Sequence[BatchRows]],
 ) -> dict[int, tuple[int, tuple[int, int], int]]:
     """Sequence -> the data-parallel rank that scores it, micro-batch and row there, and S."""
-    at = {}
-    for dp_rank in range(scorer.dp_size):
-        first = _holders(scorer, dp_rank * scorer.cp_size)[0]
-        for batch, rows in enumerate(offers[first].batches):
-            for row, number in enumerate(rows.numbers):
-                at[number] = dp_rank, (batch, row), rows.length
-    return at
+    return {
+        number: (dp_rank, (batch, row), rows.length)
+        for dp_rank, batches in enumerate(dealt)
+        for batch, rows in enumerate(batches)
+        for row, number in enumerate(rows.rows)
+    }
 
 
 def _holders(scorer: Layout, replica: int) -> list[int]:

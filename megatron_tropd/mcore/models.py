@@ -241,6 +241,7 @@ def _chunk(
         post_process=layout.is_last_stage and number == len(of_rank) - 1,
         share_embeddings_and_output_weights=shape.tied,
         position_embedding_type="rope",
+        pg_collection=layout.groups,
         vp_stage=number if len(of_rank) > 1 else None,
     )
 

@@ -72,7 +72,7 @@ def check_options(config: Config, **configs: dict[str, Any]) -> None:
     for who, alone in config.by_teacher.items():
         for name in (who, reference_of(who)):
             if name in configs and alone.loads_teacher:
-                _built("teacher", configs[name], config, dtype)
+                _built("teacher", configs[name], alone, dtype)
     ddp_config(parallel, megatron)
     optimizer_config(config.train, parallel, dtype, megatron, model=built)
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from functools import cached_property
 
+from megatron_tropd.config import ParallelConfig
 from megatron_tropd.planning.communication import Communication, communication
 from megatron_tropd.planning.memory import Memory, fullest_stages, memory, obstacle
 from megatron_tropd.planning.options import describe_options
@@ -67,17 +68,9 @@ def estimate(run: PlannedRun) -> Estimate:
 
 def layout_name(run: PlannedRun) -> str:
     """A layout and its engines in one line."""
-    p, rollout = run.parallel, run.rollout
-    context = f" x CP {p.context}" if p.context > 1 else ""
-    virtual = f" (VPP {p.virtual_pipeline})" if p.virtual_pipeline > 1 else ""
-    parts = [f"TP {p.tensor}{context} x PP {p.pipeline}{virtual} x DP {p.data}"]
-    if p.expert > 1:
-        parts.append(f"EP {p.expert}")
-    if p.shards_of_expert < p.tensor:
-        parts.append("whole experts")
-    for name in ("uneven_stages", "sequence_parallel", "distributed_optimizer"):
-        if getattr(p, name):
-            parts.append(name.replace("_", " "))
+    rollout, parts = run.rollout, _axes(run.parallel)
+    if run.scoring is not run:
+        parts.append(f"teacher ({', '.join(_axes(run.scoring.parallel))})")
     parts += describe_options(run.options)
     gpus = rollout.engine_tensor_parallel
     engines = f"{_many(rollout.num_engines, 'engine')} of {_many(gpus, 'GPU')}"
@@ -89,6 +82,20 @@ def layout_name(run: PlannedRun) -> str:
     if rollout.steps_ahead:
         parts.append("one step ahead")
     return ", ".join(parts)
+
+
+def _axes(p: ParallelConfig) -> list[str]:
+    context = f" x CP {p.context}" if p.context > 1 else ""
+    virtual = f" (VPP {p.virtual_pipeline})" if p.virtual_pipeline > 1 else ""
+    parts = [f"TP {p.tensor}{context} x PP {p.pipeline}{virtual} x DP {p.data}"]
+    if p.expert > 1:
+        parts.append(f"EP {p.expert}")
+    if p.shards_of_expert < p.tensor:
+        parts.append("whole experts")
+    for name in ("uneven_stages", "sequence_parallel", "distributed_optimizer"):
+        if getattr(p, name):
+            parts.append(name.replace("_", " "))
+    return parts
 
 
 def _many(count: int, what: str) -> str:

@@ -104,11 +104,9 @@ def teacher_seconds(run: PlannedRun, model: PlannedModel) -> float:
     passes = pass_seconds(own, model, backward=False)
     arrival = visiting_bytes(run, model, 0).moved / run.hardware.host_link
     if run.options.teacher == "host_by_layer":
-        passes = max(passes, _slots(own) * arrival)
-        arrival = 0.0
-    return (
-        passes + arrival + exchanged_bytes(run, model) / run.hardware.link(own.parallel.world_size)
-    )
+        passes, arrival = max(passes, _slots(own) * arrival), 0.0
+    link = run.hardware.link(own.parallel.world_size)
+    return passes + arrival + exchanged_bytes(run, model) / link
 
 
 def exchanged_bytes(run: PlannedRun, model: PlannedModel) -> float:

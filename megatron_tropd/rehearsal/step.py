@@ -41,7 +41,6 @@ from megatron_tropd.rehearsal.other_layout import ToldRows
 from megatron_tropd.rehearsal.scores import with_made_up_scores
 from megatron_tropd.rehearsal.tensors import CPU, Device
 from megatron_tropd.rehearsal.world import World
-from megatron_tropd.teacher._other_layout import OtherLayoutTeacher
 from megatron_tropd.teacher.resident import ResidentTeacher
 
 
@@ -172,9 +171,10 @@ class RehearsedRank:
                 say=_silent,
             )
         student, teacher = self.parts.student, self.parts.teacher
+        self.elsewhere = teacher.elsewhere if isinstance(teacher, ResidentTeacher) else None
         self.rows = None
-        if isinstance(teacher, OtherLayoutTeacher):
-            self.rows = ToldRows(self.parts, teacher, self.world)
+        if self.elsewhere is not None:
+            self.rows = ToldRows(self.parts, self.world)
         scored: list[tuple[Any, str, list[Any]]] = [(student, "score", [student.module])]
         if isinstance(teacher, ResidentTeacher):
             scored.append((teacher, "signals", [scorer.chunks[0] for scorer in teacher.scorers]))
@@ -190,13 +190,14 @@ class RehearsedRank:
         self._missing = self.planned.work.most_micro_batches - micro_batches
         original = schedule.run_schedule
 
-        teacher, trained = self.parts.teacher, self.parts.student.model.chunks
+        trained = self.parts.student.module
 
         def announced(chunks: Sequence[Any], batches: Any, **options: Any) -> list[Any]:
-            layout, run = self.layout, [unwrap(chunk) for chunk in chunks]
-            if isinstance(teacher, OtherLayoutTeacher) and run[0] is not trained[0]:
-                layout = teacher.layout
-            with self._announced(run, batches, layout):
+            models = [unwrap(chunk) for chunk in chunks]
+            layout = self.layout
+            if self.elsewhere is not None and models[-1] is not trained:
+                layout = self.elsewhere.layout
+            with self._announced(models, batches, layout):
                 return original(chunks, batches, **options)
 
         setattr(schedule, "run_schedule", announced)  # noqa: B010

@@ -1,23 +1,25 @@
 """The teacher on the student's ranks in a layout of its own: ``[teacher.parallel]``."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 from megatron_tropd.base.progress import limits
+from megatron_tropd.convert.families import model_shape
+from megatron_tropd.convert.sizes import row_flops
 from megatron_tropd.data.batch import MicroBatch
-from megatron_tropd.data.packing import pack
+from megatron_tropd.data.dealing import BatchRows
+from megatron_tropd.data.packing import dealt, packed
 from megatron_tropd.data.sequence import TokenSequence
-from megatron_tropd.losses import HiddenStatesSignal, ReferencedSignal
 from megatron_tropd.mcore import platform
 from megatron_tropd.mcore.elsewhere import ModelElsewhere
 from megatron_tropd.mcore.exchange import plan_exchange
 from megatron_tropd.mcore.own_groups import OwnGroups
 from megatron_tropd.teacher import TeacherStart
-from megatron_tropd.teacher.resident import ResidentTeacher
 
 
-class OtherLayoutTeacher(ResidentTeacher):
-    """Frozen models that deal a step's sequences to replicas of their own."""
+class OtherLayout:
+    """Frozen models that have a step's sequences dealt to replicas of their own."""
 
     def __init__(self, start: TeacherStart) -> None:
         """Build the teacher, and its reference if there is one, in one layout; collective."""
@@ -29,9 +31,10 @@ class OtherLayoutTeacher(ResidentTeacher):
         )
         self.layout, self._student = groups.layout, start.layout
         self._tokens = config.train.tokens_per_micro_batch
-        self._sequences: Mapping[int, TokenSequence] = {}
-        models = {"teacher": start.folder, "reference": start.reference}
-        self._models = [
+        self._work = partial(row_flops, model_shape(start.folder.config))
+        self._sequences: Sequence[TokenSequence] = ()
+        folders = {"teacher": start.folder, "reference": start.reference}
+        self.models = [
             ModelElsewhere(
                 folder,
                 groups=groups,
@@ -43,45 +46,51 @@ class OtherLayoutTeacher(ResidentTeacher):
                 options=config.megatron.teacher,
                 offload=config.teacher.offload,
             )
-            for who, folder in models.items()
+            for who, folder in folders.items()
             if folder is not None
         ]
-        super().__init__(*self._models)
 
-    def begin(self, step: int, sequences: Sequence[TokenSequence]) -> None:
-        """Keep the step's sequences, which are dealt anew."""
-        self._sequences = dict(enumerate(sequences))
+    def begin(self, sequences: Sequence[TokenSequence]) -> None:
+        """Keep the next step's sequences."""
+        self._sequences = sequences
 
-    def signals(
-        self, batches: Sequence[MicroBatch]
-    ) -> Sequence[HiddenStatesSignal] | Sequence[ReferencedSignal]:
-        """Run each model forward; collectives: those of ``plan_exchange`` and of the scorers."""
+    def plan(self, wanted: Sequence[MicroBatch]) -> None:
+        """Deal the step's sequences, and tell the models who sends which states to whom.
+
+        Args:
+            wanted: the student's micro-batches, made of the sequences of the last :meth:`begin`.
+
+        Collectives: those of ``plan_exchange``.
+        """
+        dealt = self.dealt()
+        mine = dealt[self.layout.dp_rank]
         exchange = plan_exchange(
-            self.dealt(self.layout.dp_rank),
-            batches,
-            self._sequences,
+            dealt,
+            packed(self._sequences, mine, seed=0, step=0),
+            wanted,
+            dict(enumerate(self._sequences)),
             scorer=self.layout,
             student=self._student,
         )
         device = platform.device()
         exchange = replace(exchange, batches=[b.to(device) for b in exchange.batches])
-        for model in self._models:
+        for model in self.models:
             model.exchange = exchange
-        return super().signals(batches)
 
-    def dealt(self, dp_rank: int) -> list[MicroBatch]:
-        """A replica's share of the step, whole rows on the host."""
-        numbers, replicas = list(self._sequences), self.layout.dp_size
+    def dealt(self) -> list[list[BatchRows]]:
+        """Micro-batches of each replica; ``rows`` name the sequences."""
+        replicas, numbers = self.layout.dp_size, list(range(len(self._sequences)))
         # Every replica needs as many rows: the last one again, whose states nobody takes.
         numbers += numbers[-1:] * (-len(numbers) % replicas)
-        packed = pack(
+        dealing = dealt(
             [self._sequences[number] for number in numbers],
-            dp_rank=dp_rank,
             dp_size=replicas,
             tokens_per_micro_batch=self._tokens,
             pad_multiple=self.layout.pad_multiple,
             rounded_to=self.layout.row_multiple,
-            seed=0,
-            step=0,
+            work=self._work,
         )
-        return [replace(b, rows=tuple(numbers[row] for row in b.rows)) for b in packed]
+        return [
+            [batch._replace(rows=tuple(numbers[row] for row in batch.rows)) for batch in batches]
+            for batches in dealing.replicas
+        ]

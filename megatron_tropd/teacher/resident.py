@@ -1,4 +1,4 @@
-"""The teacher on the student's own ranks, in the student's layout: hidden states, never logits."""
+"""The teacher on the student's own ranks: hidden states, never logits."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 from megatron_tropd.data.batch import MicroBatch
 from megatron_tropd.data.sequence import TokenSequence
 from megatron_tropd.losses import HiddenStatesSignal, ReferencedSignal
-from megatron_tropd.teacher import TeacherSource, TeacherStart
+from megatron_tropd.teacher import TeacherStart
 
 if TYPE_CHECKING:
     from megatron_tropd.mcore.elsewhere import ModelElsewhere
     from megatron_tropd.mcore.frozen import FrozenModel
+    from megatron_tropd.teacher._other_layout import OtherLayout
 
 
 class ResidentTeacher:
@@ -19,17 +20,28 @@ class ResidentTeacher:
     signal = HiddenStatesSignal
     referenced = ReferencedSignal
 
-    def __init__(self, *scorers: "FrozenModel | ModelElsewhere") -> None:
-        """``scorers``: the teacher and perhaps its reference."""
-        self.scorers = scorers
+    def __init__(
+        self, *scorers: "FrozenModel | ModelElsewhere", elsewhere: "OtherLayout | None" = None
+    ) -> None:
+        """Take built models.
+
+        Args:
+            scorers: the teacher and perhaps its reference.
+            elsewhere: their layout, if it is not the student's.
+        """
+        self.scorers, self.elsewhere = scorers, elsewhere
 
     def begin(self, step: int, sequences: Sequence[TokenSequence]) -> None:
-        """Nothing: its ranks are the student's, and busy."""
+        """Note the sequences if they are dealt anew: the ranks are the student's, and busy."""
+        if self.elsewhere is not None:
+            self.elsewhere.begin(sequences)
 
     def signals(
         self, batches: Sequence[MicroBatch]
     ) -> Sequence[HiddenStatesSignal] | Sequence[ReferencedSignal]:
-        """Run each model forward; collectives: those of the scorers."""
+        """Run each model forward; collectives: those of the schedule, and of an exchange."""
+        if self.elsewhere is not None:
+            self.elsewhere.plan(batches)
         teacher, *reference = [scorer.score(batches) for scorer in self.scorers]
         if not reference:
             return teacher
@@ -39,22 +51,21 @@ class ResidentTeacher:
         """Nothing: the models end with the process."""
 
 
-class _OfRun:
-    """Makes the resident teacher that a run's config names."""
+class _OfRun(ResidentTeacher):
+    """The resident teacher that a run's config names."""
 
-    signal = HiddenStatesSignal
-    referenced = ReferencedSignal
-
-    def __call__(self, start: TeacherStart) -> TeacherSource:
-        """Build its models: in the student's layout, or in [teacher.parallel]."""
+    def __init__(self, start: TeacherStart) -> None:
+        """Build its models."""
         # Megatron only where a run trains: a dry run and the engines look at ``signal`` alone.
         from megatron_tropd.mcore.frozen import frozen_model
-        from megatron_tropd.teacher._other_layout import OtherLayoutTeacher
+        from megatron_tropd.teacher._other_layout import OtherLayout
 
         if start.config.teacher.parallel is not None:
-            return OtherLayoutTeacher(start)
+            elsewhere = OtherLayout(start)
+            super().__init__(*elsewhere.models, elsewhere=elsewhere)
+            return
         models = {"teacher": start.folder, "reference": start.reference}
-        return ResidentTeacher(
+        super().__init__(
             *(
                 frozen_model(
                     folder,
@@ -73,4 +84,4 @@ class _OfRun:
         )
 
 
-SOURCE = _OfRun()
+SOURCE = _OfRun

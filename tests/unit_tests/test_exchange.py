@@ -4,7 +4,6 @@ The ranks of two layouts of one world, one after the other in this process: what
 a number that says which token it is of.
 """
 
-from dataclasses import replace
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -14,10 +13,10 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_tropd.config import ParallelConfig
-from megatron_tropd.data.packing import pack
+from megatron_tropd.data.packing import dealt, packed
 from megatron_tropd.data.sequence import SampleKey, TokenSequence, Writer
 from megatron_tropd.mcore import exchange
-from megatron_tropd.mcore.exchange import Dealt, Exchange, plan_exchange
+from megatron_tropd.mcore.exchange import Exchange, Wanted, plan_exchange
 from megatron_tropd.mcore.layout import Layout
 
 STUDENTS = {
@@ -80,16 +79,21 @@ def _sequences(count: int) -> list[TokenSequence]:
     return made
 
 
-def _packed(sequences: list[TokenSequence], layout: Layout) -> list[Any]:
-    return pack(
+def _dealt(sequences: list[TokenSequence], layout: Layout) -> Any:
+    return dealt(
         sequences,
-        dp_rank=layout.dp_rank,
         dp_size=layout.dp_size,
         tokens_per_micro_batch=256,
         pad_multiple=layout.pad_multiple,
-        seed=0,
-        step=0,
-    )
+    ).replicas
+
+
+def _packed(sequences: list[TokenSequence], layout: Layout) -> list[Any]:
+    return packed(sequences, _dealt(sequences, layout)[layout.dp_rank], seed=0, step=0)
+
+
+def _wants(sequences: list[TokenSequence], layouts: list[Layout]) -> list[Wanted]:
+    return [Wanted(_dealt(sequences, x)[x.dp_rank]) for x in layouts]
 
 
 def _delivered(plans: list[Exchange], number: int) -> list[torch.Tensor]:
@@ -116,16 +120,14 @@ def test_every_state_reaches_the_loss_that_reads_it(student: str, teacher: str, 
     scorers = [_layout(TEACHERS[teacher], rank) for rank in range(8)]
     wanted = [[x.local(b) for b in _packed(sequences, x)] for x in students]
     batches = [_packed(sequences, x) for x in scorers]
-    told = {
-        "wants": [Dealt.of(w, shares=STUDENTS[student].context) for w in wanted],
-        "offers": [Dealt.of(b) for b in batches],
-    }
+    wants = _wants(sequences, students)
+    monkeypatch.setattr(exchange, "_told", lambda mine: wants)
     plans = []
     for rank in range(8):
-        answers = iter((told["offers"], told["wants"]))
-        monkeypatch.setattr(exchange, "_told", lambda mine, a=answers: next(a))
+        assert Wanted.of(wanted[rank], shares=students[rank].cp_size) == wants[rank]
         plans.append(
             plan_exchange(
+                _dealt(sequences, scorers[rank]),
                 batches[rank],
                 wanted[rank],
                 dict(enumerate(sequences)),
@@ -151,14 +153,13 @@ def test_work_is_shared_by_the_ranks_that_hold_the_same():
     scorers = [_layout(TEACHERS["tp8"], rank) for rank in range(8)]
     sequences = _sequences(24)
     written = {n: exchange.written_positions(s) for n, s in enumerate(sequences)}
-    offers = [Dealt.of(_packed(sequences, x)) for x in scorers]
-    wants = [Dealt.of(_packed(sequences, x)) for x in students]
+    wants = _wants(sequences, students)
+    offers = _dealt(sequences, scorers[0])
     for t in exchange._transfers(offers, wants, written, scorers[0], students[0]):
         assert t.sender == t.receiver
-    few = replace(students[0], tp_size=4, dp_size=1, pp_size=2)
-    wants = [Dealt.of(_packed(sequences, replace(x, dp_rank=0, dp_size=1))) for x in students]
-    pipe = [_layout(TEACHERS["tp2 pp2 dp2"], rank) for rank in range(8)]
-    offers = [Dealt.of(_packed(sequences, x)) for x in pipe]
-    found = list(exchange._transfers(offers, wants, written, pipe[0], few))
+    few = _layout(ParallelConfig(tensor=4, pipeline=2), 0)
+    wants = _wants(sequences, [_layout(ParallelConfig(tensor=4, pipeline=2), r) for r in range(8)])
+    pipe = _layout(TEACHERS["tp2 pp2 dp2"], 0)
+    found = list(exchange._transfers(_dealt(sequences, pipe), wants, written, pipe, few))
     assert {t.receiver for t in found} == {4, 5, 6, 7}
     assert {t.sender for t in found} == {4, 5, 6, 7}
