@@ -55,9 +55,8 @@ def _layouts(run: PlannedRun, gpus: int) -> Iterator[ParallelConfig]:
 
 
 def _virtual_stages(pipeline: int, layers: int) -> list[int]:
-    """Chunks of each stage: one, two or four, each with a layer of every model."""
-    most = layers // pipeline if pipeline > 1 else 1
-    return [virtual for virtual in (1, 2, 4) if virtual <= most]
+    """Chunks of each stage: one or two, each with a layer of every model."""
+    return [1, 2] if pipeline > 1 and 2 * pipeline <= layers else [1]
 
 
 def _contexts(run: PlannedRun, tensor: int, replicas: int) -> Iterator[int]:

@@ -446,7 +446,8 @@ def cache_tokens(run: PlannedRun, model: PlannedModel | None = None) -> int:
 def host_bytes(run: PlannedRun) -> float:
     """Of a node's own memory: what engines take, and what the trainer offloads."""
     ranks = min(run.hardware.gpus_per_node, run.parallel.world_size)
-    away = activations(run, 0).on_host + _ON_HOST * offloaded_parameters(run)
+    away = _ON_HOST * offloaded_parameters(run)
+    away += activations(run, 0).on_host if run.options.offload else 0.0
     if run.hardware.layers != "cpu":
         away += sum(visiting_bytes(run, model, 0).moved for model in run.frozen)
     return engine_host_bytes(run) + ranks * away

@@ -130,8 +130,8 @@ class _Search:
                 return
             self.looked_at += 1
             self._ways = max(self._ways, len(candidate.ways))
-            for _, labels in candidate.ways:
-                self._note(candidate.labels | labels)
+            for key in (*candidate.labels.items(), *candidate.choices):
+                self._by_value.setdefault(key, inf)
             if candidate.least.peak > self._usable:
                 self._short.append(candidate.least)
                 continue
@@ -145,9 +145,9 @@ class _Search:
                     if can_be_rehearsed(one.run.options):
                         fastest = min(fastest, one.seconds.total)
 
-    def _note(self, labels: _Labels, seconds: float = inf) -> None:
+    def _note(self, labels: _Labels, seconds: float) -> None:
         for key in labels.items():
-            self._by_value[key] = min(self._by_value.get(key, inf), seconds)
+            self._by_value[key] = min(self._by_value[key], seconds)
 
     def _promises(
         self, candidate: "_Candidate", number: int, fastest: float, *, explain: bool
@@ -241,7 +241,7 @@ class _Candidate:
     """A layout of the trainer, engines beside it, and all ways to save memory."""
 
     def __init__(self, run: PlannedRun, engines: list[_Engines]) -> None:
-        self.ways, self._last = _ways(_savings(run), run.options)
+        self.ways, self.choices = _ways(_savings(run), run.options)
         self.labels = _labels_of_layout(run)
         self._run, self._engines = run, engines
         self._made: dict[int, Estimate] = {}
@@ -268,7 +268,7 @@ class _Candidate:
 
     def least_with(self, choice: tuple[str, str]) -> Estimate:
         """The same of all ways that choose so; what no way chooses, the layout has."""
-        return self.estimate(self._last.get(choice, len(self.ways) - 1))
+        return self.estimate(self.choices.get(choice, len(self.ways) - 1))
 
     def estimate(self, number: int) -> Estimate:
         """With one of the ways to save memory, and the engines that then have room."""
