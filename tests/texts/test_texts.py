@@ -4,6 +4,7 @@ import difflib
 import importlib.util
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,25 @@ def test_the_table_of_faults_is_made_of_its_rows():
     ]
     kinds = set(re.findall(r"`(\w+)`", text[text.index("| exit code") : text.index("## Checkpoi")]))
     assert set(KINDS) <= kinds
+
+
+def test_the_tables_of_plans_are_those_of_the_command():
+    spec = importlib.util.spec_from_file_location("plans", REPOSITORY / "benchmarks" / "plans.py")
+    plans = importlib.util.module_from_spec(spec)
+    sys.modules["plans"] = plans
+    spec.loader.exec_module(plans)
+    for page, table in (("planning", plans.recipe_table), ("parallelism", plans.layout_table)):
+        text = (REPOSITORY / "docs" / f"{page}.md").read_text()
+        what = "recipes" if page == "planning" else "layouts"
+        assert "\n".join(table()) in text, f"python benchmarks/plans.py {what}"
+
+
+def test_every_stage_of_every_recipe_is_rehearsed_within_a_tenth_of_its_plan():
+    for path in (REPOSITORY / "configs" / "recipes").glob("*.rehearsal.txt"):
+        assert "FINDING" not in path.read_text()
+    assert len(list((REPOSITORY / "configs/recipes").glob("*.toml"))) == len(
+        list((REPOSITORY / "configs/recipes").glob("*.rehearsal.txt"))
+    )
 
 
 def test_the_documented_keys_are_those_of_the_json_object():
