@@ -10,6 +10,10 @@ from pathlib import Path
 import pytest
 
 from megatron_tropd.base.failures import KINDS
+from megatron_tropd.config import load_config
+from megatron_tropd.planning.estimate import layout_name
+from megatron_tropd.planning.hardware import load_hardware
+from megatron_tropd.planning.planned_run import plan_run
 from tests.unit_tests.test_planning import ESTIMATE_KEYS, PLAN_KEYS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -93,12 +97,16 @@ def test_the_tables_of_plans_are_those_of_the_command():
         assert "\n".join(table()) in text, f"python benchmarks/plans.py {what}"
 
 
-def test_every_stage_of_every_recipe_is_rehearsed_within_a_tenth_of_its_plan():
-    for path in (REPOSITORY / "configs" / "recipes").glob("*.rehearsal.txt"):
-        assert "FINDING" not in path.read_text()
-    assert len(list((REPOSITORY / "configs/recipes").glob("*.toml"))) == len(
-        list((REPOSITORY / "configs/recipes").glob("*.rehearsal.txt"))
-    )
+def test_kept_rehearsals_are_those_of_the_recipes():
+    """Of their layout, and without a finding; python benchmarks/plans.py write NAME."""
+    recipes = REPOSITORY / "configs" / "recipes"
+    kept = sorted(recipes.glob("*.rehearsal.txt"))
+    assert len(kept) >= 5
+    for path in kept:
+        text, name = path.read_text(), path.name.removesuffix(".rehearsal.txt")
+        run = plan_run(load_config(recipes / f"{name}.toml"), load_hardware("h100"))
+        layout = " ".join(text[text.index("layout ") : text.index("\nstep ")].split())
+        assert layout == f"layout {layout_name(run)}" and "FINDING" not in text, name
 
 
 def test_the_documented_keys_are_those_of_the_json_object():
