@@ -1,6 +1,7 @@
 """What every rank must agree on before a model exists: padded rows, layers of a stage, work."""
 
 import itertools
+from functools import lru_cache
 from typing import Any
 
 from megatron_tropd.convert.families import ModelShape, model_shape
@@ -21,11 +22,13 @@ def padded_vocab_size(*hf_configs: dict[str, Any], tensor: int) -> int:
     return -(-largest // multiple) * multiple
 
 
+@lru_cache(maxsize=4096)
 def stage_sizes(layers: int, pp_size: int, vp_size: int = 1) -> list[int]:
     """Layers of each pipeline stage; if they do not divide, the first chunks take one more."""
     return [sum(map(len, chunks)) for chunks in stage_chunks(layers, pp_size, vp_size)]
 
 
+@lru_cache(maxsize=4096)
 def stage_chunks(layers: int, pp_size: int, vp_size: int = 1) -> list[list[range]]:
     """Layers of each chunk of each pipeline stage, by their numbers in the whole model.
 

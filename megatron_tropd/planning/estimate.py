@@ -56,9 +56,13 @@ def slow_phases(one: Estimate) -> list[str]:
     ]
 
 
-def estimate(run: PlannedRun) -> Estimate:
-    """Everything about one layout; arithmetic only."""
-    fullest = fullest_stages(run)
+def estimate(run: PlannedRun, fullest: list[Memory] | None = None) -> Estimate:
+    """Everything about one layout; arithmetic only.
+
+    Args:
+        fullest: its stages that may be the fullest, if they are known.
+    """
+    fullest = fullest or fullest_stages(run)
     return Estimate(
         run,
         peak=max(stage.peak for stage in fullest),

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import lru_cache
 from math import isqrt
 from typing import Literal
 
@@ -55,16 +56,14 @@ def _layouts(run: PlannedRun, gpus: int) -> Iterator[ParallelConfig]:
 
 
 def _virtual_stages(pipeline: int, layers: int) -> list[int]:
-    """Chunks of each stage: one, two or four, each with a layer of every model."""
-    most = layers // pipeline if pipeline > 1 else 1
-    return [virtual for virtual in (1, 2, 4) if virtual <= most]
+    """Chunks of each stage: one or two, each with a layer of every model."""
+    return [1, 2] if pipeline > 1 and 2 * pipeline <= layers else [1]
 
 
 def _contexts(run: PlannedRun, tensor: int, replicas: int) -> Iterator[int]:
     """Ranks that share a row: within a node, and rows of a step for all that do not."""
-    for context in divisors(replicas):
-        together = tensor * context <= run.hardware.gpus_per_node
-        if (together or context == 1) and run.work.trajectories % (replicas // context) == 0:
+    for context in range(1, run.hardware.gpus_per_node // tensor + 1):
+        if replicas % context == 0 and run.work.trajectories % (replicas // context) == 0:
             yield context
 
 
@@ -119,6 +118,7 @@ def usable(
             yield rollout, other
 
 
+@lru_cache(maxsize=1024)
 def divisors(number: int) -> list[int]:
     """All of them, ascending."""
     small = [n for n in range(1, isqrt(number) + 1) if number % n == 0]

@@ -6,7 +6,7 @@ for the rollout while the trainer's weights stay, and gives most of its memory b
 trainer computes. A separate one has GPUs of its own, which hold nothing else.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_tropd.config.teacher_cache import signal_bytes_per_token
 from megatron_tropd.convert.sizes import stage_chunks
@@ -140,7 +140,6 @@ def memory_of_stage(run: PlannedRun, stage: int) -> Memory:
     """Every item on a GPU of a pipeline stage."""
     trained = run.trained_of(stage)
     last = stage == run.last_stage
-    engine = EngineMemory(0.0, 0.0, 0.0, 0.0) if run.separate else engine_memory(run)
     scores = last and run.config.loss.needs_student_pass
     passes = activations(run, stage)
     visits = [visiting_bytes(run, model, stage) for model in run.frozen]
@@ -160,12 +159,7 @@ def memory_of_stage(run: PlannedRun, stage: int) -> Memory:
         recomputed=passes.recomputed,
         backward=_working_set(run, run.student),
         loss=loss_bytes(run) if last else 0.0,
-        engine_weights=engine.weights,
-        engine_workspace=engine.workspace,
-        kv_cache=engine.cache,
-        engine_asleep=engine.asleep,
         update=_update_bytes(run, trained),
-        export=_export_bytes(run, stage),
         saving=_saving_bytes(run, trained, stage),
         build=(
             run.student_of(stage) * float(run.element)
@@ -174,7 +168,25 @@ def memory_of_stage(run: PlannedRun, stage: int) -> Memory:
             + stays
             + max((v.moved for v in visits), default=0.0)
         ),
+        **_of_engines(run, stage),
     )
+
+
+def beside(stages: list[Memory], run: PlannedRun) -> list[Memory]:
+    """The same stages beside other engines."""
+    return [replace(stage, **_of_engines(run, stage.stage)) for stage in stages]
+
+
+def _of_engines(run: PlannedRun, stage: int) -> dict[str, float]:
+    """What engines have to do with on a trainer's GPU."""
+    engine = EngineMemory(0.0, 0.0, 0.0, 0.0) if run.separate else engine_memory(run)
+    return {
+        "engine_weights": engine.weights,
+        "engine_workspace": engine.workspace,
+        "kv_cache": engine.cache,
+        "engine_asleep": engine.asleep,
+        "export": _export_bytes(run, stage),
+    }
 
 
 @dataclass(frozen=True)
@@ -444,7 +456,8 @@ def cache_tokens(run: PlannedRun, model: PlannedModel | None = None) -> int:
 def host_bytes(run: PlannedRun) -> float:
     """Of a node's own memory: what engines take, and what the trainer offloads."""
     ranks = min(run.hardware.gpus_per_node, run.parallel.world_size)
-    away = activations(run, 0).on_host + _ON_HOST * offloaded_parameters(run)
+    away = _ON_HOST * offloaded_parameters(run)
+    away += activations(run, 0).on_host if run.options.offload else 0.0
     if run.hardware.layers != "cpu":
         away += sum(visiting_bytes(run, model, 0).moved for model in run.frozen)
     return engine_host_bytes(run) + ranks * away

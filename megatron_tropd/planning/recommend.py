@@ -11,12 +11,13 @@ from typing import Literal
 from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.config import LoraConfig, RolloutConfig, TeacherConfig
 from megatron_tropd.convert.sizes import stage_chunks
+from megatron_tropd.planning.communication import communication
 from megatron_tropd.planning.estimate import Estimate, estimate, layout_name
 from megatron_tropd.planning.layouts import apart, colocated, laid_out, usable
-from megatron_tropd.planning.memory import engine_memory, fullest_stages
+from megatron_tropd.planning.memory import Memory, beside, engine_memory, fullest_stages
 from megatron_tropd.planning.options import Options, Savings, can_be_rehearsed, effort
 from megatron_tropd.planning.planned_run import PlannedRun
-from megatron_tropd.planning.seconds import fewest_seconds, rollout_seconds
+from megatron_tropd.planning.seconds import fewest_seconds, rollout_seconds, seconds
 
 _EQUAL = 0.05
 """Estimates that differ by less than this share count as equal; the simpler layout is taken."""
@@ -125,43 +126,49 @@ class _Search:
     def _search(self, run: PlannedRun, gpus: int, ahead: Literal[0, 1], *, explain: bool) -> None:
         fastest = inf
         for candidate in _in_order(run, gpus, ahead):
-            near = candidate.bound <= fastest * (1 + _EQUAL)
-            if not near and (not explain or candidate.bound > fastest * _COMPARED):
+            if candidate.bound > fastest * (_COMPARED if explain else 1 + _EQUAL):
                 return
             self.looked_at += 1
             self._ways = max(self._ways, len(candidate.ways))
-            for number in self._promising(candidate, every=near):
+            for key in (*candidate.labels.items(), *candidate.choices):
+                self._by_value.setdefault(key, inf)
+            if candidate.least.peak > self._usable:
+                self._short.append(candidate.least)
+                continue
+            for number in range(len(candidate.ways)):
+                if not self._promises(candidate, number, fastest, explain=explain):
+                    continue
                 one = candidate.estimate(number)
                 if one.fits:
                     self._fitting.append(one)
+                    self._note(candidate.labels | candidate.ways[number][1], one.seconds.total)
                     if can_be_rehearsed(one.run.options):
                         fastest = min(fastest, one.seconds.total)
-                    self._note(candidate.labels | candidate.ways[number][1], one.seconds.total)
 
-    def _note(self, labels: _Labels, seconds: float = inf) -> None:
+    def _note(self, labels: _Labels, seconds: float) -> None:
         for key in labels.items():
-            self._by_value[key] = min(self._by_value.get(key, inf), seconds)
+            self._by_value[key] = min(self._by_value[key], seconds)
 
-    def _promising(self, candidate: "_Candidate", *, every: bool) -> list[int]:
-        """The ways of a layout that may fit and be faster than what is known of their values."""
-        for _, labels in candidate.ways:
-            self._note(candidate.labels | labels)
-        least = candidate.estimate(len(candidate.ways) - 1)
-        if least.peak > self._usable:
-            self._short.append(least)
-            return []
-        if every or self._is_open(candidate.labels, candidate.bound):
-            return list(range(len(candidate.ways)))
-        found = set[int]()
-        for key in {key for _, labels in candidate.ways for key in labels.items()}:
-            if self._by_value[key] > candidate.bound:
-                those = [n for n, (_, labels) in enumerate(candidate.ways) if key in labels.items()]
-                if candidate.estimate(those[-1]).peak <= self._usable:
-                    found.update(those)
-        return sorted(found)
+    def _promises(
+        self, candidate: "_Candidate", number: int, fastest: float, *, explain: bool
+    ) -> bool:
+        """Whether a way may fit, and be as fast as the fastest, or as what is known of its values.
 
-    def _is_open(self, labels: _Labels, bound: float) -> bool:
-        return any(self._by_value[key] > bound for key in labels.items())
+        Cheap questions first.
+        """
+        labels = (candidate.labels | candidate.ways[number][1]).items()
+
+        def may_count(bound: float) -> bool:
+            if bound <= fastest * (1 + _EQUAL):
+                return True
+            within = explain and bound <= fastest * _COMPARED
+            return within and any(self._by_value[key] > bound for key in labels)
+
+        return (
+            may_count(candidate.bound)
+            and all(candidate.least_with(key).peak <= self._usable for key in labels)
+            and may_count(candidate.bound_of(number))
+        )
 
     @cached_property
     def best(self) -> Estimate | None:
@@ -234,31 +241,49 @@ class _Candidate:
     """A layout of the trainer, engines beside it, and all ways to save memory."""
 
     def __init__(self, run: PlannedRun, engines: list[_Engines]) -> None:
-        self.ways = _ways(_savings(run), run.options)
+        self.ways, self.choices = _ways(_savings(run), run.options)
         self.labels = _labels_of_layout(run)
         self._run, self._engines = run, engines
         self._made: dict[int, Estimate] = {}
+        self._bounds: dict[int, float] = {}
 
     @cached_property
     def bound(self) -> float:
         """Seconds of a step if memory were no matter: nothing that saves some is faster."""
-        fastest = min(self._engines, key=lambda one: one.seconds, default=None)
-        rollout = fastest.rollout if fastest else self._run.rollout
-        options, _ = self.ways[0]
-        return estimate(replace(self._run, options=options, rollout=rollout)).seconds.total
+        return self.bound_of(0)
+
+    def bound_of(self, number: int) -> float:
+        """Seconds of a way to save memory, with the fastest engines, whether they fit or not."""
+        if number not in self._bounds:
+            fastest = min(self._engines, key=lambda one: one.seconds, default=None)
+            rollout = fastest.rollout if fastest else self._run.rollout
+            one = replace(self._run, options=self.ways[number][0], rollout=rollout)
+            self._bounds[number] = seconds(one, communication(one)).total
+        return self._bounds[number]
+
+    @property
+    def least(self) -> Estimate:
+        """Of all ways the one that needs the fewest bytes."""
+        return self.estimate(len(self.ways) - 1)
+
+    def least_with(self, choice: tuple[str, str]) -> Estimate:
+        """The same of all ways that choose so; what no way chooses, the layout has."""
+        return self.estimate(self.choices.get(choice, len(self.ways) - 1))
 
     def estimate(self, number: int) -> Estimate:
         """With one of the ways to save memory, and the engines that then have room."""
         if number not in self._made:
             one = replace(self._run, options=self.ways[number][0])
-            self._made[number] = estimate(replace(one, rollout=self._best_engines(one)))
+            stages = fullest_stages(one)
+            one = replace(one, rollout=self._best_engines(one, stages))
+            self._made[number] = estimate(one, beside(stages, one))
         return self._made[number]
 
-    def _best_engines(self, one: PlannedRun) -> RolloutConfig:
+    def _best_engines(self, one: PlannedRun, stages: list[Memory]) -> RolloutConfig:
         """Those that sample fastest in what the trainer leaves: the smallest that are as fast."""
         free = one.hardware.usable_bytes
         if not one.separate:
-            free -= max(stage.resident for stage in fullest_stages(one))
+            free -= max(stage.resident for stage in stages)
         best, least = one.rollout, inf
         for engines in self._engines:
             if engines.seconds < least * (1 - _EQUAL) and engines.bytes <= free:
@@ -347,9 +372,12 @@ def _savings(run: PlannedRun) -> Savings:
 
 
 @lru_cache(maxsize=256)
-def _ways(savings: Savings, configured: Options) -> list[tuple[Options, _Labels]]:
-    """Every way to save memory, and what it chooses."""
-    return [(way, _labels_of_options(way)) for way in savings.ways(configured)]
+def _ways(
+    savings: Savings, configured: Options
+) -> tuple[list[tuple[Options, _Labels]], dict[tuple[str, str], int]]:
+    """Every way to save memory, and what it chooses; the last that chooses so, of every choice."""
+    ways = [(way, _labels_of_options(way)) for way in savings.ways(configured)]
+    return ways, {key: n for n, (_, labels) in enumerate(ways) for key in labels.items()}
 
 
 def _labels_of_layout(run: PlannedRun) -> _Labels:

@@ -123,8 +123,9 @@ def layer_flops(model: PlannedModel, positions: float, length: float) -> float:
     for each query column, or of the window if that is shorter.
     """
     shape = model.shape
-    windows = shape.windows or (None,) * shape.layers
-    seen = sum(min(length / 2, w or length) for w in windows) / shape.layers
+    seen = length / 2
+    if shape.windows:
+        seen = sum(min(length / 2, w or length) for w in shape.windows) / shape.layers
     products = 2 * model.active / shape.layers
     return positions * (products + 4 * shape.heads * shape.head_dim * seen)
 
@@ -190,6 +191,8 @@ def repeated_products(run: PlannedRun) -> float:
 
 def _moved_bytes(run: PlannedRun) -> float:
     """Activations of one micro-batch that a rank of the first stage sends to the host."""
+    if not run.options.offload:
+        return 0.0
     flying = min(run.parallel.pipeline, run.work.most_micro_batches)
     return activations(run, 0).on_host / flying
 

@@ -4,11 +4,16 @@ import difflib
 import importlib.util
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
 from megatron_tropd.base.failures import KINDS
+from megatron_tropd.config import load_config
+from megatron_tropd.planning.estimate import layout_name
+from megatron_tropd.planning.hardware import load_hardware
+from megatron_tropd.planning.planned_run import plan_run
 from tests.unit_tests.test_planning import ESTIMATE_KEYS, PLAN_KEYS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -79,6 +84,29 @@ def test_the_table_of_faults_is_made_of_its_rows():
     ]
     kinds = set(re.findall(r"`(\w+)`", text[text.index("| exit code") : text.index("## Checkpoi")]))
     assert set(KINDS) <= kinds
+
+
+def test_the_tables_of_plans_are_those_of_the_command():
+    spec = importlib.util.spec_from_file_location("plans", REPOSITORY / "benchmarks" / "plans.py")
+    plans = importlib.util.module_from_spec(spec)
+    sys.modules["plans"] = plans
+    spec.loader.exec_module(plans)
+    for page, table in (("planning", plans.recipe_table), ("parallelism", plans.layout_table)):
+        text = (REPOSITORY / "docs" / f"{page}.md").read_text()
+        what = "recipes" if page == "planning" else "layouts"
+        assert "\n".join(table()) in text, f"python benchmarks/plans.py {what}"
+
+
+def test_kept_rehearsals_are_those_of_the_recipes():
+    """Of their layout, and without a finding; python benchmarks/plans.py write NAME."""
+    recipes = REPOSITORY / "configs" / "recipes"
+    kept = sorted(recipes.glob("*.rehearsal.txt"))
+    assert len(kept) >= 5
+    for path in kept:
+        text, name = path.read_text(), path.name.removesuffix(".rehearsal.txt")
+        run = plan_run(load_config(recipes / f"{name}.toml"), load_hardware("h100"))
+        layout = " ".join(text[text.index("layout ") : text.index("\nstep ")].split())
+        assert layout == f"layout {layout_name(run)}" and "FINDING" not in text, name
 
 
 def test_the_documented_keys_are_those_of_the_json_object():

@@ -26,15 +26,16 @@ from megatron_tropd.losses.signals import HiddenStatesSignal
 from megatron_tropd.losses.vocab_parallel import shard_of
 from megatron_tropd.mcore.layout import CUDA_ROW_MULTIPLE
 from megatron_tropd.planning import memory as planned_memory
+from megatron_tropd.planning import recommend as recommending
 from megatron_tropd.planning.activations import activations, in_flight, saved_per_position, widths
 from megatron_tropd.planning.communication import communication, expert_bytes
 from megatron_tropd.planning.estimate import estimate, layout_name
 from megatron_tropd.planning.hardware import GPUS, Hardware, load_hardware
-from megatron_tropd.planning.options import COUNTED, Options, options
+from megatron_tropd.planning.options import COUNTED, Options, can_be_rehearsed, options
 from megatron_tropd.planning.parameters import open_architecture
 from megatron_tropd.planning.plan import make_plan
 from megatron_tropd.planning.planned_run import PlannedRun, plan_run, row_multiple
-from megatron_tropd.planning.recommend import recommend
+from megatron_tropd.planning.recommend import Recommendation, recommend
 from megatron_tropd.planning.report import SCHEMA, UNCALIBRATED, plan_table
 from megatron_tropd.planning.seconds import (
     MOST_SEQUENCES,
@@ -116,7 +117,8 @@ def test_recipes_and_their_plans_agree(path: Path):
 def test_recipes_have_the_settings_of_the_paper(path: Path):
     config = load_config(path)
     assert (config.rollout.prompts_per_step, config.rollout.samples_per_prompt) == (128, 4)
-    assert (config.rollout.max_new_tokens, config.rollout.temperature) == (8096, 1)
+    longest = 16384 if path.stem.endswith("_16k") else 8096
+    assert (config.rollout.max_new_tokens, config.rollout.temperature) == (longest, 1)
     assert (config.train.steps, config.train.lr, config.train.lr_schedule) == (
         200,
         5e-6,
@@ -133,9 +135,10 @@ def test_no_recipe_is_missing():
     worlds = {path.stem: load_config(path).parallel.world_size for path in TOMLS}
     assert worlds == {
         "qwen3_1.7b": 8,
-        "qwen3_30b_a3b": 256,
+        "qwen3_30b_a3b": 128,
         "qwen3_8b": 32,
         "qwen3_8b_one_node": 8,
+        "qwen3_8b_one_node_16k": 8,
         "r1_distill_qwen_1.5b": 8,
     }
 
@@ -292,9 +295,9 @@ def test_a_separate_engine_must_leave_the_reserve():
 def test_the_teacher_must_fit_the_engines_that_evaluate_it():
     """They have most of their GPUs, for no model is there yet."""
     path, evaluated = RECIPES / "qwen3_30b_a3b.toml", "evaluation.problems=held_out.jsonl"
-    large = ["rollout.num_engines=32", "rollout.engine_tensor_parallel=8"]
+    large = ["rollout.num_engines=16", "rollout.engine_tensor_parallel=8"]
     assert estimate(plan_run(load_config(path, [evaluated, *large]), H100)).fits
-    small = [evaluated, "rollout.engine_tensor_parallel=4", "rollout.engine_gpu_share=0.3"]
+    small = [evaluated, "rollout.num_engines=32", "rollout.engine_tensor_parallel=4"]
     one = estimate(plan_run(load_config(path, small), H100))
     assert "an engine of the teacher has room for 0 tokens" in one.obstacle
     for otherwise in ("evaluation.task=reverse_kl", "evaluation.teacher=false"):
@@ -374,7 +377,7 @@ def test_a_tied_embedding_is_summed_over_two_stages(small: Config):
 
 def test_experts_exchange_over_one_group_and_gather_over_the_other():
     """k copies of each position there and back; an all-to-all keeps 1 / e, a ring 1 / t."""
-    recipe, copies = RECIPES / "qwen3_30b_a3b.toml", 16 * (512 + 8096 - 1) * 8 * 2048 * 2
+    recipe, copies = RECIPES / "qwen3_30b_a3b.toml", 32 * (512 + 8096 - 1) * 8 * 2048 * 2
     sharded = ["parallel.expert=2", "parallel.expert_tensor=4"]
     run = plan_run(load_config(recipe, sharded), H100)
     exchanged, gathered = expert_bytes(run, run.student, passes=1)
@@ -764,6 +767,14 @@ def test_bad_hardware_is_refused(text: str, message: str, tmp_path: Path):
     assert message in str(error.value)
 
 
+KEPT = [
+    "teacher.offload=none",
+    "rollout.engine_gpu_share=0.4",
+    "megatron.model.recompute_granularity=full",
+    "megatron.model.recompute_method=block",
+    "megatron.model.recompute_num_layers=14",
+]
+"""What fits a node if the teacher stays on the GPU."""
 UNIFORM = [
     "megatron.model.recompute_granularity=full",
     "megatron.model.recompute_method=uniform",
@@ -889,20 +900,80 @@ def test_gradients_beside_the_last_backward_pass_are_not_waited_for():
     assert beside < waiting
 
 
-def test_recomputation_is_recommended_only_where_it_is_needed(capsys):
-    config = load_config(RECIPES / "qwen3_8b.toml")
-    assert recommend(plan_run(config, H100), 32).best.run.options == Options()
-    one_node = recommend(plan_run(config, H100), 8).best
-    assert one_node.fits and one_node.run.options.recompute.method != "none"
-    assert not one_node.run.options.states.on_host, "offloading if nothing fits without"
-    assert main(["plan", str(RECIPES / "qwen3_8b.toml"), "--gpus", "8"]) == 0
-    assert "megatron.model.recompute_granularity=" in capsys.readouterr().out
+def test_nothing_is_saved_where_it_is_not_needed():
+    run = plan_run(load_config(RECIPES / "qwen3_8b.toml"), H100)
+    assert recommend(run, 32).best.run.options == Options()
 
 
-def test_offloading_is_recommended_if_nothing_fits_without():
-    less = dataclasses.replace(H100, memory_gb=64)
-    best = recommend(plan_run(load_config(RECIPES / "qwen3_8b.toml"), less), 8).best
-    assert best.run.options.states.on_host > 0
+@pytest.fixture(scope="module")
+def one_node() -> Recommendation:
+    """Of Qwen3-8B <- Qwen3-32B on 8 H100."""
+    return recommend(plan_run(load_config(RECIPES / "qwen3_8b.toml"), H100), 8)
+
+
+def test_what_saves_memory_is_searched_together(one_node):
+    """A teacher on the host leaves an engine more room, which is worth more than it costs."""
+    best = one_node.best
+    assert best.fits and best.run.options == Options(teacher="host")
+    on_gpu = estimate(plan_run(load_config(RECIPES / "qwen3_8b_one_node.toml", KEPT), H100))
+    assert on_gpu.fits and on_gpu.seconds.total > 1.1 * best.seconds.total
+    assert "teacher on the host" in layout_name(best.run)
+
+
+def test_what_was_tried_is_said(one_node):
+    choices = {choice.name: choice for choice in one_node.choices}
+    assert {"TP", "CP", "PP", "VPP", "recomputed", "teacher", "optimizer"} <= choices.keys()
+    assert choices["CP"].seconds.keys() == {"1", "2", "4", "8"}
+    total = one_node.best.seconds.total
+    for choice in one_node.choices:
+        took = choice.seconds[choice.taken]
+        assert took is not None and took <= total, choice.name
+    others = [s for choice in one_node.choices for s in choice.seconds.values() if s]
+    assert max(others) <= 2 * total
+
+
+def test_adapters_are_named_beside_and_never_taken(one_node):
+    assert one_node.best.run.lora is None
+    assert one_node.adapters is not None and one_node.adapters.run.lora is not None
+    assert one_node.adapters.seconds.total < one_node.best.seconds.total
+    adapted = load_config(RECIPES / "qwen3_8b.toml", ["model.lora.rank=8"])
+    asked = recommend(plan_run(adapted, H100), 8)
+    assert asked.best.run.lora == adapted.model.lora and asked.adapters is None
+
+
+def test_the_command_says_what_to_set_and_what_to_leave_out(capsys):
+    recipe = str(RECIPES / "qwen3_8b_one_node.toml")
+    assert main(["plan", recipe, *KEPT]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert 'teacher.offload="host" without megatron.model.recompute_granularity' in text
+    assert "fastest that fits with each choice" in text and "with [model.lora] rank = 16" in text
+
+
+def test_what_no_rehearsal_confirms_is_taken_if_nothing_else_fits():
+    """An optimizer on the host needs Transformer Engine."""
+    run = plan_run(load_config(RECIPES / "qwen3_8b.toml"), H100)
+    for memory, away in ((64, False), (50, True)):
+        less = dataclasses.replace(run, hardware=dataclasses.replace(H100, memory_gb=memory))
+        best = recommend(less, 8).best
+        assert best.fits and (best.run.options.states.on_host > 0) == away, memory
+
+
+def test_the_search_finds_what_looking_at_everything_finds(small: Config):
+    """Every layout and way to save memory of 4 GPUs, none left out."""
+    run = plan_run(small, dataclasses.replace(H100, memory_gb=40))
+    everything = [
+        candidate.estimate(number)
+        for candidate in recommending._in_order(run, 4, 0)
+        for number in range(len(candidate.ways))
+    ]
+    fitting = [one.seconds.total for one in everything if one.fits]
+    found = recommend(run, 4)
+    rehearsed = [
+        one.seconds.total for one in everything if one.fits and can_be_rehearsed(one.run.options)
+    ]
+    assert min(rehearsed) <= found.best.seconds.total <= 1.05 * min(rehearsed)
+    for choice in found.choices:
+        assert min(s for s in choice.seconds.values() if s) == min(fitting), choice.name
 
 
 def test_options_that_the_plan_does_not_count_are_named(capsys):
