@@ -288,6 +288,35 @@ def test_work_of_a_server_that_dies_goes_to_the_other(start: Callable[..., Repla
         assert np.array_equal(one.logprobs_MK, other.logprobs_MK)
 
 
+def test_a_hung_replica_neither_holds_up_a_step_nor_keeps_its_threads(start: Callable[..., Replay]):
+    hung = threading.Event()
+
+    def behave(path: str, body: Any, right: Answer) -> Answer:
+        hung.wait(10)
+        return right
+
+    before = threading.active_count()
+    servers = teacher_servers([start(behave).address, start().address], timeout_seconds=1.0)
+    for _ in range(3):
+        assert len(servers.score(WORK)) == len(WORK)
+    deadline = time.monotonic() + 8.0
+    while threading.active_count() > before + 8 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert time.monotonic() < deadline, "threads of the steps before wait for the hung server"
+    hung.set()
+
+
+def test_of_two_different_replicas_one_is_refused(start: Callable[..., Replay]):
+    def other(told: Any) -> None:
+        for said in _entries(told[1]):
+            said["logprob"] -= 0.3
+
+    servers = teacher_servers([start(_changed(other)).address, start().address])
+    with pytest.raises(InputError, match="is another model"):
+        for _ in range(20):
+            servers.score(WORK)
+
+
 @pytest.mark.parametrize("same", [True, False])
 def test_a_server_that_was_replaced_is_checked_again(start: Callable[..., Replay], same: bool):
     """In the middle of a step another program answers at the address."""
