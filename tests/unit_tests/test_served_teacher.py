@@ -21,12 +21,16 @@ from megatron_tropd.base.errors import ConfigError, InputError, ServersLost, Tra
 from megatron_tropd.cli.score import job_config
 from megatron_tropd.config import config_to_dict
 from megatron_tropd.convert.hf_folder import HFFolder
+from megatron_tropd.data.packing import pack
+from megatron_tropd.data.sequence import SampleKey, TokenSequence, Writer
 from megatron_tropd.distill.score import load_to_score
+from megatron_tropd.integrations import startup
 from megatron_tropd.teacher.cached.files import TeacherCache
 from megatron_tropd.teacher.served import probe as probes
 from megatron_tropd.teacher.served.server import TOKEN_VARIABLE, Wanted, _scored
-from tests.ranks import run_in_process
+from tests.ranks import run_in_process, run_with_env
 from tests.teacher_stand_in import Model, StandIn
+from tests.unit_tests.test_megatron_lm_startup import arguments
 from tests.unit_tests.test_teacher_cache import score_in_shards, write_rollouts
 from tests.vllm_serve import (
     NAME,
@@ -382,3 +386,51 @@ def test_tropd_score_asks_a_server_for_what_it_would_compute(tmp_path: Path):
         assert same_ids.float().mean() > 0.99, "but for ties"
         for column, values in served.items():
             torch.testing.assert_close(values, resident[column], rtol=0, atol=1e-4)
+
+
+def ask_in_the_plug_in(address: str) -> None:
+    """Be the one rank of a Megatron loop with a served teacher."""
+    from megatron_tropd.config import ParallelConfig
+    from megatron_tropd.mcore import parallel
+
+    layout = parallel.initialize(ParallelConfig(), seed=1)
+    args = arguments(
+        *("--tropd-teacher-load", str(PAIR / "teacher"), "--tropd-teacher-address", address),
+        *("--tropd-method", "tropd", "--tropd-top-k", str(TOP_K)),
+        params_dtype=torch.float32,
+        distributed_timeout_minutes=5,
+    )
+    startup.check_arguments(args)
+    folder = startup.open_teacher(args, 320)
+    teacher = startup.served_teacher(folder, args, layout, vocab_size=320)
+    sequences = [
+        TokenSequence.of_runs(
+            SampleKey(0, number, 0),
+            (Writer.CONTEXT, ids[:2]),
+            (Writer.STUDENT, ids[2:]),
+            logprobs=[-1.0] * len(ids[2:]),
+        )
+        for number, ids in enumerate([*SEQUENCES, SEQUENCES[0]])
+    ]
+    batches = pack(sequences, dp_rank=0, dp_size=1, tokens_per_micro_batch=16, seed=1, step=0)
+    teacher.know(dict(enumerate(sequences)))
+    for batch, signal in zip(batches, teacher.signals(batches), strict=True):
+        for at, row in enumerate(batch.loss_rows.tolist()):
+            ids = SEQUENCES[row % len(SEQUENCES)]
+            place = 2 + int(batch.of_loss_tokens(batch.response_positions)[at])
+            logp_V = _resident(ids)[place - 1]
+            assert float(signal.sampled_logprobs_T[at]) == pytest.approx(
+                float(logp_V[ids[place]]), abs=1e-4
+            )
+            top = logp_V.topk(TOP_K)
+            assert signal.topk_ids_TK[at].tolist() == top.indices.tolist()
+            torch.testing.assert_close(signal.topk_logprobs_TK[at], top.values, rtol=0.0, atol=1e-4)
+    print(f"served: {len(batches)} micro-batches", flush=True)
+
+
+def test_the_plug_in_asks_for_the_rows_that_it_was_given():
+    server = StandIn(PAIR / "teacher")
+    try:
+        run_with_env(1, ask_in_the_plug_in, server.address)
+    finally:
+        server.kill()
