@@ -6,6 +6,7 @@ tests/integration/test_served_teacher.py.
 
 import copy
 import json
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,12 +20,15 @@ import torch
 
 from megatron_tropd.base.errors import ConfigError, InputError, ServersLost, TrainingError
 from megatron_tropd.cli.score import job_config
-from megatron_tropd.config import config_to_dict
+from megatron_tropd.config import config_to_dict, load_config
 from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.data.packing import pack
 from megatron_tropd.data.sequence import SampleKey, TokenSequence, Writer
+from megatron_tropd.distill.inputs import load_inputs
 from megatron_tropd.distill.score import load_to_score
 from megatron_tropd.integrations import startup
+from megatron_tropd.losses import check_signal
+from megatron_tropd.teacher import signal_of
 from megatron_tropd.teacher.cached.files import TeacherCache
 from megatron_tropd.teacher.served import probe as probes
 from megatron_tropd.teacher.served.server import TOKEN_VARIABLE, Wanted, _scored
@@ -244,6 +248,55 @@ def test_a_request_that_no_server_takes_ends_at_once(start: Callable[..., Replay
     servers.servers[0].address = server.address
     with pytest.raises(InputError, match=r"max allowed: 20 Start it with a --max-logprobs"):
         servers.score(WORK)
+
+
+# ---- settings ----
+
+SERVED = ("teacher.placement=served", 'teacher.address=["http://a:1"]', "evaluation.teacher=false")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ([SERVED[0]], r'"served" needs addresses of `vllm serve`'),
+        (['teacher.address=["http://a:1"]'], r'"resident" and teacher\.address .* do not go'),
+        ([SERVED[0], 'teacher.address=["a:1"]'], r"must hold addresses like .* found ..a:1"),
+        ([*SERVED[:2]], r'"served" loads no teacher, found an evaluation that needs one'),
+        ([*SERVED, "evaluation.task=reverse_kl"], r'"served" loads no teacher'),
+        ([*SERVED, "rollout.behaviour=blended"], r"samples with a teacher that is loaded"),
+        ([*SERVED, "teacher.offload=host"], r"is for a model on the student's ranks"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(settings: list[str], message: str):
+    with pytest.raises(ConfigError, match=message):
+        load_config(PAIR / "opd.toml", settings)
+
+
+def test_losses_that_need_more_than_the_likeliest_ids_are_refused_by_name():
+    for method in ("gkd_jsd", "trb", "eopd", "tropd_exact"):
+        config = load_config(PAIR / "opd.toml", [*SERVED, f"loss.method={method}"])
+        with pytest.raises(ConfigError, match=r"loss.method = '\w+' needs .*: tropd, "):
+            check_signal(config.loss, signal_of(config), vocab_size=320)
+    config = load_config(PAIR / "served.toml", ["loss.outlier=forward_kl", "loss.top_k=8"])
+    check_signal(config.loss, signal_of(config), vocab_size=320)
+    assert config.signal_top_k == 8 and not config.loads_teacher
+    reference = [*SERVED, "loss.method=delta", f"teacher.reference={PAIR / 'student'}"]
+    with pytest.raises(ConfigError, match="'served' takes no reference"):
+        signal_of(load_config(PAIR / "opd.toml", reference))
+
+
+def test_the_teachers_folder_needs_no_weights(tmp_path: Path):
+    folder = tmp_path / "teacher"
+    shutil.copytree(PAIR / "teacher", folder)
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    asked = [f"model.teacher={folder}", "rollout.num_engines=1", "parallel.tensor=1"]
+    inputs = load_inputs(load_config(PAIR / "opd.toml", [*SERVED, *asked]))
+    assert inputs.teacher.config["vocab_size"] == 320
+    why = probes.resident_score(inputs.teacher, (1, 2), torch.float32)
+    assert why == f"{folder} holds no weights"
+    with pytest.raises(InputError, match="teacher"):
+        load_inputs(load_config(PAIR / "opd.toml", asked))
 
 
 # ---- servers that come and go ----
