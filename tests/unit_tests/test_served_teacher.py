@@ -277,9 +277,10 @@ def test_losses_that_need_more_than_the_likeliest_ids_are_refused_by_name():
         config = load_config(PAIR / "opd.toml", [*SERVED, f"loss.method={method}"])
         with pytest.raises(ConfigError, match=r"loss.method = '\w+' needs .*: tropd, "):
             check_signal(config.loss, signal_of(config), vocab_size=320)
-    config = load_config(PAIR / "served.toml", ["loss.outlier=forward_kl", "loss.top_k=8"])
+    config = load_config(PAIR / "opd.toml", [*SERVED, "loss.method=tropd", "loss.top_k=8"])
     check_signal(config.loss, signal_of(config), vocab_size=320)
     assert config.signal_top_k == 8 and not config.loads_teacher
+    assert load_config(PAIR / "served.toml").signal_top_k == 0
     reference = [*SERVED, "loss.method=delta", f"teacher.reference={PAIR / 'student'}"]
     with pytest.raises(ConfigError, match="'served' takes no reference"):
         signal_of(load_config(PAIR / "opd.toml", reference))
