@@ -306,7 +306,10 @@ def check_options(config: Config) -> Check:
         if alone.reference is not None:
             paths[reference_of(who)] = alone.reference
     try:
-        models = {who: open_model(path).config for who, path in paths.items()}
+        models = {
+            who: open_model(path, weights=who == "student" or config.loads_teacher).config
+            for who, path in paths.items()
+        }
         options_check.check_options(config, **models)
     except (ConfigError, InputError) as error:
         return Check(name, Status.FAIL, str(error))

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 from reliability import record
 from warm_commands import Command
-from warm_engines import environment_of_commands
 
 from tests.integration.test_erpd import PROMPTS, record_answers
 from tests.teacher_stand_in import StandIn
@@ -41,7 +40,7 @@ recorded = "{folder}/rollouts.jsonl"
 max_new_tokens = 64
 prompts_per_step = {prompts}
 samples_per_prompt = 2
-engine_cpu_kv_gib = 0.25
+placement = "separate"  # no engine is started, and none is asked
 [loss]
 method = "tropd"
 top_k = 8
@@ -75,8 +74,7 @@ class Story:
 
     def start(self, *overrides: str) -> Command:
         """The same command again."""
-        environment = environment_of_commands(self.folder / "warm")
-        return Command(["distill", self.config, *overrides], environment=environment)
+        return Command(["distill", self.config, *overrides])
 
     def steps(self) -> int:
         """Steps logged so far."""

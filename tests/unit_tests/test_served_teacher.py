@@ -6,6 +6,7 @@ tests/integration/test_served_teacher.py.
 
 import copy
 import json
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,14 +20,21 @@ import torch
 
 from megatron_tropd.base.errors import ConfigError, InputError, ServersLost, TrainingError
 from megatron_tropd.cli.score import job_config
-from megatron_tropd.config import config_to_dict
+from megatron_tropd.config import config_to_dict, load_config
 from megatron_tropd.convert.hf_folder import HFFolder
+from megatron_tropd.data.packing import pack
+from megatron_tropd.data.sequence import SampleKey, TokenSequence, Writer
+from megatron_tropd.distill.inputs import load_inputs
 from megatron_tropd.distill.score import load_to_score
+from megatron_tropd.integrations import startup
+from megatron_tropd.losses import check_signal
+from megatron_tropd.teacher import signal_of
 from megatron_tropd.teacher.cached.files import TeacherCache
 from megatron_tropd.teacher.served import probe as probes
 from megatron_tropd.teacher.served.server import TOKEN_VARIABLE, Wanted, _scored
-from tests.ranks import run_in_process
+from tests.ranks import run_in_process, run_with_env
 from tests.teacher_stand_in import Model, StandIn
+from tests.unit_tests.test_megatron_lm_startup import arguments
 from tests.unit_tests.test_teacher_cache import score_in_shards, write_rollouts
 from tests.vllm_serve import (
     NAME,
@@ -242,6 +250,56 @@ def test_a_request_that_no_server_takes_ends_at_once(start: Callable[..., Replay
         servers.score(WORK)
 
 
+# ---- settings ----
+
+SERVED = ("teacher.placement=served", 'teacher.address=["http://a:1"]', "evaluation.teacher=false")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ([SERVED[0]], r'"served" needs addresses of `vllm serve`'),
+        (['teacher.address=["http://a:1"]'], r'"resident" and teacher\.address .* do not go'),
+        ([SERVED[0], 'teacher.address=["a:1"]'], r"must hold addresses like .* found ..a:1"),
+        ([*SERVED[:2]], r'"served" loads no teacher, found an evaluation that needs one'),
+        ([*SERVED, "evaluation.task=reverse_kl"], r'"served" loads no teacher'),
+        ([*SERVED, "rollout.behaviour=blended"], r"samples with a teacher that is loaded"),
+        ([*SERVED, "teacher.offload=host"], r"is for a model on the student's ranks"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(settings: list[str], message: str):
+    with pytest.raises(ConfigError, match=message):
+        load_config(PAIR / "opd.toml", settings)
+
+
+def test_losses_that_need_more_than_the_likeliest_ids_are_refused_by_name():
+    for method in ("gkd_jsd", "trb", "eopd", "tropd_exact"):
+        config = load_config(PAIR / "opd.toml", [*SERVED, f"loss.method={method}"])
+        with pytest.raises(ConfigError, match=r"loss.method = '\w+' needs .*: tropd, "):
+            check_signal(config.loss, signal_of(config), vocab_size=320)
+    config = load_config(PAIR / "opd.toml", [*SERVED, "loss.method=tropd", "loss.top_k=8"])
+    check_signal(config.loss, signal_of(config), vocab_size=320)
+    assert config.signal_top_k == 8 and not config.loads_teacher
+    assert load_config(PAIR / "served.toml").signal_top_k == 0
+    reference = [*SERVED, "loss.method=delta", f"teacher.reference={PAIR / 'student'}"]
+    with pytest.raises(ConfigError, match="'served' takes no reference"):
+        signal_of(load_config(PAIR / "opd.toml", reference))
+
+
+def test_the_teachers_folder_needs_no_weights(tmp_path: Path):
+    folder = tmp_path / "teacher"
+    shutil.copytree(PAIR / "teacher", folder)
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    asked = [f"model.teacher={folder}", "rollout.num_engines=1", "parallel.tensor=1"]
+    inputs = load_inputs(load_config(PAIR / "opd.toml", [*SERVED, *asked]))
+    assert inputs.teacher.config["vocab_size"] == 320
+    why = probes.resident_score(inputs.teacher, (1, 2), torch.float32)
+    assert why == f"{folder} holds no weights"
+    with pytest.raises(InputError, match="teacher"):
+        load_inputs(load_config(PAIR / "opd.toml", asked))
+
+
 # ---- servers that come and go ----
 
 
@@ -286,6 +344,53 @@ def test_work_of_a_server_that_dies_goes_to_the_other(start: Callable[..., Repla
     servers = teacher_servers([start(dying).address, start(_slow).address])
     for one, other in zip(servers.score(WORK), right, strict=True):
         assert np.array_equal(one.logprobs_MK, other.logprobs_MK)
+
+
+def test_a_hung_replica_neither_holds_up_a_step_nor_keeps_its_threads(start: Callable[..., Replay]):
+    hung = threading.Event()
+
+    def behave(path: str, body: Any, right: Answer) -> Answer:
+        hung.wait(10)
+        return right
+
+    before = threading.active_count()
+    servers = teacher_servers([start(behave).address, start().address], timeout_seconds=1.0)
+    for _ in range(3):
+        assert len(servers.score(WORK)) == len(WORK)
+    deadline = time.monotonic() + 8.0
+    while threading.active_count() > before + 8 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert time.monotonic() < deadline, "threads of the steps before wait for the hung server"
+    hung.set()
+
+
+def test_a_model_that_is_not_there_any_more_is_named(start: Callable[..., Replay]):
+    other = threading.Event()
+
+    def behave(path: str, body: Any, right: Answer) -> Answer:
+        if other.is_set() and path == COMPLETIONS:
+            return 404, {"error": {"message": f"The model `{NAME}` does not exist."}}
+        if other.is_set() and path == "/v1/models":
+            return 200, {"data": [{"id": "qwen", "root": "/a/qwen"}]}
+        return right
+
+    servers = teacher_servers([start(behave).address])
+    servers.score(WORK)
+    other.set()
+    with pytest.raises(InputError, match=f"serves qwen, expected {NAME}"):
+        servers.score(WORK)
+
+
+def test_of_two_different_replicas_one_is_refused(start: Callable[..., Replay]):
+    def other(told: Any) -> None:
+        for said in _entries(told[1]):
+            said["logprob"] -= 0.3
+
+    servers = teacher_servers([start(_changed(other)).address, start().address])
+    deadline = time.monotonic() + 60.0
+    with pytest.raises(InputError, match="is another model"):
+        while time.monotonic() < deadline:
+            servers.score(WORK)
 
 
 @pytest.mark.parametrize("same", [True, False])
@@ -353,3 +458,51 @@ def test_tropd_score_asks_a_server_for_what_it_would_compute(tmp_path: Path):
         assert same_ids.float().mean() > 0.99, "but for ties"
         for column, values in served.items():
             torch.testing.assert_close(values, resident[column], rtol=0, atol=1e-4)
+
+
+def ask_in_the_plug_in(address: str) -> None:
+    """Be the one rank of a Megatron loop with a served teacher."""
+    from megatron_tropd.config import ParallelConfig
+    from megatron_tropd.mcore import parallel
+
+    layout = parallel.initialize(ParallelConfig(), seed=1)
+    args = arguments(
+        *("--tropd-teacher-load", str(PAIR / "teacher"), "--tropd-teacher-address", address),
+        *("--tropd-method", "tropd", "--tropd-top-k", str(TOP_K)),
+        params_dtype=torch.float32,
+        distributed_timeout_minutes=5,
+    )
+    startup.check_arguments(args)
+    folder = startup.open_teacher(args, 320)
+    teacher = startup.served_teacher(folder, args, layout, vocab_size=320)
+    sequences = [
+        TokenSequence.of_runs(
+            SampleKey(0, number, 0),
+            (Writer.CONTEXT, ids[:2]),
+            (Writer.STUDENT, ids[2:]),
+            logprobs=[-1.0] * len(ids[2:]),
+        )
+        for number, ids in enumerate([*SEQUENCES, SEQUENCES[0]])
+    ]
+    batches = pack(sequences, dp_rank=0, dp_size=1, tokens_per_micro_batch=16, seed=1, step=0)
+    teacher.know(dict(enumerate(sequences)))
+    for batch, signal in zip(batches, teacher.signals(batches), strict=True):
+        for at, row in enumerate(batch.loss_rows.tolist()):
+            ids = SEQUENCES[row % len(SEQUENCES)]
+            place = 2 + int(batch.of_loss_tokens(batch.response_positions)[at])
+            logp_V = _resident(ids)[place - 1]
+            assert float(signal.sampled_logprobs_T[at]) == pytest.approx(
+                float(logp_V[ids[place]]), abs=1e-4
+            )
+            top = logp_V.topk(TOP_K)
+            assert signal.topk_ids_TK[at].tolist() == top.indices.tolist()
+            torch.testing.assert_close(signal.topk_logprobs_TK[at], top.values, rtol=0.0, atol=1e-4)
+    print(f"served: {len(batches)} micro-batches", flush=True)
+
+
+def test_the_plug_in_asks_for_the_rows_that_it_was_given():
+    server = StandIn(PAIR / "teacher")
+    try:
+        run_with_env(1, ask_in_the_plug_in, server.address)
+    finally:
+        server.kill()

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megatron_tropd.base.errors import ConfigError, InputError
 from megatron_tropd.base.files import write_json
 from megatron_tropd.base.text_files import read_json_object
 from megatron_tropd.config import TeacherConfig
@@ -80,6 +81,9 @@ class Asking:
         except ServerError as error:
             server.lost(error)
             raise
+        except (InputError, ConfigError) as error:
+            self._servers.refusal = error
+            raise
         finally:
             server.checking.release()
         return "ready"
@@ -124,6 +128,8 @@ class TeacherServers:
         self.said: NDArray[np.float32] | None = None
         """What the teacher says of the probe; None: it was not asked yet."""
         self.said_when = "what the teacher said before"
+        self.refusal: Exception | None = None
+        """Who is not the teacher, if one was found when the step was already scored by others."""
         self._patience, self._requests = patience, requests
         self._lock = threading.Lock()
 
@@ -155,6 +161,8 @@ class TeacherServers:
             ServersLost: none has answered for too long.
             InputError, ConfigError: a server is not the teacher, or cannot score them.
         """
+        if self.refusal is not None:
+            raise self.refusal
         for server in self.servers:
             server.checked = False  # a step ago it was the teacher
         clients = [Asking(self, server) for server in self.servers for _ in range(self._requests)]

@@ -206,6 +206,10 @@ class Connection:
                 timeout=(_CONNECT_SECONDS, seconds),
                 allow_redirects=False,
             )
+        except requests.ConnectTimeout:
+            raise Gone(
+                f"({address}) is not there: no connection in {_CONNECT_SECONDS:g} s"
+            ) from None
         except requests.Timeout:
             raise ServerError(f"({address}) did not answer for {seconds:g} s") from None
         except requests.RequestException as error:
@@ -226,7 +230,7 @@ class Connection:
                 f"the environment variable {TOKEN_VARIABLE} of every rank, found {found}."
             )
         if code == 404 and "does not exist" in answer.text:
-            raise ServerError(f"({address}) serves another model now: {_detail(answer)}")
+            raise Gone(f"({address}) serves another model now: {_detail(answer)}")
         if code in (400, 413, 422):
             raise InputError(f"{self.server} refused a request: {_detail(answer)}{_advice(answer)}")
         kind = BatchError if code == 500 else ServerError
