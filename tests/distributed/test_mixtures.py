@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_checkpoint import _checkpoints, _saved, _some_steps, _student
-from test_training import STEPS, _train
+from test_training import FEWER, STEPS, _train
 from transformers import AutoModelForCausalLM
 
 from megatron_tropd.config import ParallelConfig
@@ -143,11 +143,12 @@ def histories(tmp_path_factory, models) -> dict[Run, torch.Tensor]:
 @pytest.mark.slow
 @pytest.mark.parametrize("run", RUNS, ids="-".join)
 def test_distilling_mixtures_does_not_depend_on_the_layout(run: Run, histories) -> None:
-    expected = histories["tp1", "float32", run[2]]
-    assert expected.shape == (STEPS, 5)
+    found, expected = histories[run], histories["tp1", "float32", run[2]]
+    assert expected.shape == (STEPS, 5) and len(found) >= FEWER
     # bfloat16 keeps 8 bits: the mask draws of a few tokens flip, the means stay close.
     tolerance = (1e-4, 1e-6) if run[1] == "float32" else (0.15, 0.05)
-    torch.testing.assert_close(histories[run], expected, rtol=tolerance[0], atol=tolerance[1])
+    same = expected[: len(found)]
+    torch.testing.assert_close(found, same, rtol=tolerance[0], atol=tolerance[1])
 
 
 @pytest.mark.slow

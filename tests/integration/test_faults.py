@@ -70,12 +70,13 @@ class Command:
         self.back: list[float] = []
         """Seconds from each start to its first new step."""
 
-    def start(self, *overrides: str, fresh: bool = False, **environment: str) -> None:
-        """With ``fresh``, command, ranks and engine are started as by a shell; else forked.
+    def start(self, *overrides: str, fresh: str = "", **environment: str) -> None:
+        """Start it; command, ranks and engines have done their imports, unless they are ``fresh``.
 
-        When seconds are written down, all are.
+        Args:
+            fresh: "all", as when seconds are written down, or "engines" alone.
         """
-        fresh = fresh or are_recorded()
+        fresh = "all" if are_recorded() else fresh
         self._mark = f"TROPD_TEST={self.folder}"
         self._before, self._started = self.steps_logged(), time.monotonic()
         words = ["distill", str(self.config), f"run.dir={self.folder}", *LITTLE_ELSE, *overrides]
@@ -84,7 +85,7 @@ class Command:
         if not fresh:
             known = environment_of_commands(self.site.with_name("warm"), self.site)
         known |= {"TROPD_TEST": str(self.folder)} | environment
-        if fresh:
+        if fresh == "all":
             self.process: subprocess.Popen | warm_commands.Command = subprocess.Popen(
                 [*TROPD, *words],
                 env=known,
@@ -200,7 +201,7 @@ class Story:
             overrides = [STANDS_STILL] if fault == "stopped rank" else []
             held = Hold(self.run.site / "hold", step=3)  # a checkpoint further
             # Whose rank is killed, has an engine that looks for its parent.
-            fresh = fault == "killed rank"
+            fresh = "all" if fault == "killed rank" else ""
             self.run.start(*overrides, fresh=fresh, **{HELD: held.environment[HELD]})
             self.run.wait_for_steps(3)
             self._faults[fault]()
@@ -215,7 +216,7 @@ class Story:
             self.after("time limit")
             newest = max((self.folder / "checkpoints").glob("step_??????"))
             _flip_a_byte(max(newest.glob("*.distcp"), key=lambda path: path.stat().st_size))
-            self.run.start(TEST_CLOCK="1")
+            self.run.start(fresh="engines", TEST_CLOCK="1")  # whose clock jumps, too
             self.run.wait_for_steps(1)
             self._ended["end"] = self.run.end()
         return self._ended["end"]
