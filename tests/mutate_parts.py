@@ -13,6 +13,7 @@ STEP = "unit_tests/test_step.py::test"
 CHOICES = "unit_tests/test_choices.py::test"
 CHANNEL = "unit_tests/test_weight_transports.py::test"
 LORA = "distributed/test_lora.py::test"
+VIRTUAL = "distributed/test_virtual_pipeline.py::test"
 
 
 MUTATIONS = (
@@ -53,8 +54,8 @@ MUTATIONS = (
         "data/packing.py",
         (
             "every replica gets the first one's rows",
-            "rows = order[start:stop][dp_rank::dp_size]",
-            "rows = order[start:stop][::dp_size]",
+            "group[dp_rank::dp_size]",
+            "group[::dp_size]",
             f"{PACKING}_layout_changes_no_token",
         ),
         (
@@ -65,8 +66,8 @@ MUTATIONS = (
         ),
         (
             "one row more than the budget",
-            "stop = start + dp_size * (tokens_per_micro_batch // length)",
-            "stop = start + dp_size * (tokens_per_micro_batch // length + 1)",
+            "dp_size * (tokens_per_micro_batch // lengths[order[start]])",
+            "dp_size * (tokens_per_micro_batch // lengths[order[start]] + 1)",
             f"{PACKING}_nothing_lost_and_budget_kept",
         ),
         (
@@ -112,6 +113,12 @@ MUTATIONS = (
             f"{PACKING}_a_rank_has_a_chunk_and_its_mirror_image_as_megatron_deals_them",
         ),
         (
+            "chunks take any number of micro-batches",
+            "return self.pp_size if self.vp_size > 1 else 1",
+            "return 1",
+            f"{VIRTUAL}_losses_and_grad_norms_are_those_without",
+        ),
+        (
             "shards of an expert count as parts of the experts",
             "return rank // self.etp_size % self.ep_size",
             "return rank % self.ep_size",
@@ -132,6 +139,12 @@ MUTATIONS = (
     ),
     *of_file(
         "mcore/weights.py",
+        (
+            "every chunk counts its layers from the first",
+            "first = chunk.decoder.layers[0].layer_number - 1",
+            "first = 0",
+            f"{EXPORT}[2]",
+        ),
         (
             "every rank reads the first shard",
             "place = (layout.tp_rank, layout.tp_size) if",

@@ -169,7 +169,7 @@ class ParallelConfig(Settings, section="parallel"):
         return self.context * self.data
 
     @property
-    def chunks(self) -> int:
+    def num_chunks(self) -> int:
         """Parts that the layers are cut into, one after the other."""
         return self.pipeline * self.virtual_pipeline
 

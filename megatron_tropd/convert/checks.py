@@ -50,15 +50,15 @@ def _check_chunks(layers: int, parallel: ParallelConfig, who: str) -> None:
     if parallel.virtual_pipeline > 1:
         setting = (
             f"parallel.pipeline x virtual_pipeline = {parallel.pipeline} x "
-            f"{parallel.virtual_pipeline} = {parallel.chunks}"
+            f"{parallel.virtual_pipeline} = {parallel.num_chunks}"
         )
         part = "virtual stage"
-    if layers % parallel.chunks and not parallel.uneven_stages:
+    if layers % parallel.num_chunks and not parallel.uneven_stages:
         raise ConfigError(
             f"{setting} must divide the {who}'s layers, found {layers}. "
             "Choose another parallel.pipeline or set parallel.uneven_stages = true."
         )
-    if layers < parallel.chunks:
+    if layers < parallel.num_chunks:
         raise ConfigError(
             f"{setting} exceeds the {who}'s layers, found {layers}: every {part} needs one. Lower "
             "it."

@@ -1,7 +1,7 @@
 """Models that are not trained: hidden states, never logits."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -60,15 +60,19 @@ class FrozenModel:
 
         Collectives: those of :func:`~megatron_tropd.mcore.schedule.hidden_states`.
         """
-        away = self._on_host
-        passes = [chunk for _, chunk in schedule.turns(self.chunks, len(micro_batches))]
-        with nullcontext() if away is None else away.visiting(passes):
+        with self.ready(len(micro_batches)):
             hidden = schedule.hidden_states(self.chunks, micro_batches)
         if not self.layout.is_last_stage:
             return []
         if self.weight_vH is None:
             self.weight_vH = output_weight(self.chunks[-1])
         return [HiddenStatesSignal(h, self.weight_vH, self.vocab_size) for h in hidden]
+
+    def ready(self, micro_batches: int) -> AbstractContextManager[None]:
+        """Have the weights on the device in a block that runs so many micro-batches."""
+        if self._on_host is None:
+            return nullcontext()
+        return self._on_host.visiting(c for _, c in schedule.turns(self.chunks, micro_batches))
 
 
 def frozen_model(

@@ -129,7 +129,7 @@ def _own_settings(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        pipeline_model_parallel_layout=_uneven_layout(shape.layers, parallel.chunks),
+        pipeline_model_parallel_layout=_uneven_layout(shape.layers, parallel.num_chunks),
         **_p2p_settings(parallel),
         sequence_parallel=parallel.sequence_parallel,
         variable_seq_lengths=True,

@@ -14,11 +14,10 @@ import torch
 import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.gpt import GPTModel
-from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel import schedules
 from megatron.core.pipeline_parallel.fine_grained_activation_offload import (
     FineGrainedActivationOffloadingInterface,
 )
-from megatron.core.pipeline_parallel.schedules import get_schedule_table
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
@@ -99,12 +98,7 @@ def run_schedule(
     config = unwrap(chunks[0]).config
     iterators = [iter(enumerate(micro_batches)) for _ in chunks]
     one = len(chunks) == 1
-    # By the model's own sizes: two models of a step need not be in equally many chunks.
-    schedule = get_forward_backward_func(
-        pp_size=config.pipeline_model_parallel_size,
-        vp_size=config.virtual_pipeline_model_parallel_size,
-    )
-    return schedule(
+    return _schedule_of(config)(
         forward_step_func=forward_step,
         data_iterator=iterators[0] if one else iterators,
         model=chunks[0] if one else list(chunks),
@@ -117,12 +111,21 @@ def run_schedule(
     )
 
 
+def _schedule_of(config: TransformerConfig) -> Callable[..., list[Any]]:
+    """Choose Megatron's schedule by a model's own sizes: those of two models may differ."""
+    if config.pipeline_model_parallel_size == 1:
+        return schedules.forward_backward_no_pipelining
+    if config.virtual_pipeline_model_parallel_size is None:
+        return schedules.forward_backward_pipelining_without_interleaving
+    return schedules.forward_backward_pipelining_with_interleaving
+
+
 def turns(chunks: Sequence[GPTModel], num_micro_batches: int) -> list[tuple[int, int]]:
     """(micro-batch, chunk) of each forward pass of a stage, in the schedule's order."""
     if len(chunks) == 1:
         return [(index, 0) for index in range(num_micro_batches)]
     group = chunks[0].config.microbatch_group_size_per_vp_stage
-    return get_schedule_table(num_micro_batches, len(chunks), group)
+    return schedules.get_schedule_table(num_micro_batches, len(chunks), group)
 
 
 def student_forward(

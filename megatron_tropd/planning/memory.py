@@ -9,6 +9,7 @@ trainer computes. A separate one has GPUs of its own, which hold nothing else.
 from dataclasses import dataclass, replace
 
 from megatron_tropd.config.teacher_cache import signal_bytes_per_token
+from megatron_tropd.convert.sizes import stage_chunks
 from megatron_tropd.planning.activations import activations, widths
 from megatron_tropd.planning.parameters import PlannedModel, RankParameters
 from megatron_tropd.planning.planned_run import PlannedRun
@@ -394,8 +395,9 @@ def _saving_bytes(run: PlannedRun, held: RankParameters, stage: int) -> float:
 def largest_buckets(run: PlannedRun, held: RankParameters, stage: int) -> tuple[float, float]:
     """Parameters of the largest bucket of gradients: (of dense ones, of experts).
 
-    An embedding that two stages share has its own. If gradients are reduced beside the backward
-    pass, the first stage has many: the last to be full takes the embedding, too.
+    An embedding that two stages share has its own, and so has each chunk. If gradients are reduced
+    beside the backward pass, the first chunk of all has many: the last to be full takes the
+    embedding, too.
     """
     p, shape = run.parallel, run.student.shape
     embedding = run.vocab_shard * shape.hidden
@@ -403,8 +405,11 @@ def largest_buckets(run: PlannedRun, held: RankParameters, stage: int) -> tuple[
     if run.lora:
         embedding, shared = 0, False
     alone = embedding if shared else 0
-    dense, experts = float(held.dense - alone), float(held.experts)
-    if run.options.overlap_gradients and stage == 0:
+    chunks = list(map(len, stage_chunks(shape.layers, p.pipeline, p.virtual_pipeline)[stage]))
+    share = max(chunks) / sum(chunks)
+    ends = embedding - alone if stage in (0, run.last_stage) else 0
+    dense, experts = (held.dense - alone - ends) * share + ends, held.experts * share
+    if run.options.overlap_gradients and (stage, len(chunks)) == (0, 1):
         limit = max(_BUCKET_PARAMETERS, _OF_REPLICA * p.replicas)
         dense, experts = min(dense, limit + embedding - alone), min(experts, limit)
     return max(dense, alone), experts

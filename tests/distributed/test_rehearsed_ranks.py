@@ -42,6 +42,7 @@ LAYOUTS = {
     "TP 2 x PP 2": {"tensor": 2, "pipeline": 2, "sequence_parallel": True},
     "TP 2 x DP 2": {"tensor": 2, "data": 2, "distributed_optimizer": True},
     "CP 2 x DP 2": {"context": 2, "data": 2, "distributed_optimizer": True},
+    "PP 2 x VPP 2 x DP 2": {"pipeline": 2, "virtual_pipeline": 2, "data": 2},
 }
 OBJECTS = ("all_gather_object", "gather_object", "broadcast_object_list")
 
@@ -133,8 +134,9 @@ def test_collectives_are_those_of_a_real_run(layout: str, tmp_path: Path, monkey
     from megatron_tropd.rehearsal import rehearse
 
     monkeypatch.setenv("TROPD_PLAIN", "1")
-    write_tiny_model(tmp_path / "student", "qwen3", seed=1)
-    write_tiny_model(tmp_path / "teacher", "qwen3", seed=2)
+    layers = 4 if "VPP" in layout else 2
+    write_tiny_model(tmp_path / "student", "qwen3", seed=1, num_hidden_layers=layers)
+    write_tiny_model(tmp_path / "teacher", "qwen3", seed=2, num_hidden_layers=layers)
     config = _config(tmp_path, LAYOUTS[layout])
     run_with_env(4, _really, config, tmp_path, LAYOUTS[layout])
     whole = plan_run(config, CPU, prompt_tokens=PROMPT).work.most_micro_batches

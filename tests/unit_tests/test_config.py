@@ -189,6 +189,16 @@ def test_bad_values(toml: Path, override: str, message: str):
         load_config(toml, [override])
 
 
+def test_virtual_stages_want_a_multiple_of_the_stages_of_trajectories(toml: Path):
+    chunks = ["parallel.pipeline=4", "parallel.virtual_pipeline=2", "parallel.data=2"]
+    found = load_config(toml, [*chunks, "rollout.prompts_per_step=6"]).parallel
+    assert (found.num_chunks, found.batch_multiple, found.world_size) == (8, 4, 8)
+    wrong = "rollout.prompts_per_step=3"
+    with pytest.raises(ConfigError, match=r"expected a multiple of 4 .* parallel\.data = 6\."):
+        load_config(toml, [*chunks, wrong])
+    assert load_config(toml, [chunks[0], chunks[2], wrong]).parallel.batch_multiple == 1
+
+
 def test_a_pass_of_the_engine_holds_a_token_of_each_sequence(toml: Path):
     limits = ["rollout.max_num_seqs=64", "rollout.max_num_batched_tokens=63"]
     with pytest.raises(ConfigError, match=r"at least rollout\.max_num_seqs = 64.*found 63"):

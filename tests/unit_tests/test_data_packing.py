@@ -120,7 +120,7 @@ def test_sorting_keeps_padding_small():
 
 
 @pytest.mark.parametrize("dp_size", [1, 2, 3])
-@pytest.mark.parametrize("multiple", [2, 4, 8])
+@pytest.mark.parametrize("multiple", [2, 4])
 @pytest.mark.parametrize("budget", [25, 64, 10_000])
 def test_micro_batches_come_in_multiples(budget: int, multiple: int, dp_size: int):
     """As the virtual stages of so many stages want them; with nothing lost."""
@@ -143,8 +143,8 @@ def test_micro_batches_come_in_multiples(budget: int, multiple: int, dp_size: in
 
 
 def test_too_few_rows_for_a_multiple_of_micro_batches():
-    with pytest.raises(ConfigError, match="multiple of 5"):
-        _pack(_trajectories(), batch_multiple=5, tokens_per_micro_batch=25)
+    with pytest.raises(ConfigError, match="multiple of 25"):
+        _pack(_trajectories(), batch_multiple=25)
 
 
 @pytest.mark.parametrize("dp_size", [1, 2, 3, 4])

@@ -407,7 +407,7 @@ def test_virtual_stages_wait_a_part_of_it(small: Config):
     rollout = dataclasses.replace(small.rollout, prompts_per_step=2, samples_per_prompt=1)
     alone, free = dataclasses.replace(small, rollout=rollout), {"intra_node_gb_s": 1e9}
     took, sent = [], []
-    for virtual in (1, 2, 7):
+    for virtual in (1, 2):
         parallel = ParallelConfig(pipeline=2, virtual_pipeline=virtual)
         run = plan_run(
             dataclasses.replace(alone, parallel=parallel), dataclasses.replace(H100, **free)
@@ -416,8 +416,8 @@ def test_virtual_stages_wait_a_part_of_it(small: Config):
         sent.append(communication(run).pipeline_student)
         assert run.work.micro_batches == 2
         assert ("(VPP " in layout_name(run)) == (virtual > 1)
-    assert [t / took[0] for t in took] == pytest.approx([1, 2.5 / 3, (2 + 1 / 7) / 3])
-    assert [s / sent[0] for s in sent] == [1, 2, 7]
+    assert [t / took[0] for t in took] == pytest.approx([1, 2.5 / 3])
+    assert [s / sent[0] for s in sent] == [1, 2]
 
 
 @pytest.mark.parametrize(("stages", "virtual"), [(2, 2), (2, 5), (4, 2), (4, 3), (8, 2)])
