@@ -7,6 +7,7 @@ trainer computes. A separate one has GPUs of its own, which hold nothing else.
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from megatron_tropd.config.teacher_cache import signal_bytes_per_token
 from megatron_tropd.convert.sizes import stage_chunks
@@ -174,7 +175,7 @@ def beside(stages: list[Memory], run: PlannedRun) -> list[Memory]:
     return [replace(stage, **_of_engines(run, stage.stage)) for stage in stages]
 
 
-def _of_engines(run: PlannedRun, stage: int) -> dict[str, float]:
+def _of_engines(run: PlannedRun, stage: int) -> dict[str, Any]:
     """What engines have to do with on a trainer's GPU."""
     engine = EngineMemory(0.0, 0.0, 0.0, 0.0) if run.separate else engine_memory(run)
     return {
