@@ -1040,7 +1040,7 @@ def test_what_a_node_has_not_is_no_plan():
     words = ["teacher.offload=host"]
     assert estimate(_with(*words)).fits
     assert (
-        "a node needs 256 GB of memory of its own"
+        "a node needs 251 GB of memory of its own"
         in estimate(_with(*words, hardware=small)).obstacle
     )
 
