@@ -203,6 +203,21 @@ def test_parquet_and_folders_of_splits(tmp_path: Path, tokenizer, library):
         load_prompts(file, tokenizer, data=NAMES)
 
 
+def test_messages_of_parquet_are_those_of_json(tmp_path: Path, tokenizer, library, monkeypatch):
+    """Arrow fills in null for the keys that other rows and parts have."""
+    monkeypatch.setattr(tokenizer, "chat_template", CHAT)
+    parts = [{"type": "text", "text": "b", "image_url": None}]
+    said = [
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]},
+        {"messages": [{"role": "user", "content": parts, "name": "N"}], "tools": None},
+    ]
+    plain, path = tmp_path / "p.jsonl", tmp_path / "p.parquet"
+    plain.write_text("".join(json.dumps(row) + "\n" for row in said))
+    library.Dataset.from_list(said).to_parquet(path)
+    texts = [[p.text for p in load_prompts(file, tokenizer)] for file in (plain, path)]
+    assert texts == [["[user]a", "[user]b"]] * 2
+
+
 def test_a_data_set_of_the_hub_is_asked_of_the_library(tokenizer, library, monkeypatch, capsys):
     asked = []
 
