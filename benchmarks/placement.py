@@ -203,8 +203,8 @@ class HandOver:
         self._pool: ServerPool = self._make_pool()
 
     def _make_pool(self) -> Any:
+        from megatron_tropd.data.dispatch import Patience
         from megatron_tropd.rollout.engines.client import ClientSettings
-        from megatron_tropd.rollout.engines.dispatch import Patience
         from megatron_tropd.rollout.engines.served import ServerPool
         from megatron_tropd.rollout.engines.wire import served_settings
         from megatron_tropd.rollout.weights.versions import WeightVersions

@@ -52,6 +52,7 @@ class HFFolder:
     Args:
         path: a folder holding config.json and model.safetensors, or model.safetensors.index.json
             and the files it names.
+        weights: false: there need be none.
 
     Raises:
         InputError: something is missing, unreadable or truncated, or the folder holds two models.
@@ -60,7 +61,7 @@ class HFFolder:
     single: ClassVar[str] = SINGLE
     index: ClassVar[str] = INDEX
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, weights: bool = True) -> None:
         self.path = Path(path)
         if not self.path.is_dir():
             raise InputError(
@@ -70,7 +71,8 @@ class HFFolder:
         self.config: dict[str, Any] = read_config(self.path)
         self._open: dict[str, WeightFile] = {}
         self._compared: dict[tuple[str, str], bool] = {}
-        self._file_of = self._files_by_tensor()
+        there = weights or any((self.path / name).exists() for name in (INDEX, SINGLE))
+        self._file_of = self._files_by_tensor() if there else {}
         self._stored_as = stored_names(self.config, self._file_of)
         for name, stored in self._stored_as.items():
             self._file_of[name] = self._file_of.pop(stored)

@@ -166,13 +166,18 @@ def is_megatron_folder(path: str | Path) -> bool:
     return (path / TRACKER).is_file() or (path / METADATA).is_file()
 
 
-def open_model(path: str | Path) -> HFFolder | MegatronFolder:
+def open_model(path: str | Path, *, weights: bool = True) -> HFFolder | MegatronFolder:
     """Open a model folder of either kind.
+
+    Args:
+        weights: false: an HF folder need have none.
 
     Raises:
         InputError: it is neither, or not whole.
     """
-    return MegatronFolder(path) if is_megatron_folder(path) else HFFolder(path)
+    if is_megatron_folder(path):
+        return MegatronFolder(path)
+    return HFFolder(path, weights=weights)
 
 
 def companions_of(path: str | Path) -> Path:

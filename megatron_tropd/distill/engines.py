@@ -10,9 +10,9 @@ import torch
 from megatron_tropd.base.environment import number
 from megatron_tropd.config import Config
 from megatron_tropd.config.run_folder import RunFolder
+from megatron_tropd.data.dispatch import Patience
 from megatron_tropd.distill.inputs import Inputs
 from megatron_tropd.rollout.engines.client import ClientSettings
-from megatron_tropd.rollout.engines.dispatch import Patience
 from megatron_tropd.rollout.engines.engine import RolloutEngine
 from megatron_tropd.rollout.engines.interface import SamplingEngines
 from megatron_tropd.rollout.engines.pool import EnginePool

@@ -13,6 +13,7 @@ micro-batches. Everything else of the loop is Megatron's.
 T = loss tokens of a micro-batch, B = rows, S = sequence length, v = vocabulary shard, H = hidden.
 """
 
+import math
 import sys
 from argparse import Action, ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,6 +40,7 @@ from megatron_tropd.integrations.global_batch import (
 from megatron_tropd.integrations.loop_student import Distilled, LoopStudent
 from megatron_tropd.integrations.loss_report import LossReport
 from megatron_tropd.integrations.printed_log import PrintedLog
+from megatron_tropd.integrations.startup import served_teacher
 from megatron_tropd.losses import Method
 from megatron_tropd.teacher.cached import CachedTeacher, open_cache
 from megatron_tropd.teacher.resident import ResidentTeacher
@@ -79,6 +81,12 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
         "--tropd-teacher-cache",
         metavar="FOLDER",
         help="the teacher's scores of --tropd-trajectories (tropd score); no teacher is loaded",
+    )
+    add(
+        "--tropd-teacher-address",
+        metavar="URL",
+        nargs="+",
+        help="where `vllm serve` has the teacher (http://host:port); no teacher is loaded",
     )
     add(
         "--tropd-teacher-offload",
@@ -225,6 +233,7 @@ class _Plugin:
         self._teacher: ResidentTeacher | CachedTeacher | None = None
         self._layout: Any = None
         self._fresh: tuple[int, Sequence[Mapping[str, Tensor]]] | None = None
+        self._recorded: Any = None
 
     def replacements(self) -> dict[str, Callable[..., Any]]:
         """Name in ``megatron.training.training`` -> function, the same without a teacher."""
@@ -276,7 +285,10 @@ class _Plugin:
             return original(provider)
 
         def recorded_only(num_samples: Any) -> tuple[Any, None, None]:
-            return recorded_trajectories(args), None, None
+            # Asked for once for each chunk of an interleaved pipeline.
+            if self._recorded is None:
+                self._recorded = recorded_trajectories(args)
+            return self._recorded, None, None
 
         recorded_only.is_distributed = True  # type: ignore[attr-defined]
         return original(recorded_only)
@@ -327,6 +339,7 @@ class _Plugin:
             beta=0.001 if args.tropd_beta is None else args.tropd_beta,
             vocab_size=_vocab_size(),
             layout=layout,
+            tokens_per_micro_batch=math.prod(share.shape),
             metrics=args.tropd_metrics,
         )
         loss = self._config.at_step(share.step)
@@ -391,9 +404,11 @@ def recorded_trajectories(args: Namespace) -> Any:
 def _build_teacher(
     folder: HFFolder | MegatronFolder, args: Namespace, layout: Any
 ) -> ResidentTeacher | CachedTeacher:
-    """Build the teacher in the student's layout, or open its scores; collective."""
+    """Build the teacher in the student's layout, open its scores, or meet it; collective."""
     if args.tropd_teacher_cache is not None:
         return CachedTeacher(open_cache(args.tropd_teacher_cache, layout))
+    if args.tropd_teacher_address is not None:
+        return served_teacher(folder, args, layout, vocab_size=_vocab_size())
     from megatron_tropd.mcore import platform
     from megatron_tropd.mcore.frozen import frozen_model
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tropd.base.errors import ConfigError, InputError
-from megatron_tropd.config import LossSettings, ParallelConfig
+from megatron_tropd.config import LossSettings, ParallelConfig, TeacherConfig
 from megatron_tropd.config.run import apply_override, settings_from_table
 from megatron_tropd.config.settings import Amount, check_value
 from megatron_tropd.convert.checks import check_parallel, check_tensors
@@ -26,6 +26,7 @@ from megatron_tropd.integrations import options
 from megatron_tropd.losses.method import Method
 from megatron_tropd.losses.signals import HiddenStatesSignal, TopKSignal, check_signal
 from megatron_tropd.teacher.cached import check_cache
+from megatron_tropd.teacher.served import ServedTeacher, meet_servers
 
 SUPPORTED = ("0.17", "0.18", "0.19")
 """Versions of megatron-core whose training loop was run with the plug-in."""
@@ -40,6 +41,8 @@ _OPTIONS = {
     "parallel.tensor ": "--tensor-model-parallel-size ",
     "parallel.tensor.": "--tensor-model-parallel-size.",
     "parallel.context": "--context-parallel-size",
+    "parallel.pipeline x virtual_pipeline": "--pipeline-model-parallel-size x "
+    "--num-virtual-stages-per-pipeline-rank",
     "parallel.pipeline": "--pipeline-model-parallel-size",
     "parallel.expert_tensor": "--expert-tensor-parallel-size",
     "parallel.expert": "--expert-model-parallel-size",
@@ -151,25 +154,86 @@ def check_arguments(args: Namespace) -> None:
             "--tropd-teacher-load needs --calculate-per-token-loss: micro-batches differ in their "
             "number of loss tokens. Add it."
         )
-    _check_beside_cache(args)
+    _check_beside_scores(args)
+    _check_micro_batches(args)
     if args.tropd_beta is not None:
         check_value(Amount, args.tropd_beta, "--tropd-beta")
     loss_config(args)
 
 
-def _check_beside_cache(args: Namespace) -> None:
-    if args.tropd_teacher_cache is None:
+def _check_micro_batches(args: Namespace) -> None:
+    """Refuse numbers of micro-batches that an interleaved pipeline would stop at in a step."""
+    stages = args.pipeline_model_parallel_size
+    if args.virtual_pipeline_model_parallel_size is None:
         return
+    each = args.micro_batch_size * args.data_parallel_size
+    if args.global_batch_size // each % stages:
+        raise ConfigError(
+            "The teacher's pass of an interleaved pipeline needs a number of micro-batches that is "
+            f"a multiple of --pipeline-model-parallel-size {stages}, found --global-batch-size "
+            f"{args.global_batch_size} / (--micro-batch-size {args.micro_batch_size} x "
+            f"{args.data_parallel_size} replicas) = {args.global_batch_size // each}. Change one "
+            "of them."
+        )
+    for name in ("rampup_batch_size", "step_batch_size_schedule"):
+        if getattr(args, name, None):
+            raise ConfigError(
+                f"--tropd-teacher-load does not go with --{name.replace('_', '-')} and an "
+                "interleaved pipeline, which needs a multiple of its stages of micro-batches in "
+                "every step. Drop one of the two."
+            )
+
+
+def _check_beside_scores(args: Namespace) -> None:
+    """Refuse what needs a teacher that is loaded, beside one that is not."""
+    options = {
+        "--tropd-teacher-cache": args.tropd_teacher_cache,
+        "--tropd-teacher-address": args.tropd_teacher_address,
+    }
+    given = [name for name, value in options.items() if value is not None]
+    if not given:
+        return
+    if len(given) > 1:
+        raise ConfigError(f"{' and '.join(given)}: the teacher is at one place. Drop one.")
     if args.tropd_teacher_offload is not None:
         raise ConfigError(
             "--tropd-teacher-offload is for a teacher on the student's ranks, and with "
-            "--tropd-teacher-cache none is loaded. Drop one of the two."
+            f"{given[0]} none is loaded. Drop one of the two."
         )
     if args.tropd_metrics:
         raise ConfigError(
-            "--tropd-metrics compares both models over the vocabulary, and --tropd-teacher-cache "
-            "has the teacher's most likely ids alone. Drop one of the two."
+            f"--tropd-metrics compares both models over the vocabulary, and {given[0]} has the "
+            "teacher's most likely ids alone. Drop one of the two."
         )
+    resets = [n for n in ("reset_attention_mask", "reset_position_ids") if getattr(args, n, False)]
+    if args.tropd_teacher_address is not None and resets:
+        raise ConfigError(
+            f"--{resets[0].replace('_', '-')} begins anew within a row, and the server of "
+            "--tropd-teacher-address would read the row as one text. Drop one of the two."
+        )
+
+
+def served_teacher(
+    folder: HFFolder | MegatronFolder, args: Namespace, layout: Any, *, vocab_size: int
+) -> ServedTeacher:
+    """Meet the servers of ``--tropd-teacher-address``; collective.
+
+    Raises:
+        ServersLost: none has answered for too long.
+        InputError, ConfigError: a server is not the teacher, or not started as it must be.
+    """
+    top_k = loss_config(args).needs.top_k
+    servers = meet_servers(
+        TeacherConfig(placement="served", address=tuple(args.tropd_teacher_address)),
+        folder,
+        layout,
+        top_k=top_k,
+        vocab_size=vocab_size,
+        longest=args.seq_length,
+        dtype=args.params_dtype,
+        minutes=args.distributed_timeout_minutes,
+    )
+    return ServedTeacher(servers, layout, top_k=top_k)
 
 
 def layout_of(args: Namespace, hf_config: dict[str, Any]) -> ParallelConfig:
@@ -179,6 +243,7 @@ def layout_of(args: Namespace, hf_config: dict[str, Any]) -> ParallelConfig:
         tensor=args.tensor_model_parallel_size,
         context=args.context_parallel_size,
         pipeline=args.pipeline_model_parallel_size,
+        virtual_pipeline=args.virtual_pipeline_model_parallel_size or 1,
         data=args.data_parallel_size,
         expert=1 if dense else args.expert_model_parallel_size,
         uneven_stages=True,
@@ -199,20 +264,22 @@ def open_teacher(args: Namespace, vocab_size: int) -> HFFolder | MegatronFolder:
     """
     path, hf = args.tropd_teacher_load, args.tropd_teacher_hf_config
     try:
-        folder = MegatronFolder(path, hf) if is_megatron_folder(path) else HFFolder(path)
+        of_megatron, served = is_megatron_folder(path), args.tropd_teacher_address is not None
+        folder = MegatronFolder(path, hf) if of_megatron else HFFolder(path, weights=not served)
     except NoCompanions as error:
         raise InputError(f"{error} Or give --tropd-teacher-hf-config and that folder.") from None
-    if isinstance(folder, HFFolder):
+    if isinstance(folder, HFFolder) and folder.names:
         check_tensors(folder)
     cached = args.tropd_teacher_cache is not None
-    signal = TopKSignal if cached else HiddenStatesSignal
+    loaded = not (cached or served)
+    signal = HiddenStatesSignal if loaded else TopKSignal
     try:
-        if not cached:
+        if loaded:
             check_parallel(folder.config, layout_of(args, folder.config), who="teacher")
         check_signal(loss_config(args), signal, vocab_size=vocab_size)
     except ConfigError as error:
         raise ConfigError(_in_options(error)) from None
-    if not cached:
+    if loaded:
         _check_expert_shards(args, folder)
         _check_mask_is_read(args, folder)
     shape = model_shape(folder.config)

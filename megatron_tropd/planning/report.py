@@ -23,6 +23,7 @@ from megatron_tropd.planning.memory import (
 from megatron_tropd.planning.options import tables
 from megatron_tropd.planning.plan import Plan
 from megatron_tropd.planning.planned_run import PlannedRun
+from megatron_tropd.planning.recommend import Choice
 from megatron_tropd.planning.seconds import concurrent_sequences
 
 WIDTH = 100
@@ -46,10 +47,13 @@ _ITEMS = {
     "engine workspace": "engine_workspace",
     "KV cache": "kv_cache",
 }
+SERVED_ROWS = 1024
+"""Tokens whose logits vLLM 0.32 holds at once for ``prompt_logprobs`` (``CHUNK_SIZE`` of its V2
+model runner, which is CUDA's)."""
 _OF_ENGINE = {"engine_weights": "weights", "engine_workspace": "workspace", "kv_cache": "cache"}
 """Item -> the same of an engine that has GPUs of its own."""
-_OF_CACHE = {"teacher_hidden": "teacher's cached top-k"}
-"""Item -> its label if the teacher is cached."""
+_OF_TOP_K = {"teacher_hidden": "teacher's {} top-k"}
+"""Item -> its label if the teacher is cached or served."""
 _SENT = {
     "tensor parallel, teacher": "tensor_teacher",
     "tensor parallel, student": "tensor_student",
@@ -87,6 +91,7 @@ def plan_table(plan: Plan) -> str:
 def plan_json(plan: Plan) -> dict[str, Any]:
     """The same and more as plain values; bytes and seconds. docs/planning.md lists the keys."""
     run, other = plan.asked.run, plan.recommended.other
+    adapted = plan.recommended.adapters
     return {
         "schema": SCHEMA,
         "seconds_and_recommendation": UNCALIBRATED,
@@ -96,11 +101,17 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         },
         "trained_parameters": run.trained,
         "teacher_cache": _cache_json(run),
+        "teacher_served": _served_json(run),
         "hardware": asdict(run.hardware),
         "step": asdict(run.work),
         "asked": _estimate_json(plan.asked),
         "recommended": _estimate_json(plan.recommended.best) | {"why": plan.recommended.why},
+        "choices": {
+            one.name: {"taken": one.taken, "seconds": one.seconds}
+            for one in plan.recommended.choices
+        },
         "other_steps_ahead": _estimate_json(other) if other else None,
+        "with_adapters": _estimate_json(adapted) if adapted else None,
     }
 
 
@@ -115,6 +126,7 @@ def _estimate_json(one: Estimate) -> dict[str, Any]:
         "training_nodes": run.training_nodes,
         "engine_nodes": run.engine_nodes,
         "megatron": tables(run.options),
+        "teacher_offload": run.options.teacher,
         "fits": one.fits,
         "obstacle": one.obstacle,
         "memory_bytes": [asdict(s) | {"phases": s.phases, "peak": s.peak} for s in one.memory],
@@ -144,7 +156,7 @@ def _heading(run: PlannedRun) -> str:
         [
             *[(model.who, describe(model.config)) for model in run.named],
             *([("adapters", _adapters(run, run.lora))] if run.lora else []),
-            *[("scores", text) for text in _cache(run)],
+            *[("scores", text) for text in (*_cache(run), *_served(run))],
             ("cluster", _cluster(run)),
             ("rates", rates),
             ("step", step),
@@ -166,7 +178,7 @@ def _adapters(run: PlannedRun, lora: LoraConfig) -> str:
 def _cache_json(run: PlannedRun) -> dict[str, Any] | None:
     """What `tropd score` writes of each token; None: the run reads no scores."""
     config = run.config
-    if config.loads_teacher:
+    if config.teacher.placement != "cached":
         return None
     k, dtype = config.cached_top_k, config.teacher.cache_dtype
     each = bytes_per_token(k, dtype, reference=run.reference is not None)
@@ -181,6 +193,31 @@ def _cache(run: PlannedRun) -> list[str]:
     return [
         f"cached by `tropd score`, {kept['bytes_per_token']} bytes a token (k = {kept['top_k']}, "
         f"{kept['dtype']}) and 64 a sequence; no teacher is loaded"
+    ]
+
+
+def _served_json(run: PlannedRun) -> dict[str, Any] | None:
+    """What a served teacher is asked for, and what that takes there; None: there is none."""
+    config = run.config
+    if config.teacher.placement != "served":
+        return None
+    return {
+        "top_k": config.signal_top_k,
+        "requests": config.teacher.requests,
+        "logits_bytes": SERVED_ROWS * run.teacher.shape.vocab * run.element,
+    }
+
+
+def _served(run: PlannedRun) -> list[str]:
+    """A line about the served teacher, if the run has one."""
+    asked = _served_json(run)
+    if asked is None:
+        return []
+    return [
+        f"served at {len(run.config.teacher.address)} addresses, k = {asked['top_k']}, at most "
+        f"{asked['requests']} sequences under way at each; a server's logits of prompts take "
+        f"{_gb(asked['logits_bytes'])} GB, of {SERVED_ROWS} tokens at a time (docs/teachers.md); "
+        "no teacher is loaded"
     ]
 
 
@@ -200,7 +237,8 @@ def _memory_block(one: Estimate) -> str:
     heads = [f"stage {stage.stage}" for stage in shown] + (["engine"] if engine else [])
     rows = [["GB on each GPU", *heads]]
     for label, name in _ITEMS.items():
-        label = _OF_CACHE.get(name, label) if not run.frozen else label
+        if not run.frozen:
+            label = _OF_TOP_K.get(name, label).format(run.config.teacher.placement)
         values = [getattr(stage, name) for stage in shown] + _of_engine(engine, name)
         if any(values):
             rows.append([f"  {label}", *map(_gb, values)])
@@ -269,7 +307,7 @@ def _seconds_block(one: Estimate) -> str:
 
 
 def _recommended_block(plan: Plan) -> str:
-    best, other = plan.recommended.best, plan.recommended.other
+    best, other, adapted = (getattr(plan.recommended, n) for n in ("best", "other", "adapters"))
     asked = plan.asked.seconds.total
     lines = [
         ("recommended", f"{layout_name(best.run)} ({UNCALIBRATED})"),
@@ -285,22 +323,60 @@ def _recommended_block(plan: Plan) -> str:
     lines += [("WARNING", f"here {text}") for text in slow_phases(best)]
     if other:
         when = "one step ahead" if other.run.rollout.steps_ahead else "on policy"
+        lines.append((when, _beside(other)))
+    if adapted:
+        lora = adapted.run.lora
         lines.append(
             (
-                when,
-                f"{layout_name(other.run)}: {other.seconds.total:.1f} s a step ({UNCALIBRATED})",
+                "adapters",
+                f"with [model.lora] rank = {lora.rank}, which changes what is trained: "
+                f"{_beside(adapted)}, {adapted.peak / 1e9:.1f} GB at most",
             )
         )
-    return _lines(lines)
+    return "\n\n".join([_lines(lines), *_tried(plan.recommended.choices)])
+
+
+def _beside(one: Estimate) -> str:
+    return f"{layout_name(one.run)}: {one.seconds.total:.1f} s a step ({UNCALIBRATED})"
+
+
+def _tried(choices: Sequence[Choice]) -> list[str]:
+    """Seconds of the fastest that fits, by what it chooses."""
+    if not choices:
+        return []
+    head = (
+        f"fastest that fits with each choice, seconds a step ({UNCALIBRATED}); * recommended, "
+        "- none below twice the fastest"
+    )
+    rows = [(f"  {choice.name}", ", ".join(_values(choice))) for choice in choices]
+    return [f"{textwrap.fill(head, WIDTH)}\n{_lines(rows)}"]
+
+
+def _values(choice: Choice) -> list[str]:
+    return [
+        f"{value}{'*' if value == choice.taken else ''}: {'-' if took is None else f'{took:.1f}'}"
+        for value, took in choice.seconds.items()
+    ]
 
 
 def _overrides(run: PlannedRun) -> str:
-    """Megatron's options as words of the command line."""
-    return " ".join(
-        f"megatron.{table}.{name}={json.dumps(value, separators=(',', ':'))}"
+    """What saves memory, as words of the command line; and what to take out of the config."""
+    chosen = {
+        f"megatron.{table}.{name}": value
         for table, values in tables(run.options).items()
         for name, value in values.items()
-    )
+    }
+    if run.options.teacher != run.config.teacher.offload or run.options.teacher != "none":
+        chosen["teacher.offload"] = run.options.teacher
+    words = [f"{name}={json.dumps(value, separators=(',', ':'))}" for name, value in chosen.items()]
+    surplus = [
+        name
+        for name in ("recompute_granularity", "recompute_method", "recompute_num_layers")
+        if name in run.config.megatron.model and f"megatron.model.{name}" not in chosen
+    ]
+    if surplus:
+        words.append(f"without megatron.model.{', '.join(surplus)}")
+    return " ".join(words)
 
 
 def _lines(pairs: Sequence[tuple[str, str]]) -> str:

@@ -1,4 +1,4 @@
-"""A cached teacher without its files: signals of the right shapes."""
+"""A cached or served teacher without files or servers: signals of the right shapes."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,7 +23,7 @@ class MadeUpScores:
     def __init__(self, start: TeacherStart) -> None:
         """Read how many ids, and whether there is a reference."""
         self._reads, self._referenced = start.layout.is_last_stage, start.reference is not None
-        self._top_k = start.config.cached_top_k
+        self._top_k = start.config.signal_top_k
 
     def begin(self, step: int, sequences: Sequence[TokenSequence]) -> None:
         """Nothing."""
@@ -53,7 +53,7 @@ class MadeUpScores:
 
 
 def with_made_up_scores(config: Config) -> Config:
-    """The settings with :class:`MadeUpScores` in the place of a cached teacher."""
+    """The settings with :class:`MadeUpScores` in the place of a teacher that is not loaded."""
     if config.loads_teacher:
         return config
     made_up = f"{__name__}:{MadeUpScores.__name__}"

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 import requests
@@ -18,13 +19,14 @@ import torch
 
 from megatron_tropd.base.errors import ConfigError, InputError, ServersLost, TrainingError
 from megatron_tropd.cli.main import main
+from megatron_tropd.data.dispatch import Dispatch, Patience
 from megatron_tropd.data.samples import Sample, SampleRequest, Sampling
 from megatron_tropd.rollout.engines import keeper as keeper_module
 from megatron_tropd.rollout.engines import wire
 from megatron_tropd.rollout.engines.client import ClientSettings, ServerClient
-from megatron_tropd.rollout.engines.dispatch import Dispatch, Patience
 from megatron_tropd.rollout.engines.keeper import EngineKeeper
 from megatron_tropd.rollout.engines.pool import cut_batches, merge_batches
+from megatron_tropd.rollout.engines.served import ROLLOUT_SERVERS
 from megatron_tropd.rollout.engines.server import RolloutServer, ServerAddress
 from megatron_tropd.rollout.weights.versions import WeightsName, WeightVersions
 
@@ -137,7 +139,12 @@ def batches(count: int, **fields: object) -> list[wire.RequestBatch]:
     ]
 
 
-def lose(dispatch: Dispatch, trouble: str, *, match: str = "") -> None:
+def asked(*given: Any) -> Dispatch[wire.RequestBatch, wire.BatchSamples]:
+    """Rollout servers at work."""
+    return Dispatch(*given, words=ROLLOUT_SERVERS)
+
+
+def lose(dispatch: Dispatch[Any, Any], trouble: str, *, match: str = "") -> None:
     """End the patience of a dispatch once its server has this trouble, which it then must name."""
     deadline = time.monotonic() + PATIENCE
     while not any(re.search(trouble, text) for text in dispatch._now.troubles.values()):
@@ -247,7 +254,7 @@ def test_what_is_no_unit_or_too_large_is_refused_with_a_reason(
 def test_units_are_spread_and_come_back_in_order(start, tmp_path: Path) -> None:
     servers = [start(number) for number in range(2)]
     clients = [client(tmp_path, number) for number in range(2)]
-    assert seeds(Dispatch(batches(6), clients, QUICK).wait()) == list(range(18))
+    assert seeds(asked(batches(6), clients, QUICK).wait()) == list(range(18))
     for running in servers:
         [engine] = running.engines
         assert engine.loaded in ([], [tmp_path / "weights" / "version_000003"]), "loaded once"
@@ -261,7 +268,7 @@ def test_an_engine_that_dies_is_started_again_and_loads_the_weights(start, tmp_p
             raise TrainingError("killed")
 
     running = start(0, die_twice)
-    assert seeds(Dispatch(batches(2), [client(tmp_path)], QUICK).wait()) == list(range(6))
+    assert seeds(asked(batches(2), [client(tmp_path)], QUICK).wait()) == list(range(6))
     assert len(running.engines) == 3 and running.engines[-1].loaded
 
 
@@ -271,7 +278,7 @@ def test_a_unit_that_kills_every_engine_is_given_up(start, tmp_path: Path) -> No
 
     start(0, die)
     with pytest.raises(TrainingError, match=r"Batch 0 of 1 failed 3 times.*out of memory"):
-        Dispatch(batches(1), [client(tmp_path)], QUICK).wait()
+        asked(batches(1), [client(tmp_path)], QUICK).wait()
 
 
 def test_weights_that_were_dropped_for_the_teachers_engine_are_loaded_again(tmp_path: Path) -> None:
@@ -301,7 +308,7 @@ def test_a_server_whose_engine_keeps_dying_ends(
 
     monkeypatch.setattr(keeper_module, "MOST_FAILURES", 2)
     running = start(0, die)
-    dispatch = Dispatch(batches(1), [client(tmp_path)], QUICK)
+    dispatch = asked(batches(1), [client(tmp_path)], QUICK)
     lose(dispatch, "has ended: .*keeps dying", match="server 0 has ended: .*dying.*tropd serve")
     running.thread.join(PATIENCE)
     assert "keeps dying: out of memory" in str(running.error)
@@ -320,7 +327,7 @@ def test_weights_that_cannot_be_read_for_a_moment_do_not_end_the_run(
 
     monkeypatch.setattr(CountingEngine, "load_weights", load)
     start(0)
-    assert seeds(Dispatch(batches(1), [client(tmp_path)], QUICK).wait()) == [0, 1, 2]
+    assert seeds(asked(batches(1), [client(tmp_path)], QUICK).wait()) == [0, 1, 2]
 
 
 def test_an_engine_that_hangs_is_killed_after_the_units_time(start, tmp_path: Path) -> None:
@@ -330,7 +337,7 @@ def test_an_engine_that_hangs_is_killed_after_the_units_time(start, tmp_path: Pa
 
     running = start(0, hang)
     with pytest.raises(TrainingError, match=r"generating a batch for more than 0.2 s"):
-        Dispatch(batches(1, seconds=0.2), [client(tmp_path)], QUICK).wait()
+        asked(batches(1, seconds=0.2), [client(tmp_path)], QUICK).wait()
     assert all(engine.killed.is_set() for engine in running.engines[:3])
 
 
@@ -339,7 +346,7 @@ def test_a_slow_server_keeps_its_unit(start, tmp_path: Path) -> None:
     start(0, lambda _: time.sleep(3.5))
     patience = dataclasses.replace(QUICK, lost_seconds=2.5)
     asking = client(tmp_path, answer_seconds=2.0)  # twice as often
-    assert seeds(Dispatch(batches(1), [asking], patience).wait()) == [0, 1, 2]
+    assert seeds(asked(batches(1), [asking], patience).wait()) == [0, 1, 2]
 
 
 def test_requests_no_server_can_serve_are_not_tried_again(start, tmp_path: Path) -> None:
@@ -348,16 +355,16 @@ def test_requests_no_server_can_serve_are_not_tried_again(start, tmp_path: Path)
 
     running = start(0, refuse)
     with pytest.raises(InputError, match="Request 0 needs 500 tokens"):
-        Dispatch(batches(1), [client(tmp_path)], QUICK).wait()
+        asked(batches(1), [client(tmp_path)], QUICK).wait()
     assert len(running.engines) == 1
     with pytest.raises(InputError, match="name its weights"):
-        Dispatch(batches(1, weights=None), [client(tmp_path)], QUICK).wait()
+        asked(batches(1, weights=None), [client(tmp_path)], QUICK).wait()
 
 
 def test_weights_that_come_late_are_waited_for(start, tmp_path: Path) -> None:
     start()
     late = WeightsName(4, "trainer")
-    dispatch = Dispatch(batches(1, weights=late), [client(tmp_path)], QUICK)
+    dispatch = asked(batches(1, weights=late), [client(tmp_path)], QUICK)
     time.sleep(0.3)
     WeightVersions(tmp_path / "weights").write(late, iter([("a", torch.zeros(2))]))
     assert seeds(dispatch.wait()) == [0, 1, 2]
@@ -373,7 +380,7 @@ def test_weights_that_are_not_there_cost_no_engine(
         (WeightsName(3, "other"), "of the trainer trainer, expected other"),
     ):
         with pytest.raises(TrainingError, match=message):
-            Dispatch(batches(1, weights=name), [client(tmp_path)], QUICK).wait()
+            asked(batches(1, weights=name), [client(tmp_path)], QUICK).wait()
     assert len(running.engines) == 1
 
 
@@ -388,7 +395,7 @@ def test_servers_that_cannot_help_are_named(
     start, tmp_path: Path, number: int, known: dict[str, str], message: str
 ) -> None:
     start(0)
-    dispatch = Dispatch(batches(1), [client(tmp_path, number, **known)], QUICK)
+    dispatch = asked(batches(1), [client(tmp_path, number, **known)], QUICK)
     lose(dispatch, message, match=f"server {number} .*{message}")
 
 
@@ -396,7 +403,7 @@ def test_a_run_that_was_asked_to_stop_waits_less(tmp_path: Path) -> None:
     patience = dataclasses.replace(QUICK, stopping_seconds=0.5)
     before = time.monotonic()
     with pytest.raises(ServersLost, match="not announced itself"):
-        Dispatch(batches(1), [client(tmp_path)], patience, lambda: True).wait()
+        asked(batches(1), [client(tmp_path)], patience, lambda: True).wait()
     assert time.monotonic() - before < PATIENCE / 2
 
 
@@ -406,7 +413,7 @@ def test_a_wrong_token_is_said(start, tmp_path: Path, monkeypatch: pytest.Monkey
     assert there is not None
     wire.announce(tmp_path / "elsewhere", dataclasses.replace(there, token=None))
     monkeypatch.setenv(wire.TOKEN_VARIABLE, "another job's")
-    dispatch = Dispatch(batches(1), [client(tmp_path, folder=tmp_path / "elsewhere")], QUICK)
+    dispatch = asked(batches(1), [client(tmp_path, folder=tmp_path / "elsewhere")], QUICK)
     lose(dispatch, "does not accept the token: TROPD_SERVER_TOKEN")
 
 
@@ -427,11 +434,11 @@ def test_whoever_else_listens_there_now_is_no_server(start, tmp_path: Path, code
         threading.Thread(target=alien.serve_forever, daemon=True).start()
         there = wire.Announcement(0, "127.0.0.1", alien.server_port, 1, "same", "token")
         wire.announce(tmp_path / "servers", there)
-        dispatch = Dispatch(batches(1), [client(tmp_path)], QUICK)
+        dispatch = asked(batches(1), [client(tmp_path)], QUICK)
         lose(dispatch, f"answered {code} like no rollout server: '<html>'")
         start(1)
         clients = [client(tmp_path, number) for number in range(2)]
-        assert seeds(Dispatch(batches(1), clients, QUICK).wait()) == [0, 1, 2]
+        assert seeds(asked(batches(1), clients, QUICK).wait()) == [0, 1, 2]
         alien.shutdown()
 
 
@@ -453,7 +460,7 @@ def test_a_second_server_of_the_same_number_takes_over(start, tmp_path: Path) ->
     start(0)
     first.thread.join(PATIENCE)
     assert "announces another server 0" in str(first.error)
-    assert seeds(Dispatch(batches(1), [client(tmp_path)], QUICK).wait()) == [0, 1, 2]
+    assert seeds(asked(batches(1), [client(tmp_path)], QUICK).wait()) == [0, 1, 2]
 
 
 def test_a_server_that_is_told_to_stop_first_ends_what_is_asked_of_it(
@@ -467,7 +474,7 @@ def test_a_server_that_is_told_to_stop_first_ends_what_is_asked_of_it(
         time.sleep(1.0)
 
     running = start(0, generate)
-    dispatch = Dispatch(batches(1), [client(tmp_path)], QUICK)
+    dispatch = asked(batches(1), [client(tmp_path)], QUICK)
     assert generating.wait(PATIENCE)
     running.stops = 1
     assert seeds(dispatch.wait()) == [0, 1, 2]

@@ -11,19 +11,12 @@ import requests
 
 from megatron_tropd.base.errors import InputError
 from megatron_tropd.config.settings import Positive, Settings
+from megatron_tropd.data.dispatch import BatchError, ServerError
 from megatron_tropd.rollout.engines import wire
 
 _CONNECT_SECONDS = 5.0
 _LONGEST_WAIT = 5.0
 """A server holds a question for samples for so long before it says "not yet"."""
-
-
-class ServerError(RuntimeError):
-    """A server did not do its work: another one should."""
-
-
-class BatchError(ServerError):
-    """The engine of a server that answers died over a batch."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +58,7 @@ class ServerClient:
             )
         return str(state)
 
-    def generate(
-        self, batch: wire.RequestBatch, *, wanted: Callable[[], bool]
-    ) -> wire.BatchSamples:
+    def make(self, batch: wire.RequestBatch, *, wanted: Callable[[], bool]) -> wire.BatchSamples:
         """Have a batch made.
 
         Args:

@@ -9,12 +9,18 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Self
 
 from megatron_tropd.data.collective import run_and_share
+from megatron_tropd.data.dispatch import Dispatch, Patience, Words
 from megatron_tropd.data.samples import Sample, SampleRequest, Sampling
 from megatron_tropd.rollout.engines.client import ClientSettings, ServerClient
-from megatron_tropd.rollout.engines.dispatch import Dispatch, Patience
 from megatron_tropd.rollout.engines.pool import cut_batches, merge_batches
-from megatron_tropd.rollout.engines.wire import Model, RequestBatch
+from megatron_tropd.rollout.engines.wire import BatchSamples, Model, RequestBatch
 from megatron_tropd.rollout.weights.versions import VersionChannel, WeightVersions
+
+ROLLOUT_SERVERS = Words(
+    "rollout server",
+    "Start the servers (`tropd serve CONFIG --number K`) and the same command again to resume.",
+)
+_Samples = Dispatch[RequestBatch, BatchSamples]
 
 
 class ServerPool:
@@ -49,7 +55,7 @@ class ServerPool:
         self._model = model
         self._patience = patience
         self._stopping = stopping
-        self._pending: Dispatch | None = None
+        self._pending: _Samples | None = None
         self._asked = False
 
     def generate(self, requests: Sequence[SampleRequest], sampling: Sampling) -> list[Sample]:
@@ -94,12 +100,12 @@ class ServerPool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _after_pending(self, requests: Sequence[SampleRequest], sampling: Sampling) -> Dispatch:
+    def _after_pending(self, requests: Sequence[SampleRequest], sampling: Sampling) -> _Samples:
         if self._pending is not None:
             self._pending.wait()
         return self._dispatch(requests, sampling)
 
-    def _dispatch(self, requests: Sequence[SampleRequest], sampling: Sampling) -> Dispatch:
+    def _dispatch(self, requests: Sequence[SampleRequest], sampling: Sampling) -> _Samples:
         call, seconds = uuid.uuid4().hex, self._patience.batch_seconds
         weights = self.channel.name if self._model == "student" else None
         batches = [
@@ -107,9 +113,9 @@ class ServerPool:
             for index, batch in enumerate(cut_batches(requests, self._count))
         ]
         clients = [ServerClient(self._known, number) for number in range(self._count)]
-        return Dispatch(batches, clients, self._patience, self._stopping)
+        return Dispatch(batches, clients, self._patience, self._stopping, words=ROLLOUT_SERVERS)
 
-    def _collect(self, dispatch: Callable[[], Dispatch | None]) -> list[Sample]:
+    def _collect(self, dispatch: Callable[[], _Samples | None]) -> list[Sample]:
         def mine() -> list[Sample]:
             if not self._is_main or (asked := dispatch()) is None:
                 return []

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -32,6 +32,14 @@ def open_cache(path: str | None, layout: "Layout") -> TeacherCache | None:
     cache = TeacherCache(Path(str(path)))
     print(f"teacher: {cache.describe()}; no model of it is loaded", flush=True)
     return cache
+
+
+class Scores(Protocol):
+    """Where the scores of sequences are looked up."""
+
+    def read(self, sequence: TokenSequence) -> dict[str, Tensor]:
+        """Name of a column -> a row for each scored token, as ``TeacherCache`` has them."""
+        ...
 
 
 class CachedTeacher:
@@ -65,7 +73,7 @@ class CachedTeacher:
     def close(self) -> None:
         """Nothing: the files end with the process."""
 
-    def _signal(self, batch: MicroBatch, cache: TeacherCache) -> TopKSignal:
+    def _signal(self, batch: MicroBatch, cache: Scores) -> TopKSignal:
         """The signal of a micro-batch. The host waits for no device: it knows the rows."""
         rows, device = sorted(set(batch.rows)), batch.tokens.device
         taken = [self._sequences[row] for row in rows]

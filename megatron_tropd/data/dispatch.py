@@ -1,8 +1,8 @@
-"""Batches on their way through the servers: a queue, and one thread for each server.
+"""Batches on their way through servers: a queue, and one thread for each client of a server.
 
 A server takes the next batch when it is free, so the least loaded one does. A batch whose server
-died, hung or failed goes back into the queue for the next server that is ready; which server makes
-a batch changes no bit of it.
+died, hung or failed goes back into the queue for the next server that is ready. What a batch is,
+and how it is made, its client knows: samples of a rollout server, scores of a served teacher.
 """
 
 import random
@@ -12,12 +12,46 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Self
+from typing import Protocol, Self
 
 from megatron_tropd.base.errors import ServersLost, TrainingError
 from megatron_tropd.config.settings import Amount, Count, Settings
-from megatron_tropd.rollout.engines import wire
-from megatron_tropd.rollout.engines.client import BatchError, ServerClient, ServerError
+
+
+class ServerError(RuntimeError):
+    """A server did not do its work: another one should."""
+
+
+class BatchError(ServerError):
+    """A server that answers failed over a batch."""
+
+
+class Client[Batch, Made](Protocol):
+    """Talks to one server; used by one thread."""
+
+    number: int
+    """Of the server."""
+
+    def state(self) -> str | None:
+        """What the server does: "ready", or something else; None: another client finds out.
+
+        Raises:
+            ServerError: it is not there or refuses us; says why.
+        """
+
+    def make(self, batch: Batch, *, wanted: Callable[[], bool]) -> Made:
+        """Have a batch made.
+
+        Args:
+            wanted: false once nobody waits for it any more.
+
+        Raises:
+            ServerError: the server failed.
+            Exception: no server could do better.
+        """
+
+    def close(self) -> None:
+        """Close the connections."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +80,21 @@ class Patience(Settings):
         )
 
 
+@dataclass(frozen=True)
+class Words:
+    """How messages call the servers."""
+
+    server: str
+    advice: str
+    """What to do if all are lost."""
+
+
 @dataclass
-class _Progress:
+class _Progress[Made]:
     """What all threads of a dispatch know; guarded by ``changed``."""
 
     waiting: deque[int]
-    samples: dict[int, wire.BatchSamples] = field(default_factory=dict)
+    made: dict[int, Made] = field(default_factory=dict)
     failures: dict[int, int] = field(default_factory=dict)
     troubles: dict[int, str] = field(default_factory=dict)
     error: Exception | None = None
@@ -60,32 +103,35 @@ class _Progress:
     changed: threading.Condition = field(default_factory=threading.Condition)
 
 
-class Dispatch:
-    """Some batches being made; :meth:`wait` has their samples."""
+class Dispatch[Batch, Made]:
+    """Some batches being made; :meth:`wait` has what was made of them."""
 
     def __init__(
         self,
-        batches: Sequence[wire.RequestBatch],
-        clients: Sequence[ServerClient],
+        batches: Sequence[Batch],
+        clients: Sequence[Client[Batch, Made]],
         patience: Patience,
         stopping: Callable[[], bool] = lambda: False,
+        *,
+        words: Words,
     ) -> None:
         """Start at once, in the background.
 
         Args:
             batches: in the order of the result.
-            clients: one per server, of this dispatch alone.
+            clients: of this dispatch alone; as many of one server as it is to make batches at once.
             stopping: whether the run was asked to stop.
         """
         self._batches = batches
         self._stopping = stopping
         self._patience = patience
-        self._now = _Progress(deque(range(len(batches))))
+        self._words = words
+        self._now: _Progress[Made] = _Progress(deque(range(len(batches))))
         for client in clients:
             threading.Thread(target=self._serve, args=(client,), daemon=True).start()
 
-    def wait(self) -> list[wire.BatchSamples]:
-        """The samples of every batch, in order.
+    def wait(self) -> list[Made]:
+        """What was made of every batch, in order.
 
         Raises:
             ServersLost: no server answered for ``lost_seconds``; says what was wrong with each.
@@ -100,12 +146,12 @@ class Dispatch:
             now.changed.notify_all()
             if now.error is not None:
                 raise now.error
-            if len(now.samples) < len(self._batches):
+            if len(now.made) < len(self._batches):
                 raise ServersLost(self._what_was_wrong())
-            return [now.samples[index] for index in range(len(self._batches))]
+            return [now.made[index] for index in range(len(self._batches))]
 
     def _over(self) -> bool:
-        return self._now.error is not None or len(self._now.samples) == len(self._batches)
+        return self._now.error is not None or len(self._now.made) == len(self._batches)
 
     def _lost(self) -> bool:
         patience = self._patience
@@ -116,17 +162,18 @@ class Dispatch:
         each = "; ".join(f"server {n} {why}" for n, why in sorted(self._now.troubles.items()))
         seconds = time.monotonic() - self._now.last_answer
         return (
-            f"No rollout server has answered for {seconds:.0f} s: {each}. Start "
-            "the servers (`tropd serve CONFIG --number K`) and the same command again to resume."
+            f"No {self._words.server} has answered for {seconds:.0f} s: {each}. "
+            f"{self._words.advice}"
         )
 
-    def _serve(self, client: ServerClient) -> None:
+    def _serve(self, client: Client[Batch, Made]) -> None:
         """The life of one thread: batches for one server until none is left."""
         failures = 0
         while not self._finished():
             try:
                 state = client.state()
-                self._answered(client, f"is {state}")
+                if state is not None:
+                    self._answered(client, f"is {state}")
                 if state != "ready":
                     self._pause(1)
                     continue
@@ -140,17 +187,17 @@ class Dispatch:
                 self._fail(error)
         client.close()
 
-    def _one_batch(self, client: ServerClient) -> None:
+    def _one_batch(self, client: Client[Batch, Made]) -> None:
         index = self._take()
         if index is None:
             return
         try:
-            made = client.generate(self._batches[index], wanted=partial(self._wanted, client))
+            made = client.make(self._batches[index], wanted=partial(self._wanted, client))
         except BaseException as error:
             self._give_back(index, error)
             raise
         with self._now.changed:
-            self._now.samples[index] = made
+            self._now.made[index] = made
             self._now.last_answer = time.monotonic()
             self._now.changed.notify_all()
 
@@ -179,20 +226,20 @@ class Dispatch:
         with self._now.changed:
             return self._now.closed or self._over()
 
-    def _wanted(self, client: ServerClient) -> bool:
+    def _wanted(self, client: Client[Batch, Made]) -> bool:
         self._answered(client, "is generating")
         return not self._finished()
 
-    def _answered(self, client: ServerClient, state: str) -> None:
+    def _answered(self, client: Client[Batch, Made], state: str) -> None:
         with self._now.changed:
             self._now.last_answer = time.monotonic()
             self._now.troubles[client.number] = state
 
-    def _troubled(self, client: ServerClient, trouble: str) -> None:
+    def _troubled(self, client: Client[Batch, Made], trouble: str) -> None:
         with self._now.changed:
             news = self._now.troubles.get(client.number) != trouble
             if news and not self._now.closed and not self._over():
-                print(f"rollout server {client.number} {trouble}", flush=True)
+                print(f"{self._words.server} {client.number} {trouble}", flush=True)
             self._now.troubles[client.number] = trouble
 
     def _fail(self, error: Exception) -> None:
