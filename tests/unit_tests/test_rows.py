@@ -14,7 +14,7 @@ from megatron_tropd.base.errors import ConfigError, InputError
 from megatron_tropd.config import DataConfig, PromptConfig, load_config
 from megatron_tropd.config.run import config_from_dict, config_to_dict, config_to_toml
 from megatron_tropd.data import rows
-from megatron_tropd.data.prompts import Prompts, find_prompt, load_prompts, num_tokens
+from megatron_tropd.data.prompts import Prompts, chosen, find_prompt, load_prompts, num_tokens
 from megatron_tropd.tasks.graders import grade
 
 ROWS = [{"prompt": f"né {i} " + "x" * i, "answer": str(i), "of": {"a": [i]}} for i in range(7)]
@@ -101,6 +101,7 @@ def test_left_out_prompts_are_found_by_their_index(tmp_path: Path, tokenizer):
     for some in (prompts, list(prompts)):
         found = [find_prompt(some, index) for index in range(6)]
         assert [prompt and prompt.text for prompt in found] == ["a", None, "aa", None, "aaa", None]
+        assert [p.text for p in chosen(some, lambda index: index > 0)] == ["aa", "aaa"]
 
 
 def test_a_file_that_changes_is_noticed(tmp_path: Path, tokenizer):
