@@ -40,12 +40,12 @@ from megatron_tropd.config.settings import (
 )
 
 PATH = {"path": True}  # metadata of the fields that name an input file or folder
+HUB = "hf://datasets/"
+"""Begins the name of a data set of the Hugging Face hub, which is no path."""
 SELF = "self"
 """``teacher.placement``: the student's own weights."""
 TEACHER = "teacher"
 """What messages call the teacher; one of several is "teacher NAME"."""
-HUB = "hf://datasets/"
-"""Begins the name of a data set of the Hugging Face hub, which is no path."""
 STUDENT = "student"
 """``teacher.reference``: the weights that the student starts from."""
 _SOURCES, _MODES = "megatron_tropd.teacher", "megatron_tropd.rollout.episodes"

@@ -49,7 +49,7 @@ def contexts_of(
     names, leading = field_names(template), leading_ids(tokenizer)
     found = {}
     for prompt in prompts:
-        where = f"{path}, line {prompt.line}"
+        where = f"{path}, {prompt.place}"
         fields = _with_context(prompt.fields, template, names, where)
         _, ids = tokenize_line(fields, tokenizer, settings, f"{where}, teacher.context", leading)
         if len(ids) > max_tokens:

@@ -3,7 +3,7 @@
 import datetime
 import sys
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -73,6 +73,14 @@ def indices_of(prompts: Sequence[Prompt]) -> Sequence[int]:
     if isinstance(prompts, Prompts):
         return prompts.entries_N["index"].tolist()
     return [prompt.index for prompt in prompts]
+
+
+def chosen(prompts: Sequence[Prompt], wanted: Callable[[int], bool]) -> Sequence[Prompt]:
+    """Choose prompts by their ``Prompt.index``; nothing is read for it."""
+    places = [place for place, index in enumerate(indices_of(prompts)) if wanted(index)]
+    if isinstance(prompts, Prompts):
+        return Prompts(prompts._reader, prompts.entries_N[places])
+    return [prompts[place] for place in places]
 
 
 def find_prompt(prompts: Sequence[Prompt], index: int) -> Prompt | None:

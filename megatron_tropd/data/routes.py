@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megatron_tropd.base.errors import InputError
 from megatron_tropd.config import NamedTeacher
+from megatron_tropd.data.prompts import chosen
 from megatron_tropd.data.sequence import TokenSequence
 from megatron_tropd.data.types import Prompt
 
@@ -33,9 +34,9 @@ class Routes:
         context = self.contexts.get(sequence.key.prompt)
         return sequence if context is None else sequence.after(context)
 
-    def prompts_of(self, number: int, prompts: Sequence[Prompt]) -> list[Prompt]:
+    def prompts_of(self, number: int, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
         """Those of the prompts that a teacher scores."""
-        return [prompt for prompt in prompts if self.of_prompt[prompt.index] == number]
+        return chosen(prompts, lambda index: self.of_prompt[index] == number)
 
 
 def routes_of(
@@ -58,7 +59,7 @@ def routes_of(
             taken = [source for teacher in teachers for source in teacher.sources]
             named, source = prompt.fields.get(FIELD), prompt.fields.get(SOURCE)
             raise InputError(
-                f'{path}, line {prompt.line}: expected "{FIELD}" with one of {", ".join(names)}, '
+                f'{path}, {prompt.place}: expected "{FIELD}" with one of {", ".join(names)}, '
                 f'or a "{SOURCE}" that one of them takes ({", ".join(taken) or "none takes any"}), '
                 f"found {FIELD} {named!r:.60} and {SOURCE} {source!r:.60}. Add it to the line, or "
                 "to teachers.sources."

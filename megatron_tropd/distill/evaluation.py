@@ -102,7 +102,8 @@ class Evaluator:
         """
         if self._is_main:
             in_order = [samples[problem.index] for problem in self._inputs.problems]
-            self._write("teacher", 0, accuracy_of(self._config, self._inputs, in_order))
+            record = accuracy_of(self._config, self._inputs, in_order)
+            self._write("teacher", 0, record)
 
     def summary(self) -> dict[str, Any]:
         """The entries of summary.json that come from evaluations."""
@@ -208,7 +209,10 @@ def accuracy_of(config: Config, inputs: Inputs, samples: Sequence[Sample]) -> di
     responses = record.pop("responses")
     right: dict[str, list[bool]] = {}
     for problem, response in zip(inputs.problems, responses, strict=True):
-        right.setdefault(str(problem.fields.get(SOURCE)), []).append(response["correct"] is True)
+        if not response["error"]:
+            right.setdefault(str(problem.fields.get(SOURCE)), []).append(
+                response["correct"] is True
+            )
     if len(right) > 1:
         record |= {f"accuracy/{name}": sum(each) / len(each) for name, each in right.items()}
     return {**record, "examples": responses[:NUM_EXAMPLES]}

@@ -14,9 +14,11 @@ from megatron_tropd.data.prompts import load_prompts
 from megatron_tropd.data.sequence import SampleKey, TokenSequence, Writer
 from megatron_tropd.data.sequence_files import FORMAT, record_of
 from megatron_tropd.data.tokenizers import fingerprint, load_tokenizer
+from megatron_tropd.distill import recordings
 from megatron_tropd.distill.recordings import ADVANTAGE, OUTCOME, load_recorded
 from megatron_tropd.losses import HiddenStatesSignal, ReferencedSignal, preset
 from megatron_tropd.rollout.recorded import RecordedRollouts
+from megatron_tropd.tasks.grading import Grade, Grader
 from megatron_tropd.teacher import signal_of
 
 PAIR = Path(__file__).resolve().parents[2] / "examples" / "arithmetic"
@@ -74,6 +76,22 @@ def test_answers_are_graded_against_the_others_of_their_prompt(load: Load):
     for group in groups:
         assert [s.fields[OUTCOME] for s in group] == [1.0, 0.0]
         assert [s.fields[ADVANTAGE] for s in group] == [0.5, -0.5]
+
+
+def test_a_sample_without_a_verdict_is_neither_better_nor_worse(load: Load, monkeypatch, capsys):
+    class Failing(Grader):
+        def grade(self, response, problem):
+            """Fail at answers that are right, in every second prompt."""
+            given = super().grade(response, problem)
+            odd = int(problem["answer"]) % 2
+            return Grade(None, "it died") if given.correct and odd else given
+
+    monkeypatch.setattr(recordings, "grader_of", Failing)
+    groups = load()
+    found = {tuple(s.fields[ADVANTAGE] for s in group) for group in groups}
+    assert found == {(0.5, -0.5), (0.0, 0.0)}
+    assert {s.fields[OUTCOME] for group in groups for s in group} == {0.0, 1.0}
+    assert "the grader gave no verdict on" in capsys.readouterr().err
 
 
 def test_each_epoch_has_every_group_once_and_a_step_is_known_by_its_number(load: Load):

@@ -14,7 +14,7 @@ from megatron_tropd.base.errors import ConfigError, InputError
 from megatron_tropd.config import DataConfig, PromptConfig, load_config
 from megatron_tropd.config.run import config_from_dict, config_to_dict, config_to_toml
 from megatron_tropd.data import rows
-from megatron_tropd.data.prompts import Prompts, find_prompt, load_prompts, num_tokens
+from megatron_tropd.data.prompts import Prompts, chosen, find_prompt, load_prompts, num_tokens
 from megatron_tropd.tasks.graders import grade
 
 ROWS = [{"prompt": f"né {i} " + "x" * i, "answer": str(i), "of": {"a": [i]}} for i in range(7)]
@@ -101,6 +101,7 @@ def test_left_out_prompts_are_found_by_their_index(tmp_path: Path, tokenizer):
     for some in (prompts, list(prompts)):
         found = [find_prompt(some, index) for index in range(6)]
         assert [prompt and prompt.text for prompt in found] == ["a", None, "aa", None, "aaa", None]
+        assert [p.text for p in chosen(some, lambda index: index > 0)] == ["aa", "aaa"]
 
 
 def test_a_file_that_changes_is_noticed(tmp_path: Path, tokenizer):
@@ -201,6 +202,21 @@ def test_parquet_and_folders_of_splits(tmp_path: Path, tokenizer, library):
         load_prompts(tmp_path / "absent.parquet", tokenizer)
     with pytest.raises(InputError, match=r"row 1: .*there is no 'q'"):
         load_prompts(file, tokenizer, data=NAMES)
+
+
+def test_messages_of_parquet_are_those_of_json(tmp_path: Path, tokenizer, library, monkeypatch):
+    """Arrow fills in null for the keys that other rows and parts have."""
+    monkeypatch.setattr(tokenizer, "chat_template", CHAT)
+    parts = [{"type": "text", "text": "b", "image_url": None}]
+    said = [
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]},
+        {"messages": [{"role": "user", "content": parts, "name": "N"}], "tools": None},
+    ]
+    plain, path = tmp_path / "p.jsonl", tmp_path / "p.parquet"
+    plain.write_text("".join(json.dumps(row) + "\n" for row in said))
+    library.Dataset.from_list(said).to_parquet(path)
+    texts = [[p.text for p in load_prompts(file, tokenizer)] for file in (plain, path)]
+    assert texts == [["[user]a", "[user]b"]] * 2
 
 
 def test_a_data_set_of_the_hub_is_asked_of_the_library(tokenizer, library, monkeypatch, capsys):
