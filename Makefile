@@ -21,8 +21,8 @@ quickstart: env
 	@if [ -f $(QUICKSTART)/summary.json ]; then rm -rf $(QUICKSTART); fi
 	@$(PYTHON_ENV)/tropd distill examples/arithmetic/tropd.toml run.dir=$(QUICKSTART) $(QUICKSTART_LAYOUT)
 
-# Two workers (tests/side_by_side.py); one if files are named, or if all share GPUs.
-WORKERS := $(if $(TESTS)$(shell nvidia-smi -L 2>/dev/null | grep '^GPU '),0,2)
+# Three workers (tests/side_by_side.py); one if files are named, or if all share GPUs.
+WORKERS := $(if $(TESTS)$(shell nvidia-smi -L 2>/dev/null | grep '^GPU '),0,3)
 
 # Ranks and engines import the package; where PYTHONDONTWRITEBYTECODE is set, each would compile it.
 test: env

@@ -87,7 +87,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     for step in range(options.steps):
         phases = _Phases()
         parts = replace(parts, clock=phases)
-        metrics = learn(parts, _trajectories(options, parts.vocab_size, step), step).metrics
+        metrics = learn(parts, random_sequences(options, parts.vocab_size, step), step).metrics
         with phases("export"):
             _export(parts)
         losses.append(metrics["loss"])
@@ -121,14 +121,14 @@ def _parts(options: argparse.Namespace, layout: Layout) -> StepParts:
     folders: dict[str, Any] = {
         who: SimpleNamespace(config=read_config(path)) for who, path in paths.items()
     }
-    with patch.object(dense, "load_weights", _draw_weights):
+    with patch.object(dense, "load_weights", draw_weights):
         return step_parts(config, folders, layout)
 
 
-def _draw_weights(model: torch.nn.Module, *_: Any, **__: Any) -> None:
+def draw_weights(parameters: dict[str, torch.Tensor], *_: Any, **__: Any) -> None:
     """In place of loading: the same for any kind of layers, whatever their parameters' order."""
     with torch.no_grad():
-        for name, parameter in sorted(model.named_parameters()):
+        for name, parameter in sorted(parameters.items()):
             if parameter.dim() == 1:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
                 continue
@@ -141,7 +141,10 @@ def _export(parts: StepParts) -> None:
         pass
 
 
-def _trajectories(options: argparse.Namespace, vocab_size: int, step: int) -> list[TokenSequence]:
+def random_sequences(
+    options: argparse.Namespace, vocab_size: int, step: int
+) -> list[TokenSequence]:
+    """``options.samples`` of 64 random tokens and as many new ones as ``options.tokens``."""
     draw = torch.Generator().manual_seed(step)
     return [
         TokenSequence.of_runs(

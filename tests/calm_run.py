@@ -16,7 +16,7 @@ from warm_engines import environment_of_commands
 REPOSITORY = Path(__file__).resolve().parents[1]
 STEPS = 12
 TROPD = [sys.executable, "-m", "megatron_tropd.cli"]
-TIMINGS = ("seconds_", "tokens_per_second", "peak_memory")
+TIMINGS = ("seconds_", "tokens_per_second", "peak_memory", "waiting_share")
 
 
 @dataclass(frozen=True)

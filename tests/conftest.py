@@ -1,5 +1,6 @@
 """What every test may use: optional parts of a machine, real data, tiny models made on the fly."""
 
+import gc
 import signal
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -9,6 +10,9 @@ import machine
 import pytest
 
 _surroundings = machine.Surroundings()
+
+
+gc.disable()  # until all is imported and collected
 
 
 def pytest_configure() -> None:
@@ -29,12 +33,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.needs("data"))
 
 
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector what was imported and collected: it stays."""
+    gc.freeze()
+    gc.enable()
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
     """Share the files among workers, if there are any."""
-    from side_by_side import FromBothEnds
+    from side_by_side import LongestFirst
 
-    return FromBothEnds(config, log)
+    config.option.loadscopereorder = False
+    return LongestFirst(config, log)
 
 
 def _needs(item: pytest.Item) -> list[str]:

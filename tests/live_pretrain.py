@@ -85,7 +85,7 @@ def recording(rollouts):
     def call(model, iteration):
         items = rollouts(model, iteration)
         hf = HFFolder(LIVE["student"])
-        save_hf(DenseModel(model, hf.config, current_layout()), hf, OUT / f"step_{iteration}")
+        save_hf(DenseModel([model], hf.config, current_layout()), hf, OUT / f"step_{iteration}")
         if dist.get_rank() == 0:
             torch.save(items, OUT / f"items_{iteration}.pt")
         return items

@@ -6,6 +6,7 @@ Each names one fast test that notices it.
 from mutate import of_file
 
 PACKING = "unit_tests/test_data_packing.py::test"
+DEALING = "unit_tests/test_data_dealing.py::test"
 LAYOUT = "unit_tests/test_platform.py::test_places_and_ranks_are_inverse"
 EXPORT = "distributed/test_logits.py::test_tiny_logits_and_export"
 FOLDER = "unit_tests/test_weight_mailbox.py::test"
@@ -13,6 +14,7 @@ STEP = "unit_tests/test_step.py::test"
 CHOICES = "unit_tests/test_choices.py::test"
 CHANNEL = "unit_tests/test_weight_transports.py::test"
 LORA = "distributed/test_lora.py::test"
+VIRTUAL = "distributed/test_virtual_pipeline.py::test"
 
 
 MUTATIONS = (
@@ -50,30 +52,45 @@ MUTATIONS = (
         ),
     ),
     *of_file(
-        "data/packing.py",
-        (
-            "every replica gets the first one's rows",
-            "rows = order[start:stop][dp_rank::dp_size]",
-            "rows = order[start:stop][::dp_size]",
-            f"{PACKING}_layout_changes_no_token",
-        ),
-        (
-            "no padding to a multiple",
-            "return -(-positions // multiple) * multiple",
-            "return positions",
-            f"{PACKING}_layout_changes_no_token",
-        ),
+        "data/dealing.py",
         (
             "one row more than the budget",
-            "stop = start + dp_size * (tokens_per_micro_batch // length)",
-            "stop = start + dp_size * (tokens_per_micro_batch // length + 1)",
+            "fit = min(self._budget // self._padded[start], rows - start)",
+            "fit = min(self._budget // self._padded[start] + 1, rows - start)",
             f"{PACKING}_nothing_lost_and_budget_kept",
         ),
         (
             "rows in the order of the list",
-            "key=lambda i: (-len(sequences[i]), i)",
+            "key=lambda i: (-lengths[i], i)",
             "key=lambda i: i",
             f"{PACKING}_sorting_keeps_padding_small",
+        ),
+        (
+            "the heaviest to who has most",
+            "key=lambda rank: (loads[rank], rank)",
+            "key=lambda rank: (-loads[rank], rank)",
+            f"{DEALING}_work_is_even_and_padding_small",
+        ),
+        (
+            "cut by positions, not by work",
+            "of_length = {length: work(length) for length in set(padded)}",
+            "of_length = {length: float(length) for length in set(padded)}",
+            f"{DEALING}_the_heaviest_batch_is_as_light_as_any_cut_makes_it",
+        ),
+    ),
+    *of_file(
+        "data/packing.py",
+        (
+            "every replica gets the first one's rows",
+            "sequences, dealt(sequences, **how).replicas[dp_rank]",
+            "sequences, dealt(sequences, **how).replicas[0]",
+            f"{PACKING}_layout_changes_no_token",
+        ),
+        (
+            "no padding to a multiple",
+            "return -(-number // multiple) * multiple",
+            "return number",
+            f"{PACKING}_layout_changes_no_token",
         ),
         (
             "masked tokens of the teacher count",
@@ -112,6 +129,12 @@ MUTATIONS = (
             f"{PACKING}_a_rank_has_a_chunk_and_its_mirror_image_as_megatron_deals_them",
         ),
         (
+            "chunks take any number of micro-batches",
+            "return self.pp_size if self.vp_size > 1 else 1",
+            "return 1",
+            f"{VIRTUAL}_losses_and_grad_norms_are_those_without",
+        ),
+        (
             "shards of an expert count as parts of the experts",
             "return rank // self.etp_size % self.ep_size",
             "return rank % self.ep_size",
@@ -132,6 +155,12 @@ MUTATIONS = (
     ),
     *of_file(
         "mcore/weights.py",
+        (
+            "every chunk counts its layers from the first",
+            "first = chunk.decoder.layers[0].layer_number - 1",
+            "first = 0",
+            f"{EXPORT}[2]",
+        ),
         (
             "every rank reads the first shard",
             "place = (layout.tp_rank, layout.tp_size) if",
@@ -176,8 +205,8 @@ MUTATIONS = (
         "mcore/student.py",
         (
             "what is not to be trained is trained",
-            "model.module.requires_grad_(False)",
-            "model.module.requires_grad_(True)",
+            "chunk.requires_grad_(False)",
+            "chunk.requires_grad_(True)",
             "distributed/test_student_model.py",
         ),
     ),

@@ -8,6 +8,13 @@ import json
 import os
 from pathlib import Path
 
+_FILE = "TROPD_RELIABILITY"
+
+
+def are_recorded() -> bool:
+    """Whether rows are added to a file."""
+    return bool(os.environ.get(_FILE))
+
 
 def record(fault: str, *, how: str, seen: str, stops: float | None, back: float | None, lost: str):
     """Add a row.
@@ -20,7 +27,7 @@ def record(fault: str, *, how: str, seen: str, stops: float | None, back: float 
         back: seconds from the next start to the first new step; None: no restart was needed.
         lost: work that had to be done again, and data lost.
     """
-    target = os.environ.get("TROPD_RELIABILITY")
+    target = os.environ.get(_FILE)
     if target:
         row = {"fault": fault, "how": how, "seen": seen, "stops": stops, "back": back, "lost": lost}
         with Path(target).open("a") as file:

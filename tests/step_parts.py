@@ -7,15 +7,18 @@ from typing import Any
 from megatron_tropd.config import (
     Config,
     GuidanceConfig,
+    LoraConfig,
     LossSettings,
     MegatronConfig,
     ModelConfig,
+    NamedTeacher,
     ParallelConfig,
     RolloutConfig,
     RunConfig,
     TeacherConfig,
     TrainConfig,
 )
+from megatron_tropd.config.run import reference_of
 
 BETA = 0.5
 SEED = 7
@@ -23,7 +26,7 @@ SEED = 7
 
 def build_parts(
     student: str | Path,
-    teacher: str | Path,
+    teacher: str | Path | tuple[NamedTeacher, ...],
     layout: ParallelConfig,
     train: TrainConfig,
     loss: LossSettings,
@@ -32,13 +35,16 @@ def build_parts(
     megatron: MegatronConfig | None = None,
     source: TeacherConfig | None = None,
     ranks: Any = None,
+    routes: Any = None,
+    recorded: str | None = None,
+    lora: LoraConfig | None = None,
     **changes: Any,
 ) -> Any:
     """Process groups, both models, and what a step is made with (``StepParts``); collective.
 
     Args:
         student: HF folder.
-        teacher: HF folder.
+        teacher: HF folder; or several teachers.
         layout: of both.
         train: the optimizer's settings.
         loss: of the run.
@@ -46,6 +52,9 @@ def build_parts(
         megatron: further options.
         source: settings of the teacher's.
         ranks: if there are process groups already.
+        routes: whose the prompts are, of several teachers.
+        recorded: what the settings call the recorded rollouts.
+        lora: adapters of the student.
         changes: other fields of ``StepParts``.
     """
     # Not at the top: ranks and tests that need no Megatron import this module, too.
@@ -53,10 +62,52 @@ def build_parts(
     from megatron_tropd.distill.pair import step_parts
     from megatron_tropd.mcore import parallel
 
-    config = Config(
-        model=ModelConfig(student=str(student), teacher=str(teacher), dtype=dtype),
+    config = config_of_parts(
+        student,
+        teacher,
+        layout,
+        train,
+        loss,
+        dtype=dtype,
+        megatron=megatron,
+        source=source,
+        recorded=recorded,
+        lora=lora,
+    )
+    ranks = ranks or parallel.initialize(layout, seed=1)
+    folders = {"student": HFFolder(Path(student))}
+    for who, alone in config.by_teacher.items():
+        folders[who] = HFFolder(Path(alone.model.teacher))
+        if alone.reference is not None:
+            folders[reference_of(who)] = HFFolder(Path(alone.reference))
+    return replace(step_parts(config, folders, ranks, routes), **changes)
+
+
+def config_of_parts(
+    student: str | Path,
+    teacher: str | Path | tuple[NamedTeacher, ...],
+    layout: ParallelConfig,
+    train: TrainConfig,
+    loss: LossSettings,
+    *,
+    dtype: str = "float32",
+    megatron: MegatronConfig | None = None,
+    source: TeacherConfig | None = None,
+    recorded: str | None = None,
+    lora: LoraConfig | None = None,
+) -> Config:
+    """What :func:`build_parts` is given, as a run's settings."""
+    several = teacher if isinstance(teacher, tuple) else ()
+    return Config(
+        model=ModelConfig(
+            student=str(student),
+            teacher="" if several else str(teacher),
+            dtype=dtype,
+            lora=lora,
+        ),
+        teachers=several,
         parallel=layout,
-        rollout=RolloutConfig(prompts="", max_new_tokens=1),
+        rollout=RolloutConfig(prompts="", max_new_tokens=1, recorded=recorded),
         guidance=GuidanceConfig(beta=BETA),
         loss=loss,
         train=replace(train, seed=SEED),
@@ -64,8 +115,3 @@ def build_parts(
         megatron=megatron or MegatronConfig(),
         teacher=source or TeacherConfig(),
     )
-    ranks = ranks or parallel.initialize(layout, seed=1)
-    folders = {"student": HFFolder(Path(student)), "teacher": HFFolder(Path(teacher))}
-    if config.reference is not None:
-        folders["reference"] = HFFolder(Path(config.reference))
-    return replace(step_parts(config, folders, ranks), **changes)

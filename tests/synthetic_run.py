@@ -96,6 +96,8 @@ def _metrics(step: int, steps: int, draw: random.Random) -> dict[str, Any]:
         "importance_mean": 1.0,
         "dropped_share": 0.0,
         "masked_tokens": 0,
+        "padding_share": noisy(0.08, 0.2),
+        "waiting_share": noisy(0.02, 0.3),
         "prefix_share": 0.2 * alpha,
         "prefix_alpha": alpha,
         "max_new_tokens": 64,

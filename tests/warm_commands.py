@@ -21,10 +21,12 @@ from pathlib import Path
 from selectors import EVENT_READ, DefaultSelector
 from typing import IO, NoReturn
 
+from forked_process import ForkedProcess
+
 from tests.ranks import PRELOADED
 
 
-class Command:
+class Command(ForkedProcess):
     """``tropd WORDS`` or a script, with what tests use of ``subprocess.Popen``."""
 
     def __init__(
@@ -52,29 +54,13 @@ class Command:
             ours, theirs = Pipe(duplex=False)
             self._outputs.append(ours)
             ends.append(theirs)
-        self._process = get_context("forkserver").Process(
+        process = get_context("forkserver").Process(
             target=_be, args=(list(map(str, words)), dict(environment), place, *ends)
         )
-        self._process.start()
+        process.start()
         for end in ends:
             end.close()
-        self.pid = self._process.pid
-
-    @property
-    def returncode(self) -> int | None:
-        """The exit code, minus the signal that ended it; None: it runs."""
-        return self._process.exitcode
-
-    def poll(self) -> int | None:
-        """The same."""
-        return self._process.exitcode
-
-    def wait(self, timeout: float | None = None) -> int:
-        """The exit code, once it has ended."""
-        self._process.join(timeout)
-        if self._process.exitcode is None:
-            raise subprocess.TimeoutExpired("tropd", timeout or 0.0)
-        return self._process.exitcode
+        super().__init__(process, "tropd")
 
     def send_signal(self, number: int) -> None:
         """Send it a signal; harmless if it has ended."""

@@ -7,7 +7,6 @@ stopped or is left behind there has been started as in a run.
 """
 
 import os
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +14,8 @@ from multiprocessing import forkserver, get_context, spawn
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any
+
+from forked_process import ForkedProcess
 
 from megatron_tropd.rollout.engines import process
 
@@ -31,6 +32,7 @@ PRELOADED = [
         f"vllm.model_executor.models.{family}"
         for family in ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe")
     ),
+    "tests.frozen",
 ]
 """What every engine imports, and the models of the tests."""
 
@@ -92,37 +94,19 @@ def _without_main(name: str) -> dict[str, Any]:
     return {key: value for key, value in found.items() if not key.startswith("init_main")}
 
 
-class _Child:
+class _Child(ForkedProcess):
     """The part of ``subprocess.Popen`` that an engine's parent uses."""
 
     def __init__(self, target: Any, *arguments: Any) -> None:
-        self._process = get_context("forkserver").Process(
-            target=target, args=arguments, daemon=True
-        )
+        made = get_context("forkserver").Process(target=target, args=arguments, daemon=True)
         before = forkserver.connect_to_new_process, spawn.get_preparation_data
         forkserver.connect_to_new_process = _server.connect_to_new_process
         spawn.get_preparation_data = _without_main
         try:
-            self._process.start()
+            made.start()
         finally:
             forkserver.connect_to_new_process, spawn.get_preparation_data = before
-        self.pid = self._process.pid
-
-    @property
-    def returncode(self) -> int | None:
-        """Of a child that was seen to end."""
-        return self._process.exitcode
-
-    def poll(self) -> int | None:
-        """The exit code, if it has ended."""
-        return self._process.exitcode
-
-    def wait(self, timeout: float | None = None) -> int:
-        """The exit code, once it has ended."""
-        self._process.join(timeout)
-        if self._process.exitcode is None:
-            raise subprocess.TimeoutExpired("engine", timeout or 0.0)
-        return self._process.exitcode
+        super().__init__(made, "engine")
 
     def kill(self) -> None:
         """SIGKILL."""

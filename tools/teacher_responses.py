@@ -49,7 +49,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser,
         arguments,
         lambda config: {
-            "teacher": config.model.teacher,
+            "teacher": None if config.teachers else config.model.teacher or config.model.student,
             "tensor_parallel": config.rollout.engine_tensor_parallel,
         },
     )

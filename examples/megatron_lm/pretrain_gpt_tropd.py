@@ -32,8 +32,10 @@ NOT_HERE = (
 """Options for data, layers and losses that this script has no code for."""
 
 
-def model_provider(pre_process: bool = True, post_process: bool = True, **_: Any) -> GPTModel:
-    """This pipeline stage's part of the model."""
+def model_provider(
+    pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None, **_: Any
+) -> GPTModel:
+    """This pipeline stage's part of the model, or its virtual stage's."""
     args = get_args()
     if asked := [name for name in NOT_HERE if getattr(args, name, None)]:
         raise SystemExit(f"This script does not know {asked}; Megatron's pretrain_gpt.py does.")
@@ -60,6 +62,7 @@ def model_provider(pre_process: bool = True, post_process: bool = True, **_: Any
         rotary_percent=args.rotary_percent,
         rotary_base=args.rotary_base,
         rope_scaling=args.use_rope_scaling,
+        vp_stage=vp_stage,
     )
 
 
@@ -83,8 +86,11 @@ def forward_step(data_iterator: Any, model: torch.nn.Module) -> tuple[Tensor, An
     return losses, partial(loss_func, batch["loss_mask"])
 
 
-def datasets_provider(num_samples: list[int]) -> tuple[Any, Any, Any]:
-    """Training, validation and test data of ``--data-path`` (or ``--mock-data``)."""
+def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
+    """Training, validation and test data of ``--data-path`` (or ``--mock-data``).
+
+    Each virtual pipeline stage asks for them.
+    """
     args = get_args()
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     settings = {field.name for field in fields(GPTDatasetConfig)} & vars(args).keys()

@@ -5,16 +5,33 @@ all that a new part needs. ``"package.module:attribute"`` names a part that live
 """
 
 import importlib
+import importlib.util
 import pkgutil
+from functools import cache
 from typing import Any
 
 from megatron_tropd.base.errors import ConfigError
 
 
-def part_names(package: str) -> list[str]:
-    """The names of our own parts in ``package``, such as "megatron_tropd.losses.methods"."""
-    found = importlib.import_module(package)
-    return sorted(m.name for m in pkgutil.iter_modules(found.__path__) if m.name[0] != "_")
+@cache
+def part_names(package: str) -> tuple[str, ...]:
+    """The names of our own parts in ``package``, such as "megatron_tropd.losses.methods".
+
+    The package itself is not imported: a login node may lack what it needs.
+    """
+    found = importlib.util.find_spec(package)
+    places = found.submodule_search_locations if found else None
+    return tuple(sorted(m.name for m in pkgutil.iter_modules(places) if m.name[0] != "_"))
+
+
+def check_part(package: str, name: str, *, setting: str) -> None:
+    """Raise ConfigError if a setting names no part of ours; one of the user's own is not sought."""
+    if ":" not in name and name not in part_names(package):
+        known = part_names(package)
+        raise ConfigError(
+            f"{setting} = {name!r}: expected one of {', '.join(known)}, or "
+            '"package.module:attribute" of your own.'
+        )
 
 
 def load_part(package: str, name: str, *, attribute: str, setting: str) -> Any:
@@ -29,13 +46,9 @@ def load_part(package: str, name: str, *, attribute: str, setting: str) -> Any:
     Raises:
         ConfigError: there is no such part.
     """
+    check_part(package, name, setting=setting)
     module, colon, wanted = name.partition(":")
     if not colon:
-        if name not in part_names(package):
-            raise ConfigError(
-                f"{setting} = {name!r}: expected one of {', '.join(part_names(package))}, or "
-                '"package.module:attribute" of your own.'
-            )
         module, wanted = f"{package}.{name}", attribute
     try:
         return getattr(importlib.import_module(module), wanted)

@@ -15,7 +15,7 @@ from megatron_tropd.base.deterministic import set_environment
 from megatron_tropd.base.environment import number, variable
 from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.base.failures import SYMPTOMS, Failure, exit_code, read, report
-from megatron_tropd.config import Config, config_to_dict, load_config
+from megatron_tropd.config import Config, ParallelConfig, config_to_dict, load_config
 from megatron_tropd.config.run_folder import (
     RunFolder,
     check_run,
@@ -186,14 +186,11 @@ def _settings_text(config: Config, inputs: "Inputs") -> str:
     from megatron_tropd.convert.families import describe
 
     samples = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
-    p = config.parallel
-    shared = f", experts over {p.expert}" if p.expert > 1 else ""
-    context = f" x CP {p.context}" if p.context > 1 else ""
     guidance = f"{len(inputs.responses)} prompts have one" if inputs.responses else "off"
     return "\n".join(
         [
-            f"ranks:      {p.world_size} (TP {p.tensor}{context} x PP {p.pipeline} x DP "
-            f"{p.data}{shared})",
+            f"ranks:      {config.parallel.world_size} ({_axes(config.parallel)})",
+            *([f"teacher on: {_axes(config.teacher_parallel)}"] if config.teacher.parallel else []),
             *(f"{who + ':':<11} {describe(f.config)}" for who, f in inputs.folders.items()),
             *_left_unread(inputs),
             f"vocabulary: {inputs.vocab_size} shared columns, context {inputs.context} tokens",
@@ -209,6 +206,13 @@ def _settings_text(config: Config, inputs: "Inputs") -> str:
             "dry run: nothing was written.",
         ]
     )
+
+
+def _axes(p: ParallelConfig) -> str:
+    shared = f", experts over {p.expert}" if p.expert > 1 else ""
+    context = f" x CP {p.context}" if p.context > 1 else ""
+    virtual = f" (VPP {p.virtual_pipeline})" if p.virtual_pipeline > 1 else ""
+    return f"TP {p.tensor}{context} x PP {p.pipeline}{virtual} x DP {p.data}{shared}"
 
 
 def _left_unread(inputs: "Inputs") -> list[str]:

@@ -295,13 +295,16 @@ def check_megatron() -> Check:
 
 def check_options(config: Config) -> Check:
     """Megatron's own options in a config: which are in force, and whether they can be here."""
+    from megatron_tropd.config.run import reference_of
     from megatron_tropd.convert.megatron_folder import open_model
     from megatron_tropd.mcore import options_check
 
     name = "Megatron's options"
-    paths = {"student": config.model.student, "teacher": config.model.teacher}
-    if config.reference is not None:
-        paths["reference"] = config.reference
+    paths = {"student": config.model.student}
+    for who, alone in config.by_teacher.items():
+        paths[who] = alone.model.teacher
+        if alone.reference is not None:
+            paths[reference_of(who)] = alone.reference
     try:
         models = {
             who: open_model(path, weights=who == "student" or config.loads_teacher).config

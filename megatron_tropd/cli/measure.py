@@ -19,8 +19,10 @@ from megatron_tropd.config import (
     ParallelConfig,
     RolloutConfig,
     RunConfig,
+    TeacherConfig,
     TrainConfig,
 )
+from megatron_tropd.config.run import SELF, TEACHER
 from megatron_tropd.config.run_folder import RunFolder, run_of
 from megatron_tropd.convert.megatron_folder import MegatronFolder
 from megatron_tropd.distill.engines import make_engine
@@ -126,7 +128,8 @@ def _student_of(run: RunFolder) -> Path:
 
 def _as_in_run(run: RunFolder, folder: Path, problems: Path | None, notes: list[str]) -> Config:
     """The settings of a run, for one engine that answers problems and for nothing else."""
-    config = run.read_config()
+    # The student's engine reads of its teachers how long sequences may be, and the vocabulary.
+    config = next(iter(run.read_config().by_teacher.values()))
     path = str(problems) if problems else config.evaluation.problems
     if path is None:
         raise ConfigError(
@@ -155,10 +158,19 @@ def _as_in_run(run: RunFolder, folder: Path, problems: Path | None, notes: list[
             num_engines=1,
             steps_ahead=0,
         ),
+        teacher=_read_alone(config.teacher),
         guidance=GuidanceConfig(prefixed_per_prompt=0),
         train=replace(config.train, tokens_per_micro_batch=_ALL),
         evaluation=replace(config.evaluation, problems=path, max_new_tokens=room),
     )
+
+
+def _read_alone(teacher: TeacherConfig) -> TeacherConfig:
+    """The teacher as a folder, of which length and vocabulary count, whatever a run makes of it."""
+    teacher = replace(teacher, context=None)
+    if teacher.placement != SELF:
+        return teacher
+    return replace(teacher, placement=TeacherConfig.placement, ema_decay=None)
 
 
 def _assumed(folder: Path, problems: Path | None, overrides: Overrides, notes: list[str]) -> Config:
@@ -211,14 +223,15 @@ def _teacher_folder(config: Config, inputs: Inputs, source: RunFolder | None) ->
     """HF folder of the teacher, if the task needs it."""
     if config.evaluation.task == "exact_match" or source is None:
         return None
-    wanted = source.read_config().model.teacher
+    (wanted,) = (alone.model.teacher for alone in source.read_config().by_teacher.values())
     if config.model.teacher != wanted:
         raise InputError(
             f'evaluation.task = "reverse_kl" compares with the teacher {wanted}, which is gone. '
             "Put it back."
         )
-    megatron = isinstance(inputs.teacher, MegatronFolder)
-    return source.initial_hf / "teacher" if megatron else inputs.teacher.path
+    teacher = inputs.folders[TEACHER]
+    megatron = isinstance(teacher, MegatronFolder)
+    return source.initial_hf / TEACHER if megatron else teacher.path
 
 
 def result_lines(result: dict[str, Any]) -> Sequence[str]:

@@ -14,7 +14,7 @@ from megatron_tropd.base.environment import number
 from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.base.failures import exit_code, read
 from megatron_tropd.base.files import write_json
-from megatron_tropd.config import Config, config_to_dict, load_config
+from megatron_tropd.config import Config, NamedTeacher, TeacherConfig, config_to_dict, load_config
 from megatron_tropd.config.run_folder import (
     RunFolder,
     hold,
@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Give ``parser`` the arguments of ``tropd score``."""
     parser.add_argument("config", type=Path, help='TOML file with teacher.placement = "cached"')
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--teacher", metavar="NAME", help="which, if several of them are cached")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -42,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     from megatron_tropd.cli.distill import is_rank
 
     started_at()
-    config = job_config(load_config(arguments.config, arguments.overrides))
+    config = job_config(load_config(arguments.config, arguments.overrides), arguments.teacher)
     set_environment(config.run.deterministic)
     if is_rank():
         return _be_rank(config)
@@ -56,27 +57,54 @@ def run(arguments: argparse.Namespace) -> int:
             return code
 
 
-def job_config(config: Config) -> Config:
+def job_config(config: Config, name: str | None = None) -> Config:
     """The settings of a run with a cached teacher as those of the command that scores.
 
+    Args:
+        name: of one of several.
+
     Raises:
-        ConfigError: the run's teacher is not cached.
+        ConfigError: the run's teacher is not cached, or it is not clear which one is meant.
     """
-    if config.teacher.placement != "cached":
-        raise ConfigError(
-            "`tropd score` fills teacher.cache for a run that reads it, found teacher.placement = "
-            f'{config.teacher.placement!r}. Set teacher.placement = "cached" and teacher.cache.'
-        )
+    cached, alone = _cached(config, name)
     config = with_date(config)
+    folder = str(Path(str(alone.teacher.cache)).resolve() / JOB)
     return replace(
         config,
-        teacher=replace(
-            config.teacher, placement="served" if config.teacher.address else "resident"
-        ),
+        teachers=tuple(replace(teacher, placement=_scored_by(teacher)) for teacher in cached),
+        teacher=replace(config.teacher, placement=_scored_by(config.teacher)),
         # No engine is started, here or by the launcher.
         rollout=replace(config.rollout, placement="separate"),
-        run=replace(config.run, dir=str(Path(str(config.teacher.cache)).resolve() / JOB)),
+        run=replace(config.run, dir=folder),
     )
+
+
+def _cached(config: Config, name: str | None) -> tuple[list[NamedTeacher], Config]:
+    """The one of several teachers that is meant, if there are several, and the run of it alone."""
+    if not config.teachers:
+        if name is not None:
+            raise ConfigError(f"--teacher {name}: the config has no [[teachers]]. Leave it out.")
+        if config.teacher.placement != "cached":
+            raise ConfigError(
+                "`tropd score` fills teacher.cache for a run that reads it, found "
+                f"teacher.placement = {config.teacher.placement!r}. Set teacher.placement = "
+                '"cached" and teacher.cache.'
+            )
+        return [], config
+    of_name = dict(zip((t.name for t in config.teachers), config.by_teacher.values(), strict=True))
+    cached = [teacher for teacher in config.teachers if teacher.placement == "cached"]
+    meant = [teacher for teacher in cached if name in (None, teacher.name)]
+    if len(meant) != 1:
+        raise ConfigError(
+            "`tropd score` scores with one teacher, a cached one: expected --teacher with one of "
+            f"{', '.join(t.name for t in cached) or 'none (no teacher is cached)'}, found {name}."
+        )
+    return meant, of_name[meant[0].name]
+
+
+def _scored_by(teacher: TeacherConfig) -> str:
+    """Placement of a cached teacher while it scores."""
+    return "served" if teacher.address else "resident"
 
 
 def _share(config: Config, ranks: Ranks, peers: Peers) -> int:
@@ -114,11 +142,12 @@ def _said(config: Config, folder: RunFolder, code: int) -> int:
     if summary is None:
         print("tropd: stopped; the same command goes on where it was.", file=sys.stderr)
         return code or exits.RESTART
+    (alone,) = config.by_teacher.values()
     each = summary["bytes"] / max(summary["tokens"], 1)
     print(json.dumps(summary))
     print(
         f"{summary['sequences']} sequences with {summary['tokens']} scored tokens in "
-        f"{config.teacher.cache}: {summary['bytes'] / 1e6:.1f} MB, {each:.0f} bytes a token "
+        f"{alone.teacher.cache}: {summary['bytes'] / 1e6:.1f} MB, {each:.0f} bytes a token "
         f"(k = {summary['top_k']}, {summary['dtype']})"
     )
     return exits.COMPLETE

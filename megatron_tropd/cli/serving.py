@@ -100,7 +100,7 @@ def _engine(
     model: Model,
     wait: Callable[[float], object],
 ) -> RolloutEngine:
-    source = {"student": inputs.student, "teacher": inputs.teacher}[model]
+    source = inputs.folders[model]
     path = source.path
     if isinstance(source, MegatronFolder):
         path = folder.initial_hf / model

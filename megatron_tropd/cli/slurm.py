@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 from megatron_tropd.base.errors import ConfigError
+from megatron_tropd.cli.score import job_config
 from megatron_tropd.cluster.job_layout import JobLayout, make_layout
-from megatron_tropd.cluster.render import copy_config, render_job
+from megatron_tropd.cluster.render import DISTILL, SCORE, copy_config, render_job
 from megatron_tropd.cluster.site import load_site
 from megatron_tropd.config import load_config
 
@@ -26,6 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="TOML file of the cluster (slurm/site.example.toml)",
     )
+    parser.add_argument(
+        "--score",
+        action="store_true",
+        help="a job that fills teacher.cache (tropd score); its files go to CACHE/job",
+    )
     parser.description = (
         "Write the job file of a run to RUN/job.sbatch, with a copy of the config beside it; print "
         "it or submit it."
@@ -39,15 +45,16 @@ def run(arguments: argparse.Namespace) -> int:
     """Write the job file, print or submit it."""
     config = load_config(arguments.config, arguments.overrides)
     site = load_site(arguments.site)
-    layout = make_layout(config, site)
-    copy, settings = copy_config(config)
-    text = render_job(config, site, layout, path=copy)
+    command = SCORE if arguments.score else DISTILL
+    folder = Path((job_config(config) if arguments.score else config).run.dir).resolve()
+    layout = make_layout(config, site, engines=not arguments.score)
+    copy, settings = copy_config(config, folder)
+    text = render_job(folder, site, layout, path=copy, command=command)
     for warning in layout.warnings:
         print(f"tropd: warning: {warning}", file=sys.stderr)
     if arguments.dry_run:
         print(text, end="")
         return 0
-    folder = Path(config.run.dir).resolve()
     job = folder / "job.sbatch"
     if arguments.submit:
         _check_queue(job)
@@ -57,7 +64,8 @@ def run(arguments: argparse.Namespace) -> int:
         job.write_text(text)
     except OSError as error:
         raise ConfigError(
-            f"The job file {job} cannot be written ({error.strerror}). Choose another run.dir."
+            f"The job file {job} cannot be written ({error.strerror}). Choose another "
+            f"{'teacher.cache' if arguments.score else 'run.dir'}."
         ) from None
     print(_describe(layout))
     if arguments.submit:

@@ -27,8 +27,11 @@ class JobLayout:
         return self.training_nodes + self.server_nodes
 
 
-def make_layout(config: Config, site: Site) -> JobLayout:
+def make_layout(config: Config, site: Site, *, engines: bool = True) -> JobLayout:
     """Place the ranks and servers of a run.
+
+    Args:
+        engines: whether the command has any; `tropd score` has not.
 
     Raises:
         ConfigError: they do not fit the nodes; says what would.
@@ -39,6 +42,8 @@ def make_layout(config: Config, site: Site) -> JobLayout:
         ranks_per_node=ranks,
         warnings=tuple(_warnings(config, site, ranks)),
     )
+    if not engines:
+        return layout
     if config.rollout.placement == "colocated":
         _check_engines(config, site, ranks)
         return layout

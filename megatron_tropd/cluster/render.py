@@ -3,7 +3,7 @@
 import hashlib
 import re
 import shlex
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -13,29 +13,61 @@ from megatron_tropd.cluster.site import Site
 from megatron_tropd.config import Config, config_to_toml
 
 
-def copy_config(config: Config) -> tuple[Path, str]:
+@dataclass(frozen=True)
+class JobCommand:
+    """What the training nodes of a job do, and how far a job file can see that they have come."""
+
+    name: str
+    """After ``tropd``."""
+    resumes: str
+    steps: str
+    """What counts as a step."""
+    count_steps: str
+    """Shell that sets ``steps``."""
+
+
+DISTILL = JobCommand(
+    "distill",
+    "The run resumes from its last complete checkpoint",
+    "Steps in the metrics",
+    '[ ! -e "$run/metrics.jsonl" ] || steps=$(wc -l <"$run/metrics.jsonl")',
+)
+SCORE = JobCommand(
+    "score",
+    "The command writes the files that are missing",
+    "Files of scores, beside the command's folder",
+    "steps=$(find \"$run/..\" -maxdepth 1 -name '*-[0-9]*.safetensors' 2>/dev/null | wc -l)",
+)
+
+
+def copy_config(config: Config, run: Path) -> tuple[Path, str]:
     """The config that a job runs, so that whoever edits the original changes no waiting job.
 
+    Args:
+        run: folder of the command.
+
     Returns:
-        Where it belongs in the run folder, and its text: overrides in it, paths absolute. The name
+        Where it belongs in that folder, and its text: overrides in it, paths absolute. The name
         follows from the text: a job submitted before keeps its own.
     """
-    run = Path(config.run.dir).resolve()
-    text = config_to_toml(replace(config, run=replace(config.run, dir=str(run))))
+    kept = str(Path(config.run.dir).resolve())
+    text = config_to_toml(replace(config, run=replace(config.run, dir=kept)))
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     return run / f"job_{digest}.toml", f"# The settings of a job of `tropd slurm`.\n{text}"
 
 
-def render_job(config: Config, site: Site, layout: JobLayout, *, path: Path) -> str:
+def render_job(
+    run: Path, site: Site, layout: JobLayout, *, path: Path, command: JobCommand = DISTILL
+) -> str:
     """The job file, a shell script for sbatch.
 
     Args:
+        run: folder of the command, whole.
         path: of the config that the job reads whenever it starts (:func:`copy_config`).
 
     Raises:
         ConfigError: a value has a line break, with which it could not be one word of a script.
     """
-    run = Path(config.run.dir).resolve()
     separate = layout.servers > 0
     text = _template("job.sbatch")
     text = text.replace("@SERVERS@\n", _template("servers.sh") + "\n" if separate else "\n")
@@ -43,6 +75,10 @@ def render_job(config: Config, site: Site, layout: JobLayout, *, path: Path) -> 
     marks = {
         "DIRECTIVES": _directives(site, layout, run),
         "RUN": _quote(run),
+        "COMMAND": command.name,
+        "RESUMES": command.resumes,
+        "STEPS_ARE": command.steps,
+        "COUNT_STEPS": command.count_steps,
         "TRAINING_NODES": str(layout.training_nodes),
         "MAX_RESTARTS": str(site.max_restarts),
         "TROPD": _quote(Path(site.venv) / "bin" / "tropd" if site.venv else "tropd"),

@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.config.megatron_fields import Table, verdicts
-from megatron_tropd.config.settings import Range, Settings, check_range, require_plain
+from megatron_tropd.config.settings import Range, Settings, check_range, nearest, require_plain
 
 _RANGES = {
     "at least 1": Range(1),
@@ -70,6 +70,12 @@ def _check_verdict(table: Table, name: str, options: dict[str, Any]) -> None:
     # What is no number, the types of the installed version refuse.
     if verdict.range and isinstance(value, int | float) and not isinstance(value, bool):
         check_range(_RANGES[verdict.range], value, where)
+    for word in value if isinstance(value, list) else [value]:
+        if verdict.choices and isinstance(word, str) and word not in verdict.choices:
+            raise ConfigError(
+                f"{where} must be one of {', '.join(verdict.choices)}, found {word!r}."
+                f"{nearest(word, verdict.choices)}"
+            )
     # One that is there and off is no mistake: a command line switches off what a file has.
     if verdict.switch and verdict.switch not in options:
         raise ConfigError(

@@ -34,6 +34,8 @@ class Verdict:
     """Field that must be set, too, for this one to do anything; empty: none."""
     range: str = ""
     """Where its number may lie, such as "at least 1"; Megatron looks at few. Empty: anywhere."""
+    choices: tuple[str, ...] = ()
+    """Words that it may be, or name in a list; those that Megatron gives no type. Empty: any."""
 
     def check(self, where: str) -> None:
         """Raise ConfigError if it is not ``passes``."""
@@ -66,11 +68,13 @@ def _verdict(rule: str) -> Verdict:
     needs = next(iter(words & {"CUDA", "Transformer Engine"}), "")
     switch = next((word.removeprefix("with ") for word in rest if word.startswith("with ")), "")
     ranges = words & _RANGES
+    listed = next((word.removeprefix("one of ") for word in rest if word.startswith("one of ")), "")
     student, may_change = "student" in words, "may change" in words
-    known = bool(needs) + bool(switch) + student + may_change + bool(ranges)
+    known = bool(needs) + bool(switch) + student + may_change + bool(ranges) + bool(listed)
     if kind != "passes" or len(words) != known:
         raise ValueError(f"megatron_fields.txt: [{rule}] is no verdict")
-    return Verdict("passes", "", student, may_change, needs, switch, "".join(ranges))
+    choices = tuple(listed.split())
+    return Verdict("passes", "", student, may_change, needs, switch, "".join(ranges), choices)
 
 
 def _for_teacher(verdict: Verdict) -> Verdict:

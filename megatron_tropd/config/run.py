@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 
 from megatron_tropd.base import deterministic
 from megatron_tropd.base.errors import ConfigError
+from megatron_tropd.base.parts import check_part
 from megatron_tropd.base.text_files import read_toml
 from megatron_tropd.config.loss import LossSettings, loss_defaults, preset
 from megatron_tropd.config.loss_of_0_1 import new_form, refuse_old_form
@@ -38,8 +39,14 @@ from megatron_tropd.config.settings import (
 )
 
 PATH = {"path": True}  # metadata of the fields that name an input file or folder
+SELF = "self"
+"""``teacher.placement``: the student's own weights."""
+TEACHER = "teacher"
+"""What messages call the teacher; one of several is "teacher NAME"."""
 STUDENT = "student"
 """``teacher.reference``: the weights that the student starts from."""
+_SOURCES, _MODES = "megatron_tropd.teacher", "megatron_tropd.rollout.episodes"
+"""Packages whose modules teacher.placement and rollout.mode name."""
 CACHED_TOP_K = 64
 """``teacher.cache_top_k`` of a loss that needs no more."""
 _GREEDY = "On-policy samples are drawn at random (evaluation is greedy by itself)."
@@ -91,8 +98,9 @@ class ModelConfig(Settings, section="model"):
 
     student: str = field(metadata=PATH)
     """Folder of the student: architecture and first weights."""
-    teacher: str = field(metadata=PATH)
-    """Folder of the teacher. Frozen. Same tokenizer as the student (checked)."""
+    teacher: str = field(default="", metadata=PATH)
+    """Folder of the teacher. Frozen. Same tokenizer as the student (checked). Left out if there are
+    several, in [[teachers]]."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute type of both models. auto: bfloat16 with CUDA, float32 without."""
     lora: LoraConfig | None = None
@@ -100,15 +108,17 @@ class ModelConfig(Settings, section="model"):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParallelConfig(Settings, section="parallel"):
-    """How the ranks are laid out. World size = tensor x context x pipeline x data."""
+class ModelParallelConfig(Settings, section="teacher.parallel"):
+    """How one copy of a model is laid out, over tensor x context x pipeline ranks.
+
+    As [teacher.parallel]: a layout of the teacher's own on the ranks of the run. How many copies of
+    it there are follows.
+    """
 
     tensor: Count = 1
-    """Tensor-parallel ranks of student and teacher."""
+    """Tensor-parallel ranks; without [teacher.parallel] of student and teacher."""
     pipeline: Count = 1
-    """Pipeline stages of student and teacher."""
-    data: Count = 1
-    """Data-parallel replicas of the student."""
+    """Pipeline stages; without [teacher.parallel] of student and teacher."""
     context: Count = 1
     """Ranks that share each row of tokens, for long ones: of 2 x context equal parts of it a rank
     computes one from the front and its mirror image from the back."""
@@ -122,28 +132,75 @@ class ParallelConfig(Settings, section="parallel"):
     """Accept layers that pipeline does not divide: the first stages take one more."""
     sequence_parallel: bool = False
     """Shard activations between the tensor-parallel regions along the sequence."""
-    distributed_optimizer: bool = False
-    """Shard optimizer states over the data-parallel ranks."""
 
     def _check_together(self) -> None:
         _require(
             self.expert_tensor in (None, 1, self.tensor),
-            f"parallel.expert_tensor must be 1 or parallel.tensor = {self.tensor}, found "
+            f"{self.key('expert_tensor')} must be 1 or {self.key('tensor')} = {self.tensor}, found "
             f"{self.expert_tensor}.",
+        )
+        _require(
+            self.tensor > 1 or not self.sequence_parallel,
+            f"{self.key('sequence_parallel')} = true needs {self.key('tensor')} of at least 2, "
+            f"found 1. Raise {self.key('tensor')} or set sequence_parallel = false.",
+        )
+
+    def over(self, world_size: int) -> "ParallelConfig":
+        """The layout with as many copies of the model as the run has ranks for.
+
+        Raises:
+            ConfigError: they do not divide the ranks.
+        """
+        ranks = self.tensor * self.context * self.pipeline
+        _require(
+            world_size % ranks == 0,
+            "[teacher.parallel]: a copy of the teacher takes tensor x context x pipeline = "
+            f"{self.tensor} x {self.context} x {self.pipeline} = {ranks} ranks, which must divide "
+            f"the {world_size} ranks of the run ([parallel]: tensor x context x pipeline x data). "
+            "Change one of the two.",
+        )
+        return TeacherLayout(**dataclasses.asdict(self), data=world_size // ranks)
+
+    @property
+    def row_shards(self) -> int:
+        """Equal parts that the axes cut a row into."""
+        shards = self.tensor if self.sequence_parallel else 1
+        return shards if self.context == 1 else 2 * self.context * shards
+
+    @property
+    def shards_of_expert(self) -> int:
+        """Tensor-parallel ranks of each expert."""
+        return self.tensor if self.expert_tensor is None else self.expert_tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig(ModelParallelConfig, section="parallel"):
+    """How the ranks are laid out. World size = tensor x context x pipeline x data."""
+
+    virtual_pipeline: Count = 1
+    """Parts of the layers that each stage holds, in turns with the others (Megatron's interleaved
+    schedule): idle time is divided by it, and micro-batches are a multiple of pipeline."""
+    data: Count = 1
+    """Data-parallel replicas of the student."""
+    distributed_optimizer: bool = False
+    """Shard optimizer states over the data-parallel ranks."""
+
+    def _check_together(self) -> None:
+        super()._check_together()
+        _require(
+            self.pipeline > 1 or self.virtual_pipeline == 1,
+            f"parallel.virtual_pipeline = {self.virtual_pipeline} needs parallel.pipeline of at "
+            "least 2, found 1: one stage has nobody to take turns with. Raise parallel.pipeline or "
+            "set virtual_pipeline = 1.",
         )
         whole = self.shards_of_expert < self.tensor
         sharers = self.replicas * (self.tensor if whole else 1)
         context = "context x " if self.context > 1 else ""
         _require(
             sharers % self.expert == 0,
-            f"parallel.expert = {self.expert} must divide parallel."
+            f"{self.key('expert')} = {self.expert} must divide {self._prefix}"
             f"{'tensor x ' if whole else ''}{context}data, found {sharers}: the replicas share the "
             "experts. Change one of the two.",
-        )
-        _require(
-            self.tensor > 1 or not self.sequence_parallel,
-            "parallel.sequence_parallel = true needs parallel.tensor of at least 2, found 1. "
-            "Raise parallel.tensor or set sequence_parallel = false.",
         )
 
     @property
@@ -157,20 +214,23 @@ class ParallelConfig(Settings, section="parallel"):
         return self.context * self.data
 
     @property
-    def row_shards(self) -> int:
-        """Equal parts that the axes cut a row into."""
-        shards = self.tensor if self.sequence_parallel else 1
-        return shards if self.context == 1 else 2 * self.context * shards
+    def num_chunks(self) -> int:
+        """Parts that the layers are cut into, one after the other."""
+        return self.pipeline * self.virtual_pipeline
 
     @property
-    def shards_of_expert(self) -> int:
-        """Tensor-parallel ranks of each expert."""
-        return self.tensor if self.expert_tensor is None else self.expert_tensor
+    def batch_multiple(self) -> int:
+        """What the number of micro-batches of a step is a multiple of."""
+        return self.pipeline if self.virtual_pipeline > 1 else 1
 
     @property
     def expert_replicas(self) -> int:
         """Ranks that hold the same part of the same experts."""
         return self.tensor * self.replicas // (self.shards_of_expert * self.expert)
+
+
+class TeacherLayout(ParallelConfig, section="teacher.parallel"):
+    """The teacher's own layout, with the data-parallel replicas that follow from the world."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -420,7 +480,8 @@ class TeacherConfig(Settings, section="teacher"):
 
     placement: str = "resident"
     """resident: a model on the student's ranks; cached: no model, but what ``tropd score`` wrote
-    into teacher.cache; served: no model, but `vllm serve` at teacher.address (docs/teachers.md).
+    into teacher.cache; served: no model, but `vllm serve` at teacher.address; self: the student's
+    own weights (docs/teachers.md).
     "package.module:attribute": a source of your own (docs/extending.md)."""
     cache: str | None = field(default=None, metadata=PATH)
     """cached: the folder of the scored rollouts; ``tropd score`` makes it."""
@@ -437,7 +498,19 @@ class TeacherConfig(Settings, section="teacher"):
     """Where the resident teacher's layers (and its reference's) are while they do not score. none:
     on the GPU. host: page-locked in the host's memory; all visit the GPU to score a step.
     host_by_layer: the same, but they visit one after the other for each micro-batch, two at a time
-    (docs/planning.md says when). No number changes."""
+    (docs/planning.md says when). No number changes. Of a cached teacher: while ``tropd score``
+    runs."""
+
+    context: str | None = None
+    """What the teacher reads in the place of the prompt: a text with fields of the prompt's line in
+    braces, such as "{prompt} {solution}". None: the prompt."""
+    ema_decay: Annotated[float, Range(0, 1, "[)")] | None = None
+    """self: after each step the teacher is ema_decay times itself plus the rest of the student.
+    None: it stays what the student starts from."""
+
+    parallel: ModelParallelConfig | None = None
+    """[teacher.parallel]: a layout of the resident teacher's own (and of its reference) on the same
+    ranks (docs/teachers.md). None: the student's."""
 
     address: tuple[str, ...] = ()
     """served: addresses of `vllm serve` with the teacher, "http://host:port" each; several are
@@ -454,6 +527,28 @@ class TeacherConfig(Settings, section="teacher"):
         _require(
             not wrong,
             f'teacher.address must hold addresses like "http://host:8000", found {wrong}.',
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedTeacher(TeacherConfig, section="teachers"):
+    """One of several teachers, [[teachers]]: what [teacher] says of a single one, and whose prompts
+    it scores (docs/teachers.md). Resident ones are in the host's memory while they do not score."""
+
+    name: str
+    """Letters, digits, - and _: what "teacher" in a line of the prompts says, and metrics."""
+    model: str = field(metadata=PATH)
+    """Its folder; model.teacher is left out."""
+    sources: tuple[str, ...] = ()
+    """It scores the prompts whose lines have one of these as "source", and no "teacher"."""
+    responses: str | None = field(default=None, metadata=PATH)
+    """What it answers to its prompts, for guidance; guidance.responses is left out."""
+
+    def _check_together(self) -> None:
+        super()._check_together()
+        _require(
+            bool(self.name) and self.name.replace("-", "").replace("_", "").isalnum(),
+            f"teachers.name must have letters, digits, - and _ alone, found {self.name!r}.",
         )
 
 
@@ -502,12 +597,18 @@ class Config(Settings):
     run: RunConfig
     parallel: ParallelConfig = ParallelConfig()
     teacher: TeacherConfig = TeacherConfig()
+    teachers: tuple[NamedTeacher, ...] = ()
     guidance: GuidanceConfig = GuidanceConfig()
     loss: LossSettings = field(default_factory=lambda: preset("tropd"))
     evaluation: EvaluationConfig = EvaluationConfig()
     megatron: MegatronConfig = field(default_factory=MegatronConfig)
 
     def _check_together(self) -> None:
+        _require(
+            bool(self.model.teacher) or bool(self.teachers) or self.teacher.placement == SELF,
+            "Config key model.teacher is missing and has no default. Name the teacher's folder, or "
+            "several in [[teachers]].",
+        )
         world, engines = self.parallel.world_size, self.rollout.num_engines
         _require(
             self.rollout.placement == "separate" or world % engines == 0,
@@ -540,12 +641,21 @@ class Config(Settings):
         if self.run.deterministic:
             deterministic.check_options("model", self.megatron.model)
             deterministic.check_options("teacher", self.megatron.teacher)
-        self._check_reference()
-        self._check_offload()
+        check_part(_MODES, self.rollout.mode, setting="rollout.mode")
+        self._check_cp_comm_type()
+        if self.teachers:
+            self._check_teachers()
+        else:
+            check_part(_SOURCES, self.teacher.placement, setting="teacher.placement")
+            self._check_reference()
+            self._check_offload()
+            self._check_teacher_layout()
+            self._check_cached()
+            self._check_served()
+            self._check_self()
+            self._check_context()
         self._check_golden()
         self._check_recorded()
-        self._check_cached()
-        self._check_served()
         samples = self.rollout.prompts_per_step * self.rollout.samples_per_prompt
         _require(
             samples % self.parallel.data == 0,
@@ -553,6 +663,72 @@ class Config(Settings):
             f"parallel.data = {self.parallel.data}: every replica trains on equally many "
             "trajectories. Change one of the three.",
         )
+        rows, multiple = samples // self.parallel.data, self.parallel.batch_multiple
+        _require(
+            rows % multiple == 0,
+            f"parallel.virtual_pipeline = {self.parallel.virtual_pipeline} sends micro-batches "
+            f"through the chunks in groups of parallel.pipeline = {multiple}: expected a multiple "
+            f"of {multiple} trajectories for each replica, found rollout.prompts_per_step x "
+            f"samples_per_prompt / parallel.data = {rows}. Change one of them, or set "
+            "virtual_pipeline = 1.",
+        )
+
+    def _check_teachers(self) -> None:
+        names = [teacher.name for teacher in self.teachers]
+        sources = [source for teacher in self.teachers for source in teacher.sources]
+        for key, values in (("name", names), ("sources", sources)):
+            twice = sorted({value for value in values if values.count(value) > 1})
+            _require(not twice, f"teachers.{key}: {', '.join(twice)} is there twice. Change one.")
+        single = {
+            "model.teacher": bool(self.model.teacher),
+            "[teacher]": self.teacher != TeacherConfig(),
+            "guidance.responses": self.guidance.responses is not None,
+        }
+        found = [key for key, is_set in single.items() if is_set]
+        _require(
+            not found,
+            f"[[teachers]] is beside {', '.join(found)}, which is for a single teacher. Move it "
+            "into each [[teachers]], or leave it out.",
+        )
+        without = [teacher.name for teacher in self.teachers if teacher.responses is None]
+        _require(
+            not without or len(without) == len(names),
+            f"teachers.responses must be there for every teacher or for none, found none for "
+            f"{', '.join(without)}.",
+        )
+        self._check_for_one_teacher()
+        for named in self.teachers:
+            try:
+                self._alone(named)  # is checked when it is made
+            except ConfigError as error:
+                raise ConfigError(f"[[teachers]] {named.name}: {error}") from None
+
+    def _check_for_one_teacher(self) -> None:
+        """Refuse with several teachers what knows of one alone."""
+        graded = self.evaluation.problems is not None
+        one_only = {
+            f'rollout.behaviour = "{self.rollout.behaviour}"': self.rollout.asks_teacher,
+            "[teachers.parallel]": any(teacher.parallel for teacher in self.teachers),
+            'evaluation.task = "reverse_kl"': graded and self.evaluation.task == "reverse_kl",
+            'evaluation.teacher = true with rollout.placement = "separate"': graded
+            and self.evaluation.teacher
+            and self.rollout.placement == "separate",
+        }
+        named = [what for what, is_set in one_only.items() if is_set]
+        _require(
+            not named,
+            f"{', '.join(named)} takes one teacher, found [[teachers]]. Change one of the two.",
+        )
+
+    def _check_cp_comm_type(self) -> None:
+        """Refuse a way of keys and values that leads nowhere."""
+        for table, options in self.megatron.tables():
+            layout = self.teacher_parallel if table == "teacher" else self.parallel
+            _require(
+                layout.context > 1 or "cp_comm_type" not in options,
+                f"megatron.{table}.cp_comm_type does nothing without context parallelism, found "
+                f"{layout.key('context')} = 1. Raise that, or remove this one.",
+            )
 
     def _check_recorded(self) -> None:
         name, recorded = self.loss.method_name(), self.rollout.recorded
@@ -635,6 +811,58 @@ class Config(Settings):
             f"token, found {kept}. Raise it, or leave it out, before `tropd score` runs.",
         )
 
+    def _check_self(self) -> None:
+        is_self, named = self.teacher.placement == SELF, self.model.teacher
+        _require(
+            not is_self or named in ("", self.model.student),
+            f'teacher.placement = "{SELF}" is the student itself, found model.teacher = {named!r}. '
+            "Leave it out.",
+        )
+        _require(
+            is_self or self.teacher.ema_decay is None,
+            f'teacher.ema_decay is for teacher.placement = "{SELF}", found '
+            f'"{self.teacher.placement}". Remove it.',
+        )
+
+    def _check_context(self) -> None:
+        graded = self.evaluation.problems is not None
+        blind = {
+            f'rollout.behaviour = "{self.rollout.behaviour}"': self.rollout.asks_teacher,
+            'evaluation.task = "reverse_kl"': graded and self.evaluation.task == "reverse_kl",
+        }
+        named = [what for what, is_set in blind.items() if is_set]
+        _require(
+            self.teacher.context is None or not named,
+            f"{', '.join(named)} shows the teacher the student's prompt, and teacher.context would "
+            "not be read there. Change one of the two.",
+        )
+
+    @property
+    def by_teacher(self) -> dict[str, "Config"]:
+        """The run with each of its teachers alone, by what messages call the teacher.
+
+        model.teacher is a folder there: the student's, if the teacher is the student itself.
+        """
+        if not self.teachers:
+            is_self = self.teacher.placement == SELF
+            folder = self.model.student if is_self else self.model.teacher
+            model = dataclasses.replace(self.model, teacher=folder)
+            return {TEACHER: dataclasses.replace(self, model=model) if is_self else self}
+        return {f"{TEACHER} {named.name}": self._alone(named) for named in self.teachers}
+
+    def _alone(self, named: NamedTeacher) -> "Config":
+        settings = {f.name: getattr(named, f.name) for f in fields(TeacherConfig)}
+        resident = [t for t in self.teachers if t.placement == TeacherConfig.placement]
+        if named in resident and len(resident) > 1 and named.offload == "none":
+            settings["offload"] = "host"  # one of them on the device at a time
+        return dataclasses.replace(
+            self,
+            model=dataclasses.replace(self.model, teacher=named.model),
+            teacher=TeacherConfig(**settings),
+            guidance=dataclasses.replace(self.guidance, responses=named.responses),
+            teachers=(),
+        )
+
     def _check_without_teacher(self) -> None:
         placement = self.teacher.placement
         graded = self.evaluation.task == "exact_match" and not self.evaluation.teacher
@@ -664,7 +892,9 @@ class Config(Settings):
 
     @property
     def loads_teacher(self) -> bool:
-        """Whether the run has a model of the teacher (or a source of the user's own has)."""
+        """Whether the run has a model of a teacher (or a source of the user's own has)."""
+        if self.teachers:
+            return any(alone.loads_teacher for alone in self.by_teacher.values())
         return self.teacher.placement not in ("cached", "served")
 
     @property
@@ -672,7 +902,7 @@ class Config(Settings):
         """Ids of each token that a teacher says which is not loaded."""
         for_files = self.teacher.cache is not None  # `tropd score` asks a server
         if self.teacher.placement == "served" and not for_files:
-            return self.loss.needs.top_k
+            return max(1, self.loss.needs.top_k)
         return self.cached_top_k
 
     @property
@@ -683,8 +913,9 @@ class Config(Settings):
     def _check_offload(self) -> None:
         where = f"teacher.offload = {self.teacher.offload!r}"
         is_set, source = self.teacher.offload != "none", self.teacher.placement
+        copied = source == SELF and self.teacher.ema_decay is None and self.model.lora is None
         _require(
-            not is_set or source == TeacherConfig.placement or ":" in source,
+            not is_set or source in (TeacherConfig.placement, "cached") or ":" in source or copied,
             f"{where} is for a model on the student's ranks, found teacher.placement = "
             f'"{source}". Remove one of the two.',
         )
@@ -695,6 +926,32 @@ class Config(Settings):
             "copies of the weights in that type on the GPU, so it would gain little. Remove one of "
             "the two.",
         )
+
+    def _check_teacher_layout(self) -> None:
+        own, source = self.teacher.parallel, self.teacher.placement
+        if own is None:
+            return
+        _require(
+            source == TeacherConfig.placement or ":" in source,
+            "[teacher.parallel] lays out a model on the student's ranks, found teacher.placement = "
+            f'"{source}", which has none there. Remove one of the two.',
+        )
+        _require(
+            self.teacher.context is None,
+            "teacher.context is read in the student's layout, found [teacher.parallel] beside it. "
+            "Remove one of the two.",
+        )
+        own.over(self.parallel.world_size)
+
+    @property
+    def teacher_parallel(self) -> ParallelConfig:
+        """Layout of the teacher and its reference: their own, or the student's."""
+        own = self.teacher.parallel
+        return self.parallel if own is None else own.over(self.parallel.world_size)
+
+    def parallel_of(self, who: str) -> ParallelConfig:
+        """Layout of one of the run's models: "student", "teacher" or "reference"."""
+        return self.parallel if who == "student" else self.teacher_parallel
 
     @property
     def reference(self) -> str | None:
@@ -711,6 +968,11 @@ class Config(Settings):
     def max_answer_tokens(self) -> int:
         """Longest answer of an evaluation."""
         return self.evaluation.max_new_tokens or self.rollout.max_new_tokens
+
+
+def reference_of(teacher: str) -> str:
+    """What messages call the reference of a teacher (a key of ``Config.by_teacher``)."""
+    return teacher.replace(TEACHER, "reference", 1)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -741,6 +1003,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def config_to_dict(config: Config) -> dict[str, Any]:
     """Plain nested dictionary of every setting, JSON-ready."""
     tables = dataclasses.asdict(config)
+    if not config.teachers:
+        del tables["teachers"]
     tables["loss"] = {"method": config.loss.method_name(), **tables["loss"]}
     return json.loads(json.dumps(tables))
 
@@ -767,16 +1031,19 @@ def config_to_toml(config: Config) -> str:
     Input paths are absolute, as in any loaded config; so must ``run.dir`` be.
     """
     lines = []
-    for section, table in config_to_dict(config).items():
-        lines.append(f"\n[{section}]")
-        # TOML has no null: it leaves out what is None by default.
-        lines += [f"{key} = {_toml(value)}" for key, value in table.items() if value is not None]
+    for section, found in config_to_dict(config).items():
+        several = isinstance(found, list)
+        for table in found if several else [found]:
+            lines.append(f"\n[[{section}]]" if several else f"\n[{section}]")
+            lines += [f"{k} = {_toml(value)}" for k, value in table.items() if value is not None]
     return "\n".join(lines) + "\n"
 
 
 def _toml(value: Any) -> str:
     if isinstance(value, dict):
-        entries = (f"{json.dumps(key)} = {_toml(item)}" for key, item in value.items())
+        # TOML has no null: it leaves out what is None by default.
+        given = {key: item for key, item in value.items() if item is not None}
+        entries = (f"{json.dumps(key)} = {_toml(item)}" for key, item in given.items())
         return "{" + ", ".join(entries) + "}"
     if isinstance(value, list):
         return "[" + ", ".join(map(_toml, value)) + "]"
@@ -819,8 +1086,11 @@ def read_settings(path: Path) -> dict[str, dict[str, Any]]:
 
 def is_run_settings(value: Any) -> bool:
     """Whether the content of a config.json is a run's, and no model's."""
-    known = isinstance(value, dict) and {"model", "rollout", "run"} <= value.keys()
-    return known and all(isinstance(section, dict) for section in value.values())
+    if not (isinstance(value, dict) and {"model", "rollout", "run"} <= value.keys()):
+        return False
+    several = value.get("teachers", [])
+    sections = [section for name, section in value.items() if name != "teachers"]
+    return isinstance(several, list) and all(isinstance(s, dict) for s in [*sections, *several])
 
 
 def settings_from_table(cls: Any, table: dict[str, Any], section: str = "") -> Any:
@@ -838,24 +1108,31 @@ def settings_from_table(cls: Any, table: dict[str, Any], section: str = "") -> A
 
 
 def _sections() -> dict[str, Any]:
+    """Tables of a config, but [[teachers]], of which there are several."""
     hints = typing.get_type_hints(Config)
-    return {f.name: hints[f.name] for f in fields(Config)}
+    return {f.name: hints[f.name] for f in fields(Config) if f.name != "teachers"}
 
 
 def _anchor_paths(tables: dict[str, Any], folder: Path) -> None:
     for name, section in _sections().items():
-        table = tables.get(name)
-        if not isinstance(table, dict):
-            continue
-        for f in fields(section):
-            value = table.get(f.name)
-            if isinstance(value, str) and _is_path(f, value):
-                table[f.name] = str(folder / Path(value).expanduser())
+        _anchor(tables.get(name), section, folder)
+    several = tables.get("teachers")
+    for table in several if isinstance(several, list) else ():
+        _anchor(table, NamedTeacher, folder)
+
+
+def _anchor(table: Any, section: Any, folder: Path) -> None:
+    if not isinstance(table, dict):
+        return
+    for f in fields(section):
+        value = table.get(f.name)
+        if isinstance(value, str) and _is_path(f, value):
+            table[f.name] = str(folder / Path(value).expanduser())
 
 
 def _is_path(f: "dataclasses.Field[Any]", value: str) -> bool:
     """Whether a value of this field names an input file or folder."""
-    return bool(f.metadata.get("path")) and value not in f.metadata.get("words", ())
+    return bool(f.metadata.get("path") and value) and value not in f.metadata.get("words", ())
 
 
 def apply_override(tables: dict[str, Any], override: str) -> None:

@@ -21,6 +21,7 @@ from megatron_tropd.base.errors import ConfigError, InputError
 from megatron_tropd.base.files import write_json
 from megatron_tropd.config import (
     Config,
+    NamedTeacher,
     config_from_dict,
     config_to_dict,
     default_settings,
@@ -285,12 +286,13 @@ def _check_same(old: dict[str, Any], new: dict[str, Any], root: Path) -> None:
     defaults = default_settings()
     defaults["rollout"]["chat_template_date"] = new["rollout"]["chat_template_date"]
     was, now = (
-        dict(_flat({section: defaults[section] | some.get(section, {}) for section in new}))
+        dict(_flat({s: defaults[s] | some.get(s, {}) for s in defaults}))
+        | dict(_of_teachers(some.get("teachers", [])))
         for some in (old, new)
     )
     changed = [
         f"{key}: was {was.get(key)!r}, now {now.get(key)!r}"
-        for key in {**now, **{key: None for key in was if key.startswith("megatron.")}}
+        for key in {**now, **{k: None for k in was if k.startswith(("megatron.", "teachers."))}}
         if was.get(key) != now.get(key) and not _is_free(key)
     ]
     if changed:
@@ -310,9 +312,20 @@ def _flat(settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
                 yield f"{section}.{key}", value
 
 
+def _of_teachers(teachers: Any) -> Iterator[tuple[str, Any]]:
+    """(teachers.NAME.key, value) of each of several; what is not set as its default says."""
+    defaults = {f.name: f.default for f in dataclasses.fields(NamedTeacher)}
+    for table in teachers:
+        for key, value in {**defaults, **table}.items():
+            plain = list(value) if isinstance(value, tuple) else value
+            yield f"teachers.{table.get('name')}.{key}", plain
+
+
 def _is_free(key: str) -> bool:
     section, _, rest = key.partition(".")
     if section == "megatron":
         table, _, name = rest.partition(".")
         return may_change(cast(Table, table), name)
+    if section == "teachers":
+        key = f"teacher.{rest.partition('.')[2]}"
     return key in FREE_KEYS or (section in FREE_SECTIONS and key not in FIXED_KEYS)

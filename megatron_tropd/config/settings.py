@@ -91,8 +91,12 @@ class Settings:
             self._check_field(name, hint)
         self._check_together()
 
+    def key(self, name: str) -> str:
+        """Return what messages call a field: the key of TOML."""
+        return self._prefix + name
+
     def _check_field(self, name: str, hint: Any) -> None:
-        check_value(hint, getattr(self, name), self._prefix + name)
+        check_value(hint, getattr(self, name), self.key(name))
 
     def _check_together(self) -> None:
         """Raise ConfigError if fields do not go together."""

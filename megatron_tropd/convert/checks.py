@@ -27,7 +27,7 @@ def check_parallel(hf_config: dict[str, Any], parallel: ParallelConfig, *, who: 
 
 def check_layout(shape: ModelShape, parallel: ParallelConfig, *, who: str) -> None:
     """:func:`check_parallel` of an architecture that is known."""
-    tensor, pipeline = parallel.tensor, parallel.pipeline
+    tensor = parallel.tensor
     sharded = [("attention heads", shape.heads), ("key/value heads", shape.kv_heads)]
     if shape.experts is None:
         sharded.append(("intermediate size", shape.ffn))
@@ -36,21 +36,34 @@ def check_layout(shape: ModelShape, parallel: ParallelConfig, *, who: str) -> No
     for what, size in sharded:
         if size % tensor:
             raise ConfigError(
-                f"parallel.tensor = {tensor} must divide the {who}'s {what}, found {size}. "
-                "Choose another parallel.tensor."
+                f"{parallel.key('tensor')} = {tensor} must divide the {who}'s {what}, found "
+                f"{size}. Choose another {parallel.key('tensor')}."
             )
-    if shape.layers % pipeline and not parallel.uneven_stages:
-        raise ConfigError(
-            f"parallel.pipeline = {pipeline} must divide the {who}'s layers, found {shape.layers}. "
-            "Choose another parallel.pipeline or set parallel.uneven_stages = true."
-        )
-    if shape.layers < pipeline:
-        raise ConfigError(
-            f"parallel.pipeline = {pipeline} exceeds the {who}'s layers, found {shape.layers}: "
-            "every stage needs one. Lower it."
-        )
+    _check_chunks(shape.layers, parallel, who)
     if shape.experts is not None:
         _check_experts(shape.experts.count, parallel, who)
+
+
+def _check_chunks(layers: int, parallel: ParallelConfig, who: str) -> None:
+    """Refuse layers that the stages, or their virtual stages, cannot share."""
+    pipeline, uneven = parallel.key("pipeline"), parallel.key("uneven_stages")
+    setting, part = f"{pipeline} = {parallel.pipeline}", "stage"
+    if parallel.virtual_pipeline > 1:
+        setting = (
+            f"{pipeline} x virtual_pipeline = {parallel.pipeline} x "
+            f"{parallel.virtual_pipeline} = {parallel.num_chunks}"
+        )
+        part = "virtual stage"
+    if layers % parallel.num_chunks and not parallel.uneven_stages:
+        raise ConfigError(
+            f"{setting} must divide the {who}'s layers, found {layers}. "
+            f"Choose another {pipeline} or set {uneven} = true."
+        )
+    if layers < parallel.num_chunks:
+        raise ConfigError(
+            f"{setting} exceeds the {who}'s layers, found {layers}: every {part} needs one. Lower "
+            "it."
+        )
 
 
 def check_expert_parallel(parallel: ParallelConfig, shapes: Iterable[ModelShape]) -> None:
@@ -61,8 +74,8 @@ def check_expert_parallel(parallel: ParallelConfig, shapes: Iterable[ModelShape]
     """
     if parallel.expert > 1 and not any(shape.experts for shape in shapes):
         raise ConfigError(
-            f"parallel.expert = {parallel.expert} needs a mixture of experts, but student and "
-            "teacher are dense. Set parallel.expert = 1."
+            f"{parallel.key('expert')} = {parallel.expert} needs a mixture of experts, and every "
+            f"model that is laid out so is dense. Set {parallel.key('expert')} = 1."
         )
 
 
@@ -132,12 +145,12 @@ def not_tied(where: str) -> InputError:
 def _check_experts(count: int, parallel: ParallelConfig, who: str) -> None:
     if count % parallel.expert:
         raise ConfigError(
-            f"parallel.expert = {parallel.expert} must divide the {who}'s experts, found {count}. "
-            "Choose another parallel.expert."
+            f"{parallel.key('expert')} = {parallel.expert} must divide the {who}'s experts, found "
+            f"{count}. Choose another {parallel.key('expert')}."
         )
     # Without it every tensor-parallel rank would send the same tokens to the experts.
     if parallel.tensor > 1 and not parallel.sequence_parallel:
         raise ConfigError(
-            f"The {who} is a mixture of experts: parallel.tensor = {parallel.tensor} needs "
-            "parallel.sequence_parallel = true, found false."
+            f"The {who} is a mixture of experts: {parallel.key('tensor')} = {parallel.tensor} "
+            f"needs {parallel.key('sequence_parallel')} = true, found false."
         )

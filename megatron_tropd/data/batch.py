@@ -52,6 +52,8 @@ class MicroBatch:
     """[B] index of each row's sequence in the list that was packed."""
     keys: tuple[SampleKey, ...]
     """[B] key of each row's sequence."""
+    loss_counts: tuple[int, ...]
+    """[B] how many of the T labels are in each row: the host knows it without waiting."""
     attention_mask: Tensor | None = None
     """[B, 1, S, whole row] bool, true where nothing is to be seen; None: causal."""
 
@@ -98,6 +100,7 @@ class MicroBatch:
             **columns,
             loss_at=(self.loss_at // length * len(positions) + place_T)[kept],
             loss_rows=self.loss_rows[kept],
+            loss_counts=_counts((self.loss_at // length)[kept].numpy(), len(self.rows)),
             student_at=of_student[kept].nonzero().flatten(),
             attention_mask=None if mask is None else mask.index_select(2, positions),
         )
@@ -178,8 +181,13 @@ def micro_batch(
         student_at=torch.from_numpy(np.flatnonzero(at_student)),
         rows=tuple(rows),
         keys=tuple(keys),
+        loss_counts=_counts(loss_at // writers_BS.shape[1], len(keys)),
         attention_mask=attention_mask,
     )
+
+
+def _counts(row_T: NDArray[Any], rows: int) -> tuple[int, ...]:
+    return tuple(np.bincount(row_T, minlength=rows).tolist())
 
 
 def _padded(values: NDArray[Any], start: int, length: int) -> NDArray[Any]:

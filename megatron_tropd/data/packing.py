@@ -1,4 +1,4 @@
-"""Sequences to micro-batches: sorted by length, dealt evenly to the data-parallel ranks.
+"""Sequences to micro-batches: of about one length each, dealt to the data-parallel ranks by work.
 
 Shape suffixes: B = rows of a micro-batch, S = padded length, N = tokens of one sequence.
 The same rows come out at every layout; only who holds them and how they are grouped changes, and
@@ -7,7 +7,7 @@ the loss, a sum over tokens divided by a global count, does not see the grouping
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.config import LossSettings
 from megatron_tropd.data.batch import MicroBatch, micro_batch, row_of
+from megatron_tropd.data.dealing import BatchRows, Dealing, Work, deal
 from megatron_tropd.data.sequence import TokenSequence, Writer
 
 _NO_MASK = LossSettings()
@@ -38,67 +39,89 @@ class LossCounts(NamedTuple):
         return self.teacher + self.student + self.golden
 
 
-def pack(
+def dealt(
     sequences: Sequence[TokenSequence],
     *,
-    dp_rank: int,
     dp_size: int,
     tokens_per_micro_batch: int,
     pad_multiple: int = 1,
     rounded_to: int = 1,
-    seed: int,
-    step: int,
-    loss: LossSettings = _NO_MASK,
-) -> list[MicroBatch]:
-    """This data-parallel rank's share of a step, longest rows first.
+    batch_multiple: int = 1,
+    work: Work = float,
+) -> Dealing:
+    """Say which sequences make a micro-batch and which replica computes it; the same everywhere.
 
-    All ranks get equally many rows and micro-batches, and the n-th micro-batch has the same shape
-    on each of them. N tokens make N - 1 positions, each predicting the next token.
+    N tokens make N - 1 positions, each predicting the next token.
 
     Args:
         sequences: all sequences of the step, the same list on every rank.
-        dp_rank: this rank's number among the replicas.
         dp_size: number of replicas; divides the number of sequences.
         tokens_per_micro_batch: most padded positions B x S of one micro-batch on one rank.
         pad_multiple: S is a multiple of it (sequence parallelism: the tensor-parallel size).
         rounded_to: S is a multiple of it, too, unless one row would exceed the budget; so a device
             that compiles for a shape, or is fast at some, meets few of them.
-        seed: ``train.seed``; keys the mask draws.
-        step: training step; keys the mask draws.
-
-    Returns:
-        Micro-batches, ``rows`` indexing ``sequences``.
+        batch_multiple: a replica's number of micro-batches is a multiple of it.
+        work: of a row of some padded length.
 
     Raises:
-        ConfigError: the replicas cannot get equally many rows, or one row exceeds the budget.
+        ConfigError: the sequences cannot be dealt, or one row exceeds the budget.
     """
     if len(sequences) % dp_size:
         raise ConfigError(
             f"{len(sequences)} trajectories cannot be dealt evenly to {dp_size} data-parallel "
             "ranks. Change rollout.prompts_per_step, samples_per_prompt or parallel.data."
         )
+    lengths = [max(len(t) - 1, 1) for t in sequences]
     most = tokens_per_micro_batch // pad_multiple * pad_multiple
-    lengths = [
-        max(
-            _padded_length(t, pad_multiple),
-            min(_padded_length(t, math.lcm(pad_multiple, rounded_to)), most),
-        )
-        for t in sequences
-    ]
-    if lengths and max(lengths) > tokens_per_micro_batch:
+    rounded = math.lcm(pad_multiple, rounded_to)
+    padded = [max(_up(n, pad_multiple), min(_up(n, rounded), most)) for n in lengths]
+    if padded and max(padded) > tokens_per_micro_batch:
         raise ConfigError(
             f"train.tokens_per_micro_batch = {tokens_per_micro_batch} is less than one trajectory "
-            f"padded to {max(lengths)} tokens. Raise it to at least that."
+            f"padded to {max(padded)} tokens. Raise it to at least that."
         )
-    order = sorted(range(len(sequences)), key=lambda i: (-len(sequences[i]), i))
-    batches, start = [], 0
-    while start < len(order):
-        length = lengths[order[start]]
-        stop = start + dp_size * (tokens_per_micro_batch // length)
-        rows = order[start:stop][dp_rank::dp_size]
-        batches.append(_micro_batch(sequences, rows, length, seed, step, loss))
-        start = stop
-    return batches
+    return deal(
+        lengths,
+        padded,
+        dp_size=dp_size,
+        tokens_per_micro_batch=tokens_per_micro_batch,
+        batch_multiple=batch_multiple,
+        work=work,
+    )
+
+
+def packed(
+    sequences: Sequence[TokenSequence],
+    batches: Sequence[BatchRows],
+    *,
+    seed: int,
+    step: int,
+    loss: LossSettings = _NO_MASK,
+) -> list[MicroBatch]:
+    """Make a replica's micro-batches, ``rows`` indexing ``sequences``.
+
+    Args:
+        sequences: all sequences of the step.
+        batches: of the replica, as they were dealt.
+        seed: ``train.seed``; keys the mask draws.
+        step: training step; keys the mask draws.
+    """
+    return [_micro_batch(sequences, *batch, seed, step, loss) for batch in batches]
+
+
+def pack(
+    sequences: Sequence[TokenSequence],
+    *,
+    dp_rank: int,
+    seed: int,
+    step: int,
+    loss: LossSettings = _NO_MASK,
+    **how: Any,
+) -> list[MicroBatch]:
+    """Deal a step's sequences (:func:`dealt`, ``how``) and make one replica's micro-batches."""
+    return packed(
+        sequences, dealt(sequences, **how).replicas[dp_rank], seed=seed, step=step, loss=loss
+    )
 
 
 def count_loss_tokens(
@@ -147,9 +170,8 @@ def loss_weights(sequence: TokenSequence, loss: LossSettings) -> NDArray[np.floa
     return weight_N
 
 
-def _padded_length(sequence: TokenSequence, multiple: int) -> int:
-    positions = max(len(sequence) - 1, 1)
-    return -(-positions // multiple) * multiple
+def _up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 def _micro_batch(

@@ -5,7 +5,7 @@ after that is the response, whoever wrote it.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, NamedTuple, Self
@@ -190,6 +190,16 @@ class TokenSequence:
     def count(self, writer: Writer) -> int:
         """How many tokens ``writer`` wrote."""
         return int((self.writer_N == writer).sum())
+
+    def after(self, prompt_ids: Sequence[int]) -> Self:
+        """Return the same response after another prompt."""
+        ids = np.asarray(prompt_ids, np.int64)
+        prompt = type(self).of_runs(self.key, (Writer.CONTEXT, ids))
+        columns: dict[str, Any] = {
+            name: np.concatenate([getattr(prompt, name), getattr(self, name)[self.response]])
+            for name in COLUMNS
+        }
+        return self.replace(**columns)
 
     def replace(self, **changed: Any) -> Self:
         """Return the sequence with other values in some fields."""

@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,9 @@ from megatron_tropd.config.run_folder import RunFolder
 from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.convert.linked_folder import link_folder
 from megatron_tropd.data.collective import run_and_share
+from megatron_tropd.data.routes import SOURCE
 from megatron_tropd.data.samples import Sample, SampleRequest, Sampling
+from megatron_tropd.data.types import Prompt
 from megatron_tropd.distill.engines import engine_dtype
 from megatron_tropd.distill.inputs import Inputs
 from megatron_tropd.losses.draws import Purpose, keyed_seed
@@ -49,17 +51,19 @@ class Evaluator:
         """The newest result, for the progress bar."""
 
     def measure_student(
-        self, engines: Sampler, *, step: int, export: Callable[[Path], None], teacher: Path
+        self, engines: Sampler, *, step: int, export: Callable[[Path], None], teacher: Path | None
     ) -> None:
         """Measure the student, if the run has held-out problems; collective.
 
         Args:
             step: optimizer steps it has seen.
             export: writes the student as an HF folder; collective.
+            teacher: HF folder of the one teacher, which the reverse KL is to; None: several.
         """
         if not self._inputs.problems:
             return
         if self._config.evaluation.task == "reverse_kl":
+            assert teacher is not None, "settings with several teachers are refused"
             self._measure_reverse_kl(engines, step, export, teacher)
         elif result := self._accuracy(engines):
             self.shown = {"accuracy": f"{result['accuracy']:.1%}"}
@@ -84,10 +88,20 @@ class Evaluator:
 
         return run_and_share(due, (0,))[0]
 
-    def measure_teacher(self, engines: Sampler) -> None:
-        """Grade the teacher's answers; collective."""
-        if result := self._accuracy(engines):
-            self._write("teacher", 0, result)
+    def answers_of(self, engines: Sampler, problems: Sequence[Prompt]) -> dict[int, Sample]:
+        """Answers of a teacher to its problems, by ``Prompt.index``; collective."""
+        samples = sample_problems(self._config, self._inputs, engines, problems)
+        return {p.index: sample for p, sample in zip(problems, samples, strict=True)}
+
+    def measure_teacher(self, samples: Mapping[int, Sample]) -> None:
+        """Grade the teachers' answers.
+
+        Args:
+            samples: to every problem, by ``Prompt.index``, each by the problem's own teacher.
+        """
+        if self._is_main:
+            in_order = [samples[problem.index] for problem in self._inputs.problems]
+            self._write("teacher", 0, accuracy_of(self._inputs, in_order))
 
     def summary(self) -> dict[str, Any]:
         """The entries of summary.json that come from evaluations."""
@@ -159,18 +173,22 @@ def _drawn(config: Config) -> dict[str, Any]:
     return {"temperature": 1.0, "seed": config.train.seed}
 
 
-def sample_problems(config: Config, inputs: Inputs, engine: Sampler) -> list[Sample]:
+def sample_problems(
+    config: Config, inputs: Inputs, engine: Sampler, problems: Sequence[Prompt] | None = None
+) -> list[Sample]:
     """What a model writes to the held-out problems; collective if the engine is.
 
     Args:
         config: its task says whether answers are greedy or drawn at temperature 1.
+        problems: some of them; None: all.
     """
     room, stops = config.max_answer_tokens, inputs.stop_token_ids
+    problems = inputs.problems if problems is None else problems
     if config.evaluation.task == "exact_match":
-        return answer_greedily(engine, inputs.problems, stop_token_ids=stops, max_new_tokens=room)
+        return answer_greedily(engine, problems, stop_token_ids=stops, max_new_tokens=room)
     requests = [
         SampleRequest(p.token_ids, room, keyed_seed(config.train.seed, Purpose.EVALUATION, p.index))
-        for p in inputs.problems
+        for p in problems
     ]
     return engine.generate(requests, Sampling(stop_token_ids=stops))
 
@@ -178,7 +196,13 @@ def sample_problems(config: Config, inputs: Inputs, engine: Sampler) -> list[Sam
 def accuracy_of(inputs: Inputs, samples: Sequence[Sample]) -> dict[str, Any]:
     """The graded samples as a record of evaluations.jsonl, with some examples."""
     record = asdict(grade_answers(inputs.problems, samples, inputs.tokenizer))
-    return {**record, "examples": record.pop("responses")[:NUM_EXAMPLES]}
+    responses = record.pop("responses")
+    right: dict[str, list[bool]] = {}
+    for problem, response in zip(inputs.problems, responses, strict=True):
+        right.setdefault(str(problem.fields.get(SOURCE)), []).append(response["correct"] is True)
+    if len(right) > 1:
+        record |= {f"accuracy/{name}": sum(each) / len(each) for name, each in right.items()}
+    return {**record, "examples": responses[:NUM_EXAMPLES]}
 
 
 def reverse_kl_of(

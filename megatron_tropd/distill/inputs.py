@@ -1,17 +1,19 @@
 """Everything a run reads, checked before anything is started or written."""
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from megatron_tropd.base.errors import ConfigError, InputError
 from megatron_tropd.config import Config, RolloutConfig
+from megatron_tropd.config.run import TEACHER, reference_of
 from megatron_tropd.convert.checks import check_expert_parallel, check_parallel, check_tensors
 from megatron_tropd.convert.companions import CONFIG
 from megatron_tropd.convert.families import model_shape
 from megatron_tropd.convert.hf_folder import HFFolder, naming
 from megatron_tropd.convert.megatron_folder import MegatronFolder, open_model
+from megatron_tropd.data.contexts import contexts_of
 from megatron_tropd.data.golden import GoldenAnswers, golden_answers
 from megatron_tropd.data.prompts import (
     check_kwargs_are_read,
@@ -19,6 +21,7 @@ from megatron_tropd.data.prompts import (
     load_prompts,
 )
 from megatron_tropd.data.responses import TeacherResponse, load_responses
+from megatron_tropd.data.routes import Routes, routes_of
 from megatron_tropd.data.sequence import TokenSequence
 from megatron_tropd.data.tokenizers import (
     check_same_tokenizer,
@@ -44,10 +47,9 @@ if TYPE_CHECKING:
 class Inputs:
     """The models' folders, the tokenizer and all texts of a run."""
 
-    student: HFFolder | MegatronFolder
-    teacher: HFFolder | MegatronFolder
-    reference: HFFolder | MegatronFolder | None
-    """What the teacher is measured against, if the loss reads it."""
+    folders: dict[str, HFFolder | MegatronFolder]
+    """Of each model, by what it is to the run: "student"; "teacher", and "reference" if the loss
+    reads it; of several teachers "teacher NAME" and "reference NAME"."""
     tokenizer: "PreTrainedTokenizerBase"
     vocab_size: int
     """Columns that are real in all models; what lies above is padding."""
@@ -67,16 +69,19 @@ class Inputs:
     """Ids by which student and teacher end a response, if they differ and both sample."""
     golden: GoldenAnswers | None = None
     """Those of the prompts, if the loss reads them."""
+    routes: Routes | None = None
+    """Whose the prompts are, if there are several teachers, and what a teacher reads instead."""
+    problems_of: dict[str, list[Prompt]] = field(default_factory=dict)
+    """The held-out problems that each teacher answers, as it reads them, if it is measured."""
+
+    @property
+    def student(self) -> HFFolder | MegatronFolder:
+        """The student's folder."""
+        return self.folders["student"]
 
     def longest_rollout(self, rollout: RolloutConfig) -> int:
         """Tokens of the longest prompt and its response."""
         return _longest(self.prompts) + rollout.max_new_tokens
-
-    @property
-    def folders(self) -> dict[str, HFFolder | MegatronFolder]:
-        """Of each model, by what it is to the run."""
-        named = {"student": self.student, "teacher": self.teacher, "reference": self.reference}
-        return {who: folder for who, folder in named.items() if folder is not None}
 
 
 def load_inputs(config: Config) -> Inputs:
@@ -86,54 +91,35 @@ def load_inputs(config: Config) -> Inputs:
         InputError: a file is missing or unusable; names file and line.
         ConfigError: a setting does not fit the models or the texts.
     """
-    served = config.teacher.placement == "served"
-    student = open_model(config.model.student)
-    teacher = open_model(config.model.teacher, weights=not served)
-    reference = None if config.reference is None else open_model(config.reference)
-    models = {"student": student, "teacher": teacher}
-    if reference is not None:
-        models["reference"] = reference
-    for who, folder in models.items():
-        _check_config(folder, who)
-        if isinstance(folder, HFFolder) and folder.names:
-            check_tensors(folder)  # the other kind is checked when it is opened
-        if who == "student" or config.loads_teacher:
-            check_parallel(folder.config, config.parallel, who=who)
-    shapes = [model_shape(folder.config) for folder in models.values()]
-    check_expert_parallel(config.parallel, shapes if config.loads_teacher else shapes[:1])
-    tokenizer = check_same_tokenizer(student.companions, teacher.companions)
-    if reference is not None:
-        check_same_tokenizer(student.companions, reference.companions, other="reference")
+    models = _open_models(config)
+    student, shapes = models["student"], [model_shape(folder.config) for folder in models.values()]
+    tokenizer = _tokenizer(models)
     vocab_size = min(shape.vocab for shape in shapes)
     _check_vocabulary(config, tokenizer, vocab_size, list(models))
     context = min(shape.context for shape in shapes)
     prompts = training_prompts(config.rollout, tokenizer, context)
-    responses = _responses(config, prompts, tokenizer)
-    _check_micro_batch(config, _longest(prompts) + config.rollout.max_new_tokens)
+    routes = _routes(config, config.rollout.prompts, prompts)
+    contexts = _contexts(config, routes, prompts, tokenizer, context)
+    if contexts:
+        routes = routes or Routes((TEACHER,), {prompt.index: 0 for prompt in prompts})
+        routes = replace(routes, contexts=contexts)
+    responses = _responses(config, prompts, tokenizer, routes)
+    read = max([_longest(prompts), *map(len, contexts.values())])
+    _check_micro_batch(config, read + config.rollout.max_new_tokens)
     problems = _problems(config, tokenizer, context)
-    _check_templates(config, prompts, problems, tokenizer, teacher)
+    problems_of = _problems_of_teachers(config, problems, tokenizer, context)
+    _check_templates(config, prompts, problems, problems_of, tokenizer, models, routes)
     max_model_len = max(
         _longest(prompts) + config.rollout.max_new_tokens,
-        _longest(problems) + config.max_answer_tokens,
+        *(_longest(p) + config.max_answer_tokens for p in (problems, *problems_of.values())),
     )
-    _check_engines(config, student, teacher, max_model_len, evaluated=bool(problems))
+    _check_engines(config, models, max_model_len, problems_of)
     if config.rollout.asks_teacher:
-        _check_blend(config, student, teacher, prompts)
+        _check_blend(config, student, models[TEACHER], prompts)
     recorded = load_recorded(config, prompts, tokenizer, vocab_size)
-    if config.teacher.placement == "cached":
-        check_cache(
-            config.teacher.cache,
-            config.loss,
-            teacher,
-            tokenizer,
-            vocab_size,
-            reference=reference,
-            recorded=recorded or (),
-        )
+    _check_caches(config, models, tokenizer, vocab_size, routes, recorded or [])
     return Inputs(
-        student=student,
-        teacher=teacher,
-        reference=reference,
+        folders=models,
         tokenizer=tokenizer,
         vocab_size=vocab_size,
         context=context,
@@ -147,11 +133,135 @@ def load_inputs(config: Config) -> Inputs:
         problems=problems,
         max_model_len=max_model_len,
         shared_stops=(
-            shared_stops(student.companions, teacher.companions)
+            shared_stops(student.companions, models[TEACHER].companions)
             if config.rollout.asks_teacher
             else ()
         ),
+        routes=routes,
+        problems_of=problems_of,
     )
+
+
+def _open_models(config: Config) -> dict[str, HFFolder | MegatronFolder]:
+    """Open all models of a run, as ``Inputs.folders``, and check that ranks can build them."""
+    models = {"student": open_model(config.model.student)}
+    layouts = {"student": config.parallel}
+    for who, alone in config.by_teacher.items():
+        mine = {who: alone.model.teacher, reference_of(who): alone.reference}
+        needed = alone.teacher.placement != "served"
+        models |= {
+            name: open_model(path, weights=needed or name != who)
+            for name, path in mine.items()
+            if path is not None
+        }
+        layouts |= dict.fromkeys(mine, alone.teacher_parallel) if alone.loads_teacher else {}
+    for who, folder in models.items():
+        _check_config(folder, who)
+        if isinstance(folder, HFFolder) and folder.names:
+            check_tensors(folder)  # the other kind is checked when it is opened
+        if who in layouts:
+            check_parallel(folder.config, layouts[who], who=who)
+    for layout in {id(each): each for each in layouts.values()}.values():
+        alike = [model_shape(models[who].config) for who in models if layouts.get(who) is layout]
+        check_expert_parallel(layout, alike)
+    return models
+
+
+def _tokenizer(models: dict[str, HFFolder | MegatronFolder]) -> "PreTrainedTokenizerBase":
+    """The one that all models of a run share."""
+    student, *others = models
+    tokenizer = None
+    for who in others:
+        mine, theirs = models[student].companions, models[who].companions
+        tokenizer = check_same_tokenizer(mine, theirs, other=who)
+    assert tokenizer is not None, "a run has a teacher"
+    return tokenizer
+
+
+def _routes(config: Config, path: str, prompts: list[Prompt]) -> Routes | None:
+    """Whose some prompts are; None: those of the one teacher."""
+    return routes_of(path, prompts, config.teachers) if config.teachers else None
+
+
+def _each_teacher(
+    config: Config, routes: Routes | None, prompts: list[Prompt]
+) -> list[tuple[str, Config, list[Prompt]]]:
+    """Every teacher with the run of it alone, and its prompts."""
+    return [
+        (who, alone, prompts if routes is None else routes.prompts_of(number, prompts))
+        for number, (who, alone) in enumerate(config.by_teacher.items())
+    ]
+
+
+def _contexts(
+    config: Config,
+    routes: Routes | None,
+    prompts: list[Prompt],
+    tokenizer: "PreTrainedTokenizerBase",
+    context: int,
+) -> dict[int, tuple[int, ...]]:
+    """What the teachers read in the place of prompts, by ``Prompt.index``."""
+    found: dict[int, tuple[int, ...]] = {}
+    for _, alone, mine in _each_teacher(config, routes, prompts):
+        if alone.teacher.context is not None:
+            rollout = config.rollout
+            found |= contexts_of(
+                rollout.prompts,
+                mine,
+                alone.teacher.context,
+                tokenizer,
+                rollout,
+                max_tokens=context - rollout.max_new_tokens,
+            )
+    return found
+
+
+def _problems_of_teachers(
+    config: Config,
+    problems: list[Prompt],
+    tokenizer: "PreTrainedTokenizerBase",
+    context: int,
+) -> dict[str, list[Prompt]]:
+    """The problems that each teacher answers, as it reads them; none if no teacher is measured."""
+    evaluation = config.evaluation
+    if not (problems and evaluation.teacher and evaluation.task == "exact_match"):
+        return {}
+    path, room = str(evaluation.problems), context - config.max_answer_tokens
+    found = {}
+    for who, alone, mine in _each_teacher(config, _routes(config, path, problems), problems):
+        found[who], template = mine, alone.teacher.context
+        if template is not None:
+            given: Any = (path, mine, template, tokenizer, config.rollout)
+            read = contexts_of(*given, max_tokens=room)
+            found[who] = [replace(problem, token_ids=read[problem.index]) for problem in mine]
+    return found
+
+
+def _check_caches(
+    config: Config,
+    models: dict[str, HFFolder | MegatronFolder],
+    tokenizer: "PreTrainedTokenizerBase",
+    vocab_size: int,
+    routes: Routes | None,
+    recorded: list[list[TokenSequence]],
+) -> None:
+    """Refuse a cache that is not of its teacher, or lacks one of its sequences."""
+    for number, (who, alone) in enumerate(config.by_teacher.items()):
+        if alone.teacher.placement == "cached":
+            mine = [
+                [s if routes is None else routes.as_read(s) for s in group]
+                for group in recorded
+                if routes is None or routes.of_prompt[group[0].key.prompt] == number
+            ]
+            check_cache(
+                alone.teacher.cache,
+                config.loss,
+                models[who],
+                tokenizer,
+                vocab_size,
+                reference=models.get(reference_of(who)),
+                recorded=mine,
+            )
 
 
 def _check_vocabulary(
@@ -199,13 +309,18 @@ def training_prompts(
 
 
 def _responses(
-    config: Config, prompts: list[Prompt], tokenizer: "PreTrainedTokenizerBase"
+    config: Config,
+    prompts: list[Prompt],
+    tokenizer: "PreTrainedTokenizerBase",
+    routes: Routes | None,
 ) -> dict[int, tuple[TeacherResponse, ...]] | None:
-    path = config.guidance.responses
-    if not path:
-        return None
-    filtered = config.rollout.filter_overlong_prompts
-    return load_responses(path, prompts, tokenizer, filtered=filtered)
+    """Each prompt's, by its own teacher."""
+    filtered = config.rollout.filter_overlong_prompts or bool(config.teachers)
+    found: dict[int, tuple[TeacherResponse, ...]] = {}
+    for _, alone, mine in _each_teacher(config, routes, prompts):
+        if alone.guidance.responses:
+            found |= load_responses(alone.guidance.responses, mine, tokenizer, filtered=filtered)
+    return found or None
 
 
 def _golden(
@@ -245,13 +360,18 @@ def _check_templates(
     config: Config,
     prompts: list[Prompt],
     problems: list[Prompt],
+    problems_of: dict[str, list[Prompt]],
     tokenizer: "PreTrainedTokenizerBase",
-    teacher: HFFolder | MegatronFolder,
+    models: dict[str, HFFolder | MegatronFolder],
+    routes: Routes | None,
 ) -> None:
     """Compare what both models' tokenizers and chat templates make of the same lines."""
-    teachers = load_tokenizer(teacher.companions)
-    for path, texts in ((config.rollout.prompts, prompts), (config.evaluation.problems, problems)):
-        check_same_texts(str(path), texts, tokenizer, teachers, config.rollout)
+    path = str(config.evaluation.problems)
+    for who, _, mine in _each_teacher(config, routes, prompts):
+        teachers = load_tokenizer(models[who].companions)
+        answered = problems_of.get(who, []) if config.teachers else problems
+        for where, texts in ((config.rollout.prompts, mine), (path, answered)):
+            check_same_texts(where, texts, tokenizer, teachers, config.rollout)
 
 
 def _problems(config: Config, tokenizer: "PreTrainedTokenizerBase", context: int) -> list[Prompt]:
@@ -276,16 +396,15 @@ def _check_config(folder: HFFolder | MegatronFolder, who: str) -> None:
 
 def _check_engines(
     config: Config,
-    student: HFFolder | MegatronFolder,
-    teacher: HFFolder | MegatronFolder,
+    models: dict[str, HFFolder | MegatronFolder],
     max_model_len: int,
-    *,
-    evaluated: bool,
+    problems_of: dict[str, list[Prompt]],
 ) -> None:
-    """Refuse models that no engine will run; the teacher has one only to be evaluated."""
-    sampled = {config.model.student: student}
-    if evaluated and config.evaluation.task == "exact_match" and config.evaluation.teacher:
-        sampled[config.model.teacher] = teacher
+    """Refuse models that no engine will run; a teacher has one only to be evaluated."""
+    measured = {alone.model.teacher: who for who, alone in config.by_teacher.items()}
+    sampled = {config.model.student: models["student"]} | {
+        path: models[who] for path, who in measured.items() if problems_of.get(who)
+    }
     for who, folder in sampled.items():
         check_engine(
             folder.config,

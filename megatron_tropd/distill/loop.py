@@ -12,6 +12,7 @@ from megatron_tropd.base.errors import TrainingError
 from megatron_tropd.base.files import write_json
 from megatron_tropd.base.progress import Progress, StopFlag, failed_phase
 from megatron_tropd.config.loss import loss_name
+from megatron_tropd.config.run import TEACHER
 from megatron_tropd.config.run_folder import RunFolder, started_at
 from megatron_tropd.data.prefixes import alpha
 from megatron_tropd.data.sequence import TokenSequence
@@ -178,7 +179,7 @@ def evaluate(run: Session) -> None:
             run.engines,
             step=run.progress.step,
             export=partial(export_student, run),
-            teacher=run.hf_folders["teacher"],
+            teacher=run.hf_folders.get(TEACHER),
         )
 
 

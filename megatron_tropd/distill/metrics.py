@@ -15,7 +15,8 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_tropd.data.batch import MicroBatch
+from megatron_tropd.data.batch import MicroBatch, upload
+from megatron_tropd.data.routes import Routes
 from megatron_tropd.data.samples import BLEND
 from megatron_tropd.data.sequence import TokenSequence, Writer
 from megatron_tropd.losses.trouble import BITS, trouble
@@ -47,6 +48,9 @@ _SCALARS = (
     "tokens_golden",
     "golden_nll",
 )
+TEACHER_MEANS = ("k1", "reverse_kl", "forward_kl", "tv", "outlier_share", "teacher_entropy")
+"""Those of the means that are also taken over the tokens of each teacher."""
+_OF_TEACHER = ("tokens", "tokens_student", *TEACHER_MEANS)
 POSITION_BUCKETS = 18
 """Response positions 0-7, 8-15, 16-31, 32-63, ... up to 2**20."""
 _NOTHING = 2**62
@@ -66,26 +70,47 @@ class BadToken:
     """What is wrong, in the numbers of ``losses.trouble``."""
 
 
+@dataclass(frozen=True)
+class Teachers:
+    """Whose the sequences of a step are, if there are several teachers."""
+
+    names: tuple[str, ...]
+    of_row: tuple[int, ...]
+    """Number of each sequence's teacher."""
+
+
+def teachers_of(routes: Routes | None, sequences: Sequence[TokenSequence]) -> Teachers | None:
+    """Find the teachers of a step's sequences; None: there is one."""
+    if routes is None or len(routes.names) == 1:
+        return None
+    return Teachers(routes.names, tuple(routes.teachers_of(sequences)))
+
+
 @dataclass
 class StepSums:
     """Sums over this rank's loss tokens, to be reduced over the world."""
 
     sums: Tensor
-    """float64 [scalars + 2 x buckets]: scalars, acceptance by position, counts by position."""
+    """float64 [scalars + 2 x buckets + teachers x 8]: scalars, acceptance by position, counts by
+    position, and of each teacher ``_OF_TEACHER``."""
     gap_max: Tensor
     """float64 [1] largest |trainer - engine| log-prob."""
     bad_token: Tensor
     """int64 [1] sequence, position and finding of the first token whose loss is no number, in
     one number; 2**62 if there is none."""
+    teachers: Teachers | None = None
+    """Of the sequences, if there are several."""
 
     @classmethod
-    def zeros(cls, device: torch.device) -> "StepSums":
+    def zeros(cls, device: torch.device, teachers: Teachers | None = None) -> "StepSums":
         """Nothing counted yet."""
-        size = len(_SCALARS) + 2 * POSITION_BUCKETS
+        of_teachers = len(teachers.names) * len(_OF_TEACHER) if teachers else 0
+        size = len(_SCALARS) + 2 * POSITION_BUCKETS + of_teachers
         return cls(
             torch.zeros(size, dtype=torch.float64, device=device),
             torch.zeros(1, dtype=torch.float64, device=device),
             torch.full((1,), _NOTHING, dtype=torch.int64, device=device),
+            teachers,
         )
 
     def add(self, loss_T: Tensor, values: dict[str, Tensor], batch: MicroBatch) -> None:
@@ -118,12 +143,13 @@ class StepSums:
         for metric, key in STUDENT_MEANS.items():
             scalars[metric] = of_student(values.get(key, absent)).double().sum()
         buckets_U = _buckets(of_student(batch.of_loss_tokens(batch.response_positions)))
-        by_position = torch.zeros_like(self.sums[len(_SCALARS) :]).view(2, POSITION_BUCKETS)
+        by_position = self.sums.new_zeros(2, POSITION_BUCKETS)
         by_position[0].index_add_(0, buckets_U, of_student(values["trust"]).double())
         by_position[1].index_add_(0, buckets_U, torch.ones_like(gap_U))
-        self.sums += torch.cat(
-            [torch.stack([scalars[name] for name in _SCALARS]), by_position.flatten()]
-        )
+        parts = [torch.stack([scalars[name] for name in _SCALARS]), by_position.flatten()]
+        if self.teachers is not None:
+            parts.append(_of_teachers(self.teachers, values, batch).flatten())
+        self.sums += torch.cat(parts)
         if gap_U.numel():
             self.gap_max = torch.maximum(self.gap_max, gap_U.abs().max()[None])
         self._note_trouble(trouble(values | {"loss": loss_T}), batch)
@@ -144,7 +170,8 @@ class StepSums:
         dist.all_reduce(self.gap_max, dist.ReduceOp.MAX)
         dist.all_reduce(self.bad_token, dist.ReduceOp.MIN)
         *sums, gap_max = torch.cat([self.sums, self.gap_max]).tolist()
-        return StepTotals(sums, gap_max, int(self.bad_token))
+        names = self.teachers.names if self.teachers else ()
+        return StepTotals(sums, gap_max, int(self.bad_token), names)
 
 
 @dataclass(frozen=True)
@@ -154,6 +181,8 @@ class StepTotals:
     sums: list[float]
     gap_max: float
     bad_token: int
+    teachers: tuple[str, ...] = ()
+    """Names of several."""
 
     @property
     def first_bad_token(self) -> BadToken | None:
@@ -172,8 +201,8 @@ class StepTotals:
         loss = scalars.pop("loss")
         of_golden = {"tokens_golden": int(golden), "golden_nll": nll / golden} if golden else {}
         means = {name: _ratio(value, student) for name, value in scalars.items()}
-        by_bucket = self.sums[len(_SCALARS) :]
-        accepted, counts = by_bucket[:POSITION_BUCKETS], by_bucket[POSITION_BUCKETS:]
+        rest = self.sums[len(_SCALARS) :]
+        accepted, counts = rest[:POSITION_BUCKETS], rest[POSITION_BUCKETS : 2 * POSITION_BUCKETS]
         filled = [i for i, count in enumerate(counts) if count]
         by_position = [_ratio(a, c) for a, c in zip(accepted, counts, strict=True)]
         return {
@@ -184,7 +213,37 @@ class StepTotals:
             **means,
             "engine_gap_max": self.gap_max,
             "acceptance_by_position": by_position[: max(filled, default=-1) + 1],
+            **self._by_teacher(rest[2 * POSITION_BUCKETS :], teacher + student + golden),
         }
+
+    def _by_teacher(self, sums: Sequence[float], total: float) -> dict[str, Any]:
+        """``teacher/NAME/...``: a teacher to whom no token came shows, too."""
+        found: dict[str, Any] = {}
+        for number, name in enumerate(self.teachers):
+            size = len(_OF_TEACHER)
+            mine = dict(zip(_OF_TEACHER, sums[number * size :][:size], strict=True))
+            tokens, student = mine.pop("tokens"), mine.pop("tokens_student")
+            found[f"teacher/{name}/tokens"] = int(tokens)
+            found[f"teacher/{name}/token_share"] = _ratio(tokens, total)
+            found |= {f"teacher/{name}/{key}": _ratio(v, student) for key, v in mine.items()}
+        return found
+
+
+def _of_teachers(teachers: Teachers, values: dict[str, Tensor], batch: MicroBatch) -> Tensor:
+    """[teachers, 8] float64 sums of ``_OF_TEACHER`` over a micro-batch."""
+    table = upload(torch.tensor(teachers.of_row), batch.loss_rows.device)
+    teacher_T = table[batch.loss_rows]
+    student_T = torch.zeros_like(teacher_T, dtype=torch.float64)
+    student_T.index_fill_(0, batch.student_at, 1.0)
+    absent = torch.full_like(student_T, math.nan)
+    of_student = [
+        torch.where(student_T > 0, values.get(STUDENT_MEANS[name], absent).double(), 0.0)
+        for name in TEACHER_MEANS
+    ]
+    columns = torch.stack([torch.ones_like(student_T), student_T, *of_student], dim=1)
+    return columns.new_zeros(len(teachers.names), columns.shape[1]).index_add_(
+        0, teacher_T, columns
+    )
 
 
 def sequence_metrics(sequences: Sequence[TokenSequence], *, step: int) -> dict[str, float]:

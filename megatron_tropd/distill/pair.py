@@ -4,29 +4,35 @@ from collections.abc import Mapping
 from functools import partial
 
 from megatron_tropd.config import Config
-from megatron_tropd.convert.families import model_shape
+from megatron_tropd.config.run import reference_of
+from megatron_tropd.convert.families import ModelShape, model_shape
 from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.convert.megatron_folder import MegatronFolder
+from megatron_tropd.convert.sizes import row_flops
+from megatron_tropd.data.routes import Routes
 from megatron_tropd.distill.step_parts import StepParts
 from megatron_tropd.mcore import models, platform
 from megatron_tropd.mcore.layout import Layout
 from megatron_tropd.mcore.lora import LoraModel
 from megatron_tropd.mcore.student import Student, StudentModel
 from megatron_tropd.rollout.weights.interface import RepeatableExport, WeightChannel
-from megatron_tropd.teacher import TeacherStart, load_teacher
+from megatron_tropd.teacher import TeacherStart, make_teacher
 
 
 def step_parts(
     config: Config,
     folders: Mapping[str, HFFolder | MegatronFolder],
     layout: Layout,
+    routes: Routes | None = None,
     *,
     longest: int = 0,
 ) -> StepParts:
     """Build all models, and with them what a step is made with; collective.
 
     Args:
-        folders: "student": its first weights; "teacher"; "reference", if the loss reads it.
+        folders: "student": its first weights; "teacher"; "reference", if the loss reads it; of
+            several teachers "teacher NAME" and "reference NAME".
+        routes: whose the prompts are, if there are several teachers.
         longest: tokens of the longest sequence; 0: not known.
 
     Returns:
@@ -43,11 +49,24 @@ def step_parts(
         dtype=dtype,
         megatron=config.megatron,
     )
-    teacher, reference = folders["teacher"], folders.get("reference")
-    start = TeacherStart(config, teacher, layout, dtype, padded, vocab_size, reference, longest)
+    starts = [
+        TeacherStart(
+            alone,
+            folders[who],
+            layout,
+            dtype,
+            padded,
+            vocab_size,
+            folders.get(reference_of(who)),
+            learner,
+            longest,
+        )
+        for who, alone in config.by_teacher.items()
+    ]
     return StepParts(
         student=learner,
-        teacher=load_teacher(config.teacher.placement)(start),
+        teacher=make_teacher(starts, config, routes),
+        routes=routes,
         loss=config.loss,
         beta=config.guidance.beta,
         vocab_size=vocab_size,
@@ -56,8 +75,17 @@ def step_parts(
         tokens_per_micro_batch=config.train.tokens_per_micro_batch,
         pad_multiple=layout.pad_multiple,
         rounded_to=layout.row_multiple,
+        work=partial(_row_work, config, {n: model_shape(f.config) for n, f in folders.items()}),
+        batch_multiple=layout.batch_multiple,
         seed=config.train.seed,
     )
+
+
+def _row_work(config: Config, shapes: Mapping[str, ModelShape], length: int) -> float:
+    """Work of a row in a step: a pass of each model here, and the student's backward pass."""
+    here = [name for name in shapes if name == "student" or config.loads_teacher]
+    passes = 1 + config.loss.needs_student_pass + (1 if config.model.lora else 2)
+    return sum(row_flops(shapes[n], length) * (passes if n == "student" else 1) for n in here)
 
 
 def _student_model(

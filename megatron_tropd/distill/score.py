@@ -9,8 +9,9 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,15 +23,21 @@ from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.base.files import write_json
 from megatron_tropd.base.progress import Progress, StopFlag
 from megatron_tropd.config import Config
+from megatron_tropd.config.run import TEACHER, reference_of
 from megatron_tropd.config.run_folder import RunFolder
 from megatron_tropd.convert.checks import check_parallel
-from megatron_tropd.convert.families import model_shape
+from megatron_tropd.convert.families import ModelShape, model_shape
 from megatron_tropd.convert.hf_folder import HFFolder, read_config
 from megatron_tropd.convert.megatron_folder import MegatronFolder, companions_of, open_model
+from megatron_tropd.convert.sizes import row_flops
 from megatron_tropd.data.batch import MicroBatch
+from megatron_tropd.data.contexts import contexts_of
+from megatron_tropd.data.dealing import Work
 from megatron_tropd.data.packing import pack
+from megatron_tropd.data.routes import Routes, scores
 from megatron_tropd.data.sequence import TokenSequence
 from megatron_tropd.data.tokenizers import check_same_tokenizer, fingerprint
+from megatron_tropd.data.types import Prompt
 from megatron_tropd.distill import startup
 from megatron_tropd.distill.inputs import training_prompts
 from megatron_tropd.distill.loop import stopping
@@ -55,6 +62,9 @@ from megatron_tropd.teacher.cached.files import (
     write_shard,
 )
 from megatron_tropd.teacher.cached.top_k import top_k_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SHARD_TOKENS = 2**16
 """Scored tokens of a shard: some 30 MB, and so much work a killed command does again."""
@@ -87,31 +97,52 @@ def load_to_score(config: Config) -> ToScore:
         InputError: a file is missing or unusable.
         ConfigError: a setting does not fit the models or the texts.
     """
+    (alone,) = config.by_teacher.values()
     student = companions_of(config.model.student)
-    signal_of(config)  # a served teacher has no reference
-    folders = {"teacher": open_model(config.model.teacher, weights=config.loads_teacher)}
-    if config.reference is not None:
-        folders["reference"] = open_model(config.reference)
+    signal_of(alone)  # a served teacher has no reference
+    folders = {TEACHER: open_model(alone.model.teacher, weights=alone.loads_teacher)}
+    if alone.reference is not None:
+        folders[reference_of(TEACHER)] = open_model(alone.reference)
     for who, folder in folders.items():
-        if config.loads_teacher:
-            check_parallel(folder.config, config.parallel, who=who)
+        if alone.loads_teacher:
+            check_parallel(folder.config, config.parallel_of(who), who=who)
         tokenizer = check_same_tokenizer(student, folder.companions, other=who)
     configs = [read_config(student), *(folder.config for folder in folders.values())]
     context = min(model_shape(each).context for each in configs)
     vocab_size = min(model_shape(each).vocab for each in configs)
-    if config.cached_top_k > vocab_size:
+    if alone.cached_top_k > vocab_size:
         raise ConfigError(
-            f"teacher.cache_top_k = {config.cached_top_k} exceeds the vocabulary of {vocab_size} "
+            f"teacher.cache_top_k = {alone.cached_top_k} exceeds the vocabulary of {vocab_size} "
             f"tokens. Set teacher.cache_top_k to at most {vocab_size}."
         )
     prompts = training_prompts(config.rollout, tokenizer, context)
     groups = load_recorded(config, prompts, tokenizer, vocab_size) or []
-    sequences = [sequence for group in groups for sequence in group]
+    mine = [p for p in prompts if all(scores(one, p) for one in config.teachers)]
+    contexts = _contexts(config, alone, mine, tokenizer, context)
+    routes = Routes((TEACHER,), {prompt.index: 0 for prompt in mine}, contexts)
+    recorded = [s for group in groups for s in group if s.key.prompt in routes.of_prompt]
+    sequences = [routes.as_read(sequence) for sequence in recorded]
     return ToScore(folders, configs, fingerprint(tokenizer), sequences)
+
+
+def _contexts(
+    config: Config,
+    alone: Config,
+    prompts: list[Prompt],
+    tokenizer: "PreTrainedTokenizerBase",
+    context: int,
+) -> dict[int, tuple[int, ...]]:
+    """What the teacher reads in the place of its prompts, if it reads something else."""
+    rollout, template = config.rollout, alone.teacher.context
+    if template is None:
+        return {}
+    room = context - rollout.max_new_tokens
+    return contexts_of(rollout.prompts, prompts, template, tokenizer, rollout, max_tokens=room)
 
 
 def header_of(config: Config, found: ToScore, shards: int) -> CacheHeader:
     """Say whose signals the files will hold, and of what."""
+    (alone,) = config.by_teacher.values()
     digests = {who: model_digest(folder) for who, folder in found.folders.items()}
     return CacheHeader(
         teacher=digests["teacher"],
@@ -119,8 +150,8 @@ def header_of(config: Config, found: ToScore, shards: int) -> CacheHeader:
         tokenizer=found.tokenizer,
         vocab_size=found.vocab_size,
         model_dtype=str(models.resolve_dtype(config.model.dtype)).removeprefix("torch."),
-        top_k=config.cached_top_k,
-        dtype=config.teacher.cache_dtype,
+        top_k=alone.cached_top_k,
+        dtype=alone.teacher.cache_dtype,
         rollouts=rollouts_digest(found.sequences),
         sequences=len(found.sequences),
         tokens=num_scored(found.sequences),
@@ -140,7 +171,8 @@ def score(folder: RunFolder, *, console: IO[str], stop: StopFlag, progress: Prog
         TrainingError: a file cannot be written.
     """
     config, began = folder.read_config(), time.monotonic()
-    out = Path(str(config.teacher.cache))
+    (alone,) = config.by_teacher.values()
+    out = Path(str(alone.teacher.cache))
     with ExitStack() as exits:
         layout = startup.join_ranks(config)
         exits.push(startup.leave_ranks)
@@ -208,6 +240,8 @@ class Scorer:
     dtype: torch.dtype
     """Of the top-k log-probs."""
     tokens_per_micro_batch: int
+    work: Work = float
+    """Of a row of some padded length."""
 
     def score(self, sequences: Sequence[TokenSequence]) -> dict[str, Tensor] | None:
         """Score some sequences; collective.
@@ -217,11 +251,9 @@ class Scorer:
             write them; None elsewhere.
         """
         layout = self.layout
-        # Every replica needs as many rows: the last sequence again, dropped afterwards.
-        rows = list(sequences)
-        rows += rows[-1:] * (-len(rows) % layout.dp_size)
-        self.teacher.begin(0, rows)
-        batches = [layout.local(b).to(platform.device()) for b in self._packed(rows)]
+        weighed = self._weighed(sequences)
+        self.teacher.begin(0, weighed)
+        batches = [layout.local(b).to(platform.device()) for b in self._packed(weighed)]
         signals = self.teacher.signals(batches)
         if not layout.is_last_stage:
             return None
@@ -234,10 +266,16 @@ class Scorer:
         columns = _in_order(parts, len(sequences))
         return columns | {"topk_logprobs": columns["topk_logprobs"].to(self.dtype)}
 
-    def _packed(self, sequences: Sequence[TokenSequence]) -> list[MicroBatch]:
-        """Pack with every written token as a loss token, whatever a loss will make of it."""
-        layout = self.layout
+    def _weighed(self, sequences: Sequence[TokenSequence]) -> list[TokenSequence]:
+        """Make every written token a loss token, whatever a loss will make of it."""
         weighed = [s.replace(weight_N=scored_tokens(s).astype(np.float32)) for s in sequences]
+        # Every replica needs as many rows, perhaps a multiple: the last sequence again, dropped
+        # afterwards.
+        multiple = self.layout.dp_size * self.layout.batch_multiple
+        return weighed + weighed[-1:] * (-len(weighed) % multiple)
+
+    def _packed(self, weighed: Sequence[TokenSequence]) -> list[MicroBatch]:
+        layout = self.layout
         return pack(
             weighed,
             dp_rank=layout.dp_rank,
@@ -245,6 +283,8 @@ class Scorer:
             tokens_per_micro_batch=self.tokens_per_micro_batch,
             pad_multiple=layout.pad_multiple,
             rounded_to=layout.row_multiple,
+            work=self.work,
+            batch_multiple=layout.batch_multiple,
             seed=0,
             step=0,
         )
@@ -268,23 +308,30 @@ class Scorer:
 
 def _scorer(config: Config, found: ToScore, layout: Layout) -> Scorer:
     """Build the teacher, and its reference, as a run with a resident one does; collective."""
+    (alone,) = config.by_teacher.values()
     start = TeacherStart(
-        config,
-        found.folders["teacher"],
+        alone,
+        found.folders[TEACHER],
         layout,
         models.resolve_dtype(config.model.dtype),
         models.padded_vocab_size(*found.vocab_configs, tensor=layout.tp_size),
         found.vocab_size,
-        found.folders.get("reference"),
-        max(map(len, found.sequences), default=0),
+        found.folders.get(reference_of(TEACHER)),
+        longest=max(map(len, found.sequences), default=0),
     )
     return Scorer(
-        load_teacher(config.teacher.placement)(start),
+        load_teacher(alone.teacher.placement)(start),
         layout,
-        config.cached_top_k,
-        getattr(torch, config.teacher.cache_dtype),
+        alone.cached_top_k,
+        getattr(torch, alone.teacher.cache_dtype),
         config.train.tokens_per_micro_batch,
+        partial(_row_work, [model_shape(folder.config) for folder in found.folders.values()]),
     )
+
+
+def _row_work(shapes: Sequence[ModelShape], length: int) -> float:
+    """Work of a row: a pass of each model."""
+    return sum(row_flops(shape, length) for shape in shapes)
 
 
 def _gathered(scored: list[dict[str, Tensor]], layout: Layout) -> list[dict[str, Tensor]] | None:

@@ -11,6 +11,7 @@ from megatron_tropd.base.progress import Progress, StopFlag
 from megatron_tropd.config import Config
 from megatron_tropd.config.run_folder import RunFolder
 from megatron_tropd.data.collective import run_everywhere
+from megatron_tropd.data.samples import Sample
 from megatron_tropd.distill import startup
 from megatron_tropd.distill.engine_gap import EngineGap
 from megatron_tropd.distill.engines import make_engine, start_engines
@@ -45,8 +46,8 @@ class Session:
     """Steps done, and where this rank is."""
     reporter: Reporter
     checkpoints: Checkpoints
-    hf_folders: dict[Model, Path]
-    """The first weights of both models, as HF folders."""
+    hf_folders: dict[str, Path]
+    """The first weights of student and teachers, as HF folders."""
     evaluator: Evaluator
     engines: SamplingEngines
     """Of the student."""
@@ -83,22 +84,21 @@ def open_session(
             distributed_optimizer=config.parallel.distributed_optimizer,
             say=tell,
         )
-        hf_folders = startup.hf_folders(
-            inputs, folder, is_main=is_main, reads_teacher=config.loads_teacher
-        )
+        hf_folders = startup.hf_folders(config, inputs, folder, is_main=is_main)
         reporter = exits.enter_context(
             Reporter(config, inputs, folder, console=console, progress=progress, is_main=is_main)
         )
         evaluator = Evaluator(config, inputs, folder, is_main=is_main, log=reporter.log)
 
-        def engines_of(model: Model, teacher: Path | None = None) -> SamplingEngines:
+        def engines_of(who: str, teacher: Path | None = None) -> SamplingEngines:
+            model: Model = "student" if who == "student" else "teacher"
             if is_main and platform.has_cuda():
                 tell(startup.engines_start(model, config, folder))
             return start_engines(
                 model,
                 config,
                 folder,
-                partial(make_engine, config, inputs, hf_folders[model]),
+                partial(make_engine, config, inputs, hf_folders[who]),
                 rank=layout.rank,
                 world_size=layout.world_size,
                 teacher=teacher,
@@ -106,7 +106,7 @@ def open_session(
             )
 
         if evaluator.teacher_is_due():
-            _measure_teacher(evaluator, reporter, lambda: engines_of("teacher"))
+            _measure_teachers(evaluator, reporter, inputs, engines_of)
         engines = engines_of("student")
         if config.rollout.asks_teacher:
             blended = partial(engines_of, "student", hf_folders["teacher"])
@@ -116,7 +116,7 @@ def open_session(
             with engines.awake():
                 pass  # vLLM measures free memory while it starts: nobody else may allocate
         longest = inputs.longest_rollout(config.rollout)
-        parts = step_parts(config, inputs.folders, layout, longest=longest)
+        parts = step_parts(config, inputs.folders, layout, inputs.routes, longest=longest)
         exits.callback(parts.teacher.close)
         checkpoints.check_memory(parts.student)
         gap = _engine_gap(config, inputs, folder)
@@ -137,15 +137,22 @@ def open_session(
         )
 
 
-def _measure_teacher(
-    evaluator: Evaluator, reporter: Reporter, start: Callable[[], SamplingEngines]
+def _measure_teachers(
+    evaluator: Evaluator,
+    reporter: Reporter,
+    inputs: Inputs,
+    start: Callable[[str], SamplingEngines],
 ) -> None:
-    """Grade the teacher while nobody else has models on the devices; once in a run."""
+    """Grade the teachers while nobody else has models on the devices; once in a run."""
     before = free_bytes()
     with reporter.clock("evaluation"):
-        with start() as engines:
-            evaluator.measure_teacher(engines)
-        run_everywhere(lambda: wait_for_memory(before, "the teacher's engine"))
+        samples: dict[int, Sample] = {}
+        for who, problems in inputs.problems_of.items():
+            if problems:
+                with start(who) as engines:
+                    samples |= evaluator.answers_of(engines, problems)
+                run_everywhere(lambda: wait_for_memory(before, "the teacher's engine"))
+        evaluator.measure_teacher(samples)
 
 
 def rollout_source(

@@ -8,8 +8,8 @@ import torch.distributed as dist
 from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.base.progress import limits
 from megatron_tropd.config import Config
+from megatron_tropd.config.run import TEACHER
 from megatron_tropd.config.run_folder import RunFolder
-from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.convert.megatron_folder import MegatronFolder
 from megatron_tropd.convert.to_hf import ToHF, megatron_to_hf
 from megatron_tropd.distill.inputs import Inputs
@@ -56,6 +56,11 @@ def check_settings(config: Config, inputs: Inputs, *, is_main: bool, say: Say) -
     _check_steps_ahead(config)
     if not is_main:
         return
+    for who, alone in config.by_teacher.items() if config.teachers else ():
+        placement = alone.teacher.placement
+        print(f"{who}: {placement}, {_count(inputs, who)} of the prompts", flush=True)
+        if not _count(inputs, who):
+            say(f"{who} scores no prompt: no line names it, and none has one of its sources.")
     for line in config.megatron.lines():
         print(f"Megatron's options: {line}", flush=True)
     if new := unreviewed(config.megatron):
@@ -75,6 +80,13 @@ def check_settings(config: Config, inputs: Inputs, *, is_main: bool, say: Say) -
         )
 
 
+def _count(inputs: Inputs, who: str) -> int:
+    """Prompts of a teacher of several."""
+    assert inputs.routes is not None
+    numbers = list(inputs.routes.of_prompt.values())
+    return numbers.count(inputs.routes.names.index(who.removeprefix(f"{TEACHER} ")))
+
+
 def _check_steps_ahead(config: Config) -> None:
     rollout = config.rollout
     if rollout.steps_ahead and rollout.placement == "colocated" and platform.has_cuda():
@@ -86,22 +98,21 @@ def _check_steps_ahead(config: Config) -> None:
 
 
 def hf_folders(
-    inputs: Inputs, folder: RunFolder, *, is_main: bool, reads_teacher: bool = True
-) -> dict[Model, Path]:
-    """What engines start from: the pair's HF folders, made of Megatron checkpoints if need be.
+    config: Config, inputs: Inputs, folder: RunFolder, *, is_main: bool
+) -> dict[str, Path]:
+    """What engines start from: HF folders by what they are to the run, as ``Inputs.folders`` says.
 
-    Collective. An existing one is from the start of this run, and complete. Without
-    ``reads_teacher`` the teacher's stays what it is: nobody opens it.
+    Made of Megatron checkpoints if need be; that of a teacher of whom no model is loaded stays what
+    it is, for nobody opens it. Collective. An existing one is from the start of this run, and
+    complete.
     """
-    paths: dict[Model, Path] = {}
-    sources: dict[Model, HFFolder | MegatronFolder] = {
-        "student": inputs.student,
-        "teacher": inputs.teacher,
-    }
-    for who, source in sources.items():
+    paths: dict[str, Path] = {}
+    opened = {"student": True} | {w: c.loads_teacher for w, c in config.by_teacher.items()}
+    for who, is_opened in opened.items():
+        source = inputs.folders[who]
         paths[who] = source.path
-        if isinstance(source, MegatronFolder) and (reads_teacher or who == "student"):
-            paths[who] = folder.initial_hf / who
+        if isinstance(source, MegatronFolder) and is_opened:
+            paths[who] = folder.initial_hf / who.replace(" ", "_")
             if is_main and not paths[who].exists():
                 megatron_to_hf(ToHF(source.path, paths[who]))
     dist.barrier()

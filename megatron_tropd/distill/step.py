@@ -1,16 +1,20 @@
 """The distillation step: one function of its parts, for the trainer, the plug-in and the tests."""
 
+import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tropd.base.errors import TrainingError
 from megatron_tropd.data.batch import MicroBatch
-from megatron_tropd.data.packing import LossCounts, count_loss_tokens, pack
+from megatron_tropd.data.dealing import Dealing
+from megatron_tropd.data.packing import LossCounts, count_loss_tokens, dealt, packed
 from megatron_tropd.data.sequence import TokenSequence, Writer
-from megatron_tropd.distill.metrics import BadToken
+from megatron_tropd.distill.metrics import BadToken, teachers_of
 from megatron_tropd.distill.recordings import ADVANTAGE
 from megatron_tropd.distill.step_loss import Record, StepLoss
 from megatron_tropd.distill.step_parts import LossParts, StepParts
@@ -53,20 +57,24 @@ def learn(
     Collectives: those of :func:`forward_backward`, ``StepSums.reduce`` and ``Student.update``.
     """
     parts.teacher.begin(step, sequences)
-    batches = micro_batches(parts, sequences, step)
+    dealing = dealt_to_replicas(parts, sequences)
+    batches = micro_batches(parts, sequences, step, dealing)
     counts = count_loss_tokens(sequences, parts.loss)
     layout = parts.layout
     records = StepRecords(
         parts.device,
         counted=layout.is_last_stage and layout.tp_rank == 0,
         example_rows=example_rows,
+        teachers=teachers_of(parts.routes, sequences),
     )
     prompts = [sequence.key.prompt for sequence in sequences]
     advantages = [s.fields[ADVANTAGE] for s in sequences] if parts.loss.needs.outcomes else []
     known: dict[str, Any] = dict(prompts=prompts, advantages=advantages)
+    began = time.perf_counter()
     forward_backward(parts, batches, counts, step, record=records, **known)
     with parts.clock("student"):
         totals = records.sums.reduce()
+    passed = time.perf_counter() - began
     _check_finite(totals.first_bad_token, sequences, step)
     metrics = totals.metrics()
     if parts.engine_gap is not None:
@@ -75,6 +83,8 @@ def learn(
         update = _update(parts.student, step)
     numbers = {
         "masked_tokens": counts.masked,
+        "padding_share": dealing.padding_share,
+        "waiting_share": _waiting_share(parts.student, passed),
         "grad_norm": update.grad_norm,
         "lr": update.lr,
         "update_skipped": int(update.skipped),
@@ -82,22 +92,30 @@ def learn(
     return StepResult(metrics | numbers, update, counts, records.examples)
 
 
-def micro_batches(
-    parts: StepParts, sequences: Sequence[TokenSequence], step: int
-) -> list[MicroBatch]:
-    """Pack this rank's share of a step's sequences, on its device."""
-    packed = pack(
+def dealt_to_replicas(parts: StepParts, sequences: Sequence[TokenSequence]) -> Dealing:
+    """Say which replica computes which of a step's sequences; the same on every rank."""
+    return dealt(
         sequences,
-        dp_rank=parts.layout.dp_rank,
         dp_size=parts.layout.dp_size,
         tokens_per_micro_batch=parts.tokens_per_micro_batch,
         pad_multiple=parts.pad_multiple,
         rounded_to=parts.rounded_to,
-        seed=parts.seed,
-        step=step,
-        loss=parts.loss,
+        batch_multiple=parts.batch_multiple,
+        work=parts.work,
     )
-    return [parts.layout.local(batch).to(parts.device) for batch in packed]
+
+
+def micro_batches(
+    parts: StepParts, sequences: Sequence[TokenSequence], step: int, dealing: Dealing | None = None
+) -> list[MicroBatch]:
+    """Pack this rank's share of a step's sequences, on its device.
+
+    Args:
+        dealing: whose share it is; None: as :func:`dealt_to_replicas` says.
+    """
+    mine = (dealing or dealt_to_replicas(parts, sequences)).replicas[parts.layout.dp_rank]
+    made = packed(sequences, mine, seed=parts.seed, step=step, loss=parts.loss)
+    return [parts.layout.local(batch).to(parts.device) for batch in made]
 
 
 def forward_backward(
@@ -143,6 +161,18 @@ def forward_backward(
             choices = replace(choices, rewards=outcome_rewards(batches, advantages))
         step_loss = StepLoss(parts, loss, signals, counts, choices, record)
         return parts.student.forward_backward(batches, step_loss)
+
+
+def _waiting_share(student: Student, passed: float) -> float:
+    """Share of the teacher's and the student's seconds that ranks spent at the gradients' sum.
+
+    Collectives: one all-reduce of [2] on the host.
+    """
+    # All have just met, and the device is done: nobody waits for this.
+    seconds = torch.tensor([student.wait.seconds, passed], dtype=torch.float64)
+    dist.all_reduce(seconds)
+    waited, all_passed = seconds.tolist()
+    return waited / all_passed
 
 
 def _check_finite(bad: BadToken | None, sequences: Sequence[TokenSequence], step: int) -> None:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from megatron_tropd.data.batch import MicroBatch
+from megatron_tropd.data.dealing import Work
+from megatron_tropd.data.routes import Routes
 from megatron_tropd.distill.engine_gap import EngineGap
 from megatron_tropd.losses import Method
 from megatron_tropd.mcore.layout import Layout
@@ -46,6 +48,10 @@ class LossParts:
     vocab_size: int
     """Columns that are real in both models."""
     layout: Layout
+    tokens_per_micro_batch: int
+    """Most padded positions of a micro-batch of whole rows, on any replica."""
+    routes: Routes | None = None
+    """Whose the prompts are, if there are several teachers."""
     metrics: bool = True
     """Whether to compute per-token values that the loss does not need."""
     clock: Callable[[str], AbstractContextManager[object]] = nullcontext
@@ -59,11 +65,14 @@ class StepParts(LossParts):
     student: Student
     device: torch.device
     """Where micro-batches go."""
-    tokens_per_micro_batch: int
     pad_multiple: int = 1
     """Rows are padded to a multiple of it, which sequence parallelism asks for."""
     rounded_to: int = 1
     """And of this, if they have the room (``Layout.row_multiple``)."""
+    batch_multiple: int = 1
+    """A replica's number of micro-batches is a multiple of it, as an interleaved pipeline asks."""
+    work: Work = float
+    """Of a row of some padded length, in all models: by it micro-batches are dealt."""
     seed: int
     """Keys the mask draws, with the step and the sample."""
     engine_gap: EngineGap | None = None

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from megatron_tropd.data.batch import MicroBatch
-from megatron_tropd.distill.metrics import StepSums
+from megatron_tropd.distill.metrics import StepSums, Teachers
 
 Examples = dict[int, dict[str, dict[int, float]]]
 """Sequence of the step -> name -> index in the response -> value of the token. Tokens that carry no
@@ -19,15 +19,21 @@ class StepRecords:
     """Takes the values of each micro-batch of a step (``step_loss.Record``)."""
 
     def __init__(
-        self, device: torch.device, *, counted: bool, example_rows: Collection[int] = ()
+        self,
+        device: torch.device,
+        *,
+        counted: bool,
+        example_rows: Collection[int] = (),
+        teachers: Teachers | None = None,
     ) -> None:
         """Nothing is counted yet.
 
         Args:
             counted: whether this rank's sums count (one of each tensor-parallel group).
             example_rows: sequences whose per-token values are kept in :attr:`examples`.
+            teachers: of the sequences, if there are several.
         """
-        self.sums = StepSums.zeros(device)
+        self.sums = StepSums.zeros(device, teachers)
         self._counted = counted
         self._example_rows = frozenset(example_rows)
         self._kept: list[tuple[MicroBatch, dict[str, Tensor]]] = []

@@ -65,7 +65,9 @@ def batch_choices(
     )
     # Round-off that differed between the ranks of one vocabulary would make them choose apart.
     dist.broadcast(values_3T, src=dist.get_global_rank(tp_group, 0), group=tp_group)
-    facts = _facts(values_3T, batches, prompts, counts.student, layout)
+    facts = _facts(
+        values_3T, batches, prompts, counts.student, layout, parts.tokens_per_micro_batch
+    )
     choices, lengths = loss.choose(facts), [len(part) for part in hidden]
     selected_T, rewards_T = choices.selected_T, choices.rewards_T
     return BatchChoices(
@@ -93,6 +95,7 @@ def _facts(
     prompts: Sequence[int],
     num_student: int,
     layout: Layout,
+    tokens_per_micro_batch: int,
 ) -> BatchFacts:
     """What a method may look at: the loss tokens of all micro-batches of this rank."""
     student = [b.of_loss_tokens(b.writers) == Writer.STUDENT for b in batches]
@@ -118,8 +121,8 @@ def _facts(
         prompts_T=upload(torch.tensor(of_row), rows_T.device)[rows_T],
         num_prompts=len(numbers),
         num_student=num_student,
-        # Rows and lengths of the n-th micro-batch are the same on every rank; tokens are not.
-        longest=sum(batch.tokens.numel() for batch in batches),
+        # All replicas have as many micro-batches, each within the budget.
+        longest=-(-len(batches) * tokens_per_micro_batch // layout.cp_size),
         group=layout.loss_group,
         row_group=layout.row_group,
     )

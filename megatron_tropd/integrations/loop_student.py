@@ -16,13 +16,18 @@ class LoopStudent:
         """Run nothing yet.
 
         Args:
-            model: this stage's chunk as Megatron wrapped it, or a list of that one.
+            model: this stage's chunk as Megatron wrapped it, or a list of its chunks.
             settings: the other arguments of the call, without the data.
         """
         from megatron_tropd.mcore.hidden import unwrap
 
         self._schedule, self._model, self._settings = schedule, model, settings
-        self.module = unwrap(model[0] if isinstance(model, list) else model)
+        self.chunks = [unwrap(part) for part in (model if isinstance(model, list) else [model])]
+
+    @property
+    def module(self) -> Any:
+        """The last chunk, which has the output layer on the last stage."""
+        return self.chunks[-1]
 
     def score(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
         """Hidden states of the loss tokens with the weights of now, no gradient, no dropout."""
@@ -30,14 +35,16 @@ class LoopStudent:
 
         was_training = self.module.training
         try:
-            return hidden_states(self.module, micro_batches)
+            return hidden_states(self.chunks, micro_batches)
         finally:
-            self.module.train(was_training)
+            for chunk in self.chunks:
+                chunk.train(was_training)
 
     def forward_backward(self, micro_batches: Sequence[MicroBatch], loss_fn: Any) -> Any:
         """Call the schedule; its ``forward_step_func`` is one of ``megatron_lm.distilling``."""
+        each = [Distilled(micro_batches, loss_fn) for _ in self.chunks]
         return self._schedule(
-            data_iterator=Distilled(micro_batches, loss_fn), model=self._model, **self._settings
+            data_iterator=each if len(each) > 1 else each[0], model=self._model, **self._settings
         )
 
 

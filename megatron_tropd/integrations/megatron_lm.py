@@ -13,6 +13,7 @@ micro-batches. Everything else of the loop is Megatron's.
 T = loss tokens of a micro-batch, B = rows, S = sequence length, v = vocabulary shard, H = hidden.
 """
 
+import math
 import sys
 from argparse import Action, ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -232,6 +233,7 @@ class _Plugin:
         self._teacher: ResidentTeacher | CachedTeacher | None = None
         self._layout: Any = None
         self._fresh: tuple[int, Sequence[Mapping[str, Tensor]]] | None = None
+        self._recorded: Any = None
 
     def replacements(self) -> dict[str, Callable[..., Any]]:
         """Name in ``megatron.training.training`` -> function, the same without a teacher."""
@@ -283,7 +285,10 @@ class _Plugin:
             return original(provider)
 
         def recorded_only(num_samples: Any) -> tuple[Any, None, None]:
-            return recorded_trajectories(args), None, None
+            # Asked for once for each chunk of an interleaved pipeline.
+            if self._recorded is None:
+                self._recorded = recorded_trajectories(args)
+            return self._recorded, None, None
 
         recorded_only.is_distributed = True  # type: ignore[attr-defined]
         return original(recorded_only)
@@ -334,6 +339,7 @@ class _Plugin:
             beta=0.001 if args.tropd_beta is None else args.tropd_beta,
             vocab_size=_vocab_size(),
             layout=layout,
+            tokens_per_micro_batch=math.prod(share.shape),
             metrics=args.tropd_metrics,
         )
         loss = self._config.at_step(share.step)

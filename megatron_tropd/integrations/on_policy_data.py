@@ -277,7 +277,7 @@ class OnPolicyData:
 
     def _push_weights(self, model: torch.nn.Module, step: int) -> None:
         export = partial(
-            DenseModel(model, self._folder.config, self._layout).exported,
+            DenseModel([model], self._folder.config, self._layout).exported,
             self._engines.channel.receivers,
             vocab_size=self._columns,
             explicit_lm_head=True,

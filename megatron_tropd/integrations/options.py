@@ -39,12 +39,6 @@ class Refusal:
 _SHARDS = "the output layer is taken as tensor parallelism shards it"
 REFUSED = (
     Refusal("hybrid_context_parallel", "all rows of a micro-batch are split alike"),
-    Refusal(
-        "virtual_pipeline_model_parallel_size",
-        "the teacher has one chunk per stage",
-        shown="an interleaved pipeline (--num-layers-per-virtual-pipeline-stage, "
-        "--num-virtual-stages-per-pipeline-rank)",
-    ),
     Refusal("gtp_weight_remat_size", _SHARDS, off=1, shown="--tensor-parallel-num-weight-shards"),
     Refusal(
         "expert_gtp_weight_remat_size",
@@ -90,7 +84,6 @@ REFUSED = (
 """What :func:`check_refused` looks for; CUDA graphs of full iterations it knows by itself."""
 _SEEN_OTHERWISE = frozenset(
     (
-        *("num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank"),
         *("tensor_parallel_num_weight_shards", "expert_tensor_parallel_num_weight_shards"),
         *("cuda_graph_impl", "cuda_graph_scope"),
     )

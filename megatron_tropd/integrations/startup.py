@@ -41,6 +41,8 @@ _OPTIONS = {
     "parallel.tensor ": "--tensor-model-parallel-size ",
     "parallel.tensor.": "--tensor-model-parallel-size.",
     "parallel.context": "--context-parallel-size",
+    "parallel.pipeline x virtual_pipeline": "--pipeline-model-parallel-size x "
+    "--num-virtual-stages-per-pipeline-rank",
     "parallel.pipeline": "--pipeline-model-parallel-size",
     "parallel.expert_tensor": "--expert-tensor-parallel-size",
     "parallel.expert": "--expert-model-parallel-size",
@@ -153,9 +155,33 @@ def check_arguments(args: Namespace) -> None:
             "number of loss tokens. Add it."
         )
     _check_beside_scores(args)
+    _check_micro_batches(args)
     if args.tropd_beta is not None:
         check_value(Amount, args.tropd_beta, "--tropd-beta")
     loss_config(args)
+
+
+def _check_micro_batches(args: Namespace) -> None:
+    """Refuse numbers of micro-batches that an interleaved pipeline would stop at in a step."""
+    stages = args.pipeline_model_parallel_size
+    if args.virtual_pipeline_model_parallel_size is None:
+        return
+    each = args.micro_batch_size * args.data_parallel_size
+    if args.global_batch_size // each % stages:
+        raise ConfigError(
+            "The teacher's pass of an interleaved pipeline needs a number of micro-batches that is "
+            f"a multiple of --pipeline-model-parallel-size {stages}, found --global-batch-size "
+            f"{args.global_batch_size} / (--micro-batch-size {args.micro_batch_size} x "
+            f"{args.data_parallel_size} replicas) = {args.global_batch_size // each}. Change one "
+            "of them."
+        )
+    for name in ("rampup_batch_size", "step_batch_size_schedule"):
+        if getattr(args, name, None):
+            raise ConfigError(
+                f"--tropd-teacher-load does not go with --{name.replace('_', '-')} and an "
+                "interleaved pipeline, which needs a multiple of its stages of micro-batches in "
+                "every step. Drop one of the two."
+            )
 
 
 def _check_beside_scores(args: Namespace) -> None:
@@ -217,6 +243,7 @@ def layout_of(args: Namespace, hf_config: dict[str, Any]) -> ParallelConfig:
         tensor=args.tensor_model_parallel_size,
         context=args.context_parallel_size,
         pipeline=args.pipeline_model_parallel_size,
+        virtual_pipeline=args.virtual_pipeline_model_parallel_size or 1,
         data=args.data_parallel_size,
         expert=1 if dense else args.expert_model_parallel_size,
         uneven_stages=True,

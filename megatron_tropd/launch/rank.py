@@ -8,6 +8,7 @@ the inputs of a run, which it answers with a line or ends, and to train.
 import atexit
 import contextlib
 import ctypes
+import gc
 import json
 import os
 import signal
@@ -182,12 +183,15 @@ def _import() -> bytes:
     with tempfile.TemporaryFile() as kept:
         for descriptor in (1, 2):
             os.dup2(kept.fileno(), descriptor)
+        gc.disable()
         try:
             import_module(IMPORTED)
             failed = False
+            gc.freeze()  # it stays: else the collector walks it again and again
         except BaseException:
             traceback.print_exc()
             failed = True
+        gc.enable()
         sys.stdout.flush()
         sys.stderr.flush()
         for descriptor, shown in enumerate(console, 1):

@@ -17,7 +17,7 @@ _MODULES = {
     "reduction": ("reduce_signal", "top_k_signal"),
     "signals": (
         *("FullSignal", "HiddenStatesSignal", "LogitsSignal", "TeacherSignal", "TopKSignal"),
-        *("ReferencedSignal", "ReferencedTopKSignal"),
+        *("ReferencedSignal", "ReferencedTopKSignal", "RoutedSignal"),
         *("check_signal", "required_signal"),
     ),
     "statistics": ("TokenStatistics",),

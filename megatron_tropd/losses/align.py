@@ -5,6 +5,7 @@ another, so equal shards of the two hold different columns on every rank but the
 """
 
 from collections.abc import Sequence
+from itertools import pairwise, starmap
 
 import torch
 import torch.distributed as dist
@@ -39,25 +40,83 @@ def align_output_weight(
 
     Collectives: 1 all-to-all; each row travels at most once.
     """
-    size, rank = place_in(group)
     check_bounds(have, group, weight_vH.shape[0])
     check_bounds(want, group)
-    mine = slice(have[rank], have[rank + 1])
-    sent = [_overlap(mine, slice(want[r], want[r + 1])) for r in range(size)]
-    wanted = slice(want[rank], want[rank + 1])
-    received = [_overlap(slice(have[r], have[r + 1]), wanted) for r in range(size)]
+    shards = [list(starmap(slice, pairwise(bounds))) for bounds in (have, want)]
+    return send_rows(weight_vH, have=shards[0], want=shards[1], group=group)
 
-    aligned = weight_vH.new_zeros(wanted.stop - wanted.start, *weight_vH.shape[1:])
-    send = torch.cat([weight_vH[s.start - mine.start : s.stop - mine.start] for s in sent])
+
+def send_rows(
+    rows_nH: Tensor,
+    *,
+    have: Sequence[slice],
+    want: Sequence[slice],
+    group: dist.ProcessGroup | None,
+) -> Tensor:
+    """Send the rows of a matrix to the ranks that want them.
+
+    Args:
+        rows_nH: [n, H] this rank's rows; of the right type and H where it has none, too.
+        have: rows of each rank. Two ranks have the same rows, or none in common.
+        want: rows that each rank wants. Those that nobody has come out as 0.
+        group: the ranks; None: there is one.
+
+    Returns:
+        [wanted, H] a new tensor of the same dtype.
+
+    Collectives: 1 all-to-all; a row travels at most once to each rank that wants it.
+    """
+    size, rank = place_in(group)
+    senders = [_senders(have, receiver) for receiver in range(size)]
+
+    def travels(sender: int, receiver: int) -> slice:
+        held = have[sender]
+        sent = sender in senders[receiver]
+        return _overlap(held, want[receiver] if sent else slice(held.start, held.start))
+
+    mine, wanted = have[rank], want[rank]
+    sent = [travels(rank, receiver) for receiver in range(size)]
+    received = [travels(sender, rank) for sender in range(size)]
+    send = torch.cat([rows_nH[s.start - mine.start : s.stop - mine.start] for s in sent])
     counts_in = [s.stop - s.start for s in received]
-    arrived = send
-    if size > 1:
-        arrived = send.new_empty(sum(counts_in), *send.shape[1:])
-        counts_out = [s.stop - s.start for s in sent]
-        dist.all_to_all_single(arrived, send, counts_in, counts_out, group=group)
+    arrived = all_to_all_rows(send, [s.stop - s.start for s in sent], counts_in, group=group)
+    aligned = rows_nH.new_zeros(wanted.stop - wanted.start, *rows_nH.shape[1:])
     for columns, rows in zip(received, arrived.split(counts_in), strict=True):
         aligned[columns.start - wanted.start : columns.stop - wanted.start] = rows
     return aligned
+
+
+def all_to_all_rows(
+    rows_nH: Tensor,
+    counts_out: Sequence[int],
+    counts_in: Sequence[int],
+    *,
+    group: dist.ProcessGroup | None,
+) -> Tensor:
+    """Send the first rows to the first rank, the next to the next, as many as the counts say.
+
+    Returns:
+        [sum(counts_in), H] rows of all ranks, the first rank's first.
+
+    Collectives: 1 all-to-all; none for a group of one.
+    """
+    if place_in(group)[0] == 1:
+        return rows_nH
+    arrived = rows_nH.new_empty(sum(counts_in), *rows_nH.shape[1:])
+    dist.all_to_all_single(arrived, rows_nH, list(counts_in), list(counts_out), group=group)
+    return arrived
+
+
+def _senders(have: Sequence[slice], receiver: int) -> set[int]:
+    """The ranks that give a receiver what it wants: of those that have the same rows itself, or one
+    of them in turn."""
+    holders: dict[tuple[int, int], list[int]] = {}
+    for rank, rows in enumerate(have):
+        holders.setdefault((rows.start, rows.stop), []).append(rank)
+    return {
+        receiver if receiver in ranks else ranks[receiver % len(ranks)]
+        for ranks in holders.values()
+    }
 
 
 def align_logits(

@@ -6,8 +6,9 @@ compared once at start-up (:func:`check_signal`), so a mismatch never costs a st
 Shape suffixes: T = tokens, V = whole vocabulary, v = this rank's shard, K = top-k, H = hidden.
 """
 
-from dataclasses import dataclass
-from typing import ClassVar, Protocol, runtime_checkable
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -23,6 +24,12 @@ FULL = "full"
 """Every log p: the other two and all sums over the vocabulary follow from it."""
 REFERENCE = "reference"
 """The same of the model that the teacher is measured against."""
+_IN_WORDS = {
+    FULL: "the whole distribution of each token",
+    TOP_K: "its most likely ids",
+    SAMPLED: "the log-prob of each sampled token",
+    REFERENCE: "a reference model",
+}
 
 
 class TeacherSignal(Protocol):
@@ -169,6 +176,61 @@ class ReferencedSignal:
         return self.teacher.num_tokens
 
 
+@dataclass(frozen=True)
+class RoutedSignal:
+    """Several teachers, each over the whole vocabulary, of which every token has one."""
+
+    parts: tuple[FullSignal, ...]
+    """Of each teacher, for its own tokens alone; their columns are sharded alike."""
+    pieces: tuple[tuple[int, int, int], ...]
+    """The T tokens in their order: number of a part, the first of its tokens, how many follow."""
+    provides: ClassVar[frozenset[str]] = frozenset({SAMPLED, TOP_K, FULL})
+
+    def __post_init__(self) -> None:
+        columns = {(part.vocab_size, part.width, part.bounds) for part in self.parts}
+        if len(columns) != 1:
+            raise ValueError(
+                "Expected teachers with one vocabulary and the same columns on this rank, found "
+                f"(size, width, bounds) {sorted(columns, key=str)}. Move their output layers once "
+                "with align_output_weight."
+            )
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return sum(count for _, _, count in self.pieces)
+
+    @property
+    def vocab_size(self) -> int:
+        """Real columns, the same for all."""
+        return self.parts[0].vocab_size
+
+    @property
+    def width(self) -> int:
+        """v."""
+        return self.parts[0].width
+
+    @property
+    def bounds(self) -> tuple[int, ...] | None:
+        """As for :class:`FullSignal`."""
+        return self.parts[0].bounds
+
+    def write_logits(self, rows: slice, out_tv: Tensor) -> None:
+        """Write each token's logits as its teacher has them.
+
+        Args:
+            rows: which of the T tokens.
+            out_tv: [t, real columns] float32, overwritten.
+        """
+        begin = 0
+        for number, first, count in self.pieces:
+            low, high = max(rows.start, begin), min(rows.stop, begin + count)
+            if low < high:
+                mine = slice(first + low - begin, first + high - begin)
+                self.parts[number].write_logits(mine, out_tv[low - rows.start : high - rows.start])
+            begin += count
+
+
 def split_reference(signal: TeacherSignal) -> tuple[TeacherSignal, FullSignal | None]:
     """The teacher's own signal, and the reference's if it has one over the vocabulary."""
     if isinstance(signal, ReferencedSignal):
@@ -180,8 +242,32 @@ def tensors_of(signal: TeacherSignal) -> list[Tensor]:
     """The tensors that a signal holds."""
     if isinstance(signal, ReferencedSignal):
         return [*tensors_of(signal.teacher), *tensors_of(signal.reference)]
+    if isinstance(signal, RoutedSignal):
+        return [tensor for part in signal.parts for tensor in tensors_of(part)]
     held = getattr(signal, "__dict__", {})
     return [value for value in held.values() if isinstance(value, Tensor)]
+
+
+def with_tokens[S: TeacherSignal](
+    signals: Sequence[S], change: Callable[[Sequence[Tensor]], Tensor]
+) -> S:
+    """Make one signal of several of a kind, by what becomes of each tensor per token.
+
+    Args:
+        signals: at least one; dataclasses whose tensors are named after their axes.
+        change: the same tensor of each signal, [T, ...], -> that of the result.
+
+    Returns:
+        The signal; what is not per token, such as an output layer, is the first one's.
+    """
+    first: Any = signals[0]
+    if isinstance(first, ReferencedSignal):
+        both = ([getattr(s, who) for s in signals] for who in ("teacher", "reference"))
+        made: Any = ReferencedSignal(*(with_tokens(parts, change) for parts in both))
+        return made
+    per_token = [f.name for f in fields(first) if f.name.rpartition("_")[2].startswith("T")]
+    changed = {name: change([getattr(s, name) for s in signals]) for name in per_token}
+    return replace(first, **changed)
 
 
 def required_signal(config: LossSettings) -> frozenset[str]:
@@ -222,13 +308,12 @@ def check_signal(
         ConfigError: the loss needs something the signal does not provide, or its top-k exceeds
             the vocabulary.
     """
-    name = signal.__name__ if isinstance(signal, type) else type(signal).__name__
     loss = f"loss.method = {config.method_name()!r}"
     if missing := required_signal(config) - signal.provides:
         raise ConfigError(
-            f"{loss} needs {sorted(missing)} of the teacher, but {name} provides only "
-            f"{sorted(signal.provides)}. Choose another teacher.placement, or a method that works "
-            f"with this one: {', '.join(methods_for(signal))}."
+            f"{loss} needs of the teacher {_in_words(missing)}, found one that gives only "
+            f"{_in_words(signal.provides)}. Choose another teacher.placement, or a method that "
+            f"works with this one: {', '.join(methods_for(signal))}."
         )
     if max(config.merge_ids, default=0) >= vocab_size:
         raise ConfigError(
@@ -240,3 +325,7 @@ def check_signal(
             f"{loss} needs loss.top_k <= the vocabulary of {vocab_size} tokens, found "
             f"{config.needs.top_k}. Set loss.top_k to at most {vocab_size}."
         )
+
+
+def _in_words(parts: Collection[str]) -> str:
+    return " and ".join(words for part, words in _IN_WORDS.items() if part in parts)

@@ -249,6 +249,8 @@ class Checkpoints:
             wanted.pop("rng")
         state = self._together(lambda: _read(wanted, path), path)
         student.model.restore(state["model"])
+        if student.average is not None:
+            student.average.restore(state["average"])
         with torch.no_grad():  # Megatron copies into the parameters themselves if they are float32
             student.optimizer.load_state_dict(state["optimizer"])
         student.scheduler.load_state_dict(state["scheduler"])
@@ -263,7 +265,8 @@ class Checkpoints:
         now = self._about(student, ANY_DATA)
         if saved.get("slices") == now["slices"]:
             return
-        was, kept = saved.get("cut_by", {}), now["cut_by"]
+        # Checkpoints from before there was this setting do not name it.
+        was, kept = {"parallel.virtual_pipeline": 1} | saved.get("cut_by", {}), now["cut_by"]
         other = [
             f"{key} was {was.get(key)}, is {kept[key]}" for key in kept if was.get(key) != kept[key]
         ]
@@ -361,6 +364,7 @@ class Checkpoints:
             "scheduler": student.scheduler.state_dict(),
             "rng": self._rng(),
             "extra": extra | self._about(student, sharding),
+            **({} if student.average is None else {"average": student.average.state(metadata)}),
         }
 
     def _metadata(self, sharding: str) -> dict[str, Any]:
@@ -376,8 +380,11 @@ class Checkpoints:
     def _sizes(self) -> list[int]:
         layout = self.layout
         sizes = [layout.tp_size, layout.pp_size, layout.dp_size, layout.ep_size]
-        # Checkpoints from before there was this axis have no size of it.
-        return sizes if layout.cp_size == 1 else [*sizes, layout.cp_size]
+        # Checkpoints from before there were these axes have no sizes of them.
+        younger = [layout.cp_size, layout.vp_size]
+        while younger and younger[-1] == 1:
+            younger.pop()
+        return sizes + younger
 
     def _rng(self) -> ShardedObject:
         """One object per rank: RNG states belong to a layout and load only under the same one."""
@@ -435,7 +442,8 @@ def saving_bytes(student: Student, layout: Layout, sharding: str | None) -> int:
     of_states = sum(p.numel() for p in (mine if sharding is None else held)) * states
     if sharding == ANY_DATA:
         of_states = sum(p.numel() * states // _holders(p, layout) for p in held)
-    return of_states + sum(p.nbytes for p in mine)
+    average = 0 if student.average is None else 4
+    return of_states + sum(p.nbytes + average * p.numel() for p in mine)
 
 
 def _holders(parameter: torch.Tensor, layout: Layout) -> int:
@@ -461,21 +469,23 @@ def _slices(student: Student) -> str:
     Two that differ would give one parameter the state of another. The number of replicas is not in
     it: only the padding behind the last parameter of a bucket depends on that.
     """
-    names = {p: name for name, p in student.chunk.module.named_parameters()}
-    lies = [
-        [
-            str(bucket.grad_data.dtype),
-            [(names[p], *bucket.param_to_index[p]) for p in bucket.params_list],
+    lies = []
+    for chunk in student.chunks:
+        names = {p: name for name, p in chunk.module.named_parameters()}
+        lies += [
+            [
+                str(bucket.grad_data.dtype),
+                [(names[p], *bucket.param_to_index[p]) for p in bucket.params_list],
+            ]
+            for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)
+            for bucket in buffer.buckets
         ]
-        for buffer in (*student.chunk.buffers, *student.chunk.expert_parallel_buffers)
-        for bucket in buffer.buckets
-    ]
     return hashlib.sha256(json.dumps(lies).encode()).hexdigest()
 
 
 def _cut_by(student: Student) -> dict[str, Any]:
     """What usually decides it, by the names of the settings."""
-    config, ddp = student.module.config, student.chunk.ddp_config
+    config, ddp = student.module.config, student.chunks[0].ddp_config
     of_experts = {
         "parallel.expert": config.expert_model_parallel_size,
         "parallel.expert_tensor": config.expert_tensor_parallel_size,
@@ -484,6 +494,7 @@ def _cut_by(student: Student) -> dict[str, Any]:
     return {
         "parallel.tensor": config.tensor_model_parallel_size,
         "parallel.pipeline": config.pipeline_model_parallel_size,
+        "parallel.virtual_pipeline": len(student.chunks),
         **(of_experts if config.num_moe_experts else {}),
         "parallel.distributed_optimizer": ddp.use_distributed_optimizer,
         "megatron.ddp.overlap_grad_reduce": ddp.overlap_grad_reduce,

@@ -11,43 +11,55 @@ from torch.nn import Parameter
 from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.convert.megatron_folder import MegatronFolder
 from megatron_tropd.mcore.layout import Layout
-from megatron_tropd.mcore.load import load_checkpoint
-from megatron_tropd.mcore.weights import export_weights, load_weights
+from megatron_tropd.mcore.load import load_checkpoint, load_state, sharded_state
+from megatron_tropd.mcore.weights import export_weights, load_weights, named_parameters
 
 
 class DenseModel:
     """This rank's part of a Megatron model; a :class:`~megatron_tropd.mcore.student.StudentModel`
     that is trained, saved and given away as a whole."""
 
-    def __init__(self, module: GPTModel, hf_config: dict[str, Any], layout: Layout) -> None:
+    def __init__(
+        self, chunks: Sequence[GPTModel], hf_config: dict[str, Any], layout: Layout
+    ) -> None:
         """Hold a model.
 
         Args:
-            module: not wrapped.
+            chunks: not wrapped; several of an interleaved pipeline.
             hf_config: its config.json dictionary.
             layout: this rank's place.
         """
-        self.module, self.layout = module, layout
+        self.chunks, self.layout = tuple(chunks), layout
         self.hf_config = hf_config
+
+    @property
+    def module(self) -> GPTModel:
+        """The last chunk."""
+        return self.chunks[-1]
 
     def load(self, source: HFFolder | MegatronFolder) -> None:
         """Fill all parameters; collective if they come from a Megatron checkpoint."""
         if isinstance(source, MegatronFolder):
-            load_checkpoint(self.module, source, self.layout)
+            load_checkpoint(self.chunks, source, self.layout)
         else:
-            load_weights(self.module, source, self.layout, padded_vocab_size=self.module.vocab_size)
+            padded = self.module.vocab_size
+            load_weights(self.parameters(), source, self.layout, padded_vocab_size=padded)
+
+    def parameters(self) -> dict[str, Parameter]:
+        """Find all parameters by their names in the whole model."""
+        return named_parameters(self.chunks)
 
     def trainable(self) -> Mapping[str, Parameter]:
         """Find all parameters."""
-        return dict(self.module.named_parameters())
+        return self.parameters()
 
     def state(self, metadata: dict[str, Any]) -> dict[str, Any]:
         """Describe them and Megatron's extra states."""
-        return self.module.sharded_state_dict(metadata=metadata)
+        return sharded_state(self.chunks, metadata)
 
     def restore(self, state: dict[str, Any]) -> None:
         """Copy them from a loaded state."""
-        self.module.load_state_dict(state, strict=True)
+        load_state(self.chunks, state)
 
     def exported(
         self,

@@ -1,7 +1,7 @@
 """Models that are not trained: hidden states, never logits."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -41,13 +41,13 @@ class FrozenModel:
                 sharded otherwise (last stage).
             offload: where its weights are while it does not score.
         """
-        self.module = built.module.eval().requires_grad_(False)
+        self.chunks = tuple(chunk.eval().requires_grad_(False) for chunk in built.chunks)
         self.layout = built.layout
         self.vocab_size = vocab_size
         self.weight_vH = weight_vH
         self._on_host = None
         if offload != "none":
-            self._on_host = HostWeights(self.module, by_layer=offload == "host_by_layer")
+            self._on_host = HostWeights(self.chunks, by_layer=offload == "host_by_layer")
 
     def score(self, micro_batches: Sequence[MicroBatch]) -> list[HiddenStatesSignal]:
         """The signal for the loss tokens of each micro-batch.
@@ -60,14 +60,19 @@ class FrozenModel:
 
         Collectives: those of :func:`~megatron_tropd.mcore.schedule.hidden_states`.
         """
-        away = self._on_host
-        with nullcontext() if away is None else away.visiting(len(micro_batches)):
-            hidden = schedule.hidden_states(self.module, micro_batches)
+        with self.ready(len(micro_batches)):
+            hidden = schedule.hidden_states(self.chunks, micro_batches)
         if not self.layout.is_last_stage:
             return []
         if self.weight_vH is None:
-            self.weight_vH = output_weight(self.module)
+            self.weight_vH = output_weight(self.chunks[-1])
         return [HiddenStatesSignal(h, self.weight_vH, self.vocab_size) for h in hidden]
+
+    def ready(self, micro_batches: int) -> AbstractContextManager[None]:
+        """Have the weights on the device in a block that runs so many micro-batches."""
+        if self._on_host is None:
+            return nullcontext()
+        return self._on_host.visiting(c for _, c in schedule.turns(self.chunks, micro_batches))
 
 
 def frozen_model(

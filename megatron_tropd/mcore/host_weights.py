@@ -6,9 +6,10 @@ device, and so does what is small: the last norm and all buffers.
 """
 
 import weakref
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import cycle, islice
+from itertools import chain, islice
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -31,57 +32,67 @@ _AHEAD = 2
 class HostWeights:
     """The weights of a model's embedding and layers, in the host's memory."""
 
-    def __init__(self, model: GPTModel, *, by_layer: bool) -> None:
+    def __init__(self, chunks: Sequence[GPTModel], *, by_layer: bool) -> None:
         """Move them there.
 
         Args:
-            model: a pipeline stage on the device; it can run only inside :meth:`visiting` then.
+            chunks: of a pipeline stage on the device; they can run only inside :meth:`visiting`
+                then.
             by_layer: layer after layer visits in every pass, two on the device at a time; else
                 all visit together, once for all passes.
         """
-        modules = _visitors(model)
+        visitors = [_visitors(chunk) for chunk in chunks]
+        modules = list(chain.from_iterable(visitors))
         sizes = [_size(module) for module in modules]
         memory = _host_memory(sum(sizes), self)
         self._parts = [
             _Part(module, part) for module, part in zip(modules, memory.split(sizes), strict=True)
         ]
+        rest = iter(self._parts)
+        self._of_chunk = [list(islice(rest, len(some))) for some in visitors]
         self._by_layer = by_layer
         self._beside = torch.cuda.Stream() if platform.has_cuda() else None
         self._coming: Iterator[_Part] = iter(())
+        self._called: deque[_Part] = deque()
         for part in self._parts:
             part.module.register_forward_pre_hook(lambda *_, part=part: part.arrive())
             part.module.register_forward_hook(lambda *_, part=part: self._has_run(part))
 
     @contextmanager
-    def visiting(self, passes: int) -> Iterator[None]:
+    def visiting(self, passes: Iterable[int]) -> Iterator[None]:
         """Have the weights on the device when the model's modules want them.
 
         Args:
-            passes: how often the block runs the model at most.
+            passes: number of the chunk of each pass of the block, in their order.
         """
-        all_of_them = len(self._parts)
         if self._by_layer:
-            self._coming = islice(cycle(self._parts), passes * all_of_them)
-            at_once = min(_AHEAD, all_of_them)
+            self._coming = chain.from_iterable(self._of_chunk[chunk] for chunk in passes)
+            at_once = _AHEAD
         else:
-            self._coming, at_once = iter(self._parts), all_of_them
+            self._coming, at_once = iter(self._parts), len(self._parts)
         try:
             for _ in range(at_once):
                 self._call_next()
             yield
         finally:
             self._coming = iter(())
+            self._called.clear()
             for part in self._parts:
                 part.leave()
 
     def _has_run(self, part: "_Part") -> None:
         if self._by_layer:
-            part.leave()
+            self._called.popleft()
+            # The only layer of a chunk is also the next one.
+            if part not in self._called:
+                part.leave()
             self._call_next()
 
     def _call_next(self) -> None:
         if (part := next(self._coming, None)) is not None:
-            part.come(self._beside)
+            if part not in self._called:
+                part.come(self._beside)
+            self._called.append(part)
 
 
 class _Place(NamedTuple):

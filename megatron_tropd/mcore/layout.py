@@ -8,6 +8,7 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_tropd.config import ParallelConfig
+from megatron_tropd.convert.sizes import stage_chunks
 from megatron_tropd.data.batch import MicroBatch
 from megatron_tropd.mcore import platform
 
@@ -40,6 +41,8 @@ class Layout:
     single ranks."""
     pad_multiple: int = 1
     """What the padded length of a row is a multiple of, so that the models can compute it."""
+    vp_size: int = 1
+    """Chunks of each model on this rank: virtual pipeline stages."""
 
     @property
     def tp_group(self) -> dist.ProcessGroup:
@@ -113,6 +116,15 @@ class Layout:
         """Whether this rank holds the output layer, hence the loss."""
         return self.pp_rank == self.pp_size - 1
 
+    def chunks(self, layers: int) -> list[range]:
+        """Layers of each of this rank's chunks of a model, by their numbers in the whole of it."""
+        return stage_chunks(layers, self.pp_size, self.vp_size)[self.pp_rank]
+
+    @property
+    def batch_multiple(self) -> int:
+        """What the number of micro-batches is a multiple of: they take turns in the chunks."""
+        return self.pp_size if self.vp_size > 1 else 1
+
     @property
     def is_main(self) -> bool:
         """Whether this rank writes the run's files."""
@@ -141,12 +153,14 @@ def zigzag(length: int, cp_rank: int, cp_size: int) -> torch.Tensor:
     return torch.cat([chunks[cp_rank], chunks[-1 - cp_rank]])
 
 
-def axis_sizes(parallel: ParallelConfig) -> dict[str, int]:
+def axis_sizes(parallel: ParallelConfig) -> dict[str, int | None]:
     """Sizes of the axes by the names that Megatron's process groups and its models share."""
+    virtual = parallel.virtual_pipeline
     return {
         "tensor_model_parallel_size": parallel.tensor,
         "context_parallel_size": parallel.context,
         "pipeline_model_parallel_size": parallel.pipeline,
+        "virtual_pipeline_model_parallel_size": virtual if virtual > 1 else None,
         "expert_model_parallel_size": parallel.expert,
         "expert_tensor_parallel_size": parallel.shards_of_expert,
     }
@@ -172,4 +186,5 @@ def current_layout(*, pad_multiple: int = 1) -> Layout:
         ep_size=parallel_state.get_expert_model_parallel_world_size(),
         etp_size=parallel_state.get_expert_tensor_parallel_world_size(),
         pad_multiple=pad_multiple,
+        vp_size=parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
     )

@@ -48,9 +48,8 @@ from megatron_tropd.convert.adapters import (
 from megatron_tropd.convert.families import model_shape
 from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.convert.megatron_folder import MegatronFolder
-from megatron_tropd.convert.sizes import stage_sizes
 from megatron_tropd.mcore.dense import DenseModel
-from megatron_tropd.mcore.weights import export_entries, export_weights, fill
+from megatron_tropd.mcore.weights import export_entries, export_weights, fill, in_whole_model
 
 _BETWEEN: dict[tuple[bool, bool], Callable[[Tensor], Tensor]] = {
     (True, False): copy_to_tensor_model_parallel_region,
@@ -161,19 +160,24 @@ class LoraModel:
         Raises:
             ConfigError: the model cannot have them.
         """
-        self.module, self.layout, self.lora = base.module, base.layout, lora
+        self.chunks, self.layout, self.lora = base.chunks, base.layout, lora
         self.hf_config, self._base = base.hf_config, base
         self.shape = model_shape(base.hf_config)
         grouped = bool(base.module.config.moe_grouped_gemm)
         check_lora(self.shape, lora, grouped_experts=grouped)
-        self._layers = _attach(base.module, lora)
+        self._layers = _attach(base.chunks, lora)
         self.entries = adapter_plan(base.hf_config, lora)
         first = FirstAdapters(self.entries, seed)
         fill(self.trainable(), self.entries, self.shape, first, self.layout)
         if self.layout.is_first_stage:
             # Else nothing before the first adapter would have a gradient, and Megatron's
             # recomputation would end there.
-            base.module.embedding.register_forward_hook(_ask_for_gradient)
+            base.chunks[0].embedding.register_forward_hook(_ask_for_gradient)
+
+    @property
+    def module(self) -> GPTModel:
+        """The last chunk."""
+        return self.chunks[-1]
 
     @contextmanager
     def base_only(self) -> Iterator[None]:
@@ -233,8 +237,7 @@ class LoraModel:
     def _offsets(self, name: str) -> tuple[list[tuple[int, int]], str]:
         """(layer, of how many), perhaps (expert, of how many), and the name without both."""
         parts = name.split(".")
-        first = sum(stage_sizes(self.shape.layers, self.layout.pp_size)[: self.layout.pp_rank])
-        offsets = [(first + int(parts.pop(2)), self.shape.layers)]
+        offsets = [(int(parts.pop(2)), self.shape.layers)]
         if "local_experts" in parts and self.shape.experts is not None:
             count, at = self.shape.experts.count, parts.index("local_experts") + 1
             mine = self.layout.ep_rank * count // self.layout.ep_size
@@ -262,7 +265,7 @@ class LoraModel:
         """
         rows = {} if vocab_size is None else {"vocab_size": vocab_size}
         return export_weights(
-            _Merged(self.module, self.adapters()),
+            _Merged(self._base.parameters(), self.adapters()),
             self.hf_config | rows,
             self.layout,
             padded_vocab_size=self.module.vocab_size,
@@ -279,10 +282,10 @@ class LoraModel:
 class _Merged(Mapping[str, Tensor]):
     """Parameters of the base by their names, those with an adapter merged when asked for."""
 
-    def __init__(self, module: GPTModel, adapters: Mapping[str, Adapter]) -> None:
+    def __init__(self, own: Mapping[str, Tensor], adapters: Mapping[str, Adapter]) -> None:
         self._adapters = {f"{name}.weight": adapter for name, adapter in adapters.items()}
         part = f".{_ADAPTER}."
-        self._own = {name: p for name, p in module.named_parameters() if part not in name}
+        self._own = {name: parameter for name, parameter in own.items() if part not in name}
 
     def __len__(self) -> int:
         return len(self._own)
@@ -296,11 +299,13 @@ class _Merged(Mapping[str, Tensor]):
         return self._own[name] if adapter is None else self._own[name] + adapter.delta()
 
 
-def _attach(module: GPTModel, lora: LoraConfig) -> dict[str, Module]:
-    """Give every target an adapter; returns the layers that have one by their names."""
+def _attach(chunks: Sequence[GPTModel], lora: LoraConfig) -> dict[str, Module]:
+    """Give every target an adapter; returns the layers that have one by their names in the whole
+    model."""
     layers = {
-        name: layer
-        for name, layer in module.named_modules()
+        in_whole_model(chunk, name): layer
+        for chunk in chunks
+        for name, layer in chunk.named_modules()
         if name.startswith("decoder.layers.") and name.rpartition(".")[2] in lora.targets
     }
     for name, layer in layers.items():

@@ -129,7 +129,8 @@ def _own_settings(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        pipeline_model_parallel_layout=_uneven_layout(shape.layers, parallel.pipeline),
+        pipeline_model_parallel_layout=_uneven_layout(shape.layers, parallel.num_chunks),
+        **_p2p_settings(parallel),
         sequence_parallel=parallel.sequence_parallel,
         variable_seq_lengths=True,
         calculate_per_token_loss=True,
@@ -192,8 +193,9 @@ def build_model(
         options: fields of Megatron's TransformerConfig that the user set.
 
     Returns:
-        The model; ``module(tokens, positions, None)`` gives this shard's logits [batch, sequence,
-        padded vocabulary / tensor] on the last stage.
+        The model, in one chunk unless the pipeline is interleaved; ``module(tokens, positions,
+        None)`` of one gives this shard's logits [batch, sequence, padded vocabulary / tensor] on
+        the last stage.
 
     Raises:
         ConfigError: the layout does not divide the model.
@@ -205,24 +207,42 @@ def build_model(
     shape = model_shape(folder.config)
     table: Table = "teacher" if who in ("teacher", "reference") else "model"
     config = transformer_config(shape, parallel, dtype, options, table=table)
-    # GPTModel is announced as deprecated in favour of HybridModel, which lacks the hook that
-    # hands hidden states to a loss.
-    model = GPTModel(
-        config,
-        _block_spec(config, stage_sizes(shape.layers, layout.pp_size)[layout.pp_rank]),
-        vocab_size=padded_vocab_size,
-        max_sequence_length=shape.context,
-        pre_process=layout.is_first_stage,
-        post_process=layout.is_last_stage,
-        share_embeddings_and_output_weights=shape.tied,
-        position_embedding_type="rope",
-    )
-    model.rotary_pos_emb.inv_freq = rope_inverse_frequencies(folder.config).to(platform.device())
-    model.to(platform.device())
-    _mark_experts(model)
-    built = DenseModel(model, folder.config, layout)
+    # Megatron's schedule of several chunks reads what concerns them all from the first one's.
+    chunks = [
+        _chunk(number, config, shape, layout, padded_vocab_size) for number in range(layout.vp_size)
+    ]
+    for chunk in chunks:
+        frequencies = rope_inverse_frequencies(folder.config)
+        chunk.rotary_pos_emb.inv_freq = frequencies.to(platform.device())
+        chunk.to(platform.device())
+        _mark_experts(chunk)
+    built = DenseModel(chunks, folder.config, layout)
     built.load(folder)
     return built
+
+
+def _chunk(
+    number: int,
+    config: TransformerConfig,
+    shape: ModelShape,
+    layout: Layout,
+    padded_vocab_size: int,
+) -> GPTModel:
+    """One of this rank's chunks: the first of all has the embedding, the last the output layer."""
+    of_rank = layout.chunks(shape.layers)
+    # GPTModel is announced as deprecated in favour of HybridModel, which lacks the hook that
+    # hands hidden states to a loss.
+    return GPTModel(
+        config,
+        _block_spec(config, len(of_rank[number])),
+        vocab_size=padded_vocab_size,
+        max_sequence_length=shape.context,
+        pre_process=layout.is_first_stage and number == 0,
+        post_process=layout.is_last_stage and number == len(of_rank) - 1,
+        share_embeddings_and_output_weights=shape.tied,
+        position_embedding_type="rope",
+        vp_stage=number if len(of_rank) > 1 else None,
+    )
 
 
 def _mark_experts(model: GPTModel) -> None:
@@ -246,7 +266,18 @@ def _window_settings(shape: ModelShape, parallel: ParallelConfig) -> dict[str, A
     return settings | ({"cp_comm_type": "all_gather"} if parallel.context > 1 else {})
 
 
-def _axes(shape: ModelShape, parallel: ParallelConfig) -> dict[str, int]:
+def _p2p_settings(parallel: ParallelConfig) -> dict[str, bool]:
+    """How neighbours exchange tensors.
+
+    Of two stages each is the other's next one and previous one, and what a batch of sends carries
+    both ways would be mixed up. Megatron's other way has one direction at a time.
+    """
+    if parallel.virtual_pipeline == 1:
+        return {}
+    return {"overlap_p2p_comm": True, "batch_p2p_comm": False}
+
+
+def _axes(shape: ModelShape, parallel: ParallelConfig) -> dict[str, int | None]:
     sizes = axis_sizes(parallel)
     if shape.experts is None:  # a dense model may be trained beside a mixture that is spread
         sizes = {name: size for name, size in sizes.items() if not name.startswith("expert")}
@@ -275,11 +306,11 @@ def _block_spec(config: TransformerConfig, layers: int) -> Any:
     return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=RMSNorm)
 
 
-def _uneven_layout(layers: int, pipeline: int) -> list[list[str]] | None:
-    """Megatron's description of stages of unequal size; None where they are equal."""
-    if layers % pipeline == 0:
+def _uneven_layout(layers: int, chunks: int) -> list[list[str]] | None:
+    """Megatron's description of chunks of unequal size; None where they are equal."""
+    if layers % chunks == 0:
         return None
-    stages = [["decoder"] * size for size in stage_sizes(layers, pipeline)]
-    stages[0].insert(0, "embedding")
-    stages[-1].append("loss")
-    return stages
+    parts = [["decoder"] * size for size in stage_sizes(layers, chunks)]
+    parts[0].insert(0, "embedding")
+    parts[-1].append("loss")
+    return parts

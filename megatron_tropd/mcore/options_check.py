@@ -13,6 +13,7 @@ from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.config import Config, ParallelConfig
 from megatron_tropd.config.megatron import MegatronConfig
 from megatron_tropd.config.megatron_fields import Table, verdicts
+from megatron_tropd.config.run import reference_of
 from megatron_tropd.convert.adapters import check_lora
 from megatron_tropd.convert.families import model_shape
 from megatron_tropd.mcore import models, platform
@@ -37,29 +38,21 @@ def check_types(megatron: MegatronConfig) -> None:
         typed(DATACLASSES[table], options, table=table)
 
 
-def check_options(
-    config: Config,
-    *,
-    student: dict[str, Any],
-    teacher: dict[str, Any],
-    reference: dict[str, Any] | None = None,
-) -> None:
+def check_options(config: Config, **configs: dict[str, Any]) -> None:
     """Check that this machine can build what the options ask for.
 
     Args:
         config: of the run.
-        student: content of its config.json.
-        teacher: of the teacher's.
-        reference: of its reference's, which is built as the teacher is.
+        configs: content of each config.json, by what the model is to the run (``Inputs.folders``).
 
     Raises:
         ConfigError: a name or a type is wrong, something is missing here, options do not go
             together, or Megatron refuses them.
     """
-    megatron, parallel = config.megatron, config.parallel
+    megatron, parallel, student = config.megatron, config.parallel, configs["student"]
     check_types(megatron)
     for table, options in megatron.tables():
-        _check_context(table, options, parallel)
+        _check_virtual_pipeline(table, options, config.parallel_of(_model_of(table)))
         _check_machine(table, options)
     _check_recomputation(megatron.model)
     _check_overlap(config)
@@ -76,9 +69,10 @@ def check_options(
         grouped = bool(built.moe_grouped_gemm)
         check_lora(model_shape(student), config.model.lora, grouped_experts=grouped)
         _check_frozen_weights(megatron.optimizer)
-    for frozen in (teacher, reference):
-        if frozen is not None and config.loads_teacher:
-            _built("teacher", frozen, config, dtype)
+    for who, alone in config.by_teacher.items():
+        for name in (who, reference_of(who)):
+            if name in configs and alone.loads_teacher:
+                _built("teacher", configs[name], config, dtype)
     ddp_config(parallel, megatron)
     optimizer_config(config.train, parallel, dtype, megatron, model=built)
 
@@ -103,13 +97,19 @@ def _built(
             f"megatron.{table}.recompute_modules: {', '.join(sorted(unused))} is of mixtures of "
             'experts, and this model is dense. Say "mlp" for its MLPs.'
         )
-    built = models.transformer_config(shape, config.parallel, dtype, options, table=table)
+    parallel = config.parallel_of(_model_of(table))
+    built = models.transformer_config(shape, parallel, dtype, options, table=table)
     if built.activation_func_fp8_input_store and not built.bias_activation_fusion:
         raise ConfigError(
             f"megatron.{table}.activation_func_fp8_input_store does nothing without "
             f"megatron.{table}.bias_activation_fusion = true. Set that, too, or remove this one."
         )
     return built
+
+
+def _model_of(table: Table) -> str:
+    """Whose options a table has."""
+    return "teacher" if table == "teacher" else "student"
 
 
 def unreviewed(megatron: MegatronConfig) -> list[str]:
@@ -134,20 +134,14 @@ def _check_machine(table: Table, options: dict[str, Any]) -> None:
             raise _missing(f"megatron.{table}.{name} = {options[name]!r}", verdict.needs)
 
 
-def _check_context(table: Table, options: dict[str, Any], parallel: ParallelConfig) -> None:
-    """Refuse ways of keys and values that lead nowhere, or over groups that nobody makes."""
-    if "cp_comm_type" not in options:
-        return
-    where, asked = f"megatron.{table}.cp_comm_type", options["cp_comm_type"]
-    if parallel.context == 1:
+def _check_virtual_pipeline(
+    table: Table, options: dict[str, Any], parallel: ParallelConfig
+) -> None:
+    """Refuse batches of sends, in which two stages would mix up both directions."""
+    if parallel.virtual_pipeline > 1 and options.get("batch_p2p_comm"):
         raise ConfigError(
-            f"{where} does nothing without context parallelism, found parallel.context = 1. Raise "
-            "that, or remove this one."
-        )
-    if "a2a+p2p" in ([asked] if isinstance(asked, str) else asked):
-        raise ConfigError(
-            f'{where} = "a2a+p2p" needs two levels of groups, found one. Set "p2p", "all_gather" '
-            'or "a2a".'
+            f"megatron.{table}.batch_p2p_comm = true does not go with parallel.virtual_pipeline = "
+            f"{parallel.virtual_pipeline}, whose stages send in one direction at a time. Remove it."
         )
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.gpt import GPTModel
-from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel import schedules
 from megatron.core.pipeline_parallel.fine_grained_activation_offload import (
     FineGrainedActivationOffloadingInterface,
 )
@@ -32,12 +32,14 @@ them is summed over those; the weight's may instead be added to its ``main_grad`
 
 
 def gradients(
-    chunk: DistributedDataParallel, micro_batches: Sequence[MicroBatch], loss_fn: LossFn
+    chunks: Sequence[DistributedDataParallel],
+    micro_batches: Sequence[MicroBatch],
+    loss_fn: LossFn,
 ) -> list[dict[str, Tensor]]:
     """Gradients of sum(loss) / global number of loss tokens, into the main gradients.
 
     Args:
-        chunk: the student.
+        chunks: the student's on this rank.
         micro_batches: of this data-parallel rank, the same list on all its stages.
         loss_fn: called at the last stage with the hidden states of the loss tokens.
 
@@ -47,7 +49,7 @@ def gradients(
     Collectives: those of Megatron's schedule and ``finalize_model_grads``.
     """
     return run_schedule(
-        chunk,
+        chunks,
         micro_batches,
         forward_step=partial(student_forward, loss_fn=loss_fn),
         forward_only=False,
@@ -55,11 +57,11 @@ def gradients(
 
 
 @torch.no_grad()
-def hidden_states(model: GPTModel, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+def hidden_states(chunks: Sequence[GPTModel], micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
     """Hidden states of the loss tokens: a forward pass alone.
 
     Args:
-        model: not wrapped.
+        chunks: of this rank, not wrapped.
         micro_batches: of this data-parallel rank.
 
     Returns:
@@ -68,13 +70,14 @@ def hidden_states(model: GPTModel, micro_batches: Sequence[MicroBatch]) -> list[
     Collectives: forward only, those of the schedule; the hidden states of a sequence-parallel model
     are gathered over the tensor-parallel group.
     """
-    model.eval()
-    with _nothing_offloaded(model.config):
-        return run_schedule(model, micro_batches, forward_step=_forward_only, forward_only=True)
+    for chunk in chunks:
+        chunk.eval()
+    with _nothing_offloaded(chunks[0].config):
+        return run_schedule(chunks, micro_batches, forward_step=_forward_only, forward_only=True)
 
 
 def run_schedule(
-    model: torch.nn.Module,
+    chunks: Sequence[torch.nn.Module],
     micro_batches: Sequence[MicroBatch],
     *,
     forward_step: Callable[..., Any],
@@ -83,25 +86,46 @@ def run_schedule(
     """Send micro-batches of differing lengths through Megatron's pipeline schedule.
 
     Args:
-        model: the (wrapped) model chunk of this stage.
-        micro_batches: at least one; equally many on every stage.
+        chunks: the (wrapped) model chunks of this stage; several if the pipeline is interleaved.
+        micro_batches: at least one, equally many on every stage; of an interleaved pipeline a
+            multiple of its stages.
         forward_step: Megatron's ``forward_step_func``.
         forward_only: no backward; ``forward_step``'s function then returns what to collect.
 
     Returns:
         What the loss function gave per micro-batch (last stage; empty elsewhere).
     """
-    return get_forward_backward_func()(
+    config = unwrap(chunks[0]).config
+    iterators = [iter(enumerate(micro_batches)) for _ in chunks]
+    one = len(chunks) == 1
+    return _schedule_of(config)(
         forward_step_func=forward_step,
-        data_iterator=iter(enumerate(micro_batches)),
-        model=model,
+        data_iterator=iterators[0] if one else iterators,
+        model=chunks[0] if one else list(chunks),
         num_microbatches=len(micro_batches),
         # Of whole rows. Our models ignore it: shapes travel (variable_seq_lengths).
-        seq_length=micro_batches[0].tokens.shape[1] * unwrap(model).config.context_parallel_size,
+        seq_length=micro_batches[0].tokens.shape[1] * config.context_parallel_size,
         micro_batch_size=micro_batches[0].tokens.shape[0],
         forward_only=forward_only,
         collect_non_loss_data=forward_only,
     )
+
+
+def _schedule_of(config: TransformerConfig) -> Callable[..., list[Any]]:
+    """Choose Megatron's schedule by a model's own sizes: those of two models may differ."""
+    if config.pipeline_model_parallel_size == 1:
+        return schedules.forward_backward_no_pipelining
+    if config.virtual_pipeline_model_parallel_size is None:
+        return schedules.forward_backward_pipelining_without_interleaving
+    return schedules.forward_backward_pipelining_with_interleaving
+
+
+def turns(chunks: Sequence[GPTModel], num_micro_batches: int) -> list[tuple[int, int]]:
+    """(micro-batch, chunk) of each forward pass of a stage, in the schedule's order."""
+    if len(chunks) == 1:
+        return [(index, 0) for index in range(num_micro_batches)]
+    group = chunks[0].config.microbatch_group_size_per_vp_stage
+    return schedules.get_schedule_table(num_micro_batches, len(chunks), group)
 
 
 def student_forward(
@@ -111,12 +135,12 @@ def student_forward(
 
     Args:
         iterator: gives the micro-batches and their indices.
-        model: this stage's chunk, as Megatron wrapped it.
+        model: the chunk whose turn it is, as Megatron wrapped it.
         loss_fn: the loss.
 
     Returns:
-        (hidden states [T, H] on the last stage, the stage's output elsewhere; Megatron's loss
-        function of them: summed loss, number of loss tokens, report).
+        (hidden states [T, H] of the last chunk on the last stage, the chunk's output elsewhere;
+        Megatron's loss function of them: summed loss, number of loss tokens, report).
     """
     index, batch = next(iterator)
 

@@ -22,9 +22,11 @@ from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.convert.megatron_folder import MegatronFolder
 from megatron_tropd.data.batch import MicroBatch
 from megatron_tropd.mcore import platform, schedule
+from megatron_tropd.mcore.average import Average
 from megatron_tropd.mcore.layout import Layout
 from megatron_tropd.mcore.options import ddp_config, optimizer_config
 from megatron_tropd.mcore.schedule import LossFn
+from megatron_tropd.mcore.waiting import GradientWait
 
 
 class StudentModel(Protocol):
@@ -34,15 +36,20 @@ class StudentModel(Protocol):
     """
 
     @property
+    def chunks(self) -> Sequence[GPTModel]:
+        """What is run: this rank's part, not wrapped; in one piece unless the pipeline is
+        interleaved."""
+
+    @property
     def module(self) -> GPTModel:
-        """What is run: this rank's part, not wrapped."""
+        """The last chunk, which has the output layer on the last stage."""
 
     @property
     def layout(self) -> Layout:
         """This rank's place."""
 
     def load(self, source: HFFolder | MegatronFolder) -> None:
-        """Fill the module before training; collective."""
+        """Fill the chunks before training; collective."""
 
     def trainable(self) -> Mapping[str, Parameter]:
         """Find the parameters that are trained, reduced and saved, by their names."""
@@ -104,9 +111,9 @@ class Update(NamedTuple):
     Adam's moments are as they were."""
 
 
-def broken_gradients(model: torch.nn.Module) -> list[str]:
+def broken_gradients(parameters: Mapping[str, Parameter]) -> list[str]:
     """Names of the parameters whose summed gradient is not finite, on this rank."""
-    gradients = {name: getattr(p, "main_grad", None) for name, p in model.named_parameters()}
+    gradients = {name: getattr(p, "main_grad", None) for name, p in parameters.items()}
     return [n for n, grad in gradients.items() if grad is not None and not grad.isfinite().all()]
 
 
@@ -136,23 +143,37 @@ class Student:
         """
         megatron = megatron or MegatronConfig()
         self.model = model
-        self.module = module = model.module.requires_grad_(False)
+        for chunk in model.chunks:
+            chunk.requires_grad_(False)
         for parameter in model.trainable().values():
             parameter.requires_grad_(True)
-        self.chunk = _wrap(module, ddp_config(parallel, megatron), dtype)
+        ddp, config = ddp_config(parallel, megatron), model.module.config
+        self.chunks = [
+            # The gradients of all chunks but the first travel beside products in any case.
+            _wrap(chunk, ddp, dtype, in_buckets=number == 0)
+            for number, chunk in enumerate(model.chunks)
+        ]
         self.optimizer = get_megatron_optimizer(
-            optimizer_config(train, parallel, dtype, megatron, model=module.config),
-            [self.chunk],
+            optimizer_config(train, parallel, dtype, megatron, model=config),
+            self.chunks,
             # Side groups for host tensors; without CUDA the groups are gloo already.
             use_gloo_process_groups=platform.has_cuda(),
         )
         self._look_at_norms()
         self.scheduler = _scheduler(self.optimizer, train)
-        config = module.config
+        self.average: Average | None = None
+        """Of the weights, over the steps: checkpoints hold it, too. None: nobody keeps one."""
         config.calculate_per_token_loss = True
         config.finalize_model_grads_func = finalize_model_grads
-        config.no_sync_func = self.chunk.no_sync
+        no_sync = [chunk.no_sync for chunk in self.chunks]
+        config.no_sync_func = no_sync[0] if len(no_sync) == 1 else no_sync
         config.grad_scale_func = self.optimizer.scale_loss
+        config.timers = self.wait = GradientWait()
+
+    @property
+    def module(self) -> GPTModel:
+        """The last chunk of what is run, not wrapped."""
+        return self.model.module
 
     def _look_at_norms(self) -> None:
         """Have the optimizer stop between the gradient's norm and the first weight it changes."""
@@ -161,7 +182,7 @@ class Student:
         def good_norm() -> float:
             norm = norm_of()
             if norm is not None and not math.isfinite(norm):
-                raise NotFinite(float(norm), broken_gradients(self.module))
+                raise NotFinite(float(norm), broken_gradients(self.model.trainable()))
             # Megatron would skip, too, but not on a rank that has no part of the states: the others
             # would wait for it in the next collective.
             if norm is not None and norm > self.optimizer.config.grad_norm_skip_threshold:
@@ -175,17 +196,18 @@ class Student:
         self, micro_batches: Sequence[MicroBatch], loss_fn: LossFn
     ) -> list[dict[str, Tensor]]:
         """Zero the gradients and run :func:`~megatron_tropd.mcore.schedule.gradients`."""
-        self.chunk.train()
-        self.chunk.zero_grad_buffer()
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        return schedule.gradients(self.chunk, micro_batches, loss_fn)
+        return schedule.gradients(self.chunks, micro_batches, loss_fn)
 
     def score(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
         """Hidden states of the loss tokens with the weights of now, no gradient, no dropout.
 
         As :func:`~megatron_tropd.mcore.schedule.hidden_states`.
         """
-        return schedule.hidden_states(self.module, micro_batches)
+        return schedule.hidden_states(self.model.chunks, micro_batches)
 
     def update(self) -> Update:
         """Clip, step, advance the schedule.
@@ -212,15 +234,25 @@ class Student:
 
         They go to engines and checkpoints before that.
         """
-        if self.chunk.ddp_config.overlap_param_gather:
-            self.chunk.start_param_sync(force_sync=True)
+        for chunk in self.chunks:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
 
 
 def _wrap(
-    model: GPTModel, ddp_config: DistributedDataParallelConfig, dtype: torch.dtype
+    model: GPTModel,
+    ddp_config: DistributedDataParallelConfig,
+    dtype: torch.dtype,
+    *,
+    in_buckets: bool,
 ) -> DistributedDataParallel:
     module = Float16Module(model.config, model) if dtype == torch.bfloat16 else model
-    chunk = DistributedDataParallel(config=model.config, ddp_config=ddp_config, module=module)
+    chunk = DistributedDataParallel(
+        config=model.config,
+        ddp_config=ddp_config,
+        module=module,
+        disable_bucketing=not in_buckets,
+    )
     chunk.broadcast_params()
     return chunk
 

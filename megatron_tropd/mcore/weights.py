@@ -6,20 +6,22 @@ only they make HF tensors of it: no rank ever holds the whole model twice.
 """
 
 import itertools
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.models.gpt import GPTModel
 from torch import Tensor
+from torch.nn import Parameter
 
 from megatron_tropd.base.errors import InputError
 from megatron_tropd.convert.checks import check_tensors
 from megatron_tropd.convert.families import Entry, ModelShape, Source, model_shape, plan
 from megatron_tropd.convert.hf_folder import EMBEDDING, HEAD, HFFolder
-from megatron_tropd.convert.sizes import stage_sizes
+from megatron_tropd.convert.sizes import stage_chunks
 from megatron_tropd.mcore import platform
 from megatron_tropd.mcore.layout import Layout
 
@@ -29,15 +31,38 @@ _UNFUSED_NORMS = {
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
 _EXPERTS = "mlp.experts.experts."
+_LAYERS = "decoder.layers."
+
+
+def named_parameters(chunks: Iterable[GPTModel]) -> dict[str, Parameter]:
+    """Find a rank's parameters by their names in the whole model.
+
+    A chunk counts its layers from 0; here they have their numbers in the whole model.
+    """
+    return {
+        in_whole_model(chunk, name): parameter
+        for chunk in chunks
+        for name, parameter in chunk.named_parameters()
+    }
+
+
+def in_whole_model(chunk: GPTModel, name: str) -> str:
+    """The name in the whole model of a parameter or module of a chunk."""
+    if not name.startswith(_LAYERS):
+        return name
+    number, _, rest = name.removeprefix(_LAYERS).partition(".")
+    # Megatron counts them from 1.
+    first = chunk.decoder.layers[0].layer_number - 1
+    return f"{_LAYERS}{first + int(number)}.{rest}"
 
 
 def load_weights(
-    model: torch.nn.Module, folder: HFFolder, layout: Layout, *, padded_vocab_size: int
+    parameters: Mapping[str, Tensor], folder: HFFolder, layout: Layout, *, padded_vocab_size: int
 ) -> None:
     """Fill this rank's parameters from the folder, reading only this rank's slices.
 
     Args:
-        model: an unwrapped GPTModel.
+        parameters: all of this rank's, by their names in the whole model.
         folder: where to read.
         layout: this rank's place.
         padded_vocab_size: rows of the model's padded embedding.
@@ -47,7 +72,7 @@ def load_weights(
     """
     check_tensors(folder)
     entries = plan(folder.config, padded_vocab_size)
-    fill(dict(model.named_parameters()), entries, model_shape(folder.config), folder, layout)
+    fill(parameters, entries, model_shape(folder.config), folder, layout)
 
 
 @torch.no_grad()
@@ -61,7 +86,7 @@ def fill(
     """Fill parameters of this rank, reading only its slices; each must be met by an entry.
 
     Args:
-        parameters: by their names in an unwrapped GPTModel.
+        parameters: by their names in the whole model.
         entries: of all ranks.
         shape: of the model.
         source: of the tensors that the entries name.
@@ -87,7 +112,7 @@ def export_weights(
     """Walk the model as HF tensors. Every rank must exhaust the iterator.
 
     Args:
-        parameters: of an unwrapped GPTModel by their names; each is asked for when it is its turn.
+        parameters: by their names in the whole model; each is asked for when it is its turn.
         hf_config: the model's config.json dictionary.
         layout: this rank's place.
         padded_vocab_size: rows of the padded embedding.
@@ -162,15 +187,15 @@ class _Home:
     """Tensor-parallel ranks that have a part each; 1: a rank has it whole."""
 
 
-def _stage_of(entry: Entry, layers: int, pp_size: int) -> int:
+def _stage_of(entry: Entry, layers: int, layout: Layout) -> int:
     if entry.layer is not None:
-        ends = itertools.accumulate(stage_sizes(layers, pp_size))
-        return next(stage for stage, end in enumerate(ends) if entry.layer < end)
-    return 0 if entry.name.startswith("embedding.") else pp_size - 1
+        stages = stage_chunks(layers, layout.pp_size, layout.vp_size)
+        return next(n for n, chunks in enumerate(stages) if any(entry.layer in c for c in chunks))
+    return 0 if entry.name.startswith("embedding.") else layout.pp_size - 1
 
 
 def _home(entry: Entry, shape: ModelShape, layout: Layout) -> _Home:
-    stage = _stage_of(entry, shape.layers, layout.pp_size)
+    stage = _stage_of(entry, shape.layers, layout)
     if entry.expert is None or shape.experts is None:
         return _Home(stage, None, layout.tp_size)
     part = entry.expert * layout.ep_size // shape.experts.count if layout.ep_size > 1 else None
@@ -197,10 +222,9 @@ def _own_names(
     entries: list[Entry], parameters: Collection[str], shape: ModelShape, layout: Layout
 ) -> list[tuple[Entry, str]]:
     """Pair this rank's entries with its parameters; each parameter must be met once."""
-    first_layer = sum(stage_sizes(shape.layers, layout.pp_size)[: layout.pp_rank])
     first_expert = layout.ep_rank * shape.experts.count // layout.ep_size if shape.experts else 0
     pairs = [
-        (entry, _name(entry, parameters, first_layer, first_expert))
+        (entry, _name(entry, parameters, first_expert))
         for entry in entries
         if (home := _home(entry, shape, layout)).stage == layout.pp_rank
         and home.ep_rank in (None, layout.ep_rank)
@@ -215,11 +239,11 @@ def _own_names(
     return pairs
 
 
-def _name(entry: Entry, parameters: Collection[str], first_layer: int, first_expert: int) -> str:
+def _name(entry: Entry, parameters: Collection[str], first_expert: int) -> str:
     """What this rank's model calls an entry."""
     if entry.layer is None:
         return entry.name
-    prefix, rest = f"decoder.layers.{entry.layer - first_layer}", entry.name.split(".", 3)[3]
+    prefix, rest = f"{_LAYERS}{entry.layer}", entry.name.split(".", 3)[3]
     names = [rest, _UNFUSED_NORMS.get(rest, rest)]
     if entry.expert is not None:
         expert, weight = entry.expert - first_expert, rest.removeprefix(_EXPERTS)

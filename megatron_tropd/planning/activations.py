@@ -9,12 +9,14 @@ three divided by the tensor-parallel size t), k = experts of a token, e = bytes 
 Under sequence parallelism h is h / t wherever the sequence is sharded.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from megatron_tropd.config import LoraConfig, ParallelConfig
 from megatron_tropd.convert.adapters import COLUMN_PARALLEL, OF_EXPERTS
 from megatron_tropd.convert.families import Experts, ModelShape
-from megatron_tropd.convert.sizes import stage_sizes
+from megatron_tropd.convert.sizes import stage_chunks
 from megatron_tropd.planning.hardware import Layers
 from megatron_tropd.planning.options import Options, Recompute
 from megatron_tropd.planning.planned_run import PlannedRun
@@ -126,24 +128,62 @@ def kept_per_position(w: Widths, recompute: Recompute) -> float:
 
 
 def activations(run: PlannedRun, stage: int) -> Activations:
-    """What a rank of a stage holds of the student's passes, most at a time.
+    """What a rank of a stage holds of the student's passes, most at a time."""
+    p, work = run.parallel, run.work
+    w = widths(run.student.shape, p, run.element, run.hardware.layers, run.lora)
+    chunks = stage_chunks(w.shape.layers, p.pipeline, p.virtual_pipeline)[stage]
+    each = [_of_chunk(run, w, stage, number, len(c)) for number, c in enumerate(chunks)]
+    flying = in_flight(p.pipeline, p.virtual_pipeline, stage, work.most_micro_batches)
 
-    The schedule is 1F1B: stage i of p begins the backward pass of its first micro-batch when it
-    has p - i of them in flight.
+    def held(counts: tuple[int, ...]) -> float:
+        return sum(count * kept for count, (kept, _) in zip(counts, each, strict=True))
+
+    most = max(flying, key=held)
+    away = work.rank_positions * _offloaded(w, run.options.offload)
+    away *= _layers_away(run.options, [len(c) for c in chunks], most)
+    return Activations(held(most) - away, max(again for _, again in each), away)
+
+
+@lru_cache(maxsize=256)
+def in_flight(stages: int, chunks: int, stage: int, micro_batches: int) -> list[tuple[int, ...]]:
+    """Micro-batches of each chunk of a stage that wait for their backward pass, at its fullest.
+
+    Without virtual stages (one chunk) the schedule is 1F1B: stage i of p begins the backward pass
+    of its first micro-batch when it has p - i of them in flight. With v chunks it is Megatron's
+    interleaved one: p micro-batches go through a chunk, then through the next, and the first
+    backward pass, that of the last chunk, begins after 2 (p - i - 1) + (v - 1) p + 1 forward
+    passes. What is in flight is then the same again every p v passes.
+
+    Returns:
+        Of every moment at which as many passes are in flight as ever.
     """
-    pipeline, work, options = run.parallel.pipeline, run.work, run.options
-    w = widths(run.student.shape, run.parallel, run.element, run.hardware.layers, run.lora)
-    num_layers = stage_sizes(w.shape.layers, pipeline)[stage]
+    if chunks == 1:
+        return [(min(stages - stage, micro_batches),)]
+    passes = chunks * min(micro_batches, 4 * stages)
+    of_pass = [number // stages % chunks for number in range(passes)]
+    ahead = min(2 * (stages - stage - 1) + (chunks - 1) * stages + 1, passes)
+    counts = [of_pass[:ahead].count(chunk) for chunk in range(chunks)]
+    moments = [tuple(counts)]
+    for backward, forward in enumerate(range(ahead, passes)):
+        counts[chunks - 1 - of_pass[backward]] -= 1
+        counts[of_pass[forward]] += 1
+        moments.append(tuple(counts))
+    return moments
+
+
+def _of_chunk(
+    run: PlannedRun, w: Widths, stage: int, number: int, layers: int
+) -> tuple[float, float]:
+    """:func:`_layers_kept` of a chunk, with what lies before the first layer and after the last."""
+    p, work = run.parallel, run.work
     positions, length = work.rank_positions, work.longest // work.shares
-    kept, again = _layers_kept(w, options.recompute, num_layers, positions, length)
-    if stage == 0 and w.lora is None:
+    kept, again = _layers_kept(w, run.options.recompute, layers, positions, length)
+    if (stage, number) == (0, 0) and w.lora is None:
         kept += 8 * positions  # the ids, for the embedding
-    if stage == pipeline - 1:
+    if (stage, number) == (p.pipeline - 1, p.virtual_pipeline - 1):
         kept += positions * _final(w)
         again = max(0.0, again - positions * _final(w))  # which is gone by then
-    flying = min(pipeline - stage, work.most_micro_batches)
-    away = positions * _offloaded(w, options.offload) * _layers_away(options, num_layers, flying)
-    return Activations(kept * flying - away, again, away)
+    return kept, again
 
 
 def _layers_kept(
@@ -209,12 +249,19 @@ def _offloaded(w: Widths, modules: frozenset[str]) -> float:
     return w.element * sum(columns.get(module, 0.0) for module in modules)
 
 
-def _layers_away(options: Options, layers: int, flying: int) -> float:
+def _layers_away(options: Options, layers: Sequence[int], flying: Sequence[int]) -> float:
     """Layers, of all micro-batches in flight, whose offloaded tensors are on the host at a time.
 
     The layer that is needed next is back, and the one before it on its way.
+
+    Args:
+        layers: of each chunk.
+        flying: micro-batches of each.
     """
-    eligible = flying * (layers - options.recompute.whole_layers(layers))
+    eligible = sum(
+        count * (each - options.recompute.whole_layers(each))
+        for each, count in zip(layers, flying, strict=True)
+    )
     return max(0.0, eligible - 2) * options.offload_fraction
 
 

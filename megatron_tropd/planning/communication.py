@@ -7,7 +7,7 @@ all-gather half of that.
 from dataclasses import dataclass
 
 from megatron_tropd.convert.adapters import COLUMN_PARALLEL, OF_EXPERTS
-from megatron_tropd.convert.sizes import stage_sizes
+from megatron_tropd.convert.sizes import stage_chunks
 from megatron_tropd.planning.parameters import PlannedModel
 from megatron_tropd.planning.planned_run import PlannedRun
 
@@ -43,20 +43,20 @@ class Communication:
 
 def communication(run: PlannedRun) -> Communication:
     """What each kind of parallelism sends."""
-    student, frozen = run.student, run.frozen
+    student, frozen, own = run.student, run.frozen, run.scoring
     # A loss that looks at the student first takes one more pass.
     passes = 2 + run.config.loss.needs_student_pass
     again = repeated(run)
     ways = 2 if run.through_folder else 1
     return Communication(
-        tensor_teacher=sum(tensor_bytes(run, model, passes=1) for model in frozen),
+        tensor_teacher=sum(tensor_bytes(own, model, passes=1) for model in frozen),
         tensor_student=tensor_bytes(run, student, passes=passes - 2 + student_sums(run))
         + adapter_bytes(run, passes=passes - 2 + repeated(run).sums),
-        context_teacher=sum(context_bytes(run, model, passes=1) for model in frozen),
+        context_teacher=sum(context_bytes(own, model, passes=1) for model in frozen),
         context_student=context_bytes(run, student, passes=passes + again.attention),
-        expert_teacher=sum(sum(expert_bytes(run, model, passes=1)) for model in frozen),
+        expert_teacher=sum(sum(expert_bytes(own, model, passes=1)) for model in frozen),
         expert_student=sum(expert_bytes(run, student, passes=passes + again.routes)),
-        pipeline_teacher=sum(pipeline_bytes(run, model, passes=1) for model in frozen),
+        pipeline_teacher=sum(pipeline_bytes(own, model, passes=1) for model in frozen),
         pipeline_student=pipeline_bytes(run, student, passes=passes),
         data=max(data_bytes(run, stage) for stage in {0, run.last_stage}),
         tied_embedding=tied_embedding_bytes(run),
@@ -81,8 +81,9 @@ class Repeated:
 def repeated(run: PlannedRun) -> Repeated:
     """What the options have the student's backward pass do again, on the first stage."""
     recompute = run.options.recompute
-    layers = stage_sizes(run.student.shape.layers, run.parallel.pipeline)[0]
-    whole = recompute.whole_layers(layers) / layers
+    p = run.parallel
+    chunks = stage_chunks(run.student.shape.layers, p.pipeline, p.virtual_pipeline)[0]
+    whole = sum(recompute.whole_layers(len(c)) for c in chunks) / sum(map(len, chunks))
     experts = run.student.shape.experts is not None
     mlp = 0.5 if "mlp" in recompute.modules and not experts else 0.0  # one of two sums
     routes = 1.0 if "moe" in recompute.modules and experts else 0.0
@@ -155,11 +156,16 @@ def expert_bytes(run: PlannedRun, model: PlannedModel, *, passes: float) -> tupl
 
 
 def pipeline_bytes(run: PlannedRun, model: PlannedModel, *, passes: float) -> float:
-    """Hidden states of every position across one boundary; sharded under sequence parallelism."""
-    if run.parallel.pipeline == 1:
+    """Hidden states of every position across the boundary of each chunk.
+
+    Sharded under sequence parallelism.
+    """
+    p = run.parallel
+    if p.pipeline == 1:
         return 0.0
-    shards = run.parallel.tensor if run.parallel.sequence_parallel else 1
-    return passes * run.work.positions * model.shape.hidden * run.element / shards
+    shards = p.tensor if p.sequence_parallel else 1
+    one = run.work.positions * model.shape.hidden * run.element / shards
+    return passes * p.virtual_pipeline * one
 
 
 def data_bytes(run: PlannedRun, stage: int) -> float:

@@ -15,8 +15,6 @@ class Estimate:
     """What a layout needs and takes."""
 
     run: PlannedRun
-    communication: Communication
-    seconds: Seconds
     peak: float
     """Bytes on the fullest training GPU."""
     obstacle: str
@@ -26,6 +24,16 @@ class Estimate:
     def fits(self) -> bool:
         """Whether every GPU holds what it must."""
         return not self.obstacle
+
+    @cached_property
+    def communication(self) -> Communication:
+        """Bytes that a GPU sends."""
+        return communication(self.run)
+
+    @cached_property
+    def seconds(self) -> Seconds:
+        """Of the phases of a step."""
+        return seconds(self.run, self.communication)
 
     @cached_property
     def memory(self) -> list[Memory]:
@@ -49,11 +57,9 @@ def slow_phases(one: Estimate) -> list[str]:
 
 def estimate(run: PlannedRun) -> Estimate:
     """Everything about one layout; arithmetic only."""
-    fullest, sent = fullest_stages(run), communication(run)
+    fullest = fullest_stages(run)
     return Estimate(
         run,
-        sent,
-        seconds(run, sent),
         peak=max(stage.peak for stage in fullest),
         obstacle=obstacle(run, fullest),
     )
@@ -63,7 +69,8 @@ def layout_name(run: PlannedRun) -> str:
     """A layout and its engines in one line."""
     p, rollout = run.parallel, run.rollout
     context = f" x CP {p.context}" if p.context > 1 else ""
-    parts = [f"TP {p.tensor}{context} x PP {p.pipeline} x DP {p.data}"]
+    virtual = f" (VPP {p.virtual_pipeline})" if p.virtual_pipeline > 1 else ""
+    parts = [f"TP {p.tensor}{context} x PP {p.pipeline}{virtual} x DP {p.data}"]
     if p.expert > 1:
         parts.append(f"EP {p.expert}")
     if p.shards_of_expert < p.tensor:

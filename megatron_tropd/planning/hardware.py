@@ -47,6 +47,8 @@ class Hardware(Settings):
     """From a GPU to a file in shared memory, or back: one thread copies. An assumption."""
     host_link_gb_s: Positive = 32.0
     """Peak between one GPU and the host's memory, in one direction (PCIe)."""
+    host_memory_gb: Positive = 2000.0
+    """Memory of a node's own, for what is offloaded and for checkpoints on their way."""
     host_memory_gb_s: Positive = 40.0
     """What one rank's Adam on the host reaches of its memory's bandwidth. An assumption."""
     shared_folder_gb_s: Positive = 2.0
@@ -97,7 +99,7 @@ class Hardware(Settings):
 # NVIDIA's data sheets of the SXM parts: dense bf16 without sparsity; NVLink's figure and PCIe's
 # (Gen4 x16 for the A100, Gen5 x16) count both directions and are halved here. The network is a
 # choice of the cluster: one adapter of 400 Gb/s (A100: 200 Gb/s) for each GPU, as in NVIDIA's own
-# DGX systems.
+# DGX systems, which have 2 TB of memory of their own.
 _A100 = Hardware(
     name="a100",
     memory_gb=80,

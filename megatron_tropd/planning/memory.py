@@ -9,6 +9,7 @@ trainer computes. A separate one has GPUs of its own, which hold nothing else.
 from dataclasses import dataclass
 
 from megatron_tropd.config.teacher_cache import signal_bytes_per_token
+from megatron_tropd.convert.sizes import stage_chunks
 from megatron_tropd.planning.activations import activations, widths
 from megatron_tropd.planning.parameters import PlannedModel, RankParameters
 from megatron_tropd.planning.planned_run import PlannedRun
@@ -31,6 +32,9 @@ _BUCKET_PARAMETERS, _OF_REPLICA = 40_000_000, 1_000_000
 """Megatron's size of a bucket of gradients: at least, and for each replica."""
 _ON_HOST = 4 * _FLOAT32
 """Bytes in the host's memory of a parameter that it updates: gradient, weight, two moments."""
+ROUND_OF_STAGE = 4
+"""Micro-batches for each stage of a teacher in a layout of its own, between two exchanges of hidden
+states; a test compares it with the trainer's."""
 _VALUES_OF_A_TOKEN = 16
 """32-bit words that the loss reports of a token; measured."""
 
@@ -140,7 +144,7 @@ def memory_of_stage(run: PlannedRun, stage: int) -> Memory:
     scores = last and run.config.loss.needs_student_pass
     passes = activations(run, stage)
     visits = [visiting_bytes(run, model, stage) for model in run.frozen]
-    frozen = float(sum(run.parameters_of(m, stage).total for m in run.frozen) * run.element)
+    frozen = float(sum(run.frozen_on(m, stage) for m in run.frozen) * run.element)
     stays = frozen if run.hardware.layers == "cpu" else frozen - sum(v.moved for v in visits)
     return Memory(
         stage=stage,
@@ -149,7 +153,7 @@ def memory_of_stage(run: PlannedRun, stage: int) -> Memory:
         optimizer=optimizer_bytes(run, trained),
         teacher_weights=stays,
         teacher_hidden=_signals(run) if last else 0.0,
-        teacher_forward=max((_working_set(run, m) for m in run.frozen), default=0.0),
+        teacher_forward=max((_scoring_bytes(run, m) for m in run.frozen), default=0.0),
         teacher_visiting=max((v.at_once for v in visits), default=0.0),
         student_hidden=_hidden_states(run, run.student) if scores else 0.0,
         activations=passes.kept,
@@ -185,10 +189,12 @@ class Visit:
 
 def visiting_bytes(run: PlannedRun, model: PlannedModel, stage: int) -> Visit:
     """Embedding and layers: all of them visit, or one is run while the next arrives."""
-    offload = run.config.teacher.offload
+    offload = run.options.teacher
     if offload == "none":
         return Visit()
-    parts = model.parts_on_rank(run.parallel, stage, run.padded_vocab)
+    own, stages = run.scoring, run.scoring_stages(stage)
+    held = [model.parts_on_rank(own.parallel, number, own.padded_vocab) for number in stages]
+    parts = max(held, key=sum)
     moved = float(sum(parts) * run.element)
     two = float(sum(sorted(parts)[-2:]) * run.element)
     return Visit(moved, moved if offload == "host" else two)
@@ -214,6 +220,12 @@ def obstacle(run: PlannedRun, stages: list[Memory]) -> str:
         return (
             f"rollout.engine_gpu_share = {run.rollout.engine_gpu_share:g} is "
             f"{engine.total / 1e9:.1f} GB, an engine's GPU has {usable / 1e9:.1f} usable ones"
+        )
+    on_host, has = host_bytes(run) + saving_host_bytes(run), run.hardware.host_memory_gb * 1e9
+    if run.hardware.layers != "cpu" and on_host > has:
+        return (
+            f"a node needs {on_host / 1e9:.0f} GB of memory of its own while it saves a "
+            f"checkpoint, it has {has / 1e9:.0f}"
         )
     return engine_obstacle(run)
 
@@ -376,8 +388,9 @@ def _saving_bytes(run: PlannedRun, held: RankParameters, stage: int) -> float:
 def largest_buckets(run: PlannedRun, held: RankParameters, stage: int) -> tuple[float, float]:
     """Parameters of the largest bucket of gradients: (of dense ones, of experts).
 
-    An embedding that two stages share has its own. If gradients are reduced beside the backward
-    pass, the first stage has many: the last to be full takes the embedding, too.
+    An embedding that two stages share has its own, and so has each chunk. If gradients are reduced
+    beside the backward pass, the first chunk of all has many: the last to be full takes the
+    embedding, too.
     """
     p, shape = run.parallel, run.student.shape
     embedding = run.vocab_shard * shape.hidden
@@ -385,8 +398,11 @@ def largest_buckets(run: PlannedRun, held: RankParameters, stage: int) -> tuple[
     if run.lora:
         embedding, shared = 0, False
     alone = embedding if shared else 0
-    dense, experts = float(held.dense - alone), float(held.experts)
-    if run.options.overlap_gradients and stage == 0:
+    chunks = list(map(len, stage_chunks(shape.layers, p.pipeline, p.virtual_pipeline)[stage]))
+    share = max(chunks) / sum(chunks)
+    ends = embedding - alone if stage in (0, run.last_stage) else 0
+    dense, experts = (held.dense - alone - ends) * share + ends, held.experts * share
+    if run.options.overlap_gradients and (stage, len(chunks)) == (0, 1):
         limit = max(_BUCKET_PARAMETERS, _OF_REPLICA * p.replicas)
         dense, experts = min(dense, limit + embedding - alone), min(experts, limit)
     return max(dense, alone), experts
@@ -452,13 +468,18 @@ def engine_host_bytes(run: PlannedRun) -> float:
 def saving_host_bytes(run: PlannedRun) -> float:
     """About what a save takes of a node's own memory, until it is written.
 
-    Every rank gathers the main weights and moments of its part of the model there, those of all
-    replicas (``checkpoint_sharding = "fully_reshardable"``, as at least the last save is).
+    What ``mcore.checkpoint.saving_bytes`` counts on each of its ranks. With the distributed
+    optimizer every rank gathers the main weights and moments of its part of the model there, those
+    of all replicas (``checkpoint_sharding = "fully_reshardable"``, as at least the last save is).
+    Without, the first replica alone writes them; experts may be written by any.
     """
-    ranks = min(run.hardware.gpus_per_node, run.parallel.world_size)
-    held = run.trained_of(0)
-    states = 3 * _FLOAT32 if run.parallel.distributed_optimizer else 0
-    return ranks * held.total * float(states + run.element)
+    p, held = run.parallel, run.trained_of(0)
+    ranks = range(min(run.hardware.gpus_per_node, p.world_size))
+    first = sum(rank // p.tensor % p.replicas == 0 for rank in ranks)
+    writers = len(ranks) if p.distributed_optimizer else first
+    has_main = p.distributed_optimizer or run.element == 2
+    each = run.element + _FLOAT32 * (2 + has_main)
+    return float(each * (writers * held.dense + len(ranks) * held.experts))
 
 
 def checkpoint_bytes(run: PlannedRun) -> float:
@@ -477,6 +498,22 @@ def _signals(run: PlannedRun) -> float:
 
 def _hidden_states(run: PlannedRun, model: PlannedModel) -> float:
     return run.work.step_loss_tokens * model.shape.hidden * run.element
+
+
+def _scoring_bytes(run: PlannedRun, model: PlannedModel) -> float:
+    """While a frozen model scores; in a layout of its own with the states of a round on their way.
+
+    They are sent as a copy, by the tensor-parallel ranks that share the work, and arrive as one.
+    """
+    own = run.scoring
+    if own is run:
+        return _working_set(run, model)
+    stages = own.parallel.pipeline
+    batches = min(own.work.most_micro_batches, 1 if stages == 1 else ROUND_OF_STAGE * stages)
+    arrived = own.parallel.replicas / run.parallel.replicas
+    sent = 2 * min(1.0, max(arrived, run.parallel.tensor / own.parallel.tensor))
+    states = batches * own.work.most_loss_tokens * model.shape.hidden * run.element
+    return _working_set(own, model) + (sent + arrived) * states
 
 
 def _working_set(run: PlannedRun, model: PlannedModel) -> float:

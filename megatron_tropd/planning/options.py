@@ -7,6 +7,7 @@ trainer, ranges by ``MegatronConfig``; here only what the arithmetic needs.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any, Literal
 
 from megatron_tropd.base.errors import ConfigError
@@ -29,16 +30,10 @@ COUNTED = {
 """Options that the plan counts, by table."""
 _DEFAULT_MODULES = ("core_attn",)
 """Megatron's own choice for selective recomputation."""
-_MODULES = (
-    *("core_attn", "mlp", "moe", "moe_act", "layernorm"),
-    *("mla_up_proj", "shared_experts", "gdn_norm_out"),
-)
-_OFFLOADED = (
-    *("attn_norm", "qkv_linear", "core_attn", "attn_proj", "mlp_norm"),
-    *("expert_fc1", "moe_act", "fused_group_mlp"),
-)
 _ATTENTION = frozenset({"attn_proj", "core_attn", "qkv_linear"})
 """Modules of a dense layer whose inputs can go to the host; Megatron has none of its MLP."""
+Offload = Literal["none", "host", "host_by_layer"]
+"""``teacher.offload``."""
 _BYTES = {"float32": 4, "fp32": 4, "float16": 2, "fp16": 2, "bfloat16": 2, "bf16": 2}
 _ONE_BYTE = {"uint8": 1, "fp8": 1}
 
@@ -84,13 +79,15 @@ class States:
 
 @dataclass(frozen=True)
 class Options:
-    """Of the student."""
+    """What saves memory: of the student, but for ``teacher``."""
 
     recompute: Recompute = Recompute()
     offload: frozenset[str] = frozenset()
     """Modules whose inputs go to the host until the backward pass."""
     offload_fraction: float = 1.0
     states: States = States()
+    teacher: Offload = "none"
+    """Where the teacher's layers are while they do not score."""
     gradients_in_fp32: bool = True
     overlap_gradients: bool = False
     """Whether gradients are reduced beside the last backward pass."""
@@ -98,8 +95,12 @@ class Options:
     """Options that the plan does not know."""
 
 
-def options(megatron: MegatronConfig) -> Options:
+def options(megatron: MegatronConfig, *, teacher: Offload = "none") -> Options:
     """Read the tables ``[megatron.*]`` of a config.
+
+    Args:
+        megatron: the tables.
+        teacher: ``teacher.offload``.
 
     Raises:
         ConfigError: a value that Megatron would refuse and that the plan cannot count.
@@ -109,6 +110,7 @@ def options(megatron: MegatronConfig) -> Options:
         recompute=_recompute(megatron.model),
         **_offload(megatron.model),
         states=_states(megatron.optimizer),
+        teacher=teacher,
         gradients_in_fp32=bool(ddp.get("grad_reduce_in_fp32", True)),
         overlap_gradients=bool(ddp.get("overlap_grad_reduce", False)),
         uncounted=tuple(
@@ -135,6 +137,11 @@ def tables(chosen: Options) -> dict[str, dict[str, Any]]:
     return {k: v for k, v in {"model": model, "optimizer": optimizer}.items() if v}
 
 
+def can_be_rehearsed(chosen: Options) -> bool:
+    """Whether it works without Transformer Engine, so that a rehearsal can confirm it."""
+    return not chosen.states.on_host and not chosen.offload
+
+
 def describe_options(chosen: Options) -> list[str]:
     """What is recomputed and offloaded, a few words each."""
     recompute, parts = chosen.recompute, []
@@ -153,39 +160,66 @@ def describe_options(chosen: Options) -> list[str]:
         parts.append("precision-aware optimizer")
     if not chosen.gradients_in_fp32:
         parts.append("gradients not in fp32")
+    if chosen.teacher != "none":
+        by_layer = ", layer by layer" if chosen.teacher == "host_by_layer" else ""
+        parts.append(f"teacher on the host{by_layer}")
     return parts
 
 
-def recomputing(configured: Options, *, layers: int, mixture: bool) -> list[Options]:
-    """What can be recomputed, all else as configured."""
-    modules = frozenset({"moe" if mixture else "mlp"})
-    parts = sorted({-(-layers * quarter // 4) for quarter in (1, 2, 3)} - {layers})
-    ways = [
-        Recompute(method="selective", modules=modules),
-        *(Recompute(method="block", layers=part) for part in parts),
-        Recompute(method="uniform", layers=1),
-    ]
-    return [replace(configured, recompute=way) for way in ways]
+@dataclass(frozen=True)
+class Savings:
+    """What a layout can do to save memory."""
 
+    layers: int
+    """Of the student, in the largest chunk of a stage."""
+    mixture: bool
+    """Whether the student is a mixture of experts."""
+    offloads: bool
+    """Whether there is a host to offload to."""
+    teacher: bool
+    """Whether the teacher can wait there."""
+    optimizer: bool
+    """Whether the optimizer can: Megatron's hybrid one is a kind of distributed one."""
 
-def offloading(configured: Options, *, mixture: bool, sharded: bool) -> list[Options]:
-    """What can go to the host, with recomputation and without."""
-    plain = replace(configured, recompute=Recompute())
-    mlp, *_, every = recomputing(configured, layers=1, mixture=mixture)
-    away = [] if plain.offload or mixture else [replace(mlp, offload=_ATTENTION)]
-    if not sharded or plain.states.precision_aware:
-        return away  # the hybrid optimizer is a kind of distributed one
-    for share in (0.5, 1.0):
-        states = States(on_host=share, precision_aware=True)
-        away += [replace(way, states=states) for way in (plain, mlp, every)]
-    return away
+    def ways(self, configured: Options) -> list[Options]:
+        """Every combination, all else as configured; the last needs the fewest bytes.
+
+        What the config offloads of activations and optimizer, or keeps in lower precision, stays.
+        """
+        recomputed = [(way, configured.offload) for way in self._recomputed()]
+        if self.offloads and not self.mixture and not configured.offload:
+            recomputed.insert(-1, (recomputed[1][0], _ATTENTION))
+        states, teacher = [configured.states], [configured.teacher]
+        if self.optimizer and not configured.states.precision_aware:
+            states += [States(on_host=share, precision_aware=True) for share in (0.5, 1.0)]
+        if self.teacher:
+            teacher = ["none", "host", "host_by_layer"]
+        return [
+            replace(configured, recompute=way, offload=away, states=kept, teacher=waits)
+            for kept, waits, (way, away) in product(states, teacher, recomputed)
+        ]
+
+    def _recomputed(self) -> list[Recompute]:
+        """Nothing, the MLPs or mixtures, some layers of a stage, all of them."""
+        modules = frozenset({"moe" if self.mixture else "mlp"})
+        parts = sorted({-(-self.layers * n // 4) for n in (1, 2, 3)} - {self.layers})
+        return [
+            Recompute(),
+            Recompute(method="selective", modules=modules),
+            *(Recompute(method="block", layers=part) for part in parts),
+            Recompute(method="uniform", layers=1),
+        ]
 
 
 def effort(chosen: Options) -> int:
     """How much an option complicates a run: the fewer parts, the better understood."""
     kinds = {"none": 0, "selective": 1, "block": 2, "uniform": 2}
+    waits = {"none": 0, "host": 1, "host_by_layer": 2}
     return (
-        kinds[chosen.recompute.method] + 4 * bool(chosen.states.on_host) + 8 * bool(chosen.offload)
+        kinds[chosen.recompute.method]
+        + waits[chosen.teacher]
+        + 4 * bool(chosen.states.on_host)
+        + 8 * bool(chosen.offload)
     )
 
 
@@ -228,7 +262,7 @@ def _recompute(model: Mapping[str, Any]) -> Recompute:
 
 
 def _modules(model: Mapping[str, Any]) -> frozenset[str]:
-    return _names(model.get("recompute_modules", _DEFAULT_MODULES), _MODULES, "recompute_modules")
+    return _names(model.get("recompute_modules", _DEFAULT_MODULES), "recompute_modules")
 
 
 def _offload(model: Mapping[str, Any]) -> dict[str, Any]:
@@ -236,7 +270,7 @@ def _offload(model: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     fraction = _share(model, "activation_offload_fraction", 1.0, table="model")
     return {
-        "offload": _names(model.get("offload_modules", ()), _OFFLOADED, "offload_modules"),
+        "offload": _names(model.get("offload_modules", ()), "offload_modules"),
         "offload_fraction": fraction,
     }
 
@@ -271,11 +305,9 @@ def _share(options: Mapping[str, Any], name: str, default: float, *, table: str)
     return float(value)
 
 
-def _names(value: Any, known: tuple[str, ...], name: str) -> frozenset[str]:
+def _names(value: Any, name: str) -> frozenset[str]:
     if not isinstance(value, list | tuple):
         raise ConfigError(f"megatron.model.{name} must be a list of names, found {value!r}.")
-    for item in value:
-        _one_of(item, known, name)
     return frozenset(value)
 
 

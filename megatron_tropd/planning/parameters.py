@@ -74,7 +74,7 @@ class PlannedModel:
         """
         counts = _counts(self.key, padded_vocab, parallel.tensor)
         layers = self.shape.layers
-        share = stage_sizes(layers, parallel.pipeline)[stage]
+        share = _layers_of(layers, parallel, stage)
         dense = counts["layer"] // layers * share
         whole = _counts(self.key, padded_vocab, parallel.shards_of_expert)
         experts = whole["expert"] // layers * share // parallel.expert
@@ -90,7 +90,7 @@ class PlannedModel:
     ) -> RankParameters:
         """The same of adapters beside its layers."""
         layers = self.shape.layers
-        share = stage_sizes(layers, parallel.pipeline)[stage]
+        share = _layers_of(layers, parallel, stage)
         dense = _adapter_counts(self.key, lora, parallel.tensor)["layer"]
         experts = _adapter_counts(self.key, lora, parallel.shards_of_expert)["expert"]
         return RankParameters(dense // layers * share, experts // layers * share // parallel.expert)
@@ -110,7 +110,7 @@ class PlannedModel:
         embedding = counts["embedding"] if stage == 0 and not is_output else 0
         stays = counts["final"] + counts["output"] if stage == last else 0
         stays += counts["embedding"] * is_output
-        layers = stage_sizes(self.shape.layers, parallel.pipeline)[stage]
+        layers = _layers_of(self.shape.layers, parallel, stage)
         layer = (held - embedding - stays) // layers
         return [embedding] * bool(embedding) + [layer] * layers
 
@@ -139,6 +139,11 @@ def open_architecture(path: str, who: str) -> PlannedModel:
     config = read_config(companions_of(folder))
     with naming(f"The {who}'s folder {folder}"):
         return PlannedModel(who, config, model_shape(config))
+
+
+def _layers_of(layers: int, parallel: ParallelConfig, stage: int) -> int:
+    """Layers of a stage, those of all its chunks."""
+    return stage_sizes(layers, parallel.pipeline, parallel.virtual_pipeline)[stage]
 
 
 @lru_cache(maxsize=64)

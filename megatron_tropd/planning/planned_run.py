@@ -2,10 +2,11 @@
 
 import json
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.config import Config, LoraConfig, ParallelConfig, RolloutConfig
+from megatron_tropd.config.run import SELF
 from megatron_tropd.convert.adapters import check_lora
 from megatron_tropd.convert.checks import check_engine_shards, check_expert_parallel, check_layout
 from megatron_tropd.convert.sizes import padded_vocab_size
@@ -30,7 +31,7 @@ class PlannedRun:
     work: Workload
     hardware: Hardware
     options: Options
-    """Of Megatron's own, replacing the config's."""
+    """Megatron's own and ``teacher.offload``, replacing the config's."""
     element: int
     """Bytes of a weight or activation: 2 for bfloat16, 4 for float32."""
 
@@ -100,6 +101,47 @@ class PlannedRun:
         apart = self.rollout.num_engines * self.rollout.engine_tensor_parallel
         return self.parallel.world_size + (apart if self.separate else 0)
 
+    @cached_property
+    def scoring(self) -> "PlannedRun":
+        """The run as its frozen models see it: laid out by [teacher.parallel], if there is one."""
+        own = self.config.teacher.parallel
+        if own is None:
+            return self
+        parallel = own.over(self.parallel.world_size)
+        return replace(self, parallel=parallel, work=self._work_of(parallel, filled=True))
+
+    def scoring_stages(self, stage: int) -> range:
+        """Stages of the frozen models on the ranks of one of the student's."""
+        world, scoring = self.parallel.world_size, self.scoring.parallel
+        mine, theirs = world // self.parallel.pipeline, world // scoring.pipeline
+        return range(stage * mine // theirs, ((stage + 1) * mine - 1) // theirs + 1)
+
+    def frozen_on(self, model: PlannedModel, stage: int) -> int:
+        """Parameters of a frozen model on the fullest rank of one of the student's stages.
+
+        In a layout of its own its output layer lies on the student's last stage alone.
+        """
+        scoring, held = self.scoring, []
+        if scoring is self:
+            return self.parameters_of(model, stage).total
+        for number in self.scoring_stages(stage):
+            total = scoring.parameters_of(model, number).total
+            copied = not model.shape.tied or number > 0
+            gone = copied and number == scoring.last_stage
+            held.append(total - gone * scoring.vocab_shard * model.shape.hidden)
+        output = self.vocab_shard * model.shape.hidden if stage == self.last_stage else 0
+        return max(held) + output
+
+    def _work_of(self, parallel: ParallelConfig, *, filled: bool = False) -> Workload:
+        return workload(
+            self.config,
+            parallel,
+            filled=filled,
+            rounded_to=row_multiple(self.hardware) * parallel.context,
+            prompt_tokens=self.work.prompt,
+            response_tokens=self.work.mean_response,
+        )
+
     def parameters_of(self, model: PlannedModel, stage: int) -> RankParameters:
         """Parameters of a model on one rank of a stage."""
         return model.on_rank(self.parallel, stage, self.padded_vocab)
@@ -131,14 +173,7 @@ class PlannedRun:
         Raises:
             ConfigError: the trainer would refuse it.
         """
-        work = workload(
-            self.config,
-            parallel,
-            rounded_to=row_multiple(self.hardware) * parallel.context,
-            prompt_tokens=self.work.prompt,
-            response_tokens=self.work.mean_response,
-        )
-        other = replace(self, parallel=parallel, rollout=rollout, work=work)
+        other = replace(self, parallel=parallel, rollout=rollout, work=self._work_of(parallel))
         _check(other)
         return other
 
@@ -160,6 +195,17 @@ def plan_run(
         InputError: a model's config.json is missing, unreadable or not supported.
         ConfigError: the trainer would refuse the settings, or a length is impossible.
     """
+    if config.teachers:
+        raise ConfigError(
+            "A plan holds one teacher, found [[teachers]]. Plan with each of them alone, in "
+            "model.teacher: one at a time is on the device, and all are in the host's memory."
+        )
+    (config,) = config.by_teacher.values()
+    if config.teacher.placement == SELF and (config.teacher.ema_decay or config.model.lora):
+        raise ConfigError(
+            f'A plan counts teacher.placement = "{SELF}" as a copy of the student, found '
+            "teacher.ema_decay or [model.lora], which make none. Plan without that."
+        )
     on_cpu = hardware.layers == "cpu"
     kind = config.model.dtype
     if kind == "auto":
@@ -179,7 +225,7 @@ def plan_run(
             response_tokens=response_tokens,
         ),
         hardware=hardware,
-        options=options(config.megatron),
+        options=options(config.megatron, teacher=config.teacher.offload),
         element=2 if kind == "bfloat16" else 4,
     )
     _check(run)
@@ -202,7 +248,8 @@ def _check(run: PlannedRun) -> None:
         chosen = run.config.megatron.model.get("moe_grouped_gemm", grouped)
         check_lora(run.student.shape, run.lora, grouped_experts=bool(chosen))
     for model in run.models:
-        check_layout(model.shape, run.parallel, who=model.who)
+        own = run.scoring if model in run.frozen else run
+        check_layout(model.shape, own.parallel, who=model.who)
     for model in run.named:
         if run.work.longest > model.shape.context:
             raise ConfigError(
@@ -211,7 +258,10 @@ def _check(run: PlannedRun) -> None:
                 f"{model.shape.context} tokens. Lower --prompt-tokens or "
                 "rollout.max_new_tokens."
             )
-    check_expert_parallel(run.parallel, [model.shape for model in run.models])
+    shapes, alike = [model.shape for model in run.models], run.scoring is run
+    check_expert_parallel(run.parallel, shapes if alike else shapes[:1])
+    if not alike:
+        check_expert_parallel(run.scoring.parallel, shapes[1:])
     check_engines(run)
 
 

@@ -1,26 +1,46 @@
-"""The fastest layout that fits: all of them, laid out, filtered and ranked."""
+"""The fastest layout that fits: every one with all that saves memory, best first."""
 
+import heapq
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from math import isqrt
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
+from itertools import count
+from math import inf
 from typing import Literal
 
 from megatron_tropd.base.errors import ConfigError
-from megatron_tropd.config import ParallelConfig, RolloutConfig
-from megatron_tropd.convert.sizes import stage_sizes
+from megatron_tropd.config import LoraConfig, RolloutConfig, TeacherConfig
+from megatron_tropd.convert.sizes import stage_chunks
 from megatron_tropd.planning.estimate import Estimate, estimate, layout_name
-from megatron_tropd.planning.memory import engine_memory, engine_obstacle, fullest_stages
-from megatron_tropd.planning.options import Options, Recompute, effort, offloading, recomputing
-from megatron_tropd.planning.planned_run import PlannedRun, check_engines
-from megatron_tropd.planning.seconds import rollout_seconds
+from megatron_tropd.planning.layouts import apart, colocated, laid_out, usable
+from megatron_tropd.planning.memory import engine_memory, fullest_stages
+from megatron_tropd.planning.options import Options, Savings, can_be_rehearsed, effort
+from megatron_tropd.planning.planned_run import PlannedRun
+from megatron_tropd.planning.seconds import fewest_seconds, rollout_seconds
 
-_SHARES = [n / 20 for n in range(2, 19)]
-"""Of a GPU's memory for the engine: 0.1 to 0.9."""
 _EQUAL = 0.05
 """Estimates that differ by less than this share count as equal; the simpler layout is taken."""
-
-_MOST_SPLITS = 64
+_COMPARED = 2.0
+"""Times the fastest: layouts that cannot be faster than this are not looked at."""
+_MOST_SPLITS = 8
 """Ways to divide the nodes between trainer and engines that are looked at."""
+_CONTEXT_EFFORT, _VIRTUAL_EFFORT = 2, 1
+"""Of context parallelism and of virtual stages, beside that of what saves memory."""
+_RECOMPUTED = {"none": "nothing", "selective": "modules", "block": "some layers", "uniform": "all"}
+_TEACHER = {"none": "on the GPU", "host": "on the host", "host_by_layer": "on the host by layer"}
+_Labels = dict[str, str]
+"""Choice -> value."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One thing that the search decides: the fastest that fits with each of its values."""
+
+    name: str
+    taken: str
+    """Of the recommended layout."""
+    seconds: dict[str, float | None]
+    """Value -> seconds of a step; None: nothing fits that takes less than twice the fastest's."""
 
 
 @dataclass(frozen=True)
@@ -29,73 +49,325 @@ class Recommendation:
 
     best: Estimate
     why: str
+    choices: list[Choice] = field(default_factory=list)
+    """What was tried; empty if nothing fits."""
     other: Estimate | None = None
     """The best layout with the other ``rollout.steps_ahead``, where there is one that fits."""
+    adapters: Estimate | None = None
+    """The best layout with ``[model.lora]`` as it is by default, if one fits; None beside adapters
+    of the config's own."""
 
 
 def recommend(run: PlannedRun, gpus: int) -> Recommendation:
     """Rank every layout of a number of GPUs by its expected seconds per step.
 
-    Tensor parallelism stays within a node, sequence parallelism goes with it, the optimizer is
-    sharded wherever there are replicas. Recomputation is looked at for layouts that do not fit
-    without, offloading if no layout fits. Engines are either colocated, each GPU belonging to one,
-    or have whole nodes of their own. Everything else is as configured, ``rollout.steps_ahead``
-    (which changes what is learnt, not only how fast) and ``train.tokens_per_micro_batch`` among it;
-    the best layout with the other ``steps_ahead`` is named beside. Of layouts whose estimates
-    differ by less than 5 % the one with the fewest options and the least parallelism is taken.
+    Tensor and context parallelism stay within a node, sequence parallelism goes with the first, the
+    optimizer is sharded wherever there are replicas. Each layout is looked at with every
+    combination of recomputation, a teacher on the host and an optimizer on the host. Engines are
+    either colocated, each GPU belonging to one, or have whole nodes of their own. Everything else
+    is as configured. What changes what is learnt, and not only how fast, is named beside: the best
+    layout with the other ``rollout.steps_ahead``, and with adapters. An optimizer or activations on
+    the host need Transformer Engine, which no rehearsal runs: they are taken if nothing fits
+    without. Of layouts whose estimates differ by less than 5 % the one with the fewest options and
+    the least parallelism is taken.
 
     Raises:
         ConfigError: the trainer would accept no layout of so many GPUs.
     """
     ahead = run.rollout.steps_ahead
-    asked = _estimates(run, gpus, ahead)
-    other = _estimates(run, gpus, 0 if ahead else 1)
-    fitting = [e for e in other if e.fits]
-    beside = _fastest(fitting)[0] if fitting else None
-    estimates = asked or other
-    if not estimates:
+    asked = _Search(run, gpus, ahead, explain=True)
+    other = _Search(run, gpus, 0 if ahead else 1)
+    searched = asked if asked.looked_at else other
+    if not searched.looked_at:
         raise ConfigError(
             f"No layout of {gpus} GPUs divides the two models and the "
             f"{run.work.trajectories} trajectories of a step. Choose another number of GPUs."
         )
-    fitting = [e for e in estimates if e.fits]
-    if not fitting:
-        return Recommendation(*_nearest(estimates), beside)
-    best, which = _fastest(fitting)
-    why = f"{which} of {len(fitting)} layouts that fit, of {len(estimates)} possible"
-    return Recommendation(best, why, beside if asked else None)
-
-
-def _estimates(run: PlannedRun, gpus: int, ahead: Literal[0, 1]) -> list[Estimate]:
-    """Every layout that the trainer accepts; with offloading if none fits without."""
-    kept = _every_layout(run, gpus, ahead, offload=False)
-    if not kept or any(e.fits for e in kept):
-        return kept
-    away = _every_layout(run, gpus, ahead, offload=True)
-    return [min(pair, key=lambda e: (not e.fits, e.peak)) for pair in zip(kept, away, strict=True)]
-
-
-def _nearest(estimates: list[Estimate]) -> tuple[Estimate, str]:
-    nearest = min(estimates, key=lambda e: e.peak)
-    return nearest, (
-        f"none of {len(estimates)} layouts fits; this one needs least: {nearest.obstacle}. Take "
-        "more GPUs, or lower train.tokens_per_micro_batch and rollout.max_new_tokens"
+    beside = other.best if searched is asked else None
+    adapters = _with_adapters(run, gpus)
+    if searched.best is None:
+        return Recommendation(*searched.nearest(), other=beside, adapters=adapters)
+    return Recommendation(
+        searched.best, searched.why(), searched.choices(), other=beside, adapters=adapters
     )
 
 
-def _fastest(fitting: list[Estimate]) -> tuple[Estimate, str]:
-    """The simplest of the layouts that are as fast as the fastest, and which that is."""
-    fastest = min(fitting, key=lambda e: e.seconds.total)
-    limit = fastest.seconds.total * (1 + _EQUAL)
-    equal = [e for e in fitting if e.seconds.total <= limit]
-    best = min(equal, key=lambda e: (_complexity(e.run), e.seconds.total))
-    if best is fastest:
-        return best, "the fastest"
-    slower = 100 * (best.seconds.total / fastest.seconds.total - 1)
-    return best, (
-        f"within {slower:.1f} % of the fastest ({layout_name(fastest.run)}) and simpler, "
-        "hence taken,"
+def _with_adapters(run: PlannedRun, gpus: int) -> Estimate | None:
+    """The best layout of the same run with adapters; None if it has its own, or none fits."""
+    if run.lora is not None:
+        return None
+    model = replace(run.config.model, lora=LoraConfig())
+    adapted = replace(run, config=replace(run.config, model=model))
+    return _Search(adapted, gpus, run.rollout.steps_ahead).best
+
+
+class _Search:
+    """Layouts with their ways to save memory, in the order of what they can take at least.
+
+    It ends as soon as no layout that is left can be as fast as what was found, give or take 5 %; to
+    explain the choice, as soon as none can be less than twice as slow.
+    """
+
+    def __init__(
+        self, run: PlannedRun, gpus: int, ahead: Literal[0, 1], *, explain: bool = False
+    ) -> None:
+        self.looked_at = 0
+        """Layouts."""
+        self._usable = run.hardware.usable_bytes
+        self._fitting: list[Estimate] = []
+        self._short: list[Estimate] = []
+        """What needs fewest bytes of each layout that does not fit."""
+        self._by_value: dict[tuple[str, str], float] = {}
+        """(choice, value) -> fewest seconds."""
+        self._ways = 0
+        self._search(run, gpus, ahead, explain=explain)
+
+    def _search(self, run: PlannedRun, gpus: int, ahead: Literal[0, 1], *, explain: bool) -> None:
+        fastest = inf
+        for candidate in _in_order(run, gpus, ahead):
+            near = candidate.bound <= fastest * (1 + _EQUAL)
+            if not near and (not explain or candidate.bound > fastest * _COMPARED):
+                return
+            self.looked_at += 1
+            self._ways = max(self._ways, len(candidate.ways))
+            for number in self._promising(candidate, every=near):
+                one = candidate.estimate(number)
+                if one.fits:
+                    self._fitting.append(one)
+                    if can_be_rehearsed(one.run.options):
+                        fastest = min(fastest, one.seconds.total)
+                    self._note(candidate.labels | candidate.ways[number][1], one.seconds.total)
+
+    def _note(self, labels: _Labels, seconds: float = inf) -> None:
+        for key in labels.items():
+            self._by_value[key] = min(self._by_value.get(key, inf), seconds)
+
+    def _promising(self, candidate: "_Candidate", *, every: bool) -> list[int]:
+        """The ways of a layout that may fit and be faster than what is known of their values."""
+        for _, labels in candidate.ways:
+            self._note(candidate.labels | labels)
+        least = candidate.estimate(len(candidate.ways) - 1)
+        if least.peak > self._usable:
+            self._short.append(least)
+            return []
+        if every or self._is_open(candidate.labels, candidate.bound):
+            return list(range(len(candidate.ways)))
+        found = set[int]()
+        for key in {key for _, labels in candidate.ways for key in labels.items()}:
+            if self._by_value[key] > candidate.bound:
+                those = [n for n, (_, labels) in enumerate(candidate.ways) if key in labels.items()]
+                if candidate.estimate(those[-1]).peak <= self._usable:
+                    found.update(those)
+        return sorted(found)
+
+    def _is_open(self, labels: _Labels, bound: float) -> bool:
+        return any(self._by_value[key] > bound for key in labels.items())
+
+    @cached_property
+    def best(self) -> Estimate | None:
+        """The simplest of the layouts that are as fast as the fastest."""
+        if not self._fitting:
+            return None
+        limit = self._fastest.seconds.total * (1 + _EQUAL)
+        equal = [one for one in self._preferred if one.seconds.total <= limit]
+        return min(equal, key=lambda one: (_complexity(one.run), one.seconds.total))
+
+    @cached_property
+    def _preferred(self) -> list[Estimate]:
+        """Those that fit by means that a rehearsal confirms; if there are none, all that fit."""
+        return [e for e in self._fitting if can_be_rehearsed(e.run.options)] or self._fitting
+
+    @cached_property
+    def _fastest(self) -> Estimate:
+        return min(self._preferred, key=lambda one: one.seconds.total)
+
+    def why(self) -> str:
+        """Why the best is the best."""
+        best, fastest = self.best, self._fastest
+        assert best is not None
+        which = "the fastest that fits"
+        if min(one.seconds.total for one in self._fitting) < fastest.seconds.total:
+            which += " and can be rehearsed"
+        if best is not fastest:
+            slower = 100 * (best.seconds.total / fastest.seconds.total - 1)
+            name = layout_name(fastest.run)
+            which = f"within {slower:.1f} % of {which} ({name}) and simpler"
+        return (
+            f"{which}; {self.looked_at} layouts were tried, each with up to {self._ways} ways to "
+            "save memory; others cannot be as fast"
+        )
+
+    def choices(self) -> list[Choice]:
+        """What was tried of each kind, and how fast it is at best."""
+        assert self.best is not None
+        taken = _labels_of_layout(self.best.run) | _labels_of_options(self.best.run.options)
+        found = [Choice(name, value, {}) for name, value in taken.items()]
+        most = _COMPARED * self._fastest.seconds.total
+        for choice in found:
+            values = [value for name, value in self._by_value if name == choice.name]
+            for value in sorted(values, key=lambda v: int(v) if v.isdigit() else 0):
+                took = self._by_value[choice.name, value]
+                choice.seconds[value] = took if took <= most else None
+        return [choice for choice in found if len(choice.seconds) > 1]
+
+    def nearest(self) -> tuple[Estimate, str]:
+        """The layout that lacks least, if none fits."""
+        nearest = min(self._short, key=lambda one: one.peak)
+        return nearest, (
+            f"none of {self.looked_at} layouts fits, whatever is computed again or offloaded; this "
+            f"one needs least: {nearest.obstacle}. Take more GPUs, or lower "
+            "train.tokens_per_micro_batch and rollout.max_new_tokens"
+        )
+
+
+@dataclass(frozen=True)
+class _Engines:
+    """Engines that a layout may have beside it. How fast they are depends on them alone."""
+
+    rollout: RolloutConfig
+    seconds: float
+    bytes: float
+    """On each of their GPUs."""
+
+
+class _Candidate:
+    """A layout of the trainer, engines beside it, and all ways to save memory."""
+
+    def __init__(self, run: PlannedRun, engines: list[_Engines]) -> None:
+        self.ways = _ways(_savings(run), run.options)
+        self.labels = _labels_of_layout(run)
+        self._run, self._engines = run, engines
+        self._made: dict[int, Estimate] = {}
+
+    @cached_property
+    def bound(self) -> float:
+        """Seconds of a step if memory were no matter: nothing that saves some is faster."""
+        fastest = min(self._engines, key=lambda one: one.seconds, default=None)
+        rollout = fastest.rollout if fastest else self._run.rollout
+        options, _ = self.ways[0]
+        return estimate(replace(self._run, options=options, rollout=rollout)).seconds.total
+
+    def estimate(self, number: int) -> Estimate:
+        """With one of the ways to save memory, and the engines that then have room."""
+        if number not in self._made:
+            one = replace(self._run, options=self.ways[number][0])
+            self._made[number] = estimate(replace(one, rollout=self._best_engines(one)))
+        return self._made[number]
+
+    def _best_engines(self, one: PlannedRun) -> RolloutConfig:
+        """Those that sample fastest in what the trainer leaves: the smallest that are as fast."""
+        free = one.hardware.usable_bytes
+        if not one.separate:
+            free -= max(stage.resident for stage in fullest_stages(one))
+        best, least = one.rollout, inf
+        for engines in self._engines:
+            if engines.seconds < least * (1 - _EQUAL) and engines.bytes <= free:
+                best, least = engines.rollout, engines.seconds
+        return best
+
+
+@dataclass(frozen=True)
+class _Group:
+    """The layouts of a number of GPUs, beside some engines."""
+
+    run: PlannedRun
+    """One of them."""
+    gpus: int
+    """Of the trainer."""
+    engines: list[_Engines]
+
+    @property
+    def bound(self) -> float:
+        """Seconds of a step that no layout of the group can go below."""
+        training = fewest_seconds(self.run)
+        rollout = min((one.seconds for one in self.engines), default=0.0)
+        beside = self.run.separate and self.run.rollout.steps_ahead
+        return max(training, rollout) if beside else training + rollout
+
+    def candidates(self) -> Iterator[_Candidate]:
+        """All of them."""
+        for one in laid_out(self.run, self.gpus, self.run.rollout):
+            yield _Candidate(one, self.engines)
+
+
+def _in_order(run: PlannedRun, gpus: int, ahead: Literal[0, 1]) -> Iterator[_Candidate]:
+    """Every layout that the trainer accepts; those first that can be the fastest."""
+    number = count()
+    heap: list[tuple[float, int, _Group | _Candidate]] = [
+        (group.bound, next(number), group) for group in _groups(run, gpus, ahead)
+    ]
+    heapq.heapify(heap)
+    while heap:
+        _, _, first = heapq.heappop(heap)
+        if isinstance(first, _Candidate):
+            yield first
+            continue
+        for candidate in first.candidates():
+            heapq.heappush(heap, (candidate.bound, next(number), candidate))
+
+
+def _groups(run: PlannedRun, gpus: int, ahead: Literal[0, 1]) -> Iterator[_Group]:
+    """Engines on the trainer's GPUs, or on some whole nodes."""
+    node = run.hardware.gpus_per_node
+    all_nodes = gpus // node if gpus % node == 0 else 1
+    step = -(-all_nodes // _MOST_SPLITS)
+    beside = [
+        (gpus - nodes * node, apart(run, nodes, ahead)) for nodes in range(step, all_nodes, step)
+    ]
+    if not ahead or run.hardware.layers == "cpu":
+        beside.insert(0, (gpus, colocated(run, gpus, ahead)))
+    for left, engines in beside:
+        if one := next(laid_out(run, left, engines[0]), None):
+            yield _Group(one, left, _timed(one, engines))
+
+
+def _timed(one: PlannedRun, engines: list[RolloutConfig]) -> list[_Engines]:
+    return [
+        _Engines(rollout, rollout_seconds(run), engine_memory(run).total)
+        for rollout, run in usable(one, engines)
+    ]
+
+
+def _savings(run: PlannedRun) -> Savings:
+    """What a layout can do to save memory."""
+    on_gpu, teacher = run.hardware.layers != "cpu", run.config.teacher
+    # Transformer Engine's copies in low precision would stay on the GPU, and a source of the user's
+    # own says itself where its weights are.
+    low = any(run.config.megatron.teacher.get(name) for name in ("fp8", "fp4"))
+    resident = teacher.placement == TeacherConfig.placement
+    p = run.parallel
+    first = stage_chunks(run.student.shape.layers, p.pipeline, p.virtual_pipeline)[0][0]
+    return Savings(
+        layers=len(first),
+        mixture=run.student.shape.experts is not None,
+        offloads=on_gpu,
+        teacher=on_gpu and resident and not low,
+        optimizer=on_gpu and run.parallel.distributed_optimizer and run.element == 2,
     )
+
+
+@lru_cache(maxsize=256)
+def _ways(savings: Savings, configured: Options) -> list[tuple[Options, _Labels]]:
+    """Every way to save memory, and what it chooses."""
+    return [(way, _labels_of_options(way)) for way in savings.ways(configured)]
+
+
+def _labels_of_layout(run: PlannedRun) -> _Labels:
+    p = run.parallel
+    sizes = {"TP": p.tensor, "CP": p.context, "PP": p.pipeline, "VPP": p.virtual_pipeline}
+    sizes["EP"] = p.expert
+    engines = "on nodes of their own" if run.separate else "colocated"
+    return {name: str(size) for name, size in sizes.items()} | {"engines": engines}
+
+
+def _labels_of_options(chosen: Options) -> _Labels:
+    share = 100 * chosen.states.on_host
+    return {
+        "recomputed": _RECOMPUTED[chosen.recompute.method],
+        "teacher": _TEACHER[chosen.teacher],
+        "optimizer": f"{share:g} % on the host" if share else "on the GPU",
+        "activations": "attention's on the host" if chosen.offload else "on the GPU",
+    }
 
 
 def _complexity(run: PlannedRun) -> tuple[bool, int, int]:
@@ -103,163 +375,8 @@ def _complexity(run: PlannedRun) -> tuple[bool, int, int]:
     # Last, how many ranks a replica's weights are spread over.
     return (
         run.separate,
-        effort(run.options),
+        effort(run.options)
+        + _CONTEXT_EFFORT * (p.context > 1)
+        + _VIRTUAL_EFFORT * (p.virtual_pipeline > 1),
         p.pipeline * max(p.tensor, p.shards_of_expert * p.expert),
     )
-
-
-def _every_layout(
-    run: PlannedRun, gpus: int, ahead: Literal[0, 1], *, offload: bool
-) -> list[Estimate]:
-    """Every layout that the trainer accepts, with the engines that sample fastest beside it."""
-    estimates = []
-    if not ahead or run.hardware.layers == "cpu":
-        engines = _colocated(run, gpus, ahead)
-        estimates += _with_engines(run, gpus, engines, offload=offload)
-    node = run.hardware.gpus_per_node
-    all_nodes = gpus // node if gpus % node == 0 else 1
-    step = -(-all_nodes // _MOST_SPLITS)
-    for nodes in range(step, all_nodes, step):
-        engines = _apart(run, nodes, ahead)
-        estimates += _with_engines(run, gpus - nodes * node, engines, offload=offload)
-    return estimates
-
-
-def _with_engines(
-    run: PlannedRun, gpus: int, engines: list[RolloutConfig], *, offload: bool
-) -> list[Estimate]:
-    """Every layout of the trainer's GPUs, with the best of the engines that it leaves room for."""
-    laid_out = list(_laid_out(run, gpus, engines[0]))
-    if not laid_out:
-        return []
-    # How fast engines are depends on them alone, not on how the trainer is laid out.
-    timed = [(rollout, rollout_seconds(one)) for rollout, one in _usable(laid_out[0], engines)]
-    return [_with_options(one, timed, offload=offload) for one in laid_out]
-
-
-def _with_options(
-    one: PlannedRun, timed: list[tuple[RolloutConfig, float]], *, offload: bool
-) -> Estimate:
-    """A layout with as little recomputation and offloading as it needs."""
-    looked_at = []
-    for ways in _ways(one, offload=offload):
-        runs = [replace(one, options=options) for options in ways]
-        estimates = [estimate(replace(s, rollout=_best_engines(s, timed))) for s in runs]
-        if fitting := [e for e in estimates if e.fits]:
-            return _fastest(fitting)[0]
-        looked_at += estimates
-    return min(looked_at, key=lambda e: e.peak)
-
-
-def _ways(one: PlannedRun, *, offload: bool) -> list[list[Options]]:
-    """Nothing recomputed, then as little as fits; or what can be offloaded."""
-    shape, plain = one.student.shape, replace(one.options, recompute=Recompute())
-    layers, mixture = stage_sizes(shape.layers, one.parallel.pipeline)[0], bool(shape.experts)
-    if offload and one.hardware.layers != "cpu":
-        sharded = one.parallel.distributed_optimizer
-        return [offloading(plain, mixture=mixture, sharded=sharded) or [plain]]
-    return [[plain], recomputing(plain, layers=layers, mixture=mixture)]
-
-
-def _usable(
-    one: PlannedRun, engines: list[RolloutConfig]
-) -> Iterator[tuple[RolloutConfig, PlannedRun]]:
-    """The engines that the trainer accepts and that hold a sequence."""
-    for rollout in engines:
-        other = replace(one, rollout=rollout)
-        try:
-            check_engines(other)
-        except ConfigError:
-            continue
-        if not engine_obstacle(other):
-            yield rollout, other
-
-
-def _best_engines(one: PlannedRun, timed: list[tuple[RolloutConfig, float]]) -> RolloutConfig:
-    """The engines that sample fastest in what the trainer leaves: the smallest that are as fast."""
-    free = one.hardware.usable_bytes
-    if not one.separate:
-        free -= max(stage.resident for stage in fullest_stages(one))
-    best, least = one.rollout, float("inf")
-    for rollout, took in timed:
-        if (
-            took < least * (1 - _EQUAL)
-            and engine_memory(replace(one, rollout=rollout)).total <= free
-        ):
-            best, least = rollout, took
-    return best
-
-
-def _laid_out(run: PlannedRun, gpus: int, rollout: RolloutConfig) -> Iterator[PlannedRun]:
-    """Every layout of the trainer's GPUs that it accepts."""
-    for parallel in _layouts(run, gpus):
-        try:
-            yield run.laid_out(parallel, rollout)
-        except ConfigError:
-            continue
-
-
-def _layouts(run: PlannedRun, gpus: int) -> Iterator[ParallelConfig]:
-    shapes = [model.shape for model in run.models]
-    mixture = any(shape.experts for shape in shapes)
-    for tensor in _divisors(gpus):
-        if tensor > run.hardware.gpus_per_node or run.hardware.gpus_per_node % tensor:
-            continue
-        for pipeline in _divisors(gpus // tensor):
-            data = gpus // tensor // pipeline
-            if pipeline > min(s.layers for s in shapes) or run.work.trajectories % data:
-                continue
-            for expert, expert_tensor in _expert_layouts(tensor, data) if mixture else [(1, None)]:
-                yield ParallelConfig(
-                    tensor=tensor,
-                    pipeline=pipeline,
-                    data=data,
-                    expert=expert,
-                    expert_tensor=expert_tensor,
-                    uneven_stages=any(shape.layers % pipeline for shape in shapes),
-                    sequence_parallel=tensor > 1,
-                    distributed_optimizer=data > 1,
-                )
-
-
-def _expert_layouts(tensor: int, data: int) -> Iterator[tuple[int, int | None]]:
-    """(expert, expert_tensor): experts sharded like everything else, and whole."""
-    yield from ((expert, None) for expert in _divisors(data))
-    if tensor > 1:
-        yield from ((expert, 1) for expert in _divisors(tensor * data))
-
-
-def _colocated(run: PlannedRun, gpus: int, ahead: Literal[0, 1]) -> list[RolloutConfig]:
-    """Each GPU belongs to one engine; the smallest first."""
-    engines = replace(run.rollout, placement="colocated", steps_ahead=ahead)
-    if run.hardware.layers == "cpu":
-        return [replace(engines, num_engines=gpus, engine_tensor_parallel=1)]
-    return [
-        replace(
-            engines,
-            num_engines=gpus // size,
-            engine_tensor_parallel=size,
-            engine_gpu_share=share,
-        )
-        for size in _divisors(min(gpus, run.hardware.gpus_per_node))
-        for share in _SHARES
-    ]
-
-
-def _apart(run: PlannedRun, nodes: int, ahead: Literal[0, 1]) -> list[RolloutConfig]:
-    """Each GPU of some nodes belongs to one engine, which has what is not reserved."""
-    node, reserve = run.hardware.gpus_per_node, run.hardware.reserve
-    engines = replace(run.rollout, placement="separate", steps_ahead=ahead)
-    if run.hardware.layers == "cpu":
-        return [replace(engines, num_engines=nodes * node, engine_tensor_parallel=1)]
-    share = max((share for share in _SHARES if share <= 1 - reserve), default=_SHARES[0])
-    engines = replace(engines, engine_gpu_share=share)
-    return [
-        replace(engines, num_engines=nodes * node // size, engine_tensor_parallel=size)
-        for size in _divisors(node)
-    ]
-
-
-def _divisors(number: int) -> list[int]:
-    small = [n for n in range(1, isqrt(number) + 1) if number % n == 0]
-    return sorted({*small, *(number // n for n in small)})

@@ -23,6 +23,7 @@ from megatron_tropd.planning.memory import (
 from megatron_tropd.planning.options import tables
 from megatron_tropd.planning.plan import Plan
 from megatron_tropd.planning.planned_run import PlannedRun
+from megatron_tropd.planning.recommend import Choice
 from megatron_tropd.planning.seconds import concurrent_sequences
 
 WIDTH = 100
@@ -90,6 +91,7 @@ def plan_table(plan: Plan) -> str:
 def plan_json(plan: Plan) -> dict[str, Any]:
     """The same and more as plain values; bytes and seconds. docs/planning.md lists the keys."""
     run, other = plan.asked.run, plan.recommended.other
+    adapted = plan.recommended.adapters
     return {
         "schema": SCHEMA,
         "seconds_and_recommendation": UNCALIBRATED,
@@ -104,7 +106,12 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "step": asdict(run.work),
         "asked": _estimate_json(plan.asked),
         "recommended": _estimate_json(plan.recommended.best) | {"why": plan.recommended.why},
+        "choices": {
+            one.name: {"taken": one.taken, "seconds": one.seconds}
+            for one in plan.recommended.choices
+        },
         "other_steps_ahead": _estimate_json(other) if other else None,
+        "with_adapters": _estimate_json(adapted) if adapted else None,
     }
 
 
@@ -119,6 +126,7 @@ def _estimate_json(one: Estimate) -> dict[str, Any]:
         "training_nodes": run.training_nodes,
         "engine_nodes": run.engine_nodes,
         "megatron": tables(run.options),
+        "teacher_offload": run.options.teacher,
         "fits": one.fits,
         "obstacle": one.obstacle,
         "memory_bytes": [asdict(s) | {"phases": s.phases, "peak": s.peak} for s in one.memory],
@@ -299,7 +307,7 @@ def _seconds_block(one: Estimate) -> str:
 
 
 def _recommended_block(plan: Plan) -> str:
-    best, other = plan.recommended.best, plan.recommended.other
+    best, other, adapted = (getattr(plan.recommended, n) for n in ("best", "other", "adapters"))
     asked = plan.asked.seconds.total
     lines = [
         ("recommended", f"{layout_name(best.run)} ({UNCALIBRATED})"),
@@ -315,22 +323,60 @@ def _recommended_block(plan: Plan) -> str:
     lines += [("WARNING", f"here {text}") for text in slow_phases(best)]
     if other:
         when = "one step ahead" if other.run.rollout.steps_ahead else "on policy"
+        lines.append((when, _beside(other)))
+    if adapted:
+        lora = adapted.run.lora
         lines.append(
             (
-                when,
-                f"{layout_name(other.run)}: {other.seconds.total:.1f} s a step ({UNCALIBRATED})",
+                "adapters",
+                f"with [model.lora] rank = {lora.rank}, which changes what is trained: "
+                f"{_beside(adapted)}, {adapted.peak / 1e9:.1f} GB at most",
             )
         )
-    return _lines(lines)
+    return "\n\n".join([_lines(lines), *_tried(plan.recommended.choices)])
+
+
+def _beside(one: Estimate) -> str:
+    return f"{layout_name(one.run)}: {one.seconds.total:.1f} s a step ({UNCALIBRATED})"
+
+
+def _tried(choices: Sequence[Choice]) -> list[str]:
+    """Seconds of the fastest that fits, by what it chooses."""
+    if not choices:
+        return []
+    head = (
+        f"fastest that fits with each choice, seconds a step ({UNCALIBRATED}); * recommended, "
+        "- none below twice the fastest"
+    )
+    rows = [(f"  {choice.name}", ", ".join(_values(choice))) for choice in choices]
+    return [f"{textwrap.fill(head, WIDTH)}\n{_lines(rows)}"]
+
+
+def _values(choice: Choice) -> list[str]:
+    return [
+        f"{value}{'*' if value == choice.taken else ''}: {'-' if took is None else f'{took:.1f}'}"
+        for value, took in choice.seconds.items()
+    ]
 
 
 def _overrides(run: PlannedRun) -> str:
-    """Megatron's options as words of the command line."""
-    return " ".join(
-        f"megatron.{table}.{name}={json.dumps(value, separators=(',', ':'))}"
+    """What saves memory, as words of the command line; and what to take out of the config."""
+    chosen = {
+        f"megatron.{table}.{name}": value
         for table, values in tables(run.options).items()
         for name, value in values.items()
-    )
+    }
+    if run.options.teacher != run.config.teacher.offload or run.options.teacher != "none":
+        chosen["teacher.offload"] = run.options.teacher
+    words = [f"{name}={json.dumps(value, separators=(',', ':'))}" for name, value in chosen.items()]
+    surplus = [
+        name
+        for name in ("recompute_granularity", "recompute_method", "recompute_num_layers")
+        if name in run.config.megatron.model and f"megatron.model.{name}" not in chosen
+    ]
+    if surplus:
+        words.append(f"without megatron.model.{', '.join(surplus)}")
+    return " ".join(words)
 
 
 def _lines(pairs: Sequence[tuple[str, str]]) -> str:

@@ -85,16 +85,37 @@ def seconds(run: PlannedRun, sent: Communication) -> Seconds:
     )
 
 
+def fewest_seconds(run: PlannedRun) -> float:
+    """Of a step's products alone if all GPUs had equal shares of them: no layout is faster."""
+    positions = run.work.trajectories * run.work.mean
+
+    def forward(model: PlannedModel) -> float:
+        return model.shape.layers * layer_seconds(run, model, positions) / run.parallel.world_size
+
+    return sum(map(forward, run.frozen)) + (2 if run.lora else 3) * forward(run.student)
+
+
 def teacher_seconds(run: PlannedRun, model: PlannedModel) -> float:
     """Of the scoring by one frozen model, whose weights may have to come from the host.
 
     All together they come before it; layer by layer, for each micro-batch beside its products.
     """
-    passes = pass_seconds(run, model, backward=False)
+    own = run.scoring
+    passes = pass_seconds(own, model, backward=False)
     arrival = visiting_bytes(run, model, 0).moved / run.hardware.host_link
-    if run.config.teacher.offload == "host_by_layer":
-        return max(passes, (run.work.micro_batches + run.parallel.pipeline - 1) * arrival)
-    return passes + arrival
+    if run.options.teacher == "host_by_layer":
+        passes = max(passes, _slots(own) * arrival)
+        arrival = 0.0
+    return (
+        passes + arrival + exchanged_bytes(run, model) / run.hardware.link(own.parallel.world_size)
+    )
+
+
+def exchanged_bytes(run: PlannedRun, model: PlannedModel) -> float:
+    """Hidden states that a rank of the last stage gets from a model in a layout of its own."""
+    if run.scoring is run:
+        return 0.0
+    return run.work.loss_tokens * model.shape.hidden * run.element
 
 
 def layer_flops(model: PlannedModel, positions: float, length: float) -> float:
@@ -124,14 +145,14 @@ def loss_flops(run: PlannedRun, tokens: float) -> float:
 
 
 def pass_seconds(run: PlannedRun, model: PlannedModel, *, backward: bool) -> float:
-    """A pipeline's passes over all micro-batches: (m + p - 1) times the slowest stage.
+    """A pipeline's passes over all micro-batches: :func:`_slots` times the slowest stage.
 
     Args:
         backward: with backward pass (twice the products of the forward) and loss.
     """
     p, work, hardware = run.parallel, run.work, run.hardware
     m = work.micro_batches
-    stages = stage_sizes(model.shape.layers, p.pipeline)
+    stages = stage_sizes(model.shape.layers, p.pipeline, p.virtual_pipeline)
     one_layer = layer_seconds(run, model, work.positions / m)
     # Frozen weights have no gradients, and adapters' products are few.
     each = (2 if run.lora else 3) + repeated_products(run) if backward else 1
@@ -141,7 +162,16 @@ def pass_seconds(run: PlannedRun, model: PlannedModel, *, backward: bool) -> flo
     slot = max(products) / p.tensor + _talk(run, model, backward=backward) / m
     if backward:  # offloaded tensors move beside the products, there and back
         slot = max(slot, 2 * _moved_bytes(run) / hardware.host_link)
-    return (m + p.pipeline - 1) * slot
+    return _slots(run) * slot
+
+
+def _slots(run: PlannedRun) -> float:
+    """Micro-batches in whose time one stage could do all it has to, its waiting counted.
+
+    m + p - 1; of v virtual stages a part is 1 / v as long, and so is what a stage waits for.
+    """
+    p = run.parallel
+    return run.work.micro_batches + (p.pipeline - 1) / p.virtual_pipeline
 
 
 def repeated_products(run: PlannedRun) -> float:
@@ -194,7 +224,7 @@ def _reduction_seconds(run: PlannedRun, sent: Communication, passes: float) -> f
     over_replicas = sent.data / hardware.link(p.tensor * p.replicas)
     if run.options.overlap_gradients:
         gradients = element / (element + run.element) if p.distributed_optimizer else 1.0
-        last_backward = passes * 2 / 3 / (run.work.micro_batches + p.pipeline - 1)
+        last_backward = passes * 2 / 3 / _slots(run)
         over_replicas -= min(over_replicas * gradients, last_backward)
     return over_replicas + sent.tied_embedding / hardware.link(p.world_size)
 

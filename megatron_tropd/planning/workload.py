@@ -84,10 +84,13 @@ def workload(
     rounded_to: int = 1,
     prompt_tokens: int = PROMPT_TOKENS,
     response_tokens: float | None = None,
+    filled: bool = False,
 ) -> Workload:
     """The step that a config asks for under a layout.
 
     Args:
+        filled: rows that the replicas lack to have equally many are added, as a teacher does in a
+            layout of its own.
         rounded_to: rows are rounded up to multiples of it, as far as a micro-batch allows.
         response_tokens: average length of a response; None: all as long as allowed.
 
@@ -116,12 +119,19 @@ def workload(
             "positions. Raise it or lower rollout.max_new_tokens."
         )
     trajectories = rollout.prompts_per_step * rollout.samples_per_prompt
-    if trajectories % parallel.data:
+    if trajectories % parallel.data and not filled:
         raise ConfigError(
             f"rollout.prompts_per_step x samples_per_prompt = {trajectories} must be divisible by "
             f"parallel.data = {parallel.data}. Change one of the three."
         )
-    rows = trajectories // parallel.data
+    rows = -(-trajectories // parallel.data)
+    if rows % parallel.batch_multiple:
+        raise ConfigError(
+            f"parallel.virtual_pipeline = {parallel.virtual_pipeline} needs a multiple of "
+            f"parallel.pipeline = {parallel.pipeline} trajectories for each replica, found "
+            f"rollout.prompts_per_step x samples_per_prompt / parallel.data = {rows}. Change one "
+            "of them, or set virtual_pipeline = 1."
+        )
     mean = prompt_tokens + mean_response - 1
     held = min(rows, room // longest)
     return Workload(
@@ -132,8 +142,8 @@ def workload(
         mean=mean,
         longest_response=longest_response,
         mean_response=mean_response,
-        micro_batches=-(-rows // min(rows, int(room // mean))),
-        most_micro_batches=-(-rows // held),
+        micro_batches=_up(-(-rows // min(rows, int(room // mean))), parallel.batch_multiple),
+        most_micro_batches=_up(-(-rows // held), parallel.batch_multiple),
         most_positions=max(held * longest, min(room, rows * longest)),
         shares=parallel.context,
     )

@@ -60,6 +60,11 @@ def rehearse(
         raise ConfigError(f"--rank must be between 0 and {world - 1}, found {unknown[0]}.")
     if micro_batches is not None and micro_batches < 1:
         raise ConfigError(f"--micro-batches must be at least 1, found {micro_batches}.")
+    if micro_batches is not None and micro_batches % config.parallel.batch_multiple:
+        raise ConfigError(
+            f"--micro-batches must be a multiple of parallel.pipeline = {config.parallel.pipeline} "
+            f"with virtual stages, found {micro_batches}."
+        )
     requests = [
         Request(config_to_dict(config), rank, prompt_tokens, gpus_per_node, micro_batches)
         for rank in wanted

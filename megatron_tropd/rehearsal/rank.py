@@ -78,15 +78,16 @@ def rehearse_rank(config: Config, request: Request) -> RankReport:
 def _rehearse(rank: "RehearsedRank", wanted: int | None) -> dict[str, Counter[Any]]:
     """Build, two steps, export, checkpoint; the events of all, as of one whole step.
 
-    The first step leaves the optimizer's states, and its one micro-batch less tells what each
-    further one adds.
+    The first step leaves the optimizer's states, and its one micro-batch less (one for each stage,
+    if there are virtual stages) tells what each further one adds.
     """
     device, parallel = rank.device, rank.planned.parallel
-    whole = rank.planned.work.most_micro_batches
-    run = min(whole, parallel.pipeline + 1 if wanted is None else wanted)
+    whole, unit = rank.planned.work.most_micro_batches, parallel.batch_multiple
+    fill = parallel.pipeline + 1 if unit == 1 else 2 * unit
+    run = min(whole, fill if wanted is None else wanted)
     rank.build()
     before = device.events.take()
-    rank.learn(max(run - 1, 1))
+    rank.learn(max(run - unit, unit))
     fewer = device.events.take()
     device.tracker.forget_phases("build")
     rank.learn(run)
@@ -95,7 +96,7 @@ def _rehearse(rank: "RehearsedRank", wanted: int | None) -> dict[str, Counter[An
     rank.save()
     after = device.events.take()
     rank.run_micro_batches = run
-    added = whole - run if run > 1 else 0
+    added = (whole - run) // unit if run > unit else 0
     return {
         name: before[name] + _whole_step(more[name], fewer[name], added) + after[name]
         for name in before
@@ -125,6 +126,7 @@ def _report(rank: "RehearsedRank", counts: dict[str, Counter[Any]], seconds: flo
         stage=layout.pp_rank,
         tensor_rank=layout.tp_rank,
         data_rank=layout.dp_rank,
+        context_rank=layout.cp_rank,
         micro_batches=rank.planned.work.most_micro_batches,
         run_micro_batches=rank.run_micro_batches,
         phases=phases,

@@ -53,6 +53,7 @@ class RankReport:
     stage: int
     tensor_rank: int
     data_rank: int
+    context_rank: int
     micro_batches: int
     """Of the step, on this rank."""
     run_micro_batches: int

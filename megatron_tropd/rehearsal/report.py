@@ -4,6 +4,7 @@ import textwrap
 from collections import Counter
 from typing import Any
 
+from megatron_tropd.config import ParallelConfig
 from megatron_tropd.planning.estimate import layout_name
 from megatron_tropd.planning.report import WIDTH, aligned
 from megatron_tropd.rehearsal.processes import Rehearsal
@@ -57,7 +58,7 @@ def rehearsal_table(rehearsal: Rehearsal) -> str:
         _heading(rehearsal),
         _memory(rehearsal.ranks),
         *(_findings(rehearsal)),
-        *(_of_rank(rank) for rank in rehearsal.ranks),
+        *(_of_rank(rank, rehearsal.planned.parallel) for rank in rehearsal.ranks),
     ]
     return "\n\n".join(blocks)
 
@@ -109,9 +110,12 @@ def _findings(rehearsal: Rehearsal) -> list[str]:
     return ["\n".join(lines)] if lines else []
 
 
-def _of_rank(rank: RankReport) -> str:
+def _of_rank(rank: RankReport, parallel: ParallelConfig) -> str:
+    place = {"stage": rank.stage, "tensor": rank.tensor_rank, "data": rank.data_rank}
+    if parallel.context > 1:
+        place["context"] = rank.context_rank
     title = (
-        f"rank {rank.rank} (stage {rank.stage}, tensor {rank.tensor_rank}, data {rank.data_rank}): "
+        f"rank {rank.rank} ({', '.join(f'{axis} {number}' for axis, number in place.items())}): "
         f"rehearsed in {rank.seconds:.0f} s ({rank.cpu_seconds:.0f} s of a core) with "
         f"{rank.resident_bytes / 2**30:.1f} GiB"
     )

@@ -1,6 +1,6 @@
 """The step itself: the trainer's own functions, on models without weights and made-up samples."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -13,9 +13,11 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensorFactory,
     is_main_replica,
 )
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
 
 from megatron_tropd.base.progress import Progress
+from megatron_tropd.config.run import TEACHER
 from megatron_tropd.config.run_folder import RunFolder
 from megatron_tropd.convert.accounting import expected_tensors
 from megatron_tropd.convert.families import plan
@@ -32,11 +34,14 @@ from megatron_tropd.distill.step import learn
 from megatron_tropd.mcore import models, parallel, platform, schedule
 from megatron_tropd.mcore.checkpoint import Checkpoints
 from megatron_tropd.mcore.hidden import unwrap
+from megatron_tropd.mcore.layout import Layout
 from megatron_tropd.planning.planned_run import PlannedRun
 from megatron_tropd.rehearsal.engines import Counted, RecordingEngine
+from megatron_tropd.rehearsal.other_layout import ToldRows
 from megatron_tropd.rehearsal.scores import with_made_up_scores
 from megatron_tropd.rehearsal.tensors import CPU, Device
 from megatron_tropd.rehearsal.world import World
+from megatron_tropd.teacher._other_layout import OtherLayoutTeacher
 from megatron_tropd.teacher.resident import ResidentTeacher
 
 
@@ -167,9 +172,12 @@ class RehearsedRank:
                 say=_silent,
             )
         student, teacher = self.parts.student, self.parts.teacher
+        self.rows = None
+        if isinstance(teacher, OtherLayoutTeacher):
+            self.rows = ToldRows(self.parts, teacher, self.world)
         scored: list[tuple[Any, str, list[Any]]] = [(student, "score", [student.module])]
         if isinstance(teacher, ResidentTeacher):
-            scored.append((teacher, "signals", [scorer.module for scorer in teacher.scorers]))
+            scored.append((teacher, "signals", [scorer.chunks[0] for scorer in teacher.scorers]))
         for owner, name, run in scored:
             setattr(owner, name, self._keeping(getattr(owner, name), run))
 
@@ -182,13 +190,21 @@ class RehearsedRank:
         self._missing = self.planned.work.most_micro_batches - micro_batches
         original = schedule.run_schedule
 
-        def announced(model: torch.nn.Module, batches: Any, **options: Any) -> list[Any]:
-            self._announce(unwrap(model).config, batches)
-            return original(model, batches, **options)
+        teacher, trained = self.parts.teacher, self.parts.student.model.chunks
+
+        def announced(chunks: Sequence[Any], batches: Any, **options: Any) -> list[Any]:
+            layout, run = self.layout, [unwrap(chunk) for chunk in chunks]
+            if isinstance(teacher, OtherLayoutTeacher) and run[0] is not trained[0]:
+                layout = teacher.layout
+            with self._announced(run, batches, layout):
+                return original(chunks, batches, **options)
 
         setattr(schedule, "run_schedule", announced)  # noqa: B010
         try:
-            learn(self.parts, made_sequences(self.planned, micro_batches=micro_batches), 0)
+            sequences = made_sequences(self.planned, micro_batches=micro_batches)
+            if self.rows is not None:
+                self.rows.begin(sequences)
+            learn(self.parts, sequences, 0)
         finally:
             schedule.run_schedule = original
         with self.device.tracker.phase("between steps"):
@@ -230,25 +246,53 @@ class RehearsedRank:
 
         return kept
 
-    def _announce(self, config: Any, micro_batches: Any) -> None:
-        """Neighbours send what this stage would send: hidden states of each micro-batch."""
-        layout = self.layout
+    @contextmanager
+    def _announced(
+        self, chunks: Sequence[Any], micro_batches: Any, layout: Layout
+    ) -> Iterator[None]:
+        """Have neighbours send what this stage would send: hidden states of each micro-batch."""
+        config = chunks[0].config
         shards = layout.tp_size if config.sequence_parallel else 1
         shapes = [
             (batch.tokens.shape[1] // shards, batch.tokens.shape[0], config.hidden_size)
             for batch in micro_batches
         ]
-        place = {"tp_rank": layout.tp_rank, "replica": layout.replica}
-        for pp_rank in (layout.pp_rank - 1, layout.pp_rank + 1):
-            if 0 <= pp_rank < layout.pp_size:
-                self.world.expect_shapes(layout.global_rank(pp_rank=pp_rank, **place), shapes)
+        turns = schedule.turns(chunks, len(shapes))
+        arriving = [shapes[index] for index, _ in turns]
+        # What the first chunk of all reads nobody sends, nor gradients to the last: the ends of a
+        # pipeline hear of the others, which are as many whichever of the two is left out.
+        inner = [shapes[index] for index, chunk in turns if chunk]
+        forward = iter(inner if layout.is_first_stage else arriving)
+        backward = iter(inner if layout.is_last_stage else arriving)
+        original = P2PCommunicator._communicate_shapes
+
+        def told(neighbours: Any, next_: Any, prev: Any, recv_prev: bool, recv_next: bool) -> Any:
+            sent: dict[int, list[tuple[int, ...]]] = {}
+            # In the order in which they are received: of two stages both are the same rank.
+            if recv_prev:
+                sent.setdefault(neighbours.prev_rank, []).append(next(forward))
+            if recv_next:
+                sent.setdefault(neighbours.next_rank, []).append(next(backward))
+            for rank, announced in sent.items():
+                self.world.expect_shapes(rank, announced)
+            return original(neighbours, next_, prev, recv_prev, recv_next)
+
+        setattr(P2PCommunicator, "_communicate_shapes", told)  # noqa: B010
+        try:
+            yield
+        finally:
+            P2PCommunicator._communicate_shapes = original
 
     def _inputs(self) -> Inputs:
-        named, shapes = self.config.reference, [model.shape for model in self.planned.models]
+        model = self.planned.config.model
+        shapes = [each.shape for each in self.planned.models]
+        named = {
+            "student": model.student,
+            TEACHER: model.teacher,
+            "reference": self.config.reference,
+        }
         return Inputs(
-            student=self._open_model(Path(self.config.model.student)),
-            teacher=self._open_model(Path(self.config.model.teacher)),
-            reference=self._open_model(Path(named)) if named else None,
+            folders={who: self._open_model(Path(path)) for who, path in named.items() if path},
             tokenizer=cast(Any, None),
             vocab_size=min(shape.vocab for shape in shapes),
             context=min(shape.context for shape in shapes),

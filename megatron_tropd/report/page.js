@@ -364,6 +364,17 @@ function evaluationChart() {
     : chart({ title: "Held-out reverse KL", note: "Exact over the vocabulary, nats a token", series, zero: true });
 }
 
+// With several teachers: one that starves shows.
+function ofTeachers() {
+  const names = Object.keys(COLUMNS).map((name) => (name.match(/^teacher\/(.+)\/token_share$/) || [])[1]).filter(Boolean);
+  const colors = ["trusted", "teacher", "outlier", "violet", "gray"];
+  const of = (key) => names.map((name, i) => curve(`teacher/${name}/${key}`, name, colors[i % colors.length]));
+  return names.length ? [
+    chart({ title: "Tokens of each teacher", note: "Share of the loss tokens", zero: true, format: percent, tick: (v) => percent(v, 0), series: of("token_share") }),
+    chart({ title: "Divergence from each teacher", note: "K1 estimate on its student tokens, nats a token", series: of("k1") }),
+  ] : [];
+}
+
 function learning() {
   const charts = [
     evaluationChart(),
@@ -378,6 +389,7 @@ function learning() {
     chart({ title: "Endings and repetition", note: "Responses cut off at the limit; 4-grams that stood before", zero: true, format: percent, tick: (v) => percent(v, 0), series: [curve("truncated_share", "cut off", "outlier"), curve("repetition_share", "repeated", "violet")] }),
     chart({ title: "Engine against trainer", note: "Difference of log-probabilities of the same tokens, nats", log: true, series: [curve("engine_gap_mean", "mean", "trusted"), curve("engine_gap_max", "largest", "outlier")] }),
     chart({ title: "Mass of the teacher's top-k", note: "Probability on the teacher's k likeliest tokens", format: (v) => isNumber(v) ? v.toFixed(3) : "–", series: [curve("topk_mass_teacher", "teacher", "teacher", { raw: false }), curve("topk_mass_student", "student", "trusted", { raw: false })] }),
+    ...ofTeachers(),
   ].filter(Boolean);
   return section("Learning", "Bold lines are running means of the faint ones. Hover to read one step in every chart.", el("div", { class: "grid" }, ...charts));
 }

@@ -15,13 +15,22 @@ from megatron_tropd.config import Config
 from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.convert.megatron_folder import MegatronFolder
 from megatron_tropd.data.batch import MicroBatch
+from megatron_tropd.data.routes import Routes
 from megatron_tropd.data.sequence import TokenSequence
-from megatron_tropd.losses import TeacherSignal
+from megatron_tropd.losses import (
+    ReferencedSignal,
+    ReferencedTopKSignal,
+    RoutedSignal,
+    TeacherSignal,
+    TopKSignal,
+)
+from megatron_tropd.teacher._routed import RoutedTeacher
 
 if TYPE_CHECKING:
     import torch
 
     from megatron_tropd.mcore.layout import Layout
+    from megatron_tropd.mcore.student import Student
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,8 @@ class TeacherStart:
     """Columns that are real in all models."""
     reference: HFFolder | MegatronFolder | None = None
     """The model that the teacher is measured against, if the loss reads it."""
+    student: "Student | None" = None
+    """Of the run; None: there is none, for `tropd score` scores."""
     longest: int = 0
     """Tokens of the longest sequence; 0: not known."""
 
@@ -85,11 +96,21 @@ class MakeTeacher(Protocol):
 
 
 def signal_of(config: Config) -> type[TeacherSignal]:
-    """What a run's source will give.
+    """What a run's source will give, or all of its sources: no more than each of them gives.
 
     Raises:
         ConfigError: there is no such source, or it cannot take the reference.
     """
+    kinds = [_signal_alone(alone) for alone in config.by_teacher.values()]
+    if len(kinds) == 1:
+        return kinds[0]
+    referenced = all("reference" in kind.provides for kind in kinds)
+    if all("full" in kind.provides for kind in kinds):
+        return ReferencedSignal if referenced else RoutedSignal
+    return ReferencedTopKSignal if referenced else TopKSignal
+
+
+def _signal_alone(config: Config) -> type[TeacherSignal]:
     make = load_teacher(config.teacher.placement)
     if config.reference is None:
         return make.signal
@@ -102,6 +123,30 @@ def signal_of(config: Config) -> type[TeacherSignal]:
             "Leave one of the two out."
         )
     return referenced
+
+
+def make_teacher(
+    starts: Sequence[TeacherStart], config: Config, routes: Routes | None
+) -> TeacherSource:
+    """Make a run's source: its one teacher's, or one that asks several; collective.
+
+    Args:
+        starts: of each teacher, in the order of the config.
+        config: of the run.
+        routes: whose the prompts are; None: one teacher, which reads what the student reads.
+    """
+    sources = [load_teacher(start.config.teacher.placement)(start) for start in starts]
+    if routes is None:
+        return sources[0]
+    kept = [alone.signal_top_k for alone in config.by_teacher.values() if not alone.loads_teacher]
+    return RoutedTeacher(
+        sources,
+        routes,
+        starts[0].layout,
+        signal=signal_of(config),
+        tokens_per_micro_batch=config.train.tokens_per_micro_batch,
+        top_k=min([*kept, starts[0].vocab_size]),
+    )
 
 
 def load_teacher(name: str) -> MakeTeacher:

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 from megatron_tropd.data.batch import MicroBatch
 from megatron_tropd.data.sequence import TokenSequence
 from megatron_tropd.losses import HiddenStatesSignal, ReferencedSignal
-from megatron_tropd.teacher import TeacherStart
+from megatron_tropd.teacher import TeacherSource, TeacherStart
 
 if TYPE_CHECKING:
+    from megatron_tropd.mcore.elsewhere import ModelElsewhere
     from megatron_tropd.mcore.frozen import FrozenModel
 
 
@@ -18,8 +19,8 @@ class ResidentTeacher:
     signal = HiddenStatesSignal
     referenced = ReferencedSignal
 
-    def __init__(self, *scorers: "FrozenModel") -> None:
-        """``scorers``: of ``mcore.frozen.frozen_model``, the teacher and perhaps its reference."""
+    def __init__(self, *scorers: "FrozenModel | ModelElsewhere") -> None:
+        """``scorers``: the teacher and perhaps its reference."""
         self.scorers = scorers
 
     def begin(self, step: int, sequences: Sequence[TokenSequence]) -> None:
@@ -28,7 +29,7 @@ class ResidentTeacher:
     def signals(
         self, batches: Sequence[MicroBatch]
     ) -> Sequence[HiddenStatesSignal] | Sequence[ReferencedSignal]:
-        """Run each model forward; collectives: those of the schedule."""
+        """Run each model forward; collectives: those of the scorers."""
         teacher, *reference = [scorer.score(batches) for scorer in self.scorers]
         if not reference:
             return teacher
@@ -38,16 +39,22 @@ class ResidentTeacher:
         """Nothing: the models end with the process."""
 
 
-class _OfRun(ResidentTeacher):
-    """The resident teacher that a run's config names."""
+class _OfRun:
+    """Makes the resident teacher that a run's config names."""
 
-    def __init__(self, start: TeacherStart) -> None:
-        """Build its models."""
+    signal = HiddenStatesSignal
+    referenced = ReferencedSignal
+
+    def __call__(self, start: TeacherStart) -> TeacherSource:
+        """Build its models: in the student's layout, or in [teacher.parallel]."""
         # Megatron only where a run trains: a dry run and the engines look at ``signal`` alone.
         from megatron_tropd.mcore.frozen import frozen_model
+        from megatron_tropd.teacher._other_layout import OtherLayoutTeacher
 
+        if start.config.teacher.parallel is not None:
+            return OtherLayoutTeacher(start)
         models = {"teacher": start.folder, "reference": start.reference}
-        super().__init__(
+        return ResidentTeacher(
             *(
                 frozen_model(
                     folder,
@@ -66,4 +73,4 @@ class _OfRun(ResidentTeacher):
         )
 
 
-SOURCE = _OfRun
+SOURCE = _OfRun()

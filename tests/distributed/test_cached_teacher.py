@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_tropd.config import ParallelConfig, TrainConfig
+from megatron_tropd.config import ParallelConfig, TeacherConfig, TrainConfig
 from megatron_tropd.config.loss import PRESETS, preset
 from megatron_tropd.losses import TopKSignal
 from megatron_tropd.losses.signals import methods_for
@@ -22,7 +22,10 @@ LAYOUTS = {
     "tp2": ParallelConfig(tensor=2),
     "pp2": ParallelConfig(pipeline=2),
     "dp2": ParallelConfig(data=2),
+    "cp2": ParallelConfig(context=2),
 }
+OFFLOADED = {"pp2": "host", "cp2": "host_by_layer"}
+"""Where the resident teacher's weights are; nowhere else: on the device."""
 # So small a step that the weights stay, bit for bit: one student serves all comparisons.
 TRAIN = TrainConfig(steps=9999, lr=1e-30, tokens_per_micro_batch=128)
 TOP_K = 16
@@ -87,7 +90,8 @@ def compare(student: str, teacher: str, other: str, out: str) -> None:
     before: str | None = None
     worst: dict[str, float] = {}
     for layout, sizes in LAYOUTS.items():
-        parts = build_parts(student, teacher, sizes, TRAIN, preset("opd"), metrics=True)
+        source = TeacherConfig(offload=OFFLOADED.get(layout, "none"))
+        parts = build_parts(student, teacher, sizes, TRAIN, preset("opd"), source=source)
         # The teacher's reference: here another student.
         reference = frozen_model(
             HFFolder(Path(other)),

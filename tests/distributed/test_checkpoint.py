@@ -84,6 +84,7 @@ def _some_steps(learner, ranks, first: int, last: int) -> list[float]:
             dp_size=ranks.dp_size,
             tokens_per_micro_batch=128,
             pad_multiple=4,
+            batch_multiple=ranks.batch_multiple,
             seed=0,
             step=step,
         )

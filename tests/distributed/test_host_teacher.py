@@ -72,7 +72,7 @@ def _compare(case: str, student: str, teachers: dict[str, str]) -> dict[str, Any
     found = {}
     for kind in KINDS:
         parts = _parts(layout, student, teachers[teacher], kind, dtype, reference, ranks=ranks)
-        watch = [_Watch(scorer.module) for scorer in parts.teacher.scorers]
+        watch = [_Watch(scorer.chunks[0]) for scorer in parts.teacher.scorers]
         metrics = learn(parts, recorded_trajectories(0), 0).metrics
         numbers = {name: repr(value) for name, value in metrics.items()}
         found[kind] = numbers, [one.counts() for one in watch]
@@ -118,7 +118,7 @@ def _fail_and_go_on(student: str, teacher: str) -> list[str]:
         parts = _parts(layout, student, teacher, kind, ranks=ranks)
         batches = micro_batches(parts, recorded_trajectories(0), 0)
         (scorer,) = parts.teacher.scorers
-        hook = scorer.module.decoder.layers[2].mlp.register_forward_pre_hook(_fail)
+        hook = scorer.chunks[0].decoder.layers[2].mlp.register_forward_pre_hook(_fail)
         with pytest.raises(RuntimeError, match="in the middle"):
             parts.teacher.signals(batches)
         hook.remove()

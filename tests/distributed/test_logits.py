@@ -33,6 +33,8 @@ LAYOUTS = {
     "cp2": ParallelConfig(context=2, uneven_stages=True),
     "tp2-cp2-sp": ParallelConfig(tensor=2, context=2, sequence_parallel=True, uneven_stages=True),
     "pp2-cp2": ParallelConfig(pipeline=2, context=2, uneven_stages=True),
+    "pp2-vpp2": ParallelConfig(pipeline=2, virtual_pipeline=2, uneven_stages=True),
+    "pp2-vpp2-ep2": ParallelConfig(pipeline=2, virtual_pipeline=2, data=2, expert=2),
     "cp2-ep2": ParallelConfig(context=2, expert=2),
     "ep2": ParallelConfig(data=2, expert=2),
     "tp2-ep2": ParallelConfig(tensor=2, data=2, expert=2),
@@ -71,6 +73,12 @@ MIXTURES = (
     ("qwen3_moe", {}),
     ("qwen3_moe", {"norm_topk_prob": False, "tie_word_embeddings": True}),
 )
+DEEP = (
+    ("qwen2", {"head_dim": 16, "sliding_window": 7, "num_hidden_layers": 5} | WINDOW_FROM_LAYER_1),
+    ("qwen3", {"tie_word_embeddings": True, "num_hidden_layers": 6}),
+    ("qwen3_moe", {"num_hidden_layers": 4}),
+)
+"""For virtual stages; the last one for shared experts, too."""
 WRONG = (
     ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}}),
     ("mistral", {"sliding_window": None}),
@@ -119,6 +127,8 @@ def _checks(name: str, tiny_model: Callable[..., Path], scratch: Path) -> Checks
     layout = LAYOUTS[name]
     of_mixtures = layout.expert > 1 or layout.expert_tensor is not None
     tiny = MIXTURES if of_mixtures else DENSE + MIXTURES
+    if layout.virtual_pipeline > 1:
+        tiny = DEEP[2:] if of_mixtures else DEEP
     same = [tiny_model(family, **overrides) for family, overrides in tiny]
     cases = [(folder, *_reference(folder)) for folder in same]
     if name in FOR_REAL_MODELS and why_not("data") is None:
@@ -226,7 +236,7 @@ def _build(parallel: ParallelConfig, folder: HFFolder, ids: torch.Tensor, ranks:
     model = models.build_model(
         folder, layout=ranks, parallel=layout, dtype=torch.float32, padded_vocab_size=rows
     )
-    return model, _gathered_logits(model.module.eval(), ids, ranks), rows
+    return model, _gathered_logits([chunk.eval() for chunk in model.chunks], ids, ranks), rows
 
 
 def _difference(logits: torch.Tensor, expected: torch.Tensor) -> float:
@@ -264,7 +274,7 @@ def _check_names(model, folder: HFFolder) -> None:
     assert names == expected
 
 
-def _gathered_logits(model, ids, ranks) -> torch.Tensor | None:
+def _gathered_logits(chunks, ids, ranks) -> torch.Tensor | None:
     """[B, S, padded V] on the last stage, through the pipeline schedule."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
@@ -281,9 +291,10 @@ def _gathered_logits(model, ids, ranks) -> torch.Tensor | None:
     with torch.no_grad():
         found = get_forward_backward_func()(
             forward_step_func=forward,
-            data_iterator=iter([0]),
-            model=model,
-            num_microbatches=1,
+            data_iterator=[iter([0])] * len(chunks),
+            model=chunks,
+            # Virtual stages take as many as there are stages.
+            num_microbatches=ranks.batch_multiple,
             seq_length=ids.shape[1],
             micro_batch_size=ids.shape[0],
             forward_only=True,

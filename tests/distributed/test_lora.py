@@ -86,7 +86,8 @@ def batches_of(ranks, step: int):
     packed = pack(
         recorded_trajectories(step),
         dp_rank=ranks.dp_rank, dp_size=ranks.dp_size,
-        tokens_per_micro_batch=128, pad_multiple=4, seed=0, step=step,
+        tokens_per_micro_batch=128, pad_multiple=4, batch_multiple=ranks.batch_multiple,
+        seed=0, step=step,
     )  # fmt: skip
     return [ranks.local(batch) for batch in packed]
 

@@ -9,7 +9,7 @@ and the sum over micro-batches, which belongs to the training step.
 import contextlib
 import math
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import cycle, product
 from types import SimpleNamespace
 
@@ -363,6 +363,11 @@ class Case:
     """Those of the problem, without weight where the truth is infinite."""
     answer: Answer
 
+    @cached_property
+    def config(self):
+        """The loss, as it is given to the code."""
+        return config_of(**self.settings)
+
 
 def _cases(problems: dict[str, Problem]) -> list[Case]:
     sizes = {f"k={k} {o}": {"objective": o, "top_k": k, "region": "expected"} for k in (1, 5)
@@ -448,7 +453,7 @@ def _signal(kind, problem, case, place, *, aligned):
         logits = align_logits(logits, **move) if aligned else logits
         return LogitsSignal(logits, vocab_size, bounds)
     # A signal may bring more than the loss uses.
-    k = min(config_of(**case.settings).needs.top_k + 2, vocab_size)
+    k = min(case.config.needs.top_k + 2, vocab_size)
     if kind == "top_k of the shards":
         return top_k_signal(
             logits, case.tokens.ids, k, vocab_size=vocab_size, group=place.group, bounds=have
@@ -509,7 +514,7 @@ class RoundedOnce(StatelessPasses):
 def _options(problem, case, place, metrics):
     bounds = place.bounds(problem, "student") if problem.uneven else None
     return dict(
-        config=config_of(**case.settings),
+        config=case.config,
         vocab_size=problem.vocab_size,
         group=place.group,
         bounds=bounds,
@@ -653,7 +658,7 @@ def _near(what, actual, expected, allowed):
 
 
 def _check_values(case, problem, kind, values, metrics):
-    config, found = config_of(**case.settings), set(values)
+    config, found = case.config, set(values)
     full = "top_k" not in kind
     required = ALWAYS | (DIVERGENCES if full and metrics else set())
     required |= MASSES if config.needs.top_k else set()
@@ -686,7 +691,7 @@ def _masses(problem, k, by_student, power):
 
 def _signals(case, problem):
     kinds = ["logits"] if problem.products is None else ["logits", "hidden"]
-    if "full" not in required_signal(config_of(**case.settings)):
+    if "full" not in required_signal(case.config):
         kinds += ["top_k", "top_k of the shards"]
     return kinds
 
@@ -870,7 +875,7 @@ def _check_collectives(case, problem, place):
     """Two small ones per chunk forward; backward the sum of the hidden gradient, if asked for."""
     num, per_chunk, mine = len(case.tokens.ids), 5, place.columns(problem, "student")
     num_chunks = math.ceil(num / per_chunk)
-    k = config_of(**case.settings).needs.top_k or problem.vocab_size  # below the 64 of the metrics
+    k = case.config.needs.top_k or problem.vocab_size  # below the 64 of the metrics
     small = per_chunk * (k + 8) * 12 * place.size  # 12: an int64 and a float32 per candidate
     kinds = [kind for kind in _signals(case, problem) if kind != "top_k of the shards"]
     for kind, plain in product(kinds, (False, True)):

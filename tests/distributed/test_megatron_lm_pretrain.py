@@ -238,11 +238,6 @@ def _refused_runs(setting: Setting) -> list[Run]:
         setting.run("lone", without_teacher),
         setting.run("sampled_on_text", setting.arguments(method="tropd")),
         setting.run("no_method", re.sub("--tropd-method [a-z_]+", "", base)),
-        setting.run(
-            "interleaved",
-            f"{base} --pipeline-model-parallel-size 2 --num-layers 4 "
-            "--num-virtual-stages-per-pipeline-rank 2",
-        ),
         setting.run("bigger_vocabulary", base.replace("--tropd", "--vocab-size 300 --tropd", 1)),
     ]
 
@@ -489,6 +484,7 @@ def _text(tokens: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> 
         student_at=torch.arange(len(loss_at)),
         rows=tuple(range(ROWS)),
         keys=tuple(SampleKey(0, row, 0) for row in range(ROWS)),
+        loss_counts=tuple((weights != 0).sum(dim=1).tolist()),
     )
 
 
@@ -518,7 +514,8 @@ def _one_hot_teacher(student: str, sequence_parallel: bool, out: str) -> None:
         dtype=torch.float32,
         padded_vocab_size=vocab,
     )
-    chunk = Student(model, train=TrainConfig(steps=1), parallel=layout, dtype=torch.float32).chunk
+    student = Student(model, train=TrainConfig(steps=1), parallel=layout, dtype=torch.float32)
+    (chunk,) = student.chunks
     generator = torch.Generator().manual_seed(1)
     tokens, labels = torch.randint(0, 259, (2, ROWS, SEQUENCE), generator=generator)
     weights = (torch.rand(ROWS, SEQUENCE, generator=generator) < 0.7).float()
@@ -540,7 +537,13 @@ def _one_hot_teacher(student: str, sequence_parallel: bool, out: str) -> None:
     config = preset("gkd_forward_kl")
     # Megatron's cross entropy counts padding columns as real ones.
     parts = LossParts(
-        student=None, teacher=None, loss=config, beta=1.0, vocab_size=vocab, layout=ranks
+        student=None,
+        teacher=None,
+        loss=config,
+        beta=1.0,
+        vocab_size=vocab,
+        layout=ranks,
+        tokens_per_micro_batch=tokens.numel(),
     )
     record = LossReport(args, config, iteration=0)
     counts = LossCounts(0, len(batch.loss_at), 0)
@@ -570,7 +573,6 @@ REFUSED = {
     "lone": "--tropd-method given without --tropd-teacher-load",
     "sampled_on_text": "the dataset has given text",
     "no_method": "--tropd-teacher-load needs --tropd-method",
-    "interleaved": "interleaved pipeline",
     "bigger_vocabulary": "at least the 300 ids of the student's tokenizer",
 }
 

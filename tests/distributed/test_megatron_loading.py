@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from megatron_tropd.config import ParallelConfig
 from megatron_tropd.convert.to_hf import ToHF, megatron_to_hf
 from megatron_tropd.convert.to_megatron import ToMegatron, hf_to_megatron
-from tests.ranks import leave_layout, run_with_env
+from tests.ranks import leave_layout, run_with_env, save_without_manager
 
 LAYOUTS = {
     "tp1": ParallelConfig(),
@@ -136,6 +136,7 @@ def _save_again(model, out: Path) -> None:
 def _load_all(folders: list[str], layout: ParallelConfig) -> None:
     if not dist.is_initialized():
         dist.init_process_group("gloo")
+    save_without_manager()
     for folder in map(Path, folders):
         _load_with_megatron(folder, layout, folder.with_suffix(".logits"))
 

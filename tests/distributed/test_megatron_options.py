@@ -370,7 +370,7 @@ def _count(learner) -> Counter[str]:
     for layer in learner.module.decoder.layers:
         layer.self_attention.core_attention.register_forward_hook(counting("attention"))
         getattr(layer.mlp, "experts", layer.mlp).register_forward_hook(counting("mlp"))
-    chunk = learner.chunk
+    (chunk,) = learner.chunks
     groups = chunk.bucket_groups + chunk.expert_parallel_bucket_groups
     counts["buckets"] = sum(len(group.buckets) for group in groups)
     finalize, backward = learner.module.config.finalize_model_grads_func, [True]

@@ -91,8 +91,8 @@ def test_experts_are_found_in_both_of_megatrons_modules(name: str, tiny_model) -
 
     entries = plan(HFFolder(tiny_model("qwen3_moe", num_hidden_layers=3)).config)
     (entry,) = (e for e in entries if (e.layer, e.expert) == (2, 4) and "linear_fc2" in e.name)
-    parameters = [f"decoder.layers.1.{name}"]
-    found = _name(entry, parameters, first_layer=1, first_expert=3)
+    parameters = [f"decoder.layers.2.{name}"]
+    found = _name(entry, parameters, first_expert=3)
     assert [found] == parameters
 
 

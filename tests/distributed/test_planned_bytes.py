@@ -76,6 +76,7 @@ RUNS = [
     Run("qwen3_moe", SHARDED | {"expert_tensor": 1, "expert": 2}, "bfloat16"),
     Run("llama", {"pipeline": 2, "uneven_stages": True}, "float32"),
     Run("qwen3", {"pipeline": 2, "uneven_stages": True}, "bfloat16"),
+    Run("llama", {"pipeline": 2, "virtual_pipeline": 2, "uneven_stages": True}, "float32"),
     Run("qwen3", {"data": 2, "distributed_optimizer": True}, "bfloat16"),
     Run("llama", {"data": 2, "distributed_optimizer": True}, "float32"),
     Run("llama", {"data": 2}, "bfloat16"),
@@ -244,18 +245,19 @@ def _measure(config: Config) -> dict[str, float]:
     folders = {who: HFFolder(path) for who, path in pair.items()}
     built: Any = step_parts(config, folders, ranks)
     student, teacher = built.student, built.teacher.scorers[0]
-    weights = [p for m in (student.module, teacher.module) for p in m.parameters()]
+    chunks = (*student.model.chunks, *teacher.chunks)
+    weights = [p for chunk in chunks for p in chunk.parameters()]
     saved = _Saved({p.untyped_storage().data_ptr() for p in weights})
     watched = _Watched(student, built.teacher, saved)
     learn(replace(built, student=watched, teacher=watched), _trajectories(), 0)
     assert saved.now == 0
-    buffers = [*student.chunk.buffers, *student.chunk.expert_parallel_buffers]
+    buffers = [b for c in student.chunks for b in (*c.buffers, *c.expert_parallel_buffers)]
     return {
         "stage": ranks.pp_rank,
-        "weights": sum(p.nbytes for p in student.module.parameters()),
+        "weights": sum(p.nbytes for c in student.model.chunks for p in c.parameters()),
         "gradients": sum(b.grad_data.nbytes for b in buffers),
         "optimizer": _optimizer_bytes(student),
-        "teacher_weights": sum(p.nbytes for p in teacher.module.parameters()),
+        "teacher_weights": sum(p.nbytes for c in teacher.chunks for p in c.parameters()),
         "teacher_hidden": watched.hidden,
         "activations": saved.most,
         "loss": watched.loss,
@@ -264,7 +266,8 @@ def _measure(config: Config) -> dict[str, float]:
 
 def _optimizer_bytes(student: Any) -> int:
     """Moments, and main weights that are not the model's own; step counters left out."""
-    own = {p.untyped_storage().data_ptr() for p in student.module.parameters()}
+    held = [p for chunk in student.model.chunks for p in chunk.parameters()]
+    own = {p.untyped_storage().data_ptr() for p in held}
     total = 0
     for part in getattr(student.optimizer, "chained_optimizers", [student.optimizer]):
         inner = part.optimizer
@@ -283,7 +286,7 @@ def pair(tiny_model) -> tuple[dict[str, str], str]:
     tied = {"qwen3": {"tie_word_embeddings": True}}
     families = sorted({run.family for run in RUNS})
     students = {f: str(tiny_model(f, **sizes, **tied.get(f, {}))) for f in families}
-    return students, str(tiny_model("llama", hidden_size=160, num_hidden_layers=3))
+    return students, str(tiny_model("llama", hidden_size=160, num_hidden_layers=5))
 
 
 @pytest.fixture(scope="module")

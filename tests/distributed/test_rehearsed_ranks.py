@@ -17,9 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_tropd.config import (
     Config,
     ModelConfig,
+    ModelParallelConfig,
     ParallelConfig,
     RolloutConfig,
     RunConfig,
+    TeacherConfig,
     TrainConfig,
 )
 from megatron_tropd.planning.hardware import Hardware
@@ -37,10 +39,13 @@ CPU = Hardware(
     layers="cpu",
 )
 PROMPT = 8
-"""With 121 new tokens rows of 128 positions, to which rows are rounded up on CUDA."""
+"""Responses fill rows of 128 positions a rank, to which they are rounded up on CUDA."""
 LAYOUTS = {
     "TP 2 x PP 2": {"tensor": 2, "pipeline": 2, "sequence_parallel": True},
     "TP 2 x DP 2": {"tensor": 2, "data": 2, "distributed_optimizer": True},
+    "TP 2 x DP 2, teacher PP 2": {"tensor": 2, "data": 2, "teacher": {"pipeline": 2}},
+    "PP 2 x VPP 2 x DP 2": {"pipeline": 2, "virtual_pipeline": 2, "data": 2},
+    "CP 2 x DP 2": {"context": 2, "data": 2, "distributed_optimizer": True},
 }
 OBJECTS = ("all_gather_object", "gather_object", "broadcast_object_list")
 
@@ -50,10 +55,17 @@ def _config(folder: Path, layout: dict[str, Any]) -> Config:
         model=ModelConfig(
             student=str(folder / "student"), teacher=str(folder / "teacher"), dtype="bfloat16"
         ),
-        rollout=RolloutConfig(prompts="none", max_new_tokens=121, prompts_per_step=4),
+        rollout=RolloutConfig(
+            prompts="none",
+            max_new_tokens=128 * layout.get("context", 1) - PROMPT + 1,
+            prompts_per_step=4,
+        ),
         train=TrainConfig(steps=4, tokens_per_micro_batch=256),
         run=RunConfig(dir="none"),
-        parallel=ParallelConfig(**layout),
+        parallel=ParallelConfig(**{k: v for k, v in layout.items() if k != "teacher"}),
+        teacher=TeacherConfig(
+            parallel=ModelParallelConfig(**layout["teacher"]) if "teacher" in layout else None
+        ),
     )
 
 
@@ -128,8 +140,9 @@ def test_collectives_are_those_of_a_real_run(layout: str, tmp_path: Path, monkey
     from megatron_tropd.rehearsal import rehearse
 
     monkeypatch.setenv("TROPD_PLAIN", "1")
-    write_tiny_model(tmp_path / "student", "qwen3", seed=1)
-    write_tiny_model(tmp_path / "teacher", "qwen3", seed=2)
+    layers = 4 if "VPP" in layout else 2
+    write_tiny_model(tmp_path / "student", "qwen3", seed=1, num_hidden_layers=layers)
+    write_tiny_model(tmp_path / "teacher", "qwen3", seed=2, num_hidden_layers=layers)
     config = _config(tmp_path, LAYOUTS[layout])
     run_with_env(4, _really, config, tmp_path, LAYOUTS[layout])
     whole = plan_run(config, CPU, prompt_tokens=PROMPT).work.most_micro_batches

@@ -71,7 +71,7 @@ def _learner(folder: str, layout: ParallelConfig):
         source, layout=ranks, parallel=layout, dtype=torch.float32,
         padded_vocab_size=models.padded_vocab_size(source.config, tensor=layout.tensor),
     )  # fmt: skip
-    model = OnlyNorms(built.module, source.config, ranks)
+    model = OnlyNorms(built.chunks, source.config, ranks)
     return Student(model, train=TRAIN, parallel=layout, dtype=torch.float32), ranks
 
 

@@ -23,7 +23,8 @@ from megatron_tropd.data.sequence import SampleKey, TokenSequence, Writer
 from tests.ranks import leave_layout, run_with_env
 from tests.step_parts import build_parts
 
-STEPS = 10
+STEPS, FEWER = 10, 6
+"""With one rank and where a method changes on the way; elsewhere: a wrong factor shows at once."""
 LAYOUTS = {
     "tp1": ParallelConfig(),
     "tp1_deterministic": ParallelConfig(),
@@ -146,7 +147,7 @@ def _train(
     model_config = parts.student.module.config
     assert model_config.deterministic_mode is torch.are_deterministic_algorithms_enabled()
     history = []
-    for step in range(STEPS):
+    for step in range(STEPS if layout == LAYOUTS["tp1"] or method == "reopold" else FEWER):
         result = learn(parts, trajectories_of(method, step), step, example_rows=[0, 3])
         found, examples = result.metrics, gather_examples(result.examples)
         shown = [found[name] for name in SHOWN]
@@ -190,9 +191,11 @@ def histories(tmp_path_factory, pair) -> dict[Run, torch.Tensor]:
 @pytest.mark.parametrize(("layout", "method"), [case for case in CASES if case[0] != "tp1"])
 def test_losses_and_grad_norms_do_not_depend_on_the_layout(layout, method, histories):
     # The losses of the other methods are means of large terms of both signs, and small.
+    found = histories[layout, "float32", method]
+    assert len(found) == (STEPS if "tp1" in layout or method == "reopold" else FEWER)
     torch.testing.assert_close(
-        histories[layout, "float32", method],
-        histories["tp1", "float32", method],
+        found,
+        histories["tp1", "float32", method][: len(found)],
         rtol=1e-4,
         atol=1e-6 if method == "tropd" else 1e-5,
         equal_nan=True,
@@ -262,8 +265,8 @@ def test_training_brings_the_student_closer_to_the_teacher(histories):
 def test_bfloat16_with_fp32_main_gradients_follows_float32(layout, histories):
     # bfloat16 keeps 8 bits: the mask draws of a few tokens flip, the means stay close.
     torch.testing.assert_close(
-        histories[layout, "bfloat16", "tropd"][:, :5],
-        histories["tp1", "float32", "tropd"][:, :5],
+        (found := histories[layout, "bfloat16", "tropd"])[:, :5],
+        histories["tp1", "float32", "tropd"][: len(found), :5],
         rtol=0.15,
         atol=0.05,
     )

@@ -82,7 +82,7 @@ def models(teacher_folder: Path) -> Models:
 
 @pytest.fixture(scope="module")
 def engine(
-    teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory
+    teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory, warm_engines: None
 ) -> Iterator[RolloutEngine]:
     with RolloutEngine(
         PAIR / "student",

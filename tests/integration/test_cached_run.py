@@ -1,15 +1,15 @@
 """Offline distillation by its commands: rollouts scored once, then a run without a teacher."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import warm_commands
+from warm_engines import environment_of_commands
 
-from tests.integration.test_erpd import PAIR, PROMPTS, REPOSITORY, record_answers
+from tests.integration.test_erpd import PAIR, PROMPTS, record_answers
 
 STEPS = 3
 
@@ -33,15 +33,11 @@ def _tropd(folder: Path, command: str, *overrides: str) -> subprocess.CompletedP
         "teacher.cache": folder / "scores",
         "run.dir": folder / "cached",
     }
-    words = [sys.executable, "-m", "megatron_tropd.cli", command, str(PAIR / "opd.toml")]
     settings = [f"{name}={value}" for name, value in small.items()]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    return subprocess.run(
-        [*words, *settings, *overrides],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
+    return warm_commands.run(
+        [command, PAIR / "opd.toml", *settings, *overrides],
+        folder=folder,
+        environment=environment_of_commands(folder / "warm"),
     )
 
 

@@ -9,7 +9,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -19,10 +18,12 @@ from typing import Any
 
 import hold
 import pytest
-from calm_run import assert_same
+import warm_commands
+from calm_run import TROPD, assert_same
 from hold import Hold
 from machine import why_not
-from reliability import record
+from reliability import are_recorded, record
+from warm_engines import environment_of_commands
 
 from slurm.testcluster.runs import small_file_system
 
@@ -69,20 +70,30 @@ class Command:
         self.back: list[float] = []
         """Seconds from each start to its first new step."""
 
-    def start(self, *overrides: str, **environment: str) -> None:
-        path = os.pathsep.join([str(self.site), os.environ.get("PYTHONPATH", "")])
+    def start(self, *overrides: str, fresh: bool = False, **environment: str) -> None:
+        """With ``fresh``, command, ranks and engine are started as by a shell; else forked.
+
+        When seconds are written down, all are.
+        """
+        fresh = fresh or are_recorded()
         self._mark = f"TROPD_TEST={self.folder}"
         self._before, self._started = self.steps_logged(), time.monotonic()
-        self.process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "megatron_tropd.cli", "distill", str(self.config)),
-                *(f"run.dir={self.folder}", *LITTLE_ELSE, *overrides),
-            ],
-            env=os.environ | {"PYTHONPATH": path, "TROPD_TEST": str(self.folder)} | environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        words = ["distill", str(self.config), f"run.dir={self.folder}", *LITTLE_ELSE, *overrides]
+        path = os.pathsep.join([str(self.site), os.environ.get("PYTHONPATH", "")])
+        known = os.environ | {"PYTHONPATH": path}
+        if not fresh:
+            known = environment_of_commands(self.site.with_name("warm"), self.site)
+        known |= {"TROPD_TEST": str(self.folder)} | environment
+        if fresh:
+            self.process: subprocess.Popen | warm_commands.Command = subprocess.Popen(
+                [*TROPD, *words],
+                env=known,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        else:
+            self.process = warm_commands.Command(words, environment=known)
 
     def steps_logged(self) -> int:
         metrics = self.folder / "metrics.jsonl"
@@ -119,12 +130,12 @@ class Command:
     def end(self) -> Ended:
         """Wait for the command to end by itself."""
         began = time.monotonic()
-        text, _ = self.process.communicate(timeout=600)
+        text = "".join(self.process.communicate(timeout=600))
         seconds = time.monotonic() - began
         file = self.folder / "failure.json"
         logs = sorted((self.folder / "logs").glob("rank_*.log"))
         return Ended(
-            code=self.process.returncode,
+            code=self.process.wait(),
             text=text,
             failure=json.loads(file.read_text()) if file.exists() else None,
             logged=self.steps_logged(),
@@ -141,6 +152,7 @@ class Command:
         for entry in Path("/proc").iterdir():
             try:
                 marked = self._mark.encode() in (entry / "environ").read_bytes().split(b"\0")
+                marked |= warm_commands.has_open(entry, self.folder)
                 if marked and ") Z " not in (entry / "stat").read_text():
                     found.append((entry / "cmdline").read_bytes().replace(b"\0", b" ").decode())
             except OSError:
@@ -187,7 +199,9 @@ class Story:
             # Only where something is to stand still: a busy machine is slow everywhere else too.
             overrides = [STANDS_STILL] if fault == "stopped rank" else []
             held = Hold(self.run.site / "hold", step=3)  # a checkpoint further
-            self.run.start(*overrides, **{HELD: held.environment[HELD]})
+            # Whose rank is killed, has an engine that looks for its parent.
+            fresh = fault == "killed rank"
+            self.run.start(*overrides, fresh=fresh, **{HELD: held.environment[HELD]})
             self.run.wait_for_steps(3)
             self._faults[fault]()
             held.release()

@@ -111,11 +111,8 @@ def pretrain_by_torchrun(live: dict, arguments: str) -> subprocess.CompletedProc
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", "2", "-m", "megatron_tropd.integrations.on_cpu"]
     command += [str(SCRIPT), *ARGUMENTS.split(), *arguments.split()]
-    environment = os.environ | {
-        "LIVE": json.dumps(live),
-        "PYTHONPATH": str(REPOSITORY),
-        "OMP_NUM_THREADS": "1",
-    }
+    environment = warm_engines.environment_of_commands(Path(live["out"], "warm"), REPOSITORY)
+    environment |= {"LIVE": json.dumps(live), "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     assert not engines_of(Path(live["out"]))
     return run

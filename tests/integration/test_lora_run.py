@@ -1,22 +1,20 @@
 """`tropd distill` with adapters: engines get merged weights, and a resumed run is the same."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import warm_commands
+from calm_run import TIMINGS
 from safetensors.torch import load_file
 from warm_engines import environment_of_commands
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 PAIR = Path(__file__).resolve().parents[2] / "examples" / "arithmetic"
 STEPS, SAVED = 3, 1
-TIMINGS = ("seconds_", "tokens_per_second", "peak_memory")
 
 
 def distill(folder: Path, environment: dict[str, str]) -> list[dict[str, Any]]:
@@ -38,10 +36,8 @@ def distill(folder: Path, environment: dict[str, str]) -> list[dict[str, Any]]:
         "run.tensorboard": "false",
     }
     words = [f"{name}={value}" for name, value in settings.items()]
-    command = [sys.executable, "-m", "megatron_tropd.cli", "distill", str(PAIR / "lora.toml")]
-    done = subprocess.run(
-        [*command, *words], env=os.environ | environment, capture_output=True, text=True
-    )
+    command = ["distill", PAIR / "lora.toml", *words]
+    done = warm_commands.run(command, environment=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return [{k: v for k, v in line.items() if not k.startswith(TIMINGS)} for line in lines]

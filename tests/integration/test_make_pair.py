@@ -3,16 +3,21 @@
 import json
 import sys
 from dataclasses import replace
+from functools import partial
+from multiprocessing import set_forkserver_preload
 from pathlib import Path
 
 import pytest
+from torch import multiprocessing
 from transformers import AutoModelForCausalLM
+
+from tests.ranks import PRELOADED
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "arithmetic"
 
 
 def test_recipe_trains_and_writes_a_whole_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warm_engines: None
 ) -> None:
     monkeypatch.syspath_prepend(str(EXAMPLE))
     import make_pair
@@ -23,6 +28,9 @@ def test_recipe_trains_and_writes_a_whole_folder(
         {"student": replace(make_pair.RECIPES["student"], layers=1, steps=30, warmup_steps=5)},
     )
     monkeypatch.setattr(make_pair, "NUM_HELD_OUT", 8)
+    forked = partial(multiprocessing.start_processes, start_method="forkserver")
+    monkeypatch.setattr(multiprocessing, "spawn", forked)  # of ranks that have done the imports
+    set_forkserver_preload(PRELOADED)
     command = ["make_pair.py", "--out", str(tmp_path), "--tensor-parallel", "2"]
     monkeypatch.setattr(sys, "argv", command)
     make_pair.main()

@@ -1,11 +1,10 @@
 """On-policy rounds driven from outside: rollouts, Megatron's own loop, conversion, rollouts.
 
-Real vLLM, two gloo ranks of ``pretrain``, tiny models; every command is run once as a user would,
-and then in processes that have done the imports.
+Real vLLM, two gloo ranks of ``pretrain``, tiny models. The loop is started once by torchrun and
+then on ranks that have done the imports; the tools are scripts of such processes.
 """
 
 import contextlib
-import io
 import json
 import os
 import subprocess
@@ -16,10 +15,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm_commands
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from warm_engines import environment_of_commands
 
-from megatron_tropd.cli.convert import main_to_hf
 from megatron_tropd.data.recorded import RecordedTrajectories
 from megatron_tropd.data.sequence import Writer
 from megatron_tropd.data.tokenizers import load_tokenizer
@@ -51,11 +51,13 @@ ARGUMENTS = f"""
 """
 
 
-def run(*command: str | Path) -> str:
-    """One command in the repository; its output."""
+def train(*arguments: str | Path) -> str:
+    """Megatron's loop with the plug-in on two ranks, started by torchrun; what they print."""
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    script = ("-m", "megatron_tropd.integrations.on_cpu", SCRIPT, *arguments)
     done = subprocess.run(
-        [sys.executable, *map(str, command)],
+        [sys.executable, *torchrun, *map(str, script)],
         cwd=REPOSITORY,
         env=environment,
         capture_output=True,
@@ -63,22 +65,6 @@ def run(*command: str | Path) -> str:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
-
-
-def call(tool: str, *options: str | Path) -> str:
-    """The same in this process, which has done the imports."""
-    main = {"tools/rollouts.py": rollouts.main, "tools/megatron_to_hf.py": main_to_hf}[tool]
-    with contextlib.redirect_stdout(io.StringIO()) as output:
-        assert not main(list(map(str, options)))
-    return output.getvalue()
-
-
-def train(*arguments: str | Path) -> str:
-    """Megatron's loop with the plug-in on two ranks, started by torchrun; what they print."""
-    return run(
-        *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-        *("-m", "megatron_tropd.integrations.on_cpu", SCRIPT, *arguments),
-    )
 
 
 def train_again(*arguments: str | Path) -> str:
@@ -150,8 +136,15 @@ def test_two_rounds_driven_from_outside(tiny_model: Callable[..., Path], tmp_pat
     student, teacher = tiny_model("llama"), tiny_model("llama", num_hidden_layers=4)
     prompts = write_prompts(tmp_path / "prompts.jsonl", 6)
     megatron, saved, recorded = tmp_path / "megatron", tmp_path / "saved", tmp_path / "rounds"
-    run("tools/hf_to_megatron.py", "--hf", student, "--megatron", megatron)
-    sampler, tool, loop = student, run, train
+    environment = environment_of_commands(tmp_path / "warm")
+
+    def tool(name: str, *options: str | Path | int) -> str:
+        done = warm_commands.run([name, *options], environment=environment, folder=REPOSITORY)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    tool("tools/hf_to_megatron.py", "--hf", student, "--megatron", megatron)
+    sampler, loop = student, train
     for number in range(2):
         recording = ["--student", sampler, "--prompts", prompts, "--round", number]
         recording += ["--prompts-per-round", 4, "--samples", 4, "--max-new-tokens", 12]
@@ -166,7 +159,7 @@ def test_two_rounds_driven_from_outside(tiny_model: Callable[..., Path], tmp_pat
         options = ["--megatron", saved, "--hf", trained, "--hf-config", student]
         tool("tools/megatron_to_hf.py", *options)
         check_trained(sampler, trained)
-        sampler, tool, loop = trained, call, train_again
+        sampler, loop = trained, train_again
 
 
 def check_trained(before: Path, after: Path) -> None:

@@ -19,6 +19,7 @@ import pytest
 import requests
 import torch
 import torch.distributed as dist
+from calm_run import TIMINGS
 from hold import Hold
 from reliability import record
 from safetensors.torch import load_file
@@ -41,7 +42,6 @@ from megatron_tropd.rollout.weights.versions import WeightVersions
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 TROPD = [sys.executable, "-m", "megatron_tropd.cli"]
-TIMINGS = ("seconds_", "tokens_per_second", "peak_memory")
 SAMPLING = Sampling(stop_token_ids=(2, 50))
 REQUESTS = [
     SampleRequest(tuple(3 + (5 * i + j) % 90 for j in range(1 + i % 7)), 110, 10**17 * i + 7)
@@ -169,9 +169,12 @@ def _wait_gone(pids: list[int]) -> None:
 
 @pytest.fixture(scope="module")
 def servers(toml: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Server]]:
-    """Two servers of one run folder. A test may kill one; the list holds those that live."""
+    """Two servers of one run folder. A test may kill one; the list holds those that live.
+
+    The second is started as by a shell: it is the one that is seen to start, and killed.
+    """
     run = tmp_path_factory.mktemp("cluster") / "run"
-    running = [Server(toml, run, number, fresh=True) for number in range(2)]
+    running = [Server(toml, run, number, fresh=number == 1) for number in range(2)]
     yield running
     pids = [server.process.pid for server in running]
     pids += [server.status().get("engine_pid") or 0 for server in running]
@@ -308,7 +311,7 @@ def test_a_server_killed_in_the_middle_is_not_missed_and_used_again(
     assert _disturbed(pool, old, lambda _: old.process.kill()) == expected
     old.process.wait()
     _wait_gone([engine])
-    servers[1] = Server(toml, old.folder.parent, 1, fresh=True)
+    servers[1] = Server(toml, old.folder.parent, 1)
     servers[1].wait_for("ready")
     assert pool.generate(REQUESTS, SAMPLING) == expected
     assert servers[1].status()["weights"]["version"] == 1

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from calm_run import TIMINGS
 from hold import Hold
 from warm_commands import Command
 from warm_engines import environment_of_commands
@@ -31,7 +32,6 @@ if os.environ["RANK"] == "1":
 time.sleep(600)
 """
 """The first stands for a rank that waits in a collective, the second breaks."""
-TIMINGS = ("seconds_", "tokens_per_second", "peak_memory")
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def config(tmp_path_factory, tiny_model) -> Path:
 def start(config, tmp_path) -> Callable[..., list[Launcher]]:
     """``start(folder, nodes)``: one launcher for each node, none of which survives the test.
 
-    They and all that they start have done their imports before, unless they are ``fresh``.
+    They, their ranks and engines have done their imports before; if ``fresh``, the engines alone.
     """
     started: list[Launcher] = []
 
@@ -87,7 +87,7 @@ def start(config, tmp_path) -> Callable[..., list[Launcher]]:
         launchers = [
             subprocess.Popen(
                 [sys.executable, "-m", "megatron_tropd.cli", *words],
-                env=os.environ | held | place | {"TROPD_NODE_RANK": str(node)},
+                env=held | warm | place | {"TROPD_NODE_RANK": str(node)},
                 stderr=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,

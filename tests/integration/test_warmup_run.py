@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import warm_commands
+from calm_run import TIMINGS
 from warm_engines import environment_of_commands
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 PAIR = Path(__file__).resolve().parents[2] / "examples" / "arithmetic"
 STEPS, WARMUP, EPSILON, SAVED = 4, 3, 0.06, 1
-TIMINGS = ("seconds_", "tokens_per_second", "peak_memory")
 
 
 def distill(folder: Path, prompts: Path) -> list[dict[str, Any]]:

@@ -75,7 +75,7 @@ class Play:
         loaded = load_config(config, overrides)
         job = self.run / "job.sbatch"
         layout = make_layout(loaded, site)
-        job.write_text(render_job(loaded, site, layout, path=config))
+        job.write_text(render_job(Path(loaded.run.dir), site, layout, path=config))
         return self.cluster.run("sbatch", "--parsable", str(job)).strip()
 
     def await_state(self, job: str, *states: str, seconds: float = 60) -> None:

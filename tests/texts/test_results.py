@@ -99,6 +99,18 @@ def test_a_soak_met_a_fault_every_so_many_steps(path: Path):
     assert not re.search(r'["\s]/\w', path.read_text())  # no absolute path
 
 
+def test_parallelism_shows_what_the_dealing_saves():
+    (path,) = (BENCHMARKS / "results").glob("balance-*.json")
+    result = json.loads(path.read_text())
+    page = (BENCHMARKS.parent / "docs" / "parallelism.md").read_text()
+    assert module("balance").table(result) in page, "python benchmarks/balance.py --table"
+    rows = {(r["lengths"], r["replicas"], r["dealt"]): r for r in result["counted"]}
+    for (lengths, replicas, dealt), row in rows.items():
+        if dealt == "greedy":
+            found = rows[lengths, replicas, "differencing"]["time_over_in_turns"]
+            assert row["time_over_in_turns"] <= 1.02 * found, "the simpler way, unless it is worse"
+
+
 def test_the_placement_result_is_what_the_text_says():
     """Of an earlier version, which could also broadcast weights; the tables have what is left."""
     (path,) = (BENCHMARKS / "results").glob("placement-*.json")

@@ -127,6 +127,7 @@ def _weight_gradient(loss: LossSettings, tokens: int) -> tuple[torch.Tensor, int
         beta=BETA,
         vocab_size=VOCAB,
         layout=layout,
+        tokens_per_micro_batch=tokens,
     )
     counts = count_loss_tokens(trajectories, loss)
     reports = forward_backward(

@@ -119,6 +119,35 @@ def test_sorting_keeps_padding_small():
     assert lengths == sorted(lengths, reverse=True), "rows within a batch too"
 
 
+@pytest.mark.parametrize(
+    ("dp_size", "multiple"), [(1, 2), (1, 4), (1, 8), (2, 2), (2, 4), (3, 2), (3, 4), (3, 8)]
+)
+@pytest.mark.parametrize("budget", [25, 64, 10_000])
+def test_micro_batches_come_in_multiples(budget: int, multiple: int, dp_size: int):
+    """As the virtual stages of so many stages want them; with nothing lost."""
+    trajectories = _trajectories()
+    parts = [
+        _pack(
+            trajectories,
+            dp_rank=rank,
+            dp_size=dp_size,
+            tokens_per_micro_batch=budget,
+            batch_multiple=multiple,
+        )
+        for rank in range(dp_size)
+    ]
+    assert len({len(part) for part in parts}) == 1 and len(parts[0]) % multiple == 0
+    assert all(batch.rows for part in parts for batch in part)
+    assert {token for part in parts for token in _tokens_of(part)} == _tokens_of(
+        _pack(trajectories)
+    )
+
+
+def test_too_few_rows_for_a_multiple_of_micro_batches():
+    with pytest.raises(ConfigError, match="multiple of 25"):
+        _pack(_trajectories(), batch_multiple=25, tokens_per_micro_batch=25)
+
+
 @pytest.mark.parametrize("dp_size", [1, 2, 3, 4])
 @pytest.mark.parametrize("budget", [25, 64, 10_000])
 @pytest.mark.parametrize("pad_multiple", [1, 4])
@@ -138,10 +167,10 @@ def test_layout_changes_no_token(dp_size: int, budget: int, pad_multiple: int):
     assert {token for part in parts for token in _tokens_of(part)} == _tokens_of(
         _pack(trajectories)
     )
-    shapes = [[tuple(batch.tokens.shape) for batch in part] for part in parts]
-    assert all(shape == shapes[0] for shape in shapes)
-    assert sum(rows for rows, _ in shapes[0]) == len(trajectories) // dp_size
-    assert all(length % pad_multiple == 0 for _, length in shapes[0])
+    assert {len(part) for part in parts} == {len(parts[0])}, "collectives meet"
+    assert sum(len(batch.rows) for part in parts for batch in part) == len(trajectories)
+    shapes = [batch.tokens.shape for part in parts for batch in part]
+    assert all(shape[1] % pad_multiple == 0 and shape.numel() <= budget for shape in shapes)
 
 
 @pytest.mark.parametrize(("multiple", "rounded_to"), [(1, 16), (4, 16), (6, 16)])

@@ -1,5 +1,6 @@
 """Ranks that are forked behave as those that are started; each test in a process of its own."""
 
+import gc
 import json
 import os
 import signal
@@ -7,16 +8,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NoReturn
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from megatron_tropd.cli.main import main
 from megatron_tropd.launch import forked, launcher
 from megatron_tropd.launch.rank import die_with
-from tests.ranks import run_in_process
+from tests.ranks import run_in_process, run_with_env
 
 
 def _begin(main: Callable[[], NoReturn], *arguments: str, **changes: str) -> forked.ForkedRank:
@@ -155,3 +159,26 @@ def _started_by(gpus: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("gpus", [(), ("/dev/null",)])
 def test_ranks_are_forked_where_the_imports_were_done(gpus):
     assert run_in_process(_started_by, gpus) == 0
+
+
+def _has_frozen_imports() -> None:
+    assert gc.get_freeze_count() > 300_000, gc.get_freeze_count()
+
+
+def test_ranks_of_tests_leave_their_imports_to_no_garbage_collector():
+    assert run_in_process(_has_frozen_imports) == 0
+
+
+def _make_groups() -> None:
+    dist.init_process_group("gloo")
+    for n in range(5):
+        group = dist.new_group([0], timeout=timedelta(seconds=5 + n))
+        dist.barrier(group)
+        options = group._get_backend(torch.device("cpu")).options
+        assert options._timeout.total_seconds() == 5 + n
+    names = [task.joinpath("comm").read_text() for task in Path("/proc/self/task").iterdir()]
+    assert names.count("gloo_tcp_loop\n") == 1, names
+
+
+def test_groups_of_tests_share_one_thread():
+    run_with_env(1, _make_groups)

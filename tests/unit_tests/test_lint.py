@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from side_by_side import LONGEST
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -26,3 +27,8 @@ def test_no_two_test_files_have_one_name():
     """They are modules without a package: the second of a name is an error, or the wrong module."""
     names = Counter(path.name for path in (REPOSITORY / "tests").rglob("test_*.py"))
     assert [name for name, count in names.items() if count > 1] == []
+
+
+def test_files_that_are_to_begin_first_are_there():
+    """Workers would not miss one that has another name now."""
+    assert [name for name in LONGEST if not (REPOSITORY / name).exists()] == []

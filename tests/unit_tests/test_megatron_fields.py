@@ -164,6 +164,22 @@ def test_what_passes_is_read_by_megatron_core() -> None:
     assert {name for _, name in PASSING} - words == derived
 
 
+FREE = {"param_name_patterns_for_fp32_local_accumulation"}
+"""Words of the user's own."""
+
+
+def test_words_that_megatron_gives_no_type_have_their_choices() -> None:
+    """Else a misspelt one would pass, and a plan could not know it."""
+    for table, name in PASSING:
+        hint = typing.get_type_hints(DATACLASSES[table])[name]
+        free = _is_word(hint) and name not in FREE
+        assert bool(verdicts(table)[name].choices) == free, name
+
+
+def _is_word(hint: Any) -> bool:
+    return hint is str or any(map(_is_word, typing.get_args(hint)))
+
+
 @pytest.mark.parametrize(("table", "name"), PASSING, ids=str)
 def test_types_are_those_of_the_installed_dataclass(table, name) -> None:
     cls = DATACLASSES[table]
@@ -313,7 +329,7 @@ def test_keys_and_values_travel_as_asked_if_transformer_engine_sends_them(reques
     shared, asked = ParallelConfig(context=2), {"cp_comm_type": "a2a"}
     with pytest.raises(ConfigError, match="cp_comm_type = 'a2a' needs Transformer Engine on CUDA"):
         check(shared, model=asked)
-    with pytest.raises(ConfigError, match="needs two levels of groups"):
+    with pytest.raises(ConfigError, match=r"must be one of p2p, all_gather, a2a, found 'a2a\+p2p'"):
         check(shared, teacher={"cp_comm_type": "a2a+p2p"})
     request.getfixturevalue("gpu")
     check(shared, model=asked, teacher={"cp_comm_type": "p2p"})
@@ -494,6 +510,7 @@ def test_a_verdict_that_is_none_is_noticed() -> None:
 
     assert _verdict("passes, CUDA, student") == Verdict("passes", student=True, needs="CUDA")
     assert _verdict("passes, with fp8") == Verdict("passes", switch="fp8")
+    assert _verdict("passes, one of a b_c") == Verdict("passes", choices=("a", "b_c"))
     for rule in ("passes, sometimes", "allowed", "passes, CUDA, Transformer Engine"):
         with pytest.raises(ValueError, match="is no verdict"):
             _verdict(rule)

@@ -50,6 +50,16 @@ def arguments(*options: str, **others: object) -> Namespace:
     return args
 
 
+INTERLEAVED = {
+    "pipeline_model_parallel_size": 2,
+    "virtual_pipeline_model_parallel_size": 2,
+    "data_parallel_size": 2,
+    "micro_batch_size": 2,
+    "global_batch_size": 16,
+}
+"""An interleaved pipeline and batches that it can take."""
+
+
 def teach(folder: Path, *options: str, **others: object) -> Namespace:
     """Arguments with a teacher and a method."""
     return arguments(
@@ -107,7 +117,8 @@ def test_megatron_lm_refuses_losses(options: str, named: str, tiny_model) -> Non
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"virtual_pipeline_model_parallel_size": 2}, "an interleaved pipeline"),
+        (INTERLEAVED | {"global_batch_size": 12}, r"12 / \(--micro-batch-size 2 x 2 .* = 3"),
+        (INTERLEAVED | {"rampup_batch_size": [8, 8, 100]}, "--rampup-batch-size and an interl"),
         ({"mtp_num_layers": 1}, "--mtp-num-layers"),
         ({"fp16": True}, "--fp16"),
         ({"use_megatron_fsdp": True}, "--use-megatron-fsdp"),
@@ -131,6 +142,7 @@ def test_megatron_lm_refuses_losses(options: str, named: str, tiny_model) -> Non
 def test_megatron_lm_refuses_what_it_was_not_made_for(settings, named, tiny_model) -> None:
     folder = tiny_model("qwen3")
     startup.check_arguments(teach(folder))
+    startup.check_arguments(teach(folder, **INTERLEAVED))
     with pytest.raises(ConfigError, match=named):
         startup.check_arguments(teach(folder, **settings))
 
@@ -151,6 +163,7 @@ def test_megatron_lm_refuses_teachers_that_do_not_fit(tiny_model, tmp_path: Path
         ({}, 260, "at least the 260 ids"),
         ({"tensor_model_parallel_size": 4}, 259, "--tensor-model-parallel-size = 4 must divide"),
         ({"pipeline_model_parallel_size": 3}, 259, "--pipeline-model-parallel-size = 3"),
+        (INTERLEAVED, 259, "size x --num-virtual-stages-per-pipeline-rank = 2 x 2 = 4 exceeds"),
         ({"seq_length": 1024}, 259, "the teacher's context of 256 tokens, found 1024"),
     ):
         with pytest.raises(ConfigError, match=named):

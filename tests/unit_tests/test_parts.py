@@ -1,5 +1,6 @@
 """Parts of a run are found by name, ours and the user's own."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -35,3 +36,14 @@ def test_a_part_of_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_what_is_not_there_is_named(name: str, message: str) -> None:
     with pytest.raises(ConfigError, match=f"some.setting.*{message}"):
         load_part("megatron_tropd.base", name, attribute="X", setting="some.setting")
+
+
+def test_names_of_parts_are_known_without_their_package() -> None:
+    """On a login node that lacks what the package imports."""
+    code = (
+        "import sys; from megatron_tropd.base.parts import part_names; "
+        "print(part_names('megatron_tropd.teacher')); "
+        "assert 'megatron_tropd.teacher' not in sys.modules"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "resident" in run.stdout

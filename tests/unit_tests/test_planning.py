@@ -26,9 +26,9 @@ from megatron_tropd.losses.signals import HiddenStatesSignal
 from megatron_tropd.losses.vocab_parallel import shard_of
 from megatron_tropd.mcore.layout import CUDA_ROW_MULTIPLE
 from megatron_tropd.planning import memory as planned_memory
-from megatron_tropd.planning.activations import activations, saved_per_position, widths
+from megatron_tropd.planning.activations import activations, in_flight, saved_per_position, widths
 from megatron_tropd.planning.communication import communication, expert_bytes
-from megatron_tropd.planning.estimate import estimate
+from megatron_tropd.planning.estimate import estimate, layout_name
 from megatron_tropd.planning.hardware import GPUS, Hardware, load_hardware
 from megatron_tropd.planning.options import COUNTED, Options, options
 from megatron_tropd.planning.parameters import open_architecture
@@ -399,6 +399,50 @@ def test_a_pipeline_waits_for_its_stages(small: Config):
     assert took[1] == pytest.approx(took[0])
 
 
+def test_virtual_stages_wait_a_part_of_it(small: Config):
+    """m + (p - 1) / v slots, and v times the sends."""
+    rollout = dataclasses.replace(small.rollout, prompts_per_step=2, samples_per_prompt=1)
+    alone, free = dataclasses.replace(small, rollout=rollout), {"intra_node_gb_s": 1e9}
+    took, sent = [], []
+    for virtual in (1, 2):
+        parallel = ParallelConfig(pipeline=2, virtual_pipeline=virtual)
+        run = plan_run(
+            dataclasses.replace(alone, parallel=parallel), dataclasses.replace(H100, **free)
+        )
+        took.append(pass_seconds(run, run.teacher, backward=False))
+        sent.append(communication(run).pipeline_student)
+        assert run.work.micro_batches == 2
+        assert ("(VPP " in layout_name(run)) == (virtual > 1)
+    assert [t / took[0] for t in took] == pytest.approx([1, 2.5 / 3])
+    assert [s / sent[0] for s in sent] == [1, 2]
+
+
+@pytest.mark.parametrize(("stages", "virtual"), [(2, 2), (2, 5), (4, 2), (4, 3), (8, 2)])
+@pytest.mark.parametrize("groups", [1, 2, 5])
+def test_chunks_in_flight_are_those_of_megatrons_schedule(stages, virtual, groups):
+    """Its table of passes, and its count of passes before the first backward one."""
+    from megatron.core.pipeline_parallel import schedules
+
+    micro_batches = groups * stages
+    table = schedules.get_schedule_table(micro_batches, virtual, stages)
+    for stage in range(stages):
+        group = SimpleNamespace(size=lambda: stages, rank=lambda stage=stage: stage)
+        neighbours = SimpleNamespace(pp_group=group, virtual_pipeline_model_parallel_size=virtual)
+        _, _, ahead, _ = schedules.get_pp_rank_microbatches(
+            micro_batches, virtual, stages, p2p_communicator=neighbours
+        )
+        counts, moments = [0] * virtual, set()
+        for number, (_, chunk) in enumerate(table):
+            counts[chunk] += 1
+            moments.add(tuple(counts))
+            if number >= ahead:
+                counts[virtual - 1 - table[number - ahead][1]] -= 1
+        fullest = max(map(sum, moments))
+        expected = {moment for moment in moments if sum(moment) == fullest}
+        found = set(in_flight(stages, virtual, stage, micro_batches))
+        assert found == expected if groups < 5 else found >= expected
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("tokens", "columns"), [(50, 400), (3000, 700), (400, 700)])
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -526,11 +570,13 @@ PLAN_KEYS = {
     *("schema", "seconds_and_recommendation", "student", "teacher", "trained_parameters"),
     *("hardware", "step", "asked", "recommended", "other_steps_ahead", "teacher_cache"),
     "teacher_served",
+    *("choices", "with_adapters"),
 }
 ESTIMATE_KEYS = {
     *("parallel", "rollout", "training_nodes", "engine_nodes", "fits", "obstacle"),
     *(
         "megatron",
+        "teacher_offload",
         "memory_bytes",
         "engine_bytes",
         "host_bytes",
@@ -618,8 +664,13 @@ ERRORS = {
     "rollout.engine_tensor_parallel=3": "must divide the attention heads of the student, found 16",
     "rollout.steps_ahead=1": 'needs rollout.placement = "separate"',
     "rollout.engine_gpu_share=1.5": "strictly between 0 and 1, found 1.5",
-    "parallel.expert=2": "student and teacher are dense",
+    "parallel.expert=2": "laid out so is dense",
     "model.teacher=nowhere": "does not exist. Give a folder that holds config.json",
+    "teacher.placement=residnet": "teacher.placement = 'residnet': expected one of",
+    "rollout.mode=two_turns": "rollout.mode = 'two_turns': expected one of single_turn",
+    "megatron.model.cp_comm_type=p2q": "must be one of p2p, all_gather, a2a, found 'p2q'",
+    'megatron.teacher.cp_comm_type=["a2a+p2p"]': "must be one of p2p, all_gather, a2a",
+    "megatron.model.cp_comm_type=a2a": "does nothing without context parallelism",
 }
 
 
@@ -883,7 +934,10 @@ OPTION_ERRORS = [
         "activation_offload_fraction must be float, found 'half'",
     ),
     (SELECTIVE | {"recompute_modules": "mlp"}, "recompute_modules must be a list of names"),
-    (SELECTIVE | {"recompute_modules": ["mpl"]}, "core_attn, mlp, moe, moe_act"),
+    (
+        SELECTIVE | {"recompute_modules": ["mpl"]},
+        "core_attn, mlp, moe, moe_act.* Did you mean 'mlp'",
+    ),
 ]
 
 
@@ -891,6 +945,33 @@ OPTION_ERRORS = [
 def test_bad_options_are_refused_without_megatron(model: dict[str, Any], message: str):
     with pytest.raises(ConfigError, match=message):
         options(MegatronConfig(model=model))
+
+
+def test_a_save_takes_what_the_trainer_counts_on_each_rank():
+    """Of 8 ranks, DP 8: all with the distributed optimizer, else the first replica alone."""
+    from megatron_tropd.mcore.checkpoint import saving_bytes
+    from megatron_tropd.mcore.layout import Layout
+
+    for sharded, form in ((True, "fully_reshardable"), (False, None)):
+        run = _with(f"parallel.distributed_optimizer={str(sharded).lower()}")
+        held = torch.nn.Parameter(
+            torch.empty(run.student.parameters, dtype=torch.bfloat16, device="meta")
+        )
+        student: Any = SimpleNamespace(model=SimpleNamespace(trainable=lambda p=held: {"all": p}))
+        sizes: dict[str, Any] = dict(tp_rank=0, tp_size=1, pp_rank=0, pp_size=1, dp_size=8)
+        ranks = [Layout(rank=r, world_size=8, groups=None, dp_rank=r, **sizes) for r in range(8)]
+        counted = sum(saving_bytes(student, rank, form) for rank in ranks)
+        assert planned_memory.saving_host_bytes(run) == counted > 0
+
+
+def test_what_a_node_has_not_is_no_plan():
+    small = dataclasses.replace(H100, host_memory_gb=150)
+    words = ["teacher.offload=host"]
+    assert estimate(_with(*words)).fits
+    assert (
+        "a node needs 256 GB of memory of its own"
+        in estimate(_with(*words, hardware=small)).obstacle
+    )
 
 
 def test_bad_options_end_the_command(capsys):

@@ -156,7 +156,7 @@ def test_the_number_of_processes_is_checked(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_places_and_ranks_are_inverse() -> None:
-    from megatron_tropd.convert.sizes import stage_sizes
+    from megatron_tropd.convert.sizes import stage_chunks, stage_sizes
     from megatron_tropd.mcore.layout import Layout
 
     ranks = Layout(0, 12, 0, 2, 0, 3, 0, 2, groups=None)  # type: ignore[arg-type]
@@ -175,6 +175,12 @@ def test_places_and_ranks_are_inverse() -> None:
     assert sharded.neighbour(7, 0) == 5 and sharded.neighbour(5, 1) == 7
     assert stage_sizes(5, 2) == [3, 2]
     assert stage_sizes(4, 2) == [2, 2]
+    assert stage_chunks(9, 2, 2) == [[range(0, 3), range(5, 7)], [range(3, 5), range(7, 9)]]
+    assert stage_sizes(9, 2, 2) == [5, 4]
+    assert ranks.chunks(6) == [range(0, 2)]
+    chunked = dataclasses.replace(ranks, pp_rank=1, vp_size=2)
+    assert chunked.chunks(7) == [range(2, 3), range(5, 6)]
+    assert (ranks.batch_multiple, chunked.batch_multiple) == (1, 3)
 
 
 @pytest.mark.parametrize("damage", ["missing", "surplus", "shape"])

@@ -141,7 +141,7 @@ def test_autograd_keeps_what_it_keeps_on_a_gpu(answer):
     model = torch.nn.Linear(4, 4, device="cuda")
     for parameter in model.parameters():
         parameter.main_grad = parameter.detach().clone()
-    student.broken_gradients(model)
+    student.broken_gradients(dict(model.named_parameters()))
     first = inspect.getsourcelines(student.broken_gradients)[1]
     line = first + next(
         n for n, text in enumerate(source.splitlines()) if "isfinite" in text

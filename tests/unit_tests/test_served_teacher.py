@@ -280,7 +280,7 @@ def test_losses_that_need_more_than_the_likeliest_ids_are_refused_by_name():
     config = load_config(PAIR / "opd.toml", [*SERVED, "loss.method=tropd", "loss.top_k=8"])
     check_signal(config.loss, signal_of(config), vocab_size=320)
     assert config.signal_top_k == 8 and not config.loads_teacher
-    assert load_config(PAIR / "served.toml").signal_top_k == 0
+    assert load_config(PAIR / "served.toml").signal_top_k == 1
     reference = [*SERVED, "loss.method=delta", f"teacher.reference={PAIR / 'student'}"]
     with pytest.raises(ConfigError, match="'served' takes no reference"):
         signal_of(load_config(PAIR / "opd.toml", reference))

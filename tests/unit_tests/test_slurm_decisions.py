@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from megatron_tropd.cluster.job_layout import make_layout
-from megatron_tropd.cluster.render import render_job
+from megatron_tropd.cluster.render import DISTILL, SCORE, JobCommand, render_job
 from megatron_tropd.cluster.site import Site
 from megatron_tropd.config import load_config
 
@@ -52,7 +52,7 @@ source "$FAKE/$name"
 class Job:
     """A rendered job in a folder with played commands."""
 
-    def __init__(self, folder: Path, *overrides: str) -> None:
+    def __init__(self, folder: Path, *overrides: str, command: JobCommand = DISTILL) -> None:
         self.fake, self.run = folder / "fake", folder / "run"
         self.fake.mkdir()
         self.logs = self.run / "logs"
@@ -68,7 +68,7 @@ class Job:
         loaded = load_config(config, overrides)
         layout = make_layout(loaded, SITE)
         self.file = folder / "job.sbatch"
-        text = render_job(loaded, SITE, layout, path=config)
+        text = render_job(self.run, SITE, layout, path=config, command=command)
         self.file.write_text(text.replace("look_seconds=1", "look_seconds=0.05"))
         for name, text in {"scontrol": SCONTROL, "srun": SRUN, "squeue": SQUEUE}.items():
             (self.fake / name).write_text(text)
@@ -198,6 +198,18 @@ def test_progress_starts_the_count_again(job, work):
     for restart in range(1, 8):
         job.finish(f"{work}; exit 75", restart=restart)
         assert job.requeues == restart
+
+
+def test_a_file_of_scores_is_progress(tmp_path):
+    job = Job(tmp_path, command=SCORE)
+    for restart in range(1, 8):
+        work = "touch $RUN/../signals-0000$((SLURM_RESTART_COUNT / 2)).safetensors; exit 75"
+        job.finish(work, restart=restart)
+        assert job.requeues == restart
+    for restart in range(8, 11):
+        job.finish("exit 75", restart=restart)
+    assert job.requeues == 8, "the last of them was the second in vain"
+    assert " score " in job.calls("train")[0] and " distill " not in job.calls("train")[0]
 
 
 def test_steps_that_are_lost_and_trained_again_are_no_progress(job):

@@ -36,7 +36,8 @@ def toml(tmp_path: Path) -> Path:
 
 def _render(toml: Path, site: Site, *overrides: str) -> str:
     config = load_config(toml, overrides)
-    return render_job(config, site, make_layout(config, site), path=toml)
+    run = Path(config.run.dir).resolve()
+    return render_job(run, site, make_layout(config, site), path=toml)
 
 
 def _directives(text: str) -> set[str]:
@@ -243,6 +244,26 @@ def test_a_job_runs_the_config_as_it_was(toml, tmp_path, monkeypatch):
     assert main(["slurm", str(toml), *words]) == 0
     assert copy.read_text() == before, "a job that was submitted before keeps its own"
     assert len(list(run.glob("job_*.toml"))) == 2
+
+
+def test_a_job_that_scores(toml, tmp_path, capsys):
+    """Under any settings of engines, for it has none; in its own folder, beside the scores."""
+    cache = tmp_path / "scores"
+    toml.write_text(toml.read_text().replace("max_new", 'recorded = "r.jsonl", max_new'))
+    words = ["slurm", str(toml), "--site", str(EXAMPLE), "parallel.data=16", "--score"]
+    assert main(words) == 2
+    assert "`tropd score` fills teacher.cache" in capsys.readouterr().err
+    words += ["teacher.placement=cached", f"teacher.cache={cache}", "rollout.placement=separate"]
+    assert main(words) == 0
+    said = capsys.readouterr()
+    assert "training nodes: 2 x 8 ranks\n" in said.out
+    text = (cache / "job" / "job.sbatch").read_text()
+    (copy,) = (cache / "job").glob("job_*.toml")
+    assert load_config(copy).teacher.placement == "cached", "as `tropd score` expects"
+    assert '"${tropd[@]}" score "${config[@]}"' in text and "start_servers" not in text
+    assert f"run={shlex.quote(str(cache / 'job'))}\n" in text
+    assert not re.search(r"@[A-Z_]+@", text)
+    subprocess.run(["bash", "-n"], input=text.encode(), check=True)
 
 
 def test_nothing_of_servers_without_servers(toml):

@@ -38,6 +38,7 @@ class _Pair(Models):
         super().__init__()
         self.asked: list[Any] = []
         self.finite = True
+        self.wait = SimpleNamespace(seconds=0.25)
 
     def begin(self, step: int, sequences: Sequence[TokenSequence]) -> None:
         self.asked.append(("begin", step, len(sequences)))
@@ -92,6 +93,18 @@ def test_the_teacher_hears_of_the_step_before_it_scores_and_the_update_comes_las
     assert result.metrics["tokens_student"] == student == result.counts.student
     assert result.metrics["grad_norm"] == result.update.grad_norm > 0
     assert (result.metrics["lr"], result.metrics["update_skipped"]) == (LR, 0)
+
+
+def test_padding_and_waiting_are_told():
+    sequences, pair = step_sequences(), _Pair()
+    metrics = _learn(pair, sequences, tokens_per_micro_batch=1000, pad_multiple=5).metrics
+    lengths = [len(sequence) - 1 for sequence in sequences]
+    assert max(lengths) % 5, "so that even the longest is padded"
+    padded = len(lengths) * 5 * -(-max(lengths) // 5)
+    assert metrics["padding_share"] == pytest.approx(1 - sum(lengths) / padded)
+    share = metrics["waiting_share"]
+    pair.wait.seconds *= 4
+    assert share > 0 and _learn(pair, sequences).metrics["waiting_share"] > share
 
 
 def test_masked_tokens_are_told():

@@ -297,11 +297,19 @@ def test_a_loss_that_needs_more_ids_is_refused(cache: Path):
         opened.check_top_k(64, "tropd")
 
 
+def test_the_command_takes_the_offload_of_the_settings(tmp_path: Path):
+    config = _config(tmp_path)
+    teacher = dataclasses.replace(config.teacher, offload="host_by_layer")
+    scored = job_config(dataclasses.replace(config, teacher=teacher)).teacher
+    assert (scored.placement, scored.offload) == ("resident", "host_by_layer")
+
+
 @pytest.mark.parametrize("method", ["gkd_jsd", "tropd_exact", "trb", "eopd"])
 def test_a_method_that_needs_more_is_told_which_work(tmp_path: Path, method: str):
     config = _config(tmp_path, name=method)
-    with pytest.raises(ConfigError, match=r"\['full'\].*TopKSignal.*tropd, tropd_expected.*opd"):
+    with pytest.raises(ConfigError, match=r"whole dist.* ids and .*tropd, tropd_exp.*opd") as told:
         check_signal(config.loss, signal_of(config), vocab_size=VOCAB)
+    assert "Signal" not in str(told.value), "no name of ours"
     check_signal(_config(tmp_path, name="tropd").loss, signal_of(config), vocab_size=VOCAB)
 
 
@@ -479,7 +487,7 @@ def test_scores_of_parts_of_rows_are_put_in_order(data: int, context: int):
             groups=groups, pad_multiple=2 * context, **where, **sizes,
         )  # fmt: skip
         scorer = Scorer(CachedTeacher(None), layout, 1, torch.float32, 24)
-        for batch in map(layout.local, scorer._packed(sequences)):
+        for batch in map(layout.local, scorer._packed(scorer._weighed(sequences))):
             # The most likely id is the place of the token in its row.
             places = batch.of_loss_tokens(batch.position_ids) + 1
             logits = torch.nn.functional.one_hot(places, VOCAB).float()

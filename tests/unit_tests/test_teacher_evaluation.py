@@ -3,7 +3,7 @@
 import io
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,10 +27,12 @@ from megatron_tropd.rollout.engines.device_memory import wait_for_memory
 
 GIB = 2**30
 PARTS = [part.name for part in fields(StepParts)]
+PROBLEMS = [Prompt(0, (1, 2), "1+1=", {"answer": "2"})]
 INPUTS = SimpleNamespace(
-    problems=[Prompt(0, (1, 2), "1+1=", {"answer": "2"})],
+    problems=PROBLEMS,
+    problems_of={"teacher": PROBLEMS},
+    routes=None,
     student=SimpleNamespace(config={}, companions=Path("student")),
-    teacher=SimpleNamespace(config={}),
     folders={},
     stop_token_ids=(0,),
     tokenizer=SimpleNamespace(decode=lambda *_, **__: "2"),
@@ -173,6 +175,33 @@ def test_the_teachers_engine_is_gone_before_others_take_memory(
     assert (record["model"], record["step"], record["total"]) == ("teacher", 0, 1)
     with opened():
         assert calls == ["student: start", "student: sleep", "build models"], "resumed"
+
+
+def test_each_problem_is_answered_by_its_own_teacher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [{"answer": str(2 + i % 2), "source": ("even", "odd")[i % 2]} for i in range(4)]
+    problems = [Prompt(i, "1+1=", (1, i), line) for i, line in enumerate(lines)]
+    whose = {"teacher a": problems[1:], "teacher b": [], "teacher c": problems[:1]}
+    says = SimpleNamespace(decode=lambda *_, **__: "answer: 2")
+    changed = {"problems": problems, "problems_of": whose, "tokenizer": says}
+    inputs = SimpleNamespace(**vars(INPUTS) | changed)
+    config, _ = make_run(tmp_path)
+    log = MetricsLog(tmp_path, tensorboard=False)
+    folder = RunFolder(tmp_path)
+    evaluator = Evaluator(config, inputs, folder, is_main=True, log=log)  # type: ignore[arg-type]
+    calls: list[str] = []
+    monkeypatch.setattr(sessions, "wait_for_memory", lambda *_: calls.append("wait"))
+    reporter = cast(Any, SimpleNamespace(clock=lambda _: nullcontext()))
+    start = cast(Any, lambda who: Engines(who, calls))
+    sessions._measure_teachers(evaluator, reporter, cast(Any, inputs), start)
+    of_one = [f"teacher a: {what}" for what in ("start", "generate", "close")]
+    of_other = [f"teacher c: {what}" for what in ("start", "generate", "close")]
+    assert calls == [*of_one, "wait", *of_other, "wait"], "the second has no problem"
+    (record,) = read_lines(folder.evaluations)
+    assert (record["model"], record["total"], record["accuracy"]) == ("teacher", 4, 0.5)
+    assert (record["accuracy/even"], record["accuracy/odd"]) == (1.0, 0.0)
+    assert [example["prompt_index"] for example in record["examples"]] == [0, 1, 2, 3]
 
 
 def test_memory_that_comes_back_is_waited_for() -> None:

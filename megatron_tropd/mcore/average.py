@@ -1,0 +1,76 @@
+"""An exponential moving average of the weights that are trained."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
+from megatron.core.dist_checkpointing.mapping import ShardedBase
+from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from megatron_tropd.mcore.student import StudentModel
+
+_PREFIX = "average."
+"""Of its tensors' names in a checkpoint."""
+
+
+class Average:
+    """This rank's part of the average, in float32: small steps would be lost in bfloat16."""
+
+    def __init__(self, model: "StudentModel", *, decay: float) -> None:
+        """Begin with the weights as they are.
+
+        Args:
+            model: whose trained weights are averaged.
+            decay: share of the average that an update keeps.
+        """
+        self._model, self._decay = model, decay
+        self._of = {n: p.detach().float().clone() for n, p in model.trainable().items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move towards the weights as they are; not at all if they are the average already."""
+        for name, parameter in self._model.trainable().items():
+            self._of[name].lerp_(parameter.float(), 1 - self._decay)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Run the model with the average, in the model's type, while the block lasts."""
+        types = {name: p.dtype for name, p in self._model.trainable().items()}
+        with self._instead({name: own.to(types[name]) for name, own in self._of.items()}):
+            yield
+
+    def state(self, metadata: dict[str, Any]) -> dict[str, Any]:
+        """Describe what a checkpoint holds of it, sharded as the model is."""
+        with self._instead(self._of):
+            state = self._model.state(metadata)
+            dict_list_map_inplace(_kept, state)  # what the parameters hold now, not later
+        add_prefix_for_sharding(state, _PREFIX)
+        return state
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take up what :meth:`state` described, loaded."""
+        with self._instead(self._of):
+            self._model.restore(state)
+
+    @contextmanager
+    def _instead(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+        """Let the parameters hold other tensors while the block lasts."""
+        trained = self._model.trainable()
+        held = {name: parameter.data for name, parameter in trained.items()}
+        try:
+            for name, parameter in trained.items():
+                parameter.data = tensors[name]
+            yield
+        finally:
+            for name, parameter in trained.items():
+                parameter.data = held[name]
+
+
+def _kept(part: Any) -> Any:
+    if isinstance(part, ShardedBase) and isinstance(getattr(part, "data", None), Tensor):
+        part.data = part.data.detach()
+    return part
