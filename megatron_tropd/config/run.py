@@ -957,7 +957,7 @@ class Config(Settings):
         """Ids of each token that a teacher says which is not loaded."""
         for_files = self.teacher.cache is not None  # `tropd score` asks a server
         if self.teacher.placement == "served" and not for_files:
-            return self.loss.needs.top_k
+            return max(1, self.loss.needs.top_k)
         return self.cached_top_k
 
     @property

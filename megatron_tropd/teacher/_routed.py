@@ -240,7 +240,9 @@ class _Reader:
         Collectives: the teacher's; with context parallelism 1 all-reduce of each tensor, [slots,
         ...].
         """
-        signals = self._source.signals(batches) if batches else []
+        # Most sources have nothing to do without rows; a served one meets all ranks.
+        called = batches or getattr(self._source, "everywhere", False)
+        signals = self._source.signals(batches) if called else []
         if not first or not signals:
             return None
         at = [_slots(batch, first) for batch in batches]

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,9 @@ from megatron_tropd.distill.score import load_to_score
 from megatron_tropd.integrations import startup
 from megatron_tropd.losses import check_signal
 from megatron_tropd.teacher import signal_of
+from megatron_tropd.teacher._routed import _Reader
 from megatron_tropd.teacher.cached.files import TeacherCache
+from megatron_tropd.teacher.served import ServedTeacher, _meet
 from megatron_tropd.teacher.served import probe as probes
 from megatron_tropd.teacher.served.server import TOKEN_VARIABLE, Wanted, _scored
 from tests.ranks import run_in_process, run_with_env
@@ -124,15 +127,26 @@ def test_a_known_server_is_asked_but_once_more_in_each_step(start: Callable[...,
 
 
 def test_replicas_share_the_work(start: Callable[..., Replay]):
-    replicas = [start(_slow), start(_slow)]
-    servers = teacher_servers([one.address for one in replicas])
+    shared = threading.Event()
+
+    def waiting(path: str, body: Any, right: Answer) -> Answer:
+        assert not _is_work(path, body) or shared.wait(60)
+        return right
+
+    def sharing(path: str, body: Any, right: Answer) -> Answer:
+        if _is_work(path, body):
+            shared.set()
+        return right
+
+    replicas = [start(waiting), start(sharing)]
+    servers = teacher_servers([one.address for one in replicas], timeout_seconds=90.0)
     servers.score(WORK * 3)
     for one in replicas:
-        assert sum(body["prompt"] in SEQUENCES for path, body in one.asked if _asks(path)) >= 2
+        assert any(_is_work(*each) for each in one.asked)
 
 
-def _asks(path: str) -> bool:
-    return path == COMPLETIONS
+def _is_work(path: str, body: Any) -> bool:
+    return path == COMPLETIONS and body["prompt"] in SEQUENCES
 
 
 def _slow(path: str, body: Any, right: Answer) -> Answer:
@@ -280,7 +294,7 @@ def test_losses_that_need_more_than_the_likeliest_ids_are_refused_by_name():
     config = load_config(PAIR / "opd.toml", [*SERVED, "loss.method=tropd", "loss.top_k=8"])
     check_signal(config.loss, signal_of(config), vocab_size=320)
     assert config.signal_top_k == 8 and not config.loads_teacher
-    assert load_config(PAIR / "served.toml").signal_top_k == 0
+    assert load_config(PAIR / "served.toml").signal_top_k == 1
     reference = [*SERVED, "loss.method=delta", f"teacher.reference={PAIR / 'student'}"]
     with pytest.raises(ConfigError, match="'served' takes no reference"):
         signal_of(load_config(PAIR / "opd.toml", reference))
@@ -293,8 +307,9 @@ def test_the_teachers_folder_needs_no_weights(tmp_path: Path):
         file.unlink()
     asked = [f"model.teacher={folder}", "rollout.num_engines=1", "parallel.tensor=1"]
     inputs = load_inputs(load_config(PAIR / "opd.toml", [*SERVED, *asked]))
-    assert inputs.teacher.config["vocab_size"] == 320
-    why = probes.resident_score(inputs.teacher, (1, 2), torch.float32)
+    teacher = inputs.folders["teacher"]
+    assert teacher.config["vocab_size"] == 320
+    why = probes.resident_score(teacher, (1, 2), torch.float32)
     assert why == f"{folder} holds no weights"
     with pytest.raises(InputError, match="teacher"):
         load_inputs(load_config(PAIR / "opd.toml", asked))
@@ -364,6 +379,45 @@ def test_a_hung_replica_neither_holds_up_a_step_nor_keeps_its_threads(start: Cal
     hung.set()
 
 
+def _lower(told: Any) -> None:
+    for said in _entries(told[1]):
+        said["logprob"] -= 0.3
+
+
+def test_each_of_two_teachers_is_compared_with_itself(start: Callable[..., Replay], tmp_path: Path):
+    """At the run's first start and at a later one; only the first has weights at hand."""
+    other, record = tmp_path / "teacher", tmp_path / "said.json"
+    other.mkdir()
+    shutil.copy(PAIR / "teacher" / "config.json", other)
+    folders = [HFFolder(PAIR / "teacher"), HFFolder(other, weights=False)]
+    addresses = [start().address, start(_changed(_lower)).address]
+    for _ in range(2):
+        for folder, address in zip(folders, addresses, strict=True):
+            _meet(teacher_servers([address]), folder, torch.float32, record)
+    with pytest.raises(InputError, match=r"is another model.*when the run began \(.*said\.json"):
+        _meet(teacher_servers([addresses[1]]), folders[0], torch.float32, record)
+    record.unlink()
+    with pytest.raises(InputError, match=r"served teacher is another .* those of the weights in"):
+        _meet(teacher_servers([addresses[1]]), folders[0], torch.float32, record)
+
+
+def test_a_replica_without_rows_of_a_teacher_meets_the_others():
+    """Of several teachers: the gather of what went wrong is over all ranks."""
+    called = []
+    source = SimpleNamespace(
+        everywhere=True, begin=lambda *_: None, signals=lambda batches: called.append(batches) or []
+    )
+    layout = SimpleNamespace(batch_multiple=1, pad_multiple=1, row_multiple=1, ep_size=1)
+    reader = _Reader(source, layout, 64)  # type: ignore[arg-type]
+    [batch] = pack(
+        [TokenSequence.of_runs(SampleKey(0, 0, 0), (Writer.CONTEXT, [3]), (Writer.TEACHER, [4]))],
+        **{"dp_rank": 0, "dp_size": 1, "tokens_per_micro_batch": 8, "seed": 0, "step": 0},
+    )
+    reader.begin(0, {})
+    assert reader.signals([batch]) == [None] and called == [[]]
+    assert ServedTeacher.everywhere
+
+
 def test_a_model_that_is_not_there_any_more_is_named(start: Callable[..., Replay]):
     other = threading.Event()
 
@@ -382,11 +436,7 @@ def test_a_model_that_is_not_there_any_more_is_named(start: Callable[..., Replay
 
 
 def test_of_two_different_replicas_one_is_refused(start: Callable[..., Replay]):
-    def other(told: Any) -> None:
-        for said in _entries(told[1]):
-            said["logprob"] -= 0.3
-
-    servers = teacher_servers([start(_changed(other)).address, start().address])
+    servers = teacher_servers([start(_changed(_lower)).address, start().address])
     deadline = time.monotonic() + 60.0
     with pytest.raises(InputError, match="is another model"):
         while time.monotonic() < deadline:

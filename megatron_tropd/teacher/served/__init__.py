@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from megatron_tropd.mcore.layout import Layout
 
 RECORD = "served_teacher.json"
-"""File of a run: what its teacher said of the probe at the first start."""
+"""File of a run: what each of its teachers said of the probe at the first start."""
 _A_MOMENT = 1.0
 """Seconds to wait for a thread that checks a server; as a rule it takes less."""
 _WORDS = Words(
@@ -185,6 +185,8 @@ class ServedTeacher(CachedTeacher):
 
     signal = TopKSignal
     referenced = None
+    everywhere = True
+    """Its ``signals`` gathers over all ranks: also those that have no rows for it call it."""
 
     def __init__(self, servers: TeacherServers | None, layout: "Layout", *, top_k: int) -> None:
         """Take servers.
@@ -211,11 +213,11 @@ class ServedTeacher(CachedTeacher):
         said: list[Tensor] = []
 
         def ask() -> None:
-            if self._servers is not None:
+            if self._servers is not None and unique:
                 said.append(_packed(self._servers.score([_to_score(s) for s in unique.values()])))
 
         run_everywhere(ask)
-        if not self._layout.is_last_stage:
+        if not self._layout.is_last_stage or not batches:
             return []
         shape = num_scored(unique.values()), 1 + 2 * self._top_k
         scores = _Scores(unique, self._shared(said, shape, batches[0].tokens.device))
@@ -330,8 +332,9 @@ def _meet(
     record: Path | None,
 ) -> NDArray[np.float32]:
     """Wait for the teacher and compare it with what is known of it; what it says of the probe."""
-    ids = list(servers.probe.ids)
-    told = read_json_object(record) if record is not None and record.exists() else {}
+    ids, name = list(servers.probe.ids), str(folder.path)
+    every = read_json_object(record) if record is not None and record.exists() else {}
+    told = every.get(name, {})
     if told.get("token_ids") == ids:
         servers.said = np.array(told["logprobs"], np.float32)
         servers.said_when = f"what the teacher said when the run began ({record})"
@@ -351,7 +354,7 @@ def _meet(
         gap = check_same("The served teacher", said, resident, weights)
         print(f"teacher: served and resident log-probs differ by {gap:.2g} nats", flush=True)
     if record is not None:
-        write_json(record, {"token_ids": ids, "logprobs": said.tolist()})
+        write_json(record, every | {name: {"token_ids": ids, "logprobs": said.tolist()}})
     return said
 
 
