@@ -162,7 +162,11 @@ def _wait(
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        # Not `communicate`: what left the session may hold the pipe, and read nothing.
+        process.wait()
+        if process.stdin is not None:
+            with suppress(OSError):
+                process.stdin.close()
     return process.returncode
 
 
