@@ -162,11 +162,7 @@ def _wait(
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        # Not `communicate`: what left the session may hold the pipe, and read nothing.
-        process.wait()
-        if process.stdin is not None:
-            with suppress(OSError):
-                process.stdin.close()
+        process.communicate()
     return process.returncode
 
 
