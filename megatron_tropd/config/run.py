@@ -942,6 +942,18 @@ class Config(Settings):
             'together: "served" needs addresses of `vllm serve`, "cached" may have some, others '
             "have none.",
         )
+        unread = [
+            f"teacher.{name}"
+            for name in ("served_model", "requests", "timeout_seconds")
+            if getattr(self.teacher, name) != getattr(TeacherConfig, name)
+        ]
+        # Of a cached teacher `tropd score` may read them, which loads one if it has no address.
+        loaded = placement in (TeacherConfig.placement, SELF) and self.teacher.cache is None
+        _require(
+            not unread or not loaded,
+            f'teacher.placement = "{placement}" asks no server and does not read '
+            f"{', '.join(unread)}. Leave it out.",
+        )
         if placement != "served":
             return
         self._check_without_teacher()

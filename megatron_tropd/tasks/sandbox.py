@@ -38,6 +38,7 @@ try:
     ):
         resource.setrlimit(what, (most, most))
 except BaseException:
+    os.write(1, sys.argv[5].encode())
     os._exit({_NOT_STARTED})
 os.execv(sys.executable, [sys.executable, "-I", sys.argv[4]])
 """
@@ -132,10 +133,11 @@ def run_program(program: str, given: str, *, seconds: float, memory_mib: int) ->
         path, output = Path(folder) / "program.py", Path(folder) / "output"
         path.write_text(program, encoding="utf-8", errors="replace")
         limits = [str(int(seconds) + 1), str(memory_mib * 2**20), str(_OUTPUT_BYTES)]
-        command = [*_apart(), sys.executable, "-I", "-c", _LIMITED, *limits, str(path)]
+        proof = secrets.token_hex(16)  # a program may end with any code
+        command = [*_apart(), sys.executable, "-I", "-c", _LIMITED, *limits, str(path), proof]
         with output.open("wb") as written:
             code = _wait(command, given, written, folder, seconds)
-        if code == _NOT_STARTED:
+        if code == _NOT_STARTED and output.read_bytes() == proof.encode():
             raise SandboxError("the limits of a program could not be set")
         if code != 0 or output.stat().st_size >= _OUTPUT_BYTES:
             return None

@@ -131,6 +131,7 @@ def test_the_teacher_is_the_student_and_reads_and_answers_in_its_context(run: An
         (["rollout.behaviour=blended"], "teacher.context would not be read"),
         (["teacher.ema_decay=0.5", "teacher.offload=host"], "for a model on the student's ranks"),
         (["teacher.reference=student", "loss.method=exopd"], "takes no reference"),
+        (["teacher.requests=8"], "asks no server and does not read teacher.requests"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(

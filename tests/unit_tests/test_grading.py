@@ -298,6 +298,13 @@ def test_what_a_program_started_ends_with_it(tmp_path: Path):
     assert not left.exists()
 
 
+def test_a_sandbox_without_limits_is_told_from_a_program_that_ends_like_it():
+    ended = "import sys; sys.exit(97)"
+    assert sandbox.run_program(ended, "", seconds=60, memory_mib=512) is None
+    with pytest.raises(sandbox.SandboxError, match="limits"):
+        sandbox.run_program("", "", seconds=60, memory_mib=2**60)
+
+
 def test_a_worker_that_does_not_start_is_ended(own: Grader, monkeypatch):
     monkeypatch.setattr(grading, "_START_SECONDS", 0.0)
     started = []
