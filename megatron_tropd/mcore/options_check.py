@@ -13,7 +13,7 @@ from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.config import Config, ParallelConfig
 from megatron_tropd.config.megatron import MegatronConfig
 from megatron_tropd.config.megatron_fields import Table, verdicts
-from megatron_tropd.config.run import reference_of
+from megatron_tropd.config.run import SELF, reference_of
 from megatron_tropd.convert.adapters import check_lora
 from megatron_tropd.convert.families import model_shape
 from megatron_tropd.mcore import models, platform
@@ -54,6 +54,7 @@ def check_options(config: Config, **configs: dict[str, Any]) -> None:
     for table, options in megatron.tables():
         _check_virtual_pipeline(table, options, config.parallel_of(_model_of(table)))
         _check_machine(table, options)
+    check_teacher_is_built(config)
     _check_recomputation(megatron.model)
     _check_overlap(config)
     dtype = models.resolve_dtype(config.model.dtype)
@@ -75,6 +76,21 @@ def check_options(config: Config, **configs: dict[str, Any]) -> None:
                 _built("teacher", configs[name], alone, dtype)
     ddp_config(parallel, megatron)
     optimizer_config(config.train, parallel, dtype, megatron, model=built)
+
+
+def check_teacher_is_built(config: Config) -> None:
+    """Refuse options of a teacher if no teacher of the run is a model that they could build."""
+
+    def has_none(alone: Config) -> bool:
+        borrows = alone.teacher.ema_decay is not None or alone.model.lora is not None
+        of_student = alone.teacher.placement == SELF and borrows
+        return of_student or alone.teacher.placement == "served"
+
+    if config.megatron.teacher and all(map(has_none, config.by_teacher.values())):
+        raise ConfigError(
+            "[megatron.teacher] is for a model of the teacher's own, and this run builds none: its "
+            "teacher is served, or the student's own modules. Remove it."
+        )
 
 
 def _built(

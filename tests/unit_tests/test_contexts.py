@@ -13,6 +13,7 @@ from megatron_tropd.data.contexts import contexts_of
 from megatron_tropd.data.prompts import load_prompts
 from megatron_tropd.data.tokenizers import load_tokenizer
 from megatron_tropd.distill.inputs import load_inputs
+from megatron_tropd.mcore.options_check import check_teacher_is_built
 
 TEMPLATE = "{prompt} It is {solution}. Again: {prompt}"
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
@@ -139,6 +140,17 @@ def test_settings_that_do_not_go_together_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=expected):
         load_inputs(run(*changed))
+
+
+def test_options_of_a_teacher_need_a_model_of_its_own(run: Any) -> None:
+    option = "megatron.teacher.bias_activation_fusion=false"
+    check_teacher_is_built(run(option))
+    served = ["teacher.placement=served", "model.teacher=t", 'teacher.address=["http://a:1"]']
+    for changed in (["teacher.ema_decay=0.5"], ["model.lora.rank=2"], served):
+        config = run(*changed, "evaluation.teacher=false")
+        check_teacher_is_built(config)
+        with pytest.raises(ConfigError, match="this run builds none"):
+            check_teacher_is_built(run(option, *changed, "evaluation.teacher=false"))
 
 
 def test_the_longest_context_must_fit_a_micro_batch(run: Any) -> None:
