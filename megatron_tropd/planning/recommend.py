@@ -10,6 +10,7 @@ from typing import Literal
 
 from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.config import LoraConfig, RolloutConfig, TeacherConfig
+from megatron_tropd.config.run import SELF
 from megatron_tropd.convert.sizes import stage_chunks
 from megatron_tropd.planning.communication import communication
 from megatron_tropd.planning.estimate import Estimate, estimate, layout_name
@@ -95,7 +96,8 @@ def recommend(run: PlannedRun, gpus: int) -> Recommendation:
 
 def _with_adapters(run: PlannedRun, gpus: int) -> Estimate | None:
     """The best layout of the same run with adapters; None if it has its own, or none fits."""
-    if run.lora is not None:
+    # With adapters the student is its own teacher without a copy, which no plan knows.
+    if run.lora is not None or run.config.teacher.placement == SELF:
         return None
     model = replace(run.config.model, lora=LoraConfig())
     adapted = replace(run, config=replace(run.config, model=model))

@@ -607,6 +607,13 @@ def test_command_prints_a_table_or_json(capsys):
     assert recommended["tensor"] * recommended["pipeline"] * recommended["data"] == 16
 
 
+def test_a_copy_of_the_student_is_planned_on_the_host_too(capsys):
+    own = ["teacher.placement=self", 'model.teacher=""', "teacher.offload=host"]
+    words = [str(RECIPES / "qwen3_1.7b.toml"), *own, "evaluation.teacher=false"]
+    assert main(["plan", *words, "--json", "--gpus", "4"]) == 0
+    assert json.loads(capsys.readouterr().out)["with_adapters"] is None
+
+
 def test_a_served_teacher_takes_no_memory_and_its_server_a_stated_size(capsys):
     served = ["teacher.placement=served", 'teacher.address=["http://a:1", "http://b:1"]']
     served += ["loss.top_k=16", "evaluation.teacher=false"]
