@@ -1,7 +1,7 @@
 """Runs a program that a model wrote, by tests, in a process with limits.
 
-What is limited: wall and processor time, memory, the size of what it writes, its environment (no
-variable of ours) and, where the system lets an ordinary user have them, its network and the
+What is limited: wall and processor time, memory, the size of each file it writes, its environment
+(no variable of ours) and, where the system lets an ordinary user have them, its network and the
 processes that it leaves (namespaces of their own). What is not: how many processes it has until its
 time is up; and it may read what the user may read, and write where the user may write. Run models
 that you do not trust in a container.
