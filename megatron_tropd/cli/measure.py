@@ -193,8 +193,10 @@ def _read_alone(teacher: TeacherConfig) -> TeacherConfig:
 
 def _without_golden(loss: LossSettings) -> LossSettings:
     """The loss, which says what ends a response, if held-out problems have no golden answers."""
-    has_weight = loss.needs.golden and hasattr(loss, "golden_weight")
-    return replace(loss, **{"golden_weight": 0.0}) if has_weight else loss
+    if not (loss.needs.golden and hasattr(loss, "golden_weight")):
+        return loss
+    without: Any = {"golden_weight": 0.0}  # a field of some methods
+    return replace(loss, **without)
 
 
 def _assumed(
