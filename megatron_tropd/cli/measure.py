@@ -16,6 +16,8 @@ from megatron_tropd.config import (
     DataConfig,
     EvaluationConfig,
     GuidanceConfig,
+    LossSettings,
+    MegatronConfig,
     ModelConfig,
     ParallelConfig,
     RolloutConfig,
@@ -172,6 +174,10 @@ def _as_in_run(
         ),
         teacher=_read_alone(config.teacher),
         guidance=GuidanceConfig(prefixed_per_prompt=0),
+        loss=_without_golden(config.loss),
+        # Nothing is trained, and some options do not go with one rank.
+        megatron=MegatronConfig(),
+        run=replace(config.run, checkpoint_sharding=RunConfig.checkpoint_sharding),
         train=replace(config.train, tokens_per_micro_batch=_ALL),
         evaluation=replace(config.evaluation, problems=path, data=data, max_new_tokens=room),
     )
@@ -179,10 +185,16 @@ def _as_in_run(
 
 def _read_alone(teacher: TeacherConfig) -> TeacherConfig:
     """The teacher as a folder, of which length and vocabulary count, whatever a run makes of it."""
-    teacher = replace(teacher, context=None)
+    teacher = replace(teacher, context=None, parallel=None)
     if teacher.placement != SELF:
         return teacher
     return replace(teacher, placement=TeacherConfig.placement, ema_decay=None)
+
+
+def _without_golden(loss: LossSettings) -> LossSettings:
+    """The loss, which says what ends a response, if held-out problems have no golden answers."""
+    has_weight = loss.needs.golden and hasattr(loss, "golden_weight")
+    return replace(loss, **{"golden_weight": 0.0}) if has_weight else loss
 
 
 def _assumed(

@@ -751,6 +751,12 @@ class Config(Settings):
             f"teachers.responses must be there for every teacher or for none, found none for "
             f"{', '.join(without)}.",
         )
+        averaged = [teacher.name for teacher in self.teachers if teacher.ema_decay is not None]
+        _require(
+            len(averaged) < 2,
+            f"teachers.ema_decay: a run keeps one average of its student, found {len(averaged)} "
+            f"({', '.join(averaged)}). Leave it out of all but one.",
+        )
         self._check_for_one_teacher()
         for named in self.teachers:
             try:

@@ -38,7 +38,7 @@ FREE_KEYS = (
     *("rollout.weight_transport", "rollout.engine_gpu_share", "rollout.engine_cpu_kv_gib"),
     *("rollout.max_num_seqs", "rollout.max_num_batched_tokens", "evaluation.teacher"),
     *("teacher.offload", "teacher.address", "teacher.served_model", "teacher.requests"),
-    "teacher.timeout_seconds",
+    *("teacher.timeout_seconds", "teacher.parallel"),
 )
 """Further keys that alter no number of the student but round-off."""
 LOCK_SECONDS = 180.0

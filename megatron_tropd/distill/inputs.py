@@ -85,6 +85,12 @@ class Inputs:
         """Tokens of the longest prompt and its response."""
         return _longest(self.prompts) + rollout.max_new_tokens
 
+    def longest_read(self, rollout: RolloutConfig) -> int:
+        """The same as teachers read it, who may have longer prompts of their own."""
+        contexts = {} if self.routes is None else self.routes.contexts
+        read = max([_longest(self.prompts), *map(len, contexts.values())])
+        return read + rollout.max_new_tokens
+
 
 def load_inputs(config: Config) -> Inputs:
     """Read and check models' headers, tokenizers, prompts, responses and problems.
@@ -448,14 +454,19 @@ def _check_blend(
 
 
 def _check_micro_batch(config: Config, longest: int) -> None:
-    room, multiple = config.train.tokens_per_micro_batch, config.pad_multiple
-    needed = -(-(longest - 1) // multiple) * multiple
+    room, alike = config.train.tokens_per_micro_batch, config.megatron.token_multiple
+    layouts = [config.parallel, *(alone.teacher_parallel for alone in config.by_teacher.values())]
+    needed = max(_up(longest - 1, layout.row_shards * alike) for layout in layouts)
     if needed > room:
         raise ConfigError(
             f"train.tokens_per_micro_batch = {room} is less than the longest possible trajectory: "
             f"prompt and rollout.max_new_tokens make {needed} positions. Raise it or lower "
             "rollout.max_new_tokens."
         )
+
+
+def _up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 def _longest(prompts: Sequence[Prompt]) -> int:

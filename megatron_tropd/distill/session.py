@@ -115,7 +115,7 @@ def open_session(
         if platform.has_cuda():
             with engines.awake():
                 pass  # vLLM measures free memory while it starts: nobody else may allocate
-        longest = inputs.longest_rollout(config.rollout)
+        longest = inputs.longest_read(config.rollout)
         parts = step_parts(config, inputs.folders, layout, inputs.routes, longest=longest)
         exits.callback(parts.teacher.close)
         checkpoints.check_memory(parts.student)

@@ -347,7 +347,11 @@ class _Worker:
         )
         self._read = b""
         atexit.register(self.close)
-        self._line(_START_SECONDS)
+        try:
+            self._line(_START_SECONDS)
+        except GraderError:
+            self.close()  # nobody else knows of it
+            raise
 
     def request(self, request: Mapping[str, Any], seconds: float) -> dict[str, Any]:
         """Send a request and read the reply."""

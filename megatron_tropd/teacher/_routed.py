@@ -266,7 +266,8 @@ class _Reader:
         if self._layout.ep_size > 1 and self._read:
             # Experts are shared with ranks that have other rows: all run the teacher as often.
             wanted = self._most(len(packed))
-            packed += (packed[-1:] or self._packed([0])) * (wanted - len(packed))
+            # Virtual stages make several of one row, of which one is enough.
+            packed += (packed or self._packed([0]))[-1:] * (wanted - len(packed))
         return packed
 
     def _packed(self, numbers: Sequence[int]) -> list[MicroBatch]:

@@ -145,6 +145,7 @@ def test_the_longest_context_must_fit_a_micro_batch(run: Any) -> None:
     assert inputs.routes is not None
     longest = max(map(len, inputs.routes.contexts.values())) + 8 - 1
     assert longest > max(len(prompt.token_ids) for prompt in inputs.prompts) + 8 - 1
+    assert inputs.longest_read(run().rollout) == longest + 1, "what a server must take"
     load_inputs(run(f"train.tokens_per_micro_batch={longest}"))
     with pytest.raises(ConfigError, match=f"make {longest} positions"):
         load_inputs(run(f"train.tokens_per_micro_batch={longest - 1}"))

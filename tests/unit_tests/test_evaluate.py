@@ -115,6 +115,31 @@ def own_evaluation(config: Config) -> tuple[Engine, list[dict[str, Any]]]:
     return engine, written
 
 
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"teacher": {"parallel": {"tensor": 2}}, "parallel": {"data": 2}},
+        {"megatron": {"model": {"cp_comm_type": "a2a"}}, "parallel": {"context": 2}},
+        {
+            "parallel": {"data": 2, "distributed_optimizer": True},
+            "run": {"dir": "run", "checkpoint_sharding": "dp_reshardable"},
+        },
+        {
+            "loss": {"method": "stable_opd"},
+            "teacher": {"reference": "student"},
+            "guidance": {"golden_field": "solution"},
+        },
+    ],
+)
+def test_what_speaks_of_training_alone_does_not_stop_it(
+    make_run: Any, sections: dict[str, Any]
+) -> None:
+    _, config = make_run(**sections)
+    run: Any = SimpleNamespace(read_config=lambda: config, read_summary=lambda: None)
+    measured = command._as_in_run(run, Path(config.model.student), None, [])
+    assert measured.parallel.world_size == 1 and measured.rollout.temperature == 1
+
+
 @pytest.mark.parametrize("given", ["run", "export", "other problems"])
 def test_a_run_is_asked_what_it_asks_itself(
     make_run: Callable, engines: list[Engine], problems: Path, given: str

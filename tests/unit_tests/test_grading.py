@@ -2,6 +2,7 @@
 
 import json
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,7 +13,7 @@ from megatron_tropd.base.errors import ConfigError, InputError
 from megatron_tropd.config import GraderConfig
 from megatron_tropd.data.samples import Sample
 from megatron_tropd.data.types import Prompt
-from megatron_tropd.tasks import sandbox
+from megatron_tropd.tasks import grading, sandbox
 from megatron_tropd.tasks.exact_match import grade_answers
 from megatron_tropd.tasks.grading import Grader, grader_of
 
@@ -295,6 +296,20 @@ def test_what_a_program_started_ends_with_it(tmp_path: Path):
         assert sandbox.run_program(ended, "", seconds=60, memory_mib=512) == "done\n"
     time.sleep(5)
     assert not left.exists()
+
+
+def test_a_worker_that_does_not_start_is_ended(own: Grader, monkeypatch):
+    monkeypatch.setattr(grading, "_START_SECONDS", 0.0)
+    started = []
+    popen = subprocess.Popen
+
+    def kept(*args, **kwargs):
+        started.append(popen(*args, **kwargs))
+        return started[-1]
+
+    monkeypatch.setattr(grading.subprocess, "Popen", kept)
+    assert "no verdict" in own.grade("x", {}).error
+    assert [process.returncode for process in started] == [-9]
 
 
 def test_a_sandbox_that_cannot_start_is_an_error_and_no_verdict(monkeypatch):

@@ -105,6 +105,17 @@ def test_what_knows_of_one_teacher_is_refused(tmp_path: Path, changed: str, expe
         load_config(tmp_path / "two.toml", [changed])
 
 
+def test_a_run_keeps_one_average(config: Config) -> None:
+    """Each would be kept in the place of the one before."""
+    averaged = [
+        dataclasses.replace(t, model=config.model.student, placement="self", ema_decay=0.5)
+        for t in config.teachers
+    ]
+    dataclasses.replace(config, teachers=(averaged[0], config.teachers[1]))
+    with pytest.raises(ConfigError, match=r"one average of its student, found 2 \(math, code\)"):
+        dataclasses.replace(config, teachers=tuple(averaged))
+
+
 @pytest.mark.parametrize(
     ("old", "new", "expected"),
     [
@@ -249,6 +260,30 @@ def test_prefixes_are_those_of_the_prompts_own_teacher(pair: Path, tmp_path: Pat
 
 
 # ---- what is scored ----
+
+
+@pytest.mark.parametrize("mine", [0, 1, 3])
+@pytest.mark.parametrize("multiple", [1, 2])
+def test_ranks_that_share_experts_run_a_teacher_equally_often(
+    mine: int, multiple: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also those without a row of its own, and with virtual stages: else the others wait."""
+    from types import SimpleNamespace
+
+    from megatron_tropd.teacher._routed import _Reader
+
+    layout: Any = SimpleNamespace(
+        ep_size=2, batch_multiple=multiple, pad_multiple=1, row_multiple=1, local=lambda b: b
+    )
+    source: Any = SimpleNamespace(begin=lambda *_: None)
+    reader = _Reader(source, layout, tokens_per_micro_batch=8)
+    rows = [
+        TokenSequence.of_runs(SampleKey(0, n, 0), (Writer.CONTEXT, [1]), (Writer.TEACHER, [2] * 5))
+        for n in range(4)
+    ]
+    reader.begin(0, dict(enumerate(rows)))
+    monkeypatch.setattr(reader, "_most", lambda count: 4)
+    assert len(reader._batches(list(range(mine)))) == 4
 
 
 def test_a_response_goes_on_after_another_prompt() -> None:

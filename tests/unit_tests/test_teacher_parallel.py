@@ -21,7 +21,9 @@ from megatron_tropd.config import (
     config_to_toml,
     load_config,
 )
+from megatron_tropd.config.run_folder import open_run
 from megatron_tropd.convert.checks import check_parallel
+from megatron_tropd.distill.inputs import _check_micro_batch
 from megatron_tropd.planning import memory
 from megatron_tropd.planning.hardware import load_hardware
 from megatron_tropd.planning.memory import memory_of_stage
@@ -139,6 +141,21 @@ def test_plans_count_the_teacher_in_its_own_layout():
     kept = memory_of_stage(alike, 1).teacher_hidden
     assert memory_of_stage(run, 1).teacher_hidden == kept > 0
     assert alike.scoring is alike
+
+
+def test_a_run_may_go_on_in_another_layout_of_its_teacher(tmp_path: Path):
+    first = _config(None, data=2)
+    first = replace(first, run=RunConfig(dir=str(tmp_path / "run")))
+    open_run(first)
+    open_run(replace(first, teacher=TeacherConfig(parallel=ModelParallelConfig(tensor=2))))
+
+
+def test_a_row_must_fit_a_micro_batch_of_the_teacher_too():
+    config = _config(ModelParallelConfig(context=4), data=4)
+    config = replace(config, train=TrainConfig(steps=1, tokens_per_micro_batch=13))
+    _check_micro_batch(replace(config, teacher=TeacherConfig()), 14)
+    with pytest.raises(ConfigError, match="make 16 positions"):
+        _check_micro_batch(config, 14)
 
 
 def test_stages_of_the_teacher_on_those_of_the_student():
