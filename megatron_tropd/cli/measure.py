@@ -194,7 +194,8 @@ def _read_alone(teacher: TeacherConfig) -> TeacherConfig:
 def _without_golden(loss: LossSettings) -> LossSettings:
     """The loss, which says what ends a response, if held-out problems have no golden answers."""
     has_weight = loss.needs.golden and hasattr(loss, "golden_weight")
-    return replace(loss, **{"golden_weight": 0.0}) if has_weight else loss
+    none: dict[str, Any] = {"golden_weight": 0.0}
+    return replace(loss, **none) if has_weight else loss
 
 
 def _assumed(
