@@ -193,10 +193,9 @@ def _read_alone(teacher: TeacherConfig) -> TeacherConfig:
 
 def _without_golden(loss: LossSettings) -> LossSettings:
     """The loss, which says what ends a response, if held-out problems have no golden answers."""
-    if not (loss.needs.golden and hasattr(loss, "golden_weight")):
-        return loss
-    without: Any = {"golden_weight": 0.0}  # a field of some methods
-    return replace(loss, **without)
+    has_weight = loss.needs.golden and hasattr(loss, "golden_weight")
+    none: dict[str, Any] = {"golden_weight": 0.0}
+    return replace(loss, **none) if has_weight else loss
 
 
 def _assumed(
