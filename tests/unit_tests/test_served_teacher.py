@@ -1,7 +1,7 @@
 """A served teacher: what is asked of a server, who is refused, and servers that come and go.
 
 The answers are those of a real `vllm serve`, written down by tests/vllm_serve.py; a real one is in
-tests/integration/test_served_teacher.py.
+tests/integration/test_served_signals.py.
 """
 
 import copy
