@@ -1,6 +1,6 @@
 """An exponential moving average of the weights that are trained."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -9,7 +9,7 @@ from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
 from megatron.core.dist_checkpointing.mapping import ShardedBase
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from torch import Tensor
-from torch.nn import Parameter
+from torch.nn import Module, Parameter
 
 _PREFIX = "average."
 """Of its tensors' names in a checkpoint."""
@@ -17,6 +17,10 @@ _PREFIX = "average."
 
 class Averaged(Protocol):
     """What an average asks of a ``StudentModel``."""
+
+    @property
+    def chunks(self) -> Sequence[Module]:
+        """The modules that have them."""
 
     def trainable(self) -> Mapping[str, Parameter]:
         """Find the parameters that are averaged."""
@@ -56,7 +60,7 @@ class Average:
 
     def state(self, metadata: dict[str, Any]) -> dict[str, Any]:
         """Describe what a checkpoint holds of it, sharded as the model is."""
-        with self._instead(self._of):
+        with self._parameters_instead():
             state = self._model.state(metadata)
             dict_list_map_inplace(_kept, state)  # what the parameters hold now, not later
         add_prefix_for_sharding(state, _PREFIX)
@@ -64,12 +68,12 @@ class Average:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take up what :meth:`state` described, loaded."""
-        with self._instead(self._of):
+        with self._parameters_instead():
             self._model.restore(state)
 
     @contextmanager
     def _instead(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-        """Let the parameters hold other tensors while the block lasts."""
+        """Let the parameters hold other tensors of their types while the block lasts."""
         trained = self._model.trainable()
         held = {name: parameter.data for name, parameter in trained.items()}
         try:
@@ -79,6 +83,32 @@ class Average:
         finally:
             for name, parameter in trained.items():
                 parameter.data = held[name]
+
+    @contextmanager
+    def _parameters_instead(self) -> Iterator[None]:
+        """Let the modules have the average itself as their parameters while the block lasts.
+
+        A parameter that held a tensor of another type, however shortly, would lose the hook by
+        which Megatron takes up its gradients.
+        """
+        other = {}
+        for name, parameter in self._model.trainable().items():
+            other[id(parameter)] = own = Parameter(self._of[name], parameter.requires_grad)
+            vars(own).update(vars(parameter))
+        places = [
+            (module._parameters, key, parameter)
+            for chunk in self._model.chunks
+            for module in chunk.modules()
+            for key, parameter in module._parameters.items()
+            if id(parameter) in other
+        ]
+        try:
+            for parameters, key, parameter in places:
+                parameters[key] = other[id(parameter)]
+            yield
+        finally:
+            for parameters, key, parameter in places:
+                parameters[key] = parameter
 
 
 def _kept(part: Any) -> Any:
