@@ -95,20 +95,20 @@ class Average:
         for name, parameter in self._model.trainable().items():
             other[id(parameter)] = own = Parameter(self._of[name], parameter.requires_grad)
             vars(own).update(vars(parameter))
-        places = [
-            (module._parameters, key, parameter)
+        places: list[tuple[dict[str, Parameter | None], str, Parameter]] = [
+            (module._parameters, key, held)
             for chunk in self._model.chunks
             for module in chunk.modules()
-            for key, parameter in module._parameters.items()
-            if id(parameter) in other
+            for key, held in module._parameters.items()
+            if held is not None and id(held) in other
         ]
         try:
-            for parameters, key, parameter in places:
-                parameters[key] = other[id(parameter)]
+            for parameters, key, held in places:
+                parameters[key] = other[id(held)]
             yield
         finally:
-            for parameters, key, parameter in places:
-                parameters[key] = parameter
+            for parameters, key, held in places:
+                parameters[key] = held
 
 
 def _kept(part: Any) -> Any:
