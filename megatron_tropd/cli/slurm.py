@@ -8,11 +8,10 @@ import sys
 from pathlib import Path
 
 from megatron_tropd.base.errors import ConfigError
-from megatron_tropd.cli.score import job_config
 from megatron_tropd.cluster.job_layout import JobLayout, make_layout
 from megatron_tropd.cluster.render import DISTILL, SCORE, copy_config, render_job
 from megatron_tropd.cluster.site import load_site
-from megatron_tropd.config import load_config
+from megatron_tropd.config import Config, load_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,12 +40,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     action.add_argument("--submit", action="store_true", help="write the job file and submit it")
 
 
+def _scoring(config: Config) -> str:
+    """Folder of `tropd score`'s own files."""
+    from megatron_tropd.cli.score import job_config  # for --help a command loads no other's file
+
+    return job_config(config).run.dir
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Write the job file, print or submit it."""
     config = load_config(arguments.config, arguments.overrides)
     site = load_site(arguments.site)
     command = SCORE if arguments.score else DISTILL
-    folder = Path((job_config(config) if arguments.score else config).run.dir).resolve()
+    folder = Path(_scoring(config) if arguments.score else config.run.dir).resolve()
     layout = make_layout(config, site, engines=not arguments.score)
     copy, settings = copy_config(config, folder)
     text = render_job(folder, site, layout, path=copy, command=command)

@@ -143,7 +143,7 @@ def _on_ranks(world):
 
 def test_what_merged_ids_need():
     merged = preset("opd", merge_ids=(3, 5))
-    with pytest.raises(ConfigError, match="full"):
+    with pytest.raises(ConfigError, match="whole distribution"):
         check_signal(merged, TopKSignal, vocab_size=9)
     with pytest.raises(ConfigError, match="vocabulary of 5 tokens"):
         check_signal(merged, LogitsSignal, vocab_size=5)

@@ -198,7 +198,7 @@ class _Watched:
 
     def __init__(self, student: Any, teacher: Any, saved: _Saved) -> None:
         self.student, self.teacher, self.saved = student, teacher, saved
-        self.begin, self.update = teacher.begin, student.update
+        self.begin, self.update, self.wait = teacher.begin, student.update, student.wait
         self.loss = self.hidden = 0
         """Bytes that the loss keeps of its largest micro-batch; of the teacher's hidden states."""
 

@@ -79,7 +79,7 @@ def test_ranks_that_share_rows_share_what_a_save_takes(part: int):
     dense, expert = torch.nn.Parameter(torch.zeros(100)), torch.nn.Parameter(torch.zeros(10))
     expert.allreduce = False
     student: Any = SimpleNamespace(
-        model=SimpleNamespace(trainable=lambda: {"dense": dense, "expert": expert})
+        model=SimpleNamespace(trainable=lambda: {"dense": dense, "expert": expert}), average=None
     )
     weights = 4 * (100 * (part == 0) + 10)
     # Each of the two has experts of its own.

@@ -588,7 +588,11 @@ def test_only_commands_that_have_it_name_the_option(make: Make, command, tmp_pat
     arguments = ["--megatron", str(checkpoint), "--hf", str(tmp_path / "out")]
     assert main_to_hf(arguments) == 2
     assert "Or give --hf-config" in capsys.readouterr().err
-    args = Namespace(tropd_teacher_load=str(checkpoint), tropd_teacher_hf_config=None)
+    args = Namespace(
+        tropd_teacher_load=str(checkpoint),
+        tropd_teacher_hf_config=None,
+        tropd_teacher_address=None,
+    )
     with pytest.raises(InputError, match="Or give --tropd-teacher-hf-config"):
         open_teacher(args, 259)
     shutil.copytree(companions, checkpoint / "hf")

@@ -617,7 +617,7 @@ def test_signal_mismatch_names_both():
     check_signal(config_of(region="none"), _SampledOnly, vocab_size=100)
     with pytest.raises(ConfigError) as caught:
         check_signal(config_of(), _SampledOnly, vocab_size=100)
-    for part in ("tropd", "top_k", "_SampledOnly", "sampled"):
+    for part in ("tropd", "most likely ids", "only the log-prob of each sampled token", "opd"):
         assert part in str(caught.value)
 
 

@@ -1035,7 +1035,9 @@ def test_a_save_takes_what_the_trainer_counts_on_each_rank():
         held = torch.nn.Parameter(
             torch.empty(run.student.parameters, dtype=torch.bfloat16, device="meta")
         )
-        student: Any = SimpleNamespace(model=SimpleNamespace(trainable=lambda p=held: {"all": p}))
+        student: Any = SimpleNamespace(
+            model=SimpleNamespace(trainable=lambda p=held: {"all": p}), average=None
+        )
         sizes: dict[str, Any] = dict(tp_rank=0, tp_size=1, pp_rank=0, pp_size=1, dp_size=8)
         ranks = [Layout(rank=r, world_size=8, groups=None, dp_rank=r, **sizes) for r in range(8)]
         counted = sum(saving_bytes(student, rank, form) for rank in ranks)

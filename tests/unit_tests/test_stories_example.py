@@ -44,7 +44,7 @@ def test_inputs_are_written(script: ModuleType, arguments: list[str], tmp_path: 
     tokenizer = load_tokenizer(out / "teacher")
     held_out = load_prompts(out / "heldout.jsonl", tokenizer)
     prompts = load_prompts(out / "prompts.jsonl", tokenizer)
-    assert [p.text for p in held_out + prompts] == [f"Story {i:02} beg" for i in range(10)]
+    assert [p.text for p in [*held_out, *prompts]] == [f"Story {i:02} beg" for i in range(10)]
     assert len(held_out) == 4
     assert [call[0] for call in calls[:2]] == ["drop_layers.py", "teacher_responses.py"]
 

@@ -34,6 +34,8 @@ INPUTS = SimpleNamespace(
     routes=None,
     student=SimpleNamespace(config={}, companions=Path("student")),
     folders={},
+    longest_rollout=lambda _: 8,
+    longest_read=lambda _: 8,
     stop_token_ids=(0,),
     tokenizer=SimpleNamespace(decode=lambda *_, **__: "2"),
 )
