@@ -136,7 +136,7 @@ def test_the_teachers_engine_is_gone_before_others_take_memory(
     def start(model: str, *_: object, **__: object) -> Engines:
         return Engines(model, calls)
 
-    def build(*_: object) -> StepParts:
+    def build(*_: object, **named: object) -> StepParts:
         calls.append("build models")
         return replace(parts, teacher=teacher)
 
