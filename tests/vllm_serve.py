@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -212,6 +213,6 @@ def record(address: str) -> None:
 
 
 if __name__ == "__main__":
-    LOG = Path("/tmp/vllm_serve.log")
+    LOG = Path(tempfile.gettempdir(), "vllm_serve.log")
     with vllm_serve(PAIR / "teacher", LOG) as (found, _):
         record(found)
