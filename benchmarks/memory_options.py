@@ -5,8 +5,8 @@
 A step without its rollout (the teacher scores, the student runs forward and backward with exact
 TrOPD, the optimizer steps) of a Qwen3 pair with random weights in fp32, on ranks of one thread
 each. Every round runs every row afresh; the first step of a run is dropped, the rest are pooled
-into medians. *time* is the ranks' time of a step, ranks x seconds, over that of the first row;
-*memory* is what a rank's peak lies above its weights and states, over that of the first row.
+into medians. *time* is the ranks' time of a step, ranks x seconds, over that of the first row. What
+is saved ``tropd plan`` says; resident memory, which the file has too, keeps what was freed.
 On a machine with too few cores for two ranks their time includes the wait for each other.
 
 The result goes to ``benchmarks/results/memory-options-<hardware>.json``.
@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import statistics
+import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from gpu_step import draw_weights, random_sequences
-from step import REPOSITORY, commit, describe_hardware, our_packages, shown_command
+from step import REPOSITORY, commit, describe_hardware, our_packages
 from transformers import Qwen3Config
 
 from megatron_tropd.config import (
@@ -109,7 +110,7 @@ def main() -> None:
             print(number, name, found[name][-1], flush=True)
     slug, hardware = describe_hardware()
     result = {
-        "command": shown_command([]),
+        "command": " ".join(["python benchmarks/memory_options.py", *sys.argv[1:]]),
         "settings": vars(options) | {"sizes": SIZES, "vocab": VOCAB},
         "hardware": hardware,
         "versions": our_packages(),
@@ -225,21 +226,17 @@ def summarise(found: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any
     first = rows["nothing"]
     for row in rows.values():
         row["time"] = row["ranks"] * row["seconds"] / first["seconds"]
-        row["memory"] = row["gib"] / first["gib"]
     return rows
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
     """The rows as Markdown."""
     lines = [
-        "| | ranks | seconds a step | time | GiB above rest | memory |",
-        "|---|---|---|---|---|---|",
+        "| | ranks | seconds a step | time |",
+        "|---|---|---|---|",
     ]
     for name, row in rows.items():
-        lines.append(
-            f"| {name} | {row['ranks']} | {row['seconds']:.2f} | {row['time']:.2f} "
-            f"| {row['gib']:.2f} | {row['memory']:.2f} |"
-        )
+        lines.append(f"| {name} | {row['ranks']} | {row['seconds']:.2f} | {row['time']:.2f} |")
     return "\n".join(lines)
 
 
