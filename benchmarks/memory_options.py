@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -113,7 +114,7 @@ def main() -> None:
         "command": " ".join(["python benchmarks/memory_options.py", *sys.argv[1:]]),
         "settings": vars(options) | {"sizes": SIZES, "vocab": VOCAB},
         "hardware": hardware,
-        "versions": our_packages(),
+        "versions": {name: version(name) for name in our_packages()},
         "commit": commit(),
         "rows": summarise(found),
     }

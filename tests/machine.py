@@ -19,6 +19,7 @@ from unittest.mock import patch
 
 import pytest
 
+from megatron_tropd.tasks import sandbox
 from slurm.testcluster import cluster
 from slurm.testcluster.runs import small_file_system
 
@@ -95,12 +96,18 @@ def _mount() -> str | None:
             return f"mounting a small file system takes root ({error})"
 
 
+def _namespaces() -> str | None:
+    found = sandbox.network_is_off()
+    return None if found else "this system gives a user no network of his own (unshare)"
+
+
 _GATES: dict[str, Callable[[], str | None]] = {
     "chromium": lambda: _program("chromium"),
     "compiler": lambda: _program("compiler"),
     "data": _data,
     "git": lambda: _program("git"),
     "mount": _mount,
+    "namespaces": _namespaces,
     "shellcheck": lambda: _program("shellcheck"),
     "slurm": cluster.missing,
 }

@@ -711,6 +711,9 @@ class Config(Settings):
             self._check_context()
         self._check_golden()
         self._check_recorded()
+        self._check_samples()
+
+    def _check_samples(self) -> None:
         samples = self.rollout.prompts_per_step * self.rollout.samples_per_prompt
         _require(
             samples % self.parallel.data == 0,

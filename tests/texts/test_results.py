@@ -176,6 +176,12 @@ def test_the_page_of_the_study_has_the_tables_and_plots_of_its_lines():
         assert (page.parent / name).read_text() == text
 
 
+def test_the_table_of_memory_options_is_that_of_its_run():
+    (path,) = (BENCHMARKS / "results").glob("memory-options-*.json")
+    table = module("memory_options").table(json.loads(path.read_text())["rows"])
+    assert table in (BENCHMARKS.parent / "docs" / "parallelism.md").read_text()
+
+
 def test_the_table_of_two_teachers_is_that_of_its_runs():
     (path,) = (BENCHMARKS / "results").glob("two-teachers-*.json")
     runs = json.loads(path.read_text())["runs"]

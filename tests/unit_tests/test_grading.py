@@ -276,9 +276,8 @@ def test_programs_are_graded_by_their_tests(response, answer, passes: bool, monk
     assert (found.correct, found.error) == (passes, "") and time.monotonic() - began < 40
 
 
+@pytest.mark.needs("namespaces")
 def test_programs_have_no_network_where_the_system_allows_it():
-    if not sandbox.network_is_off():
-        pytest.skip("this system gives a user no network of his own (unshare)")
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         program = f"import socket\nsocket.create_connection(('127.0.0.1', {port}), 2)\nprint('in')"

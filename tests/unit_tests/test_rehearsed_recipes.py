@@ -50,8 +50,9 @@ def test_a_recipe_agrees_with_its_plan(name: str, rehearsals: dict[str, Rehearsa
         *("build", "teacher", "student", "optimizer", "between steps", "sync", "checkpoint"),
     ]
     resident = phases["between steps"].difference
-    # 1.2 % of qwen3_8b_one_node_16k's last stage, 0.5 GB, are not accounted for.
-    assert resident is not None and abs(resident) < 0.015
+    # 1.2 % of this one's last stage, 0.5 GB, are not accounted for.
+    most = 0.015 if name == "qwen3_8b_one_node_16k" else 0.01
+    assert resident is not None and abs(resident) < most
     assert rank.resident_bytes < 6 * 2**30
     assert rank.collectives and rank.waits and rank.kernels
     assert f"rank {rank.rank}" in rehearsal_table(rehearsal)

@@ -245,7 +245,7 @@ def test_settings_of_data_come_back_from_every_form(tmp_path: Path):
     path.write_text(
         '[model]\nstudent = "s"\nteacher = "t"\n[rollout]\nprompts = "hf://datasets/a/b"\n'
         'max_new_tokens = 8\n[rollout.data]\nsplit = "train"\nfields = {prompt = "question"}\n'
-        '[train]\nsteps = 1\ntokens_per_micro_batch = 64\n[run]\ndir = "/tmp/x"\n'
+        '[train]\nsteps = 1\ntokens_per_micro_batch = 64\n[run]\ndir = "runs/x"\n'
     )
     config = load_config(path, ["evaluation.problems=hf://datasets/a/b", "evaluation.data.split=t"])
     assert config.rollout.prompts == config.evaluation.problems == "hf://datasets/a/b"
