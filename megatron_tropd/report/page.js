@@ -507,7 +507,8 @@ function timing() {
   const besides = BESIDES.filter((name) => has(`seconds_${name}`)).map((name) => `${name}s ${duration(totalOf(`seconds_${name}`))}`);
   const share = el("div", { class: "card chart" }, el("h3", {}, "Mean step"), el("div", { class: "note" }, duration(total)), bar, rows,
     besides.length ? el("p", { class: "note besides" }, `Besides, between steps: ${besides.join(", ")}`) : null);
-  return section("Where the time goes", "Wall-clock time of the phases of a step on the first rank.", el("div", { class: "grid two" }, stack, share));
+  const waste = chart({ title: "Padding and waiting", note: "Of all positions; of the time of teacher and student, at the sum of the gradients", zero: true, format: percent, tick: (v) => percent(v, 0), series: [curve("padding_share", "padding", "violet"), curve("waiting_share", "waiting", "outlier")] });
+  return section("Where the time goes", "Wall-clock time of the phases of a step on the first rank.", el("div", { class: "grid two" }, stack, share, waste));
 }
 
 function drawStack(holder, parts, width) {
