@@ -590,10 +590,10 @@ function example(a, b, stepA, stepB, shade) {
 
 function side(item, step, shade, withPrompt) {
   const students = item.segment.map((s, i) => (s === "student" ? i : -1)).filter((i) => i >= 0);
-  const outliers = students.filter((i) => item.outlier[i]).length, masked = students.filter((i) => isMasked(item, i)).length;
+  const outliers = students.reduce((sum, i) => sum + (item.outlier[i] || 0), 0), masked = students.filter((i) => isMasked(item, i)).length;
   const caption = el("div", { class: "caption" }, el("b", {}, `Step ${step}`));
   if (item.correct === true || item.correct === false) caption.append(verdict(item.correct));
-  caption.append(el("span", {}, `${outliers} of ${students.length - masked} tokens outliers`));
+  caption.append(el("span", {}, `${Number.isInteger(outliers) ? outliers : outliers.toFixed(1)} of ${students.length - masked} tokens outliers`));
   if (masked) caption.append(el("span", {}, `masked ${masked}`));
   if (item.segment.length > students.length) caption.append(el("span", {}, `prefix ${item.segment.length - students.length}`));
   const text = el("div", { class: "tokens" });
@@ -612,8 +612,9 @@ function isMasked(item, i) {
   return !isGiven(item, i) && ["outlier", "trust", "tv", "k1"].every((name) => !isNumber((item[name] || [])[i]));
 }
 
+// A drawn outlier is 0 or 1; in closed form it is a probability, whose sum is the number expected.
 function tokenSpan(item, token, i, shade) {
-  const region = isMasked(item, i) ? "masked" : isGiven(item, i) ? "teacher" : item.outlier[i] ? "outlier" : "trusted";
+  const region = isMasked(item, i) ? "masked" : isGiven(item, i) ? "teacher" : item.outlier[i] >= .5 ? "outlier" : "trusted";
   const amount = SHADES[shade](item, i);
   const floor = { teacher: .18, outlier: .25, trusted: .05, masked: 0 }[region], strength = isNumber(amount) ? clamp(amount, 0, 1) : 0;
   const special = /^<[^<>]*>$/.test(token) ? " special" : "";
