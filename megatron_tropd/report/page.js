@@ -596,10 +596,33 @@ function side(item, step, shade, withPrompt) {
   caption.append(el("span", {}, `${Number.isInteger(outliers) ? outliers : outliers.toFixed(1)} of ${students.length - masked} tokens outliers`));
   if (masked) caption.append(el("span", {}, `masked ${masked}`));
   if (item.segment.length > students.length) caption.append(el("span", {}, `prefix ${item.segment.length - students.length}`));
-  const text = el("div", { class: "tokens" });
-  item.tokens.forEach((token, i) => text.append(tokenSpan(item, token, i, shade)));
-  if (item.cut) text.append(el("span", { class: "empty" }, ` … ${item.cut} more tokens`));
-  return el("div", { class: "side" }, caption, withPrompt ? el("div", { class: "prompt" }, item.prompt || "") : null, text);
+  const prompt = withPrompt ? el("div", { class: "prompt" }, item.prompt || "") : null;
+  return el("div", { class: "side" }, caption, prompt, ...tokenPages(item, shade));
+}
+
+// A span for each token of thousands would take seconds to draw: a page of them at a time.
+const PAGE_TOKENS = 500;
+
+function tokenPages(item, shade) {
+  const text = el("div", { class: "tokens" }), where = el("span"), last = Math.ceil(item.tokens.length / PAGE_TOKENS) - 1;
+  const turn = (by, label) => {
+    const button = el("button", { type: "button", "aria-label": label }, by < 0 ? "‹" : "›");
+    button.addEventListener("click", () => { item.page += by; draw(); });
+    return button;
+  };
+  const back = turn(-1, "earlier tokens"), on = turn(1, "later tokens");
+  const draw = () => {
+    const start = item.page * PAGE_TOKENS, shown = item.tokens.slice(start, start + PAGE_TOKENS);
+    text.replaceChildren(...shown.map((token, i) => tokenSpan(item, token, start + i, shade)));
+    text.scrollTop = 0;
+    where.textContent = `tokens ${start + 1} to ${start + shown.length} of ${item.tokens.length + (item.cut || 0)}`;
+    if (item.cut && item.page === last) where.textContent += ", the rest is cut off";
+    back.disabled = item.page === 0;
+    on.disabled = item.page === last;
+  };
+  item.page = item.page || 0; // kept if the shade changes
+  draw();
+  return last > 0 ? [text, el("div", { class: "pages" }, back, where, on)] : [text];
 }
 
 // Written by the teacher, or taken from a golden answer.

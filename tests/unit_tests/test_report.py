@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,31 @@ def test_outliers_in_closed_form_are_counted_by_their_probability(tmp_path: Path
     drawn = _browse(write_report(run), tmp_path / "profile").stdout
     assert f"0.9 of {len(small) + 1} tokens outliers" in drawn
     assert drawn.count('class="tok outlier') == drawn.count("tokens outliers")
+
+
+@pytest.mark.needs("chromium")
+def test_long_responses_are_paged(tmp_path: Path):
+    """Eight of 8,000 tokens a dump: all of them are in the page, 500 of each are drawn."""
+    run = write_synthetic_run(tmp_path / "run", steps=8, trajectories=8)
+    for path in (run / "trajectories").glob("*.jsonl"):
+        path.write_text("".join(_lengthened(line, 8000) for line in path.read_text().splitlines()))
+    page = write_report(run)
+    dumps = _embedded(page.read_text())["dumps"]
+    assert [dump["step"] for dump in dumps] == [0, 3, 5, 8]
+    assert all(len(item["tokens"]) == 8000 for dump in dumps for item in dump["items"])
+    began = time.monotonic()
+    drawn = _browse(page, tmp_path / "profile").stdout
+    assert time.monotonic() - began < 60
+    assert drawn.count('class="tok ') < 16 * 500 + 10
+    assert drawn.count("tokens 1 to 500 of 8000") == 16
+
+
+def _lengthened(line: str, tokens: int) -> str:
+    record = json.loads(line)
+    for name, values in record.items():
+        if isinstance(values, list):
+            record[name] = (values * (tokens // len(values) + 1))[:tokens]
+    return json.dumps(record) + "\n"
 
 
 def test_text_of_the_run_cannot_become_markup(tmp_path: Path):
