@@ -334,7 +334,7 @@ class RolloutConfig(PromptConfig, section="rollout"):
     """How a prompt becomes a sequence: "single_turn" (the student answers once, perhaps after a
     teacher prefix), or "package.module:attribute" of your own (docs/extending.md)."""
     recorded: str | None = field(default=None, metadata=PATH)
-    """Train on these rollouts in place of new samples: a file that tools/rollouts.py made of the
+    """Train on these rollouts in place of new samples: a file that `tropd rollouts` made of the
     same prompts, or a folder of rounds (docs/recorded_rollouts.md). None: sample."""
     filter_overlong_prompts: bool = False
     """Leave out prompts that are too long for the models' context, instead of refusing the file."""
@@ -424,7 +424,7 @@ class GuidanceConfig(Settings, section="guidance"):
     """Off-policy guidance: some trajectories start with a prefix written by the teacher."""
 
     responses: str | None = field(default=None, metadata=PATH)
-    """JSON lines written by tools/teacher_responses.py. None: no guidance."""
+    """JSON lines written by `tropd responses`. None: no guidance."""
     prefixed_per_prompt: Number = 1
     """How many of a prompt's samples carry a teacher prefix."""
     prefix_length: Literal["longest", "uniform"] = "longest"
@@ -799,7 +799,7 @@ class Config(Settings):
         _require(
             recorded is not None or not self.loss.needs.outcomes,
             f"loss.method = {name!r} fits the outcomes of recorded rollouts and needs "
-            "rollout.recorded, found none. Record some with tools/rollouts.py and name the file.",
+            "rollout.recorded, found none. Record some with `tropd rollouts` and name the file.",
         )
         ignored = {
             f"guidance.{name}": getattr(self.guidance, name) is not None
@@ -865,7 +865,7 @@ class Config(Settings):
             _require(
                 value is not None,
                 f'teacher.placement = "cached" reads the scores of recorded rollouts and needs '
-                f"{name}, found none. Record with tools/rollouts.py, then run `tropd score`.",
+                f"{name}, found none. Record with `tropd rollouts`, then run `tropd score`.",
             )
         self._check_without_teacher()
         kept, read = self.cached_top_k, self.loss.needs.top_k

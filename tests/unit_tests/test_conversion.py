@@ -18,7 +18,6 @@ import warm_commands
 from safetensors.torch import load_file, save_file
 
 from megatron_tropd.base.errors import InputError
-from megatron_tropd.cli.convert import main_to_hf, main_to_megatron
 from megatron_tropd.cli.main import main
 from megatron_tropd.convert import publish, to_hf, to_megatron, torch_dist  # noqa: F401 (named by PHASES)
 from megatron_tropd.convert.checkpoint_layout import checkpoint_layout, object_name
@@ -27,6 +26,7 @@ from megatron_tropd.convert.megatron_folder import MegatronFolder
 from megatron_tropd.convert.to_hf import ToHF, megatron_to_hf
 from megatron_tropd.convert.to_megatron import ToMegatron, hf_to_megatron
 from megatron_tropd.convert.torch_dist import TorchDistReader
+from tests.convert_commands import main_to_hf, main_to_megatron
 from tests.ranks import run_in_process
 from tests.tiny_models import FAMILIES
 

@@ -1,46 +1,27 @@
-"""Record samples of a student, for training that is driven from outside.
-
-    python tools/rollouts.py --student DIR --prompts FILE --out FILE --max-new-tokens 128
+"""``tropd rollouts``: record samples of a student, for training that is driven from outside.
 
 JSON lines, read by megatron_tropd.data.recorded. The student is a Hugging Face folder; one trained
-with Megatron is converted by tools/megatron_to_hf.py first. ``--run`` takes the student and all
-settings from a run, where no option says otherwise. Interrupted, the same command goes on
+with Megatron is converted by ``tropd convert to-hf`` first. ``--run`` takes the student and all
+settings from a run, unless an option says otherwise. Interrupted, the same command goes on
 where it stopped.
 """
 
 import argparse
-import sys
 from contextlib import ExitStack
 from pathlib import Path
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING
 
 from megatron_tropd.base.errors import ConfigError
-from megatron_tropd.base.failures import exit_code
 from megatron_tropd.config import Config, GuidanceConfig, RolloutConfig
-from megatron_tropd.config.run_defaults import parse_with_run
+from megatron_tropd.config.run_defaults import RunParser, add_engine_options, add_prompt_options
 from megatron_tropd.config.run_folder import RunFolder
-from megatron_tropd.data.arguments import add_prompt_options, read_prompts
-from megatron_tropd.data.prompts import num_tokens
-from megatron_tropd.data.responses import load_responses
-from megatron_tropd.data.samples import Sampling
-from megatron_tropd.data.tokenizers import load_tokenizer, num_ids, stop_token_ids
-from megatron_tropd.distill.engines import add_engine_options, tool_engine
-from megatron_tropd.rollout.engines.engine import context_length
-from megatron_tropd.tasks.recorded_rollouts import RolloutRound, write_rollouts
-from megatron_tropd.tasks.sample_files import model_identity
+
+if TYPE_CHECKING:
+    from megatron_tropd.tasks.recorded_rollouts import RolloutRound
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line.
-
-    Args:
-        arguments: without the program's name; None: those of the process.
-
-    Returns:
-        The parsed values.
-    """
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def add_arguments(parser: RunParser) -> None:
+    """Give ``parser`` the arguments of ``tropd rollouts``."""
     add = parser.add_argument
     add("--student", required=True, type=Path, help="HF folder of the student")
     add_prompt_options(parser)
@@ -54,18 +35,16 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--top-p", type=float, default=1.0, help="nucleus (default 1: off)")
     add("--seed", type=int, default=1234, help="keys the samples (default 1234)")
     add("--stop-token-ids", type=int, nargs="*", default=[], help="further ids that end one")
-    add("--responses", type=Path, help="of tools/teacher_responses.py, to cut prefixes from")
+    add("--responses", type=Path, help="of `tropd responses`, to cut prefixes from")
     add("--prefixed-per-prompt", type=int, default=1, help="samples with a prefix (default 1)")
     add_engine_options(parser)
     add("--resume", action=argparse.BooleanOptionalAction, default=True, help="continue --out")
-    return parse_with_run(
-        parser,
-        arguments,
+    parser.take_from_run(
         lambda config: {
             "student": _student_of(config),
             "samples": config.rollout.samples_per_prompt,
             "tensor_parallel": config.rollout.engine_tensor_parallel,
-        },
+        }
     )
 
 
@@ -75,19 +54,14 @@ def _student_of(config: Config) -> str:
     return str(trained) if trained.is_dir() else config.model.student
 
 
-def describe_round(options: argparse.Namespace, num_prompts: int) -> RolloutRound:
-    """The round that the options ask for.
-
-    Args:
-        options: of :func:`parse_arguments`.
-        num_prompts: in the prompts file.
-
-    Returns:
-        The round.
+def describe_round(options: argparse.Namespace, num_prompts: int) -> "RolloutRound":
+    """Make the round that the options ask for.
 
     Raises:
         ConfigError: an option is out of its range.
     """
+    from megatron_tropd.tasks.recorded_rollouts import RolloutRound
+
     if options.responses and not options.rounds:
         raise ConfigError("--responses needs --rounds: teacher prefixes shorten over the rounds.")
     rollout = RolloutConfig(
@@ -107,17 +81,24 @@ def describe_round(options: argparse.Namespace, num_prompts: int) -> RolloutRoun
     )
 
 
-def main(arguments: list[str] | None = None) -> None:
+def run(options: argparse.Namespace) -> int:
     """Write the file.
-
-    Args:
-        arguments: without the program's name; None: those of the process.
 
     Raises:
         InputError: a model, prompts, responses or rollouts file is missing or unusable.
         ConfigError: an option is out of its range.
     """
-    options = parse_arguments(arguments)
+    from megatron_tropd.cli.bars import counted
+    from megatron_tropd.data.arguments import read_prompts
+    from megatron_tropd.data.prompts import num_tokens
+    from megatron_tropd.data.responses import load_responses
+    from megatron_tropd.data.samples import Sampling
+    from megatron_tropd.data.tokenizers import load_tokenizer, num_ids, stop_token_ids
+    from megatron_tropd.distill.engines import tool_engine
+    from megatron_tropd.rollout.engines.engine import context_length
+    from megatron_tropd.tasks.recorded_rollouts import write_rollouts
+    from megatron_tropd.tasks.sample_files import model_identity
+
     tokenizer = load_tokenizer(options.student)
     prompts, template = read_prompts(options, tokenizer, context_length(options.student))
     which = describe_round(options, len(prompts))
@@ -126,12 +107,7 @@ def main(arguments: list[str] | None = None) -> None:
         filtered = options.filter_overlong_prompts
         responses = load_responses(options.responses, prompts, tokenizer, filtered=filtered)
     longest = max(num_tokens(prompts)) + options.max_new_tokens
-    with ExitStack() as exits, tqdm(desc="rollouts", unit="rollout") as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    with ExitStack() as exits, counted("rollouts", "rollout") as progress:
         added = write_rollouts(
             lambda: exits.enter_context(
                 # The ids of the tokenizer are what the loss knows.
@@ -154,7 +130,4 @@ def main(arguments: list[str] | None = None) -> None:
             progress=progress,
         )
     print(f"{added} rollouts added to {options.out}")
-
-
-if __name__ == "__main__":
-    sys.exit(exit_code(main))
+    return 0
