@@ -97,7 +97,8 @@ class LoraConfig(Settings, section="model.lora"):
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(Settings, section="model"):
     """The pair: two model folders, each an HF folder (config.json, *.safetensors, tokenizer) or a
-    Megatron checkpoint made by ``tropd convert``."""
+    Megatron checkpoint made by ``tropd convert``.
+    """
 
     student: str = field(metadata=PATH)
     """Folder of the student: architecture and first weights."""
@@ -587,7 +588,8 @@ class TeacherConfig(Settings, section="teacher"):
 @dataclass(frozen=True, kw_only=True)
 class NamedTeacher(TeacherConfig, section="teachers"):
     """One of several teachers, [[teachers]]: what [teacher] says of a single one, and whose prompts
-    it scores (docs/teachers.md). Resident ones are in the host's memory while they do not score."""
+    it scores (docs/teachers.md). Resident ones are in the host's memory while they do not score.
+    """
 
     name: str
     """Letters, digits, - and _: what "teacher" in a line of the prompts says, and metrics."""
@@ -1071,7 +1073,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         apply_override(tables, override)
     refuse_old_form(tables.get("loss"))
-    config = _build(Config, tables, "")
+    config: Config = _build(Config, tables, "")
     run = dataclasses.replace(config.run, dir=os.path.expanduser(config.run.dir))
     return dataclasses.replace(config, run=run)
 
@@ -1082,7 +1084,8 @@ def config_to_dict(config: Config) -> dict[str, Any]:
     if not config.teachers:
         del tables["teachers"]
     tables["loss"] = {"method": config.loss.method_name(), **tables["loss"]}
-    return json.loads(json.dumps(tables))
+    plain: dict[str, Any] = json.loads(json.dumps(tables))
+    return plain
 
 
 def default_settings() -> dict[str, dict[str, Any]]:
@@ -1130,7 +1133,8 @@ def _toml(value: Any) -> str:
 
 def config_from_dict(tables: dict[str, Any]) -> Config:
     """Inverse of :func:`config_to_dict` (resolved JSON of a run folder)."""
-    return _build(Config, tables, "")
+    config: Config = _build(Config, tables, "")
+    return config
 
 
 def read_settings(path: Path) -> dict[str, dict[str, Any]]:
@@ -1158,7 +1162,8 @@ def read_settings(path: Path) -> dict[str, dict[str, Any]]:
         loss = new_form(loss)
     if loss:
         found["loss"] = json.loads(json.dumps(loss_defaults(loss["method"]))) | loss
-    return found
+    tables: dict[str, dict[str, Any]] = found
+    return tables
 
 
 def is_run_settings(value: Any) -> bool:

@@ -21,7 +21,9 @@ def data_of(text: str | None) -> DataConfig:
     Raises:
         ConfigError: it is no such table.
     """
-    return settings_from_table(DataConfig, _table(text or "{}", "--data", '{"split": "test"}'))
+    table = _table(text or "{}", "--data", '{"split": "test"}')
+    found: DataConfig = settings_from_table(DataConfig, table)
+    return found
 
 
 def read_prompts(

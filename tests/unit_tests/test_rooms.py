@@ -220,7 +220,7 @@ def _below(room: str) -> set[str]:
 
 
 def test_imports_bring_nothing_forbidden():
-    """vllm enters nowhere: only the engine's own process imports it, when it starts."""
+    """Vllm enters nowhere: only the engine's own process imports it, when it starts."""
     with_megatron = {room for room in ARROWS if _below(room) & OUTSIDE["megatron"]}
     without = _modules(ARROWS.keys() - with_megatron)
     loaded = _loaded([without, _modules(with_megatron)], list(OUTSIDE))
