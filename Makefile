@@ -1,6 +1,7 @@
 # make quickstart   environment, then the main job on the example pair: a few minutes on 2 cores
 # make test         environment, then the whole test suite
 # make test-bare    the same as on a machine without Slurm, Chromium, compiler and test data
+# make test-megatron   what touches Megatron, with the pinned megatron-core and the one before
 # make slurm-test   environment, then jobs and faults under a real Slurm of two nodes on this
 #                   machine (root; apt-get install slurm-wlm munge): 10 minutes on 2 cores
 # make env          environment only (.venv); instant when nothing changed
@@ -14,7 +15,7 @@ QUICKSTART := runs/quickstart
 ONE_GPU := $(filter 1,$(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU '))
 QUICKSTART_LAYOUT := $(if $(ONE_GPU),parallel.tensor=1 rollout.num_engines=1)
 
-.PHONY: quickstart test test-bare slurm-test lint check-docs mutations env
+.PHONY: quickstart test test-bare test-megatron slurm-test lint check-docs mutations env
 
 # A finished run gives way to a new one; an interrupted run is resumed by the same command.
 quickstart: env
@@ -31,6 +32,9 @@ test: env
 
 test-bare: export TROPD_TEST_HIDE = all
 test-bare: test
+
+test-megatron: env
+	@tools/megatron_versions.sh $(VERSIONS)
 
 slurm-test: env
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} TROPD_SLURM_TESTS=1 $(PYTHON_ENV)/python -m pytest \

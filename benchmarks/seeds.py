@@ -1,6 +1,6 @@
-"""Run configs over several seeds and write one table: the numbers in the examples' READMEs.
+r"""Run configs over several seeds and write one table: the numbers in the examples' READMEs.
 
-    python benchmarks/seeds.py examples/arithmetic/tropd.toml examples/arithmetic/opd.toml \\
+    python benchmarks/seeds.py examples/arithmetic/tropd.toml examples/arithmetic/opd.toml \
         --seeds 1 2 3 --out benchmarks/results/arithmetic-cpu-2core-amd-epyc.json
 
 Runs that are complete in ``--runs`` are not repeated, interrupted ones resume. With ``--jobs 2``

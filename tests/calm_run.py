@@ -77,7 +77,7 @@ def _make(run: CalmRun) -> None:
     _write_configs(run)
     environment = environment_of_commands(run.root / "warm")
     responses = [
-        *("tools/teacher_responses.py", "--teacher", str(run.teacher)),
+        *("responses", "--teacher", str(run.teacher)),
         *("--prompts", str(run.root / "prompts.jsonl"), "--max-new-tokens", "16"),
         *("--out", str(run.root / "responses.jsonl")),
     ]

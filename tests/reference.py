@@ -180,7 +180,7 @@ class Models:
 
 
 def times(weight: Tensor, value: Tensor) -> Tensor:
-    """weight x value with 0 x infinity = 0, in the gradient as well; the weight is constant."""
+    """Weight x value with 0 x infinity = 0, in the gradient as well; the weight is constant."""
     used = weight.detach() != 0
     return torch.where(used, weight.detach() * torch.where(used, value, 0.0), 0.0)
 

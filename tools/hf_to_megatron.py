@@ -1,12 +1,9 @@
 #!/usr/bin/env python3
-"""An HF folder to a Megatron torch_dist checkpoint, bit for bit; any size, little memory.
-
-Example: python tools/hf_to_megatron.py --hf Qwen3-1.7B --megatron Qwen3-1.7B-megatron --verify
-"""
+"""HF folder to Megatron checkpoint: ``tropd convert to-megatron``."""
 
 import sys
 
-from megatron_tropd.cli.convert import main_to_megatron
+from megatron_tropd.cli.main import main
 
 if __name__ == "__main__":
-    sys.exit(main_to_megatron())
+    sys.exit(main(["convert", "to-megatron", *sys.argv[1:]]))

@@ -1,12 +1,9 @@
 #!/usr/bin/env python3
-"""A Megatron torch_dist checkpoint to an HF folder, bit for bit; any size, little memory.
-
-Example: python tools/megatron_to_hf.py --megatron runs/x/checkpoints/step_000100 --hf student
-"""
+"""Megatron checkpoint to HF folder: ``tropd convert to-hf``."""
 
 import sys
 
-from megatron_tropd.cli.convert import main_to_hf
+from megatron_tropd.cli.main import main
 
 if __name__ == "__main__":
-    sys.exit(main_to_hf())
+    sys.exit(main(["convert", "to-hf", *sys.argv[1:]]))

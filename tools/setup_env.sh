@@ -92,7 +92,7 @@ works() {
 }
 
 install() {
-    local extra=$1 arguments=(--constraint "constraints/$1.txt" --editable ".[$1,tasks,dev]")
+    local extra=$1 arguments=(--constraint "constraints/$1.txt" --editable ".[$1,tasks,dev,docs]")
     if [ "$extra" = cpu ]; then
         arguments+=(--overrides constraints/overrides.txt)
     fi

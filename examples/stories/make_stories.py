@@ -20,8 +20,6 @@ from transformers import PreTrainedTokenizerBase
 from megatron_tropd.base.errors import InputError
 from megatron_tropd.data.tokenizers import load_tokenizer
 
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
-
 
 def first_tokens(
     stories: Iterable[str], tokenizer: PreTrainedTokenizerBase, num_tokens: int
@@ -67,9 +65,10 @@ def write_prompts(path: Path, texts: Iterable[str]) -> None:
     path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
 
 
-def run_tool(name: str, *arguments: str | Path) -> None:
-    """Run a script of ``tools/`` with this Python; where it fails, so does this program."""
-    code = subprocess.run([sys.executable, TOOLS / name, *map(str, arguments)]).returncode
+def tropd(*words: str | Path) -> None:
+    """Run ``tropd`` with this Python; if it fails, so does this program."""
+    command = [sys.executable, "-m", "megatron_tropd.cli", *map(str, words)]
+    code = subprocess.run(command).returncode
     if code:
         sys.exit(code)
 
@@ -101,12 +100,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     (out / "teacher").unlink(missing_ok=True)
     (out / "teacher").symlink_to(arguments.model.resolve(), target_is_directory=True)
     if not (out / "student").is_dir():
-        run_tool(
-            "drop_layers.py",
+        tropd(
+            "drop-layers",
             *("--model", arguments.model, "--out", out / "student", "--drop", arguments.drop),
         )
-    run_tool(
-        "teacher_responses.py",
+    tropd(
+        "responses",
         *("--teacher", arguments.model, "--prompts", out / "prompts.jsonl"),
         *("--out", out / "responses.jsonl", "--max-new-tokens", str(arguments.max_new_tokens)),
     )

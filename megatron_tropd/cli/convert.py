@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -36,19 +36,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Convert in the direction that was asked for."""
     return arguments.convert(arguments)
-
-
-def _tool(direction: str, argv: Sequence[str] | None = None) -> int:
-    what, add = _DIRECTIONS[direction]
-    parser = argparse.ArgumentParser(description=f"{what}.")
-    add(parser)
-    return run(parser.parse_args(argv))
-
-
-main_to_megatron = partial(_tool, "to-megatron")
-"""``tools/hf_to_megatron.py``; returns the exit code."""
-main_to_hf = partial(_tool, "to-hf")
-"""``tools/megatron_to_hf.py``; returns the exit code."""
 
 
 def _add_to_megatron(parser: argparse.ArgumentParser) -> None:

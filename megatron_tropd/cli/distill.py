@@ -163,7 +163,7 @@ def check_world_size(config: Config) -> None:
 
 
 def _be_rank(config: Config) -> int:
-    """torchrun started us: this process is a rank; rank 0 locks and opens the folder."""
+    """Torchrun started us: this process is a rank; rank 0 locks and opens the folder."""
     check_world_size(config)
     is_first = number("RANK") == 0
     root = Path(config.run.dir).resolve()

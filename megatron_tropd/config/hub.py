@@ -28,7 +28,6 @@ def with_local_models(config: Config, *, weights: bool = True) -> Config:
     Raises:
         ConfigError, InputError: as :func:`local_model`.
     """
-
     places = _Places(weights)
     alone = config.by_teacher.values() if config.teachers else ()
     return replace(

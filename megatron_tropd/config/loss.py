@@ -23,7 +23,8 @@ FloorRule = Literal["log(l)/(1-l)", "log(l/(1-l))"]
 
 class Powers(NamedTuple):
     """A target: the distribution proportional to p^teacher p_ref^reference q^student, in which q
-    has no gradient."""
+    has no gradient.
+    """
 
     teacher: float = 1.0
     reference: float = 0.0
@@ -79,7 +80,8 @@ class Needs:
 @dataclass(frozen=True, kw_only=True)
 class LossSettings(Settings, section="loss"):
     """The loss (docs/losses.md): ``method`` names it, and each method has settings of its own
-    beside these five, which every method has. Without a [loss] table it is TrOPD as published."""
+    beside these five, which every method has. Without a [loss] table it is TrOPD as published.
+    """
 
     entropy_share: Share | None = None
     """Train only this share of the student's tokens: those with the largest student entropy of the

@@ -43,7 +43,8 @@ class MegatronConfig(Settings, section="megatron"):
     @property
     def token_multiple(self) -> int:
         """What a rank's number of tokens must be a multiple of: products in 8 bits want 16, those
-        in blocks (mxfp8) and in 4 bits 32."""
+        in blocks (mxfp8) and in 4 bits 32.
+        """
         low = any(table.get("fp8") or table.get("fp4") for table in (self.model, self.teacher))
         return 32 if low else 1
 

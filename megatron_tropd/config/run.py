@@ -99,7 +99,8 @@ class LoraConfig(Settings, section="model.lora"):
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(Settings, section="model"):
     """The pair: two model folders, each an HF folder (config.json, *.safetensors, tokenizer) or a
-    Megatron checkpoint made by ``tropd convert``; or ``hf://OWNER/NAME``, a model of the hub."""
+    Megatron checkpoint made by ``tropd convert``; or ``hf://OWNER/NAME``, a model of the hub.
+    """
 
     student: str = field(metadata=PATH)
     """Folder of the student: architecture and first weights."""
@@ -336,7 +337,7 @@ class RolloutConfig(PromptConfig, section="rollout"):
     """How a prompt becomes a sequence: "single_turn" (the student answers once, perhaps after a
     teacher prefix), or "package.module:attribute" of your own (docs/extending.md)."""
     recorded: str | None = field(default=None, metadata=PATH)
-    """Train on these rollouts in place of new samples: a file that tools/rollouts.py made of the
+    """Train on these rollouts in place of new samples: a file that `tropd rollouts` made of the
     same prompts, or a folder of rounds (docs/recorded_rollouts.md). None: sample."""
     filter_overlong_prompts: bool = False
     """Leave out prompts that are too long for the models' context, instead of refusing the file."""
@@ -426,7 +427,7 @@ class GuidanceConfig(Settings, section="guidance"):
     """Off-policy guidance: some trajectories start with a prefix written by the teacher."""
 
     responses: str | None = field(default=None, metadata=PATH)
-    """JSON lines written by tools/teacher_responses.py. None: no guidance."""
+    """JSON lines written by `tropd responses`. None: no guidance."""
     prefixed_per_prompt: Number = 1
     """How many of a prompt's samples carry a teacher prefix."""
     prefix_length: Literal["longest", "uniform"] = "longest"
@@ -589,7 +590,8 @@ class TeacherConfig(Settings, section="teacher"):
 @dataclass(frozen=True, kw_only=True)
 class NamedTeacher(TeacherConfig, section="teachers"):
     """One of several teachers, [[teachers]]: what [teacher] says of a single one, and whose prompts
-    it scores (docs/teachers.md). Resident ones are in the host's memory while they do not score."""
+    it scores (docs/teachers.md). Resident ones are in the host's memory while they do not score.
+    """
 
     name: str
     """Letters, digits, - and _: what "teacher" in a line of the prompts says, and metrics."""
@@ -801,7 +803,7 @@ class Config(Settings):
         _require(
             recorded is not None or not self.loss.needs.outcomes,
             f"loss.method = {name!r} fits the outcomes of recorded rollouts and needs "
-            "rollout.recorded, found none. Record some with tools/rollouts.py and name the file.",
+            "rollout.recorded, found none. Record some with `tropd rollouts` and name the file.",
         )
         ignored = {
             f"guidance.{name}": getattr(self.guidance, name) is not None
@@ -867,7 +869,7 @@ class Config(Settings):
             _require(
                 value is not None,
                 f'teacher.placement = "cached" reads the scores of recorded rollouts and needs '
-                f"{name}, found none. Record with tools/rollouts.py, then run `tropd score`.",
+                f"{name}, found none. Record with `tropd rollouts`, then run `tropd score`.",
             )
         self._check_without_teacher()
         kept, read = self.cached_top_k, self.loss.needs.top_k
@@ -1073,7 +1075,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         apply_override(tables, override)
     refuse_old_form(tables.get("loss"))
-    config = _build(Config, tables, "")
+    config: Config = _build(Config, tables, "")
     run = dataclasses.replace(config.run, dir=os.path.expanduser(config.run.dir))
     return dataclasses.replace(config, run=run)
 
@@ -1084,7 +1086,8 @@ def config_to_dict(config: Config) -> dict[str, Any]:
     if not config.teachers:
         del tables["teachers"]
     tables["loss"] = {"method": config.loss.method_name(), **tables["loss"]}
-    return json.loads(json.dumps(tables))
+    plain: dict[str, Any] = json.loads(json.dumps(tables))
+    return plain
 
 
 def default_settings() -> dict[str, dict[str, Any]]:
@@ -1132,7 +1135,8 @@ def _toml(value: Any) -> str:
 
 def config_from_dict(tables: dict[str, Any]) -> Config:
     """Inverse of :func:`config_to_dict` (resolved JSON of a run folder)."""
-    return _build(Config, tables, "")
+    config: Config = _build(Config, tables, "")
+    return config
 
 
 def read_settings(path: Path) -> dict[str, dict[str, Any]]:
@@ -1160,7 +1164,8 @@ def read_settings(path: Path) -> dict[str, dict[str, Any]]:
         loss = new_form(loss)
     if loss:
         found["loss"] = json.loads(json.dumps(loss_defaults(loss["method"]))) | loss
-    return found
+    tables: dict[str, dict[str, Any]] = found
+    return tables
 
 
 def is_run_settings(value: Any) -> bool:

@@ -43,15 +43,19 @@ class Copies(Operation):
     shape: tuple[int, ...]
 
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Give every name the one shape."""
         return dict.fromkeys(self.names, self.shape)
 
     def shard_shape(self, tp_size: int) -> tuple[int, ...]:
+        """Give the whole shape: nothing is sharded."""
         return self.shape
 
     def read(self, source: Source, tp_rank: int, tp_size: int) -> Tensor:
+        """Read the tensor under its first name."""
         return source.read(self.names[0])
 
     def merge(self, shards: list[Tensor]) -> dict[str, Tensor]:
+        """Give every name a copy."""
         # Files of safetensors hold no memory twice.
         return {name: shards[0].clone() for name in self.names}
 

@@ -169,7 +169,8 @@ def _write_item(part: Part) -> WriteItem:
 
 class _Writer(checkpoint.FileSystemWriter):
     """torch's writer, but it forgets what it has written, an error in any thread ends it, and it
-    names no folder or save."""
+    names no folder or save.
+    """
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
         assert isinstance(planner, _Planner)

@@ -1,4 +1,4 @@
-"""Options of the tools that read a prompts file, the same for all of them."""
+"""What the options of commands that read a prompts file say."""
 
 import argparse
 import datetime
@@ -15,32 +15,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def add_prompt_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say how lines of ``--prompts`` become token ids."""
-    add = parser.add_argument
-    add("--prompts", required=True, help="file or data set, as rollout.prompts (docs/prompts.md)")
-    add_data_option(parser)
-    add("--apply-chat-template", action="store_true", help="wrap prompts in the chat template")
-    add("--chat-template-kwargs", default="{}", help="what it reads beside messages, as JSON")
-    add("--chat-template-date", help="YYYY-MM-DD, for one that reads the clock (default: --out's)")
-    add("--filter-overlong-prompts", action="store_true", help="leave out prompts that do not fit")
-    add("--system-prompt", default="", help="first message of a conversation that has none")
-    add("--prompt-template", default="", help='Jinja text, such as "{{ prompt }} Be brief."')
-
-
-def add_data_option(parser: argparse.ArgumentParser) -> None:
-    """Add the option that says what of a file or data set is read."""
-    shown = '\'{"split": "test", "fields": {"prompt": "question"}}\''
-    parser.add_argument("--data", metavar="JSON", help=f"as [rollout.data]: {shown}")
-
-
 def data_of(text: str | None) -> DataConfig:
-    """Read the option of :func:`add_data_option`.
+    """Read the option ``--data``.
 
     Raises:
         ConfigError: it is no such table.
     """
-    return settings_from_table(DataConfig, _table(text or "{}", "--data", '{"split": "test"}'))
+    table = _table(text or "{}", "--data", '{"split": "test"}')
+    found: DataConfig = settings_from_table(DataConfig, table)
+    return found
 
 
 def read_prompts(
@@ -49,7 +32,8 @@ def read_prompts(
     """Read the prompts that the options name.
 
     Args:
-        options: with those of :func:`add_prompt_options`, ``out`` and ``max_new_tokens``.
+        options: with those of ``config.run_defaults.add_prompt_options``, ``out`` and
+            ``max_new_tokens``.
 
     Returns:
         The prompts, and what the header of ``out`` must say of their template.

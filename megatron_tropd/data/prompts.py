@@ -64,14 +64,16 @@ class Prompts(Sequence[Prompt]):
 def num_tokens(prompts: Sequence[Prompt]) -> Sequence[int]:
     """Count the token ids of each; nothing is read for it."""
     if isinstance(prompts, Prompts):
-        return prompts.entries_N["tokens"].tolist()
+        counts: list[int] = prompts.entries_N["tokens"].tolist()
+        return counts
     return [len(prompt.token_ids) for prompt in prompts]
 
 
 def indices_of(prompts: Sequence[Prompt]) -> Sequence[int]:
     """List the ``Prompt.index`` of each; nothing is read for it."""
     if isinstance(prompts, Prompts):
-        return prompts.entries_N["index"].tolist()
+        indices: list[int] = prompts.entries_N["index"].tolist()
+        return indices
     return [prompt.index for prompt in prompts]
 
 
@@ -313,7 +315,9 @@ def prompts_of_step(n_prompts: int, per_step: int, step: int, seed: int) -> list
             "Lower it or add prompts."
         )
     epoch, place = divmod(step, n_prompts // per_step)
-    return _permutation(n_prompts, epoch, seed)[place * per_step : (place + 1) * per_step].tolist()
+    order = _permutation(n_prompts, epoch, seed)[place * per_step : (place + 1) * per_step]
+    chosen: list[int] = order.tolist()
+    return chosen
 
 
 @lru_cache(maxsize=2)

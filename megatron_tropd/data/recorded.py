@@ -1,7 +1,7 @@
 """Recorded trajectories as a dataset for Megatron's own training loop: checks and items.
 
 The form of the files is that of :mod:`megatron_tropd.data.sequence_files`; their header names the
-tokenizer's fingerprint and the settings, too (tools/rollouts.py). S = sequence length.
+tokenizer's fingerprint and the settings, too (`tropd rollouts`). S = sequence length.
 """
 
 from array import array
@@ -48,7 +48,7 @@ def read_recorded(
     """Read recorded trajectories whole, checking every line.
 
     Args:
-        path: JSON lines of tools/rollouts.py, or a folder of such files, one for each round.
+        path: JSON lines of `tropd rollouts`, or a folder of such files, one for each round.
         tokenizer: the student's, which must be that of the files.
 
     Raises:
@@ -68,7 +68,7 @@ def read_recorded(
             found.append(read(record, where))
             _check_values(found[-1], vocab_size, where)
     if not found:
-        raise InputError(f"{path} holds no trajectory. Write some with tools/rollouts.py.")
+        raise InputError(f"{path} holds no trajectory. Write some with `tropd rollouts`.")
     _check_order(headers, Path(path))
     return found
 
@@ -77,7 +77,7 @@ def _files_of(path: str | Path) -> list[Path]:
     path = Path(path)
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
     if not files:
-        raise InputError(f"The folder {path} holds no *.jsonl. Write some: tools/rollouts.py.")
+        raise InputError(f"The folder {path} holds no *.jsonl. Write some: `tropd rollouts`.")
     return files
 
 
@@ -101,7 +101,7 @@ class RecordedTrajectories(Dataset[dict[str, Tensor]]):
         """Read the file once, checking every line.
 
         Args:
-            path: JSON lines of tools/rollouts.py; or a folder of such files (``*.jsonl``), one for
+            path: JSON lines of `tropd rollouts`; or a folder of such files (``*.jsonl``), one for
                 each round, read one after another in the order of their names.
             seq_length: S, positions of an item; a trajectory of N tokens needs N - 1.
             longer: what becomes of longer trajectories; "truncate" cuts their end.
@@ -163,7 +163,7 @@ class RecordedTrajectories(Dataset[dict[str, Tensor]]):
             self._offsets.append(offset)
             self._lines.append(number)
         if len(self) == before:
-            raise InputError(f"{path} holds no trajectory. Write some with tools/rollouts.py.")
+            raise InputError(f"{path} holds no trajectory. Write some with `tropd rollouts`.")
         return header
 
     def _read(self, read: Reader, record: Mapping[str, Any], where: str) -> TokenSequence:
@@ -228,7 +228,7 @@ def _check_values(sequence: TokenSequence, vocab_size: int, where: str) -> None:
         raise InputError(
             f"{where}: log-probs must be finite where the student wrote the token, missing for "
             f"{missing.sum()} of {len(missing)}, the first at token "
-            f"{np.flatnonzero(student)[missing.argmax()]}. Write the file with tools/rollouts.py."
+            f"{np.flatnonzero(student)[missing.argmax()]}. Write the file with `tropd rollouts`."
         )
     if len(logprobs_U) and logprobs_U.max() > _LOGPROB_SLACK:
         raise InputError(

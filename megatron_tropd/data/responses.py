@@ -1,4 +1,4 @@
-"""Teacher responses written beforehand by tools/teacher_responses.py: format, reading, checks.
+"""Teacher responses written beforehand by `tropd responses`: format, reading, checks.
 
 The first line is a header, every other line one response::
 
@@ -107,7 +107,7 @@ def load_responses(
     if missing:
         raise InputError(
             f"{path} has no response to {len(missing)} of the {len(prompts)} prompts, the first "
-            f"of them prompt {missing[0]}. Run tools/teacher_responses.py again: it continues "
+            f"of them prompt {missing[0]}. Run `tropd responses` again: it continues "
             "the file."
         )
     return {i: tuple(by_sample[s] for s in sorted(by_sample)) for i, by_sample in found.items()}
@@ -115,11 +115,11 @@ def load_responses(
 
 def _check_header(header: dict[str, Any] | None, path: str | Path, expected: str) -> None:
     if header is None:
-        raise InputError(f"The responses file {path} is empty. Run tools/teacher_responses.py.")
+        raise InputError(f"The responses file {path} is empty. Run `tropd responses`.")
     if header.get("format") != FORMAT:
         raise InputError(
             f"{path}, line 1: expected a header with format {FORMAT!r}, found "
-            f"{header.get('format')!r}. Write the file with tools/teacher_responses.py."
+            f"{header.get('format')!r}. Write the file with `tropd responses`."
         )
     if header.get("tokenizer") != expected:
         raise InputError(

@@ -130,7 +130,8 @@ class JsonRows:
                 "Start again, and write new prompts into a new file."
             )
         # Of no position, so that processes that share the open file do not meet.
-        return json.loads(os.pread(self._fd, size, start))
+        fields: dict[str, Any] = json.loads(os.pread(self._fd, size, start))
+        return fields
 
 
 def _copy(file: IO[bytes]) -> IO[bytes]:
@@ -173,7 +174,8 @@ class DataSetRows:
 
     def read(self, start: int, size: int) -> dict[str, Any]:
         """Read one row again."""
-        return self._rows[start]
+        fields: dict[str, Any] = self._rows[start]
+        return fields
 
 
 def _load(name: str, source: str, data: DataConfig, files: str | None) -> Any:

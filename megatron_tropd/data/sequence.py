@@ -21,7 +21,8 @@ NO_VERSION = -1
 
 class Writer(IntEnum):
     """Who wrote a token. CONTEXT has no loss: prompts, text of tools; it also marks padding. GOLDEN
-    is a reference solution of the prompts' file."""
+    is a reference solution of the prompts' file.
+    """
 
     CONTEXT = 0
     TEACHER = 1
@@ -165,12 +166,14 @@ class TokenSequence:
     @property
     def prompt_ids(self) -> list[int]:
         """Ids of the prompt."""
-        return self.ids_N[: self.prompt_length].tolist()
+        ids: list[int] = self.ids_N[: self.prompt_length].tolist()
+        return ids
 
     @property
     def response_ids(self) -> list[int]:
         """Ids after the prompt."""
-        return self.ids_N[self.response].tolist()
+        ids: list[int] = self.ids_N[self.response].tolist()
+        return ids
 
     @property
     def writers(self) -> list[Writer]:
@@ -185,7 +188,8 @@ class TokenSequence:
 
     def by(self, writer: Writer) -> NDArray[np.int64]:
         """Ids that ``writer`` wrote."""
-        return self.ids_N[self.writer_N == writer]
+        ids: NDArray[np.int64] = self.ids_N[self.writer_N == writer]
+        return ids
 
     def count(self, writer: Writer) -> int:
         """How many tokens ``writer`` wrote."""

@@ -82,7 +82,7 @@ def reader_of(header: Mapping[str, Any], where: str) -> Reader:
     if header.get("format") not in known:
         raise InputError(
             f"{where}: expected a header with format {FORMAT!r} (or {_RECORDED_BEFORE!r}), found "
-            f"{header.get('format')!r}. Write the file with tools/rollouts.py."
+            f"{header.get('format')!r}. Write the file with `tropd rollouts`."
         )
     return known[header["format"]]
 

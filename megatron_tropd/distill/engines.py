@@ -113,20 +113,8 @@ def start_engines(
     )
 
 
-def add_engine_options(parser: argparse.ArgumentParser) -> None:
-    """Options of a tool that starts one engine, on GPUs that it has to itself."""
-    add = parser.add_argument
-    add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of the model")
-    add("--tensor-parallel", type=int, default=1, help="GPUs of the engine (default 1)")
-    add("--gpu-share", type=float, default=MEMORY_ALONE, help="of each GPU's memory (%(default)s)")
-    add("--cpu-kv-gib", type=float, default=1.0, help="GiB of KV cache without CUDA (%(default)s)")
-    add("--max-num-seqs", type=int, help="most sequences decoded together (default: vLLM's)")
-    add("--max-num-batched-tokens", type=int, help="most tokens of one pass (default: vLLM's)")
-    add("--threads", type=int, help="CPU threads (default: all)")
-
-
 def tool_engine(options: argparse.Namespace, folder: Path, **settings: Any) -> RolloutEngine:
-    """The engine that :func:`add_engine_options` ask for; still starting.
+    """Start the engine that options of ``config.run_defaults.add_engine_options`` ask for.
 
     Args:
         options: parsed; ``out`` is the tool's file, beside which the engine's log lies.
@@ -138,7 +126,7 @@ def tool_engine(options: argparse.Namespace, folder: Path, **settings: Any) -> R
         folder,
         log_file=options.out.with_name(options.out.name + ".engine.log"),
         dtype=engine_dtype(options.dtype),
-        gpu_share=options.gpu_share,
+        gpu_share=MEMORY_ALONE if options.gpu_share is None else options.gpu_share,
         cpu_kv_gib=options.cpu_kv_gib,
         tensor_parallel=options.tensor_parallel,
         max_num_seqs=options.max_num_seqs,

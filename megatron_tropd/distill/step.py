@@ -171,7 +171,7 @@ def _waiting_share(student: Student, passed: float) -> float:
     # All have just met, and the device is done: nobody waits for this.
     seconds = torch.tensor([student.wait.seconds, passed], dtype=torch.float64)
     dist.all_reduce(seconds)
-    waited, all_passed = seconds.tolist()
+    waited, all_passed = map(float, seconds.tolist())
     return waited / all_passed
 
 

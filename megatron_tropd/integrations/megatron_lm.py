@@ -97,7 +97,7 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     add(
         "--tropd-trajectories",
         metavar="FILE",
-        help="recorded trajectories (tools/rollouts.py) to train on in place of --data-path",
+        help="recorded trajectories (`tropd rollouts`) to train on in place of --data-path",
     )
     add(
         "--tropd-accept-options",

@@ -109,7 +109,8 @@ def all_to_all_rows(
 
 def _senders(have: Sequence[slice], receiver: int) -> set[int]:
     """The ranks that give a receiver what it wants: of those that have the same rows itself, or one
-    of them in turn."""
+    of them in turn.
+    """
     holders: dict[tuple[int, int], list[int]] = {}
     for rank, rows in enumerate(have):
         holders.setdefault((rows.start, rows.stop), []).append(rank)

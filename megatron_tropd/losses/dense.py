@@ -277,14 +277,14 @@ class _Both:
         return inside + self._mask_zero(outside, outside * self.ratio.clamp(min=spec.reward_floor))
 
     def _powers(self, power: float) -> Tensor:
-        """q (p^a - q^a), in the spare buffer."""
+        """Q (p^a - q^a), in the spare buffer."""
         self._has_mixture = False
         of_student = torch.mul(self.log_q, power, out=self._log_mix).exp_()
         of_teacher = torch.mul(self.log_p, power, out=self._spare).exp_()
         return of_teacher.sub_(of_student).mul_(self.q)
 
     def add_product(self, total: Tensor, part: Tensor, factor: Tensor) -> None:
-        """total += part x factor, where a factor of 0 silences an infinite part."""
+        """Total += part x factor, where a factor of 0 silences an infinite part."""
         if self._excluded:
             part = self._mask_zero(factor, part)
         total.addcmul_(part, factor)
@@ -312,7 +312,7 @@ class _Both:
         return self._spare.masked_fill_(self.ratio >= HUGE_RATIO, -math.log(mix))
 
     def _product(self, weights: Tensor, values: Tensor) -> Tensor:
-        """weights x values in the spare buffer, 0 where the weight is."""
+        """Weights x values in the spare buffer, 0 where the weight is."""
         if not self._excluded:
             return torch.mul(weights, values, out=self._spare)
         return self._spare.copy_(self._mask_zero(weights, weights * values))

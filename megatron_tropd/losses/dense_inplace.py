@@ -228,7 +228,7 @@ class _Rows:
 
     @property
     def share(self) -> Tensor:
-        """p / q."""
+        """P / q."""
         if not self._has_share:
             torch.exp(self.ratio, out=self._share)
             self._has_share = True

@@ -311,7 +311,7 @@ def _store(row, at, column_stride, columns, block, TAIL: tl.constexpr):
 
 @triton.jit
 def _times(weights, values):
-    """weights x values, 0 where the weight is; 0 x inf would be nan."""
+    """Weights x values, 0 where the weight is; 0 x inf would be nan."""
     return tl.where(weights == 0.0, 0.0, weights * values)
 
 
@@ -346,7 +346,7 @@ def _log1p(value):
 
 @triton.jit
 def _reward(log_q, log_p, number, mix, rest, REWARD: tl.constexpr, SMALL_MIX: tl.constexpr):
-    """w of a block: see ``dense.Reward``."""
+    """W of a block: see ``dense.Reward``."""
     q, p, ratio = tl.exp(log_q), tl.exp(log_p), log_p - log_q
     if REWARD == "log_ratio":
         reward = _times(q, ratio)

@@ -10,11 +10,14 @@ Source: Steele, Lea and Flood, "Fast splittable pseudorandom number generators",
 
 from collections.abc import Sequence
 from enum import IntEnum
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import ArrayLike, NDArray
 
 _WORD = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -53,9 +56,9 @@ def keyed_seed(*key: int) -> int:
 
 
 def keyed_uniform(
-    seed: int, step: int, trajectory: int, positions: ArrayLike
-) -> NDArray[np.float32]:
-    """Uniform numbers of the trust-region mask, one per position.
+    seed: int, step: int, trajectory: int, positions: "ArrayLike"
+) -> "NDArray[np.float32]":
+    """Draw uniform numbers of the trust-region mask, one per position. Needs numpy.
 
     Args:
         seed: ``train.seed``.
@@ -67,6 +70,8 @@ def keyed_uniform(
     Returns:
         [...] float32 in [0, 1), multiples of 2**-24, same shape as ``positions``.
     """
+    import numpy as np
+
     prefix = _signed(_hash((seed, Purpose.MASK, step, trajectory)) + _GOLDEN)
     words = _mix_tensor(torch.from_numpy(np.array(positions, np.int64)) ^ prefix)
     # 24 bits are what float32 holds exactly, so rounding can never reach 1.0.

@@ -29,7 +29,8 @@ def first_order(backward: Callable[..., _Gradients]) -> Callable[..., _Gradients
             made = backward(ctx, *grads)
         if not torch.is_grad_enabled():  # the rule: nobody asked for create_graph
             return made
-        return tuple(None if grad is None else _Last.apply(grad.requires_grad_()) for grad in made)
+        last: Callable[[Tensor], Tensor] = _Last.apply
+        return tuple(None if grad is None else last(grad.requires_grad_()) for grad in made)
 
     return once
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch.distributed as dist
     from torch import Tensor
 
-    from megatron_tropd.losses import terms
+    from megatron_tropd.losses import terms as terms
     from megatron_tropd.losses.statistics import TokenStatistics
     from megatron_tropd.losses.targets import LossTargets
     from megatron_tropd.losses.terms import Term

@@ -7,7 +7,7 @@ Shape suffixes: T = tokens, V = whole vocabulary, v = this rank's shard, H = hid
 R = ranks of the group. p = teacher, q = student, x = the token in the trajectory.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -113,7 +113,8 @@ def tropd_loss(
         statistics = _collect(pair)
         term = config.whole_term(statistics, targets, beta)
         weighted = _weighted(term, targets)
-    loss_T = _LossOfLogits.apply(student_logits_Tv, weighted, statistics, pair)
+    loss_of_logits: Callable[..., Tensor] = _LossOfLogits.apply
+    loss_T = loss_of_logits(student_logits_Tv, weighted, statistics, pair)
     return LossOutput(loss_T, _values(statistics, term, weighted))
 
 
@@ -180,7 +181,8 @@ def tropd_loss_from_hidden(
     check_products(student, signal, shard, main_grad)
     pair, targets = _pair(student, targets, signal, config, shard, metrics, memory_mib)
     maker = _GradientMaker(pair, targets, config, beta, main_grad)
-    loss = _LossOfHidden.apply(hidden_TH, output_weight_vH, maker)
+    loss_of_hidden: Callable[..., Tensor] = _LossOfHidden.apply
+    loss = loss_of_hidden(hidden_TH, output_weight_vH, maker)
     return SummedLoss(loss, maker.values())
 
 

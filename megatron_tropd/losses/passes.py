@@ -81,7 +81,7 @@ class StatelessPasses:
 
     def second(self, student_norm_T2: Tensor, teacher_norm_T2: Tensor) -> Tensor:
         """See :class:`Passes`."""
-        return self._module.row_sums(
+        sums: Tensor = self._module.row_sums(
             self._student,
             self._teacher,
             student_norm_T2,
@@ -89,6 +89,7 @@ class StatelessPasses:
             self._spec,
             self._scratch,
         )
+        return sums
 
     def prepare(self) -> None:
         """See :class:`Passes`."""

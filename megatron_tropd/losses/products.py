@@ -13,7 +13,7 @@ _LARGEST_EXPONENT = 14
 
 
 def write_logits(hidden_TH: Tensor, weight_vH: Tensor, out_Tv: Tensor) -> None:
-    """out = hidden @ weight^T.
+    """Out = hidden @ weight^T.
 
     Args:
         hidden_TH: [T, H] any float dtype.
@@ -39,7 +39,7 @@ def write_logits(hidden_TH: Tensor, weight_vH: Tensor, out_Tv: Tensor) -> None:
 
 
 def write_hidden_grad(grad_Tv: Tensor, weight_vH: Tensor, out_TH: Tensor) -> None:
-    """out = grad @ weight.
+    """Out = grad @ weight.
 
     Args:
         grad_Tv: [T, v] gradient of the logits, in float32 or already in the weight's dtype.
@@ -64,7 +64,7 @@ def write_hidden_grad(grad_Tv: Tensor, weight_vH: Tensor, out_TH: Tensor) -> Non
 
 
 def add_weight_grad(grad_Tv: Tensor, hidden_TH: Tensor, total_vH: Tensor, *, first: bool) -> None:
-    """total += grad^T @ hidden, accumulated in float32.
+    """Total += grad^T @ hidden, accumulated in float32.
 
     Args:
         grad_Tv: [T, v] gradient of the logits, in float32 or already in that of the hidden states.

@@ -3,6 +3,7 @@
 Shape suffixes: T = tokens, H = hidden, R = ranks of the group.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,7 +26,8 @@ def sum_gradient(hidden_TH: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
     Collectives: forward none; backward 1 all-reduce (SUM) of [T, H].
     """
-    return hidden_TH if place_in(group)[0] == 1 else _SumGradient.apply(hidden_TH, group)
+    apply: Callable[[Tensor, object], Tensor] = _SumGradient.apply
+    return hidden_TH if place_in(group)[0] == 1 else apply(hidden_TH, group)
 
 
 def gather_rows(hidden_tH: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -40,7 +42,8 @@ def gather_rows(hidden_tH: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
     Collectives: forward 1 all-gather, backward 1 reduce-scatter of [T, H].
     """
-    return hidden_tH if place_in(group)[0] == 1 else _GatherRows.apply(hidden_tH, group)
+    apply: Callable[[Tensor, object], Tensor] = _GatherRows.apply
+    return hidden_tH if place_in(group)[0] == 1 else apply(hidden_tH, group)
 
 
 class _SumGradient(torch.autograd.Function):

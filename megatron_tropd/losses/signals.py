@@ -89,7 +89,7 @@ class HiddenStatesSignal:
 
     @property
     def width(self) -> int:
-        """v."""
+        """V."""
         return self.output_weight_vH.shape[0]
 
     def write_logits(self, rows: slice, out_tv: Tensor) -> None:
@@ -122,7 +122,7 @@ class LogitsSignal:
 
     @property
     def width(self) -> int:
-        """v."""
+        """V."""
         return self.logits_Tv.shape[1]
 
     def write_logits(self, rows: slice, out_tv: Tensor) -> None:
@@ -207,7 +207,7 @@ class RoutedSignal:
 
     @property
     def width(self) -> int:
-        """v."""
+        """V."""
         return self.parts[0].width
 
     @property
@@ -264,10 +264,12 @@ def with_tokens[S: TeacherSignal](
     if isinstance(first, ReferencedSignal):
         both = ([getattr(s, who) for s in signals] for who in ("teacher", "reference"))
         made: Any = ReferencedSignal(*(with_tokens(parts, change) for parts in both))
-        return made
+        pair: S = made
+        return pair
     per_token = [f.name for f in fields(first) if f.name.rpartition("_")[2].startswith("T")]
     changed = {name: change([getattr(s, name) for s in signals]) for name in per_token}
-    return replace(first, **changed)
+    whole: S = replace(first, **changed)
+    return whole
 
 
 def required_signal(config: LossSettings) -> frozenset[str]:

@@ -143,7 +143,7 @@ class AllGather:
         )
 
     def wait(self) -> Tensor:
-        """[R, ...]"""
+        """Wait for the gathered parts, [R, ...]."""
         if self._work is not None:
             self._work.wait()
         return self._parts

@@ -203,7 +203,7 @@ def _lengthened(tensor: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 def _gather_padded(gather: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """gloo gathers equal parts only: those of unequal length (experts' tokens) are padded."""
+    """Gloo gathers equal parts only: those of unequal length (experts' tokens) are padded."""
 
     @functools.wraps(gather)
     def call(
@@ -294,7 +294,7 @@ def _patch_attention() -> None:
 
 
 def _patch_norms() -> None:
-    """torch's norms under sequence parallelism: Megatron refuses them as nobody marks the weights.
+    """Torch's norms under sequence parallelism: Megatron refuses them as nobody marks the weights.
 
     Marked, ``finalize_model_grads`` sums their gradients over the tensor-parallel ranks.
     """

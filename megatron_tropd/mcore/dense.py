@@ -17,7 +17,8 @@ from megatron_tropd.mcore.weights import export_weights, load_weights, named_par
 
 class DenseModel:
     """This rank's part of a Megatron model; a :class:`~megatron_tropd.mcore.student.StudentModel`
-    that is trained, saved and given away as a whole."""
+    that is trained, saved and given away as a whole.
+    """
 
     def __init__(
         self, chunks: Sequence[GPTModel], hf_config: dict[str, Any], layout: Layout

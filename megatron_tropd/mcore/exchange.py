@@ -222,7 +222,8 @@ def _transfers(
 
 class _Senders:
     """Who of those that hold the same states gives them to whom: the receiver itself if it can,
-    else one after the other."""
+    else one after the other.
+    """
 
     def __init__(self, scorer: Layout) -> None:
         """Nobody has a sender yet."""

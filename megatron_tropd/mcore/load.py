@@ -47,7 +47,8 @@ def load_checkpoint(chunks: Sequence[GPTModel], folder: MegatronFolder, layout: 
 
 def sharded_state(chunks: Sequence[GPTModel], metadata: dict[str, Any]) -> dict[str, Any]:
     """This rank's part of a model as Megatron's sharded state dictionary; of several chunks, one
-    for each. A file has layers by their numbers in the whole model, so it fits either."""
+    for each. A file has layers by their numbers in the whole model, so it fits either.
+    """
     states = [chunk.sharded_state_dict(metadata=metadata) for chunk in chunks]
     return states[0] if len(states) == 1 else {f"model{i}": s for i, s in enumerate(states)}
 

@@ -147,7 +147,8 @@ class Adapter(Module):
 class LoraModel:
     """This rank's part of a frozen Megatron model with adapters; a
     :class:`~megatron_tropd.mcore.student.StudentModel` whose adapters are trained and saved, and
-    which is given away merged."""
+    which is given away merged.
+    """
 
     def __init__(self, base: DenseModel, lora: LoraConfig, *, seed: int) -> None:
         """Put adapters, which change nothing yet, into a model.
@@ -301,7 +302,8 @@ class _Merged(Mapping[str, Tensor]):
 
 def _attach(chunks: Sequence[GPTModel], lora: LoraConfig) -> dict[str, Module]:
     """Give every target an adapter; returns the layers that have one by their names in the whole
-    model."""
+    model.
+    """
     layers = {
         in_whole_model(chunk, name): layer
         for chunk in chunks

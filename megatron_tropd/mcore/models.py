@@ -47,7 +47,7 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in x's type."""
+        """X / sqrt(mean(x^2) + eps) * weight over the last dimension, in x's type."""
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
@@ -67,7 +67,8 @@ def has_transformer_engine() -> bool:
 
 def layer_spec(config: TransformerConfig) -> ModuleSpec:
     """Transformer Engine's layers where it imports, else Megatron's own with our norm and
-    attention."""
+    attention.
+    """
     experts = config.num_moe_experts
     if has_transformer_engine():
         return get_gpt_layer_with_transformer_engine_spec(

@@ -38,7 +38,8 @@ class StudentModel(Protocol):
     @property
     def chunks(self) -> Sequence[GPTModel]:
         """What is run: this rank's part, not wrapped; in one piece unless the pipeline is
-        interleaved."""
+        interleaved.
+        """
 
     @property
     def module(self) -> GPTModel:

@@ -125,7 +125,8 @@ def _markers(text: str) -> list[_Marker]:
 
 def _boxes(text: str) -> list[_Marker]:
     r"""The outermost ``\boxed{}`` and ``\fbox{}`` (one that is cut off ends with its line), and
-    ``<answer></answer>``."""
+    ``<answer></answer>``.
+    """
     found_alike = (*_BARE_BOX.finditer(text), *_TAGS.finditer(text))
     boxes = [_Marker(found.start(), found.start(1), (found.span(1),)) for found in found_alike]
     depth, opened = 0, None

@@ -237,7 +237,7 @@ class Cluster:
             self._start(f"slurmd-{node}", ["-D", "-N", node], program="slurmd", cores=_cores(node))
 
     def kill_node(self, node: str) -> None:
-        """kill -9 of a node's slurmd; its steps and their processes live on."""
+        """Kill -9 of a node's slurmd; its steps and their processes live on."""
         pid = self._pid(f"slurmd-{node}")
         if pid is None:
             raise ClusterError(f"slurmd of {node} is not running.")

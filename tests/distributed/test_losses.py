@@ -166,7 +166,8 @@ class Problem:
 
 def _grid(draw, *shape, scale=1.0):
     """Normal numbers rounded to multiples of 1/64: exact in bfloat16, and so are their products
-    in float32, in whatever order they are summed."""
+    in float32, in whatever order they are summed.
+    """
     numbers = torch.randn(*shape, generator=draw) * scale
     return (numbers.clamp(-2, 2) * 64).round() / 64
 
@@ -482,7 +483,8 @@ def _unchanged(*objects):
 @contextlib.contextmanager
 def _way_to_compute(*, rows=None, budget=None, plain=False, overlap=False):
     """Chunks of so many rows, or of what so many bytes hold; the passes of other devices; two
-    chunks under way as on a GPU."""
+    chunks under way as on a GPU.
+    """
     with pytest.MonkeyPatch.context() as patch:
         if rows:
             patch.setattr(chunks, "_chunk_rows", lambda *args: rows)

@@ -140,7 +140,7 @@ def test_a_step_of_two_teachers_is_the_sum_of_their_parts(tiny_model: Any) -> No
 
 
 def with_experts(student: str, one: str, other: str) -> None:
-    """The second teacher's experts are shared by two replicas, one of which has none of its rows"""
+    """The second teacher's experts are shared by two replicas, of which one has no row of it."""
     layout = ParallelConfig(data=2, expert=2)
     from megatron_tropd.mcore import parallel
 

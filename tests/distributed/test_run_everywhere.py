@@ -1,5 +1,6 @@
 """What ranks do together: an error that was foreseen reaches all of them, another ends its rank;
-and what some of them have reaches all of them."""
+and what some of them have reaches all of them.
+"""
 
 import pytest
 import torch

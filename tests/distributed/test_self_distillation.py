@@ -66,7 +66,7 @@ def _step(parts: Any, routes: Routes | None = None, step: int = 0) -> dict[str, 
 def expected_divergences(
     student: str, teacher: str, routes: Routes, vocab_size: int
 ) -> dict[str, float]:
-    """transformers' of the student's tokens, each model after its own prompt, in float64."""
+    """Transformers' of the student's tokens, each model after its own prompt, in float64."""
     from transformers import AutoModelForCausalLM
 
     models = [AutoModelForCausalLM.from_pretrained(m).double().eval() for m in (student, teacher)]

@@ -20,11 +20,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from warm_engines import environment_of_commands
 
+from megatron_tropd.cli.main import main
 from megatron_tropd.data.recorded import RecordedTrajectories
 from megatron_tropd.data.sequence import Writer
 from megatron_tropd.data.tokenizers import load_tokenizer
 from tests.ranks import run_with_env, save_without_manager
-from tools import rollouts
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 pytestmark = [
@@ -117,7 +117,7 @@ def test_a_cut_recording_ends_as_the_same_bytes(
 
     def record(out: Path) -> str:
         options = f"--student {tiny_llama} --prompts {prompts} --out {out} --max-new-tokens 12"
-        rollouts.main([*options.split(), "--samples", "2", "--threads", "1"])
+        main(["rollouts", *options.split(), "--samples", "2", "--threads", "1"])
         return capsys.readouterr().out
 
     whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
@@ -138,18 +138,18 @@ def test_two_rounds_driven_from_outside(tiny_model: Callable[..., Path], tmp_pat
     megatron, saved, recorded = tmp_path / "megatron", tmp_path / "saved", tmp_path / "rounds"
     environment = environment_of_commands(tmp_path / "warm")
 
-    def tool(name: str, *options: str | Path | int) -> str:
-        done = warm_commands.run([name, *options], environment=environment, folder=REPOSITORY)
+    def tropd(*words: str | Path | int) -> str:
+        done = warm_commands.run(words, environment=environment, folder=REPOSITORY)
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout
 
-    tool("tools/hf_to_megatron.py", "--hf", student, "--megatron", megatron)
+    tropd("convert", "to-megatron", "--hf", student, "--megatron", megatron)
     sampler, loop = student, train
     for number in range(2):
         recording = ["--student", sampler, "--prompts", prompts, "--round", number]
         recording += ["--prompts-per-round", 4, "--samples", 4, "--max-new-tokens", 12]
         out = recorded / f"round-{number:03d}.jsonl"
-        assert "16 rollouts added" in tool("tools/rollouts.py", *recording, "--out", out)
+        assert "16 rollouts added" in tropd("rollouts", *recording, "--out", out)
         assert logprob_gap(sampler, RecordedTrajectories(out, seq_length=32, vocab_size=259)) < 1e-4
         training = ["--tokenizer-model", student, "--tropd-teacher-load", teacher]
         training += ["--pretrained-checkpoint", megatron, "--load", saved, "--save", saved]
@@ -157,7 +157,7 @@ def test_two_rounds_driven_from_outside(tiny_model: Callable[..., Path], tmp_pat
         assert f"consumed samples: {16 * (number + 1):12d} |" in log
         trained = tmp_path / f"student-{number + 1}"
         options = ["--megatron", saved, "--hf", trained, "--hf-config", student]
-        tool("tools/megatron_to_hf.py", *options)
+        tropd("convert", "to-hf", *options)
         check_trained(sampler, trained)
         sampler, loop = trained, train_again
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from megatron_tropd.base.errors import ConfigError, InputError, TrainingError
+from megatron_tropd.cli.main import main
 from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.data.prompts import load_prompts
 from megatron_tropd.data.responses import load_responses
@@ -26,7 +27,6 @@ from megatron_tropd.rollout.engines import process
 from megatron_tropd.rollout.engines.engine import RolloutEngine
 from megatron_tropd.rollout.engines.engine_model import check_engine, write_engine_folder
 from megatron_tropd.rollout.weights.mailbox import WeightMailbox
-from tools import teacher_responses
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("warm_engines")]
 REQUESTS = [
@@ -372,7 +372,6 @@ import sys, time
 from pathlib import Path
 from megatron_tropd.rollout.engines.engine import RolloutEngine
 from megatron_tropd.rollout.weights.mailbox import WeightMailbox
-from tools import teacher_responses
 engine = RolloutEngine(sys.argv[1], max_model_len=64, log_file=sys.argv[2] + "/engine.log")
 mailbox = WeightMailbox(Path(sys.argv[2]))
 print(engine.pid, flush=True)
@@ -410,14 +409,14 @@ def test_teacher_responses_tool_writes_what_training_reads(
     arguments = ["--teacher", tiny_qwen2, "--prompts", prompts, "--out", out, "--samples", 2]
     arguments += ["--max-new-tokens", 12, "--threads", 1]
     for added in (10, 0):
-        teacher_responses.main(list(map(str, arguments)))
+        assert main(["responses", *map(str, arguments)]) == 0
         assert f"{added} responses added" in capsys.readouterr().out
     tokenizer = load_tokenizer(tiny_qwen2)
     responses = load_responses(out, load_prompts(prompts, tokenizer), tokenizer)
     assert [len(responses[i]) for i in range(5)] == [2] * 5
     assert len({r.token_ids for found in responses.values() for r in found}) == 10
-    with pytest.raises(InputError, match="max_new_tokens: 12 in the file, 13 asked for"):
-        teacher_responses.main([*map(str, arguments[:-3]), "13"])
+    assert main(["responses", *map(str, arguments[:-3]), "13"]) == 2
+    assert "max_new_tokens: 12 in the file, 13 asked for" in capsys.readouterr().err
 
 
 def test_head_sizes_vllm_refuses_on_cpu_are_named(tiny_model: Callable[..., Path]) -> None:

@@ -440,7 +440,8 @@ def test_one_step_ahead_repeats_elsewhere_and_after_an_interruption(
     toml: Path, tmp_path: Path
 ) -> None:
     """Engines beside the ranks without a break; servers with one. An evaluation comes between a
-    request for samples and their use."""
+    request for samples and their use.
+    """
     problems = toml.parent / "prompts.jsonl"
     ahead = [
         *("rollout.steps_ahead=1", f"evaluation.problems={problems}"),

@@ -50,7 +50,7 @@ def whole_suite() -> None:
 
 @pytest.fixture(scope="session")
 def undisturbed() -> Callable[..., Any]:
-    """``with undisturbed(folder, *overrides) as same: ...; same(run)``: as a run done in peace.
+    """Give a context manager over (folder, *overrides), whose value compares a run with a calm one.
 
     That one is on this machine without Slurm, beside the block, which often only waits.
     """

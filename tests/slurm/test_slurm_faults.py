@@ -90,7 +90,6 @@ def test_an_engine_dies(run, note):
 
 def test_a_node_is_lost(run, cluster, note):
     """Its slurmd is silent: Slurm takes the node down, requeues the job and waits for the node."""
-
     recovery = run.recover(lambda: cluster.kill_node("n2"), heal=lambda: cluster.start_node("n2"))
     note(
         recovery,

@@ -18,7 +18,6 @@ import warm_commands
 from safetensors.torch import load_file, save_file
 
 from megatron_tropd.base.errors import InputError
-from megatron_tropd.cli.convert import main_to_hf, main_to_megatron
 from megatron_tropd.cli.main import main
 from megatron_tropd.convert import publish, to_hf, to_megatron, torch_dist  # noqa: F401 (named by PHASES)
 from megatron_tropd.convert.checkpoint_layout import checkpoint_layout, object_name
@@ -27,6 +26,7 @@ from megatron_tropd.convert.megatron_folder import MegatronFolder
 from megatron_tropd.convert.to_hf import ToHF, megatron_to_hf
 from megatron_tropd.convert.to_megatron import ToMegatron, hf_to_megatron
 from megatron_tropd.convert.torch_dist import TorchDistReader
+from tests.convert_commands import main_to_hf, main_to_megatron
 from tests.ranks import run_in_process
 from tests.tiny_models import FAMILIES
 
@@ -698,7 +698,7 @@ def _convert_and_die(owner: str, name: str, call: int, direction: str, command: 
 
 INTERRUPTER = """
 import os, signal, sys, time
-from megatron_tropd.cli import convert as conversion
+from megatron_tropd.cli.main import main
 from megatron_tropd.convert import to_hf, to_megatron
 
 # A shell's background jobs ignore Ctrl-C, and so would we.
@@ -714,7 +714,7 @@ def count(checksum):
     return replacement
 owner = {"there": to_megatron, "back": to_hf}[sys.argv[1]]
 owner.checksum = count(owner.checksum)
-code = getattr(conversion, sys.argv[2])(sys.argv[3:])
+code = main(['convert', *sys.argv[2:]])
 print(len(calls))
 raise SystemExit(code)
 """
@@ -861,12 +861,12 @@ def test_interrupted(direction: str, llama: Path, tmp_path: Path):
         hf_to_megatron(ToMegatron(llama, tmp_path / "m"))
     out, given = ("m", "--hf") if direction == "there" else ("hf", "--megatron")
     source = llama if direction == "there" else tmp_path / "m"
-    main = "main_to_megatron" if direction == "there" else "main_to_hf"
+    command = "to-megatron" if direction == "there" else "to-hf"
     other = "--megatron" if direction == "there" else "--hf"
     arguments = [given, str(source), other, str(tmp_path / out), "--workers", "1"]
     script = tmp_path / "interrupter.py"
     script.write_text(INTERRUPTER)
-    stopped = warm_commands.run([script, direction, main, *arguments], folder=REPOSITORY)
+    stopped = warm_commands.run([script, direction, command, *arguments], folder=REPOSITORY)
     assert stopped.returncode == 130, stopped.stderr
     assert "interrupted" in stopped.stderr and "Traceback" not in stopped.stderr
     assert int(stopped.stdout) < 15, "of 21 tensors and more"

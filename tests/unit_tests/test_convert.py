@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_tropd.base.errors import ConfigError, InputError
+from megatron_tropd.cli.main import main
 from megatron_tropd.config import ParallelConfig
 from megatron_tropd.convert.checks import check_parallel
 from megatron_tropd.convert.families import (
@@ -337,10 +338,8 @@ def test_an_index_must_be_true(tiny_llama: Path, tmp_path: Path) -> None:
 
 
 def test_drop_layers(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
-    from tools.drop_layers import main
-
     source = HFFolder(tiny_model("qwen3", num_hidden_layers=3))
-    arguments = ["--model", str(source.path), "--out", str(tmp_path / "out")]
+    arguments = ["drop-layers", "--model", str(source.path), "--out", str(tmp_path / "out")]
     assert main([*arguments, "--drop", "1"]) == 0
     pruned = HFFolder(tmp_path / "out")
     assert pruned.config["num_hidden_layers"] == 2

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_tropd.config import config_from_dict
+from megatron_tropd.config.run_defaults import add_engine_options
 from megatron_tropd.distill import engines
 
 INPUTS = SimpleNamespace(max_model_len=64, vocab_size=90)
@@ -57,7 +58,7 @@ def test_limits_of_the_batch_reach_the_engine_of_a_run_and_of_a_tool(
     _make(_config())
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path)
-    engines.add_engine_options(parser)
+    add_engine_options(parser)
     words = ["--out", "o/x.jsonl", "--max-num-seqs", "64", "--max-num-batched-tokens", "2048"]
     options = parser.parse_args(words)
     engines.tool_engine(options, Path("m"), max_model_len=3)

@@ -139,7 +139,8 @@ def test_real_forms_of_answers_get_the_right_verdict(mathematics: Grader):
 
 def test_what_our_rules_decide_is_not_asked_again(mathematics: Grader):
     """Numbers, words and letters keep the verdict of "marked"; math-verify would take 40 of them
-    for different and one wrong pair for equal."""
+    for different and one wrong pair for equal.
+    """
     from test_graders import CANNOT_JUDGE, DIFFERENT, SAME, _pairs
 
     for table, verdict in ((SAME, True), (DIFFERENT, False)):

@@ -157,7 +157,7 @@ def test_they_compile_to_what_was_committed(kernels, launches, committed, monkey
 
 
 def test_a_kernel_that_does_not_compile_is_an_error(kernels, launches, monkeypatch, tmp_path):
-    """ptxas refuses it; the interpreter would not."""
+    """Ptxas refuses it; the interpreter would not."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     launch = next(launch for name, launch in launches.items() if name.startswith("combine"))
     settings = launch.settings | {"PIECES": 3}

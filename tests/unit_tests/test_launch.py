@@ -197,7 +197,6 @@ def _config(folder: RunFolder, ranks: int) -> Config:
 
 def test_ranks_that_lose_each_other_when_stopped_leave_no_failure(start, folder, tmp_path):
     """A job that found one would requeue a run that somebody has stopped."""
-
     thread = _signal(
         tmp_path,
         signal.SIGTERM,

@@ -546,7 +546,8 @@ def test_words_that_travel_are_those_of_the_table(plain, metrics, monkeypatch):
 
 def _tied_rows(columns):
     """Rows of bfloat16 numbers, of few values, all equal, mostly excluded, all but the last
-    excluded; of both zeros."""
+    excluded; of both zeros.
+    """
     rows = torch.randn(24, columns, generator=torch.Generator().manual_seed(columns)) * 3
     rows[:8] = rows[:8].bfloat16().float()
     rows[8:16] = rows[8:16].round()

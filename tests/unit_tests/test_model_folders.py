@@ -21,7 +21,6 @@ from transformers import AutoModelForCausalLM
 
 from megatron_tropd.base.errors import InputError
 from megatron_tropd.cli import main as cli
-from megatron_tropd.cli.convert import main_to_hf, main_to_megatron
 from megatron_tropd.config import ParallelConfig, load_config
 from megatron_tropd.convert.checks import check_parallel, check_tensors
 from megatron_tropd.convert.families import model_shape
@@ -36,6 +35,7 @@ from megatron_tropd.distill.inputs import load_inputs
 from megatron_tropd.planning.parameters import open_architecture
 from megatron_tropd.rollout.engines.engine import RolloutEngine, context_length, engine_tensors
 from megatron_tropd.tasks.sample_files import model_identity
+from tests.convert_commands import main_to_hf, main_to_megatron
 
 Tensors = dict[str, torch.Tensor]
 Make = Callable[..., Path]

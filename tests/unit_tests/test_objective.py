@@ -291,7 +291,7 @@ KNOWN = {
 
 @pytest.mark.parametrize("name", KNOWN)
 def test_value_of_a_known_token(name):
-    """q = (1/2, 1/4, 1/4), p = (1/4, 1/2, 1/4), x = 0: m = 1/2, log p/q = -log 2, TV = 1/4."""
+    """Q = (1/2, 1/4, 1/4), p = (1/4, 1/2, 1/4), x = 0: m = 1/2, log p/q = -log 2, TV = 1/4."""
     settings, uniform, rho, expected = KNOWN[name]
     student = torch.tensor([[2.0, 1.0, 1.0]]).log()
     teacher = torch.tensor([[1.0, 2.0, 1.0]]).log()

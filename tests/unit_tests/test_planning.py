@@ -101,7 +101,7 @@ def test_the_shortened_config_describes_the_published_model(shared_data: Path):
 
 @pytest.mark.parametrize("path", TOMLS, ids=lambda path: path.stem)
 def test_recipes_and_their_plans_agree(path: Path):
-    """After a change: tropd plan configs/recipes/NAME.toml > configs/recipes/NAME.plan.txt"""
+    """After a change: tropd plan configs/recipes/NAME.toml > configs/recipes/NAME.plan.txt."""
     plan = make_plan(load_config(path), H100)
     table = plan_table(plan)
     assert table + "\n" == (RECIPES / f"{path.stem}.plan.txt").read_text()
@@ -376,7 +376,7 @@ def test_a_tied_embedding_is_summed_over_two_stages(small: Config):
 
 
 def test_experts_exchange_over_one_group_and_gather_over_the_other():
-    """k copies of each position there and back; an all-to-all keeps 1 / e, a ring 1 / t."""
+    """K copies of each position there and back; an all-to-all keeps 1 / e, a ring 1 / t."""
     recipe, copies = RECIPES / "qwen3_30b_a3b.toml", 32 * (512 + 8096 - 1) * 8 * 2048 * 2
     sharded = ["parallel.expert=2", "parallel.expert_tensor=4"]
     run = plan_run(load_config(recipe, sharded), H100)
@@ -403,7 +403,7 @@ def test_a_pipeline_waits_for_its_stages(small: Config):
 
 
 def test_virtual_stages_wait_a_part_of_it(small: Config):
-    """m + (p - 1) / v slots, and v times the sends."""
+    """M + (p - 1) / v slots, and v times the sends."""
     rollout = dataclasses.replace(small.rollout, prompts_per_step=2, samples_per_prompt=1)
     alone, free = dataclasses.replace(small, rollout=rollout), {"intra_node_gb_s": 1e9}
     took, sent = [], []

@@ -3,7 +3,6 @@
 import argparse
 import datetime
 import json
-import runpy
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,14 +11,15 @@ import pytest
 
 from megatron_tropd.base import exits
 from megatron_tropd.base.errors import ConfigError, InputError
+from megatron_tropd.cli.main import main, parse
 from megatron_tropd.config import PromptConfig
-from megatron_tropd.data.arguments import add_prompt_options, read_prompts
+from megatron_tropd.config.run_defaults import add_prompt_options
+from megatron_tropd.data.arguments import read_prompts
 from megatron_tropd.data.prompts import load_prompts
 from megatron_tropd.data.responses import load_responses
 from megatron_tropd.data.samples import Sample, SampleRequest, Sampling
 from megatron_tropd.data.tokenizers import load_tokenizer
 from megatron_tropd.distill import engines
-from tools import rollouts, teacher_responses
 
 TEMPLATE = "{{ strftime_now('%d %b') }}{{ effort }}{{ messages[0].content }}"
 
@@ -112,9 +112,9 @@ class _Engine:
     def __exit__(self, *_: object) -> None: ...
 
 
-@pytest.mark.parametrize(("tool", "model"), [(rollouts, "student"), (teacher_responses, "teacher")])
-def test_the_tools_write_what_the_template_read(
-    prompts: Path, tmp_path: Path, tiny_llama: Path, monkeypatch, tool, model: str
+@pytest.mark.parametrize(("command", "model"), [("rollouts", "student"), ("responses", "teacher")])
+def test_the_commands_write_what_the_template_read(
+    prompts: Path, tmp_path: Path, tiny_llama: Path, monkeypatch, command: str, model: str
 ):
     """The trainer with the same settings takes the responses; with others it says which."""
     folder = tmp_path / model
@@ -126,14 +126,14 @@ def test_the_tools_write_what_the_template_read(
     options = [f"--{model}", str(folder), "--prompts", str(prompts), "--out", str(out)]
     options += ["--max-new-tokens", "200", "--apply-chat-template", "--filter-overlong-prompts"]
     options += ["--chat-template-kwargs", '{"effort": "low"}', "--chat-template-date", "2026-01-31"]
-    tool.main(options)
-    tool.main(options[:-2])  # another day: the file's date goes on
+    assert main([command, *options]) == 0
+    assert main([command, *options[:-2]]) == 0  # another day: the file's date goes on
     header, *lines = map(json.loads, out.read_text().splitlines())
     assert header["settings"]["chat_template_kwargs"] == {"effort": "low"}
     assert header["settings"]["chat_template_date"] == "2026-01-31"
-    name = "prompt_index" if tool is teacher_responses else "prompt"
+    name = "prompt_index" if command == "responses" else "prompt"
     assert {line[name] for line in lines} == {0}
-    if tool is teacher_responses:
+    if command == "responses":
         settings = PromptConfig(
             apply_chat_template=True,
             chat_template_kwargs={"effort": "low"},
@@ -147,16 +147,13 @@ def test_the_tools_write_what_the_template_read(
             load_responses(out, other, tokenizer)
 
 
-def test_both_tools_have_the_options(prompts: Path):
+def test_both_commands_have_the_options(prompts: Path):
     options = ["--prompts", "p", "--out", "o", "--max-new-tokens", "8", "--chat-template-date", "x"]
-    for tool, model in ((rollouts, "--student"), (teacher_responses, "--teacher")):
-        assert tool.parse_arguments([model, "m", *options]).chat_template_date == "x"
+    for command, model in (("rollouts", "--student"), ("responses", "--teacher")):
+        assert parse([command, model, "m", *options]).chat_template_date == "x"
 
 
-@pytest.mark.parametrize("tool", [rollouts, teacher_responses])
-def test_a_user_s_mistake_ends_a_tool_as_it_ends_a_command(tool, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["tool", "--run", "absent.toml", "--out", "out.jsonl"])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(tool.__file__, run_name="__main__")
-    assert ended.value.code == exits.CONFIG
+@pytest.mark.parametrize("command", ["rollouts", "responses"])
+def test_a_run_that_is_not_there_is_a_user_s_mistake(command: str, capsys):
+    assert main([command, "--run", "absent.toml", "--out", "out.jsonl"]) == exits.CONFIG
     assert "absent.toml does not exist" in capsys.readouterr().err

@@ -1,24 +1,13 @@
-"""The tools take a run's settings: prompts and samples are those that the run would make."""
+"""Commands take a run's settings: prompts and samples are those that the run would make."""
 
-import importlib.util
 import json
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 from megatron_tropd.base.errors import ConfigError, InputError
+from megatron_tropd.cli.main import parse
 from megatron_tropd.config import config_to_dict, load_config
-
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
-
-
-def tool(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(params=["file", "folder"])
@@ -52,7 +41,7 @@ def run(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def test_the_tools_take_the_settings_of_a_run(
+def test_the_commands_take_the_settings_of_a_run(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shared = {
@@ -61,25 +50,35 @@ def test_the_tools_take_the_settings_of_a_run(
         "dtype": "bfloat16",
     }
     for name, own in (
-        ("teacher_responses", {"teacher": tmp_path / "teacher", "samples": 1}),
+        ("responses", {"teacher": tmp_path / "teacher", "samples": 1}),
         ("rollouts", {"student": tmp_path / "student", "samples": 3, "round": 0}),
     ):
-        options = vars(tool(name).parse_arguments(["--run", str(run), "--out", "o"]))
+        options = vars(parse([name, "--run", str(run), "--out", "o"]))
         assert options.items() >= (shared | own).items(), name
         said = capsys.readouterr().err
         assert f"from {run}: " in said and "stop_token_ids [5, 9]" in said
 
 
 def test_an_option_comes_before_the_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--run", str(run), "--out", "o", "--temperature", "1", "--stop-token-ids", "4"]
-    options = tool("rollouts").parse_arguments(arguments)
+    arguments = [
+        "rollouts",
+        "--run",
+        str(run),
+        "--out",
+        "o",
+        "--temperature",
+        "1",
+        "--stop-token-ids",
+        "4",
+    ]
+    options = parse(arguments)
     assert (options.temperature, options.stop_token_ids, options.top_p) == (1.0, [4], 0.75)
     assert "temperature" not in capsys.readouterr().err
 
 
 def test_a_trained_student_is_sampled(run: Path, tmp_path: Path) -> None:
     (tmp_path / "run" / "student_hf").mkdir(parents=True)
-    options = tool("rollouts").parse_arguments(["--run", str(run), "--out", "o"])
+    options = parse(["rollouts", "--run", str(run), "--out", "o"])
     assert options.student == tmp_path / "run" / "student_hf"
 
 
@@ -87,9 +86,9 @@ def test_without_a_run_everything_must_be_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
-        tool("rollouts").parse_arguments(["--out", "o"])
+        parse(["rollouts", "--out", "o"])
     assert "--max-new-tokens" in capsys.readouterr().err
     with pytest.raises(InputError, match="no run folder"):
-        tool("rollouts").parse_arguments(["--run", str(tmp_path), "--out", "o"])
+        parse(["rollouts", "--run", str(tmp_path), "--out", "o"])
     with pytest.raises(ConfigError, match="does not exist"):
-        tool("rollouts").parse_arguments(["--run", str(tmp_path / "x.toml"), "--out", "o"])
+        parse(["rollouts", "--run", str(tmp_path / "x.toml"), "--out", "o"])

@@ -119,7 +119,9 @@ def test_second_call_does_nothing_until_something_changes(machine: Machine):
     assert machine.run().returncode == 0
     first = machine.done()
     assert len(first) == 2 and "--constraint constraints/cpu.txt" in first[1]
-    assert "--overrides constraints/overrides.txt" in first[1] and ".[cpu,tasks,dev]" in first[1]
+    assert (
+        "--overrides constraints/overrides.txt" in first[1] and ".[cpu,tasks,dev,docs]" in first[1]
+    )
     assert machine.run().returncode == 0
     assert machine.done() == []
     with (machine.checkout / "constraints" / "cpu.txt").open("a") as file:
@@ -143,7 +145,7 @@ def test_device_takes_the_gpu_extra_and_a_new_environment(machine: Machine):
     machine.script("nvidia-smi", "echo 'GPU 0: a device'")
     assert machine.run().returncode == 0
     venv, install = machine.done()
-    assert venv.startswith("venv by") and ".[gpu,tasks,dev]" in install
+    assert venv.startswith("venv by") and ".[gpu,tasks,dev,docs]" in install
     assert "--constraint constraints/gpu.txt" in install and "--overrides" not in install
 
 

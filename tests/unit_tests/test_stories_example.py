@@ -37,7 +37,7 @@ def arguments(tmp_path: Path) -> list[str]:
 
 def test_inputs_are_written(script: ModuleType, arguments: list[str], tmp_path: Path, monkeypatch):
     calls = []
-    monkeypatch.setattr(script, "run_tool", lambda *command: calls.append(command))
+    monkeypatch.setattr(script, "tropd", lambda *command: calls.append(command))
     for _ in range(2):  # a second call finds everything in place
         script.main(arguments)
     out = tmp_path / "out"
@@ -46,7 +46,7 @@ def test_inputs_are_written(script: ModuleType, arguments: list[str], tmp_path: 
     prompts = load_prompts(out / "prompts.jsonl", tokenizer)
     assert [p.text for p in [*held_out, *prompts]] == [f"Story {i:02} beg" for i in range(10)]
     assert len(held_out) == 4
-    assert [call[0] for call in calls[:2]] == ["drop_layers.py", "teacher_responses.py"]
+    assert [call[0] for call in calls[:2]] == ["drop-layers", "responses"]
 
 
 def test_bad_input(script: ModuleType, arguments: list[str], tmp_path: Path):

@@ -186,7 +186,8 @@ def plan(hf_config: dict[str, Any], padded_vocab: int | None = None) -> list[Ent
 
 def _context(config: PretrainedConfig) -> int:
     """Positions the rotary embedding reaches. Linear scaling stretches those of the config; the
-    other kinds come with ``max_position_embeddings`` of the stretched model, as vLLM reads it."""
+    other kinds come with ``max_position_embeddings`` of the stretched model, as vLLM reads it.
+    """
     rope = config.rope_parameters
     factor = rope["factor"] if rope["rope_type"] == "linear" else 1
     return int(config.max_position_embeddings * factor)

@@ -31,7 +31,8 @@ Model = Literal["student", "teacher"]
 @dataclass(frozen=True)
 class RequestBatch:
     """Requests that are continued together, alone in one engine: its samples depend on nothing
-    else, whichever server makes them."""
+    else, whichever server makes them.
+    """
 
     id: str
     """Unique; sending the same batch again is harmless."""
