@@ -4,11 +4,12 @@ import argparse
 from pathlib import Path
 
 from megatron_tropd.base.errors import ConfigError
+from megatron_tropd.config.hub import model_argument
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Give ``parser`` the arguments of ``tropd drop-layers``."""
-    parser.add_argument("--model", type=Path, required=True, help="HF folder to prune")
+    parser.add_argument("--model", type=model_argument, required=True, help="HF folder to prune")
     parser.add_argument("--out", type=Path, required=True, help="HF folder to write")
     parser.add_argument("--drop", required=True, help="0-based layers, comma-separated: 3 or 2,3")
 

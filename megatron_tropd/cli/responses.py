@@ -8,13 +8,14 @@ import argparse
 from contextlib import ExitStack
 from pathlib import Path
 
+from megatron_tropd.config.hub import model_argument
 from megatron_tropd.config.run_defaults import RunParser, add_engine_options, add_prompt_options
 
 
 def add_arguments(parser: RunParser) -> None:
     """Give ``parser`` the arguments of ``tropd responses``."""
     add = parser.add_argument
-    add("--teacher", required=True, type=Path, help="HF folder of the teacher")
+    add("--teacher", required=True, type=model_argument, help="HF folder of the teacher")
     add_prompt_options(parser)
     add("--out", required=True, type=Path, help="JSON lines to write or continue")
     add("--max-new-tokens", required=True, type=int, help="longest response")

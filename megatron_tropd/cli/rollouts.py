@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.config import Config, GuidanceConfig, RolloutConfig
+from megatron_tropd.config.hub import model_argument
 from megatron_tropd.config.run_defaults import RunParser, add_engine_options, add_prompt_options
 from megatron_tropd.config.run_folder import RunFolder
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: RunParser) -> None:
     """Give ``parser`` the arguments of ``tropd rollouts``."""
     add = parser.add_argument
-    add("--student", required=True, type=Path, help="HF folder of the student")
+    add("--student", required=True, type=model_argument, help="HF folder of the student")
     add_prompt_options(parser)
     add("--out", required=True, type=Path, help="JSON lines to write or continue")
     add("--max-new-tokens", required=True, type=int, help="longest response, prefix included")
