@@ -5,7 +5,6 @@ The planner chooses the layout, the engines and what saves memory; this writes i
 
 import argparse
 import json
-import os
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -126,8 +125,8 @@ def _render(arguments: argparse.Namespace, best: "Estimate") -> str:
     texts = {setting.key: setting.text for setting in describe_settings()}
     head = (
         f"{_summary(best)}. All of this is an estimate, not calibrated, and was not run. "
-        "The settings of the loss are those of the quickstart; docs/losses.md has the methods, "
-        "`tropd files` the path of that page. Every setting with its default: docs/settings."
+        "The loss and its settings are those of the quickstart; `tropd files docs/losses.md` finds "
+        "the page with all methods."
     )
     lines = [f"# {line}" for line in textwrap.wrap(head, 98)]
     for table, values in (*chosen.items(), *_options(tables(best.run.options))):
@@ -192,10 +191,11 @@ def _least(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _named(model: str, out: Path) -> str:
-    """A model as the file names it: relative to the file, as paths in a config are."""
+    """A model as the file names it: relative to the file if it is below its folder."""
     if "://" in model:
         return model
-    return os.path.relpath(Path(model).resolve(), out.resolve().parent)
+    path, folder = Path(model).resolve(), out.resolve().parent
+    return str(path.relative_to(folder) if path.is_relative_to(folder) else path)
 
 
 def _summary(best: "Estimate") -> str:
