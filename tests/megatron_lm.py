@@ -85,7 +85,7 @@ def history(log: str, name: str) -> torch.Tensor:
 
 
 def with_readme_diff(source: str) -> str:
-    """A script after the changes that README.md shows; each must have one place in it."""
+    """Change a script as docs/megatron_lm.md shows; each must have one place in it."""
     (diff,) = re.findall(r"```diff\n(.*?)```", PAGE.read_text(), re.DOTALL)
     for hunk in diff.split("\n\n"):
         lines = hunk.splitlines()
