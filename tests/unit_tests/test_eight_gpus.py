@@ -45,8 +45,3 @@ def test_the_plan_is_the_committed_one_and_the_page_shows_it(capsys):
         assert f"| {name} | {float(value):.1f} |" in page
     peaks = re.findall(r"^peak of (rollout|teacher|student) +([\d.]+)$", written, re.M)
     assert len(peaks) == 3 and all(f"{float(peak):.1f}" in page for _, peak in peaks)
-
-
-def test_the_rehearsal_has_its_layout_and_no_finding(config: Config):
-    text = (EXAMPLE / "rehearsal.txt").read_text()
-    assert "FINDING" not in text and "TP 2 x PP 1 x DP 4" in text
