@@ -45,3 +45,15 @@ def test_the_plan_is_the_committed_one_and_the_page_shows_it(capsys):
         assert f"| {name} | {float(value):.1f} |" in page
     peaks = re.findall(r"^peak of (rollout|teacher|student) +([\d.]+)$", written, re.M)
     assert len(peaks) == 3 and all(f"{float(peak):.1f}" in page for _, peak in peaks)
+
+
+def test_the_rehearsal_has_the_plan_s_layout_and_no_finding():
+    text = (EXAMPLE / "rehearsal.txt").read_text()
+    assert "FINDING" not in text
+    layout = re.compile(r"^layout +(.+\n +.+)$", re.M)
+    found = [layout.search(each) for each in (text, (EXAMPLE / "plan.txt").read_text())]
+    assert found[0] and found[1] and found[0][1].split() == found[1][1].split()
+    page = (REPOSITORY / "docs" / "eight_gpus.md").read_text()
+    for phase in ("teacher", "student"):
+        row = re.search(rf"^  {phase} +([\d.]+) +([\d.]+) ", text, re.M)
+        assert row and all(f"{float(number):.1f}" in page for number in row.groups())
