@@ -7,6 +7,7 @@
 # make env          environment only (.venv); instant when nothing changed
 # make lint         ruff and mypy; part of make test
 # make check-docs   committed numbers and listings against the texts that show them
+# make site         build/site: every text as a page, with the public API; needs the extra docs
 # make mutations    break the code in many ways: a fast test must catch each (minutes)
 
 PYTHON_ENV := .venv/bin
@@ -15,7 +16,7 @@ QUICKSTART := runs/quickstart
 ONE_GPU := $(filter 1,$(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU '))
 QUICKSTART_LAYOUT := $(if $(ONE_GPU),parallel.tensor=1 rollout.num_engines=1)
 
-.PHONY: quickstart test test-bare test-megatron slurm-test lint check-docs mutations env
+.PHONY: quickstart test test-bare test-megatron slurm-test lint check-docs site mutations env
 
 # A finished run gives way to a new one; an interrupted run is resumed by the same command.
 quickstart: env
@@ -47,6 +48,9 @@ lint: env
 
 check-docs: env
 	@$(PYTHON_ENV)/python -m pytest -q tests/texts
+
+site: env
+	@$(PYTHON_ENV)/python -m mkdocs build --strict --quiet
 
 mutations: env
 	@$(PYTHON_ENV)/python tests/mutate.py $(ONLY)

@@ -23,7 +23,7 @@ from tests.ranks import run_with_env, save_without_manager
 SCRIPTS = Path(__file__).resolve().parents[1] / "examples" / "megatron_lm"
 CHECKOUT = Path(__file__).resolve().parent / "checkout" / "pretrain_gpt.py"
 """Laid out like the script of Megatron's repository, with siblings that it imports."""
-README = SCRIPTS.parents[1] / "README.md"
+PAGE = SCRIPTS.parents[1] / "docs" / "megatron_lm.md"
 PLAIN, TROPD = SCRIPTS / "pretrain_gpt.py", SCRIPTS / "pretrain_gpt_tropd.py"
 SEQUENCE, ROWS, MICRO_BATCHES = 32, 2, 4
 MODEL = """
@@ -85,13 +85,13 @@ def history(log: str, name: str) -> torch.Tensor:
 
 
 def with_readme_diff(source: str) -> str:
-    """A script after the changes that README.md shows; each must have one place in it."""
-    (diff,) = re.findall(r"```diff\n(.*?)```", README.read_text(), re.DOTALL)
+    """Change a script as docs/megatron_lm.md shows; each must have one place in it."""
+    (diff,) = re.findall(r"```diff\n(.*?)```", PAGE.read_text(), re.DOTALL)
     for hunk in diff.split("\n\n"):
         lines = hunk.splitlines()
         before = "".join(f"{line[1:]}\n" for line in lines if line[0] in " -")
         after = "".join(f"{line[1:]}\n" for line in lines if line[0] in " +")
-        assert source.count(before) == 1, f"README's diff has {source.count(before)} places"
+        assert source.count(before) == 1, f"the page's diff has {source.count(before)} places"
         source = source.replace(before, after)
     return source
 

@@ -12,12 +12,14 @@ from megatron_tropd.base.failures import exit_code
 from megatron_tropd.config.run_defaults import RunParser
 
 COMMANDS = {
+    "init": "write the TOML file of a run, laid out by the planner",
     "distill": "train a student from a TOML file",
     "score": "the teacher's signals of recorded rollouts, for runs without a teacher",
     "slurm": "write or submit the Slurm job of a run",
     "serve": "one rollout server of a run",
     "plan": "memory, traffic and seconds before anything runs",
     "rehearse": "execute one step at full size, on fake tensors",
+    "monitor": "watch a run in the terminal or a browser",
     "report": "write the HTML report of a run",
     "evaluate": "measure a run's student, or any model",
     "convert": "HF folder <-> Megatron checkpoint",

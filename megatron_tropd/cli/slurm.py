@@ -104,5 +104,5 @@ def _check_queue(job: Path) -> None:
 
 def _submit(job: Path) -> int:
     if shutil.which("sbatch") is None:
-        raise ConfigError(f"There is no sbatch here. Submit {job} where there is one.")
+        raise ConfigError(f"There is no sbatch on this machine. Submit {job} on one that has it.")
     return subprocess.run(["sbatch", str(job)]).returncode and 1

@@ -98,7 +98,7 @@ def local_model(name: str, *, weights: bool = True) -> str:
         reason = " ".join(str(error).split())[:400]
         raise InputError(
             f"{name} cannot be had: {reason} Correct the name, log in (`hf auth login`), or "
-            "download it where there is a network and give its folder."
+            "download it on a machine with a network and give its folder."
         ) from None
 
 

@@ -61,16 +61,13 @@ def tropd_loss(
     metrics: bool = True,
     memory_mib: int | None = None,
 ) -> LossOutput:
-    r"""Loss of every token from logits, unreduced; ``config`` says which (docs/losses.md).
+    """Loss of every token from logits, unreduced; ``config`` says which (docs/losses.md).
 
     With the defaults a student token is trusted, M = 1, with probability m = min(p(x)/q(x), 1):
 
-    .. math::
-        \ell = \begin{cases}
-          -\mathrm{sg}(\log p(x) - \log q(x)) \, \log q(x) & M = 1 \\
-          \sum_{v \in \mathrm{TopK}(p)} p(v) (\log p(v) - \log q(v)) & M = 0 \\
-          -\beta \log q(x) & \text{teacher tokens}
-        \end{cases}
+        trusted token    -sg(log p(x) - log q(x)) log q(x)
+        outlier          sum over v in top-k of p: p(v) (log p(v) - log q(v))
+        teacher's token  -beta log q(x)
 
     The gradient is that of the formula. Terms with a stop-gradient report their *value* without
     the factor log q(x), so that the mean estimates a divergence.

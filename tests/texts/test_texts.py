@@ -31,12 +31,13 @@ def test_links_within_the_repository_lead_somewhere(path: Path):
             assert (path.parent / target).exists(), f"{path.name} links to {target}"
 
 
-def test_files_the_readme_names_exist():
-    text = (REPOSITORY / "README.md").read_text()
-    named = set(re.findall(r"`((?:tests|tools|docs|examples)/[\w./]+)`", text))
-    assert named, "the support table names its tests"
+@pytest.mark.parametrize("page", ["README.md", "docs/support.md"])
+def test_files_that_support_what_is_said_exist(page: str):
+    text = (REPOSITORY / page).read_text()
+    named = set(re.findall(r"`((?:tests|tools|docs|examples|benchmarks)/[\w./]+)`", text))
+    assert named, "the tables name their tests"
     for name in named:
-        assert (REPOSITORY / name).exists(), f"README.md names {name}"
+        assert (REPOSITORY / name).exists(), f"{page} names {name}"
 
 
 def test_every_metric_of_the_report_is_described():

@@ -10,13 +10,13 @@ from megatron_tropd.config import load_config
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-def _blocks(language: str) -> list[str]:
-    text = (REPOSITORY / "README.md").read_text()
+def _blocks(page: str, language: str) -> list[str]:
+    text = (REPOSITORY / "docs" / page).read_text()
     return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
-def test_readme_loss_snippet_runs():
-    (snippet,) = _blocks("python")
+def test_the_snippet_of_the_loss_runs():
+    (snippet,) = _blocks("loss_only.md", "python")
     tokens, vocab = 6, 101
     names = {
         "ids": torch.arange(tokens),
@@ -34,8 +34,8 @@ def test_readme_loss_snippet_runs():
     assert {"trust", "outlier", "tv", "reverse_kl"} <= names["output"].values.keys()
 
 
-def test_readme_settings_load(tmp_path: Path):
-    first, parallel = _blocks("toml")
+def test_the_settings_shown_load(tmp_path: Path):
+    first, parallel = _blocks("running.md", "toml")
     path = tmp_path / "my.toml"
     path.write_text(first)
     overrides, section = [], ""
@@ -49,3 +49,8 @@ def test_readme_settings_load(tmp_path: Path):
     assert load_config(path).parallel.world_size == 1
     config = load_config(path, overrides)
     assert config.parallel.world_size == 8 and config.rollout.num_engines == 8
+
+
+def test_the_readme_is_short():
+    """Long tables are pages of docs/."""
+    assert len((REPOSITORY / "README.md").read_text().splitlines()) <= 150
