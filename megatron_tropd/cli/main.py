@@ -17,6 +17,7 @@ COMMANDS = {
     "rehearse": "execute one step at full size, on fake tensors",
     "report": "write the HTML report of a run",
     "evaluate": "measure a run's student, or any model",
+    "compare": "two models' answers to the same problems",
     "convert": "HF folder <-> Megatron checkpoint",
     "doctor": "what is installed and what would be used",
 }

@@ -6,6 +6,7 @@ from megatron_tropd.config.run import (
     Config,
     DataConfig,
     EvaluationConfig,
+    EvaluationSet,
     GraderConfig,
     GuidanceConfig,
     LoraConfig,
@@ -24,6 +25,7 @@ from megatron_tropd.config.run import (
     default_settings,
     is_run_settings,
     load_config,
+    load_evaluation,
     read_settings,
     settings_from_table,
 )
@@ -32,6 +34,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "EvaluationConfig",
+    "EvaluationSet",
     "GraderConfig",
     "GuidanceConfig",
     "LoraConfig",
@@ -52,6 +55,7 @@ __all__ = [
     "default_settings",
     "is_run_settings",
     "load_config",
+    "load_evaluation",
     "read_settings",
     "settings_from_table",
 ]

@@ -72,6 +72,11 @@ def _require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def _is_name(text: str) -> bool:
+    """Whether a text may be part of file names and of names of metrics."""
+    return text.replace("-", "").replace("_", "").isalnum()
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig(Settings, section="model.lora"):
     """Low-rank adapters beside the student's linear layers; its own weights are frozen."""
@@ -480,28 +485,6 @@ class TrainConfig(Settings, section="train"):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationConfig(Settings, section="evaluation"):
-    """What is measured on held-out problems, before, during and after the run."""
-
-    problems: str | None = field(default=None, metadata=PATH)
-    """Held-out problems, in any form of rollout.prompts, with an "answer" each for exact_match.
-    None: none."""
-    data: DataConfig = field(default_factory=DataConfig)
-    """What of them is read; nothing of rollout.data."""
-    task: Literal["exact_match", "reverse_kl"] = "exact_match"
-    """exact_match: greedy answers graded; reverse_kl: exact KL(student || teacher) per token on
-    fresh student samples, measured with transformers."""
-    num_problems: Count = 500
-    """How many of them, from the top of the file."""
-    teacher: bool = True
-    """exact_match: also grade the teacher, once, before the models are built."""
-    every: Number = 0
-    """Steps between evaluations; 0: only before the first and after the last step."""
-    max_new_tokens: Count | None = None
-    """Longest answer; None: rollout.max_new_tokens."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class GraderConfig(Settings, section="grader"):
     """What says whether an answer is right (docs/graders.md)."""
 
@@ -526,6 +509,127 @@ class GraderConfig(Settings, section="grader"):
             re.compile(self.pattern)
         except re.error as error:
             raise ConfigError(f"grader.pattern = {self.pattern!r} is not valid: {error}.") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSet(Settings, section="evaluation.sets"):
+    """One of several sets of held-out problems, [[evaluation.sets]] (docs/evaluation.md). What is
+    left out is as [evaluation], [grader] and [rollout] have it."""
+
+    name: str
+    """Letters, digits, - and _: what records, files and `tropd compare` call it."""
+    problems: str = field(metadata=PATH)
+    """As evaluation.problems."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """What of them is read."""
+    num_problems: Count | None = None
+    """How many of them, from the top of the file."""
+    samples: Count | None = None
+    """Answers to each."""
+    temperature: Amount | None = None
+    """Of sampling; 0: greedy."""
+    top_p: Share | None = None
+    """Nucleus of sampling."""
+    max_new_tokens: Count | None = None
+    """Longest answer."""
+    grader: GraderConfig | None = None
+    """What grades it."""
+    apply_chat_template: bool | None = None
+    """Whether prompts are wrapped in the tokenizer's chat template."""
+    system_prompt: str | None = None
+    """First message of a conversation without one of its own."""
+    prompt_template: str | None = None
+    """Jinja text that makes the prompt of a line's fields."""
+
+    def prompts_as(self, rollout: PromptConfig) -> PromptConfig:
+        """Return how its lines become token ids."""
+        own = {f.name: getattr(self, f.name, None) for f in fields(PromptConfig)}
+        given = {name: value for name, value in own.items() if value is not None}
+        shared = {f.name: getattr(rollout, f.name) for f in fields(PromptConfig)}
+        return PromptConfig(**shared | given)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig(Settings, section="evaluation"):
+    """What is measured on held-out problems, before, during and after the run."""
+
+    problems: str | None = field(default=None, metadata=PATH)
+    """Held-out problems, in any form of rollout.prompts, with an "answer" each for exact_match.
+    None: none."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """What of them is read; nothing of rollout.data."""
+    task: Literal["exact_match", "reverse_kl"] = "exact_match"
+    """exact_match: greedy answers graded; reverse_kl: exact KL(student || teacher) per token on
+    fresh student samples, measured with transformers."""
+    num_problems: Count = 500
+    """How many of them, from the top of the file."""
+    teacher: bool = True
+    """exact_match: also grade the teacher, once, before the models are built."""
+    every: Number = 0
+    """Steps between evaluations; 0: only before the first and after the last step."""
+    max_new_tokens: Count | None = None
+    """Longest answer; None: rollout.max_new_tokens."""
+
+    sets: tuple[EvaluationSet, ...] = ()
+    """[[evaluation.sets]]: several sets, in place of problems and data."""
+    samples: Count = 1
+    """exact_match: answers to each problem, k of avg@k and pass@k."""
+    temperature: Amount = 0.0
+    """exact_match: of sampling; 0: greedy."""
+    top_p: Share = 1.0
+    """exact_match: nucleus of sampling."""
+    seed: Anything | None = None
+    """Keys the samples, with problem and number of the sample. None: train.seed."""
+    before: bool = True
+    """Whether the student is measured before the first step."""
+    after: bool = True
+    """Whether it is measured after the last step."""
+    keep_answers: bool = True
+    """Keep all answers and verdicts in the run's folder evaluations, for `tropd compare`."""
+    teacher_results: str | None = field(default=None, metadata=PATH)
+    """A folder in which runs share what the teacher reached, by the digests of teacher and set.
+    None: each run measures its teacher once."""
+
+    def _check_together(self) -> None:
+        names = [each.name for each in self.sets]
+        for name in names:
+            _require(
+                _is_name(name),
+                f"evaluation.sets.name must have letters, digits, - and _ alone, found {name!r}.",
+            )
+            _require(names.count(name) == 1, f"evaluation.sets.name: {name} is there twice.")
+        _require(
+            not self.sets or self.problems is None,
+            "evaluation.problems is for a single set, found [[evaluation.sets]] beside it. Make it "
+            "one of them.",
+        )
+        self._check_sampling(self)
+        for each in self.sets:
+            self._check_sampling(each)
+
+    def _check_sampling(self, each: "EvaluationConfig | EvaluationSet") -> None:
+        names = ("samples", "temperature", "top_p")
+        given: dict[str, Any] = {
+            name: getattr(self if getattr(each, name) is None else each, name) for name in names
+        }
+        of_set = f" of {each.name}" if isinstance(each, EvaluationSet) else ""
+        greedy = given["temperature"] == 0
+        found = f"{given['samples']} and top_p = {given['top_p']}"
+        _require(
+            not greedy or (given["samples"] == 1 and given["top_p"] == 1),
+            f"evaluation.samples = {found}{of_set} beside temperature = 0: greedy answers are all "
+            "the same. Set a temperature above 0.",
+        )
+        _require(
+            self.task == "exact_match" or (greedy and given["samples"] == 1),
+            f'evaluation.task = "{self.task}" reads one sample at temperature 1, found '
+            f"others{of_set}. Leave samples, temperature and top_p out.",
+        )
+
+    @property
+    def measures(self) -> bool:
+        """Whether there are held-out problems."""
+        return self.problems is not None or bool(self.sets)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -601,7 +705,7 @@ class NamedTeacher(TeacherConfig, section="teachers"):
     def _check_together(self) -> None:
         super()._check_together()
         _require(
-            bool(self.name) and self.name.replace("-", "").replace("_", "").isalnum(),
+            _is_name(self.name),
             f"teachers.name must have letters, digits, - and _ alone, found {self.name!r}.",
         )
 
@@ -769,7 +873,7 @@ class Config(Settings):
 
     def _check_for_one_teacher(self) -> None:
         """Refuse with several teachers what knows of one alone."""
-        graded = self.evaluation.problems is not None
+        graded = self.evaluation.measures
         one_only = {
             f'rollout.behaviour = "{self.rollout.behaviour}"': self.rollout.asks_teacher,
             "[teachers.parallel]": any(teacher.parallel for teacher in self.teachers),
@@ -889,7 +993,7 @@ class Config(Settings):
         )
 
     def _check_context(self) -> None:
-        graded = self.evaluation.problems is not None
+        graded = self.evaluation.measures
         blind = {
             f'rollout.behaviour = "{self.rollout.behaviour}"': self.rollout.asks_teacher,
             'evaluation.task = "reverse_kl"': graded and self.evaluation.task == "reverse_kl",
@@ -931,7 +1035,7 @@ class Config(Settings):
         placement = self.teacher.placement
         graded = self.evaluation.task == "exact_match" and not self.evaluation.teacher
         _require(
-            self.evaluation.problems is None or graded,
+            not self.evaluation.measures or graded,
             f'teacher.placement = "{placement}" loads no teacher, found an evaluation that needs '
             'one. Set evaluation.teacher = false and evaluation.task = "exact_match".',
         )
@@ -1041,9 +1145,28 @@ class Config(Settings):
         return self.parallel.row_shards * self.megatron.token_multiple
 
     @property
-    def max_answer_tokens(self) -> int:
-        """Longest answer of an evaluation."""
-        return self.evaluation.max_new_tokens or self.rollout.max_new_tokens
+    def evaluation_sets(self) -> tuple[EvaluationSet, ...]:
+        """The sets of held-out problems, each with all that it leaves to other sections.
+
+        The one set of ``evaluation.problems`` has no name.
+        """
+        evaluation, sets = self.evaluation, self.evaluation.sets
+        if evaluation.problems is not None:
+            sets = (EvaluationSet(name="", problems=evaluation.problems, data=evaluation.data),)
+        shared: dict[str, Any] = {
+            "num_problems": evaluation.num_problems,
+            "samples": evaluation.samples,
+            "temperature": evaluation.temperature,
+            "top_p": evaluation.top_p,
+            "max_new_tokens": evaluation.max_new_tokens or self.rollout.max_new_tokens,
+            "grader": self.grader,
+        }
+        return tuple(
+            dataclasses.replace(
+                each, **{name: v for name, v in shared.items() if getattr(each, name) is None}
+            )
+            for each in sets
+        )
 
 
 def reference_of(teacher: str) -> str:
@@ -1074,6 +1197,28 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     config = _build(Config, tables, "")
     run = dataclasses.replace(config.run, dir=os.path.expanduser(config.run.dir))
     return dataclasses.replace(config, run=run)
+
+
+def load_evaluation(path: str | Path) -> tuple[EvaluationConfig, GraderConfig]:
+    """Read a TOML file that says nothing but what is measured: [evaluation], perhaps [grader].
+
+    Raises:
+        ConfigError: as :func:`load_config`.
+    """
+    tables = read_toml(Path(path), "File of evaluation sets")
+    sections = {"evaluation": EvaluationConfig, "grader": GraderConfig}
+    others = [name for name in tables if name not in sections]
+    _require(
+        not others,
+        f"{path}: expected [evaluation], [[evaluation.sets]] and [grader] alone, found "
+        f"{', '.join(others)}. Leave it out, or give --like RUN.",
+    )
+    _anchor_paths(tables, Path(path).resolve().parent)
+    evaluation, grader = (
+        _build(section, tables.get(name, {}), name) for name, section in sections.items()
+    )
+    _require(evaluation.measures, f"{path} names no held-out problems: add [[evaluation.sets]].")
+    return evaluation, grader
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:
@@ -1196,6 +1341,10 @@ def _anchor_paths(tables: dict[str, Any], folder: Path) -> None:
     several = tables.get("teachers")
     for table in several if isinstance(several, list) else ():
         _anchor(table, NamedTeacher, folder)
+    evaluation = tables.get("evaluation")
+    sets = evaluation.get("sets") if isinstance(evaluation, dict) else None
+    for table in sets if isinstance(sets, list) else ():
+        _anchor(table, EvaluationSet, folder)
 
 
 def _anchor(table: Any, section: Any, folder: Path) -> None:

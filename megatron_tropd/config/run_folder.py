@@ -37,6 +37,7 @@ FIXED_KEYS = ("parallel.distributed_optimizer",)
 FREE_KEYS = (
     *("rollout.weight_transport", "rollout.engine_gpu_share", "rollout.engine_cpu_kv_gib"),
     *("rollout.max_num_seqs", "rollout.max_num_batched_tokens", "evaluation.teacher"),
+    *("evaluation.keep_answers", "evaluation.teacher_results"),
     *("teacher.offload", "teacher.address", "teacher.served_model", "teacher.requests"),
     *("teacher.timeout_seconds", "teacher.parallel"),
 )
@@ -65,6 +66,11 @@ class RunFolder:
     def evaluations(self) -> Path:
         """One JSON object per evaluation."""
         return self.root / "evaluations.jsonl"
+
+    @property
+    def answers(self) -> Path:
+        """All answers of each evaluation, with their verdicts."""
+        return self.root / "evaluations"
 
     @property
     def trajectories(self) -> Path:

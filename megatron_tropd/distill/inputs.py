@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megatron_tropd.base.errors import ConfigError, InputError
-from megatron_tropd.config import Config, DataConfig, RolloutConfig
+from megatron_tropd.config import Config, DataConfig, EvaluationSet, PromptConfig, RolloutConfig
 from megatron_tropd.config.run import TEACHER, reference_of
 from megatron_tropd.convert.checks import check_expert_parallel, check_parallel, check_tensors
 from megatron_tropd.convert.companions import CONFIG
@@ -46,6 +46,35 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class ProblemSet:
+    """One set of held-out problems."""
+
+    settings: EvaluationSet
+    """With all that it leaves to other sections."""
+    problems: Sequence[Prompt]
+    """At most ``num_problems``."""
+    of_teachers: dict[str, Sequence[Prompt]] = field(default_factory=dict)
+    """The problems that each teacher answers, as it reads them, if it is measured."""
+
+    @property
+    def name(self) -> str:
+        """As the settings have it; empty for the only one."""
+        return self.settings.name
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Longest answer."""
+        assert self.settings.max_new_tokens is not None, "Config.evaluation_sets says it"
+        return self.settings.max_new_tokens
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest problem, as any model reads it, and its answer."""
+        texts = (self.problems, *self.of_teachers.values())
+        return max(map(_longest, texts)) + self.max_new_tokens
+
+
+@dataclass(frozen=True)
 class Inputs:
     """The models' folders, the tokenizer and all texts of a run."""
 
@@ -63,8 +92,8 @@ class Inputs:
     recorded: list[list[TokenSequence]] | None
     """The samples of each recorded prompt, graded if the loss reads outcomes; None: the run
     samples."""
-    problems: Sequence[Prompt]
-    """Held-out problems, at most evaluation.num_problems; empty without evaluation."""
+    problem_sets: tuple[ProblemSet, ...]
+    """Held-out problems; none without evaluation."""
     max_model_len: int
     """Longest sequence the rollout engine will see."""
     shared_stops: tuple[int, ...] = ()
@@ -73,8 +102,6 @@ class Inputs:
     """Those of the prompts, if the loss reads them."""
     routes: Routes | None = None
     """Whose the prompts are, if there are several teachers, and what a teacher reads instead."""
-    problems_of: dict[str, Sequence[Prompt]] = field(default_factory=dict)
-    """The held-out problems that each teacher answers, as it reads them, if it is measured."""
 
     @property
     def student(self) -> HFFolder | MegatronFolder:
@@ -115,14 +142,16 @@ def load_inputs(config: Config) -> Inputs:
     read = max([_longest(prompts), *map(len, contexts.values())])
     _check_micro_batch(config, read + config.rollout.max_new_tokens)
     grader_of(config.grader)  # refused now, not at the first answer
-    problems = _problems(config, tokenizer, context)
-    problems_of = _problems_of_teachers(config, problems, tokenizer, context)
-    _check_templates(config, prompts, problems, problems_of, tokenizer, models, routes)
+    sets = tuple(_problem_set(config, each, tokenizer, context) for each in config.evaluation_sets)
+    _check_templates(config, prompts, sets, tokenizer, models, routes)
     max_model_len = max(
-        _longest(prompts) + config.rollout.max_new_tokens,
-        *(_longest(p) + config.max_answer_tokens for p in (problems, *problems_of.values())),
+        [
+            _longest(prompts) + config.rollout.max_new_tokens,
+            config.evaluation.max_new_tokens or 0,
+            *(each.longest for each in sets),
+        ]
     )
-    _check_engines(config, models, max_model_len, problems_of)
+    _check_engines(config, models, max_model_len, sets)
     if config.rollout.asks_teacher:
         _check_blend(config, student, models[TEACHER], prompts)
     recorded = load_recorded(config, prompts, tokenizer, vocab_size)
@@ -139,7 +168,7 @@ def load_inputs(config: Config) -> Inputs:
         responses=responses,
         golden=_golden(config, prompts, tokenizer),
         recorded=recorded,
-        problems=problems,
+        problem_sets=sets,
         max_model_len=max_model_len,
         shared_stops=(
             shared_stops(student.companions, models[TEACHER].companions)
@@ -147,7 +176,6 @@ def load_inputs(config: Config) -> Inputs:
             else ()
         ),
         routes=routes,
-        problems_of=problems_of,
     )
 
 
@@ -225,22 +253,42 @@ def _contexts(
     return found
 
 
-def _problems_of_teachers(
+def _problem_set(
+    config: Config, each: EvaluationSet, tokenizer: "PreTrainedTokenizerBase", context: int
+) -> ProblemSet:
+    """Read the problems of a set, refuse those that cannot be graded, and find their teachers."""
+    form, room = each.prompts_as(config.rollout), each.max_new_tokens
+    assert room is not None and each.grader is not None, "Config.evaluation_sets says them"
+    key = "rollout" if config.evaluation.max_new_tokens is None else "evaluation"
+    problems = _prompts(
+        form, each.problems, each.data, tokenizer, context, room, key=f"{key}.max_new_tokens"
+    )
+    if config.evaluation.task == "exact_match":
+        grader = grader_of(each.grader)
+        for problem in problems:
+            with naming(each.problems):
+                grader.check(problem.fields, f"Problem {problem.index} ({problem.place})")
+    problems = problems[: each.num_problems]
+    of_teachers = _of_teachers(config, each, problems, tokenizer, context - room)
+    return ProblemSet(each, problems, of_teachers)
+
+
+def _of_teachers(
     config: Config,
+    each: EvaluationSet,
     problems: Sequence[Prompt],
     tokenizer: "PreTrainedTokenizerBase",
-    context: int,
+    room: int,
 ) -> dict[str, Sequence[Prompt]]:
     """The problems that each teacher answers, as it reads them; none if no teacher is measured."""
-    evaluation = config.evaluation
-    if not (problems and evaluation.teacher and evaluation.task == "exact_match"):
+    if not (config.evaluation.teacher and config.evaluation.task == "exact_match"):
         return {}
-    path, room = str(evaluation.problems), context - config.max_answer_tokens
-    found = {}
-    for who, alone, mine in _each_teacher(config, _routes(config, path, problems), problems):
+    form, found = each.prompts_as(config.rollout), {}
+    routes = _routes(config, each.problems, problems)
+    for who, alone, mine in _each_teacher(config, routes, problems):
         found[who], template = mine, alone.teacher.context
         if template is not None:
-            given: Any = (path, mine, template, tokenizer, config.rollout)
+            given: Any = (each.problems, mine, template, tokenizer, form)
             read = contexts_of(*given, max_tokens=room)
             found[who] = [replace(problem, token_ids=read[problem.index]) for problem in mine]
     return found
@@ -344,7 +392,7 @@ def _golden(
 
 
 def _prompts(
-    rollout: RolloutConfig,
+    form: PromptConfig,
     path: str,
     data: DataConfig,
     tokenizer: "PreTrainedTokenizerBase",
@@ -352,16 +400,17 @@ def _prompts(
     room: int,
     *,
     filter_overlong: bool | None = None,
+    key: str = "rollout.max_new_tokens",
 ) -> Sequence[Prompt]:
     if room >= context:
         raise ConfigError(
-            f"rollout.max_new_tokens = {room} leaves no room for a prompt in a "
+            f"{key} = {room} leaves no room for a prompt in a "
             f"context of {context} tokens. Lower it."
         )
     return load_prompts(
         path,
         tokenizer,
-        rollout,
+        form,
         data=data,
         max_prompt_tokens=context - room,
         filter_overlong=filter_overlong,
@@ -371,35 +420,19 @@ def _prompts(
 def _check_templates(
     config: Config,
     prompts: Sequence[Prompt],
-    problems: Sequence[Prompt],
-    problems_of: dict[str, Sequence[Prompt]],
+    sets: Sequence[ProblemSet],
     tokenizer: "PreTrainedTokenizerBase",
     models: dict[str, HFFolder | MegatronFolder],
     routes: Routes | None,
 ) -> None:
     """Compare what both models' tokenizers and chat templates make of the same lines."""
-    path = str(config.evaluation.problems)
     for who, _, mine in _each_teacher(config, routes, prompts):
         teachers = load_tokenizer(models[who].companions)
-        answered = problems_of.get(who, []) if config.teachers else problems
-        for where, texts in ((config.rollout.prompts, mine), (path, answered)):
-            check_same_texts(where, texts, tokenizer, teachers, config.rollout)
-
-
-def _problems(
-    config: Config, tokenizer: "PreTrainedTokenizerBase", context: int
-) -> Sequence[Prompt]:
-    path = config.evaluation.problems
-    if path is None:
-        return []
-    data, room = config.evaluation.data, config.max_answer_tokens
-    problems = _prompts(config.rollout, path, data, tokenizer, context, room)
-    if config.evaluation.task == "exact_match":
-        grader = grader_of(config.grader)
-        for problem in problems:
-            with naming(path):
-                grader.check(problem.fields, f"Problem {problem.index} ({problem.place})")
-    return problems[: config.evaluation.num_problems]
+        check_same_texts(config.rollout.prompts, mine, tokenizer, teachers, config.rollout)
+        for each in sets:
+            answered = each.of_teachers.get(who, []) if config.teachers else each.problems
+            form = each.settings.prompts_as(config.rollout)
+            check_same_texts(each.settings.problems, answered, tokenizer, teachers, form)
 
 
 def _check_config(folder: HFFolder | MegatronFolder, who: str) -> None:
@@ -414,12 +447,14 @@ def _check_engines(
     config: Config,
     models: dict[str, HFFolder | MegatronFolder],
     max_model_len: int,
-    problems_of: dict[str, Sequence[Prompt]],
+    sets: Sequence[ProblemSet],
 ) -> None:
     """Refuse models that no engine will run; a teacher has one only to be evaluated."""
     measured = {alone.model.teacher: who for who, alone in config.by_teacher.items()}
     sampled = {config.model.student: models["student"]} | {
-        path: models[who] for path, who in measured.items() if problems_of.get(who)
+        path: models[who]
+        for path, who in measured.items()
+        if any(each.of_teachers.get(who) for each in sets)
     }
     for who, folder in sampled.items():
         check_engine(

@@ -40,7 +40,7 @@ def train(folder: RunFolder, *, console: IO[str], stop: StopFlag, progress: Prog
     with open_session(folder, console=console, stop=stop, progress=progress) as run:
         steps = run.config.train.steps
         resume(run)
-        if progress.step == 0:
+        if progress.step == 0 and run.config.evaluation.before:
             evaluate(run)
         while progress.step < steps and not stopping(stop):
             try:
@@ -213,7 +213,8 @@ def elapsed(run: Session) -> float:
 
 def finish(run: Session) -> None:
     """Last evaluation, last checkpoint, HF export, summary."""
-    evaluate(run)
+    if run.config.evaluation.after:
+        evaluate(run)
     save(run, wait=True)
     with run.reporter.clock("export"):
         export_student(run, run.folder.student)

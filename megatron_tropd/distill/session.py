@@ -1,6 +1,6 @@
 """The parts of a run on one rank, and the order in which they are built."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,7 +16,7 @@ from megatron_tropd.distill import startup
 from megatron_tropd.distill.engine_gap import EngineGap
 from megatron_tropd.distill.engines import make_engine, start_engines
 from megatron_tropd.distill.evaluation import Evaluator
-from megatron_tropd.distill.inputs import Inputs, load_inputs
+from megatron_tropd.distill.inputs import Inputs, ProblemSet, load_inputs
 from megatron_tropd.distill.pair import step_parts
 from megatron_tropd.distill.reporter import Reporter, say
 from megatron_tropd.distill.step_parts import StepParts
@@ -105,8 +105,8 @@ def open_session(
                 stopping=lambda: stop.requested,
             )
 
-        if evaluator.teacher_is_due():
-            _measure_teachers(evaluator, reporter, inputs, engines_of)
+        if due := evaluator.teachers_due():
+            _measure_teachers(evaluator, reporter, due, engines_of)
         engines = engines_of("student")
         if config.rollout.asks_teacher:
             blended = partial(engines_of, "student", hf_folders["teacher"])
@@ -140,19 +140,21 @@ def open_session(
 def _measure_teachers(
     evaluator: Evaluator,
     reporter: Reporter,
-    inputs: Inputs,
+    sets: Sequence[ProblemSet],
     start: Callable[[str], SamplingEngines],
 ) -> None:
     """Grade the teachers while nobody else has models on the devices; once in a run."""
     before = free_bytes()
     with reporter.clock("evaluation"):
-        samples: dict[int, Sample] = {}
-        for who, problems in inputs.problems_of.items():
-            if problems:
+        answers: list[dict[int, list[Sample]]] = [{} for _ in sets]
+        for who in dict.fromkeys(who for each in sets for who in each.of_teachers):
+            if any(each.of_teachers.get(who) for each in sets):
                 with start(who) as engines:
-                    samples |= evaluator.answers_of(engines, problems)
+                    mine = evaluator.answers_of(engines, sets, who)
                 run_everywhere(lambda: wait_for_memory(before, "the teacher's engine"))
-        evaluator.measure_teacher(samples)
+                answers = [known | new for known, new in zip(answers, mine, strict=True)]
+        for each, found in zip(sets, answers, strict=True):
+            evaluator.measure_teacher(each, found)
 
 
 def rollout_source(

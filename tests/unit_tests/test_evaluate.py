@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,12 +12,13 @@ import pytest
 from megatron_tropd.base.errors import ConfigError, InputError
 from megatron_tropd.cli import measure as command
 from megatron_tropd.cli.main import main
-from megatron_tropd.cli.measure import Overrides, evaluate
+from megatron_tropd.cli.measure import Overrides, What, evaluate
 from megatron_tropd.config import Config, DataConfig, config_from_dict, config_to_dict
 from megatron_tropd.config.run_folder import RunFolder
 from megatron_tropd.data.samples import Sample, SampleRequest, Sampling
 from megatron_tropd.distill.evaluation import Evaluator
 from megatron_tropd.distill.inputs import load_inputs
+from megatron_tropd.losses.draws import Purpose, keyed_seed
 
 TEMPLATE = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}ok "
 
@@ -136,7 +136,7 @@ def test_what_speaks_of_training_alone_does_not_stop_it(
 ) -> None:
     _, config = make_run(**sections)
     run: Any = SimpleNamespace(read_config=lambda: config, read_summary=lambda: None)
-    measured = command._as_in_run(run, Path(config.model.student), None, [])
+    measured = command._as_in_run(run, Path(config.model.student), What(), [])
     assert measured.parallel.world_size == 1 and measured.rollout.temperature == 1
 
 
@@ -146,9 +146,9 @@ def test_a_run_is_asked_what_it_asks_itself(
 ) -> None:
     run, config = make_run()
     if given == "export":
-        result = evaluate(run / "student_hf", problems)
+        result = evaluate(run / "student_hf", What(problems))
     else:
-        result = evaluate(run, problems if given == "other problems" else None)
+        result = evaluate(run, What(problems) if given == "other problems" else None)
     own, (record,) = own_evaluation(config)
     assert engines[0].asked == own.asked
     requests, sampling = own.asked[0]
@@ -168,10 +168,16 @@ def test_only_what_the_command_asks_for_is_another(
     make_run: Callable, engines: list[Engine]
 ) -> None:
     run, _ = make_run()
-    overrides = Overrides(max_new_tokens=3, num_problems=2, apply_chat_template=False)
-    result = evaluate(run, overrides=replace(overrides, dtype="float32", data=DataConfig()))
+    overrides = Overrides(
+        **{"max_new_tokens": 3, "num_problems": 2, "apply_chat_template": False},
+        **{"samples": 1, "temperature": 0.5, "top_p": 0.9, "seed": 5},
+        **{"dtype": "float32", "data": DataConfig()},
+    )
+    result = evaluate(run, overrides=overrides)
     requests, sampling = engines[0].asked[0]
     assert [r.max_new_tokens for r in requests] == [3, 3]
+    assert (sampling.temperature, sampling.top_p) == (0.5, 0.9)
+    assert [r.seed for r in requests] == [keyed_seed(5, Purpose.EVALUATION, i, 0) for i in (0, 1)]
     assert {7, 11} < set(sampling.stop_token_ids)
     assert result["settings"]["apply_chat_template"] is False
     assert engines[0].made[0] == result["settings"]["dtype"] == "float32"
@@ -198,17 +204,17 @@ def test_a_folder_of_no_run_says_what_is_assumed(
 ) -> None:
     run, _ = make_run()
     folder = shutil.copytree(run / "student_hf", tmp_path / "elsewhere")
-    result = evaluate(folder, problems)
+    result = evaluate(folder, What(problems))
     assert result["settings_from"].startswith("defaults")
     assert result["settings"]["problems"] == 6
     assert result["settings"]["apply_chat_template"] is False
     assert "--chat-template" in result["notes"][0]
     longest = max(len(r.token_ids) for r in engines[0].asked[0][0])
     assert result["settings"]["max_new_tokens"] == 256 - longest
-    alike = evaluate(folder, problems, like=run)
+    alike = evaluate(folder, What(problems), like=run)
     assert alike["settings"] == evaluate(run)["settings"]
     assert engines[-1].asked == engines[-2].asked
-    assert alike["notes"] == [] and evaluate(tiny_llama, problems)["notes"] == []
+    assert alike["notes"] == [] and evaluate(tiny_llama, What(problems))["notes"] == []
 
 
 def test_a_run_without_its_teacher_can_be_measured(
@@ -227,16 +233,16 @@ def test_what_cannot_be_measured_is_named(
     with pytest.raises(ConfigError, match=r"no held-out problems .* give a file"):
         evaluate(run)
     with pytest.raises(InputError, match="is no run folder"):
-        evaluate(tiny_llama, problems, like=tmp_path)
+        evaluate(tiny_llama, What(problems), like=tmp_path)
     with pytest.raises(ConfigError, match="is no run folder, so it has no problems"):
         evaluate(tiny_llama)
     shutil.rmtree(run / "student_hf")
     with pytest.raises(InputError, match="no trained student yet"):
-        evaluate(run, problems)
+        evaluate(run, What(problems))
     for answer in ("", ', "answer": null', ', "answer": NaN', ', "answer": [1]'):
         problems.write_text(f'\n{{"prompt": "1"{answer}}}\n')
         with pytest.raises(InputError, match=f'^{problems}: .*line 2.* needs an "answer"'):
-            evaluate(tiny_llama, problems)
+            evaluate(tiny_llama, What(problems))
 
 
 def test_the_command_says_settings_and_their_source(

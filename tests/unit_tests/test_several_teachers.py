@@ -201,9 +201,11 @@ def test_inputs_know_the_models_prompts_and_problems_of_each(pair: Path) -> None
     assert list(inputs.folders) == ["student", "teacher math", "teacher code"]
     assert inputs.routes is not None
     assert inputs.routes.of_prompt == {i: i % 2 for i in range(8)}
-    answered = {who: [p.index for p in mine] for who, mine in inputs.problems_of.items()}
+    (only,) = inputs.problem_sets
+    answered = {who: [p.index for p in mine] for who, mine in only.of_teachers.items()}
     assert answered == {"teacher math": [0, 2, 4, 6], "teacher code": [1, 3, 5, 7]}
-    assert load_inputs(load_config(pair / "two.toml", ["evaluation.teacher=false"])).problems
+    (only,) = load_inputs(load_config(pair / "two.toml", ["evaluation.teacher=false"])).problem_sets
+    assert only.problems and not only.of_teachers
 
 
 def test_the_tokenizer_of_each_teacher_is_checked(
