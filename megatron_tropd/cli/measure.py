@@ -303,7 +303,7 @@ def _assumed(folder: Path, what: What, overrides: Overrides, notes: list[str]) -
             Config(
                 model=ModelConfig(student=str(folder), teacher=str(folder)),
                 rollout=RolloutConfig(
-                    prompts="", max_new_tokens=1, prompts_per_step=1, engine_cpu_kv_gib=1.0
+                    prompts=str(folder), max_new_tokens=1, prompts_per_step=1, engine_cpu_kv_gib=1.0
                 ),
                 guidance=GuidanceConfig(prefixed_per_prompt=0),
                 train=TrainConfig(steps=1, tokens_per_micro_batch=_ALL),

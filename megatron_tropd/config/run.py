@@ -15,6 +15,7 @@ import types
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -50,6 +51,8 @@ TEACHER = "teacher"
 """What messages call the teacher; one of several is "teacher NAME"."""
 STUDENT = "student"
 """``teacher.reference``: the weights that the student starts from."""
+_SEVERAL = ("teachers", "tasks")
+"""Tables of which a config has any number."""
 _SOURCES, _MODES = "megatron_tropd.teacher", "megatron_tropd.rollout.episodes"
 """Packages whose modules teacher.placement and rollout.mode name."""
 CACHED_TOP_K = 64
@@ -294,11 +297,12 @@ def _is_date(text: str) -> bool:
 class RolloutConfig(PromptConfig, section="rollout"):
     """What the student samples at every step, and the engine that samples it."""
 
-    prompts: str = field(metadata=PATH)
+    prompts: str = field(default="", metadata=PATH)
     """JSON lines or a JSON array, of {"prompt": str} or {"messages": [...]}; or such rows of a
     Parquet file, of a folder, or of "hf://datasets/OWNER/NAME" (docs/prompts.md)."""
     data: DataConfig = field(default_factory=DataConfig)
-    """What of them is read: split, and names of fields."""
+    """What of them is read: split, and names of fields. Both are left out if there are several
+    tasks, in [[tasks]]."""
     max_new_tokens: Count
     """Longest response in tokens, a teacher prefix included."""
     first_new_tokens: Count | None = None
@@ -542,6 +546,9 @@ class EvaluationSet(Settings, section="evaluation.sets"):
     """First message of a conversation without one of its own."""
     prompt_template: str | None = None
     """Jinja text that makes the prompt of a line's fields."""
+    of_task: str | None = None
+    """Name of a task of [[tasks]], whose grader, form of prompts, longest answer and teacher it
+    takes where it says none of its own."""
 
     def prompts_as(self, rollout: PromptConfig) -> PromptConfig:
         """Return how its lines become token ids."""
@@ -632,6 +639,44 @@ class EvaluationConfig(Settings, section="evaluation"):
     def measures(self) -> bool:
         """Whether there are held-out problems."""
         return self.problems is not None or bool(self.sets)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskConfig(Settings, section="tasks"):
+    """One of several tasks that a run is trained on, [[tasks]] (docs/tasks.md). What is left out is
+    as [rollout] and [grader] have it; a field of the same name as one of [rollout] takes its
+    place."""
+
+    name: str
+    """Letters, digits, - and _: what metrics and evaluation.sets.of_task call it."""
+    prompts: str = field(metadata=PATH)
+    """As rollout.prompts, which is left out."""
+    weight: Positive = 1.0
+    """Its share of rollout.prompts_per_step is this over the sum of all."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """What of the prompts is read."""
+    grader: GraderConfig | None = None
+    """What grades its answers."""
+    teacher: str | None = None
+    """Name of the one of [[teachers]] that scores it. None: what its lines say."""
+    responses: str | None = field(default=None, metadata=PATH)
+    """What the teacher answers to its prompts, for guidance; guidance.responses is left out."""
+    max_new_tokens: Count | None = None
+    """Longest response; at most rollout.max_new_tokens."""
+    mode: str | None = None
+    """How a prompt becomes a sequence."""
+    apply_chat_template: bool | None = None
+    """Whether prompts are wrapped in the tokenizer's chat template."""
+    system_prompt: str | None = None
+    """First message of a conversation without one of its own."""
+    prompt_template: str | None = None
+    """Jinja text that makes the prompt of a line's fields."""
+
+    def _check_together(self) -> None:
+        _require(
+            _is_name(self.name),
+            f"tasks.name must have letters, digits, - and _ alone, found {self.name!r}.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -758,6 +803,7 @@ class Config(Settings):
     parallel: ParallelConfig = ParallelConfig()
     teacher: TeacherConfig = TeacherConfig()
     teachers: tuple[NamedTeacher, ...] = ()
+    tasks: tuple[TaskConfig, ...] = ()
     guidance: GuidanceConfig = GuidanceConfig()
     loss: LossSettings = field(default_factory=lambda: preset("tropd"))
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -770,6 +816,7 @@ class Config(Settings):
             "Config key model.teacher is missing and has no default. Name the teacher's folder, or "
             "several in [[teachers]].",
         )
+        self._check_tasks()
         world, engines = self.parallel.world_size, self.rollout.num_engines
         _require(
             self.rollout.placement == "separate" or world % engines == 0,
@@ -818,6 +865,80 @@ class Config(Settings):
         self._check_golden()
         self._check_recorded()
         self._check_samples()
+
+    def _check_tasks(self) -> None:
+        names = [task.name for task in self.tasks]
+        asked = [each.of_task for each in self.evaluation.sets if each.of_task is not None]
+        unknown = [name for name in asked if name not in names]
+        _require(
+            not unknown,
+            f"evaluation.sets.of_task = {unknown[:1]}: expected one of the tasks {names}. Correct "
+            "the name, or add it to [[tasks]].",
+        )
+        _require(
+            bool(self.tasks) != bool(self.rollout.prompts),
+            "[[tasks]] is beside rollout.prompts, which is for a single one. Move it into each "
+            "[[tasks]]."
+            if self.tasks
+            else "Config key rollout.prompts is missing and has no default. Name the file of the "
+            "prompts, or several in [[tasks]].",
+        )
+        twice = sorted({name for name in names if names.count(name) > 1})
+        _require(not twice, f"tasks.name: {', '.join(twice)} is there twice. Change one.")
+        if self.tasks:
+            self._check_for_one_task()
+        for task in self.tasks:
+            self._check_task(task)
+
+    def _check_task(self, task: TaskConfig) -> None:
+        longest, teachers = self.rollout.max_new_tokens, [each.name for each in self.teachers]
+        _require(
+            (task.max_new_tokens or 1) <= longest,
+            f"tasks.max_new_tokens = {task.max_new_tokens} of {task.name} must be at most "
+            f"rollout.max_new_tokens = {longest}. Raise that.",
+        )
+        _require(
+            task.teacher is None or not self.tasks or task.teacher in teachers,
+            f"tasks.teacher = {task.teacher!r} of {task.name}: expected one of the [[teachers]] "
+            f"{teachers}. Correct the name, or leave it out.",
+        )
+        check_part(_MODES, self.rollout_of(task).mode, setting="tasks.mode")
+
+    def _check_for_one_task(self) -> None:
+        """Refuse with several tasks what knows of one file of prompts alone."""
+        single = {
+            "rollout.data": self.rollout.data != DataConfig(),
+            "rollout.recorded": self.rollout.recorded is not None,
+            "guidance.responses": self.guidance.responses is not None,
+            "teachers.responses": any(teacher.responses for teacher in self.teachers),
+            'teacher.placement = "cached"': self.teacher.placement == "cached",
+        }
+        found = [key for key, is_set in single.items() if is_set]
+        _require(
+            not found,
+            f"[[tasks]] is beside {', '.join(found)}, which is for a single file of prompts. Leave "
+            "one of the two out (a task has data and responses of its own).",
+        )
+
+    def rollout_of(self, task: TaskConfig) -> RolloutConfig:
+        """Return how a task is sampled: [rollout] with what the task says in its place."""
+        shared = {f.name for f in fields(RolloutConfig)} & {f.name for f in fields(TaskConfig)}
+        given = {n: v for n in shared if (v := getattr(task, n)) is not None}
+        rollout, longest = self.rollout, task.max_new_tokens
+        first = rollout.first_new_tokens
+        if first is not None and longest is not None:
+            given["first_new_tokens"] = min(first, longest)
+        return dataclasses.replace(rollout, **given)
+
+    @property
+    def rollouts(self) -> tuple[RolloutConfig, ...]:
+        """How each task is sampled, by its number; of a run without tasks that of its prompts."""
+        return tuple(map(self.rollout_of, self.tasks)) or (self.rollout,)
+
+    @property
+    def graders(self) -> tuple[GraderConfig, ...]:
+        """What grades each task, by its number; of a run without tasks what grades its prompts."""
+        return tuple(task.grader or self.grader for task in self.tasks) or (self.grader,)
 
     def _check_samples(self) -> None:
         samples = self.rollout.prompts_per_step * self.rollout.samples_per_prompt
@@ -1155,20 +1276,29 @@ class Config(Settings):
         evaluation, sets = self.evaluation, self.evaluation.sets
         if evaluation.problems is not None:
             sets = (EvaluationSet(name="", problems=evaluation.problems, data=evaluation.data),)
+        return tuple(map(self._completed, sets))
+
+    def _completed(self, each: EvaluationSet) -> EvaluationSet:
+        """The set with all that it leaves to its task and to other sections."""
+        evaluation, task = self.evaluation, self.task_of(each)
+        rollout = self.rollout if task is None else self.rollout_of(task)
         shared: dict[str, Any] = {
             "num_problems": evaluation.num_problems,
             "samples": evaluation.samples,
             "temperature": evaluation.temperature,
             "top_p": evaluation.top_p,
-            "max_new_tokens": evaluation.max_new_tokens or self.rollout.max_new_tokens,
-            "grader": self.grader,
+            "max_new_tokens": evaluation.max_new_tokens or rollout.max_new_tokens,
+            "grader": (task and task.grader) or self.grader,
         }
-        return tuple(
-            dataclasses.replace(
-                each, **{name: v for name, v in shared.items() if getattr(each, name) is None}
-            )
-            for each in sets
-        )
+        if task is not None:
+            form = ("apply_chat_template", "system_prompt", "prompt_template")
+            shared |= {name: getattr(rollout, name) for name in form}
+        missing = {name: v for name, v in shared.items() if getattr(each, name) is None}
+        return dataclasses.replace(each, **missing)
+
+    def task_of(self, each: EvaluationSet) -> TaskConfig | None:
+        """Return the task that a set measures, if it names one."""
+        return next((task for task in self.tasks if task.name == each.of_task), None)
 
 
 def reference_of(teacher: str) -> str:
@@ -1226,8 +1356,9 @@ def load_evaluation(path: str | Path) -> tuple[EvaluationConfig, GraderConfig]:
 def config_to_dict(config: Config) -> dict[str, Any]:
     """Plain nested dictionary of every setting, JSON-ready."""
     tables = dataclasses.asdict(config)
-    if not config.teachers:
-        del tables["teachers"]
+    for several in _SEVERAL:
+        if not tables[several]:
+            del tables[several]
     tables["loss"] = {"method": config.loss.method_name(), **tables["loss"]}
     return json.loads(json.dumps(tables))
 
@@ -1312,9 +1443,11 @@ def is_run_settings(value: Any) -> bool:
     """Whether the content of a config.json is a run's, and no model's."""
     if not (isinstance(value, dict) and {"model", "rollout", "run"} <= value.keys()):
         return False
-    several = value.get("teachers", [])
-    sections = [section for name, section in value.items() if name != "teachers"]
-    return isinstance(several, list) and all(isinstance(s, dict) for s in [*sections, *several])
+    several = [value.get(name, []) for name in _SEVERAL]
+    sections = [section for name, section in value.items() if name not in _SEVERAL]
+    if not all(isinstance(tables, list) for tables in several):
+        return False
+    return all(isinstance(s, dict) for s in [*sections, *chain.from_iterable(several)])
 
 
 def settings_from_table(cls: Any, table: dict[str, Any], section: str = "") -> Any:
@@ -1332,21 +1465,23 @@ def settings_from_table(cls: Any, table: dict[str, Any], section: str = "") -> A
 
 
 def _sections() -> dict[str, Any]:
-    """Tables of a config, but [[teachers]], of which there are several."""
+    """Tables of a config, but [[teachers]] and [[tasks]], of which there are several."""
     hints = typing.get_type_hints(Config)
-    return {f.name: hints[f.name] for f in fields(Config) if f.name != "teachers"}
+    return {f.name: hints[f.name] for f in fields(Config) if f.name not in _SEVERAL}
 
 
 def _anchor_paths(tables: dict[str, Any], folder: Path) -> None:
     for name, section in _sections().items():
         _anchor(tables.get(name), section, folder)
-    several = tables.get("teachers")
-    for table in several if isinstance(several, list) else ():
-        _anchor(table, NamedTeacher, folder)
     evaluation = tables.get("evaluation")
-    sets = evaluation.get("sets") if isinstance(evaluation, dict) else None
-    for table in sets if isinstance(sets, list) else ():
-        _anchor(table, EvaluationSet, folder)
+    several = {
+        NamedTeacher: tables.get("teachers"),
+        TaskConfig: tables.get("tasks"),
+        EvaluationSet: evaluation.get("sets") if isinstance(evaluation, dict) else None,
+    }
+    for section, found in several.items():
+        for table in found if isinstance(found, list) else ():
+            _anchor(table, section, folder)
 
 
 def _anchor(table: Any, section: Any, folder: Path) -> None:

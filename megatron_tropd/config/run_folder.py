@@ -22,6 +22,7 @@ from megatron_tropd.base.files import write_json
 from megatron_tropd.config import (
     Config,
     NamedTeacher,
+    TaskConfig,
     config_from_dict,
     config_to_dict,
     default_settings,
@@ -293,12 +294,16 @@ def _check_same(old: dict[str, Any], new: dict[str, Any], root: Path) -> None:
     defaults["rollout"]["chat_template_date"] = new["rollout"]["chat_template_date"]
     was, now = (
         dict(_flat({s: defaults[s] | some.get(s, {}) for s in defaults}))
-        | dict(_of_teachers(some.get("teachers", [])))
+        | dict(_of_several("teachers", NamedTeacher, some.get("teachers", [])))
+        | dict(_of_several("tasks", TaskConfig, some.get("tasks", [])))
         for some in (old, new)
     )
     changed = [
         f"{key}: was {was.get(key)!r}, now {now.get(key)!r}"
-        for key in {**now, **{k: None for k in was if k.startswith(("megatron.", "teachers."))}}
+        for key in {
+            **now,
+            **{k: None for k in was if k.startswith(("megatron.", "teachers.", "tasks."))},
+        }
         if was.get(key) != now.get(key) and not _is_free(key)
     ]
     if changed:
@@ -318,13 +323,16 @@ def _flat(settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
                 yield f"{section}.{key}", value
 
 
-def _of_teachers(teachers: Any) -> Iterator[tuple[str, Any]]:
-    """(teachers.NAME.key, value) of each of several; what is not set as its default says."""
-    defaults = {f.name: f.default for f in dataclasses.fields(NamedTeacher)}
-    for table in teachers:
+def _of_several(section: str, kind: Any, tables: Any) -> Iterator[tuple[str, Any]]:
+    """(section.NAME.key, value) of each of several; what is not set as its default says."""
+    defaults = {
+        f.name: f.default if f.default_factory is dataclasses.MISSING else vars(f.default_factory())
+        for f in dataclasses.fields(kind)
+    }
+    for table in tables:
         for key, value in {**defaults, **table}.items():
             plain = list(value) if isinstance(value, tuple) else value
-            yield f"teachers.{table.get('name')}.{key}", plain
+            yield f"{section}.{table.get('name')}.{key}", plain
 
 
 def _is_free(key: str) -> bool:

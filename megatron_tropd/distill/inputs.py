@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from megatron_tropd.base.errors import ConfigError, InputError
@@ -16,11 +17,18 @@ from megatron_tropd.convert.hf_folder import HFFolder, naming
 from megatron_tropd.convert.megatron_folder import MegatronFolder, open_model
 from megatron_tropd.data.contexts import contexts_of
 from megatron_tropd.data.golden import GoldenAnswers, golden_answers
+from megatron_tropd.data.mixing import Tasks, most_of_a_step
 from megatron_tropd.data.prompts import (
+    Prompts,
     check_kwargs_are_read,
     check_same_texts,
+    chosen,
+    indices_of,
+    joined,
     load_prompts,
     num_tokens,
+    of_one_task,
+    task_numbers,
 )
 from megatron_tropd.data.responses import TeacherResponse, load_responses
 from megatron_tropd.data.routes import Routes, routes_of
@@ -102,6 +110,8 @@ class Inputs:
     """Those of the prompts, if the loss reads them."""
     routes: Routes | None = None
     """Whose the prompts are, if there are several teachers, and what a teacher reads instead."""
+    tasks: Tasks | None = None
+    """Which the prompts belong to, if there are several."""
 
     @property
     def student(self) -> HFFolder | MegatronFolder:
@@ -132,21 +142,22 @@ def load_inputs(config: Config) -> Inputs:
     vocab_size = min(shape.vocab for shape in shapes)
     _check_vocabulary(config, tokenizer, vocab_size, list(models))
     context = min(shape.context for shape in shapes)
-    prompts = training_prompts(config.rollout, tokenizer, context)
-    routes = _routes(config, config.rollout.prompts, prompts)
+    prompts, tasks = _prompts_of_tasks(config, tokenizer, context)
+    routes = _training_routes(config, prompts)
     contexts = _contexts(config, routes, prompts, tokenizer, context)
     if contexts:
         routes = routes or Routes((TEACHER,), {prompt.index: 0 for prompt in prompts})
         routes = replace(routes, contexts=contexts)
-    responses = _responses(config, prompts, tokenizer, routes)
+    responses = _responses(config, prompts, tokenizer, routes, tasks)
     read = max([_longest(prompts), *map(len, contexts.values())])
     _check_micro_batch(config, read + config.rollout.max_new_tokens)
-    grader_of(config.grader)  # refused now, not at the first answer
+    for grader in config.graders:
+        grader_of(grader)  # refused now, not at the first answer
     sets = tuple(_problem_set(config, each, tokenizer, context) for each in config.evaluation_sets)
     _check_templates(config, prompts, sets, tokenizer, models, routes)
     max_model_len = max(
         [
-            _longest(prompts) + config.rollout.max_new_tokens,
+            *(_longest(mine) + form.max_new_tokens for form, mine in _by_task(config, prompts)),
             config.evaluation.max_new_tokens or 0,
             *(each.longest for each in sets),
         ]
@@ -168,6 +179,7 @@ def load_inputs(config: Config) -> Inputs:
         responses=responses,
         golden=_golden(config, prompts, tokenizer),
         recorded=recorded,
+        tasks=tasks,
         problem_sets=sets,
         max_model_len=max_model_len,
         shared_stops=(
@@ -215,6 +227,56 @@ def _tokenizer(models: dict[str, HFFolder | MegatronFolder]) -> "PreTrainedToken
     return tokenizer
 
 
+def _prompts_of_tasks(
+    config: Config, tokenizer: "PreTrainedTokenizerBase", context: int
+) -> tuple[Sequence[Prompt], Tasks | None]:
+    """Read the prompts that are sampled, those of several tasks one after the other."""
+    if not config.tasks:
+        return training_prompts(config.rollout, tokenizer, context), None
+    weights, per_step = [task.weight for task in config.tasks], config.rollout.prompts_per_step
+    parts = []
+    for task, rollout in zip(config.tasks, config.rollouts, strict=True):
+        most = most_of_a_step(task.weight, sum(weights), per_step)
+        found = training_prompts(replace(rollout, prompts_per_step=most), tokenizer, context)
+        assert isinstance(found, Prompts)
+        parts.append(found)
+    prompts, firsts = joined(parts)
+    numbers = task_numbers(prompts)
+    places = tuple(np.flatnonzero(numbers == number) for number in range(len(parts)))
+    names = tuple(task.name for task in config.tasks)
+    return prompts, Tasks(names, tuple(firsts), places, tuple(weights))
+
+
+def _by_task(
+    config: Config, prompts: Sequence[Prompt]
+) -> list[tuple[RolloutConfig, Sequence[Prompt]]]:
+    """Split prompts by task: how it is sampled, and those of them that are its own."""
+    if not config.tasks:
+        return [(config.rollout, prompts)]
+    numbers = task_numbers(prompts)
+    indices = np.array(indices_of(prompts))
+    mine = [set(indices[numbers == number].tolist()) for number in range(len(config.tasks))]
+    return [
+        (rollout, chosen(prompts, own.__contains__))
+        for rollout, own in zip(config.rollouts, mine, strict=True)
+    ]
+
+
+def _training_routes(config: Config, prompts: Sequence[Prompt]) -> Routes | None:
+    """Whose the prompts are: of the teacher that their task names, or else their line."""
+    if not (config.teachers and config.tasks):
+        return _routes(config, config.rollout.prompts, prompts)
+    names = tuple(teacher.name for teacher in config.teachers)
+    of_prompt: dict[int, int] = {}
+    for task, (rollout, mine) in zip(config.tasks, _by_task(config, prompts), strict=True):
+        of_prompt |= (
+            routes_of(rollout.prompts, mine, config.teachers).of_prompt
+            if task.teacher is None
+            else dict.fromkeys(indices_of(mine), names.index(task.teacher))
+        )
+    return Routes(names, of_prompt)
+
+
 def _routes(config: Config, path: str, prompts: Sequence[Prompt]) -> Routes | None:
     """Whose some prompts are; None: those of the one teacher."""
     return routes_of(path, prompts, config.teachers) if config.teachers else None
@@ -241,15 +303,15 @@ def _contexts(
     found: dict[int, tuple[int, ...]] = {}
     for _, alone, mine in _each_teacher(config, routes, prompts):
         if alone.teacher.context is not None:
-            rollout = config.rollout
-            found |= contexts_of(
-                rollout.prompts,
-                mine,
-                alone.teacher.context,
-                tokenizer,
-                rollout,
-                max_tokens=context - rollout.max_new_tokens,
-            )
+            for rollout, texts in _by_task(config, mine):
+                found |= contexts_of(
+                    rollout.prompts,
+                    texts,
+                    alone.teacher.context,
+                    tokenizer,
+                    rollout,
+                    max_tokens=context - rollout.max_new_tokens,
+                )
     return found
 
 
@@ -284,7 +346,12 @@ def _of_teachers(
     if not (config.evaluation.teacher and config.evaluation.task == "exact_match"):
         return {}
     form, found = each.prompts_as(config.rollout), {}
-    routes = _routes(config, each.problems, problems)
+    routes, task = None, config.task_of(each)
+    if task is not None and task.teacher is not None:
+        names = tuple(teacher.name for teacher in config.teachers)
+        number = names.index(task.teacher)
+        routes = Routes(names, dict.fromkeys(indices_of(problems), number))
+    routes = routes or _routes(config, each.problems, problems)
     for who, alone, mine in _each_teacher(config, routes, problems):
         found[who], template = mine, alone.teacher.context
         if template is not None:
@@ -371,8 +438,11 @@ def _responses(
     prompts: Sequence[Prompt],
     tokenizer: "PreTrainedTokenizerBase",
     routes: Routes | None,
+    tasks: Tasks | None,
 ) -> dict[int, tuple[TeacherResponse, ...]] | None:
     """Each prompt's, by its own teacher."""
+    if tasks is not None:
+        return _responses_of_tasks(config, prompts, tokenizer, tasks)
     filtered = config.rollout.filter_overlong_prompts or bool(config.teachers)
     found: dict[int, tuple[TeacherResponse, ...]] = {}
     for _, alone, mine in _each_teacher(config, routes, prompts):
@@ -381,14 +451,36 @@ def _responses(
     return found or None
 
 
+def _responses_of_tasks(
+    config: Config,
+    prompts: Sequence[Prompt],
+    tokenizer: "PreTrainedTokenizerBase",
+    tasks: Tasks,
+) -> dict[int, tuple[TeacherResponse, ...]] | None:
+    """Each prompt's, from the file of its task; those of a task without one have none."""
+    assert isinstance(prompts, Prompts)
+    found: dict[int, tuple[TeacherResponse, ...]] = {}
+    for number, task in enumerate(config.tasks):
+        if task.responses is not None:
+            first = tasks.firsts[number]
+            mine = of_one_task(prompts, number, first)
+            filtered = config.rollout.filter_overlong_prompts
+            read = load_responses(task.responses, mine, tokenizer, filtered=filtered)
+            found |= {index + first: responses for index, responses in read.items()}
+    return found or None
+
+
 def _golden(
     config: Config, prompts: Sequence[Prompt], tokenizer: "PreTrainedTokenizerBase"
 ) -> GoldenAnswers | None:
-    field, rollout = config.guidance.golden_field, config.rollout
+    field = config.guidance.golden_field
     if field is None:
         return None
-    most = rollout.max_new_tokens
-    return golden_answers(rollout.prompts, prompts, field, tokenizer, max_new_tokens=most)
+    found: dict[int, tuple[int, ...]] = {}
+    for rollout, mine in _by_task(config, prompts):
+        most = rollout.max_new_tokens
+        found |= golden_answers(rollout.prompts, mine, field, tokenizer, max_new_tokens=most)
+    return found
 
 
 def _prompts(
@@ -428,7 +520,8 @@ def _check_templates(
     """Compare what both models' tokenizers and chat templates make of the same lines."""
     for who, _, mine in _each_teacher(config, routes, prompts):
         teachers = load_tokenizer(models[who].companions)
-        check_same_texts(config.rollout.prompts, mine, tokenizer, teachers, config.rollout)
+        for rollout, texts in _by_task(config, mine):
+            check_same_texts(rollout.prompts, texts, tokenizer, teachers, rollout)
         for each in sets:
             answered = each.of_teachers.get(who, []) if config.teachers else each.problems
             form = each.settings.prompts_as(config.rollout)

@@ -78,7 +78,7 @@ def train_step(run: Session) -> None:
     step, reporter = run.progress.step, run.reporter
     with reporter.clock("rollout"):
         sequences = rollout(run)
-    told = reporter.aside(partial(sequence_metrics, sequences, step=step))
+    told = reporter.aside(partial(sequence_metrics, sequences, step=step, tasks=run.inputs.tasks))
     # All ranks have just met; a crash from here on finds the checkpoint of the step before.
     poll_save(run)
     result = learn_from(run, sequences)

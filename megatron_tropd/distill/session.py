@@ -11,6 +11,7 @@ from megatron_tropd.base.progress import Progress, StopFlag
 from megatron_tropd.config import Config
 from megatron_tropd.config.run_folder import RunFolder
 from megatron_tropd.data.collective import run_everywhere
+from megatron_tropd.data.mixing import Mixing
 from megatron_tropd.data.samples import Sample
 from megatron_tropd.distill import startup
 from megatron_tropd.distill.engine_gap import EngineGap
@@ -28,7 +29,7 @@ from megatron_tropd.rollout.engines.interface import SamplingEngines
 from megatron_tropd.rollout.engines.wire import Model
 from megatron_tropd.rollout.episodes import EpisodePlan, load_mode
 from megatron_tropd.rollout.recorded import RecordedRollouts
-from megatron_tropd.rollout.source import RolloutSource, SampledRollouts
+from megatron_tropd.rollout.source import Mixture, RolloutSource, SampledRollouts
 from megatron_tropd.rollout.warmup import WarmupEngines
 
 
@@ -133,7 +134,7 @@ def open_session(
             evaluator=evaluator,
             engines=engines,
             rollouts=rollout_source(config, inputs, engines, is_main=is_main),
-            parts=replace(parts, clock=reporter.clock, engine_gap=gap),
+            parts=replace(parts, clock=reporter.clock, engine_gap=gap, tasks=inputs.tasks),
         )
 
 
@@ -164,22 +165,37 @@ def rollout_source(
     if inputs.recorded is not None:
         per_step = config.rollout.prompts_per_step
         return RecordedRollouts(inputs.recorded, prompts_per_step=per_step, seed=config.train.seed)
+    plan = EpisodePlan(
+        config.rollout,
+        config.guidance,
+        config.train.steps,
+        config.train.seed,
+        inputs.responses,
+        inputs.golden,
+    )
     return SampledRollouts(
         engines,
         load_mode(config.rollout.mode),
         inputs.prompts,
-        EpisodePlan(
-            config.rollout,
-            config.guidance,
-            config.train.steps,
-            config.train.seed,
-            inputs.responses,
-            inputs.golden,
-        ),
+        plan,
         stop_token_ids=inputs.stop_token_ids,
         shared_stops=inputs.shared_stops,
+        mixture=_mixture(config, inputs, plan),
         is_main=is_main,
     )
+
+
+def _mixture(config: Config, inputs: Inputs, plan: EpisodePlan) -> Mixture | None:
+    """How several tasks are sampled; None: there is one."""
+    if inputs.tasks is None:
+        return None
+    episodes = []
+    for task, rollout in zip(config.tasks, config.rollouts, strict=True):
+        responses = None if task.responses is None else inputs.responses
+        mine = replace(plan, rollout=rollout, responses=responses)
+        episodes.append((load_mode(rollout.mode), mine))
+    per_step, seed = config.rollout.prompts_per_step, config.train.seed
+    return Mixture(episodes, Mixing(inputs.tasks, per_step=per_step, seed=seed))
 
 
 def _engine_gap(config: Config, inputs: Inputs, folder: RunFolder) -> EngineGap:

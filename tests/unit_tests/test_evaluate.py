@@ -12,13 +12,15 @@ import pytest
 from megatron_tropd.base.errors import ConfigError, InputError
 from megatron_tropd.cli import measure as command
 from megatron_tropd.cli.main import main
-from megatron_tropd.cli.measure import Overrides, What, evaluate
+from megatron_tropd.cli.measure import How, Overrides, What, evaluate
 from megatron_tropd.config import Config, DataConfig, config_from_dict, config_to_dict
 from megatron_tropd.config.run_folder import RunFolder
 from megatron_tropd.data.samples import Sample, SampleRequest, Sampling
 from megatron_tropd.distill.evaluation import Evaluator
 from megatron_tropd.distill.inputs import load_inputs
 from megatron_tropd.losses.draws import Purpose, keyed_seed
+from megatron_tropd.report.metrics import MetricsLog
+from megatron_tropd.report.summary import summary_table
 
 TEMPLATE = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}ok "
 
@@ -256,3 +258,114 @@ def test_the_command_says_settings_and_their_source(
     assert f"from {run / 'config.json'}; of this command: max_new_tokens" in shown
     assert main(["evaluate", str(run), "--no-chat-template", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["settings"]["apply_chat_template"] is False
+
+
+SETS = """
+[evaluation]
+max_new_tokens = 5
+temperature = 0.5
+
+[[evaluation.sets]]
+name = "sums"
+problems = "heldout.jsonl"
+samples = 3
+
+[[evaluation.sets]]
+name = "first"
+problems = "heldout.jsonl"
+num_problems = 2
+samples = 1
+temperature = 0.0
+max_new_tokens = 4
+prompt_template = "What is {{ prompt }}"
+grader = {name = "last_number"}
+"""
+
+
+@pytest.fixture
+def sets_file(problems: Path, tmp_path: Path) -> Path:
+    lines = problems.read_text().replace("four", "44")
+    problems.write_text(lines)
+    path = tmp_path / "sets.toml"
+    path.write_text(SETS)
+    return path
+
+
+def test_several_sets_are_measured_each_in_its_own_way(
+    make_run: Callable, engines: list[Engine], sets_file: Path, tmp_path: Path
+) -> None:
+    run, _ = make_run()
+    out = How(out=tmp_path / "answers")
+    result = evaluate(run, What(sets_file=sets_file), how=out)
+    (sums, drawn), (first, greedy) = engines[0].asked
+    assert len(engines) == 1 and len(sums) == 3 * 6 and len(first) == 2
+    assert (drawn.temperature, greedy.temperature) == (0.5, 0.0)
+    assert len({r.seed for r in sums}) == 18 and {r.seed for r in first} == {0}
+    assert {r.max_new_tokens for r in sums} == {5} and {r.max_new_tokens for r in first} == {4}
+    assert {len(r.token_ids) for r in first} != {len(r.token_ids) for r in sums[:6]}
+    found = result["sets"]
+    assert found["sums"]["accuracy"] == pytest.approx(2 / 6) and found["sums"]["total"] == 18
+    assert found["sums"]["pass@3"] == found["sums"]["majority@3"] == pytest.approx(2 / 6)
+    assert found["first"]["accuracy"] == 1.0 and "pass@2" not in found["first"]
+    assert found["first"]["settings"]["grader"]["name"] == "last_number"
+    assert sorted(path.name for path in out.out.iterdir()) == ["first.jsonl", "sums.jsonl"]
+    again = evaluate(run, What(sets_file=sets_file), how=out)
+    assert again == result and len(engines) == 1, "nothing was missing, so no engine was started"
+    only = evaluate(run, What(sets_file=sets_file, names=("first",)))
+    assert list(only["sets"]) == ["first"]
+    with pytest.raises(ConfigError, match="--set second: expected one of sums, first"):
+        evaluate(run, What(sets_file=sets_file, names=("second",)))
+    with pytest.raises(ConfigError, match=r"sets.toml: .* alone, found rollout"):
+        sets_file.write_text("[rollout]\n" + SETS)
+        evaluate(run, What(sets_file=sets_file))
+
+
+def test_a_folder_of_no_run_is_measured_on_sets(
+    tiny_llama: Path, engines: list[Engine], sets_file: Path
+) -> None:
+    result = evaluate(tiny_llama, What(sets_file=sets_file), overrides=Overrides(samples=1))
+    assert {name: record["total"] for name, record in result["sets"].items()} == {
+        **{"sums": 6, "first": 2}
+    }
+    assert "What is" not in str(result["sets"]["sums"]["settings"])
+
+
+def test_a_run_keeps_the_answers_of_its_evaluations(make_run: Callable, problems: Path) -> None:
+    lines = problems.read_text().replace("four", "44")
+    problems.write_text(lines)
+    one = {"name": "sums", "problems": str(problems), "samples": 2, "temperature": 0.5}
+    other = {"name": "more", "problems": str(problems), "num_problems": 3}
+    run, config = make_run(evaluation={"sets": [one, other], "max_new_tokens": 6})
+    _, records = own_evaluation(config)
+    assert [(r["set"], r["total"]) for r in records] == [("sums", 12), ("more", 3)]
+    kept = run / "evaluations" / "student_step_000001"
+    assert len((kept / "sums.jsonl").read_text().splitlines()) == 13
+    assert main(["compare", str(run), str(kept)]) == 0
+    log = MetricsLog(run, tensorboard=False)
+    for record in records:
+        log.write_evaluation(record)
+    inputs = load_inputs(config)
+    summary = Evaluator(config, inputs, RunFolder(run), is_main=True, log=None).summary()
+    assert summary["sets"]["more"]["student_after"] == records[1]["accuracy"]
+    assert "student after, exact match, sums" in summary_table(summary)
+    log.truncate_after(0)
+    assert not kept.exists()
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "message"),
+    [
+        ({"samples": 4}, "greedy answers are all the same"),
+        ({"top_p": 0.9}, "greedy answers are all the same"),
+        ({"task": "reverse_kl", "temperature": 0.5}, "reads one sample at temperature 1"),
+        ({"sets": [{"name": "a b", "problems": "x"}]}, "letters, digits"),
+        ({"sets": [{"name": "a", "problems": "x"}] * 2}, "a is there twice"),
+        ({"problems": "x", "sets": [{"name": "a", "problems": "x"}]}, "is for a single set"),
+        ({"sets": [{"name": "a", "problems": "x", "samples": 2}]}, "of a beside temperature = 0"),
+    ],
+)
+def test_settings_that_do_not_go_together(
+    make_run: Callable, evaluation: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_run(evaluation=evaluation)

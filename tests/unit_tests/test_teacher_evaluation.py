@@ -232,6 +232,28 @@ def test_each_problem_is_answered_by_its_own_teacher(
     assert [example["prompt_index"] for example in record["examples"]] == [0, 1, 2, 3]
 
 
+def test_runs_share_what_the_teacher_reached(tmp_path: Path) -> None:
+    (tmp_path / "weights").mkdir()
+    calls: list[str] = []
+    for name, starts in (("one", True), ("two", False)):
+        kept = {"teacher_results": str(tmp_path / "kept")}
+        _, evaluator = make_run(tmp_path / name, **kept)
+        evaluator._log = MetricsLog(tmp_path / name, tensorboard=False)
+        due = evaluator.teachers_due()
+        assert bool(due) is starts, name
+        if due:
+            (found,) = evaluator.answers_of(cast(Any, Engines("teacher", calls)), due, "teacher")
+            evaluator.measure_teacher(SET, found)
+        (record,) = read_lines(RunFolder(tmp_path / name).evaluations)
+        assert (record["model"], record["total"], record["accuracy"]) == ("teacher", 1, 0.0)
+        assert (tmp_path / name / "evaluations" / "teacher" / "heldout.jsonl").is_file()
+        assert not evaluator.teachers_due()
+    _, evaluator = make_run(tmp_path / "three", **kept)
+    other = replace(SET, problems=[Prompt(0, (1, 2), "1+2=", {"answer": "3"})])
+    evaluator._inputs = cast(Any, SimpleNamespace(**vars(INPUTS) | {"problem_sets": (other,)}))
+    assert evaluator.teachers_due(), "of other problems nothing is known"
+
+
 def test_memory_that_comes_back_is_waited_for() -> None:
     free = iter([10 * GIB, 40 * GIB, 70 * GIB - 2**20])
     wait_for_memory(70 * GIB, "the engine", free=lambda: next(free))
