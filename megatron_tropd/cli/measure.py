@@ -245,15 +245,18 @@ def _as_in_run(run: RunFolder, folder: Path, what: What, notes: list[str]) -> Co
 
 def _asks_problems(config: Config) -> Config:
     """The settings with the problems of the first set in the place of the prompts."""
-    first = config.evaluation_sets[0]
-    form = {name: value for name, value in vars(first.prompts_as(config.rollout)).items()}
-    # Other sets keep the form that they had from the run's prompts.
+    completed = config.evaluation_sets
+    first = completed[0]
+    form = vars(first.prompts_as(config.rollout))
+    # Other sets keep the form that they had from the run's prompts, or from their tasks.
     kept = ("apply_chat_template", "system_prompt", "prompt_template")
     sets = tuple(
         replace(
-            each, **{n: v for n, v in vars(each.prompts_as(config.rollout)).items() if n in kept}
+            each,
+            of_task=None,
+            **{n: v for n, v in vars(each.prompts_as(config.rollout)).items() if n in kept},
         )
-        for each in config.evaluation.sets
+        for each in completed
     )
     room = first.max_new_tokens or 1
     return replace(
@@ -270,8 +273,9 @@ def _asks_problems(config: Config) -> Config:
         evaluation=replace(
             config.evaluation,
             max_new_tokens=config.evaluation.max_new_tokens or config.rollout.max_new_tokens,
-            sets=sets,
+            sets=sets if config.evaluation.sets else (),
         ),
+        tasks=(),
     )
 
 

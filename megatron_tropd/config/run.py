@@ -868,6 +868,8 @@ class Config(Settings):
 
     def _check_tasks(self) -> None:
         names = [task.name for task in self.tasks]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        _require(not twice, f"tasks.name: {', '.join(twice)} is there twice. Change one.")
         asked = [each.of_task for each in self.evaluation.sets if each.of_task is not None]
         unknown = [name for name in asked if name not in names]
         _require(
@@ -883,8 +885,6 @@ class Config(Settings):
             else "Config key rollout.prompts is missing and has no default. Name the file of the "
             "prompts, or several in [[tasks]].",
         )
-        twice = sorted({name for name in names if names.count(name) > 1})
-        _require(not twice, f"tasks.name: {', '.join(twice)} is there twice. Change one.")
         if self.tasks:
             self._check_for_one_task()
         for task in self.tasks:
@@ -1152,6 +1152,7 @@ class Config(Settings):
             teacher=TeacherConfig(**settings),
             guidance=dataclasses.replace(self.guidance, responses=named.responses),
             teachers=(),
+            tasks=tuple(dataclasses.replace(task, teacher=None) for task in self.tasks),
         )
 
     def _check_without_teacher(self) -> None:
