@@ -1,6 +1,7 @@
 """``tropd evaluate`` measures a run as the run measures itself, and says with which settings."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -369,3 +370,67 @@ def test_settings_that_do_not_go_together(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         make_run(evaluation=evaluation)
+
+
+def test_a_run_of_several_tasks_is_measured_as_it_measures_itself(
+    make_run: Callable, engines: list[Engine], problems: Path, sets_file: Path
+) -> None:
+    shared = {"max_new_tokens": 9, "prompts_per_step": 2, "stop_token_ids": [11, 7]}
+    task = {"name": "short", "prompts": str(problems), "max_new_tokens": 3}
+    task |= {"grader": {"name": "last_number"}, "prompt_template": "Say {{ prompt }}"}
+    one = {"name": "short", "of_task": "short", "problems": str(problems)}
+    run, config = make_run(
+        rollout=shared,
+        tasks=[task, {"name": "other", "prompts": str(problems)}],
+        evaluation={"sets": [{"name": "any", "problems": str(problems)}, one]},
+    )
+    own, records = own_evaluation(config)
+    result = evaluate(run)
+    assert [r for requests, _ in engines[0].asked for r in requests] == own.asked[0][0]
+    for record in records:
+        found = result["sets"][record["set"]]
+        assert found["settings"] == record["settings"] | {"dtype": "bfloat16"}
+        assert found["accuracy"] == record["accuracy"]
+    assert result["sets"]["short"]["settings"]["max_new_tokens"] == 3
+    assert result["sets"]["any"]["settings"]["max_new_tokens"] == 9
+
+
+READY = sorted((Path(__file__).resolve().parents[2] / "configs" / "evaluation").glob("*.toml"))
+ROWS = {
+    "aime24": {"id": 60, "problem": "What is 2+2?", "solution": "It is 4.", "answer": "4"},
+    "amc23": {"id": 1, "question": "What is 2+2?", "answer": 4.0, "url": "-"},
+    "math500": {"problem": "What is 2+2?", "solution": "4", "answer": "4", "level": 1},
+    "gsm8k": {"question": "What is 2+2?", "answer": "2+2=<<2+2=4>>4\n#### 4"},
+}
+"""One row of our own with the columns of each set."""
+
+
+@pytest.mark.parametrize("path", READY, ids=lambda path: path.stem)
+def test_ready_sets_are_read_wrapped_and_graded(
+    make_run: Callable, engines: list[Engine], path: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("math_verify")
+    run, _ = make_run()
+    (tmp_path / "rows.jsonl").write_text(json.dumps(ROWS[path.stem]) + "\n")
+    text = path.read_text()
+    name = re.search(r"hf://[^\"]+", text)
+    assert name is not None and path.stem in text
+    for old, new in (
+        (name[0], "rows.jsonl"),
+        (r'(subset|split) = "\w+", ', ""),
+        (r"(max_new\w+) = \d+", r"\1 = 8"),
+    ):
+        text = re.sub(old, new, text)
+    (tmp_path / "set.toml").write_text(text)
+    result = evaluate(run, What(sets_file=tmp_path / "set.toml"))
+    record = result["sets"][path.stem]
+    assert record["accuracy"] == 1.0 and record["settings"]["grader"]["name"] == "math"
+    ((requests, sampling),) = engines[0].asked
+    assert len(requests) == record["settings"].get("samples", 1)
+    assert sampling.temperature == record["settings"]["temperature"]
+    assert record["settings"]["apply_chat_template"] is True
+    assert "boxed{}" in record["settings"]["prompt_template"]
+
+
+def test_there_is_a_row_for_each_ready_set() -> None:
+    assert {path.stem for path in READY} == ROWS.keys()
