@@ -395,6 +395,40 @@ def test_a_run_of_several_tasks_is_measured_as_it_measures_itself(
     assert result["sets"]["any"]["settings"]["max_new_tokens"] == 9
 
 
+class Half(Engine):
+    """One of several engines: asked and read apart."""
+
+    def start_generate(self, requests: Sequence[SampleRequest], sampling: Sampling) -> None:
+        self.samples = self.generate(requests, sampling)
+
+    def finish_generate(self) -> list[Sample]:
+        return self.samples
+
+
+def test_engines_share_the_problems_in_order(
+    make_run: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run, config = make_run()
+    made: list[Half] = []
+
+    def make(*arguments: Any, threads: int, **settings: Any) -> Half:
+        assert threads >= 1
+        made.append(Half(*arguments, **settings))
+        return made[-1]
+
+    monkeypatch.setattr(command, "make_engine", make)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2})
+    result = evaluate(run, how=How(out=tmp_path / "out", engines=2))
+    asked = [[r.token_ids for r in half.asked[0][0]] for half in made]
+    (only,) = load_inputs(config).problem_sets
+    ids = [problem.token_ids for problem in only.problems]
+    assert asked == [ids[0::2], ids[1::2]] and result["total"] == 5
+    lines = [json.loads(t) for t in (tmp_path / "out" / "heldout.jsonl").read_text().splitlines()]
+    assert [line["prompt_index"] for line in lines[1:]] == [0, 1, 2, 3, 4]
+    with pytest.raises(ConfigError, match=r"--engines must be in 1..3 here \(3 cores\), found 9"):
+        evaluate(run, how=How(engines=9))
+
+
 READY = sorted((Path(__file__).resolve().parents[2] / "configs" / "evaluation").glob("*.toml"))
 ROWS = {
     "aime24": {"id": 60, "problem": "What is 2+2?", "solution": "It is 4.", "answer": "4"},

@@ -30,16 +30,15 @@ class EngineGroup:
             tensor_parallel: GPUs of each.
 
         Raises:
-            ConfigError: there are fewer GPUs.
+            ConfigError: there are fewer GPUs, or cores without CUDA.
             As ``make``.
         """
-        gpus, needed = torch.cuda.device_count(), count * tensor_parallel
-        if count < 1 or (gpus and gpus < needed):
-            raise ConfigError(
-                f"--engines must be in 1..{gpus // tensor_parallel or 'the number of cores'} here, "
-                f"found {count}: there are {gpus} GPUs, and each engine takes {tensor_parallel}."
-            )
-        threads = max(1, len(os.sched_getaffinity(0)) // count)
+        gpus, cores = torch.cuda.device_count(), len(os.sched_getaffinity(0))
+        most = gpus // tensor_parallel if gpus else cores
+        if not 1 <= count <= most:
+            of = f"{gpus} GPUs, {tensor_parallel} for each engine" if gpus else f"{cores} cores"
+            raise ConfigError(f"--engines must be in 1..{most} here ({of}), found {count}.")
+        threads = cores // count
         self._engines: list[RolloutEngine] = []
         self._exits = ExitStack()
         with ExitStack() as begun:  # an engine that cannot start ends the others
