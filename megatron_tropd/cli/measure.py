@@ -56,7 +56,7 @@ _ANSWER_TOKENS = 1024
 """Longest answer if neither a run nor the command says one, if the context has room for it."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Overrides:
     """What the command asks for in place of the settings; None: as they are."""
 

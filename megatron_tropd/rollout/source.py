@@ -78,7 +78,7 @@ class SampledRollouts:
         self._engines = engines
         self._prompts = prompts
         self._settings = settings
-        self._mixture = mixture or Mixture([(make_episode, settings)], self._of_one_task)
+        self._make_episode, self._mixture = make_episode, mixture
         self._stops, self._shared_stops = stop_token_ids, shared_stops
         self._sampling = Sampling()
         """Of the episodes under way."""
@@ -100,7 +100,7 @@ class SampledRollouts:
         self._sampling = sampling_of_step(
             rollout, step, stops=self._stops, shared_stops=self._shared_stops
         )
-        chosen = [self._prompts[place] for place in self._mixture.choose(step)]
+        chosen = [self._prompts[place] for place in self._chosen(step)]
         self._episodes = [
             self._begun(prompt, sample, step)
             for prompt in chosen
@@ -108,13 +108,17 @@ class SampledRollouts:
         ]
         self._engines.start(self._next_requests(), self._sampling)
 
-    def _of_one_task(self, step: int) -> list[int]:
-        settings = self._settings
-        per_step = settings.rollout.prompts_per_step
-        return prompts_of_step(len(self._prompts), per_step, step, settings.seed)
+    def _chosen(self, step: int) -> Sequence[int]:
+        """Places of the step's prompts among all."""
+        if self._mixture is not None:
+            return self._mixture.choose(step)
+        per_step, seed = self._settings.rollout.prompts_per_step, self._settings.seed
+        return prompts_of_step(len(self._prompts), per_step, step, seed)
 
     def _begun(self, prompt: Prompt, sample: int, step: int) -> Episode:
-        make, settings = self._mixture.episodes[prompt.task]
+        make, settings = self._make_episode, self._settings
+        if self._mixture is not None:
+            make, settings = self._mixture.episodes[prompt.task]
         return make(EpisodeStart(prompt, sample, step, self._version, settings))
 
     def collect(self) -> list[TokenSequence]:

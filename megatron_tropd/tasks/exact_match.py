@@ -11,6 +11,7 @@ import numpy as np
 
 from megatron_tropd.base.errors import InputError
 from megatron_tropd.config import GraderConfig
+from megatron_tropd.config.settings import Amount, Anything, Count, Number, Settings, Share
 from megatron_tropd.data.samples import Sample, SampleRequest, Sampling
 from megatron_tropd.data.types import Prompt
 from megatron_tropd.losses.draws import Purpose, keyed_seed
@@ -30,18 +31,20 @@ class Sampler(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asking:
+class Asking(Settings):
     """How problems are asked."""
 
-    max_new_tokens: int
-    stop_token_ids: tuple[int, ...]
+    max_new_tokens: Count
+    """Longest answer."""
+    stop_token_ids: tuple[Number, ...]
     """Ids that end an answer, EOS included."""
-    samples: int = 1
+    samples: Count = 1
     """Answers to each problem."""
-    temperature: float = 0.0
+    temperature: Amount = 0.0
     """0 is greedy."""
-    top_p: float = 1.0
-    seed: int = 0
+    top_p: Share = 1.0
+    """Nucleus; 1 is off."""
+    seed: Anything = 0
     """Keys the samples, with problem and number of the sample."""
 
     @property

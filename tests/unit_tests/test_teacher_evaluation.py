@@ -44,6 +44,7 @@ SET = ProblemSet(
 )
 INPUTS = SimpleNamespace(
     problem_sets=(SET,),
+    tasks=None,
     routes=None,
     student=SimpleNamespace(config={}, companions=Path("student")),
     folders={},
