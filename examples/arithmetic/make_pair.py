@@ -50,7 +50,7 @@ from megatron_tropd.mcore.parallel import initialize, shutdown
 from megatron_tropd.mcore.schedule import cross_entropy
 from megatron_tropd.mcore.student import Student
 from megatron_tropd.rollout.engines.engine import RolloutEngine
-from megatron_tropd.tasks.exact_match import answer_greedily, grade_answers
+from megatron_tropd.tasks.exact_match import Asking, grade_answers
 
 NUM_PROMPTS, NUM_HELD_OUT = 4000, 1000
 VOCAB_SIZE = 320
@@ -293,9 +293,8 @@ def accuracy(folder: Path, problems_file: Path, scratch: Path) -> dict[str, Any]
     tokenizer = load_tokenizer(folder)
     with RolloutEngine(folder, max_model_len=CONTEXT, log_file=scratch / "engine.log") as engine:
         problems = load_prompts(problems_file, tokenizer)
-        samples = answer_greedily(
-            engine, problems, stop_token_ids=(EOS_ID,), max_new_tokens=MAX_NEW_TOKENS
-        )
+        asking = Asking(max_new_tokens=MAX_NEW_TOKENS, stop_token_ids=(EOS_ID,))
+        samples = engine.generate(asking.requests(problems), asking.sampling)
     result = grade_answers(problems, samples, tokenizer)
     interval = [round(result.ci_low, 4), round(result.ci_high, 4)]
     return {"accuracy": result.accuracy, "interval_95": interval, "problems": result.total}

@@ -200,13 +200,22 @@ def _settings_text(config: Config, inputs: "Inputs") -> str:
             f"{config.rollout.samples_per_prompt} samples = {samples} trajectories",
             f"teacher responses: {guidance}",
             *([f"golden answers: {len(inputs.golden)}, one a prompt"] if inputs.golden else []),
-            f"held-out:   {len(inputs.problems)} problems",
+            f"held-out:   {_held_out(inputs)}",
             f"steps:      {config.train.steps}",
             *(f"option:     {line}" for line in config.megatron.lines()),
             f"run folder: {Path(config.run.dir).resolve()}",
             "dry run: nothing was written.",
         ]
     )
+
+
+def _held_out(inputs: "Inputs") -> str:
+    named = [
+        f"{len(each.problems)} problems{f' of {each.name}' if each.name else ''}"
+        + (f" x {each.settings.samples} samples" if each.settings.samples != 1 else "")
+        for each in inputs.problem_sets
+    ]
+    return ", ".join(named) or "0 problems"
 
 
 def _axes(p: ParallelConfig) -> str:

@@ -17,7 +17,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("problems", nargs="?", help="file or data set; default: the run's held-out problems")
     add("--data", metavar="JSON", help='what of it is read: {"split": "test"} (docs/prompts.md)')
+    add("--sets", type=Path, metavar="TOML", help="measure its [[evaluation.sets]]")
+    add("--set", action="append", metavar="NAME", help="of the sets only this one; repeatable")
     add("--like", type=Path, metavar="RUN", help="use the settings of this run for an HF folder")
+    add("--samples", type=int, help="answers to each problem, not the run's number")
+    add("--temperature", type=float, help="of sampling, not the run's; 0: greedy")
+    add("--top-p", type=float, help="nucleus of sampling, not the run's")
+    add("--seed", type=int, help="keys the samples, not the run's")
     add("--max-new-tokens", type=int, default=None, help="longest answer, not the run's")
     add("--num-problems", type=int, default=None, help="only the first ones, not the run's number")
     add(
@@ -27,25 +33,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="whether to wrap prompts in it, whatever the run does",
     )
     add("--dtype", choices=("auto", "float32", "bfloat16"), default=None, help="not the run's")
+    add("--out", type=Path, metavar="FOLDER", help="keep all answers there; continue what is there")
+    add("--engines", type=int, metavar="N", help="side by side (default: one on each GPU)")
     add("--json", action="store_true", help="print one JSON object")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure a model and print the result."""
-    from megatron_tropd.cli.measure import Overrides, evaluate, result_lines
+    from megatron_tropd.cli.measure import How, Overrides, What, evaluate, result_lines
     from megatron_tropd.data.arguments import data_of
 
     result = evaluate(
         arguments.model,
-        arguments.problems,
+        What(arguments.problems, arguments.sets, tuple(arguments.set or ())),
         like=arguments.like,
         overrides=Overrides(
             max_new_tokens=arguments.max_new_tokens,
             num_problems=arguments.num_problems,
+            samples=arguments.samples,
+            temperature=arguments.temperature,
+            top_p=arguments.top_p,
+            seed=arguments.seed,
             apply_chat_template=arguments.chat_template,
             dtype=arguments.dtype,
             data=data_of(arguments.data) if arguments.data else None,
         ),
+        how=How(arguments.out, arguments.engines),
     )
     print(json.dumps(result) if arguments.json else "\n".join(result_lines(result)))
     return 0

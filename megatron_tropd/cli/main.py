@@ -22,6 +22,7 @@ COMMANDS = {
     "monitor": "watch a run in the terminal or a browser",
     "report": "write the HTML report of a run",
     "evaluate": "measure a run's student, or any model",
+    "compare": "two models' answers to the same problems",
     "convert": "HF folder <-> Megatron checkpoint",
     "responses": "a teacher's responses, to cut prefixes from",
     "rollouts": "record samples of a student",

@@ -15,6 +15,7 @@ import types
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -50,6 +51,8 @@ TEACHER = "teacher"
 """What messages call the teacher; one of several is "teacher NAME"."""
 STUDENT = "student"
 """``teacher.reference``: the weights that the student starts from."""
+_SEVERAL = ("teachers", "tasks")
+"""Tables of which a config has any number."""
 _SOURCES, _MODES = "megatron_tropd.teacher", "megatron_tropd.rollout.episodes"
 """Packages whose modules teacher.placement and rollout.mode name."""
 CACHED_TOP_K = 64
@@ -72,6 +75,11 @@ _GONE = {
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)
+
+
+def _is_name(text: str) -> bool:
+    """Whether a text may be part of file names and of names of metrics."""
+    return text.replace("-", "").replace("_", "").isalnum()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,11 +298,12 @@ def _is_date(text: str) -> bool:
 class RolloutConfig(PromptConfig, section="rollout"):
     """What the student samples at every step, and the engine that samples it."""
 
-    prompts: str = field(metadata=PATH)
+    prompts: str = field(default="", metadata=PATH)
     """JSON lines or a JSON array, of {"prompt": str} or {"messages": [...]}; or such rows of a
     Parquet file, of a folder, or of "hf://datasets/OWNER/NAME" (docs/prompts.md)."""
     data: DataConfig = field(default_factory=DataConfig)
-    """What of them is read: split, and names of fields."""
+    """What of them is read: split, and names of fields. Both are left out if there are several
+    tasks, in [[tasks]]."""
     max_new_tokens: Count
     """Longest response in tokens, a teacher prefix included."""
     first_new_tokens: Count | None = None
@@ -483,28 +492,6 @@ class TrainConfig(Settings, section="train"):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationConfig(Settings, section="evaluation"):
-    """What is measured on held-out problems, before, during and after the run."""
-
-    problems: str | None = field(default=None, metadata=PATH)
-    """Held-out problems, in any form of rollout.prompts, with an "answer" each for exact_match.
-    None: none."""
-    data: DataConfig = field(default_factory=DataConfig)
-    """What of them is read; nothing of rollout.data."""
-    task: Literal["exact_match", "reverse_kl"] = "exact_match"
-    """exact_match: greedy answers graded; reverse_kl: exact KL(student || teacher) per token on
-    fresh student samples, measured with transformers."""
-    num_problems: Count = 500
-    """How many of them, from the top of the file."""
-    teacher: bool = True
-    """exact_match: also grade the teacher, once, before the models are built."""
-    every: Number = 0
-    """Steps between evaluations; 0: only before the first and after the last step."""
-    max_new_tokens: Count | None = None
-    """Longest answer; None: rollout.max_new_tokens."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class GraderConfig(Settings, section="grader"):
     """What says whether an answer is right (docs/graders.md)."""
 
@@ -529,6 +516,170 @@ class GraderConfig(Settings, section="grader"):
             re.compile(self.pattern)
         except re.error as error:
             raise ConfigError(f"grader.pattern = {self.pattern!r} is not valid: {error}.") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSet(Settings, section="evaluation.sets"):
+    """One of several sets of held-out problems, [[evaluation.sets]] (docs/evaluation.md). What is
+    left out is as [evaluation], [grader] and [rollout] have it.
+    """
+
+    name: str
+    """Letters, digits, - and _: what records, files and `tropd compare` call it."""
+    problems: str = field(metadata=PATH)
+    """As evaluation.problems."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """What of them is read."""
+    num_problems: Count | None = None
+    """How many of them, from the top of the file."""
+    samples: Count | None = None
+    """Answers to each."""
+    temperature: Amount | None = None
+    """Of sampling; 0: greedy."""
+    top_p: Share | None = None
+    """Nucleus of sampling."""
+    max_new_tokens: Count | None = None
+    """Longest answer."""
+    grader: GraderConfig | None = None
+    """What grades it."""
+    apply_chat_template: bool | None = None
+    """Whether prompts are wrapped in the tokenizer's chat template."""
+    system_prompt: str | None = None
+    """First message of a conversation without one of its own."""
+    prompt_template: str | None = None
+    """Jinja text that makes the prompt of a line's fields."""
+    of_task: str | None = None
+    """Name of a task of [[tasks]], whose grader, form of prompts, longest answer and teacher it
+    takes where it says none of its own."""
+
+    def prompts_as(self, rollout: PromptConfig) -> PromptConfig:
+        """Return how its lines become token ids."""
+        own = {f.name: getattr(self, f.name, None) for f in fields(PromptConfig)}
+        given = {name: value for name, value in own.items() if value is not None}
+        shared = {f.name: getattr(rollout, f.name) for f in fields(PromptConfig)}
+        return PromptConfig(**shared | given)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig(Settings, section="evaluation"):
+    """What is measured on held-out problems, before, during and after the run."""
+
+    problems: str | None = field(default=None, metadata=PATH)
+    """Held-out problems, in any form of rollout.prompts, with an "answer" each for exact_match.
+    None: none."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """What of them is read; nothing of rollout.data."""
+    task: Literal["exact_match", "reverse_kl"] = "exact_match"
+    """exact_match: greedy answers graded; reverse_kl: exact KL(student || teacher) per token on
+    fresh student samples, measured with transformers."""
+    num_problems: Count = 500
+    """How many of them, from the top of the file."""
+    teacher: bool = True
+    """exact_match: also grade the teacher, once, before the models are built."""
+    every: Number = 0
+    """Steps between evaluations; 0: only before the first and after the last step."""
+    max_new_tokens: Count | None = None
+    """Longest answer; None: rollout.max_new_tokens."""
+
+    sets: tuple[EvaluationSet, ...] = ()
+    """[[evaluation.sets]]: several sets, in place of problems and data."""
+    samples: Count = 1
+    """exact_match: answers to each problem, k of avg@k and pass@k."""
+    temperature: Amount = 0.0
+    """exact_match: of sampling; 0: greedy."""
+    top_p: Share = 1.0
+    """exact_match: nucleus of sampling."""
+    seed: Anything | None = None
+    """Keys the samples, with problem and number of the sample. None: train.seed."""
+    before: bool = True
+    """Whether the student is measured before the first step."""
+    after: bool = True
+    """Whether it is measured after the last step."""
+    keep_answers: bool = True
+    """Keep all answers and verdicts in the run's folder evaluations, for `tropd compare`."""
+    teacher_results: str | None = field(default=None, metadata=PATH)
+    """A folder in which runs share what the teacher reached, by the digests of teacher and set.
+    None: each run measures its teacher once."""
+
+    def _check_together(self) -> None:
+        names = [each.name for each in self.sets]
+        for name in names:
+            _require(
+                _is_name(name),
+                f"evaluation.sets.name must have letters, digits, - and _ alone, found {name!r}.",
+            )
+            _require(names.count(name) == 1, f"evaluation.sets.name: {name} is there twice.")
+        _require(
+            not self.sets or self.problems is None,
+            "evaluation.problems is for a single set, found [[evaluation.sets]] beside it. Make it "
+            "one of them.",
+        )
+        self._check_sampling(self)
+        for each in self.sets:
+            self._check_sampling(each)
+
+    def _check_sampling(self, each: "EvaluationConfig | EvaluationSet") -> None:
+        names = ("samples", "temperature", "top_p")
+        given: dict[str, Any] = {
+            name: getattr(self if getattr(each, name) is None else each, name) for name in names
+        }
+        of_set = f" of {each.name}" if isinstance(each, EvaluationSet) else ""
+        greedy = given["temperature"] == 0
+        found = f"{given['samples']} and top_p = {given['top_p']}"
+        _require(
+            not greedy or (given["samples"] == 1 and given["top_p"] == 1),
+            f"evaluation.samples = {found}{of_set} beside temperature = 0: greedy answers are all "
+            "the same. Set a temperature above 0.",
+        )
+        _require(
+            self.task == "exact_match" or (greedy and given["samples"] == 1),
+            f'evaluation.task = "{self.task}" reads one sample at temperature 1, found '
+            f"others{of_set}. Leave samples, temperature and top_p out.",
+        )
+
+    @property
+    def measures(self) -> bool:
+        """Whether there are held-out problems."""
+        return self.problems is not None or bool(self.sets)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskConfig(Settings, section="tasks"):
+    """One of several tasks that a run is trained on, [[tasks]] (docs/tasks.md). What is left out is
+    as [rollout] and [grader] have it; a field of the same name as one of [rollout] takes its
+    place.
+    """
+
+    name: str
+    """Letters, digits, - and _: what metrics and evaluation.sets.of_task call it."""
+    prompts: str = field(metadata=PATH)
+    """As rollout.prompts, which is left out."""
+    weight: Positive = 1.0
+    """Its share of rollout.prompts_per_step is this over the sum of all."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """What of the prompts is read."""
+    grader: GraderConfig | None = None
+    """What grades its answers."""
+    teacher: str | None = None
+    """Name of the one of [[teachers]] that scores it. None: what its lines say."""
+    responses: str | None = field(default=None, metadata=PATH)
+    """What the teacher answers to its prompts, for guidance; guidance.responses is left out."""
+    max_new_tokens: Count | None = None
+    """Longest response; at most rollout.max_new_tokens."""
+    mode: str | None = None
+    """How a prompt becomes a sequence."""
+    apply_chat_template: bool | None = None
+    """Whether prompts are wrapped in the tokenizer's chat template."""
+    system_prompt: str | None = None
+    """First message of a conversation without one of its own."""
+    prompt_template: str | None = None
+    """Jinja text that makes the prompt of a line's fields."""
+
+    def _check_together(self) -> None:
+        _require(
+            _is_name(self.name),
+            f"tasks.name must have letters, digits, - and _ alone, found {self.name!r}.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -605,7 +756,7 @@ class NamedTeacher(TeacherConfig, section="teachers"):
     def _check_together(self) -> None:
         super()._check_together()
         _require(
-            bool(self.name) and self.name.replace("-", "").replace("_", "").isalnum(),
+            _is_name(self.name),
             f"teachers.name must have letters, digits, - and _ alone, found {self.name!r}.",
         )
 
@@ -656,6 +807,7 @@ class Config(Settings):
     parallel: ParallelConfig = ParallelConfig()
     teacher: TeacherConfig = TeacherConfig()
     teachers: tuple[NamedTeacher, ...] = ()
+    tasks: tuple[TaskConfig, ...] = ()
     guidance: GuidanceConfig = GuidanceConfig()
     loss: LossSettings = field(default_factory=lambda: preset("tropd"))
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -668,6 +820,7 @@ class Config(Settings):
             "Config key model.teacher is missing and has no default. Name the teacher's folder, or "
             "several in [[teachers]].",
         )
+        self._check_tasks()
         world, engines = self.parallel.world_size, self.rollout.num_engines
         _require(
             self.rollout.placement == "separate" or world % engines == 0,
@@ -716,6 +869,80 @@ class Config(Settings):
         self._check_golden()
         self._check_recorded()
         self._check_samples()
+
+    def _check_tasks(self) -> None:
+        names = [task.name for task in self.tasks]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        _require(not twice, f"tasks.name: {', '.join(twice)} is there twice. Change one.")
+        asked = [each.of_task for each in self.evaluation.sets if each.of_task is not None]
+        unknown = [name for name in asked if name not in names]
+        _require(
+            not unknown,
+            f"evaluation.sets.of_task = {unknown[:1]}: expected one of the tasks {names}. Correct "
+            "the name, or add it to [[tasks]].",
+        )
+        _require(
+            bool(self.tasks) != bool(self.rollout.prompts),
+            "[[tasks]] is beside rollout.prompts, which is for a single one. Move it into each "
+            "[[tasks]]."
+            if self.tasks
+            else "Config key rollout.prompts is missing and has no default. Name the file of the "
+            "prompts, or several in [[tasks]].",
+        )
+        if self.tasks:
+            self._check_for_one_task()
+        for task in self.tasks:
+            self._check_task(task)
+
+    def _check_task(self, task: TaskConfig) -> None:
+        longest, teachers = self.rollout.max_new_tokens, [each.name for each in self.teachers]
+        _require(
+            (task.max_new_tokens or 1) <= longest,
+            f"tasks.max_new_tokens = {task.max_new_tokens} of {task.name} must be at most "
+            f"rollout.max_new_tokens = {longest}. Raise that.",
+        )
+        _require(
+            task.teacher is None or not self.tasks or task.teacher in teachers,
+            f"tasks.teacher = {task.teacher!r} of {task.name}: expected one of the [[teachers]] "
+            f"{teachers}. Correct the name, or leave it out.",
+        )
+        check_part(_MODES, self.rollout_of(task).mode, setting="tasks.mode")
+
+    def _check_for_one_task(self) -> None:
+        """Refuse with several tasks what knows of one file of prompts alone."""
+        single = {
+            "rollout.data": self.rollout.data != DataConfig(),
+            "rollout.recorded": self.rollout.recorded is not None,
+            "guidance.responses": self.guidance.responses is not None,
+            "teachers.responses": any(teacher.responses for teacher in self.teachers),
+            'teacher.placement = "cached"': self.teacher.placement == "cached",
+        }
+        found = [key for key, is_set in single.items() if is_set]
+        _require(
+            not found,
+            f"[[tasks]] is beside {', '.join(found)}, which is for a single file of prompts. Leave "
+            "one of the two out (a task has data and responses of its own).",
+        )
+
+    def rollout_of(self, task: TaskConfig) -> RolloutConfig:
+        """Return how a task is sampled: [rollout] with what the task says in its place."""
+        shared = {f.name for f in fields(RolloutConfig)} & {f.name for f in fields(TaskConfig)}
+        given = {n: v for n in shared if (v := getattr(task, n)) is not None}
+        rollout, longest = self.rollout, task.max_new_tokens
+        first = rollout.first_new_tokens
+        if first is not None and longest is not None:
+            given["first_new_tokens"] = min(first, longest)
+        return dataclasses.replace(rollout, **given)
+
+    @property
+    def rollouts(self) -> tuple[RolloutConfig, ...]:
+        """How each task is sampled, by its number; of a run without tasks that of its prompts."""
+        return tuple(map(self.rollout_of, self.tasks)) or (self.rollout,)
+
+    @property
+    def graders(self) -> tuple[GraderConfig, ...]:
+        """What grades each task, by its number; of a run without tasks what grades its prompts."""
+        return tuple(task.grader or self.grader for task in self.tasks) or (self.grader,)
 
     def _check_samples(self) -> None:
         samples = self.rollout.prompts_per_step * self.rollout.samples_per_prompt
@@ -773,7 +1000,7 @@ class Config(Settings):
 
     def _check_for_one_teacher(self) -> None:
         """Refuse with several teachers what knows of one alone."""
-        graded = self.evaluation.problems is not None
+        graded = self.evaluation.measures
         one_only = {
             f'rollout.behaviour = "{self.rollout.behaviour}"': self.rollout.asks_teacher,
             "[teachers.parallel]": any(teacher.parallel for teacher in self.teachers),
@@ -893,7 +1120,7 @@ class Config(Settings):
         )
 
     def _check_context(self) -> None:
-        graded = self.evaluation.problems is not None
+        graded = self.evaluation.measures
         blind = {
             f'rollout.behaviour = "{self.rollout.behaviour}"': self.rollout.asks_teacher,
             'evaluation.task = "reverse_kl"': graded and self.evaluation.task == "reverse_kl",
@@ -929,13 +1156,14 @@ class Config(Settings):
             teacher=TeacherConfig(**settings),
             guidance=dataclasses.replace(self.guidance, responses=named.responses),
             teachers=(),
+            tasks=tuple(dataclasses.replace(task, teacher=None) for task in self.tasks),
         )
 
     def _check_without_teacher(self) -> None:
         placement = self.teacher.placement
         graded = self.evaluation.task == "exact_match" and not self.evaluation.teacher
         _require(
-            self.evaluation.problems is None or graded,
+            not self.evaluation.measures or graded,
             f'teacher.placement = "{placement}" loads no teacher, found an evaluation that needs '
             'one. Set evaluation.teacher = false and evaluation.task = "exact_match".',
         )
@@ -1045,9 +1273,37 @@ class Config(Settings):
         return self.parallel.row_shards * self.megatron.token_multiple
 
     @property
-    def max_answer_tokens(self) -> int:
-        """Longest answer of an evaluation."""
-        return self.evaluation.max_new_tokens or self.rollout.max_new_tokens
+    def evaluation_sets(self) -> tuple[EvaluationSet, ...]:
+        """The sets of held-out problems, each with all that it leaves to other sections.
+
+        The one set of ``evaluation.problems`` has no name.
+        """
+        evaluation, sets = self.evaluation, self.evaluation.sets
+        if evaluation.problems is not None:
+            sets = (EvaluationSet(name="", problems=evaluation.problems, data=evaluation.data),)
+        return tuple(map(self._completed, sets))
+
+    def _completed(self, each: EvaluationSet) -> EvaluationSet:
+        """The set with all that it leaves to its task and to other sections."""
+        evaluation, task = self.evaluation, self.task_of(each)
+        rollout = self.rollout if task is None else self.rollout_of(task)
+        shared: dict[str, Any] = {
+            "num_problems": evaluation.num_problems,
+            "samples": evaluation.samples,
+            "temperature": evaluation.temperature,
+            "top_p": evaluation.top_p,
+            "max_new_tokens": evaluation.max_new_tokens or rollout.max_new_tokens,
+            "grader": (task and task.grader) or self.grader,
+        }
+        if task is not None:
+            form = ("apply_chat_template", "system_prompt", "prompt_template")
+            shared |= {name: getattr(rollout, name) for name in form}
+        missing = {name: v for name, v in shared.items() if getattr(each, name) is None}
+        return dataclasses.replace(each, **missing)
+
+    def task_of(self, each: EvaluationSet) -> TaskConfig | None:
+        """Return the task that a set measures, if it names one."""
+        return next((task for task in self.tasks if task.name == each.of_task), None)
 
 
 def reference_of(teacher: str) -> str:
@@ -1080,11 +1336,34 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return dataclasses.replace(config, run=run)
 
 
+def load_evaluation(path: str | Path) -> tuple[EvaluationConfig, GraderConfig]:
+    """Read a TOML file that says nothing but what is measured: [evaluation], perhaps [grader].
+
+    Raises:
+        ConfigError: as :func:`load_config`.
+    """
+    tables = read_toml(Path(path), "File of evaluation sets")
+    sections = {"evaluation": EvaluationConfig, "grader": GraderConfig}
+    others = [name for name in tables if name not in sections]
+    _require(
+        not others,
+        f"{path}: expected [evaluation], [[evaluation.sets]] and [grader] alone, found "
+        f"{', '.join(others)}. Leave it out, or give --like RUN.",
+    )
+    _anchor_paths(tables, Path(path).resolve().parent)
+    evaluation, grader = (
+        _build(section, tables.get(name, {}), name) for name, section in sections.items()
+    )
+    _require(evaluation.measures, f"{path} names no held-out problems: add [[evaluation.sets]].")
+    return evaluation, grader
+
+
 def config_to_dict(config: Config) -> dict[str, Any]:
     """Plain nested dictionary of every setting, JSON-ready."""
     tables = dataclasses.asdict(config)
-    if not config.teachers:
-        del tables["teachers"]
+    for several in _SEVERAL:
+        if not tables[several]:
+            del tables[several]
     tables["loss"] = {"method": config.loss.method_name(), **tables["loss"]}
     plain: dict[str, Any] = json.loads(json.dumps(tables))
     return plain
@@ -1172,9 +1451,11 @@ def is_run_settings(value: Any) -> bool:
     """Whether the content of a config.json is a run's, and no model's."""
     if not (isinstance(value, dict) and {"model", "rollout", "run"} <= value.keys()):
         return False
-    several = value.get("teachers", [])
-    sections = [section for name, section in value.items() if name != "teachers"]
-    return isinstance(several, list) and all(isinstance(s, dict) for s in [*sections, *several])
+    several = [value.get(name, []) for name in _SEVERAL]
+    sections = [section for name, section in value.items() if name not in _SEVERAL]
+    if not all(isinstance(tables, list) for tables in several):
+        return False
+    return all(isinstance(s, dict) for s in [*sections, *chain.from_iterable(several)])
 
 
 def settings_from_table(cls: Any, table: dict[str, Any], section: str = "") -> Any:
@@ -1192,17 +1473,23 @@ def settings_from_table(cls: Any, table: dict[str, Any], section: str = "") -> A
 
 
 def _sections() -> dict[str, Any]:
-    """Tables of a config, but [[teachers]], of which there are several."""
+    """Tables of a config, but [[teachers]] and [[tasks]], of which there are several."""
     hints = typing.get_type_hints(Config)
-    return {f.name: hints[f.name] for f in fields(Config) if f.name != "teachers"}
+    return {f.name: hints[f.name] for f in fields(Config) if f.name not in _SEVERAL}
 
 
 def _anchor_paths(tables: dict[str, Any], folder: Path) -> None:
     for name, section in _sections().items():
         _anchor(tables.get(name), section, folder)
-    several = tables.get("teachers")
-    for table in several if isinstance(several, list) else ():
-        _anchor(table, NamedTeacher, folder)
+    evaluation = tables.get("evaluation")
+    several = {
+        NamedTeacher: tables.get("teachers"),
+        TaskConfig: tables.get("tasks"),
+        EvaluationSet: evaluation.get("sets") if isinstance(evaluation, dict) else None,
+    }
+    for section, found in several.items():
+        for table in found if isinstance(found, list) else ():
+            _anchor(table, section, folder)
 
 
 def _anchor(table: Any, section: Any, folder: Path) -> None:

@@ -22,6 +22,7 @@ from megatron_tropd.base.files import write_json
 from megatron_tropd.config import (
     Config,
     NamedTeacher,
+    TaskConfig,
     config_from_dict,
     config_to_dict,
     default_settings,
@@ -37,6 +38,7 @@ FIXED_KEYS = ("parallel.distributed_optimizer",)
 FREE_KEYS = (
     *("rollout.weight_transport", "rollout.engine_gpu_share", "rollout.engine_cpu_kv_gib"),
     *("rollout.max_num_seqs", "rollout.max_num_batched_tokens", "evaluation.teacher"),
+    *("evaluation.keep_answers", "evaluation.teacher_results"),
     *("teacher.offload", "teacher.address", "teacher.served_model", "teacher.requests"),
     *("teacher.timeout_seconds", "teacher.parallel"),
 )
@@ -65,6 +67,11 @@ class RunFolder:
     def evaluations(self) -> Path:
         """One JSON object per evaluation."""
         return self.root / "evaluations.jsonl"
+
+    @property
+    def answers(self) -> Path:
+        """All answers of each evaluation, with their verdicts."""
+        return self.root / "evaluations"
 
     @property
     def trajectories(self) -> Path:
@@ -287,12 +294,16 @@ def _check_same(old: dict[str, Any], new: dict[str, Any], root: Path) -> None:
     defaults["rollout"]["chat_template_date"] = new["rollout"]["chat_template_date"]
     was, now = (
         dict(_flat({s: defaults[s] | some.get(s, {}) for s in defaults}))
-        | dict(_of_teachers(some.get("teachers", [])))
+        | dict(_of_several("teachers", NamedTeacher, some.get("teachers", [])))
+        | dict(_of_several("tasks", TaskConfig, some.get("tasks", [])))
         for some in (old, new)
     )
     changed = [
         f"{key}: was {was.get(key)!r}, now {now.get(key)!r}"
-        for key in {**now, **{k: None for k in was if k.startswith(("megatron.", "teachers."))}}
+        for key in {
+            **now,
+            **{k: None for k in was if k.startswith(("megatron.", "teachers.", "tasks."))},
+        }
         if was.get(key) != now.get(key) and not _is_free(key)
     ]
     if changed:
@@ -312,13 +323,16 @@ def _flat(settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
                 yield f"{section}.{key}", value
 
 
-def _of_teachers(teachers: Any) -> Iterator[tuple[str, Any]]:
-    """(teachers.NAME.key, value) of each of several; what is not set as its default says."""
-    defaults = {f.name: f.default for f in dataclasses.fields(NamedTeacher)}
-    for table in teachers:
+def _of_several(section: str, kind: Any, tables: Any) -> Iterator[tuple[str, Any]]:
+    """(section.NAME.key, value) of each of several; what is not set as its default says."""
+    defaults = {
+        f.name: f.default if f.default_factory is dataclasses.MISSING else vars(f.default_factory())
+        for f in dataclasses.fields(kind)
+    }
+    for table in tables:
         for key, value in {**defaults, **table}.items():
             plain = list(value) if isinstance(value, tuple) else value
-            yield f"teachers.{table.get('name')}.{key}", plain
+            yield f"{section}.{table.get('name')}.{key}", plain
 
 
 def _is_free(key: str) -> bool:

@@ -29,19 +29,23 @@ _MAX_NAMED = 100
 _PROBE = "A text of 1 line."
 _PLAIN = PromptConfig()
 _AS_IT_IS = DataConfig()
-_ENTRY = np.dtype([(n, "i8") for n in ("number", "start", "size", "index")] + [("tokens", "i4")])
+_ENTRY = np.dtype(
+    [(n, "i8") for n in ("number", "start", "size", "index")]
+    + [(n, "i4") for n in ("tokens", "task")]
+)
 
 
 class Prompts(Sequence[Prompt]):
     """The prompts of a file, each read and tokenized when it is asked for."""
 
-    def __init__(self, reader: "_Reader", entries_N: NDArray[Any]) -> None:
+    def __init__(self, readers: Sequence["_Reader"], entries_N: NDArray[Any]) -> None:
         """Hold what places and lengths are known of.
 
         Args:
+            readers: of each task, by number.
             entries_N: of :data:`_ENTRY`, ascending by index.
         """
-        self._reader, self.entries_N = reader, entries_N
+        self._readers, self.entries_N = tuple(readers), entries_N
 
     def __len__(self) -> int:
         """How many there are."""
@@ -56,9 +60,51 @@ class Prompts(Sequence[Prompt]):
     def __getitem__(self, place: int | slice) -> "Prompt | Prompts":
         """Read one, or choose some."""
         if isinstance(place, slice):
-            return Prompts(self._reader, self.entries_N[place])
-        number, start, size, index, _ = self.entries_N[place].item()
-        return self._reader.prompt(index, Row(number, start, size, {}))
+            return Prompts(self._readers, self.entries_N[place])
+        number, start, size, index, _, task = self.entries_N[place].item()
+        prompt: Prompt = self._readers[task].prompt(index, Row(number, start, size, {}), task)
+        return prompt
+
+    def of(self, places: Sequence[int] | NDArray[Any]) -> "Prompts":
+        """Choose some by their places, or by a mask."""
+        return Prompts(self._readers, self.entries_N[places])
+
+
+def joined(parts: Sequence[Prompts]) -> tuple[Prompts, list[int]]:
+    """Put the prompts of several tasks one after the other.
+
+    Returns:
+        All, with indices of their own, and the first index of each task.
+    """
+    readers: list[_Reader] = []
+    entries, firsts, first = [], [], 0
+    for task, part in enumerate(parts):
+        mine = part.entries_N.copy()
+        mine["index"] += first
+        mine["task"] = task
+        firsts.append(first)
+        first = int(mine["index"][-1]) + 1
+        entries.append(mine)
+        readers += part._readers
+    return Prompts(readers, np.concatenate(entries)), firsts
+
+
+def of_one_task(prompts: Prompts, task: int, first: int) -> Prompts:
+    """Take the prompts of one task out of those of all, with the indices that its file gives them.
+
+    Args:
+        first: index of its first prompt among all.
+    """
+    mine = prompts.of(prompts.entries_N["task"] == task)
+    mine.entries_N["index"] -= first
+    return mine
+
+
+def task_numbers(prompts: Sequence[Prompt]) -> NDArray[np.int64]:
+    """List the number of each prompt's task; nothing is read for it."""
+    if isinstance(prompts, Prompts):
+        return prompts.entries_N["task"].astype(np.int64)
+    return np.array([prompt.task for prompt in prompts], np.int64)
 
 
 def num_tokens(prompts: Sequence[Prompt]) -> Sequence[int]:
@@ -81,7 +127,7 @@ def chosen(prompts: Sequence[Prompt], wanted: Callable[[int], bool]) -> Sequence
     """Choose prompts by their ``Prompt.index``; nothing is read for it."""
     places = [place for place, index in enumerate(indices_of(prompts)) if wanted(index)]
     if isinstance(prompts, Prompts):
-        return Prompts(prompts._reader, prompts.entries_N[places])
+        return prompts.of(places)
     return [prompts[place] for place in places]
 
 
@@ -103,21 +149,21 @@ class _Reader:
     tokenizer: "PreTrainedTokenizerBase"
     leading: Sequence[int]
 
-    def entries(self) -> Iterator[tuple[int, int, int, int, int]]:
+    def entries(self) -> Iterator[tuple[int, int, int, int, int, int]]:
         """Read all rows: an :data:`_ENTRY` of each."""
         for index, row in enumerate(self.rows):
             prompt = self._made(index, row, row.fields)
-            yield row.number, row.start, row.size, index, len(prompt.token_ids)
+            yield row.number, row.start, row.size, index, len(prompt.token_ids), 0
 
-    def prompt(self, index: int, row: Row) -> Prompt:
+    def prompt(self, index: int, row: Row, task: int) -> Prompt:
         """Read one row again."""
-        return self._made(index, row, self.rows.read(row.start, row.size))
+        return self._made(index, row, self.rows.read(row.start, row.size), task)
 
-    def _made(self, index: int, row: Row, found: dict[str, Any]) -> Prompt:
+    def _made(self, index: int, row: Row, found: dict[str, Any], task: int = 0) -> Prompt:
         where, settings = f"{self.path}, {self.rows.unit} {row.number}", self.settings
         fields = shaped(found, self.data, settings.prompt_template, where)
         text, ids = tokenize_line(fields, self.tokenizer, settings, where, self.leading)
-        return Prompt(index, text, ids, fields, row.number, self.rows.unit)
+        return Prompt(index, text, ids, fields, row.number, self.rows.unit, task)
 
 
 def load_prompts(
@@ -148,7 +194,7 @@ def load_prompts(
     """
     rows = open_rows(path, data)
     reader = _Reader(str(path), rows, data, settings, tokenizer, leading_ids(tokenizer))
-    prompts = Prompts(reader, np.fromiter(reader.entries(), _ENTRY))
+    prompts = Prompts([reader], np.fromiter(reader.entries(), _ENTRY))
     if not prompts:
         raise InputError(f"The prompts file {path} is empty: expected one JSON object per line.")
     if max_prompt_tokens is None:
@@ -315,13 +361,14 @@ def prompts_of_step(n_prompts: int, per_step: int, step: int, seed: int) -> list
             "Lower it or add prompts."
         )
     epoch, place = divmod(step, n_prompts // per_step)
-    order = _permutation(n_prompts, epoch, seed)[place * per_step : (place + 1) * per_step]
+    order = permutation(n_prompts, epoch, seed)[place * per_step : (place + 1) * per_step]
     chosen: list[int] = order.tolist()
     return chosen
 
 
-@lru_cache(maxsize=2)
-def _permutation(n_prompts: int, epoch: int, seed: int) -> NDArray[np.int64]:
+@lru_cache(maxsize=16)
+def permutation(n_prompts: int, epoch: int, seed: int) -> NDArray[np.int64]:
+    """Order the prompts of an epoch by keyed draws."""
     key = keyed_seed(seed, Purpose.PROMPT_ORDER)
     draws = keyed_uniform(key, epoch, 0, np.arange(n_prompts))
     return np.argsort(draws, kind="stable")
@@ -431,11 +478,11 @@ def _short_enough(
 ) -> Prompts:
     entries_N = prompts.entries_N
     fits_N = entries_N["tokens"] <= most
-    kept, long = Prompts(prompts._reader, entries_N[fits_N]), entries_N[~fits_N]
+    kept, long = prompts.of(fits_N), entries_N[~fits_N]
     if not len(long):
         return prompts
     named = ", ".join(
-        f"{unit} {number} ({tokens} tokens)" for number, *_, tokens in long[:_MAX_NAMED].tolist()
+        f"{unit} {number} ({tokens} tokens)" for number, *_, tokens, _ in long[:_MAX_NAMED].tolist()
     )
     if len(long) > _MAX_NAMED:
         longest = long["tokens"].max()

@@ -86,7 +86,7 @@ class ResumableLines:
         end = number = 0
         for number, line in enumerate(self._file, start=1):
             if not line.endswith(b"\n"):
-                if number == 1 and not _line(header).startswith(line):
+                if number == 1 and not line_of(header).startswith(line):
                     raise _not_ours(self.path)
                 number -= 1
                 break
@@ -104,12 +104,13 @@ class ResumableLines:
         return tuple(record.get(name, -1) for name in self._key)
 
     def _write(self, records: Sequence[Mapping[str, Any]]) -> None:
-        self._file.write(b"".join(map(_line, records)))
+        self._file.write(b"".join(map(line_of, records)))
         self._file.flush()
         os.fsync(self._file.fileno())
 
 
-def _line(record: Mapping[str, Any]) -> bytes:
+def line_of(record: Mapping[str, Any]) -> bytes:
+    """Make a line of a record, its end included."""
     return (json.dumps(record, ensure_ascii=False) + "\n").encode()
 
 

@@ -9,7 +9,8 @@ class Prompt:
     """One line of the prompts file."""
 
     index: int
-    """0-based among the prompts of the file; keys every random draw made for this prompt."""
+    """0-based among the prompts of the file, or of the files of all tasks one after the other; keys
+    every random draw made for this prompt."""
     text: str
     """The prompt as the model sees it (after the chat template, if any)."""
     token_ids: tuple[int, ...]
@@ -20,6 +21,8 @@ class Prompt:
     """1-based line in the file, for errors; or another unit."""
     unit: str = "line"
     """What the file is counted in: lines, elements of an array, rows of a data set."""
+    task: int = 0
+    """Number of the run's task it belongs to."""
 
     @property
     def place(self) -> str:

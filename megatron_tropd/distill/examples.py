@@ -38,9 +38,13 @@ def example_line(
     inputs: Inputs,
     sequence: TokenSequence,
     values: Mapping[str, Mapping[int, float]],
-    grader: Grader,
+    graders: Sequence[Grader],
 ) -> str:
-    """One sequence with its per-token values, null where a token has none, as a line of a dump."""
+    """One sequence with its per-token values, null where a token has none, as a line of a dump.
+
+    Args:
+        graders: of each task, by number.
+    """
     tokenizer, ids = inputs.tokenizer, sequence.response_ids
     # Their positions are no indices: prompts may have been left out.
     prompt = find_prompt(inputs.prompts, sequence.key.prompt)
@@ -52,7 +56,8 @@ def example_line(
         "prompt": prompt.text,
         "tokens": spell(tokenizer, ids),
         "segment": [writer.name.lower() for writer in sequence.writers],
-        "correct": grader.grade(text, prompt.fields).correct if graded else None,
+        "correct": graders[prompt.task].grade(text, prompt.fields).correct if graded else None,
+        **({"task": inputs.tasks.names[prompt.task]} if inputs.tasks else {}),
         **{name: [of.get(i) for i in range(len(ids))] for name, of in values.items()},
     }
     return json.dumps(record) + "\n"

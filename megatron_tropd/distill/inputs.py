@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from megatron_tropd.base.errors import ConfigError, InputError
-from megatron_tropd.config import Config, DataConfig, RolloutConfig
+from megatron_tropd.config import Config, DataConfig, EvaluationSet, PromptConfig, RolloutConfig
 from megatron_tropd.config.run import TEACHER, reference_of
 from megatron_tropd.convert.checks import check_expert_parallel, check_parallel, check_tensors
 from megatron_tropd.convert.companions import CONFIG
@@ -16,11 +17,18 @@ from megatron_tropd.convert.hf_folder import HFFolder, naming
 from megatron_tropd.convert.megatron_folder import MegatronFolder, open_model
 from megatron_tropd.data.contexts import contexts_of
 from megatron_tropd.data.golden import GoldenAnswers, golden_answers
+from megatron_tropd.data.mixing import Tasks, most_of_a_step
 from megatron_tropd.data.prompts import (
+    Prompts,
     check_kwargs_are_read,
     check_same_texts,
+    chosen,
+    indices_of,
+    joined,
     load_prompts,
     num_tokens,
+    of_one_task,
+    task_numbers,
 )
 from megatron_tropd.data.responses import TeacherResponse, load_responses
 from megatron_tropd.data.routes import Routes, routes_of
@@ -46,6 +54,35 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class ProblemSet:
+    """One set of held-out problems."""
+
+    settings: EvaluationSet
+    """With all that it leaves to other sections."""
+    problems: Sequence[Prompt]
+    """At most ``num_problems``."""
+    of_teachers: dict[str, Sequence[Prompt]] = field(default_factory=dict)
+    """The problems that each teacher answers, as it reads them, if it is measured."""
+
+    @property
+    def name(self) -> str:
+        """As the settings have it; empty for the only one."""
+        return self.settings.name
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Longest answer."""
+        assert self.settings.max_new_tokens is not None, "Config.evaluation_sets says it"
+        return self.settings.max_new_tokens
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest problem, as any model reads it, and its answer."""
+        texts = (self.problems, *self.of_teachers.values())
+        return max(map(_longest, texts)) + self.max_new_tokens
+
+
+@dataclass(frozen=True)
 class Inputs:
     """The models' folders, the tokenizer and all texts of a run."""
 
@@ -63,8 +100,8 @@ class Inputs:
     recorded: list[list[TokenSequence]] | None
     """The samples of each recorded prompt, graded if the loss reads outcomes; None: the run
     samples."""
-    problems: Sequence[Prompt]
-    """Held-out problems, at most evaluation.num_problems; empty without evaluation."""
+    problem_sets: tuple[ProblemSet, ...]
+    """Held-out problems; none without evaluation."""
     max_model_len: int
     """Longest sequence the rollout engine will see."""
     shared_stops: tuple[int, ...] = ()
@@ -73,8 +110,8 @@ class Inputs:
     """Those of the prompts, if the loss reads them."""
     routes: Routes | None = None
     """Whose the prompts are, if there are several teachers, and what a teacher reads instead."""
-    problems_of: dict[str, Sequence[Prompt]] = field(default_factory=dict)
-    """The held-out problems that each teacher answers, as it reads them, if it is measured."""
+    tasks: Tasks | None = None
+    """Which the prompts belong to, if there are several."""
 
     @property
     def student(self) -> HFFolder | MegatronFolder:
@@ -105,24 +142,27 @@ def load_inputs(config: Config) -> Inputs:
     vocab_size = min(shape.vocab for shape in shapes)
     _check_vocabulary(config, tokenizer, vocab_size, list(models))
     context = min(shape.context for shape in shapes)
-    prompts = training_prompts(config.rollout, tokenizer, context)
-    routes = _routes(config, config.rollout.prompts, prompts)
+    prompts, tasks = _prompts_of_tasks(config, tokenizer, context)
+    routes = _training_routes(config, prompts)
     contexts = _contexts(config, routes, prompts, tokenizer, context)
     if contexts:
         routes = routes or Routes((TEACHER,), {prompt.index: 0 for prompt in prompts})
         routes = replace(routes, contexts=contexts)
-    responses = _responses(config, prompts, tokenizer, routes)
+    responses = _responses(config, prompts, tokenizer, routes, tasks)
     read = max([_longest(prompts), *map(len, contexts.values())])
     _check_micro_batch(config, read + config.rollout.max_new_tokens)
-    grader_of(config.grader)  # refused now, not at the first answer
-    problems = _problems(config, tokenizer, context)
-    problems_of = _problems_of_teachers(config, problems, tokenizer, context)
-    _check_templates(config, prompts, problems, problems_of, tokenizer, models, routes)
+    for grader in config.graders:
+        grader_of(grader)  # refused now, not at the first answer
+    sets = tuple(_problem_set(config, each, tokenizer, context) for each in config.evaluation_sets)
+    _check_templates(config, prompts, sets, tokenizer, models, routes)
     max_model_len = max(
-        _longest(prompts) + config.rollout.max_new_tokens,
-        *(_longest(p) + config.max_answer_tokens for p in (problems, *problems_of.values())),
+        [
+            *(_longest(mine) + form.max_new_tokens for form, mine in _by_task(config, prompts)),
+            config.evaluation.max_new_tokens or 0,
+            *(each.longest for each in sets),
+        ]
     )
-    _check_engines(config, models, max_model_len, problems_of)
+    _check_engines(config, models, max_model_len, sets)
     if config.rollout.asks_teacher:
         _check_blend(config, student, models[TEACHER], prompts)
     recorded = load_recorded(config, prompts, tokenizer, vocab_size)
@@ -139,7 +179,8 @@ def load_inputs(config: Config) -> Inputs:
         responses=responses,
         golden=_golden(config, prompts, tokenizer),
         recorded=recorded,
-        problems=problems,
+        tasks=tasks,
+        problem_sets=sets,
         max_model_len=max_model_len,
         shared_stops=(
             shared_stops(student.companions, models[TEACHER].companions)
@@ -147,7 +188,6 @@ def load_inputs(config: Config) -> Inputs:
             else ()
         ),
         routes=routes,
-        problems_of=problems_of,
     )
 
 
@@ -187,6 +227,56 @@ def _tokenizer(models: dict[str, HFFolder | MegatronFolder]) -> "PreTrainedToken
     return tokenizer
 
 
+def _prompts_of_tasks(
+    config: Config, tokenizer: "PreTrainedTokenizerBase", context: int
+) -> tuple[Sequence[Prompt], Tasks | None]:
+    """Read the prompts that are sampled, those of several tasks one after the other."""
+    if not config.tasks:
+        return training_prompts(config.rollout, tokenizer, context), None
+    weights, per_step = [task.weight for task in config.tasks], config.rollout.prompts_per_step
+    parts = []
+    for task, rollout in zip(config.tasks, config.rollouts, strict=True):
+        most = most_of_a_step(task.weight, sum(weights), per_step)
+        found = training_prompts(replace(rollout, prompts_per_step=most), tokenizer, context)
+        assert isinstance(found, Prompts)
+        parts.append(found)
+    prompts, firsts = joined(parts)
+    numbers = task_numbers(prompts)
+    places = tuple(np.flatnonzero(numbers == number) for number in range(len(parts)))
+    names = tuple(task.name for task in config.tasks)
+    return prompts, Tasks(names, tuple(firsts), places, tuple(weights))
+
+
+def _by_task(
+    config: Config, prompts: Sequence[Prompt]
+) -> list[tuple[RolloutConfig, Sequence[Prompt]]]:
+    """Split prompts by task: how it is sampled, and those of them that are its own."""
+    if not config.tasks:
+        return [(config.rollout, prompts)]
+    numbers = task_numbers(prompts)
+    indices = np.array(indices_of(prompts))
+    mine = [set(indices[numbers == number].tolist()) for number in range(len(config.tasks))]
+    return [
+        (rollout, chosen(prompts, own.__contains__))
+        for rollout, own in zip(config.rollouts, mine, strict=True)
+    ]
+
+
+def _training_routes(config: Config, prompts: Sequence[Prompt]) -> Routes | None:
+    """Whose the prompts are: of the teacher that their task names, or else their line."""
+    if not (config.teachers and config.tasks):
+        return _routes(config, config.rollout.prompts, prompts)
+    names = tuple(teacher.name for teacher in config.teachers)
+    of_prompt: dict[int, int] = {}
+    for task, (rollout, mine) in zip(config.tasks, _by_task(config, prompts), strict=True):
+        of_prompt |= (
+            routes_of(rollout.prompts, mine, config.teachers).of_prompt
+            if task.teacher is None
+            else dict.fromkeys(indices_of(mine), names.index(task.teacher))
+        )
+    return Routes(names, of_prompt)
+
+
 def _routes(config: Config, path: str, prompts: Sequence[Prompt]) -> Routes | None:
     """Whose some prompts are; None: those of the one teacher."""
     return routes_of(path, prompts, config.teachers) if config.teachers else None
@@ -213,34 +303,59 @@ def _contexts(
     found: dict[int, tuple[int, ...]] = {}
     for _, alone, mine in _each_teacher(config, routes, prompts):
         if alone.teacher.context is not None:
-            rollout = config.rollout
-            found |= contexts_of(
-                rollout.prompts,
-                mine,
-                alone.teacher.context,
-                tokenizer,
-                rollout,
-                max_tokens=context - rollout.max_new_tokens,
-            )
+            for rollout, texts in _by_task(config, mine):
+                found |= contexts_of(
+                    rollout.prompts,
+                    texts,
+                    alone.teacher.context,
+                    tokenizer,
+                    rollout,
+                    max_tokens=context - rollout.max_new_tokens,
+                )
     return found
 
 
-def _problems_of_teachers(
+def _problem_set(
+    config: Config, each: EvaluationSet, tokenizer: "PreTrainedTokenizerBase", context: int
+) -> ProblemSet:
+    """Read the problems of a set, refuse those that cannot be graded, and find their teachers."""
+    form, room = each.prompts_as(config.rollout), each.max_new_tokens
+    assert room is not None and each.grader is not None, "Config.evaluation_sets says them"
+    key = "rollout" if config.evaluation.max_new_tokens is None else "evaluation"
+    problems = _prompts(
+        form, each.problems, each.data, tokenizer, context, room, key=f"{key}.max_new_tokens"
+    )
+    if config.evaluation.task == "exact_match":
+        grader = grader_of(each.grader)
+        for problem in problems:
+            with naming(each.problems):
+                grader.check(problem.fields, f"Problem {problem.index} ({problem.place})")
+    problems = problems[: each.num_problems]
+    of_teachers = _of_teachers(config, each, problems, tokenizer, context - room)
+    return ProblemSet(each, problems, of_teachers)
+
+
+def _of_teachers(
     config: Config,
+    each: EvaluationSet,
     problems: Sequence[Prompt],
     tokenizer: "PreTrainedTokenizerBase",
-    context: int,
+    room: int,
 ) -> dict[str, Sequence[Prompt]]:
     """The problems that each teacher answers, as it reads them; none if no teacher is measured."""
-    evaluation = config.evaluation
-    if not (problems and evaluation.teacher and evaluation.task == "exact_match"):
+    if not (config.evaluation.teacher and config.evaluation.task == "exact_match"):
         return {}
-    path, room = str(evaluation.problems), context - config.max_answer_tokens
-    found = {}
-    for who, alone, mine in _each_teacher(config, _routes(config, path, problems), problems):
+    form, found = each.prompts_as(config.rollout), {}
+    routes, task = None, config.task_of(each)
+    if task is not None and task.teacher is not None:
+        names = tuple(teacher.name for teacher in config.teachers)
+        number = names.index(task.teacher)
+        routes = Routes(names, dict.fromkeys(indices_of(problems), number))
+    routes = routes or _routes(config, each.problems, problems)
+    for who, alone, mine in _each_teacher(config, routes, problems):
         found[who], template = mine, alone.teacher.context
         if template is not None:
-            given: Any = (path, mine, template, tokenizer, config.rollout)
+            given: Any = (each.problems, mine, template, tokenizer, form)
             read = contexts_of(*given, max_tokens=room)
             found[who] = [replace(problem, token_ids=read[problem.index]) for problem in mine]
     return found
@@ -323,8 +438,11 @@ def _responses(
     prompts: Sequence[Prompt],
     tokenizer: "PreTrainedTokenizerBase",
     routes: Routes | None,
+    tasks: Tasks | None,
 ) -> dict[int, tuple[TeacherResponse, ...]] | None:
     """Each prompt's, by its own teacher."""
+    if tasks is not None:
+        return _responses_of_tasks(config, prompts, tokenizer, tasks)
     filtered = config.rollout.filter_overlong_prompts or bool(config.teachers)
     found: dict[int, tuple[TeacherResponse, ...]] = {}
     for _, alone, mine in _each_teacher(config, routes, prompts):
@@ -333,18 +451,40 @@ def _responses(
     return found or None
 
 
+def _responses_of_tasks(
+    config: Config,
+    prompts: Sequence[Prompt],
+    tokenizer: "PreTrainedTokenizerBase",
+    tasks: Tasks,
+) -> dict[int, tuple[TeacherResponse, ...]] | None:
+    """Each prompt's, from the file of its task; those of a task without one have none."""
+    assert isinstance(prompts, Prompts)
+    found: dict[int, tuple[TeacherResponse, ...]] = {}
+    for number, task in enumerate(config.tasks):
+        if task.responses is not None:
+            first = tasks.firsts[number]
+            mine = of_one_task(prompts, number, first)
+            filtered = config.rollout.filter_overlong_prompts
+            read = load_responses(task.responses, mine, tokenizer, filtered=filtered)
+            found |= {index + first: responses for index, responses in read.items()}
+    return found or None
+
+
 def _golden(
     config: Config, prompts: Sequence[Prompt], tokenizer: "PreTrainedTokenizerBase"
 ) -> GoldenAnswers | None:
-    field, rollout = config.guidance.golden_field, config.rollout
+    field = config.guidance.golden_field
     if field is None:
         return None
-    most = rollout.max_new_tokens
-    return golden_answers(rollout.prompts, prompts, field, tokenizer, max_new_tokens=most)
+    found: dict[int, tuple[int, ...]] = {}
+    for rollout, mine in _by_task(config, prompts):
+        most = rollout.max_new_tokens
+        found |= golden_answers(rollout.prompts, mine, field, tokenizer, max_new_tokens=most)
+    return found
 
 
 def _prompts(
-    rollout: RolloutConfig,
+    form: PromptConfig,
     path: str,
     data: DataConfig,
     tokenizer: "PreTrainedTokenizerBase",
@@ -352,16 +492,17 @@ def _prompts(
     room: int,
     *,
     filter_overlong: bool | None = None,
+    key: str = "rollout.max_new_tokens",
 ) -> Sequence[Prompt]:
     if room >= context:
         raise ConfigError(
-            f"rollout.max_new_tokens = {room} leaves no room for a prompt in a "
+            f"{key} = {room} leaves no room for a prompt in a "
             f"context of {context} tokens. Lower it."
         )
     return load_prompts(
         path,
         tokenizer,
-        rollout,
+        form,
         data=data,
         max_prompt_tokens=context - room,
         filter_overlong=filter_overlong,
@@ -371,35 +512,20 @@ def _prompts(
 def _check_templates(
     config: Config,
     prompts: Sequence[Prompt],
-    problems: Sequence[Prompt],
-    problems_of: dict[str, Sequence[Prompt]],
+    sets: Sequence[ProblemSet],
     tokenizer: "PreTrainedTokenizerBase",
     models: dict[str, HFFolder | MegatronFolder],
     routes: Routes | None,
 ) -> None:
     """Compare what both models' tokenizers and chat templates make of the same lines."""
-    path = str(config.evaluation.problems)
     for who, _, mine in _each_teacher(config, routes, prompts):
         teachers = load_tokenizer(models[who].companions)
-        answered = problems_of.get(who, []) if config.teachers else problems
-        for where, texts in ((config.rollout.prompts, mine), (path, answered)):
-            check_same_texts(where, texts, tokenizer, teachers, config.rollout)
-
-
-def _problems(
-    config: Config, tokenizer: "PreTrainedTokenizerBase", context: int
-) -> Sequence[Prompt]:
-    path = config.evaluation.problems
-    if path is None:
-        return []
-    data, room = config.evaluation.data, config.max_answer_tokens
-    problems = _prompts(config.rollout, path, data, tokenizer, context, room)
-    if config.evaluation.task == "exact_match":
-        grader = grader_of(config.grader)
-        for problem in problems:
-            with naming(path):
-                grader.check(problem.fields, f"Problem {problem.index} ({problem.place})")
-    return problems[: config.evaluation.num_problems]
+        for rollout, texts in _by_task(config, mine):
+            check_same_texts(rollout.prompts, texts, tokenizer, teachers, rollout)
+        for each in sets:
+            answered = each.of_teachers.get(who, []) if config.teachers else each.problems
+            form = each.settings.prompts_as(config.rollout)
+            check_same_texts(each.settings.problems, answered, tokenizer, teachers, form)
 
 
 def _check_config(folder: HFFolder | MegatronFolder, who: str) -> None:
@@ -414,12 +540,14 @@ def _check_engines(
     config: Config,
     models: dict[str, HFFolder | MegatronFolder],
     max_model_len: int,
-    problems_of: dict[str, Sequence[Prompt]],
+    sets: Sequence[ProblemSet],
 ) -> None:
     """Refuse models that no engine will run; a teacher has one only to be evaluated."""
     measured = {alone.model.teacher: who for who, alone in config.by_teacher.items()}
     sampled = {config.model.student: models["student"]} | {
-        path: models[who] for path, who in measured.items() if problems_of.get(who)
+        path: models[who]
+        for path, who in measured.items()
+        if any(each.of_teachers.get(who) for each in sets)
     }
     for who, folder in sampled.items():
         check_engine(

@@ -40,7 +40,7 @@ def train(folder: RunFolder, *, console: IO[str], stop: StopFlag, progress: Prog
     with open_session(folder, console=console, stop=stop, progress=progress) as run:
         steps = run.config.train.steps
         resume(run)
-        if progress.step == 0:
+        if progress.step == 0 and run.config.evaluation.before:
             evaluate(run)
         while progress.step < steps and not stopping(stop):
             try:
@@ -78,7 +78,7 @@ def train_step(run: Session) -> None:
     step, reporter = run.progress.step, run.reporter
     with reporter.clock("rollout"):
         sequences = rollout(run)
-    told = reporter.aside(partial(sequence_metrics, sequences, step=step))
+    told = reporter.aside(partial(sequence_metrics, sequences, step=step, tasks=run.inputs.tasks))
     # All ranks have just met; a crash from here on finds the checkpoint of the step before.
     poll_save(run)
     result = learn_from(run, sequences)
@@ -213,7 +213,8 @@ def elapsed(run: Session) -> float:
 
 def finish(run: Session) -> None:
     """Last evaluation, last checkpoint, HF export, summary."""
-    evaluate(run)
+    if run.config.evaluation.after:
+        evaluate(run)
     save(run, wait=True)
     with run.reporter.clock("export"):
         export_student(run, run.folder.student)

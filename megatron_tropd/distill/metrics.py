@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_tropd.data.batch import MicroBatch, upload
+from megatron_tropd.data.mixing import Tasks
 from megatron_tropd.data.routes import Routes
 from megatron_tropd.data.samples import BLEND
 from megatron_tropd.data.sequence import TokenSequence, Writer
@@ -48,9 +49,9 @@ _SCALARS = (
     "tokens_golden",
     "golden_nll",
 )
-TEACHER_MEANS = ("k1", "reverse_kl", "forward_kl", "tv", "outlier_share", "teacher_entropy")
-"""Those of the means that are also taken over the tokens of each teacher."""
-_OF_TEACHER = ("tokens", "tokens_student", *TEACHER_MEANS)
+GROUP_MEANS = ("k1", "reverse_kl", "forward_kl", "tv", "outlier_share", "teacher_entropy")
+"""Those of the means that are also taken over the tokens of each teacher and each task."""
+_OF_GROUP = ("tokens", "tokens_student", *GROUP_MEANS)
 POSITION_BUCKETS = 18
 """Response positions 0-7, 8-15, 16-31, 32-63, ... up to 2**20."""
 _NOTHING = 2**62
@@ -71,19 +72,26 @@ class BadToken:
 
 
 @dataclass(frozen=True)
-class Teachers:
-    """Whose the sequences of a step are, if there are several teachers."""
+class RowGroups:
+    """Sequences of a step told apart, by teacher or by task, if there are several."""
 
+    kind: str
+    """"teacher" or "task", as metrics begin."""
     names: tuple[str, ...]
     of_row: tuple[int, ...]
-    """Number of each sequence's teacher."""
+    """Number of each sequence's group."""
 
 
-def teachers_of(routes: Routes | None, sequences: Sequence[TokenSequence]) -> Teachers | None:
-    """Find the teachers of a step's sequences; None: there is one."""
-    if routes is None or len(routes.names) == 1:
-        return None
-    return Teachers(routes.names, tuple(routes.teachers_of(sequences)))
+def groups_of(
+    routes: Routes | None, tasks: Tasks | None, sequences: Sequence[TokenSequence]
+) -> list[RowGroups]:
+    """Tell a step's sequences apart by teacher and by task, as far as there are several."""
+    groups = []
+    if routes is not None and len(routes.names) > 1:
+        groups.append(RowGroups("teacher", routes.names, tuple(routes.teachers_of(sequences))))
+    if tasks is not None:
+        groups.append(RowGroups("task", tasks.names, tuple(tasks.of(sequences))))
+    return groups
 
 
 @dataclass
@@ -91,26 +99,26 @@ class StepSums:
     """Sums over this rank's loss tokens, to be reduced over the world."""
 
     sums: Tensor
-    """float64 [scalars + 2 x buckets + teachers x 8]: scalars, acceptance by position, counts by
-    position, and of each teacher ``_OF_TEACHER``."""
+    """float64 [scalars + 2 x buckets + groups x 8]: scalars, acceptance by position, counts by
+    position, and of each teacher and task ``_OF_GROUP``."""
     gap_max: Tensor
     """float64 [1] largest |trainer - engine| log-prob."""
     bad_token: Tensor
     """int64 [1] sequence, position and finding of the first token whose loss is no number, in
     one number; 2**62 if there is none."""
-    teachers: Teachers | None = None
-    """Of the sequences, if there are several."""
+    groups: Sequence[RowGroups] = ()
+    """Of the sequences."""
 
     @classmethod
-    def zeros(cls, device: torch.device, teachers: Teachers | None = None) -> "StepSums":
+    def zeros(cls, device: torch.device, groups: Sequence[RowGroups] = ()) -> "StepSums":
         """Nothing counted yet."""
-        of_teachers = len(teachers.names) * len(_OF_TEACHER) if teachers else 0
-        size = len(_SCALARS) + 2 * POSITION_BUCKETS + of_teachers
+        of_groups = sum(len(each.names) for each in groups) * len(_OF_GROUP)
+        size = len(_SCALARS) + 2 * POSITION_BUCKETS + of_groups
         return cls(
             torch.zeros(size, dtype=torch.float64, device=device),
             torch.zeros(1, dtype=torch.float64, device=device),
             torch.full((1,), _NOTHING, dtype=torch.int64, device=device),
-            teachers,
+            groups,
         )
 
     def add(self, loss_T: Tensor, values: dict[str, Tensor], batch: MicroBatch) -> None:
@@ -147,8 +155,7 @@ class StepSums:
         by_position[0].index_add_(0, buckets_U, of_student(values["trust"]).double())
         by_position[1].index_add_(0, buckets_U, torch.ones_like(gap_U))
         parts = [torch.stack([scalars[name] for name in _SCALARS]), by_position.flatten()]
-        if self.teachers is not None:
-            parts.append(_of_teachers(self.teachers, values, batch).flatten())
+        parts += [_of_groups(each, values, batch).flatten() for each in self.groups]
         self.sums += torch.cat(parts)
         if gap_U.numel():
             self.gap_max = torch.maximum(self.gap_max, gap_U.abs().max()[None])
@@ -170,8 +177,8 @@ class StepSums:
         dist.all_reduce(self.gap_max, dist.ReduceOp.MAX)
         dist.all_reduce(self.bad_token, dist.ReduceOp.MIN)
         *sums, gap_max = torch.cat([self.sums, self.gap_max]).tolist()
-        names = self.teachers.names if self.teachers else ()
-        return StepTotals(sums, gap_max, int(self.bad_token), names)
+        names = [f"{each.kind}/{name}" for each in self.groups for name in each.names]
+        return StepTotals(sums, gap_max, int(self.bad_token), tuple(names))
 
 
 @dataclass(frozen=True)
@@ -181,8 +188,8 @@ class StepTotals:
     sums: list[float]
     gap_max: float
     bad_token: int
-    teachers: tuple[str, ...] = ()
-    """Names of several."""
+    groups: tuple[str, ...] = ()
+    """Of several teachers and tasks, as metrics begin: "teacher/NAME"."""
 
     @property
     def first_bad_token(self) -> BadToken | None:
@@ -213,43 +220,46 @@ class StepTotals:
             **means,
             "engine_gap_max": self.gap_max,
             "acceptance_by_position": by_position[: max(filled, default=-1) + 1],
-            **self._by_teacher(rest[2 * POSITION_BUCKETS :], teacher + student + golden),
+            **self._by_group(rest[2 * POSITION_BUCKETS :], teacher + student + golden),
         }
 
-    def _by_teacher(self, sums: Sequence[float], total: float) -> dict[str, Any]:
-        """``teacher/NAME/...``: a teacher to whom no token came shows, too."""
+    def _by_group(self, sums: Sequence[float], total: float) -> dict[str, Any]:
+        """``teacher/NAME/...``, ``task/NAME/...``: one to which no token came shows, too."""
         found: dict[str, Any] = {}
-        for number, name in enumerate(self.teachers):
-            size = len(_OF_TEACHER)
-            mine = dict(zip(_OF_TEACHER, sums[number * size :][:size], strict=True))
+        for number, name in enumerate(self.groups):
+            size = len(_OF_GROUP)
+            mine = dict(zip(_OF_GROUP, sums[number * size :][:size], strict=True))
             tokens, student = mine.pop("tokens"), mine.pop("tokens_student")
-            found[f"teacher/{name}/tokens"] = int(tokens)
-            found[f"teacher/{name}/token_share"] = _ratio(tokens, total)
-            found |= {f"teacher/{name}/{key}": _ratio(v, student) for key, v in mine.items()}
+            found[f"{name}/tokens"] = int(tokens)
+            found[f"{name}/token_share"] = _ratio(tokens, total)
+            found |= {f"{name}/{key}": _ratio(v, student) for key, v in mine.items()}
         return found
 
 
-def _of_teachers(teachers: Teachers, values: dict[str, Tensor], batch: MicroBatch) -> Tensor:
-    """[teachers, 8] float64 sums of ``_OF_TEACHER`` over a micro-batch."""
-    table = upload(torch.tensor(teachers.of_row), batch.loss_rows.device)
-    teacher_T = table[batch.loss_rows]
-    student_T = torch.zeros_like(teacher_T, dtype=torch.float64)
+def _of_groups(groups: RowGroups, values: dict[str, Tensor], batch: MicroBatch) -> Tensor:
+    """[groups, 8] float64 sums of ``_OF_GROUP`` over a micro-batch."""
+    table = upload(torch.tensor(groups.of_row), batch.loss_rows.device)
+    group_T = table[batch.loss_rows]
+    student_T = torch.zeros_like(group_T, dtype=torch.float64)
     student_T.index_fill_(0, batch.student_at, 1.0)
     absent = torch.full_like(student_T, math.nan)
     of_student = [
         torch.where(student_T > 0, values.get(STUDENT_MEANS[name], absent).double(), 0.0)
-        for name in TEACHER_MEANS
+        for name in GROUP_MEANS
     ]
     columns = torch.stack([torch.ones_like(student_T), student_T, *of_student], dim=1)
-    return columns.new_zeros(len(teachers.names), columns.shape[1]).index_add_(
-        0, teacher_T, columns
-    )
+    return columns.new_zeros(len(groups.names), columns.shape[1]).index_add_(0, group_T, columns)
 
 
-def sequence_metrics(sequences: Sequence[TokenSequence], *, step: int) -> dict[str, float]:
+def sequence_metrics(
+    sequences: Sequence[TokenSequence], *, step: int, tasks: Tasks | None = None
+) -> dict[str, Any]:
     """What the token ids alone tell: lengths, cut-off share, repetition, prefixes, staleness.
 
     Golden answers, which nobody sampled, are left out.
+
+    Args:
+        tasks: several, of each of which lengths are told, too.
     """
     sequences = [t for t in sequences if not t.count(Writer.GOLDEN)]
     lengths = [len(t) - t.prompt_length for t in sequences]
@@ -264,7 +274,22 @@ def sequence_metrics(sequences: Sequence[TokenSequence], *, step: int) -> dict[s
         "prefix_longest": float(max(prefixes)),
         "staleness": sum(step - t.oldest_version for t in sequences) / count,
         **_blend_metrics(sequences),
+        **_task_metrics(sequences, tasks),
     }
+
+
+def _task_metrics(sequences: Sequence[TokenSequence], tasks: Tasks | None) -> dict[str, Any]:
+    """Number, length and cut-off share of each task's sequences."""
+    found: dict[str, Any] = {}
+    numbers = [] if tasks is None else tasks.of(sequences)
+    for number, name in enumerate(tasks.names if tasks else ()):
+        mine = [s for s, task in zip(sequences, numbers, strict=True) if task == number]
+        lengths = float(sum(len(s) - s.prompt_length for s in mine))
+        cut = float(sum(s.finish == "length" for s in mine))
+        found[f"task/{name}/sequences"] = len(mine)
+        found[f"task/{name}/response_length"] = _ratio(lengths, len(mine))
+        found[f"task/{name}/truncated_share"] = _ratio(cut, len(mine))
+    return found
 
 
 def _blend_metrics(sequences: Sequence[TokenSequence]) -> dict[str, float]:

@@ -187,11 +187,11 @@ class Reporter:
             return
         self.settle()
         path = self._folder.trajectories / f"step_{step:06d}.jsonl"
-        grader = grader_of(self._config.grader)
+        graders = [grader_of(each) for each in self._config.graders]
 
         def write() -> None:
             lines = [
-                example_line(self._inputs, sequences[row], values, grader)
+                example_line(self._inputs, sequences[row], values, graders)
                 for row, values in sorted(examples.items())
             ]
             path.parent.mkdir(exist_ok=True)

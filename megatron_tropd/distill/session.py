@@ -1,6 +1,6 @@
 """The parts of a run on one rank, and the order in which they are built."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,12 +11,13 @@ from megatron_tropd.base.progress import Progress, StopFlag
 from megatron_tropd.config import Config
 from megatron_tropd.config.run_folder import RunFolder
 from megatron_tropd.data.collective import run_everywhere
+from megatron_tropd.data.mixing import Mixing
 from megatron_tropd.data.samples import Sample
 from megatron_tropd.distill import startup
 from megatron_tropd.distill.engine_gap import EngineGap
 from megatron_tropd.distill.engines import make_engine, start_engines
 from megatron_tropd.distill.evaluation import Evaluator
-from megatron_tropd.distill.inputs import Inputs, load_inputs
+from megatron_tropd.distill.inputs import Inputs, ProblemSet, load_inputs
 from megatron_tropd.distill.pair import step_parts
 from megatron_tropd.distill.reporter import Reporter, say
 from megatron_tropd.distill.step_parts import StepParts
@@ -28,7 +29,7 @@ from megatron_tropd.rollout.engines.interface import SamplingEngines
 from megatron_tropd.rollout.engines.wire import Model
 from megatron_tropd.rollout.episodes import EpisodePlan, load_mode
 from megatron_tropd.rollout.recorded import RecordedRollouts
-from megatron_tropd.rollout.source import RolloutSource, SampledRollouts
+from megatron_tropd.rollout.source import Mixture, RolloutSource, SampledRollouts
 from megatron_tropd.rollout.warmup import WarmupEngines
 
 
@@ -105,8 +106,8 @@ def open_session(
                 stopping=lambda: stop.requested,
             )
 
-        if evaluator.teacher_is_due():
-            _measure_teachers(evaluator, reporter, inputs, engines_of)
+        if due := evaluator.teachers_due():
+            _measure_teachers(evaluator, reporter, due, engines_of)
         engines = engines_of("student")
         if config.rollout.asks_teacher:
             blended = partial(engines_of, "student", hf_folders["teacher"])
@@ -133,26 +134,28 @@ def open_session(
             evaluator=evaluator,
             engines=engines,
             rollouts=rollout_source(config, inputs, engines, is_main=is_main),
-            parts=replace(parts, clock=reporter.clock, engine_gap=gap),
+            parts=replace(parts, clock=reporter.clock, engine_gap=gap, tasks=inputs.tasks),
         )
 
 
 def _measure_teachers(
     evaluator: Evaluator,
     reporter: Reporter,
-    inputs: Inputs,
+    sets: Sequence[ProblemSet],
     start: Callable[[str], SamplingEngines],
 ) -> None:
     """Grade the teachers while nobody else has models on the devices; once in a run."""
     before = free_bytes()
     with reporter.clock("evaluation"):
-        samples: dict[int, Sample] = {}
-        for who, problems in inputs.problems_of.items():
-            if problems:
+        answers: list[dict[int, list[Sample]]] = [{} for _ in sets]
+        for who in dict.fromkeys(who for each in sets for who in each.of_teachers):
+            if any(each.of_teachers.get(who) for each in sets):
                 with start(who) as engines:
-                    samples |= evaluator.answers_of(engines, problems)
+                    mine = evaluator.answers_of(engines, sets, who)
                 run_everywhere(lambda: wait_for_memory(before, "the teacher's engine"))
-        evaluator.measure_teacher(samples)
+                answers = [known | new for known, new in zip(answers, mine, strict=True)]
+        for each, found in zip(sets, answers, strict=True):
+            evaluator.measure_teacher(each, found)
 
 
 def rollout_source(
@@ -162,22 +165,37 @@ def rollout_source(
     if inputs.recorded is not None:
         per_step = config.rollout.prompts_per_step
         return RecordedRollouts(inputs.recorded, prompts_per_step=per_step, seed=config.train.seed)
+    plan = EpisodePlan(
+        config.rollout,
+        config.guidance,
+        config.train.steps,
+        config.train.seed,
+        inputs.responses,
+        inputs.golden,
+    )
     return SampledRollouts(
         engines,
         load_mode(config.rollout.mode),
         inputs.prompts,
-        EpisodePlan(
-            config.rollout,
-            config.guidance,
-            config.train.steps,
-            config.train.seed,
-            inputs.responses,
-            inputs.golden,
-        ),
+        plan,
         stop_token_ids=inputs.stop_token_ids,
         shared_stops=inputs.shared_stops,
+        mixture=_mixture(config, inputs, plan),
         is_main=is_main,
     )
+
+
+def _mixture(config: Config, inputs: Inputs, plan: EpisodePlan) -> Mixture | None:
+    """How several tasks are sampled; None: there is one."""
+    if inputs.tasks is None:
+        return None
+    episodes = []
+    for task, rollout in zip(config.tasks, config.rollouts, strict=True):
+        responses = None if task.responses is None else inputs.responses
+        mine = replace(plan, rollout=rollout, responses=responses)
+        episodes.append((load_mode(rollout.mode), mine))
+    per_step, seed = config.rollout.prompts_per_step, config.train.seed
+    return Mixture(episodes, Mixing(inputs.tasks, per_step=per_step, seed=seed))
 
 
 def _engine_gap(config: Config, inputs: Inputs, folder: RunFolder) -> EngineGap:

@@ -52,7 +52,8 @@ def check_settings(config: Config, inputs: Inputs, *, is_main: bool, say: Say) -
         ConfigError: settings do not fit this machine, Megatron or each other.
     """
     check_options(config, **{who: folder.config for who, folder in inputs.folders.items()})
-    load_mode(config.rollout.mode)
+    for rollout in config.rollouts:
+        load_mode(rollout.mode)
     _check_steps_ahead(config)
     if not is_main:
         return

@@ -14,7 +14,7 @@ from megatron_tropd.data.batch import MicroBatch
 from megatron_tropd.data.dealing import Dealing
 from megatron_tropd.data.packing import LossCounts, count_loss_tokens, dealt, packed
 from megatron_tropd.data.sequence import TokenSequence, Writer
-from megatron_tropd.distill.metrics import BadToken, teachers_of
+from megatron_tropd.distill.metrics import BadToken, groups_of
 from megatron_tropd.distill.recordings import ADVANTAGE
 from megatron_tropd.distill.step_loss import Record, StepLoss
 from megatron_tropd.distill.step_parts import LossParts, StepParts
@@ -65,7 +65,7 @@ def learn(
         parts.device,
         counted=layout.is_last_stage and layout.tp_rank == 0,
         example_rows=example_rows,
-        teachers=teachers_of(parts.routes, sequences),
+        groups=groups_of(parts.routes, parts.tasks, sequences),
     )
     prompts = [sequence.key.prompt for sequence in sequences]
     advantages = [s.fields[ADVANTAGE] for s in sequences] if parts.loss.needs.outcomes else []

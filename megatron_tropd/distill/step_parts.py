@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_tropd.data.batch import MicroBatch
 from megatron_tropd.data.dealing import Work
+from megatron_tropd.data.mixing import Tasks
 from megatron_tropd.data.routes import Routes
 from megatron_tropd.distill.engine_gap import EngineGap
 from megatron_tropd.losses import Method
@@ -75,5 +76,7 @@ class StepParts(LossParts):
     """Of a row of some padded length, in all models: by it micro-batches are dealt."""
     seed: int
     """Keys the mask draws, with the step and the sample."""
+    tasks: Tasks | None = None
+    """Which the prompts belong to, if there are several; metrics are told of each."""
     engine_gap: EngineGap | None = None
     """Compares engine and trainer; None: nobody does."""

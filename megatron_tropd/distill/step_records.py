@@ -1,12 +1,12 @@
 """What a step keeps for its records: the sums of its metrics, and some sequences token by token."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
 
 from megatron_tropd.data.batch import MicroBatch
-from megatron_tropd.distill.metrics import StepSums, Teachers
+from megatron_tropd.distill.metrics import RowGroups, StepSums
 
 Examples = dict[int, dict[str, dict[int, float]]]
 """Sequence of the step -> name -> index in the response -> value of the token. Tokens that carry no
@@ -24,16 +24,16 @@ class StepRecords:
         *,
         counted: bool,
         example_rows: Collection[int] = (),
-        teachers: Teachers | None = None,
+        groups: Sequence[RowGroups] = (),
     ) -> None:
         """Nothing is counted yet.
 
         Args:
             counted: whether this rank's sums count (one of each tensor-parallel group).
             example_rows: sequences whose per-token values are kept in :attr:`examples`.
-            teachers: of the sequences, if there are several.
+            groups: of the sequences, whose means are told apart: by teacher, by task.
         """
-        self.sums = StepSums.zeros(device, teachers)
+        self.sums = StepSums.zeros(device, groups)
         self._counted = counted
         self._example_rows = frozenset(example_rows)
         self._kept: list[tuple[MicroBatch, dict[str, Tensor]]] = []

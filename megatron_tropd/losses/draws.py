@@ -40,6 +40,7 @@ class Purpose(IntEnum):
     DRAFT = 7
     ACCEPTANCE = 8
     REPLACEMENT = 9
+    TASK = 10
 
 
 def keyed_seed(*key: int) -> int:

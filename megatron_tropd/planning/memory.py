@@ -249,7 +249,7 @@ def engine_obstacle(run: PlannedRun) -> str:
     An evaluation by exact match starts engines of the teacher before anything else.
     """
     evaluation, models = run.config.evaluation, [run.student]
-    if evaluation.problems and evaluation.task == "exact_match" and evaluation.teacher:
+    if evaluation.measures and evaluation.task == "exact_match" and evaluation.teacher:
         models.append(run.teacher)
     for model in models:
         if (tokens := cache_tokens(run, model)) < run.work.longest:

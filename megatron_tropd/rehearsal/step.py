@@ -301,7 +301,7 @@ class RehearsedRank:
             prompts=[],
             responses=None,
             recorded=None,
-            problems=[],
+            problem_sets=(),
             max_model_len=self.planned.work.longest,
         )
 

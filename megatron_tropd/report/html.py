@@ -147,20 +147,30 @@ def held_out_answers(evaluations: Sequence[dict[str, Any]]) -> list[dict[str, An
             correct.
 
     Returns:
-        For each problem prompt, answer and, where there is one, the ``response`` and ``correct``
-        of ``before`` and ``after`` (first and last of the student) and ``teacher``.
+        For each problem ``set`` (if it has a name), prompt, answer and, where there is one,
+        the ``response`` and ``correct`` of ``before`` and ``after`` (first and last of the student)
+        and ``teacher``.
     """
+    by_set: dict[str, list[dict[str, Any]]] = {}
+    for record in evaluations:
+        by_set.setdefault(record.get("set", ""), []).append(record)
+    most = max(1, MAX_ANSWERS // max(1, len(by_set)))
+    return [a for name, mine in by_set.items() for a in _answers_of_set(name, mine)[:most]]
+
+
+def _answers_of_set(name: str, evaluations: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     student = [record for record in evaluations if record.get("model") == "student"]
     teacher = [record for record in evaluations if record.get("model") == "teacher"]
     columns = {"before": student[:1], "after": student[1:][-1:], "teacher": teacher[-1:]}
     problems: dict[int, dict[str, Any]] = {}
-    for name, records in columns.items():
+    for column, records in columns.items():
         for example in (e for record in records for e in record.get("examples", ())):
-            shown = {"prompt": example["prompt"], "answer": example["answer"]}
+            named = {"set": name} if name else {}
+            shown = named | {"prompt": example["prompt"], "answer": example["answer"]}
             problem = problems.setdefault(example["prompt_index"], shown)
             response = example["response"][:MAX_CHARACTERS]
-            problem[name] = {"response": response, "correct": example["correct"]}
-    return [problems[index] for index in sorted(problems)[:MAX_ANSWERS]]
+            problem[column] = {"response": response, "correct": example["correct"]}
+    return [problems[index] for index in sorted(problems)]
 
 
 def _without_examples(record: dict[str, Any]) -> dict[str, Any]:

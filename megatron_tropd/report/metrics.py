@@ -6,6 +6,7 @@ line is on disk when the call that wrote it returns.
 
 import contextlib
 import json
+import shutil
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -67,6 +68,9 @@ class MetricsLog:
         for path in (self._folder / "trajectories").glob("step_*.jsonl"):
             if int(path.stem.removeprefix("step_")) > step:
                 path.unlink()
+        for path in (self._folder / "evaluations").glob("student_step_*"):
+            if int(path.name.removeprefix("student_step_")) > limits[EVALUATIONS]:
+                shutil.rmtree(path)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Log the metrics of one step.
@@ -80,7 +84,7 @@ class MetricsLog:
     def write_evaluation(self, record: Mapping[str, Any]) -> None:
         """Log one evaluation: ``step``, ``model`` ("student" or "teacher") and its numbers."""
         self._append(EVALUATIONS, record)
-        prefix = f"eval_{record['model']}_"
+        prefix = "_".join(["eval", record["model"], *filter(None, [record.get("set")]), ""])
         numbers = {prefix + name: value for name, value in record.items() if name != "step"}
         self._copy({"step": record["step"], **numbers})
 

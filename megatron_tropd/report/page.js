@@ -278,22 +278,34 @@ function head() {
   ];
 }
 
-function measured(key) {
-  const of = (model) => DATA.evaluations.filter((e) => e.model === model && isNumber(e[key])).sort((a, b) => a.step - b.step);
+// Sets of held-out problems, by name; the only one of a run has none.
+const SETS = [...new Set(DATA.evaluations.map((e) => e.set || ""))];
+const inSet = (name) => name ? ` of ${name}` : "";
+
+function measured(key, set) {
+  const of = (model) => DATA.evaluations.filter((e) => e.model === model && (e.set || "") === set && isNumber(e[key])).sort((a, b) => a.step - b.step);
   const student = of("student");
   return { student, teacher: of("teacher").at(-1), before: student[0], after: student.at(-1) };
 }
 
 function result() {
-  const accuracy = measured("accuracy"), kl = measured("reverse_kl");
   const box = el("div", { class: "card" });
-  if (accuracy.student.length) box.append(...accuracyResult(accuracy));
-  else if (kl.student.length) box.append(...klResult(kl.before.reverse_kl, kl.after.reverse_kl, "Held-out reverse KL to the teacher, nats a token"));
-  else box.append(...klResult(endMean("reverse_kl", "first"), endMean("reverse_kl", "last"), "Reverse KL on training samples, nats a token"));
+  for (const set of SETS) {
+    const accuracy = measured("accuracy", set), kl = measured("reverse_kl", set);
+    if (accuracy.student.length) box.append(...accuracyResult(accuracy, set));
+    else if (kl.student.length) box.append(...klResult(kl.before.reverse_kl, kl.after.reverse_kl, `Held-out reverse KL to the teacher${inSet(set)}, nats a token`));
+  }
+  if (!box.childElementCount) box.append(...klResult(endMean("reverse_kl", "first"), endMean("reverse_kl", "last"), "Reverse KL on training samples, nats a token"));
   return el("div", { class: "hero" }, box, tiles());
 }
 
-function accuracyResult({ before, after, teacher }) {
+// How answers of an evaluation were sampled.
+function sampled({ settings }) {
+  const { samples = 1, temperature = 0 } = settings || {};
+  return temperature ? `${samples > 1 ? `mean of ${samples} samples` : "sampled"} at temperature ${temperature}` : "greedy";
+}
+
+function accuracyResult({ before, after, teacher }, set) {
   const gain = 100 * (after.accuracy - before.accuracy);
   const head = el("div", { class: "result" },
     el("span", { class: "from" }, percent(before.accuracy)), el("span", { class: "arrow" }, "→"), el("span", { class: "to" }, percent(after.accuracy)),
@@ -303,7 +315,7 @@ function accuracyResult({ before, after, teacher }) {
   const holder = el("div");
   onWidth(holder, (width) => drawBullet(holder, before, after, teacher, width));
   return [
-    el("div", { class: "label" }, `Exact match on ${after.total ?? "the"} held-out problems, greedy${closed}${unjudged}`),
+    el("div", { class: "label" }, `Exact match on ${isNumber(after.total) ? after.total / ((after.settings || {}).samples ?? 1) : "the"} held-out problems${inSet(set)}, ${sampled(after)}${closed}${unjudged}`),
     head, holder,
   ];
 }
@@ -350,8 +362,8 @@ function tiles() {
 
 // ---------------------------------------------------------------- learning
 
-function evaluationChart() {
-  const accuracy = measured("accuracy"), kl = measured("reverse_kl");
+function evaluationChart(set) {
+  const accuracy = measured("accuracy", set), kl = measured("reverse_kl", set);
   const key = accuracy.student.length ? "accuracy" : "reverse_kl";
   const { student, teacher } = key === "accuracy" ? accuracy : kl;
   if (!student.length) return null;
@@ -360,16 +372,29 @@ function evaluationChart() {
   if (key === "reverse_kl") { delete series[0].low; delete series[0].high; }
   if (teacher && key === "accuracy") series.push({ name: "teacher", color: "var(--teacher)", x: [0, Math.max(...x, STEPS.at(-1) || 0)], y: [teacher.accuracy, teacher.accuracy], dash: true });
   return key === "accuracy"
-    ? chart({ title: "Held-out accuracy", note: "Exact match, greedy; band: 95 % confidence interval", series, unit: true, format: percent, tick: (v) => percent(v, 0) })
-    : chart({ title: "Held-out reverse KL", note: "Exact over the vocabulary, nats a token", series, zero: true });
+    ? chart({ title: `Held-out accuracy${inSet(set)}`, note: `Exact match, ${sampled(student.at(-1))}; band: 95 % confidence interval`, series, unit: true, format: percent, tick: (v) => percent(v, 0) })
+    : chart({ title: `Held-out reverse KL${inSet(set)}`, note: "Exact over the vocabulary, nats a token", series, zero: true });
 }
 
-// With several teachers: one that starves shows.
+// With several teachers or tasks: one that starves shows.
+const GROUP_COLORS = ["trusted", "teacher", "outlier", "violet", "gray"];
+function groupCurves(kind) {
+  const pattern = new RegExp(`^${kind}/(.+)/token_share$`);
+  const names = Object.keys(COLUMNS).map((name) => (name.match(pattern) || [])[1]).filter(Boolean);
+  return names.length ? (key) => names.map((name, i) => curve(`${kind}/${name}/${key}`, name, GROUP_COLORS[i % GROUP_COLORS.length])) : null;
+}
+function ofTasks() {
+  const of = groupCurves("task");
+  return of ? [
+    chart({ title: "Tokens of each task", note: "Share of the loss tokens", zero: true, format: percent, tick: (v) => percent(v, 0), series: of("token_share") }),
+    chart({ title: "Divergence on each task", note: "K1 estimate on its student tokens, nats a token", series: of("k1") }),
+    chart({ title: "Response length of each task", note: "Mean tokens", zero: true, series: of("response_length") }),
+    chart({ title: "Cut off, by task", note: "Responses that reach the task's limit", zero: true, format: percent, tick: (v) => percent(v, 0), series: of("truncated_share") }),
+  ] : [];
+}
 function ofTeachers() {
-  const names = Object.keys(COLUMNS).map((name) => (name.match(/^teacher\/(.+)\/token_share$/) || [])[1]).filter(Boolean);
-  const colors = ["trusted", "teacher", "outlier", "violet", "gray"];
-  const of = (key) => names.map((name, i) => curve(`teacher/${name}/${key}`, name, colors[i % colors.length]));
-  return names.length ? [
+  const of = groupCurves("teacher");
+  return of ? [
     chart({ title: "Tokens of each teacher", note: "Share of the loss tokens", zero: true, format: percent, tick: (v) => percent(v, 0), series: of("token_share") }),
     chart({ title: "Divergence from each teacher", note: "K1 estimate on its student tokens, nats a token", series: of("k1") }),
   ] : [];
@@ -377,7 +402,7 @@ function ofTeachers() {
 
 function learning() {
   const charts = [
-    evaluationChart(),
+    ...SETS.map(evaluationChart),
     chart({ title: "Divergence from the teacher", note: "On student tokens, nats a token", zero: true, series: [
       curve("reverse_kl", "reverse KL", "trusted"), curve("forward_kl", "forward KL", "teacher"), curve("k1", "K1 estimate", "gray", { dash: true, raw: false, y: smooth(column("k1")) })] }),
     chart({ title: "Outlier share against total variation", note: "The drawn share must follow its expectation, TV", zero: true, format: percent, tick: (v) => percent(v, 0), series: [
@@ -389,6 +414,7 @@ function learning() {
     chart({ title: "Endings and repetition", note: "Responses cut off at the limit; 4-grams that stood before", zero: true, format: percent, tick: (v) => percent(v, 0), series: [curve("truncated_share", "cut off", "outlier"), curve("repetition_share", "repeated", "violet")] }),
     chart({ title: "Engine against trainer", note: "Difference of log-probabilities of the same tokens, nats", log: true, series: [curve("engine_gap_mean", "mean", "trusted"), curve("engine_gap_max", "largest", "outlier")] }),
     chart({ title: "Mass of the teacher's top-k", note: "Probability on the teacher's k likeliest tokens", format: (v) => isNumber(v) ? v.toFixed(3) : "–", series: [curve("topk_mass_teacher", "teacher", "teacher", { raw: false }), curve("topk_mass_student", "student", "trusted", { raw: false })] }),
+    ...ofTasks(),
     ...ofTeachers(),
   ].filter(Boolean);
   return section("Learning", "Bold lines are running means of the faint ones. Hover to read one step in every chart.", el("div", { class: "grid" }, ...charts));
@@ -592,6 +618,7 @@ function side(item, step, shade, withPrompt) {
   const students = item.segment.map((s, i) => (s === "student" ? i : -1)).filter((i) => i >= 0);
   const outliers = students.reduce((sum, i) => sum + (item.outlier[i] || 0), 0), masked = students.filter((i) => isMasked(item, i)).length;
   const caption = el("div", { class: "caption" }, el("b", {}, `Step ${step}`));
+  if (item.task) caption.append(el("span", {}, item.task));
   if (item.correct === true || item.correct === false) caption.append(verdict(item.correct));
   caption.append(el("span", {}, `${Number.isInteger(outliers) ? outliers : outliers.toFixed(1)} of ${students.length - masked} tokens outliers`));
   if (masked) caption.append(el("span", {}, `masked ${masked}`));
@@ -661,11 +688,12 @@ function answers() {
   const cards = DATA.answers.map((problem) => {
     const columns = [["before", "Student before"], ["after", "Student after"], ["teacher", "Teacher"]].filter(([name]) => problem[name]);
     return el("div", { class: "card example" },
+      problem.set ? el("div", { class: "caption" }, el("b", {}, problem.set)) : null,
       el("div", { class: "prompt" }, problem.prompt),
       el("div", { class: `sides n${columns.length}` }, ...columns.map(([name, label]) => answer(problem[name], label, problem.teacher))),
       el("div", { class: "reference" }, "Reference answer ", el("b", {}, String(problem.answer))));
   });
-  return section("Held-out answers, before and after", "The first problems of the held-out file, answered greedily. Underlined: where a wrong answer leaves the teacher's text.", ...cards);
+  return section("Held-out answers, before and after", "The first problems of each held-out file and the first answer to each. Underlined: where a wrong answer leaves the teacher's text.", ...cards);
 }
 
 // A grader that cannot judge says null.

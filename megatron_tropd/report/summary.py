@@ -10,10 +10,14 @@ def summary_table(summary: Mapping[str, Any]) -> str:
     Args:
         summary: ``student_before``, ``student_after``, ``teacher`` (exact match, 0..1) or the same
             with the suffix ``_reverse_kl`` (nats per token); ``unjudged`` of ``problems``;
+            ``sets``: these of each set that has a name;
             ``seconds``, ``steps``, ``world_size``, ``tensor_parallel``, ``pipeline_parallel``.
             Absent ones are left out.
     """
-    rows = _result_rows(summary) + _job_rows(summary)
+    rows = _result_rows(summary)
+    for name, of_set in summary.get("sets", {}).items():
+        rows += [(f"{label}, {name}", value) for label, value in _result_rows(of_set)]
+    rows += _job_rows(summary)
     if not rows:
         return "(nothing measured)"
     left = max(len(name) for name, _ in rows)

@@ -1,6 +1,7 @@
 """Where the sequences of a step come from."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -42,6 +43,16 @@ class RolloutSource(Protocol):
         """Take up the :meth:`state` that ``checkpoint`` holds."""
 
 
+@dataclass(frozen=True)
+class Mixture:
+    """The tasks of a run, as far as sampling goes."""
+
+    episodes: Sequence[tuple[MakeEpisode, EpisodePlan]]
+    """How an episode of each task is made, by ``Prompt.task``."""
+    choose: Callable[[int], Sequence[int]]
+    """Places of a step's prompts among all."""
+
+
 class SampledRollouts:
     """The source that samples: all episodes of a step, side by side, by the engines."""
 
@@ -54,6 +65,7 @@ class SampledRollouts:
         *,
         stop_token_ids: Sequence[int],
         shared_stops: Sequence[int] = (),
+        mixture: Mixture | None = None,
         is_main: bool,
     ) -> None:
         """Ask for nothing yet.
@@ -61,11 +73,12 @@ class SampledRollouts:
         Args:
             engines: they sample with the weights they were given last.
             shared_stops: ids by which student and teacher end one, if they differ (``Blend``).
+            mixture: of several tasks; None: all prompts are of one.
         """
         self._engines = engines
-        self._make_episode = make_episode
         self._prompts = prompts
         self._settings = settings
+        self._make_episode, self._mixture = make_episode, mixture
         self._stops, self._shared_stops = stop_token_ids, shared_stops
         self._sampling = Sampling()
         """Of the episodes under way."""
@@ -83,18 +96,30 @@ class SampledRollouts:
         if self._episodes or self._done:
             return
         self._version = self._engines.channel.version
-        rollout, seed = self._settings.rollout, self._settings.seed
+        rollout = self._settings.rollout
         self._sampling = sampling_of_step(
             rollout, step, stops=self._stops, shared_stops=self._shared_stops
         )
+        chosen = [self._prompts[place] for place in self._chosen(step)]
         self._episodes = [
-            self._make_episode(
-                EpisodeStart(self._prompts[index], sample, step, self._version, self._settings)
-            )
-            for index in prompts_of_step(len(self._prompts), rollout.prompts_per_step, step, seed)
+            self._begun(prompt, sample, step)
+            for prompt in chosen
             for sample in range(rollout.samples_per_prompt)
         ]
         self._engines.start(self._next_requests(), self._sampling)
+
+    def _chosen(self, step: int) -> Sequence[int]:
+        """Places of the step's prompts among all."""
+        if self._mixture is not None:
+            return self._mixture.choose(step)
+        per_step, seed = self._settings.rollout.prompts_per_step, self._settings.seed
+        return prompts_of_step(len(self._prompts), per_step, step, seed)
+
+    def _begun(self, prompt: Prompt, sample: int, step: int) -> Episode:
+        make, settings = self._make_episode, self._settings
+        if self._mixture is not None:
+            make, settings = self._mixture.episodes[prompt.task]
+        return make(EpisodeStart(prompt, sample, step, self._version, settings))
 
     def collect(self) -> list[TokenSequence]:
         """Wait until all episodes are over."""

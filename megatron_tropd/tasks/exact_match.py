@@ -1,21 +1,25 @@
-"""Exact-match accuracy: greedy answers to held-out problems, graded."""
+"""Exact-match accuracy: answers to held-out problems, graded."""
 
-import math
+import hashlib
+import json
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
 
 from megatron_tropd.base.errors import InputError
 from megatron_tropd.config import GraderConfig
+from megatron_tropd.config.settings import Amount, Anything, Count, Number, Settings, Share
 from megatron_tropd.data.samples import Sample, SampleRequest, Sampling
 from megatron_tropd.data.types import Prompt
+from megatron_tropd.losses.draws import Purpose, keyed_seed
 from megatron_tropd.tasks.grading import Grade, Grader, grader_of
+from megatron_tropd.tasks.scores import interval, measures, wilson_interval
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_Z_95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
 
 
 class Sampler(Protocol):
@@ -26,9 +30,45 @@ class Sampler(Protocol):
         ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class Asking(Settings):
+    """How problems are asked."""
+
+    max_new_tokens: Count
+    """Longest answer."""
+    stop_token_ids: tuple[Number, ...]
+    """Ids that end an answer, EOS included."""
+    samples: Count = 1
+    """Answers to each problem."""
+    temperature: Amount = 0.0
+    """0 is greedy."""
+    top_p: Share = 1.0
+    """Nucleus; 1 is off."""
+    seed: Anything = 0
+    """Keys the samples, with problem and number of the sample."""
+
+    @property
+    def sampling(self) -> Sampling:
+        """What all requests share."""
+        return Sampling(self.temperature, self.top_p, self.stop_token_ids)
+
+    def requests(self, problems: Sequence[Prompt]) -> list[SampleRequest]:
+        """Make ``samples`` requests of each problem, one problem after the other."""
+        return [
+            SampleRequest(p.token_ids, self.max_new_tokens, self._seed_of(p, number))
+            for p in problems
+            for number in range(self.samples)
+        ]
+
+    def _seed_of(self, problem: Prompt, number: int) -> int:
+        if not self.temperature:
+            return 0
+        return keyed_seed(self.seed, Purpose.EVALUATION, problem.index, number)
+
+
 @dataclass(frozen=True)
 class GradedResponse:
-    """One problem and what the model made of it."""
+    """One answer to a problem and what became of it; a line of a file of answers."""
 
     prompt_index: int
     prompt: str
@@ -42,6 +82,19 @@ class GradedResponse:
     """"stop" or "length"."""
     error: str = ""
     """Why the grader gave no verdict, if it failed."""
+    given: str | None = None
+    """What the response gives as its answer ("" if nothing); None: this grader does not say."""
+    sample: int = 0
+    """0-based among the answers to the problem."""
+    tokens: int = 0
+    """Of the response."""
+    item: str = ""
+    """Digest of the problem: the same in every file that has it."""
+
+    @classmethod
+    def of_line(cls, line: Mapping[str, Any]) -> "GradedResponse":
+        """Return what a line of a file says."""
+        return cls(**{f.name: line[f.name] for f in fields(cls) if f.name in line})
 
 
 @dataclass(frozen=True)
@@ -49,40 +102,88 @@ class EvaluationResult:
     """Accuracy on a set of problems."""
 
     accuracy: float
-    """correct / (total - grader_errors), 0..1: what cannot be judged is not correct."""
+    """Mean over problems of the share of their answers that is right, 0..1: what cannot be judged
+    is not right; answers at which the grader failed do not count."""
     correct: int
     unjudged: int
     """Answers of which the grader cannot tell whether they are correct."""
     grader_errors: int
     """Answers at which the grader failed: it crashed, or took too long."""
     total: int
+    """Answers."""
     ci_low: float
-    """Of the 95 % Wilson interval of the accuracy, as the next."""
+    """Of the 95 % interval of the accuracy, as the next: Wilson's for one answer to each problem,
+    for several by drawing problems anew."""
     ci_high: float
-    responses: tuple[GradedResponse, ...]
+    response_length: float
+    """Mean tokens of an answer."""
+    truncated_share: float
+    """Answers that were cut off at the longest length."""
+    further: dict[str, float]
+    """pass@j and majority@k of several samples."""
+    intervals: dict[str, tuple[float, float]]
+    """Theirs, 95 %."""
+    responses: tuple[GradedResponse, ...] = field(repr=False)
     """[total] in the order of the problems."""
 
+    def record(self) -> dict[str, Any]:
+        """Return the numbers as one flat record, without the responses."""
+        apart = ("responses", "further", "intervals")
+        record = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in apart}
+        record |= self.further
+        return record | ({"intervals": self.intervals} if self.intervals else {})
 
-def answer_greedily(
-    engine: Sampler,
+
+def item_digest(problem: Prompt) -> str:
+    """Hash what a problem asks and its reference answer, whatever a chat template makes of it.
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    found = {name: problem.fields.get(name) for name in ("prompt", "messages", "answer")}
+    text = json.dumps(found, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def set_digest(problems: Sequence[Prompt]) -> str:
+    """Hash the problems of a set in their order; 16 hexadecimal digits."""
+    return hashlib.sha256("".join(map(item_digest, problems)).encode()).hexdigest()[:16]
+
+
+def grade_samples(
     problems: Sequence[Prompt],
-    *,
-    stop_token_ids: tuple[int, ...],
-    max_new_tokens: int,
-) -> list[Sample]:
-    """One greedy sample for each problem.
+    samples: Sequence[Sample],
+    tokenizer: "PreTrainedTokenizerBase",
+    grader: Grader,
+    numbers: Sequence[int] | None = None,
+) -> list[GradedResponse]:
+    """Grade a sample of each problem.
 
     Args:
-        problems: checked by :func:`check_problems`.
-        stop_token_ids: ids that end an answer, EOS included.
-
-    Raises:
-        InputError: there is no problem.
+        problems: of the samples: one that has several is there several times.
+        numbers: of the samples among those of their problems; None: 0.
     """
-    if not problems:
-        raise InputError("There is no problem to evaluate: the list is empty.")
-    requests = [SampleRequest(problem.token_ids, max_new_tokens, 0) for problem in problems]
-    return engine.generate(requests, Sampling(temperature=0.0, stop_token_ids=stop_token_ids))
+    texts = [tokenizer.decode(list(s.token_ids), skip_special_tokens=True) for s in samples]
+    grades = grader.grade_all([(t, p.fields) for t, p in zip(texts, problems, strict=True)])
+    numbers = [0] * len(samples) if numbers is None else numbers
+    return [
+        GradedResponse(
+            prompt_index=problem.index,
+            prompt=problem.text,
+            response=text,
+            answer=str(problem.fields.get("answer")),
+            correct=grade.correct,
+            finish_reason=sample.finish_reason,
+            error=grade.error,
+            given=grader.given(text),
+            sample=number,
+            tokens=len(sample.token_ids),
+            item=item_digest(problem),
+        )
+        for problem, sample, text, grade, number in zip(
+            problems, samples, texts, grades, numbers, strict=True
+        )
+    ]
 
 
 def grade_answers(
@@ -91,47 +192,60 @@ def grade_answers(
     tokenizer: "PreTrainedTokenizerBase",
     grader: Grader | None = None,
 ) -> EvaluationResult:
-    """Grade what was sampled for each problem.
+    """Grade what was sampled for each problem, as many samples of each.
 
     Args:
+        samples: in the order of :meth:`Asking.requests`.
         grader: None: the one of the default settings.
 
     Raises:
         InputError: the grader failed at every answer.
     """
+    count = len(samples) // max(1, len(problems))
+    numbers = [number for _ in problems for number in range(count)]
+    asked = [problem for problem in problems for _ in range(count)]
     grader = grader or grader_of(GraderConfig())
-    texts = [tokenizer.decode(list(s.token_ids), skip_special_tokens=True) for s in samples]
-    fields = [problem.fields for problem in problems]
-    grades = grader.grade_all(list(zip(texts, fields, strict=True)))
-    responses = [
-        GradedResponse(
-            prompt_index=problem.index,
-            prompt=problem.text,
-            response=text,
-            answer=str(problem.fields.get("answer")),
-            correct=given.correct,
-            finish_reason=sample.finish_reason,
-            error=given.error,
-        )
-        for problem, sample, text, given in zip(problems, samples, texts, grades, strict=True)
-    ]
-    errors = num_errors(grades)
+    return result_of(grade_samples(asked, samples, tokenizer, grader, numbers), count)
+
+
+def result_of(responses: Sequence[GradedResponse], samples: int) -> EvaluationResult:
+    """Compute the numbers of graded answers.
+
+    Args:
+        samples: asked of each problem.
+
+    Raises:
+        InputError: there is no answer, or the grader failed at every one.
+    """
+    if not responses:
+        raise InputError("There is no answer to grade: the list of problems is empty.")
+    errors = num_errors(responses)
     verdicts = [response.correct for response in responses]
-    correct, total = verdicts.count(True), len(verdicts)
-    low, high = wilson_interval(correct, total - errors)
+    found = measures(responses, samples)
+    intervals = {name: interval(values) for name, values in found.items()} if samples > 1 else {}
+    correct, counted = verdicts.count(True), len(verdicts) - errors
+    means = {name: float(np.mean(values)) for name, values in found.items()}
+    low, high = wilson_interval(correct, counted)
+    if intervals:
+        low, high = intervals.pop("accuracy")
+    total = len(responses)
     return EvaluationResult(
-        accuracy=correct / (total - errors),
+        accuracy=means["accuracy"],
         correct=correct,
         unjudged=verdicts.count(None) - errors,
         grader_errors=errors,
         total=total,
         ci_low=low,
         ci_high=high,
+        response_length=sum(r.tokens for r in responses) / total,
+        truncated_share=sum(r.finish_reason == "length" for r in responses) / total,
+        further={name: value for name, value in means.items() if name != "accuracy"},
+        intervals=intervals,
         responses=tuple(responses),
     )
 
 
-def num_errors(grades: Sequence[Grade]) -> int:
+def num_errors(grades: Sequence[Grade] | Sequence[GradedResponse]) -> int:
     """Count the answers at which a grader failed, and say on stderr why the first did.
 
     Raises:
@@ -145,22 +259,3 @@ def num_errors(grades: Sequence[Grade]) -> int:
         raise InputError(f"{said}: {errors[0]}. Correct [grader].")
     print(f"tropd: warning: {said}, which count by themselves: {errors[0]}", file=sys.stderr)
     return len(errors)
-
-
-def wilson_interval(correct: int, total: int) -> tuple[float, float]:
-    r"""95 % confidence interval of a share.
-
-    .. math:: \frac{\hat p + z^2/2n \pm z \sqrt{\hat p (1-\hat p)/n + z^2/4n^2}}{1 + z^2/n}
-
-    Args:
-        total: trials, at least 1.
-
-    Source: Wilson, "Probable inference, the law of succession, and statistical inference", 1927.
-    """
-    share, z2 = correct / total, _Z_95**2
-    centre = share + z2 / (2 * total)
-    spread = _Z_95 * math.sqrt(share * (1 - share) / total + z2 / (4 * total**2))
-    scale = 1 + z2 / total
-    low, high = (centre - spread) / scale, (centre + spread) / scale
-    # Rounding must not leave the share itself outside.
-    return max(0.0, min(share, low)), min(1.0, max(share, high))

@@ -144,6 +144,16 @@ class Grader:
         with ThreadPoolExecutor(_WORKERS) as threads:
             return list(threads.map(lambda pair: self.grade(*pair), pairs))
 
+    def given(self, response: str) -> str | None:
+        """Return what a response gives as its answer ("": nothing); None: the grader knows none."""
+        read = _GIVEN.get(self._config.name)
+        if read is None:
+            return None
+        try:
+            return read(self, response) or ""
+        except GraderError:
+            return ""
+
     def ask(self, **request: Any) -> bool | None:
         """Have a worker answer.
 
@@ -224,13 +234,16 @@ def _is_formula(text: str) -> bool:
 
 
 def _by_choice(_: Grader, response: str, problem: Mapping[str, Any]) -> bool | None:
-    wanted, said = _letter(_reference(problem)), _said(response)
-    mark = marked_answer(said)
-    last = said.strip().rpartition("\n")[2] if mark is None else mark.text
-    found = _letter(last)
+    found = _chosen(_said(response))
     if found is None:
-        return False if mark is None else None
-    return found == wanted
+        return False if marked_answer(_said(response)) is None else None
+    return found == _letter(_reference(problem))
+
+
+def _chosen(said: str) -> str | None:
+    """The letter after the mark, or in the last line."""
+    mark = marked_answer(said)
+    return _letter(said.strip().rpartition("\n")[2] if mark is None else mark.text)
 
 
 def _letter(text: str) -> str | None:
@@ -249,16 +262,24 @@ def _by_last_number(_: Grader, response: str, problem: Mapping[str, Any]) -> boo
 
 
 def _last_number(text: str) -> Number | None:
-    for literal in reversed(_NUMBER.findall(text)):
-        answer = read_answer(literal.rstrip(","))
-        if isinstance(answer, Number):
-            return answer
-    return None
+    answer = read_answer(_last_literal(text) or "")
+    return answer if isinstance(answer, Number) else None
+
+
+def _last_literal(text: str) -> str | None:
+    literals = (literal.rstrip(",") for literal in reversed(_NUMBER.findall(text)))
+    return next((one for one in literals if isinstance(read_answer(one), Number)), None)
+
+
+def _matched(grader: Grader, response: str) -> str | None:
+    """The last match of the pattern."""
+    found: str | None = grader._workers.request({"kind": "regex", "response": response})["found"]
+    return found
 
 
 def _by_expression(grader: Grader, response: str, problem: Mapping[str, Any]) -> bool | None:
     """The last match of the pattern, compared as a marked answer is."""
-    found = grader._workers.request({"kind": "regex", "response": response})["found"]
+    found = _matched(grader, response)
     if found is None:
         return False
     answer = _reference(problem)
@@ -293,6 +314,22 @@ _RULES: dict[str, Callable[[Grader, str, Mapping[str, Any]], bool | None]] = {
     "regex": _by_expression,
     "code": _by_program,
 }
+
+
+def _marked(_: Grader, response: str) -> str | None:
+    mark = marked_answer(response)
+    return None if mark is None else mark.text
+
+
+_GIVEN: dict[str, Callable[[Grader, str], str | None]] = {
+    "marked": _marked,
+    "math": _marked,
+    "choice": lambda _, response: _chosen(_said(response)),
+    "exact": lambda _, response: _said(response).strip(),
+    "last_number": lambda _, response: _last_literal(_said(response)),
+    "regex": _matched,
+}
+"""What a response gives as its answer; what programs and functions of the user's do, none says."""
 
 
 # ---------------------------------------------------------------- workers

@@ -21,7 +21,7 @@ class WantedSample(NamedTuple):
     """Values of the names that tell the lines apart."""
     request: SampleRequest
     record: Callable[[Sample], Mapping[str, Any]]
-    """Makes the JSON object of the line."""
+    """Makes the JSON object of the line, or what ``judge`` makes one of."""
 
 
 def write_samples(
@@ -32,6 +32,8 @@ def write_samples(
     header: Mapping[str, Any],
     key: Sequence[str],
     sampling: Sampling,
+    judge: Callable[[list[Mapping[str, Any]]], Sequence[Mapping[str, Any]]] = list,
+    engines: int = 1,
     resume: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> int:
@@ -46,6 +48,8 @@ def write_samples(
         wanted: all lines, in the order of the file.
         header: its first line; its settings are compared when the file is continued.
         key: names of the integers that tell lines apart.
+        judge: makes the JSON objects of a batch's new lines, each once.
+        engines: how many share a batch, which has more lines then.
         resume: continue an existing file; False: an existing file is an error.
         progress: called with (lines in the file, lines wanted) after every batch.
 
@@ -55,18 +59,17 @@ def write_samples(
     """
     with ResumableLines(path, header, key=key, resume=resume) as file:
         before, server = len(file.done), None
-        for batch in batched(wanted, _REQUESTS_PER_BATCH):
-            if all(line.key in file.done for line in batch):
+        for lines in batched(wanted, _REQUESTS_PER_BATCH * engines):
+            if all(line.key in file.done for line in lines):
                 continue
             server = server or engine()
-            samples = server.generate([line.request for line in batch], sampling)
-            file.append(
-                [
-                    line.record(sample)
-                    for line, sample in zip(batch, samples, strict=True)
-                    if line.key not in file.done
-                ]
-            )
+            samples = server.generate([line.request for line in lines], sampling)
+            records = [
+                line.record(sample)
+                for line, sample in zip(lines, samples, strict=True)
+                if line.key not in file.done
+            ]
+            file.append(judge(records))
             progress(len(file.done), len(wanted))
         return len(file.done) - before
 

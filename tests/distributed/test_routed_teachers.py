@@ -46,7 +46,7 @@ def _pair(one: str, other: str, **second: Any) -> tuple[NamedTeacher, ...]:
 def _gradient(parts: Any, sequences: Sequence[TokenSequence], loss: Any = None) -> dict[str, Any]:
     """Sums over loss tokens: the loss, the gradient of this rank's parameters, the count."""
     from megatron_tropd.data.packing import count_loss_tokens
-    from megatron_tropd.distill.metrics import StepSums, teachers_of
+    from megatron_tropd.distill.metrics import StepSums, groups_of
     from megatron_tropd.distill.step import forward_backward, micro_batches
 
     parts = replace(parts, loss=loss or parts.loss)
@@ -54,7 +54,7 @@ def _gradient(parts: Any, sequences: Sequence[TokenSequence], loss: Any = None) 
     batches = micro_batches(parts, sequences, 0)
     counts = count_loss_tokens(sequences, parts.loss)
     layout = parts.layout
-    sums = StepSums.zeros(parts.device, teachers_of(parts.routes, sequences))
+    sums = StepSums.zeros(parts.device, groups_of(parts.routes, None, sequences))
 
     def record(values: Any, weights_T: Any, batch: Any) -> dict[str, Any]:
         if layout.tp_rank == 0:

@@ -11,7 +11,9 @@ from loss_settings import config_of
 from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.config import (
     Config,
+    EvaluationSet,
     NamedTeacher,
+    TaskConfig,
     config_from_dict,
     config_to_dict,
     config_to_toml,
@@ -25,6 +27,7 @@ TOMLS = sorted(
     for folder in ("configs", "examples", "slurm", "benchmarks")
     for path in (REPOSITORY / folder).rglob("*.toml")
     if not path.name.startswith("site.")  # of a cluster: test_slurm_job.py
+    and path.parent.name != "evaluation"  # of no run: test_evaluate.py
 )
 SMALLEST = """
 [model]
@@ -68,8 +71,9 @@ def test_defaults_are_the_published_method(toml: Path):
 
 def test_every_setting_is_documented():
     methods = [type(preset(name)) for name in PRESETS]
-    sections = [s.type for s in dataclasses.fields(Config) if s.name != "teachers"]
-    for kind in [*sections, NamedTeacher, *methods]:
+    several = {"teachers": NamedTeacher, "tasks": TaskConfig}
+    sections = [several.get(s.name, s.type) for s in dataclasses.fields(Config)]
+    for kind in [*sections, EvaluationSet, *methods]:
         classes = [c for c in kind.__mro__ if dataclasses.is_dataclass(c)]
         body = "".join(inspect.getsource(c) for c in classes)
         for field in dataclasses.fields(kind):

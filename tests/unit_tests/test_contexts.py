@@ -113,7 +113,8 @@ def test_the_teacher_is_the_student_and_reads_and_answers_in_its_context(run: An
     assert list(inputs.folders) == ["student", "teacher"]
     assert inputs.folders["teacher"].path == inputs.folders["student"].path
     assert inputs.routes is not None and inputs.routes.names == ("teacher",)
-    for prompt, problem in zip(inputs.prompts, inputs.problems_of["teacher"], strict=True):
+    answered = inputs.problem_sets[0].of_teachers["teacher"]
+    for prompt, problem in zip(inputs.prompts, answered, strict=True):
         read = inputs.routes.contexts[prompt.index]
         assert inputs.tokenizer.decode(read, skip_special_tokens=True).endswith(
             f"is {prompt.index}"

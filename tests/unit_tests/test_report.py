@@ -128,6 +128,34 @@ def test_long_responses_are_paged(tmp_path: Path):
     assert drawn.count("tokens 1 to 500 of 8000") == 16
 
 
+@pytest.mark.needs("chromium")
+def test_tasks_and_sets_have_curves_of_their_own(tmp_path: Path):
+    run = write_synthetic_run(tmp_path / "run", steps=12)
+    for name in ("metrics", "evaluations"):
+        path = run / f"{name}.jsonl"
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        if name == "metrics":
+            of_task = {
+                "token_share": 0.5,
+                "k1": 0.1,
+                "response_length": 9.0,
+                "truncated_share": 0.1,
+            }
+            both = {f"task/{t}/{k}": v for t in ("sums", "words") for k, v in of_task.items()}
+            records = [record | both for record in records]
+        else:
+            records = [record | {"set": t} for record in records for t in ("sums", "words")]
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    browser = _browse(write_report(run), tmp_path / "profile")
+    assert "CONSOLE" not in browser.stderr, browser.stderr
+    drawn = browser.stdout
+    for title in ("Tokens of each task", "Response length of each task", "Divergence on each task"):
+        assert title in drawn
+    for name in ("sums", "words"):
+        assert f"Held-out accuracy of {name}" in drawn
+        assert f"held-out problems of {name}, greedy" in drawn
+
+
 def _lengthened(line: str, tokens: int) -> str:
     record = json.loads(line)
     for name, values in record.items():

@@ -46,7 +46,7 @@ ARROWS: dict[str, set[str]] = {
     "launch": {"base", "config", "distill", "mcore", "rollout"},
     "cli": {
         *("base", "cluster", "config", "convert", "data", "distill", "launch", "mcore"),
-        *("planning", "rehearsal", "report", "rollout", "tasks"),
+        *("planning", "rehearsal", "report", "rollout", "tasks", "teacher"),
     },
 }
 TOP_LEVEL = {"__init__"}

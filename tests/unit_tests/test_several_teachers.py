@@ -201,9 +201,11 @@ def test_inputs_know_the_models_prompts_and_problems_of_each(pair: Path) -> None
     assert list(inputs.folders) == ["student", "teacher math", "teacher code"]
     assert inputs.routes is not None
     assert inputs.routes.of_prompt == {i: i % 2 for i in range(8)}
-    answered = {who: [p.index for p in mine] for who, mine in inputs.problems_of.items()}
+    (only,) = inputs.problem_sets
+    answered = {who: [p.index for p in mine] for who, mine in only.of_teachers.items()}
     assert answered == {"teacher math": [0, 2, 4, 6], "teacher code": [1, 3, 5, 7]}
-    assert load_inputs(load_config(pair / "two.toml", ["evaluation.teacher=false"])).problems
+    (only,) = load_inputs(load_config(pair / "two.toml", ["evaluation.teacher=false"])).problem_sets
+    assert only.problems and not only.of_teachers
 
 
 def test_the_tokenizer_of_each_teacher_is_checked(
@@ -329,13 +331,14 @@ def test_every_token_has_the_logits_of_its_own_teacher() -> None:
 
 
 def test_a_teacher_without_tokens_shows() -> None:
-    from megatron_tropd.distill.metrics import StepSums, StepTotals, Teachers, teachers_of
+    from megatron_tropd.distill.metrics import RowGroups, StepSums, StepTotals, groups_of
 
     routes = Routes(("math", "code"), {0: 0, 1: 1})
-    assert teachers_of(routes, []) == Teachers(("math", "code"), ())
-    assert teachers_of(Routes(("teacher",), {}), []) is None
-    sums = StepSums.zeros(torch.device("cpu"), teachers_of(routes, []))
-    metrics = StepTotals(sums.sums.tolist(), 0.0, 2**62, routes.names).metrics()
+    assert groups_of(routes, None, []) == [RowGroups("teacher", ("math", "code"), ())]
+    assert groups_of(Routes(("teacher",), {}), None, []) == []
+    sums = StepSums.zeros(torch.device("cpu"), groups_of(routes, None, []))
+    names = tuple(f"teacher/{name}" for name in routes.names)
+    metrics = StepTotals(sums.sums.tolist(), 0.0, 2**62, names).metrics()
     assert metrics["teacher/code/tokens"] == 0
     assert metrics["teacher/code/token_share"] is None is metrics["teacher/code/k1"]
 

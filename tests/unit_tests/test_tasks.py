@@ -15,7 +15,7 @@ from megatron_tropd.data.responses import load_responses
 from megatron_tropd.data.samples import Sample, SampleRequest, Sampling
 from megatron_tropd.data.tokenizers import load_tokenizer
 from megatron_tropd.data.types import Prompt
-from megatron_tropd.tasks.exact_match import answer_greedily, grade_answers
+from megatron_tropd.tasks.exact_match import Asking, grade_answers
 from megatron_tropd.tasks.reverse_kl import measure_reverse_kl
 from megatron_tropd.tasks.sample_files import model_identity
 from megatron_tropd.tasks.teacher_responses import write_responses
@@ -60,7 +60,8 @@ def test_exact_match_grades_greedy_answers(tiny_llama: Path, problems: list[Prom
         return [*tokenizer.encode(f"answer {number + (number < 7)}"), 2]
 
     engine = FakeEngine(answer)
-    samples = answer_greedily(engine, problems, stop_token_ids=(2,), max_new_tokens=9)
+    asking = Asking(stop_token_ids=(2,), max_new_tokens=9)
+    samples = engine.generate(asking.requests(problems), asking.sampling)
     result = grade_answers(problems, samples, tokenizer)
     assert (result.correct, result.total, result.accuracy) == (7, 10, 0.7)
     assert 0.39 < result.ci_low < 0.4 < 0.89 < result.ci_high < 0.9
@@ -71,10 +72,8 @@ def test_exact_match_grades_greedy_answers(tiny_llama: Path, problems: list[Prom
 
 
 def test_exact_match_needs_problems_with_answers() -> None:
-    engine = FakeEngine(lambda request: [2])
-    with pytest.raises(InputError, match="no problem"):
-        answer_greedily(engine, [], stop_token_ids=(2,), max_new_tokens=1)
-    assert not engine.requests
+    with pytest.raises(InputError, match="no answer to grade"):
+        grade_answers([], [], None)  # type: ignore[arg-type]
 
 
 def dumb_reverse_kl(folders: Sequence[Path], prompt: Sequence[int], response: Sequence[int]):

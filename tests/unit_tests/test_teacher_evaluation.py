@@ -14,12 +14,19 @@ import torch.distributed as dist
 
 from megatron_tropd.base.errors import TrainingError
 from megatron_tropd.base.progress import Progress
-from megatron_tropd.config import Config, config_from_dict, config_to_dict
+from megatron_tropd.config import (
+    Config,
+    EvaluationSet,
+    GraderConfig,
+    config_from_dict,
+    config_to_dict,
+)
 from megatron_tropd.config.run_folder import RunFolder
 from megatron_tropd.data.samples import Sample, SampleRequest, Sampling
 from megatron_tropd.data.types import Prompt
 from megatron_tropd.distill import session as sessions
 from megatron_tropd.distill.evaluation import Evaluator, evaluation_settings
+from megatron_tropd.distill.inputs import ProblemSet, _of_teachers
 from megatron_tropd.distill.step_parts import StepParts
 from megatron_tropd.report.metrics import MetricsLog
 from megatron_tropd.report.records import read_lines
@@ -28,9 +35,16 @@ from megatron_tropd.rollout.engines.device_memory import wait_for_memory
 GIB = 2**30
 PARTS = [part.name for part in fields(StepParts)]
 PROBLEMS = [Prompt(0, (1, 2), "1+1=", {"answer": "2"})]
+SET = ProblemSet(
+    EvaluationSet(
+        name="", problems="h", num_problems=500, max_new_tokens=4, grader=GraderConfig(), samples=1
+    ),
+    PROBLEMS,
+    {"teacher": PROBLEMS},
+)
 INPUTS = SimpleNamespace(
-    problems=PROBLEMS,
-    problems_of={"teacher": PROBLEMS},
+    problem_sets=(SET,),
+    tasks=None,
     routes=None,
     student=SimpleNamespace(config={}, companions=Path("student")),
     folders={},
@@ -75,21 +89,33 @@ def make_run(root: Path, **evaluation: Any) -> tuple[Config, Evaluator]:
 def test_the_teacher_is_measured_unless_the_settings_say_otherwise(
     tmp_path: Path, evaluation: dict[str, Any], due: bool
 ) -> None:
-    assert make_run(tmp_path, **evaluation)[1].teacher_is_due() is due
+    config, evaluator = make_run(tmp_path, **evaluation)
+    answered = _of_teachers(config, SET.settings, PROBLEMS, cast(Any, None), 100)
+    inputs = SimpleNamespace(
+        **vars(INPUTS) | {"problem_sets": (replace(SET, of_teachers=answered),)}
+    )
+    evaluator._inputs = cast(Any, inputs)
+    assert bool(evaluator.teachers_due()) is due
 
 
 def test_a_run_that_resumes_keeps_what_it_measured(tmp_path: Path) -> None:
     config, evaluator = make_run(tmp_path)
-    settings = evaluation_settings(config, INPUTS)  # type: ignore[arg-type]
+    settings = evaluation_settings(config, cast(Any, INPUTS), SET)
     with_settings = {"step": 0, "model": "teacher", "accuracy": 1.0, "settings": settings}
+    with_settings |= {"digests": evaluator._digests(SET)}
     log = MetricsLog(tmp_path, tensorboard=False)
     log.write_evaluation(with_settings)
     log.write_evaluation(with_settings | {"model": "student"})
-    assert not evaluator.teacher_is_due()
+    assert not evaluator.teachers_due()
     log.truncate_after(-1)  # killed before the first checkpoint
     assert [r["model"] for r in read_lines(RunFolder(tmp_path).evaluations)] == ["teacher"]
-    assert not evaluator.teacher_is_due()
-    assert make_run(tmp_path, max_new_tokens=7)[1].teacher_is_due(), "answers were shorter"
+    assert not evaluator.teachers_due()
+    longer = replace(SET, settings=replace(SET.settings, max_new_tokens=7))
+    evaluator._inputs = cast(Any, SimpleNamespace(**vars(INPUTS) | {"problem_sets": (longer,)}))
+    assert evaluator.teachers_due(), "answers were shorter"
+    others = replace(SET, problems=[Prompt(0, (1, 2), "1+2=", {"answer": "3"})])
+    evaluator._inputs = cast(Any, SimpleNamespace(**vars(INPUTS) | {"problem_sets": (others,)}))
+    assert evaluator.teachers_due(), "other problems"
 
 
 def test_without_the_teacher_a_summary_has_none(tmp_path: Path) -> None:
@@ -186,7 +212,8 @@ def test_each_problem_is_answered_by_its_own_teacher(
     problems = [Prompt(i, "1+1=", (1, i), line) for i, line in enumerate(lines)]
     whose = {"teacher a": problems[1:], "teacher b": [], "teacher c": problems[:1]}
     says = SimpleNamespace(decode=lambda *_, **__: "answer: 2")
-    changed = {"problems": problems, "problems_of": whose, "tokenizer": says}
+    asked = (replace(SET, problems=problems, of_teachers=whose),)
+    changed = {"problem_sets": asked, "tokenizer": says}
     inputs = SimpleNamespace(**vars(INPUTS) | changed)
     config, _ = make_run(tmp_path)
     log = MetricsLog(tmp_path, tensorboard=False)
@@ -196,7 +223,7 @@ def test_each_problem_is_answered_by_its_own_teacher(
     monkeypatch.setattr(sessions, "wait_for_memory", lambda *_: calls.append("wait"))
     reporter = cast(Any, SimpleNamespace(clock=lambda _: nullcontext()))
     start = cast(Any, lambda who: Engines(who, calls))
-    sessions._measure_teachers(evaluator, reporter, cast(Any, inputs), start)
+    sessions._measure_teachers(evaluator, reporter, asked, start)
     of_one = [f"teacher a: {what}" for what in ("start", "generate", "close")]
     of_other = [f"teacher c: {what}" for what in ("start", "generate", "close")]
     assert calls == [*of_one, "wait", *of_other, "wait"], "the second has no problem"
@@ -204,6 +231,28 @@ def test_each_problem_is_answered_by_its_own_teacher(
     assert (record["model"], record["total"], record["accuracy"]) == ("teacher", 4, 0.5)
     assert (record["accuracy/even"], record["accuracy/odd"]) == (1.0, 0.0)
     assert [example["prompt_index"] for example in record["examples"]] == [0, 1, 2, 3]
+
+
+def test_runs_share_what_the_teacher_reached(tmp_path: Path) -> None:
+    (tmp_path / "weights").mkdir()
+    calls: list[str] = []
+    for name, starts in (("one", True), ("two", False)):
+        kept = {"teacher_results": str(tmp_path / "kept")}
+        _, evaluator = make_run(tmp_path / name, **kept)
+        evaluator._log = MetricsLog(tmp_path / name, tensorboard=False)
+        due = evaluator.teachers_due()
+        assert bool(due) is starts, name
+        if due:
+            (found,) = evaluator.answers_of(cast(Any, Engines("teacher", calls)), due, "teacher")
+            evaluator.measure_teacher(SET, found)
+        (record,) = read_lines(RunFolder(tmp_path / name).evaluations)
+        assert (record["model"], record["total"], record["accuracy"]) == ("teacher", 1, 0.0)
+        assert (tmp_path / name / "evaluations" / "teacher" / "heldout.jsonl").is_file()
+        assert not evaluator.teachers_due()
+    _, evaluator = make_run(tmp_path / "three", **kept)
+    other = replace(SET, problems=[Prompt(0, (1, 2), "1+2=", {"answer": "3"})])
+    evaluator._inputs = cast(Any, SimpleNamespace(**vars(INPUTS) | {"problem_sets": (other,)}))
+    assert evaluator.teachers_due(), "of other problems nothing is known"
 
 
 def test_memory_that_comes_back_is_waited_for() -> None:

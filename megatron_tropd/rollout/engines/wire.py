@@ -144,8 +144,10 @@ def served_settings(config: Config) -> str:
     """Fingerprint of the settings on which a server's samples depend, as 16 hexadecimal digits."""
     tables = config_to_dict(config)
     settings = {name: dict(tables[name]) for name in ("model", "rollout", "evaluation")}
+    settings |= {"tasks": tables["tasks"]} if config.tasks else {}
     # Not of the samples; the trainer fills the date in, and servers are asked for token ids.
     for name in ("mode", "weight_transport", "max_engine_gap", "chat_template_date"):
         del settings["rollout"][name]
-    del settings["evaluation"]["teacher"]
+    for name in ("teacher", "before", "after", "keep_answers", "teacher_results"):
+        del settings["evaluation"][name]
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
