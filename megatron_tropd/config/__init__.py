@@ -5,6 +5,7 @@ from megatron_tropd.config.megatron import MegatronConfig
 from megatron_tropd.config.run import (
     Config,
     DataConfig,
+    EnvironmentConfig,
     EvaluationConfig,
     GraderConfig,
     GuidanceConfig,
@@ -31,6 +32,7 @@ from megatron_tropd.config.run import (
 __all__ = [
     "Config",
     "DataConfig",
+    "EnvironmentConfig",
     "EvaluationConfig",
     "GraderConfig",
     "GuidanceConfig",

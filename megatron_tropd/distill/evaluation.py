@@ -3,11 +3,11 @@
 import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_tropd.config import Config, GraderConfig
+from megatron_tropd.config import Config, GraderConfig, GuidanceConfig
 from megatron_tropd.config.run_folder import RunFolder
 from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.convert.linked_folder import link_folder
@@ -20,6 +20,10 @@ from megatron_tropd.distill.inputs import Inputs
 from megatron_tropd.losses.draws import Purpose, keyed_seed
 from megatron_tropd.report.metrics import MetricsLog
 from megatron_tropd.report.records import read_lines
+from megatron_tropd.rollout.environments import shared_environments
+from megatron_tropd.rollout.episodes import EpisodePlan, EpisodeStart
+from megatron_tropd.rollout.episodes.multi_turn import MultiTurn
+from megatron_tropd.rollout.source import play
 from megatron_tropd.tasks.exact_match import Sampler, answer_greedily, grade_answers
 from megatron_tropd.tasks.grading import grader_of
 from megatron_tropd.tasks.reverse_kl import measure_reverse_kl
@@ -193,6 +197,8 @@ def sample_problems(
     """
     room, stops = config.max_answer_tokens, inputs.stop_token_ids
     problems = inputs.problems if problems is None else problems
+    if config.talks_to is not None:
+        return last_turns(config, inputs, engine, problems)
     if config.evaluation.task == "exact_match":
         return answer_greedily(engine, problems, stop_token_ids=stops, max_new_tokens=room)
     requests = [
@@ -200,6 +206,26 @@ def sample_problems(
         for p in problems
     ]
     return engine.generate(requests, Sampling(stop_token_ids=stops))
+
+
+def last_turns(
+    config: Config, inputs: Inputs, engine: Sampler, problems: Sequence[Prompt]
+) -> list[Sample]:
+    """The model's last turn in a greedy episode of each problem; collective if the engine is."""
+    room = config.max_answer_tokens
+    plan = EpisodePlan(
+        replace(config.rollout, max_new_tokens=room, first_new_tokens=None, growth_steps=0),
+        GuidanceConfig(),
+        1,
+        config.train.seed,
+        None,
+        environment=config.talks_to,
+        talk=inputs.talk,
+    )
+    episodes = [MultiTurn(EpisodeStart(problem, 0, 0, 0, plan)) for problem in problems]
+    sampling = Sampling(temperature=0.0, stop_token_ids=inputs.turn_stops)
+    play(episodes, engine, sampling, shared_environments(config))
+    return [episode.last_turn() for episode in episodes]
 
 
 def accuracy_of(config: Config, inputs: Inputs, samples: Sequence[Sample]) -> dict[str, Any]:

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from megatron_tropd.base import workers
 from megatron_tropd.base.errors import ConfigError, InputError
 from megatron_tropd.config import GraderConfig
 from megatron_tropd.data.samples import Sample
 from megatron_tropd.data.types import Prompt
-from megatron_tropd.tasks import grading, sandbox
+from megatron_tropd.tasks import sandbox
 from megatron_tropd.tasks.exact_match import grade_answers
 from megatron_tropd.tasks.grading import Grader, grader_of
 
@@ -305,7 +306,7 @@ def test_a_sandbox_without_limits_is_told_from_a_program_that_ends_like_it():
 
 
 def test_a_worker_that_does_not_start_is_ended(own: Grader, monkeypatch):
-    monkeypatch.setattr(grading, "_START_SECONDS", 0.0)
+    monkeypatch.setattr(workers, "START_SECONDS", 0.0)
     started = []
     popen = subprocess.Popen
 
@@ -313,7 +314,7 @@ def test_a_worker_that_does_not_start_is_ended(own: Grader, monkeypatch):
         started.append(popen(*args, **kwargs))
         return started[-1]
 
-    monkeypatch.setattr(grading.subprocess, "Popen", kept)
+    monkeypatch.setattr(workers.subprocess, "Popen", kept)
     assert "no verdict" in own.grade("x", {}).error
     assert [process.returncode for process in started] == [-9]
 
