@@ -173,6 +173,12 @@ class TokenSequence:
         return self.ids_N[self.response].tolist()
 
     @property
+    def answer_ids(self) -> list[int]:
+        """Ids of the last turn: all of the response, if there is no CONTEXT in it."""
+        context = np.flatnonzero(self.writer_N == Writer.CONTEXT)
+        return self.ids_N[context[-1] + 1 :].tolist()
+
+    @property
     def writers(self) -> list[Writer]:
         """Writer of each token after the prompt."""
         return [Writer(writer) for writer in self.writer_N[self.response]]

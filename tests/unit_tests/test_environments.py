@@ -5,8 +5,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
+from calculator import Calculator
+from grid_world import GridWorld
 
 from megatron_tropd.base.errors import ConfigError, InputError
 from megatron_tropd.config import EnvironmentConfig, GuidanceConfig, RolloutConfig
@@ -299,3 +302,34 @@ def test_templates_and_prompts_without_turns_are_refused_at_the_start() -> None:
     with pytest.raises(ConfigError, match=r"closes a turn with '</s>' \(id 2\), which ends no"):
         Talk(TOKENIZER, ROLLOUT).check([prompt_of(0)], (7,))
     Talk(TOKENIZER, ROLLOUT, (7,)).check([prompt_of(0)], (8,))
+
+
+def test_the_grid_world_is_played_to_its_treasure() -> None:
+    world = GridWorld(walls=0.0)
+    first = world.reset({"seed": 3, "size": 4})
+    assert first == GridWorld(walls=0.0).reset({"seed": 3, "size": 4}), "a map is its seed's"
+    said: list[Any] = []
+    for _ in range(world.most_steps):
+        (x, y), (a, b) = world.here, world.treasure
+        way = ("east" if a > x else "west") if a != x else "south" if b > y else "north"
+        messages, done, info = world.step(f"I go {way}")
+        said.append(messages[0]["content"])
+        if done:
+            break
+    assert done and info["found"] and info["distance"] == 0 and info["steps"] == len(said)
+    lost = GridWorld(most_steps=2)
+    lost.reset({"seed": 3})
+    assert lost.step("hm")[0][0]["content"].startswith("That is no direction.")
+    assert lost.step("hm")[1:] == (True, {"found": False, "steps": 2, "distance": ANY})
+
+
+def test_the_calculator_calculates_and_takes_the_answer() -> None:
+    tool = Calculator()
+    tool.reset({"answer": "3901"})
+    assert tool.step("47*83=") == (
+        [{"role": "tool", "content": "3901"}],
+        False,
+        {"correct": False, "calls": 1, "errors": 0},
+    )
+    assert tool.step("47*=")[0][0]["content"] == "error"
+    assert tool.step("answer 3901") == ([], True, {"correct": True, "calls": 2, "errors": 1})
