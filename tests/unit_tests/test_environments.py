@@ -8,12 +8,14 @@ from typing import Any
 from unittest.mock import ANY
 
 import pytest
+import torch
 from calculator import Calculator
 from grid_world import GridWorld
 
 from megatron_tropd.base.errors import ConfigError, InputError
 from megatron_tropd.config import EnvironmentConfig, GuidanceConfig, RolloutConfig
 from megatron_tropd.data.conversations import Talk
+from megatron_tropd.data.packing import pack
 from megatron_tropd.data.prompts import tokenize_line
 from megatron_tropd.data.responses import TeacherResponse
 from megatron_tropd.data.samples import EPISODE_FIELD, Sample, SampleRequest
@@ -22,6 +24,8 @@ from megatron_tropd.data.sequence_files import dump_sequences, read_sequences
 from megatron_tropd.data.tokenizers import load_tokenizer
 from megatron_tropd.data.types import Prompt
 from megatron_tropd.distill.metrics import sequence_metrics
+from megatron_tropd.distill.step_loss import targets_of
+from megatron_tropd.losses import HiddenStatesSignal, preset, tropd_loss_from_hidden
 from megatron_tropd.rollout.environments import EnvironmentCall, Environments, SharedEnvironments
 from megatron_tropd.rollout.episodes import EpisodePlan, load_mode
 from megatron_tropd.rollout.source import SampledRollouts
@@ -333,3 +337,39 @@ def test_the_calculator_calculates_and_takes_the_answer() -> None:
     )
     assert tool.step("47*=")[0][0]["content"] == "error"
     assert tool.step("answer 3901") == ([], True, {"correct": True, "calls": 2, "errors": 1})
+
+
+@pytest.mark.parametrize("method", ["tropd", "tropd_exact", "gkd_jsd"])
+def test_the_loss_ignores_what_the_environment_wrote_in_value_and_gradient(method: str) -> None:
+    loss = preset(method)
+    sequences = played(Student())
+    (batch,) = pack(
+        sequences, dp_rank=0, dp_size=1, tokens_per_micro_batch=4096, seed=3, step=2, loss=loss
+    )
+    vocab, width = len(TOKENIZER), 8
+    generator = torch.Generator().manual_seed(0)
+    student, teacher, layer = (
+        torch.randn(*size, generator=generator)
+        for size in ((*batch.tokens.shape, width), (*batch.tokens.shape, width), (vocab, width))
+    )
+
+    def of(student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden = student.clone().requires_grad_()
+        output = tropd_loss_from_hidden(
+            hidden.flatten(0, 1)[batch.loss_at],
+            layer,
+            targets_of(batch, weights_T=batch.of_loss_tokens(batch.weights)),
+            HiddenStatesSignal(teacher.flatten(0, 1)[batch.loss_at], layer, vocab),
+            config=loss,
+            vocab_size=vocab,
+            group=None,
+        )
+        return torch.autograd.grad(output.loss, hidden)[0], output.loss
+
+    gradient, value = of(student, teacher)
+    context = batch.writers == Writer.CONTEXT
+    assert context.sum() > sum(s.count(Writer.CONTEXT) - s.prompt_length for s in sequences)
+    assert not gradient[context].any() and gradient[~context].any(-1).sum() > 0
+    noise = torch.randn(student.shape, generator=generator) * context[..., None]
+    other = of(student + noise, teacher - noise)
+    assert torch.equal(other[1], value) and torch.equal(other[0], gradient)
