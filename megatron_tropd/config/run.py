@@ -550,6 +550,9 @@ class EnvironmentConfig(Settings, section="environment"):
     """An environment that says nothing for so long has failed, and its episode is over."""
     workers: Count = 4
     """Environments of a rank that are asked at once; each has a process of its own."""
+    continuous: bool = False
+    """Whether episodes go on each at its own pace, so that engines stay full, in place of rounds in
+    which each has one turn. Samples then depend on time in their last bits (colocated engines)."""
     max_failures: Share = 0.5
     """Largest share of a step's episodes whose environment fails; above it the run stops. 1: it
     goes on."""
@@ -767,6 +770,13 @@ class Config(Settings):
             not asked or self.rollout.steps_ahead == 0,
             f'rollout.mode = "{MULTI_TURN}" needs rollout.steps_ahead = 0, found 1: all turns of '
             "an episode are sampled with the same weights.",
+        )
+        fixed = self.run.deterministic or self.rollout.placement != "colocated"
+        _require(
+            not self.environment.continuous or not fixed,
+            "environment.continuous = true needs colocated engines and run.deterministic = false, "
+            f'found rollout.placement = "{self.rollout.placement}" and run.deterministic = '
+            f"{json.dumps(self.run.deterministic)}: samples depend on time. Change one of them.",
         )
         _require(
             not asked or self.evaluation.task == "exact_match" or not self.evaluation.problems,

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Protocol, cast, runtime_checkable
 
 from megatron_tropd.base.errors import ConfigError, InputError
 from megatron_tropd.base.files import read_patiently
@@ -13,7 +13,10 @@ from megatron_tropd.data.samples import EPISODE_FIELD, Sample, SampleRequest, Sa
 from megatron_tropd.data.sequence import TokenSequence
 from megatron_tropd.data.sequence_files import dump_sequences, read_sequences
 from megatron_tropd.data.types import Prompt
+from megatron_tropd.rollout.continuous import Transcripts, play_share, replay
+from megatron_tropd.rollout.engines.engine import RolloutEngine
 from megatron_tropd.rollout.engines.interface import SamplingEngines
+from megatron_tropd.rollout.engines.pool import EnginePool
 from megatron_tropd.rollout.environments import SharedEnvironments
 from megatron_tropd.rollout.episodes import (
     Conversation,
@@ -131,6 +134,9 @@ class SampledRollouts:
         self._is_main = is_main
         self._version = 0
         """Of the weights that the episodes under way began with."""
+        environment = settings.environment
+        self._is_continuous = environment is not None and environment.continuous
+        self._starts: list[EpisodeStart] = []
         self._episodes: list[Episode] = []
         """Under way."""
         self._asked: list[Episode] = []
@@ -146,13 +152,14 @@ class SampledRollouts:
         self._sampling = sampling_of_step(
             rollout, step, stops=self._stops, shared_stops=self._shared_stops
         )
-        self._episodes = [
-            self._make_episode(
-                EpisodeStart(self._prompts[index], sample, step, self._version, self._settings)
-            )
+        self._starts = [
+            EpisodeStart(self._prompts[index], sample, step, self._version, self._settings)
             for index in prompts_of_step(len(self._prompts), rollout.prompts_per_step, step, seed)
             for sample in range(rollout.samples_per_prompt)
         ]
+        self._episodes = [self._make_episode(start) for start in self._starts]
+        if self._is_continuous:
+            return  # an engine does one thing at a time: all of it when the samples are wanted
         self._ask_environments()
         self._engines.start(self._next_requests(), self._sampling)
 
@@ -182,6 +189,29 @@ class SampledRollouts:
     def _wait(self) -> None:
         if not self._episodes:
             return
+        if self._is_continuous:
+            self._play_at_own_pace()
+        else:
+            self._play_in_rounds()
+        self._done = [episode.sequence() for episode in self._episodes]
+        self._episodes = []
+        self._check_environments()
+
+    def _play_at_own_pace(self) -> None:
+        engines, environment = self._engines, self._settings.environment
+        assert isinstance(engines, EnginePool) and environment and self._environments
+        owned = self._environments.mine
+
+        def share(number: int, engine: RolloutEngine) -> Transcripts:
+            mine = range(number, len(self._starts), len(engines.owners))
+            played = {i: cast(Conversation, self._make_episode(self._starts[i])) for i in mine}
+            return play_share(engine, played, owned, self._sampling, environment.workers)
+
+        for told in engines.on_engines(share):
+            for number, events in told.items():
+                replay(cast(Conversation, self._episodes[number]), events)
+
+    def _play_in_rounds(self) -> None:
         with self._engines.awake():
             self._observe(self._engines.finish())
             self._ask_environments()
@@ -189,9 +219,6 @@ class SampledRollouts:
                 self._check_weights()
                 self._observe(self._engines.generate(requests, self._sampling))
                 self._ask_environments()
-        self._done = [episode.sequence() for episode in self._episodes]
-        self._episodes = []
-        self._check_environments()
 
     def _ask_environments(self) -> None:
         ask_environments(self._episodes, self._environments)

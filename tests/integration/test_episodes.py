@@ -1,4 +1,4 @@
-"""Episodes with a calculator: real vLLM continues each conversation, transformers reads it whole."""
+"""Episodes with a calculator: vLLM continues each conversation, transformers reads it whole."""
 
 import json
 import shutil
@@ -18,8 +18,9 @@ from megatron_tropd.data.samples import Sample, SampleRequest, Sampling
 from megatron_tropd.data.sequence import TokenSequence, Writer
 from megatron_tropd.data.sequence_files import dump_sequences
 from megatron_tropd.data.tokenizers import load_tokenizer
+from megatron_tropd.rollout.continuous import play_share, replay
 from megatron_tropd.rollout.engines.engine import RolloutEngine
-from megatron_tropd.rollout.environments import SharedEnvironments
+from megatron_tropd.rollout.environments import Environments, SharedEnvironments
 from megatron_tropd.rollout.episodes import EpisodePlan, EpisodeStart
 from megatron_tropd.rollout.episodes.multi_turn import MultiTurn
 from megatron_tropd.rollout.source import play
@@ -41,7 +42,7 @@ class _Seen:
         return self.engine.generate(requests, sampling)
 
 
-def _played(engine: Any, config: Any) -> list[TokenSequence]:
+def _played(engine: Any, config: Any, *, continuous: bool = False) -> list[TokenSequence]:
     """Twelve episodes of the student."""
     tokenizer = load_tokenizer(TOOLS / "student")
     prompts = load_prompts(config.rollout.prompts, tokenizer, config.rollout)[:12]
@@ -51,8 +52,19 @@ def _played(engine: Any, config: Any) -> list[TokenSequence]:
         config.rollout, GuidanceConfig(), 9, 5, None, None, environment=environment, talk=talk
     )
     episodes = [MultiTurn(EpisodeStart(prompt, 0, 3, 3, plan)) for prompt in prompts]
-    play(episodes, engine, SAMPLING, SharedEnvironments(environment, rank=0, world_size=1))
-    return [episode.sequence() for episode in episodes]
+    if not continuous:
+        play(episodes, engine, SAMPLING, SharedEnvironments(environment, rank=0, world_size=1))
+        return [episode.sequence() for episode in episodes]
+    numbered = dict(enumerate(episodes))
+    with Environments(environment) as environments:
+        told = play_share(engine, numbered, environments, SAMPLING, workers=2)
+        assert not environments._copies, "each ended with its episode"
+    others = [MultiTurn(EpisodeStart(prompt, 0, 3, 3, plan)) for prompt in prompts]
+    for number, events in told.items():
+        replay(others[number], events)
+    found = [episode.sequence() for episode in others]
+    assert dump_sequences(found) == dump_sequences([e.sequence() for e in episodes])
+    return found
 
 
 @pytest.mark.usefixtures("warm_engines")
@@ -64,7 +76,12 @@ def test_log_probs_of_all_turns_are_those_of_the_whole_sequence(tmp_path: Path) 
         seen = _Seen(engine)
         sequences = _played(seen, config)
         again = _played(engine, config)
+        continuous = _played(engine, config, continuous=True)
+        last = _played(engine, config)
     assert dump_sequences(sequences) == dump_sequences(again), "the same bits each time"
+    assert dump_sequences(last) == dump_sequences(again), "the engine samples as before"
+    alike = [a.ids_N.tolist() == b.ids_N.tolist() for a, b in zip(continuous, again, strict=True)]
+    assert alike.count(True) >= 10, "but for the last bits, time changes nothing"
     assert len(seen.requests) > 2 and {s.fields["episode"]["end"] for s in sequences} == {"done"}
     whole = {s.key.prompt: tuple(s.ids_N.tolist()) for s in sequences}
     for asked in seen.requests:
@@ -72,7 +89,7 @@ def test_log_probs_of_all_turns_are_those_of_the_whole_sequence(tmp_path: Path) 
             ids = request.token_ids
             assert any(one[: len(ids)] == ids for one in whole.values())
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    for sequence in sequences:
+    for sequence in [*sequences, *continuous]:
         tokens = torch.from_numpy(sequence.ids_N)
         with torch.no_grad():
             wanted = model(tokens[None]).logits[0, :-1].log_softmax(-1)

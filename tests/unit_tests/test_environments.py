@@ -13,7 +13,7 @@ from calculator import Calculator
 from grid_world import GridWorld
 
 from megatron_tropd.base.errors import ConfigError, InputError
-from megatron_tropd.config import EnvironmentConfig, GuidanceConfig, RolloutConfig
+from megatron_tropd.config import EnvironmentConfig, GuidanceConfig, RolloutConfig, load_config
 from megatron_tropd.data.conversations import Talk
 from megatron_tropd.data.packing import pack
 from megatron_tropd.data.prompts import tokenize_line
@@ -373,3 +373,40 @@ def test_the_loss_ignores_what_the_environment_wrote_in_value_and_gradient(metho
     noise = torch.randn(student.shape, generator=generator) * context[..., None]
     other = of(student + noise, teacher - noise)
     assert torch.equal(other[1], value) and torch.equal(other[0], gradient)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rollout.mode=single_turn", r'"multi_turn" and environment\.name go together'),
+        ("environment.name=", r'environment\.name = ""\. Set both or neither'),
+        ("environment.name=calculator", r'must name a class as "package\.module:Class"'),
+        ("rollout.steps_ahead=1", r"needs rollout\.steps_ahead = 0, found 1"),
+        ("evaluation.task=reverse_kl", r'"reverse_kl" samples one turn'),
+        ("environment.max_failures=0", r"environment\.max_failures must be in"),
+        ("environment.turns=0", r"environment\.turns must be at least 1"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(TOOLS / "tropd.toml", [override])
+
+
+def test_episodes_at_their_own_pace_are_not_promised_to_repeat() -> None:
+    with pytest.raises(
+        ConfigError, match=r"environment\.continuous = true needs colocated engines"
+    ):
+        load_config(TOOLS / "tropd.toml", ["environment.continuous=true", "run.deterministic=true"])
+
+
+def test_the_answer_is_the_last_turn() -> None:
+    (sequence, *_) = played(Student(["1=", "2=", "answer 3"]))
+    assert TOKENIZER.decode(sequence.answer_ids) == "answer 3</s>"
+    whole = TokenSequence.of_runs(
+        sequence.key,
+        (Writer.CONTEXT, (5, 6)),
+        (Writer.TEACHER, (7,)),
+        (Writer.STUDENT, (8, 2)),
+        logprobs=(-1, -1),
+    )
+    assert whole.answer_ids == whole.response_ids == [7, 8, 2]

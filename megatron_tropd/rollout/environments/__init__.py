@@ -56,10 +56,25 @@ class Environments:
         Raises:
             ConfigError: the class cannot be imported.
         """
-        if calls and self._origin is None:
-            self._origin = self._start()
+        if calls:
+            self.start()
         with ThreadPoolExecutor(self._config.workers) as threads:
-            return dict(zip(calls, threads.map(self._answer, calls.items()), strict=True))
+            return dict(
+                zip(
+                    calls,
+                    threads.map(self.answer_one, *zip(*calls.items(), strict=True)),
+                    strict=True,
+                )
+            )
+
+    def start(self) -> None:
+        """Import the class, unless that has been done.
+
+        Raises:
+            ConfigError: it cannot be imported.
+        """
+        if self._origin is None:
+            self._origin = self._start()
 
     def end(self, episode: int) -> None:
         """End the environment of an episode, if it has begun."""
@@ -90,8 +105,8 @@ class Environments:
                 "in a Python of your own to see why."
             ) from None
 
-    def _answer(self, item: tuple[int, EnvironmentCall]) -> EnvironmentReply:
-        episode, call = item
+    def answer_one(self, episode: int, call: EnvironmentCall) -> EnvironmentReply:
+        """Ask the environment of one episode; any thread may."""
         request = {"text": call.text} if call.prompt is None else {"prompt": dict(call.prompt)}
         try:
             if call.prompt is not None:
@@ -111,7 +126,7 @@ class SharedEnvironments:
 
     def __init__(self, config: EnvironmentConfig, *, rank: int, world_size: int) -> None:
         """Start nothing yet."""
-        self._mine, self._rank, self._world_size = Environments(config), rank, world_size
+        self.mine, self._rank, self._world_size = Environments(config), rank, world_size
 
     def answer(self, calls: Mapping[int, EnvironmentCall]) -> dict[int, EnvironmentReply]:
         """Ask the environments of some episodes at once; collective.
@@ -123,21 +138,21 @@ class SharedEnvironments:
             ConfigError: the class cannot be imported.
         """
         if self._world_size == 1:
-            return self._mine.answer(calls)
+            return self.mine.answer(calls)
         mine = {i: call for i, call in calls.items() if i % self._world_size == self._rank}
-        shares = run_everywhere(lambda: self._mine.answer(mine))
+        shares = run_everywhere(lambda: self.mine.answer(mine))
         return {episode: reply for share in shares for episode, reply in share.items()}
 
     def end(self, episode: int) -> None:
         """End the environment of an episode; harmless where it is not."""
-        self._mine.end(episode)
+        self.mine.end(episode)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         """End those of this rank."""
-        self._mine.close()
+        self.mine.close()
 
 
 def shared_environments(config: Config) -> SharedEnvironments | None:
