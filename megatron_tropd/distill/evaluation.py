@@ -172,6 +172,7 @@ def evaluation_settings(config: Config, inputs: Inputs) -> dict[str, Any]:
         "max_new_tokens": config.max_answer_tokens,
         "stop_token_ids": list(inputs.stop_token_ids),
         **templates,
+        **({"environment": asdict(config.environment)} if config.talks_to else {}),
         "dtype": engine_dtype(config.model.dtype),
         **({"temperature": 0.0, "grader": _named(config.grader)} if exact else _drawn(config)),
     }
