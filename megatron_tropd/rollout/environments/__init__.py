@@ -111,6 +111,7 @@ class Environments:
         try:
             if call.prompt is not None:
                 assert self._origin is not None
+                self.end(episode)  # of a step that was given up
                 self._copies[episode] = self._origin.copy()
             reply = self._copies[episode].request(request, self._config.timeout_seconds)
         except WorkerError as error:

@@ -156,7 +156,7 @@ class MultiTurn:
     def _say(self, last: Sample, messages: list[Message]) -> None:
         ids = self._talk.after(self._prompt, self._messages[:-1], messages)
         stop = last.token_ids[-1]
-        if stop == ids[0]:
+        if ids and stop == ids[0]:
             ids = ids[1:]  # the student wrote it
         elif stop not in self._config.stop_token_ids:
             self._end = "stop"  # of the whole response, not of a turn
