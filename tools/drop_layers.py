@@ -9,13 +9,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_tropd.config.hub import model_argument
 from megatron_tropd.convert.pruning import drop_layers
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line of this tool; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, required=True, help="HF folder to prune")
+    parser.add_argument("--model", type=model_argument, required=True, help="HF folder to prune")
     parser.add_argument("--out", type=Path, required=True, help="HF folder to write")
     parser.add_argument("--drop", required=True, help="0-based layers, comma-separated: 3 or 2,3")
     options = parser.parse_args(arguments)

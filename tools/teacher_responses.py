@@ -13,6 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megatron_tropd.base.failures import exit_code
+from megatron_tropd.config.hub import model_argument
 from megatron_tropd.config.run_defaults import parse_with_run
 from megatron_tropd.data.arguments import add_prompt_options, read_prompts
 from megatron_tropd.data.prompts import num_tokens
@@ -35,7 +36,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    add("--teacher", required=True, type=Path, help="HF folder of the teacher")
+    add("--teacher", required=True, type=model_argument, help="HF folder of the teacher")
     add_prompt_options(parser)
     add("--out", required=True, type=Path, help="JSON lines to write or continue")
     add("--max-new-tokens", required=True, type=int, help="longest response")

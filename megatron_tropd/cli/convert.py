@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from tqdm import tqdm
 
 from megatron_tropd.base.errors import ConfigError, InputError
+from megatron_tropd.config.hub import model_argument
 
 if TYPE_CHECKING:
     from megatron_tropd.convert.preview import Preview
@@ -52,7 +53,7 @@ main_to_hf = partial(_tool, "to-hf")
 
 def _add_to_megatron(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--hf", type=Path, required=True, help="HF folder to read")
+    add("--hf", type=model_argument, required=True, help="HF folder to read, or hf://OWNER/NAME")
     add("--megatron", type=Path, required=True, help="folder to write: what --load takes")
     add(
         "--tensor-parallel",

@@ -16,6 +16,7 @@ from megatron_tropd.base.environment import number, variable
 from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.base.failures import SYMPTOMS, Failure, exit_code, read, report
 from megatron_tropd.config import Config, ParallelConfig, config_to_dict, load_config
+from megatron_tropd.config.hub import with_local_models
 from megatron_tropd.config.run_folder import (
     RunFolder,
     check_run,
@@ -46,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Train; on several nodes this node's share."""
     started_at()
-    config = load_config(arguments.config, arguments.overrides)
+    config = with_local_models(load_config(arguments.config, arguments.overrides))
     if arguments.dry_run:
         config = with_date(config)
         check_run(config)

@@ -21,6 +21,7 @@ from pathlib import Path
 from megatron_tropd.base.environment import hidden_gpus, listed_gpus
 from megatron_tropd.base.errors import ConfigError, InputError
 from megatron_tropd.config import Config, load_config
+from megatron_tropd.config.hub import with_local_models
 
 PROBE_SECONDS = 300.0
 """Longest a probe process may take; the first import after an installation is slow."""
@@ -80,7 +81,10 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         ConfigError: the file is no config.
     """
-    config = load_config(arguments.config, arguments.overrides) if arguments.config else None
+    config = None
+    if arguments.config:
+        config = load_config(arguments.config, arguments.overrides)
+        config = with_local_models(config, weights=False)
     failed = 0
     for check in run_checks(config):
         failed += check.status is Status.FAIL
@@ -306,10 +310,7 @@ def check_options(config: Config) -> Check:
         if alone.reference is not None:
             paths[reference_of(who)] = alone.reference
     try:
-        models = {
-            who: open_model(path, weights=who == "student" or config.loads_teacher).config
-            for who, path in paths.items()
-        }
+        models = {who: open_model(path, weights=False).config for who, path in paths.items()}
         options_check.check_options(config, **models)
     except (ConfigError, InputError) as error:
         return Check(name, Status.FAIL, str(error))

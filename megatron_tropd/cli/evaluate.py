@@ -4,11 +4,17 @@ import argparse
 import json
 from pathlib import Path
 
+from megatron_tropd.config.hub import model_argument
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Give ``parser`` the arguments of ``tropd evaluate``."""
     add = parser.add_argument
-    add("model", type=Path, help="run folder (its student, with its settings), or HF folder")
+    add(
+        "model",
+        type=model_argument,
+        help="run folder (its student, with its settings), HF folder, or hf://OWNER/NAME",
+    )
     add("problems", nargs="?", help="file or data set; default: the run's held-out problems")
     add("--data", metavar="JSON", help='what of it is read: {"split": "test"} (docs/prompts.md)')
     add("--like", type=Path, metavar="RUN", help="use the settings of this run for an HF folder")

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from megatron_tropd.config import Config, load_config
+from megatron_tropd.config.hub import with_local_models
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
     from megatron_tropd.planning.report import plan_json, plan_table
 
     config = load_config(arguments.config, arguments.overrides)
+    config = with_local_models(config, weights=False)
     _check_option_types(config)
     hardware = load_hardware(arguments.hardware)
     if arguments.gpus_per_node is not None:

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from megatron_tropd.config import load_config
+from megatron_tropd.config.hub import with_local_models
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
     from megatron_tropd.rehearsal import rehearsal_json, rehearsal_table, rehearse
 
     rehearsed = rehearse(
-        load_config(arguments.config, arguments.overrides),
+        with_local_models(load_config(arguments.config, arguments.overrides), weights=False),
         ranks=arguments.rank,
         prompt_tokens=arguments.prompt_tokens,
         gpus_per_node=arguments.gpus_per_node,

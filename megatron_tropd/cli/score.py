@@ -15,6 +15,7 @@ from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.base.failures import exit_code, read
 from megatron_tropd.base.files import write_json
 from megatron_tropd.config import Config, NamedTeacher, TeacherConfig, config_to_dict, load_config
+from megatron_tropd.config.hub import with_local_models
 from megatron_tropd.config.run_folder import (
     RunFolder,
     hold,
@@ -43,7 +44,8 @@ def run(arguments: argparse.Namespace) -> int:
     from megatron_tropd.cli.distill import is_rank
 
     started_at()
-    config = job_config(load_config(arguments.config, arguments.overrides), arguments.teacher)
+    config = load_config(arguments.config, arguments.overrides)
+    config = with_local_models(job_config(config, arguments.teacher))
     set_environment(config.run.deterministic)
     if is_rank():
         return _be_rank(config)

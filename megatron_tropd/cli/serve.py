@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from megatron_tropd.config import load_config
+from megatron_tropd.config.hub import with_local_models
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,5 +24,5 @@ def run(arguments: argparse.Namespace) -> int:
     """Serve until the run is complete or a signal comes."""
     from megatron_tropd.cli.serving import serve
 
-    config = load_config(arguments.config, arguments.overrides)
+    config = with_local_models(load_config(arguments.config, arguments.overrides))
     return serve(config, number=arguments.number, host=arguments.host, port=arguments.port)

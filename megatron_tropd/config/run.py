@@ -40,8 +40,10 @@ from megatron_tropd.config.settings import (
 )
 
 PATH = {"path": True}  # metadata of the fields that name an input file or folder
-HUB = "hf://datasets/"
-"""Begins the name of a data set of the Hugging Face hub, which is no path."""
+HUB_MODEL = "hf://"
+"""Begins the name of what the Hugging Face hub has, which is no path: ``hf://OWNER/NAME``."""
+HUB = f"{HUB_MODEL}datasets/"
+"""Begins the name of a data set there."""
 SELF = "self"
 """``teacher.placement``: the student's own weights."""
 TEACHER = "teacher"
@@ -99,7 +101,7 @@ class LoraConfig(Settings, section="model.lora"):
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(Settings, section="model"):
     """The pair: two model folders, each an HF folder (config.json, *.safetensors, tokenizer) or a
-    Megatron checkpoint made by ``tropd convert``."""
+    Megatron checkpoint made by ``tropd convert``; or ``hf://OWNER/NAME``, a model of the hub."""
 
     student: str = field(metadata=PATH)
     """Folder of the student: architecture and first weights."""
@@ -1280,7 +1282,7 @@ def _anchor(table: Any, section: Any, folder: Path) -> None:
 
 def _is_path(f: "dataclasses.Field[Any]", value: str) -> bool:
     """Whether a value of this field names an input file or folder."""
-    named = value in f.metadata.get("words", ()) or value.startswith(HUB)
+    named = value in f.metadata.get("words", ()) or value.startswith(HUB_MODEL)
     return bool(f.metadata.get("path") and value) and not named
 
 

@@ -66,7 +66,7 @@ class HFFolder:
         if not self.path.is_dir():
             raise InputError(
                 f"Model folder {self.path} does not exist. Give a folder holding config.json, "
-                "*.safetensors and the tokenizer."
+                "*.safetensors and the tokenizer, or hf://OWNER/NAME, a model of the hub."
             )
         self.config: dict[str, Any] = read_config(self.path)
         self._open: dict[str, WeightFile] = {}

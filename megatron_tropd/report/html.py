@@ -14,7 +14,7 @@ those lines by some 100 and take the themes and the crosshair through all charts
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
@@ -28,11 +28,13 @@ MAX_POINTS = 600
 """Points of a curve; longer runs are averaged over equal stretches of steps."""
 MAX_DUMPS = 9
 """Trajectory dumps on the page: the first, the last, and evenly spaced ones between them."""
-MAX_TOKENS = 1500
-"""Tokens shown of one trajectory."""
+MAX_TOKENS = 16_384
+"""Tokens kept of one trajectory; the page shows some hundred of them at a time."""
+MAX_PAGE_TOKENS = 300_000
+"""Tokens of all trajectories, about 15 MB. Longer ones leave room for fewer dumps, at least two."""
 MAX_ANSWERS = 8
 """Held-out answers shown: those of the first problems in the file, so that none is picked."""
-MAX_CHARACTERS = 4000
+MAX_CHARACTERS = 65_536
 """Characters shown of one answer."""
 
 _PAGE = """<!doctype html>
@@ -111,7 +113,7 @@ def page_data(records: RunRecords) -> dict[str, Any]:
             "answers": held_out_answers(records.evaluations),
             "dumps": [
                 {"step": step, "items": [_shorten(item) for item in records.trajectories[step]]}
-                for step in _spread(steps, MAX_DUMPS)
+                for step in _spread(steps, _num_dumps(records.trajectories))
             ],
         }
     )
@@ -206,6 +208,18 @@ def _num_buckets(row: dict[str, Any]) -> int:
     return max((i + 1 for i, share in enumerate(shares) if share is not None), default=0)
 
 
+def _num_dumps(trajectories: Mapping[int, Sequence[dict[str, Any]]]) -> int:
+    """As many as the page has room for, if all were as long as the longest."""
+    longest = max(
+        (
+            sum(min(len(item["tokens"]), MAX_TOKENS) for item in dump)
+            for dump in trajectories.values()
+        ),
+        default=0,
+    )
+    return max(2, min(MAX_DUMPS, MAX_PAGE_TOKENS // max(longest, 1)))
+
+
 def _spread(steps: Sequence[int], most: int) -> list[int]:
     if len(steps) <= most:
         return list(steps)
@@ -218,10 +232,10 @@ def _shorten(item: dict[str, Any]) -> dict[str, Any]:
         for name, value in item.items()
     }
     short["cut"] = max(0, len(item.get("tokens", [])) - MAX_TOKENS)
-    return {name: _rounded(value) for name, value in short.items()}
+    return {name: _rounded(value, digits=4) for name, value in short.items()}
 
 
-def _rounded(value: Any) -> Any:
+def _rounded(value: Any, digits: int = 5) -> Any:
     if isinstance(value, float):
-        return float(f"{value:.5g}")
-    return [_rounded(item) for item in value] if isinstance(value, list) else value
+        return float(f"{value:.{digits}g}")
+    return [_rounded(item, digits) for item in value] if isinstance(value, list) else value

@@ -507,7 +507,8 @@ function timing() {
   const besides = BESIDES.filter((name) => has(`seconds_${name}`)).map((name) => `${name}s ${duration(totalOf(`seconds_${name}`))}`);
   const share = el("div", { class: "card chart" }, el("h3", {}, "Mean step"), el("div", { class: "note" }, duration(total)), bar, rows,
     besides.length ? el("p", { class: "note besides" }, `Besides, between steps: ${besides.join(", ")}`) : null);
-  return section("Where the time goes", "Wall-clock time of the phases of a step on the first rank.", el("div", { class: "grid two" }, stack, share));
+  const waste = chart({ title: "Padding and waiting", note: "Of all positions; of the time of teacher and student, at the sum of the gradients", zero: true, format: percent, tick: (v) => percent(v, 0), series: [curve("padding_share", "padding", "violet"), curve("waiting_share", "waiting", "outlier")] });
+  return section("Where the time goes", "Wall-clock time of the phases of a step on the first rank.", el("div", { class: "grid two" }, stack, share, waste));
 }
 
 function drawStack(holder, parts, width) {
@@ -590,17 +591,40 @@ function example(a, b, stepA, stepB, shade) {
 function side(item, step, shade, withPrompt) {
   const students = item.segment.map((s, i) => (s === "student" ? i : -1)).filter((i) => i >= 0);
   const said = item.segment.filter((s) => s === "context").length, given = item.segment.length - students.length - said;
-  const outliers = students.filter((i) => item.outlier[i]).length, masked = students.filter((i) => isMasked(item, i)).length;
+  const outliers = students.reduce((sum, i) => sum + (item.outlier[i] || 0), 0), masked = students.filter((i) => isMasked(item, i)).length;
   const caption = el("div", { class: "caption" }, el("b", {}, `Step ${step}`));
   if (item.correct === true || item.correct === false) caption.append(verdict(item.correct));
-  caption.append(el("span", {}, `${outliers} of ${students.length - masked} tokens outliers`));
+  caption.append(el("span", {}, `${Number.isInteger(outliers) ? outliers : outliers.toFixed(1)} of ${students.length - masked} tokens outliers`));
   if (masked) caption.append(el("span", {}, `masked ${masked}`));
   if (given) caption.append(el("span", {}, `prefix ${given}`));
   if (said) caption.append(el("span", {}, `environment ${said}`));
-  const text = el("div", { class: "tokens" });
-  item.tokens.forEach((token, i) => text.append(tokenSpan(item, token, i, shade)));
-  if (item.cut) text.append(el("span", { class: "empty" }, ` … ${item.cut} more tokens`));
-  return el("div", { class: "side" }, caption, withPrompt ? el("div", { class: "prompt" }, item.prompt || "") : null, text);
+  const prompt = withPrompt ? el("div", { class: "prompt" }, item.prompt || "") : null;
+  return el("div", { class: "side" }, caption, prompt, ...tokenPages(item, shade));
+}
+
+// A span for each token of thousands would take seconds to draw: a page of them at a time.
+const PAGE_TOKENS = 500;
+
+function tokenPages(item, shade) {
+  const text = el("div", { class: "tokens" }), where = el("span"), last = Math.ceil(item.tokens.length / PAGE_TOKENS) - 1;
+  const turn = (by, label) => {
+    const button = el("button", { type: "button", "aria-label": label }, by < 0 ? "‹" : "›");
+    button.addEventListener("click", () => { item.page += by; draw(); });
+    return button;
+  };
+  const back = turn(-1, "earlier tokens"), on = turn(1, "later tokens");
+  const draw = () => {
+    const start = item.page * PAGE_TOKENS, shown = item.tokens.slice(start, start + PAGE_TOKENS);
+    text.replaceChildren(...shown.map((token, i) => tokenSpan(item, token, start + i, shade)));
+    text.scrollTop = 0;
+    where.textContent = `tokens ${start + 1} to ${start + shown.length} of ${item.tokens.length + (item.cut || 0)}`;
+    if (item.cut && item.page === last) where.textContent += ", the rest is cut off";
+    back.disabled = item.page === 0;
+    on.disabled = item.page === last;
+  };
+  item.page = item.page || 0; // kept if the shade changes
+  draw();
+  return last > 0 ? [text, el("div", { class: "pages" }, back, where, on)] : [text];
 }
 
 // Written by the teacher, or taken from a golden answer.
@@ -618,8 +642,9 @@ function isMasked(item, i) {
   return !isGiven(item, i) && !isContext(item, i) && ["outlier", "trust", "tv", "k1"].every((name) => !isNumber((item[name] || [])[i]));
 }
 
+// A drawn outlier is 0 or 1; in closed form it is a probability, whose sum is the number expected.
 function tokenSpan(item, token, i, shade) {
-  const region = isContext(item, i) ? "context" : isMasked(item, i) ? "masked" : isGiven(item, i) ? "teacher" : item.outlier[i] ? "outlier" : "trusted";
+  const region = isContext(item, i) ? "context" : isMasked(item, i) ? "masked" : isGiven(item, i) ? "teacher" : item.outlier[i] >= .5 ? "outlier" : "trusted";
   const amount = SHADES[shade](item, i);
   const floor = { teacher: .18, outlier: .25, trusted: .05, masked: 0, context: 0 }[region], strength = isNumber(amount) ? clamp(amount, 0, 1) : 0;
   const special = /^<[^<>]*>$/.test(token) ? " special" : "";

@@ -81,6 +81,13 @@ class Grader:
             raise ConfigError(
                 "grader.name = \"math\" needs math-verify: pip install 'megatron-tropd[tasks]'."
             )
+        if config.name == "code" and not sandbox.network_is_off():
+            print(
+                'tropd: warning: grader.name = "code" runs what the model writes, and this system '
+                "gives those programs no namespaces (`unshare --map-root-user --net` fails): they "
+                "have the network of this machine. Run the job in a container.",
+                file=sys.stderr,
+            )
         self._rule = _RULES.get(config.name, _by_function)
         self._workers = _Workers(config)
 

@@ -20,27 +20,25 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, BinaryIO, TypeGuard
 
 from megatron_tropd.base.errors import InputError
 
 _OUTPUT_BYTES = 2**24
-_NOT_STARTED = 97
-"""Exit code of a process that could not set its limits."""
 _FENCED = re.compile(r"```[ \t]*(\w*)[^\n]*\n(.*?)(?:```|\Z)", re.DOTALL)
+_STARTED = b"started"
 _LIMITED = f"""
 import os, resource, sys
-try:
-    seconds, memory, size = (int(value) for value in sys.argv[1:4])
-    for what, most in (
-        (resource.RLIMIT_CPU, seconds), (resource.RLIMIT_AS, memory), (resource.RLIMIT_FSIZE, size),
-        (resource.RLIMIT_CORE, 0), (resource.RLIMIT_NOFILE, 64),
-    ):
-        resource.setrlimit(what, (most, most))
-except BaseException:
-    os.write(1, sys.argv[5].encode())
-    os._exit({_NOT_STARTED})
-os.execv(sys.executable, [sys.executable, "-I", sys.argv[4]])
+seconds, memory, size, told = (int(value) for value in sys.argv[1:5])
+for what, most in (
+    (resource.RLIMIT_CPU, seconds), (resource.RLIMIT_AS, memory), (resource.RLIMIT_FSIZE, size),
+    (resource.RLIMIT_CORE, 0), (resource.RLIMIT_NOFILE, 64),
+):
+    resource.setrlimit(what, (most, most))
+os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+os.write(told, {_STARTED!r})
+os.close(told)
+os.execv(sys.executable, [sys.executable, "-I", sys.argv[5]])
 """
 
 
@@ -129,43 +127,71 @@ def run_program(program: str, given: str, *, seconds: float, memory_mib: int) ->
     Raises:
         SandboxError: it could not be started.
     """
-    with tempfile.TemporaryDirectory(prefix="tropd-grade-") as folder:
+    # What a program left behind may write while its folder is removed.
+    with tempfile.TemporaryDirectory(prefix="tropd-grade-", ignore_cleanup_errors=True) as folder:
         path, output = Path(folder) / "program.py", Path(folder) / "output"
         path.write_text(program, encoding="utf-8", errors="replace")
-        limits = [str(int(seconds) + 1), str(memory_mib * 2**20), str(_OUTPUT_BYTES)]
-        proof = secrets.token_hex(16)  # a program may end with any code
-        command = [*_apart(), sys.executable, "-I", "-c", _LIMITED, *limits, str(path), proof]
+        limits = [int(seconds) + 1, memory_mib * 2**20, _OUTPUT_BYTES]
         with output.open("wb") as written:
-            code = _wait(command, given, written, folder, seconds)
-        if code == _NOT_STARTED and output.read_bytes() == proof.encode():
-            raise SandboxError("the limits of a program could not be set")
+            code = _wait(path, limits, given, written, seconds)
         if code != 0 or output.stat().st_size >= _OUTPUT_BYTES:
             return None
         return output.read_text(encoding="utf-8", errors="replace")
 
 
 def _wait(
-    command: Sequence[str], given: str, written: Any, folder: str, seconds: float
+    path: Path, limits: Sequence[int], given: str, written: BinaryIO, seconds: float
 ) -> int | None:
-    """Run it to its end, or end it with all that it started; None if time ran out."""
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=written,
-        stderr=subprocess.DEVNULL,
-        cwd=folder,
-        env={"PATH": os.defpath, "HOME": folder, "TMPDIR": folder, "OMP_NUM_THREADS": "1"},
-        start_new_session=True,
-    )
+    """Run it to its end, or end it with all that it started.
+
+    Returns:
+        Its exit code; None if time ran out.
+
+    Raises:
+        SandboxError: what sets its limits ended before it could start it.
+    """
+    read, told = os.pipe()  # closed before the program begins, which so cannot write into it
+    with open(read, "rb") as said, tempfile.TemporaryFile() as errors:
+        command = [*_apart(), sys.executable, "-I", "-c", _LIMITED, *map(str, [*limits, told])]
+        try:
+            process = subprocess.Popen(
+                [*command, str(path)],
+                stdin=subprocess.PIPE,
+                stdout=written,
+                stderr=errors,
+                cwd=path.parent,
+                env=_environment(path.parent),
+                pass_fds=(told,),
+                start_new_session=True,
+            )
+        finally:
+            os.close(told)
+        in_time = _ends(process, given, seconds)
+        if said.read() != _STARTED:
+            errors.seek(0)
+            lines = errors.read(4096).decode(errors="replace").split("\n")
+            why = next(filter(None, reversed(lines)), f"not within {seconds:g} s")
+            raise SandboxError(f"a program could not be started: {why}")
+    return process.returncode if in_time else None
+
+
+def _ends(process: subprocess.Popen[bytes], given: str, seconds: float) -> bool:
+    """Whether it ends in time; it and its group are ended in any case."""
     try:
         process.communicate(given.encode(errors="replace"), timeout=seconds)
     except subprocess.TimeoutExpired:
-        return None
+        return False
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-    return process.returncode
+    return True
+
+
+def _environment(folder: Path) -> dict[str, str]:
+    """Nothing of ours."""
+    own = str(folder)
+    return {"PATH": os.defpath, "HOME": own, "TMPDIR": own, "OMP_NUM_THREADS": "1"}
 
 
 @lru_cache

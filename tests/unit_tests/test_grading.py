@@ -298,11 +298,27 @@ def test_what_a_program_started_ends_with_it(tmp_path: Path):
     assert not left.exists()
 
 
-def test_a_sandbox_without_limits_is_told_from_a_program_that_ends_like_it():
-    ended = "import sys; sys.exit(97)"
+def test_a_program_that_could_not_be_started_is_told_from_one_that_fails(monkeypatch):
+    """Whether its limits or its namespaces failed; a program may end with any code."""
+    ended = "import sys; sys.exit(1)"
     assert sandbox.run_program(ended, "", seconds=60, memory_mib=512) is None
-    with pytest.raises(sandbox.SandboxError, match="limits"):
+    with pytest.raises(sandbox.SandboxError, match="could not be started"):
         sandbox.run_program("", "", seconds=60, memory_mib=2**60)
+    monkeypatch.setattr(sandbox, "_apart", lambda: ("sh", "-c", "echo no space >&2; exit 1"))
+    with pytest.raises(sandbox.SandboxError, match="could not be started: no space"):
+        sandbox.run_program("", "", seconds=60, memory_mib=512)
+    monkeypatch.setattr(sandbox, "_apart", lambda: ("sleep", "30"))
+    with pytest.raises(sandbox.SandboxError, match="started"):
+        sandbox.run_program("", "", seconds=1, memory_mib=512)
+    grader = Grader(GraderConfig(name="code", timeout_seconds=1.0))
+    assert grader.grade(GOOD, {"answer": TESTS}).correct is None
+
+
+def test_programs_that_have_the_network_are_announced(monkeypatch, capsys):
+    for off, said in ((False, True), (True, False)):
+        monkeypatch.setattr(sandbox, "network_is_off", lambda off=off: off)
+        Grader(GraderConfig(name="code"))
+        assert ("have the network" in capsys.readouterr().err) is said
 
 
 def test_a_worker_that_does_not_start_is_ended(own: Grader, monkeypatch):

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -60,18 +61,15 @@ def test_page_asks_for_nothing_over_the_network(run: Path):
     assert not re.findall(r"<(?:link|img|iframe)\b|\bsrc=|@import|url\(", page)
 
 
-@pytest.mark.needs("chromium")
-@pytest.mark.parametrize("steps", [1, 40])
-def test_a_browser_draws_it(tmp_path: Path, steps: int):
-    """Without a message on the console, and with every section."""
-    page = write_report(write_synthetic_run(tmp_path / "run", steps=steps))
+def _browse(page: Path, profile: Path) -> subprocess.CompletedProcess[str]:
+    """A page as a browser draws it, with what it says on stderr."""
     options = "--headless --no-sandbox --disable-gpu --disable-background-networking --dump-dom"
-    browser = subprocess.run(
+    return subprocess.run(
         [
             chromium(),
             *options.split(),
             "--enable-logging=stderr",
-            f"--user-data-dir={tmp_path / 'profile'}",
+            f"--user-data-dir={profile}",
             "--virtual-time-budget=30000",
             page.as_uri(),
         ],
@@ -79,6 +77,14 @@ def test_a_browser_draws_it(tmp_path: Path, steps: int):
         text=True,
         timeout=120,
     )
+
+
+@pytest.mark.needs("chromium")
+@pytest.mark.parametrize("steps", [1, 40])
+def test_a_browser_draws_it(tmp_path: Path, steps: int):
+    """Without a message on the console, and with every section."""
+    page = write_report(write_synthetic_run(tmp_path / "run", steps=steps))
+    browser = _browse(page, tmp_path / "profile")
     assert "CONSOLE" not in browser.stderr, browser.stderr
     titles = re.findall(r"<h2>(.*?)</h2>", browser.stdout)
     assert titles == [
@@ -89,6 +95,45 @@ def test_a_browser_draws_it(tmp_path: Path, steps: int):
         "Training trajectories",
     ]
     assert browser.stdout.count("<svg") >= 13
+
+
+@pytest.mark.needs("chromium")
+def test_outliers_in_closed_form_are_counted_by_their_probability(tmp_path: Path):
+    run = write_synthetic_run(tmp_path / "run", steps=4, trajectories=1)
+    for path in (run / "trajectories").glob("*.jsonl"):
+        record = json.loads(path.read_text().splitlines()[0])
+        record["segment"] = ["student"] * len(record["tokens"])
+        small = [0.001] * (len(record["tokens"]) - 1)
+        record["outlier"] = [0.9, *small]
+        path.write_text(json.dumps(record) + "\n")
+    drawn = _browse(write_report(run), tmp_path / "profile").stdout
+    assert f"0.9 of {len(small) + 1} tokens outliers" in drawn
+    assert drawn.count('class="tok outlier') == drawn.count("tokens outliers")
+
+
+@pytest.mark.needs("chromium")
+def test_long_responses_are_paged(tmp_path: Path):
+    """Eight of 8,000 tokens a dump: all of them are in the page, 500 of each are drawn."""
+    run = write_synthetic_run(tmp_path / "run", steps=8, trajectories=8)
+    for path in (run / "trajectories").glob("*.jsonl"):
+        path.write_text("".join(_lengthened(line, 8000) for line in path.read_text().splitlines()))
+    page = write_report(run)
+    dumps = _embedded(page.read_text())["dumps"]
+    assert [dump["step"] for dump in dumps] == [0, 3, 5, 8]
+    assert all(len(item["tokens"]) == 8000 for dump in dumps for item in dump["items"])
+    began = time.monotonic()
+    drawn = _browse(page, tmp_path / "profile").stdout
+    assert time.monotonic() - began < 60
+    assert drawn.count('class="tok ') < 16 * 500 + 10
+    assert drawn.count("tokens 1 to 500 of 8000") == 16
+
+
+def _lengthened(line: str, tokens: int) -> str:
+    record = json.loads(line)
+    for name, values in record.items():
+        if isinstance(values, list):
+            record[name] = (values * (tokens // len(values) + 1))[:tokens]
+    return json.dumps(record) + "\n"
 
 
 def test_text_of_the_run_cannot_become_markup(tmp_path: Path):
