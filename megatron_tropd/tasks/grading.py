@@ -10,6 +10,7 @@ import importlib.util
 import math
 import queue
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
