@@ -5,6 +5,7 @@ from megatron_tropd.config.megatron import MegatronConfig
 from megatron_tropd.config.run import (
     Config,
     DataConfig,
+    EnvironmentConfig,
     EvaluationConfig,
     EvaluationSet,
     GraderConfig,
@@ -34,6 +35,7 @@ from megatron_tropd.config.run import (
 __all__ = [
     "Config",
     "DataConfig",
+    "EnvironmentConfig",
     "EvaluationConfig",
     "EvaluationSet",
     "GraderConfig",

@@ -49,6 +49,8 @@ SELF = "self"
 """``teacher.placement``: the student's own weights."""
 TEACHER = "teacher"
 """What messages call the teacher; one of several is "teacher NAME"."""
+MULTI_TURN = "multi_turn"
+"""``rollout.mode`` of episodes with an environment."""
 STUDENT = "student"
 """``teacher.reference``: the weights that the student starts from."""
 _SEVERAL = ("teachers", "tasks")
@@ -344,7 +346,8 @@ class RolloutConfig(PromptConfig, section="rollout"):
     """blended, mixture, skd: tokens that the student drafts for each pass of the teacher."""
     mode: str = "single_turn"
     """How a prompt becomes a sequence: "single_turn" (the student answers once, perhaps after a
-    teacher prefix), or "package.module:attribute" of your own (docs/extending.md)."""
+    teacher prefix), "multi_turn" (it talks to [environment]), or "package.module:attribute" of your
+    own (docs/extending.md)."""
     recorded: str | None = field(default=None, metadata=PATH)
     """Train on these rollouts in place of new samples: a file that `tropd rollouts` made of the
     same prompts, or a folder of rounds (docs/recorded_rollouts.md). None: sample."""
@@ -683,6 +686,41 @@ class TaskConfig(Settings, section="tasks"):
 
 
 @dataclass(frozen=True, kw_only=True)
+class EnvironmentConfig(Settings, section="environment"):
+    """Whom the student talks to in episodes of several turns (docs/environments.md)."""
+
+    name: str = ""
+    """"package.module:Class" with reset(prompt) and step(text). Empty: there is none."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the class."""
+    turns: Count = 8
+    """Most turns of the student in an episode."""
+    turn_tokens: Count | None = None
+    """Longest turn. None: what is left of the episode, which has rollout.max_new_tokens, texts of
+    the environment included."""
+    stop_token_ids: tuple[Number, ...] = ()
+    """Further ids that end a turn, and are part of its text."""
+    timeout_seconds: Positive = 10.0
+    """An environment that says nothing for so long has failed, and its episode is over."""
+    workers: Count = 4
+    """Environments of a rank that are asked at once; each has a process of its own."""
+    continuous: bool = False
+    """Whether episodes go on each at its own pace, so that engines stay full, in place of rounds in
+    which each has one turn. Samples then depend on time in their last bits (colocated engines)."""
+    max_failures: Share = 0.5
+    """Largest share of a step's episodes whose environment fails; above it the run stops. 1: it
+    goes on."""
+
+    def _check_together(self) -> None:
+        module, _, name = self.name.partition(":")
+        _require(
+            bool(module and name) or not self.name,
+            f'environment.name must name a class as "package.module:Class", found {self.name!r}.',
+        )
+        require_plain(self.settings, "environment.settings")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TeacherConfig(Settings, section="teacher"):
     """Where the teacher's signals come from."""
 
@@ -812,6 +850,7 @@ class Config(Settings):
     loss: LossSettings = field(default_factory=lambda: preset("tropd"))
     evaluation: EvaluationConfig = EvaluationConfig()
     grader: GraderConfig = GraderConfig()
+    environment: EnvironmentConfig = EnvironmentConfig()
     megatron: MegatronConfig = field(default_factory=MegatronConfig)
 
     def _check_together(self) -> None:
@@ -854,6 +893,7 @@ class Config(Settings):
             deterministic.check_options("model", self.megatron.model)
             deterministic.check_options("teacher", self.megatron.teacher)
         check_part(_MODES, self.rollout.mode, setting="rollout.mode")
+        self._check_environment()
         self._check_cp_comm_type()
         if self.teachers:
             self._check_teachers()
@@ -943,6 +983,37 @@ class Config(Settings):
     def graders(self) -> tuple[GraderConfig, ...]:
         """What grades each task, by its number; of a run without tasks what grades its prompts."""
         return tuple(task.grader or self.grader for task in self.tasks) or (self.grader,)
+
+    @property
+    def talks_to(self) -> EnvironmentConfig | None:
+        """Whom the student talks to; None: nobody."""
+        return self.environment if self.environment.name else None
+
+    def _check_environment(self) -> None:
+        asked = self.rollout.mode == MULTI_TURN
+        _require(
+            asked == (self.talks_to is not None) or ":" in self.rollout.mode,
+            f'rollout.mode = "{MULTI_TURN}" and environment.name go together, found '
+            f"rollout.mode = {json.dumps(self.rollout.mode)} and environment.name = "
+            f"{json.dumps(self.environment.name)}. Set both or neither.",
+        )
+        _require(
+            not asked or self.rollout.steps_ahead == 0,
+            f'rollout.mode = "{MULTI_TURN}" needs rollout.steps_ahead = 0, found 1: all turns of '
+            "an episode are sampled with the same weights.",
+        )
+        fixed = self.run.deterministic or self.rollout.placement != "colocated"
+        _require(
+            not self.environment.continuous or not fixed,
+            "environment.continuous = true needs colocated engines and run.deterministic = false, "
+            f'found rollout.placement = "{self.rollout.placement}" and run.deterministic = '
+            f"{json.dumps(self.run.deterministic)}: samples depend on time. Change one of them.",
+        )
+        _require(
+            not asked or self.evaluation.task == "exact_match" or not self.evaluation.measures,
+            f'evaluation.task = "{self.evaluation.task}" samples one turn, found rollout.mode = '
+            f'"{MULTI_TURN}". Set evaluation.task = "exact_match", or leave out the problems.',
+        )
 
     def _check_samples(self) -> None:
         samples = self.rollout.prompts_per_step * self.rollout.samples_per_prompt

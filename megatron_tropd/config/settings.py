@@ -163,6 +163,11 @@ def require_plain(value: Any, where: str) -> None:
         )
 
 
+def is_number(value: object) -> bool:
+    """Whether a value is a finite number, or true or false."""
+    return isinstance(value, int | float) and _is_finite(value)
+
+
 def nearest(value: object, known: Iterable[object], *, likeness: float = 0.6) -> str:
     """`` Did you mean 'exact'?`` for "Exact", or nothing if nothing is near."""
     names = {str(name).lower(): name for name in known}

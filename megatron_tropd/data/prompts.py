@@ -238,7 +238,7 @@ def tokenize_line(
     Raises:
         InputError: the line is no prompt; says what to write instead.
     """
-    line = _Line(fields, tokenizer, settings, where)
+    line = PromptLine(fields, tokenizer, settings, where)
     messages = line.messages()
     text = str(fields["prompt"]) if messages is None else line.rendered(messages)
     _check_text(text, where)
@@ -375,7 +375,7 @@ def permutation(n_prompts: int, epoch: int, seed: int) -> NDArray[np.int64]:
 
 
 @dataclass(frozen=True)
-class _Line:
+class PromptLine:
     """A line of a prompts file, and what makes a text of it."""
 
     fields: dict[str, Any]

@@ -64,6 +64,10 @@ BLEND = "blend"
 """In the fields of a sequence that was sampled from between two models: :func:`blend_sums`."""
 
 
+EPISODE_FIELD = "episode"
+"""In the fields of a sequence of several turns: how many, its end, what its environment said."""
+
+
 def blend_sums(trace: BlendTrace) -> dict[str, float]:
     """What the metrics of a step need of a response."""
     passes = trace.passes[-1] if trace.passes else 0

@@ -176,6 +176,13 @@ class TokenSequence:
         return ids
 
     @property
+    def answer_ids(self) -> list[int]:
+        """Ids of the last turn: all of the response, if there is no CONTEXT in it."""
+        context = np.flatnonzero(self.writer_N == Writer.CONTEXT)
+        ids: list[int] = self.ids_N[context[-1] + 1 :].tolist()
+        return ids
+
+    @property
     def writers(self) -> list[Writer]:
         """Writer of each token after the prompt."""
         return [Writer(writer) for writer in self.writer_N[self.response]]

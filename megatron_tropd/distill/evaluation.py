@@ -8,14 +8,14 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import batched, islice
 from pathlib import Path
 from typing import Any
 
 from megatron_tropd.base.files import replace_text
 from megatron_tropd.base.text_files import read_json_object
-from megatron_tropd.config import Config, EvaluationSet, GraderConfig
+from megatron_tropd.config import Config, EvaluationSet, GraderConfig, GuidanceConfig
 from megatron_tropd.config.run_folder import RunFolder
 from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.convert.linked_folder import link_folder
@@ -28,6 +28,10 @@ from megatron_tropd.distill.inputs import Inputs, ProblemSet
 from megatron_tropd.losses.draws import Purpose, keyed_seed
 from megatron_tropd.report.metrics import MetricsLog
 from megatron_tropd.report.records import read_lines
+from megatron_tropd.rollout.environments import shared_environments
+from megatron_tropd.rollout.episodes import EpisodePlan, EpisodeStart
+from megatron_tropd.rollout.episodes.multi_turn import MultiTurn
+from megatron_tropd.rollout.source import play
 from megatron_tropd.tasks.answer_files import dump_answers, file_name, header_of
 from megatron_tropd.tasks.exact_match import (
     Asking,
@@ -296,6 +300,7 @@ def evaluation_settings(config: Config, inputs: Inputs, each: ProblemSet) -> dic
         "max_new_tokens": each.max_new_tokens,
         "stop_token_ids": list(inputs.stop_token_ids),
         **templates,
+        **({"environment": asdict(config.environment)} if config.talks_to else {}),
         "dtype": engine_dtype(config.model.dtype),
         **(_asked(config, each.settings) if exact else _drawn(config)),
     }
@@ -359,6 +364,8 @@ def sample_problems(
         config: its task says whether answers are as the sets ask or drawn at temperature 1.
         asked: the sets, and problems of each.
     """
+    if config.talks_to is not None:
+        return [last_turns(config, inputs, engine, each, problems) for each, problems in asked]
     wanted = [_requests(config, inputs, each, problems) for each, problems in asked]
     found: list[list[Sample]] = [[] for _ in wanted]
     for sampling in dict.fromkeys(alike for _, alike in wanted):
@@ -382,6 +389,35 @@ def _requests(
         for p in problems
     ]
     return requests, Sampling(stop_token_ids=inputs.stop_token_ids)
+
+
+def last_turns(
+    config: Config, inputs: Inputs, engine: Sampler, each: ProblemSet, problems: Sequence[Prompt]
+) -> list[Sample]:
+    """Return the model's last turn in the episodes of problems; collective if the engine is."""
+    asking = asking_of(config, inputs, each)
+    plan = EpisodePlan(
+        replace(
+            config.rollout,
+            max_new_tokens=each.max_new_tokens,
+            first_new_tokens=None,
+            growth_steps=0,
+        ),
+        GuidanceConfig(),
+        1,
+        seed_of(config),
+        None,
+        environment=config.talks_to,
+        talk=inputs.talk,
+    )
+    episodes = [
+        MultiTurn(EpisodeStart(problem, sample, 0, 0, plan))
+        for problem in problems
+        for sample in range(asking.samples)
+    ]
+    sampling = replace(asking.sampling, stop_token_ids=inputs.turn_stops)
+    play(episodes, engine, sampling, shared_environments(config))
+    return [episode.last_turn() for episode in episodes]
 
 
 def accuracy_of(

@@ -49,7 +49,7 @@ def example_line(
     # Their positions are no indices: prompts may have been left out.
     prompt = find_prompt(inputs.prompts, sequence.key.prompt)
     assert prompt is not None, "a sequence is of a prompt of the run"
-    text = tokenizer.decode(ids, skip_special_tokens=True)
+    text = tokenizer.decode(sequence.answer_ids, skip_special_tokens=True)
     graded = "answer" in prompt.fields and prompt.fields["answer"] is not None
     record = {
         "step": sequence.key.step,

@@ -16,6 +16,7 @@ from megatron_tropd.convert.families import model_shape
 from megatron_tropd.convert.hf_folder import HFFolder, naming
 from megatron_tropd.convert.megatron_folder import MegatronFolder, open_model
 from megatron_tropd.data.contexts import contexts_of
+from megatron_tropd.data.conversations import Talk, talk_of
 from megatron_tropd.data.golden import GoldenAnswers, golden_answers
 from megatron_tropd.data.mixing import Tasks, most_of_a_step
 from megatron_tropd.data.prompts import (
@@ -112,6 +113,14 @@ class Inputs:
     """Whose the prompts are, if there are several teachers, and what a teacher reads instead."""
     tasks: Tasks | None = None
     """Which the prompts belong to, if there are several."""
+    talk: Talk | None = None
+    """How conversations become ids, if there is an environment."""
+
+    @property
+    def turn_stops(self) -> tuple[int, ...]:
+        """Ids that end a turn of the student."""
+        further = self.talk.turn_stops if self.talk else ()
+        return tuple(dict.fromkeys((*self.stop_token_ids, *further)))
 
     @property
     def student(self) -> HFFolder | MegatronFolder:
@@ -167,14 +176,16 @@ def load_inputs(config: Config) -> Inputs:
         _check_blend(config, student, models[TEACHER], prompts)
     recorded = load_recorded(config, prompts, tokenizer, vocab_size)
     _check_caches(config, models, tokenizer, vocab_size, routes, recorded or [])
+    stops = config.loss.ends(stop_token_ids(student.companions, config.rollout.stop_token_ids))
+    talk = talk_of(config.talks_to, tokenizer, config.rollout)
+    if talk is not None:
+        talk.check(prompts, stops)
     return Inputs(
         folders=models,
         tokenizer=tokenizer,
         vocab_size=vocab_size,
         context=context,
-        stop_token_ids=config.loss.ends(
-            stop_token_ids(student.companions, config.rollout.stop_token_ids)
-        ),
+        stop_token_ids=stops,
         prompts=prompts,
         responses=responses,
         golden=_golden(config, prompts, tokenizer),
@@ -188,6 +199,7 @@ def load_inputs(config: Config) -> Inputs:
             else ()
         ),
         routes=routes,
+        talk=talk,
     )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron_tropd.data.batch import MicroBatch, upload
 from megatron_tropd.data.mixing import Tasks
 from megatron_tropd.data.routes import Routes
-from megatron_tropd.data.samples import BLEND
+from megatron_tropd.data.samples import BLEND, EPISODE_FIELD
 from megatron_tropd.data.sequence import TokenSequence, Writer
 from megatron_tropd.losses.trouble import BITS, trouble
 
@@ -275,6 +275,7 @@ def sequence_metrics(
         "staleness": sum(step - t.oldest_version for t in sequences) / count,
         **_blend_metrics(sequences),
         **_task_metrics(sequences, tasks),
+        **_episode_metrics(sequences),
     }
 
 
@@ -302,6 +303,28 @@ def _blend_metrics(sequences: Sequence[TokenSequence]) -> dict[str, float]:
         "behaviour_kl": kl / tokens,
         "behaviour_teacher_share": b / tokens,
         "tokens_per_teacher_pass": tokens / passes,
+    }
+
+
+def _episode_metrics(sequences: Sequence[TokenSequence]) -> dict[str, float]:
+    """Of episodes with an environment: turns, ends, and means of the numbers that it said."""
+    said = [t.fields[EPISODE_FIELD] for t in sequences if EPISODE_FIELD in t.fields]
+    if not said:
+        return {}
+    turns, ends = sum(one["turns"] for one in said), [one["end"] for one in said]
+    infos = [one["info"] for one in said]
+    names = sorted({name for info in infos for name in info})
+    context = sum(t.writers.count(Writer.CONTEXT) for t in sequences)
+    return {
+        "environment/turns": turns / len(said),
+        "environment/tokens": context / len(said),
+        "environment/drifted_share": sum(one["drifted"] for one in said) / max(turns, 1),
+        "environment/failed_share": sum("error" in one for one in said) / len(said),
+        **{f"environment/end/{end}": ends.count(end) / len(said) for end in sorted(set(ends))},
+        **{
+            f"environment/info/{name}": float(np.mean([i[name] for i in infos if name in i]))
+            for name in names
+        },
     }
 
 

@@ -98,7 +98,7 @@ def _all_graded(
         prompt = find_prompt(prompts, group[0].key.prompt)
         assert prompt is not None, "its sequences were compared with it"
         grader.check(prompt.fields, f"Prompt {prompt.index} ({prompt.place})")
-        texts = [tokenizer.decode(s.response_ids, skip_special_tokens=True) for s in group]
+        texts = [tokenizer.decode(s.answer_ids, skip_special_tokens=True) for s in group]
         pairs += [(text, prompt.fields) for text in texts]
     grades = grader.grade_all(pairs)
     num_errors(grades)

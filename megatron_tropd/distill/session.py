@@ -27,6 +27,7 @@ from megatron_tropd.mcore.layout import Layout
 from megatron_tropd.rollout.engines.device_memory import free_bytes, wait_for_memory
 from megatron_tropd.rollout.engines.interface import SamplingEngines
 from megatron_tropd.rollout.engines.wire import Model
+from megatron_tropd.rollout.environments import SharedEnvironments, shared_environments
 from megatron_tropd.rollout.episodes import EpisodePlan, load_mode
 from megatron_tropd.rollout.recorded import RecordedRollouts
 from megatron_tropd.rollout.source import Mixture, RolloutSource, SampledRollouts
@@ -116,6 +117,9 @@ def open_session(
         if platform.has_cuda():
             with engines.awake():
                 pass  # vLLM measures free memory while it starts: nobody else may allocate
+        environments = shared_environments(config)
+        if environments is not None:
+            exits.enter_context(environments)
         longest = inputs.longest_read(config.rollout)
         parts = step_parts(config, inputs.folders, layout, inputs.routes, longest=longest)
         exits.callback(parts.teacher.close)
@@ -133,7 +137,9 @@ def open_session(
             hf_folders=hf_folders,
             evaluator=evaluator,
             engines=engines,
-            rollouts=rollout_source(config, inputs, engines, is_main=is_main),
+            rollouts=rollout_source(
+                config, inputs, engines, environments=environments, is_main=is_main
+            ),
             parts=replace(parts, clock=reporter.clock, engine_gap=gap, tasks=inputs.tasks),
         )
 
@@ -159,7 +165,12 @@ def _measure_teachers(
 
 
 def rollout_source(
-    config: Config, inputs: Inputs, engines: SamplingEngines, *, is_main: bool
+    config: Config,
+    inputs: Inputs,
+    engines: SamplingEngines,
+    *,
+    environments: SharedEnvironments | None = None,
+    is_main: bool,
 ) -> RolloutSource:
     """Where the run's sequences come from: records, or engines in the mode that is set."""
     if inputs.recorded is not None:
@@ -172,15 +183,18 @@ def rollout_source(
         config.train.seed,
         inputs.responses,
         inputs.golden,
+        config.talks_to,
+        inputs.talk,
     )
     return SampledRollouts(
         engines,
         load_mode(config.rollout.mode),
         inputs.prompts,
         plan,
-        stop_token_ids=inputs.stop_token_ids,
+        stop_token_ids=inputs.turn_stops,
         shared_stops=inputs.shared_stops,
         mixture=_mixture(config, inputs, plan),
+        environments=environments,
         is_main=is_main,
     )
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_tropd.base.errors import ConfigError
+from megatron_tropd.base.parts import load_part
 from megatron_tropd.base.progress import limits
 from megatron_tropd.config import Config
 from megatron_tropd.config.run import TEACHER
@@ -54,6 +55,8 @@ def check_settings(config: Config, inputs: Inputs, *, is_main: bool, say: Say) -
     check_options(config, **{who: folder.config for who, folder in inputs.folders.items()})
     for rollout in config.rollouts:
         load_mode(rollout.mode)
+    if config.talks_to is not None:
+        load_part("", config.environment.name, attribute="", setting="environment.name")
     _check_steps_ahead(config)
     if not is_main:
         return

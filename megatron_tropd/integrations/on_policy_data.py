@@ -18,6 +18,7 @@ from torch import Tensor
 from megatron_tropd.base.environment import number
 from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.config import GuidanceConfig, RolloutConfig
+from megatron_tropd.config.run import MULTI_TURN
 from megatron_tropd.config.settings import Anything, Count, Settings
 from megatron_tropd.convert.families import model_shape
 from megatron_tropd.convert.hf_folder import HFFolder
@@ -229,6 +230,11 @@ class OnPolicyData:
             raise ConfigError(
                 "Live rollouts are sampled by engines beside the trainer, for the step at hand. "
                 'Leave rollout.placement = "colocated" and rollout.steps_ahead = 0.'
+            )
+        if rollout.mode == MULTI_TURN:
+            raise ConfigError(
+                f'rollout.mode = "{MULTI_TURN}" is not built for live rollouts, which have no '
+                "[environment]. Use the trainer (tropd distill)."
             )
         if rollout.asks_teacher:
             raise ConfigError(

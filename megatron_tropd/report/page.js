@@ -589,7 +589,7 @@ function trajectories() {
   }
   const key = (kind, name) => el("span", { class: `tok ${kind}`, style: "--a:.35;padding:1px 7px" }, name);
   const controls = el("div", { class: "controls" }, chooser("left", "Left"), chooser("right", "Right"), el("span", {}, "Shade by ", shades),
-    el("span", { class: "keys" }, key("trusted", "trusted"), key("outlier", "outlier"), key("teacher", "teacher prefix")));
+    el("span", { class: "keys" }, key("trusted", "trusted"), key("outlier", "outlier"), key("teacher", "teacher prefix"), key("context", "environment")));
   refresh();
   return section("Training trajectories", "Colour is the region of a token; strength is how far student and teacher are apart there. Hover or tap a token for its numbers.", controls, list);
 }
@@ -616,13 +616,15 @@ function example(a, b, stepA, stepB, shade) {
 
 function side(item, step, shade, withPrompt) {
   const students = item.segment.map((s, i) => (s === "student" ? i : -1)).filter((i) => i >= 0);
+  const said = item.segment.filter((s) => s === "context").length, given = item.segment.length - students.length - said;
   const outliers = students.reduce((sum, i) => sum + (item.outlier[i] || 0), 0), masked = students.filter((i) => isMasked(item, i)).length;
   const caption = el("div", { class: "caption" }, el("b", {}, `Step ${step}`));
   if (item.task) caption.append(el("span", {}, item.task));
   if (item.correct === true || item.correct === false) caption.append(verdict(item.correct));
   caption.append(el("span", {}, `${Number.isInteger(outliers) ? outliers : outliers.toFixed(1)} of ${students.length - masked} tokens outliers`));
   if (masked) caption.append(el("span", {}, `masked ${masked}`));
-  if (item.segment.length > students.length) caption.append(el("span", {}, `prefix ${item.segment.length - students.length}`));
+  if (given) caption.append(el("span", {}, `prefix ${given}`));
+  if (said) caption.append(el("span", {}, `environment ${said}`));
   const prompt = withPrompt ? el("div", { class: "prompt" }, item.prompt || "") : null;
   return el("div", { class: "side" }, caption, prompt, ...tokenPages(item, shade));
 }
@@ -657,23 +659,28 @@ function isGiven(item, i) {
   return ["teacher", "golden"].includes(item.segment[i]);
 }
 
+// Written by a tool, another speaker or the chat template, between two turns of the student.
+function isContext(item, i) {
+  return item.segment[i] === "context";
+}
+
 // A token left out of the loss has no values.
 function isMasked(item, i) {
-  return !isGiven(item, i) && ["outlier", "trust", "tv", "k1"].every((name) => !isNumber((item[name] || [])[i]));
+  return !isGiven(item, i) && !isContext(item, i) && ["outlier", "trust", "tv", "k1"].every((name) => !isNumber((item[name] || [])[i]));
 }
 
 // A drawn outlier is 0 or 1; in closed form it is a probability, whose sum is the number expected.
 function tokenSpan(item, token, i, shade) {
-  const region = isMasked(item, i) ? "masked" : isGiven(item, i) ? "teacher" : item.outlier[i] >= .5 ? "outlier" : "trusted";
+  const region = isContext(item, i) ? "context" : isMasked(item, i) ? "masked" : isGiven(item, i) ? "teacher" : item.outlier[i] >= .5 ? "outlier" : "trusted";
   const amount = SHADES[shade](item, i);
-  const floor = { teacher: .18, outlier: .25, trusted: .05, masked: 0 }[region], strength = isNumber(amount) ? clamp(amount, 0, 1) : 0;
+  const floor = { teacher: .18, outlier: .25, trusted: .05, masked: 0, context: 0 }[region], strength = isNumber(amount) ? clamp(amount, 0, 1) : 0;
   const special = /^<[^<>]*>$/.test(token) ? " special" : "";
   const shown = token.replaceAll("▁", " ").replaceAll("\n", "↵\n");
   const span = el("span", { class: `tok ${region}${special}`, style: `--a:${(floor + (.72 - floor) * Math.sqrt(strength)).toFixed(3)}` }, shown || "∅");
   const number = (name, digits) => isNumber((item[name] || [])[i]) ? item[name][i].toFixed(digits) : "–";
-  const color = region === "masked" ? "var(--gray)" : `var(--${region})`;
+  const color = ["masked", "context"].includes(region) ? "var(--gray)" : `var(--${region})`;
   const show = (event) => showTip(event, `${JSON.stringify(token)} · position ${i}`, [
-    [color, "region", { teacher: item.segment[i] === "golden" ? "golden answer" : "teacher prefix", masked: "left out of the loss" }[region] || region], [null, "trust min(p/q, 1)", number("trust", 3)],
+    [color, "region", { teacher: item.segment[i] === "golden" ? "golden answer" : "teacher prefix", masked: "left out of the loss", context: "environment: no loss" }[region] || region], [null, "trust min(p/q, 1)", number("trust", 3)],
     [null, "total variation", number("tv", 3)], [null, "log q − log p", number("k1", 3)]]);
   span.addEventListener("pointermove", show);
   span.addEventListener("click", show);

@@ -1,23 +1,82 @@
 """Where the sequences of a step come from."""
 
+import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast, runtime_checkable
 
-from megatron_tropd.base.errors import ConfigError
+from megatron_tropd.base.errors import ConfigError, InputError
 from megatron_tropd.base.files import read_patiently
 from megatron_tropd.data.prompts import prompts_of_step
-from megatron_tropd.data.samples import Sample, SampleRequest, Sampling
+from megatron_tropd.data.samples import EPISODE_FIELD, Sample, SampleRequest, Sampling
 from megatron_tropd.data.sequence import TokenSequence
 from megatron_tropd.data.sequence_files import dump_sequences, read_sequences
 from megatron_tropd.data.types import Prompt
+from megatron_tropd.rollout.continuous import Transcripts, play_share, replay
+from megatron_tropd.rollout.engines.engine import RolloutEngine
 from megatron_tropd.rollout.engines.interface import SamplingEngines
-from megatron_tropd.rollout.episodes import Episode, EpisodePlan, EpisodeStart, MakeEpisode
+from megatron_tropd.rollout.engines.pool import EnginePool
+from megatron_tropd.rollout.environments import SharedEnvironments
+from megatron_tropd.rollout.episodes import (
+    Conversation,
+    Episode,
+    EpisodePlan,
+    EpisodeStart,
+    MakeEpisode,
+)
 from megatron_tropd.rollout.warmup import sampling_of_step
 
 PENDING_FILE = "pending_rollouts.jsonl"
 """In a checkpoint: what was sampled for its next step, with older weights than it holds."""
+
+
+class Generates(Protocol):
+    """Whatever continues requests."""
+
+    def generate(self, requests: Sequence[SampleRequest], sampling: Sampling) -> list[Sample]:
+        """One sample per request, in order."""
+
+
+@runtime_checkable
+class Wakes(Protocol):
+    """Engines that give memory back after each call, unless they are kept awake."""
+
+    def awake(self) -> AbstractContextManager[None]:
+        """Keep the engines' memory until the block is left."""
+
+
+def ask_environments(episodes: Sequence[Episode], environments: SharedEnvironments | None) -> None:
+    """Have environments answer the episodes whose turn is over; collective if there are some."""
+    talking = {i: e for i, e in enumerate(episodes) if isinstance(e, Conversation)}
+    calls = {i: call for i, e in talking.items() if (call := e.call()) is not None}
+    if not calls:
+        return
+    assert environments is not None, "settings without are refused"
+    for i, reply in environments.answer(calls).items():
+        talking[i].reply(reply)
+        if talking[i].is_over():
+            environments.end(i)
+
+
+def play(
+    episodes: Sequence[Episode],
+    engine: Generates,
+    sampling: Sampling,
+    environments: SharedEnvironments | None,
+) -> None:
+    """Go through episodes to their ends, outside of a step; collective if the engine is."""
+    awake = engine.awake() if isinstance(engine, Wakes) else nullcontext()
+    with awake, environments or nullcontext():
+        while True:
+            ask_environments(episodes, environments)
+            pairs = [(e, r) for e in episodes if (r := e.request()) is not None]
+            if not pairs:
+                return
+            samples = engine.generate([request for _, request in pairs], sampling)
+            for (episode, _), sample in zip(pairs, samples, strict=True):
+                episode.observe(sample)
 
 
 class RolloutSource(Protocol):
@@ -66,6 +125,7 @@ class SampledRollouts:
         stop_token_ids: Sequence[int],
         shared_stops: Sequence[int] = (),
         mixture: Mixture | None = None,
+        environments: SharedEnvironments | None = None,
         is_main: bool,
     ) -> None:
         """Ask for nothing yet.
@@ -74,6 +134,7 @@ class SampledRollouts:
             engines: they sample with the weights they were given last.
             shared_stops: ids by which student and teacher end one, if they differ (``Blend``).
             mixture: of several tasks; None: all prompts are of one.
+            environments: of episodes that talk to one.
         """
         self._engines = engines
         self._prompts = prompts
@@ -82,9 +143,13 @@ class SampledRollouts:
         self._stops, self._shared_stops = stop_token_ids, shared_stops
         self._sampling = Sampling()
         """Of the episodes under way."""
+        self._environments = environments
         self._is_main = is_main
         self._version = 0
         """Of the weights that the episodes under way began with."""
+        environment = settings.environment
+        self._is_continuous = environment is not None and environment.continuous
+        self._starts: list[EpisodeStart] = []
         self._episodes: list[Episode] = []
         """Under way."""
         self._asked: list[Episode] = []
@@ -100,12 +165,15 @@ class SampledRollouts:
         self._sampling = sampling_of_step(
             rollout, step, stops=self._stops, shared_stops=self._shared_stops
         )
-        chosen = [self._prompts[place] for place in self._chosen(step)]
-        self._episodes = [
-            self._begun(prompt, sample, step)
-            for prompt in chosen
+        self._starts = [
+            self._start(self._prompts[place], sample, step)
+            for place in self._chosen(step)
             for sample in range(rollout.samples_per_prompt)
         ]
+        self._episodes = [self._make(start) for start in self._starts]
+        if self._is_continuous:
+            return  # an engine does one thing at a time: all of it when the samples are wanted
+        self._ask_environments()
         self._engines.start(self._next_requests(), self._sampling)
 
     def _chosen(self, step: int) -> Sequence[int]:
@@ -115,11 +183,17 @@ class SampledRollouts:
         per_step, seed = self._settings.rollout.prompts_per_step, self._settings.seed
         return prompts_of_step(len(self._prompts), per_step, step, seed)
 
-    def _begun(self, prompt: Prompt, sample: int, step: int) -> Episode:
-        make, settings = self._make_episode, self._settings
+    def _start(self, prompt: Prompt, sample: int, step: int) -> EpisodeStart:
+        settings = self._settings
         if self._mixture is not None:
-            make, settings = self._mixture.episodes[prompt.task]
-        return make(EpisodeStart(prompt, sample, step, self._version, settings))
+            _, settings = self._mixture.episodes[prompt.task]
+        return EpisodeStart(prompt, sample, step, self._version, settings)
+
+    def _make(self, start: EpisodeStart) -> Episode:
+        make = self._make_episode
+        if self._mixture is not None:
+            make, _ = self._mixture.episodes[start.prompt.task]
+        return make(start)
 
     def collect(self) -> list[TokenSequence]:
         """Wait until all episodes are over."""
@@ -147,13 +221,55 @@ class SampledRollouts:
     def _wait(self) -> None:
         if not self._episodes:
             return
+        if self._is_continuous:
+            self._play_at_own_pace()
+        else:
+            self._play_in_rounds()
+        self._done = [episode.sequence() for episode in self._episodes]
+        self._episodes = []
+        self._check_environments()
+
+    def _play_at_own_pace(self) -> None:
+        engines, environment = self._engines, self._settings.environment
+        assert isinstance(engines, EnginePool) and environment and self._environments
+        owned = self._environments.mine
+
+        def share(number: int, engine: RolloutEngine) -> Transcripts:
+            mine = range(number, len(self._starts), len(engines.owners))
+            played = {i: cast(Conversation, self._make(self._starts[i])) for i in mine}
+            return play_share(engine, played, owned, self._sampling, environment.workers)
+
+        for told in engines.on_engines(share):
+            for number, events in told.items():
+                replay(cast(Conversation, self._episodes[number]), events)
+
+    def _play_in_rounds(self) -> None:
         with self._engines.awake():
             self._observe(self._engines.finish())
+            self._ask_environments()
             while requests := self._next_requests():
                 self._check_weights()
                 self._observe(self._engines.generate(requests, self._sampling))
-        self._done = [episode.sequence() for episode in self._episodes]
-        self._episodes = []
+                self._ask_environments()
+
+    def _ask_environments(self) -> None:
+        ask_environments(self._episodes, self._environments)
+
+    def _check_environments(self) -> None:
+        """Stop a run whose environments fail too often; say what failed."""
+        said = [said for sequence in self._done if (said := sequence.fields.get(EPISODE_FIELD))]
+        errors = [f"{one['end']}: {one['error']}" for one in said if "error" in one]
+        environment = self._settings.environment
+        if not errors or environment is None:
+            return
+        found = f"{len(errors)} of {len(said)} environments failed, the first by {errors[0]}"
+        if len(errors) > environment.max_failures * len(said):
+            raise InputError(
+                f"environment.name = {environment.name!r}: {found}. Correct it, or raise "
+                f"environment.max_failures = {environment.max_failures:g}."
+            )
+        if self._is_main:
+            print(f"tropd: warning: {found}; their episodes end there.", file=sys.stderr)
 
     def _next_requests(self) -> list[SampleRequest]:
         pairs = [(episode, episode.request()) for episode in self._episodes]

@@ -6,17 +6,11 @@ processes of their own, with limits. One that dies, raises or exceeds its time g
 an error, which is counted by itself: it must not pass for a wrong answer.
 """
 
-import atexit
 import importlib.util
-import json
 import math
-import os
 import queue
 import re
-import select
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,14 +19,13 @@ from typing import Any
 
 from megatron_tropd.base.errors import ConfigError, InputError
 from megatron_tropd.base.parts import load_part
+from megatron_tropd.base.workers import Reply, Worker, WorkerError
 from megatron_tropd.config import GraderConfig
 from megatron_tropd.tasks import sandbox
 from megatron_tropd.tasks.answers import Choice, Listing, Number, compare, read_answer, same_text
 from megatron_tropd.tasks.graders import grade, marked_answer
 
 _WORKERS = 4
-_START_SECONDS = 120.0
-"""What a worker may take to import its grader on a busy machine."""
 _NUMBER = re.compile(r"(?<![\w.])[-+\u2212]?\s?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
 _END_OF_THOUGHT = "</think>"
 _PROSE = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}")
@@ -340,7 +333,8 @@ class _Workers:
 
     def __init__(self, config: GraderConfig) -> None:
         self._config = config
-        self._idle: queue.LifoQueue[_Worker | None] = queue.LifoQueue()
+        self._settings = {"name": config.name, "pattern": config.pattern, "mib": config.memory_mib}
+        self._idle: queue.LifoQueue[Worker | None] = queue.LifoQueue()
         for _ in range(_WORKERS):
             self._idle.put(None)
 
@@ -351,7 +345,7 @@ class _Workers:
             raise GraderError(f"expected True, False or None of the grader, found {verdict!r:.60}")
         return verdict
 
-    def request(self, request: Mapping[str, Any]) -> dict[str, Any]:
+    def request(self, request: Mapping[str, Any]) -> Reply:
         """The reply of a worker, which is put back if it lives.
 
         Raises:
@@ -360,73 +354,18 @@ class _Workers:
         worker = self._idle.get()
         try:
             if worker is None:
-                worker = _Worker(self._config)
-            reply = worker.request(request, self._config.timeout_seconds)
-        except GraderError:
-            if worker is not None:
+                worker = Worker("megatron_tropd.tasks.grading_worker", self._settings)
+            return worker.request(request, self._config.timeout_seconds)
+        except WorkerError as error:
+            if worker is not None and error.kind not in ("raised", "refused"):
                 worker.close()
                 worker = None
-            raise
+            raise GraderError(_why(error, self._config)) from None
         finally:
             self._idle.put(worker)
-        if "error" in reply:
-            raise GraderError(reply["error"])
-        return reply
 
 
-class _Worker:
-    """One process of `tasks/grading_worker.py`."""
-
-    def __init__(self, config: GraderConfig) -> None:
-        """Start it and wait until it has imported what it needs."""
-        settings = {"name": config.name, "pattern": config.pattern, "mib": config.memory_mib}
-        command = [sys.executable, "-m", "megatron_tropd.tasks.grading_worker"]
-        self._process = subprocess.Popen(
-            [*command, json.dumps(settings)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-            start_new_session=True,
-        )
-        self._read = b""
-        atexit.register(self.close)
-        try:
-            self._line(_START_SECONDS)
-        except GraderError:
-            self.close()  # nobody else knows of it
-            raise
-
-    def request(self, request: Mapping[str, Any], seconds: float) -> dict[str, Any]:
-        """Send a request and read the reply."""
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps(request, default=str).encode() + b"\n")
-            self._process.stdin.flush()
-        except OSError:
-            raise GraderError("the grader's process is gone") from None
-        return self._line(seconds)
-
-    def _line(self, seconds: float) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        end = time.monotonic() + seconds
-        while b"\n" not in self._read:
-            left = end - time.monotonic()
-            if left <= 0 or not select.select([self._process.stdout], [], [], left)[0]:
-                raise GraderError(f"no verdict within grader.timeout_seconds = {seconds:g}")
-            got = os.read(self._process.stdout.fileno(), 2**16)
-            if not got:
-                code = self._process.wait()
-                raise GraderError(f"the grader's process ended with code {code}")
-            self._read += got
-        line, _, self._read = self._read.partition(b"\n")
-        return json.loads(line)
-
-    def close(self) -> None:
-        """End it."""
-        atexit.unregister(self.close)
-        self._process.kill()
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                pipe.close()
+def _why(error: WorkerError, config: GraderConfig) -> str:
+    if error.kind == "timeout":
+        return f"no verdict within grader.timeout_seconds = {config.timeout_seconds:g}"
+    return f"the grader: {error}" if error.kind in ("died", "flooded") else str(error)

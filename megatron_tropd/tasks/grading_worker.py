@@ -1,50 +1,31 @@
-"""A process that grades: JSON requests on its input, a verdict each on its output.
+"""A process that grades: a verdict for each request.
 
-    python -m megatron_tropd.tasks.grading_worker '{"name": "math", "pattern": "", "mib": 2048}'
+    python -m megatron_tropd.tasks.grading_worker FD '{"name": "math", "pattern": "", "mib": 2048}'
 
 Who started it limits its time. math-verify's own limit is an alarm signal, which works in a main
 thread alone and does not interrupt a long operation of C, such as 9^9^9^9; so it is switched off.
 """
 
 import collections
-import json
 import logging
-import os
 import re
 import resource
-import sys
-from collections.abc import Callable
 from typing import Any
 
+from megatron_tropd.base import workers
 from megatron_tropd.base.parts import load_part
-
-Reply = dict[str, Any]
 
 
 def main() -> None:
-    """Answer until the input ends."""
-    settings = json.loads(sys.argv[1])
-    # What a grader prints must not stand among the replies.
-    replies = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
+    """Answer until nobody asks any more."""
+    channel, settings = workers.start()
     if ":" not in settings["name"]:  # one of the user's may import what takes more
         limit = settings["mib"] * 2**20
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    answer = _prepared(settings)
-    print("{}", file=replies)
-    for line in sys.stdin:
-        try:
-            reply = answer(json.loads(line))
-        except Exception as error:  # whatever a grader raises is no verdict
-            reply = {"error": f"{type(error).__name__}: {error}"}
-        try:
-            text = json.dumps(reply)
-        except (TypeError, ValueError) as error:
-            text = json.dumps({"error": f"the verdict cannot be sent: {error}"})
-        print(text, file=replies)
+    workers.serve(channel, _prepared(settings))
 
 
-def _prepared(settings: dict[str, Any]) -> Callable[[dict[str, Any]], Reply]:
+def _prepared(settings: dict[str, Any]) -> workers.Answer:
     """What answers requests, with its imports done."""
     if ":" in settings["name"]:
         own = load_part("", settings["name"], attribute="", setting="grader.name")

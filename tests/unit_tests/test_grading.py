@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from megatron_tropd.base import workers
 from megatron_tropd.base.errors import ConfigError, InputError
 from megatron_tropd.config import GraderConfig
 from megatron_tropd.data.samples import Sample
 from megatron_tropd.data.types import Prompt
-from megatron_tropd.tasks import grading, sandbox
+from megatron_tropd.tasks import sandbox
 from megatron_tropd.tasks.exact_match import grade_answers
 from megatron_tropd.tasks.grading import Grader, grader_of
 
@@ -322,7 +323,7 @@ def test_programs_that_have_the_network_are_announced(monkeypatch, capsys):
 
 
 def test_a_worker_that_does_not_start_is_ended(own: Grader, monkeypatch):
-    monkeypatch.setattr(grading, "_START_SECONDS", 0.0)
+    monkeypatch.setattr(workers, "START_SECONDS", 0.0)
     started = []
     popen = subprocess.Popen
 
@@ -330,7 +331,7 @@ def test_a_worker_that_does_not_start_is_ended(own: Grader, monkeypatch):
         started.append(popen(*args, **kwargs))
         return started[-1]
 
-    monkeypatch.setattr(grading.subprocess, "Popen", kept)
+    monkeypatch.setattr(workers.subprocess, "Popen", kept)
     assert "no verdict" in own.grade("x", {}).error
     assert [process.returncode for process in started] == [-9]
 

@@ -98,6 +98,19 @@ def test_a_browser_draws_it(tmp_path: Path, steps: int):
 
 
 @pytest.mark.needs("chromium")
+def test_what_an_environment_wrote_is_told_apart(tmp_path: Path):
+    run = write_synthetic_run(tmp_path / "run", steps=4, trajectories=1)
+    for path in (run / "trajectories").glob("*.jsonl"):
+        record = json.loads(path.read_text().splitlines()[0])
+        record["segment"] = ["student", *["context"] * 3, *record["segment"][4:]]
+        path.write_text(json.dumps(record) + "\n")
+    browser = _browse(write_report(run), tmp_path / "profile")
+    assert "CONSOLE" not in browser.stderr, browser.stderr
+    shown = browser.stdout.count("environment 3")
+    assert shown > 0 and browser.stdout.count('class="tok context') == 3 * shown + 1, "and a key"
+
+
+@pytest.mark.needs("chromium")
 def test_outliers_in_closed_form_are_counted_by_their_probability(tmp_path: Path):
     run = write_synthetic_run(tmp_path / "run", steps=4, trajectories=1)
     for path in (run / "trajectories").glob("*.jsonl"):

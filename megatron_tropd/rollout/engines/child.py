@@ -155,6 +155,26 @@ def generate(llm: Any, requests: Sequence[SampleRequest], sampling: Sampling) ->
     return [_sample(output.outputs[0]) for output in outputs]
 
 
+def stream(llm: Any, connection: Connection, sampling: Sampling) -> None:
+    """Continue requests as they come, and send each sample when it is done.
+
+    Messages are (index, request) and, when all samples are there, None.
+    """
+    forget_prefixes(llm)
+    engine = llm.llm_engine
+    while True:
+        while not engine.has_unfinished_requests() or connection.poll():
+            message = connection.recv()
+            if message is None:
+                return
+            index, request = message
+            prompt = {"prompt_token_ids": list(request.token_ids)}
+            engine.add_request(str(index), prompt, _sampling_params(request, sampling))
+        for output in engine.step():
+            if output.finished:
+                connection.send(("ok", (int(output.request_id), _sample(output.outputs[0]))))
+
+
 def _sampling_params(request: SampleRequest, sampling: Sampling) -> Any:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
@@ -234,6 +254,7 @@ def _serve(connection: Connection) -> None:
     connection.send(("ok", None))
     commands: dict[str, Callable[..., Any]] = {
         "generate": lambda *arguments: generate(llm, *arguments),
+        "stream": lambda sampling: stream(llm, connection, sampling),
         "load_weights": lambda folder: load_weights(
             llm, folder, draft=settings.draft_folder is not None
         ),

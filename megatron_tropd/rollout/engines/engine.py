@@ -8,7 +8,8 @@ that process nothing runs concurrently, which makes sampling repeatable bit for 
 import json
 import os
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import Any, Self
@@ -184,6 +185,36 @@ class RolloutEngine:
         assert blended == (sampling.blend is not None), "a blend is what engines of a pair sample"
         for index, request in enumerate(requests):
             self._check_request(index, request)
+        self._be_ready()
+        self._send("generate", list(requests), sampling)
+
+    @contextmanager
+    def stream(self, sampling: Sampling) -> Iterator[None]:
+        """Continue in the block what :meth:`add_to_stream` adds, as it comes.
+
+        Which requests are decoded together depends on time, so bits do.
+        """
+        assert self._settings.draft_folder is None, "a blend is sampled as a whole"
+        self._be_ready()
+        self._send("stream", sampling)
+        yield
+        self._send_more(None)
+        self._receive()
+
+    def add_to_stream(self, index: int, request: SampleRequest) -> None:
+        """Ask for one more sample, which has a number of the caller's."""
+        self._check_request(index, request)
+        self._send_more((index, request))
+
+    def next_of_stream(self, seconds: float) -> tuple[int, Sample] | None:
+        """Wait so long for the next sample and its number."""
+        if not self._connection.poll(seconds):
+            return None
+        found: tuple[int, Sample] = self._receive()
+        self._waiting_for = "stream"
+        return found
+
+    def _be_ready(self) -> None:
         self.wait_ready()
         if not self.has_weights:
             raise TrainingError(
@@ -191,7 +222,12 @@ class RolloutEngine:
                 kind="engine",
             )
         self._wake("kv_cache")
-        self._send("generate", list(requests), sampling)
+
+    def _send_more(self, message: Any) -> None:
+        try:
+            self._connection.send(message)
+        except OSError:
+            raise self._death() from None
 
     def finish_generate(self) -> list[Sample]:
         """The samples of the last :meth:`start_generate`."""

@@ -4,7 +4,7 @@ import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 import torch
 
@@ -100,6 +100,28 @@ class EnginePool:
         )
         self._slept()
         return samples
+
+    def on_engines[T](self, action: Callable[[int, RolloutEngine], T]) -> list[T]:
+        """Have each engine's rank do something with it; what came of it, on every rank.
+
+        Args:
+            action: given the engine's number and the engine.
+
+        Collectives: those of :func:`run_and_share`, and those of the tensors where the engines
+        dropped their weights.
+        """
+        self._settle()
+        self._fill()
+
+        def mine() -> T | None:
+            if self._engine is None or self._number is None:
+                return None
+            with self._asleep_after():
+                return action(self._number, self._engine)
+
+        found = run_and_share(mine, self.owners)
+        self._slept()
+        return cast(list[T], found)
 
     def start(self, requests: Sequence[SampleRequest], sampling: Sampling) -> None:
         """Ask for samples without waiting; one call at a time may be under way.

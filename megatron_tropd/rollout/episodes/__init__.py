@@ -6,16 +6,18 @@ A file here is a mode (``rollout.mode``); its ``EPISODE`` makes an episode of an
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from megatron_tropd.base.parts import load_part
-from megatron_tropd.config import GuidanceConfig, RolloutConfig
+from megatron_tropd.config import EnvironmentConfig, GuidanceConfig, RolloutConfig
+from megatron_tropd.data.conversations import Talk
 from megatron_tropd.data.golden import GoldenAnswers
 from megatron_tropd.data.prefixes import sample_seed
 from megatron_tropd.data.responses import TeacherResponse
 from megatron_tropd.data.samples import Sample, SampleRequest
 from megatron_tropd.data.sequence import SampleKey, TokenSequence
 from megatron_tropd.data.types import Prompt
+from megatron_tropd.rollout.environments import EnvironmentCall, EnvironmentReply
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,10 @@ class EpisodePlan:
     """The teacher's, by ``Prompt.index``; None: no guidance."""
     golden: GoldenAnswers | None = None
     """Of the prompts: the last sample of each is its golden answer. None: all are sampled."""
+    environment: EnvironmentConfig | None = None
+    """Whom the student talks to."""
+    talk: Talk | None = None
+    """How what is said becomes ids, if there is one."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,20 @@ class Episode(Protocol):
 
     def sequence(self) -> TokenSequence:
         """What is trained on, once the episode is over."""
+
+
+@runtime_checkable
+class Conversation(Episode, Protocol):
+    """An episode with an environment, which is asked for all ranks on one of them."""
+
+    def call(self) -> EnvironmentCall | None:
+        """What to ask the environment next; None: nothing."""
+
+    def reply(self, reply: EnvironmentReply) -> None:
+        """Take its answer to the last call."""
+
+    def is_over(self) -> bool:
+        """Whether the environment is not needed any more."""
 
 
 MakeEpisode = Callable[[EpisodeStart], Episode]
