@@ -180,6 +180,7 @@ def memory_of_stage(run: PlannedRun, stage: int) -> Memory:
             + _main_weights(run, trained)
             + stays
             + average
+            + (_arriving_output(run) if last else 0.0)
             + max((v.moved for v in visits), default=0.0)
         ),
         **_of_engines(run, stage),
@@ -543,6 +544,16 @@ def _copies(run: PlannedRun) -> float:
     said = [_states(run, t) if t.gives_states else _likeliest(run, t) for t in run.teachers]
     reduced = 0 if run.gives_states else any(t.gives_states for t in run.teachers)
     return max(said) * (run.parallel.context + reduced)
+
+
+def _arriving_output(run: PlannedRun) -> float:
+    """An output layer from another layout, once more as it arrives while the models are built.
+
+    What the ranks that send it hold meanwhile is not counted.
+    """
+    if not run.elsewhere:
+        return 0.0
+    return float(max(run.vocab_shard * m.shape.hidden * run.element for m in run.frozen))
 
 
 def _average_output(run: PlannedRun) -> float:
