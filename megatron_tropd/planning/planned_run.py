@@ -192,7 +192,7 @@ class PlannedRun:
         """The run as teachers see it: in a layout of their own, or with other prompts."""
         own = self.config.teacher.parallel
         if own is not None:
-            parallel = own.over(self.parallel.world_size)
+            parallel = _over(own, self.parallel.world_size)
             return replace(self, parallel=parallel, work=self._work_of(parallel, filled=True))
         if self.context_tokens is not None:
             return replace(self, work=self._work_of(self.parallel, prompt=self.context_tokens))
@@ -271,9 +271,11 @@ class PlannedRun:
         Raises:
             ConfigError: the trainer would refuse it.
         """
-        config = replace(self.config, parallel=parallel, rollout=rollout)  # is checked
-        if teacher != config.teacher.parallel:
-            config = replace(config, teacher=replace(config.teacher, parallel=teacher))
+        of_teacher = self.config.teacher
+        if teacher != of_teacher.parallel:
+            of_teacher = replace(of_teacher, parallel=teacher)
+        # Is checked as the trainer's is.
+        config = replace(self.config, parallel=parallel, rollout=rollout, teacher=of_teacher)
         work = self._work_of(parallel)
         other = replace(self, config=config, parallel=parallel, rollout=rollout, work=work)
         _check(other)
@@ -325,6 +327,11 @@ def plan_run(
     )
     _check(run)
     return run
+
+
+@lru_cache(maxsize=256)
+def _over(own: ModelParallelConfig, world_size: int) -> ParallelConfig:
+    return own.over(world_size)
 
 
 def _teacher(who: str, alone: Config) -> PlannedTeacher:
