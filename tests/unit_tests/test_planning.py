@@ -691,9 +691,10 @@ def test_a_teacher_with_longer_prompts_takes_longer(small: Config):
 def test_a_layout_of_the_teachers_own_shards_it_beyond_the_students_heads():
     """A student with 4 heads of keys and values, of which 8 GPUs cannot have parts."""
     models = [f"model.{who}={RECIPES / 'models' / name}" for who, name in BESIDE_32B.items()]
-    run = plan_run(load_config(RECIPES / "qwen3_8b.toml", models), H100)
-    engines = dataclasses.replace(run.rollout, num_engines=2, engine_tensor_parallel=4)
-    tried = list(laid_out(run, 8, engines))
+    engines = ["rollout.num_engines=8", "rollout.engine_tensor_parallel=4"]
+    run = plan_run(load_config(RECIPES / "qwen3_8b.toml", [*models, *engines]), H100)
+    two = dataclasses.replace(run.rollout, num_engines=2)
+    tried = list(laid_out(run, 8, two))
     assert max(one.parallel.tensor for one in tried) == 4
     elsewhere = [one for one in tried if one.elsewhere]
     assert max(one.scoring.parallel.tensor for one in elsewhere) == 8
