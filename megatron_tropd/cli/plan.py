@@ -30,6 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="average length of a response; default: rollout.max_new_tokens",
     )
+    parser.add_argument(
+        "--context-tokens",
+        type=int,
+        default=None,
+        help="length of what teacher.context makes; default: the longest that there is room for",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -51,6 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
         gpus=arguments.gpus,
         prompt_tokens=arguments.prompt_tokens,
         response_tokens=arguments.response_tokens,
+        context_tokens=arguments.context_tokens,
     )
     print(json.dumps(plan_json(plan)) if arguments.json else plan_table(plan))
     return 0

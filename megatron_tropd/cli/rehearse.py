@@ -21,6 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--gpus-per-node", type=int, default=8, help="of the cluster")
     parser.add_argument("--prompt-tokens", type=int, default=512, help="length of a prompt")
+    parser.add_argument(
+        "--context-tokens",
+        type=int,
+        default=None,
+        help="length of what teacher.context makes; default: the longest that there is room for",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object with everything")
 
 
@@ -32,6 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
         with_local_models(load_config(arguments.config, arguments.overrides), weights=False),
         ranks=arguments.rank,
         prompt_tokens=arguments.prompt_tokens,
+        context_tokens=arguments.context_tokens,
         gpus_per_node=arguments.gpus_per_node,
     )
     print(json.dumps(rehearsal_json(rehearsed)) if arguments.json else rehearsal_table(rehearsed))

@@ -98,7 +98,7 @@ def run_schedule(
     config = unwrap(chunks[0]).config
     iterators = [iter(enumerate(micro_batches)) for _ in chunks]
     one = len(chunks) == 1
-    return _schedule_of(config)(
+    results = _schedule_of(config)(
         forward_step_func=forward_step,
         data_iterator=iterators[0] if one else iterators,
         model=chunks[0] if one else list(chunks),
@@ -109,6 +109,10 @@ def run_schedule(
         forward_only=forward_only,
         collect_non_loss_data=forward_only,
     )
+    for chunk in chunks:
+        # What it received last, and the gradient of that, would stay until the next step.
+        unwrap(chunk).set_input_tensor(None)
+    return results
 
 
 def _schedule_of(config: TransformerConfig) -> Callable[..., list[Any]]:

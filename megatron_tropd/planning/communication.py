@@ -43,20 +43,22 @@ class Communication:
 
 def communication(run: PlannedRun) -> Communication:
     """What each kind of parallelism sends."""
-    student, frozen, own = run.student, run.frozen, run.scoring
+    student, own = run.student, run.scoring
+    share = 1 / len(run.teachers)  # of the rows
+    scoring = [m for t in run.teachers if t.gives_states for m in t.named]
     # A loss that looks at the student first takes one more pass.
     passes = 2 + run.config.loss.needs_student_pass
     again = repeated(run)
     ways = 2 if run.through_folder else 1
     return Communication(
-        tensor_teacher=sum(tensor_bytes(own, model, passes=1) for model in frozen),
+        tensor_teacher=sum(tensor_bytes(own, model, passes=share) for model in scoring),
         tensor_student=tensor_bytes(run, student, passes=passes - 2 + student_sums(run))
         + adapter_bytes(run, passes=passes - 2 + repeated(run).sums),
-        context_teacher=sum(context_bytes(own, model, passes=1) for model in frozen),
+        context_teacher=sum(context_bytes(own, model, passes=share) for model in scoring),
         context_student=context_bytes(run, student, passes=passes + again.attention),
-        expert_teacher=sum(sum(expert_bytes(own, model, passes=1)) for model in frozen),
+        expert_teacher=sum(sum(expert_bytes(own, model, passes=share)) for model in scoring),
         expert_student=sum(expert_bytes(run, student, passes=passes + again.routes)),
-        pipeline_teacher=sum(pipeline_bytes(own, model, passes=1) for model in frozen),
+        pipeline_teacher=sum(pipeline_bytes(own, model, passes=share) for model in scoring),
         pipeline_student=pipeline_bytes(run, student, passes=passes),
         data=max(data_bytes(run, stage) for stage in {0, run.last_stage}),
         tied_embedding=tied_embedding_bytes(run),

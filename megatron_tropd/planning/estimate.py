@@ -73,7 +73,7 @@ def estimate(run: PlannedRun, fullest: list[Memory] | None = None) -> Estimate:
 def layout_name(run: PlannedRun) -> str:
     """A layout and its engines in one line."""
     rollout, parts = run.rollout, _axes(run.parallel)
-    if run.scoring is not run:
+    if run.elsewhere:
         parts.append(f"teacher ({', '.join(_axes(run.scoring.parallel))})")
     parts += describe_options(run.options)
     gpus = rollout.engine_tensor_parallel

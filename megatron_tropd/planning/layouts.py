@@ -7,7 +7,7 @@ from math import isqrt
 from typing import Literal
 
 from megatron_tropd.base.errors import ConfigError
-from megatron_tropd.config import ParallelConfig, RolloutConfig
+from megatron_tropd.config import ModelParallelConfig, ParallelConfig, RolloutConfig
 from megatron_tropd.planning.memory import engine_obstacle
 from megatron_tropd.planning.planned_run import PlannedRun, check_engines
 
@@ -16,12 +16,39 @@ _SHARES = [n / 20 for n in range(2, 19)]
 
 
 def laid_out(run: PlannedRun, gpus: int, rollout: RolloutConfig) -> Iterator[PlannedRun]:
-    """Every layout of the trainer's GPUs that it accepts."""
+    """Every layout of the trainer's GPUs that it accepts, with every one of the teacher's."""
     for parallel in _layouts(run, gpus):
-        try:
-            yield run.laid_out(parallel, rollout)
-        except ConfigError:
-            continue
+        for teacher in _of_teacher(run, parallel):
+            try:
+                yield run.laid_out(parallel, rollout, teacher)
+            except ConfigError:
+                continue
+
+
+def _of_teacher(run: PlannedRun, parallel: ParallelConfig) -> list[ModelParallelConfig | None]:
+    """The student's layout; the config's own; others that shard the teacher more than that.
+
+    Of these what a dense teacher takes to be on fewer GPUs' memory: more tensor-parallel ranks,
+    which its heads may allow and the student's not, in as many stages or in one.
+    """
+    configured, node = run.config.teacher.parallel, run.hardware.gpus_per_node
+    layouts: list[ModelParallelConfig | None] = [None]
+    if configured is not None:
+        layouts.append(configured)
+    if not run.can_move or any(model.shape.experts for model in run.frozen):
+        return layouts
+    found = [
+        ModelParallelConfig(
+            tensor=tensor,
+            pipeline=pipeline,
+            sequence_parallel=True,
+            uneven_stages=any(model.shape.layers % pipeline for model in run.frozen),
+        )
+        for tensor in divisors(node)
+        for pipeline in {1, parallel.pipeline}
+        if tensor > parallel.tensor and pipeline * tensor > parallel.pipeline * parallel.tensor
+    ]
+    return layouts + [one for one in found if one != configured]
 
 
 def _layouts(run: PlannedRun, gpus: int) -> Iterator[ParallelConfig]:

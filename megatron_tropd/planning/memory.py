@@ -6,6 +6,7 @@ for the rollout while the trainer's weights stay, and gives most of its memory b
 trainer computes. A separate one has GPUs of its own, which hold nothing else.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from megatron_tropd.config.teacher_cache import signal_bytes_per_token
 from megatron_tropd.convert.sizes import stage_chunks
 from megatron_tropd.planning.activations import activations, widths
 from megatron_tropd.planning.parameters import PlannedModel, RankParameters
-from megatron_tropd.planning.planned_run import PlannedRun
+from megatron_tropd.planning.planned_run import PlannedRun, PlannedTeacher
 
 LOSS_BUDGET = {"cpu": 72 * 2**20, "gpu": 4096 * 2**20}
 """Bytes of the loss's chunk buffers; a test compares them with ``losses.chunks``."""
@@ -68,14 +69,19 @@ class Memory:
     gradients: float
     optimizer: float
     teacher_weights: float
-    """Of the teacher and its reference, as the next two: what is always on the GPU."""
+    """Of teachers and their references, as the next four: what is always on the GPU; an average of
+    the student's weights, too."""
     teacher_hidden: float
     """Hidden states of the whole step, or a cached teacher's most likely ids with their log-probs,
     kept until the student has learned."""
     teacher_forward: float
-    """While one of the two scores one micro-batch."""
+    """While one of them scores one micro-batch."""
     teacher_visiting: float
-    """Weights of one of the two that are on the GPU only while it scores, most at a time."""
+    """Weights of one of them that are on the GPU only while it scores, most at a time."""
+    teacher_copies: float
+    """What a teacher with rows of its own said, put in the student's order."""
+    teacher_output: float
+    """An average's output layer in the student's type, which the loss reads."""
     student_hidden: float
     """The student's own hidden states of the whole step, for losses that look at them first."""
     activations: float
@@ -110,12 +116,14 @@ class Memory:
     def trainer(self) -> dict[str, float]:
         """Peak of each phase, what an engine holds left out."""
         signals = self.resident + self.teacher_hidden
+        scoring = max(self.teacher_visiting + self.teacher_forward, self.teacher_copies)
         # The loss is gone by the time the gradients have reached a layer.
         backward = max(self.backward + self.recomputed, self.loss)
+        learning = self.teacher_output + max(self.activations, self.student_hidden) + backward
         return {
             "rollout": self.resident,
-            "teacher": signals + self.teacher_visiting + self.teacher_forward,
-            "student": signals + max(self.activations, self.student_hidden) + backward,
+            "teacher": signals + scoring,
+            "student": signals + learning,
             "optimizer": self.resident + self.update,
             "sync": self.resident + self.export,
             "checkpoint": self.resident + self.saving,
@@ -146,15 +154,19 @@ def memory_of_stage(run: PlannedRun, stage: int) -> Memory:
     visits = [visiting_bytes(run, model, stage) for model in run.frozen]
     frozen = float(sum(run.frozen_on(m, stage) for m in run.frozen) * run.element)
     stays = frozen if run.hardware.layers == "cpu" else frozen - sum(v.moved for v in visits)
+    average = float(_FLOAT32 * trained.total * run.averages)
+    as_student = run.element * trained.total if run.averages and run.element < _FLOAT32 else 0
     return Memory(
         stage=stage,
         weights=run.student_of(stage) * run.element,
         gradients=trained.total * run.gradient_element,
         optimizer=optimizer_bytes(run, trained),
-        teacher_weights=stays,
+        teacher_weights=stays + average,
         teacher_hidden=_signals(run) if last else 0.0,
-        teacher_forward=max((_scoring_bytes(run, m) for m in run.frozen), default=0.0),
-        teacher_visiting=max((v.at_once for v in visits), default=0.0),
+        teacher_forward=max((_scoring_bytes(run, m) for m in _scorers(run)), default=0.0),
+        teacher_visiting=max([float(as_student), *(v.at_once for v in visits)]),
+        teacher_copies=_copies(run) if last else 0.0,
+        teacher_output=_average_output(run) if last else 0.0,
         student_hidden=_hidden_states(run, run.student) if scores else 0.0,
         activations=passes.kept,
         recomputed=passes.recomputed,
@@ -167,6 +179,8 @@ def memory_of_stage(run: PlannedRun, stage: int) -> Memory:
             + trained.total * run.gradient_element
             + _main_weights(run, trained)
             + stays
+            + average
+            + (_arriving_output(run) if last else 0.0)
             + max((v.moved for v in visits), default=0.0)
         ),
         **_of_engines(run, stage),
@@ -250,7 +264,7 @@ def engine_obstacle(run: PlannedRun) -> str:
     """
     evaluation, models = run.config.evaluation, [run.student]
     if evaluation.measures and evaluation.task == "exact_match" and evaluation.teacher:
-        models.append(run.teacher)
+        models += [teacher.model for teacher in run.teachers]
     for model in models:
         if (tokens := cache_tokens(run, model)) < run.work.longest:
             return (
@@ -338,7 +352,7 @@ def _chunk_rows(run: PlannedRun, tokens: int) -> int:
 
 def _logits(run: PlannedRun) -> int:
     """Bytes of the logits of one token and column: those of all models, in float32."""
-    return _FLOAT32 * len(run.models)
+    return _FLOAT32 * (1 + run.scored_beside)
 
 
 def _columns(run: PlannedRun) -> int:
@@ -351,7 +365,7 @@ def candidate_bytes(run: PlannedRun, tokens: int) -> float:
     A cached teacher's were found when it was scored.
     """
     groups = run.config.loss.needs.top_k * _GROUP
-    if not run.frozen or run.hardware.layers == "cpu" or groups >= run.vocab_shard:
+    if not run.gives_states or run.hardware.layers == "cpu" or groups >= run.vocab_shard:
         return 0.0
     return float(_chunk_rows(run, tokens) * groups * _OF_CANDIDATE)
 
@@ -435,7 +449,7 @@ def engine_memory(run: PlannedRun, model: PlannedModel | None = None) -> EngineM
             warmup = weights + run.teacher.parameters * run.element + cache
         return EngineMemory(weights, 0.0, cache, weights + cache + warmup, warmup)
     of_memory = rollout.engine_gpu_share
-    if model.who == "teacher" and not run.separate:
+    if model is not run.student and not run.separate:
         of_memory = max(of_memory, TEACHER_SHARE)
     share = of_memory * run.hardware.memory_gb * 1e9
     cache = share - weights - ENGINE_WORKSPACE
@@ -503,11 +517,57 @@ def checkpoint_bytes(run: PlannedRun) -> float:
 
 
 def _signals(run: PlannedRun) -> float:
-    """What the teacher says of a whole step."""
-    if run.frozen:
-        return sum(_hidden_states(run, model) for model in run.frozen)
-    each = signal_bytes_per_token(run.config.signal_top_k, reference=run.reference is not None)
+    """What the teachers say of a whole step; of several as if one had all rows, the largest."""
+    if run.gives_states:
+        return max(_states(run, teacher) for teacher in run.teachers)
+    return max(_likeliest(run, teacher) for teacher in run.teachers)
+
+
+def _states(run: PlannedRun, teacher: PlannedTeacher) -> float:
+    return sum(_hidden_states(run, model) for model in teacher.named)
+
+
+def _likeliest(run: PlannedRun, teacher: PlannedTeacher) -> float:
+    """The most likely ids of a step's tokens, with their log-probs."""
+    has_reference = teacher.reference is not None
+    each = signal_bytes_per_token(teacher.config.signal_top_k, reference=has_reference)
     return float(run.work.step_loss_tokens * each)
+
+
+def _copies(run: PlannedRun) -> float:
+    """Of teachers with rows of their own: all that one said, whole rows, beside its parts.
+
+    Hidden states that are reduced to the most likely ids are there twice, with the copy.
+    """
+    if not run.routed:
+        return 0.0
+    said = [_states(run, t) if t.gives_states else _likeliest(run, t) for t in run.teachers]
+    reduced = 0 if run.gives_states else any(t.gives_states for t in run.teachers)
+    return max(said) * (run.parallel.context + reduced)
+
+
+def _arriving_output(run: PlannedRun) -> float:
+    """An output layer from another layout, once more as it arrives while the models are built.
+
+    What the ranks that send it hold meanwhile is not counted.
+    """
+    if not run.elsewhere:
+        return 0.0
+    return float(max(run.vocab_shard * m.shape.hidden * run.element for m in run.frozen))
+
+
+def _average_output(run: PlannedRun) -> float:
+    """A float32 student reads the average itself; adapters leave the output layer alone."""
+    if not run.averages or run.lora is not None or run.element == _FLOAT32:
+        return 0.0
+    return float(run.vocab_shard * run.student.shape.hidden * run.element)
+
+
+def _scorers(run: PlannedRun) -> Iterator[PlannedModel]:
+    """The models that score on the ranks, with whatever weights."""
+    for teacher in run.teachers:
+        if teacher.gives_states:
+            yield from teacher.named
 
 
 def _hidden_states(run: PlannedRun, model: PlannedModel) -> float:
@@ -520,8 +580,8 @@ def _scoring_bytes(run: PlannedRun, model: PlannedModel) -> float:
     They are sent as a copy, by the tensor-parallel ranks that share the work, and arrive as one.
     """
     own = run.scoring
-    if own is run:
-        return _working_set(run, model)
+    if not run.elsewhere:
+        return _working_set(own, model)
     stages = own.parallel.pipeline
     batches = min(own.work.most_micro_batches, 1 if stages == 1 else ROUND_OF_STAGE * stages)
     arrived = own.parallel.replicas / run.parallel.replicas

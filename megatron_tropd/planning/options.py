@@ -178,6 +178,8 @@ class Savings:
     """Whether there is a host to offload to."""
     teacher: bool
     """Whether the teacher can wait there."""
+    one_teacher: bool
+    """Whether it can stay on the GPU: several are there one at a time."""
     optimizer: bool
     """Whether the optimizer can: Megatron's hybrid one is a kind of distributed one."""
 
@@ -193,7 +195,9 @@ class Savings:
         if self.optimizer and not configured.states.precision_aware:
             states += [States(on_host=share, precision_aware=True) for share in (0.5, 1.0)]
         if self.teacher:
-            teacher = ["none", "host", "host_by_layer"]
+            teacher = ["host", "host_by_layer"]
+            if self.one_teacher:
+                teacher.insert(0, "none")
         return [
             replace(configured, recompute=way, offload=away, states=kept, teacher=waits)
             for kept, waits, (way, away) in product(states, teacher, recomputed)

@@ -26,6 +26,7 @@ def make_plan(
     gpus: int | None = None,
     prompt_tokens: int = PROMPT_TOKENS,
     response_tokens: float | None = None,
+    context_tokens: int | None = None,
 ) -> Plan:
     """Estimate a config's layout and recommend one.
 
@@ -34,6 +35,8 @@ def make_plan(
         gpus: of the recommended layout, engines' own included; None: as many as the config's
             layout has.
         response_tokens: assumed average length of a response; None: ``max_new_tokens``.
+        context_tokens: assumed length of what a teacher reads in a prompt's place; None: the
+            longest that there is room for.
 
     Raises:
         InputError: a config.json is missing, unreadable or not supported.
@@ -41,7 +44,13 @@ def make_plan(
     """
     if gpus is not None and gpus < 1:
         raise ConfigError(f"--gpus must be at least 1, found {gpus}.")
-    run = plan_run(config, hardware, prompt_tokens=prompt_tokens, response_tokens=response_tokens)
+    run = plan_run(
+        config,
+        hardware,
+        prompt_tokens=prompt_tokens,
+        response_tokens=response_tokens,
+        context_tokens=context_tokens,
+    )
     nodes = run.training_nodes + run.engine_nodes
     # Separate engines leave GPUs of their nodes idle that another layout may use.
     configured = nodes * hardware.gpus_per_node if run.separate else run.gpus

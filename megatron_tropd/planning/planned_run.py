@@ -1,19 +1,64 @@
 """Everything that the estimates are made from, checked as the trainer checks it."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 from megatron_tropd.base.errors import ConfigError
-from megatron_tropd.config import Config, LoraConfig, ParallelConfig, RolloutConfig
-from megatron_tropd.config.run import SELF
+from megatron_tropd.config import (
+    Config,
+    LoraConfig,
+    ModelParallelConfig,
+    ParallelConfig,
+    RolloutConfig,
+    TeacherConfig,
+)
+from megatron_tropd.config.run import SELF, reference_of
 from megatron_tropd.convert.adapters import check_lora
 from megatron_tropd.convert.checks import check_engine_shards, check_expert_parallel, check_layout
 from megatron_tropd.convert.sizes import padded_vocab_size
 from megatron_tropd.planning.hardware import Hardware
-from megatron_tropd.planning.options import Options, options
+from megatron_tropd.planning.options import Offload, Options, options
 from megatron_tropd.planning.parameters import PlannedModel, RankParameters, open_architecture
 from megatron_tropd.planning.workload import PROMPT_TOKENS, Workload, workload
+
+
+@dataclass(frozen=True)
+class PlannedTeacher:
+    """One of the run's teachers, with what it is measured against."""
+
+    config: Config
+    """The run with it alone."""
+    model: PlannedModel
+    reference: PlannedModel | None
+    """If the loss reads it."""
+
+    @property
+    def named(self) -> tuple[PlannedModel, ...]:
+        """Both."""
+        return (self.model,) if self.reference is None else (self.model, self.reference)
+
+    @property
+    def gives_states(self) -> bool:
+        """Whether it is run beside the student; else its most likely ids are read."""
+        return self.config.loads_teacher
+
+    @property
+    def averages(self) -> bool:
+        """Whether it is an average of the student's weights (``teacher.ema_decay``)."""
+        return self.config.teacher.ema_decay is not None
+
+    @property
+    def is_student(self) -> bool:
+        """Whether the student's own modules score: with the average, or without adapters."""
+        is_self = self.config.teacher.placement == SELF
+        return is_self and (self.averages or self.config.model.lora is not None)
+
+    @property
+    def frozen(self) -> tuple[PlannedModel, ...]:
+        """The models that only score."""
+        return self.named if self.gives_states and not self.is_student else ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,10 +70,11 @@ class PlannedRun:
     parallel: ParallelConfig
     rollout: RolloutConfig
     student: PlannedModel
-    teacher: PlannedModel
-    reference: PlannedModel | None
-    """What the teacher is measured against, if the loss reads it."""
+    teachers: tuple[PlannedTeacher, ...]
+    """At least one."""
     work: Workload
+    context_tokens: int | None
+    """Assumed length of what a teacher reads in a prompt's place; None: the prompt."""
     hardware: Hardware
     options: Options
     """Megatron's own and ``teacher.offload``, replacing the config's."""
@@ -37,14 +83,38 @@ class PlannedRun:
 
     @property
     def frozen(self) -> tuple[PlannedModel, ...]:
-        """The models that only score: the teacher and its reference; none if both are cached."""
-        return self.named[1:] if self.config.loads_teacher else ()
+        """The models that only score: teachers and their references, if they are loaded."""
+        return tuple(model for teacher in self.teachers for model in teacher.frozen)
 
     @property
     def named(self) -> tuple[PlannedModel, ...]:
         """All models that the config names."""
-        others = () if self.reference is None else (self.reference,)
-        return self.student, self.teacher, *others
+        return self.student, *(model for one in self.teachers for model in one.named)
+
+    @property
+    def teacher(self) -> PlannedModel:
+        """The first of the teachers."""
+        return self.teachers[0].model
+
+    @property
+    def gives_states(self) -> bool:
+        """Whether the loss reads hidden states; else most likely ids, if a teacher has no more."""
+        return all(teacher.gives_states for teacher in self.teachers)
+
+    @property
+    def scored_beside(self) -> int:
+        """Models, beside the student, whose logits the loss makes of each token."""
+        return max(len(one.named) for one in self.teachers) if self.gives_states else 0
+
+    @property
+    def averages(self) -> bool:
+        """Whether an average of the student's weights is kept."""
+        return any(teacher.averages for teacher in self.teachers)
+
+    @property
+    def routed(self) -> bool:
+        """Whether teachers read rows of their own, and their words take the student's order."""
+        return len(self.teachers) > 1 or self.context_tokens is not None
 
     @property
     def models(self) -> tuple[PlannedModel, ...]:
@@ -101,14 +171,32 @@ class PlannedRun:
         apart = self.rollout.num_engines * self.rollout.engine_tensor_parallel
         return self.parallel.world_size + (apart if self.separate else 0)
 
+    @property
+    def elsewhere(self) -> bool:
+        """Whether the teacher has a layout of its own ([teacher.parallel])."""
+        return self.config.teacher.parallel is not None
+
+    @property
+    def can_move(self) -> bool:
+        """Whether the teacher could have a layout of its own: one model that reads the prompts."""
+        resident = self.teacher_config.placement == TeacherConfig.placement
+        return not self.config.teachers and resident and self.context_tokens is None
+
+    @property
+    def teacher_config(self) -> TeacherConfig:
+        """Settings of the first teacher."""
+        return self.teachers[0].config.teacher
+
     @cached_property
     def scoring(self) -> "PlannedRun":
-        """The run as its frozen models see it: laid out by [teacher.parallel], if there is one."""
+        """The run as teachers see it: in a layout of their own, or with other prompts."""
         own = self.config.teacher.parallel
-        if own is None:
-            return self
-        parallel = own.over(self.parallel.world_size)
-        return replace(self, parallel=parallel, work=self._work_of(parallel, filled=True))
+        if own is not None:
+            parallel = _over(own, self.parallel.world_size)
+            return replace(self, parallel=parallel, work=self._work_of(parallel, filled=True))
+        if self.context_tokens is not None:
+            return replace(self, work=self._work_of(self.parallel, prompt=self.context_tokens))
+        return self
 
     def scoring_stages(self, stage: int) -> range:
         """Stages of the frozen models on the ranks of one of the student's."""
@@ -122,7 +210,7 @@ class PlannedRun:
         In a layout of its own its output layer lies on the student's last stage alone.
         """
         scoring, held = self.scoring, []
-        if scoring is self:
+        if not self.elsewhere:
             return self.parameters_of(model, stage).total
         for number in self.scoring_stages(stage):
             total = scoring.parameters_of(model, number).total
@@ -132,13 +220,15 @@ class PlannedRun:
         output = self.vocab_shard * model.shape.hidden if stage == self.last_stage else 0
         return max(held) + output
 
-    def _work_of(self, parallel: ParallelConfig, *, filled: bool = False) -> Workload:
+    def _work_of(
+        self, parallel: ParallelConfig, *, filled: bool = False, prompt: int | None = None
+    ) -> Workload:
         return workload(
             self.config,
             parallel,
             filled=filled,
             rounded_to=row_multiple(self.hardware) * parallel.context,
-            prompt_tokens=self.work.prompt,
+            prompt_tokens=prompt or self.work.prompt,
             response_tokens=self.work.mean_response,
         )
 
@@ -167,13 +257,27 @@ class PlannedRun:
         """Parameters of the student that are trained."""
         return self.student.parameters if self.lora is None else self.student.adapters(self.lora)
 
-    def laid_out(self, parallel: ParallelConfig, rollout: RolloutConfig) -> "PlannedRun":
+    def laid_out(
+        self,
+        parallel: ParallelConfig,
+        rollout: RolloutConfig,
+        teacher: ModelParallelConfig | None = None,
+    ) -> "PlannedRun":
         """The same with another layout and other engines.
+
+        Args:
+            teacher: layout of the teacher's own; None: the student's.
 
         Raises:
             ConfigError: the trainer would refuse it.
         """
-        other = replace(self, parallel=parallel, rollout=rollout, work=self._work_of(parallel))
+        of_teacher = self.config.teacher
+        if teacher != of_teacher.parallel:
+            of_teacher = replace(of_teacher, parallel=teacher)
+        # Is checked as the trainer's is.
+        config = replace(self.config, parallel=parallel, rollout=rollout, teacher=of_teacher)
+        work = self._work_of(parallel)
+        other = replace(self, config=config, parallel=parallel, rollout=rollout, work=work)
         _check(other)
         return other
 
@@ -184,39 +288,32 @@ def plan_run(
     *,
     prompt_tokens: int = PROMPT_TOKENS,
     response_tokens: float | None = None,
+    context_tokens: int | None = None,
 ) -> PlannedRun:
-    """Read the pair's config.json files and check the layout.
+    """Read the models' config.json files and check the layout.
 
     Args:
         config: the run; texts and weights it names are not read.
         response_tokens: assumed average length of a response; None: the longest.
+        context_tokens: assumed length of what a teacher reads in a prompt's place; None: the
+            longest that a micro-batch and the models have room for.
 
     Raises:
         InputError: a model's config.json is missing, unreadable or not supported.
         ConfigError: the trainer would refuse the settings, or a length is impossible.
     """
-    if config.teachers:
-        raise ConfigError(
-            "A plan holds one teacher, found [[teachers]]. Plan with each of them alone, in "
-            "model.teacher: one at a time is on the device, and all are in the host's memory."
-        )
-    (config,) = config.by_teacher.values()
-    if config.teacher.placement == SELF and (config.teacher.ema_decay or config.model.lora):
-        raise ConfigError(
-            f'A plan counts teacher.placement = "{SELF}" as a copy of the student, found '
-            "teacher.ema_decay or [model.lora], which make none. Plan without that."
-        )
     on_cpu = hardware.layers == "cpu"
     kind = config.model.dtype
     if kind == "auto":
         kind = "float32" if on_cpu else "bfloat16"
+    teachers = tuple(_teacher(who, alone) for who, alone in config.by_teacher.items())
     run = PlannedRun(
         config=config,
         parallel=config.parallel,
         rollout=config.rollout,
         student=open_architecture(config.model.student, "student"),
-        teacher=open_architecture(config.model.teacher, "teacher"),
-        reference=open_architecture(config.reference, "reference") if config.reference else None,
+        teachers=teachers,
+        context_tokens=_context_tokens(config, teachers, context_tokens),
         work=workload(
             config,
             config.parallel,
@@ -225,11 +322,50 @@ def plan_run(
             response_tokens=response_tokens,
         ),
         hardware=hardware,
-        options=options(config.megatron, teacher=config.teacher.offload),
+        options=options(config.megatron, teacher=_offload(teachers)),
         element=2 if kind == "bfloat16" else 4,
     )
     _check(run)
     return run
+
+
+@lru_cache(maxsize=256)
+def _over(own: ModelParallelConfig, world_size: int) -> ParallelConfig:
+    return own.over(world_size)
+
+
+def _teacher(who: str, alone: Config) -> PlannedTeacher:
+    """Read the models of one of the run's teachers."""
+    named, reference = alone.reference, None
+    if named:
+        reference = open_architecture(named, reference_of(who))
+    return PlannedTeacher(alone, open_architecture(alone.model.teacher, who), reference)
+
+
+def _offload(teachers: Sequence[PlannedTeacher]) -> Offload:
+    """Where teachers wait: of several the setting that needs more of the GPU is taken for all."""
+    wanted = {one.config.teacher.offload for one in teachers if one.frozen}
+    order: tuple[Offload, ...] = ("none", "host", "host_by_layer")
+    return next((where for where in order if where in wanted), "none")
+
+
+def _context_tokens(
+    config: Config, teachers: Sequence[PlannedTeacher], asked: int | None
+) -> int | None:
+    """Length of a prompt as the teachers read it, if one has its own (``teacher.context``)."""
+    if not any(one.config.teacher.context for one in teachers):
+        if asked is not None:
+            raise ConfigError(
+                "--context-tokens is the length of what teacher.context makes, found no "
+                "teacher.context. Leave one of the two out."
+            )
+        return None
+    if asked is not None and asked < 1:
+        raise ConfigError(f"--context-tokens must be at least 1, found {asked}.")
+    held = min(one.model.shape.context for one in teachers)
+    multiple = config.pad_multiple
+    room = min(config.train.tokens_per_micro_batch // multiple * multiple + 1, held)
+    return asked or max(1, room - config.rollout.max_new_tokens)
 
 
 def row_multiple(hardware: Hardware) -> int:
@@ -251,16 +387,17 @@ def _check(run: PlannedRun) -> None:
         own = run.scoring if model in run.frozen else run
         check_layout(model.shape, own.parallel, who=model.who)
     for model in run.named:
-        if run.work.longest > model.shape.context:
+        read = run.work if model is run.student else run.scoring.work
+        if read.longest > model.shape.context:
             raise ConfigError(
-                f"A prompt of {run.work.prompt} tokens and rollout.max_new_tokens = "
+                f"A prompt of {read.prompt} tokens and rollout.max_new_tokens = "
                 f"{run.work.longest_response} exceed the {model.who}'s context of "
-                f"{model.shape.context} tokens. Lower --prompt-tokens or "
-                "rollout.max_new_tokens."
+                f"{model.shape.context} tokens. Lower --prompt-tokens (--context-tokens of a "
+                "teacher with prompts of its own) or rollout.max_new_tokens."
             )
-    shapes, alike = [model.shape for model in run.models], run.scoring is run
-    check_expert_parallel(run.parallel, shapes if alike else shapes[:1])
-    if not alike:
+    shapes = [model.shape for model in run.models]
+    check_expert_parallel(run.parallel, shapes[:1] if run.elsewhere else shapes)
+    if run.elsewhere:
         check_expert_parallel(run.scoring.parallel, shapes[1:])
     check_engines(run)
 

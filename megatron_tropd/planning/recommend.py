@@ -26,8 +26,9 @@ _COMPARED = 2.0
 """Times the fastest: layouts that cannot be faster than this are not looked at."""
 _MOST_SPLITS = 8
 """Ways to divide the nodes between trainer and engines that are looked at."""
-_CONTEXT_EFFORT, _VIRTUAL_EFFORT = 2, 1
-"""Of context parallelism and of virtual stages, beside that of what saves memory."""
+_CONTEXT_EFFORT, _VIRTUAL_EFFORT, _ELSEWHERE_EFFORT = 2, 1, 2
+"""Of context parallelism, virtual stages and a teacher in a layout of its own, beside that of what
+saves memory."""
 _RECOMPUTED = {"none": "nothing", "selective": "modules", "block": "some layers", "uniform": "all"}
 _TEACHER = {"none": "on the GPU", "host": "on the host", "host_by_layer": "on the host by layer"}
 _Labels = dict[str, str]
@@ -96,8 +97,8 @@ def recommend(run: PlannedRun, gpus: int) -> Recommendation:
 
 def _with_adapters(run: PlannedRun, gpus: int) -> Estimate | None:
     """The best layout of the same run with adapters; None if it has its own, or none fits."""
-    # With adapters the student is its own teacher without a copy, which no plan knows.
-    if run.lora is not None or run.config.teacher.placement == SELF:
+    # With adapters the student is its own teacher without a copy: another run.
+    if run.lora is not None or any(t.config.teacher.placement == SELF for t in run.teachers):
         return None
     model = replace(run.config.model, lora=LoraConfig())
     adapted = replace(run, config=replace(run.config, model=model))
@@ -357,11 +358,12 @@ def _timed(one: PlannedRun, engines: list[RolloutConfig]) -> list[_Engines]:
 
 def _savings(run: PlannedRun) -> Savings:
     """What a layout can do to save memory."""
-    on_gpu, teacher = run.hardware.layers != "cpu", run.config.teacher
+    on_gpu = run.hardware.layers != "cpu"
     # Transformer Engine's copies in low precision would stay on the GPU, and a source of the user's
     # own says itself where its weights are.
     low = any(run.config.megatron.teacher.get(name) for name in ("fp8", "fp4"))
-    resident = teacher.placement == TeacherConfig.placement
+    loaded = [teacher.config.teacher for teacher in run.teachers if teacher.frozen]
+    resident = bool(loaded) and all(t.placement in (TeacherConfig.placement, SELF) for t in loaded)
     p = run.parallel
     first = stage_chunks(run.student.shape.layers, p.pipeline, p.virtual_pipeline)[0][0]
     return Savings(
@@ -369,6 +371,7 @@ def _savings(run: PlannedRun) -> Savings:
         mixture=run.student.shape.experts is not None,
         offloads=on_gpu,
         teacher=on_gpu and resident and not low,
+        one_teacher=len(loaded) == 1,
         optimizer=on_gpu and run.parallel.distributed_optimizer and run.element == 2,
     )
 
@@ -386,8 +389,12 @@ def _labels_of_layout(run: PlannedRun) -> _Labels:
     p = run.parallel
     sizes = {"TP": p.tensor, "CP": p.context, "PP": p.pipeline, "VPP": p.virtual_pipeline}
     sizes["EP"] = p.expert
-    engines = "on nodes of their own" if run.separate else "colocated"
-    return {name: str(size) for name, size in sizes.items()} | {"engines": engines}
+    own = run.scoring.parallel
+    others = {
+        "engines": "on nodes of their own" if run.separate else "colocated",
+        "teacher in": f"TP {own.tensor} x PP {own.pipeline}" if run.elsewhere else "the same",
+    }
+    return {name: str(size) for name, size in sizes.items()} | others
 
 
 def _labels_of_options(chosen: Options) -> _Labels:
@@ -407,6 +414,7 @@ def _complexity(run: PlannedRun) -> tuple[bool, int, int]:
         run.separate,
         effort(run.options)
         + _CONTEXT_EFFORT * (p.context > 1)
+        + _ELSEWHERE_EFFORT * run.elsewhere
         + _VIRTUAL_EFFORT * (p.virtual_pipeline > 1),
         p.pipeline * max(p.tensor, p.shards_of_expert * p.expert),
     )

@@ -2,11 +2,12 @@
 
 import json
 import textwrap
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields
 from typing import Any
 
 from megatron_tropd.config import LoraConfig
+from megatron_tropd.config.run import TEACHER
 from megatron_tropd.config.teacher_cache import bytes_per_token
 from megatron_tropd.convert.families import describe
 from megatron_tropd.planning.estimate import Estimate, layout_name, slow_phases
@@ -22,7 +23,7 @@ from megatron_tropd.planning.memory import (
 )
 from megatron_tropd.planning.options import tables
 from megatron_tropd.planning.plan import Plan
-from megatron_tropd.planning.planned_run import PlannedRun
+from megatron_tropd.planning.planned_run import PlannedRun, PlannedTeacher
 from megatron_tropd.planning.recommend import Choice
 from megatron_tropd.planning.seconds import concurrent_sequences
 
@@ -37,7 +38,9 @@ _ITEMS = {
     "teacher weights": "teacher_weights",
     "teacher hidden states": "teacher_hidden",
     "teacher forward pass": "teacher_forward",
-    "teacher, from the host": "teacher_visiting",
+    "teacher, visiting": "teacher_visiting",
+    "teacher, in the student's order": "teacher_copies",
+    "teacher's output layer": "teacher_output",
     "student hidden states": "student_hidden",
     "activations": "activations",
     "backward pass": "backward",
@@ -100,8 +103,8 @@ def plan_json(plan: Plan) -> dict[str, Any]:
             for model in run.named
         },
         "trained_parameters": run.trained,
-        "teacher_cache": _cache_json(run),
-        "teacher_served": _served_json(run),
+        "teacher_cache": _of_each(run, _cache_json),
+        "teacher_served": _of_each(run, _served_json),
         "hardware": asdict(run.hardware),
         "step": asdict(run.work),
         "asked": _estimate_json(plan.asked),
@@ -127,6 +130,7 @@ def _estimate_json(one: Estimate) -> dict[str, Any]:
         "engine_nodes": run.engine_nodes,
         "megatron": tables(run.options),
         "teacher_offload": run.options.teacher,
+        "teacher_parallel": None if (own := run.config.teacher.parallel) is None else asdict(own),
         "fits": one.fits,
         "obstacle": one.obstacle,
         "memory_bytes": [asdict(s) | {"phases": s.phases, "peak": s.peak} for s in one.memory],
@@ -156,7 +160,7 @@ def _heading(run: PlannedRun) -> str:
         [
             *[(model.who, describe(model.config)) for model in run.named],
             *([("adapters", _adapters(run, run.lora))] if run.lora else []),
-            *[("scores", text) for text in (*_cache(run), *_served(run))],
+            *_sources(run),
             ("cluster", _cluster(run)),
             ("rates", rates),
             ("step", step),
@@ -175,19 +179,27 @@ def _adapters(run: PlannedRun, lora: LoraConfig) -> str:
     )
 
 
-def _cache_json(run: PlannedRun) -> dict[str, Any] | None:
-    """What `tropd score` writes of each token; None: the run reads no scores."""
-    config = run.config
+def _of_each(
+    run: PlannedRun, describe: Callable[[PlannedRun, PlannedTeacher], dict[str, Any] | None]
+) -> dict[str, Any] | None:
+    """What is said of a run's teacher; of several, by what messages call them."""
+    said = {one.model.who: text for one in run.teachers if (text := describe(run, one))}
+    return said.get(TEACHER) if len(run.teachers) == 1 else said or None
+
+
+def _cache_json(run: PlannedRun, teacher: PlannedTeacher) -> dict[str, Any] | None:
+    """What `tropd score` writes of each token; None: the run reads no scores of this teacher."""
+    config = teacher.config
     if config.teacher.placement != "cached":
         return None
     k, dtype = config.cached_top_k, config.teacher.cache_dtype
-    each = bytes_per_token(k, dtype, reference=run.reference is not None)
+    each = bytes_per_token(k, dtype, reference=teacher.reference is not None)
     return {"top_k": k, "dtype": dtype, "bytes_per_token": each}
 
 
-def _cache(run: PlannedRun) -> list[str]:
-    """A line about the cached teacher, if the run has one."""
-    kept = _cache_json(run)
+def _cache(run: PlannedRun, teacher: PlannedTeacher) -> list[str]:
+    """A line about a teacher if it is cached."""
+    kept = _cache_json(run, teacher)
     if kept is None:
         return []
     return [
@@ -196,29 +208,47 @@ def _cache(run: PlannedRun) -> list[str]:
     ]
 
 
-def _served_json(run: PlannedRun) -> dict[str, Any] | None:
-    """What a served teacher is asked for, and what that takes there; None: there is none."""
-    config = run.config
+def _served_json(run: PlannedRun, teacher: PlannedTeacher) -> dict[str, Any] | None:
+    """What a teacher is asked for if it is served, and what that takes there."""
+    config = teacher.config
     if config.teacher.placement != "served":
         return None
     return {
         "top_k": config.signal_top_k,
         "requests": config.teacher.requests,
-        "logits_bytes": SERVED_ROWS * run.teacher.shape.vocab * run.element,
+        "logits_bytes": SERVED_ROWS * teacher.model.shape.vocab * run.element,
     }
 
 
-def _served(run: PlannedRun) -> list[str]:
-    """A line about the served teacher, if the run has one."""
-    asked = _served_json(run)
+def _served(run: PlannedRun, teacher: PlannedTeacher) -> list[str]:
+    """A line about a teacher if it is served."""
+    asked = _served_json(run, teacher)
     if asked is None:
         return []
     return [
-        f"served at {len(run.config.teacher.address)} addresses, k = {asked['top_k']}, at most "
+        f"served at {len(teacher.config.teacher.address)} addresses, k = {asked['top_k']}, at most "
         f"{asked['requests']} sequences under way at each; a server's logits of prompts take "
         f"{_gb(asked['logits_bytes'])} GB, of {SERVED_ROWS} tokens at a time (docs/teachers.md); "
         "no teacher is loaded"
     ]
+
+
+def _sources(run: PlannedRun) -> list[tuple[str, str]]:
+    """What is said of teachers that are no models of their own on the ranks; of their prompts."""
+    lines = []
+    for one in run.teachers:
+        texts = [*_cache(run, one), *_served(run, one)]
+        if one.is_student:
+            what = "an average of its trained weights" if one.averages else "without its adapters"
+            texts.append(f"the student scores, {what}")
+        several = f"{one.model.who}: " if len(run.teachers) > 1 else ""
+        lines += [("scores", f"{several}{text}") for text in texts]
+    if run.context_tokens is not None:
+        lines.append(("context", f"a teacher reads {run.context_tokens} tokens as a prompt"))
+    if len(run.teachers) > 1:
+        share = "equal shares of the time, memory as if each scored all; one at a time on the GPU"
+        lines.append(("teachers", f"{len(run.teachers)}: {share}"))
+    return lines
 
 
 def _cluster(run: PlannedRun) -> str:
@@ -237,8 +267,9 @@ def _memory_block(one: Estimate) -> str:
     heads = [f"stage {stage.stage}" for stage in shown] + (["engine"] if engine else [])
     rows = [["GB on each GPU", *heads]]
     for label, name in _ITEMS.items():
-        if not run.frozen:
-            label = _OF_TOP_K.get(name, label).format(run.config.teacher.placement)
+        if not run.gives_states:
+            placements = {one.config.teacher.placement for one in run.teachers}
+            label = _OF_TOP_K.get(name, label).format(" and ".join(sorted(placements)))
         values = [getattr(stage, name) for stage in shown] + _of_engine(engine, name)
         if any(values):
             rows.append([f"  {label}", *map(_gb, values)])
@@ -366,8 +397,14 @@ def _overrides(run: PlannedRun) -> str:
         for table, values in tables(run.options).items()
         for name, value in values.items()
     }
-    if run.options.teacher != run.config.teacher.offload or run.options.teacher != "none":
+    if run.config.teachers:
+        pass  # each has its own table
+    elif run.options.teacher != run.config.teacher.offload or run.options.teacher != "none":
         chosen["teacher.offload"] = run.options.teacher
+    own = run.config.teacher.parallel
+    for field in fields(own) if own is not None else ():
+        if (value := getattr(own, field.name)) != field.default:
+            chosen[f"teacher.parallel.{field.name}"] = value
     words = [f"{name}={json.dumps(value, separators=(',', ':'))}" for name, value in chosen.items()]
     surplus = [
         name

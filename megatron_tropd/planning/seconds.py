@@ -77,7 +77,7 @@ def seconds(run: PlannedRun, sent: Communication) -> Seconds:
         student += pass_seconds(run, run.student, backward=False)
     return Seconds(
         rollout=rollout_seconds(run),
-        teacher=sum(teacher_seconds(run, model) for model in run.frozen),
+        teacher=_scoring_seconds(run),
         student=student,
         optimizer=optimizer_seconds(run),
         sync=sync_seconds(run),
@@ -92,26 +92,44 @@ def fewest_seconds(run: PlannedRun) -> float:
     def forward(model: PlannedModel) -> float:
         return model.shape.layers * layer_seconds(run, model, positions) / run.parallel.world_size
 
-    return sum(map(forward, run.frozen)) + (2 if run.lora else 3) * forward(run.student)
+    scored = min(
+        sum(map(forward, teacher.named)) if teacher.gives_states else 0.0
+        for teacher in run.teachers
+    )
+    return scored + (2 if run.lora else 3) * forward(run.student)
 
 
-def teacher_seconds(run: PlannedRun, model: PlannedModel) -> float:
-    """Of the scoring by one frozen model, whose weights may have to come from the host.
+def _scoring_seconds(run: PlannedRun) -> float:
+    """Of all teachers, which score one after the other; each has an equal share of the rows."""
+    share = 1 / len(run.teachers)
+    return sum(
+        teacher_seconds(run, model, share)
+        for teacher in run.teachers
+        for model in (teacher.named if teacher.gives_states else ())
+    )
+
+
+def teacher_seconds(run: PlannedRun, model: PlannedModel, share: float = 1.0) -> float:
+    """Of the scoring by one model, whose weights may have to come from the host.
 
     All together they come before it; layer by layer, for each micro-batch beside its products.
+
+    Args:
+        share: of a step's rows.
     """
     own = run.scoring
-    passes = pass_seconds(own, model, backward=False)
-    arrival = visiting_bytes(run, model, 0).moved / run.hardware.host_link
+    passes, arrival = share * pass_seconds(own, model, backward=False), 0.0
+    if model in run.frozen:
+        arrival = visiting_bytes(run, model, 0).moved / run.hardware.host_link
     if run.options.teacher == "host_by_layer":
-        passes, arrival = max(passes, _slots(own) * arrival), 0.0
+        passes, arrival = max(passes, share * _slots(own) * arrival), 0.0
     link = run.hardware.link(own.parallel.world_size)
-    return passes + arrival + exchanged_bytes(run, model) / link
+    return passes + arrival + share * exchanged_bytes(run, model) / link
 
 
 def exchanged_bytes(run: PlannedRun, model: PlannedModel) -> float:
     """Hidden states that a rank of the last stage gets from a model in a layout of its own."""
-    if run.scoring is run:
+    if not run.elsewhere:
         return 0.0
     return run.work.loss_tokens * model.shape.hidden * run.element
 
@@ -139,8 +157,10 @@ def layer_seconds(run: PlannedRun, model: PlannedModel, positions: float) -> flo
 
 def loss_flops(run: PlannedRun, tokens: float) -> float:
     """Logits of all models, gradients of the student's hidden states and trained output layer."""
-    student, frozen = run.student.shape.hidden, sum(m.shape.hidden for m in run.frozen)
-    return 2 * tokens * run.padded_vocab * ((2 if run.lora else 3) * student + frozen)
+    student, teacher = run.student.shape.hidden, 0
+    if run.gives_states:
+        teacher = max(sum(m.shape.hidden for m in one.named) for one in run.teachers)
+    return 2 * tokens * run.padded_vocab * ((2 if run.lora else 3) * student + teacher)
 
 
 def pass_seconds(run: PlannedRun, model: PlannedModel, *, backward: bool) -> float:

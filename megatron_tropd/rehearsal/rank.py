@@ -1,11 +1,16 @@
-"""The process that rehearses one rank: a line of JSON on stdin, the report on stdout.
+"""The processes that rehearse ranks, one each, forked from one that believes in a GPU.
 
-Nothing of Megatron may be imported before the process believes in a GPU, so imports are inside.
+Of a line of JSON on stdin, [number, request], a child makes NUMBER.json in a folder, and what it
+prints goes to NUMBER.err there; "NUMBER CODE" on stdout says that it has ended. Nothing of Megatron
+may be imported before the process believes in a GPU, so imports are inside.
 """
 
+import gc
 import json
 import os
 import resource
+import select
+import signal
 import sys
 import tempfile
 import threading
@@ -13,8 +18,9 @@ import time
 import traceback
 import warnings
 from collections import Counter
+from importlib import import_module
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_tropd.base.errors import ConfigError, InputError, TrainingError
 from megatron_tropd.config import Config, config_from_dict
@@ -31,41 +37,93 @@ from megatron_tropd.rehearsal.tensors import Device
 if TYPE_CHECKING:
     from megatron_tropd.rehearsal.step import RehearsedRank
 
+_POLL_SECONDS = 0.05
 _MAKERS = 8
 """Lines shown that hold most of a peak."""
 
 
-def main() -> int:
-    """Answer one request."""
-    request, answer_to = Request(**json.loads(sys.stdin.readline())), _keep_stdout()
+def main() -> None:
+    """Fork a rank for every request, until nobody asks any more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # who asks has had it, too, and ends us
     threading.Thread(target=_end_with_asker, daemon=True).start()
+    gpus, folder = int(sys.argv[1]), Path(sys.argv[2])
     warnings.simplefilter("ignore")
+    answers = os.dup(1)
+    os.dup2(2, 1)  # what anybody else prints
+    scene = _Scene(gpus)
+    running: dict[int, int] = {}
+    waiting = b""
+    while True:
+        # A child is looked for as often as anybody would notice.
+        if select.select([0], [], [], _POLL_SECONDS if running else None)[0]:
+            *lines, waiting = (waiting + os.read(0, 2**16)).split(b"\n")
+            for number, request in map(json.loads, lines):
+                running[number] = _forked(scene, Request(**request), folder / str(number))
+        for number, pid in list(running.items()):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                del running[number]
+                os.write(answers, f"{number} {os.waitstatus_to_exitcode(status)}\n".encode())
+
+
+class _Scene:
+    """What every rank has: a GPU that is believed in, other ranks that answer, all imports."""
+
+    def __init__(self, gpus: int) -> None:
+        import_module("megatron_tropd.data.tokenizers")  # transformers needs no GPU
+        self.device = Device(Tracker(line_running), Events())
+        cuda.believe(self.device, gpus=gpus)
+        with self.device:
+            self.world = world.believe(self.device)
+            import_module("megatron_tropd.rehearsal.step")
+            world.route_evenly()
+        gc.collect()
+        gc.freeze()  # the ranks' collectors have enough to look at
+
+
+def _forked(scene: _Scene, request: Request, answer_to: Path) -> int:
+    """Rehearse a rank in a child; its process id."""
+    if pid := os.fork():
+        return pid
+    code = 1
+    try:
+        threading.Thread(target=_end_with_asker, daemon=True).start()
+        errors = os.open(f"{answer_to}.err", os.O_CREAT | os.O_WRONLY)
+        os.dup2(errors, 1)
+        os.dup2(errors, 2)
+        Path(f"{answer_to}.json").write_text(json.dumps(_answer(scene, request)))
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _answer(scene: _Scene, request: Request) -> dict[str, Any]:
     config = config_from_dict(request.config)
     try:
-        answer: dict[str, Any] = {"report": rehearse_rank(config, request).values()}
+        return {"report": rehearse_rank(scene, config, request).values()}
     except (ConfigError, InputError) as error:
         kind = "config" if isinstance(error, ConfigError) else "input"
-        answer = {kind: str(error)}
+        return {kind: str(error)}
     except Exception as error:
         traceback.print_exc()
-        answer = {"input": _failure(request.rank, error)}
-    print(json.dumps(answer), file=answer_to, flush=True)
-    return 0
+        return {"input": _failure(request.rank, error)}
 
 
-def rehearse_rank(config: Config, request: Request) -> RankReport:
+def rehearse_rank(scene: _Scene, config: Config, request: Request) -> RankReport:
     """Be a rank from its start to its first checkpoint. The process can do nothing else after."""
     start = time.perf_counter()
     planned = plan_run(
         config,
         rehearsed_hardware(request.gpus_per_node),
         prompt_tokens=request.prompt_tokens,
+        context_tokens=request.context_tokens,
     )
-    device = Device(Tracker(line_running), Events())
-    cuda.believe(device, gpus=request.gpus_per_node)
+    device, others = scene.device, scene.world
     with device, tempfile.TemporaryDirectory() as folder:
-        others = world.join(device, rank=request.rank, world_size=planned.parallel.world_size)
-        world.route_evenly()
+        world.join(rank=request.rank, world_size=planned.parallel.world_size)
         from megatron_tropd.rehearsal import engines
         from megatron_tropd.rehearsal.step import RehearsedRank
 
@@ -79,7 +137,8 @@ def _rehearse(rank: "RehearsedRank", wanted: int | None) -> dict[str, Counter[An
     """Build, two steps, export, checkpoint; the events of all, as of one whole step.
 
     The first step leaves the optimizer's states, and its one micro-batch less (one for each stage,
-    if there are virtual stages) tells what each further one adds.
+    if there are virtual stages) tells what each further one adds. If none would be left, the
+    optimizer alone makes it.
     """
     device, parallel = rank.device, rank.planned.parallel
     whole, unit = rank.planned.work.most_micro_batches, parallel.batch_multiple
@@ -87,7 +146,10 @@ def _rehearse(rank: "RehearsedRank", wanted: int | None) -> dict[str, Counter[An
     run = min(whole, fill if wanted is None else wanted)
     rank.build()
     before = device.events.take()
-    rank.learn(max(run - unit, unit))
+    if run > unit:
+        rank.learn(run - unit)
+    else:
+        rank.update()
     fewer = device.events.take()
     device.tracker.forget_phases("build")
     rank.learn(run)
@@ -156,17 +218,12 @@ def _failure(rank: int, error: Exception) -> str:
 
 
 def _end_with_asker() -> None:
-    """End when stdin does: whoever asked is gone, or has had enough."""
-    os.read(0, 1)
+    """End when stdin does: whoever asks is gone, or has had enough."""
+    asker = select.poll()
+    asker.register(0, 0)
+    asker.poll()
     os._exit(1)
 
 
-def _keep_stdout() -> IO[str]:
-    """Stdout for the answer; what anybody else prints goes to stderr."""
-    answer_to = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    return answer_to
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -105,3 +105,5 @@ class Request:
     gpus_per_node: int
     micro_batches: int | None = None
     """To run; None: as many as fill the pipeline, and one more."""
+    context_tokens: int | None = None
+    """Of what a teacher reads in a prompt's place; None: the longest."""

@@ -53,8 +53,15 @@ class MadeUpScores:
 
 
 def with_made_up_scores(config: Config) -> Config:
-    """The settings with :class:`MadeUpScores` in the place of a teacher that is not loaded."""
-    if config.loads_teacher:
-        return config
+    """The settings with :class:`MadeUpScores` in the place of teachers that are not loaded."""
     made_up = f"{__name__}:{MadeUpScores.__name__}"
-    return replace(config, teacher=replace(config.teacher, placement=made_up))
+    if not config.teachers:
+        if config.loads_teacher:
+            return config
+        return replace(config, teacher=replace(config.teacher, placement=made_up))
+    loaded = [alone.loads_teacher for alone in config.by_teacher.values()]
+    teachers = (
+        teacher if is_loaded else replace(teacher, placement=made_up, address=(), cache=None)
+        for teacher, is_loaded in zip(config.teachers, loaded, strict=True)
+    )
+    return replace(config, teachers=tuple(teachers))

@@ -17,12 +17,13 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
 
 from megatron_tropd.base.progress import Progress
-from megatron_tropd.config.run import TEACHER
+from megatron_tropd.config.run import TEACHER, reference_of
 from megatron_tropd.config.run_folder import RunFolder
 from megatron_tropd.convert.accounting import expected_tensors
 from megatron_tropd.convert.families import plan
 from megatron_tropd.convert.hf_folder import HFFolder, read_config
 from megatron_tropd.convert.megatron_folder import MegatronFolder
+from megatron_tropd.data.routes import Routes
 from megatron_tropd.data.sequence import SampleKey, TokenSequence, Writer
 from megatron_tropd.distill.engines import start_engines
 from megatron_tropd.distill.inputs import Inputs
@@ -35,13 +36,16 @@ from megatron_tropd.mcore import models, parallel, platform, schedule
 from megatron_tropd.mcore.checkpoint import Checkpoints
 from megatron_tropd.mcore.hidden import unwrap
 from megatron_tropd.mcore.layout import Layout
+from megatron_tropd.mcore.student import Student
 from megatron_tropd.planning.planned_run import PlannedRun
 from megatron_tropd.rehearsal.engines import Counted, RecordingEngine
 from megatron_tropd.rehearsal.other_layout import ToldRows
 from megatron_tropd.rehearsal.scores import with_made_up_scores
 from megatron_tropd.rehearsal.tensors import CPU, Device
 from megatron_tropd.rehearsal.world import World
+from megatron_tropd.teacher._routed import RoutedTeacher
 from megatron_tropd.teacher.resident import ResidentTeacher
+from megatron_tropd.teacher.self import SelfTeacher
 
 
 class ArchitectureFolder(HFFolder):
@@ -161,7 +165,9 @@ class RehearsedRank:
                 world_size=self.layout.world_size,
             )
             # Nobody compares engine and trainer: that takes numbers.
-            parts = step_parts(with_made_up_scores(config), self.inputs.folders, self.layout)
+            parts = step_parts(
+                with_made_up_scores(config), self.inputs.folders, self.layout, self.inputs.routes
+            )
             self.parts = replace(parts, clock=self.clock)
             self.checkpoints = Checkpoints(
                 self.folder.checkpoints,
@@ -175,11 +181,17 @@ class RehearsedRank:
         self.rows = None
         if self.elsewhere is not None:
             self.rows = ToldRows(self.parts, self.world)
-        scored: list[tuple[Any, str, list[Any]]] = [(student, "score", [student.module])]
-        if isinstance(teacher, ResidentTeacher):
-            scored.append((teacher, "signals", [scorer.chunks[0] for scorer in teacher.scorers]))
-        for owner, name, run in scored:
-            setattr(owner, name, self._keeping(getattr(owner, name), run))
+        self._keep(student, "score", [student.module.config.hidden_size])
+        sources = teacher.sources if isinstance(teacher, RoutedTeacher) else (teacher,)
+        sizes = {source: _hidden_sizes(source, student) for source in sources}
+        for source, hidden in sizes.items():
+            # Of teachers with rows of their own all states are there twice until they are sorted.
+            rows = 1 + self.layout.cp_size if source is not teacher else 1
+            # While the student scores for it, room is held by the student's own method.
+            beside = not isinstance(source, SelfTeacher)
+            self._keep(source, "signals", hidden * rows, beside=beside)
+        if isinstance(teacher, RoutedTeacher) and self.planned.gives_states:
+            self._keep(teacher, "signals", max(sizes.values(), key=sum), beside=False)
 
     def learn(self, micro_batches: int) -> None:
         """Teacher, student and optimizer: the trainer's own step.
@@ -211,6 +223,11 @@ class RehearsedRank:
         with self.device.tracker.phase("between steps"):
             pass
 
+    def update(self) -> None:
+        """The optimizer's part of a step, whatever the gradients are."""
+        with self.clock("optimizer"):
+            self.parts.student.update()
+
     def export(self) -> None:
         """New weights to the engines."""
         model = self.parts.student.model
@@ -231,21 +248,23 @@ class RehearsedRank:
             )
             self.checkpoint_bytes = bytes_to_write(state)
 
-    def _keeping(self, score: Any, models: list[Any]) -> Any:
-        """Hold as much as if the models had scored all micro-batches of the step."""
+    def _keep(self, owner: Any, name: str, sizes: list[int], *, beside: bool = True) -> None:
+        """Have a method hold as much as if all micro-batches of the step had been scored.
+
+        Args:
+            sizes: hidden sizes of the states of each.
+            beside: while it scores, too.
+        """
+        score = getattr(owner, name)
 
         def kept(batches: Any) -> list[Any]:
-            tokens = len(batches[0].loss_at) if self.layout.is_last_stage else 0
-            room = [
-                torch.empty(
-                    tokens, model.config.hidden_size, dtype=self.dtype, device=self.parts.device
-                )
-                for model in models
-                for _ in range(self._missing if tokens else 0)
-            ]
-            return Kept(score(batches), room)
+            tokens = len(batches[0].loss_at) if self.layout.is_last_stage and batches else 0
+            shapes = [(tokens, size) for size in sizes for _ in range(self._missing * bool(tokens))]
+            made = None if beside else score(batches)
+            room = [torch.empty(s, dtype=self.dtype, device=self.parts.device) for s in shapes]
+            return Kept(score(batches) if made is None else made, room)
 
-        return kept
+        setattr(owner, name, kept)
 
     @contextmanager
     def _announced(
@@ -285,14 +304,12 @@ class RehearsedRank:
             P2PCommunicator._communicate_shapes = original
 
     def _inputs(self) -> Inputs:
-        model = self.planned.config.model
         shapes = [each.shape for each in self.planned.models]
-        named = {
-            "student": model.student,
-            TEACHER: model.teacher,
-            "reference": self.config.reference,
-        }
+        named: dict[str, str | None] = {"student": self.config.model.student}
+        for who, alone in self.config.by_teacher.items():
+            named |= {who: alone.model.teacher, reference_of(who): alone.reference}
         return Inputs(
+            routes=self._routes(),
             folders={who: self._open_model(Path(path)) for who, path in named.items() if path},
             tokenizer=cast(Any, None),
             vocab_size=min(shape.vocab for shape in shapes),
@@ -304,6 +321,33 @@ class RehearsedRank:
             problem_sets=(),
             max_model_len=self.planned.work.longest,
         )
+
+    def _routes(self) -> Routes | None:
+        """Prompts in turns to each teacher, the first to the one whose states are the largest."""
+        planned = self.planned
+        if not planned.routed:
+            return None
+        sizes = [sum(model.shape.hidden for model in one.named) for one in planned.teachers]
+        order = sorted(range(len(sizes)), key=lambda number: -sizes[number])
+        of_prompt = {
+            prompt: order[prompt % len(order)]
+            for prompt in range(self.config.rollout.prompts_per_step)
+        }
+        contexts = {
+            prompt: (1,) * cast(int, planned.context_tokens)
+            for prompt, number in of_prompt.items()
+            if planned.teachers[number].config.teacher.context is not None
+        }
+        names = tuple(teacher.name for teacher in self.config.teachers) or (TEACHER,)
+        return Routes(names, of_prompt, contexts)
+
+
+def _hidden_sizes(source: Any, student: Student) -> list[int]:
+    """Of the states that a source gives; none if it gives most likely ids."""
+    if isinstance(source, SelfTeacher):
+        return [student.module.config.hidden_size]
+    scorers = source.scorers if isinstance(source, ResidentTeacher) else ()
+    return [scorer.chunks[0].config.hidden_size for scorer in scorers]
 
 
 def _silent(message: str) -> None:
@@ -337,13 +381,16 @@ def made_sequences(planned: PlannedRun, *, micro_batches: int | None = None) -> 
     response = (1,) * work.longest_response
     taught = work.longest_response // 2 if config.guidance.responses else 0
     prompt, logprobs = (1,) * work.prompt, (-1.0,) * (work.longest_response - taught)
+    prompts, samples = config.rollout.prompts_per_step, config.rollout.samples_per_prompt
+
+    def key(number: int) -> SampleKey:
+        if planned.routed:  # neighbours have different teachers
+            return SampleKey(0, number % prompts, number // prompts)
+        return SampleKey(0, *divmod(number, samples))
+
     return [
         TokenSequence.of_runs(
-            SampleKey(
-                0,
-                number // config.rollout.samples_per_prompt,
-                number % config.rollout.samples_per_prompt,
-            ),
+            key(number),
             (Writer.CONTEXT, prompt),
             (Writer.TEACHER, response[:taught]),
             (Writer.STUDENT, response[taught:]),

@@ -19,8 +19,8 @@ from megatron_tropd.rehearsal.events import Collective, Events
 from megatron_tropd.rehearsal.tensors import Device, known, on_device, set_known
 
 
-def join(device: Device, *, rank: int, world_size: int) -> "World":
-    """Be ``rank`` of a world whose other ranks do not exist."""
+def believe(device: Device) -> "World":
+    """Let this process take collectives for answered by ranks that do not exist."""
     world = World(device.events)
     device.collective = world.answer
     _replace_objects(world)
@@ -33,6 +33,11 @@ def join(device: Device, *, rank: int, world_size: int) -> "World":
 
     dist.new_group = fake_group
     torch.distributed.new_group = fake_group
+    return world
+
+
+def join(*, rank: int, world_size: int) -> None:
+    """Be ``rank`` of the world."""
     dist.init_process_group(
         backend="fake",
         store=FakeStore(),
@@ -41,7 +46,6 @@ def join(device: Device, *, rank: int, world_size: int) -> "World":
         # Who makes a group reads the time-out of this one.
         pg_options=FakeProcessGroup.Options(),  # type: ignore[call-arg]
     )
-    return world
 
 
 class World:

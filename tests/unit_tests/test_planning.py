@@ -15,7 +15,7 @@ import torch
 
 from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.cli.main import main
-from megatron_tropd.config import Config, ParallelConfig, load_config
+from megatron_tropd.config import Config, NamedTeacher, ParallelConfig, load_config
 from megatron_tropd.config.loss import preset
 from megatron_tropd.config.megatron import MegatronConfig
 from megatron_tropd.config.megatron_fields import verdicts
@@ -27,10 +27,12 @@ from megatron_tropd.losses.vocab_parallel import shard_of
 from megatron_tropd.mcore.layout import CUDA_ROW_MULTIPLE
 from megatron_tropd.planning import memory as planned_memory
 from megatron_tropd.planning import recommend as recommending
+from megatron_tropd.planning import report
 from megatron_tropd.planning.activations import activations, in_flight, saved_per_position, widths
 from megatron_tropd.planning.communication import communication, expert_bytes
 from megatron_tropd.planning.estimate import estimate, layout_name
 from megatron_tropd.planning.hardware import GPUS, Hardware, load_hardware
+from megatron_tropd.planning.layouts import laid_out
 from megatron_tropd.planning.options import COUNTED, Options, can_be_rehearsed, options
 from megatron_tropd.planning.parameters import open_architecture
 from megatron_tropd.planning.plan import make_plan
@@ -52,6 +54,8 @@ from megatron_tropd.rollout.weights import mailbox
 RECIPES = Path(__file__).resolve().parents[2] / "configs" / "recipes"
 TOMLS = sorted(RECIPES.glob("*.toml"))
 H100 = GPUS["h100"]
+ONE_GPU = ["parallel.data=1", "rollout.num_engines=1", "rollout.engine_tensor_parallel=1"]
+BESIDE_32B = {"student": "Skywork-OR1-7B", "teacher": "Qwen3-32B"}
 # Billions of parameters, as the models' pages say; the first two count a tied layer once.
 PUBLISHED = {
     "Qwen3-1.7B": 1.72,
@@ -68,10 +72,7 @@ PUBLISHED = {
 @pytest.fixture
 def small() -> Config:
     """Qwen3-1.7B from Qwen3-4B on one GPU."""
-    return load_config(
-        RECIPES / "qwen3_1.7b.toml",
-        ["parallel.data=1", "rollout.num_engines=1", "rollout.engine_tensor_parallel=1"],
-    )
+    return load_config(RECIPES / "qwen3_1.7b.toml", ONE_GPU)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -480,7 +481,7 @@ def test_the_loss_buffers_are_those_of_the_loss(
         hardware=H100,
         element=dtype.itemsize,
         parallel=parallel,
-        models=("student", "teacher", "reference")[: 2 + referenced],
+        scored_beside=1 + referenced,
     )
     taken = real._logits.untyped_storage().nbytes()
     if real._rounded is not None:
@@ -580,6 +581,7 @@ ESTIMATE_KEYS = {
     *(
         "megatron",
         "teacher_offload",
+        "teacher_parallel",
         "memory_bytes",
         "engine_bytes",
         "host_bytes",
@@ -605,6 +607,112 @@ def test_command_prints_a_table_or_json(capsys):
     assert plan["asked"].keys() == ESTIMATE_KEYS
     recommended = plan["recommended"]["parallel"]
     assert recommended["tensor"] * recommended["pipeline"] * recommended["data"] == 16
+
+
+def _named(name: str, model: str, **settings: Any) -> NamedTeacher:
+    return NamedTeacher(name=name, model=str(RECIPES / "models" / model), **settings)
+
+
+def _with_teachers(config: Config, *teachers: NamedTeacher) -> Config:
+    model = dataclasses.replace(config.model, teacher="")
+    return dataclasses.replace(config, model=model, teachers=teachers)
+
+
+def test_of_several_teachers_the_largest_is_on_the_gpu_and_all_are_on_the_host(small: Config):
+    models = ("Qwen3-4B", "Qwen3-8B")
+    both = _with_teachers(small, *(_named(name.lower(), name) for name in models))
+    run = plan_run(both, H100)
+    alone = [
+        plan_run(load_config(RECIPES / "qwen3_1.7b.toml", [*ONE_GPU, *words]), H100)
+        for words in (
+            [f"model.teacher={RECIPES / 'models' / name}", "teacher.offload=host"]
+            for name in models
+        )
+    ]
+    together, apart = estimate(run), [estimate(one) for one in alone]
+    memories = [one.memory[0] for one in apart]
+    found = together.memory[0]
+    for item in ("teacher_hidden", "teacher_forward", "teacher_visiting"):
+        assert getattr(found, item) == max(getattr(one, item) for one in memories), item
+    assert found.teacher_weights == sum(one.teacher_weights for one in memories)
+    assert found.teacher_copies == found.teacher_hidden, "its states, sorted anew"
+    away = [planned_memory.host_bytes(one) for one in (run, *alone)]
+    assert away[0] == pytest.approx(sum(away[1:]))
+    passes = sum(pass_seconds(run, model, backward=False) for model in run.frozen) / 2
+    moved = together.seconds.teacher - passes
+    assert moved == pytest.approx(away[0] / H100.host_link)
+
+
+def test_beside_a_served_teacher_only_the_likeliest_ids_stay(small: Config):
+    """Hidden states of the other are reduced to them, and are on the GPU until then."""
+    served = _named("served", "Qwen3-8B", placement="served", address=("http://a:1",))
+    run = plan_run(_with_teachers(small, served, _named("here", "Qwen3-4B")), H100)
+    found = estimate(run).memory[0]
+    tokens = run.work.step_loss_tokens
+    assert found.teacher_hidden == tokens * (64 * 12 + 4)
+    assert found.teacher_copies == 2 * tokens * 2560 * 2
+    assert [model.who for model in run.frozen] == ["teacher here"]
+
+
+def test_an_average_is_a_float32_copy_and_scores_as_one_of_the_students_type(small: Config):
+    average = ["teacher.placement=self", 'model.teacher=""', "teacher.ema_decay=0.9"]
+    averaged, adapted = (
+        plan_run(load_config(RECIPES / "qwen3_1.7b.toml", [*ONE_GPU, *average, *words]), H100)
+        for words in ([], ["model.lora.rank=8"])
+    )
+    found, trained = estimate(averaged).memory[0], averaged.trained_of(0).total
+    assert (found.teacher_weights, found.teacher_visiting) == (4 * trained, 2 * trained)
+    assert found.teacher_output == 2 * averaged.vocab_shard * averaged.student.shape.hidden
+    assert found.teacher_hidden > 0 and averaged.frozen == ()
+    few = estimate(adapted).memory[0]
+    assert few.teacher_weights == 4 * adapted.trained_of(0).total and few.teacher_output == 0
+    text = plan_table(make_plan(averaged.config, H100))
+    assert "the student scores, an average of its trained weights" in text
+
+
+def test_a_teacher_with_longer_prompts_takes_longer(small: Config):
+    words = ['teacher.context="{prompt} {solution}"', "train.tokens_per_micro_batch=17408"]
+    config = load_config(RECIPES / "qwen3_1.7b.toml", [*ONE_GPU, *words])
+    plain = load_config(RECIPES / "qwen3_1.7b.toml", [*ONE_GPU, words[1]])
+    alike, longer, longest = (
+        plan_run(config, H100, context_tokens=tokens) for tokens in (512, 4096, None)
+    )
+    assert longest.context_tokens == 17408 + 1 - 8096
+    took = [estimate(one).seconds.teacher for one in (alike, longer, longest)]
+    assert took == sorted(took) and took[0] < took[2]
+    assert took[0] == pytest.approx(estimate(plan_run(plain, H100)).seconds.teacher)
+    assert estimate(longer).seconds.student == estimate(alike).seconds.student
+    with pytest.raises(ConfigError, match="found no teacher"):
+        plan_run(plain, H100, context_tokens=600)
+    with pytest.raises(ConfigError, match="less than the longest possible trajectory"):
+        estimate(plan_run(config, H100, context_tokens=17408))
+
+
+def test_a_layout_of_the_teachers_own_shards_it_beyond_the_students_heads():
+    """A student with 4 heads of keys and values, of which 8 GPUs cannot have parts."""
+    models = [f"model.{who}={RECIPES / 'models' / name}" for who, name in BESIDE_32B.items()]
+    engines = ["rollout.num_engines=8", "rollout.engine_tensor_parallel=4"]
+    run = plan_run(load_config(RECIPES / "qwen3_8b.toml", [*models, *engines]), H100)
+    two = dataclasses.replace(run.rollout, num_engines=2)
+    tried = list(laid_out(run, 8, two))
+    assert max(one.parallel.tensor for one in tried) == 4
+    elsewhere = [one for one in tried if one.elsewhere]
+    assert max(one.scoring.parallel.tensor for one in elsewhere) == 8
+    for one in elsewhere:
+        same = next(s for s in tried if not s.elsewhere and s.parallel == one.parallel)
+        held = [run.frozen_on(run.teacher, 0) for run in (one, same)]
+        assert one.parallel.pipeline == 1 or held[0] < held[1]
+    words = report._overrides(elsewhere[0])
+    assert (
+        "teacher.parallel.tensor=" in words and "teacher.parallel.sequence_parallel=true" in words
+    )
+
+
+def test_what_the_config_refuses_together_is_not_recommended():
+    """A way of keys and values between ranks that share rows, which nobody does with CP 1."""
+    words = ["parallel.context=2", "parallel.data=4", "megatron.model.cp_comm_type=a2a"]
+    run = plan_run(load_config(RECIPES / "qwen3_1.7b.toml", words), H100)
+    assert {one.parallel.context for one in laid_out(run, 8, run.rollout)} == {2, 4, 8}
 
 
 def test_a_copy_of_the_student_is_planned_on_the_host_too(capsys):
