@@ -171,7 +171,9 @@ def distill(config: Path, log: TextIO, *overrides: str) -> int:
 
     environment = warm_engines.environment_of_commands(config.parent / "site", REPOSITORY)
     environment["OMP_NUM_THREADS"] = "1"
-    command = warm_commands.Command(["distill", config, *overrides], environment=environment, log=log)
+    command = warm_commands.Command(
+        ["distill", config, *overrides], environment=environment, log=log
+    )
     try:
         return command.wait()
     finally:
