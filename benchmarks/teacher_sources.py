@@ -89,8 +89,10 @@ def make(source: str, seed: int, runs: Path) -> dict[str, Any] | None:
     config = ARITHMETIC / "tropd.toml"
     if SOURCES[source].recorded:
         text = config.read_text().replace('[guidance]\nresponses = "responses.jsonl"\n', "")
+        for name in ("student", "teacher", "prompts.jsonl", "heldout.jsonl"):
+            text = text.replace(f'= "{name}"', f'= "{ARITHMETIC / name}"')
         config = runs / "recorded.toml"
-        config.write_text(text.replace('= "', f'= "{ARITHMETIC}/', 3))
+        config.write_text(text)
     with asked(source, runs) as settings, folder.with_suffix(".log").open("a") as log:
         settings += [f"run.dir={folder}", f"train.seed={seed}", "run.tensorboard=false"]
         if source == "cached":
