@@ -23,7 +23,7 @@ from megatron_tropd.data.prompts import (
     num_tokens,
 )
 from megatron_tropd.data.responses import TeacherResponse, load_responses
-from megatron_tropd.data.routes import Routes, routes_of
+from megatron_tropd.data.routes import Routes
 from megatron_tropd.data.sequence import TokenSequence
 from megatron_tropd.data.tokenizers import (
     check_same_tokenizer,
@@ -34,6 +34,7 @@ from megatron_tropd.data.tokenizers import (
 )
 from megatron_tropd.data.types import Prompt
 from megatron_tropd.distill.recordings import load_recorded
+from megatron_tropd.distill.routing import each_teacher, routes_of_prompts, routes_of_run
 from megatron_tropd.losses import check_signal
 from megatron_tropd.rollout.engines.engine import BLENDED_ON_CUDA, blended_length
 from megatron_tropd.rollout.engines.engine_model import check_engine
@@ -106,12 +107,11 @@ def load_inputs(config: Config) -> Inputs:
     _check_vocabulary(config, tokenizer, vocab_size, list(models))
     context = min(shape.context for shape in shapes)
     prompts = training_prompts(config.rollout, tokenizer, context)
-    routes = _routes(config, config.rollout.prompts, prompts)
-    contexts = _contexts(config, routes, prompts, tokenizer, context)
-    if contexts:
-        routes = routes or Routes((TEACHER,), {prompt.index: 0 for prompt in prompts})
-        routes = replace(routes, contexts=contexts)
+    routes = routes_of_run(
+        config, prompts, tokenizer, longest_context=context - config.rollout.max_new_tokens
+    )
     responses = _responses(config, prompts, tokenizer, routes)
+    contexts = {} if routes is None else routes.contexts
     read = max([_longest(prompts), *map(len, contexts.values())])
     _check_micro_batch(config, read + config.rollout.max_new_tokens)
     grader_of(config.grader)  # refused now, not at the first answer
@@ -187,44 +187,6 @@ def _tokenizer(models: dict[str, HFFolder | MegatronFolder]) -> "PreTrainedToken
     return tokenizer
 
 
-def _routes(config: Config, path: str, prompts: Sequence[Prompt]) -> Routes | None:
-    """Whose some prompts are; None: those of the one teacher."""
-    return routes_of(path, prompts, config.teachers) if config.teachers else None
-
-
-def _each_teacher(
-    config: Config, routes: Routes | None, prompts: Sequence[Prompt]
-) -> list[tuple[str, Config, Sequence[Prompt]]]:
-    """Every teacher with the run of it alone, and its prompts."""
-    return [
-        (who, alone, prompts if routes is None else routes.prompts_of(number, prompts))
-        for number, (who, alone) in enumerate(config.by_teacher.items())
-    ]
-
-
-def _contexts(
-    config: Config,
-    routes: Routes | None,
-    prompts: Sequence[Prompt],
-    tokenizer: "PreTrainedTokenizerBase",
-    context: int,
-) -> dict[int, tuple[int, ...]]:
-    """What the teachers read in the place of prompts, by ``Prompt.index``."""
-    found: dict[int, tuple[int, ...]] = {}
-    for _, alone, mine in _each_teacher(config, routes, prompts):
-        if alone.teacher.context is not None:
-            rollout = config.rollout
-            found |= contexts_of(
-                rollout.prompts,
-                mine,
-                alone.teacher.context,
-                tokenizer,
-                rollout,
-                max_tokens=context - rollout.max_new_tokens,
-            )
-    return found
-
-
 def _problems_of_teachers(
     config: Config,
     problems: Sequence[Prompt],
@@ -237,7 +199,9 @@ def _problems_of_teachers(
         return {}
     path, room = str(evaluation.problems), context - config.max_answer_tokens
     found = {}
-    for who, alone, mine in _each_teacher(config, _routes(config, path, problems), problems):
+    for who, alone, mine in each_teacher(
+        config, routes_of_prompts(config, path, problems), problems
+    ):
         found[who], template = mine, alone.teacher.context
         if template is not None:
             given: Any = (path, mine, template, tokenizer, config.rollout)
@@ -327,7 +291,7 @@ def _responses(
     """Each prompt's, by its own teacher."""
     filtered = config.rollout.filter_overlong_prompts or bool(config.teachers)
     found: dict[int, tuple[TeacherResponse, ...]] = {}
-    for _, alone, mine in _each_teacher(config, routes, prompts):
+    for _, alone, mine in each_teacher(config, routes, prompts):
         if alone.guidance.responses:
             found |= load_responses(alone.guidance.responses, mine, tokenizer, filtered=filtered)
     return found or None
@@ -379,7 +343,7 @@ def _check_templates(
 ) -> None:
     """Compare what both models' tokenizers and chat templates make of the same lines."""
     path = str(config.evaluation.problems)
-    for who, _, mine in _each_teacher(config, routes, prompts):
+    for who, _, mine in each_teacher(config, routes, prompts):
         teachers = load_tokenizer(models[who].companions)
         answered = problems_of.get(who, []) if config.teachers else problems
         for where, texts in ((config.rollout.prompts, mine), (path, answered)):
