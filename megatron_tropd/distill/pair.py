@@ -109,10 +109,18 @@ def build_teacher(
 
 
 def _row_work(config: Config, shapes: Mapping[str, ModelShape], length: int) -> float:
-    """Work of a row in a step: a pass of each model here, and the student's backward pass."""
-    here = [name for name in shapes if name == "student" or config.loads_teacher]
+    """Work of a row in a step: the student's passes, and those of models that read this row.
+
+    Teachers in a layout of their own are dealt rows of their own. Of several teachers one scores a
+    row, which is not known of a length: each counts by its part.
+    """
     passes = 1 + config.loss.needs_student_pass + (1 if config.model.lora else 2)
-    return sum(row_flops(shapes[n], length) * (passes if n == "student" else 1) for n in here)
+    work, each = row_flops(shapes["student"], length) * passes, config.by_teacher
+    for who, alone in each.items():
+        if alone.loads_teacher and alone.teacher.parallel is None:
+            read = [shapes[name] for name in (who, reference_of(who)) if name in shapes]
+            work += sum(row_flops(shape, length) for shape in read) / len(each)
+    return work
 
 
 def _student_model(

@@ -284,6 +284,11 @@ def is_settings(args: Namespace) -> bool:
     return str(args.tropd_teacher_load).endswith(".toml")
 
 
+def teacher_folders(args: Namespace) -> tuple[Path, ...]:
+    """Name the folders of all teachers; raises ConfigError as :func:`run_config` does."""
+    return tuple(Path(alone.model.teacher) for alone in run_config(args).by_teacher.values())
+
+
 def run_config(args: Namespace) -> Config:
     """The settings of a run of ``tropd distill`` with the same teachers, layout and loss.
 
