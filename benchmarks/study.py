@@ -148,7 +148,7 @@ def make(run: Run, folder: Path, results: Results) -> bool:
             REPOSITORY / task.folder / task.teacher, run.teacher(folder.parent), task.temperature
         )
         with log_file.open("a") as log:
-            code = _distill(config, log)
+            code = distill(config, log)
         if code:
             print(f"{run.key}: exit code {code}, see {log_file}", flush=True)
             return False
@@ -159,7 +159,7 @@ def make(run: Run, folder: Path, results: Results) -> bool:
         return True
 
 
-def _distill(config: Path, log: TextIO) -> int:
+def distill(config: Path, log: TextIO, *overrides: str) -> int:
     """Run ``tropd distill`` on a config; its exit code.
 
     Command, rank and engine are forked from two servers that have imported, as the suite's are:
@@ -171,7 +171,9 @@ def _distill(config: Path, log: TextIO) -> int:
 
     environment = warm_engines.environment_of_commands(config.parent / "site", REPOSITORY)
     environment["OMP_NUM_THREADS"] = "1"
-    command = warm_commands.Command(["distill", config], environment=environment, log=log)
+    command = warm_commands.Command(
+        ["distill", config, *overrides], environment=environment, log=log
+    )
     try:
         return command.wait()
     finally:

@@ -8,15 +8,13 @@ Runs that are complete in ``--runs`` are not repeated. docs/teachers.md has the 
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from step import commit, describe_hardware, our_packages
+from study import distill
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIG = REPOSITORY / "examples" / "two_teachers" / "two_teachers.toml"
@@ -51,19 +49,19 @@ def one_run(who: str, seed: int, models: Path, runs: Path) -> dict[str, Any]:
     """Run, unless it is complete; its evaluations, and what the last step says of each teacher."""
     folder = runs / f"{who}-{seed}"
     if not (folder / "summary.json").exists():
-        command = [sys.executable, "-m", "megatron_tropd.cli", "distill"]
-        command += [str(config_of(who, models, runs)), f"run.dir={folder}", f"train.seed={seed}"]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        with (runs / f"{who}-{seed}.log").open("w") as log:
-            subprocess.run(command, check=True, env=environment, stdout=log, stderr=log)
+        config = config_of(who, models, runs)
+        with (runs / f"{who}-{seed}.log").open("a") as log:
+            code = distill(config, log, f"run.dir={folder}", f"train.seed={seed}")
+        if code:
+            raise SystemExit(f"{who}, seed {seed}: exit code {code}, see {log.name}")
     measured = [json.loads(text) for text in (folder / "evaluations.jsonl").open()]
+    curve = [{"step": r["step"], **{t: r[f"accuracy/{t}"] for t in TASKS}} for r in measured]
     steps = [json.loads(text) for text in (folder / "metrics.jsonl").open()]
     return {
         "seed": seed,
-        **{
-            when: {task: record[f"accuracy/{task}"] for task in TASKS}
-            for when, record in (("before", measured[0]), ("after", measured[-1]))
-        },
+        "before": curve[0],
+        "after": curve[-1],
+        "curve": curve,
         "last_step": {n: v for n, v in steps[-1].items() if n.startswith("teacher/")},
     }
 
@@ -77,7 +75,7 @@ def table(rows: dict[str, list[dict[str, Any]]]) -> str:
         )
 
     lines = ["| teachers | plain task | mirrored task |", "|---|---|---|"]
-    lines.append(f"| before | {cells(rows['both'][:1], 'before')} |")
+    lines.append(f"| before | {cells(next(iter(rows.values()))[:1], 'before')} |")
     lines += [f"| {WHO[who]} | {cells(found, 'after')} |" for who, found in rows.items()]
     return "\n".join(lines)
 
@@ -88,10 +86,11 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=Path("runs/two_teachers"))
     parser.add_argument("--runs", type=Path, default=Path("runs/two_teachers/runs"))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1])
+    parser.add_argument("--only", nargs="+", choices=WHO, default=list(WHO), help="make no others")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     models, runs = args.models.resolve(), args.runs.resolve()
-    rows: dict[str, list[dict[str, Any]]] = {who: [] for who in WHO}
+    rows: dict[str, list[dict[str, Any]]] = {who: [] for who in args.only}
     for seed in args.seeds:
         for who, found in rows.items():
             found.append(one_run(who, seed, models, runs))

@@ -1382,6 +1382,14 @@ def reference_of(teacher: str) -> str:
     return teacher.replace(TEACHER, "reference", 1)
 
 
+def read_tables(path: str | Path) -> dict[str, Any]:
+    """Read the tables of a TOML file, input paths made absolute; nothing else is checked."""
+    path = Path(path)
+    tables = read_toml(path, "Config file")
+    _anchor_paths(tables, path.resolve().parent)
+    return tables
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a TOML file, apply ``section.key=value`` overrides, check everything.
 
@@ -1396,9 +1404,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: the file is missing or not TOML, a key is unknown or missing, a value has the
             wrong type or does not fit.
     """
-    path = Path(path)
-    tables = read_toml(path, "Config file")
-    _anchor_paths(tables, path.resolve().parent)
+    tables = read_tables(path)
     for override in overrides:
         apply_override(tables, override)
     refuse_old_form(tables.get("loss"))

@@ -23,7 +23,6 @@ from megatron_tropd.data.prompts import (
     Prompts,
     check_kwargs_are_read,
     check_same_texts,
-    chosen,
     indices_of,
     joined,
     load_prompts,
@@ -32,7 +31,7 @@ from megatron_tropd.data.prompts import (
     task_numbers,
 )
 from megatron_tropd.data.responses import TeacherResponse, load_responses
-from megatron_tropd.data.routes import Routes, routes_of
+from megatron_tropd.data.routes import Routes
 from megatron_tropd.data.sequence import TokenSequence
 from megatron_tropd.data.tokenizers import (
     check_same_tokenizer,
@@ -43,6 +42,7 @@ from megatron_tropd.data.tokenizers import (
 )
 from megatron_tropd.data.types import Prompt
 from megatron_tropd.distill.recordings import load_recorded
+from megatron_tropd.distill.routing import by_task, each_teacher, routes_of_prompts, routes_of_run
 from megatron_tropd.losses import check_signal
 from megatron_tropd.rollout.engines.engine import BLENDED_ON_CUDA, blended_length
 from megatron_tropd.rollout.engines.engine_model import check_engine
@@ -152,12 +152,11 @@ def load_inputs(config: Config) -> Inputs:
     _check_vocabulary(config, tokenizer, vocab_size, list(models))
     context = min(shape.context for shape in shapes)
     prompts, tasks = _prompts_of_tasks(config, tokenizer, context)
-    routes = _training_routes(config, prompts)
-    contexts = _contexts(config, routes, prompts, tokenizer, context)
-    if contexts:
-        routes = routes or Routes((TEACHER,), {prompt.index: 0 for prompt in prompts})
-        routes = replace(routes, contexts=contexts)
+    routes = routes_of_run(
+        config, prompts, tokenizer, longest_context=context - config.rollout.max_new_tokens
+    )
     responses = _responses(config, prompts, tokenizer, routes, tasks)
+    contexts = {} if routes is None else routes.contexts
     read = max([_longest(prompts), *map(len, contexts.values())])
     _check_micro_batch(config, read + config.rollout.max_new_tokens)
     for grader in config.graders:
@@ -166,7 +165,7 @@ def load_inputs(config: Config) -> Inputs:
     _check_templates(config, prompts, sets, tokenizer, models, routes)
     max_model_len = max(
         [
-            *(_longest(mine) + form.max_new_tokens for form, mine in _by_task(config, prompts)),
+            *(_longest(mine) + form.max_new_tokens for form, mine in by_task(config, prompts)),
             config.evaluation.max_new_tokens or 0,
             *(each.longest for each in sets),
         ]
@@ -259,74 +258,6 @@ def _prompts_of_tasks(
     return prompts, Tasks(names, tuple(firsts), places, tuple(weights))
 
 
-def _by_task(
-    config: Config, prompts: Sequence[Prompt]
-) -> list[tuple[RolloutConfig, Sequence[Prompt]]]:
-    """Split prompts by task: how it is sampled, and those of them that are its own."""
-    if not config.tasks:
-        return [(config.rollout, prompts)]
-    numbers = task_numbers(prompts)
-    indices = np.array(indices_of(prompts))
-    mine = [set(indices[numbers == number].tolist()) for number in range(len(config.tasks))]
-    return [
-        (rollout, chosen(prompts, own.__contains__))
-        for rollout, own in zip(config.rollouts, mine, strict=True)
-    ]
-
-
-def _training_routes(config: Config, prompts: Sequence[Prompt]) -> Routes | None:
-    """Whose the prompts are: of the teacher that their task names, or else their line."""
-    if not (config.teachers and config.tasks):
-        return _routes(config, config.rollout.prompts, prompts)
-    names = tuple(teacher.name for teacher in config.teachers)
-    of_prompt: dict[int, int] = {}
-    for task, (rollout, mine) in zip(config.tasks, _by_task(config, prompts), strict=True):
-        of_prompt |= (
-            routes_of(rollout.prompts, mine, config.teachers).of_prompt
-            if task.teacher is None
-            else dict.fromkeys(indices_of(mine), names.index(task.teacher))
-        )
-    return Routes(names, of_prompt)
-
-
-def _routes(config: Config, path: str, prompts: Sequence[Prompt]) -> Routes | None:
-    """Whose some prompts are; None: those of the one teacher."""
-    return routes_of(path, prompts, config.teachers) if config.teachers else None
-
-
-def _each_teacher(
-    config: Config, routes: Routes | None, prompts: Sequence[Prompt]
-) -> list[tuple[str, Config, Sequence[Prompt]]]:
-    """Every teacher with the run of it alone, and its prompts."""
-    return [
-        (who, alone, prompts if routes is None else routes.prompts_of(number, prompts))
-        for number, (who, alone) in enumerate(config.by_teacher.items())
-    ]
-
-
-def _contexts(
-    config: Config,
-    routes: Routes | None,
-    prompts: Sequence[Prompt],
-    tokenizer: "PreTrainedTokenizerBase",
-    context: int,
-) -> dict[int, tuple[int, ...]]:
-    """What the teachers read in the place of prompts, by ``Prompt.index``."""
-    found: dict[int, tuple[int, ...]] = {}
-    for _, alone, mine in _each_teacher(config, routes, prompts):
-        if alone.teacher.context is not None:
-            for rollout, texts in _by_task(config, mine):
-                found |= contexts_of(
-                    rollout.prompts,
-                    texts,
-                    alone.teacher.context,
-                    tokenizer,
-                    rollout,
-                    max_tokens=context - rollout.max_new_tokens,
-                )
-    return found
-
-
 def _problem_set(
     config: Config, each: EvaluationSet, tokenizer: "PreTrainedTokenizerBase", context: int
 ) -> ProblemSet:
@@ -363,8 +294,8 @@ def _of_teachers(
         names = tuple(teacher.name for teacher in config.teachers)
         number = names.index(task.teacher)
         routes = Routes(names, dict.fromkeys(indices_of(problems), number))
-    routes = routes or _routes(config, each.problems, problems)
-    for who, alone, mine in _each_teacher(config, routes, problems):
+    routes = routes or routes_of_prompts(config, each.problems, problems)
+    for who, alone, mine in each_teacher(config, routes, problems):
         found[who], template = mine, alone.teacher.context
         if template is not None:
             given: Any = (each.problems, mine, template, tokenizer, form)
@@ -457,7 +388,7 @@ def _responses(
         return _responses_of_tasks(config, prompts, tokenizer, tasks)
     filtered = config.rollout.filter_overlong_prompts or bool(config.teachers)
     found: dict[int, tuple[TeacherResponse, ...]] = {}
-    for _, alone, mine in _each_teacher(config, routes, prompts):
+    for _, alone, mine in each_teacher(config, routes, prompts):
         if alone.guidance.responses:
             found |= load_responses(alone.guidance.responses, mine, tokenizer, filtered=filtered)
     return found or None
@@ -489,7 +420,7 @@ def _golden(
     if field is None:
         return None
     found: dict[int, tuple[int, ...]] = {}
-    for rollout, mine in _by_task(config, prompts):
+    for rollout, mine in by_task(config, prompts):
         most = rollout.max_new_tokens
         found |= golden_answers(rollout.prompts, mine, field, tokenizer, max_new_tokens=most)
     return found
@@ -530,9 +461,9 @@ def _check_templates(
     routes: Routes | None,
 ) -> None:
     """Compare what both models' tokenizers and chat templates make of the same lines."""
-    for who, _, mine in _each_teacher(config, routes, prompts):
+    for who, _, mine in each_teacher(config, routes, prompts):
         teachers = load_tokenizer(models[who].companions)
-        for rollout, texts in _by_task(config, mine):
+        for rollout, texts in by_task(config, mine):
             check_same_texts(rollout.prompts, texts, tokenizer, teachers, rollout)
         for each in sets:
             answered = each.of_teachers.get(who, []) if config.teachers else each.problems

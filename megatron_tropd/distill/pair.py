@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 from megatron_tropd.config import Config
 from megatron_tropd.config.run import reference_of
@@ -16,7 +18,7 @@ from megatron_tropd.mcore.layout import Layout
 from megatron_tropd.mcore.lora import LoraModel
 from megatron_tropd.mcore.student import Student, StudentModel
 from megatron_tropd.rollout.weights.interface import RepeatableExport, WeightChannel
-from megatron_tropd.teacher import TeacherStart
+from megatron_tropd.teacher import TeacherSource, TeacherStart
 from megatron_tropd.teacher._routed import make_teacher
 
 
@@ -50,23 +52,20 @@ def step_parts(
         dtype=dtype,
         megatron=config.megatron,
     )
-    starts = [
-        TeacherStart(
-            alone,
-            folders[who],
-            layout,
-            dtype,
-            padded,
-            vocab_size,
-            folders.get(reference_of(who)),
-            learner,
-            longest,
-        )
-        for who, alone in config.by_teacher.items()
-    ]
     return StepParts(
         student=learner,
-        teacher=make_teacher(starts, config, routes),
+        teacher=build_teacher(
+            config,
+            folders,
+            layout,
+            routes,
+            dtype=dtype,
+            padded_vocab_size=padded,
+            vocab_size=vocab_size,
+            student=learner,
+            longest=longest,
+            run_dir=Path(config.run.dir),
+        ),
         routes=routes,
         loss=config.loss,
         beta=config.guidance.beta,
@@ -82,11 +81,46 @@ def step_parts(
     )
 
 
+def build_teacher(
+    config: Config,
+    folders: Mapping[str, HFFolder | MegatronFolder],
+    layout: Layout,
+    routes: Routes | None,
+    **known: Any,
+) -> TeacherSource:
+    """Make the source of a run's signals, of one teacher or of several; collective.
+
+    Args:
+        folders: of each teacher and reference, as ``step_parts`` takes them.
+        routes: whose the prompts are, if there are several, and what they read.
+        known: the other fields of ``TeacherStart``.
+    """
+    starts = [
+        TeacherStart(
+            config=alone,
+            folder=folders[who],
+            layout=layout,
+            reference=folders.get(reference_of(who)),
+            **known,
+        )
+        for who, alone in config.by_teacher.items()
+    ]
+    return make_teacher(starts, config, routes)
+
+
 def _row_work(config: Config, shapes: Mapping[str, ModelShape], length: int) -> float:
-    """Work of a row in a step: a pass of each model here, and the student's backward pass."""
-    here = [name for name in shapes if name == "student" or config.loads_teacher]
+    """Work of a row in a step: the student's passes, and those of models that read this row.
+
+    Teachers in a layout of their own are dealt rows of their own. Of several teachers one scores a
+    row, which is not known of a length: each counts by its part.
+    """
     passes = 1 + config.loss.needs_student_pass + (1 if config.model.lora else 2)
-    return sum(row_flops(shapes[n], length) * (passes if n == "student" else 1) for n in here)
+    work, each = row_flops(shapes["student"], length) * passes, config.by_teacher
+    for who, alone in each.items():
+        if alone.loads_teacher and alone.teacher.parallel is None:
+            read = [shapes[name] for name in (who, reference_of(who)) if name in shapes]
+            work += sum(row_flops(shape, length) for shape in read) / len(each)
+    return work
 
 
 def _student_model(

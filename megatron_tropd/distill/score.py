@@ -318,6 +318,7 @@ def _scorer(config: Config, found: ToScore, layout: Layout) -> Scorer:
         found.vocab_size,
         found.folders.get(reference_of(TEACHER)),
         longest=max(map(len, found.sequences), default=0),
+        run_dir=Path(config.run.dir),
     )
     return Scorer(
         load_teacher(alone.teacher.placement)(start),

@@ -9,7 +9,7 @@ B = rows of a micro-batch, S = sequence length, N = micro-batches of this data-p
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,9 +20,13 @@ from torch.utils.data import default_collate
 
 from megatron_tropd.base.errors import ConfigError, InputError
 from megatron_tropd.data.batch import MicroBatch, micro_batch, upload
+from megatron_tropd.data.collective import run_and_share
 from megatron_tropd.data.packing import LossCounts
 from megatron_tropd.data.sequence import NO_VERSION, SampleKey, TokenSequence, Writer
 from megatron_tropd.losses import Method
+
+if TYPE_CHECKING:
+    from megatron_tropd.mcore.layout import Layout
 
 TEXT = ("tokens", "labels", "loss_mask", "position_ids")
 """Keys of a given text: an item of Megatron's GPT datasets."""
@@ -151,13 +155,30 @@ def _micro_batch(columns: dict[str, NDArray[Any]], share: BatchShare, rows: rang
     )
 
 
-def sequences_of(batches: Sequence[MicroBatch]) -> dict[int, TokenSequence]:
-    """Make the sequences again of which a loader's items were made; the host waits for the device.
+def whole_step(batches: Sequence[MicroBatch], layout: "Layout") -> list[TokenSequence]:
+    """Tell every rank the sequences of the global batch, in the order of ``MicroBatch.rows``.
 
-    Returns:
-        Number of a row (``MicroBatch.rows``) -> its ids and writers, up to the last token that
-        somebody wrote. Nothing else of it is known.
+    Args:
+        batches: whole rows of this replica on the host, as :func:`draw` makes them.
+        layout: this rank's place.
+
+    Collectives: those of ``run_and_share``, one owner a replica.
     """
+    last = layout.pp_size - 1
+    owners = [
+        layout.global_rank(tp_rank=0, pp_rank=last, replica=number * layout.cp_size)
+        for number in range(layout.dp_size)
+    ]
+    found: dict[int, tuple[SampleKey, NDArray[Any], NDArray[Any]]] = {}
+    for told in run_and_share(lambda: _written(batches) if layout.rank in owners else {}, owners):
+        found |= told
+    return [_sequence(*found[row]) for row in range(len(found))]
+
+
+def _written(
+    batches: Sequence[MicroBatch],
+) -> dict[int, tuple[SampleKey, NDArray[Any], NDArray[Any]]]:
+    """Number of a row -> its key, ids and writers, up to the last token that somebody wrote."""
     found = {}
     for batch in batches:
         tokens, labels, writers = (
@@ -165,20 +186,25 @@ def sequences_of(batches: Sequence[MicroBatch]) -> dict[int, TokenSequence]:
         )
         for place, row in enumerate(batch.rows):
             length = int(np.flatnonzero(writers[place]).max(initial=-1)) + 1
-            ids_N = np.concatenate([tokens[place, :1], labels[place, :length]])
+            ids_N = np.concatenate([tokens[place, :1], labels[place, :length]]).astype(np.int32)
             writer_N = np.concatenate([[int(Writer.CONTEXT)], writers[place, :length]])
-            unknown_N = np.full(len(ids_N), np.nan, np.float32)
-            found[row] = TokenSequence(
-                key=batch.keys[place],
-                ids_N=ids_N,
-                writer_N=writer_N,
-                engine_logprobs_N=unknown_N,
-                behaviour_logprobs_N=unknown_N,
-                weight_N=(writer_N != Writer.CONTEXT).astype(np.float32),
-                version_N=np.full(len(ids_N), NO_VERSION),
-                finish="",
-            )
+            found[row] = batch.keys[place], ids_N, writer_N.astype(np.int8)
     return found
+
+
+def _sequence(key: SampleKey, ids_N: NDArray[Any], writer_N: NDArray[Any]) -> TokenSequence:
+    """A sequence of which no more is known than who wrote what."""
+    unknown_N = np.full(len(ids_N), np.nan, np.float32)
+    return TokenSequence(
+        key=key,
+        ids_N=ids_N.astype(np.int64),
+        writer_N=writer_N.astype(np.int64),
+        engine_logprobs_N=unknown_N,
+        behaviour_logprobs_N=unknown_N,
+        weight_N=(writer_N != Writer.CONTEXT).astype(np.float32),
+        version_N=np.full(len(ids_N), NO_VERSION),
+        finish="",
+    )
 
 
 def whole_batch(

@@ -1,16 +1,19 @@
 """What Megatron's loop learns of each micro-batch's loss: values for its log; its own checks."""
 
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from megatron_tropd.data.batch import MicroBatch
+from megatron_tropd.data.batch import MicroBatch, upload
 from megatron_tropd.losses import Method
 from megatron_tropd.losses.trouble import trouble, words
+
+if TYPE_CHECKING:
+    from megatron_tropd.distill.metrics import RowGroups
 
 Report = dict[str, Tensor]
 """Name in Megatron's log -> [2] float32: sum over this rank's tokens and their number."""
@@ -23,12 +26,20 @@ _METRICS = ("tv", "reverse_kl", "forward_kl", "student_entropy", "teacher_entrop
 class LossReport:
     """Checks and reports the loss of each micro-batch of a step."""
 
-    def __init__(self, args: Namespace, config: Method, iteration: int) -> None:
+    def __init__(
+        self,
+        args: Namespace,
+        config: Method,
+        iteration: int,
+        groups: "Sequence[RowGroups]" = (),
+    ) -> None:
         """Take what is wanted from Megatron's arguments.
 
         Args:
             iteration: 0-based.
+            groups: of the global batch's rows, if there are several teachers.
         """
+        self._groups = groups
         self._iteration = iteration
         self._check_finite = args.check_for_nan_in_loss_and_grad
         self._check_spiky = getattr(args, "check_for_spiky_loss", False)
@@ -43,14 +54,27 @@ class LossReport:
 
         Returns:
             ``tropd loss``, ``lm loss`` (-log q of the label), ``k1`` (log q - log p), the share of
-            outliers for trust-region losses, and the metrics that were asked for.
+            outliers for trust-region losses, and the metrics that were asked for. Of each of
+            several teachers its share of the tokens, and their ``k1``.
         """
         self._check(values["loss"].sum(), partial(self._first_trouble, values, batch))
         values = values | {"student_logprob": -values["student_logprob"]}
-        return {
+        report = {
             shown: torch.stack([values[name].sum(), values[name].new_full((), len(values[name]))])
             for shown, name in self._shown.items()
         }
+        return report | self._of_teachers(values["k1"], batch)
+
+    def _of_teachers(self, k1_T: Tensor, batch: MicroBatch) -> Report:
+        report: Report = {}
+        for groups in self._groups:
+            group_T = upload(torch.tensor(groups.of_row), k1_T.device)[batch.loss_rows]
+            for number, name in enumerate(groups.names):
+                is_its_T = (group_T == number).to(k1_T.dtype)
+                count = is_its_T.sum()
+                report[f"{name} share"] = torch.stack([count, k1_T.new_full((), len(k1_T))])
+                report[f"{name} k1"] = torch.stack([(k1_T * is_its_T).sum(), count])
+        return report
 
     def _check(self, loss: Tensor, what: Callable[[], str]) -> None:
         """Have Megatron check the loss, as its own ``loss_func`` does.

@@ -26,24 +26,20 @@ from torch import Tensor
 
 from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.config.loss import PRESETS, preset
-from megatron_tropd.convert.hf_folder import HFFolder
-from megatron_tropd.convert.megatron_folder import MegatronFolder
 from megatron_tropd.integrations import options, startup
 from megatron_tropd.integrations.global_batch import (
     BatchShare,
     broadcast_items,
     draw,
     own_share,
-    sequences_of,
     whole_batch,
+    whole_step,
 )
 from megatron_tropd.integrations.loop_student import Distilled, LoopStudent
 from megatron_tropd.integrations.loss_report import LossReport
 from megatron_tropd.integrations.printed_log import PrintedLog
-from megatron_tropd.integrations.startup import served_teacher
 from megatron_tropd.losses import Method
-from megatron_tropd.teacher.cached import CachedTeacher, open_cache
-from megatron_tropd.teacher.resident import ResidentTeacher
+from megatron_tropd.teacher import TeacherSource
 
 ForwardStep = Callable[..., tuple[Tensor, Callable[..., Any]]]
 """Megatron's ``forward_step_func``."""
@@ -69,8 +65,9 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
         "--tropd-teacher-load",
         metavar="FOLDER",
         action=_WithPerTokenLoss,
-        help="the teacher: HF folder or Megatron checkpoint (torch_dist); turns distillation on, "
-        "and with it --calculate-per-token-loss",
+        help="the teacher: HF folder, Megatron checkpoint (torch_dist), or a TOML file that says "
+        "where one or several teachers are (docs/megatron_lm.md); turns distillation on, and with "
+        "it --calculate-per-token-loss",
     )
     add(
         "--tropd-teacher-hf-config",
@@ -228,9 +225,9 @@ class _Plugin:
         """Replace nothing yet; ``training`` is ``megatron.training.training``."""
         self._training = training
         self._rollouts = rollouts
-        self._folder: HFFolder | MegatronFolder | None = None
+        self._checked: startup.Teachers | None = None
         self._config: Method = preset("tropd")
-        self._teacher: ResidentTeacher | CachedTeacher | None = None
+        self._teacher: TeacherSource | None = None
         self._layout: Any = None
         self._fresh: tuple[int, Sequence[Mapping[str, Tensor]]] | None = None
         self._recorded: Any = None
@@ -262,7 +259,7 @@ class _Plugin:
         if args.tropd_teacher_load is None:
             startup.check_lone_arguments(args)
             return
-        if self._folder is None:
+        if self._checked is None:
             startup.check_arguments(args)
             if self._rollouts is not None:
                 if args.tropd_trajectories is not None:
@@ -273,7 +270,7 @@ class _Plugin:
                 options.check_beside_rollouts(args)
             _check_unknown_options(args)
             self._config = startup.loss_config(args)
-            self._folder = startup.open_teacher(args, _vocab_size())
+            self._checked = startup.teachers(args, _vocab_size())
 
     def build_data(self, original: Callable[..., Any], provider: Callable[..., Any]) -> Any:
         """Megatron's iterators of the script's datasets, or of ``--tropd-trajectories``."""
@@ -307,9 +304,9 @@ class _Plugin:
         if self._teacher is None:
             from megatron_tropd.mcore.layout import current_layout
 
-            assert self._folder is not None
-            self._layout = current_layout()
-            self._teacher = _build_teacher(self._folder, settings, self._layout)
+            assert self._checked is not None
+            self._layout = current_layout(pad_multiple=self._checked.config.pad_multiple)
+            self._teacher = _build_teacher(self._checked, settings, self._layout)
         return partial(self._distilled_schedule, schedule)
 
     def _distilled_schedule(
@@ -317,11 +314,12 @@ class _Plugin:
     ) -> Any:
         from megatron.training import get_args
 
+        from megatron_tropd.distill.metrics import RowGroups, groups_of
         from megatron_tropd.distill.step import forward_backward
         from megatron_tropd.distill.step_parts import LossParts
 
         args = get_args()
-        assert self._teacher is not None
+        assert self._teacher is not None and self._checked is not None
         share, layout = self._share(args, settings), self._layout
         student = LoopStudent(schedule, model, settings)
         if self._rollouts is None or settings.get("forward_only", False):
@@ -330,8 +328,13 @@ class _Plugin:
         else:
             items = self._fresh_items(student.module, args.curr_iteration)
             batches = broadcast_items(own_share(items, share), share)
-        if isinstance(self._teacher, CachedTeacher) and layout.is_last_stage:
-            self._teacher.know(sequences_of(batches))
+        routes = self._checked.routes
+        groups: list[RowGroups] = []
+        if self._checked.deals_rows:
+            sequences = whole_step(batches, layout)
+            self._checked.check_prompts(sequences)
+            self._teacher.begin(share.step, sequences)
+            groups = groups_of(routes, None, sequences)
         parts = LossParts(
             student=student,
             teacher=self._teacher,
@@ -339,13 +342,14 @@ class _Plugin:
             beta=0.001 if args.tropd_beta is None else args.tropd_beta,
             vocab_size=_vocab_size(),
             layout=layout,
+            routes=routes,
             tokens_per_micro_batch=math.prod(share.shape),
             metrics=args.tropd_metrics,
         )
         loss = self._config.at_step(share.step)
         counts, prompts = whole_batch(batches, loss, layout.dp_group, share.device)
         batches = [layout.local(batch).to(share.device) for batch in batches]
-        record = LossReport(args, self._config, share.step)
+        record = LossReport(args, self._config, share.step, groups)
         return forward_backward(parts, batches, counts, share.step, record=record, prompts=prompts)
 
     def _share(self, args: Namespace, settings: Mapping[str, Any]) -> BatchShare:
@@ -401,29 +405,23 @@ def recorded_trajectories(args: Namespace) -> Any:
     return dataset
 
 
-def _build_teacher(
-    folder: HFFolder | MegatronFolder, args: Namespace, layout: Any
-) -> ResidentTeacher | CachedTeacher:
-    """Build the teacher in the student's layout, open its scores, or meet it; collective."""
-    if args.tropd_teacher_cache is not None:
-        return CachedTeacher(open_cache(args.tropd_teacher_cache, layout))
-    if args.tropd_teacher_address is not None:
-        return served_teacher(folder, args, layout, vocab_size=_vocab_size())
+def _build_teacher(checked: startup.Teachers, args: Namespace, layout: Any) -> TeacherSource:
+    """Make the source that a run of ``tropd distill`` has of the same settings; collective."""
+    from megatron_tropd.distill.pair import build_teacher
     from megatron_tropd.mcore import platform
-    from megatron_tropd.mcore.frozen import frozen_model
 
     # Megatron's random states belong to the student.
     with torch.random.fork_rng([torch.cuda.current_device()] if platform.has_cuda() else []):
-        scorer = frozen_model(
-            folder,
-            layout=layout,
-            parallel=startup.layout_of(args, folder.config),
+        return build_teacher(
+            checked.config,
+            checked.folders,
+            layout,
+            checked.routes,
             dtype=args.params_dtype,
             padded_vocab_size=args.padded_vocab_size,
             vocab_size=_vocab_size(),
-            offload=args.tropd_teacher_offload or "none",
+            longest=checked.longest,
         )
-    return ResidentTeacher(scorer)
 
 
 def _if_distilling(

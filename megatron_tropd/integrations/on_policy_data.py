@@ -30,6 +30,7 @@ from megatron_tropd.data.sequence import TokenSequence
 from megatron_tropd.data.templates import reads_clock
 from megatron_tropd.data.tokenizers import load_tokenizer, stop_token_ids
 from megatron_tropd.distill.inputs import training_prompts
+from megatron_tropd.integrations import startup
 from megatron_tropd.mcore.dense import DenseModel
 from megatron_tropd.mcore.layout import current_layout
 from megatron_tropd.rollout.engines.engine import RolloutEngine
@@ -71,8 +72,8 @@ class LoopSettings(Settings):
     vocab_size: Count | None = None
     """Columns that the loss knows, the first ones: only these are sampled. None: all of the
     student's."""
-    teacher: Path | None = None
-    """Its folder, to compare what both chat templates make of the prompts; None: not compared."""
+    teachers: tuple[Path, ...] = ()
+    """Their folders, to compare what their chat templates and the student's make of the prompts."""
 
 
 class OnPolicyData:
@@ -134,7 +135,7 @@ class OnPolicyData:
             seed=args.seed,
             steps=args.train_iters,
             vocab_size=int(get_tokenizer().vocab_size) if teacher else None,
-            teacher=Path(teacher) if teacher else None,
+            teachers=startup.teacher_folders(args) if teacher else (),
         )
         self.start(loop, dtype=next(model.parameters()).dtype)
         return args
@@ -215,8 +216,8 @@ class OnPolicyData:
                 "The chat template reads the clock, so that prompts would be others when the "
                 'training resumes. Give the rollouts a date: chat_template_date="2026-01-31".'
             )
-        if self._loop.teacher is not None:
-            teacher = load_tokenizer(open_model(self._loop.teacher).companions)
+        for folder in self._loop.teachers:
+            teacher = load_tokenizer(open_model(folder).companions)
             check_same_texts(rollout.prompts, prompts, tokenizer, teacher, rollout)
 
     def _check(self) -> None:

@@ -5,13 +5,22 @@ Nothing here imports ``megatron.training``; arguments are Megatron's parsed name
 
 import re
 from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from megatron_tropd.base.errors import ConfigError, InputError
-from megatron_tropd.config import LossSettings, ParallelConfig, TeacherConfig
-from megatron_tropd.config.run import apply_override, settings_from_table
+from megatron_tropd.config import Config, LossSettings, ParallelConfig, TeacherConfig
+from megatron_tropd.config.run import (
+    SELF,
+    apply_override,
+    config_from_dict,
+    read_tables,
+    reference_of,
+    settings_from_table,
+)
 from megatron_tropd.config.settings import Amount, check_value
 from megatron_tropd.convert.checks import check_parallel, check_tensors
 from megatron_tropd.convert.families import model_shape
@@ -21,12 +30,17 @@ from megatron_tropd.convert.megatron_folder import (
     NoCompanions,
     is_megatron_folder,
 )
+from megatron_tropd.data.prompts import find_prompt, load_prompts
+from megatron_tropd.data.routes import Routes
+from megatron_tropd.data.sequence import TokenSequence
 from megatron_tropd.data.tokenizers import check_same_tokenizer, load_tokenizer
+from megatron_tropd.data.types import Prompt
+from megatron_tropd.distill.routing import routes_of_run
 from megatron_tropd.integrations import options
 from megatron_tropd.losses.method import Method
-from megatron_tropd.losses.signals import HiddenStatesSignal, TopKSignal, check_signal
+from megatron_tropd.losses.signals import check_signal
+from megatron_tropd.teacher import signal_of
 from megatron_tropd.teacher.cached import check_cache
-from megatron_tropd.teacher.served import ServedTeacher, meet_servers
 
 SUPPORTED = ("0.17", "0.18", "0.19")
 """Versions of megatron-core whose training loop was run with the plug-in."""
@@ -51,6 +65,11 @@ _OPTIONS = {
 """The trainer's names of settings -> Megatron's options."""
 _SHORT = ("top_k", "tau", "jsd_beta", "importance")
 """Settings of methods that have an option of their own; the others are ``--tropd-set``."""
+_TABLES = ("model", "teacher", "teachers", "rollout")
+"""What a file of settings has: where teachers are, and the prompts, whose lines say which of them
+scores what, and what it reads."""
+_STUDENT, _TRAJECTORIES = "the student of the script", "the script's data"
+"""Stand for what the script has, and no source reads."""
 
 
 _LEFT_OUT = ("mask_first_ids", "mask_truncated")
@@ -101,23 +120,19 @@ def loss_config(args: Namespace) -> Method:
             "--tropd-teacher-load needs --tropd-method, a preset such as tropd or gkd_reverse_kl "
             "(docs/losses.md), found none."
         )
-    table: dict[str, dict[str, Any]] = {"loss": {"method": args.tropd_method}}
-    for given in args.tropd_set or ():
-        apply_override(table, f"loss.{given}")
-    short = {name: getattr(args, f"tropd_{name}") for name in _SHORT}
-    table["loss"] |= {name: value for name, value in short.items() if value is not None}
+    table = _loss_table(args)
     try:
-        config: Method = settings_from_table(LossSettings, table["loss"], "loss")
+        config: Method = settings_from_table(LossSettings, table, "loss")
     except ConfigError as error:
         raise ConfigError(_in_options(error)) from None
-    if args.tropd_top_k is not None and not _with_one(table["loss"]).needs.top_k:
+    if args.tropd_top_k is not None and not _with_one(table).needs.top_k:
         raise ConfigError(
             f"--tropd-method {args.tropd_method} does not read --tropd-top-k, which would change "
             "nothing. Drop it, or choose a method that does (docs/losses.md)."
         )
     needs = config.needs
     unmet = {
-        "a second frozen model": needs.reference,
+        "a second frozen model": needs.reference and not is_settings(args),
         "graded rollouts": needs.outcomes,
         "golden answers": needs.golden,
     }
@@ -125,7 +140,8 @@ def loss_config(args: Namespace) -> Method:
         raise ConfigError(
             f"--tropd-method {args.tropd_method} needs "
             f"{' and '.join(name for name, is_unmet in unmet.items() if is_unmet)}, which the "
-            "plug-in does not load. Use the trainer (tropd distill) or another method."
+            "plug-in does not load. Use the trainer (tropd distill) or another method. (A file of "
+            "settings as --tropd-teacher-load has teacher.reference.)"
         )
     if left_out := [name for name in _LEFT_OUT if getattr(config, name)]:
         raise ConfigError(
@@ -134,6 +150,14 @@ def loss_config(args: Namespace) -> Method:
             "weight 0 in the dataset."
         )
     return config
+
+
+def _loss_table(args: Namespace) -> dict[str, Any]:
+    table: dict[str, dict[str, Any]] = {"loss": {"method": args.tropd_method}}
+    for given in args.tropd_set or ():
+        apply_override(table, f"loss.{given}")
+    short = {name: getattr(args, f"tropd_{name}") for name in _SHORT}
+    return table["loss"] | {name: value for name, value in short.items() if value is not None}
 
 
 def _with_one(table: dict[str, Any]) -> Method:
@@ -191,6 +215,9 @@ def _check_beside_scores(args: Namespace) -> None:
         "--tropd-teacher-address": args.tropd_teacher_address,
     }
     given = [name for name, value in options.items() if value is not None]
+    if is_settings(args):
+        _check_beside_settings(args, given)
+        return
     if not given:
         return
     if len(given) > 1:
@@ -213,32 +240,32 @@ def _check_beside_scores(args: Namespace) -> None:
         )
 
 
-def served_teacher(
-    folder: HFFolder | MegatronFolder, args: Namespace, layout: Any, *, vocab_size: int
-) -> ServedTeacher:
-    """Meet the servers of ``--tropd-teacher-address``; collective.
+def _check_beside_settings(args: Namespace, given: Sequence[str]) -> None:
+    """Refuse what a file of settings says itself, or has no room for."""
+    path, others = args.tropd_teacher_load, ("offload", "hf_config")
+    more = [n for n in others if getattr(args, f"tropd_teacher_{n}") is not None]
+    if named := [*given, *(f"--tropd-teacher-{name.replace('_', '-')}" for name in more)]:
+        raise ConfigError(
+            f"{' and '.join(named)} beside --tropd-teacher-load {path}, whose [teacher] says that. "
+            "Write it there (docs/teachers.md)."
+        )
+    config = run_config(args)
+    if args.tropd_metrics and "full" not in signal_of(config).provides:
+        raise ConfigError(
+            f"--tropd-metrics compares both models over the vocabulary, and a teacher of {path} "
+            "has its most likely ids alone. Drop it."
+        )
+    resets = [n for n in ("reset_attention_mask", "reset_position_ids") if getattr(args, n, False)]
+    if resets and not _is_plain(config):
+        raise ConfigError(
+            f"--{resets[0].replace('_', '-')} begins anew within a row, and the teachers of {path} "
+            "would read the row as one text: they have rows of their own. Drop one of the two."
+        )
 
-    Raises:
-        ServersLost: none has answered for too long.
-        InputError, ConfigError: a server is not the teacher, or not started as it must be.
-    """
-    top_k = loss_config(args).needs.top_k
-    servers = meet_servers(
-        TeacherConfig(placement="served", address=tuple(args.tropd_teacher_address)),
-        folder,
-        layout,
-        top_k=top_k,
-        vocab_size=vocab_size,
-        longest=args.seq_length,
-        dtype=args.params_dtype,
-        minutes=args.distributed_timeout_minutes,
-    )
-    return ServedTeacher(servers, layout, top_k=top_k)
 
-
-def layout_of(args: Namespace, hf_config: dict[str, Any]) -> ParallelConfig:
-    """The student's layout for the teacher, whose expert ranks a dense teacher does not see."""
-    dense = model_shape(hf_config).experts is None
+def layout_of(args: Namespace, hf_config: dict[str, Any] | None = None) -> ParallelConfig:
+    """The student's layout, or that for a teacher: a dense one does not see its expert ranks."""
+    dense = hf_config is None or model_shape(hf_config).experts is None
     return ParallelConfig(
         tensor=args.tensor_model_parallel_size,
         context=args.context_parallel_size,
@@ -252,63 +279,283 @@ def layout_of(args: Namespace, hf_config: dict[str, Any]) -> ParallelConfig:
     )
 
 
-def open_teacher(args: Namespace, vocab_size: int) -> HFFolder | MegatronFolder:
-    """Open ``--tropd-teacher-load`` and check that it can teach this student.
+def is_settings(args: Namespace) -> bool:
+    """Whether ``--tropd-teacher-load`` is a file of settings, in place of a model."""
+    return str(args.tropd_teacher_load).endswith(".toml")
+
+
+def teacher_folders(args: Namespace) -> tuple[Path, ...]:
+    """Name the folders of all teachers; raises ConfigError as :func:`run_config` does."""
+    return tuple(Path(alone.model.teacher) for alone in run_config(args).by_teacher.values())
+
+
+def run_config(args: Namespace) -> Config:
+    """The settings of a run of ``tropd distill`` with the same teachers, layout and loss.
+
+    What Megatron's loop does itself (data, optimizer, checkpoints) is in it only as far as a
+    teacher's source asks for it.
+
+    Raises:
+        ConfigError: the teacher's settings, or these with Megatron's options, do not fit together.
+    """
+    tables = read_tables(args.tropd_teacher_load) if is_settings(args) else _of_options(args)
+    if foreign := [name for name in tables if name not in _TABLES]:
+        raise ConfigError(
+            f"{args.tropd_teacher_load}: expected {', '.join(_TABLES)}, which say where teachers "
+            f"are, found {', '.join(foreign)}: Megatron's options have that. Remove it."
+        )
+    rollout = {"prompts": "", "recorded": _TRAJECTORIES} | tables.get("rollout", {})
+    given = _Given(args)
+    rollout |= {"max_new_tokens": args.seq_length, "prompts_per_step": given.rows}
+    train = {"steps": 1, "tokens_per_micro_batch": given.positions}
+    whole = {
+        **tables,
+        "model": {"student": _STUDENT} | tables.get("model", {}),
+        "rollout": rollout | {"samples_per_prompt": 1},
+        "loss": _loss_table(args),
+        "train": train,
+        "run": {"dir": _STUDENT, "timeout_minutes": given.minutes},
+        "parallel": asdict(layout_of(args)),
+    }
+    try:
+        config = config_from_dict(whole)
+    except ConfigError as error:
+        raise ConfigError(_in_options(error)) from None
+    _check_own_weights(config)
+    return config
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What a run's settings say in other units than Megatron's options."""
+
+    args: Namespace
+
+    @property
+    def rows(self) -> int:
+        """Of a global batch."""
+        return int(getattr(self.args, "global_batch_size", None) or self.args.data_parallel_size)
+
+    @property
+    def positions(self) -> int:
+        """Of a micro-batch."""
+        return int(getattr(self.args, "micro_batch_size", None) or 1) * int(self.args.seq_length)
+
+    @property
+    def minutes(self) -> float:
+        """Longest that a collective may take."""
+        return float(getattr(self.args, "distributed_timeout_minutes", None) or 10)
+
+
+def _of_options(args: Namespace) -> dict[str, dict[str, Any]]:
+    """The tables of one teacher that ``--tropd-teacher-*`` describe."""
+    cache, address = args.tropd_teacher_cache, args.tropd_teacher_address
+    teacher: dict[str, Any] = {"offload": args.tropd_teacher_offload or "none"}
+    if cache is not None:
+        teacher = {"placement": "cached", "cache": cache}
+    elif address is not None:
+        teacher = {"placement": "served", "address": list(address)}
+    return {"model": {"teacher": args.tropd_teacher_load}, "teacher": teacher}
+
+
+def _check_own_weights(config: Config) -> None:
+    """Refuse teachers that are made of the student, whose weights Megatron's loop has."""
+    for who, alone in config.by_teacher.items():
+        is_self = alone.teacher.placement == SELF
+        if not is_self and alone.reference != _STUDENT:
+            continue
+        found = 'placement = "self"' if is_self else 'reference = "student"'
+        raise ConfigError(
+            f"{who}: {found} is the student of `tropd distill`, whose weights the plug-in does not "
+            "keep. Name the folder of the student's first weights; an average of them "
+            "(teacher.ema_decay) is `tropd distill`'s alone."
+        )
+
+
+def open_teachers(
+    args: Namespace, vocab_size: int, config: Config | None = None
+) -> dict[str, HFFolder | MegatronFolder]:
+    """Open the teachers of ``--tropd-teacher-load`` and check that they can teach this student.
+
+    Args:
+        vocab_size: ids of the student's tokenizer.
+        config: of :func:`run_config`; None: made here.
+
+    Returns:
+        As ``distill.pair.build_teacher`` takes them.
+
+    Raises:
+        InputError: one is no model folder, not whole, or has another tokenizer.
+        ConfigError: layers, heads or vocabulary do not fit.
+    """
+    config = config or run_config(args)
+    folders = {}
+    for who, alone in config.by_teacher.items():
+        folder = folders[who] = _open(args, alone.model.teacher, alone.teacher.placement)
+        named = {who: folder}
+        if alone.reference is not None:
+            named[reference_of(who)] = folders[reference_of(who)] = _open(args, alone.reference)
+        for name, each in named.items():
+            _check_model(args, alone, each, vocab_size, name)
+        if alone.teacher.placement == "cached":
+            _check_scores(args, alone, named, vocab_size)
+    try:
+        check_signal(config.loss, signal_of(config), vocab_size=vocab_size)
+    except ConfigError as error:
+        raise ConfigError(_in_options(error)) from None
+    return folders
+
+
+@dataclass(frozen=True)
+class Teachers:
+    """The teachers of a script, checked."""
+
+    config: Config
+    """Of a run with the same teachers."""
+    folders: dict[str, HFFolder | MegatronFolder]
+    routes: Routes | None
+    """Whose the prompts are and what is read in their place, if that is to be known."""
+    prompts: Sequence[Prompt]
+    """Those of the routes."""
+    longest: int
+    """Tokens of the longest sequence that a teacher reads."""
+
+    @property
+    def deals_rows(self) -> bool:
+        """Whether a source asks for sequences; else it scores the student's micro-batches."""
+        return bool(self.routes) or not _is_plain(self.config)
+
+    def check_prompts(self, sequences: Sequence[TokenSequence]) -> None:
+        """Refuse rows that do not begin with the prompt whose teacher is looked up."""
+        for sequence in sequences if self.routes is not None else ():
+            prompt = find_prompt(self.prompts, sequence.key.prompt)
+            if prompt is None or sequence.prompt_ids != list(prompt.token_ids):
+                raise InputError(
+                    f"Prompt {sequence.key.prompt}, sample {sequence.key.sample}: expected the ids "
+                    f"that {self.config.rollout.prompts} has for this prompt, found others. The "
+                    "lines of [rollout] prompts say which teacher scores what, so train on "
+                    "trajectories that were sampled for them, with the same chat template."
+                )
+
+
+def _is_plain(config: Config) -> bool:
+    """Whether there is one teacher, on the student's ranks in the student's layout."""
+    teacher, resident = config.teacher, TeacherConfig()
+    is_resident = teacher.placement == resident.placement and teacher.parallel is None
+    return is_resident and teacher.context is None and not config.teachers
+
+
+def teachers(args: Namespace, vocab_size: int) -> Teachers:
+    """Read and check all that ``--tropd-teacher-load`` names.
 
     Args:
         vocab_size: ids of the student's tokenizer.
 
     Raises:
-        InputError: it is no model folder, not whole, or has another tokenizer.
-        ConfigError: its layers, heads or vocabulary do not fit.
+        ConfigError, InputError: as :func:`run_config` and :func:`open_teachers`; the prompts do not
+            say what is to be known of them.
     """
-    path, hf = args.tropd_teacher_load, args.tropd_teacher_hf_config
+    config = run_config(args)
+    folders = open_teachers(args, vocab_size, config)
+    routes, prompts = _routes(args, config, folders)
+    contexts = {} if routes is None else routes.contexts
+    longest = args.seq_length + max(map(len, contexts.values()), default=0)
+    shared = [folder.config for folder in folders.values()]
+    mixture = next((one for one in shared if model_shape(one).experts is not None), None)
+    room = max(config.train.tokens_per_micro_batch, longest)
+    config = replace(
+        config,
+        parallel=layout_of(args, mixture),
+        train=replace(config.train, tokens_per_micro_batch=room),
+    )
+    return Teachers(config, folders, routes, prompts, longest)
+
+
+def _routes(
+    args: Namespace, config: Config, folders: Mapping[str, HFFolder | MegatronFolder]
+) -> tuple[Routes | None, Sequence[Prompt]]:
+    """Whose the trajectories' prompts are, if there are several teachers or contexts."""
+    read = [alone.teacher.context for alone in config.by_teacher.values()]
+    if not config.teachers and not any(read):
+        return None, ()
+    rollout, tokenizer = config.rollout, student_tokenizer(args)
+    if not rollout.prompts or tokenizer is None:
+        raise ConfigError(
+            f"{args.tropd_teacher_load}: [[teachers]] and teacher.context look up the line of each "
+            "trajectory's prompt: expected [rollout] prompts with the file that was sampled, and "
+            "--tokenizer-type HuggingFaceTokenizer with a local folder, found "
+            f"prompts = {rollout.prompts!r} and {args.tokenizer_type}. Add what is missing."
+        )
+    room = min(model_shape(folder.config).context for folder in folders.values()) - args.seq_length
+    prompts = load_prompts(
+        rollout.prompts,
+        tokenizer,
+        rollout,
+        data=rollout.data,
+        max_prompt_tokens=args.seq_length,
+        filter_overlong=rollout.filter_overlong_prompts,
+    )
+    return routes_of_run(config, prompts, tokenizer, longest_context=room), prompts
+
+
+def _open(args: Namespace, path: str, placement: str = "") -> HFFolder | MegatronFolder:
+    hf = None if is_settings(args) else args.tropd_teacher_hf_config
     try:
-        of_megatron, served = is_megatron_folder(path), args.tropd_teacher_address is not None
-        folder = MegatronFolder(path, hf) if of_megatron else HFFolder(path, weights=not served)
+        if is_megatron_folder(path):
+            return MegatronFolder(path, hf)
+        folder = HFFolder(path, weights=placement != "served")
     except NoCompanions as error:
         raise InputError(f"{error} Or give --tropd-teacher-hf-config and that folder.") from None
-    if isinstance(folder, HFFolder) and folder.names:
+    if folder.names:
         check_tensors(folder)
-    cached = args.tropd_teacher_cache is not None
-    loaded = not (cached or served)
-    signal = HiddenStatesSignal if loaded else TopKSignal
-    try:
-        if loaded:
-            check_parallel(folder.config, layout_of(args, folder.config), who="teacher")
-        check_signal(loss_config(args), signal, vocab_size=vocab_size)
-    except ConfigError as error:
-        raise ConfigError(_in_options(error)) from None
-    if loaded:
-        _check_expert_shards(args, folder)
-        _check_mask_is_read(args, folder)
-    shape = model_shape(folder.config)
-    if shape.vocab < vocab_size:
-        raise ConfigError(
-            f"Expected a teacher with at least the {vocab_size} ids of the student's tokenizer, "
-            f"found vocab_size = {shape.vocab} in {folder.companions}. Choose a "
-            "teacher with the same tokenizer."
-        )
-    if args.seq_length > shape.context:
-        raise ConfigError(
-            f"Expected --seq-length of at most the teacher's context of {shape.context} "
-            f"tokens, found {args.seq_length}. Lower it."
-        )
-    _check_tokenizer(args, folder)
-    if cached:
-        _check_scores(args, folder, vocab_size)
     return folder
 
 
-def _check_scores(args: Namespace, folder: HFFolder | MegatronFolder, vocab_size: int) -> None:
+def _check_model(
+    args: Namespace, alone: Config, folder: HFFolder | MegatronFolder, vocab_size: int, who: str
+) -> None:
+    """Refuse a teacher, or its reference, that cannot stand beside the student."""
+    shape = model_shape(folder.config)
+    if alone.loads_teacher:
+        own, theirs = alone.teacher.parallel is not None, layout_of(args, folder.config)
+        layout = alone.teacher_parallel if own else theirs
+        try:
+            check_parallel(folder.config, layout, who=who)
+        except ConfigError as error:
+            raise ConfigError(str(error) if own else _in_options(error)) from None
+        if not own:
+            _check_expert_shards(args, folder)
+        _check_mask_is_read(args, folder)
+    if shape.vocab < vocab_size:
+        raise ConfigError(
+            f"Expected a {who} with at least the {vocab_size} ids of the student's tokenizer, "
+            f"found vocab_size = {shape.vocab} in {folder.companions}. Choose a "
+            f"{who.split()[0]} with the same tokenizer."
+        )
+    if args.seq_length > shape.context:
+        raise ConfigError(
+            f"Expected --seq-length of at most the {who}'s context of {shape.context} "
+            f"tokens, found {args.seq_length}. Lower it."
+        )
+    _check_tokenizer(args, folder)
+
+
+def _check_scores(
+    args: Namespace,
+    alone: Config,
+    folders: Mapping[str, HFFolder | MegatronFolder],
+    vocab_size: int,
+) -> None:
     """Refuse scores of something else; each trajectory is looked up when it is drawn."""
     if args.tropd_trajectories is None:
         raise ConfigError(
             "--tropd-teacher-cache holds the scores of recorded trajectories, found no "
             "--tropd-trajectories. Give the file that `tropd score` read."
         )
-    loss, tokenizer = loss_config(args), student_tokenizer(args)
-    check_cache(args.tropd_teacher_cache, loss, folder, tokenizer, vocab_size)
+    teacher, *reference = folders.values()
+    tokenizer = student_tokenizer(args)
+    more: Any = {"reference": reference[0]} if reference else {}
+    check_cache(alone.teacher.cache, alone.loss, teacher, tokenizer, vocab_size, **more)
 
 
 def _check_expert_shards(args: Namespace, folder: HFFolder | MegatronFolder) -> None:
@@ -380,7 +627,7 @@ def check_lone_arguments(args: Namespace) -> None:
 def _in_options(error: Exception) -> str:
     text = str(error)
     for ours, theirs in _OPTIONS.items():
-        text = text.replace(ours, theirs)
+        text = re.sub(rf"(?<!teacher\.){re.escape(ours)}", theirs, text)
     return re.sub(r"loss\.(\w+)", _option_of, text)
 
 

@@ -7,6 +7,7 @@ Another package's is named as "package.module:attribute".
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from megatron_tropd.base.errors import ConfigError
@@ -52,6 +53,8 @@ class TeacherStart:
     """Of the run; None: there is none, for `tropd score` scores."""
     longest: int = 0
     """Tokens of the longest sequence; 0: not known."""
+    run_dir: Path | None = None
+    """Folder of the run, where a later start may look; None: there is none."""
 
 
 class TeacherSource(Protocol):

@@ -34,7 +34,7 @@ def read(tmp_path: Path, tiny_llama: Path) -> Callable[..., list[str]]:
             prompts=str(prompts), max_new_tokens=8, prompts_per_step=1, **settings
         )
         live = OnPolicyData(OnPolicySettings(tmp_path / "student", rollout, tmp_path))
-        live._loop = LoopSettings(32, seed=1, steps=1, teacher=tmp_path / "teacher")
+        live._loop = LoopSettings(32, seed=1, steps=1, teachers=(tmp_path / "teacher",))
         live._read_texts()
         return [prompt.text for prompt in live._prompts]
 

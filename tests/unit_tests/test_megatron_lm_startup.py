@@ -111,7 +111,7 @@ def test_megatron_lm_refuses_losses(options: str, named: str, tiny_model) -> Non
     with pytest.raises(ConfigError, match=named):
         args = arguments("--tropd-teacher-load", str(folder), *options.split())
         startup.check_arguments(args)
-        startup.open_teacher(args, 259)
+        startup.open_teachers(args, 259)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_megatron_lm_refuses_what_fresh_trajectories_would_ignore(refusal, tiny_
 
 def test_megatron_lm_refuses_teachers_that_do_not_fit(tiny_model, tmp_path: Path) -> None:
     folder = tiny_model("qwen3")
-    assert startup.open_teacher(teach(folder), 259).config["vocab_size"] == 259
+    assert startup.open_teachers(teach(folder), 259)["teacher"].config["vocab_size"] == 259
     for settings, vocab, named in (
         ({}, 260, "at least the 260 ids"),
         ({"tensor_model_parallel_size": 4}, 259, "--tensor-model-parallel-size = 4 must divide"),
@@ -167,9 +167,9 @@ def test_megatron_lm_refuses_teachers_that_do_not_fit(tiny_model, tmp_path: Path
         ({"seq_length": 1024}, 259, "the teacher's context of 256 tokens, found 1024"),
     ):
         with pytest.raises(ConfigError, match=named):
-            startup.open_teacher(teach(folder, **settings), vocab)
+            startup.open_teachers(teach(folder, **settings), vocab)
     with pytest.raises(InputError, match="config"):
-        startup.open_teacher(teach(tmp_path), 259)
+        startup.open_teachers(teach(tmp_path), 259)
 
 
 def test_megatron_lm_reads_the_teachers_folder_as_a_run_does(tiny_qwen3: Path, tmp_path) -> None:
@@ -188,18 +188,18 @@ def test_megatron_lm_reads_the_teachers_folder_as_a_run_does(tiny_qwen3: Path, t
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps(settings))
         save_file(weights, folder / "model.safetensors")
-        startup.open_teacher(teach(folder, seq_length=1024), 259)
+        startup.open_teachers(teach(folder, seq_length=1024), 259)
     save_file(both | {"lm_head.weight": 2 * embedding}, folder / "model.safetensors")
     with pytest.raises(InputError, match=r"lm_head\.weight differs from model\.embed_tokens"):
-        startup.open_teacher(teach(folder), 259)
+        startup.open_teachers(teach(folder), 259)
 
 
 def test_megatron_lm_refuses_teachers_that_do_not_read_a_mask(tiny_model) -> None:
     dense, windows = tiny_model("qwen3"), tiny_model("mistral")
-    startup.open_teacher(teach(dense, reset_attention_mask=True), 259)
-    startup.open_teacher(teach(windows), 259)
+    startup.open_teachers(teach(dense, reset_attention_mask=True), 259)
+    startup.open_teachers(teach(windows), 259)
     with pytest.raises(ConfigError, match="a teacher without sliding windows"):
-        startup.open_teacher(teach(windows, reset_attention_mask=True), 259)
+        startup.open_teachers(teach(windows, reset_attention_mask=True), 259)
 
 
 def test_megatron_lm_lays_out_experts_where_the_teacher_has_some(tiny_model) -> None:
@@ -207,11 +207,11 @@ def test_megatron_lm_lays_out_experts_where_the_teacher_has_some(tiny_model) -> 
     shared = {"expert_model_parallel_size": 4, "data_parallel_size": 2}
     shared |= {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 1}
     dense, mixture = tiny_model("qwen3"), tiny_model("qwen3_moe")
-    startup.open_teacher(teach(dense, **shared), 259)
+    startup.open_teachers(teach(dense, **shared), 259)
     shared |= {"data_parallel_size": 4, "expert_model_parallel_size": 2, "sequence_parallel": True}
     with pytest.raises(ConfigError, match="expected --expert-tensor-parallel-size 2"):
-        startup.open_teacher(teach(mixture, **shared), 259)
-    startup.open_teacher(teach(mixture, **shared | {"expert_tensor_parallel_size": 2}), 259)
+        startup.open_teachers(teach(mixture, **shared), 259)
+    startup.open_teachers(teach(mixture, **shared | {"expert_tensor_parallel_size": 2}), 259)
 
 
 def test_megatron_lm_evaluates_where_nobody_counts_iterations() -> None:
@@ -272,14 +272,14 @@ def test_megatron_lm_compares_tokenizers(tiny_model, tmp_path: Path, capsys) -> 
     teacher = tiny_model("qwen3")
     same = tiny_model("llama")
     hf = {"tokenizer_type": "HuggingFaceTokenizer"}
-    startup.open_teacher(teach(teacher, tokenizer_model=str(same), **hf), 259)
+    startup.open_teachers(teach(teacher, tokenizer_model=str(same), **hf), 259)
     assert "cannot be compared" not in capsys.readouterr().out
     for file in same.glob("*token*"):
         text = file.read_text()
         (tmp_path / file.name).write_text(text.replace('"a"', '"%"').replace('"b"', '"a"'))
     with pytest.raises(InputError, match="must share one tokenizer"):
-        startup.open_teacher(teach(teacher, tokenizer_model=str(tmp_path), **hf), 259)
-    startup.open_teacher(teach(teacher), 259)
+        startup.open_teachers(teach(teacher, tokenizer_model=str(tmp_path), **hf), 259)
+    startup.open_teachers(teach(teacher), 259)
     assert "ids of --tokenizer-type NullTokenizer cannot be compared" in capsys.readouterr().out
 
 

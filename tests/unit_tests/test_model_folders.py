@@ -577,7 +577,7 @@ def test_damaged_checksums_of_a_checkpoint(content: str, make: Make, tmp_path: P
 
 def test_only_commands_that_have_it_name_the_option(make: Make, command, tmp_path: Path, capsys):
     """A checkpoint without companions: the remedy works for every command that says it."""
-    from megatron_tropd.integrations.startup import open_teacher
+    from megatron_tropd.integrations.startup import open_teachers
 
     folder, checkpoint = make(), tmp_path / "m"
     hf_to_megatron(ToMegatron(folder, checkpoint))
@@ -594,7 +594,7 @@ def test_only_commands_that_have_it_name_the_option(make: Make, command, tmp_pat
         tropd_teacher_address=None,
     )
     with pytest.raises(InputError, match="Or give --tropd-teacher-hf-config"):
-        open_teacher(args, 259)
+        open_teachers(args, 259)
     shutil.copytree(companions, checkpoint / "hf")
     assert command("distill", f"model.student={checkpoint}")[0] == 0
 

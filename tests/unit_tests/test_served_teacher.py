@@ -513,6 +513,7 @@ def test_tropd_score_asks_a_server_for_what_it_would_compute(tmp_path: Path):
 def ask_in_the_plug_in(address: str) -> None:
     """Be the one rank of a Megatron loop with a served teacher."""
     from megatron_tropd.config import ParallelConfig
+    from megatron_tropd.distill.pair import build_teacher
     from megatron_tropd.mcore import parallel
 
     layout = parallel.initialize(ParallelConfig(), seed=1)
@@ -523,8 +524,17 @@ def ask_in_the_plug_in(address: str) -> None:
         distributed_timeout_minutes=5,
     )
     startup.check_arguments(args)
-    folder = startup.open_teacher(args, 320)
-    teacher = startup.served_teacher(folder, args, layout, vocab_size=320)
+    checked = startup.teachers(args, 320)
+    teacher = build_teacher(
+        checked.config,
+        checked.folders,
+        layout,
+        checked.routes,
+        dtype=torch.float32,
+        padded_vocab_size=320,
+        vocab_size=320,
+        longest=checked.longest,
+    )
     sequences = [
         TokenSequence.of_runs(
             SampleKey(0, number, 0),
@@ -535,7 +545,7 @@ def ask_in_the_plug_in(address: str) -> None:
         for number, ids in enumerate([*SEQUENCES, SEQUENCES[0]])
     ]
     batches = pack(sequences, dp_rank=0, dp_size=1, tokens_per_micro_batch=16, seed=1, step=0)
-    teacher.know(dict(enumerate(sequences)))
+    teacher.begin(0, sequences)
     for batch, signal in zip(batches, teacher.signals(batches), strict=True):
         for at, row in enumerate(batch.loss_rows.tolist()):
             ids = SEQUENCES[row % len(SEQUENCES)]

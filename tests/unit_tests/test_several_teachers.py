@@ -414,3 +414,18 @@ def test_a_teacher_that_is_not_cached_is_not_scored(
     (alone,) = [c for who, c in config.by_teacher.items() if who.endswith("math")]
     with pytest.raises(ConfigError, match=r"--teacher math: the config has no \[\[teachers\]\]"):
         job_config(alone, "math")
+
+
+def test_a_row_counts_for_one_of_several_teachers(config: Config) -> None:
+    from megatron_tropd.convert.families import model_shape
+    from megatron_tropd.convert.sizes import row_flops
+    from megatron_tropd.distill.pair import _row_work
+
+    folder = Path(__file__).parents[2] / "examples" / "arithmetic" / "teacher"
+    shape = model_shape(json.loads((folder / "config.json").read_text()))
+    shapes = dict.fromkeys(["student", *config.by_teacher], shape)
+    alone = next(iter(config.by_teacher.values()))
+    one = _row_work(alone, {"student": shape, "teacher": shape}, 64)
+    loaded = sum(each.loads_teacher for each in config.by_teacher.values())
+    missing = row_flops(shape, 64) * (1 - loaded / len(config.by_teacher))
+    assert _row_work(config, shapes, 64) == pytest.approx(one - missing)

@@ -1,6 +1,6 @@
 """The teacher's signals from files that ``tropd score`` wrote: no model of it anywhere."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -56,14 +56,10 @@ class CachedTeacher:
             referenced: whether the loss reads the reference's log-probs.
         """
         self._cache, self._referenced = cache, referenced
-        self._sequences: Mapping[int, TokenSequence] = {}
+        self._sequences: Sequence[TokenSequence] = ()
 
     def begin(self, step: int, sequences: Sequence[TokenSequence]) -> None:
         """Keep the step's sequences, which micro-batches name by their places."""
-        self.know(dict(enumerate(sequences)))
-
-    def know(self, sequences: Mapping[int, TokenSequence]) -> None:
-        """Keep the sequences of this rank's rows alone, by the numbers in ``MicroBatch.rows``."""
         self._sequences = sequences
 
     def signals(self, batches: Sequence[MicroBatch]) -> list[TopKSignal]:

@@ -373,7 +373,7 @@ class _OfRun(ServedTeacher):
             longest=start.longest,
             dtype=start.dtype,
             minutes=config.run.timeout_minutes,
-            record=Path(config.run.dir) / RECORD,
+            record=None if start.run_dir is None else start.run_dir / RECORD,
         )
         super().__init__(servers, start.layout, top_k=top_k)
 
