@@ -84,7 +84,7 @@ def step_parts(
 
 def _row_work(config: Config, shapes: Mapping[str, ModelShape], length: int) -> float:
     """Work of a row in a step: a pass of each model here, and the student's backward pass."""
-    here = [name for name in shapes if name == "student" or config.loads_teacher]
+    here = [name for name in shapes if name == "student" or config.scores_here]
     passes = 1 + config.loss.needs_student_pass + (1 if config.model.lora else 2)
     return sum(row_flops(shapes[n], length) * (passes if n == "student" else 1) for n in here)
 

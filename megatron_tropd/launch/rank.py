@@ -69,7 +69,7 @@ def run_rank(folder: RunFolder, *, announce: bool = False, job: str = "train") -
         folder=folder.heartbeats,
         failure=folder.failure,
         rank=rank,
-        world_size=config.parallel.world_size,
+        world_size=config.world_size,
         timeout_minutes=config.run.timeout_minutes,
         say=say if announce else lambda _: None,
     )

@@ -12,6 +12,7 @@ ranks write about fifty small ones a second.
 import contextlib
 import faulthandler
 import json
+import math
 import os
 import socket
 import sys
@@ -23,7 +24,7 @@ from pathlib import Path
 
 from megatron_tropd.base import exits
 from megatron_tropd.base.failures import Failure, read, report
-from megatron_tropd.base.progress import LONGEST_BEAT, START, Progress, limits
+from megatron_tropd.base.progress import IDLE, LONGEST_BEAT, START, Progress, limits
 
 _LINE = 512  # bytes of a heartbeat, so that it is overwritten in place
 
@@ -44,7 +45,9 @@ class Beat:
 
     @property
     def waits(self) -> bool:
-        """Whether it sits in a collective, as far as its innermost line tells."""
+        """Whether it sits in a collective, as far as its innermost line tells, or has nothing to do."""
+        if self.phase == IDLE:
+            return True
         return "torch/distributed/" in self.at or "/pipeline_parallel/" in self.at
 
 
@@ -121,7 +124,10 @@ class Watchdog:
                 dumped = True
 
     def _limit_here(self) -> float:
-        return self._limit_at_start if self._progress.phase == START else self._limit
+        phase = self._progress.phase
+        if phase == IDLE:
+            return math.inf
+        return self._limit_at_start if phase == START else self._limit
 
     def _write_beat(self) -> None:
         self._beat += 1
