@@ -71,6 +71,7 @@ def run_rank(folder: RunFolder, *, announce: bool = False, job: str = "train") -
         rank=rank,
         world_size=config.world_size,
         timeout_minutes=config.run.timeout_minutes,
+        whose="the teacher's" if config.teaches(rank) else "",
         say=say if announce else lambda _: None,
     )
     try:

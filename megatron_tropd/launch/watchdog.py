@@ -42,6 +42,8 @@ class Beat:
     phase: str
     at: str
     """Innermost line of the training thread's Python."""
+    whose: str = ""
+    """Whose rank it is, if not all ranks train."""
 
     @property
     def waits(self) -> bool:
@@ -63,16 +65,18 @@ class Watchdog:
         rank: int,
         world_size: int,
         timeout_minutes: float,
+        whose: str = "",
         say: Callable[[str], None],
     ) -> None:
         """Nothing runs yet.
 
         Args:
             folder: where all ranks keep their heartbeats (a shared file system).
+            whose: this rank is, if not all ranks train.
         """
         self._progress, self._folder, self._failure = progress, folder, failure
         self._rank, self._world_size, self._minutes = rank, world_size, timeout_minutes
-        self._say = say
+        self._say, self._whose = say, whose
         self._limit, self._limit_at_start, _ = limits(timeout_minutes)
         self.period = min(LONGEST_BEAT, self._limit / 10)
         self._beat = 0
@@ -140,6 +144,7 @@ class Watchdog:
             step=progress.step + 1,
             phase=progress.phase,
             at=_innermost_line(self._training),
+            whose=self._whose,
         )
         with contextlib.suppress(OSError):
             self._folder.mkdir(exist_ok=True)
@@ -250,11 +255,17 @@ def _suspects(beats: dict[int, Beat], silent: list[int]) -> tuple[str, list[int]
 
 def _ranks(ranks: Iterable[int], beats: dict[int, Beat]) -> str:
     shown = [
-        f"{rank} ({beats[rank].node}, process {beats[rank].pid})" if rank in beats else str(rank)
+        f"{rank} ({_whose(beats[rank])}{beats[rank].node}, process {beats[rank].pid})"
+        if rank in beats
+        else str(rank)
         for rank in ranks
     ]
     more = f" and {len(shown) - 4} more" if len(shown) > 4 else ""
     return f"rank{'s' if len(shown) > 1 else ''} {', '.join(shown[:4])}{more}"
+
+
+def _whose(beat: Beat) -> str:
+    return f"{beat.whose}, " if beat.whose else ""
 
 
 def _innermost_line(thread: int) -> str:

@@ -58,7 +58,8 @@ class Bridge:
         self.group = _group(dist.PrefixStore("bridge", store), rank, worlds.size, timeout)
         """All ranks of the job, for collectives."""
         messages = dist.PrefixStore("messages", store)
-        self._messages = dist.ProcessGroupGloo(messages, rank, worlds.size, timeout=_PATIENCE)
+        # Torch's stubs lack what a backend can do.
+        self._messages: Any = dist.ProcessGroupGloo(messages, rank, worlds.size, timeout=_PATIENCE)
         self._telling = threading.Lock()
 
     @property

@@ -1,5 +1,6 @@
 """Where the sequences of a step come from."""
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -27,6 +28,12 @@ class RolloutSource(Protocol):
 
     def collect(self) -> list[TokenSequence]:
         """Wait for the sequences asked for last; the same on every rank."""
+
+    def arrived(self, step: int) -> Sequence[TokenSequence] | None:
+        """A later step's sequences, if they are known before they are collected.
+
+        Not collective: on the first rank, in any thread.
+        """
 
     def forget(self) -> None:
         """Give up what was asked for."""
@@ -70,6 +77,8 @@ class SampledRollouts:
         self._sampling = Sampling()
         """Of the episodes under way."""
         self._is_main = is_main
+        self._step = -1
+        """Of the episodes under way, or that are done."""
         self._version = 0
         """Of the weights that the episodes under way began with."""
         self._episodes: list[Episode] = []
@@ -82,7 +91,7 @@ class SampledRollouts:
         """Ask for the first samples of all episodes of a step, with the engines' weights."""
         if self._episodes or self._done:
             return
-        self._version = self._engines.channel.version
+        self._version, self._step = self._engines.channel.version, step
         rollout, seed = self._settings.rollout, self._settings.seed
         self._sampling = sampling_of_step(
             rollout, step, stops=self._stops, shared_stops=self._shared_stops
@@ -102,6 +111,20 @@ class SampledRollouts:
         done, self._done = self._done, []
         return done
 
+    def arrived(self, step: int) -> Sequence[TokenSequence] | None:
+        """Those under way, once all have their samples; None of those that ask several times."""
+        if step != self._step:
+            return None
+        if self._done:
+            return list(self._done)
+        episodes, samples = list(self._episodes), self._engines.arrived()
+        if samples is None or not len(samples) == len(self._asked) == len(episodes):
+            return None
+        ended = copy.deepcopy(episodes)
+        for episode, sample in zip(ended, samples, strict=True):
+            episode.observe(sample)
+        return None if any(e.request() for e in ended) else [e.sequence() for e in ended]
+
     def forget(self) -> None:
         """Give up the episodes under way."""
         self._episodes = []
@@ -118,6 +141,7 @@ class SampledRollouts:
         path = checkpoint / PENDING_FILE
         if path.exists():
             self._done = read_patiently(lambda: read_sequences(path))
+            self._step = self._done[0].key.step
 
     def _wait(self) -> None:
         if not self._episodes:

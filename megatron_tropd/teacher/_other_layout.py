@@ -46,7 +46,8 @@ class Dealer:
             numbers: those that are dealt.
         """
         # Every replica needs as many rows: the last one again, whose states nobody takes.
-        filled = [*numbers, *numbers[-1:] * (-len(numbers) % self.layout.dp_size)]
+        missing = -len(numbers) % self.layout.dp_size
+        filled = [*numbers, *[numbers[-1]] * missing]
         dealing = dealt(
             [sequences[number] for number in filled],
             dp_size=self.layout.dp_size,

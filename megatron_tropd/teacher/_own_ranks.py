@@ -1,8 +1,8 @@
 """What the ranks of a separate teacher do: load it, score, hand over, until the student is done."""
 
 from collections import deque
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
@@ -27,6 +27,8 @@ from megatron_tropd.mcore.frozen import FrozenModel
 from megatron_tropd.mcore.hidden import output_weight
 from megatron_tropd.mcore.layout import Layout, layout_of
 from megatron_tropd.teacher._other_layout import Dealer
+
+Clock = Callable[[str], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -91,11 +93,7 @@ class OwnRanks:
         self._dealer = Dealer(layout, tokens, lambda length: row_flops(shape, length))
         self._steps: dict[int, _Scored] = {}
 
-    def serve(
-        self,
-        progress: Progress,
-        clock: Callable[[str], AbstractContextManager[None]] = nullcontext,
-    ) -> None:
+    def serve(self, progress: Progress, clock: Clock) -> None:
         """Do what the student's first rank says, until it says that there is no more.
 
         Args:
@@ -148,12 +146,11 @@ class OwnRanks:
         )
         for hidden_size, states in zip(self._sizes, scored.states, strict=True):
             left = deque(states)
-            exchange.states(
-                lambda batches, left=left: [left.popleft() for _ in batches if left],
-                (),
-                hidden_size=hidden_size,
-                dtype=self._dtype,
-            )
+
+            def taken(batches: Sequence[MicroBatch], left: deque[Tensor] = left) -> list[Tensor]:
+                return [left.popleft() for _ in batches if left]
+
+            exchange.states(taken, (), hidden_size=hidden_size, dtype=self._dtype)
 
     def _build(self, who: str, folder: HFFolder | MegatronFolder) -> FrozenModel:
         own = models.padded_vocab_size(folder.config, tensor=self._layout.tp_size)
@@ -178,4 +175,4 @@ class OwnRanks:
         if self._layout.is_last_stage:
             # Of its output layer nothing but its place is run.
             built.module.output_layer.weight = None
-        return FrozenModel(built, vocab_size=0, offload=self._config.teacher.offload)
+        return FrozenModel(built, vocab_size=own, offload=self._config.teacher.offload)

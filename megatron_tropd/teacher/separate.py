@@ -1,11 +1,12 @@
-"""The teacher on ranks of its own, as the student's ranks see it: ``teacher.placement = "separate"``.
+"""The teacher on ranks of its own (``teacher.placement = "separate"``), as the student's see it.
 
 What its ranks do is in ``_own_ranks.py``. The student's first rank tells them what there is to
 score, as soon as it is known, and later when the student wants the states; then all ranks of the
 job exchange them.
 """
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from megatron_tropd.data.batch import MicroBatch
@@ -15,6 +16,9 @@ from megatron_tropd.teacher import TeacherStart
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+Arrived = Callable[[int], "Sequence[TokenSequence] | None"]
+_LOOK_SECONDS = 0.05
 
 
 class SeparateTeacher:
@@ -41,21 +45,47 @@ class SeparateTeacher:
         self._weights = [self._output_layer(folder.config, start) for folder in folders]
         self._told: set[int] = set()
         """Steps whose sequences the teacher has."""
+        self._arrived: Arrived | None = None
+        self._watcher: threading.Thread | None = None
+        self._enough = threading.Event()
         self._step, self._sequences = 0, dict[int, TokenSequence]()
 
     def begin(self, step: int, sequences: Sequence[TokenSequence]) -> None:
         """Have the sequences scored, unless that was asked for."""
-        self.foresee(step, sequences)
+        self._stop_watching()
+        self._score(step, sequences)
         self._step, self._sequences = step, dict(enumerate(sequences))
         self._told.discard(step)
 
-    def foresee(self, step: int, sequences: Sequence[TokenSequence]) -> None:
-        """Have the sequences of a step to come scored, while the student does something else."""
+    def look_ahead(self, arrived: Arrived) -> None:
+        """Score a step while the student trains the one before, as soon as its samples are there.
+
+        Args:
+            arrived: says, on the student's first rank and in any thread, which step's sequences
+                are there before their turn.
+        """
+        self._arrived = arrived
+
+    def _score(self, step: int, sequences: Sequence[TokenSequence]) -> None:
+        """Tell the teacher, unless it was told."""
         from megatron_tropd.teacher._own_ranks import Score
 
         if step not in self._told:
             self._told.add(step)
             self._tell(Score(step, dict(enumerate(sequences))))
+
+    def _watch(self) -> None:
+        """Look for the next step's sequences, in a thread of the student's first rank."""
+        while not self._enough.wait(_LOOK_SECONDS):
+            if self._arrived is not None and (found := self._arrived(self._step + 1)):
+                self._score(self._step + 1, found)
+                return
+
+    def _stop_watching(self) -> None:
+        self._enough.set()
+        if self._watcher is not None:
+            self._watcher.join()
+            self._watcher = None
 
     def signals(
         self, batches: Sequence[MicroBatch]
@@ -66,6 +96,11 @@ class SeparateTeacher:
 
         wants = all_wants(batches, self._layout)
         self._tell(Give(self._step, wants))
+        # Not before: the teacher does what it is told in this order.
+        if self._arrived is not None and self._layout.is_main:
+            self._enough.clear()
+            self._watcher = threading.Thread(target=self._watch, name="look ahead", daemon=True)
+            self._watcher.start()
         exchange = receive_from_others(
             self._dealer.dealt(self._sequences, list(self._sequences)),
             wants,
@@ -89,6 +124,7 @@ class SeparateTeacher:
         """Let the teacher's ranks end."""
         from megatron_tropd.teacher._own_ranks import End
 
+        self._stop_watching()
         self._tell(End())
 
     def _tell(self, message: object) -> None:
