@@ -786,6 +786,7 @@ class Config(Settings):
         one_only = {
             f'rollout.behaviour = "{self.rollout.behaviour}"': self.rollout.asks_teacher,
             "[teachers.parallel]": any(teacher.parallel for teacher in self.teachers),
+            f'teachers.placement = "{SEPARATE}"': any(teacher.ranks for teacher in self.teachers),
             'evaluation.task = "reverse_kl"': graded and self.evaluation.task == "reverse_kl",
             'evaluation.teacher = true with rollout.placement = "separate"': graded
             and self.evaluation.teacher

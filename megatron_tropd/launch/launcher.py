@@ -386,8 +386,8 @@ def _report_killed(rank: int, by: signal.Signals, folder: RunFolder) -> None:
     where = f" in {phase!r} of step {step}" if beat else ""
     whose = f" ({beat.whose})" if beat and beat.whose else ""
     message = (
-        f"Rank {rank}{whose} was killed by signal {by.value} ({by.name}){where}. Start the same command "
-        f"again to resume. {_OFTEN}"
+        f"Rank {rank}{whose} was killed by signal {by.value} ({by.name}){where}. Start the same "
+        f"command again to resume. {_OFTEN}"
     )
     failure = Failure(kind="killed", message=message, rank=rank, step=step, phase=phase)
     report(folder.failure, failure)

@@ -47,7 +47,7 @@ class Beat:
 
     @property
     def waits(self) -> bool:
-        """Whether it sits in a collective, as far as its innermost line tells, or has nothing to do."""
+        """Whether it has nothing to do, or sits in a collective, as its innermost line tells."""
         if self.phase == IDLE:
             return True
         return "torch/distributed/" in self.at or "/pipeline_parallel/" in self.at
