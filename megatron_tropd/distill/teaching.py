@@ -9,6 +9,7 @@ from megatron_tropd.distill.inputs import load_inputs
 from megatron_tropd.distill.reporter import Clock
 from megatron_tropd.mcore import parallel
 from megatron_tropd.mcore.options_check import check_options
+from megatron_tropd.report.timeline import Timeline
 from megatron_tropd.teacher._own_ranks import OwnRanks
 
 
@@ -29,4 +30,6 @@ def teach(folder: RunFolder, *, progress: Progress) -> None:
         exits.push(startup.leave_ranks)
         inputs = load_inputs(config)
         check_options(config, **{who: f.config for who, f in inputs.folders.items()})
-        OwnRanks(config, inputs.folders, layout, parallel.bridge()).serve(progress, Clock(progress))
+        drawn = Timeline(folder.root, "teacher") if layout.is_main else None
+        ranks = OwnRanks(config, inputs.folders, layout, parallel.bridge())
+        ranks.serve(progress, Clock(progress, drawn))
