@@ -1,6 +1,7 @@
 """Where the sequences of a step come from."""
 
 import copy
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -86,11 +87,17 @@ class SampledRollouts:
         self._asked: list[Episode] = []
         """Those of them that wait for an answer."""
         self._done: list[TokenSequence] = []
+        self._changing = threading.Lock()
+        """Held while episodes begin and learn of samples: others look at them (``arrived``)."""
 
     def begin(self, step: int) -> None:
         """Ask for the first samples of all episodes of a step, with the engines' weights."""
         if self._episodes or self._done:
             return
+        with self._changing:
+            self._begin(step)
+
+    def _begin(self, step: int) -> None:
         self._version, self._step = self._engines.channel.version, step
         rollout, seed = self._settings.rollout, self._settings.seed
         self._sampling = sampling_of_step(
@@ -113,17 +120,20 @@ class SampledRollouts:
 
     def arrived(self, step: int) -> Sequence[TokenSequence] | None:
         """Those under way, once all have their samples; None of those that ask several times."""
-        if step != self._step:
-            return None
-        if self._done:
-            return list(self._done)
-        episodes, samples = list(self._episodes), self._engines.arrived()
-        if samples is None or not len(samples) == len(self._asked) == len(episodes):
-            return None
-        ended = copy.deepcopy(episodes)
-        for episode, sample in zip(ended, samples, strict=True):
+        with self._changing:
+            if step != self._step:
+                return None
+            samples = self._engines.arrived() if self._episodes else None
+            if samples is None:
+                return list(self._done) or None
+            # The episodes themselves learn of them when they are collected; settings are shared.
+            shared = {id(self._settings): self._settings}
+            ended, asked = copy.deepcopy((self._episodes, self._asked), shared)
+        for episode, sample in zip(asked, samples, strict=True):
             episode.observe(sample)
-        return None if any(e.request() for e in ended) else [e.sequence() for e in ended]
+        if any(episode.request() is not None for episode in ended):
+            return None
+        return [episode.sequence() for episode in ended]
 
     def forget(self) -> None:
         """Give up the episodes under way."""
@@ -146,13 +156,13 @@ class SampledRollouts:
     def _wait(self) -> None:
         if not self._episodes:
             return
-        with self._engines.awake():
+        with self._changing, self._engines.awake():
             self._observe(self._engines.finish())
             while requests := self._next_requests():
                 self._check_weights()
                 self._observe(self._engines.generate(requests, self._sampling))
-        self._done = [episode.sequence() for episode in self._episodes]
-        self._episodes = []
+            self._done = [episode.sequence() for episode in self._episodes]
+            self._episodes = []
 
     def _next_requests(self) -> list[SampleRequest]:
         pairs = [(episode, episode.request()) for episode in self._episodes]
