@@ -4,6 +4,7 @@ Student ranks and teacher ranks of one job; on the student's the same steps are 
 teacher in the student's layout, then with the one on the other ranks.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -94,7 +95,8 @@ def _teach(config: Any, layout: Any) -> None:
     folders = {"student": config.model.student, "teacher": config.model.teacher}
     folders |= {"reference": config.reference} if config.reference else {}
     opened = {who: open_model(folder) for who, folder in folders.items()}
-    OwnRanks(config, opened, layout, parallel.bridge()).serve(Progress())
+    ranks = OwnRanks(config, opened, layout, parallel.bridge())
+    ranks.serve(Progress(), lambda _: nullcontext())
 
 
 def _rank() -> int:
