@@ -19,7 +19,7 @@ from tests.integration.test_erpd import PAIR, PROMPTS, record_answers
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-STEPS = 16
+STEPS = 60
 TEACHERS_RANK = 1
 CONFIG = """
 [model]
