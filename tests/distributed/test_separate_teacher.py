@@ -42,7 +42,7 @@ _SP = dict(tensor=2, sequence_parallel=True)
 FOUR = [
     Case(_TP2, "wider", "plain", Own(tensor=2), 2, ("tropd_exact", "eopd", "exopd")),
     Case(_TP2, "wider", "plain", Own(context=2), 2),
-    Case(_TP2, "same", "mixture", Own(expert=2), 2),
+    Case(_DP2, "same", "mixture", Own(expert=2), 2),
     Case(_DP2, "same", "tied", Own(pipeline=2), 2, ("tropd_exact", "tropd")),
     Case(_DP2, "same", "plain", Own(), 2, offload="host"),
     Case(ParallelConfig(pipeline=2), "same", "plain", Own(**_SP), 2),
