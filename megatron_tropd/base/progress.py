@@ -7,6 +7,9 @@ from megatron_tropd.base import exits
 
 START = "start"
 """The phase before the first step, in which models are read and engines started."""
+IDLE = "waiting for the student"
+"""The phase of a separate teacher's rank that has nothing to do: it may last as long as the
+student's, which are timed where they are."""
 LONGEST_BEAT = 10.0
 """Seconds between heartbeats (launch/watchdog.py); less if the limit is short."""
 

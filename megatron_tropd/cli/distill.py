@@ -154,11 +154,10 @@ def check_world_size(config: Config) -> None:
         ConfigError: it started another number.
     """
     world = number("WORLD_SIZE")
-    if world != config.parallel.world_size:
+    if world != config.world_size:
         raise ConfigError(
-            f"The launcher started {world} ranks, the config asks for tensor x context x "
-            f"pipeline x data = {config.parallel.world_size}. Change parallel.* or the number of "
-            "ranks."
+            f"The launcher started {world} ranks, the config asks for {config.world_size} "
+            f"({config.ranks_in_words}). Change parallel.*, teacher.ranks or the number of ranks."
         )
 
 
@@ -191,7 +190,7 @@ def _settings_text(config: Config, inputs: "Inputs") -> str:
     return "\n".join(
         [
             f"ranks:      {config.parallel.world_size} ({_axes(config.parallel)})",
-            *([f"teacher on: {_axes(config.teacher_parallel)}"] if config.teacher.parallel else []),
+            *_teacher_on(config),
             *(f"{who + ':':<11} {describe(f.config)}" for who, f in inputs.folders.items()),
             *_left_unread(inputs),
             f"vocabulary: {inputs.vocab_size} shared columns, context {inputs.context} tokens",
@@ -216,6 +215,14 @@ def _held_out(inputs: "Inputs") -> str:
         for each in inputs.problem_sets
     ]
     return ", ".join(named) or "0 problems"
+
+
+def _teacher_on(config: Config) -> list[str]:
+    """A line for a teacher in a layout of its own."""
+    axes, ranks = _axes(config.teacher_parallel), config.teacher.ranks
+    if ranks is not None:
+        return [f"teacher on: {ranks} ranks of its own ({axes})"]
+    return [f"teacher on: {axes}"] if config.teacher.parallel else []
 
 
 def _axes(p: ParallelConfig) -> str:

@@ -12,6 +12,7 @@ class JobLayout:
     """Nodes of a job and what each has."""
 
     training_nodes: int
+    """Of all ranks: the student's, then a separate teacher's."""
     ranks_per_node: int
     servers: int = 0
     """Rollout servers, each on one node."""
@@ -36,9 +37,9 @@ def make_layout(config: Config, site: Site, *, engines: bool = True) -> JobLayou
     Raises:
         ConfigError: they do not fit the nodes; says what would.
     """
-    ranks = _ranks_per_node(config.parallel.world_size, site)
+    ranks = _ranks_per_node(config.world_size, site, config.ranks_in_words)
     layout = JobLayout(
-        training_nodes=config.parallel.world_size // ranks,
+        training_nodes=config.world_size // ranks,
         ranks_per_node=ranks,
         warnings=tuple(_warnings(config, site, ranks)),
     )
@@ -50,14 +51,14 @@ def make_layout(config: Config, site: Site, *, engines: bool = True) -> JobLayou
     return _with_servers(layout, config, site)
 
 
-def _ranks_per_node(world: int, site: Site) -> int:
+def _ranks_per_node(world: int, site: Site, words: str) -> int:
     slots = site.slots_per_node
     if world <= slots:
         return world
     if world % slots:
         raise ConfigError(
-            f"{world} ranks (parallel: tensor x context x pipeline x data) do not fill nodes of "
-            f"{slots}: {world % slots} would be left for the last one. Change parallel.* to a "
+            f"{world} ranks ({words}) do not fill nodes of "
+            f"{slots}: {world % slots} would be left for the last one. Change them to a "
             f"multiple of {slots}, or gpus_per_node (ranks_per_node) of the site file."
         )
     return slots
@@ -69,6 +70,13 @@ def _warnings(config: Config, site: Site, ranks: int) -> list[str]:
         warnings.append(
             f"parallel.tensor = {tensor} does not divide the {ranks} ranks of a node: tensor "
             "groups reach over the network, several times in every layer."
+        )
+    own = config.teacher_parallel.tensor if config.teacher.ranks else 1
+    if ranks % own or config.parallel.world_size % own:
+        warnings.append(
+            f"teacher.parallel.tensor = {own} does not divide the {ranks} ranks of a node, or the "
+            "teacher's first rank is not the first of a node or of such a group: its tensor groups "
+            "reach over the network."
         )
     if ranks < site.gpus_per_node:
         warnings.append(

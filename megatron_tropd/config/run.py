@@ -47,6 +47,8 @@ HUB = f"{HUB_MODEL}datasets/"
 """Begins the name of a data set there."""
 SELF = "self"
 """``teacher.placement``: the student's own weights."""
+SEPARATE = "separate"
+"""``teacher.placement``: ranks of its own, after the student's."""
 TEACHER = "teacher"
 """What messages call the teacher; one of several is "teacher NAME"."""
 MULTI_TURN = "multi_turn"
@@ -161,8 +163,16 @@ class ModelParallelConfig(Settings, section="teacher.parallel"):
             f"found 1. Raise {self.key('tensor')} or set sequence_parallel = false.",
         )
 
-    def over(self, world_size: int) -> "ParallelConfig":
-        """The layout with as many copies of the model as the run has ranks for.
+    def over(
+        self,
+        world_size: int,
+        whose: str = "of the run ([parallel]: tensor x context x pipeline x data)",
+    ) -> "ParallelConfig":
+        """The layout with as many copies of the model as there are ranks for.
+
+        Args:
+            world_size: ranks.
+            whose: how a message calls them.
 
         Raises:
             ConfigError: they do not divide the ranks.
@@ -172,8 +182,7 @@ class ModelParallelConfig(Settings, section="teacher.parallel"):
             world_size % ranks == 0,
             "[teacher.parallel]: a copy of the teacher takes tensor x context x pipeline = "
             f"{self.tensor} x {self.context} x {self.pipeline} = {ranks} ranks, which must divide "
-            f"the {world_size} ranks of the run ([parallel]: tensor x context x pipeline x data). "
-            "Change one of the two.",
+            f"the {world_size} ranks {whose}. Change one of the two.",
         )
         return TeacherLayout(**dataclasses.asdict(self), data=world_size // ranks)
 
@@ -727,7 +736,7 @@ class TeacherConfig(Settings, section="teacher"):
     placement: str = "resident"
     """resident: a model on the student's ranks; cached: no model, but what ``tropd score`` wrote
     into teacher.cache; served: no model, but `vllm serve` at teacher.address; self: the student's
-    own weights (docs/teachers.md).
+    own weights; separate: a model on ranks of its own (docs/teachers.md).
     "package.module:attribute": a source of your own (docs/extending.md)."""
     cache: str | None = field(default=None, metadata=PATH)
     """cached: the folder of the scored rollouts; ``tropd score`` makes it."""
@@ -756,7 +765,10 @@ class TeacherConfig(Settings, section="teacher"):
 
     parallel: ModelParallelConfig | None = None
     """[teacher.parallel]: a layout of the resident teacher's own (and of its reference) on the same
-    ranks (docs/teachers.md). None: the student's."""
+    ranks (docs/teachers.md). None: the student's. separate: its layout on its own ranks. None: a
+    whole copy on each of them."""
+    ranks: Count | None = None
+    """separate: ranks of the teacher, which the job has beside the student's [parallel]."""
 
     address: tuple[str, ...] = ()
     """served: addresses of `vllm serve` with the teacher, "http://host:port" each; several are
@@ -902,6 +914,7 @@ class Config(Settings):
             self._check_reference()
             self._check_offload()
             self._check_teacher_layout()
+            self._check_separate()
             self._check_cached()
             self._check_served()
             self._check_self()
@@ -1075,6 +1088,7 @@ class Config(Settings):
         one_only = {
             f'rollout.behaviour = "{self.rollout.behaviour}"': self.rollout.asks_teacher,
             "[teachers.parallel]": any(teacher.parallel for teacher in self.teachers),
+            f'teachers.placement = "{SEPARATE}"': any(teacher.ranks for teacher in self.teachers),
             'evaluation.task = "reverse_kl"': graded and self.evaluation.task == "reverse_kl",
             'evaluation.teacher = true with rollout.placement = "separate"': graded
             and self.evaluation.teacher
@@ -1292,10 +1306,11 @@ class Config(Settings):
     def _check_offload(self) -> None:
         where = f"teacher.offload = {self.teacher.offload!r}"
         is_set, source = self.teacher.offload != "none", self.teacher.placement
+        loading = (TeacherConfig.placement, SEPARATE, "cached")
         copied = source == SELF and self.teacher.ema_decay is None and self.model.lora is None
         _require(
-            not is_set or source in (TeacherConfig.placement, "cached") or ":" in source or copied,
-            f"{where} is for a model on the student's ranks, found teacher.placement = "
+            not is_set or source in loading or ":" in source or copied,
+            f"{where} is for a model that the job loads, found teacher.placement = "
             f'"{source}". Remove one of the two.',
         )
         scaled = [name for name in ("fp8", "fp4") if self.megatron.teacher.get(name)]
@@ -1311,22 +1326,63 @@ class Config(Settings):
         if own is None:
             return
         _require(
-            source == TeacherConfig.placement or ":" in source,
-            "[teacher.parallel] lays out a model on the student's ranks, found teacher.placement = "
-            f'"{source}", which has none there. Remove one of the two.',
+            source in (TeacherConfig.placement, SEPARATE) or ":" in source,
+            "[teacher.parallel] lays out a model on the ranks of the job, found teacher.placement "
+            f'= "{source}", which has none there. Remove one of the two.',
         )
         _require(
             self.teacher.context is None,
             "teacher.context is read in the student's layout, found [teacher.parallel] beside it. "
             "Remove one of the two.",
         )
-        own.over(self.parallel.world_size)
+        _ = self.teacher_parallel
+
+    def _check_separate(self) -> None:
+        is_separate, ranks = self.teacher.placement == SEPARATE, self.teacher.ranks
+        _require(
+            is_separate == (ranks is not None),
+            f'teacher.placement = "{self.teacher.placement}" and teacher.ranks = {ranks} do not go '
+            f'together: "{SEPARATE}" needs the number of ranks that the teacher gets beside the '
+            f"student's {self.parallel.world_size} ([parallel]), others have none.",
+        )
+        if not is_separate:
+            return
+        _require(
+            self.teacher.context is None,
+            "teacher.context is read on the student's ranks, found teacher.placement = "
+            f'"{SEPARATE}". Set "{TeacherConfig.placement}", or leave teacher.context out.',
+        )
+        _ = self.teacher_parallel
 
     @property
     def teacher_parallel(self) -> ParallelConfig:
         """Layout of the teacher and its reference: their own, or the student's."""
-        own = self.teacher.parallel
+        own, ranks = self.teacher.parallel, self.teacher.ranks
+        if ranks is not None:
+            return (own or ModelParallelConfig()).over(ranks, "of the teacher (teacher.ranks)")
         return self.parallel if own is None else own.over(self.parallel.world_size)
+
+    @property
+    def world_size(self) -> int:
+        """Ranks (processes) of the job: the student's, then those of a separate teacher."""
+        return self.parallel.world_size + (self.teacher.ranks or 0)
+
+    @property
+    def ranks_in_words(self) -> str:
+        """What the ranks of the job are, for messages."""
+        student, own = "parallel: tensor x context x pipeline x data", self.teacher.ranks
+        if own is None:
+            return student
+        return f"{student} = {self.parallel.world_size}, and teacher.ranks = {own}"
+
+    def teaches(self, rank: int) -> bool:
+        """Whether a rank of the job is one of a separate teacher's."""
+        return rank >= self.parallel.world_size
+
+    @property
+    def scores_here(self) -> bool:
+        """Whether a teacher's pass is work of the student's ranks."""
+        return self.loads_teacher and self.teacher.ranks is None
 
     def parallel_of(self, who: str) -> ParallelConfig:
         """Layout of one of the run's models: "student", "teacher" or "reference"."""

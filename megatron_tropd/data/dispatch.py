@@ -150,6 +150,13 @@ class Dispatch[Batch, Made]:
                 raise ServersLost(self._what_was_wrong())
             return [now.made[index] for index in range(len(self._batches))]
 
+    def made(self) -> list[Made] | None:
+        """What was made of the batches, if it is there; at once."""
+        with self._now.changed:
+            if self._now.error is not None or len(self._now.made) < len(self._batches):
+                return None
+            return [self._now.made[index] for index in range(len(self._batches))]
+
     def _over(self) -> bool:
         return self._now.error is not None or len(self._now.made) == len(self._batches)
 

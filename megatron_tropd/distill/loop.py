@@ -8,6 +8,7 @@ from typing import IO, Any
 import torch
 import torch.distributed as dist
 
+from megatron_tropd.base.environment import number
 from megatron_tropd.base.errors import TrainingError
 from megatron_tropd.base.files import write_json
 from megatron_tropd.base.progress import Progress, StopFlag, failed_phase
@@ -20,6 +21,7 @@ from megatron_tropd.distill.metrics import sequence_metrics
 from megatron_tropd.distill.pair import send_weights
 from megatron_tropd.distill.session import Session, open_session
 from megatron_tropd.distill.step import StepResult, learn
+from megatron_tropd.distill.teaching import teach
 from megatron_tropd.mcore import models
 from megatron_tropd.mcore.checkpoint import ANY_LAYOUT
 from megatron_tropd.mcore.export import save_adapter, save_hf
@@ -29,6 +31,8 @@ from megatron_tropd.mcore.lora import LoraModel
 def train(folder: RunFolder, *, console: IO[str], stop: StopFlag, progress: Progress) -> None:
     """Train the student of the run in ``folder`` to its last step, or until ``stop``.
 
+    On the ranks of a separate teacher: score for those that train.
+
     Args:
         stop: looked at after every step; a requested stop saves a checkpoint and returns.
         progress: tells the watchdog where this rank is.
@@ -37,6 +41,9 @@ def train(folder: RunFolder, *, console: IO[str], stop: StopFlag, progress: Prog
         ConfigError, InputError: the run cannot start.
         TrainingError: it cannot go on; the last complete checkpoint is intact.
     """
+    if folder.read_config().teaches(number("RANK", 0)):
+        teach(folder, progress=progress)
+        return
     with open_session(folder, console=console, stop=stop, progress=progress) as run:
         steps = run.config.train.steps
         resume(run)

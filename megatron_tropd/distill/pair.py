@@ -117,7 +117,7 @@ def _row_work(config: Config, shapes: Mapping[str, ModelShape], length: int) -> 
     passes = 1 + config.loss.needs_student_pass + (1 if config.model.lora else 2)
     work, each = row_flops(shapes["student"], length) * passes, config.by_teacher
     for who, alone in each.items():
-        if alone.loads_teacher and alone.teacher.parallel is None:
+        if alone.scores_here and alone.teacher.parallel is None:
             read = [shapes[name] for name in (who, reference_of(who)) if name in shapes]
             work += sum(row_flops(shape, length) for shape in read) / len(each)
     return work

@@ -5,7 +5,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import IO, Any, Self
 
 import torch
@@ -20,15 +20,16 @@ from megatron_tropd.distill.examples import example_line, example_rows, gather_e
 from megatron_tropd.distill.inputs import Inputs
 from megatron_tropd.distill.step_records import Examples
 from megatron_tropd.report.metrics import MetricsLog
+from megatron_tropd.report.timeline import Timeline
 from megatron_tropd.tasks.grading import grader_of
 
 
 class Clock:
     """Seconds of each phase of a step."""
 
-    def __init__(self, progress: Progress) -> None:
-        """Start the first step; ``progress`` is told every phase."""
-        self._progress = progress
+    def __init__(self, progress: Progress, timeline: Timeline | None = None) -> None:
+        """Start the first step; ``progress`` is told every phase, ``timeline`` its times."""
+        self._progress, self._timeline = progress, timeline
         self._seconds: dict[str, float] = defaultdict(float)
         self._start = time.perf_counter()
 
@@ -37,16 +38,22 @@ class Clock:
         """Add the time of the block to ``phase``; an error in it carries the phase."""
         start, outer = time.perf_counter(), self._progress.enter(phase)
         try:
-            yield
-            # Not after an error: a broken device would raise here and hide the cause.
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            with self._drawn(phase):
+                yield
+                # Not after an error: a broken device would raise here and hide the cause.
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
         except BaseException as error:
             failed_in(error, phase)
             raise
         finally:
             self._seconds[phase] += time.perf_counter() - start
             self._progress.enter(outer)
+
+    def _drawn(self, phase: str) -> AbstractContextManager[None]:
+        if self._timeline is None:
+            return nullcontext()
+        return self._timeline.phase(phase, self._progress.step + 1)
 
     def lap(self) -> dict[str, float]:
         """Seconds since the last lap, by phase and in total; starts the next."""
@@ -85,7 +92,8 @@ class Reporter:
         is_main: bool,
     ) -> None:
         """Open the logs; nothing is written yet."""
-        self.clock = Clock(progress)
+        drawn = is_main and config.teacher.ranks is not None
+        self.clock = Clock(progress, Timeline(folder.root, "student") if drawn else None)
         self.log = _open_log(config, folder) if is_main else None
         self._config, self._inputs, self._folder = config, inputs, folder
         self._console, self._is_main = console, is_main

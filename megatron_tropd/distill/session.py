@@ -32,6 +32,7 @@ from megatron_tropd.rollout.episodes import EpisodePlan, load_mode
 from megatron_tropd.rollout.recorded import RecordedRollouts
 from megatron_tropd.rollout.source import Mixture, RolloutSource, SampledRollouts
 from megatron_tropd.rollout.warmup import WarmupEngines
+from megatron_tropd.teacher.separate import SeparateTeacher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +125,13 @@ def open_session(
         parts = step_parts(config, inputs.folders, layout, inputs.routes, longest=longest)
         exits.callback(parts.teacher.close)
         checkpoints.check_memory(parts.student)
+        rollouts = rollout_source(
+            config, inputs, engines, environments=environments, is_main=is_main
+        )
+        if isinstance(parts.teacher, SeparateTeacher):
+            parts.teacher.look_ahead(
+                lambda step: rollouts.arrived(step) if step < config.train.steps else None
+            )
         gap = _engine_gap(config, inputs, folder)
         yield Session(
             config=config,
@@ -137,9 +145,7 @@ def open_session(
             hf_folders=hf_folders,
             evaluator=evaluator,
             engines=engines,
-            rollouts=rollout_source(
-                config, inputs, engines, environments=environments, is_main=is_main
-            ),
+            rollouts=rollouts,
             parts=replace(parts, clock=reporter.clock, engine_gap=gap, tasks=inputs.tasks),
         )
 

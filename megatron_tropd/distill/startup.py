@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from megatron_tropd.base.environment import number
 from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.base.parts import load_part
 from megatron_tropd.base.progress import limits
@@ -15,6 +16,7 @@ from megatron_tropd.convert.megatron_folder import MegatronFolder
 from megatron_tropd.convert.to_hf import ToHF, megatron_to_hf
 from megatron_tropd.distill.inputs import Inputs
 from megatron_tropd.mcore import models, parallel, platform
+from megatron_tropd.mcore.bridge import Worlds
 from megatron_tropd.mcore.layout import Layout
 from megatron_tropd.mcore.options_check import check_options, unreviewed
 from megatron_tropd.rollout.engines.wire import Model
@@ -25,16 +27,27 @@ Say = Callable[[str], None]
 
 
 def join_ranks(config: Config) -> Layout:
-    """Prepare the device and join the process groups of the run; collective."""
+    """Prepare the device and join the process groups of the run; collective.
+
+    Returns:
+        This rank's place: in the student's layout, or in that of a separate teacher.
+    """
     platform.prepare_platform()
     platform.check_device()
     if config.run.deterministic:
         platform.be_deterministic()
+    worlds, here, multiple = None, config.parallel, config.pad_multiple
+    if config.teacher.ranks is not None:
+        worlds = Worlds(config.parallel.world_size, config.teacher.ranks)
+        if config.teaches(number("RANK", 0)):
+            here = config.teacher_parallel
+            multiple = here.row_shards * config.megatron.token_multiple
     return parallel.initialize(
-        config.parallel,
+        here,
         seed=config.train.seed,
-        pad_multiple=config.pad_multiple,
+        pad_multiple=multiple,
         timeout_seconds=limits(config.run.timeout_minutes).collectives,
+        worlds=worlds,
     )
 
 

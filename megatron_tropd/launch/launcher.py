@@ -70,11 +70,11 @@ class Ranks:
         Raises:
             ConfigError: the nodes cannot share the ranks equally.
         """
-        world = config.parallel.world_size
+        world = config.world_size
         if world % nodes.count:
             raise ConfigError(
-                f"{world} ranks (tensor x context x pipeline x data) cannot be shared equally by "
-                f"{nodes.count} nodes. Change parallel.* or the number of nodes."
+                f"{world} ranks ({config.ranks_in_words}) cannot be shared equally by "
+                f"{nodes.count} nodes. Change them or the number of nodes."
             )
         self._config, self._nodes, self._local = config, nodes, world // nodes.count
         self.port = 0
@@ -200,7 +200,9 @@ def _engine_threads(config: Config, rank: int, local: int) -> int:
     """Threads of the engine whose process a rank can start before all else; 0: it owns none."""
     rollout, world = config.rollout, config.parallel.world_size
     # With a GPU the engine's devices are known only when the rank has its own.
-    if _has_gpu() or rollout.placement == "separate" or rank % (world // rollout.num_engines):
+    if _has_gpu() or rollout.placement == "separate" or config.teaches(rank):
+        return 0
+    if rank % (world // rollout.num_engines):
         return 0
     return engine_threads(rollout.num_engines, local, world)
 
@@ -382,9 +384,10 @@ def _report_killed(rank: int, by: signal.Signals, folder: RunFolder) -> None:
     beat = read_beats(folder.heartbeats, [rank]).get(rank)
     step, phase = (beat.step, beat.phase) if beat else (None, None)
     where = f" in {phase!r} of step {step}" if beat else ""
+    whose = f" ({beat.whose})" if beat and beat.whose else ""
     message = (
-        f"Rank {rank} was killed by signal {by.value} ({by.name}){where}. Start the same command "
-        f"again to resume. {_OFTEN}"
+        f"Rank {rank}{whose} was killed by signal {by.value} ({by.name}){where}. Start the same "
+        f"command again to resume. {_OFTEN}"
     )
     failure = Failure(kind="killed", message=message, rank=rank, step=step, phase=phase)
     report(folder.failure, failure)

@@ -69,8 +69,9 @@ def run_rank(folder: RunFolder, *, announce: bool = False, job: str = "train") -
         folder=folder.heartbeats,
         failure=folder.failure,
         rank=rank,
-        world_size=config.parallel.world_size,
+        world_size=config.world_size,
         timeout_minutes=config.run.timeout_minutes,
+        whose="the teacher's" if config.teaches(rank) else "",
         say=say if announce else lambda _: None,
     )
     try:

@@ -12,6 +12,7 @@ ranks write about fifty small ones a second.
 import contextlib
 import faulthandler
 import json
+import math
 import os
 import socket
 import sys
@@ -23,7 +24,7 @@ from pathlib import Path
 
 from megatron_tropd.base import exits
 from megatron_tropd.base.failures import Failure, read, report
-from megatron_tropd.base.progress import LONGEST_BEAT, START, Progress, limits
+from megatron_tropd.base.progress import IDLE, LONGEST_BEAT, START, Progress, limits
 
 _LINE = 512  # bytes of a heartbeat, so that it is overwritten in place
 
@@ -41,10 +42,14 @@ class Beat:
     phase: str
     at: str
     """Innermost line of the training thread's Python."""
+    whose: str = ""
+    """Whose rank it is, if not all ranks train."""
 
     @property
     def waits(self) -> bool:
-        """Whether it sits in a collective, as far as its innermost line tells."""
+        """Whether it has nothing to do, or sits in a collective, as its innermost line tells."""
+        if self.phase == IDLE:
+            return True
         return "torch/distributed/" in self.at or "/pipeline_parallel/" in self.at
 
 
@@ -60,16 +65,18 @@ class Watchdog:
         rank: int,
         world_size: int,
         timeout_minutes: float,
+        whose: str = "",
         say: Callable[[str], None],
     ) -> None:
         """Nothing runs yet.
 
         Args:
             folder: where all ranks keep their heartbeats (a shared file system).
+            whose: this rank is, if not all ranks train.
         """
         self._progress, self._folder, self._failure = progress, folder, failure
         self._rank, self._world_size, self._minutes = rank, world_size, timeout_minutes
-        self._say = say
+        self._say, self._whose = say, whose
         self._limit, self._limit_at_start, _ = limits(timeout_minutes)
         self.period = min(LONGEST_BEAT, self._limit / 10)
         self._beat = 0
@@ -121,7 +128,10 @@ class Watchdog:
                 dumped = True
 
     def _limit_here(self) -> float:
-        return self._limit_at_start if self._progress.phase == START else self._limit
+        phase = self._progress.phase
+        if phase == IDLE:
+            return math.inf
+        return self._limit_at_start if phase == START else self._limit
 
     def _write_beat(self) -> None:
         self._beat += 1
@@ -134,6 +144,7 @@ class Watchdog:
             step=progress.step + 1,
             phase=progress.phase,
             at=_innermost_line(self._training),
+            whose=self._whose,
         )
         with contextlib.suppress(OSError):
             self._folder.mkdir(exist_ok=True)
@@ -244,11 +255,17 @@ def _suspects(beats: dict[int, Beat], silent: list[int]) -> tuple[str, list[int]
 
 def _ranks(ranks: Iterable[int], beats: dict[int, Beat]) -> str:
     shown = [
-        f"{rank} ({beats[rank].node}, process {beats[rank].pid})" if rank in beats else str(rank)
+        f"{rank} ({_whose(beats[rank])}{beats[rank].node}, process {beats[rank].pid})"
+        if rank in beats
+        else str(rank)
         for rank in ranks
     ]
     more = f" and {len(shown) - 4} more" if len(shown) > 4 else ""
     return f"rank{'s' if len(shown) > 1 else ''} {', '.join(shown[:4])}{more}"
+
+
+def _whose(beat: Beat) -> str:
+    return f"{beat.whose}, " if beat.whose else ""
 
 
 def _innermost_line(thread: int) -> str:

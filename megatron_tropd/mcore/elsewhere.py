@@ -112,8 +112,8 @@ class ModelElsewhere:
         The model's own shard is given up: of its output layer nothing but its place is run.
         """
         layout, student = self._groups.layout, self._student
-        have = [_columns(layout, rank, own) for rank in range(layout.world_size)]
-        want = [_columns(student, rank, wanted) for rank in range(layout.world_size)]
+        have = [columns_of(layout, rank, own) for rank in range(layout.world_size)]
+        want = [columns_of(student, rank, wanted) for rank in range(layout.world_size)]
         weight_vH = torch.empty(0, self._hidden_size, dtype=self._dtype, device=platform.device())
         if layout.is_last_stage:
             weight_vH = output_weight(module).detach()
@@ -124,10 +124,53 @@ class ModelElsewhere:
         return aligned
 
 
-def _columns(layout: Layout, rank: int, padded: int) -> slice:
+def columns_of(layout: Layout, rank: int, padded: int) -> slice:
     """Columns of an output layer that a rank holds; none before the last stage."""
     tp_rank, pp_rank, _ = layout.place(rank)
     if pp_rank != layout.pp_size - 1:
         return slice(0, 0)
     share = padded // layout.tp_size
     return slice(tp_rank * share, (tp_rank + 1) * share)
+
+
+@torch.no_grad()
+def output_layer_across(
+    weight_vH: Tensor | None,
+    config: dict[str, Any],
+    *,
+    scorer: Layout,
+    student: Layout,
+    padded_vocab_size: int,
+    dtype: torch.dtype,
+    group: dist.ProcessGroup,
+) -> Tensor:
+    """Send the output layer of a model on ranks of its own to the student's last stage.
+
+    Args:
+        weight_vH: this rank's shard of it; None: it has none.
+        config: the model's config.json.
+        scorer: a place in its layout.
+        student: a place in the student's layout.
+        padded_vocab_size: columns of the student's output layer.
+        dtype: of the weights.
+        group: the student's ranks, then the model's.
+
+    Returns:
+        [v, H] this rank's columns of the student's last stage, no rows elsewhere.
+
+    Collectives: 1 all-to-all over ``group``.
+    """
+    hidden = model_shape(config).hidden
+    own = padded_columns(config, tensor=scorer.tp_size)
+    nothing = slice(0, 0)
+    students, scorers = range(student.world_size), range(scorer.world_size)
+    want = [columns_of(student, rank, padded_vocab_size) for rank in students]
+    have = [columns_of(scorer, rank, own) for rank in scorers]
+    if weight_vH is None:
+        weight_vH = torch.empty(0, hidden, dtype=dtype, device=platform.device())
+    return send_rows(
+        weight_vH,
+        have=[nothing] * len(want) + have,
+        want=want + [nothing] * len(have),
+        group=group,
+    )

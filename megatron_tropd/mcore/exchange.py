@@ -6,6 +6,9 @@ of a row are known from its sequence. So every rank can say who sends which toke
 counts, lengths and tokens need not travel. Of ranks that hold the same states (tensor-parallel
 ones), each sends to some of the receivers; a receiver that holds them itself takes its own.
 
+A scorer on ranks of its own is one whose ranks come after the student's: the same exchange, and the
+ranks of all of it are those of both.
+
 What travels are the written tokens, all that can have a loss. They travel in rounds, so that a rank
 holds little more than what it will keep. S = padded length of a whole row, H = hidden size.
 """
@@ -32,6 +35,8 @@ Places = NDArray[np.int64]
 ROUND_OF_STAGE = 4
 """Micro-batches for each stage of a pipeline between two exchanges: more take more memory, fewer
 let stages wait."""
+ROUND_APART = 4
+"""Micro-batches of a scorer on ranks of its own between two: they are scored already."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,8 @@ class Exchange:
     """Micro-batches that are scored in each of them."""
     expected: list[int]
     """States of each of the student's micro-batches here; none but on the last stage."""
+    group: dist.ProcessGroup | None = None
+    """All ranks that take part; None: the default group."""
 
     def states(
         self,
@@ -116,7 +123,8 @@ class Exchange:
             scored = score(self.batches[start : start + self.per_round])
             sent = torch.cat([empty, *scored]).index_select(0, _on(part.send, device))
             del scored
-            arrived = all_to_all_rows(sent, part.counts_out, part.counts_in, group=dist.group.WORLD)
+            group = self.group or dist.group.WORLD
+            arrived = all_to_all_rows(sent, part.counts_out, part.counts_in, group=group)
             for target, which, places in part.arrivals:
                 rows = arrived.index_select(0, _on(which, device))
                 found[target].index_copy_(0, _on(places, device), rows)
@@ -147,25 +155,79 @@ def plan_exchange(
 
     Collectives: 1 all-gather of a few numbers a row, on the host.
     """
-    wants = _told(Wanted.of(wanted, shares=student.cp_size))
+    wants = all_wants(wanted, student)
     local = [scorer.local(batch) for batch in batches]
     written = {number: written_positions(sequences[number]) for number in sequences}
-    mine = [
-        transfer
-        for transfer in _transfers(dealt, wants, written, scorer, student)
-        if scorer.rank in (transfer.sender, transfer.receiver)
-    ]
-    sends, per_round = _Sends(mine, local, scorer), _per_round(scorer)
-    rounds = [
-        _round(mine, sends, range(start, start + per_round), scorer)
-        for start in range(0, len(local), per_round)
-    ]
-    expected = [
-        sum(len(_held(written[n], rows.length, student)) for n in rows.rows)
-        for rows in wants[student.rank].batches
-        if student.is_last_stage
-    ]
+    place = Place(scorer.rank, scorer.world_size)
+    mine = _mine(_transfers(dealt, wants, written, scorer, student), place)
+    sends = _Sends(_places_sent(mine, local, scorer, place), local, scorer)
+    per_round = 1 if scorer.pp_size == 1 else ROUND_OF_STAGE * scorer.pp_size
+    rounds = _rounds(mine, sends, len(local), per_round, place)
+    expected = _expected(wants[student.rank], written, student)
     return Exchange(sends.batches, rounds, per_round, expected)
+
+
+class Place(NamedTuple):
+    """This rank among those that take part."""
+
+    rank: int
+    size: int
+
+
+def send_to_others(
+    dealt: Sequence[Sequence[BatchRows]],
+    batches: Sequence[MicroBatch],
+    wants: Sequence[Wanted],
+    sequences: Mapping[int, TokenSequence],
+    *,
+    scorer: Layout,
+    student: Layout,
+    group: dist.ProcessGroup,
+) -> Exchange:
+    """Say what this rank, one of a scorer on ranks of its own, sends to the student's.
+
+    Args:
+        dealt: as in :func:`plan_exchange`; several dealings of a step may follow each other.
+        batches: of this rank, its part of them, scored already: ``written_batch`` of each.
+        wants: of the student's ranks.
+        sequences: of all rows, by their numbers.
+        scorer: layout of the model that scores.
+        student: layout of the student, a rank of it.
+        group: the student's ranks, then the scorer's.
+    """
+    written = {number: written_positions(sequences[number]) for number in sequences}
+    place, first = Place(group.rank(), group.size()), len(wants)
+    mine = _mine(_transfers(dealt, wants, written, scorer, student, first), place)
+    sends = _Sends([batch.loss_at.numpy() for batch in batches], batches, scorer)
+    rounds = _rounds(mine, sends, len(batches), ROUND_APART, place)
+    return Exchange(list(batches), rounds, ROUND_APART, [], group)
+
+
+def receive_from_others(
+    dealt: Sequence[Sequence[BatchRows]],
+    wants: Sequence[Wanted],
+    sequences: Mapping[int, TokenSequence],
+    *,
+    scorer: Layout,
+    student: Layout,
+    group: dist.ProcessGroup,
+) -> Exchange:
+    """Say what this rank of the student's gets from a scorer on other ranks.
+
+    Args as in :func:`send_to_others`.
+    """
+    written = {number: written_positions(sequences[number]) for number in sequences}
+    place, first = Place(group.rank(), group.size()), len(wants)
+    mine = _mine(_transfers(dealt, wants, written, scorer, student, first), place)
+    rounds = _rounds(mine, None, len(dealt[0]), ROUND_APART, place)
+    expected = _expected(wants[student.rank], written, student)
+    return Exchange([], rounds, ROUND_APART, expected, group)
+
+
+def written_batch(batch: MicroBatch) -> MicroBatch:
+    """A rank's part of a micro-batch, with all written tokens as loss tokens."""
+    written = (batch.writers != Writer.CONTEXT).flatten()
+    return replace(batch, loss_at=written.nonzero().flatten())
 
 
 def written_positions(sequence: TokenSequence) -> Places:
@@ -181,16 +243,28 @@ def cp_rank_of(positions: Places, length: int, cp_size: int) -> Places:
     return np.minimum(chunk, 2 * cp_size - 1 - chunk)
 
 
-def _per_round(scorer: Layout) -> int:
-    """Micro-batches between two exchanges: enough to keep a pipeline's stages busy."""
-    return 1 if scorer.pp_size == 1 else ROUND_OF_STAGE * scorer.pp_size
+def all_wants(wanted: Sequence[MicroBatch], student: Layout) -> list[Wanted]:
+    """What every rank of the student's wants, by its number; collective."""
+    return _told(Wanted.of(wanted, shares=student.cp_size))
 
 
 def _told(mine: Wanted) -> list[Wanted]:
-    """What every rank wants, by its number; collective."""
     told = [mine] * dist.get_world_size()
     dist.all_gather_object(told, mine)
     return told
+
+
+def _expected(wanted: Wanted, written: Mapping[int, Places], student: Layout) -> list[int]:
+    """States of each of the student's micro-batches on a rank."""
+    return [
+        sum(len(_held(written[n], rows.length, student)) for n in rows.rows)
+        for rows in wanted.batches
+        if student.is_last_stage
+    ]
+
+
+def _mine(transfers: Iterator[_Transfer], place: Place) -> list[_Transfer]:
+    return [t for t in transfers if place.rank in (t.sender, t.receiver)]
 
 
 def _transfers(
@@ -199,9 +273,13 @@ def _transfers(
     written: Mapping[int, Places],
     scorer: Layout,
     student: Layout,
+    first: int = 0,
 ) -> Iterator[_Transfer]:
-    """All tokens that travel, or stay where they are, in the same order on every rank."""
-    at, senders = _sources(dealt), _Senders(scorer)
+    """All tokens that travel, or stay where they are, in the same order on every rank.
+
+    ``first``: the number of the scorer's first rank.
+    """
+    at, senders = _sources(dealt), _Senders(scorer, first)
     for receiver, wanted in enumerate(wants):
         _, pp_rank, replica = student.place(receiver)
         if pp_rank != student.pp_size - 1:
@@ -225,9 +303,9 @@ class _Senders:
     else one after the other.
     """
 
-    def __init__(self, scorer: Layout) -> None:
+    def __init__(self, scorer: Layout, first: int) -> None:
         """Nobody has a sender yet."""
-        self._scorer = scorer
+        self._scorer, self._first = scorer, first
         self._chosen: dict[tuple[int, int], int] = {}
         self._turns: Counter[int] = Counter()
 
@@ -235,7 +313,7 @@ class _Senders:
         """The rank that sends a receiver the states of a replica of the scorer's."""
         key = receiver, replica
         if key not in self._chosen:
-            holders = _holders(self._scorer, replica)
+            holders = [self._first + rank for rank in _holders(self._scorer, replica)]
             if receiver in holders:
                 self._chosen[key] = receiver
             else:
@@ -271,51 +349,69 @@ def _held(positions: Places, length: int, layout: Layout, replica: int | None = 
     return positions[cp_rank_of(positions, length, layout.cp_size) == cp_rank]
 
 
-class _Sends:
-    """The tokens that a rank sends, each once, as loss tokens of its micro-batches."""
+def _places_sent(
+    transfers: Sequence[_Transfer], local: Sequence[MicroBatch], scorer: Layout, place: Place
+) -> list[Places]:
+    """Places in each of a rank's micro-batches that somebody wants, each once."""
+    wanted: list[list[Places]] = [[np.zeros(0, np.int64)] for _ in local]
+    for transfer in transfers:
+        if transfer.sender == place.rank:
+            batch = transfer.source[0]
+            wanted[batch].append(_flat(transfer, local[batch].tokens.shape[1], scorer))
+    return [np.unique(np.concatenate(each)) for each in wanted]
 
-    def __init__(
-        self, transfers: Sequence[_Transfer], local: Sequence[MicroBatch], scorer: Layout
-    ) -> None:
-        """``local``: this rank's part of what it scores."""
-        self._scorer = scorer
+
+class _Sends:
+    """The tokens whose states a rank has, as loss tokens of its micro-batches."""
+
+    def __init__(self, at: Sequence[Places], local: Sequence[MicroBatch], scorer: Layout) -> None:
+        """Take the places ``at`` in each of ``local``, this rank's part of what it scores."""
+        self._scorer, self._at = scorer, at
         self._lengths = [batch.tokens.shape[1] for batch in local]
-        wanted: list[list[Places]] = [[] for _ in local]
-        for transfer in transfers:
-            if transfer.sender == scorer.rank:
-                wanted[transfer.source[0]].append(self._flat(transfer))
-        none = np.zeros(0, np.int64)
-        self._at = [np.unique(np.concatenate([none, *each])) for each in wanted]
         self.batches = [
-            replace(batch, loss_at=torch.from_numpy(at))
-            for batch, at in zip(local, self._at, strict=True)
+            replace(batch, loss_at=torch.from_numpy(each))
+            for batch, each in zip(local, at, strict=True)
         ]
 
     def places(self, transfer: _Transfer, batches: range) -> Places:
         """Which of the states of some micro-batches a transfer takes."""
         batch, _ = transfer.source
         before = sum(len(at) for at in self._at[batches.start : batch])
-        return before + np.searchsorted(self._at[batch], self._flat(transfer))
-
-    def _flat(self, transfer: _Transfer) -> Places:
-        """Places in the rank's part of the micro-batch."""
-        batch, row = transfer.source
-        part, cp_size = self._lengths[batch], self._scorer.cp_size
-        at = transfer.positions
-        if cp_size > 1:
-            chunk = part // 2
-            behind = at - (2 * cp_size - 2 - self._scorer.cp_rank) * chunk
-            at = np.where(at < chunk * cp_size, at - self._scorer.cp_rank * chunk, behind)
-        return row * part + at
+        flat = _flat(transfer, self._lengths[batch], self._scorer)
+        return before + np.searchsorted(self._at[batch], flat)
 
 
-def _round(transfers: Sequence[_Transfer], sends: _Sends, batches: range, scorer: Layout) -> Round:
+def _flat(transfer: _Transfer, part: int, scorer: Layout) -> Places:
+    """Places in the sender's part of the micro-batch, whose rows are ``part`` long."""
+    at, cp_size = transfer.positions, scorer.cp_size
+    if cp_size > 1:
+        chunk = part // 2
+        behind = at - (2 * cp_size - 2 - scorer.cp_rank) * chunk
+        at = np.where(at < chunk * cp_size, at - scorer.cp_rank * chunk, behind)
+    return transfer.source[1] * part + at
+
+
+def _rounds(
+    transfers: Sequence[_Transfer], sends: _Sends | None, batches: int, each: int, place: Place
+) -> list[Round]:
+    """What is sent and received, ``each`` of the scorer's micro-batches at a time."""
+    return [
+        _round(transfers, sends, range(start, start + each), place)
+        for start in range(0, batches, each)
+    ]
+
+
+def _round(
+    transfers: Sequence[_Transfer], sends: _Sends | None, batches: range, place: Place
+) -> Round:
     """What is sent and received for some of the scorer's micro-batches."""
-    me, ranks = scorer.rank, range(scorer.world_size)
+    me, ranks = place.rank, range(place.size)
     now = [transfer for transfer in transfers if transfer.source[0] in batches]
     out = [t for t in now if t.sender == me]
     arriving = sorted((t for t in now if t.receiver == me), key=lambda t: t.sender)
-    send = [sends.places(t, batches) for t in sorted(out, key=lambda t: t.receiver)]
+    send = []
+    if sends is not None:  # None: this rank only receives
+        send = [sends.places(t, batches) for t in sorted(out, key=lambda t: t.receiver)]
     found = Round(
         np.concatenate([np.zeros(0, np.int64), *send]),
         [sum(len(t.positions) for t in out if t.receiver == rank) for rank in ranks],

@@ -166,6 +166,30 @@ def axis_sizes(parallel: ParallelConfig) -> dict[str, int | None]:
     }
 
 
+def layout_of(parallel: ParallelConfig, *, rank: int = 0, pad_multiple: int = 1) -> Layout:
+    """A place in a layout of other processes: who has which rows there; no process groups."""
+    rest, tp_rank = divmod(rank, parallel.tensor)
+    pp_rank, replica = divmod(rest, parallel.replicas)
+    dp_rank, cp_rank = divmod(replica, parallel.context)
+    return Layout(
+        rank=rank,
+        world_size=parallel.world_size,
+        tp_rank=tp_rank,
+        tp_size=parallel.tensor,
+        pp_rank=pp_rank,
+        pp_size=parallel.pipeline,
+        dp_rank=dp_rank,
+        dp_size=parallel.data,
+        cp_rank=cp_rank,
+        cp_size=parallel.context,
+        groups=ProcessGroupCollection(),
+        ep_size=parallel.expert,
+        etp_size=parallel.shards_of_expert,
+        pad_multiple=pad_multiple,
+        vp_size=parallel.virtual_pipeline,
+    )
+
+
 def current_layout(*, pad_multiple: int = 1) -> Layout:
     """This process' place in Megatron's parallel state, which somebody has set up.
 

@@ -11,12 +11,15 @@ from megatron_tropd.base.environment import STORE_DESCRIPTOR, number, variable
 from megatron_tropd.base.errors import ConfigError
 from megatron_tropd.config import ParallelConfig
 from megatron_tropd.mcore import platform
+from megatron_tropd.mcore.bridge import Bridge, Worlds, join
 from megatron_tropd.mcore.layout import Layout, axis_sizes, current_layout
 
 _TIMEOUT_SECONDS = 2 * 3600.0
 """Ranks without an engine wait this long for a rollout, or for an evaluation on rank 0."""
 _store: Any = None
 """The server of rank 0, which lives as long as the process."""
+_bridge: Bridge | None = None
+"""To the other world of the job."""
 
 
 def initialize(
@@ -25,6 +28,7 @@ def initialize(
     *,
     pad_multiple: int | None = None,
     timeout_seconds: float = _TIMEOUT_SECONDS,
+    worlds: Worlds | None = None,
 ) -> Layout:
     """Join the run: process group, Megatron's parallel state, random states.
 
@@ -36,6 +40,8 @@ def initialize(
         seed: of Megatron's random states (they differ between tensor ranks and stages).
         pad_multiple: of the lengths of rows (``Config.pad_multiple``); None: what the axes need.
         timeout_seconds: after which a collective of any group fails.
+        worlds: whose the ranks of the job are; then the layout is that of this rank's world, and
+            :func:`bridge` leads to the other. None: there is one.
 
     Returns:
         this process' place and groups.
@@ -47,7 +53,7 @@ def initialize(
     """
     from megatron.core import parallel_state, tensor_parallel
 
-    _join(parallel, timedelta(seconds=timeout_seconds))
+    _join(parallel, timedelta(seconds=timeout_seconds), worlds)
     parallel_state.initialize_model_parallel(
         **axis_sizes(parallel),
         distributed_timeout_minutes=timeout_seconds / 60,  # made a timedelta: may be a fraction
@@ -62,15 +68,26 @@ def shutdown() -> None:
     """Leave the run: Megatron's parallel state and every process group are destroyed."""
     from megatron.core import parallel_state
 
+    global _bridge
+    _bridge = None
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def _join(parallel: ParallelConfig, timeout: timedelta) -> None:
+def bridge() -> Bridge:
+    """The way to the other world of this job, which has two."""
+    assert _bridge is not None, "the ranks of this job are one world"
+    return _bridge
+
+
+def _join(parallel: ParallelConfig, timeout: timedelta, worlds: Worlds | None) -> None:
+    global _bridge
     world_size = number("WORLD_SIZE", 1)
     if dist.is_initialized():
         world_size = dist.get_world_size()
+    if worlds is not None:
+        world_size -= worlds.size - parallel.world_size
     if world_size != parallel.world_size:
         raise ConfigError(
             f"parallel.tensor x context x pipeline x data = {parallel.tensor} x "
@@ -89,7 +106,10 @@ def _join(parallel: ParallelConfig, timeout: timedelta) -> None:
     if not variable("RANK"):
         group |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     _open_store(timeout)
-    dist.init_process_group(**group)
+    if worlds is None:
+        dist.init_process_group(**group)
+    else:
+        _bridge = join(worlds, number("RANK"), **group)
 
 
 def _open_store(timeout: timedelta) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 
 from megatron_tropd.report.records import RunRecords, finite, read_run
 from megatron_tropd.report.summary import gap_closed
+from megatron_tropd.report.timeline import page_timeline
 
 REPORT = "report.html"
 MAX_POINTS = 600
@@ -104,6 +105,7 @@ def page_data(records: RunRecords) -> dict[str, Any]:
             "method": method_name(records.config.get("loss", {})),
             "config": records.config,
             "summary": records.summary,
+            "timeline": page_timeline(records.folder),
             "gap_closed": gap_closed(records.summary),
             "columns": {
                 name: _rounded([row.get(name) for row in metrics]) for name in _names(metrics)

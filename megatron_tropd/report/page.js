@@ -537,6 +537,24 @@ function timing() {
   return section("Where the time goes", "Wall-clock time of the phases of a step on the first rank.", el("div", { class: "grid two" }, stack, share, waste));
 }
 
+const LINE_COLORS = { ...Object.fromEntries(PHASES), scoring: "teacher", "handing over": "gold", checkpoint: "gray", evaluation: "gray" };
+
+// Phases of the student's and the teacher's ranks, one above the other.
+function timeline() {
+  const found = DATA.timeline;
+  if (!found) return null;
+  const ends = Object.values(found.rows).flat().map((span) => span[3]), whole = Math.max(...ends) || 1;
+  const lines = Object.entries(found.rows).map(([kind, spans]) => el("div", { class: "line" }, el("span", { class: "dim" }, kind),
+    el("div", { class: "spans" }, ...spans.map(([step, phase, from, to]) => el("div", {
+      title: `${phase} of step ${step}: ${duration(to - from)}`,
+      style: `left:${100 * from / whole}%;width:${100 * (to - from) / whole}%;background:var(--${LINE_COLORS[phase] || "gray"})`,
+    })))));
+  const names = [...new Set(Object.values(found.rows).flat().map((span) => span[1]))];
+  const legend = el("p", { class: "note" }, ...names.flatMap((name) => [el("b", { style: `color:var(--${LINE_COLORS[name] || "gray"})` }, "■ "), `${name}  `]));
+  const card = el("div", { class: "card chart" }, el("h3", {}, "Who was busy when"), el("div", { class: "note" }, `The last steps, ${duration(whole)}`), ...lines, legend);
+  return section("Student and teacher side by side", `For ${percent(found.hidden)} of the teacher's scoring the student did not wait.`, card);
+}
+
 function drawStack(holder, parts, width) {
   const height = 215, left = 44, right = 10, top = 8, bottom = height - 22;
   const sums = STEPS.map((_, i) => parts.reduce((sum, p) => sum + (p.values[i] || 0), 0));
@@ -734,7 +752,7 @@ function settings() {
 }
 
 document.getElementById("page").replaceChildren(...[
-  ...head(), result(), learning(), trustRegion(), timing(), answers(), trajectories(), settings(),
+  ...head(), result(), learning(), trustRegion(), timing(), timeline(), answers(), trajectories(), settings(),
   el("footer", {}, "Made by tropd report from config.json, metrics.jsonl, evaluations.jsonl, summary.json and trajectories/ of this folder."),
 ].filter(Boolean));
 firstDraws.forEach((draw) => draw());

@@ -31,6 +31,10 @@ class RecordedRollouts:
         """Their sequences, as of this step."""
         step, self._asked = self._asked, None
         assert step is not None, "collect before begin"
+        return self.arrived(step)
+
+    def arrived(self, step: int) -> list[TokenSequence]:
+        """Those of any step."""
         chosen = prompts_of_step(len(self._groups), self._per_step, step, self._seed)
         return [
             sequence.replace(key=sequence.key._replace(step=step))

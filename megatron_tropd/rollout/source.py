@@ -1,6 +1,8 @@
 """Where the sequences of a step come from."""
 
+import copy
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -88,6 +90,12 @@ class RolloutSource(Protocol):
     def collect(self) -> list[TokenSequence]:
         """Wait for the sequences asked for last; the same on every rank."""
 
+    def arrived(self, step: int) -> Sequence[TokenSequence] | None:
+        """A later step's sequences, if they are known before they are collected.
+
+        Not collective: on the first rank, in any thread.
+        """
+
     def forget(self) -> None:
         """Give up what was asked for."""
 
@@ -145,6 +153,8 @@ class SampledRollouts:
         """Of the episodes under way."""
         self._environments = environments
         self._is_main = is_main
+        self._step = -1
+        """Of the episodes under way, or that are done."""
         self._version = 0
         """Of the weights that the episodes under way began with."""
         environment = settings.environment
@@ -155,12 +165,18 @@ class SampledRollouts:
         self._asked: list[Episode] = []
         """Those of them that wait for an answer."""
         self._done: list[TokenSequence] = []
+        self._changing = threading.Lock()
+        """Held while episodes begin and learn of samples: others look at them (``arrived``)."""
 
     def begin(self, step: int) -> None:
         """Ask for the first samples of all episodes of a step, with the engines' weights."""
         if self._episodes or self._done:
             return
-        self._version = self._engines.channel.version
+        with self._changing:
+            self._begin(step)
+
+    def _begin(self, step: int) -> None:
+        self._version, self._step = self._engines.channel.version, step
         rollout = self._settings.rollout
         self._sampling = sampling_of_step(
             rollout, step, stops=self._stops, shared_stops=self._shared_stops
@@ -201,6 +217,29 @@ class SampledRollouts:
         done, self._done = self._done, []
         return done
 
+    def arrived(self, step: int) -> Sequence[TokenSequence] | None:
+        """Those under way, once all have their samples; None of those that ask several times.
+
+        Nor of those that talk to an environment.
+        """
+        with self._changing:
+            if step != self._step or self._environments is not None:
+                return None
+            samples = self._engines.arrived() if self._episodes else None
+            if samples is None:
+                return list(self._done) or None
+            # The episodes themselves learn of them when they are collected; settings are shared.
+            plans = [self._settings]
+            if self._mixture is not None:
+                plans += [plan for _, plan in self._mixture.episodes]
+            shared = {id(plan): plan for plan in plans}
+            ended, asked = copy.deepcopy((self._episodes, self._asked), shared)
+        for episode, sample in zip(asked, samples, strict=True):
+            episode.observe(sample)
+        if any(episode.request() is not None for episode in ended):
+            return None
+        return [episode.sequence() for episode in ended]
+
     def forget(self) -> None:
         """Give up the episodes under way."""
         self._episodes = []
@@ -217,16 +256,18 @@ class SampledRollouts:
         path = checkpoint / PENDING_FILE
         if path.exists():
             self._done = read_patiently(lambda: read_sequences(path))
+            self._step = self._done[0].key.step
 
     def _wait(self) -> None:
         if not self._episodes:
             return
-        if self._is_continuous:
-            self._play_at_own_pace()
-        else:
-            self._play_in_rounds()
-        self._done = [episode.sequence() for episode in self._episodes]
-        self._episodes = []
+        with self._changing:
+            if self._is_continuous:
+                self._play_at_own_pace()
+            else:
+                self._play_in_rounds()
+            self._done = [episode.sequence() for episode in self._episodes]
+            self._episodes = []
         self._check_environments()
 
     def _play_at_own_pace(self) -> None:

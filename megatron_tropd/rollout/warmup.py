@@ -112,6 +112,10 @@ class WarmupEngines:
         """As the protocol says."""
         return self._asked.finish()
 
+    def arrived(self) -> list[Sample] | None:
+        """As the protocol says."""
+        return self._asked.arrived()
+
     def __enter__(self) -> Self:
         self._student.__enter__()
         return self

@@ -1,21 +1,65 @@
 """The teacher on the student's ranks in a layout of its own: ``[teacher.parallel]``."""
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Self
 
 from megatron_tropd.base.progress import limits
 from megatron_tropd.convert.families import model_shape
 from megatron_tropd.convert.sizes import row_flops
 from megatron_tropd.data.batch import MicroBatch
-from megatron_tropd.data.dealing import BatchRows
+from megatron_tropd.data.dealing import BatchRows, Work
 from megatron_tropd.data.packing import dealt, packed
 from megatron_tropd.data.sequence import TokenSequence
 from megatron_tropd.mcore import platform
 from megatron_tropd.mcore.elsewhere import ModelElsewhere
 from megatron_tropd.mcore.exchange import plan_exchange
+from megatron_tropd.mcore.layout import Layout
 from megatron_tropd.mcore.own_groups import OwnGroups
 from megatron_tropd.teacher import TeacherStart
+
+
+@dataclass(frozen=True)
+class Dealer:
+    """Deals sequences to the replicas of a teacher in a layout of its own."""
+
+    layout: Layout
+    """A place in it."""
+    tokens: int
+    """train.tokens_per_micro_batch."""
+    work: Work
+
+    @classmethod
+    def of(cls, start: TeacherStart, layout: Layout) -> Self:
+        """That of a run."""
+        work = partial(row_flops, model_shape(start.folder.config))
+        return cls(layout, start.config.train.tokens_per_micro_batch, work)
+
+    def dealt(
+        self, sequences: Mapping[int, TokenSequence], numbers: Sequence[int]
+    ) -> list[list[BatchRows]]:
+        """Micro-batches of each replica; ``rows`` name the sequences.
+
+        Args:
+            sequences: by their numbers.
+            numbers: those that are dealt.
+        """
+        # Every replica needs as many rows: the last one again, whose states nobody takes.
+        missing = -len(numbers) % self.layout.dp_size
+        filled = [*numbers, *[numbers[-1]] * missing]
+        dealing = dealt(
+            [sequences[number] for number in filled],
+            dp_size=self.layout.dp_size,
+            tokens_per_micro_batch=self.tokens,
+            pad_multiple=self.layout.pad_multiple,
+            rounded_to=self.layout.row_multiple,
+            work=self.work,
+        )
+        return [
+            [batch._replace(rows=tuple(filled[row] for row in batch.rows)) for batch in batches]
+            for batches in dealing.replicas
+        ]
 
 
 class OtherLayout:
@@ -30,8 +74,7 @@ class OtherLayout:
             timeout_seconds=limits(config.run.timeout_minutes).collectives,
         )
         self.layout, self._student = groups.layout, start.layout
-        self._tokens = config.train.tokens_per_micro_batch
-        self._work = partial(row_flops, model_shape(start.folder.config))
+        self._dealer = Dealer.of(start, groups.layout)
         self._sequences: Sequence[TokenSequence] = ()
         folders = {"teacher": start.folder, "reference": start.reference}
         self.models = [
@@ -62,13 +105,14 @@ class OtherLayout:
 
         Collectives: those of ``plan_exchange``.
         """
-        dealt = self.dealt()
+        sequences = dict(enumerate(self._sequences))
+        dealt = self._dealer.dealt(sequences, list(sequences))
         mine = dealt[self.layout.dp_rank]
         exchange = plan_exchange(
             dealt,
             packed(self._sequences, mine, seed=0, step=0),
             wanted,
-            dict(enumerate(self._sequences)),
+            sequences,
             scorer=self.layout,
             student=self._student,
         )
@@ -76,21 +120,3 @@ class OtherLayout:
         exchange = replace(exchange, batches=[b.to(device) for b in exchange.batches])
         for model in self.models:
             model.exchange = exchange
-
-    def dealt(self) -> list[list[BatchRows]]:
-        """Micro-batches of each replica; ``rows`` name the sequences."""
-        replicas, numbers = self.layout.dp_size, list(range(len(self._sequences)))
-        # Every replica needs as many rows: the last one again, whose states nobody takes.
-        numbers += numbers[-1:] * (-len(numbers) % replicas)
-        dealing = dealt(
-            [self._sequences[number] for number in numbers],
-            dp_size=replicas,
-            tokens_per_micro_batch=self._tokens,
-            pad_multiple=self.layout.pad_multiple,
-            rounded_to=self.layout.row_multiple,
-            work=self._work,
-        )
-        return [
-            [batch._replace(rows=tuple(numbers[row] for row in batch.rows)) for batch in batches]
-            for batches in dealing.replicas
-        ]

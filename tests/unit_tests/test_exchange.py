@@ -5,19 +5,27 @@ a number that says which token it is of.
 """
 
 from itertools import accumulate, pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_tropd.config import ParallelConfig
+from megatron_tropd.data.dealing import BatchRows
 from megatron_tropd.data.packing import dealt, packed
 from megatron_tropd.data.sequence import SampleKey, TokenSequence, Writer
 from megatron_tropd.mcore import exchange
-from megatron_tropd.mcore.exchange import Exchange, Wanted, plan_exchange
-from megatron_tropd.mcore.layout import Layout
+from megatron_tropd.mcore.exchange import (
+    Exchange,
+    Wanted,
+    plan_exchange,
+    receive_from_others,
+    send_to_others,
+    written_batch,
+)
+from megatron_tropd.mcore.layout import Layout, layout_of
 
 STUDENTS = {
     "tp2 dp4": ParallelConfig(tensor=2, data=4),
@@ -37,23 +45,7 @@ TEACHERS = {
 
 
 def _layout(parallel: ParallelConfig, rank: int) -> Layout:
-    rest, tp_rank = divmod(rank, parallel.tensor)
-    pp_rank, replica = divmod(rest, parallel.replicas)
-    dp_rank, cp_rank = divmod(replica, parallel.context)
-    return Layout(
-        rank=rank,
-        world_size=parallel.world_size,
-        tp_rank=tp_rank,
-        tp_size=parallel.tensor,
-        pp_rank=pp_rank,
-        pp_size=parallel.pipeline,
-        dp_rank=dp_rank,
-        dp_size=parallel.data,
-        cp_rank=cp_rank,
-        cp_size=parallel.context,
-        groups=ProcessGroupCollection(),
-        pad_multiple=parallel.row_shards,
-    )
+    return layout_of(parallel, rank=rank, pad_multiple=parallel.row_shards)
 
 
 def _sequences(count: int) -> list[TokenSequence]:
@@ -102,7 +94,8 @@ def _delivered(plans: list[Exchange], number: int) -> list[torch.Tensor]:
     for plan in plans:
         start = number * plan.per_round
         batches = plan.batches[start : start + plan.per_round]
-        states = torch.cat([b.of_loss_tokens(b.tokens) for b in batches])
+        nothing = torch.zeros(0, dtype=torch.int64)
+        states = torch.cat([nothing, *(b.of_loss_tokens(b.tokens) for b in batches)])
         sent = states[torch.from_numpy(plan.rounds[number].send)]
         bounds = accumulate(plan.rounds[number].counts_out, initial=0)
         parts.append([sent[a:b] for a, b in pairwise(bounds)])
@@ -135,6 +128,11 @@ def test_every_state_reaches_the_loss_that_reads_it(student: str, teacher: str, 
                 student=students[rank],
             )
         )
+    _check(plans, students, wanted)
+
+
+def _check(plans: list[Exchange], students: list[Layout], wanted: list[list[Any]]) -> None:
+    """The student's ranks, the first ones, have what they want."""
     found = [[torch.zeros(n, dtype=torch.int64) - 1 for n in plan.expected] for plan in plans]
     for number in range(len(plans[0].rounds)):
         for rank, arrived in enumerate(_delivered(plans, number)):
@@ -145,6 +143,39 @@ def test_every_state_reaches_the_loss_that_reads_it(student: str, teacher: str, 
         for states, batch in zip(found[rank], wanted[rank], strict=False):
             taken = exchange._of_loss_tokens(states[:, None], batch)[:, 0]
             assert torch.equal(taken, batch.of_loss_tokens(batch.tokens))
+
+
+@pytest.mark.parametrize("teacher", ["tp8", "tp2 pp2 dp2", "cp4 tp2", "cp2 pp2 tp2 sp", "ep4"])
+@pytest.mark.parametrize("student", ["tp2 cp4 sp", "cp2 pp2 dp2", "three"])
+def test_every_state_reaches_it_from_other_ranks(student: str, teacher: str):
+    """The scorer's ranks come after the student's; a step is scored in two parts."""
+    own, theirs = TEACHERS[teacher], (STUDENTS | {"three": ParallelConfig(data=3)})[student]
+    sequences = _sequences(24)
+    students = [_layout(theirs, rank) for rank in range(theirs.world_size)]
+    scorers = [_layout(own, rank) for rank in range(own.world_size)]
+    wanted = [[x.local(b) for b in _packed(sequences, x)] for x in students]
+    wants, size = _wants(sequences, students), len(students) + len(scorers)
+    halves = [sequences[:16], sequences[16:]]
+    dealt_both: list[list[BatchRows]] = [[] for _ in range(scorers[0].dp_size)]
+    for start, half in zip((0, 16), halves, strict=True):
+        for batches, more in zip(dealt_both, _dealt(half, scorers[0]), strict=True):
+            batches += [b._replace(rows=tuple(start + row for row in b.rows)) for b in more]
+    plans = []
+    for rank in range(size):
+        group: Any = SimpleNamespace(rank=lambda rank=rank: rank, size=lambda: size)
+        alike: Any = dict(scorer=scorers[0], student=students[0], group=group)
+        known = dict(enumerate(sequences))
+        if rank < len(students):
+            alike["student"] = students[rank]
+            plans.append(receive_from_others(dealt_both, wants, known, **alike))
+            continue
+        alike["scorer"] = scorer = scorers[rank - len(students)]
+        made = [b for half in halves for b in _packed(half, scorer)]
+        local = [written_batch(scorer.local(batch)) for batch in made]
+        plans.append(send_to_others(dealt_both, local, wants, known, **alike))
+        for mine in plans[-1].rounds:
+            assert not any(mine.counts_in) and not any(mine.counts_out[len(students) :])
+    _check(plans, students, wanted)
 
 
 def test_work_is_shared_by_the_ranks_that_hold_the_same():

@@ -27,6 +27,7 @@ from megatron_tropd.report.html import (
 )
 from megatron_tropd.report.records import read_run
 from megatron_tropd.report.summary import summary_table
+from megatron_tropd.report.timeline import Span, timeline_file
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +62,16 @@ def test_page_asks_for_nothing_over_the_network(run: Path):
     assert not re.findall(r"<(?:link|img|iframe)\b|\bsrc=|@import|url\(", page)
 
 
+def _two_kinds(run: Path) -> None:
+    """Phases of student and teacher, side by side."""
+    spans = {"student": [("teacher", 0, 2), ("student", 2, 6)], "teacher": [("scoring", 0, 2)]}
+    for kind, found in spans.items():
+        file = timeline_file(run, kind)
+        file.parent.mkdir(exist_ok=True)
+        lines = [Span(1, phase, start, end)._asdict() for phase, start, end in found]
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
 def _browse(page: Path, profile: Path) -> subprocess.CompletedProcess[str]:
     """A page as a browser draws it, with what it says on stderr."""
     options = "--headless --no-sandbox --disable-gpu --disable-background-networking --dump-dom"
@@ -83,7 +94,10 @@ def _browse(page: Path, profile: Path) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("steps", [1, 40])
 def test_a_browser_draws_it(tmp_path: Path, steps: int):
     """Without a message on the console, and with every section."""
-    page = write_report(write_synthetic_run(tmp_path / "run", steps=steps))
+    run = write_synthetic_run(tmp_path / "run", steps=steps)
+    if steps > 1:
+        _two_kinds(run)
+    page = write_report(run)
     browser = _browse(page, tmp_path / "profile")
     assert "CONSOLE" not in browser.stderr, browser.stderr
     titles = re.findall(r"<h2>(.*?)</h2>", browser.stdout)
@@ -91,6 +105,7 @@ def test_a_browser_draws_it(tmp_path: Path, steps: int):
         "Learning",
         "The trust region",
         "Where the time goes",
+        *(["Student and teacher side by side"] if steps > 1 else []),
         "Held-out answers, before and after",
         "Training trajectories",
     ]

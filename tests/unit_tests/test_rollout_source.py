@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from own_rollout import TOOL
@@ -35,6 +36,7 @@ class Engines:
     def __init__(self) -> None:
         self.channel = self
         self.version = 4
+        self.ready = False
         self.calls: list[str] = []
         self.requests: list[list[SampleRequest]] = []
         self.sampling: list[Sampling] = []
@@ -63,6 +65,9 @@ class Engines:
     def finish(self) -> list[Sample]:
         self.calls.append("finish")
         return self._answers()
+
+    def arrived(self) -> list[Sample] | None:
+        return self._answers() if self.ready else None
 
     def _answers(self) -> list[Sample]:
         return [
@@ -113,6 +118,30 @@ def test_single_turns_ask_once_for_what_the_step_plans() -> None:
         assert sequence.by(Writer.STUDENT)[1] == len(plan.request.token_ids)
         assert sequence.oldest_version == 4
     assert [sequence.count(Writer.TEACHER) for sequence in sequences] == [3, 0] * 3
+
+
+@pytest.mark.parametrize("golden", [None, {i: (40 + i, 41, 2) for i in range(5)}])
+def test_samples_that_have_arrived_are_those_that_are_collected(golden: Any) -> None:
+    engines = Engines()
+    source = make(engines)
+    source._settings = replace(source._settings, golden=golden)
+    assert source.arrived(2) is None
+    source.begin(2)
+    assert source.arrived(2) is None, "the engines are at it"
+    engines.ready = True
+    early = source.arrived(2)
+    assert early is not None and source.arrived(3) is None
+    assert dump_sequences(source.collect()) == dump_sequences(list(early))
+    assert source.arrived(2) is None, "they were collected"
+
+
+def test_an_episode_that_asks_again_has_not_arrived() -> None:
+    engines = Engines()
+    source = make(engines, "own_rollout:TwoTurns")
+    source.begin(2)
+    engines.ready = True
+    assert source.arrived(2) is None
+    assert len(source.collect()) == 6
 
 
 def test_a_golden_answer_takes_the_place_of_the_last_sample_and_asks_for_nothing() -> None:

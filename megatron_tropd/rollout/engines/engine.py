@@ -5,9 +5,11 @@ the CPU platform switches never meet it, and so that its death is an error and n
 that process nothing runs concurrently, which makes sampling repeatable bit for bit.
 """
 
+import contextlib
 import json
 import os
 import subprocess
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
@@ -113,6 +115,9 @@ class RolloutEngine:
             for source, place in zip(sources, self._places, strict=True)
         ]
         self._waiting_for = "start"
+        self._reading = threading.Lock()
+        self._early: tuple[str, Any] | None = None
+        """What :meth:`arrived` has received before it was waited for."""
         self._asleep: set[str] = set()
         self.has_weights = True
         """Whether it can sample. An engine that slept cannot, before it is given weights again."""
@@ -233,6 +238,13 @@ class RolloutEngine:
         """The samples of the last :meth:`start_generate`."""
         assert self._waiting_for == "generate", "finish_generate without start_generate"
         return self._receive()
+
+    def arrived(self) -> list[Sample] | None:
+        """The samples of :meth:`finish_generate`, if they are there; in any thread."""
+        with self._reading, contextlib.suppress(EOFError, OSError):  # who finishes will say so
+            if self._early is None and self._waiting_for == "generate" and self._connection.poll():
+                self._early = self._connection.recv()
+        return self._early[1] if self._early and self._early[0] == "ok" else None
 
     def load_weights(self, folder: str | Path) -> None:
         """Replace the weights by those of ``folder``; cached prefixes are forgotten.
@@ -365,7 +377,9 @@ class RolloutEngine:
 
     def _receive(self) -> Any:
         try:
-            status, value = self._connection.recv()
+            with self._reading:
+                status, value = self._early or self._connection.recv()
+                self._early = None
         except (EOFError, OSError):
             raise self._death() from None
         self._child.keep_output(self._log_file)

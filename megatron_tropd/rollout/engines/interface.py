@@ -35,6 +35,11 @@ class SamplingEngines(Protocol):
     def finish(self) -> list[Sample]:
         """The samples of the last :meth:`start`."""
 
+    def arrived(self) -> list[Sample] | None:
+        """The samples of the last :meth:`start`, if this rank has them all; :meth:`finish` still
+        gives them. Not collective, in any thread.
+        """
+
     def __enter__(self) -> Self: ...
 
     def __exit__(self, *_: object) -> None:

@@ -153,6 +153,12 @@ class EnginePool:
         assert samples is not None
         return samples
 
+    def arrived(self) -> list[Sample] | None:
+        """Of one engine on this rank; those of several meet in :meth:`finish`."""
+        if self._engine is None or len(self.owners) > 1 or not self._asked:
+            return None
+        return self._settled or self._engine.arrived()
+
     @contextmanager
     def awake(self) -> Iterator[None]:
         """Keep the engines' memory in the block; on the way out it is the trainer's again.

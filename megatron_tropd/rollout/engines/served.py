@@ -86,6 +86,11 @@ class ServerPool:
         self.channel.needed = None
         return samples
 
+    def arrived(self) -> list[Sample] | None:
+        """What the servers have made, once it is all there; on rank 0."""
+        made = None if (asked := self._pending) is None else asked.made()
+        return None if made is None else merge_batches([batch.samples for batch in made])
+
     def awake(self) -> AbstractContextManager[None]:
         """Nothing: servers share no device with the trainer."""
         return nullcontext()
