@@ -22,7 +22,7 @@ PAGES = {
     "SECURITY.md": "security.md",
     **{
         f"examples/{name}/README.md": f"examples/{name}.md"
-        for name in ("arithmetic", "stories", "two_teachers", "dialect", "megatron_lm")
+        for name in ("arithmetic", "stories", "two_teachers", "dialect", "tool_use", "megatron_lm")
     },
 }
 """Texts of the repository that are pages of the site."""

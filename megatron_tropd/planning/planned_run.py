@@ -14,7 +14,7 @@ from megatron_tropd.config import (
     RolloutConfig,
     TeacherConfig,
 )
-from megatron_tropd.config.run import SELF, reference_of
+from megatron_tropd.config.run import SELF, SEPARATE, reference_of
 from megatron_tropd.convert.adapters import check_lora
 from megatron_tropd.convert.checks import check_engine_shards, check_expert_parallel, check_layout
 from megatron_tropd.convert.sizes import padded_vocab_size
@@ -302,6 +302,13 @@ def plan_run(
         InputError: a model's config.json is missing, unreadable or not supported.
         ConfigError: the trainer would refuse the settings, or a length is impossible.
     """
+    if config.teacher.ranks is not None:
+        raise ConfigError(
+            f"A plan counts models on the student's ranks, found teacher.placement = "
+            f'"{SEPARATE}". '
+            "Plan the student's ranks with teacher.placement = \"served\"; the teacher's are not "
+            "planned."
+        )
     on_cpu = hardware.layers == "cpu"
     kind = config.model.dtype
     if kind == "auto":

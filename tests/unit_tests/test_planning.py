@@ -715,6 +715,12 @@ def test_what_the_config_refuses_together_is_not_recommended():
     assert {one.parallel.context for one in laid_out(run, 8, run.rollout)} == {2, 4, 8}
 
 
+def test_a_teacher_on_ranks_of_its_own_is_not_planned():
+    words = ["teacher.placement=separate", "teacher.ranks=8", "evaluation.teacher=false"]
+    with pytest.raises(ConfigError, match="not planned"):
+        plan_run(load_config(RECIPES / "qwen3_1.7b.toml", words), H100)
+
+
 def test_a_copy_of_the_student_is_planned_on_the_host_too(capsys):
     own = ["teacher.placement=self", 'model.teacher=""', "teacher.offload=host"]
     words = [str(RECIPES / "qwen3_1.7b.toml"), *own, "evaluation.teacher=false"]
