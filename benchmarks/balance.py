@@ -327,7 +327,7 @@ def config_of(scratch: str, budget: int) -> Config:
     return Config(
         model=ModelConfig(student=f"{scratch}/student", teacher=f"{scratch}/teacher"),
         parallel=ParallelConfig(data=REPLICAS),
-        rollout=RolloutConfig(prompts="", max_new_tokens=1),
+        rollout=RolloutConfig(prompts="none", max_new_tokens=1),
         loss=preset("tropd"),
         train=TrainConfig(steps=100, tokens_per_micro_batch=budget),
         run=RunConfig(dir=scratch),

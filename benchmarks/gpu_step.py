@@ -109,7 +109,7 @@ def _parts(options: argparse.Namespace, layout: Layout) -> StepParts:
     """What a step is made with."""
     config = Config(
         model=ModelConfig(student=str(options.student), teacher=str(options.teacher)),
-        rollout=RolloutConfig(prompts="", max_new_tokens=options.tokens),
+        rollout=RolloutConfig(prompts="none", max_new_tokens=options.tokens),
         guidance=GuidanceConfig(beta=0.0),
         loss=LOSS,
         train=TrainConfig(

@@ -172,7 +172,7 @@ def run_config(row: Row, options: argparse.Namespace) -> Config:
     length = options.tokens + 64
     return Config(
         model=ModelConfig(student="student", teacher="teacher", lora=row.lora),
-        rollout=RolloutConfig(prompts="", max_new_tokens=options.tokens),
+        rollout=RolloutConfig(prompts="none", max_new_tokens=options.tokens),
         guidance=GuidanceConfig(beta=0.0),
         loss=preset("tropd_exact"),
         parallel=row.parallel,

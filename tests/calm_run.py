@@ -125,9 +125,9 @@ def _write_configs(run: CalmRun) -> None:
 
 
 def records(path: Path) -> list[dict[str, Any]]:
-    """Lines of a log without what differs from run to run."""
+    """Lines of a log without what differs from run to run, or with the form of a model's files."""
     return [
-        {k: v for k, v in json.loads(line).items() if not k.startswith(TIMINGS)}
+        {k: v for k, v in json.loads(line).items() if k != "digests" and not k.startswith(TIMINGS)}
         for line in path.read_text().splitlines()
     ]
 

@@ -107,7 +107,7 @@ def config_of_parts(
         ),
         teachers=several,
         parallel=layout,
-        rollout=RolloutConfig(prompts="", max_new_tokens=1, recorded=recorded),
+        rollout=RolloutConfig(prompts="none", max_new_tokens=1, recorded=recorded),
         guidance=GuidanceConfig(beta=BETA),
         loss=loss,
         train=replace(train, seed=SEED),

@@ -304,7 +304,7 @@ def run_config(args: Namespace) -> Config:
             f"{args.tropd_teacher_load}: expected {', '.join(_TABLES)}, which say where teachers "
             f"are, found {', '.join(foreign)}: Megatron's options have that. Remove it."
         )
-    rollout = {"prompts": "", "recorded": _TRAJECTORIES} | tables.get("rollout", {})
+    rollout = {"prompts": _TRAJECTORIES, "recorded": _TRAJECTORIES} | tables.get("rollout", {})
     given = _Given(args)
     rollout |= {"max_new_tokens": args.seq_length, "prompts_per_step": given.rows}
     train = {"steps": 1, "tokens_per_micro_batch": given.positions}
@@ -479,7 +479,7 @@ def _routes(
     if not config.teachers and not any(read):
         return None, ()
     rollout, tokenizer = config.rollout, student_tokenizer(args)
-    if not rollout.prompts or tokenizer is None:
+    if rollout.prompts == _TRAJECTORIES or tokenizer is None:
         raise ConfigError(
             f"{args.tropd_teacher_load}: [[teachers]] and teacher.context look up the line of each "
             "trajectory's prompt: expected [rollout] prompts with the file that was sampled, and "
