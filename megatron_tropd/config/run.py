@@ -561,8 +561,8 @@ class EvaluationSet(Settings, section="evaluation.sets"):
     prompt_template: str | None = None
     """Jinja text that makes the prompt of a line's fields."""
     of_task: str | None = None
-    """Name of a task of [[tasks]], whose grader, form of prompts, longest answer and teacher it
-    takes where it says none of its own."""
+    """Name of a task of [[tasks]]. The set takes that task's grader, form of prompts, longest
+    answer and teacher, unless it has its own."""
 
     def prompts_as(self, rollout: PromptConfig) -> PromptConfig:
         """Return how its lines become token ids."""
@@ -582,8 +582,8 @@ class EvaluationConfig(Settings, section="evaluation"):
     data: DataConfig = field(default_factory=DataConfig)
     """What of them is read; nothing of rollout.data."""
     task: Literal["exact_match", "reverse_kl"] = "exact_match"
-    """exact_match: greedy answers graded; reverse_kl: exact KL(student || teacher) per token on
-    fresh student samples, measured with transformers."""
+    """exact_match: answers graded, greedy ones or samples (temperature); reverse_kl: exact
+    KL(student || teacher) per token on fresh student samples, measured with transformers."""
     num_problems: Count = 500
     """How many of them, from the top of the file."""
     teacher: bool = True
@@ -959,7 +959,13 @@ class Config(Settings):
             f"tasks.teacher = {task.teacher!r} of {task.name}: expected one of the [[teachers]] "
             f"{teachers}. Correct the name, or leave it out.",
         )
-        check_part(_MODES, self.rollout_of(task).mode, setting="tasks.mode")
+        mode = self.rollout_of(task).mode
+        check_part(_MODES, mode, setting="tasks.mode")
+        _require(
+            mode != MULTI_TURN or self.rollout.mode == MULTI_TURN,
+            f'tasks.mode = "{MULTI_TURN}" of {task.name} needs rollout.mode = "{MULTI_TURN}" and '
+            f'[environment], found rollout.mode = "{self.rollout.mode}". Set them.',
+        )
 
     def _check_for_one_task(self) -> None:
         """Refuse with several tasks what knows of one file of prompts alone."""

@@ -15,6 +15,7 @@ from megatron_tropd.base.errors import ConfigError, InputError
 from megatron_tropd.config import Config, LossSettings, ParallelConfig, TeacherConfig
 from megatron_tropd.config.run import (
     SELF,
+    SEPARATE,
     apply_override,
     config_from_dict,
     read_tables,
@@ -359,8 +360,13 @@ def _of_options(args: Namespace) -> dict[str, dict[str, Any]]:
 
 
 def _check_own_weights(config: Config) -> None:
-    """Refuse teachers that are made of the student, whose weights Megatron's loop has."""
+    """Refuse teachers made of the student, whose weights Megatron's loop has, or beside it."""
     for who, alone in config.by_teacher.items():
+        if alone.teacher.placement == SEPARATE:
+            raise ConfigError(
+                f'{who}: placement = "{SEPARATE}" is for `tropd distill`: all ranks of Megatron\'s '
+                'loop train. Set placement = "resident", or [teacher.parallel] beside it.'
+            )
         is_self = alone.teacher.placement == SELF
         if not is_self and alone.reference != _STUDENT:
             continue

@@ -304,10 +304,10 @@ def plan_run(
     """
     if config.teacher.ranks is not None:
         raise ConfigError(
-            f"A plan counts models on the student's ranks, found teacher.placement = "
-            f'"{SEPARATE}". '
-            "Plan the student's ranks with teacher.placement = \"served\"; the teacher's are not "
-            "planned."
+            "A plan counts models on the student's ranks, found teacher.placement = "
+            f'"{SEPARATE}", whose teacher has ranks that are not planned. For the student\'s, plan '
+            'a copy of the file with placement = "served" and an address in [teacher], without '
+            "ranks and [teacher.parallel]."
         )
     on_cpu = hardware.layers == "cpu"
     kind = config.model.dtype

@@ -210,6 +210,7 @@ def test_settings_survive_every_form_and_a_change_of_a_task_is_named(load: Any) 
         ("weight = 2.0", 'teacher = "x"', r"expected one of the \[\[teachers\]\]"),
         ('of_task = "words"', 'of_task = "wards"', "expected one of the tasks"),
         ("weight = 2.0", 'mode = "no_such"', "tasks.mode"),
+        ("weight = 2.0", 'mode = "multi_turn"', "needs rollout.mode"),
         ("[rollout]", '[rollout]\nrecorded = "sums.jsonl"', "beside rollout.recorded"),
     ],
 )
