@@ -405,8 +405,8 @@ MUTATIONS = (
     Mutation(
         "settings: a number without a range",
         "../config/run.py",
-        "num_problems: Count",
-        "num_problems: int",
+        "num_problems: Count = 500",
+        "num_problems: int = 500",
         tests=SETTINGS,
     ),
     # Which token is no number.

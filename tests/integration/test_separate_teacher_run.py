@@ -73,12 +73,12 @@ class Story:
 
     def disturbed(self, by: signal.Signals) -> tuple[int, dict[str, Any], str]:
         """Start, let some steps pass, send the teacher's rank a signal; how it ended."""
+        beat = self.run / "logs" / "heartbeats" / f"rank_{TEACHERS_RANK:05d}.json"
         command, before = self.start(), len(_metrics(self.run))
-        while len(_metrics(self.run)) < before + 3:
+        while len(_metrics(self.run)) < before + 3 or not beat.exists():
             before = min(before, len(_metrics(self.run)))
             assert command.poll() is None, command.communicate()
             time.sleep(0.01)
-        beat = self.run / "logs" / "heartbeats" / f"rank_{TEACHERS_RANK:05d}.json"
         os.kill(json.loads(beat.read_text())["pid"], by)
         _, text = command.communicate(timeout=300)
         code = command.returncode

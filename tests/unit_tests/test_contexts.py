@@ -131,7 +131,7 @@ def test_the_teacher_is_the_student_and_reads_and_answers_in_its_context(run: An
         (["teacher.ema_decay=1.0"], "must be in"),
         (["evaluation.task=reverse_kl"], "teacher.context would not be read"),
         (["rollout.behaviour=blended"], "teacher.context would not be read"),
-        (["teacher.ema_decay=0.5", "teacher.offload=host"], "for a model on the student's ranks"),
+        (["teacher.ema_decay=0.5", "teacher.offload=host"], "for a model that the job loads"),
         (["teacher.reference=student", "loss.method=exopd"], "takes no reference"),
         (["teacher.requests=8"], "asks no server and does not read teacher.requests"),
     ],

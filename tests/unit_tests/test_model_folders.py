@@ -578,6 +578,7 @@ def test_damaged_checksums_of_a_checkpoint(content: str, make: Make, tmp_path: P
 def test_only_commands_that_have_it_name_the_option(make: Make, command, tmp_path: Path, capsys):
     """A checkpoint without companions: the remedy works for every command that says it."""
     from megatron_tropd.integrations.startup import open_teachers
+    from tests.unit_tests.test_megatron_lm_startup import teach
 
     folder, checkpoint = make(), tmp_path / "m"
     hf_to_megatron(ToMegatron(folder, checkpoint))
@@ -588,13 +589,8 @@ def test_only_commands_that_have_it_name_the_option(make: Make, command, tmp_pat
     arguments = ["--megatron", str(checkpoint), "--hf", str(tmp_path / "out")]
     assert main_to_hf(arguments) == 2
     assert "Or give --hf-config" in capsys.readouterr().err
-    args = Namespace(
-        tropd_teacher_load=str(checkpoint),
-        tropd_teacher_hf_config=None,
-        tropd_teacher_address=None,
-    )
     with pytest.raises(InputError, match="Or give --tropd-teacher-hf-config"):
-        open_teachers(args, 259)
+        open_teachers(teach(checkpoint), 259)
     shutil.copytree(companions, checkpoint / "hf")
     assert command("distill", f"model.student={checkpoint}")[0] == 0
 

@@ -791,7 +791,7 @@ ERRORS = {
     "parallel.expert=2": "laid out so is dense",
     "model.teacher=nowhere": "does not exist. Give a folder that holds config.json",
     "teacher.placement=residnet": "teacher.placement = 'residnet': expected one of",
-    "rollout.mode=two_turns": "rollout.mode = 'two_turns': expected one of single_turn",
+    "rollout.mode=two_turns": "rollout.mode = 'two_turns': expected one of multi_turn, single_turn",
     "megatron.model.cp_comm_type=p2q": "must be one of p2p, all_gather, a2a, found 'p2q'",
     'megatron.teacher.cp_comm_type=["a2a+p2p"]': "must be one of p2p, all_gather, a2a",
     "megatron.model.cp_comm_type=a2a": "does nothing without context parallelism",

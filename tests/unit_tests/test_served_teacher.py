@@ -278,7 +278,7 @@ SERVED = ("teacher.placement=served", 'teacher.address=["http://a:1"]', "evaluat
         ([*SERVED[:2]], r'"served" loads no teacher, found an evaluation that needs one'),
         ([*SERVED, "evaluation.task=reverse_kl"], r'"served" loads no teacher'),
         ([*SERVED, "rollout.behaviour=blended"], r"samples with a teacher that is loaded"),
-        ([*SERVED, "teacher.offload=host"], r"is for a model on the student's ranks"),
+        ([*SERVED, "teacher.offload=host"], r"is for a model that the job loads"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(settings: list[str], message: str):

@@ -322,7 +322,7 @@ def test_a_run_folder_that_cannot_be_made_is_named(toml, capsys):
 def test_submitting_needs_a_cluster(toml, capsys, monkeypatch):
     monkeypatch.setenv("PATH", str(toml.parent))
     assert main(["slurm", str(toml), "--site", str(EXAMPLE), "--submit"]) == 2
-    assert "There is no sbatch here" in capsys.readouterr().err
+    assert "There is no sbatch on this machine" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ def test_what_does_not_fit_is_refused_by_name(own: dict[str, int], words: list[s
 def test_a_teacher_that_is_not_on_the_ranks_has_no_layout_there():
     own = TeacherConfig(parallel=ModelParallelConfig(), placement="cached", cache="/c")
     config = _config(None)
-    with pytest.raises(ConfigError, match=r"\[teacher.parallel\] lays out a model on the student"):
+    with pytest.raises(ConfigError, match=r"lays out a model on the ranks of the job"):
         replace(config, teacher=own, rollout=replace(config.rollout, recorded="/r"))
 
 
