@@ -182,7 +182,7 @@ def test_a_refusal_of_vllm_is_no_death_of_the_engine(tmp_path: Path) -> None:
     engine = object.__new__(RolloutEngine)
     engine._log_file = tmp_path / "log"
     engine._log_file.write_text("why\n")
-    engine._waiting_for, engine._reading = "start", threading.Lock()
+    engine._waiting_for, engine._reading, engine._early = "start", threading.Lock(), None
     engine._child = SimpleNamespace(keep_output=lambda path: None)
     engine._connection = SimpleNamespace(recv=lambda: ("refused", "AssertionError: windows"))
     with pytest.raises(ConfigError, match=r"(?s)does not start.*AssertionError: windows.*why"):
