@@ -1,6 +1,6 @@
 """The parts of a run on one rank, and the order in which they are built."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,6 +32,7 @@ from megatron_tropd.rollout.episodes import EpisodePlan, load_mode
 from megatron_tropd.rollout.recorded import RecordedRollouts
 from megatron_tropd.rollout.source import Mixture, RolloutSource, SampledRollouts
 from megatron_tropd.rollout.warmup import WarmupEngines
+from megatron_tropd.teacher import TeacherSource
 from megatron_tropd.teacher.separate import SeparateTeacher
 
 
@@ -110,11 +111,7 @@ def open_session(
 
         if due := evaluator.teachers_due():
             _measure_teachers(evaluator, reporter, due, engines_of)
-        engines = engines_of("student")
-        if config.rollout.asks_teacher:
-            blended = partial(engines_of, "student", hf_folders["teacher"])
-            engines = WarmupEngines(engines, blended, config.rollout.warmup_steps)
-        exits.enter_context(engines)
+        engines = exits.enter_context(_students_engines(config, engines_of, hf_folders))
         if platform.has_cuda():
             with engines.awake():
                 pass  # vLLM measures free memory while it starts: nobody else may allocate
@@ -128,10 +125,7 @@ def open_session(
         rollouts = rollout_source(
             config, inputs, engines, environments=environments, is_main=is_main
         )
-        if isinstance(parts.teacher, SeparateTeacher):
-            parts.teacher.look_ahead(
-                lambda step: rollouts.arrived(step) if step < config.train.steps else None
-            )
+        _let_score_ahead(parts.teacher, rollouts, config.train.steps)
         gap = _engine_gap(config, inputs, folder)
         yield Session(
             config=config,
@@ -148,6 +142,23 @@ def open_session(
             rollouts=rollouts,
             parts=replace(parts, clock=reporter.clock, engine_gap=gap, tasks=inputs.tasks),
         )
+
+
+def _students_engines(
+    config: Config, start: Callable[..., SamplingEngines], hf_folders: Mapping[str, Path]
+) -> SamplingEngines:
+    """Start the engines that sample with the student's weights, at first beside the teacher's."""
+    engines = start("student")
+    if not config.rollout.asks_teacher:
+        return engines
+    blended = partial(start, "student", hf_folders["teacher"])
+    return WarmupEngines(engines, blended, config.rollout.warmup_steps)
+
+
+def _let_score_ahead(teacher: TeacherSource, rollouts: RolloutSource, steps: int) -> None:
+    """Let a teacher on ranks of its own score the samples of the next step."""
+    if isinstance(teacher, SeparateTeacher):
+        teacher.look_ahead(lambda step: rollouts.arrived(step) if step < steps else None)
 
 
 def _measure_teachers(
