@@ -28,7 +28,7 @@ def submit(cluster, tmp_path) -> Callable[[str], str]:
     return do
 
 
-def _await(condition: Callable[[], object], what: str, seconds: float = 30) -> None:
+def _await(condition: Callable[[], object], what: str, seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"no {what} in {seconds} s"
