@@ -88,7 +88,10 @@ class Worker:
         Raises:
             WorkerError: it is gone.
         """
-        mine, theirs = socket.socketpair()
+        try:
+            mine, theirs = socket.socketpair()
+        except OSError as error:
+            raise WorkerError("died", f"no more open files ({error}): raise `ulimit -n`") from None
         try:
             with self._copying, theirs:
                 released = self._released[:_MOST_RELEASED]
@@ -134,6 +137,8 @@ class _Channel:
 
     def __init__(self, channel: socket.socket, ended: Callable[[], int | None]) -> None:
         self._socket, self._ended, self._read = channel, ended, b""
+        self._poll = select.poll()  # select knows no descriptors from 1024 on
+        self._poll.register(channel, select.POLLIN)
 
     def ask(self, request: Mapping[str, Any], seconds: float) -> Reply:
         end = time.monotonic() + seconds
@@ -154,7 +159,7 @@ class _Channel:
         end = time.monotonic() + seconds if end is None else end
         while b"\n" not in self._read:
             left = end - time.monotonic()
-            if left <= 0 or not select.select([self._socket], [], [], left)[0]:
+            if left <= 0 or not self._poll.poll(left * 1000):
                 raise WorkerError("timeout", _late(seconds))
             try:
                 got = self._socket.recv(2**16)

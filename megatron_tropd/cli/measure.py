@@ -41,7 +41,9 @@ from megatron_tropd.distill.evaluation import (
     accuracy_of,
     asking_of,
     evaluation_settings,
+    graded,
     grader_of_set,
+    in_episodes,
     reverse_kl_of,
     sample_problems,
 )
@@ -167,6 +169,8 @@ def evaluate(
         ConfigError: a setting does not fit the model or the problems.
     """
     overrides, what = overrides or Overrides(), what or What()
+    if what.sets_file and overrides.data is not None:
+        raise ConfigError("Found --data beside --sets, whose file says what of each is read.")
     run, folder = run_of(model), model
     if run is not None:
         folder = _student_of(run)
@@ -370,6 +374,11 @@ def _answered(
 ) -> dict[str, Any]:
     """Complete the file of answers to a set; its record."""
     path, asking = out / file_name(each.name), asking_of(config, inputs, each)
+    if in_episodes(config, each):
+        (samples,) = sample_problems(config, inputs, engine(), [(each, each.problems)])
+        record = graded(config, inputs, each, samples, path, model)
+        del record["examples"]
+        return record
 
     def told(done: int, total: int) -> None:
         print(f"{path.stem}: {done} of {total} answers", file=sys.stderr, flush=True)

@@ -1021,6 +1021,17 @@ class Config(Settings):
             f'rollout.mode = "{MULTI_TURN}" needs rollout.steps_ahead = 0, found 1: all turns of '
             "an episode are sampled with the same weights.",
         )
+        _require(
+            not asked or all(one.teacher.context is None for one in self.by_teacher.values()),
+            f'teacher.context does not go with rollout.mode = "{MULTI_TURN}": it replaces '
+            "the prompt, which reset() of the environment may change. Leave out one of the two.",
+        )
+        alike = all(rollout.mode == MULTI_TURN for rollout in self.rollouts)
+        _require(
+            not self.environment.continuous or alike,
+            f'environment.continuous = true needs mode = "{MULTI_TURN}" of every task, found '
+            "another. Leave it out.",
+        )
         fixed = self.run.deterministic or self.rollout.placement != "colocated"
         _require(
             not self.environment.continuous or not fixed,

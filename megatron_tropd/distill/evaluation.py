@@ -16,6 +16,7 @@ from typing import Any
 from megatron_tropd.base.files import replace_text
 from megatron_tropd.base.text_files import read_json_object
 from megatron_tropd.config import Config, EvaluationSet, GraderConfig, GuidanceConfig
+from megatron_tropd.config.run import MULTI_TURN
 from megatron_tropd.config.run_folder import RunFolder
 from megatron_tropd.convert.hf_folder import HFFolder
 from megatron_tropd.convert.linked_folder import link_folder
@@ -31,7 +32,7 @@ from megatron_tropd.report.records import read_lines
 from megatron_tropd.rollout.environments import shared_environments
 from megatron_tropd.rollout.episodes import EpisodePlan, EpisodeStart
 from megatron_tropd.rollout.episodes.multi_turn import MultiTurn
-from megatron_tropd.rollout.source import play
+from megatron_tropd.rollout.source import check_environments, play
 from megatron_tropd.tasks.answer_files import dump_answers, file_name, header_of
 from megatron_tropd.tasks.exact_match import (
     Asking,
@@ -172,16 +173,9 @@ class Evaluator:
         self, each: ProblemSet, samples: Sequence[Sample], folder: str, model: str
     ) -> dict[str, Any]:
         """Grade the answers to a set; the record, and a file of them in the run's folder."""
-        count = each.settings.samples or 1
-        asked = [problem for problem in each.problems for _ in range(count)]
-        numbers = [number for _ in each.problems for number in range(count)]
-        grader, tokenizer = grader_of_set(each), self._inputs.tokenizer
-        responses = grade_samples(asked, samples, tokenizer, grader, numbers)
-        if self._config.evaluation.keep_answers:
-            settings = evaluation_settings(self._config, self._inputs, each)
-            header = header_of(each.name, each.problems, settings, model)
-            dump_answers(self._folder.answers / folder / file_name(each.name), header, responses)
-        return accuracy_of(each, responses, count)
+        keep = self._config.evaluation.keep_answers
+        path = self._folder.answers / folder / file_name(each.name) if keep else None
+        return graded(self._config, self._inputs, each, samples, path, model)
 
     def _reverse_kls(
         self,
@@ -364,8 +358,8 @@ def sample_problems(
         config: its task says whether answers are as the sets ask or drawn at temperature 1.
         asked: the sets, and problems of each.
     """
-    if config.talks_to is not None:
-        return [last_turns(config, inputs, engine, each, problems) for each, problems in asked]
+    if any(in_episodes(config, each) for each, _ in asked):
+        return [_by_its_form(config, inputs, engine, *one) for one in asked]
     wanted = [_requests(config, inputs, each, problems) for each, problems in asked]
     found: list[list[Sample]] = [[] for _ in wanted]
     for sampling in dict.fromkeys(alike for _, alike in wanted):
@@ -391,6 +385,46 @@ def _requests(
     return requests, Sampling(stop_token_ids=inputs.stop_token_ids)
 
 
+def graded(
+    config: Config,
+    inputs: Inputs,
+    each: ProblemSet,
+    samples: Sequence[Sample],
+    path: Path | None,
+    model: str,
+) -> dict[str, Any]:
+    """Grade all answers to a set; its record.
+
+    Args:
+        path: file of the answers; None: they are not kept.
+        model: digest of whoever answered.
+    """
+    count = each.settings.samples or 1
+    asked = [problem for problem in each.problems for _ in range(count)]
+    numbers = [number for _ in each.problems for number in range(count)]
+    responses = grade_samples(asked, samples, inputs.tokenizer, grader_of_set(each), numbers)
+    if path is not None:
+        settings = evaluation_settings(config, inputs, each)
+        dump_answers(path, header_of(each.name, each.problems, settings, model), responses)
+    return accuracy_of(each, responses, count)
+
+
+def in_episodes(config: Config, each: ProblemSet) -> bool:
+    """Whether the problems of a set are played with an environment: those of its task are."""
+    task = config.task_of(each.settings)
+    rollout = config.rollout if task is None else config.rollout_of(task)
+    return config.talks_to is not None and rollout.mode == MULTI_TURN
+
+
+def _by_its_form(
+    config: Config, inputs: Inputs, engine: Sampler, each: ProblemSet, problems: Sequence[Prompt]
+) -> list[Sample]:
+    if in_episodes(config, each):
+        return last_turns(config, inputs, engine, each, problems)
+    requests, sampling = _requests(config, inputs, each, problems)
+    return engine.generate(requests, sampling) if requests else []
+
+
 def last_turns(
     config: Config, inputs: Inputs, engine: Sampler, each: ProblemSet, problems: Sequence[Prompt]
 ) -> list[Sample]:
@@ -405,7 +439,7 @@ def last_turns(
         ),
         GuidanceConfig(),
         1,
-        seed_of(config),
+        keyed_seed(seed_of(config), Purpose.EVALUATION),  # other samples than a step's
         None,
         environment=config.talks_to,
         talk=inputs.talk,
@@ -416,7 +450,11 @@ def last_turns(
         for sample in range(asking.samples)
     ]
     sampling = replace(asking.sampling, stop_token_ids=inputs.turn_stops)
-    play(episodes, engine, sampling, shared_environments(config))
+    environments = shared_environments(config)
+    play(episodes, engine, sampling, environments)
+    played = [episode.sequence() for episode in episodes]
+    say = environments is not None and environments.is_first
+    check_environments(played, config.talks_to, say=say)
     return [episode.last_turn() for episode in episodes]
 
 

@@ -120,13 +120,14 @@ def open_session(
             exits.enter_context(environments)
         longest = inputs.longest_read(config.rollout)
         parts = step_parts(config, inputs.folders, layout, inputs.routes, longest=longest)
-        exits.callback(parts.teacher.close)
+        exits.push(partial(_leave, parts.teacher))
         checkpoints.check_memory(parts.student)
         rollouts = rollout_source(
             config, inputs, engines, environments=environments, is_main=is_main
         )
         _let_score_ahead(parts.teacher, rollouts, config.train.steps)
         gap = _engine_gap(config, inputs, folder)
+        parts = replace(parts, clock=reporter.clock, engine_gap=gap, tasks=inputs.tasks)
         yield Session(
             config=config,
             folder=folder,
@@ -140,7 +141,7 @@ def open_session(
             evaluator=evaluator,
             engines=engines,
             rollouts=rollouts,
-            parts=replace(parts, clock=reporter.clock, engine_gap=gap, tasks=inputs.tasks),
+            parts=parts,
         )
 
 
@@ -153,6 +154,15 @@ def _students_engines(
         return engines
     blended = partial(start, "student", hf_folders["teacher"])
     return WarmupEngines(engines, blended, config.rollout.warmup_steps)
+
+
+def _leave(teacher: TeacherSource, kind: type[BaseException] | None, *_: object) -> None:
+    """Let a teacher go; not one on ranks of its own after an error.
+
+    Those may wait in the middle of an exchange, and would not hear it; they end with the job.
+    """
+    if kind is None or not isinstance(teacher, SeparateTeacher):
+        teacher.close()
 
 
 def _let_score_ahead(teacher: TeacherSource, rollouts: RolloutSource, steps: int) -> None:

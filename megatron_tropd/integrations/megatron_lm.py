@@ -323,7 +323,8 @@ class _Plugin:
         share, layout = self._share(args, settings), self._layout
         student = LoopStudent(schedule, model, settings)
         if self._rollouts is None or settings.get("forward_only", False):
-            iterator = data_iterator[0] if isinstance(data_iterator, list) else data_iterator
+            several = data_iterator if isinstance(data_iterator, list) else [data_iterator]
+            iterator = next((one for one in several if one is not None), None)
             batches = draw(iterator, share)
         else:
             items = self._fresh_items(student.module, args.curr_iteration)

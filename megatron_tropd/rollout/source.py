@@ -11,6 +11,7 @@ from typing import Protocol, cast, runtime_checkable
 
 from megatron_tropd.base.errors import ConfigError, InputError
 from megatron_tropd.base.files import read_patiently
+from megatron_tropd.config import EnvironmentConfig
 from megatron_tropd.data.prompts import prompts_of_step
 from megatron_tropd.data.samples import EPISODE_FIELD, Sample, SampleRequest, Sampling
 from megatron_tropd.data.sequence import TokenSequence
@@ -79,6 +80,28 @@ def play(
             samples = engine.generate([request for _, request in pairs], sampling)
             for (episode, _), sample in zip(pairs, samples, strict=True):
                 episode.observe(sample)
+
+
+def check_environments(
+    sequences: Sequence[TokenSequence], environment: EnvironmentConfig | None, *, say: bool
+) -> None:
+    """Stop if too many environments of some episodes failed; say what failed.
+
+    Raises:
+        InputError: more than ``environment.max_failures`` of them.
+    """
+    said = [said for sequence in sequences if (said := sequence.fields.get(EPISODE_FIELD))]
+    errors = [f"{one['end']}: {one['error']}" for one in said if "error" in one]
+    if not errors or environment is None:
+        return
+    found = f"{len(errors)} of {len(said)} environments failed, the first by {errors[0]}"
+    if len(errors) > environment.max_failures * len(said):
+        raise InputError(
+            f"environment.name = {environment.name!r}: {found}. Correct it, or raise "
+            f"environment.max_failures = {environment.max_failures:g}."
+        )
+    if say:
+        print(f"tropd: warning: {found}; their episodes end there.", file=sys.stderr)
 
 
 class RolloutSource(Protocol):
@@ -268,7 +291,7 @@ class SampledRollouts:
                 self._play_in_rounds()
             self._done = [episode.sequence() for episode in self._episodes]
             self._episodes = []
-        self._check_environments()
+        check_environments(self._done, self._settings.environment, say=self._is_main)
 
     def _play_at_own_pace(self) -> None:
         engines, environment = self._engines, self._settings.environment
@@ -295,22 +318,6 @@ class SampledRollouts:
 
     def _ask_environments(self) -> None:
         ask_environments(self._episodes, self._environments)
-
-    def _check_environments(self) -> None:
-        """Stop a run whose environments fail too often; say what failed."""
-        said = [said for sequence in self._done if (said := sequence.fields.get(EPISODE_FIELD))]
-        errors = [f"{one['end']}: {one['error']}" for one in said if "error" in one]
-        environment = self._settings.environment
-        if not errors or environment is None:
-            return
-        found = f"{len(errors)} of {len(said)} environments failed, the first by {errors[0]}"
-        if len(errors) > environment.max_failures * len(said):
-            raise InputError(
-                f"environment.name = {environment.name!r}: {found}. Correct it, or raise "
-                f"environment.max_failures = {environment.max_failures:g}."
-            )
-        if self._is_main:
-            print(f"tropd: warning: {found}; their episodes end there.", file=sys.stderr)
 
     def _next_requests(self) -> list[SampleRequest]:
         pairs = [(episode, episode.request()) for episode in self._episodes]

@@ -135,13 +135,14 @@ class EvaluationResult:
 
 
 def item_digest(problem: Prompt) -> str:
-    """Hash what a problem asks and its reference answer, whatever a chat template makes of it.
+    """Hash the fields of a problem, whatever a chat template makes of them.
+
+    All of them: an environment or a grader may look at any.
 
     Returns:
         16 hexadecimal digits.
     """
-    found = {name: problem.fields.get(name) for name in ("prompt", "messages", "answer")}
-    text = json.dumps(found, sort_keys=True, default=str)
+    text = json.dumps(problem.fields, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

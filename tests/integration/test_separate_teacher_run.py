@@ -135,3 +135,13 @@ def test_the_run_ends_as_if_nothing_had_happened(story: Story):
     assert command.returncode == 0, printed
     assert not (story.run / "failure.json").exists()
     assert _numbers(story.run) == _numbers(story.folder / "calm")
+
+
+def test_an_error_of_the_student_ends_both_kinds_of_rank_at_once(story: Story):
+    """Its ranks do not wait until the teacher hears that they are leaving."""
+    began = time.monotonic()
+    command = story.start("train.lr=1e30", f"run.dir={story.folder / 'nan'}", "train.clip_grad=0")
+    _, text = command.communicate(timeout=120)
+    failure = json.loads((story.folder / "nan" / "failure.json").read_text())
+    assert command.returncode == 1 and "finite" in failure["message"], (text, failure)
+    assert time.monotonic() - began < 60

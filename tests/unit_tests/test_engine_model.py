@@ -1,6 +1,7 @@
 """What an engine is given and what it is spared, without an engine."""
 
 import json
+import multiprocessing
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -187,3 +188,30 @@ def test_a_refusal_of_vllm_is_no_death_of_the_engine(tmp_path: Path) -> None:
     engine._connection = SimpleNamespace(recv=lambda: ("refused", "AssertionError: windows"))
     with pytest.raises(ConfigError, match=r"(?s)does not start.*AssertionError: windows.*why"):
         engine._receive()
+
+
+@pytest.mark.timeout(60)
+def test_a_stream_does_not_wait_for_a_child_that_waits_for_it() -> None:
+    """Both have more to send than their pipe holds, and the child sends without reading."""
+    mine, childs = multiprocessing.Pipe()
+    engine, large, count = object.__new__(RolloutEngine), b"x" * 2**20, 8
+    engine._connection, engine._waiting_for = mine, "stream"
+    engine._reading, engine._early = threading.Lock(), None
+    engine._be_ready = engine._check_request = lambda *_: None
+    engine._settings, engine._log_file = SimpleNamespace(draft_folder=None), None
+    engine._child = SimpleNamespace(keep_output=lambda path: None)
+    engine._send = lambda *_: None
+
+    def child() -> None:
+        for _ in range(count):
+            childs.send(("ok", large))
+        while childs.recv() is not None:
+            pass
+        childs.send(("ok", None))
+
+    threading.Thread(target=child, daemon=True).start()
+    with engine.stream(None):
+        for index in range(count):
+            engine.add_to_stream(index, large)
+        for _ in range(count):
+            assert engine.next_of_stream(30.0) == large

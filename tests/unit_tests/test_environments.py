@@ -1,5 +1,9 @@
 """Episodes with an environment: the ids of all turns, faults, and what a run says of them."""
 
+import fcntl
+import re
+import resource
+import socket
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,6 +16,7 @@ import torch
 from calculator import Calculator
 from grid_world import GridWorld
 
+from megatron_tropd.base import workers
 from megatron_tropd.base.errors import ConfigError, InputError
 from megatron_tropd.config import EnvironmentConfig, GuidanceConfig, RolloutConfig, load_config
 from megatron_tropd.data.conversations import Talk
@@ -29,6 +34,7 @@ from megatron_tropd.losses import HiddenStatesSignal, preset, tropd_loss_from_hi
 from megatron_tropd.rollout.environments import EnvironmentCall, Environments, SharedEnvironments
 from megatron_tropd.rollout.episodes import EpisodePlan, load_mode
 from megatron_tropd.rollout.source import SampledRollouts
+from megatron_tropd.tasks.exact_match import item_digest
 from tests.unit_tests.test_rollout_source import Engines
 
 TOOLS = Path(__file__).resolve().parents[2] / "examples" / "tool_use"
@@ -384,6 +390,7 @@ def test_the_loss_ignores_what_the_environment_wrote_in_value_and_gradient(metho
         ("rollout.steps_ahead=1", r"needs rollout\.steps_ahead = 0, found 1"),
         ("evaluation.task=reverse_kl", r'"reverse_kl" samples one turn'),
         ("environment.max_failures=0", r"environment\.max_failures must be in"),
+        ('teacher.context="{prompt} {hint}"', r"teacher\.context does not go with"),
         ("environment.turns=0", r"environment\.turns must be at least 1"),
     ],
 )
@@ -410,3 +417,38 @@ def test_the_answer_is_the_last_turn() -> None:
         logprobs=(-1, -1),
     )
     assert whole.answer_ids == whole.response_ids == [7, 8, 2]
+
+
+def test_a_process_is_heard_on_a_descriptor_that_select_does_not_know() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 1200:
+        pytest.skip(f"this system allows {hard} open files")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 1200), hard))
+    mine, theirs = socket.socketpair()
+    high = socket.socket(fileno=fcntl.fcntl(mine, fcntl.F_DUPFD, 1100))
+    try:
+        theirs.sendall(b'{"said": 1}\n')
+        assert workers._Channel(high, lambda: None).read(5.0) == {"said": 1}
+    finally:
+        for one in (mine, theirs, high):
+            one.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_problems_that_differ_in_any_field_are_different_ones() -> None:
+    one, other = prompt_of(0, answer="1", board="x"), prompt_of(0, answer="1", board="y")
+    assert item_digest(one) != item_digest(other)
+    assert item_digest(one) == item_digest(prompt_of(0, board="x", answer="1"))
+
+
+def test_tasks_of_one_turn_are_refused_beside_episodes_at_their_own_pace(tmp_path: Path) -> None:
+    text = (TOOLS / "tropd.toml").read_text()
+    lines = [line for line in text.splitlines() if not line.startswith("prompts =")]
+    for key in ("student", "teacher", "problems"):
+        lines = [re.sub(rf'^{key} = "', f'{key} = "{TOOLS}/', line) for line in lines]
+    tasks = '\n[[tasks]]\nname = "one"\nprompts = "a.jsonl"\nmode = "single_turn"\n'
+    path = tmp_path / "tasks.toml"
+    path.write_text("\n".join(lines) + tasks)
+    assert load_config(path).tasks
+    with pytest.raises(ConfigError, match="of every task"):
+        load_config(path, ["environment.continuous=true"])

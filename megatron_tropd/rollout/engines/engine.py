@@ -8,6 +8,7 @@ that process nothing runs concurrently, which makes sampling repeatable bit for 
 import contextlib
 import json
 import os
+import queue
 import subprocess
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -116,6 +117,7 @@ class RolloutEngine:
         ]
         self._waiting_for = "start"
         self._reading = threading.Lock()
+        self._to_send: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._early: tuple[str, Any] | None = None
         """What :meth:`arrived` has received before it was waited for."""
         self._asleep: set[str] = set()
@@ -202,14 +204,17 @@ class RolloutEngine:
         assert self._settings.draft_folder is None, "a blend is sampled as a whole"
         self._be_ready()
         self._send("stream", sampling)
+        # The child sends without reading, so whoever reads here may not wait for a message to go.
+        self._to_send = queue.SimpleQueue()
+        threading.Thread(target=self._send_all, daemon=True).start()
         yield
-        self._send_more(None)
+        self._to_send.put(None)
         self._receive()
 
     def add_to_stream(self, index: int, request: SampleRequest) -> None:
         """Ask for one more sample, which has a number of the caller's."""
         self._check_request(index, request)
-        self._send_more((index, request))
+        self._to_send.put((index, request))
 
     def next_of_stream(self, seconds: float) -> tuple[int, Sample] | None:
         """Wait so long for the next sample and its number."""
@@ -228,11 +233,12 @@ class RolloutEngine:
             )
         self._wake("kv_cache")
 
-    def _send_more(self, message: Any) -> None:
-        try:
-            self._connection.send(message)
-        except OSError:
-            raise self._death() from None
+    def _send_all(self) -> None:
+        message = ()
+        with contextlib.suppress(OSError):  # who reads finds that the child is gone
+            while message is not None:
+                message = self._to_send.get()
+                self._connection.send(message)
 
     def finish_generate(self) -> list[Sample]:
         """The samples of the last :meth:`start_generate`."""

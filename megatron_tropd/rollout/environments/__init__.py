@@ -128,6 +128,7 @@ class SharedEnvironments:
     def __init__(self, config: EnvironmentConfig, *, rank: int, world_size: int) -> None:
         """Start nothing yet."""
         self.mine, self._rank, self._world_size = Environments(config), rank, world_size
+        self.is_first = rank == 0
 
     def answer(self, calls: Mapping[int, EnvironmentCall]) -> dict[int, EnvironmentReply]:
         """Ask the environments of some episodes at once; collective.
