@@ -93,6 +93,10 @@ PartitionName=low PriorityTier=1 GraceTime={grace}
 """
 
 
+LONGEST_FOLDER = 107 - len("/spool-n1/n1_99999.4294967294")
+"""Bytes that the address of a step's socket leaves: Unix has 107, and beyond no job starts."""
+
+
 class ClusterError(RuntimeError):
     """The test cluster cannot be used; the message says what to do."""
 
@@ -138,12 +142,17 @@ class Cluster:
 
         Raises:
             ClusterError: the folder holds something else, Slurm is missing, or a daemon did not
-                come up (its log is quoted).
+                come up (its log is quoted), or the name of the folder is too long.
         """
         if self._is_foreign() and any(self.folder.iterdir()):
             raise ClusterError(
                 f"{self.folder} is not empty and not a test cluster of this user. Give another "
                 "--folder."
+            )
+        if len(str(self.folder).encode()) > LONGEST_FOLDER:
+            raise ClusterError(
+                f"The name of a test cluster's folder has at most {LONGEST_FOLDER} bytes, or its "
+                f"sockets find no room, found {self.folder}. Give a shorter --folder."
             )
         reason = missing()
         if reason:

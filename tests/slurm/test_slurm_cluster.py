@@ -3,14 +3,15 @@
 import re
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from slurm.testcluster import cluster as module
-from slurm.testcluster.cluster import NODES, Cluster
+from slurm.testcluster.cluster import LONGEST_FOLDER, NODES, Cluster, ClusterError
 
 SCRIPT = Path(module.__file__)
 
@@ -28,7 +29,14 @@ def submit(cluster, tmp_path) -> Callable[[str], str]:
     return do
 
 
-def _await(condition: Callable[[], object], what: str, seconds: float = 120) -> None:
+@pytest.fixture
+def short() -> Iterator[Path]:
+    """A folder whose name leaves room for those of sockets."""
+    with tempfile.TemporaryDirectory(prefix="tropd-") as folder:
+        yield Path(folder)
+
+
+def _await(condition: Callable[[], object], what: str, seconds: float = 30) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"no {what} in {seconds} s"
@@ -56,9 +64,9 @@ def test_a_requeued_job_starts_again_and_scancel_ends_it(cluster, submit, tmp_pa
     _await(lambda: not cluster.job_processes(), "end of its processes")
 
 
-def test_up_and_down_can_be_given_twice_and_leave_nothing(cluster, tmp_path):
+def test_up_and_down_can_be_given_twice_and_leave_nothing(cluster, short):
     """A second cluster, beside the first."""
-    other = Cluster(tmp_path / "other")
+    other = Cluster(short / "other")
 
     def command(action: str) -> subprocess.CompletedProcess:
         arguments = [sys.executable, str(SCRIPT), action, "--folder", str(other.folder)]
@@ -78,8 +86,8 @@ def test_up_and_down_can_be_given_twice_and_leave_nothing(cluster, tmp_path):
     assert (command("status").stdout, command("status").returncode) == ("down\n", 1)
 
 
-def test_a_killed_owner_takes_its_cluster_and_jobs_along(tmp_path):
-    folder = tmp_path / "owned"
+def test_a_killed_owner_takes_its_cluster_and_jobs_along(short):
+    folder = short / "owned"
     owner = subprocess.Popen(
         [
             *(sys.executable, "-c"),
@@ -95,3 +103,10 @@ def test_a_killed_owner_takes_its_cluster_and_jobs_along(tmp_path):
     owner.kill()
     owner.wait()
     _await(lambda: not Cluster(folder).processes() and not folder.exists(), "the end of it all")
+
+
+def test_a_folder_without_room_for_its_sockets_is_refused(tmp_path):
+    folder = tmp_path / ("x" * LONGEST_FOLDER)
+    with pytest.raises(ClusterError, match=f"at most {LONGEST_FOLDER}"):
+        Cluster(folder).up()
+    assert not folder.exists()
