@@ -1,7 +1,7 @@
 """The parts of a run on one rank, and the order in which they are built."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -115,16 +115,12 @@ def open_session(
         if platform.has_cuda():
             with engines.awake():
                 pass  # vLLM measures free memory while it starts: nobody else may allocate
-        environments = shared_environments(config)
-        if environments is not None:
-            exits.enter_context(environments)
+        shared = exits.enter_context(shared_environments(config) or nullcontext())
         longest = inputs.longest_read(config.rollout)
         parts = step_parts(config, inputs.folders, layout, inputs.routes, longest=longest)
         exits.push(partial(_leave, parts.teacher))
         checkpoints.check_memory(parts.student)
-        rollouts = rollout_source(
-            config, inputs, engines, environments=environments, is_main=is_main
-        )
+        rollouts = rollout_source(config, inputs, engines, environments=shared, is_main=is_main)
         _let_score_ahead(parts.teacher, rollouts, config.train.steps)
         gap = _engine_gap(config, inputs, folder)
         parts = replace(parts, clock=reporter.clock, engine_gap=gap, tasks=inputs.tasks)
